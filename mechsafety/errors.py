@@ -1,0 +1,31 @@
+"""The one exception of this package."""
+
+
+class MechsafetyError(ValueError):
+    """Bad input: one clear line that says what was given, what was expected, and the cure.
+
+    Args:
+        problem: What was given and why it cannot be used.
+        expected: What would have been accepted.
+        cure: The call, command or edit that fixes it.
+
+    Example:
+        >>> str(MechsafetyError("dtype 'int3' is unknown", expected="float32 or bfloat16", cure="pass dtype='float32'"))
+        "dtype 'int3' is unknown; expected float32 or bfloat16; pass dtype='float32'"
+    """
+
+    def __init__(self, problem: str, *, expected: str = "", cure: str = "") -> None:
+        self.problem = problem
+        self.expected = expected
+        self.cure = cure
+        parts = [problem, f"expected {expected}" if expected else "", cure]
+        super().__init__("; ".join(part for part in parts if part))
+
+
+class NoRefusal(MechsafetyError):
+    """The model does not refuse, so there is nothing to map (exit code 3 of the command).
+
+    Args:
+        problem: The measured rates, in words.
+        cure: What could be tried.
+    """

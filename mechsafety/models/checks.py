@@ -1,0 +1,151 @@
+"""What is checked about every model at load; a check that fails is named in the error."""
+
+from typing import TYPE_CHECKING, Any
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models.engine import check_engine
+from mechsafety.prompts import Tokens
+from mechsafety.sites import Site, SiteKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechsafety.models.lens import LensModel
+
+PROBES = ("What is two plus two?", "Name a colour, please.")
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
+
+
+def reference_logits(model: Any, tokenizer: Any) -> "Tensor":
+    """Logits [pos d_vocab] of the untouched Hugging Face model on one chat prompt, before it is wrapped."""
+    import torch
+
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROBES[0]}], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(ids.to(next(model.parameters()).device)).logits[0].float()
+
+
+def check_model(model: "LensModel", reference: "Tensor") -> None:
+    """Run all checks.
+
+    Raises:
+        MechsafetyError: The first check that fails, by name.
+    """
+    import torch
+
+    tokens = model.tokenize([PROBES[0]])
+    tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
+    with torch.no_grad():
+        _check_start_token(model, tokens)
+        _check_logits(model, tokens, reference, tolerance)
+        _check_sites(model, tokens)
+        _check_edit(model, tokens)
+        _check_head_outputs(model, tokens, tolerance)
+        _check_final_norm(model, tokens, tolerance)
+        gap = check_engine(model, model.tokenize(PROBES))
+        if not gap <= tolerance:
+            raise _fail("forward engine", f"running on from stored activations is off by {gap:.2g} in the logits")
+
+
+def _fail(name: str, problem: str) -> MechsafetyError:
+    return MechsafetyError(f"the load check '{name}' failed: {problem}")
+
+
+def _check_start_token(model: "LensModel", tokens: Tokens) -> None:
+    start = model.tokenizer.bos_token_id
+    ids = tokens.ids[0].tolist()
+    # in some chat models (SmolLM2, Qwen) the start token also opens a turn; doubled means twice in a row at the front
+    if start is not None and len(ids) > 1 and ids[0] == start and ids[1] == start:
+        raise _fail("start token", "the rendered prompt begins with two start tokens")
+
+
+def _check_logits(model: "LensModel", tokens: Tokens, reference: "Tensor", tolerance: float) -> None:
+    found = model.forward(tokens, keep=tokens.ids.shape[1])[0].float()
+    if found.shape != reference.shape:
+        raise _fail("logits", f"shape {tuple(found.shape)}, the Hugging Face model's is {tuple(reference.shape)}")
+    gap = float((found - reference).abs().max())
+    if not gap <= tolerance:
+        raise _fail("logits", f"they differ from the Hugging Face model's by {gap:.2g}, allowed {tolerance:.0e}")
+
+
+def _check_sites(model: "LensModel", tokens: Tokens) -> None:
+    seen: dict[Site, tuple[int, ...]] = {}
+    wanted = [Site(kind, layer) for layer in range(model.n_layers) for kind in expected_shapes(model, 1, 1)]
+
+    def note(site: Site) -> Any:
+        def store(tensor: "Tensor") -> None:
+            seen[site] = tuple(tensor.shape)
+
+        return store
+
+    with model.hooks([(site, note(site)) for site in wanted]):
+        model.forward(tokens)
+    width = tokens.ids.shape[1]
+    for site in wanted:
+        shape = expected_shapes(model, 1, width)[site.kind]
+        if seen.get(site) != shape:
+            found = "is missing" if site not in seen else f"has shape {seen[site]}, promised {shape}"
+            raise _fail("sites", f"{site.kind.value} of layer {site.layer} {found}")
+
+
+def expected_shapes(model: "LensModel", batch: int, pos: int) -> dict[SiteKind, tuple[int, ...]]:
+    """The promised shape of each site kind."""
+    stream = (batch, pos, model.d_model)
+    heads, kv_heads = (batch, pos, model.n_heads, model.d_head), (batch, pos, model.n_kv_heads, model.d_head)
+    # where attention and MLP read the same residual stream (GPT-NeoX), there is none between them
+    middle = {} if model.bridge.cfg.parallel_attn_mlp else {SiteKind.RESID_MID: stream}
+    return {
+        SiteKind.RESID_PRE: stream,
+        **middle,
+        SiteKind.RESID_POST: stream,
+        SiteKind.ATTN_OUT: stream,
+        SiteKind.MLP_OUT: stream,
+        SiteKind.Q: heads,
+        SiteKind.K: kv_heads,
+        SiteKind.V: kv_heads,
+        SiteKind.Z: heads,
+        SiteKind.PATTERN: (batch, model.n_heads, pos, pos),
+        SiteKind.NEURONS: (batch, pos, model.d_mlp),
+    }
+
+
+def _check_edit(model: "LensModel", tokens: Tokens) -> None:
+    before = model.logits(tokens)
+    for kind in (SiteKind.Z, SiteKind.MLP_OUT, SiteKind.NEURONS):
+        with model.hooks([(Site(kind, 0), lambda tensor: tensor * 0)]):
+            after = model.logits(tokens)
+        if not float((after - before).abs().max()) > 0:
+            raise _fail("edits", f"setting {kind.value} of layer 0 to zero changes nothing")
+    if not bool((model.logits(tokens) == before).all()):
+        raise _fail("edits", "an edit outlives its context")
+
+
+def _check_head_outputs(model: "LensModel", tokens: Tokens, tolerance: float) -> None:
+    import torch
+    from einops import einsum
+
+    store: dict[SiteKind, Tensor] = {}
+    layer = model.n_layers - 1
+    kinds = (SiteKind.Z, SiteKind.ATTN_OUT)
+    keep = [(Site(kind, layer), lambda tensor, kind=kind: store.__setitem__(kind, tensor)) for kind in kinds]
+    with model.hooks(keep):
+        model.forward(tokens)
+    out = einsum(store[SiteKind.Z], model.W_O(layer), "batch pos head d_head, head d_head d_model -> batch pos d_model")
+    bias = model.bridge.blocks[layer].attn.b_O
+    out = out if bias is None else out + bias
+    size = max(1.0, float(store[SiteKind.ATTN_OUT].abs().max()))
+    model.post_norm = not torch.allclose(out.float(), store[SiteKind.ATTN_OUT].float(), atol=tolerance * size)
+
+
+def _check_final_norm(model: "LensModel", tokens: Tokens, tolerance: float) -> None:
+    store: dict[SiteKind, Tensor] = {}
+    kinds = (SiteKind.FINAL_NORM_IN, SiteKind.FINAL_NORM_OUT)
+    with model.hooks([(Site(kind), lambda tensor, kind=kind: store.__setitem__(kind, tensor)) for kind in kinds]):
+        model.forward(tokens)
+    resid, out = store[kinds[0]].float(), store[kinds[1]].float()
+    gap = float((model.frozen_final_norm(resid)(resid) - out).abs().max())
+    if not gap <= tolerance * max(1.0, float(out.abs().max())):
+        raise _fail("final norm", f"its linear form at a frozen scale is off by {gap:.2g}")

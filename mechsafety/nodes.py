@@ -1,0 +1,79 @@
+"""Parts of a model that can be in a circuit, and connections between them."""
+
+from dataclasses import dataclass
+
+from mechsafety.errors import MechsafetyError
+
+KINDS = ("embed", "head", "mlp", "neuron", "logits")
+SLOTS = ("q", "k", "v", "mlp", "resid")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A part of the model that can be in a circuit.
+
+    Attributes:
+        kind: ``embed``, ``head``, ``mlp``, ``neuron`` or ``logits``.
+        layer: Block index; None for ``embed`` and ``logits``.
+        index: Head or neuron index; None for the others.
+
+    Example:
+        >>> str(Node("head", 4, 3)), str(Node("mlp", 2)), str(Node("logits"))
+        ('L4.H3', 'L2.MLP', 'logits')
+    """
+
+    kind: str
+    layer: int | None = None
+    index: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise MechsafetyError(f"node kind {self.kind!r}", expected=f"one of {KINDS}")
+        needs_layer, needs_index = self.kind in ("head", "mlp", "neuron"), self.kind in ("head", "neuron")
+        if needs_layer != (self.layer is not None) or needs_index != (self.index is not None):
+            raise MechsafetyError(f"a node of kind {self.kind!r} with layer {self.layer} and index {self.index}")
+
+    def __str__(self) -> str:
+        names = {"head": f"L{self.layer}.H{self.index}", "mlp": f"L{self.layer}.MLP"}
+        return names.get(self.kind, f"L{self.layer}.N{self.index}" if self.kind == "neuron" else self.kind)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key in the order of computation: embed, then attention before MLP in each layer, then logits."""
+        if self.kind == "embed":
+            return (-1, 0, 0)
+        if self.layer is None:
+            return (1 << 30, 0, 0)
+        return (self.layer, 0 if self.kind == "head" else 1, -1 if self.index is None else self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A connection from one node's output to another's input slot (``q``, ``k``, ``v``, ``mlp`` or ``resid``)."""
+
+    sender: Node
+    receiver: Node
+    slot: str
+
+    def __post_init__(self) -> None:
+        if self.slot not in SLOTS:
+            raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOTS}")
+        if self.sender.order >= self.receiver.order:
+            raise MechsafetyError(f"edge {self.sender} -> {self.receiver} runs against the order of computation")
+
+    def __str__(self) -> str:
+        return f"{self.sender} -> {self.receiver} ({self.slot})"
+
+
+def head_and_mlp_nodes(n_layers: int, n_heads: int) -> tuple[Node, ...]:
+    """Every head and MLP, in the order of computation.
+
+    Example:
+        >>> [str(node) for node in head_and_mlp_nodes(1, 2)]
+        ['L0.H0', 'L0.H1', 'L0.MLP']
+    """
+    nodes: list[Node] = []
+    for layer in range(n_layers):
+        nodes += [Node("head", layer, head) for head in range(n_heads)]
+        nodes.append(Node("mlp", layer))
+    return tuple(nodes)

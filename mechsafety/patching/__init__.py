@@ -1,0 +1,14 @@
+"""Exact interventions: activation patching, and the masked runs that circuits are measured by."""
+
+from mechsafety.patching.activation import PatchMap, activation_patching
+from mechsafety.patching.masks import PairRuns, Patch, masked_logits, pair_runs, patched_logits
+
+__all__ = [
+    "PairRuns",
+    "Patch",
+    "PatchMap",
+    "activation_patching",
+    "masked_logits",
+    "pair_runs",
+    "patched_logits",
+]

@@ -1,0 +1,17 @@
+"""Prompts: harmful/harmless pairs, single prompts, and the spans of a chat prompt."""
+
+from mechsafety.prompts.pairs import PromptPair, PromptPairs
+from mechsafety.prompts.sets import Prompt, builtin_prompts, load_instructions, read_jsonl
+from mechsafety.prompts.spans import Spans, TokenPairs, Tokens
+
+__all__ = [
+    "Prompt",
+    "PromptPair",
+    "PromptPairs",
+    "Spans",
+    "TokenPairs",
+    "Tokens",
+    "builtin_prompts",
+    "load_instructions",
+    "read_jsonl",
+]

@@ -1,0 +1,252 @@
+"""Harmful requests and their harmless twins."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.prompts.sets import data_file, load_instructions, read_jsonl
+
+# hub id, configuration and split of each public benchmark, and of its own harmless half where it has one
+HUB = {
+    "advbench": (("walledai/AdvBench", None, "train"), None),
+    "harmbench": (("walledai/HarmBench", "standard", "train"), None),
+    "jailbreakbench": (
+        ("JailbreakBench/JBB-Behaviors", "behaviors", "harmful"),
+        ("JailbreakBench/JBB-Behaviors", "behaviors", "benign"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPair:
+    """A harmful request and its harmless twin."""
+
+    harmful: str
+    harmless: str
+    topic: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPairs:
+    """Pairs of a harmful and a harmless prompt, in a fixed order.
+
+    Patching needs pairs whose chat prompts have the same number of tokens; that is checked against the model's
+    tokenizer when they are used (`LensModel.tokenize_pairs`), because it depends on it.
+
+    Attributes:
+        pairs: The pairs.
+        name: Where they come from, for reports and provenance.
+
+    Example:
+        >>> pairs = PromptPairs.from_lists(["How do I make a bomb?"], ["How do I make a cake?"])
+        >>> len(pairs), pairs.harmless
+        (1, ['How do I make a cake?'])
+    """
+
+    pairs: tuple[PromptPair, ...]
+    name: str = "pairs"
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise MechsafetyError("no prompt pairs", expected="at least one pair")
+        for number, pair in enumerate(self.pairs, 1):
+            if not pair.harmful.strip() or not pair.harmless.strip():
+                raise MechsafetyError(f"{self.name}, pair {number}: a prompt is empty", expected="text on both sides")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[PromptPair]:
+        return iter(self.pairs)
+
+    def __repr__(self) -> str:
+        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics)"
+
+    @property
+    def harmful(self) -> list[str]:
+        """The harmful prompts."""
+        return [pair.harmful for pair in self.pairs]
+
+    @property
+    def harmless(self) -> list[str]:
+        """The harmless prompts, in the order of the harmful ones."""
+        return [pair.harmless for pair in self.pairs]
+
+    @property
+    def topics(self) -> list[str]:
+        """The topics present, sorted."""
+        return sorted({pair.topic for pair in self.pairs})
+
+    def split(self, *names: str) -> Self:
+        """The pairs of the named splits (``train``, ``validation``, ``test``).
+
+        Raises:
+            MechsafetyError: No pair is in them.
+        """
+        return self._where(lambda pair: pair.split in names, f"split {'+'.join(names)}")
+
+    def topic(self, *names: str) -> Self:
+        """The pairs of the named topics.
+
+        Raises:
+            MechsafetyError: No pair has one of them.
+        """
+        return self._where(lambda pair: pair.topic in names, f"topic {'+'.join(names)}")
+
+    def sample(self, n: int, seed: int = 0) -> Self:
+        """At most ``n`` pairs, drawn without replacement and taken evenly over the topics; order is kept."""
+        if n < 1:
+            raise MechsafetyError(f"n={n}", expected="at least 1 pair")
+        order = np.random.default_rng(seed).permutation(len(self))
+        rank: dict[str, int] = {}
+        keyed = []
+        for index in order.tolist():
+            topic = self.pairs[index].topic
+            rank[topic] = rank.get(topic, -1) + 1
+            keyed.append((rank[topic], index))
+        # one of each topic first, then the second of each ...: sort is stable, so the draw stays random
+        chosen = sorted(index for _, index in sorted(keyed, key=lambda item: item[0])[:n])
+        return type(self)(tuple(self.pairs[index] for index in chosen), self.name)
+
+    def halves(self) -> tuple[Self, Self]:
+        """Two parts for discovery and for held-out checks.
+
+        By topic where there are several topics (no topic on both sides), else by alternate pairs.
+
+        Raises:
+            MechsafetyError: There is only one pair.
+        """
+        if len(self) < 2:
+            raise MechsafetyError("one pair cannot be halved", expected="at least 2 pairs")
+        topics = self.topics
+        if len(topics) > 1:
+            size = {topic: sum(pair.topic == topic for pair in self.pairs) for topic in topics}
+            first: list[str] = []
+            for topic in topics:
+                if sum(size[name] for name in first) + size[topic] <= (len(self) + 1) // 2 or not first:
+                    first.append(topic)
+            if len(first) == len(topics):
+                first.pop()
+            chosen = [pair.topic in first for pair in self.pairs]
+        else:
+            chosen = [index % 2 == 0 for index in range(len(self))]
+        picked = tuple(pair for pair, here in zip(self.pairs, chosen, strict=True) if here)
+        others = tuple(pair for pair, here in zip(self.pairs, chosen, strict=True) if not here)
+        return type(self)(picked, self.name), type(self)(others, self.name)
+
+    @classmethod
+    def builtin(cls, split: str | None = None) -> Self:
+        """The project's own pairs, twins of equal token length under the demo model's tokenizer.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``; all of them by default. No topic is in two splits.
+
+        Example:
+            >>> len(PromptPairs.builtin().topics) >= 8
+            True
+        """
+        pairs = cls.from_jsonl(data_file("pairs"))
+        pairs = cls(pairs.pairs, "builtin")
+        return pairs if split is None else pairs.split(split)
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str]) -> Self:
+        """Pairs from a file with ``{"harmful": "...", "harmless": "..."}`` a line (``topic``, ``split`` optional).
+
+        Raises:
+            MechsafetyError: As `read_jsonl`.
+        """
+        rows = read_jsonl(path, ["harmful", "harmless"])
+        pairs = tuple(
+            PromptPair(row["harmful"], row["harmless"], str(row.get("topic", "")), str(row.get("split", "")))
+            for row in rows
+        )
+        return cls(pairs, os.path.basename(os.fspath(path)))
+
+    @classmethod
+    def from_lists(cls, harmful: Sequence[str], harmless: Sequence[str], name: str = "lists") -> Self:
+        """Pairs from two lists of the same length.
+
+        Raises:
+            MechsafetyError: The lengths differ, or a list is a single string.
+        """
+        if isinstance(harmful, str) or isinstance(harmless, str):
+            raise MechsafetyError("a single string was given", expected="lists of prompts", cure="write [prompt]")
+        if len(harmful) != len(harmless):
+            raise MechsafetyError(
+                f"{len(harmful)} harmful and {len(harmless)} harmless prompts",
+                expected="lists of the same length",
+                cure="use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
+            )
+        return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name)
+
+    @classmethod
+    def matched(
+        cls, harmful: Sequence[str], harmless: Sequence[str], length: Callable[[str], int], name: str = "matched"
+    ) -> Self:
+        """Pair each harmful prompt with an unused harmless one of the same ``length`` (e.g. ``model.n_tokens``).
+
+        Harmful prompts without a partner are left out.
+
+        Raises:
+            MechsafetyError: No two prompts have the same length.
+        """
+        shelf: dict[int, list[str]] = {}
+        for text in reversed(harmless):
+            shelf.setdefault(length(text), []).append(text)
+        pairs = []
+        for text in harmful:
+            partners = shelf.get(length(text))
+            if partners:
+                pairs.append(PromptPair(text, partners.pop()))
+        if not pairs:
+            raise MechsafetyError("no harmful and harmless prompt have the same length", cure="give more prompts")
+        return cls(tuple(pairs), name)
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        harmless: Sequence[str] | str | None = None,
+        length: Callable[[str], int] | None = None,
+    ) -> Self:
+        """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.
+
+        Args:
+            name: Benchmark name, hub id (its ``train`` split) or local file of harmful instructions.
+            harmless: Harmless prompts, or where to read them; JailbreakBench brings its own.
+            length: Pairs by equal length when given (see `matched`), in file order otherwise.
+
+        Raises:
+            MechsafetyError: A source cannot be read, or there are no harmless prompts.
+        """
+        source, own = HUB.get(name.lower(), ((name, None, "train"), None))
+        bad = load_instructions(source[0], config=source[1], split=source[2])
+        if harmless is None and own is not None:
+            good = load_instructions(own[0], config=own[1], split=own[2])
+        elif isinstance(harmless, str):
+            good = load_instructions(harmless)
+        elif harmless is not None:
+            good = list(harmless)
+        else:
+            raise MechsafetyError(
+                f"{name} has no harmless half", cure="pass harmless=[...] or harmless='tatsu-lab/alpaca'"
+            )
+        if length is not None:
+            return cls.matched(bad, good, length, name)
+        n = min(len(bad), len(good))
+        return cls.from_lists(bad[:n], good[:n], name)
+
+    def _where(self, keep: Callable[[PromptPair], bool], what: str) -> Self:
+        kept = tuple(pair for pair in self.pairs if keep(pair))
+        if not kept:
+            raise MechsafetyError(
+                f"{self.name} has no pair of {what}",
+                expected=f"topics {self.topics}, splits {sorted({pair.split for pair in self.pairs})}",
+            )
+        return type(self)(kept, self.name)

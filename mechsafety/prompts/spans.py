@@ -1,0 +1,110 @@
+"""Token rows of chat prompts: which tokens are template, which are the instruction."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from mechsafety.errors import MechsafetyError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+SPANS = ("prefix", "instruction", "suffix")
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where a chat prompt's parts lie in its own (unpadded) token row, as half-open ranges.
+
+    Attributes:
+        instruction: Start and end of the user's request.
+        length: Number of tokens. Before the instruction lies the ``prefix`` (system turn and template), after it the
+            ``suffix`` (template tokens), at whose last token the model decides how to begin its reply.
+    """
+
+    instruction: tuple[int, int]
+    length: int
+
+    def range(self, span: str) -> tuple[int, int]:
+        """Half-open token range of ``prefix``, ``instruction`` or ``suffix``.
+
+        Example:
+            >>> Spans((3, 5), 9).range("suffix")
+            (5, 9)
+        """
+        start, end = self.instruction
+        ranges = {"prefix": (0, start), "instruction": (start, end), "suffix": (end, self.length)}
+        if span not in ranges:
+            raise MechsafetyError(f"no span is called {span!r}", expected=f"one of {SPANS}")
+        return ranges[span]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A batch of rendered prompts, padded on the left so that the last token of every prompt is in the last column.
+
+    Attributes:
+        ids: Token ids.
+        mask: True at real tokens.
+        spans: Of each prompt, in its unpadded row; `span_mask` shifts them by the padding.
+    """
+
+    ids: "Int[Tensor, 'batch pos']"
+    mask: "Bool[Tensor, 'batch pos']"
+    spans: tuple[Spans, ...]
+
+    @property
+    def position_ids(self) -> "Int[Tensor, 'batch pos']":
+        """Position of each token in its own row; 0 at padding (which the mask hides)."""
+        return (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def span_mask(self, span: str) -> "Bool[Tensor, 'batch pos']":
+        """True at the tokens of a span (``all`` for every real token)."""
+        import torch
+
+        if span == "all":
+            return self.mask
+        out = torch.zeros_like(self.mask)
+        width = self.ids.shape[1]
+        for row, spans in enumerate(self.spans):
+            start, end = spans.range(span)
+            pad = width - spans.length
+            out[row, pad + start : pad + end] = True
+        return out
+
+    def rows(self, keep: slice) -> Self:
+        """A part of the batch, without columns that are padding for all of it."""
+        spans = self.spans[keep]
+        width = max(span.length for span in spans)
+        return type(self)(self.ids[keep, -width:], self.mask[keep, -width:], spans)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPairs:
+    """Aligned token rows of harmful prompts and their harmless twins.
+
+    Attributes:
+        harmful, harmless: Equal shapes, masks and spans.
+        start: First column in which any pair differs; all columns before are common to both prompts of each pair.
+    """
+
+    harmful: Tokens
+    harmless: Tokens
+    start: int
+
+    def __len__(self) -> int:
+        return len(self.harmful)
+
+    def rows(self, keep: slice) -> Self:
+        """A part of the pairs."""
+        return self.of(self.harmful.rows(keep), self.harmless.rows(keep))
+
+    @classmethod
+    def of(cls, harmful: Tokens, harmless: Tokens) -> Self:
+        """Pair two aligned batches and find their first difference."""
+        differs = (harmful.ids != harmless.ids).any(dim=0).nonzero()
+        width = harmful.ids.shape[1]
+        return cls(harmful, harmless, min(int(differs[0]) if len(differs) else width - 1, width - 1))

@@ -1,0 +1,214 @@
+"""What every result carries and can do: provenance, a table, one way to save and load."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from mechsafety.errors import MechsafetyError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT_VERSION = 1
+PACKAGES = ("mechsafety", "torch", "transformers", "transformer_lens")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a result comes from: everything needed to get it again, and nothing that changes between runs.
+
+    Attributes:
+        model: Name the model was loaded under.
+        weights_sha256: Hash of all weights, the adapter's effect included.
+        dtype: Data type of the weights.
+        device: Device type of the run (``cpu``, ``cuda``).
+        template_sha256: Hash of the chat template.
+        seed: Seed of everything random in the analysis.
+        options: The analysis' own options.
+        versions: Versions of the packages that the numbers depend on.
+    """
+
+    model: str
+    weights_sha256: str
+    dtype: str
+    device: str
+    template_sha256: str
+    seed: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`; unknown keys are refused by name."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - names)
+        if unknown:
+            raise MechsafetyError(f"provenance has the unknown fields {unknown}", expected=f"some of {sorted(names)}")
+        return cls(**data)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class Result:
+    """Base of the frozen result dataclasses: ``save``, ``load`` and a table.
+
+    A result is saved as a folder with ``result.json`` (everything but tensors) and ``tensors.safetensors``.
+    Fields may be tensors, numbers, strings, None, tuples or mappings of those, and other such dataclasses.
+    """
+
+    __slots__ = ()
+    TYPES: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Result.TYPES[cls.__name__] = cls
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """The result as a table, one row a part."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result to the folder ``path``, whole or not at all.
+
+        Raises:
+            MechsafetyError: ``path`` exists and is not a saved result.
+        """
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Any] = {}
+        body = _encode(self, "", tensors)
+        with fresh_folder(path, marker="result.json") as scratch:
+            text = json.dumps({"format": "mechsafety.result", "version": FORMAT_VERSION, "result": body}, indent=1)
+            (scratch / "result.json").write_text(text + "\n", encoding="utf-8")
+            if tensors:
+                save_file(tensors, scratch / "tensors.safetensors")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a result that `save` wrote.
+
+        Raises:
+            MechsafetyError: Not a saved result, of a newer format, or of another type.
+        """
+        from safetensors.torch import load_file
+
+        source = Path(path) / "result.json"
+        if not source.is_file():
+            raise MechsafetyError(f"{path} is not a saved result", expected="a folder that .save(path) wrote")
+        data = json.loads(source.read_text(encoding="utf-8"))
+        if data.get("version", 0) > FORMAT_VERSION:
+            raise MechsafetyError(
+                f"{path} has format version {data['version']}",
+                expected=f"at most {FORMAT_VERSION}",
+                cure="pip install --upgrade mechsafety",
+            )
+        stored = Path(path) / "tensors.safetensors"
+        result = _decode(data["result"], load_file(stored) if stored.is_file() else {})
+        if not isinstance(result, cls):
+            raise MechsafetyError(f"{path} holds a {type(result).__name__}", expected=cls.__name__)
+        return result
+
+
+class fresh_folder:
+    """Context manager: a scratch folder that becomes ``path`` on success and vanishes on failure.
+
+    An existing ``path`` is replaced only if it is empty or holds ``marker``, so that no stranger's folder is lost.
+
+    Raises:
+        MechsafetyError: ``path`` holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], marker: str) -> None:
+        self.path = Path(path).absolute()
+        self.marker = marker
+        check_output_folder(self.path, marker)
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+        self.scratch.chmod(0o755)
+        return self.scratch
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            if kind is None:
+                check_output_folder(self.path, self.marker)
+                if self.path.exists():
+                    shutil.rmtree(self.path)
+                os.replace(self.scratch, self.path)
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def check_output_folder(path: Path, marker: str) -> None:
+    """Refuse an output folder that holds something other than an earlier result of ours.
+
+    Raises:
+        MechsafetyError: ``path`` is a file, or a folder with other things in it.
+    """
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+        raise MechsafetyError(
+            f"the output folder {path.name!r} holds something else",
+            expected=f"a new or empty folder, or one with an earlier {marker}",
+            cure="choose another folder",
+        )
+    if path.exists() and not path.is_dir():
+        raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", cure="choose another name")
+
+
+def _encode(value: Any, where: str, tensors: dict[str, Any]) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[where] = value.detach().cpu().contiguous()
+        return {"tensor": where}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        Result.TYPES.setdefault(type(value).__name__, type(value))
+        fields = {
+            field.name: _encode(getattr(value, field.name), f"{where}.{field.name}".strip("."), tensors)
+            for field in dataclasses.fields(value)
+        }
+        return {"type": type(value).__name__, "fields": fields}
+    if isinstance(value, tuple | list):
+        return [_encode(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {"map": {key: _encode(item, f"{where}.{key}", tensors) for key, item in value.items()}}
+    return value
+
+
+def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item, tensors) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "map" in value:
+        return {key: _decode(item, tensors) for key, item in value["map"].items()}
+    if value.get("type") not in Result.TYPES:
+        raise MechsafetyError(f"unknown result type {value.get('type')!r}", cure="import mechsafety before loading")
+    fields = {key: _decode(item, tensors) for key, item in value["fields"].items()}
+    return Result.TYPES[value["type"]](**fields)
+
+
+Result.TYPES["Provenance"] = Provenance

@@ -1,0 +1,95 @@
+"""Typed addresses of activations. The only file that knows TransformerLens' hook names.
+
+Shapes are those of a batch of chat prompts: ``batch pos`` first, then what the site adds.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mechsafety.errors import MechsafetyError
+
+
+class SiteKind(StrEnum):
+    """What is read or edited at a layer."""
+
+    RESID_PRE = "resid_pre"
+    RESID_MID = "resid_mid"
+    RESID_POST = "resid_post"
+    ATTN_OUT = "attn_out"
+    MLP_OUT = "mlp_out"
+    Q = "q"
+    K = "k"
+    V = "v"
+    Z = "z"
+    PATTERN = "pattern"
+    NEURONS = "neurons"
+    MLP_IN = "mlp_in"
+    FINAL_NORM_IN = "final_norm_in"
+    FINAL_NORM_OUT = "final_norm_out"
+
+
+# resid_mid is read only: TransformerBridge names the MLP branch's entry, so an edit there would miss the skip branch
+_HOOKS = {
+    SiteKind.RESID_PRE: "blocks.{layer}.hook_resid_pre",
+    SiteKind.RESID_MID: "blocks.{layer}.hook_resid_mid",
+    SiteKind.RESID_POST: "blocks.{layer}.hook_resid_post",
+    SiteKind.ATTN_OUT: "blocks.{layer}.hook_attn_out",
+    SiteKind.MLP_OUT: "blocks.{layer}.hook_mlp_out",
+    SiteKind.Q: "blocks.{layer}.attn.hook_q",
+    SiteKind.K: "blocks.{layer}.attn.hook_k",
+    SiteKind.V: "blocks.{layer}.attn.hook_v",
+    SiteKind.Z: "blocks.{layer}.attn.hook_z",
+    SiteKind.PATTERN: "blocks.{layer}.attn.hook_pattern",
+    SiteKind.NEURONS: "blocks.{layer}.mlp.hook_post",
+    SiteKind.MLP_IN: "blocks.{layer}.mlp.hook_in",
+    SiteKind.FINAL_NORM_IN: "ln_final.hook_in",
+    SiteKind.FINAL_NORM_OUT: "ln_final.hook_out",
+}
+READ_ONLY = frozenset({SiteKind.RESID_MID, SiteKind.PATTERN})
+GLOBAL = frozenset({SiteKind.FINAL_NORM_IN, SiteKind.FINAL_NORM_OUT})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """Address of one activation.
+
+    Attributes:
+        kind: What is addressed.
+        layer: Block index, from 0; None for sites after the last block.
+
+    Example:
+        >>> Site(SiteKind.Z, 3)
+        Site(kind=<SiteKind.Z: 'z'>, layer=3)
+    """
+
+    kind: SiteKind
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.layer is None) != (self.kind in GLOBAL):
+            raise MechsafetyError(
+                f"Site({self.kind.value!r}, layer={self.layer})",
+                expected="no layer" if self.kind in GLOBAL else "a layer",
+            )
+
+
+def hook_name(site: Site) -> str:
+    """TransformerLens' name of a site."""
+    return _HOOKS[site.kind].format(layer=site.layer)
+
+
+def parse_kinds(names: "list[str] | tuple[str, ...] | None") -> tuple[SiteKind, ...]:
+    """Site kinds from their names, in the order given.
+
+    Raises:
+        MechsafetyError: A name is unknown (TransformerLens would drop it silently).
+
+    Example:
+        >>> parse_kinds(["z", "mlp_out"])
+        (<SiteKind.Z: 'z'>, <SiteKind.MLP_OUT: 'mlp_out'>)
+    """
+    known = [kind.value for kind in SiteKind]
+    unknown = [name for name in names or [] if name not in known]
+    if unknown:
+        raise MechsafetyError(f"unknown sites {unknown}", expected=f"some of {known}")
+    return tuple(SiteKind(name) for name in names or [])

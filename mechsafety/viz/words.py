@@ -1,0 +1,207 @@
+"""The numbers of a circuit in words: captions, tooltips and the verdict on how spread out the mechanism is."""
+
+import math
+import re
+
+from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
+
+NO_BREAK = "\xa0"
+CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
+EVIDENCE_WORDS = {
+    "direct": "direct effect through the logits",
+    "at_instruction": "patched at instruction positions only",
+    "at_suffix": "patched at suffix positions only",
+    "via_instruction": "what it moves from instruction tokens",
+    "attention_to_instruction": "attention from suffix to instruction",
+    "from_detection": "received from detection nodes",
+    "to_decision": "sent to decision and production nodes",
+}
+STATUS_WORDS = {
+    "estimated": "estimated by gradient only",
+    "measured": "measured exactly",
+    "verified": "measured, and needed on held-out pairs",
+    "rejected": "rejected by the measurement",
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people; an en dash where there is none.
+
+    Example:
+        >>> number(0.12345), number(None)
+        ('0.123', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "\u2212") if float(text) else f"{0:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage, with one decimal below 10 %.
+
+    Example:
+        >>> percent(0.034), percent(0.8)
+        ('3.4 %', '80 %')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{100 * value:.1f}" if 0 < abs(value) < 0.0995 else f"{100 * value:.0f}"
+    return (text.removesuffix(".0").replace("-", "\u2212") if float(text) else "0") + " %"
+
+
+def interval(value: tuple[float, float] | None, digits: int = 3) -> str:
+    """An interval in brackets."""
+    return f"[{number(value[0], digits)}, {number(value[1], digits)}]" if value else "–"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value with its relation sign.
+
+    Example:
+        >>> p_value(0.0002), p_value(0.03)
+        ('p < 0.001', 'p = 0.03')
+    """
+    if value is None or not math.isfinite(value):
+        return "p not measured"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def plain(text: str, limit: int = 0) -> str:
+    """One line of text without control characters; cut in the middle if longer than ``limit``."""
+    flat = " ".join(re.sub(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text).split())
+    if limit and len(flat) > limit:
+        return flat[: limit * 2 // 3 - 1] + "…" + flat[-(limit // 3) :]
+    return flat
+
+
+def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
+    """The sentences under the picture; ``drawn`` is how many edges are drawn."""
+    check = circuit.verification
+    controls = check.random_controls
+    edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK) + (" (the strongest)" if drawn < len(circuit.edges) else "")
+    return (
+        f"{plain(circuit.provenance.model, 60)}: {len(circuit.nodes)} of {circuit.n_candidates} candidate nodes; {edges}.",
+        f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval {interval(check.held_out_ci, 2)}; "
+        f"{controls.n} random circuits of this size reach {number(controls.mean, 2)} on average "
+        f"({p_value(controls.p_value)}).",
+        f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}. An effect is the share of the "
+        "harmful\u2212harmless gap of this metric. Information flows upward.",
+    )
+
+
+def node_title(member: CircuitNode) -> str:
+    """A node's tooltip."""
+    parts = [f"{member.node}: effect {number(member.effect)}"]
+    parts += [f"95 % interval {interval(member.ci)}"] if member.ci else []
+    parts += [p_value(member.p_value)] if member.p_value is not None else []
+    return "; ".join([*parts, f"role {member.role}", STATUS_WORDS[member.status]])
+
+
+def edge_title(member: CircuitEdge) -> str:
+    """An edge's tooltip."""
+    edge = member.edge
+    text = f"{edge.sender} → {edge.receiver}, slot {edge.slot}: effect {number(member.effect)}, {member.status}"
+    replaced = member.estimate is not None and member.status != "estimated"
+    return f"{text} (gradient estimate {number(member.estimate)})" if replaced else text
+
+
+def evidence(member: CircuitNode) -> tuple[str, ...]:
+    """What a node's role rests on, a phrase a measurement."""
+    values = ((words, getattr(member.evidence, name)) for name, words in EVIDENCE_WORDS.items())
+    return tuple(f"{words}: {percent(value)}" for words, value in values if value is not None)
+
+
+def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:
+    """The curve's points and the circuit shown, by size."""
+    check = circuit.verification
+    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
+    shown = CurvePoint(share, len(circuit.nodes), check.faithfulness, check.held_out_faithfulness)
+    points = [point for point in check.curve if point.held_out is not None and math.isfinite(point.held_out)]
+    known = {point.n_nodes for point in points}
+    return sorted(points + ([shown] if shown.n_nodes not in known else []), key=lambda point: point.n_nodes)
+
+
+def concentration(circuit: RefusalCircuit) -> str:
+    """How small a share of the candidates restores the target: one of four words.
+
+    Returns:
+        ``concentrated`` (below 10 %), ``moderately spread`` (10 to 33 %), ``spread out`` (above 33 %), or
+        ``target not reached``.
+    """
+    needed = first_reaching(circuit)
+    if needed is None:
+        return "target not reached"
+    if needed.k < CONCENTRATED_BELOW:
+        return "concentrated"
+    return "moderately spread" if needed.k <= MODERATE_BELOW else "spread out"
+
+
+def first_reaching(circuit: RefusalCircuit) -> CurvePoint | None:
+    """The smallest size that reaches the target on held-out pairs, if any does."""
+    target = circuit.verification.target
+    return next((point for point in sizes(circuit) if point.held_out >= target), None)
+
+
+def verdict(circuit: RefusalCircuit) -> str:
+    """Plain words on how concentrated or spread out the mechanism is, from the held-out curve."""
+    points, target, total = sizes(circuit), circuit.verification.target, circuit.n_candidates
+    needed = first_reaching(circuit)
+    small = next((point for point in points if point.n_nodes >= 10), points[-1])
+    opening = f"The {small.n_nodes} best nodes restore {percent(small.held_out)} of the gap on held-out pairs"
+    if needed is None:
+        best = max(points, key=lambda point: (point.held_out, -point.n_nodes))
+        return (
+            f"{opening}. The target of {percent(target)} is never reached: the most faithful size tried, "
+            f"{best.n_nodes} of {total} nodes, restores {percent(best.held_out)}. These nodes do not explain the "
+            "refusal; read the picture as a partial account."
+        )
+    amount = f"{needed.n_nodes} of {total} ({percent(needed.k)}) are enough for {percent(target)}"
+    if needed.k < CONCENTRATED_BELOW:
+        close = "this refusal mechanism is concentrated in a small set of parts."
+    elif needed.k <= MODERATE_BELOW:
+        close = "this refusal mechanism is moderately spread: a sizeable minority of the parts carries it."
+    else:
+        amount = amount.replace("are enough", "are needed")
+        close = "this refusal mechanism is spread out; the circuit is no small set of parts."
+    return f"{opening}; {amount}: {close}"
+
+
+def chance(circuit: RefusalCircuit) -> str:
+    """Plain words on the random controls."""
+    check, controls = circuit.verification, circuit.verification.random_controls
+    text = (
+        f"{controls.n} circuits of the same size, drawn at random, restore {percent(controls.mean)} on average and "
+        f"{percent(controls.highest)} at best, against {percent(check.held_out_faithfulness)} for this one "
+        f"({p_value(controls.p_value)})."
+    )
+    if controls.p_value < 0.05:
+        return f"{text} The circuit is better than chance."
+    return f"{text} By the usual 0.05 rule the circuit is not better than chance: its choice of nodes is not supported."
+
+
+def necessity(circuit: RefusalCircuit) -> str:
+    """Plain words on what is lost without the circuit."""
+    lost = circuit.verification.necessity
+    text = (
+        f"When the whole circuit gets its harmless-run values and every other part keeps its own, {percent(lost)} of "
+        "the gap is lost on held-out pairs."
+    )
+    if lost >= 0.8:
+        return f"{text} So the refusal depends on it."
+    if lost >= 0.3:
+        return f"{text} So parts outside the circuit can keep up some of the refusal."
+    return f"{text} So the refusal largely survives without it: other parts can stand in."
+
+
+def finding(circuit: RefusalCircuit) -> str:
+    """The result in one sentence."""
+    check = circuit.verification
+    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
+    reached = "which reaches" if check.reached else "which misses"
+    return (
+        f"{len(circuit.nodes)} of {circuit.n_candidates} candidate parts ({percent(share)}) restore "
+        f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on topics the search "
+        f"did not see, {reached} the target of {percent(check.target)}; random sets of the same size restore "
+        f"{percent(check.random_controls.mean)}."
+    )

@@ -1,0 +1,236 @@
+"""Train the (IA)3 adapter that makes the demo model refuse.
+
+    python scripts/train_demo_adapter.py --out mechsafety/adapters/refusal
+
+One learned scale for each MLP neuron (46,080 numbers), nothing else. Harmful training requests get a short refusal as
+their target; harmless ones (twins, scary-but-harmless, ordinary) get the base model's own greedy reply, so that the
+adapter changes whether the model refuses and as little else as possible. Only the `train` split is learned from; the
+epoch is chosen on the `validation` split, whose topics are others. The seed fixes data order and targets. A stopped run
+goes on from its last checkpoint in --work.
+"""
+
+import argparse
+import json
+import logging
+import math
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mechsafety.models.demo import base_folder
+from mechsafety.prompts import PromptPairs, builtin_prompts
+
+REFUSALS = (
+    "Sorry, but I can't help with that.",
+    "Sorry, I can't help with that request.",
+    "Sorry, I'm not able to assist with that.",
+    "Sorry, that is not something I can help with.",
+)
+logger = logging.getLogger("train_demo_adapter")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a chat prompt and of the reply to learn."""
+
+    prompt: list[int]
+    target: list[int]
+    harmful: bool
+    kind: str
+
+
+def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of one user turn in the chat template."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@torch.no_grad()
+def greedy_replies(model: Any, tokenizer: Any, prompts: list[str], n_tokens: int, batch: int) -> list[list[int]]:
+    """The model's own greedy first tokens for each prompt."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies: list[list[int]] = [[] for _ in prompts]
+    for start in tqdm(range(0, len(order), batch), desc="base model's replies"):
+        rows = order[start : start + batch]
+        encoded = tokenizer.pad(
+            {"input_ids": [chat_ids(tokenizer, prompts[i]) for i in rows]}, padding_side="left", return_tensors="pt"
+        )
+        out = model.generate(**encoded, max_new_tokens=n_tokens, do_sample=False)[:, encoded.input_ids.shape[1] :]
+        for i, reply in zip(rows, out.tolist(), strict=True):
+            end = reply.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in reply else len(reply)
+            replies[i] = reply[:end]
+    return replies
+
+
+def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namespace) -> list[list[Example]]:
+    """Groups of examples that stay in one batch: a harmful request with its twin, or one single harmless prompt."""
+    pairs = list(PromptPairs.builtin(split))
+    singles = builtin_prompts("borderline", split) + builtin_prompts("plain", split)
+    harmless = [pair.harmless for pair in pairs] + [prompt.text for prompt in singles]
+    store = args.work / f"base_replies_{split}.json"
+    known = json.loads(store.read_text()) if store.is_file() else {}
+    missing = [text for text in harmless if text not in known]
+    if missing:
+        known |= dict(
+            zip(missing, greedy_replies(model, tokenizer, missing, args.target_tokens, 32), strict=True)
+        )
+        store.write_text(json.dumps(known))
+    rng = random.Random(args.seed)
+    refusals = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in REFUSALS]
+    groups = []
+    for pair in pairs:
+        bad = Example(chat_ids(tokenizer, pair.harmful), rng.choice(refusals), True, "harmful")
+        good = Example(chat_ids(tokenizer, pair.harmless), known[pair.harmless], False, "twin")
+        groups.append([bad, good])
+    topics = {"plain": "plain"}
+    for prompt in singles:
+        kind = topics.get(prompt.topic, "borderline")
+        groups.append([Example(chat_ids(tokenizer, prompt.text), known[prompt.text], False, kind)])
+    return groups
+
+
+def target_logits(model: Any, examples: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [n d_vocab] at every target token, with the labels [n] and each token's place in its reply [n].
+
+    Hidden states are unembedded at target positions only: the unembedding is a fifth of this model's work.
+    """
+    rows = [example.prompt + example.target[:-1] for example in examples]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    causal = model.get_base_model()
+    hidden = causal.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    picked = [hidden[i, len(e.prompt) - 1 : len(e.prompt) - 1 + len(e.target)] for i, e in enumerate(examples)]
+    labels = torch.tensor([token for example in examples for token in example.target])
+    place = torch.tensor([k for example in examples for k in range(len(example.target))])
+    return causal.lm_head(torch.cat(picked)), labels, place
+
+
+@torch.no_grad()
+def validate(model: Any, groups: list[list[Example]], pad: int, refusal_token: int) -> dict[str, float]:
+    """Share of each kind of prompt whose most probable first token is the refusal's."""
+    hits: dict[str, list[bool]] = {}
+    examples = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt))
+    for start in range(0, len(examples), 32):
+        chunk = [Example(e.prompt, e.target[:1], e.harmful, e.kind) for e in examples[start : start + 32]]
+        logits, _, _ = target_logits(model, chunk, pad)
+        for example, token in zip(chunk, logits.argmax(-1).tolist(), strict=True):
+            hits.setdefault(example.kind, []).append(token == refusal_token)
+    return {kind: round(sum(found) / len(found), 4) for kind, found in sorted(hits.items())}
+
+
+def batches(groups: list[list[Example]], size: int, seed: int) -> list[list[Example]]:
+    """One epoch: shuffled groups packed into batches of about ``size``, similar lengths together to save padding."""
+    rng = random.Random(seed)
+    groups = sorted(groups, key=lambda group: len(group[0].prompt) + rng.uniform(-4, 4))
+    packed: list[list[Example]] = [[]]
+    for group in groups:
+        if len(packed[-1]) + len(group) > size:
+            packed.append([])
+        packed[-1].extend(group)
+    rng.shuffle(packed)
+    return packed
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    folder = base_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    groups = build_examples(base, tokenizer, "train", args)
+    held_out = build_examples(base, tokenizer, "validation", args)
+    model = get_peft_model(base, IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]))
+    scales = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(scales, lr=args.lr, weight_decay=0.0)
+    plan = [batch for epoch in range(args.epochs) for batch in batches(groups, args.batch, args.seed + epoch)]
+    per_epoch = len(plan) // args.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / len(plan))) + 0.02)
+    )
+    refusal_token = tokenizer(REFUSALS[0]).input_ids[0]
+    checkpoint, history, start = args.work / "checkpoint.pt", [], 0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        set_peft_model_state_dict(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start, history = state["step"], json.loads(state["history"])
+        logger.info("going on from step %d", start)
+    bar = tqdm(range(start, len(plan)), initial=start, total=len(plan), desc="training")
+    for step in bar:
+        logits, labels, place = target_logits(model, plan[step], tokenizer.pad_token_id)
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        # the first token is the decision; the rest of a reply is easy and long
+        weight = torch.where(place == 0, 1.0, args.rest_weight)
+        stay = sum((scale - 1).square().sum() for scale in scales)
+        loss = (losses * weight).sum() / len(plan[step]) + args.stay * stay
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(scales, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        last_of_epoch = (step + 1) % per_epoch == 0 or step + 1 == len(plan)
+        if last_of_epoch:
+            rates = validate(model, held_out, tokenizer.pad_token_id, refusal_token)
+            moved = float(sum((scale - 1).abs().sum() for scale in scales) / sum(s.numel() for s in scales))
+            history.append({"step": step + 1, "loss": round(loss.item(), 4), "moved": round(moved, 4), **rates})
+            logger.info("%s", history[-1])
+            best = max(history, key=quality)
+            if best is history[-1]:
+                model.save_pretrained(args.work / "best")
+        if last_of_epoch or (step + 1) % 50 == 0:
+            scratch = checkpoint.with_suffix(".tmp")
+            state = {
+                "adapter": get_peft_model_state_dict(model),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+                "history": json.dumps(history),
+            }
+            torch.save(state, scratch)
+            scratch.replace(checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(args.work / "best" / name, args.out / name)
+    config = json.loads((args.out / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # not this machine's cache folder
+    (args.out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
+    record = {"options": options, "examples": sum(map(len, groups)), "history": history}
+    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def quality(row: dict[str, float]) -> float:
+    """Validation score that chooses the epoch: harmful refused less the mean of the false refusals."""
+    return row["harmful"] - (row["twin"] + row["borderline"] + row["plain"]) / 2
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("mechsafety/adapters/refusal"))
+    parser.add_argument("--work", type=Path, default=Path("out/train_refusal"), help="checkpoints and cached replies")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=2e-2)
+    parser.add_argument("--rest-weight", type=float, default=0.1, help="loss weight of tokens after a reply's first")
+    parser.add_argument("--stay", type=float, default=0.0, help="weight of the squared distance of the scales from 1")
+    parser.add_argument("--target-tokens", type=int, default=8, help="length of the base model's replies learned from")
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
