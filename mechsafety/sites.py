@@ -21,6 +21,7 @@ class SiteKind(StrEnum):
     K = "k"
     V = "v"
     Z = "z"
+    SCORES = "scores"
     PATTERN = "pattern"
     NEURONS = "neurons"
     MLP_IN = "mlp_in"
@@ -39,6 +40,7 @@ _HOOKS = {
     SiteKind.K: "blocks.{layer}.attn.hook_k",
     SiteKind.V: "blocks.{layer}.attn.hook_v",
     SiteKind.Z: "blocks.{layer}.attn.hook_z",
+    SiteKind.SCORES: "blocks.{layer}.attn.hook_attn_scores",
     SiteKind.PATTERN: "blocks.{layer}.attn.hook_pattern",
     SiteKind.NEURONS: "blocks.{layer}.mlp.hook_post",
     SiteKind.MLP_IN: "blocks.{layer}.mlp.hook_in",

@@ -115,6 +115,11 @@ def target_logits(model: Any, examples: list[Example], pad: int) -> tuple[torch.
     return causal.lm_head(torch.cat(picked)), labels, place
 
 
+def of_harmful(examples: list[Example], weight: float) -> torch.Tensor:
+    """Loss weight of every target token: harmless prompts are three times as many as harmful ones."""
+    return torch.tensor([weight if e.harmful else 1.0 for e in examples for _ in e.target])
+
+
 @torch.no_grad()
 def validate(model: Any, groups: list[list[Example]], pad: int, refusal_token: int) -> dict[str, float]:
     """Share of each kind of prompt whose most probable first token is the refusal's."""
@@ -172,7 +177,7 @@ def train(args: argparse.Namespace) -> None:
         logits, labels, place = target_logits(model, plan[step], tokenizer.pad_token_id)
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         # the first token is the decision; the rest of a reply is easy and long
-        weight = torch.where(place == 0, 1.0, args.rest_weight)
+        weight = torch.where(place == 0, 1.0, args.rest_weight) * of_harmful(plan[step], args.harmful_weight)
         stay = sum((scale - 1).square().sum() for scale in scales)
         loss = (losses * weight).sum() / len(plan[step]) + args.stay * stay
         optimizer.zero_grad()
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--rest-weight", type=float, default=0.1, help="loss weight of tokens after a reply's first")
+    parser.add_argument("--harmful-weight", type=float, default=2.0, help="loss weight of harmful examples")
     parser.add_argument("--stay", type=float, default=0.0, help="weight of the squared distance of the scales from 1")
     parser.add_argument("--target-tokens", type=int, default=8, help="length of the base model's replies learned from")
     parser.add_argument("--seed", type=int, default=0)

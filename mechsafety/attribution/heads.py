@@ -112,21 +112,25 @@ def head_attribution(
         def through(part: "Tensor") -> "Tensor":
             return einsum(norm(part) - zero, direction, "... prompt d_model, prompt d_model -> ... prompt")
 
-        heads = torch.stack([through(_head_out(model, cache, layer)) for layer in range(model.n_layers)])
+        heads = through(_heads_out(model, cache))
         mlps = through(cache.mlp_out[:, :, -1])
         embed = through(cache.resid[0, :, -1])
         total = metric(logits)
-        rest = total - heads.sum((0, 1)) - mlps.sum(0) - embed
-        _check_sum(model, cache, rest, through, reads, shift, metric)
+        biases = through(cache.attn_out[:, :, -1].float() - _heads_out(model, cache).sum(1)).sum(0)
+        rest = biases + (reads * shift).sum(-1) + metric(torch.zeros_like(logits))
     provenance = model.provenance(options={"steps": steps, "prompts": len(total)})
     return HeadAttribution(provenance, metric.to_json(), heads, mlps, embed, rest, total)
 
 
-def _head_out(model: "LensModel", cache: ActivationCache, layer: int) -> "Float[Tensor, 'head prompt d_model']":
+def _heads_out(model: "LensModel", cache: ActivationCache) -> "Float[Tensor, 'layer head prompt d_model']":
+    """Head outputs at the last position only: all positions at once would be the cache's largest tensor."""
+    import torch
+
+    weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
     return einsum(
-        cache.z[layer, :, :, -1].float(),
-        model.W_O(layer).float(),
-        "head prompt d_head, head d_head d_model -> head prompt d_model",
+        cache.z[:, :, :, -1].float(),
+        weights,
+        "layer head prompt d_head, layer head d_head d_model -> layer head prompt d_model",
     )
 
 

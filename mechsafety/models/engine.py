@@ -133,7 +133,9 @@ def run_from(
     layer: int,
     resid: "Float[Tensor, 'row pos d_model']",
     hooks: Sequence[Hook] = (),
-) -> "Float[Tensor, 'row d_vocab']":
+    *,
+    stop: int | None = None,
+) -> "Float[Tensor, 'row ...']":
     """Next-token logits when the residual stream before block ``layer`` is ``resid`` and ``hooks`` edit what follows.
 
     Args:
@@ -142,19 +144,20 @@ def run_from(
         layer: First block to run; ``n_layers`` runs the final norm and the unembedding only.
         resid: Input of that block. Gradients flow through it under grad mode.
         hooks: Edits, as for `LensModel.hooks`.
+        stop: Block before which to stop, for its input instead of logits.
 
     Returns:
-        Logits in float32 at the last position.
+        Logits [row d_vocab] in float32 at the last position; with ``stop`` the residual stream [row pos d_model].
     """
     variants = resid.shape[0] // len(base)
     hidden = resid
     with model.hooks(hooks):
         cache = _cache(model, base.prefix, variants) if base.start else None
-        for index in range(layer, model.n_layers):
+        for index in range(layer, model.n_layers if stop is None else stop):
             call = base.calls[index].expand(len(base), variants, cache)
             hidden = model.bridge.blocks[index](hidden, *call.args, **call.kwargs)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return unembed(model, hidden[:, -1:])[:, 0]
+        return hidden if stop is not None else unembed(model, hidden[:, -1:])[:, 0]
 
 
 def unembed(model: "LensModel", resid: "Float[Tensor, '*rows d_model']") -> "Float[Tensor, '*rows d_vocab']":

@@ -39,10 +39,10 @@ def attention_html(examples: Sequence[AttentionExample]) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its white space made visible; other control characters become U+FFFD.
+    r"""A token with its white space made visible; other control characters become U+FFFD.
 
     Example:
-        >>> visible(" a\\n")
+        >>> visible(" a\n")
         '·a⏎'
     """
     return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
@@ -68,7 +68,7 @@ def _figure(example: AttentionExample) -> str:
     data = safe_json(props)
     name = hashlib.sha256(data.encode()).hexdigest()[:12]
     return (
-        f'<figure><figcaption>{html.escape(plain(example.prompt))}</figcaption>'
+        f"<figure><figcaption>{html.escape(plain(example.prompt))}</figcaption>"
         f'<div class="attention-figure" id="attention-{name}" data-props></div>'
         f'<script type="application/json">{data}</script></figure>'
     )

@@ -21,7 +21,7 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
     """Every head and MLP by layer: the exact effect where it was measured, the gradient estimate elsewhere.
 
     Estimated cells carry a small circle; nodes of the circuit are framed. Without ``circuit.details`` only the
-    circuit's own nodes are shown. Neurons are left out.
+    circuit's own nodes are shown. Neurons are left out. Colours saturate at the 99th percentile of |effect|.
 
     Returns:
         A figure, not shown.
@@ -59,9 +59,10 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
     )
     height = max(260, min(900, 110 + 19 * n_layers))
     mark = max(6, min(15, round((height - 110) / n_layers * 0.72)))
+    guesses = [score for score in scores if score.effect is None]
     groups = (
         ("node of the circuit", [s for s in scores if s.in_circuit], {"symbol": "square-open", "size": mark}, INK),
-        ("gradient estimate only", [s for s in scores if s.effect is None], {"symbol": "circle-open", "size": 4}, MUTED),
+        ("gradient estimate only", guesses, {"symbol": "circle-open", "size": 4}, MUTED),
     )
     for name, group, symbol, colour in groups:
         figure.add_scatter(
@@ -75,7 +76,10 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
         )
     _style(figure, height)
     figure.update_xaxes(title_text="head, or the layer's MLP", showgrid=False, side="bottom", type="category")
-    figure.update_yaxes(title_text="layer", showgrid=False, dtick=1 if n_layers <= 12 else 5)
+    figure.update_xaxes(range=[-0.5, n_heads + 0.5])
+    ticks = 1 if n_layers <= 12 else 5
+    figure.update_yaxes(title_text="layer", showgrid=False, dtick=ticks, range=[-0.5, n_layers - 0.5])
+    figure.update_layout(plot_bgcolor="#F1F3F5")
     return figure
 
 
@@ -133,7 +137,7 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
         mode="markers",
         name=f"{controls.n} random circuits: mean, highest",
         marker={"size": 10, "symbol": "x-thin", "color": MUTED, "line": {"width": 2.4, "color": MUTED}},
-        hovertemplate=f"random circuits: mean {number(controls.mean)}, highest {number(controls.highest)}<extra></extra>",
+        hovertemplate=f"random: mean {number(controls.mean)}, highest {number(controls.highest)}<extra></extra>",
     )
     ends = [point.n_nodes for point in points] + [size]
     wide = [math.log10(min(ends) * 0.85), math.log10(max(ends) * 1.2)]

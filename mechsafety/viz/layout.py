@@ -29,6 +29,7 @@ from mechsafety.viz.marks import (
 COMPACT_ABOVE = 60
 STATIC_EDGES = 60
 WIDE_MODEL = 12
+NARROW = 46.0
 LEFT, RIGHT, TOP, BAR, HEADER, BREAK = 54.0, 30.0, 14.0, 24.0, 24.0, 24.0
 BADGE_STEP, BADGE_LINE, BADGES_A_LINE = 46.0, 19.0, 5
 
@@ -116,7 +117,7 @@ def _grid(circuit: RefusalCircuit, members: dict[Node, CircuitNode]) -> Grid:
     mlp = LEFT + 12 + step * len(columns) + (82.0 if columns else step / 2)
     neurons = mlp + 68.0 if any(node.kind == "neuron" for node in members) else None
     badges = max((sum(node.kind == "neuron" for node in nodes) for nodes in used.values()), default=0)
-    right = mlp + step / 2 if neurons is None else neurons + BADGE_STEP * (min(badges, BADGES_A_LINE) - 0.5)
+    right = mlp + max(step / 2, 30.0) if neurons is None else neurons + BADGE_STEP * (min(badges, BADGES_A_LINE) - 0.5)
     y = TOP + BAR + HEADER + 6
     rows: dict[int, float] = {}
     breaks: list[tuple[float, str]] = []
@@ -126,9 +127,10 @@ def _grid(circuit: RefusalCircuit, members: dict[Node, CircuitNode]) -> Grid:
             empty.append(layer)
             continue
         if empty:
-            span = f"L{empty[0]}" if len(empty) == 1 else f"L{empty[-1]} to L{empty[0]}"
-            breaks.append((y + BREAK / 2, f"{span}: no node of the circuit"))
-            y, empty = y + BREAK, []
+            text = f"L{empty[-1]} to L{empty[0]}: no node of the circuit" if len(empty) > 1 else ""
+            height = BREAK if text else BREAK / 2
+            breaks.append((y + height / 2, text))
+            y, empty = y + height, []
         if layer >= 0:
             lines = math.ceil(sum(node.kind == "neuron" for node in used[layer]) / BADGES_A_LINE)
             height = max(28.0 if full else 46.0, BADGE_LINE * lines + 8)
@@ -150,20 +152,22 @@ def _node_marks(grid: Grid, members: dict[Node, CircuitNode]) -> list[NodeMark]:
         strength = math.sqrt(magnitude(member.effect) / largest)
         scale = 0.8 + 0.2 * strength
         width, height = grid.cell[0] * scale, grid.cell[1] * scale
+        # In narrow columns the layer is read off the row.
+        short = f"{node.index}" if grid.step < NARROW else f"{node.layer}.{node.index}"
         if node.kind == "head" and node.layer is not None and node.index is not None:
             place = grid.heads[node.index], grid.rows[node.layer]
-            marks.append(_mark(member, *place, width, height, f"{node.layer}.{node.index}", grid.font, strength))
+            marks.append(_mark(member, *place, width, height, short, grid.font, strength))
         elif node.kind == "mlp" and node.layer is not None:
-            marks.append(
-                _mark(member, grid.mlp, grid.rows[node.layer], width, height, f"M{node.layer}", grid.font, strength)
-            )
+            width = max(grid.cell[0], 46.0) * scale
+            place = grid.mlp, grid.rows[node.layer]
+            marks.append(_mark(member, *place, width, height, f"M{node.layer}", grid.font, strength))
         elif node.kind == "neuron" and node.layer is not None:
             neurons[node.layer].append(member)
     for layer, row in neurons.items():
         row.sort(key=lambda member: member.node.order)
         lines = math.ceil(len(row) / BADGES_A_LINE)
-        for place, member in enumerate(row):
-            down, across = divmod(place, BADGES_A_LINE)
+        for position, member in enumerate(row):
+            down, across = divmod(position, BADGES_A_LINE)
             x = (grid.neurons or 0.0) + BADGE_STEP * across
             y = grid.rows[layer] + BADGE_LINE * (down - (lines - 1) / 2)
             strength = math.sqrt(magnitude(member.effect) / largest)
@@ -202,7 +206,7 @@ def _decoration(grid: Grid, places: dict[Node, NodeMark]) -> tuple[tuple[Shape, 
     for y, text in grid.breaks:
         zigzag = [(grid.left + 6 * place, y + (3 if place % 2 else -3)) for place in range(6)]
         shapes.append(Shape(line(*zigzag), None, MUTED, 1.0))
-        labels.append(Label(grid.left + 42, y + 3.5, text, 10, "start", MUTED))
+        labels += [Label(grid.left + 42, y + 3.5, text, 10, "start", MUTED)] if text else []
     tops = (grid.logits + BAR / 2 + 17, grid.embed - BAR / 2 - 8)
     for y in tops:
         labels += [Label(x, y, f"H{index}", 11, "middle", MUTED) for index, x in grid.heads.items()]

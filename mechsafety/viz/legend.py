@@ -51,7 +51,7 @@ def legend_and_caption(
             labels.append(Label(x, y + 4, note, SIZE, "start", MUTED))
         y += LEAD
     y += 8
-    letters = int((width - 2 * MARGIN) / (0.52 * SIZE))
+    letters = int((width - 2 * MARGIN) / (0.57 * SIZE))
     for place, sentence in enumerate(caption(circuit, drawn)):
         for text in textwrap.wrap(sentence, letters):
             labels.append(Label(MARGIN, y + 4, text, SIZE, "start", INK if place < 2 else MUTED, place == 0))

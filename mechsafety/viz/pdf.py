@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 INCH, POINT = 96.0, 0.75  # pixels an inch, points a pixel
 NARROWER = 0.9  # DejaVu Sans runs wider than the fonts the layout reckons with
-SETTINGS: dict[str, Any] = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
+SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 
 def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str]) -> FilePath:

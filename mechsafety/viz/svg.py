@@ -69,8 +69,8 @@ def _text(label: Label) -> str:
 def _edge(mark: EdgeMark) -> str:
     member, edge = mark.member, mark.member.edge
     data = (
-        f"data-from={quoteattr(str(edge.sender))} data-to={quoteattr(str(edge.receiver))} data-slot={quoteattr(edge.slot)} "
-        f'data-effect="{_raw(member.effect)}" data-status={quoteattr(member.status)}'
+        f"data-from={quoteattr(str(edge.sender))} data-to={quoteattr(str(edge.receiver))} "
+        f'data-slot={quoteattr(edge.slot)} data-effect="{_raw(member.effect)}" data-status={quoteattr(member.status)}'
     )
     return f'<g class="edge" {data}><title>{escape(edge_title(member))}</title>{_path(mark.shape)}</g>'
 

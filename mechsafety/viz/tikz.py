@@ -27,7 +27,7 @@ SPECIAL = {
     "`": r"\textasciigrave{}",
     "-": r"{-}",
     "\u2212": r"\ensuremath{-}",
-    "–": r"--",
+    "\u2013": r"--",
     "…": r"\dots{}",
     "→": r"\ensuremath{\rightarrow}",
 }
@@ -62,9 +62,10 @@ def circuit_tikz(circuit: RefusalCircuit) -> str:
     named = [*shapes, *(mark.shape for mark in layout.nodes)]
     colours = {colour for shape in named for colour in (shape.fill, shape.stroke) if colour}
     colours |= {label.colour for label in [*labels, *(mark.label for mark in layout.nodes if mark.label)]}
+    width, height = 0.75 * layout.width, 0.75 * layout.height
     lines = [
         f"% Refusal circuit of {tex(plain(circuit.provenance.model))}",
-        HEAD.rstrip().replace("WIDTH", f"{0.75 * layout.width + 5:.1f}").replace("HEIGHT", f"{0.75 * layout.height + 8:.1f}"),
+        HEAD.rstrip().replace("WIDTH", f"{width + 5:.1f}").replace("HEIGHT", f"{height + 8:.1f}"),
         *(rf"\definecolor{{{_colour(colour)}}}{{HTML}}{{{colour[1:].upper()}}}" for colour in sorted(colours)),
         r"\begin{document}",
         r"\begin{tikzpicture}[x=0.75pt, y=-0.75pt, inner sep=0pt]",
@@ -77,11 +78,11 @@ def circuit_tikz(circuit: RefusalCircuit) -> str:
 
 
 def tex(text: str) -> str:
-    """Text escaped for LaTeX; what pdflatex's T1 fonts lack becomes its plain letter, or a question mark.
+    r"""Text escaped for LaTeX; what pdflatex's T1 fonts lack becomes its plain letter, or a question mark.
 
     Example:
-        >>> tex("50 % of a_b")
-        '50 \\\\% of a\\\\_b'
+        >>> print(tex("50 % of a_b"))
+        50 \% of a\_b
     """
     return "".join(SPECIAL.get(char) or (char if " " <= char <= "~" else _plain_letter(char)) for char in text)
 

@@ -5,7 +5,7 @@ import re
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
 
-NO_BREAK = "\xa0"
+NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
 EVIDENCE_WORDS = {
     "direct": "direct effect through the logits",
@@ -28,11 +28,11 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number for people; an en dash where there is none.
 
     Example:
-        >>> number(0.12345), number(None)
-        ('0.123', '–')
+        >>> number(0.12345), number(0.5, 1)
+        ('0.123', '0.5')
     """
     if value is None or not math.isfinite(value):
-        return "–"
+        return DASH
     text = f"{value:.{digits}f}"
     return text.replace("-", "\u2212") if float(text) else f"{0:.{digits}f}"
 
@@ -45,14 +45,14 @@ def percent(value: float | None) -> str:
         ('3.4 %', '80 %')
     """
     if value is None or not math.isfinite(value):
-        return "–"
+        return DASH
     text = f"{100 * value:.1f}" if 0 < abs(value) < 0.0995 else f"{100 * value:.0f}"
     return (text.removesuffix(".0").replace("-", "\u2212") if float(text) else "0") + " %"
 
 
 def interval(value: tuple[float, float] | None, digits: int = 3) -> str:
     """An interval in brackets."""
-    return f"[{number(value[0], digits)}, {number(value[1], digits)}]" if value else "–"
+    return f"[{number(value[0], digits)}, {number(value[1], digits)}]" if value else DASH
 
 
 def p_value(value: float | None) -> str:
@@ -79,12 +79,14 @@ def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
     """The sentences under the picture; ``drawn`` is how many edges are drawn."""
     check = circuit.verification
     controls = check.random_controls
-    edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK) + (" (the strongest)" if drawn < len(circuit.edges) else "")
+    edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
+    edges += " (the strongest)" if drawn < len(circuit.edges) else ""
+    model = plain(circuit.provenance.model, 60)
     return (
-        f"{plain(circuit.provenance.model, 60)}: {len(circuit.nodes)} of {circuit.n_candidates} candidate nodes; {edges}.",
-        f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval {interval(check.held_out_ci, 2)}; "
-        f"{controls.n} random circuits of this size reach {number(controls.mean, 2)} on average "
-        f"({p_value(controls.p_value)}).",
+        f"{model}: {len(circuit.nodes)} of {circuit.n_candidates} candidate nodes; {edges}.",
+        f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
+        f"{interval(check.held_out_ci, 2)}; {controls.n} random circuits of this size reach "
+        f"{number(controls.mean, 2)} on average ({p_value(controls.p_value).replace(' ', NO_BREAK)}).",
         f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}. An effect is the share of the "
         "harmful\u2212harmless gap of this metric. Information flows upward.",
     )
@@ -148,7 +150,8 @@ def verdict(circuit: RefusalCircuit) -> str:
     points, target, total = sizes(circuit), circuit.verification.target, circuit.n_candidates
     needed = first_reaching(circuit)
     small = next((point for point in points if point.n_nodes >= 10), points[-1])
-    opening = f"The {small.n_nodes} best nodes restore {percent(small.held_out)} of the gap on held-out pairs"
+    best_ones = f"{small.n_nodes} best nodes restore" if small.n_nodes > 1 else "best node restores"
+    opening = f"The {best_ones} {percent(small.held_out)} of the gap on held-out pairs"
     if needed is None:
         best = max(points, key=lambda point: (point.held_out, -point.n_nodes))
         return (

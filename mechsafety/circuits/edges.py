@@ -1,0 +1,272 @@
+"""Edges between nodes: gradient estimates of every direct path, exact measurements of the strongest.
+
+Both work on the model's own graph (no weight is read), so grouped queries, rotary embeddings, query-key norms and
+parallel blocks need no cases of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from einops import einsum, rearrange, repeat
+
+from mechsafety.circuits.circuit import CircuitEdge
+from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
+from mechsafety.nodes import Edge, Node
+from mechsafety.patching.masks import PairRuns
+from mechsafety.sites import Site, SiteKind
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from mechsafety.metrics import RefusalLogOdds
+    from mechsafety.models import LensModel
+
+_SLOT_SITE = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
+
+
+def node_outputs(
+    model: "LensModel", run: BaseRun, nodes: Sequence[Node]
+) -> "Float[Tensor, 'node batch pos d_model']":
+    """What each head or MLP writes to the residual stream in a stored run."""
+    import torch
+
+    rows = []
+    for node in nodes:
+        if node.kind == "head":
+            z = run.acts[SiteKind.Z][node.layer][:, :, node.index].float()
+            weight = model.W_O(node.layer or 0)[node.index].float()
+            rows.append(einsum(z, weight, "batch pos d_head, d_head d_model -> batch pos d_model"))
+        else:
+            rows.append(run.acts[SiteKind.MLP_OUT][node.layer].float())
+    return torch.stack(rows)
+
+
+def estimate_edges(
+    model: "LensModel", runs: PairRuns, metric: "RefusalLogOdds", nodes: Sequence[Node], *, steps: int = 5
+) -> list[CircuitEdge]:
+    """Edge attribution (EAP, Syed et al. 2023) between the given nodes and into the logits.
+
+    Score of u -> v: (output of u, harmful less harmless) . (gradient of the metric in v's input), summed over positions,
+    averaged over prompts, as a share of the gap. The gradient is averaged over ``steps`` blends of the two runs, every
+    node's value interpolated (as in `node_attribution`), which is steadier than one gradient at the harmful run.
+
+    Args:
+        model: The model; head outputs must add up (no norm after attention).
+        runs: Stored runs.
+        metric: What is attributed.
+        nodes: Heads and MLPs; edges among them and from them to the logits are scored.
+        steps: Blends.
+
+    Returns:
+        All edges that run with the order of computation, strongest first.
+    """
+    ordered = sorted(nodes, key=lambda node: node.order)
+    change = node_outputs(model, runs.harmful, ordered) - node_outputs(model, runs.harmless, ordered)
+    harmful, harmless = runs.scores(metric)
+    gap = float((harmful - harmless).mean()) * len(harmful)
+    slots = [("logits", Node("logits"))] + [
+        (slot, node) for node in ordered for slot in (("q", "k", "v") if node.kind == "head" else ("mlp",))
+    ]
+    totals: dict[Edge, float] = {}
+    for step in range(steps):
+        alpha = (step + 0.5) / steps
+        inputs = _input_gradients(model, runs, metric, slots, alpha)
+        for (slot, node), gradient in inputs.items():
+            earlier = [k for k, sender in enumerate(ordered) if _reaches(sender, node, model)]
+            if not earlier:
+                continue
+            scores = einsum(change[earlier], gradient.float(), "node batch pos d, batch pos d -> node") / gap / steps
+            if slot != "logits":
+                scores = scores / alpha  # the receiver's own output is blended too, which an edge's effect is not
+            for k, score in zip(earlier, scores.tolist(), strict=True):
+                edge = Edge(ordered[k], node, "resid" if slot == "logits" else slot)
+                totals[edge] = totals.get(edge, 0.0) + score
+    found = [CircuitEdge(edge, score, "estimated", score) for edge, score in totals.items()]
+    return sorted(found, key=lambda e: (-abs(e.effect), e.edge.sender.order, e.edge.receiver.order, e.edge.slot))
+
+
+def measure_edges(
+    model: "LensModel", runs: PairRuns, metric: "RefusalLogOdds", edges: Sequence[CircuitEdge]
+) -> list[CircuitEdge]:
+    """Exact effect of single edges (path patching, Wang et al. 2022, with everything else frozen up to the receiver).
+
+    Sender u's change (harmless less harmful) is added to the input of receiver v's slot alone; v's output is recomputed
+    from it; the rest of the model runs on live. The effect is the share of the gap lost.
+    """
+    import torch
+
+    harmful, harmless = runs.scores(metric)
+    gap = float((harmful - harmless).mean())
+    groups: dict[tuple[int, str], list[int]] = {}
+    for index, member in enumerate(edges):
+        layer = model.n_layers if member.edge.receiver.kind == "logits" else member.edge.receiver.layer
+        groups.setdefault((layer or 0, member.edge.slot), []).append(index)
+    effects = [0.0] * len(edges)
+    size = max_variants(runs.harmful)
+    with torch.no_grad():
+        for (layer, slot), members in groups.items():
+            for first in range(0, len(members), size):
+                chunk = members[first : first + size]
+                scores = metric(_edge_logits(model, runs, layer, slot, [edges[k].edge for k in chunk]))
+                lost = (harmful - split_rows(scores, len(chunk))).mean(1) / gap
+                for k, effect in zip(chunk, lost.tolist(), strict=True):
+                    effects[k] = effect
+    return [
+        CircuitEdge(member.edge, effect, "measured", member.estimate)
+        for member, effect in zip(edges, effects, strict=True)
+    ]
+
+
+def _edge_logits(
+    model: "LensModel", runs: PairRuns, layer: int, slot: str, edges: Sequence[Edge]
+) -> "Float[Tensor, 'row d_vocab']":
+    base = runs.harmful
+    senders = [edge.sender for edge in edges]
+    change = node_outputs(model, runs.harmless, senders) - node_outputs(model, base, senders)
+    delta = rearrange(change, "variant batch pos d -> (variant batch) pos d").to(base.resid.dtype)
+    resid = expand_rows(base.resid[layer], len(edges))
+    if layer == model.n_layers:
+        return run_from(model, base, layer, resid + delta)
+    if slot == "mlp":
+        new = _capture(model, base, layer, resid, delta, SiteKind.MLP_OUT)
+        return run_from(model, base, layer, resid, [(Site(SiteKind.MLP_OUT, layer), lambda tensor: new)])
+    site = Site(_SLOT_SITE[slot], layer)
+    store: dict[str, Tensor] = {}
+    run_block(model, base, layer, resid + delta, [(site, lambda tensor: store.__setitem__("slot", tensor))])
+    # the changed slot may be shared by a group of heads: only the receiver's z is kept from the run that has it
+    edited: list[Hook] = [
+        (site, lambda tensor: store["slot"]),
+        (Site(SiteKind.Z, layer), lambda tensor: store.__setitem__("z", tensor)),
+    ]
+    run_block(model, base, layer, resid, edited)
+    heads = [edge.receiver.index or 0 for edge in edges]
+    chosen = repeat(_one_hot(heads, model.n_heads, resid), "variant head -> (variant batch) 1 head 1", batch=len(base))
+    mixed: Hook = (Site(SiteKind.Z, layer), lambda tensor: tensor + chosen * (store["z"] - tensor))
+    return run_from(model, base, layer, resid, [mixed])
+
+
+def _capture(
+    model: "LensModel", base: BaseRun, layer: int, resid: "Tensor", delta: "Tensor", kind: SiteKind
+) -> "Tensor":
+    """MLP output of a layer when ``delta`` is added to what its MLP reads."""
+    store: dict[str, Tensor] = {}
+    keep: Hook = (Site(kind, layer), lambda tensor: store.__setitem__("out", tensor))
+    if model.bridge.cfg.parallel_attn_mlp:
+        run_block(model, base, layer, resid + delta, [keep])
+    else:
+        run_block(model, base, layer, resid, [(Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + delta), keep])
+    return store["out"]
+
+
+def run_block(model: "LensModel", base: BaseRun, layer: int, resid: "Tensor", hooks: Sequence[Hook]) -> "Tensor":
+    """Output of one block alone, for variants of a base run."""
+    return run_from(model, base, layer, resid, hooks, stop=layer + 1)
+
+
+def _one_hot(indices: Sequence[int], size: int, like: "Tensor") -> "Tensor":
+    import torch
+
+    return torch.nn.functional.one_hot(torch.tensor(indices, device=like.device), size).to(like.dtype)
+
+
+def _reaches(sender: Node, receiver: Node, model: "LensModel") -> bool:
+    """Whether the sender's output is part of the receiver's input."""
+    if receiver.kind == "logits":
+        return True
+    parallel = model.bridge.cfg.parallel_attn_mlp
+    if sender.layer == receiver.layer:
+        return sender.kind == "head" and receiver.kind == "mlp" and not parallel
+    return (sender.layer or 0) < (receiver.layer or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """Activations of one blended run, attached to autograd."""
+
+    acts: Mapping[Site, "Tensor"]
+    grads: Mapping[Site, "Tensor"]
+
+
+def _input_gradients(
+    model: "LensModel",
+    runs: PairRuns,
+    metric: "RefusalLogOdds",
+    slots: Sequence[tuple[str, Node]],
+    alpha: float,
+) -> "dict[tuple[str, Node], Float[Tensor, 'batch pos d_model']]":
+    """Gradient of the summed metric in the residual input of each (slot, node), at one blend of the two runs."""
+    import torch
+
+    base, source = runs.harmful, runs.harmless.acts
+    middle = SiteKind.RESID_PRE if model.bridge.cfg.parallel_attn_mlp else SiteKind.RESID_MID
+    acts: dict[Site, Tensor] = {}
+    hooks: list[Hook] = []
+
+    def keep(site: Site) -> None:
+        def function(tensor: "Tensor") -> "Tensor":
+            acts[site] = tensor
+            return tensor  # a hook that returns nothing may have seen a reshaped copy that is off the graph
+
+        hooks.append((site, function))
+
+    def blend(site: Site, values: "Tensor") -> None:
+        def function(tensor: "Tensor") -> "Tensor":
+            acts[site] = tensor
+            return values + alpha * (tensor - values)
+
+        hooks.append((site, function))
+
+    for layer in range(model.n_layers):
+        for kind in {SiteKind.RESID_PRE, middle, SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.SCORES}:
+            keep(Site(kind, layer))
+        blend(Site(SiteKind.Z, layer), source[SiteKind.Z][layer])
+        blend(Site(SiteKind.MLP_OUT, layer), source[SiteKind.MLP_OUT][layer])
+    final = Site(SiteKind.FINAL_NORM_IN)
+    keep(final)
+    with torch.enable_grad():
+        resid = base.resid[0].clone().requires_grad_()
+        score = metric(run_from(model, base, 0, resid, hooks)).sum()
+        grads = torch.autograd.grad(score, list(acts.values()), retain_graph=True, allow_unused=True)
+    graph = _Graph(acts, dict(zip(acts, grads, strict=True)))
+    out: dict[tuple[str, Node], Tensor] = {}
+    by_layer: dict[int, list[tuple[str, Node]]] = {}
+    for slot, node in slots:
+        if node.kind == "logits":
+            out[slot, node] = torch.nn.functional.pad(graph.grads[final], (0, 0, base.n_pos - 1, 0))
+        else:
+            by_layer.setdefault(node.layer or 0, []).append((slot, node))
+    for layer, wanted in by_layer.items():
+        heads = [node.index or 0 for slot, node in wanted if slot == "q"]
+        for slot in ("q", "k", "v") if heads else ():
+            gradient = _slot_gradient(graph, layer, slot, heads, model)
+            for row, head in enumerate(heads):
+                out[slot, Node("head", layer, head)] = gradient[row]
+        if any(slot == "mlp" for slot, _ in wanted):
+            mlp, mid = Site(SiteKind.MLP_OUT, layer), Site(middle, layer)
+            (out["mlp", Node("mlp", layer)],) = torch.autograd.grad(
+                graph.acts[mlp], graph.acts[mid], graph.grads[mlp], retain_graph=True
+            )
+    return out
+
+
+def _slot_gradient(
+    graph: _Graph, layer: int, slot: str, heads: Sequence[int], model: "LensModel"
+) -> "Float[Tensor, 'head batch pos d_model']":
+    """Gradient in the block's input through one slot of each head alone, one backward pass for all heads."""
+    import torch
+
+    # a key-value head serves several heads: their shares are told apart where each head has its own tensor
+    kind, via = {"q": (SiteKind.Q, None), "k": (SiteKind.K, SiteKind.SCORES), "v": (SiteKind.V, SiteKind.Z)}[slot]
+    resid, target = graph.acts[Site(SiteKind.RESID_PRE, layer)], graph.acts[Site(kind, layer)]
+    source = Site(via or kind, layer)
+    pick = _one_hot(list(heads), model.n_heads, resid)
+    shape = "variant head -> variant 1 head 1 1" if via is SiteKind.SCORES else "variant head -> variant 1 1 head 1"
+    per_head = rearrange(pick, shape) * graph.grads[source]
+    if via is not None:
+        (per_head,) = torch.autograd.grad(
+            graph.acts[source], target, per_head, retain_graph=True, is_grads_batched=True
+        )
+    (gradient,) = torch.autograd.grad(target, resid, per_head, retain_graph=True, is_grads_batched=True)
+    return gradient

@@ -1,0 +1,328 @@
+"""`map_refusal_circuit`: from prompts to a verified circuit."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechsafety.attribution import NodeAttribution, node_attribution
+from mechsafety.circuits.circuit import (
+    AttentionExample,
+    Behaviour,
+    CircuitEdge,
+    CircuitNode,
+    MapDetails,
+    NodeScore,
+    RefusalCircuit,
+    RoleEvidence,
+    Sample,
+
+)
+from mechsafety.circuits.discover import Discovery, FaithfulnessMeter, discover
+from mechsafety.circuits.edges import estimate_edges, measure_edges
+from mechsafety.circuits.roles import assign_roles, role_evidence
+from mechsafety.circuits.verify import verify
+from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal, wilson_interval
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import PatchMap, activation_patching, pair_runs
+from mechsafety.patching.masks import PairRuns
+from mechsafety.prompts import PromptPairs
+
+if TYPE_CHECKING:
+    from mechsafety.models import LensModel
+
+logger = logging.getLogger(__name__)
+
+MIN_PAIRS = 2
+REPLY_TOKENS = 24
+
+
+def map_refusal_circuit(
+    model: "LensModel",
+    pairs: PromptPairs | None = None,
+    metric: RefusalLogOdds | None = None,
+    *,
+    limit: int = 32,
+    target: float = 0.8,
+    n_random: int = 120,
+    n_edges: int = 60,
+    n_measured_edges: int = 30,
+    n_role_pairs: int = 8,
+    shortlist: int = 30,
+    seed: int = 0,
+    progress: bool = True,
+) -> RefusalCircuit:
+    """Map which heads and MLPs make the model refuse, how they connect, and verify it on held-out pairs.
+
+    Behaviour check (does it refuse at all?), gradient attribution of every node, exact patching of the best, the
+    smallest node set found that reaches ``target`` faithfulness, roles and edges from measurement, then faithfulness,
+    necessity and size-matched random controls on pairs of other topics.
+
+    Args:
+        model: The model.
+        pairs: Aligned pairs; the built-in ones by default. Split names ``test`` mark the held-out pairs, else half of
+            the topics (or of the pairs) is held out.
+        metric: What refusal is measured by; detected from the model's own refusals by default.
+        limit: Pairs to use at most, half of them held out; pairs the model does not treat as expected drop out.
+        target: Faithfulness to reach, in (0, 1].
+        n_random: Random circuits; the smallest possible p is 1 / (1 + n_random).
+        n_edges: Edges to keep, strongest first.
+        n_measured_edges: How many of them to measure exactly; the others stay estimates.
+        n_role_pairs: Pairs on which roles and edges are measured.
+        shortlist: Nodes outside the circuit to measure as well, largest estimates first.
+        seed: Of sampling, bootstrap and random circuits.
+        progress: Whether to show bars.
+
+    Raises:
+        NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
+        MechsafetyError: Bad options, or pairs that do not align.
+    """
+    if not 0 < target <= 1:
+        raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
+    if limit < 2 * MIN_PAIRS:
+        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
+    chosen = pairs if pairs is not None else PromptPairs.builtin()
+    here, there = _two_parts(chosen, limit, seed)
+    # alignment is checked before anything slow is run
+    model.tokenize_pairs(here)
+    model.tokenize_pairs(there)
+    both = PromptPairs((*here.pairs, *there.pairs), chosen.name)
+    metric, behaviour, samples, keep = check_behaviour(model, both, metric, seed=seed)
+    here, there = _usable(here, there, keep, behaviour)
+    runs, others = pair_runs(model, here), pair_runs(model, there)
+    found_on, held_out = FaithfulnessMeter(model, runs, metric), FaithfulnessMeter(model, others, metric)
+    with _Stage(5, progress) as stage:
+        stage("attributing every node")
+        attribution = node_attribution(model, runs, metric)
+        stage("searching the smallest circuit")
+        discovery = discover(found_on, held_out, attribution, target)
+        stage("patching the circuit's nodes one by one")
+        patched = activation_patching(
+            model, runs, metric, nodes=_to_measure(discovery, attribution, shortlist), progress=progress
+        )
+        stage("measuring edges and roles")
+        few = pair_runs(model, here.sample(n_role_pairs, seed))
+        edges, roles = _edges_and_roles(
+            model, few, metric, discovery, patched, n_edges, n_measured_edges, progress=progress
+        )
+        stage("random control circuits")
+        check = verify(
+            discovery, found_on, held_out, target=target, topics=there.topics, n_random=n_random, seed=seed
+        )
+    options = {
+        "pairs": chosen.name,
+        "limit": limit,
+        "found_on": len(here),
+        "held_out": len(there),
+        "target": target,
+        "n_random": n_random,
+        "n_edges": n_edges,
+        "n_measured_edges": n_measured_edges,
+        "n_role_pairs": n_role_pairs,
+        "shortlist": shortlist,
+    }
+    nodes = _circuit_nodes(discovery, patched, roles, seed)
+    return RefusalCircuit(
+        provenance=model.provenance(seed=seed, options=options),
+        metric=metric.to_json(),
+        behaviour=behaviour,
+        nodes=nodes,
+        edges=tuple(edges),
+        verification=check,
+        n_candidates=len(discovery.ranking),
+        details=MapDetails(
+            model.n_layers,
+            model.n_heads,
+            _scores(discovery, attribution, patched, seed),
+            samples,
+            _attention_examples(model, here, nodes),
+        ),
+    )
+
+
+def check_behaviour(
+    model: "LensModel", pairs: PromptPairs, metric: RefusalLogOdds | None = None, *, seed: int = 0
+) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
+    """Generate replies, judge them, and find the metric where none is given.
+
+    Returns:
+        The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and for each pair whether the
+        model treats it as expected (harmful refused, harmless answered, and the metric agrees).
+
+    Raises:
+        NoRefusal: Not one harmful prompt is refused.
+    """
+    harmful = model.generate(pairs.harmful, REPLY_TOKENS)
+    harmless = model.generate(pairs.harmless, REPLY_TOKENS)
+    refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
+    if metric is None:
+        if not any(refused["harmful"]):
+            raise NoRefusal(
+                f"the model refuses 0 of {len(pairs)} harmful and {sum(refused['harmless'])} of {len(pairs)} harmless"
+                " prompts, so there is no refusal to map",
+                cure="use an aligned chat model, or pass refusal tokens if its refusals are not recognised",
+            )
+        metric = RefusalLogOdds.detect(model, pairs, replies=(harmful, harmless))
+        judged = refused
+    else:
+        judged = {}
+    scores = {kind: _scores_of(model, getattr(pairs, kind), metric) for kind in ("harmful", "harmless")}
+    if not judged:  # with tokens of the user's choice, to begin with one of them is to refuse
+        judged = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
+    behaviour = {
+        kind: Behaviour(
+            n=len(pairs),
+            refusal_rate=sum(judged[kind]) / len(pairs),
+            refusal_ci=wilson_interval(sum(judged[kind]), len(pairs)),
+            score_mean=float(scores[kind].mean()),
+            score_ci=bootstrap_interval(scores[kind], seed),
+        )
+        for kind in ("harmful", "harmless")
+    }
+    keep = [
+        bad and not good and high > low
+        for bad, good, high, low in zip(
+            judged["harmful"], judged["harmless"], scores["harmful"], scores["harmless"], strict=True
+        )
+    ]
+    replies = {"harmful": harmful, "harmless": harmless}
+    samples = tuple(
+        Sample(getattr(pairs, kind)[k], kind, replies[kind][k], judged[kind][k], float(scores[kind][k]))
+        for k in range(min(len(pairs), 8))
+        for kind in ("harmful", "harmless")
+    )
+    return metric, behaviour, samples, keep
+
+
+def _scores_of(model: "LensModel", prompts: Sequence[str], metric: RefusalLogOdds) -> np.ndarray:
+    chunks = [model.logits(prompts[k : k + 16]) for k in range(0, len(prompts), 16)]
+    return np.concatenate([metric(chunk).double().cpu().numpy() for chunk in chunks])
+
+
+def _two_parts(pairs: PromptPairs, limit: int, seed: int) -> tuple[PromptPairs, PromptPairs]:
+    splits = {pair.split for pair in pairs}
+    if "test" in splits and len(splits) > 1:
+        here, there = pairs.split(*sorted(splits - {"test"})), pairs.split("test")
+    else:
+        here, there = pairs.halves()
+    return here.sample(limit - limit // 2, seed), there.sample(limit // 2, seed)
+
+
+def _usable(
+    here: PromptPairs, there: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]
+) -> tuple[PromptPairs, PromptPairs]:
+    """Only pairs that the model treats as expected: the others have no refusal to restore."""
+    parts = []
+    for part, flags in ((here, keep[: len(here)]), (there, keep[len(here) :])):
+        kept = tuple(pair for pair, flag in zip(part, flags, strict=True) if flag)
+        if len(kept) < MIN_PAIRS:
+            bad, good = behaviour["harmful"], behaviour["harmless"]
+            raise NoRefusal(
+                f"the model refuses {bad.refusal_rate:.0%} of {bad.n} harmful and {good.refusal_rate:.0%} of {good.n}"
+                f" harmless prompts; only {len(kept)} of {len(part)} pairs are refused on one side alone",
+                cure="use a model that refuses, or pairs it tells apart",
+            )
+        parts.append(PromptPairs(kept, part.name))
+    return parts[0], parts[1]
+
+
+def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: int) -> list[Node]:
+    inside = set(discovery.circuit)
+    outside = [node for node in attribution.ranked() if node not in inside][:shortlist]
+    return sorted([*inside, *outside], key=lambda node: node.order)
+
+
+def _edges_and_roles(
+    model: "LensModel",
+    runs: PairRuns,
+    metric: RefusalLogOdds,
+    discovery: Discovery,
+    patched: PatchMap,
+    n_edges: int,
+    n_measured: int,
+    *,
+    progress: bool,
+) -> tuple[list[CircuitEdge], dict[Node, tuple[str, RoleEvidence]]]:
+    nodes = list(discovery.circuit)
+    effects = dict(zip(patched.nodes, patched.effects.tolist(), strict=True))
+    evidence = role_evidence(model, runs, metric, nodes, progress=progress)
+    if model.post_norm:
+        logger.warning("%s has norms after its attention or MLP: edges are left out", model.name)
+        return [], assign_roles(effects, evidence, [])
+    every = estimate_edges(model, runs, metric, nodes)
+    kept = every[:n_edges]
+    measured = measure_edges(model, runs, metric, kept[:n_measured])
+    roles = assign_roles(effects, evidence, [*measured, *every[len(measured) :]])
+    edges = sorted([*measured, *kept[len(measured) :]], key=lambda edge: -abs(edge.effect))
+    return edges, roles
+
+
+def _circuit_nodes(
+    discovery: Discovery, patched: PatchMap, roles: Mapping[Node, tuple[str, RoleEvidence]], seed: int
+) -> tuple[CircuitNode, ...]:
+    rows = _measured(patched, seed)
+    nodes = []
+    for node in discovery.circuit:
+        effect, ci, p_value = rows[node]
+        role, evidence = roles[node]
+        verified = p_value < 0.05 and effect > 0 and discovery.marginals[node] > 0
+        nodes.append(CircuitNode(node, role, effect, ci, p_value, "verified" if verified else "measured", evidence))
+    return tuple(nodes)
+
+
+def _measured(patched: PatchMap, seed: int) -> dict[Node, tuple[float, tuple[float, float], float]]:
+    rows = zip(patched.effects.tolist(), patched.intervals(seed), patched.p_values(seed), strict=True)
+    return dict(zip(patched.nodes, rows, strict=True))
+
+
+def _scores(
+    discovery: Discovery, attribution: NodeAttribution, patched: PatchMap, seed: int
+) -> tuple[NodeScore, ...]:
+    measured, inside = _measured(patched, seed), set(discovery.circuit)
+    rows = []
+    for node in head_and_mlp_nodes(*attribution.heads.shape):
+        effect, ci, p_value = measured.get(node, (None, None, None))
+        rows.append(NodeScore(node, attribution.of(node), effect, ci, p_value, node in inside))
+    return tuple(rows)
+
+
+def _attention_examples(
+    model: "LensModel", pairs: PromptPairs, nodes: Sequence[CircuitNode], n_heads: int = 6
+) -> tuple[AttentionExample, ...]:
+    """Attention of the circuit's strongest heads on the first pair."""
+    import torch
+
+    heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
+    strongest = sorted((member.node for member in heads[:n_heads]), key=lambda node: node.order)
+    if not strongest:
+        return ()
+    examples = []
+    for prompt in (pairs.harmful[0], pairs.harmless[0]):
+        pattern = model.cache([prompt], sites=["pattern"]).pattern
+        rows = torch.stack([pattern[node.layer, node.index, 0] for node in strongest])
+        examples.append(AttentionExample(prompt, tuple(model.token_strings(prompt)), tuple(strongest), rows))
+    return tuple(examples)
+
+
+class _Stage:
+    """A bar with one tick a stage, on stderr."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        from tqdm.auto import tqdm
+
+        self.bar: Any = tqdm(total=total, desc="mapping", disable=not show, leave=False)
+        self.started = False
+
+    def __enter__(self) -> "_Stage":
+        return self
+
+    def __call__(self, name: str) -> None:
+        if self.started:
+            self.bar.update()
+        self.started = True
+        self.bar.set_description(name)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()

@@ -1,0 +1,117 @@
+"""Checks of a circuit on pairs that its search did not see."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechsafety.circuits.circuit import CurvePoint, RandomControls, Verification
+from mechsafety.circuits.discover import Discovery, FaithfulnessMeter
+from mechsafety.nodes import Node, head_and_mlp_nodes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def verify(
+    discovery: Discovery,
+    found_on: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
+    *,
+    target: float,
+    topics: Sequence[str] = (),
+    n_random: int = 120,
+    seed: int = 0,
+    progress: "Callable[[int], object] | None" = None,
+) -> Verification:
+    """Faithfulness with interval, necessity, size-matched random controls, and the areas of the curve.
+
+    Args:
+        discovery: What was found.
+        found_on: Meter on the search's pairs.
+        held_out: Meter on pairs the search did not see.
+        target: The faithfulness that was asked for.
+        topics: Topics of the held-out pairs.
+        n_random: Random circuits with as many heads and as many MLPs as the circuit.
+        seed: Of the random circuits and the bootstrap.
+        progress: Called with the number of random circuits done.
+    """
+    circuit = discovery.circuit
+    harmful, harmless = held_out.ends()
+    kept = held_out.kept([circuit])[0]
+    faithful = _ratio(kept - harmless, harmful - harmless)
+    removed = held_out.removed([circuit])[0]
+    random = random_faithfulness(held_out, circuit, n_random, seed, progress)
+    controls = RandomControls(
+        n_random, float(random.mean()), float(random.max()), float((1 + (random >= faithful).sum()) / (1 + n_random))
+    )
+    cmd, cpr = curve_areas(discovery.curve)
+    return Verification(
+        faithfulness=found_on.faithfulness([circuit])[0],
+        held_out_faithfulness=faithful,
+        held_out_ci=_ratio_interval(kept - harmless, harmful - harmless, seed),
+        held_out_topics=tuple(topics),
+        necessity=_ratio(harmful - removed, harmful - harmless),
+        random_controls=controls,
+        curve=discovery.curve,
+        cmd=cmd,
+        cpr=cpr,
+        target=target,
+        reached=discovery.reached,
+        minimality={str(node): value for node, value in discovery.marginals.items()},
+    )
+
+
+def random_faithfulness(
+    meter: FaithfulnessMeter,
+    circuit: Sequence[Node],
+    n: int,
+    seed: int,
+    progress: "Callable[[int], object] | None" = None,
+) -> np.ndarray:
+    """Faithfulness of ``n`` random circuits with as many heads and as many MLPs as ``circuit``."""
+    rng = np.random.default_rng(seed)
+    nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
+    found: list[float] = []
+    while len(found) < n:
+        batch = []
+        for _ in range(min(10, n - len(found))):
+            drawn: list[Node] = []
+            for kind in ("head", "mlp"):
+                pool = [node for node in nodes if node.kind == kind]
+                size = sum(node.kind == kind for node in circuit)
+                drawn += [pool[k] for k in rng.choice(len(pool), size, replace=False)]
+            batch.append(drawn)
+        found += meter.faithfulness(batch)
+        if progress is not None:
+            progress(len(batch))
+    return np.asarray(found)
+
+
+def curve_areas(curve: Sequence[CurvePoint]) -> tuple[float, float]:
+    """CMD, the area between the held-out curve and 1, and CPR, the area under it, over the share of nodes (trapezoid).
+
+    Mueller et al. 2025 (MIB), here over nodes where they take edges.
+    """
+    k = np.array([point.k for point in curve])
+    f = np.array([point.held_out for point in curve])
+    return float(np.trapezoid(np.abs(1 - f), k)), float(np.trapezoid(f, k))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part.mean() / whole.mean())
+
+
+def _ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int) -> tuple[float, float]:
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (part, whole),
+        lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -1,0 +1,134 @@
+"""What every number in a report means, with its formula in plain text."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One term of the report's glossary."""
+
+    term: str
+    meaning: str
+    formula: str = ""
+
+
+GLOSSARY = (
+    Entry(
+        "Harmful and harmless prompts",
+        "Pairs of prompts that differ in whether the request is harmful. The map is found on discovery pairs; "
+        "held-out pairs are of topics that the search did not see.",
+    ),
+    Entry(
+        "Metric, score",
+        "One number a prompt, read from the model's next-token logits where its reply begins: high when it is "
+        "about to refuse, low when it is about to comply. Its name and tokens stand under Provenance.",
+    ),
+    Entry(
+        "Refusal rate",
+        "Share of greedy replies judged to be refusals, with Wilson's 95 % interval.",
+        "(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96",
+    ),
+    Entry(
+        "Gap",
+        "The difference that refusal makes to the metric. All effects are shares of it.",
+        "gap = mean score on harmful prompts - mean score on harmless prompts",
+    ),
+    Entry(
+        "Node",
+        "A part that the search could choose: an attention head (L4.H3: layer 4, head 3; in pictures 4.3), a "
+        "layer's MLP (L4.MLP; in pictures M4), or one MLP neuron (L4.N17; in pictures N17).",
+    ),
+    Entry(
+        "Effect of a node",
+        "Share of the gap that is lost when this node alone is given the values it has on the paired harmless "
+        "prompt. 1 would mean that the gap vanishes; negative, that the node works against refusal.",
+        "effect = (score - score with the node's harmless-run values) / gap",
+    ),
+    Entry(
+        "Gradient estimate",
+        "The same effect guessed from one gradient instead of a run of its own: cheap, and often off for large or "
+        "saturating parts. It ranks candidates; it is not evidence.",
+    ),
+    Entry(
+        "95 % interval",
+        "Bootstrap interval over prompts (or pairs): what the number would range over with other prompts of this "
+        "kind. It says nothing about other kinds of prompts.",
+    ),
+    Entry(
+        "p, adjusted",
+        "Chance of an effect at least this large if its sign were random from prompt to prompt (sign-flip "
+        "permutation), adjusted by Benjamini and Hochberg over all measured nodes.",
+    ),
+    Entry(
+        "Status",
+        "estimated: gradient only. measured: exact. verified: measured, and without it the circuit's held-out "
+        "faithfulness falls. rejected: the measurement did not bear the estimate out.",
+    ),
+    Entry(
+        "Role",
+        "What the measurements say a node does: detection reads the request at its own tokens; evaluation carries "
+        "that onward to the reply's position; decision turns it into refuse or comply; production writes it into "
+        "the logits; none: no rule fitted. A role is a summary of the evidence beside it, not a further fact.",
+    ),
+    Entry(
+        "Role evidence",
+        "Direct: effect straight through the logits. At instruction, at suffix: exact effect of patching only at "
+        "those positions. What it moves from instruction tokens: exact effect of replacing only what a head "
+        "carries from there. Attention from suffix to instruction: mean attention, 0 to 1. Received from "
+        "detection, sent to decision and production: summed direct-path effects.",
+    ),
+    Entry(
+        "Effect of an edge",
+        "Share of the gap that runs along this one direct path from sender to receiver.",
+        "effect = (score - score with only this path's harmless-run value) / gap",
+    ),
+    Entry(
+        "Slot",
+        "Where an edge enters: a head's query (q), key (k) or value (v), an MLP (mlp), or the final residual "
+        "stream (resid).",
+    ),
+    Entry(
+        "Faithfulness",
+        "How much of the behaviour the circuit carries when everything outside it is given its harmless-run "
+        "values. 1: as the whole model; 0: as with nothing.",
+        "faithfulness = (m(circuit) - m(empty)) / (m(model) - m(empty))",
+    ),
+    Entry(
+        "Necessity",
+        "Share of the gap lost on held-out pairs when the whole circuit gets its harmless-run values. High "
+        "faithfulness with low necessity means that other parts can stand in.",
+    ),
+    Entry(
+        "Random controls",
+        "Circuits of the same size, drawn at random, on held-out pairs.",
+        "p = (1 + number at least as faithful as the circuit) / (1 + number drawn)",
+    ),
+    Entry(
+        "Curve, k",
+        "Faithfulness when only the best k of all candidates are kept, for growing k.",
+    ),
+    Entry(
+        "CMD, CPR",
+        "The curve in one number each. CMD: area between the held-out curve and 1, over k (0 is best). CPR: area "
+        "under the held-out curve, over k (1 is the whole model at every size).",
+    ),
+    Entry(
+        "Concentrated or spread out",
+        "By the smallest share of the candidates that reaches the target on held-out pairs: below 10 % "
+        "concentrated, 10 to 33 % moderately spread, above 33 % spread out.",
+    ),
+    Entry(
+        "Completeness",
+        "Whether nothing that matters was left out: the circuit should still behave like the model when parts of "
+        "both are removed.",
+    ),
+    Entry(
+        "Minimality",
+        "Whether nothing superfluous is in it: the faithfulness lost by removing each single node.",
+    ),
+    Entry(
+        "Attention",
+        "For each token (row) how much a head looks at each earlier token (column). It shows where a head reads, "
+        "not what it does with it.",
+    ),
+)

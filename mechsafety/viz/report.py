@@ -1,0 +1,206 @@
+"""One self-contained page that says what was found, how well it is supported, and what was not measured."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from mechsafety.circuits.circuit import ROLES, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.viz import words
+from mechsafety.viz.attention import attention_html
+from mechsafety.viz.charts import faithfulness_curve, node_heatmap
+from mechsafety.viz.glossary import GLOSSARY
+from mechsafety.viz.html import circuit_fragment, template
+from mechsafety.viz.marks import ROLE_COLOURS, magnitude
+
+ROLE_WORDS = {
+    "detection": "recognises what the request is about",
+    "evaluation": "carries that to where the reply begins",
+    "decision": "turns it into refuse or comply",
+    "production": "writes the refusal into the logits",
+    "none": "matters, but no rule for a role fitted",
+}
+# An explicit list: plotly's default buttons include one that sends the data to its maker's cloud.
+PLOT = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+}
+
+
+def render_report(circuit: RefusalCircuit) -> str:
+    """The report as HTML; it opens without network, and the same circuit gives the same text.
+
+    Sections whose data the circuit lacks (``details`` is None after loading) are named as missing.
+
+    Raises:
+        MechsafetyError: The circuit cannot be drawn (a node listed twice, no candidates, misshapen attention).
+    """
+    details, check = circuit.details, circuit.verification
+    figures = [
+        figure.to_html(full_html=False, include_plotlyjs=first, div_id=name, config=PLOT)
+        for figure, name, first in (
+            (faithfulness_curve(circuit), "curve-figure", True),
+            (node_heatmap(circuit), "heatmap-figure", False),
+        )
+    ]
+    return template("report.html.j2").render(
+        model=words.plain(circuit.provenance.model),
+        finding=words.finding(circuit),
+        concentration=words.concentration(circuit),
+        verdict=words.verdict(circuit),
+        chance=words.chance(circuit),
+        necessity=words.necessity(circuit),
+        cards=_cards(circuit),
+        behaviour=[_behaviour(kind, value) for kind, value in circuit.behaviour.items()],
+        circuit=circuit_fragment(circuit),
+        curve=figures[0],
+        heatmap=figures[1],
+        roles=_roles(circuit),
+        nodes=[_node(member) for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))],
+        edges=[_edge(member) for member in circuit.edges],
+        n_measured=sum(member.status != "estimated" for member in circuit.edges),
+        attention=attention_html(details.attention) if details and details.attention else None,
+        samples=_samples(circuit),
+        glossary=GLOSSARY,
+        provenance=_provenance(circuit),
+        unmeasured=unmeasured(circuit),
+        minimality=sorted((check.minimality or {}).items()),
+        completeness=words.number(check.completeness) if check.completeness is not None else None,
+        no_scores=details is None,
+        missing=_missing(circuit),
+    )
+
+
+def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
+    """What this report cannot tell, each with the reason."""
+    check = circuit.verification
+    gaps = []
+    if check.completeness is None:
+        gaps.append(("Completeness", "not measured: parts that matter may be missing from the circuit."))
+    if check.minimality is None:
+        gaps.append(("Minimality", "not measured: single nodes of the circuit may be superfluous."))
+    estimated = sum(member.status == "estimated" for member in circuit.nodes)
+    if estimated:
+        gaps.append(("Exact node effects", f"not measured for {estimated} of {len(circuit.nodes)} nodes (estimates)."))
+    estimated = sum(member.status == "estimated" for member in circuit.edges)
+    if estimated:
+        gaps.append(("Exact edge effects", f"not measured for {estimated} of {len(circuit.edges)} edges (estimates)."))
+    return gaps
+
+
+def _missing(circuit: RefusalCircuit) -> list[str]:
+    if circuit.details is None:
+        return ["scores of candidates outside the circuit", "generated replies", "attention of found heads"]
+    missing = [] if circuit.details.samples else ["generated replies"]
+    return missing if circuit.details.attention else [*missing, "attention of found heads"]
+
+
+def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
+    check = circuit.verification
+    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
+    target = "reaches" if check.reached else "misses"
+    return [
+        (
+            "Held-out faithfulness",
+            words.number(check.held_out_faithfulness, 2),
+            f"95 % interval {words.interval(check.held_out_ci, 2)};"
+            f" {target} the target {words.number(check.target, 2)}",
+        ),
+        ("Size", f"{len(circuit.nodes)} of {circuit.n_candidates}", f"{words.percent(share)} of the candidate parts"),
+        (
+            "Random circuits",
+            words.number(check.random_controls.mean, 2),
+            f"mean of {check.random_controls.n} of the same size; {words.p_value(check.random_controls.p_value)}",
+        ),
+        ("Necessity", words.number(check.necessity, 2), "share of the gap lost without the circuit"),
+    ]
+
+
+def _behaviour(kind: str, value: Behaviour) -> dict[str, Any]:
+    low, high = value.refusal_ci
+    return {
+        "kind": kind,
+        "n": value.n,
+        "rate": words.percent(value.refusal_rate),
+        "rate_ci": f"{words.percent(low)} to {words.percent(high)}",
+        "bar": [100 * min(1.0, magnitude(part)) for part in (value.refusal_rate, low, high)],
+        "score": words.number(value.score_mean, 2),
+        "score_ci": words.interval(value.score_ci, 2),
+    }
+
+
+def _roles(circuit: RefusalCircuit) -> list[dict[str, Any]]:
+    rows = []
+    for role in ROLES:
+        members = sorted(circuit.by_role(role), key=lambda member: -magnitude(member.effect))
+        names = ", ".join(str(member.node) for member in members[:6]) + (" …" if len(members) > 6 else "")
+        total = sum(member.effect or 0.0 for member in members)
+        row = {"role": role, "words": ROLE_WORDS[role], "count": len(members), "names": names or words.DASH}
+        rows.append(row | {"colour": ROLE_COLOURS[role], "total": words.number(total)})
+    return rows
+
+
+def _node(member: CircuitNode) -> dict[str, Any]:
+    layer, part, index = member.node.order
+    return {
+        "name": str(member.node),
+        "order": layer * 1_000_000 + part * 100_000 + index,
+        "role": member.role,
+        "colour": ROLE_COLOURS[member.role],
+        "effect": words.number(member.effect, 4),
+        "raw": _sortable(member.effect),
+        "ci": words.interval(member.ci, 4),
+        "p": words.p_value(member.p_value).removeprefix("p ").removeprefix("= "),
+        "p_raw": _sortable(member.p_value, empty=2.0),
+        "status": member.status,
+        "evidence": words.evidence(member),
+    }
+
+
+def _edge(member: CircuitEdge) -> dict[str, Any]:
+    return {
+        "sender": str(member.edge.sender),
+        "receiver": str(member.edge.receiver),
+        "slot": member.edge.slot,
+        "effect": words.number(member.effect, 4),
+        "raw": _sortable(member.effect),
+        "estimate": words.number(member.estimate, 4),
+        "status": member.status,
+    }
+
+
+def _samples(circuit: RefusalCircuit) -> list[dict[str, Any]]:
+    samples = circuit.details.samples if circuit.details else ()
+    return [
+        {"prompt": s.prompt, "kind": s.kind, "reply": s.reply, "refused": s.refused, "score": words.number(s.score, 2)}
+        for s in samples
+    ]
+
+
+def _provenance(circuit: RefusalCircuit) -> list[tuple[str, str]]:
+    origin, check = circuit.provenance, circuit.verification
+    rows: list[tuple[str, Any]] = [
+        ("model", origin.model),
+        ("weights, SHA-256", origin.weights_sha256),
+        ("data type, device", f"{origin.dtype}, {origin.device}"),
+        ("chat template, SHA-256", origin.template_sha256),
+        ("seed", origin.seed),
+        *((f"metric: {key.replace('_', ' ')}", value) for key, value in circuit.metric.items()),
+        ("held-out topics", check.held_out_topics),
+        ("CMD, CPR", f"{words.number(check.cmd)}, {words.number(check.cpr)}"),
+        *((f"option: {key}", value) for key, value in origin.options.items()),
+        *((f"version: {key}", value) for key, value in origin.versions.items()),
+    ]
+    return [(name, _shown(value)) for name, value in rows]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return words.plain(value)
+    if isinstance(value, Iterable):
+        return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in value)
+    return str(value)
+
+
+def _sortable(value: float | None, empty: float = 0.0) -> str:
+    return f"{value:.6g}" if value is not None and math.isfinite(value) else f"{empty:g}"

@@ -1,0 +1,178 @@
+"""Charts, attention, words and the report."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HOSTILE, build
+from test_formats import Tags, assert_inert
+
+from mechsafety.circuits.circuit import CurvePoint, Node, RandomControls, RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.viz import attention_html, faithfulness_curve, node_heatmap, render_report, write_all
+from mechsafety.viz.attention import visible
+from mechsafety.viz.words import chance, concentration, number, p_value, percent, plain, verdict
+
+
+def with_curve(circuit: RefusalCircuit, *points: tuple[int, float], own: float = 0.0) -> RefusalCircuit:
+    curve = tuple(CurvePoint(n / circuit.n_candidates, n, value, value) for n, value in points)
+    check = replace(circuit.verification, curve=curve, held_out_faithfulness=own, target=0.8, reached=own >= 0.8)
+    return replace(circuit, verification=check)
+
+
+@pytest.mark.parametrize(
+    ("points", "word", "phrase"),
+    [
+        (((10, 0.9), (150, 0.95)), "concentrated", "10 of 300 (3.3 %) are enough for 80 %"),
+        (((10, 0.3), (29, 0.8)), "concentrated", "29 of 300"),
+        (((10, 0.3), (30, 0.8)), "moderately spread", "30 of 300 (10 %) are enough"),
+        (((10, 0.3), (100, 0.8)), "moderately spread", "100 of 300 (33 %)"),
+        (((10, 0.03), (101, 0.8)), "spread out", "101 of 300 (34 %) are needed"),
+        (((10, 0.03), (150, 0.83)), "spread out", "The 10 best nodes restore 3 % of the gap on held-out pairs"),
+        (((10, 0.03), (150, 0.66)), "target not reached", "150 of 300 nodes, restores 66 %"),
+    ],
+)
+def test_verdict_by_numbers(points, word: str, phrase: str, small: RefusalCircuit) -> None:
+    circuit = with_curve(small, *points)
+    assert concentration(circuit) == word
+    assert phrase in verdict(circuit)
+    said = {
+        "concentrated": "is concentrated",
+        "moderately spread": "is moderately spread",
+        "spread out": "is spread out",
+    }
+    for name, text in said.items():
+        assert (text in verdict(circuit)) == (name == word)
+    assert ("never reached" in verdict(circuit)) == (word == "target not reached")
+    assert phrase in Tags(render_report(circuit)).text
+
+
+def test_verdict_without_a_curve_rests_on_the_circuit(small: RefusalCircuit) -> None:
+    assert concentration(with_curve(small, own=0.9)) == "concentrated"
+    assert "never reached" in verdict(with_curve(small, own=0.2))
+
+
+def test_chance_is_not_flattered(small: RefusalCircuit) -> None:
+    check = replace(small.verification, random_controls=RandomControls(200, 0.5, 0.99, 0.4))
+    assert "not better than chance" in chance(replace(small, verification=check))
+    assert "is better than chance" in chance(small)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(0.034, "3.4 %"), (0.8, "80 %"), (0.0999, "10 %"), (-0.05, "\u22125 %"), (0.0, "0 %"), (None, "\u2013")],
+)
+def test_percent(given: float | None, expected: str) -> None:
+    assert percent(given) == expected
+
+
+def test_small_words() -> None:
+    assert (number(-0.00001), number(float("nan")), p_value(None)) == ("0.000", "\u2013", "p not measured")
+    assert plain("a\x00\n b") == "a\ufffd b" and len(plain("x" * 200, 60)) <= 60
+    assert visible(" a\n\t\x1b") == "·a⏎⇥\ufffd"
+
+
+def test_heatmap_tells_measured_from_estimated(large: RefusalCircuit) -> None:
+    figure = node_heatmap(large)
+    heat, members, guesses = figure.data
+    assert heat.zmin == -heat.zmax < 0
+    by_node = {score.node: score for score in large.details.scores}
+    measured = by_node[large.nodes[0].node]
+    column = 9 if measured.node.index is None else measured.node.index
+    assert heat.z[measured.node.layer][column] == measured.effect
+    assert len(members.x) == 200
+    assert len(guesses.x) == sum(score.effect is None for score in large.details.scores) > 0
+    first = next(score for score in large.details.scores if score.effect is None)
+    assert heat.z[first.node.layer][9 if first.node.index is None else first.node.index] == first.estimate
+
+
+def test_heatmap_of_a_loaded_circuit_has_only_its_nodes(loaded: RefusalCircuit) -> None:
+    heat = node_heatmap(loaded).data[0]
+    assert sum(value is not None for row in heat.z for value in row) == len(loaded.nodes)
+
+
+def test_curve_shows_both_splits_target_size_and_controls(large: RefusalCircuit) -> None:
+    figure = faithfulness_curve(large)
+    held_out, discovery, shown, random = figure.data
+    assert list(held_out.y) == [point.held_out for point in large.verification.curve]
+    assert list(discovery.y) == [point.faithfulness for point in large.verification.curve]
+    assert (shown.x[0], shown.y[0]) == (200, large.verification.held_out_faithfulness)
+    assert (random.x[0], random.y[0]) == (200, 0.08)
+    assert figure.layout.xaxis.type == "log" and {shape.y0 for shape in figure.layout.shapes} >= {0.8}
+    with pytest.raises(MechsafetyError, match="n_candidates=0; expected at least 1"):
+        faithfulness_curve(replace(large, n_candidates=0))
+
+
+def test_attention_escapes_tokens_twice_and_brings_its_script_once(hostile: RefusalCircuit) -> None:
+    text = attention_html(hostile.details.attention)
+    assert text.count("var CircuitsVis=") == 1 and "sourceMappingURL" not in text
+    page = assert_inert(text, scripts=4)
+    props = page.scripts[0]
+    assert "&lt;img" in props.encode().decode("unicode_escape") and "<" not in props
+    assert "im_start" in props and "⏎" in props
+
+
+def test_attention_names_a_wrong_shape(small: RefusalCircuit) -> None:
+    example = small.details.attention[0]
+    with pytest.raises(MechsafetyError, match=r"shape \(1, 2, 2\); expected \[head query key\] = \(4, 12, 12\)"):
+        attention_html([replace(example, patterns=np.ones((1, 2, 2)))])
+    assert "No attention patterns" in attention_html([])
+
+
+def test_report_is_inert_and_complete(hostile: RefusalCircuit) -> None:
+    text = render_report(hostile)
+    page = Tags(text)
+    assert "img" not in page.tags and not page.handlers
+    assert all(address.startswith("#") for address in page.addresses)
+    assert {address[1:] for address in page.addresses} <= set(re.findall(r'id="([\w-]+)"', text))
+    assert page.text.count("</script><img src=x onerror=alert(1)>") >= 4  # model, option, prompt, reply
+    assert len(page.frames) == 1
+    assert_inert(page.frames[0], scripts=2)
+    assert text.count("plotly.js v") == 1 and text.count("var CircuitsVis=") == 1
+    assert "default-src 'none'" in text and 'content="light only"' in text
+
+
+def test_report_is_the_same_twice(small: RefusalCircuit) -> None:
+    assert render_report(small) == render_report(small)
+
+
+def test_report_says_what_was_not_measured(small: RefusalCircuit) -> None:
+    text = Tags(render_report(small)).text
+    assert "Completeness: not measured" in text and "Minimality: not measured" in text
+    check = replace(small.verification, completeness=0.05, minimality={"L4.H3": 0.12})
+    text = Tags(render_report(replace(small, verification=check))).text
+    assert "Completeness: not measured" not in text and "Completeness: 0.050" in text and "L4.H3: 0.12" in text
+
+
+def test_report_of_a_loaded_circuit_names_what_is_missing(loaded: RefusalCircuit) -> None:
+    text = Tags(render_report(loaded)).text
+    for words in ("comes without", "no generated replies", "no attention patterns", "scores of candidates outside"):
+        assert words in text
+    assert "comes without" not in Tags(render_report(build([Node("head", 1, 1)], 0))).text
+
+
+def test_report_lists_every_node_edge_and_reply(neurons: RefusalCircuit) -> None:
+    text = render_report(neurons)
+    body = Tags(text).text
+    assert all(str(member.node) in body for member in neurons.nodes)
+    assert text.count("<tr><td data-sort=") == len(neurons.nodes)
+    assert "I'm sorry, I can't help with that." in body and "Look for a dull rind.\nTap it." in body
+    assert "88 %" in body and "(77 % to 94 %)" in body
+
+
+def test_write_all_writes_six_files(small: RefusalCircuit, loaded: RefusalCircuit, tmp_path: Path) -> None:
+    paths = write_all(small, tmp_path)
+    names = {"circuit.json", "report.html", "circuit.svg", "circuit.pdf", "circuit.tex", "scores.csv"}
+    assert {path.name for path in paths} == {path.name for path in tmp_path.iterdir()} == names
+    assert RefusalCircuit.load(tmp_path / "circuit.json") == loaded
+    assert (tmp_path / "scores.csv").read_text().count("\n") == 301
+    with pytest.raises(MechsafetyError, match="no such folder"):
+        write_all(small, tmp_path / "none")
+    with pytest.raises(MechsafetyError, match="no scores of its candidates"):
+        write_all(loaded, tmp_path)
+
+
+def test_hostile_string_is_hostile() -> None:
+    assert set(Tags(f"<p>{HOSTILE}</p>").handlers) == {"onerror"}
