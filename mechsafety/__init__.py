@@ -32,17 +32,27 @@ _HOMES = {
     "map_refusal_circuit": "mechsafety.circuits",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
-    from mechsafety.attribution import HeadAttribution, NodeAttribution, head_attribution, node_attribution
+    from mechsafety.attribution import (
+        HeadAttribution,
+        NodeAttribution,
+        head_attribution,
+        node_attribution,
+    )
     from mechsafety.cache import ActivationCache
     from mechsafety.circuits import Edge, Node, RefusalCircuit, map_refusal_circuit
     from mechsafety.errors import MechsafetyError, NoRefusal
     from mechsafety.metrics import RefusalLogOdds, is_refusal
     from mechsafety.models import LensModel, load_model
     from mechsafety.patching import PatchMap, activation_patching
-    from mechsafety.prompts import PromptPair, PromptPairs, builtin_prompts, load_instructions
+    from mechsafety.prompts import (
+        PromptPair,
+        PromptPairs,
+        builtin_prompts,
+        load_instructions,
+    )
     from mechsafety.sites import Site, SiteKind
 
 

@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.models import LensModel
 
 # public site name -> what is stored for it
 _STORED = {
@@ -50,11 +47,11 @@ class ActivationCache:
     """
 
     tokens: Tokens
-    acts: Mapping[str, "Tensor"]
-    output_weights: "Float[Tensor, 'layer head d_head d_model'] | None" = None
+    acts: Mapping[str, Tensor]
+    output_weights: Float[Tensor, "layer head d_head d_model"] | None = None
 
     @classmethod
-    def run(cls, model: "LensModel", tokens: Tokens, sites: Sequence[str]) -> Self:
+    def run(cls, model: LensModel, tokens: Tokens, sites: Sequence[str]) -> "ActivationCache":
         """Run the prompts once and store the named sites.
 
         Args:
@@ -65,22 +62,14 @@ class ActivationCache:
         Raises:
             MechsafetyError: A name is unknown.
         """
-        import torch
-
         unknown = [name for name in sites if name not in _STORED]
         if isinstance(sites, str) or unknown:
             raise MechsafetyError(f"unknown sites {unknown or sites!r}", expected=f"a list of some of {list(_STORED)}")
         kinds = dict.fromkeys(_STORED[name] for name in sites)
-        store: dict[Site, Tensor] = {}
-
-        def keep(site: Site) -> Any:
-            return lambda tensor: store.__setitem__(site, tensor.detach().clone())
-
         wanted = [Site(kind, layer) for kind in kinds for layer in range(model.n_layers)]
         if "resid" in sites:
             wanted.append(Site(SiteKind.FINAL_NORM_IN))
-        with torch.no_grad(), model.hooks([(site, keep(site)) for site in wanted]):
-            model.forward(tokens)
+        store = model.read(tokens, wanted)
         acts = {}
         for name in dict.fromkeys("z" if name == "head_out" else name for name in sites):
             layers = [store[Site(_STORED[name], layer)] for layer in range(model.n_layers)]
@@ -90,7 +79,7 @@ class ActivationCache:
         weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]) if "head_out" in sites else None
         return cls(tokens, acts, weights)
 
-    def _get(self, name: str) -> "Tensor":
+    def _get(self, name: str) -> Tensor:
         if name not in self.acts:
             raise MechsafetyError(
                 f"{name!r} was not stored", expected=f"one of {list(self.acts)}", cure=f"ask for it: sites=[{name!r}]"
@@ -102,17 +91,17 @@ class ActivationCache:
         return f"ActivationCache({len(self.tokens)} prompts: {shapes})"
 
     @property
-    def resid(self) -> "Float[Tensor, 'layer_plus_1 batch pos d_model']":
+    def resid(self) -> Float[Tensor, "layer_plus_1 batch pos d_model"]:
         """Residual stream before every block; the last entry is the final norm's input."""
         return self._get("resid")
 
     @property
-    def z(self) -> "Float[Tensor, 'layer head batch pos d_head']":
+    def z(self) -> Float[Tensor, "layer head batch pos d_head"]:
         """Heads' mixed values, before the output weights."""
         return rearrange(self._get("z"), "layer batch pos head d_head -> layer head batch pos d_head")
 
     @property
-    def head_out(self) -> "Float[Tensor, 'layer head batch pos d_model']":
+    def head_out(self) -> Float[Tensor, "layer head batch pos d_model"]:
         """What each head writes, z W_O in float32; a layer's heads and its output bias sum to ``attn_out``."""
         if self.output_weights is None:
             raise MechsafetyError("'head_out' was not stored", cure="ask for it: sites=['head_out']")
@@ -123,36 +112,36 @@ class ActivationCache:
         )
 
     @property
-    def q(self) -> "Float[Tensor, 'layer head batch pos d_head']":
+    def q(self) -> Float[Tensor, "layer head batch pos d_head"]:
         """Queries, before the rotary embedding."""
         return rearrange(self._get("q"), "layer batch pos head d_head -> layer head batch pos d_head")
 
     @property
-    def k(self) -> "Float[Tensor, 'layer kv_head batch pos d_head']":
+    def k(self) -> Float[Tensor, "layer kv_head batch pos d_head"]:
         """Keys, one a key-value head, before the rotary embedding."""
         return rearrange(self._get("k"), "layer batch pos kv_head d_head -> layer kv_head batch pos d_head")
 
     @property
-    def v(self) -> "Float[Tensor, 'layer kv_head batch pos d_head']":
+    def v(self) -> Float[Tensor, "layer kv_head batch pos d_head"]:
         """Values, one a key-value head."""
         return rearrange(self._get("v"), "layer batch pos kv_head d_head -> layer kv_head batch pos d_head")
 
     @property
-    def pattern(self) -> "Float[Tensor, 'layer head batch pos source']":
+    def pattern(self) -> Float[Tensor, "layer head batch pos source"]:
         """Attention from each position to each source position."""
         return rearrange(self._get("pattern"), "layer batch head pos source -> layer head batch pos source")
 
     @property
-    def neurons(self) -> "Float[Tensor, 'layer batch pos d_mlp']":
+    def neurons(self) -> Float[Tensor, "layer batch pos d_mlp"]:
         """MLP neurons: the input of the down-projection."""
         return self._get("neurons")
 
     @property
-    def attn_out(self) -> "Float[Tensor, 'layer batch pos d_model']":
+    def attn_out(self) -> Float[Tensor, "layer batch pos d_model"]:
         """What attention adds to the residual stream."""
         return self._get("attn_out")
 
     @property
-    def mlp_out(self) -> "Float[Tensor, 'layer batch pos d_model']":
+    def mlp_out(self) -> Float[Tensor, "layer batch pos d_model"]:
         """What the MLP adds to the residual stream."""
         return self._get("mlp_out")

@@ -133,7 +133,7 @@ def _summary(circuit: Any, out: Path) -> str:
         ("metric", f"{circuit.metric['name']}, refusal tokens {circuit.metric['refusal_tokens']}"),
         ("circuit", f"{len(circuit.nodes)} of {circuit.n_candidates} heads and MLPs ({share:.0%})"),
         ("faithfulness", f"{check.faithfulness:.2f} on the pairs it was found on"),
-        ("  held out", f"{check.held_out_faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target:.2f}"),
+        ("  held out", f"{check.held_out_faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}"),
         ("  random circuits", f"mean {check.random_controls.mean:.2f}, p = {check.random_controls.p_value:.3g}"),
         ("  removing it", f"loses {check.necessity:.0%} of the gap"),
         ("edges", f"{len(circuit.edges)} kept"),

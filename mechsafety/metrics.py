@@ -4,18 +4,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.models import LensModel
-    from mechsafety.prompts import PromptPairs
+from mechsafety.models import LensModel
+from mechsafety.prompts import PromptPairs
 
 # looked for in the first sentence only: refusal words later in a reply over-count
 REFUSAL_PHRASES = (
@@ -73,10 +71,8 @@ class RefusalLogOdds:
         if both:
             raise MechsafetyError(f"tokens {sorted(both)} are in the refusal and the comply set")
 
-    def __call__(self, logits: "Float[Tensor, '*rows d_vocab']") -> "Float[Tensor, '*rows']":
+    def __call__(self, logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
         """Score of each row of next-token logits."""
-        import torch
-
         logits = logits.float()
         chosen = logits[..., list(self.refusal_ids)]
         if self.comply_ids:
@@ -104,7 +100,7 @@ class RefusalLogOdds:
         }
 
     @classmethod
-    def of(cls, model: "LensModel", refusal_tokens: Sequence[str], comply_tokens: Sequence[str] = ()) -> Self:
+    def of(cls, model: LensModel, refusal_tokens: Sequence[str], comply_tokens: Sequence[str] = ()) -> "RefusalLogOdds":
         """Metric from token texts.
 
         Raises:
@@ -117,12 +113,12 @@ class RefusalLogOdds:
     @classmethod
     def detect(
         cls,
-        model: "LensModel",
-        pairs: "PromptPairs",
+        model: LensModel,
+        pairs: PromptPairs,
         *,
         replies: tuple[Sequence[str], Sequence[str]] | None = None,
         max_harmless_share: float = 0.05,
-    ) -> Self:
+    ) -> "RefusalLogOdds":
         """Find the tokens with which this model begins its refusals.
 
         The first tokens of the greedy replies to harmful prompts that `is_refusal` judges refusals; kept are those
@@ -155,7 +151,7 @@ class RefusalLogOdds:
         return cls(tuple(kept), tuple(model.tokenizer.decode([token]) for token in kept))
 
 
-def _single_token(model: "LensModel", text: str) -> int:
+def _single_token(model: LensModel, text: str) -> int:
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         parts = [model.tokenizer.decode([token]) for token in ids]
@@ -163,7 +159,7 @@ def _single_token(model: "LensModel", text: str) -> int:
     return int(ids[0])
 
 
-def _first_token(model: "LensModel", reply: str) -> int:
+def _first_token(model: LensModel, reply: str) -> int:
     return int(model.tokenizer(reply, add_special_tokens=False)["input_ids"][0])
 
 
@@ -199,7 +195,7 @@ def bootstrap_interval(values: Any, seed: int = 0, confidence: float = 0.95) -> 
     return float(found.low), float(found.high)
 
 
-def sign_flip_p(values: "np.ndarray", seed: int = 0, n: int = 10_000) -> "np.ndarray":
+def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarray:
     """Two-sided sign-flip permutation p of a zero mean, for each row of ``values`` [row prompt].
 
     All 2**prompts sign patterns where those are at most ``n``, else ``n`` random ones; the observed one is counted.
@@ -217,7 +213,7 @@ def sign_flip_p(values: "np.ndarray", seed: int = 0, n: int = 10_000) -> "np.nda
     return hits / len(signs) if exact else (hits + 1) / (len(signs) + 1)
 
 
-def adjust_p(p_values: "np.ndarray") -> "np.ndarray":
+def adjust_p(p_values: np.ndarray) -> np.ndarray:
     """Benjamini-Hochberg adjusted p values (scipy)."""
     from scipy.stats import false_discovery_control
 

@@ -80,12 +80,10 @@ def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namesp
     known = json.loads(store.read_text()) if store.is_file() else {}
     missing = [text for text in harmless if text not in known]
     if missing:
-        known |= dict(
-            zip(missing, greedy_replies(model, tokenizer, missing, args.target_tokens, 32), strict=True)
-        )
+        known |= dict(zip(missing, greedy_replies(model, tokenizer, missing, args.target_tokens, 32), strict=True))
         store.write_text(json.dumps(known))
     rng = random.Random(args.seed)
-    refusals = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in REFUSALS]
+    refusals = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in REFUSALS]
     groups = []
     for pair in pairs:
         bad = Example(chat_ids(tokenizer, pair.harmful), rng.choice(refusals), True, "harmful")

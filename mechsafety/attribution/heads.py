@@ -1,26 +1,22 @@
 """Direct logit attribution: what each part adds to the metric through the unembedding alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
+import torch
 from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.cache import ActivationCache
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.prompts import Tokens
 from mechsafety.results import Provenance, Result
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pandas as pd
-    import plotly.graph_objects as go
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.models import LensModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +34,16 @@ class HeadAttribution(Result):
 
     provenance: Provenance
     metric: dict[str, object]
-    heads: "Float[Tensor, 'layer head prompt']"
-    mlps: "Float[Tensor, 'layer prompt']"
-    embed: "Float[Tensor, ' prompt']"
-    rest: "Float[Tensor, ' prompt']"
-    total: "Float[Tensor, ' prompt']"
+    heads: Float[Tensor, "layer head prompt"]
+    mlps: Float[Tensor, "layer prompt"]
+    embed: Float[Tensor, " prompt"]
+    rest: Float[Tensor, " prompt"]
+    total: Float[Tensor, " prompt"]
 
     def __repr__(self) -> str:
         return f"HeadAttribution({self.heads.shape[0]} layers x {self.heads.shape[1]} heads, {len(self.total)} prompts)"
 
-    def to_dataframe(self) -> "pd.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row a part: mean direct contribution in metric units."""
         import pandas as pd
 
@@ -59,7 +55,7 @@ class HeadAttribution(Result):
             rows.append((str(Node("mlp", layer)), "mlp", float(self.mlps[layer].mean())))
         return pd.DataFrame(rows, columns=["part", "kind", "contribution"])
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Heatmap of mean head contributions, layers by heads."""
         import plotly.express as px
 
@@ -73,7 +69,7 @@ class HeadAttribution(Result):
 
 
 def head_attribution(
-    model: "LensModel", prompts: "Sequence[str] | Tokens", metric: RefusalLogOdds, *, steps: int = 64
+    model: LensModel, prompts: Sequence[str] | Tokens, metric: RefusalLogOdds, *, steps: int = 64
 ) -> HeadAttribution:
     """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.
 
@@ -90,8 +86,6 @@ def head_attribution(
     Raises:
         MechsafetyError: The model has norms after its attention or MLP, so that heads do not add up.
     """
-    import torch
-
     if model.post_norm:
         raise MechsafetyError(
             f"{model.name} normalises each block's output, so heads do not add up to the residual stream",
@@ -109,7 +103,7 @@ def head_attribution(
         reads = _average_gradient(metric, logits, 1 if metric.is_linear else steps)
         direction = reads @ rearrange(weights, "d_model d_vocab -> d_vocab d_model")
 
-        def through(part: "Tensor") -> "Tensor":
+        def through(part: Tensor) -> Tensor:
             return einsum(norm(part) - zero, direction, "... prompt d_model, prompt d_model -> ... prompt")
 
         heads = through(_heads_out(model, cache))
@@ -122,10 +116,8 @@ def head_attribution(
     return HeadAttribution(provenance, metric.to_json(), heads, mlps, embed, rest, total)
 
 
-def _heads_out(model: "LensModel", cache: ActivationCache) -> "Float[Tensor, 'layer head prompt d_model']":
+def _heads_out(model: LensModel, cache: ActivationCache) -> Float[Tensor, "layer head prompt d_model"]:
     """Head outputs at the last position only: all positions at once would be the cache's largest tensor."""
-    import torch
-
     weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
     return einsum(
         cache.z[:, :, :, -1].float(),
@@ -134,9 +126,8 @@ def _heads_out(model: "LensModel", cache: ActivationCache) -> "Float[Tensor, 'la
     )
 
 
-def _average_gradient(metric: RefusalLogOdds, logits: "Tensor", steps: int) -> "Float[Tensor, 'prompt d_vocab']":
+def _average_gradient(metric: RefusalLogOdds, logits: Tensor, steps: int) -> Float[Tensor, "prompt d_vocab"]:
     import numpy as np
-    import torch
 
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(logits)

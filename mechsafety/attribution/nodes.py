@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, SoftMask, masked_logits, pair_runs
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.models import LensModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +30,9 @@ class NodeAttribution(Result):
 
     provenance: Provenance
     metric: dict[str, object]
-    heads: "Float[Tensor, 'layer head']"
-    mlps: "Float[Tensor, ' layer']"
-    neurons: "Float[Tensor, 'layer d_mlp'] | None"
+    heads: Float[Tensor, "layer head"]
+    mlps: Float[Tensor, " layer"]
+    neurons: Float[Tensor, "layer d_mlp"] | None
     total: float
 
     def __repr__(self) -> str:
@@ -53,7 +51,7 @@ class NodeAttribution(Result):
         nodes = head_and_mlp_nodes(*self.heads.shape)
         return sorted(nodes, key=lambda node: (-abs(self.of(node)), node.order))
 
-    def to_dataframe(self) -> "pd.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row a head or MLP, largest first."""
         import pandas as pd
 
@@ -62,7 +60,7 @@ class NodeAttribution(Result):
 
 
 def node_attribution(
-    model: "LensModel",
+    model: LensModel,
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
@@ -82,8 +80,6 @@ def node_attribution(
         steps: Midpoints of the integral.
         neurons: Attribute neurons (instead of whole MLPs; the MLP scores are then their sums).
     """
-    import torch
-
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, neurons=neurons)
     sums = _zero_grads(model, neurons)
     for step in range(steps):
@@ -102,14 +98,14 @@ def node_attribution(
 
 
 def mask_gradients(
-    model: "LensModel",
+    model: LensModel,
     runs: PairRuns,
     metric: RefusalLogOdds,
     alpha: float,
     *,
     neurons: bool = False,
-    live: "tuple[Tensor, Tensor] | None" = None,
-) -> "Sequence[Tensor]":
+    live: tuple[Tensor, Tensor] | None = None,
+) -> Sequence[Tensor]:
     """Gradient of the mean metric in every node's mask, with all live nodes at ``alpha``.
 
     Args:
@@ -123,8 +119,6 @@ def mask_gradients(
     Returns:
         Gradients [layer head] and [layer] (or [layer d_mlp]).
     """
-    import torch
-
     shapes = _zero_grads(model, neurons)
     masks = []
     for index, zeros in enumerate(shapes):
@@ -137,8 +131,6 @@ def mask_gradients(
         return torch.autograd.grad(metric(logits).mean(), masks)
 
 
-def _zero_grads(model: "LensModel", neurons: bool) -> "list[Tensor]":
-    import torch
-
+def _zero_grads(model: LensModel, neurons: bool) -> list[Tensor]:
     last = (model.n_layers, model.d_mlp) if neurons else (model.n_layers,)
     return [torch.zeros(model.n_layers, model.n_heads, device=model.device), torch.zeros(last, device=model.device)]

@@ -286,7 +286,8 @@ class RefusalCircuit(Result):
         for score in self.details.scores:
             low, high = score.ci or (math.nan, math.nan)
             row = {**asdict(score.node), "name": str(score.node), "estimate": score.estimate, "effect": score.effect}
-            rows.append(row | {"ci_low": low, "ci_high": high, "p_value": score.p_value, "in_circuit": score.in_circuit})
+            row |= {"ci_low": low, "ci_high": high, "p_value": score.p_value, "in_circuit": score.in_circuit}
+            rows.append(row)
         return pd.DataFrame(rows)
 
     def to_json(self) -> str:
@@ -405,9 +406,8 @@ def _node(row: Mapping[str, Any]) -> CircuitNode:
     for name, known in (("role", ROLES), ("status", NODE_STATUS)):
         if row[name] not in known:
             raise MechsafetyError(f"nodes: {name} {row[name]!r}", expected=f"one of {known}")
-    for name in ("effect", "p_value"):
-        if not isinstance(row[name], int | float | None):
-            raise MechsafetyError(f"nodes: {name} {row[name]!r}", expected="a number")
+    if not isinstance(row["effect"], int | float) or not isinstance(row["p_value"], int | float | None):
+        raise MechsafetyError(f"nodes: effect {row['effect']!r}, p_value {row['p_value']!r}", expected="numbers")
     return CircuitNode(
         node=Node(row["kind"], row["layer"], row["index"]),
         role=row["role"],

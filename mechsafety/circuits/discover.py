@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.circuit import CurvePoint
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, Patch, patched_scores
 
-if TYPE_CHECKING:
-    from mechsafety.metrics import RefusalLogOdds
-    from mechsafety.models import LensModel
-
 # shares of all nodes at which the curve is measured: those of the MIB benchmark, and some between
-CURVE_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +24,9 @@ class FaithfulnessMeter:
     m is the mean metric on the harmful prompts with every node outside C given its value from the harmless twin.
     """
 
-    model: "LensModel"
+    model: LensModel
     runs: PairRuns
-    metric: "RefusalLogOdds"
+    metric: RefusalLogOdds
 
     def kept(self, circuits: Sequence[Sequence[Node]]) -> np.ndarray:
         """Metric [circuit prompt] with everything outside each circuit patched."""
@@ -40,7 +38,7 @@ class FaithfulnessMeter:
         return self._scores(circuits)
 
     def faithfulness(self, circuits: Sequence[Sequence[Node]]) -> list[float]:
-        """f of each circuit."""
+        """F of each circuit."""
         harmful, harmless = self.ends()
         gap = harmful.mean() - harmless.mean()
         return [float(value) for value in (self.kept(circuits).mean(axis=1) - harmless.mean()) / gap]
@@ -121,9 +119,7 @@ def faithfulness_curve(
     sizes = sorted({round(share * len(ranking)) for share in CURVE_SHARES} | {min(10, len(ranking))})
     circuits = [ranking[:size] for size in sizes]
     here, there = found_on.faithfulness(circuits), held_out.faithfulness(circuits)
-    return tuple(
-        CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True)
-    )
+    return tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True))
 
 
 def _eliminate(

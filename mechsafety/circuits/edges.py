@@ -6,32 +6,32 @@ parallel blocks need no cases of their own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.circuits.circuit import CircuitEdge
-from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.models.engine import (
+    BaseRun,
+    Hook,
+    expand_rows,
+    max_variants,
+    run_from,
+    split_rows,
+)
 from mechsafety.nodes import Edge, Node
 from mechsafety.patching.masks import PairRuns
 from mechsafety.sites import Site, SiteKind
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.metrics import RefusalLogOdds
-    from mechsafety.models import LensModel
-
 _SLOT_SITE = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
 
 
-def node_outputs(
-    model: "LensModel", run: BaseRun, nodes: Sequence[Node]
-) -> "Float[Tensor, 'node batch pos d_model']":
+def node_outputs(model: LensModel, run: BaseRun, nodes: Sequence[Node]) -> Float[Tensor, "node batch pos d_model"]:
     """What each head or MLP writes to the residual stream in a stored run."""
-    import torch
-
     rows = []
     for node in nodes:
         if node.kind == "head":
@@ -44,13 +44,14 @@ def node_outputs(
 
 
 def estimate_edges(
-    model: "LensModel", runs: PairRuns, metric: "RefusalLogOdds", nodes: Sequence[Node], *, steps: int = 5
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], *, steps: int = 5
 ) -> list[CircuitEdge]:
     """Edge attribution (EAP, Syed et al. 2023) between the given nodes and into the logits.
 
-    Score of u -> v: (output of u, harmful less harmless) . (gradient of the metric in v's input), summed over positions,
-    averaged over prompts, as a share of the gap. The gradient is averaged over ``steps`` blends of the two runs, every
-    node's value interpolated (as in `node_attribution`), which is steadier than one gradient at the harmful run.
+    Score of u -> v: (output of u, harmful less harmless) . (gradient of the metric in v's input), summed over
+    positions, averaged over prompts, as a share of the gap. The gradient is averaged over ``steps`` blends of the two
+    runs, every node's value interpolated (as in `node_attribution`), which is steadier than one gradient at the
+    harmful run.
 
     Args:
         model: The model; head outputs must add up (no norm after attention).
@@ -88,15 +89,13 @@ def estimate_edges(
 
 
 def measure_edges(
-    model: "LensModel", runs: PairRuns, metric: "RefusalLogOdds", edges: Sequence[CircuitEdge]
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, edges: Sequence[CircuitEdge]
 ) -> list[CircuitEdge]:
     """Exact effect of single edges (path patching, Wang et al. 2022, with everything else frozen up to the receiver).
 
     Sender u's change (harmless less harmful) is added to the input of receiver v's slot alone; v's output is recomputed
     from it; the rest of the model runs on live. The effect is the share of the gap lost.
     """
-    import torch
-
     harmful, harmless = runs.scores(metric)
     gap = float((harmful - harmless).mean())
     groups: dict[tuple[int, str], list[int]] = {}
@@ -120,8 +119,8 @@ def measure_edges(
 
 
 def _edge_logits(
-    model: "LensModel", runs: PairRuns, layer: int, slot: str, edges: Sequence[Edge]
-) -> "Float[Tensor, 'row d_vocab']":
+    model: LensModel, runs: PairRuns, layer: int, slot: str, edges: Sequence[Edge]
+) -> Float[Tensor, "row d_vocab"]:
     base = runs.harmful
     senders = [edge.sender for edge in edges]
     change = node_outputs(model, runs.harmless, senders) - node_outputs(model, base, senders)
@@ -147,9 +146,7 @@ def _edge_logits(
     return run_from(model, base, layer, resid, [mixed])
 
 
-def _capture(
-    model: "LensModel", base: BaseRun, layer: int, resid: "Tensor", delta: "Tensor", kind: SiteKind
-) -> "Tensor":
+def _capture(model: LensModel, base: BaseRun, layer: int, resid: Tensor, delta: Tensor, kind: SiteKind) -> Tensor:
     """MLP output of a layer when ``delta`` is added to what its MLP reads."""
     store: dict[str, Tensor] = {}
     keep: Hook = (Site(kind, layer), lambda tensor: store.__setitem__("out", tensor))
@@ -160,18 +157,16 @@ def _capture(
     return store["out"]
 
 
-def run_block(model: "LensModel", base: BaseRun, layer: int, resid: "Tensor", hooks: Sequence[Hook]) -> "Tensor":
+def run_block(model: LensModel, base: BaseRun, layer: int, resid: Tensor, hooks: Sequence[Hook]) -> Tensor:
     """Output of one block alone, for variants of a base run."""
     return run_from(model, base, layer, resid, hooks, stop=layer + 1)
 
 
-def _one_hot(indices: Sequence[int], size: int, like: "Tensor") -> "Tensor":
-    import torch
-
+def _one_hot(indices: Sequence[int], size: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(indices, device=like.device), size).to(like.dtype)
 
 
-def _reaches(sender: Node, receiver: Node, model: "LensModel") -> bool:
+def _reaches(sender: Node, receiver: Node, model: LensModel) -> bool:
     """Whether the sender's output is part of the receiver's input."""
     if receiver.kind == "logits":
         return True
@@ -185,34 +180,32 @@ def _reaches(sender: Node, receiver: Node, model: "LensModel") -> bool:
 class _Graph:
     """Activations of one blended run, attached to autograd."""
 
-    acts: Mapping[Site, "Tensor"]
-    grads: Mapping[Site, "Tensor"]
+    acts: Mapping[Site, Tensor]
+    grads: Mapping[Site, Tensor]
 
 
 def _input_gradients(
-    model: "LensModel",
+    model: LensModel,
     runs: PairRuns,
-    metric: "RefusalLogOdds",
+    metric: RefusalLogOdds,
     slots: Sequence[tuple[str, Node]],
     alpha: float,
-) -> "dict[tuple[str, Node], Float[Tensor, 'batch pos d_model']]":
+) -> dict[tuple[str, Node], Float[Tensor, "batch pos d_model"]]:
     """Gradient of the summed metric in the residual input of each (slot, node), at one blend of the two runs."""
-    import torch
-
     base, source = runs.harmful, runs.harmless.acts
     middle = SiteKind.RESID_PRE if model.bridge.cfg.parallel_attn_mlp else SiteKind.RESID_MID
     acts: dict[Site, Tensor] = {}
     hooks: list[Hook] = []
 
     def keep(site: Site) -> None:
-        def function(tensor: "Tensor") -> "Tensor":
+        def function(tensor: Tensor) -> Tensor:
             acts[site] = tensor
             return tensor  # a hook that returns nothing may have seen a reshaped copy that is off the graph
 
         hooks.append((site, function))
 
-    def blend(site: Site, values: "Tensor") -> None:
-        def function(tensor: "Tensor") -> "Tensor":
+    def blend(site: Site, values: Tensor) -> None:
+        def function(tensor: Tensor) -> Tensor:
             acts[site] = tensor
             return values + alpha * (tensor - values)
 
@@ -252,11 +245,9 @@ def _input_gradients(
 
 
 def _slot_gradient(
-    graph: _Graph, layer: int, slot: str, heads: Sequence[int], model: "LensModel"
-) -> "Float[Tensor, 'head batch pos d_model']":
+    graph: _Graph, layer: int, slot: str, heads: Sequence[int], model: LensModel
+) -> Float[Tensor, "head batch pos d_model"]:
     """Gradient in the block's input through one slot of each head alone, one backward pass for all heads."""
-    import torch
-
     # a key-value head serves several heads: their shares are told apart where each head has its own tensor
     kind, via = {"q": (SiteKind.Q, None), "k": (SiteKind.K, SiteKind.SCORES), "v": (SiteKind.V, SiteKind.Z)}[slot]
     resid, target = graph.acts[Site(SiteKind.RESID_PRE, layer)], graph.acts[Site(kind, layer)]

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from mechsafety.attribution import NodeAttribution, node_attribution
 from mechsafety.circuits.circuit import (
@@ -17,21 +18,23 @@ from mechsafety.circuits.circuit import (
     RefusalCircuit,
     RoleEvidence,
     Sample,
-
 )
 from mechsafety.circuits.discover import Discovery, FaithfulnessMeter, discover
 from mechsafety.circuits.edges import estimate_edges, measure_edges
 from mechsafety.circuits.roles import assign_roles, role_evidence
 from mechsafety.circuits.verify import verify
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal, wilson_interval
+from mechsafety.metrics import (
+    RefusalLogOdds,
+    bootstrap_interval,
+    is_refusal,
+    wilson_interval,
+)
+from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import PatchMap, activation_patching, pair_runs
 from mechsafety.patching.masks import PairRuns
 from mechsafety.prompts import PromptPairs
-
-if TYPE_CHECKING:
-    from mechsafety.models import LensModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ REPLY_TOKENS = 24
 
 
 def map_refusal_circuit(
-    model: "LensModel",
+    model: LensModel,
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
@@ -108,9 +111,7 @@ def map_refusal_circuit(
             model, few, metric, discovery, patched, n_edges, n_measured_edges, progress=progress
         )
         stage("random control circuits")
-        check = verify(
-            discovery, found_on, held_out, target=target, topics=there.topics, n_random=n_random, seed=seed
-        )
+        check = verify(discovery, found_on, held_out, target=target, topics=there.topics, n_random=n_random, seed=seed)
     options = {
         "pairs": chosen.name,
         "limit": limit,
@@ -143,7 +144,7 @@ def map_refusal_circuit(
 
 
 def check_behaviour(
-    model: "LensModel", pairs: PromptPairs, metric: RefusalLogOdds | None = None, *, seed: int = 0
+    model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds | None = None, *, seed: int = 0
 ) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
     """Generate replies, judge them, and find the metric where none is given.
 
@@ -196,7 +197,7 @@ def check_behaviour(
     return metric, behaviour, samples, keep
 
 
-def _scores_of(model: "LensModel", prompts: Sequence[str], metric: RefusalLogOdds) -> np.ndarray:
+def _scores_of(model: LensModel, prompts: Sequence[str], metric: RefusalLogOdds) -> np.ndarray:
     chunks = [model.logits(prompts[k : k + 16]) for k in range(0, len(prompts), 16)]
     return np.concatenate([metric(chunk).double().cpu().numpy() for chunk in chunks])
 
@@ -235,7 +236,7 @@ def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: i
 
 
 def _edges_and_roles(
-    model: "LensModel",
+    model: LensModel,
     runs: PairRuns,
     metric: RefusalLogOdds,
     discovery: Discovery,
@@ -277,9 +278,7 @@ def _measured(patched: PatchMap, seed: int) -> dict[Node, tuple[float, tuple[flo
     return dict(zip(patched.nodes, rows, strict=True))
 
 
-def _scores(
-    discovery: Discovery, attribution: NodeAttribution, patched: PatchMap, seed: int
-) -> tuple[NodeScore, ...]:
+def _scores(discovery: Discovery, attribution: NodeAttribution, patched: PatchMap, seed: int) -> tuple[NodeScore, ...]:
     measured, inside = _measured(patched, seed), set(discovery.circuit)
     rows = []
     for node in head_and_mlp_nodes(*attribution.heads.shape):
@@ -289,11 +288,9 @@ def _scores(
 
 
 def _attention_examples(
-    model: "LensModel", pairs: PromptPairs, nodes: Sequence[CircuitNode], n_heads: int = 6
+    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], n_heads: int = 6
 ) -> tuple[AttentionExample, ...]:
     """Attention of the circuit's strongest heads on the first pair."""
-    import torch
-
     heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
     strongest = sorted((member.node for member in heads[:n_heads]), key=lambda node: node.order)
     if not strongest:

@@ -2,24 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+import torch
 from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
 from mechsafety.circuits.edges import node_outputs
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
 from mechsafety.models.engine import unembed
 from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.masks import PairRuns, Patch, patched_scores
 from mechsafety.sites import SiteKind
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.metrics import RefusalLogOdds
-    from mechsafety.models import LensModel
 
 # a node has a property when at least this share of its own effect comes that way
 MOST = 0.5
@@ -28,7 +25,7 @@ SOME = 0.1
 
 
 def role_evidence(
-    model: "LensModel", runs: PairRuns, metric: "RefusalLogOdds", nodes: Sequence[Node], *, progress: bool = True
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], *, progress: bool = True
 ) -> dict[Node, RoleEvidence]:
     """Measure for each node where its effect arises and how it reaches the metric.
 
@@ -42,8 +39,6 @@ def role_evidence(
     Returns:
         Evidence without the path sums, which `assign_roles` adds.
     """
-    import torch
-
     at = {
         span: activation_patching(model, runs, metric, nodes=nodes, positions=span, progress=progress).effects.tolist()
         for span in ("instruction", "suffix")
@@ -107,9 +102,9 @@ def assign_roles(
         return total
 
     for node, seen in evidence.items():
-        if node not in roles and (seen.at_suffix or 0.0) >= MOST * effects[node]:
-            if paths(node, {"production"}, incoming=False) >= SOME * effects[node]:
-                roles[node] = "decision"
+        at_suffix = node not in roles and (seen.at_suffix or 0.0) >= MOST * effects[node]
+        if at_suffix and paths(node, {"production"}, incoming=False) >= SOME * effects[node]:
+            roles[node] = "decision"
     named = {}
     for node, seen in evidence.items():
         received = paths(node, {"detection"}, incoming=True)
@@ -118,17 +113,16 @@ def assign_roles(
             enough = SOME * effects[node]
             roles[node] = "evaluation" if received >= enough and sent >= enough else "none"
         named[node] = (roles[node], replace(seen, from_detection=received, to_decision=sent))
-    # path sums above saw evaluation as unnamed on purpose: it is what is left between detection and decision
     return named
 
 
-def _attention(model: "LensModel", runs: PairRuns) -> "tuple[Tensor, Tensor]":
+def _attention(model: LensModel, runs: PairRuns) -> tuple[Tensor, Tensor]:
     """Attention patterns [layer head batch pos source] of both runs, query positions from the first difference."""
-    found = [model.cache(run.tokens, sites=["pattern"]).pattern[:, :, :, runs.start :] for run in (runs.harmful, runs.harmless)]
-    return found[0], found[1]
+    harmful, harmless = (model.cache(run.tokens, ["pattern"]).pattern for run in (runs.harmful, runs.harmless))
+    return harmful[:, :, :, runs.start :], harmless[:, :, :, runs.start :]
 
 
-def _mean_attention(runs: PairRuns, attention: "tuple[Tensor, Tensor]") -> "Float[Tensor, 'layer head']":
+def _mean_attention(runs: PairRuns, attention: tuple[Tensor, Tensor]) -> Float[Tensor, "layer head"]:
     """Mean attention from suffix positions to the instruction span in the harmful run."""
     tokens = runs.harmful.tokens
     instruction = tokens.span_mask("instruction").float()
@@ -143,16 +137,14 @@ def _mean_attention(runs: PairRuns, attention: "tuple[Tensor, Tensor]") -> "Floa
 
 
 def _via_instruction(
-    model: "LensModel",
+    model: LensModel,
     runs: PairRuns,
-    metric: "RefusalLogOdds",
+    metric: RefusalLogOdds,
     heads: Sequence[Node],
     gap: float,
-    attention: "tuple[Tensor, Tensor]",
+    attention: tuple[Tensor, Tensor],
 ) -> dict[Node, float]:
     """Effect of replacing only what each head moves from instruction tokens: attention there times values there."""
-    import torch
-
     if not heads:
         return {}
     moved = []

@@ -1,16 +1,12 @@
 """Checks of a circuit on pairs that its search did not see."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mechsafety.circuits.circuit import CurvePoint, RandomControls, Verification
 from mechsafety.circuits.discover import Discovery, FaithfulnessMeter
 from mechsafety.nodes import Node, head_and_mlp_nodes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def verify(
@@ -22,7 +18,7 @@ def verify(
     topics: Sequence[str] = (),
     n_random: int = 120,
     seed: int = 0,
-    progress: "Callable[[int], object] | None" = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Verification:
     """Faithfulness with interval, necessity, size-matched random controls, and the areas of the curve.
 
@@ -67,7 +63,7 @@ def random_faithfulness(
     circuit: Sequence[Node],
     n: int,
     seed: int,
-    progress: "Callable[[int], object] | None" = None,
+    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Faithfulness of ``n`` random circuits with as many heads and as many MLPs as ``circuit``."""
     rng = np.random.default_rng(seed)

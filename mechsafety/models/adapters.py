@@ -43,7 +43,8 @@ def _fold_feedforward_scales(wrapped: Any) -> None:
     import torch
 
     for module in wrapped.modules():
-        up, down = getattr(module, "up_proj", None), getattr(module, "down_proj", None)
+        up: Any = getattr(module, "up_proj", None)
+        down: Any = getattr(module, "down_proj", None)
         if up is None or not hasattr(down, "ia3_l") or not down.is_feedforward:
             continue
         for name in down.active_adapters:

@@ -1,25 +1,23 @@
 """What is checked about every model at load; a check that fails is named in the error."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from einops import einsum
+from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.engine import check_engine
+from mechsafety.models.lens import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mechsafety.models.lens import LensModel
 
 PROBES = ("What is two plus two?", "Name a colour, please.")
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 
 
-def reference_logits(model: Any, tokenizer: Any) -> "Tensor":
+def reference_logits(model: Any, tokenizer: Any) -> Tensor:
     """Logits [pos d_vocab] of the untouched Hugging Face model on one chat prompt, before it is wrapped."""
-    import torch
-
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROBES[0]}], add_generation_prompt=True, tokenize=False
     )
@@ -28,14 +26,12 @@ def reference_logits(model: Any, tokenizer: Any) -> "Tensor":
         return model(ids.to(next(model.parameters()).device)).logits[0].float()
 
 
-def check_model(model: "LensModel", reference: "Tensor") -> None:
+def check_model(model: LensModel, reference: Tensor) -> None:
     """Run all checks.
 
     Raises:
         MechsafetyError: The first check that fails, by name.
     """
-    import torch
-
     tokens = model.tokenize([PROBES[0]])
     tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
     with torch.no_grad():
@@ -54,7 +50,7 @@ def _fail(name: str, problem: str) -> MechsafetyError:
     return MechsafetyError(f"the load check '{name}' failed: {problem}")
 
 
-def _check_start_token(model: "LensModel", tokens: Tokens) -> None:
+def _check_start_token(model: LensModel, tokens: Tokens) -> None:
     start = model.tokenizer.bos_token_id
     ids = tokens.ids[0].tolist()
     # in some chat models (SmolLM2, Qwen) the start token also opens a turn; doubled means twice in a row at the front
@@ -62,7 +58,7 @@ def _check_start_token(model: "LensModel", tokens: Tokens) -> None:
         raise _fail("start token", "the rendered prompt begins with two start tokens")
 
 
-def _check_logits(model: "LensModel", tokens: Tokens, reference: "Tensor", tolerance: float) -> None:
+def _check_logits(model: LensModel, tokens: Tokens, reference: Tensor, tolerance: float) -> None:
     found = model.forward(tokens, keep=tokens.ids.shape[1])[0].float()
     if found.shape != reference.shape:
         raise _fail("logits", f"shape {tuple(found.shape)}, the Hugging Face model's is {tuple(reference.shape)}")
@@ -71,18 +67,12 @@ def _check_logits(model: "LensModel", tokens: Tokens, reference: "Tensor", toler
         raise _fail("logits", f"they differ from the Hugging Face model's by {gap:.2g}, allowed {tolerance:.0e}")
 
 
-def _check_sites(model: "LensModel", tokens: Tokens) -> None:
-    seen: dict[Site, tuple[int, ...]] = {}
+def _check_sites(model: LensModel, tokens: Tokens) -> None:
     wanted = [Site(kind, layer) for layer in range(model.n_layers) for kind in expected_shapes(model, 1, 1)]
-
-    def note(site: Site) -> Any:
-        def store(tensor: "Tensor") -> None:
-            seen[site] = tuple(tensor.shape)
-
-        return store
-
-    with model.hooks([(site, note(site)) for site in wanted]):
-        model.forward(tokens)
+    try:
+        seen = {site: tuple(tensor.shape) for site, tensor in model.read(tokens, wanted).items()}
+    except KeyError as error:  # TransformerLens names the hook that is not there
+        raise _fail("sites", str(error.args[0])) from None
     width = tokens.ids.shape[1]
     for site in wanted:
         shape = expected_shapes(model, 1, width)[site.kind]
@@ -91,7 +81,7 @@ def _check_sites(model: "LensModel", tokens: Tokens) -> None:
             raise _fail("sites", f"{site.kind.value} of layer {site.layer} {found}")
 
 
-def expected_shapes(model: "LensModel", batch: int, pos: int) -> dict[SiteKind, tuple[int, ...]]:
+def expected_shapes(model: LensModel, batch: int, pos: int) -> dict[SiteKind, tuple[int, ...]]:
     """The promised shape of each site kind."""
     stream = (batch, pos, model.d_model)
     heads, kv_heads = (batch, pos, model.n_heads, model.d_head), (batch, pos, model.n_kv_heads, model.d_head)
@@ -112,7 +102,7 @@ def expected_shapes(model: "LensModel", batch: int, pos: int) -> dict[SiteKind, 
     }
 
 
-def _check_edit(model: "LensModel", tokens: Tokens) -> None:
+def _check_edit(model: LensModel, tokens: Tokens) -> None:
     before = model.logits(tokens)
     for kind in (SiteKind.Z, SiteKind.MLP_OUT, SiteKind.NEURONS):
         with model.hooks([(Site(kind, 0), lambda tensor: tensor * 0)]):
@@ -123,29 +113,24 @@ def _check_edit(model: "LensModel", tokens: Tokens) -> None:
         raise _fail("edits", "an edit outlives its context")
 
 
-def _check_head_outputs(model: "LensModel", tokens: Tokens, tolerance: float) -> None:
-    import torch
-    from einops import einsum
-
-    store: dict[SiteKind, Tensor] = {}
+def _check_head_outputs(model: LensModel, tokens: Tokens, tolerance: float) -> None:
     layer = model.n_layers - 1
-    kinds = (SiteKind.Z, SiteKind.ATTN_OUT)
-    keep = [(Site(kind, layer), lambda tensor, kind=kind: store.__setitem__(kind, tensor)) for kind in kinds]
-    with model.hooks(keep):
-        model.forward(tokens)
-    out = einsum(store[SiteKind.Z], model.W_O(layer), "batch pos head d_head, head d_head d_model -> batch pos d_model")
-    bias = model.bridge.blocks[layer].attn.b_O
-    out = out if bias is None else out + bias
-    size = max(1.0, float(store[SiteKind.ATTN_OUT].abs().max()))
-    model.post_norm = not torch.allclose(out.float(), store[SiteKind.ATTN_OUT].float(), atol=tolerance * size)
+    z_site, out_site = Site(SiteKind.Z, layer), Site(SiteKind.ATTN_OUT, layer)
+    acts = model.read(tokens, [z_site, out_site])
+    block = model.bridge.blocks[layer]
+    out = einsum(acts[z_site], model.W_O(layer), "batch pos head d_head, head d_head d_model -> batch pos d_model")
+    out = out if block.attn.b_O is None else out + block.attn.b_O
+    size = max(1.0, float(acts[out_site].abs().max()))
+    model.post_norm = hasattr(block, "ln1_post")
+    gap = float((out - acts[out_site]).abs().max())
+    if not (model.post_norm or gap <= tolerance * size):
+        raise _fail("head outputs", f"z W_O summed over heads is off by {gap:.2g} from what attention writes")
 
 
-def _check_final_norm(model: "LensModel", tokens: Tokens, tolerance: float) -> None:
-    store: dict[SiteKind, Tensor] = {}
-    kinds = (SiteKind.FINAL_NORM_IN, SiteKind.FINAL_NORM_OUT)
-    with model.hooks([(Site(kind), lambda tensor, kind=kind: store.__setitem__(kind, tensor)) for kind in kinds]):
-        model.forward(tokens)
-    resid, out = store[kinds[0]].float(), store[kinds[1]].float()
+def _check_final_norm(model: LensModel, tokens: Tokens, tolerance: float) -> None:
+    before, after = Site(SiteKind.FINAL_NORM_IN), Site(SiteKind.FINAL_NORM_OUT)
+    acts = model.read(tokens, [before, after])
+    resid, out = acts[before].float(), acts[after].float()
     gap = float((model.frozen_final_norm(resid)(resid) - out).abs().max())
     if not gap <= tolerance * max(1.0, float(out.abs().max())):
         raise _fail("final norm", f"its linear form at a frozen scale is off by {gap:.2g}")

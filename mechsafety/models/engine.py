@@ -1,26 +1,25 @@
 """The forward engine: runs only what an intervention can change.
 
-Three shortcuts, each exact: positions before the first difference of a pair are run once and their keys and values kept;
-blocks before the first edited layer are not run, their output is taken from the stored base run; logits are computed at
-the last position only. Variants of one base run (other heads patched, other circuits) go through as one larger batch.
+Three shortcuts, each exact: positions before the first difference of a pair are run once and their keys and values
+kept; blocks before the first edited layer are not run, their output is taken from the stored base run; logits are
+computed at the last position only. Variants of one base run (other heads patched, other circuits) go through as one
+larger batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
 
+from mechsafety.models.lens import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.models.lens import LensModel
-
-Hook = tuple[Site, Callable[["Tensor"], "Tensor | None"]]
+Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 
 # rows x positions of one engine batch: on a CPU larger ones gain nothing, and activations stay below 100 MB
 MAX_BATCH_TOKENS = 2048
@@ -58,11 +57,11 @@ class BaseRun:
 
     tokens: Tokens
     start: int
-    resid: "Float[Tensor, 'layer_plus_1 batch pos d_model']"
+    resid: Float[Tensor, "layer_plus_1 batch pos d_model"]
     calls: tuple["BlockCall", ...]
-    prefix: tuple[tuple["Tensor", "Tensor"], ...]
-    acts: Mapping[SiteKind, "Tensor"]
-    logits: "Float[Tensor, 'batch d_vocab']"
+    prefix: tuple[tuple[Tensor, Tensor], ...]
+    acts: Mapping[SiteKind, Tensor]
+    logits: Float[Tensor, "batch d_vocab"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,7 +73,7 @@ class BaseRun:
 
 
 def base_run(
-    model: "LensModel", tokens: Tokens, start: int = 0, keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT)
+    model: LensModel, tokens: Tokens, start: int = 0, keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT)
 ) -> BaseRun:
     """Run prompts once and store what `run_from` needs, and the activations of the kinds in ``keep``.
 
@@ -84,8 +83,6 @@ def base_run(
         start: First column to run in every variant; the columns before must be common to base and source run.
         keep: Site kinds to store, of all layers, columns from ``start``.
     """
-    import torch
-
     inputs: dict[int, Tensor] = {}
     calls: dict[int, BlockCall] = {}
     store: dict[Site, Tensor] = {}
@@ -99,7 +96,7 @@ def base_run(
 
         return hook
 
-    def note_site(site: Site) -> Callable[["Tensor"], None]:
+    def note_site(site: Site) -> Callable[[Tensor], None]:
         return lambda tensor: store.__setitem__(site, tensor.detach())
 
     sites = [Site(kind, layer) for kind in keep for layer in range(model.n_layers)]
@@ -128,14 +125,14 @@ def base_run(
 
 
 def run_from(
-    model: "LensModel",
+    model: LensModel,
     base: BaseRun,
     layer: int,
-    resid: "Float[Tensor, 'row pos d_model']",
+    resid: Float[Tensor, "row pos d_model"],
     hooks: Sequence[Hook] = (),
     *,
     stop: int | None = None,
-) -> "Float[Tensor, 'row ...']":
+) -> Float[Tensor, "row ..."]:
     """Next-token logits when the residual stream before block ``layer`` is ``resid`` and ``hooks`` edit what follows.
 
     Args:
@@ -160,10 +157,8 @@ def run_from(
         return hidden if stop is not None else unembed(model, hidden[:, -1:])[:, 0]
 
 
-def unembed(model: "LensModel", resid: "Float[Tensor, '*rows d_model']") -> "Float[Tensor, '*rows d_vocab']":
+def unembed(model: LensModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Final norm, unembedding and the logit soft cap where there is one; float32."""
-    import torch
-
     logits = model.bridge.unembed(model.bridge.ln_final(resid)).float()
     cap = float(model.bridge.cfg.output_logits_soft_cap)
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
@@ -174,20 +169,18 @@ def max_variants(base: BaseRun, max_batch_tokens: int | None = None) -> int:
     return max(1, (max_batch_tokens or MAX_BATCH_TOKENS) // (len(base) * base.n_pos))
 
 
-def expand_rows(tensor: "Tensor", variants: int) -> "Tensor":
+def expand_rows(tensor: Tensor, variants: int) -> Tensor:
     """Repeat a [batch ...] tensor for each variant: [(variant batch) ...]."""
     return repeat(tensor, "batch ... -> (variant batch) ...", variant=variants)
 
 
-def split_rows(tensor: "Tensor", variants: int) -> "Tensor":
+def split_rows(tensor: Tensor, variants: int) -> Tensor:
     """Inverse grouping of `expand_rows`: [(variant batch) ...] -> [variant batch ...]."""
     return rearrange(tensor, "(variant batch) ... -> variant batch ...", variant=variants)
 
 
-def check_engine(model: "LensModel", tokens: Tokens) -> float:
+def check_engine(model: LensModel, tokens: Tokens) -> float:
     """Largest difference between the engine's logits and a whole forward's, from the first and the middle layer."""
-    import torch
-
     whole = model.logits(tokens)
     gap = 0.0
     for start in (0, tokens.ids.shape[1] // 2):
@@ -199,7 +192,7 @@ def check_engine(model: "LensModel", tokens: Tokens) -> float:
     return gap
 
 
-def _prefix(model: "LensModel", tokens: Tokens, start: int) -> tuple[tuple["Tensor", "Tensor"], ...]:
+def _prefix(model: LensModel, tokens: Tokens, start: int) -> tuple[tuple[Tensor, Tensor], ...]:
     if not start:
         return ()
     from transformers import DynamicCache
@@ -213,10 +206,11 @@ def _prefix(model: "LensModel", tokens: Tokens, start: int) -> tuple[tuple["Tens
         use_cache=True,
         logits_to_keep=1,
     )
-    return tuple((layer.keys, layer.values) for layer in cache.layers)
+    layers: list[Any] = list(cache.layers)
+    return tuple((layer.keys, layer.values) for layer in layers)
 
 
-def _cache(model: "LensModel", prefix: Sequence[tuple["Tensor", "Tensor"]], variants: int = 1) -> Any:
+def _cache(model: LensModel, prefix: Sequence[tuple[Tensor, Tensor]], variants: int = 1) -> Any:
     """A fresh key-value cache holding the prefix; running on appends to it, so every run needs its own."""
     from transformers import DynamicCache
 
@@ -234,8 +228,6 @@ def _is_cache(value: Any) -> bool:
 
 def _expand(value: Any, batch: int, variants: int) -> Any:
     """Repeat whatever has a batch axis of the base run for each variant."""
-    import torch
-
     if isinstance(value, torch.Tensor):
         has_batch = value.ndim > 1 and value.shape[0] == batch and batch > 1
         return expand_rows(value, variants) if has_batch and variants > 1 else value

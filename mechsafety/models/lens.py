@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from mechsafety.errors import MechsafetyError
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, Tokens
 from mechsafety.results import Provenance, package_versions
 from mechsafety.sites import Site, SiteKind, hook_name
 
 if TYPE_CHECKING:
-    import torch
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.cache import ActivationCache
+    import mechsafety.cache
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -67,12 +67,12 @@ class LensModel:
         return self.bridge.original_model
 
     @property
-    def device(self) -> "torch.device":
+    def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.hf_model.parameters()).device
 
     @property
-    def dtype(self) -> "torch.dtype":
+    def dtype(self) -> torch.dtype:
         """Data type of the weights."""
         return next(self.hf_model.parameters()).dtype
 
@@ -100,8 +100,6 @@ class LensModel:
         Raises:
             MechsafetyError: No prompts, a single string, or an empty prompt.
         """
-        import torch
-
         if isinstance(prompts, str):
             raise MechsafetyError("a single string was given", expected="a list of prompts", cure="write [prompt]")
         if not prompts:
@@ -110,9 +108,7 @@ class LensModel:
         for prompt in prompts:
             text, start, end = self.render(prompt)
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            inside = [
-                k for k, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and max(a, start) < min(b, end)
-            ]
+            inside = [k for k, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and max(a, start) < min(b, end)]
             if not inside:
                 raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
             rows.append(encoded["input_ids"])
@@ -165,27 +161,36 @@ class LensModel:
     # --- running ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def hooks(self, hooks: Sequence[tuple[Site, Callable[["Tensor"], "Tensor | None"]]]) -> Iterator[None]:
+    def hooks(self, hooks: Sequence[tuple[Site, Callable[[Tensor], "Tensor | None"]]]) -> Iterator[None]:
         """Context in which each function sees its site's activation and may return a new one in its place.
 
         No hook is left behind, also after an exception.
         """
 
-        def adapt(function: Callable[["Tensor"], "Tensor | None"]) -> Callable[..., Any]:
+        def adapt(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., Any]:
             return lambda tensor, hook: function(tensor)
 
         with self.lock, self.bridge.hooks(fwd_hooks=[(hook_name(site), adapt(fn)) for site, fn in hooks]):
             yield
 
-    def logits(self, prompts: Sequence[str] | Tokens) -> "Float[Tensor, 'batch d_vocab']":
-        """Next-token logits after each prompt, float32."""
-        import torch
+    def read(self, tokens: Tokens, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Run prompts once and return copies of the activations at ``sites``, detached."""
+        found: dict[Site, Tensor] = {}
 
+        def keep(site: Site) -> Callable[[Tensor], None]:
+            return lambda tensor: found.__setitem__(site, tensor.detach().clone())
+
+        with torch.no_grad(), self.hooks([(site, keep(site)) for site in sites]):
+            self.forward(tokens)
+        return found
+
+    def logits(self, prompts: Sequence[str] | Tokens) -> Float[Tensor, "batch d_vocab"]:
+        """Next-token logits after each prompt, float32."""
         tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
         with torch.no_grad(), self.lock:
             return self.forward(tokens)[:, -1].float()
 
-    def forward(self, tokens: Tokens, keep: int = 1) -> "Float[Tensor, 'batch keep d_vocab']":
+    def forward(self, tokens: Tokens, keep: int = 1) -> Float[Tensor, "batch keep d_vocab"]:
         """Logits of the last ``keep`` positions, padding handled by mask and position ids.
 
         Gradients follow the caller's grad mode.
@@ -201,7 +206,6 @@ class LensModel:
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
         """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order."""
-        import torch
         from tqdm.auto import tqdm
 
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
@@ -223,7 +227,9 @@ class LensModel:
                 replies[k] = text.strip()
         return replies
 
-    def cache(self, prompts: Sequence[str] | Tokens, sites: Sequence[str] = ("resid", "z")) -> "ActivationCache":
+    def cache(
+        self, prompts: Sequence[str] | Tokens, sites: Sequence[str] = ("resid", "z")
+    ) -> "mechsafety.cache.ActivationCache":
         """Run prompts once and keep the asked-for activations (see `ActivationCache`)."""
         from mechsafety.cache import ActivationCache
 
@@ -231,25 +237,23 @@ class LensModel:
 
     # --- weights ------------------------------------------------------------------------------------------------
 
-    def W_O(self, layer: int) -> "Float[Tensor, 'head d_head d_model']":
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of a layer's heads."""
         return self.bridge.blocks[layer].attn.W_O
 
     @cached_property
-    def W_U(self) -> "Float[Tensor, 'd_model d_vocab']":
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
         return self.bridge.W_U
 
     def frozen_final_norm(
-        self, resid: "Float[Tensor, '*rows d_model']"
-    ) -> Callable[["Float[Tensor, '*rows d_model']"], "Float[Tensor, '*rows d_model']"]:
+        self, resid: Float[Tensor, "*rows d_model"]
+    ) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows d_model"]]:
         """The final norm as a linear map (plus bias), its scale frozen at that of ``resid`` and its weight applied.
 
         Parts of a residual stream can be sent through it one by one: their images sum to the norm's output, once the
         bias (LayerNorm only), which the returned function adds each time, is counted once.
         """
-        import torch
-
         norm, cfg = self.bridge.ln_final, self.bridge.cfg
         weight = norm.weight.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
         x = resid.float()
@@ -263,8 +267,6 @@ class LensModel:
     @cached_property
     def weights_sha256(self) -> str:
         """Hash of all parameters, by name."""
-        import torch
-
         digest = hashlib.sha256()
         for name, parameter in sorted(self.hf_model.state_dict().items()):
             digest.update(name.encode())
@@ -292,7 +294,8 @@ def _difference(model: LensModel, pairs: PromptPairs, index: int) -> str:
         spans = model.tokenize([prompt]).spans[0]
         rows.append(model.token_strings(prompt)[slice(*spans.instruction)])
     first = next((k for k, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
-    return f"harmful {len(rows[0])} tokens {rows[0]}, harmless {len(rows[1])} tokens {rows[1]}, first difference at {first}"
+    harmful, harmless = (f"{len(row)} tokens {row}" for row in rows)
+    return f"harmful {harmful}, harmless {harmless}, first difference at {first}"
 
 
 def site(kind: str, layer: int | None = None) -> Site:

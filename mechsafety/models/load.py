@@ -1,9 +1,12 @@
 """`load_model`: one call from a name, folder, GGUF file or pair to a checked `LensModel`."""
 
+import copy
 import logging
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.adapters import apply_adapter
@@ -42,8 +45,6 @@ def load_model(
     Raises:
         MechsafetyError: Unknown name, device or dtype; no chat template; or a check that failed, by its name.
     """
-    import torch
-
     kind = _dtype(dtype)
     place = _device(device)
     if isinstance(name_or_path, tuple):
@@ -73,8 +74,12 @@ def _boot(name: str, model: Any, tokenizer: Any) -> Any:
 
     logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
     device = str(next(model.parameters()).device)
+    # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
+    # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
+    copied = copy.deepcopy(tokenizer)
+    copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
     try:
-        bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device=device)
+        bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
     except Exception as error:  # adapters raise whatever they meet; the user needs one line
         raise MechsafetyError(
             f"TransformerLens cannot wrap a {type(model).__name__} ({str(error).strip().splitlines()[0]})",
@@ -147,8 +152,6 @@ def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:
 
 
 def _dtype(dtype: str | None) -> Any:
-    import torch
-
     if dtype is None:
         return None
     if dtype not in DTYPES:
@@ -157,8 +160,6 @@ def _dtype(dtype: str | None) -> Any:
 
 
 def _device(device: str | None) -> Any:
-    import torch
-
     if device is None:
         return None
     try:

@@ -1,7 +1,13 @@
 """Exact interventions: activation patching, and the masked runs that circuits are measured by."""
 
 from mechsafety.patching.activation import PatchMap, activation_patching
-from mechsafety.patching.masks import PairRuns, Patch, masked_logits, pair_runs, patched_logits
+from mechsafety.patching.masks import (
+    PairRuns,
+    Patch,
+    masked_logits,
+    pair_runs,
+    patched_logits,
+)
 
 __all__ = [
     "PairRuns",

@@ -2,22 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mechsafety.models import LensModel
 
 DIRECTIONS = ("noising", "denoising")
 
@@ -39,9 +36,9 @@ class PatchMap(Result):
     provenance: Provenance
     metric: dict[str, object]
     nodes: tuple[Node, ...]
-    changes: "Float[Tensor, 'node prompt']"
-    harmful: "Float[Tensor, ' prompt']"
-    harmless: "Float[Tensor, ' prompt']"
+    changes: Float[Tensor, "node prompt"]
+    harmful: Float[Tensor, " prompt"]
+    harmless: Float[Tensor, " prompt"]
     direction: str
     positions: str
 
@@ -54,7 +51,7 @@ class PatchMap(Result):
         return float((self.harmful - self.harmless).mean())
 
     @property
-    def effects(self) -> "Float[Tensor, ' node']":
+    def effects(self) -> Float[Tensor, " node"]:
         """Share of the gap that each node carries: its mean change over the gap."""
         return self.changes.mean(dim=1) / self.gap
 
@@ -66,7 +63,7 @@ class PatchMap(Result):
         """Sign-flip permutation p of each effect, Benjamini-Hochberg adjusted over all nodes."""
         return [float(p) for p in adjust_p(sign_flip_p(self.changes.double().cpu().numpy(), seed))]
 
-    def to_dataframe(self) -> "pd.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row a node: effect (share of the gap), interval, adjusted p."""
         import pandas as pd
 
@@ -83,7 +80,7 @@ class PatchMap(Result):
         }
         return pd.DataFrame(rows)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest effects with intervals."""
         import plotly.express as px
 
@@ -103,7 +100,7 @@ class PatchMap(Result):
 
 
 def activation_patching(
-    model: "LensModel",
+    model: LensModel,
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
@@ -148,11 +145,18 @@ def activation_patching(
     back = sorted(range(len(order)), key=order.__getitem__)
     options = {"direction": direction, "positions": positions, "pairs": len(harmful)}
     return PatchMap(
-        model.provenance(options=options), metric.to_json(), chosen, changes[back], harmful, harmless, direction, positions
+        model.provenance(options=options),
+        metric.to_json(),
+        chosen,
+        changes[back],
+        harmful,
+        harmless,
+        direction,
+        positions,
     )
 
 
-def _check_nodes(model: "LensModel", nodes: Sequence[Node]) -> None:
+def _check_nodes(model: LensModel, nodes: Sequence[Node]) -> None:
     sizes = {"head": model.n_heads, "neuron": model.d_mlp, "mlp": 1}
     for node in nodes:
         if node.kind not in sizes:

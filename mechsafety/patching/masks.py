@@ -2,21 +2,26 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows, max_variants, run_from, split_rows
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.models.engine import (
+    BaseRun,
+    Hook,
+    base_run,
+    expand_rows,
+    max_variants,
+    run_from,
+    split_rows,
+)
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs, TokenPairs
 from mechsafety.sites import Site, SiteKind
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
-    from mechsafety.metrics import RefusalLogOdds
-    from mechsafety.models import LensModel
 
 KEPT = (SiteKind.Z, SiteKind.MLP_OUT)
 
@@ -34,13 +39,13 @@ class PairRuns:
     harmless: BaseRun
     start: int
 
-    def scores(self, metric: "RefusalLogOdds") -> "tuple[Float[Tensor, ' batch'], Float[Tensor, ' batch']]":
+    def scores(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Metric of the unpatched (harmful, harmless) runs."""
         return metric(self.harmful.logits), metric(self.harmless.logits)
 
 
 def pair_runs(
-    model: "LensModel", pairs: PromptPairs | TokenPairs, *, neurons: bool = False, start: int | None = None
+    model: LensModel, pairs: PromptPairs | TokenPairs, *, neurons: bool = False, start: int | None = None
 ) -> PairRuns:
     """Run both prompts of every pair once.
 
@@ -56,9 +61,7 @@ def pair_runs(
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = (*KEPT, SiteKind.NEURONS) if neurons else KEPT
-    return PairRuns(
-        base_run(model, tokens.harmful, first, keep), base_run(model, tokens.harmless, first, keep), first
-    )
+    return PairRuns(base_run(model, tokens.harmful, first, keep), base_run(model, tokens.harmless, first, keep), first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +74,16 @@ class Patch:
         neurons: True where a neuron is patched; None if none is.
     """
 
-    heads: "Bool[Tensor, 'variant layer head']"
-    mlps: "Bool[Tensor, 'variant layer']"
-    neurons: "Bool[Tensor, 'variant layer d_mlp'] | None" = None
+    heads: Bool[Tensor, "variant layer head"]
+    mlps: Bool[Tensor, "variant layer"]
+    neurons: Bool[Tensor, "variant layer d_mlp"] | None = None
 
     def __len__(self) -> int:
         return self.heads.shape[0]
 
     @classmethod
-    def of(cls, model: "LensModel", variants: Sequence[Sequence[Node]]) -> "Patch":
+    def of(cls, model: LensModel, variants: Sequence[Sequence[Node]]) -> "Patch":
         """Patch the listed nodes, one list a variant."""
-        import torch
-
         heads = torch.zeros(len(variants), model.n_layers, model.n_heads, dtype=torch.bool)
         mlps = torch.zeros(len(variants), model.n_layers, dtype=torch.bool)
         any_neuron = any(node.kind == "neuron" for nodes in variants for node in nodes)
@@ -111,15 +112,15 @@ class Patch:
 
 
 def patched_logits(
-    model: "LensModel",
+    model: LensModel,
     base: BaseRun,
-    source: Mapping[SiteKind, "Tensor"],
+    source: Mapping[SiteKind, Tensor],
     patch: Patch,
     *,
-    positions: "Bool[Tensor, 'batch pos'] | None" = None,
+    positions: Bool[Tensor, "batch pos"] | None = None,
     max_batch_tokens: int | None = None,
     progress: Callable[[int], object] | None = None,
-) -> "Float[Tensor, 'variant batch d_vocab']":
+) -> Float[Tensor, "variant batch d_vocab"]:
     """Next-token logits of ``base`` with the patched nodes' values from ``source``, exact, for every variant.
 
     Variants whose first patched layers are alike should stand together: a batch starts at its first one's.
@@ -133,8 +134,6 @@ def patched_logits(
         max_batch_tokens: Rows x columns of one engine batch.
         progress: Called with the number of variants done after each batch.
     """
-    import torch
-
     size = max_variants(base, max_batch_tokens)
     done = []
     for first in range(0, len(patch), size):
@@ -143,25 +142,25 @@ def patched_logits(
         start = min(layers, default=model.n_layers)
         with torch.no_grad():
             resid = expand_rows(base.resid[start], len(part))
-            done.append(split_rows(run_from(model, base, start, resid, _hooks(part, layers, source, positions)), len(part)))
+            done.append(
+                split_rows(run_from(model, base, start, resid, _hooks(part, layers, source, positions)), len(part))
+            )
         if progress is not None:
             progress(len(part))
     return torch.cat(done)
 
 
 def patched_scores(
-    model: "LensModel",
+    model: LensModel,
     base: BaseRun,
-    source: Mapping[SiteKind, "Tensor"],
+    source: Mapping[SiteKind, Tensor],
     patch: Patch,
-    metric: "RefusalLogOdds",
+    metric: RefusalLogOdds,
     *,
-    positions: "Bool[Tensor, 'batch pos'] | None" = None,
+    positions: Bool[Tensor, "batch pos"] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> "Float[Tensor, 'variant batch']":
+) -> Float[Tensor, "variant batch"]:
     """`patched_logits` reduced to the metric batch by batch, so that no [variant batch d_vocab] tensor is held."""
-    import torch
-
     size = max_variants(base)
     parts = [patch.rows(slice(first, first + size)) for first in range(0, len(patch), size)]
     scores = [
@@ -171,13 +170,11 @@ def patched_scores(
 
 
 def _hooks(
-    patch: Patch, layers: Sequence[int], source: Mapping[SiteKind, "Tensor"], positions: "Tensor | None"
+    patch: Patch, layers: Sequence[int], source: Mapping[SiteKind, Tensor], positions: "Tensor | None"
 ) -> list[Hook]:
-    import torch
-
     hooks: list[Hook] = []
 
-    def replace(kind: SiteKind, layer: int, mask: "Tensor", shape: str) -> None:
+    def replace(kind: SiteKind, layer: int, mask: Tensor, shape: str) -> None:
         if not bool(mask.any()):
             return
         variants, values = mask.shape[0], source[kind][layer]
@@ -210,18 +207,18 @@ class SoftMask:
         heads, mlps, neurons: Weights, shared by all prompts; neurons None leaves them alone.
     """
 
-    heads: "Float[Tensor, 'layer head']"
-    mlps: "Float[Tensor, ' layer']"
-    neurons: "Float[Tensor, 'layer d_mlp'] | None" = None
+    heads: Float[Tensor, "layer head"]
+    mlps: Float[Tensor, " layer"]
+    neurons: Float[Tensor, "layer d_mlp"] | None = None
 
 
 def masked_logits(
-    model: "LensModel", base: BaseRun, source: Mapping[SiteKind, "Tensor"], mask: SoftMask
-) -> "Float[Tensor, 'batch d_vocab']":
+    model: LensModel, base: BaseRun, source: Mapping[SiteKind, Tensor], mask: SoftMask
+) -> Float[Tensor, "batch d_vocab"]:
     """Next-token logits of ``base`` with every node blended by ``mask``; differentiable in the mask."""
     hooks: list[Hook] = []
 
-    def blend(kind: SiteKind, layer: int, weight: "Tensor") -> None:
+    def blend(kind: SiteKind, layer: int, weight: Tensor) -> None:
         values = source[kind][layer]
         hooks.append((Site(kind, layer), lambda tensor: values + weight * (tensor - values)))
 

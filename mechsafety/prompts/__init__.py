@@ -1,7 +1,12 @@
 """Prompts: harmful/harmless pairs, single prompts, and the spans of a chat prompt."""
 
 from mechsafety.prompts.pairs import PromptPair, PromptPairs
-from mechsafety.prompts.sets import Prompt, builtin_prompts, load_instructions, read_jsonl
+from mechsafety.prompts.sets import (
+    Prompt,
+    builtin_prompts,
+    load_instructions,
+    read_jsonl,
+)
 from mechsafety.prompts.spans import Spans, TokenPairs, Tokens
 
 __all__ = [

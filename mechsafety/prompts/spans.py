@@ -1,13 +1,12 @@
 """Token rows of chat prompts: which tokens are template, which are the instruction."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
-    from torch import Tensor
 
 SPANS = ("prefix", "instruction", "suffix")
 
@@ -49,22 +48,20 @@ class Tokens:
         spans: Of each prompt, in its unpadded row; `span_mask` shifts them by the padding.
     """
 
-    ids: "Int[Tensor, 'batch pos']"
-    mask: "Bool[Tensor, 'batch pos']"
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
     spans: tuple[Spans, ...]
 
     @property
-    def position_ids(self) -> "Int[Tensor, 'batch pos']":
+    def position_ids(self) -> Int[Tensor, "batch pos"]:
         """Position of each token in its own row; 0 at padding (which the mask hides)."""
         return (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def span_mask(self, span: str) -> "Bool[Tensor, 'batch pos']":
+    def span_mask(self, span: str) -> Bool[Tensor, "batch pos"]:
         """True at the tokens of a span (``all`` for every real token)."""
-        import torch
-
         if span == "all":
             return self.mask
         out = torch.zeros_like(self.mask)
@@ -75,7 +72,7 @@ class Tokens:
             out[row, pad + start : pad + end] = True
         return out
 
-    def rows(self, keep: slice) -> Self:
+    def rows(self, keep: slice) -> "Tokens":
         """A part of the batch, without columns that are padding for all of it."""
         spans = self.spans[keep]
         width = max(span.length for span in spans)
@@ -98,12 +95,12 @@ class TokenPairs:
     def __len__(self) -> int:
         return len(self.harmful)
 
-    def rows(self, keep: slice) -> Self:
+    def rows(self, keep: slice) -> "TokenPairs":
         """A part of the pairs."""
         return self.of(self.harmful.rows(keep), self.harmless.rows(keep))
 
     @classmethod
-    def of(cls, harmful: Tokens, harmless: Tokens) -> Self:
+    def of(cls, harmful: Tokens, harmless: Tokens) -> "TokenPairs":
         """Pair two aligned batches and find their first difference."""
         differs = (harmful.ids != harmless.ids).any(dim=0).nonzero()
         width = harmful.ids.shape[1]

