@@ -22,6 +22,8 @@ _HOMES = {
     "is_refusal": "mechsafety.metrics",
     "activation_patching": "mechsafety.patching",
     "PatchMap": "mechsafety.patching",
+    "path_patching": "mechsafety.patching",
+    "PathMap": "mechsafety.patching",
     "head_attribution": "mechsafety.attribution",
     "HeadAttribution": "mechsafety.attribution",
     "node_attribution": "mechsafety.attribution",
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from mechsafety.errors import MechsafetyError, NoRefusal
     from mechsafety.metrics import RefusalLogOdds, is_refusal
     from mechsafety.models import LensModel, load_model
-    from mechsafety.patching import PatchMap, activation_patching
+    from mechsafety.patching import PatchMap, PathMap, activation_patching, path_patching
     from mechsafety.prompts import (
         PromptPair,
         PromptPairs,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,31 +16,13 @@ from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
-    BaseRun,
     Hook,
-    expand_rows,
-    max_variants,
     run_from,
-    split_rows,
 )
 from mechsafety.nodes import Edge, Node
 from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.paths import measured_edges, node_outputs, reaches
 from mechsafety.sites import Site, SiteKind
-
-_SLOT_SITE = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
-
-
-def node_outputs(model: LensModel, run: BaseRun, nodes: Sequence[Node]) -> Float[Tensor, "node batch pos d_model"]:
-    """What each head or MLP writes to the residual stream in a stored run."""
-    rows = []
-    for node in nodes:
-        if node.kind == "head":
-            z = run.acts[SiteKind.Z][node.layer][:, :, node.index].float()
-            weight = model.W_O(node.layer or 0)[node.index].float()
-            rows.append(einsum(z, weight, "batch pos d_head, d_head d_model -> batch pos d_model"))
-        else:
-            rows.append(run.acts[SiteKind.MLP_OUT][node.layer].float())
-    return torch.stack(rows)
 
 
 def estimate_edges(
@@ -75,7 +57,7 @@ def estimate_edges(
         alpha = (step + 0.5) / steps
         inputs = _input_gradients(model, runs, metric, slots, alpha)
         for (slot, node), gradient in inputs.items():
-            earlier = [k for k, sender in enumerate(ordered) if _reaches(sender, node, model)]
+            earlier = [k for k, sender in enumerate(ordered) if reaches(sender, node, parallel=model.parallel)]
             if not earlier:
                 continue
             scores = einsum(change[earlier], gradient.float(), "node batch pos d, batch pos d -> node") / gap / steps
@@ -98,82 +80,15 @@ def measure_edges(
     """
     harmful, harmless = runs.scores(metric)
     gap = float((harmful - harmless).mean())
-    groups: dict[tuple[int, str], list[int]] = {}
-    for index, member in enumerate(edges):
-        layer = model.n_layers if member.edge.receiver.kind == "logits" else member.edge.receiver.layer
-        groups.setdefault((layer or 0, member.edge.slot), []).append(index)
-    effects = [0.0] * len(edges)
-    size = max_variants(runs.harmful)
-    with torch.no_grad():
-        for (layer, slot), members in groups.items():
-            for first in range(0, len(members), size):
-                chunk = members[first : first + size]
-                scores = metric(_edge_logits(model, runs, layer, slot, [edges[k].edge for k in chunk]))
-                lost = (harmful - split_rows(scores, len(chunk))).mean(1) / gap
-                for k, effect in zip(chunk, lost.tolist(), strict=True):
-                    effects[k] = effect
+    effects = (measured_edges(model, runs, metric, [member.edge for member in edges]).mean(1) / gap).tolist()
     return [
         CircuitEdge(member.edge, effect, "measured", member.estimate)
         for member, effect in zip(edges, effects, strict=True)
     ]
 
 
-def _edge_logits(
-    model: LensModel, runs: PairRuns, layer: int, slot: str, edges: Sequence[Edge]
-) -> Float[Tensor, "row d_vocab"]:
-    base = runs.harmful
-    senders = [edge.sender for edge in edges]
-    change = node_outputs(model, runs.harmless, senders) - node_outputs(model, base, senders)
-    delta = rearrange(change, "variant batch pos d -> (variant batch) pos d").to(base.resid.dtype)
-    resid = expand_rows(base.resid[layer], len(edges))
-    if layer == model.n_layers:
-        return run_from(model, base, layer, resid + delta)
-    if slot == "mlp":
-        new = _capture(model, base, layer, resid, delta, SiteKind.MLP_OUT)
-        return run_from(model, base, layer, resid, [(Site(SiteKind.MLP_OUT, layer), lambda tensor: new)])
-    site = Site(_SLOT_SITE[slot], layer)
-    store: dict[str, Tensor] = {}
-    run_block(model, base, layer, resid + delta, [(site, lambda tensor: store.__setitem__("slot", tensor))])
-    # the changed slot may be shared by a group of heads: only the receiver's z is kept from the run that has it
-    edited: list[Hook] = [
-        (site, lambda tensor: store["slot"]),
-        (Site(SiteKind.Z, layer), lambda tensor: store.__setitem__("z", tensor)),
-    ]
-    run_block(model, base, layer, resid, edited)
-    heads = [edge.receiver.index or 0 for edge in edges]
-    chosen = repeat(_one_hot(heads, model.n_heads, resid), "variant head -> (variant batch) 1 head 1", batch=len(base))
-    mixed: Hook = (Site(SiteKind.Z, layer), lambda tensor: tensor + chosen * (store["z"] - tensor))
-    return run_from(model, base, layer, resid, [mixed])
-
-
-def _capture(model: LensModel, base: BaseRun, layer: int, resid: Tensor, delta: Tensor, kind: SiteKind) -> Tensor:
-    """MLP output of a layer when ``delta`` is added to what its MLP reads."""
-    store: dict[str, Tensor] = {}
-    keep: Hook = (Site(kind, layer), lambda tensor: store.__setitem__("out", tensor))
-    if model.bridge.cfg.parallel_attn_mlp:
-        run_block(model, base, layer, resid + delta, [keep])
-    else:
-        run_block(model, base, layer, resid, [(Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + delta), keep])
-    return store["out"]
-
-
-def run_block(model: LensModel, base: BaseRun, layer: int, resid: Tensor, hooks: Sequence[Hook]) -> Tensor:
-    """Output of one block alone, for variants of a base run."""
-    return run_from(model, base, layer, resid, hooks, stop=layer + 1)
-
-
 def _one_hot(indices: Sequence[int], size: int, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(indices, device=like.device), size).to(like.dtype)
-
-
-def _reaches(sender: Node, receiver: Node, model: LensModel) -> bool:
-    """Whether the sender's output is part of the receiver's input."""
-    if receiver.kind == "logits":
-        return True
-    parallel = model.bridge.cfg.parallel_attn_mlp
-    if sender.layer == receiver.layer:
-        return sender.kind == "head" and receiver.kind == "mlp" and not parallel
-    return (sender.layer or 0) < (receiver.layer or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +108,7 @@ def _input_gradients(
 ) -> dict[tuple[str, Node], Float[Tensor, "batch pos d_model"]]:
     """Gradient of the summed metric in the residual input of each (slot, node), at one blend of the two runs."""
     base, source = runs.harmful, runs.harmless.acts
-    middle = SiteKind.RESID_PRE if model.bridge.cfg.parallel_attn_mlp else SiteKind.RESID_MID
+    middle = SiteKind.RESID_PRE if model.parallel else SiteKind.RESID_MID
     acts: dict[Site, Tensor] = {}
     hooks: list[Hook] = []
 

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
-from mechsafety.circuits.edges import node_outputs
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import unembed
 from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.masks import PairRuns, Patch, patched_scores
+from mechsafety.patching.paths import node_outputs
 from mechsafety.sites import SiteKind
 
 # a node has a property when at least this share of its own effect comes that way

@@ -13,7 +13,8 @@ from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
 PROBES = ("What is two plus two?", "Name a colour, please.")
-TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
+# float64: Llama-like models compute norms and rotary angles in float32 whatever their dtype
+TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 
 
 def reference_logits(model: Any, tokenizer: Any) -> Tensor:
@@ -40,6 +41,7 @@ def check_model(model: LensModel, reference: Tensor) -> None:
         _check_sites(model, tokens)
         _check_edit(model, tokens)
         _check_head_outputs(model, tokens, tolerance)
+        _check_mlp(model, tokens, tolerance)
         _check_final_norm(model, tokens, tolerance)
         gap = check_engine(model, model.tokenize(PROBES))
         if not gap <= tolerance:
@@ -86,7 +88,7 @@ def expected_shapes(model: LensModel, batch: int, pos: int) -> dict[SiteKind, tu
     stream = (batch, pos, model.d_model)
     heads, kv_heads = (batch, pos, model.n_heads, model.d_head), (batch, pos, model.n_kv_heads, model.d_head)
     # where attention and MLP read the same residual stream (GPT-NeoX), there is none between them
-    middle = {} if model.bridge.cfg.parallel_attn_mlp else {SiteKind.RESID_MID: stream}
+    middle = {} if model.parallel else {SiteKind.RESID_MID: stream}
     return {
         SiteKind.RESID_PRE: stream,
         **middle,
@@ -134,3 +136,19 @@ def _check_final_norm(model: LensModel, tokens: Tokens, tolerance: float) -> Non
     gap = float((model.frozen_final_norm(resid)(resid) - out).abs().max())
     if not gap <= tolerance * max(1.0, float(out.abs().max())):
         raise _fail("final norm", f"its linear form at a frozen scale is off by {gap:.2g}")
+
+
+def _check_mlp(model: LensModel, tokens: Tokens, tolerance: float) -> None:
+    layer = model.n_layers - 1
+    before, attn, mlp, after = (
+        Site(kind, layer) for kind in (SiteKind.RESID_PRE, SiteKind.ATTN_OUT, SiteKind.MLP_OUT, SiteKind.RESID_POST)
+    )
+    acts = model.read(tokens, [before, attn, mlp, after])
+    middle = acts[before] + acts[attn]
+    size = max(1.0, float(acts[after].abs().max()))
+    gap = float((middle + acts[mlp] - acts[after]).abs().max())
+    if not gap <= tolerance * size:
+        raise _fail("residual sum", f"attention and MLP outputs are off by {gap:.2g} from what the block adds")
+    gap = float((model.mlp(layer, acts[before] if model.parallel else middle) - acts[mlp]).abs().max())
+    if not gap <= tolerance * size:
+        raise _fail("MLP", f"its norm and layers, called alone, are off by {gap:.2g}")

@@ -157,6 +157,13 @@ def run_from(
         return hidden if stop is not None else unembed(model, hidden[:, -1:])[:, 0]
 
 
+def run_block(
+    model: LensModel, base: BaseRun, layer: int, resid: Float[Tensor, "row pos d_model"], hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "row pos d_model"]:
+    """Output of one block alone, for variants of a base run."""
+    return run_from(model, base, layer, resid, hooks, stop=layer + 1)
+
+
 def unembed(model: LensModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Final norm, unembedding and the logit soft cap where there is one; float32."""
     logits = model.bridge.unembed(model.bridge.ln_final(resid)).float()

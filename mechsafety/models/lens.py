@@ -40,6 +40,7 @@ class LensModel:
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes.
         post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2);
             found at load. Head outputs then do not sum to the residual stream.
+        parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
     """
 
     def __init__(self, name: str, bridge: Any, tokenizer: Any) -> None:
@@ -55,6 +56,7 @@ class LensModel:
         self.d_mlp: int = cfg.d_mlp
         self.d_vocab: int = cfg.d_vocab
         self.post_norm = False
+        self.parallel = bool(cfg.parallel_attn_mlp)
         self.lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -240,6 +242,15 @@ class LensModel:
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of a layer's heads."""
         return self.bridge.blocks[layer].attn.W_O
+
+    def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What a layer's MLP adds when it reads ``resid``: norm, MLP, and the norm after it where there is one.
+
+        ``resid`` is the stream after attention (before it in parallel blocks).
+        """
+        block = self.bridge.blocks[layer]
+        out = block.mlp(block.ln2(resid) if hasattr(block, "ln2") else block.ln1(resid))
+        return block.ln2_post(out) if hasattr(block, "ln2_post") else out
 
     @cached_property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -52,6 +52,8 @@ def load_model(
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     else:
         name, model, tokenizer = _read(os.fspath(name_or_path), kind or torch.float32)
+    shown = _public_name(name) + (f"+{Path(adapter).name}" if adapter is not None else "")
+    if not isinstance(name_or_path, tuple):
         adapter = _demo_adapter(name, adapter)
     if adapter is not None:
         model = apply_adapter(model, adapter)
@@ -63,7 +65,7 @@ def load_model(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     reference = reference_logits(model, tokenizer)
-    lens = LensModel(_public_name(name), _boot(name, model, tokenizer), tokenizer)
+    lens = LensModel(shown, _boot(name, model, tokenizer), tokenizer)
     check_model(lens, reference)
     return lens
 

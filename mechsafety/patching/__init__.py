@@ -8,13 +8,16 @@ from mechsafety.patching.masks import (
     pair_runs,
     patched_logits,
 )
+from mechsafety.patching.paths import PathMap, path_patching
 
 __all__ = [
     "PairRuns",
     "Patch",
     "PatchMap",
+    "PathMap",
     "activation_patching",
     "masked_logits",
     "pair_runs",
     "patched_logits",
+    "path_patching",
 ]

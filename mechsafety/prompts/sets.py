@@ -33,7 +33,8 @@ def read_jsonl(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[s
         raise MechsafetyError(f"no such file: {path}", expected=f"a .jsonl file with {_shape(keys)} a line")
     rows = []
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        # no splitlines(): JSON strings may hold other line breaks, such as U+2028
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise MechsafetyError(f"{path} is not UTF-8 text ({error.reason})", expected="JSON lines") from None
     for number, line in enumerate(lines, 1):
@@ -81,7 +82,13 @@ def load_instructions(name_or_path: str, *, split: str = "train", config: str | 
     if path.suffix == ".jsonl":
         frame = pd.DataFrame(read_jsonl(path, []))
     elif path.is_file() and path.suffix in readers:
-        frame = readers[path.suffix](path)
+        try:
+            frame = readers[path.suffix](path)
+        except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
+            reason = str(error).strip().splitlines()[0]
+            raise MechsafetyError(
+                f"cannot read {name_or_path} ({reason})", expected=f"a {path.suffix} file with a text column"
+            ) from error
     else:
         frame = _from_hub(name_or_path, split, config)
     column = next((name for name in TEXT_COLUMNS if name in frame.columns), None)
@@ -89,7 +96,7 @@ def load_instructions(name_or_path: str, *, split: str = "train", config: str | 
         raise MechsafetyError(
             f"{name_or_path} has the columns {list(frame.columns)}", expected=f"one of {list(TEXT_COLUMNS)}"
         )
-    return [text.strip() for text in frame[column].astype(str) if text.strip()]
+    return [text.strip() for text in frame[column].dropna().astype(str) if text.strip()]
 
 
 def _from_hub(name: str, split: str, config: str | None) -> Any:
@@ -115,7 +122,10 @@ def _parse(line: str, keys: Sequence[str], where: str) -> dict[str, Any]:
     for key in keys:
         if key not in row:
             raise MechsafetyError(f"{where}: the key {key!r} is missing", expected=_shape(keys))
-        if not isinstance(row[key], str) or not row[key].strip():
+        if not isinstance(row[key], str):
+            found = type(row[key]).__name__
+            raise MechsafetyError(f"{where}: the prompt under {key!r} is a JSON {found}", expected="text")
+        if not row[key].strip():
             raise MechsafetyError(f"{where}: the prompt under {key!r} is empty", expected="text")
     return row
 
