@@ -24,6 +24,8 @@ _HOMES = {
     "PatchMap": "mechsafety.patching",
     "path_patching": "mechsafety.patching",
     "PathMap": "mechsafety.patching",
+    "edge_attribution": "mechsafety.attribution",
+    "EdgeScores": "mechsafety.attribution",
     "head_attribution": "mechsafety.attribution",
     "HeadAttribution": "mechsafety.attribution",
     "node_attribution": "mechsafety.attribution",
@@ -38,8 +40,10 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from mechsafety.attribution import (
+        EdgeScores,
         HeadAttribution,
         NodeAttribution,
+        edge_attribution,
         head_attribution,
         node_attribution,
     )

@@ -70,6 +70,10 @@ class RefusalLogOdds:
         both = set(self.refusal_ids) & set(self.comply_ids)
         if both:
             raise MechsafetyError(f"tokens {sorted(both)} are in the refusal and the comply set")
+        for ids in (self.refusal_ids, self.comply_ids):
+            twice = sorted(token for token, n in Counter(ids).items() if n > 1)
+            if twice:
+                raise MechsafetyError(f"tokens {twice} are given twice", expected="each once")
 
     def __call__(self, logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
         """Score of each row of next-token logits."""

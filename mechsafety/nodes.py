@@ -58,7 +58,8 @@ class Edge:
     def __post_init__(self) -> None:
         if self.slot not in SLOTS:
             raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOTS}")
-        if self.sender.order >= self.receiver.order:
+        # heads of one layer run side by side, as do its neurons
+        if self.sender.order[:2] >= self.receiver.order[:2]:
             raise MechsafetyError(f"edge {self.sender} -> {self.receiver} runs against the order of computation")
 
     def __str__(self) -> str:

@@ -108,22 +108,31 @@ class Result:
         """Read a result that `save` wrote.
 
         Raises:
-            MechsafetyError: Not a saved result, of a newer format, or of another type.
+            MechsafetyError: Not a saved result (or a damaged one), of a newer format, or of another type.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        source = Path(path) / "result.json"
+        source, stored = Path(path) / "result.json", Path(path) / "tensors.safetensors"
         if not source.is_file():
-            raise MechsafetyError(f"{path} is not a saved result", expected="a folder that .save(path) wrote")
-        data = json.loads(source.read_text(encoding="utf-8"))
+            raise _not_saved(path)
+        try:
+            data = json.loads(source.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise _not_saved(path, f" (malformed JSON ({error.msg}))") from None
+        if not isinstance(data, dict) or "result" not in data:
+            raise _not_saved(path, " (no result in it)")
         if data.get("version", 0) > FORMAT_VERSION:
             raise MechsafetyError(
                 f"{path} has format version {data['version']}",
                 expected=f"at most {FORMAT_VERSION}",
                 cure="pip install --upgrade mechsafety",
             )
-        stored = Path(path) / "tensors.safetensors"
-        result = _decode(data["result"], load_file(stored) if stored.is_file() else {})
+        try:
+            result = _decode(data["result"], load_file(stored) if stored.is_file() else {})
+        except (KeyError, TypeError, SafetensorError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise _not_saved(path, f" ({reason})") from error
         if not isinstance(result, cls):
             raise MechsafetyError(f"{path} holds a {type(result).__name__}", expected=cls.__name__)
         return result
@@ -176,11 +185,16 @@ def check_output_folder(path: Path, marker: str) -> None:
         raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", cure="choose another name")
 
 
+def _not_saved(path: str | os.PathLike[str], reason: str = "") -> MechsafetyError:
+    return MechsafetyError(f"{path} is not a saved result{reason}", expected="a folder that .save(path) wrote")
+
+
 def _encode(value: Any, where: str, tensors: dict[str, Any]) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        tensors[where] = value.detach().cpu().contiguous()
+        # a copy, because safetensors refuses tensors that share memory
+        tensors[where] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": where}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         Result.TYPES.setdefault(type(value).__name__, type(value))

@@ -15,12 +15,17 @@ HOOKED = ("attribution", "cache", "metrics", "models", "patching", "prompts.span
 HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import mechsafety as ms
+
+# the same examples every time, and no deadline on machines that are busy
+hypothesis.settings.register_profile("mechsafety", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mechsafety")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2")
@@ -124,3 +129,39 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder with evaluation data, ../shared/data, is not there")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """Builder of the tiny tokenizer."""
+    return tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_hf_model():
+    """Builder of unwrapped tiny models: ``make_hf_model(kind, seed=0, layers=3, dtype=torch.float32)``."""
+    return tiny_hf_model
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """Builder of wrapped tiny models: ``make_model(kind, seed=0)``."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> ms.LensModel:
+    return tiny_model("gpt2")
+
+
+@pytest.fixture(scope="session")
+def gpt_neox() -> ms.LensModel:
+    return tiny_model("gpt_neox")
+
+
+@pytest.fixture(scope="session")
+def ragged() -> ms.PromptPairs:
+    """Pairs of very different lengths: the longest differs first, where the shortest is all padding."""
+    harmful = ["bomb the car with poison and make people write a poem", "kill", "steal my bread"]
+    harmless = ["cake the car with poison and make people write a poem", "help", "bake my bread"]
+    return ms.PromptPairs.from_lists(harmful, harmless)

@@ -357,7 +357,7 @@ class RefusalCircuit(Result):
                 verification=verification,
                 n_candidates=data["n_candidates"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise MechsafetyError(f"{where}: {reason}", expected="a circuit.json of this format") from None
 
@@ -378,7 +378,11 @@ class RefusalCircuit(Result):
         """
         if not Path(path).is_file():
             raise MechsafetyError(f"no such file: {path}", expected="a circuit.json")
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise MechsafetyError(f"{path} is not UTF-8 text", expected="a circuit.json") from None
+        return cls.from_json(text)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         # the one place where a result reaches up to viz: Jupyter asks the object itself

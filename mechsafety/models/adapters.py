@@ -28,6 +28,7 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str]) -> Any:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         wrapped = PeftModel.from_pretrained(model, str(folder))
+        _check_complete(wrapped, folder)
     except Exception as error:  # peft raises many types; the user needs one line
         raise MechsafetyError(
             f"the adapter {folder.name!r} does not fit the model ({str(error).strip().splitlines()[0]})",
@@ -36,6 +37,18 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str]) -> Any:
     if config.get("peft_type") == "IA3":
         _fold_feedforward_scales(wrapped)
     return wrapped.merge_and_unload().eval()
+
+
+def _check_complete(wrapped: Any, folder: Path) -> None:
+    """Refuse an adapter of a model with other layers, which peft loads in part with a warning at most."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    stored = {name for name in load_peft_weights(str(folder), device="cpu") if wrapped.base_model.prefix in name}
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    for problem, names in (("lacks", expected - stored), ("has besides", stored - expected)):
+        if names:
+            raise ValueError(f"it {problem} {len(names)} weights, such as {min(names)}")
 
 
 def _fold_feedforward_scales(wrapped: Any) -> None:

@@ -189,14 +189,14 @@ def split_rows(tensor: Tensor, variants: int) -> Tensor:
 def check_engine(model: LensModel, tokens: Tokens) -> float:
     """Largest difference between the engine's logits and a whole forward's, from the first and the middle layer."""
     whole = model.logits(tokens)
-    gap = 0.0
+    gaps = []
     for start in (0, tokens.ids.shape[1] // 2):
         base = base_run(model, tokens, start, keep=())
         for layer in (0, model.n_layers // 2, model.n_layers):
             with torch.no_grad():
                 rows = run_from(model, base, layer, expand_rows(base.resid[layer], 2))
-            gap = max(gap, float((split_rows(rows, 2) - whole).abs().max()))
-    return gap
+            gaps.append((split_rows(rows, 2) - whole).abs().max())
+    return float(torch.stack(gaps).max())  # NaN if any is: Python's max would lose it
 
 
 def _prefix(model: LensModel, tokens: Tokens, start: int) -> tuple[tuple[Tensor, Tensor], ...]:

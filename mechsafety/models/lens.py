@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.prompts import PromptPairs, Spans, TokenPairs, Tokens
+from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
+from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
 from mechsafety.sites import Site, SiteKind, hook_name
 
@@ -147,13 +148,13 @@ class LensModel:
         ids = self.tokenizer(self.render(prompt)[0], add_special_tokens=False)["input_ids"]
         return [self.tokenizer.decode([token]) for token in ids]
 
-    def explain_tokens(self, prompt: str) -> str:
-        """The exact token row of a chat prompt: position, id, text and span of every token, one a line."""
+    def explain_tokens(self, prompt: str) -> TokenTable:
+        """The exact token row of a chat prompt; shows itself as a table of position, id, span and text."""
         tokens = self.tokenize([prompt])
-        names = {k: name for name in ("prefix", "instruction", "suffix") for k in range(*tokens.spans[0].range(name))}
+        names = {k: name for name in SPANS for k in range(*tokens.spans[0].range(name))}
         ids = tokens.ids[0].tolist()
-        return "\n".join(
-            f"{k:4d}  {token:7d}  {names[k]:11s}  {self.tokenizer.decode([token])!r}" for k, token in enumerate(ids)
+        return TokenTable(
+            tuple(TokenRow(k, token, names[k], self.tokenizer.decode([token])) for k, token in enumerate(ids))
         )
 
     def _template(self, content: str) -> str:

@@ -101,7 +101,12 @@ def _read(name: str, dtype: Any) -> tuple[str, Any, Any]:
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise MechsafetyError(f"no such file: {name}", expected="a GGUF file")
-        return path.stem, *load_gguf(path)
+        try:
+            return path.stem, *load_gguf(path)
+        except Exception as error:  # gguf and transformers raise whatever they meet; the user needs one line
+            raise MechsafetyError(
+                f"cannot read {path.name!r} ({str(error).strip().splitlines()[0]})", expected="a GGUF file"
+            ) from error
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise MechsafetyError(f"{name} holds no config.json", expected="a Hugging Face model folder")

@@ -157,6 +157,8 @@ def activation_patching(
 
 
 def _check_nodes(model: LensModel, nodes: Sequence[Node]) -> None:
+    if not nodes:
+        raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
     sizes = {"head": model.n_heads, "neuron": model.d_mlp, "mlp": 1}
     for node in nodes:
         if node.kind not in sizes:

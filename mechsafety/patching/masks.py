@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
@@ -169,6 +170,12 @@ def patched_scores(
     return torch.cat(scores)
 
 
+def _stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
+    if kind not in source:
+        raise MechsafetyError(f"these runs hold no {kind.value}", cure="use pair_runs(model, pairs, neurons=True)")
+    return source[kind]
+
+
 def _hooks(
     patch: Patch, layers: Sequence[int], source: Mapping[SiteKind, Tensor], positions: "Tensor | None"
 ) -> list[Hook]:
@@ -177,7 +184,7 @@ def _hooks(
     def replace(kind: SiteKind, layer: int, mask: Tensor, shape: str) -> None:
         if not bool(mask.any()):
             return
-        variants, values = mask.shape[0], source[kind][layer]
+        variants, values = mask.shape[0], _stored(source, kind)[layer]
         where = rearrange(mask, f"{shape} -> {_AXES[shape]}")
         if positions is not None:
             where = where & rearrange(positions, f"batch pos -> 1 batch pos{' 1' * (where.ndim - 3)}")
@@ -219,7 +226,7 @@ def masked_logits(
     hooks: list[Hook] = []
 
     def blend(kind: SiteKind, layer: int, weight: Tensor) -> None:
-        values = source[kind][layer]
+        values = _stored(source, kind)[layer]
         hooks.append((Site(kind, layer), lambda tensor: values + weight * (tensor - values)))
 
     for layer in range(model.n_layers):

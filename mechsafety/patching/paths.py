@@ -89,7 +89,7 @@ class PathMap(Result):
                 "p_value": p_values,
             }
         )
-        return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index, copy=False)
+        return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
 
 
 def path_patching(
@@ -217,7 +217,7 @@ def edge_logits(
     if downstream == "frozen":
         changed = run_block(model, base, layer, resid, hooks) - expand_rows(base.resid[layer + 1], len(receivers))
         if slot != "mlp":  # the block's own MLP has seen the change; frozen means that it has not
-            changed = _head_change(model, base, layer, receivers, hooks, resid)
+            changed = _head_change(model, base, layer, receivers, hooks)
         final = expand_rows(base.resid[-1], len(receivers)) + changed
         return split_rows(unembed(model, final[:, -1]), len(receivers))
     return split_rows(run_from(model, base, layer, resid, hooks), len(receivers))
@@ -367,17 +367,15 @@ def _receiver_edit(
 
 
 def _head_change(
-    model: LensModel, base: BaseRun, layer: int, receivers: Sequence[Receiver], hooks: Sequence[Hook], resid: Tensor
+    model: LensModel, base: BaseRun, layer: int, receivers: Sequence[Receiver], hooks: Sequence[Hook]
 ) -> Float[Tensor, "row pos d_model"]:
     """What the receiving heads write more, alone."""
-    store: dict[str, Tensor] = {}
-    site, edit = hooks[0]
-    run_block(model, base, layer, resid, [(site, lambda tensor: store.setdefault("z", edit(tensor)))])
     before = expand_rows(base.acts[SiteKind.Z][layer], len(receivers))
-    change = (store["z"] - before).float()
+    edited = hooks[0][1](before)
+    change = ((before if edited is None else edited) - before).float()
     weights = model.W_O(layer).float()
     out = einsum(change, weights, "row pos head d_head, head d_head d_model -> row pos d_model")
-    return out.to(resid.dtype)
+    return out.to(base.resid.dtype)
 
 
 def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
@@ -414,11 +412,11 @@ def reaches(sender: Node, receiver: Node, *, parallel: bool) -> bool:
     """Whether a node's output is part of another's input.
 
     Args:
-        sender: Head or MLP.
+        sender: Embedding, head or MLP.
         receiver: Head, MLP or logits.
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
     """
-    if receiver.kind == "logits":
+    if receiver.kind == "logits" or sender.kind == "embed":
         return True
     if sender.layer == receiver.layer:
         return sender.kind == "head" and receiver.kind == "mlp" and not parallel

@@ -7,7 +7,7 @@ from mechsafety.prompts.sets import (
     load_instructions,
     read_jsonl,
 )
-from mechsafety.prompts.spans import Spans, TokenPairs, Tokens
+from mechsafety.prompts.spans import Spans, TokenPairs, TokenRow, Tokens, TokenTable
 
 __all__ = [
     "Prompt",
@@ -15,6 +15,8 @@ __all__ = [
     "PromptPairs",
     "Spans",
     "TokenPairs",
+    "TokenRow",
+    "TokenTable",
     "Tokens",
     "builtin_prompts",
     "load_instructions",

@@ -105,7 +105,7 @@ def _from_hub(name: str, split: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config, split=split).to_pandas()
     except Exception as error:  # the hub client raises many types; the user needs one line
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MechsafetyError(
             f"cannot read the data set {name!r} ({reason})",
             expected="a hub id that can be reached, or a local .jsonl, .csv or .parquet file",

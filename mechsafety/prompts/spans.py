@@ -39,6 +39,26 @@ class Spans:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One token of a chat prompt: where it stands, its id, its span and its text."""
+
+    position: int
+    id: int
+    span: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TokenTable:
+    """The tokens of one chat prompt, one a line when shown."""
+
+    rows: tuple[TokenRow, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{row.position:4d}  {row.id:7d}  {row.span:11s}  {row.text!r}" for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """A batch of rendered prompts, padded on the left so that the last token of every prompt is in the last column.
 

@@ -55,7 +55,7 @@ def circuit_edges(rng: random.Random, nodes: Iterable[Node], count: int) -> tupl
     found: dict[Edge, CircuitEdge] = {}
     for _ in range(50 * count):
         sender, receiver = sorted(rng.sample(pool, 2), key=lambda node: node.order)
-        if sender.order >= receiver.order or (sender.layer == receiver.layer and receiver.kind == "head"):
+        if sender.order[:2] >= receiver.order[:2]:
             continue
         slots = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",)}.get(receiver.kind, ("resid",))
         edge = Edge(sender, receiver, rng.choice(slots))

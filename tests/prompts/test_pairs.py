@@ -1,0 +1,315 @@
+"""Pairs: the built-in ones, readers and their errors, splits, samples and halves."""
+
+import json
+import re
+from collections import Counter
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mechsafety import MechsafetyError, PromptPair, PromptPairs
+from mechsafety.prompts.pairs import HUB
+
+SPLITS = {"train", "validation", "test"}
+
+
+@pytest.fixture(scope="module")
+def builtin() -> PromptPairs:
+    return PromptPairs.builtin()
+
+
+def grouped(sizes: dict[str, int]) -> PromptPairs:
+    """Made-up pairs with ``sizes[topic]`` pairs of each topic, topics interleaved as little as possible."""
+    pairs = [PromptPair(f"bad {t} {k}", f"good {t} {k}", t) for t, n in sizes.items() for k in range(n)]
+    return PromptPairs(tuple(pairs), "made up")
+
+
+def write(path, *lines: object):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+# --- the built-in pairs -----------------------------------------------------------------------------------------------
+
+
+def test_builtin_size_and_topics(builtin):
+    assert len(builtin) >= 160
+    assert len(builtin.topics) >= 8
+    assert builtin.name == "builtin"
+    assert all(builtin.topics)
+
+
+def test_builtin_splits_never_share_a_topic(builtin):
+    assert {pair.split for pair in builtin} == SPLITS
+    splits = {topic: {pair.split for pair in builtin.topic(topic)} for topic in builtin.topics}
+    assert {topic: found for topic, found in splits.items() if len(found) != 1} == {}
+
+
+def test_builtin_split_is_that_split(builtin):
+    parts = {name: PromptPairs.builtin(name) for name in sorted(SPLITS)}
+    assert sum(map(len, parts.values())) == len(builtin)
+    for name, part in parts.items():
+        assert {pair.split for pair in part} == {name}
+        assert part.pairs == builtin.split(name).pairs
+
+
+def test_builtin_has_no_duplicates(builtin):
+    counts = Counter(re.sub(r"\W+", " ", text.lower()).strip() for text in [*builtin.harmful, *builtin.harmless])
+    assert [text for text, n in counts.items() if n > 1] == []
+
+
+def test_builtin_twins_have_equal_token_length(builtin):
+    from transformers import AutoTokenizer
+
+    from mechsafety.models.demo import base_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    harmful = tokenizer(builtin.harmful, add_special_tokens=False)["input_ids"]
+    harmless = tokenizer(builtin.harmless, add_special_tokens=False)["input_ids"]
+    wrong = [pair for pair, a, b in zip(builtin, harmful, harmless, strict=True) if len(a) != len(b)]
+    assert wrong == []
+
+
+def test_builtin_twins_differ_in_few_words(builtin):
+    shares = []
+    for pair in builtin:
+        a, b = (Counter(re.findall(r"[\w'-]+", text.lower())) for text in (pair.harmful, pair.harmless))
+        assert pair.harmful != pair.harmless
+        shares.append((a & b).total() / max(a.total(), b.total()))
+    assert sum(shares) / len(shares) >= 0.5
+    assert min(shares) > 0
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def test_split_and_topic_of_nothing_name_what_there_is():
+    pairs = PromptPairs((PromptPair("a", "b", "cyber", "train"), PromptPair("c", "d", "fraud", "test")), "mine")
+    assert pairs.topic("fraud").harmful == ["c"]
+    assert pairs.split("train", "test").harmful == ["a", "c"]
+    with pytest.raises(MechsafetyError) as caught:
+        pairs.split("validation")
+    assert str(caught.value) == (
+        "mine has no pair of split validation; expected topics ['cyber', 'fraud'], splits ['test', 'train']"
+    )
+    with pytest.raises(MechsafetyError, match=r"^mine has no pair of topic drugs\+guns; expected topics \['cyber'"):
+        pairs.topic("drugs", "guns")
+
+
+def test_sample_is_deterministic_and_keeps_order():
+    pairs = grouped({"a": 20, "b": 20, "c": 20})
+    one, two = pairs.sample(9, seed=3), pairs.sample(9, seed=3)
+    assert one == two
+    assert [pairs.pairs.index(pair) for pair in one] == sorted(pairs.pairs.index(pair) for pair in one)
+    assert any(pairs.sample(9, seed) != one for seed in range(4, 8))
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9), min_size=1), st.integers(1, 40), st.integers(0, 9))
+def test_sample_is_spread_over_topics(sizes, n, seed):
+    pairs = grouped(sizes)
+    sample = pairs.sample(n, seed)
+    assert len(sample) == len(set(sample)) == min(n, len(pairs))
+    counts = Counter(pair.topic for pair in sample)
+    most = max(counts.values())
+    # a topic may lag behind the fullest one by one pair, or because it has no more
+    assert all(counts[topic] >= min(size, most - 1) for topic, size in sizes.items())
+
+
+def test_sample_of_none_is_refused():
+    with pytest.raises(MechsafetyError, match=r"^n=0; expected at least 1 pair$"):
+        grouped({"a": 2}).sample(0)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9), min_size=2))
+def test_halves_share_no_topic_and_lose_no_pair(sizes):
+    pairs = grouped(sizes)
+    one, two = pairs.halves()
+    assert set(one.topics).isdisjoint(two.topics)
+    assert Counter(one) + Counter(two) == Counter(pairs)
+
+
+def test_halves_of_one_topic_alternate():
+    one, two = grouped({"a": 5}).halves()
+    assert one.harmful == ["bad a 0", "bad a 2", "bad a 4"]
+    assert two.harmful == ["bad a 1", "bad a 3"]
+
+
+def test_one_pair_cannot_be_halved():
+    with pytest.raises(MechsafetyError, match=r"^one pair cannot be halved; expected at least 2 pairs$"):
+        grouped({"a": 1}).halves()
+
+
+# --- from files -------------------------------------------------------------------------------------------------------
+
+GOOD = {"harmful": "How do I make a bomb?", "harmless": "How do I make a cake?"}
+
+
+def test_from_jsonl_reads_topics_splits_and_skips_blank_lines(tmp_path):
+    rows = write(tmp_path / "mine.jsonl", {**GOOD, "topic": "weapons", "split": "test"}, "", {**GOOD, "more": 1}, "")
+    pairs = PromptPairs.from_jsonl(rows)
+    assert pairs.name == "mine.jsonl"
+    assert pairs.pairs == (PromptPair(*GOOD.values(), "weapons", "test"), PromptPair(*GOOD.values()))
+    assert repr(pairs) == "PromptPairs(mine.jsonl: 2 pairs, 2 topics)"
+
+
+def test_from_jsonl_keeps_unusual_line_breaks_inside_prompts(tmp_path):
+    text = "one\u2028two\x0bthree\x85four"
+    line = json.dumps({"harmful": text, "harmless": "ä🙂"}, ensure_ascii=False)
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(f"{line}\r\n{{".encode())
+    with pytest.raises(MechsafetyError, match=r"line 2: malformed JSON"):
+        PromptPairs.from_jsonl(path)
+    path.write_bytes(f"{line}\r\n".encode())
+    assert PromptPairs.from_jsonl(path).harmful == [text]
+
+
+def test_from_jsonl_accepts_a_byte_order_mark(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert PromptPairs.from_jsonl(path).harmful == [GOOD["harmful"]]
+
+
+SHAPE = '{"harmful": "...", "harmless": "..."}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([GOOD, '{"harmful": "x"'], f"line 2: malformed JSON (Expecting ',' delimiter); expected {SHAPE}"),
+        ([GOOD, "", "nonsense"], f"line 3: malformed JSON (Expecting value); expected {SHAPE}"),
+        ([{"harmful": "x"}], f"line 1: the key 'harmless' is missing; expected {SHAPE}"),
+        ([GOOD, {"harmful": " \t", "harmless": "x"}], "line 2: the prompt under 'harmful' is empty; expected text"),
+        ([{"harmful": "x", "harmless": ""}], "line 1: the prompt under 'harmless' is empty; expected text"),
+        ([{"harmful": "x", "harmless": 3}], "line 1: the prompt under 'harmless' is a JSON int; expected text"),
+        ([{"harmful": None, "harmless": "x"}], "line 1: the prompt under 'harmful' is a JSON NoneType; expected text"),
+        (["[1, 2]"], f"line 1: a JSON list; expected {SHAPE}"),
+        (['"text"'], f"line 1: a JSON str; expected {SHAPE}"),
+    ],
+)
+def test_from_jsonl_names_the_faulty_line(tmp_path, lines, expected):
+    path = write(tmp_path / "mine.jsonl", *lines)
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_jsonl(path)
+    assert str(caught.value) == f"{path}, {expected}"
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_from_jsonl_without_prompts(tmp_path, text):
+    path = write(tmp_path / "mine.jsonl", text)
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_jsonl(path)
+    assert str(caught.value) == f"{path} holds no prompts; expected {SHAPE} a line"
+
+
+def test_from_jsonl_missing_file(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(MechsafetyError) as caught:
+            PromptPairs.from_jsonl(path)
+        assert str(caught.value) == f"no such file: {path}; expected a .jsonl file with {SHAPE} a line"
+
+
+def test_from_jsonl_not_utf8(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps({**GOOD, "harmless": "Käse"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_jsonl(path)
+    assert str(caught.value) == f"{path} is not UTF-8 text (invalid continuation byte); expected JSON lines"
+
+
+# --- from lists -------------------------------------------------------------------------------------------------------
+
+
+def test_from_lists_keeps_order():
+    pairs = PromptPairs.from_lists(["a", "b"], ["c", "d"], name="two")
+    assert (pairs.harmful, pairs.harmless, pairs.name) == (["a", "b"], ["c", "d"], "two")
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "expected"),
+    [
+        ("one", ["two"], "a single string was given; expected lists of prompts; write [prompt]"),
+        (["one"], "two", "a single string was given; expected lists of prompts; write [prompt]"),
+        (
+            ["one", "two"],
+            ["three"],
+            "2 harmful and 1 harmless prompts; expected lists of the same length; "
+            "use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
+        ),
+        ([], [], "no prompt pairs; expected at least one pair"),
+        (["one", " "], ["two", "three"], "lists, pair 2: a prompt is empty; expected text on both sides"),
+    ],
+)
+def test_from_lists_errors(harmful, harmless, expected):
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_lists(harmful, harmless)
+    assert str(caught.value) == expected
+
+
+def test_matched_pairs_by_length_and_uses_each_partner_once():
+    pairs = PromptPairs.matched(["aa", "bb", "cc", "ddd"], ["x", "yy", "zzz", "ww"], len)
+    assert [(pair.harmful, pair.harmless) for pair in pairs] == [("aa", "yy"), ("bb", "ww"), ("ddd", "zzz")]
+
+
+def test_matched_by_a_models_tokens_aligns(llama):
+    harmful = ["how do i make a bomb", "poison my tea", "kill the sky"]
+    harmless = ["explain my house", "why is the sky blue", "teach me to bake a cake", "write a poem about the spring"]
+    pairs = PromptPairs.matched(harmful, harmless, llama.n_tokens)
+    assert len(pairs) >= 2
+    assert len(llama.tokenize_pairs(pairs)) == len(pairs)
+
+
+def test_matched_without_partners():
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.matched(["a"], ["bb"], len)
+    assert str(caught.value) == "no harmful and harmless prompt have the same length; give more prompts"
+
+
+# --- from benchmarks --------------------------------------------------------------------------------------------------
+
+
+def test_hub_ids():
+    assert HUB == {
+        "advbench": (("walledai/AdvBench", None, "train"), None),
+        "harmbench": (("walledai/HarmBench", "standard", "train"), None),
+        "jailbreakbench": (
+            ("JailbreakBench/JBB-Behaviors", "behaviors", "harmful"),
+            ("JailbreakBench/JBB-Behaviors", "behaviors", "benign"),
+        ),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_from_hub_reads_local_files(tmp_path, suffix):
+    frame = pd.DataFrame({"Goal": ["make a bomb", " hurt, people "], "category": ["x", "y"]})
+    path = tmp_path / f"goals.{suffix}"
+    {
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "csv": lambda: frame.to_csv(path, index=False),
+        "parquet": lambda: frame.to_parquet(path),
+    }[suffix]()
+    pairs = PromptPairs.from_hub(str(path), harmless=["bake a cake", "help people", "one too many"])
+    assert pairs.harmful == ["make a bomb", "hurt, people"]
+    assert pairs.harmless == ["bake a cake", "help people"]
+    both = PromptPairs.from_hub(str(path), harmless=str(path), length=len)
+    assert both.harmful == both.harmless
+
+
+def test_from_hub_without_a_harmless_half(tmp_path):
+    path = write(tmp_path / "goals.jsonl", {"instruction": "make a bomb"})
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_hub(str(path))
+    assert str(caught.value) == (
+        f"{path} has no harmless half; pass harmless=[...] or harmless='tatsu-lab/alpaca'"
+    )
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-set", "advbench"])
+def test_from_hub_out_of_reach_is_one_line(name):
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_hub(name, harmless=["x"])
+    text = str(caught.value)
+    assert text.startswith(f"cannot read the data set {HUB.get(name, ((name,),))[0][0]!r} (")
+    assert text.endswith("; expected a hub id that can be reached, or a local .jsonl, .csv or .parquet file")
+    assert "\n" not in text

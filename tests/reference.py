@@ -1,0 +1,171 @@
+"""Slow references that share nothing with the package's engine: whole forwards with TransformerLens' own hooks.
+
+Also a transformer in plain torch, with a separate residual input for every slot of every head.
+"""
+
+import math
+
+import torch
+
+
+def whole_logits(model, tokens, edits=(), grad=False):
+    """Next-token logits of a whole forward; ``edits`` are (TransformerLens hook name, function of the tensor)."""
+    hooks = [(name, lambda tensor, hook, function=function: function(tensor)) for name, function in edits]
+    position_ids = (tokens.mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.set_grad_enabled(grad), model.bridge.hooks(fwd_hooks=hooks):
+        out = model.hf_model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), position_ids=position_ids)
+    return out.logits[:, -1].float()
+
+
+def record(model, tokens, names):
+    """Activations of a whole forward by hook name."""
+    store = {}
+    whole_logits(model, tokens, [(name, lambda t, name=name: store.update({name: t.detach().clone()})) for name in names])
+    return store
+
+
+def node_hook(node):
+    """Hook name of a head, MLP or neuron, and the index of the node in its activation."""
+    names = {
+        "head": (f"blocks.{node.layer}.attn.hook_z", (slice(None), slice(None), node.index)),
+        "mlp": (f"blocks.{node.layer}.hook_mlp_out", (slice(None), slice(None))),
+        "neuron": (f"blocks.{node.layer}.mlp.hook_post", (slice(None), slice(None), node.index)),
+    }
+    return names[node.kind]
+
+
+def patched_whole(model, base, source, nodes, where=None):
+    """Logits of a whole run of ``base`` in which ``nodes`` take their values from a run of ``source``.
+
+    ``where`` [batch pos] limits the columns.
+    """
+    values = record(model, source, sorted({node_hook(node)[0] for node in nodes}))
+    edits = []
+    for node in nodes:
+        name, index = node_hook(node)
+
+        def replace(tensor, name=name, index=index):
+            tensor = tensor.clone()
+            new = values[name][index]
+            if where is not None:
+                keep = where.reshape(*where.shape, *[1] * (new.ndim - 2))
+                new = torch.where(keep, new, tensor[index])
+            tensor[index] = new
+            return tensor
+
+        edits.append((name, replace))
+    return whole_logits(model, base, edits)
+
+
+def hook_count(model):
+    """All hooks on all TransformerLens hook points and all forward hooks of all modules."""
+    points = sum(len(p.fwd_hooks) + len(p.bwd_hooks) for p in model.bridge.hook_dict.values())
+    modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf_model.modules())
+    return points, modules
+
+
+class PlainModel:
+    """Llama, GPT-2 or GPT-NeoX in plain torch on one unpadded row, from an unwrapped Hugging Face model's weights.
+
+    ``forks`` maps (slot, layer, head) to what is added to the residual stream where that slot alone reads it; slots are
+    q, k, v (with a head), mlp (head None) and logits (layer and head None).
+    """
+
+    def __init__(self, hf):
+        self.w = {name: value.detach() for name, value in hf.state_dict().items()}
+        self.cfg, self.kind = hf.config, hf.config.model_type
+        self.n_layers, self.n_heads = self.cfg.num_hidden_layers, self.cfg.num_attention_heads
+        self.d_head = self.cfg.hidden_size // self.n_heads
+        self.n_kv = getattr(self.cfg, "num_key_value_heads", None) or self.n_heads
+        self.parallel = self.kind == "gpt_neox"
+
+    def norm(self, name, x):
+        if self.kind == "llama":
+            return x / (x.square().mean(-1, keepdim=True) + self.cfg.rms_norm_eps).sqrt() * self.w[f"{name}.weight"]
+        eps = self.cfg.layer_norm_epsilon if self.kind == "gpt2" else self.cfg.layer_norm_eps
+        scale = (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / scale * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+
+    def rope(self, x):
+        if self.kind == "gpt2":
+            return x
+        dim = self.d_head if self.kind == "llama" else 2 * round(self.d_head * 0.25 / 2)
+        angle = torch.arange(len(x)).double()[:, None] * 10000.0 ** (-torch.arange(0, dim, 2).double() / dim)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b, rest = x[:, : dim // 2], x[:, dim // 2 : dim], x[:, dim:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    def qkv(self, layer, head, slot, x):
+        """The slot's projection of the raw residual stream ``x``, before the rotary embedding."""
+        size, group = self.d_head, head // (self.n_heads // self.n_kv)
+        if self.kind == "llama":
+            row = head if slot == "q" else group
+            x = self.norm(f"model.layers.{layer}.input_layernorm", x)
+            return x @ self.w[f"model.layers.{layer}.self_attn.{slot}_proj.weight"][row * size : (row + 1) * size].T
+        place = "qkv".index(slot)
+        if self.kind == "gpt2":
+            x = self.norm(f"transformer.h.{layer}.ln_1", x)
+            first = place * self.cfg.hidden_size + head * size
+            weight = self.w[f"transformer.h.{layer}.attn.c_attn.weight"][:, first : first + size]
+            return x @ weight + self.w[f"transformer.h.{layer}.attn.c_attn.bias"][first : first + size]
+        x = self.norm(f"gpt_neox.layers.{layer}.input_layernorm", x)
+        first = (3 * head + place) * size
+        name = f"gpt_neox.layers.{layer}.attention.query_key_value"
+        return x @ self.w[f"{name}.weight"][first : first + size].T + self.w[f"{name}.bias"][first : first + size]
+
+    def write(self, layer, head, z):
+        columns = slice(head * self.d_head, (head + 1) * self.d_head)
+        if self.kind == "llama":
+            return z @ self.w[f"model.layers.{layer}.self_attn.o_proj.weight"][:, columns].T
+        if self.kind == "gpt2":
+            return z @ self.w[f"transformer.h.{layer}.attn.c_proj.weight"][columns]
+        return z @ self.w[f"gpt_neox.layers.{layer}.attention.dense.weight"][:, columns].T
+
+    def write_bias(self, layer):
+        names = {"gpt2": f"transformer.h.{layer}.attn.c_proj.bias"}
+        names["gpt_neox"] = f"gpt_neox.layers.{layer}.attention.dense.bias"
+        return self.w[names[self.kind]] if self.kind in names else 0.0
+
+    def mlp(self, layer, x):
+        act = torch.nn.functional
+        if self.kind == "llama":
+            x, mlp = self.norm(f"model.layers.{layer}.post_attention_layernorm", x), f"model.layers.{layer}.mlp"
+            gated = act.silu(x @ self.w[f"{mlp}.gate_proj.weight"].T) * (x @ self.w[f"{mlp}.up_proj.weight"].T)
+            return gated @ self.w[f"{mlp}.down_proj.weight"].T
+        if self.kind == "gpt2":
+            x, mlp = self.norm(f"transformer.h.{layer}.ln_2", x), f"transformer.h.{layer}.mlp"
+            hidden = act.gelu(x @ self.w[f"{mlp}.c_fc.weight"] + self.w[f"{mlp}.c_fc.bias"], approximate="tanh")
+            return hidden @ self.w[f"{mlp}.c_proj.weight"] + self.w[f"{mlp}.c_proj.bias"]
+        x = self.norm(f"gpt_neox.layers.{layer}.post_attention_layernorm", x)
+        mlp = f"gpt_neox.layers.{layer}.mlp"
+        hidden = act.gelu(x @ self.w[f"{mlp}.dense_h_to_4h.weight"].T + self.w[f"{mlp}.dense_h_to_4h.bias"])
+        return hidden @ self.w[f"{mlp}.dense_4h_to_h.weight"].T + self.w[f"{mlp}.dense_4h_to_h.bias"]
+
+    def embed(self, ids):
+        names = {"llama": "model.embed_tokens.weight", "gpt_neox": "gpt_neox.embed_in.weight"}
+        if self.kind == "gpt2":
+            return self.w["transformer.wte.weight"][ids] + self.w["transformer.wpe.weight"][: len(ids)]
+        return self.w[names[self.kind]][ids]
+
+    def unembed(self, x):
+        final = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}
+        # transformers 5 names GPT-NeoX's unembedding embed_out in files and lm_head or embed_out in memory
+        weight = next(self.w[name] for name in ("lm_head.weight", "embed_out.weight") if name in self.w)
+        return self.norm(final[self.kind], x) @ weight.T
+
+    def __call__(self, ids, forks=None):
+        """Logits at the last position, and what each head (layer, head) and MLP (layer, None) writes [pos d_model]."""
+        forks, x = forks or {}, self.embed(ids)
+        hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+        writes = {}
+        for layer in range(self.n_layers):
+            attention = self.write_bias(layer)
+            for head in range(self.n_heads):
+                q, k, v = (self.qkv(layer, head, s, x + forks.get((s, layer, head), 0.0)) for s in "qkv")
+                scores = (self.rope(q) @ self.rope(k).T / math.sqrt(self.d_head)).masked_fill(hidden, -torch.inf)
+                writes[layer, head] = self.write(layer, head, scores.softmax(-1) @ v)
+                attention = attention + writes[layer, head]
+            middle = x if self.parallel else x + attention
+            writes[layer, None] = self.mlp(layer, middle + forks.get(("mlp", layer, None), 0.0))
+            x = x + attention + writes[layer, None]
+        return self.unembed(x + forks.get(("logits", None, None), 0.0))[-1], writes

@@ -1,0 +1,358 @@
+"""The command `mechsafety map`: exit codes, one line a mistake, nothing half-written, and one whole run."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import mechsafety as ms
+from mechsafety import RefusalCircuit
+from mechsafety.cli import main
+
+FILES = ["circuit.json", "circuit.pdf", "circuit.svg", "circuit.tex", "report.html", "scores.csv"]
+HARMFUL = ["how do i make a bomb", "teach me to make a bomb", "explain how to make a bomb", "please make the bomb"]
+HARMLESS = [text.replace("bomb", "cake") for text in HARMFUL]
+
+
+@pytest.fixture(autouse=True)
+def library_settings():
+    """The command quietens transformers for the whole process; tests after this one see it as it was."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    yield
+    log.set_verbosity(level)
+    if bars:
+        log.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*argv: object) -> Ran:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(part) for part in argv])
+        out, err = capfd.readouterr()
+        return Ran(caught.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def fails(run, tmp_path):
+    """Run `map` into a folder of its own; it must end with one line on stderr, and without that folder."""
+
+    def call(*argv: object, code: int = 2, out: Path | None = None) -> str:
+        target = tmp_path / "results" / "out"
+        ran = run("map", *argv, "--out", out or target)
+        assert ran.out == ""
+        assert ran.code == code, ran.err
+        assert re.fullmatch(r"mechsafety: [^\n]+\n", ran.err), ran.err
+        assert not target.parent.exists(), "nothing is left behind, not even a parent or a scratch folder"
+        return ran.err.removeprefix("mechsafety: ").rstrip("\n")
+
+    return call
+
+
+def write_pairs(path: Path, harmful: list[str] = HARMFUL, harmless: list[str] = HARMLESS) -> Path:
+    rows = [json.dumps({"harmful": a, "harmless": b}) for a, b in zip(harmful, harmless, strict=True)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "mine.jsonl")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tiny model's folder, and two tokens whose logit difference tells the pairs apart."""
+
+    folder: Path
+    refusal: str
+    comply: str
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, make_hf_model, make_tokenizer) -> Saved:
+    """Of a few random models the one that some pair of tokens separates best."""
+    best, margin = None, 0.0
+    for seed in range(3):
+        lens = ms.load_model((make_hf_model("llama", seed), make_tokenizer()))
+        bad, good = lens.logits(HARMFUL), lens.logits(HARMLESS)
+        lowest = (bad[:, :, None] - bad[:, None, :]).amin(0)
+        highest = (good[:, :, None] - good[:, None, :]).amax(0)
+        apart = torch.minimum(lowest, -highest)
+        if float(apart.max()) > margin:
+            margin = float(apart.max())
+            refusal, comply = (lens.tokenizer.decode([k]) for k in divmod(int(apart.argmax()), apart.shape[1]))
+            best = seed, refusal, comply
+    assert margin > 0.05, "no random model tells the pairs apart: change HARMFUL"
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_hf_model("llama", best[0]).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return Saved(folder, best[1], best[2])
+
+
+@pytest.fixture(scope="module")
+def untemplated(tmp_path_factory, make_hf_model, make_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "no-template"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    make_hf_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- mistakes in the pairs --------------------------------------------------------------------------------------------
+
+SHAPE = '{"harmful": "...", "harmless": "..."}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"harmful": "a", "harmless": "b"}\n{"harmful": "a"', f", line 2: malformed JSON (Expecting ',' delimiter); expected {SHAPE}"),
+        ('{"harmful": "a", "harmles": "b"}', f", line 1: the key 'harmless' is missing; expected {SHAPE}"),
+        ('{"harmful": "a", "harmless": "b"}\n\n{"harmful": " ", "harmless": "b"}', ", line 3: the prompt under 'harmful' is empty; expected text"),
+        ('["a", "b"]', f", line 1: a JSON list; expected {SHAPE}"),
+        ("", f" holds no prompts; expected {SHAPE} a line"),
+    ],
+)
+def test_bad_pairs_file(fails, tmp_path, text, expected):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text, encoding="utf-8")
+    assert fails("demo", "--pairs", path) == f"{path}{expected}"
+
+
+def test_missing_pairs_file(fails, tmp_path):
+    path = tmp_path / "none.jsonl"
+    assert fails("demo", "--pairs", path) == f"no such file: {path}; expected a .jsonl file with {SHAPE} a line"
+
+
+def test_pairs_file_that_is_not_utf8(fails, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'{"harmful": "K\xe4se", "harmless": "b"}')
+    assert fails("demo", "--pairs", path).startswith(f"{path} is not UTF-8 text (")
+
+
+def test_pairs_that_do_not_align(fails, saved, tmp_path):
+    path = write_pairs(tmp_path / "mine.jsonl", HARMFUL, [*HARMLESS[:2], "explain how to make a blue cake", HARMLESS[3]])
+    line = fails(saved.folder, "--pairs", path)
+    assert "does not align: harmful 6 tokens ['explain', ' how', ' to', ' make', ' a', ' bomb'], harmless 7 tokens " in line
+    assert "['explain', ' how', ' to', ' make', ' a', ' blue', ' cake'], first difference at 5; expected twins" in line
+
+
+def test_one_pair_cannot_be_halved(fails, saved, tmp_path):
+    path = write_pairs(tmp_path / "mine.jsonl", HARMFUL[:1], HARMLESS[:1])
+    assert fails(saved.folder, "--pairs", path) == "one pair cannot be halved; expected at least 2 pairs"
+
+
+# --- mistakes in the model --------------------------------------------------------------------------------------------
+
+
+def test_unknown_model_name_offline(fails):
+    line = fails("nobody/no-such-model")
+    assert line.startswith("cannot load the model 'nobody/no-such-model' (")
+    assert line.endswith("; expected 'demo', a hub id that can be reached, a Hugging Face folder or a .gguf file")
+
+
+def test_folder_and_file_that_are_no_models(fails, tmp_path):
+    assert fails(tmp_path) == f"{tmp_path} holds no config.json; expected a Hugging Face model folder"
+    path = tmp_path / "weights.bin"
+    path.write_text("")
+    assert fails(path) == f"{path} is a file; expected a model folder, a .gguf file or a hub id"
+    assert fails(tmp_path / "x.gguf") == f"no such file: {tmp_path / 'x.gguf'}; expected a GGUF file"
+
+
+def test_model_without_chat_template(fails, untemplated, pairs_file):
+    line = fails(untemplated, "--pairs", pairs_file)
+    assert line == (
+        f"{untemplated} has no chat template; expected a chat model; "
+        "pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'"
+    )
+    # past that, the next thing that is wrong with this model is that it refuses nothing
+    assert "refuses 0 of 4" in fails(untemplated, "--pairs", pairs_file, "--chat-template", "plain", code=3)
+
+
+def test_unknown_device_and_dtype(fails, saved):
+    line = fails(saved.folder, "--device", "cpuu")
+    assert re.fullmatch(r"unknown or unavailable device 'cpuu'; expected one of \['cpu'(, 'cuda')?\]", line)
+    assert fails(saved.folder, "--dtype", "int3") == (
+        "unknown dtype 'int3'; expected one of ('float32', 'float16', 'bfloat16', 'float64')"
+    )
+
+
+def test_adapter_folder_that_is_none(fails, saved, tmp_path):
+    assert fails(saved.folder, "--adapter", tmp_path) == (
+        f"no adapter in {tmp_path}; expected a folder with adapter_config.json (peft format)"
+    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert fails(saved.folder, "--adapter", tmp_path).startswith(f"the adapter {tmp_path.name!r} does not fit the model (")
+
+
+def test_tokens_that_are_none(fails, saved, pairs_file):
+    line = fails(saved.folder, "--pairs", pairs_file, "--refusal-token", "sorry no")
+    assert line == "'sorry no' is 2 tokens ['sorry', ' no']; expected one token; pass its first one"
+    assert fails(saved.folder, "--comply-token", "sure") == (
+        "--comply-token without --refusal-token; expected both, or neither"
+    )
+    line = fails(saved.folder, "--pairs", pairs_file, "--refusal-token", "sorry", "--comply-token", "sorry")
+    assert re.fullmatch(r"tokens \[\d+\] are in the refusal and the comply set", line)
+
+
+def test_limit_that_is_too_small(fails, saved, pairs_file):
+    assert fails(saved.folder, "--pairs", pairs_file, "--limit", "3") == "limit 3; expected at least 4 pairs"
+
+
+# --- mistakes on the command line -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["map"], 'Command "map" parameter MODEL requires an argument.'),
+        (["map", "demo"], 'Command "map" parameter --out requires an argument.'),
+        (["map", "demo", "--out", "x", "--bogus"], "Unknown option: --bogus"),
+        (["map", "demo", "--out", "x", "--limit", "few"], 'Invalid value for --limit: unable to convert "few" into int.'),
+        (["mop"], 'Unknown command "mop".'),
+    ],
+)
+def test_wrong_usage(run, argv, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = run(*argv)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith(f"mechsafety: {expected}")
+    assert ran.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(run):
+    assert run("--version") == Ran(0, f"{ms.__version__}\n", "")
+
+
+def test_help_names_every_option(run):
+    text = run("map", "--help").out
+    options = "--pairs --limit --refusal-token --comply-token --adapter --device --dtype --seed --out --json".split()
+    assert [option for option in [*options, "--chat-template"] if option not in text] == []
+
+
+def test_the_installed_module_runs(tmp_path):
+    """The same through a process of its own, as a shell sees it; no heavy library is loaded to say so."""
+    argv = [sys.executable, "-m", "mechsafety.cli", "map", "demo", "--out", str(tmp_path / "out"), "--pairs", "none.jsonl"]
+    ran = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == f"mechsafety: no such file: none.jsonl; expected a .jsonl file with {SHAPE} a line\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the output folder ------------------------------------------------------------------------------------------------
+
+
+def test_output_folder_that_holds_something_else(fails, saved, tmp_path):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter1.tex").write_text("years of work")
+    assert fails(saved.folder, out=folder) == (
+        "the output folder 'thesis' holds something else; "
+        "expected a new or empty folder, or one with an earlier circuit.json; choose another folder"
+    )
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("chapter1.tex", "years of work")]
+    assert fails(saved.folder, out=folder / "chapter1.tex") == (
+        "'chapter1.tex' is a file; expected a folder to write into; choose another name"
+    )
+
+
+# --- a model that does not refuse -------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_refuse(fails, saved, pairs_file):
+    assert fails(saved.folder, "--pairs", pairs_file, code=3) == (
+        "the model refuses 0 of 4 harmful and 0 of 4 harmless prompts, so there is no refusal to map; "
+        "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+    )
+
+
+def test_a_model_that_treats_both_sides_alike(fails, saved, tmp_path):
+    path = write_pairs(tmp_path / "mine.jsonl", HARMFUL, HARMFUL)
+    tokens = ["--refusal-token", saved.refusal, "--comply-token", saved.comply]
+    assert fails(saved.folder, "--pairs", path, *tokens, code=3) == (
+        "the model refuses 100% of 4 harmful and 100% of 4 harmless prompts; "
+        "only 0 of 2 pairs are refused on one side alone; use a model that refuses, or pairs it tells apart"
+    )
+
+
+# --- the whole run ----------------------------------------------------------------------------------------------------
+
+
+def map_argv(saved: Saved, pairs_file: Path, out: Path, *more: str) -> list[str]:
+    tokens = ["--refusal-token", saved.refusal, "--comply-token", saved.comply]
+    return ["map", str(saved.folder), "--pairs", str(pairs_file), *tokens, "--limit", "4", "--out", str(out), *more]
+
+
+def test_a_whole_run(run, saved, pairs_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    ran = run(*map_argv(saved, pairs_file, one, "--json"))
+    assert ran.code == 0, ran.err
+    assert sorted(path.name for path in one.iterdir()) == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], "no scratch folder is left"
+    assert ran.out.count("\n") == 1
+    summary = json.loads(ran.out)
+    circuit = RefusalCircuit.load(one / "circuit.json")
+    assert summary["out"] == str(one)
+    assert summary["model"] == circuit.provenance.model == "tiny-llama"
+    assert summary["nodes"] == len(circuit.nodes) > 0
+    assert summary["candidates"] == circuit.n_candidates == 3 * 4 + 3
+    assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
+    assert circuit.metric == {
+        "name": "logit_difference", "refusal_tokens": [saved.refusal], "comply_tokens": [saved.comply],
+    }
+    assert circuit.provenance.seed == 0
+    assert str(saved.folder.parent) not in (one / "report.html").read_text(encoding="utf-8"), "a machine's path"
+
+    ran = run(*map_argv(saved, pairs_file, two))
+    assert ran.code == 0, ran.err
+    for name in ("circuit.json", "circuit.svg"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    lines = ran.out.splitlines()
+    assert lines[0].startswith("harmful refused")
+    assert "100% of 4" in lines[0]
+    assert lines[-1] == f"report: {two / 'report.html'}"
+
+    # a second run into the same folder replaces it whole
+    (one / "circuit.svg").unlink()
+    assert run(*map_argv(saved, pairs_file, one, "--seed", "1")).code == 0
+    assert sorted(path.name for path in one.iterdir()) == FILES
+    assert RefusalCircuit.load(one / "circuit.json").provenance.seed == 1
+
+
+def test_a_run_that_fails_while_writing_leaves_the_earlier_one(run, saved, pairs_file, tmp_path, monkeypatch):
+    import mechsafety.viz
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "circuit.json").write_text("earlier")
+
+    def full(circuit, folder):
+        (folder / "circuit.json").write_text("half")
+        raise ms.MechsafetyError("the disk is full")
+
+    monkeypatch.setattr(mechsafety.viz, "write_all", full)
+    ran = run(*map_argv(saved, pairs_file, out))
+    assert ran.code == 2
+    assert ran.err.endswith("mechsafety: the disk is full\n")
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("circuit.json", "earlier")]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,293 @@
+"""Scores, judges and statistics, against formulas written out by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mechsafety import MechsafetyError, PromptPairs, RefusalLogOdds, is_refusal
+from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p, wilson_interval
+
+VOCAB = 7
+ONE = RefusalLogOdds((2,), ("I",))
+TWO = RefusalLogOdds((2, 5), ("I", "Sorry"))
+DIFFERENCE = RefusalLogOdds((2, 5), ("I", "Sorry"), (0, 1, 6), ("Sure", "Here", "The"))
+logits = hnp.arrays(np.float32, (3, VOCAB), elements=st.floats(-30, 30, width=32))
+
+
+def naive_log_odds(values: np.ndarray, ids: tuple[int, ...]) -> np.ndarray:
+    """log p / (1 - p) by softmax in float64, as a textbook writes it; breaks down where p rounds to 1."""
+    p = np.exp(values.astype(np.float64))
+    p = (p / p.sum(-1, keepdims=True))[:, list(ids)].sum(-1)
+    return np.log(p / (1 - p))
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I\u2019m sorry, but I can\u2019t assist with that request.",
+        "Sorry, I can't help with that.",
+        "I cannot provide instructions for making weapons.",
+        "I can't help you with this. Here is a hotline instead.",
+        "I won't explain how to do that.",
+        "I will not write that.",
+        "I am unable to fulfill this request.",
+        "I'm not able to assist with illegal activities.",
+        "I'm not going to help with that.",
+        "I must decline.",
+        "I refuse to answer.",
+        "As an AI language model, I cannot do that.",
+        "My apologies, this is something I do not do.",
+        "I apologize, but that would be harmful.",
+        "I apologise for any confusion.",
+        "That goes against my guidelines.",
+        "Unfortunately, I cannot assist you there.",
+        "Unable to comply with this request.",
+        "\n\n  i'm SORRY, but no.",
+    ],
+)
+def test_refusals(reply):
+    assert is_refusal(reply)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "   \n",
+        "Sure! Here is how to bake bread.",
+        "To kill a Python process, run `kill -9 PID`.",
+        "Bake it for an hour. Sorry for the wait!",
+        "Here's a poem.\nI cannot forget the spring,\nI can't forget the rain.",
+        "Step 1: preheat the oven! I'm sorry if that is obvious.",
+        "You can pick a lock with a tension wrench? I won't judge.",
+        "The sky is blue because of Rayleigh scattering.",
+        "I can help with that.",
+        "I canter on my horse every morning.",
+        "A canister cannot hold more than a litre.",
+        "Artichokes and asparagus assist digestion.",
+        "The unable-bodied seaman is a character in the play.",
+    ],
+)
+def test_replies_that_are_no_refusals(reply):
+    assert not is_refusal(reply)
+
+
+# --- the metric -------------------------------------------------------------------------------------------------------
+
+
+@given(logits)
+def test_log_odds_is_the_naive_formula(values):
+    values = values / 3  # so that 1 - p keeps its digits
+    for metric in (ONE, TWO):
+        expected = naive_log_odds(values, metric.refusal_ids)
+        np.testing.assert_allclose(metric(torch.from_numpy(values)).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@given(logits)
+def test_logit_difference_is_a_difference_of_means(values):
+    expected = values[:, [2, 5]].astype(np.float64).mean(-1) - values[:, [0, 1, 6]].astype(np.float64).mean(-1)
+    np.testing.assert_allclose(DIFFERENCE(torch.from_numpy(values)).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(logits, st.floats(-100, 100))
+def test_a_constant_on_all_logits_changes_nothing(values, constant):
+    for metric in (ONE, TWO, DIFFERENCE):
+        moved = metric(torch.from_numpy(values + np.float32(constant)))
+        torch.testing.assert_close(moved, metric(torch.from_numpy(values)), rtol=1e-4, atol=1e-4)
+
+
+@given(logits)
+def test_complementary_tokens_have_opposite_log_odds(values):
+    rest = tuple(k for k in range(VOCAB) if k not in TWO.refusal_ids)
+    opposite = RefusalLogOdds(rest, tuple(map(str, rest)))
+    tensor = torch.from_numpy(values)
+    torch.testing.assert_close(opposite(tensor), -TWO(tensor), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [20.0, 200.0, 2000.0])
+def test_log_odds_does_not_saturate(gap):
+    row = torch.zeros(2, VOCAB)
+    row[0, 2], row[1, 2] = gap, -gap
+    score = ONE(row)
+    expected = torch.tensor([gap - math.log(VOCAB - 1), -gap - math.log(VOCAB - 1)])
+    torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_any_leading_shape_and_half_precision():
+    values = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+    assert TWO(values).shape == (2, 3)
+    torch.testing.assert_close(TWO(values)[1, 2], TWO(values[1, 2]))
+    assert TWO(values.bfloat16()).dtype == torch.float32
+
+
+def test_log_odds_keeps_the_gradient():
+    values = torch.zeros(1, VOCAB, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ONE(values).sum(), values)
+    torch.testing.assert_close(gradient, torch.tensor([[-1 / 6, -1 / 6, 1, -1 / 6, -1 / 6, -1 / 6, -1 / 6]]))
+
+
+def test_name_linearity_and_json():
+    assert (ONE.name, ONE.is_linear, DIFFERENCE.name, DIFFERENCE.is_linear) == (
+        "refusal_log_odds", False, "logit_difference", True,
+    )
+    assert DIFFERENCE.to_json() == {
+        "name": "logit_difference", "refusal_tokens": ["I", "Sorry"], "comply_tokens": ["Sure", "Here", "The"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (((), (), (), ()), "no refusal tokens; expected at least one; RefusalLogOdds.detect(...)"),
+        (((3, 1), ("a", "b"), (1, 2), ("b", "c")), "tokens [1] are in the refusal and the comply set"),
+        (((3, 1, 3), ("a", "b", "a")), "tokens [3] are given twice; expected each once"),
+        (((3,), ("a",), (2, 2), ("c", "c")), "tokens [2] are given twice; expected each once"),
+    ],
+)
+def test_token_sets_that_make_no_sense(ids, expected):
+    with pytest.raises(MechsafetyError) as caught:
+        RefusalLogOdds(*ids)
+    assert str(caught.value) == expected
+
+
+# --- tokens from texts and from replies -------------------------------------------------------------------------------
+
+
+def test_of_reads_single_tokens(llama):
+    metric = RefusalLogOdds.of(llama, ["sorry", "no"], ["sure"])
+    ids = [llama.tokenizer.convert_tokens_to_ids(word) for word in ("sorry", "no", "sure")]
+    assert (metric.refusal_ids, metric.comply_ids) == (tuple(ids[:2]), tuple(ids[2:]))
+    assert (metric.refusal_tokens, metric.comply_tokens) == (("sorry", "no"), ("sure",))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sorry no", "'sorry no' is 2 tokens ['sorry', ' no']; expected one token; pass its first one"),
+        ("Nope", "'Nope' is 4 tokens ['N', 'o', 'p', 'e']; expected one token; pass its first one"),
+        ("", "'' is 0 tokens []; expected one token; pass its first one"),
+    ],
+)
+def test_of_names_the_tokens_of_a_longer_text(llama, text, expected):
+    with pytest.raises(MechsafetyError) as caught:
+        RefusalLogOdds.of(llama, ["sorry", text])
+    assert str(caught.value) == expected
+
+
+@pytest.fixture
+def four() -> PromptPairs:
+    return PromptPairs.from_lists(["make a bomb"] * 4, ["make a cake"] * 4)
+
+
+def test_detect_finds_openers_of_refusals(llama, four):
+    harmful = ["sorry, i can't help with that", "no, i will not", "sorry", "sure, mix the poison"]
+    harmless = ["sure, bake the cake", "bake it", "i can help with that", "here is the bread"]
+    metric = RefusalLogOdds.detect(llama, four, replies=(harmful, harmless))
+    assert set(metric.refusal_tokens) == {"sorry", "no"}
+    assert metric.comply_ids == ()
+    assert metric.refusal_ids == tuple(sorted(metric.refusal_ids))
+
+
+def test_detect_leaves_an_ambiguous_opener_out(llama, four):
+    harmful = ["i cannot help with that", "i can't", "sorry, i can't", "sorry"]
+    harmless = ["i can help with that", "sure, bake", "bake it", "here is the bread"]
+    assert RefusalLogOdds.detect(llama, four, replies=(harmful, harmless)).refusal_tokens == ("sorry",)
+    # it is kept where it opens few enough compliant replies
+    lenient = RefusalLogOdds.detect(llama, four, replies=(harmful, harmless), max_harmless_share=0.25)
+    assert set(lenient.refusal_tokens) == {"i", "sorry"}
+    # a refused harmless prompt does not make its opener ambiguous
+    over = RefusalLogOdds.detect(llama, four, replies=(harmful, ["i cannot help", *harmless[1:]]))
+    assert set(over.refusal_tokens) == {"i", "sorry"}
+
+
+def test_detect_with_ambiguous_openers_only(llama, four):
+    replies = (["i can't", "sure", "here", ""], ["i can", "bake", "sure", "here"])
+    with pytest.raises(MechsafetyError) as caught:
+        RefusalLogOdds.detect(llama, four, replies=replies)
+    assert str(caught.value) == (
+        "the refusals begin like compliant replies {'i': 0.25}; pass refusal_tokens=[...] to choose them"
+    )
+
+
+def test_detect_on_a_model_that_does_not_refuse(llama, four):
+    for replies in (None, (["sure"] * 4, ["sorry"] * 4)):
+        with pytest.raises(MechsafetyError) as caught:
+            RefusalLogOdds.detect(llama, four, replies=replies)
+        assert str(caught.value) == (
+            "none of 4 harmful prompts was refused; pass refusal_tokens=[...] to choose them"
+        )
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_the_closed_formula(case):
+    hits, n = case
+    z, p = 1.959963984540054, hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = wilson_interval(hits, n)
+    assert low == pytest.approx(max(0, centre - half), abs=1e-9)
+    assert high == pytest.approx(min(1, centre + half), abs=1e-9)
+
+
+def test_bootstrap_is_deterministic_and_near_the_normal_interval():
+    values = np.random.default_rng(5).normal(3.0, 2.0, size=200)
+    low, high = bootstrap_interval(values, seed=1)
+    assert (low, high) == bootstrap_interval(values, seed=1)
+    assert (low, high) != bootstrap_interval(values, seed=2)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    wider = bootstrap_interval(values, seed=1, confidence=0.99)
+    assert wider[0] < low < high < wider[1]
+
+
+@pytest.mark.parametrize("values", [[2.5], [2.5, 2.5, 2.5]])
+def test_bootstrap_without_spread_is_a_point(values):
+    assert bootstrap_interval(values) == (2.5, 2.5)
+
+
+@given(hnp.arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 7)), elements=st.integers(-9, 9)))
+def test_sign_flip_is_exact_for_few_prompts(values):
+    """Whole numbers, so that ties are ties."""
+    expected = []
+    for row in values:
+        sums = [abs(sum(s * v for s, v in zip(signs, row, strict=True))) for signs in itertools.product((1, -1), repeat=len(row))]
+        expected.append(sum(total >= abs(row.sum()) for total in sums) / len(sums))
+    np.testing.assert_allclose(sign_flip_p(values), expected)
+
+
+def test_sign_flip_by_sampling_is_near_the_exact_value():
+    values = np.random.default_rng(0).normal(0.45, 1.0, size=12)
+    exact = sign_flip_p(values)
+    sampled = sign_flip_p(values, seed=1, n=4000)
+    assert 0.01 < exact[0] < 0.99
+    assert sampled[0] != exact[0]
+    assert sampled[0] == pytest.approx(exact[0], abs=4 * math.sqrt(exact[0] * (1 - exact[0]) / 4000))
+    assert sampled == sign_flip_p(values, seed=1, n=4000)
+
+
+def test_sign_flip_never_gives_zero():
+    assert sign_flip_p(np.full(40, 1.0), n=99)[0] == pytest.approx(1 / 100)
+    assert sign_flip_p(np.full(5, 1.0))[0] == pytest.approx(2 / 32)
+    assert sign_flip_p(np.zeros(5))[0] == 1.0
+
+
+def test_benjamini_hochberg_by_hand():
+    # sorted 0.005 0.01 0.03 0.04 -> times 4/rank 0.02 0.02 0.04 0.04
+    np.testing.assert_allclose(adjust_p(np.array([0.01, 0.04, 0.03, 0.005])), [0.02, 0.04, 0.04, 0.02])
+    # step-up: the third lowers the second from 0.0375 * 3/2
+    np.testing.assert_allclose(adjust_p(np.array([0.0375, 0.001, 0.04])), [0.04, 0.003, 0.04])
+    assert len(adjust_p(np.array([]))) == 0

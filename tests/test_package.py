@@ -1,0 +1,196 @@
+"""The package as a whole: what it exports, what importing it costs, and who imports whom."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mechsafety as ms
+
+PACKAGE = Path(ms.__file__).parent
+MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+# the public names; a change here is a change of the interface and belongs into CHANGELOG.md
+EXPORTS = """
+__version__ ActivationCache Edge HeadAttribution LensModel MechsafetyError NoRefusal Node NodeAttribution PatchMap
+PromptPair PromptPairs RefusalCircuit RefusalLogOdds Site SiteKind activation_patching builtin_prompts head_attribution
+is_refusal load_instructions load_model map_refusal_circuit node_attribution
+""".split()
+
+# the rooms from the bottom up: a module imports its own room and those of lower rank only
+ROOMS = (
+    ("errors", "version"),
+    ("sites", "nodes"),
+    ("results",),
+    ("prompts",),
+    ("models",),
+    ("cache", "metrics"),
+    ("patching",),
+    ("attribution",),
+    ("neurons", "directions", "probes", "interventions"),
+    ("circuits",),
+    ("monitors",),
+    ("testbed",),
+    ("viz",),
+    ("scale",),
+    ("cli",),
+)
+RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
+# (module, function, imported room): calls on an object that hand over to a room above, imported when called
+UPWARD = {
+    ("models/lens.py", "cache", "cache"),
+    ("circuits/circuit.py", "_repr_mimebundle_", "viz"),
+}
+
+
+def room(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def code_modules() -> list[str]:
+    return [name for name in MODULES if name != "__init__.py"]
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(enclosing function, dotted name under mechsafety) of every import that is executed."""
+
+    def walk(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.FunctionDef):
+                yield from walk(child, child.name)
+                continue
+            if isinstance(child, ast.ImportFrom):
+                assert child.level == 0, "relative import"
+                names = [child.module or ""]
+                if child.module == "mechsafety":
+                    names = [f"mechsafety.{alias.name}" for alias in child.names]
+            elif isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            else:
+                yield from walk(child, function)
+                continue
+            yield from ((function, name) for name in names if name.split(".")[0] == "mechsafety")
+
+    yield from walk(tree, "")
+
+
+def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """String constants that are no docstrings."""
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node
+
+
+def calls(tree: ast.Module) -> list[str]:
+    return [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_exports_are_the_reviewed_list():
+    assert ms.__all__ == EXPORTS
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_export_resolves(name):
+    value = getattr(ms, name)
+    assert name == "__version__" or value.__name__ == name
+    assert name in dir(ms)
+
+
+def test_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'mechsafety' has no attribute 'load_modle'$"):
+        _ = ms.load_modle
+
+
+def test_type_checkers_see_the_same_names():
+    (block,) = [node for node in TREES["__init__.py"].body if isinstance(node, ast.If)]
+    seen = {alias.name for node in block.body for alias in node.names}
+    assert seen == set(EXPORTS) - {"__version__"}
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, time, json; start = time.perf_counter(); import mechsafety; took = time.perf_counter() - start;"
+        "print(json.dumps([took, sorted({name.partition('.')[0] for name in sys.modules})]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, loaded = json.loads(out)
+    print(f"import mechsafety: {seconds * 1000:.0f} ms")
+    heavy = {"torch", "transformers", "transformer_lens", "numpy", "pandas", "scipy", "plotly", "matplotlib", "peft"}
+    assert "mechsafety" in loaded
+    assert heavy.isdisjoint(loaded)
+
+
+def test_every_room_has_a_rank():
+    assert {room(name) for name in code_modules()} <= set(RANK)
+
+
+@pytest.mark.parametrize("name", code_modules())
+def test_imports_point_one_way(name):
+    here = RANK[room(name)]
+    wrong = []
+    for function, target in imports(TREES[name]):
+        other = target.split(".")[1]
+        if room(name) != other and RANK[other] >= here and (name, function, other) not in UPWARD:
+            wrong.append((function, target))
+    assert wrong == []
+
+
+def test_the_exceptions_are_still_needed():
+    found = {(name, function, target.split(".")[1]) for name in MODULES for function, target in imports(TREES[name])}
+    assert found >= UPWARD
+
+
+def test_viz_reads_results_never_a_model():
+    targets = {t for name in MODULES if room(name) == "viz" for _, t in imports(TREES[name])}
+    outside = {target for target in targets if not target.startswith("mechsafety.viz")}
+    assert outside <= {"mechsafety.circuits.circuit", "mechsafety.errors", "mechsafety.nodes", "mechsafety.results"}
+
+
+def test_package_init_imports_nothing_but_the_version():
+    assert {target for _, target in imports(TREES["__init__.py"])} == {"mechsafety.version"}
+
+
+HOOK = re.compile(r"(?:^|\.)hook_|^blocks\.|^ln_final|^unembed\.|^embed\.")
+
+
+def test_only_sites_knows_hook_names():
+    found = {
+        name: sorted(
+            [node.value for node in strings(tree) if HOOK.search(node.value)]
+            + [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith("hook_")]
+        )
+        for name, tree in TREES.items()
+    }
+    assert len(found.pop("sites.py")) >= 10, "the pattern finds the names where they are"
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_only_the_command_prints():
+    assert [name for name in MODULES if "print" in calls(TREES[name])] == ["cli.py"]
+
+
+def test_nothing_is_unpickled():
+    banned = {"torch.load", "pickle.load", "pickle.loads", "joblib.load"}
+    assert {name for name in MODULES if banned & set(calls(TREES[name]))} == set()
+
+
+def test_no_device_is_hard_coded():
+    named = {name for name in MODULES for node in strings(TREES[name]) if re.fullmatch(r"cuda(:\d+)?|mps", node.value)}
+    assert named <= {"models/load.py"}  # where the error lists the devices there are
+    assert {name for name in MODULES if any(call.endswith(").cuda") for call in calls(TREES[name]))} == set()
+    assert {name for name in MODULES if any(re.search(r"\w\.cuda$", call) for call in calls(TREES[name]))} == set()
