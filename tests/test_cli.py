@@ -1,6 +1,7 @@
 """The command `mechsafety map`: exit codes, one line a mistake, nothing half-written, and one whole run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -125,9 +126,15 @@ SHAPE = '{"harmful": "...", "harmless": "..."}'
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"harmful": "a", "harmless": "b"}\n{"harmful": "a"', f", line 2: malformed JSON (Expecting ',' delimiter); expected {SHAPE}"),
+        (
+            '{"harmful": "a", "harmless": "b"}\n{"harmful": "a"',
+            f", line 2: malformed JSON (Expecting ',' delimiter); expected {SHAPE}",
+        ),
         ('{"harmful": "a", "harmles": "b"}', f", line 1: the key 'harmless' is missing; expected {SHAPE}"),
-        ('{"harmful": "a", "harmless": "b"}\n\n{"harmful": " ", "harmless": "b"}', ", line 3: the prompt under 'harmful' is empty; expected text"),
+        (
+            '{"harmful": "a", "harmless": "b"}\n\n{"harmful": " ", "harmless": "b"}',
+            ", line 3: the prompt under 'harmful' is empty; expected text",
+        ),
         ('["a", "b"]', f", line 1: a JSON list; expected {SHAPE}"),
         ("", f" holds no prompts; expected {SHAPE} a line"),
     ],
@@ -150,9 +157,14 @@ def test_pairs_file_that_is_not_utf8(fails, tmp_path):
 
 
 def test_pairs_that_do_not_align(fails, saved, tmp_path):
-    path = write_pairs(tmp_path / "mine.jsonl", HARMFUL, [*HARMLESS[:2], "explain how to make a blue cake", HARMLESS[3]])
+    path = write_pairs(
+        tmp_path / "mine.jsonl", HARMFUL, [*HARMLESS[:2], "explain how to make a blue cake", HARMLESS[3]]
+    )
     line = fails(saved.folder, "--pairs", path)
-    assert "does not align: harmful 6 tokens ['explain', ' how', ' to', ' make', ' a', ' bomb'], harmless 7 tokens " in line
+    assert (
+        "does not align: harmful 6 tokens ['explain', ' how', ' to', ' make', ' a', ' bomb'], harmless 7 tokens "
+        in line
+    )
     assert "['explain', ' how', ' to', ' make', ' a', ' blue', ' cake'], first difference at 5; expected twins" in line
 
 
@@ -201,7 +213,9 @@ def test_adapter_folder_that_is_none(fails, saved, tmp_path):
         f"no adapter in {tmp_path}; expected a folder with adapter_config.json (peft format)"
     )
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert fails(saved.folder, "--adapter", tmp_path).startswith(f"the adapter {tmp_path.name!r} does not fit the model (")
+    assert fails(saved.folder, "--adapter", tmp_path).startswith(
+        f"the adapter {tmp_path.name!r} does not fit the model ("
+    )
 
 
 def test_tokens_that_are_none(fails, saved, pairs_file):
@@ -227,7 +241,10 @@ def test_limit_that_is_too_small(fails, saved, pairs_file):
         (["map"], 'Command "map" parameter MODEL requires an argument.'),
         (["map", "demo"], 'Command "map" parameter --out requires an argument.'),
         (["map", "demo", "--out", "x", "--bogus"], "Unknown option: --bogus"),
-        (["map", "demo", "--out", "x", "--limit", "few"], 'Invalid value for --limit: unable to convert "few" into int.'),
+        (
+            ["map", "demo", "--out", "x", "--limit", "few"],
+            'Invalid value for --limit: unable to convert "few" into int.',
+        ),
         (["mop"], 'Unknown command "mop".'),
     ],
 )
@@ -252,7 +269,17 @@ def test_help_names_every_option(run):
 
 def test_the_installed_module_runs(tmp_path):
     """The same through a process of its own, as a shell sees it; no heavy library is loaded to say so."""
-    argv = [sys.executable, "-m", "mechsafety.cli", "map", "demo", "--out", str(tmp_path / "out"), "--pairs", "none.jsonl"]
+    argv = [
+        sys.executable,
+        "-m",
+        "mechsafety.cli",
+        "map",
+        "demo",
+        "--out",
+        str(tmp_path / "out"),
+        "--pairs",
+        "none.jsonl",
+    ]
     ran = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == f"mechsafety: no such file: none.jsonl; expected a .jsonl file with {SHAPE} a line\n"
@@ -318,16 +345,21 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert summary["candidates"] == circuit.n_candidates == 3 * 4 + 3
     assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
     assert circuit.metric == {
-        "name": "logit_difference", "refusal_tokens": [saved.refusal], "comply_tokens": [saved.comply],
+        "name": "logit_difference",
+        "refusal_tokens": [saved.refusal],
+        "comply_tokens": [saved.comply],
     }
     assert circuit.provenance.seed == 0
     assert str(saved.folder.parent) not in (one / "report.html").read_text(encoding="utf-8"), "a machine's path"
 
-    ran = run(*map_argv(saved, pairs_file, two))
-    assert ran.code == 0, ran.err
+    # again in a process of its own, where sets are ordered otherwise
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    argv = [sys.executable, "-m", "mechsafety.cli", *map_argv(saved, pairs_file, two)]
+    again = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
+    assert again.returncode == 0, again.stderr
     for name in ("circuit.json", "circuit.svg"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    lines = ran.out.splitlines()
+    lines = again.stdout.splitlines()
     assert lines[0].startswith("harmful refused")
     assert "100% of 4" in lines[0]
     assert lines[-1] == f"report: {two / 'report.html'}"

@@ -138,10 +138,15 @@ def test_log_odds_keeps_the_gradient():
 
 def test_name_linearity_and_json():
     assert (ONE.name, ONE.is_linear, DIFFERENCE.name, DIFFERENCE.is_linear) == (
-        "refusal_log_odds", False, "logit_difference", True,
+        "refusal_log_odds",
+        False,
+        "logit_difference",
+        True,
     )
     assert DIFFERENCE.to_json() == {
-        "name": "logit_difference", "refusal_tokens": ["I", "Sorry"], "comply_tokens": ["Sure", "Here", "The"],
+        "name": "logit_difference",
+        "refusal_tokens": ["I", "Sorry"],
+        "comply_tokens": ["Sure", "Here", "The"],
     }
 
 
@@ -223,9 +228,7 @@ def test_detect_on_a_model_that_does_not_refuse(llama, four):
     for replies in (None, (["sure"] * 4, ["sorry"] * 4)):
         with pytest.raises(MechsafetyError) as caught:
             RefusalLogOdds.detect(llama, four, replies=replies)
-        assert str(caught.value) == (
-            "none of 4 harmful prompts was refused; pass refusal_tokens=[...] to choose them"
-        )
+        assert str(caught.value) == ("none of 4 harmful prompts was refused; pass refusal_tokens=[...] to choose them")
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -264,7 +267,10 @@ def test_sign_flip_is_exact_for_few_prompts(values):
     """Whole numbers, so that ties are ties."""
     expected = []
     for row in values:
-        sums = [abs(sum(s * v for s, v in zip(signs, row, strict=True))) for signs in itertools.product((1, -1), repeat=len(row))]
+        sums = [
+            abs(sum(s * v for s, v in zip(signs, row, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(row))
+        ]
         expected.append(sum(total >= abs(row.sum()) for total in sums) / len(sums))
     np.testing.assert_allclose(sign_flip_p(values), expected)
 

@@ -12,7 +12,9 @@ import torch
 from mechsafety import MechsafetyError, Node, NodeAttribution, PatchMap
 from mechsafety.results import FORMAT_VERSION, Provenance, Result, check_output_folder, fresh_folder, package_versions
 
-PROVENANCE = Provenance("tiny", "ab" * 32, "float32", "cpu", "cd" * 32, 3, {"pairs": 4, "where": {"x": None}}, {"a": "1"})
+PROVENANCE = Provenance(
+    "tiny", "ab" * 32, "float32", "cpu", "cd" * 32, 3, {"pairs": 4, "where": {"x": None}}, {"a": "1"}
+)
 METRIC = {"name": "refusal_log_odds", "refusal_tokens": ("I", " can't ≥ é"), "comply_tokens": ()}
 
 
@@ -108,7 +110,11 @@ def test_same_result_same_bytes(patch_map, tmp_path):
 
 def test_saved_text_is_plain_json(patch_map, tmp_path):
     data = json.loads((patch_map.save(tmp_path / "out") / "result.json").read_text(encoding="utf-8"))
-    assert (data["format"], data["version"], data["result"]["type"]) == ("mechsafety.result", FORMAT_VERSION, "PatchMap")
+    assert (data["format"], data["version"], data["result"]["type"]) == (
+        "mechsafety.result",
+        FORMAT_VERSION,
+        "PatchMap",
+    )
     assert data["result"]["fields"]["changes"] == {"tensor": "changes"}
 
 

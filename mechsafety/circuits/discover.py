@@ -62,7 +62,7 @@ class Discovery:
         ranking: All nodes, largest signed estimate first.
         curve: Faithfulness of the best k of the ranking, on the search's pairs and on held-out ones.
         circuit: The smallest set found, in the order of computation.
-        marginals: Faithfulness each of its nodes adds to it, on the search's pairs (minimality).
+        marginals: Faithfulness each of its nodes adds to it, on the search's pairs.
         reached: Whether the circuit reaches the target on both sets of pairs.
     """
 
@@ -102,14 +102,14 @@ def discover(
         # nothing but the whole model does: say so with the size that comes closest
         best = max(curve, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
         kept = ranking[: best.n_nodes]
-        return Discovery(ranking, curve, _ordered(kept), _marginals(found_on, kept), False)
+        return Discovery(ranking, curve, _ordered(kept), marginals(found_on, kept), False)
     high = good[0]
     low = max((point.n_nodes for point in curve if point.n_nodes < high), default=0)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(ranking[:middle]) else (middle, high)
-    circuit, marginals = _eliminate(found_on, list(ranking[:high]), reaches)
-    return Discovery(ranking, curve, _ordered(circuit), marginals, True)
+    circuit, costs = _eliminate(found_on, list(ranking[:high]), reaches)
+    return Discovery(ranking, curve, _ordered(circuit), costs, True)
 
 
 def faithfulness_curve(
@@ -126,9 +126,9 @@ def _eliminate(
     meter: FaithfulnessMeter, circuit: list[Node], reaches: Callable[[Sequence[Node]], bool], rounds: int = 3
 ) -> tuple[list[Node], dict[Node, float]]:
     """Drop the nodes that cost least, as many at once as the target allows; measure again; repeat."""
-    marginals = _marginals(meter, circuit)
+    costs = marginals(meter, circuit)
     for _ in range(rounds):
-        cheapest = sorted(circuit, key=lambda node: (marginals[node], node.order))
+        cheapest = sorted(circuit, key=lambda node: (costs[node], node.order))
         low, high = 0, len(cheapest)
         while high - low > 1:
             middle = (low + high) // 2
@@ -137,11 +137,11 @@ def _eliminate(
             break
         dropped = set(cheapest[:low])
         circuit = [node for node in circuit if node not in dropped]
-        marginals = _marginals(meter, circuit)
-    return circuit, marginals
+        costs = marginals(meter, circuit)
+    return circuit, costs
 
 
-def _marginals(meter: FaithfulnessMeter, circuit: Sequence[Node]) -> dict[Node, float]:
+def marginals(meter: FaithfulnessMeter, circuit: Sequence[Node]) -> dict[Node, float]:
     """Faithfulness lost when each node alone leaves the circuit, exact."""
     if not circuit:
         return {}

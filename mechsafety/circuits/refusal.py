@@ -124,7 +124,7 @@ def map_refusal_circuit(
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
     }
-    nodes = _circuit_nodes(discovery, patched, roles, seed)
+    nodes = _circuit_nodes(discovery, patched, roles, check.minimality or {}, seed)
     return RefusalCircuit(
         provenance=model.provenance(seed=seed, options=options),
         metric=metric.to_json(),
@@ -183,7 +183,7 @@ def check_behaviour(
         for kind in ("harmful", "harmless")
     }
     keep = [
-        bad and not good and high > low
+        bool(bad and not good and high > low)
         for bad, good, high, low in zip(
             judged["harmful"], judged["harmless"], scores["harmful"], scores["harmless"], strict=True
         )
@@ -261,14 +261,18 @@ def _edges_and_roles(
 
 
 def _circuit_nodes(
-    discovery: Discovery, patched: PatchMap, roles: Mapping[Node, tuple[str, RoleEvidence]], seed: int
+    discovery: Discovery,
+    patched: PatchMap,
+    roles: Mapping[Node, tuple[str, RoleEvidence]],
+    minimality: Mapping[str, float],
+    seed: int,
 ) -> tuple[CircuitNode, ...]:
     rows = _measured(patched, seed)
     nodes = []
     for node in discovery.circuit:
         effect, ci, p_value = rows[node]
         role, evidence = roles[node]
-        verified = p_value < 0.05 and effect > 0 and discovery.marginals[node] > 0
+        verified = p_value < 0.05 and effect > 0 and minimality[str(node)] > 0
         nodes.append(CircuitNode(node, role, effect, ci, p_value, "verified" if verified else "measured", evidence))
     return tuple(nodes)
 

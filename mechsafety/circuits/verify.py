@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mechsafety.circuits.circuit import CurvePoint, RandomControls, Verification
-from mechsafety.circuits.discover import Discovery, FaithfulnessMeter
+from mechsafety.circuits.discover import Discovery, FaithfulnessMeter, marginals
 from mechsafety.nodes import Node, head_and_mlp_nodes
 
 
@@ -54,7 +54,7 @@ def verify(
         cpr=cpr,
         target=target,
         reached=discovery.reached,
-        minimality={str(node): value for node, value in discovery.marginals.items()},
+        minimality={str(node): value for node, value in marginals(held_out, circuit).items()},
     )
 
 

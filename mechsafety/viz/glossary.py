@@ -66,9 +66,11 @@ GLOSSARY = (
     ),
     Entry(
         "Role",
-        "What the measurements say a node does: detection reads the request at its own tokens; evaluation carries "
-        "that onward to the reply's position; decision turns it into refuse or comply; production writes it into "
-        "the logits; none: no rule fitted. A role is a summary of the evidence beside it, not a further fact.",
+        "production: at least half of the node's effect is direct, through the logits. detection: a head, at least half "
+        "of whose effect is what it moves from instruction tokens. decision: at least half of its effect arises at the "
+        "template tokens after the instruction, and its direct paths feed production. evaluation: fed by detection, "
+        "feeds decision or production. none: no rule fitted. A role sums up the evidence beside it and is no further "
+        "fact.",
     ),
     Entry(
         "Role evidence",

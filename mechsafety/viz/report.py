@@ -13,10 +13,10 @@ from mechsafety.viz.html import circuit_fragment, template
 from mechsafety.viz.marks import ROLE_COLOURS, magnitude
 
 ROLE_WORDS = {
-    "detection": "recognises what the request is about",
-    "evaluation": "carries that to where the reply begins",
-    "decision": "turns it into refuse or comply",
-    "production": "writes the refusal into the logits",
+    "detection": "moves what the instruction says to other positions",
+    "evaluation": "fed by detection, feeds decision or production",
+    "decision": "acts where the reply begins, feeds production",
+    "production": "acts on the logits directly",
     "none": "matters, but no rule for a role fitted",
 }
 # An explicit list: plotly's default buttons include one that sends the data to its maker's cloud.

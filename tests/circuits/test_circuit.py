@@ -76,8 +76,15 @@ def test_node_names():
 
 def test_nodes_sort_in_the_order_of_computation():
     ordered = [
-        Node("embed"), Node("head", 0, 1), Node("head", 0, 2), Node("mlp", 0), Node("neuron", 0, 0), Node("neuron", 0, 9),
-        Node("head", 1, 0), Node("mlp", 1), Node("logits"),
+        Node("embed"),
+        Node("head", 0, 1),
+        Node("head", 0, 2),
+        Node("mlp", 0),
+        Node("neuron", 0, 0),
+        Node("neuron", 0, 9),
+        Node("head", 1, 0),
+        Node("mlp", 1),
+        Node("logits"),
     ]
     assert sorted(reversed(ordered), key=lambda node: node.order) == ordered
     assert len({node.order for node in ordered}) == len(ordered)
@@ -137,9 +144,7 @@ def test_membership_iteration_and_repr(circuit):
     assert HEAD in circuit
     assert Node("head", 0, 0) not in circuit
     assert [member.node for member in circuit] == [HEAD, MLP, NEURON]
-    assert repr(circuit) == (
-        "RefusalCircuit(tiny: 3 of 4 nodes, 3 edges, held-out faithfulness 0.50, p = 0.00826)"
-    )
+    assert repr(circuit) == ("RefusalCircuit(tiny: 3 of 4 nodes, 3 edges, held-out faithfulness 0.50, p = 0.00826)")
 
 
 def test_by_role(circuit):
@@ -174,12 +179,23 @@ def test_json_has_the_designed_shape(circuit):
     assert (data["format"], data["version"]) == ("mechsafety.circuit", 1)
     assert data["provenance"]["mechsafety"] == "0.1.0"
     assert data["nodes"][0] == {
-        "kind": "head", "layer": 1, "index": 3, "role": "detection", "effect": 0.25, "ci": [0.125, 0.5],
-        "p_value": 0.001, "status": "verified", "evidence": {"direct": 0.1, "at_suffix": -0.2},
+        "kind": "head",
+        "layer": 1,
+        "index": 3,
+        "role": "detection",
+        "effect": 0.25,
+        "ci": [0.125, 0.5],
+        "p_value": 0.001,
+        "status": "verified",
+        "evidence": {"direct": 0.1, "at_suffix": -0.2},
     }
     assert data["edges"][0] == {
-        "from": {"kind": "head", "layer": 1, "index": 3}, "to": {"kind": "mlp", "layer": 1, "index": None},
-        "slot": "mlp", "effect": 0.2, "status": "measured", "estimate": 0.25,
+        "from": {"kind": "head", "layer": 1, "index": 3},
+        "to": {"kind": "mlp", "layer": 1, "index": None},
+        "slot": "mlp",
+        "effect": 0.2,
+        "status": "measured",
+        "estimate": 0.25,
     }
     assert data["behaviour"]["harmful"]["refusal_rate"] == 0.75
     check = data["verification"]
@@ -288,7 +304,10 @@ STATUS = "('estimated', 'measured', 'verified', 'rejected')"
         (put("nodes", 0, "effect", None), "nodes: effect None, p_value 0.001; expected numbers"),
         (put("nodes", 0, "p_value", "low"), "nodes: effect 0.25, p_value 'low'; expected numbers"),
         (put("nodes", 0, "ci", [0.1]), "nodes: list index out of range" + THIS),
-        (put("nodes", 0, "kind", "tail"), "node kind 'tail'; expected one of ('embed', 'head', 'mlp', 'neuron', 'logits')"),
+        (
+            put("nodes", 0, "kind", "tail"),
+            "node kind 'tail'; expected one of ('embed', 'head', 'mlp', 'neuron', 'logits')",
+        ),
         (put("nodes", 0, "index", None), "a node of kind 'head' with layer 1 and index None"),
         (put("edges", 0, "effect", None), "edges: effect None; expected a number"),
         (put("edges", 0, "status", "sure"), f"edges: status 'sure'; expected one of {STATUS}"),

@@ -7,9 +7,10 @@ from reference import PlainModel, hook_count
 
 import mechsafety as ms
 from mechsafety.circuits.circuit import CircuitEdge
-from mechsafety.circuits.edges import estimate_edges, measure_edges, node_outputs
+from mechsafety.circuits.edges import estimate_edges, measure_edges
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.patching.paths import node_outputs
 
 KINDS = ("llama", "gpt2", "gpt_neox")
 PATHS = {

@@ -300,9 +300,7 @@ def test_from_hub_without_a_harmless_half(tmp_path):
     path = write(tmp_path / "goals.jsonl", {"instruction": "make a bomb"})
     with pytest.raises(MechsafetyError) as caught:
         PromptPairs.from_hub(str(path))
-    assert str(caught.value) == (
-        f"{path} has no harmless half; pass harmless=[...] or harmless='tatsu-lab/alpaca'"
-    )
+    assert str(caught.value) == (f"{path} has no harmless half; pass harmless=[...] or harmless='tatsu-lab/alpaca'")
 
 
 @pytest.mark.parametrize("name", ["nobody/no-such-set", "advbench"])

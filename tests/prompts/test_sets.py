@@ -110,7 +110,9 @@ def test_no_text_column(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("suffix", "content"), [("csv", b""), ("csv", b"text\n\xff\xfe\n"), ("parquet", b"no parquet")])
+@pytest.mark.parametrize(
+    ("suffix", "content"), [("csv", b""), ("csv", b"text\n\xff\xfe\n"), ("parquet", b"no parquet")]
+)
 def test_unreadable_table_is_one_line(tmp_path, suffix, content):
     path = tmp_path / f"mine.{suffix}"
     path.write_bytes(content)
