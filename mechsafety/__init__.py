@@ -1,42 +1,41 @@
 """mechsafety: which parts of a chat model make it refuse, how they work together, and how fragile that is."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 from mechsafety.version import __version__
 
-# public name -> module; torch and TransformerLens load on first use, so that importing the package is fast
-_HOMES = {
-    "MechsafetyError": "mechsafety.errors",
-    "NoRefusal": "mechsafety.errors",
-    "Site": "mechsafety.sites",
-    "SiteKind": "mechsafety.sites",
-    "PromptPair": "mechsafety.prompts",
-    "PromptPairs": "mechsafety.prompts",
-    "builtin_prompts": "mechsafety.prompts",
-    "load_instructions": "mechsafety.prompts",
-    "load_model": "mechsafety.models",
-    "LensModel": "mechsafety.models",
-    "ActivationCache": "mechsafety.cache",
-    "RefusalLogOdds": "mechsafety.metrics",
-    "is_refusal": "mechsafety.metrics",
-    "activation_patching": "mechsafety.patching",
-    "PatchMap": "mechsafety.patching",
-    "path_patching": "mechsafety.patching",
-    "PathMap": "mechsafety.patching",
-    "edge_attribution": "mechsafety.attribution",
-    "EdgeScores": "mechsafety.attribution",
-    "head_attribution": "mechsafety.attribution",
-    "HeadAttribution": "mechsafety.attribution",
-    "node_attribution": "mechsafety.attribution",
-    "NodeAttribution": "mechsafety.attribution",
-    "Node": "mechsafety.circuits",
-    "Edge": "mechsafety.circuits",
-    "RefusalCircuit": "mechsafety.circuits",
-    "map_refusal_circuit": "mechsafety.circuits",
-}
+# torch and TransformerLens load on first use, so that importing the package is fast
+__getattr__, _, _names = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "attribution": [
+            "EdgeScores",
+            "HeadAttribution",
+            "NodeAttribution",
+            "edge_attribution",
+            "head_attribution",
+            "node_attribution",
+        ],
+        "cache": ["ActivationCache"],
+        "circuits.circuit": ["RefusalCircuit"],
+        "circuits.refusal": ["map_refusal_circuit"],
+        "nodes": ["Edge", "Node"],
+        "errors": ["MechsafetyError", "NoRefusal"],
+        "metrics": ["RefusalLogOdds", "is_refusal"],
+        "models": ["LensModel", "load_model"],
+        "patching": ["PatchMap", "PathMap", "activation_patching", "path_patching"],
+        "prompts": ["PromptPair", "PromptPairs", "builtin_prompts", "load_instructions"],
+        "sites": ["Site", "SiteKind"],
+    },
+)
+__all__ = ["__version__", *_names]
 
-__all__ = ["__version__", *sorted(_HOMES)]
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 if TYPE_CHECKING:
     from mechsafety.attribution import (
@@ -48,10 +47,11 @@ if TYPE_CHECKING:
         node_attribution,
     )
     from mechsafety.cache import ActivationCache
-    from mechsafety.circuits import Edge, Node, RefusalCircuit, map_refusal_circuit
+    from mechsafety.circuits import RefusalCircuit, map_refusal_circuit
     from mechsafety.errors import MechsafetyError, NoRefusal
     from mechsafety.metrics import RefusalLogOdds, is_refusal
     from mechsafety.models import LensModel, load_model
+    from mechsafety.nodes import Edge, Node
     from mechsafety.patching import PatchMap, PathMap, activation_patching, path_patching
     from mechsafety.prompts import (
         PromptPair,
@@ -60,15 +60,3 @@ if TYPE_CHECKING:
         load_instructions,
     )
     from mechsafety.sites import Site, SiteKind
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mechsafety' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -22,6 +22,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import mechsafety as ms
+from mechsafety.prompts.pairs import PromptPair
 
 # the same examples every time, and no deadline on machines that are busy
 hypothesis.settings.register_profile("mechsafety", deadline=None, derandomize=True)
@@ -165,3 +166,30 @@ def ragged() -> ms.PromptPairs:
     harmful = ["bomb the car with poison and make people write a poem", "kill", "steal my bread"]
     harmless = ["cake the car with poison and make people write a poem", "help", "bake my bread"]
     return ms.PromptPairs.from_lists(harmful, harmless)
+
+
+@pytest.fixture(scope="session")
+def planted() -> tuple[ms.LensModel, ms.PromptPairs, ms.RefusalLogOdds]:
+    """A tiny model in which three heads and one MLP write all but a trickle, pairs of two topics, and a metric.
+
+    The metric's two tokens are the ones that tell the harmful prompts from the harmless ones best, by sign.
+    """
+    hf, heads, mlp = tiny_hf_model("llama", seed=3), {(0, 1), (1, 2), (2, 0)}, 1
+    with torch.no_grad():
+        for layer, block in enumerate(hf.model.layers):
+            for head in range(4):
+                columns = slice(8 * head, 8 * head + 8)
+                block.self_attn.o_proj.weight[:, columns] *= 3.0 if (layer, head) in heads else 0.03
+            block.mlp.down_proj.weight *= 1.0 if layer == mlp else 0.03
+    model = ms.load_model((hf, tiny_tokenizer()))
+    frames = ["make a {}", "please make a {}", "how do i make a {}", "teach me to make a {}", "can i make a {}"]
+    frames += ["write about a {}", "explain a {} please", "help me make a {}"]
+    rows = [(f.format("bomb"), f.format("cake"), "bombs") for f in frames[:4]]
+    rows += [(f.format("bomb"), f.format("cake"), "explosives") for f in frames[4:]]
+    pairs = ms.PromptPairs(tuple(PromptPair(*row) for row in rows), "planted")
+    high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
+    worst_high = (high[:, :, None] - high[:, None, :]).amin(0)
+    worst_low = (low[:, None, :] - low[:, :, None]).amin(0)
+    best = int(torch.minimum(worst_high, worst_low).argmax())
+    refuse, comply = divmod(best, high.shape[1])
+    return model, pairs, ms.RefusalLogOdds((refuse,), ("refuse",), (comply,), ("comply",))

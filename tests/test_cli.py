@@ -263,8 +263,8 @@ def test_version(run):
 
 def test_help_names_every_option(run):
     text = run("map", "--help").out
-    options = "--pairs --limit --refusal-token --comply-token --adapter --device --dtype --seed --out --json".split()
-    assert [option for option in [*options, "--chat-template"] if option not in text] == []
+    names = ("pairs", "limit", "refusal-token", "comply-token", "adapter", "device", "dtype", "seed", "out", "json")
+    assert [name for name in (*names, "chat-template") if f"--{name}" not in text] == []
 
 
 def test_the_installed_module_runs(tmp_path):

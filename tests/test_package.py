@@ -17,11 +17,36 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 # the public names; a change here is a change of the interface and belongs into CHANGELOG.md
-EXPORTS = """
-__version__ ActivationCache Edge HeadAttribution LensModel MechsafetyError NoRefusal Node NodeAttribution PatchMap
-PromptPair PromptPairs RefusalCircuit RefusalLogOdds Site SiteKind activation_patching builtin_prompts head_attribution
-is_refusal load_instructions load_model map_refusal_circuit node_attribution
-""".split()
+EXPORTS = [
+    "__version__",
+    "ActivationCache",
+    "Edge",
+    "EdgeScores",
+    "HeadAttribution",
+    "LensModel",
+    "MechsafetyError",
+    "NoRefusal",
+    "Node",
+    "NodeAttribution",
+    "PatchMap",
+    "PathMap",
+    "PromptPair",
+    "PromptPairs",
+    "RefusalCircuit",
+    "RefusalLogOdds",
+    "Site",
+    "SiteKind",
+    "activation_patching",
+    "builtin_prompts",
+    "edge_attribution",
+    "head_attribution",
+    "is_refusal",
+    "load_instructions",
+    "load_model",
+    "map_refusal_circuit",
+    "node_attribution",
+    "path_patching",
+]
 
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
@@ -112,7 +137,7 @@ def test_export_resolves(name):
 
 
 def test_unknown_attribute_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"^module 'mechsafety' has no attribute 'load_modle'$"):
+    with pytest.raises(AttributeError, match=r"^No mechsafety attribute load_modle$"):
         _ = ms.load_modle
 
 
@@ -122,14 +147,14 @@ def test_type_checkers_see_the_same_names():
     assert seen == set(EXPORTS) - {"__version__"}
 
 
-def test_importing_is_light():
+def test_importing_is_light(record_property):
     code = (
         "import sys, time, json; start = time.perf_counter(); import mechsafety; took = time.perf_counter() - start;"
         "print(json.dumps([took, sorted({name.partition('.')[0] for name in sys.modules})]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds, loaded = json.loads(out)
-    print(f"import mechsafety: {seconds * 1000:.0f} ms")
+    record_property("import_seconds", seconds)
     heavy = {"torch", "transformers", "transformer_lens", "numpy", "pandas", "scipy", "plotly", "matplotlib", "peft"}
     assert "mechsafety" in loaded
     assert heavy.isdisjoint(loaded)

@@ -261,21 +261,30 @@ def test_fresh_folder_appears_whole_on_success(tmp_path):
 
 
 def test_fresh_folder_vanishes_on_failure(tmp_path):
-    path = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), fresh_folder(path, marker="done") as scratch:
-        (scratch / "done").write_text("1")
-        raise KeyboardInterrupt
+    def interrupted():
+        with fresh_folder(tmp_path / "out", marker="done") as scratch:
+            (scratch / "done").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fresh_folder_checks_again_at_the_end(tmp_path):
     """Someone else may have written there while the analysis ran."""
     path = tmp_path / "out"
-    with pytest.raises(MechsafetyError, match="holds something else"), fresh_folder(path, marker="done") as scratch:
-        (scratch / "done").write_text("1")
-        path.mkdir()
-        (path / "theirs").write_text("2")
+
+    def overtaken():
+        with fresh_folder(path, marker="done") as scratch:
+            (scratch / "done").write_text("1")
+            path.mkdir()
+            (path / "theirs").write_text("2")
+
+    with pytest.raises(MechsafetyError, match="holds something else"):
+        overtaken()
     assert listing(tmp_path) == {"out/theirs": b"2"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_fresh_folder_replaces_the_earlier_one_and_an_empty_one(tmp_path):

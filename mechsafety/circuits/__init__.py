@@ -1,33 +1,33 @@
 """Circuits: what they are made of, how they are found, and how they are checked."""
 
-from mechsafety.circuits.circuit import (
-    Behaviour,
-    CircuitEdge,
-    CircuitNode,
-    RefusalCircuit,
-    RoleEvidence,
-    Verification,
-)
-from mechsafety.circuits.discover import FaithfulnessMeter, discover
-from mechsafety.circuits.refusal import check_behaviour, map_refusal_circuit
-from mechsafety.circuits.roles import assign_roles, role_evidence
-from mechsafety.circuits.verify import verify
-from mechsafety.nodes import Edge, Node
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Behaviour",
-    "CircuitEdge",
-    "CircuitNode",
-    "Edge",
-    "FaithfulnessMeter",
-    "Node",
-    "RefusalCircuit",
-    "RoleEvidence",
-    "Verification",
-    "assign_roles",
-    "check_behaviour",
-    "discover",
-    "map_refusal_circuit",
-    "role_evidence",
-    "verify",
-]
+import lazy_loader
+
+# the dataclasses of `circuit` are read by viz, which must not load torch
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence", "Verification"],
+        "discover": ["FaithfulnessMeter", "discover"],
+        "edges": ["estimate_edges", "measure_edges"],
+        "refusal": ["check_behaviour", "map_refusal_circuit"],
+        "roles": ["assign_roles", "role_evidence"],
+        "verify": ["verify"],
+    },
+)
+
+if TYPE_CHECKING:
+    from mechsafety.circuits.circuit import (
+        Behaviour,
+        CircuitEdge,
+        CircuitNode,
+        RefusalCircuit,
+        RoleEvidence,
+        Verification,
+    )
+    from mechsafety.circuits.discover import FaithfulnessMeter, discover
+    from mechsafety.circuits.edges import estimate_edges, measure_edges
+    from mechsafety.circuits.refusal import check_behaviour, map_refusal_circuit
+    from mechsafety.circuits.roles import assign_roles, role_evidence
+    from mechsafety.circuits.verify import verify

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -78,7 +78,7 @@ def load_instructions(name_or_path: str, *, split: str = "train", config: str | 
     import pandas as pd
 
     path = Path(name_or_path)
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    readers: dict[str, Callable[[Path], Any]] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
     if path.suffix == ".jsonl":
         frame = pd.DataFrame(read_jsonl(path, []))
     elif path.is_file() and path.suffix in readers:

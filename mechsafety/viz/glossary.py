@@ -61,16 +61,17 @@ GLOSSARY = (
     ),
     Entry(
         "Status",
-        "estimated: gradient only. measured: exact. verified: measured, and without it the circuit's held-out "
-        "faithfulness falls. rejected: the measurement did not bear the estimate out.",
+        "estimated: gradient only. measured: exact. verified: measured, positive with adjusted p below 0.05, and "
+        "without it the circuit's held-out faithfulness falls. rejected: the measurement did not bear the estimate "
+        "out.",
     ),
     Entry(
         "Role",
-        "production: at least half of the node's effect is direct, through the logits. detection: a head, at least half "
-        "of whose effect is what it moves from instruction tokens. decision: at least half of its effect arises at the "
-        "template tokens after the instruction, and its direct paths feed production. evaluation: fed by detection, "
-        "feeds decision or production. none: no rule fitted. A role sums up the evidence beside it and is no further "
-        "fact.",
+        "production: at least half of the node's effect is direct, through the logits. detection: a head, at least "
+        "half of whose effect is what it moves from instruction tokens. decision: at least half of its effect arises "
+        "at the template tokens after the instruction, and its direct paths feed production. evaluation: fed by "
+        "detection, feeds decision or production. none: no rule fitted. A role sums up the evidence beside it and is "
+        "no further fact.",
     ),
     Entry(
         "Role evidence",

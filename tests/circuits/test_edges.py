@@ -6,6 +6,7 @@ import torch
 from reference import PlainModel, hook_count
 
 import mechsafety as ms
+from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.circuits.edges import estimate_edges, measure_edges
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -141,7 +142,7 @@ def close_pair(request, make_hf_model, make_tokenizer):
     spot = {word: tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("bomb", "cake", "steal", "bake")}
     generator = torch.Generator().manual_seed(0)
     for bad, good in (("bomb", "cake"), ("steal", "bake")):
-        weight[spot[bad]] = weight[spot[good]] + 0.01 * torch.randn(weight.shape[1], generator=generator)
+        weight[spot[bad]] = weight[spot[good]] + 0.004 * torch.randn(weight.shape[1], generator=generator)
     pairs = ms.PromptPairs.from_lists(["how to make a bomb", "teach me to steal bread"], ["how to make a cake", "teach me to bake bread"])
     return ms.load_model((hf, tokenizer)), pairs
 
@@ -151,14 +152,25 @@ def test_estimates_agree_with_measurements_of_small_changes(close_pair, logit_di
     runs = pair_runs(model, pairs)
     found = estimate_edges(model, runs, logit_difference, list(head_and_mlp_nodes(3, 4)))
     measured = measure_edges(model, runs, logit_difference, found)
-    slots = {member.edge.slot for member in found}
-    assert slots == {"q", "k", "v", "mlp", "resid"}
+    assert {member.edge.slot for member in found} == {"q", "k", "v", "mlp", "resid"}
     pair = np.array([(m.estimate, m.effect) for m in measured])
     assert np.corrcoef(pair.T)[0, 1] > 0.9
-    for slot in slots:
+    # into the logits nothing lies between, and after the last MLP only the logits do: no blend is left over
+    last = [m for m in measured if m.edge.slot == "resid" or m.edge.receiver == Node("mlp", 2)]
+    pair = np.array([(m.estimate, m.effect) for m in last])
+    assert np.abs(pair[:, 1]).max() > 0.02
+    np.testing.assert_allclose(pair[:, 0], pair[:, 1], atol=0.03 * np.abs(pair[:, 1]).max())
+
+
+def test_gradients_at_the_harmful_run_are_the_first_order_of_every_edge(close_pair, logit_difference):
+    model, pairs = close_pair
+    runs = pair_runs(model, pairs)
+    scores = edge_attribution(
+        model, runs, logit_difference, method="eap", nodes=list(head_and_mlp_nodes(3, 4)), progress=False
+    )
+    found = [CircuitEdge(edge, score, "estimated", score) for edge, score in scores.top()]
+    measured = measure_edges(model, runs, logit_difference, found)
+    for slot in ("q", "k", "v", "mlp", "resid"):
         some = np.array([(m.estimate, m.effect) for m in measured if m.edge.slot == slot])
-        assert np.corrcoef(some.T)[0, 1] > 0.8, slot
-    # into the logits nothing lies between, and into the last layer's slots only the logits do: no blend is left over
-    last = np.array([(m.estimate, m.effect) for m in measured if m.edge.slot == "resid" or m.edge.receiver == Node("mlp", 2)])
-    assert np.abs(last[:, 1]).max() > 0.02
-    np.testing.assert_allclose(last[:, 0], last[:, 1], atol=0.02 * np.abs(last[:, 1]).max())
+        assert len(some) >= 14  # 15, less the first MLP of a parallel model, which says nothing at the last token
+        np.testing.assert_allclose(some[:, 0], some[:, 1], atol=0.08 * np.abs(some[:, 1]).max() + 1e-5, err_msg=slot)
