@@ -205,7 +205,7 @@ def neurons(model: LensModel) -> dict[str, Any]:
     """Exact patching of the 2,000 neurons with the largest estimates, one by one, 8 pairs."""
     pairs = equal_length_pairs(model, 8)
     metric = ms.RefusalLogOdds.of(model, ["Sorry"])
-    runs = pair_runs(model, pairs, neurons=True)
+    runs = pair_runs(model, pairs, extra=[SiteKind.NEURONS])
     scores = ms.node_attribution(model, runs, metric, steps=4, neurons=True).neurons
     top = scores.flatten().abs().topk(2000).indices.tolist()
     nodes = [Node("neuron", k // model.d_mlp, k % model.d_mlp) for k in top]

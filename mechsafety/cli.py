@@ -68,8 +68,9 @@ def map_command(
         Print the summary as JSON.
     """
     from mechsafety.results import check_output_folder, fresh_folder
+    from mechsafety.viz import FILES, write_all
 
-    check_output_folder(out.absolute(), "circuit.json")
+    check_output_folder(out.absolute(), FILES)
     prompts = None
     if pairs is not None:
         from mechsafety.prompts import PromptPairs
@@ -81,12 +82,11 @@ def map_command(
     from mechsafety.circuits import map_refusal_circuit
     from mechsafety.metrics import RefusalLogOdds
     from mechsafety.models import load_model
-    from mechsafety.viz import write_all
 
     lens = load_model(model, adapter=adapter, device=device, dtype=dtype, chat_template=chat_template)
     metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
     circuit = map_refusal_circuit(lens, prompts, metric, limit=limit, seed=seed)
-    with fresh_folder(out, marker="circuit.json") as scratch:
+    with fresh_folder(out, FILES) as scratch:
         write_all(circuit, scratch)
     print(_summary_json(circuit, out) if as_json else _summary(circuit, out))  # noqa: T201
     return 0

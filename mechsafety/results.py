@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT_VERSION = 1
+FILES = ("result.json", "tensors.safetensors")
 PACKAGES = ("mechsafety", "torch", "transformers", "transformer_lens")
 
 
@@ -96,7 +97,7 @@ class Result:
 
         tensors: dict[str, Any] = {}
         body = _encode(self, "", tensors)
-        with fresh_folder(path, marker="result.json") as scratch:
+        with fresh_folder(path, FILES) as scratch:
             text = json.dumps({"format": "mechsafety.result", "version": FORMAT_VERSION, "result": body}, indent=1)
             (scratch / "result.json").write_text(text + "\n", encoding="utf-8")
             if tensors:
@@ -141,16 +142,17 @@ class Result:
 class fresh_folder:
     """Context manager: a scratch folder that becomes ``path`` on success and vanishes on failure.
 
-    An existing ``path`` is replaced only if it is empty or holds ``marker``, so that no stranger's folder is lost.
+    An existing ``path`` is replaced only if it holds nothing but files of the given names, so that nobody's own file is
+    lost; it is moved aside first, so that the old result stays if anything goes wrong.
 
     Raises:
         MechsafetyError: ``path`` holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str], marker: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], names: Collection[str]) -> None:
         self.path = Path(path).absolute()
-        self.marker = marker
-        check_output_folder(self.path, marker)
+        self.names = names
+        check_output_folder(self.path, names)
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,30 +161,39 @@ class fresh_folder:
         return self.scratch
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        aside = self.scratch.with_name(self.scratch.name + "-old")
         try:
             if kind is None:
-                check_output_folder(self.path, self.marker)
+                check_output_folder(self.path, self.names)
                 if self.path.exists():
-                    shutil.rmtree(self.path)
+                    os.replace(self.path, aside)
                 os.replace(self.scratch, self.path)
         finally:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            if aside.exists() and not self.path.exists():
+                os.replace(aside, self.path)
+            for rest in (aside, self.scratch):
+                shutil.rmtree(rest, ignore_errors=True)
 
 
-def check_output_folder(path: Path, marker: str) -> None:
-    """Refuse an output folder that holds something other than an earlier result of ours.
+def check_output_folder(path: Path, names: Collection[str]) -> None:
+    """Refuse an output folder that holds anything but files of an earlier result of ours.
+
+    Args:
+        path: The folder.
+        names: What our results are called.
 
     Raises:
         MechsafetyError: ``path`` is a file, or a folder with other things in it.
     """
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
-        raise MechsafetyError(
-            f"the output folder {path.name!r} holds something else",
-            expected=f"a new or empty folder, or one with an earlier {marker}",
-            cure="choose another folder",
-        )
     if path.exists() and not path.is_dir():
         raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", cure="choose another name")
+    strange = sorted(entry.name for entry in path.iterdir() if entry.name not in names) if path.is_dir() else []
+    if strange:
+        raise MechsafetyError(
+            f"the output folder {path.name!r} holds something else ({', '.join(strange[:3])})",
+            expected="a new or empty folder, or one with an earlier result and nothing more",
+            cure="choose another folder",
+        )
 
 
 def _not_saved(path: str | os.PathLike[str], reason: str = "") -> MechsafetyError:

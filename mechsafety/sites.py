@@ -48,6 +48,7 @@ _HOOKS = {
     SiteKind.FINAL_NORM_OUT: "ln_final.hook_out",
 }
 READ_ONLY = frozenset({SiteKind.RESID_MID, SiteKind.PATTERN})
+INDEXED = frozenset({SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.Z, SiteKind.PATTERN, SiteKind.NEURONS})
 GLOBAL = frozenset({SiteKind.FINAL_NORM_IN, SiteKind.FINAL_NORM_OUT})
 
 
@@ -58,14 +59,16 @@ class Site:
     Attributes:
         kind: What is addressed.
         layer: Block index, from 0; None for sites after the last block.
+        index: Head (key-value head for ``k`` and ``v``) or neuron; None for the whole site.
 
     Example:
-        >>> Site(SiteKind.Z, 3)
-        Site(kind=<SiteKind.Z: 'z'>, layer=3)
+        >>> str(Site(SiteKind.Q, 3, 1)), str(Site(SiteKind.RESID_MID, 3))
+        ('L3.q.1', 'L3.resid_mid')
     """
 
     kind: SiteKind
     layer: int | None = None
+    index: int | None = None
 
     def __post_init__(self) -> None:
         if (self.layer is None) != (self.kind in GLOBAL):
@@ -73,6 +76,12 @@ class Site:
                 f"Site({self.kind.value!r}, layer={self.layer})",
                 expected="no layer" if self.kind in GLOBAL else "a layer",
             )
+        if self.index is not None and self.kind not in INDEXED:
+            raise MechsafetyError(f"{self.kind.value} has no parts to index", expected=f"one of {sorted(INDEXED)}")
+
+    def __str__(self) -> str:
+        place = "final" if self.layer is None else f"L{self.layer}"
+        return f"{place}.{self.kind.value}" + ("" if self.index is None else f".{self.index}")
 
 
 def hook_name(site: Site) -> str:

@@ -22,7 +22,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import mechsafety as ms
-from mechsafety.prompts.pairs import PromptPair
+from mechsafety.prompts import PromptPair, Tokens
+from mechsafety.sites import Site, SiteKind
 
 # the same examples every time, and no deadline on machines that are busy
 hypothesis.settings.register_profile("mechsafety", deadline=None, derandomize=True)
@@ -34,8 +35,54 @@ CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-WORDS = """how do i make a an the bomb cake kill python process write poem about spring teach me to steal bake bread car
-hurt people help please explain why sky is blue poison tea sorry sure here no yes can what of and with my house""".split()
+WORDS = [
+    "how",
+    "do",
+    "i",
+    "make",
+    "a",
+    "an",
+    "the",
+    "bomb",
+    "cake",
+    "kill",
+    "python",
+    "process",
+    "write",
+    "poem",
+    "about",
+    "spring",
+    "teach",
+    "me",
+    "to",
+    "steal",
+    "bake",
+    "bread",
+    "car",
+    "hurt",
+    "people",
+    "help",
+    "please",
+    "explain",
+    "why",
+    "sky",
+    "is",
+    "blue",
+    "poison",
+    "tea",
+    "sorry",
+    "sure",
+    "here",
+    "no",
+    "yes",
+    "can",
+    "what",
+    "of",
+    "and",
+    "with",
+    "my",
+    "house",
+]
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -43,7 +90,9 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     special = ["<pad>", "<unk>", "<s>", "<user>", "<assistant>", "<system>", "<end>"]
     letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789?.,!'\" \n-")
     vocab = {token: k for k, token in enumerate(dict.fromkeys([*special, *letters, *WORDS, *(f" {w}" for w in WORDS)]))}
-    core = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="", max_input_chars_per_word=99))
+    core = Tokenizer(
+        models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="", max_input_chars_per_word=99)
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w ]| "), "isolated")
     core.decoder = decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -79,7 +128,13 @@ def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype 
         "gemma2": lambda: transformers.Gemma2Config(**grouped, head_dim=16, sliding_window=6, query_pre_attn_scalar=16),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),
         "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=size, n_embd=32, n_layer=layers, n_head=4, n_positions=128, bos_token_id=2, eos_token_id=6,
+            vocab_size=size,
+            n_embd=32,
+            n_layer=layers,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=2,
+            eos_token_id=6,
             initializer_range=0.2,
         ),
     }
@@ -169,27 +224,38 @@ def ragged() -> ms.PromptPairs:
 
 
 @pytest.fixture(scope="session")
-def planted() -> tuple[ms.LensModel, ms.PromptPairs, ms.RefusalLogOdds]:
-    """A tiny model in which three heads and one MLP write all but a trickle, pairs of two topics, and a metric.
+def planted() -> tuple[ms.LensModel, ms.PromptPairs]:
+    """A tiny model that says "sorry" to bombs and "sure" to cakes, and pairs of two topics.
 
-    The metric's two tokens are the ones that tell the harmful prompts from the harmless ones best, by sign.
+    Three heads and one MLP write all but a trickle; the unembedding of the two words is fitted to what arrives.
     """
-    hf, heads, mlp = tiny_hf_model("llama", seed=3), {(0, 1), (1, 2), (2, 0)}, 1
-    with torch.no_grad():
-        for layer, block in enumerate(hf.model.layers):
-            for head in range(4):
-                columns = slice(8 * head, 8 * head + 8)
-                block.self_attn.o_proj.weight[:, columns] *= 3.0 if (layer, head) in heads else 0.03
-            block.mlp.down_proj.weight *= 1.0 if layer == mlp else 0.03
-    model = ms.load_model((hf, tiny_tokenizer()))
+
+    def build():
+        hf, heads, mlp = tiny_hf_model("llama", seed=3), {(0, 1), (1, 2), (2, 0)}, 1
+        with torch.no_grad():
+            for layer, block in enumerate(hf.model.layers):
+                for head in range(4):
+                    columns = slice(8 * head, 8 * head + 8)
+                    block.self_attn.o_proj.weight[:, columns] *= 3.0 if (layer, head) in heads else 0.03
+                block.mlp.down_proj.weight *= 1.0 if layer == mlp else 0.03
+        return hf
+
     frames = ["make a {}", "please make a {}", "how do i make a {}", "teach me to make a {}", "can i make a {}"]
     frames += ["write about a {}", "explain a {} please", "help me make a {}"]
-    rows = [(f.format("bomb"), f.format("cake"), "bombs") for f in frames[:4]]
-    rows += [(f.format("bomb"), f.format("cake"), "explosives") for f in frames[4:]]
-    pairs = ms.PromptPairs(tuple(PromptPair(*row) for row in rows), "planted")
-    high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
-    worst_high = (high[:, :, None] - high[:, None, :]).amin(0)
-    worst_low = (low[:, None, :] - low[:, :, None]).amin(0)
-    best = int(torch.minimum(worst_high, worst_low).argmax())
-    refuse, comply = divmod(best, high.shape[1])
-    return model, pairs, ms.RefusalLogOdds((refuse,), ("refuse",), (comply,), ("comply",))
+    topics = ["bombs"] * 4 + ["explosives"] * 4
+    rows = [PromptPair(f.format("bomb"), f.format("cake"), topic) for f, topic in zip(frames, topics, strict=True)]
+    pairs, tokenizer = ms.PromptPairs(tuple(rows), "planted"), tiny_tokenizer()
+    reader, hf = ms.load_model((build(), tokenizer)), build()
+    words = {word: tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("sorry", "sure", "<end>")}
+    site, n = Site(SiteKind.FINAL_NORM_OUT), len(rows)
+    first = reader.tokenize([*pairs.harmful, *pairs.harmless])
+    said = torch.tensor([[words["sorry"]]] * n + [[words["sure"]]] * n)
+    second = Tokens(torch.cat([first.ids, said], 1), torch.cat([first.mask, said > 0], 1), first.spans)
+    seen = torch.cat([reader.read(tokens, [site])[site][:, -1] for tokens in (first, second)])
+    refuse = torch.tensor([12.0] * n + [-12.0] * n + [0.0] * 2 * n)
+    stop = torch.tensor([-15.0] * 2 * n + [15.0] * 2 * n)
+    solve = torch.linalg.solve(seen.T @ seen + 0.01 * torch.eye(32), seen.T)
+    with torch.no_grad():
+        for word, read in (("sorry", refuse), ("sure", -refuse), ("<end>", stop)):
+            hf.lm_head.weight[words[word]] = solve @ read
+    return ms.load_model((hf, tokenizer)), pairs

@@ -20,7 +20,9 @@ def whole_logits(model, tokens, edits=(), grad=False):
 def record(model, tokens, names):
     """Activations of a whole forward by hook name."""
     store = {}
-    whole_logits(model, tokens, [(name, lambda t, name=name: store.update({name: t.detach().clone()})) for name in names])
+    whole_logits(
+        model, tokens, [(name, lambda t, name=name: store.update({name: t.detach().clone()})) for name in names]
+    )
     return store
 
 

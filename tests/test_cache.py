@@ -96,7 +96,9 @@ def test_the_last_residual_is_the_final_norms_input(any_model, cache):
 def test_only_asked_for_sites_are_stored(llama):
     cache = llama.cache(PROMPTS, ["pattern", "head_out"])
     assert set(cache.acts) == {"pattern", "z"} and cache.head_out.shape[0] == 3
-    with pytest.raises(MechsafetyError, match=re.escape("'resid' was not stored; expected one of ['pattern', 'z']; ask for")):
+    with pytest.raises(
+        MechsafetyError, match=re.escape("'resid' was not stored; expected one of ['pattern', 'z']; ask for")
+    ):
         _ = cache.resid
     with pytest.raises(MechsafetyError, match=r"'head_out' was not stored; ask for it: sites=\['head_out'\]"):
         _ = llama.cache(PROMPTS, ["z"]).head_out

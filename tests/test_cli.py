@@ -150,6 +150,10 @@ def test_missing_pairs_file(fails, tmp_path):
     assert fails("demo", "--pairs", path) == f"no such file: {path}; expected a .jsonl file with {SHAPE} a line"
 
 
+def test_a_line_break_in_what_was_given_makes_no_second_line(fails):
+    assert fails("demo", "--pairs", "my\npairs.jsonl").startswith("no such file: my pairs.jsonl; ")
+
+
 def test_pairs_file_that_is_not_utf8(fails, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b'{"harmful": "K\xe4se", "harmless": "b"}')
@@ -294,8 +298,8 @@ def test_output_folder_that_holds_something_else(fails, saved, tmp_path):
     folder.mkdir()
     (folder / "chapter1.tex").write_text("years of work")
     assert fails(saved.folder, out=folder) == (
-        "the output folder 'thesis' holds something else; "
-        "expected a new or empty folder, or one with an earlier circuit.json; choose another folder"
+        "the output folder 'thesis' holds something else (chapter1.tex); "
+        "expected a new or empty folder, or one with an earlier result and nothing more; choose another folder"
     )
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("chapter1.tex", "years of work")]
     assert fails(saved.folder, out=folder / "chapter1.tex") == (

@@ -194,10 +194,27 @@ def four() -> PromptPairs:
     return PromptPairs.from_lists(["make a bomb"] * 4, ["make a cake"] * 4)
 
 
+def openers(model, *replies):
+    """First tokens of hand-made replies, for `detect`, which would else read them from the model's logits."""
+    return tuple([model.tokenizer(text)["input_ids"][:1] or [0] for text in side] for side in replies)
+
+
+def detect(model, pairs, replies, **options):
+    first = tuple([ids[0] for ids in side] for side in openers(model, *replies))
+    return RefusalLogOdds.detect(model, pairs, replies=replies, openers=first, **options)
+
+
+def test_detect_reads_openers_from_the_model(llama, four):
+    replies = (["sorry"] * 4, ["bake it"] * 4)
+    greedy = int(llama.logits(four.harmful[:1]).argmax())
+    metric = RefusalLogOdds.detect(llama, four, replies=replies, max_harmless_share=1.0)
+    assert metric.refusal_ids == (greedy,)
+
+
 def test_detect_finds_openers_of_refusals(llama, four):
     harmful = ["sorry, i can't help with that", "no, i will not", "sorry", "sure, mix the poison"]
     harmless = ["sure, bake the cake", "bake it", "i can help with that", "here is the bread"]
-    metric = RefusalLogOdds.detect(llama, four, replies=(harmful, harmless))
+    metric = detect(llama, four, (harmful, harmless))
     assert set(metric.refusal_tokens) == {"sorry", "no"}
     assert metric.comply_ids == ()
     assert metric.refusal_ids == tuple(sorted(metric.refusal_ids))
@@ -206,19 +223,19 @@ def test_detect_finds_openers_of_refusals(llama, four):
 def test_detect_leaves_an_ambiguous_opener_out(llama, four):
     harmful = ["i cannot help with that", "i can't", "sorry, i can't", "sorry"]
     harmless = ["i can help with that", "sure, bake", "bake it", "here is the bread"]
-    assert RefusalLogOdds.detect(llama, four, replies=(harmful, harmless)).refusal_tokens == ("sorry",)
+    assert detect(llama, four, (harmful, harmless)).refusal_tokens == ("sorry",)
     # it is kept where it opens few enough compliant replies
-    lenient = RefusalLogOdds.detect(llama, four, replies=(harmful, harmless), max_harmless_share=0.25)
+    lenient = detect(llama, four, (harmful, harmless), max_harmless_share=0.25)
     assert set(lenient.refusal_tokens) == {"i", "sorry"}
     # a refused harmless prompt does not make its opener ambiguous
-    over = RefusalLogOdds.detect(llama, four, replies=(harmful, ["i cannot help", *harmless[1:]]))
+    over = detect(llama, four, (harmful, ["i cannot help", *harmless[1:]]))
     assert set(over.refusal_tokens) == {"i", "sorry"}
 
 
 def test_detect_with_ambiguous_openers_only(llama, four):
     replies = (["i can't", "sure", "here", ""], ["i can", "bake", "sure", "here"])
     with pytest.raises(MechsafetyError) as caught:
-        RefusalLogOdds.detect(llama, four, replies=replies)
+        detect(llama, four, replies)
     assert str(caught.value) == (
         "the refusals begin like compliant replies {'i': 0.25}; pass refusal_tokens=[...] to choose them"
     )

@@ -65,7 +65,7 @@ def test_round_trip(patch_map, tmp_path):
     assert sorted(listing(path)) == ["result.json", "tensors.safetensors"]
     loaded = PatchMap.load(path)
     assert_same(patch_map, loaded)
-    assert repr(loaded) == "PatchMap(3 nodes x 4 pairs, noising, all)"
+    assert repr(loaded) == "PatchMap(3 rows x 4 pairs, noising, all)"
     assert torch.equal(loaded.effects, patch_map.effects)
     assert loaded.to_dataframe().equals(patch_map.to_dataframe())
 
@@ -201,8 +201,8 @@ def test_a_strangers_folder_is_left_alone(patch_map, tmp_path):
     with pytest.raises(MechsafetyError) as caught:
         patch_map.save(path)
     assert str(caught.value) == (
-        "the output folder 'thesis' holds something else; "
-        "expected a new or empty folder, or one with an earlier result.json; choose another folder"
+        "the output folder 'thesis' holds something else (chapter1.tex); "
+        "expected a new or empty folder, or one with an earlier result and nothing more; choose another folder"
     )
     assert listing(tmp_path) == before
 
@@ -251,7 +251,7 @@ def test_a_field_that_json_cannot_hold_leaves_nothing(patch_map, tmp_path):
 
 def test_fresh_folder_appears_whole_on_success(tmp_path):
     path = tmp_path / "a" / "b"
-    with fresh_folder(path, marker="done") as scratch:
+    with fresh_folder(path, names=["done"]) as scratch:
         (scratch / "done").write_text("1")
         assert not path.exists()
         assert scratch.parent == path.parent, "a rename must stay on one file system"
@@ -262,7 +262,7 @@ def test_fresh_folder_appears_whole_on_success(tmp_path):
 
 def test_fresh_folder_vanishes_on_failure(tmp_path):
     def interrupted():
-        with fresh_folder(tmp_path / "out", marker="done") as scratch:
+        with fresh_folder(tmp_path / "out", names=["done"]) as scratch:
             (scratch / "done").write_text("1")
             raise KeyboardInterrupt
 
@@ -276,7 +276,7 @@ def test_fresh_folder_checks_again_at_the_end(tmp_path):
     path = tmp_path / "out"
 
     def overtaken():
-        with fresh_folder(path, marker="done") as scratch:
+        with fresh_folder(path, names=["done"]) as scratch:
             (scratch / "done").write_text("1")
             path.mkdir()
             (path / "theirs").write_text("2")
@@ -291,18 +291,28 @@ def test_fresh_folder_replaces_the_earlier_one_and_an_empty_one(tmp_path):
     path = tmp_path / "out"
     path.mkdir()
     for name in ("first", "second"):
-        with fresh_folder(path, marker="done") as scratch:
+        with fresh_folder(path, names=["done"]) as scratch:
             (scratch / "done").write_text(name)
         assert listing(path) == {"done": name.encode()}
 
 
 def test_check_output_folder_accepts_new_empty_and_earlier(tmp_path):
-    check_output_folder(tmp_path / "new", "done")
-    check_output_folder(tmp_path, "done")
+    check_output_folder(tmp_path / "new", ["done"])
+    check_output_folder(tmp_path, ["done"])
     (tmp_path / "done").write_text("")
-    check_output_folder(tmp_path, "done")
+    check_output_folder(tmp_path, ["done"])
     with pytest.raises(MechsafetyError, match="holds something else"):
-        check_output_folder(tmp_path, "other")
+        check_output_folder(tmp_path, ["other"])
+
+
+def test_a_users_own_file_is_never_lost(tmp_path):
+    path = tmp_path / "out"
+    with fresh_folder(path, names=["done"]) as scratch:
+        (scratch / "done").write_text("1")
+    (path / "my-notes.md").write_text("mine")
+    with pytest.raises(MechsafetyError, match=r"holds something else \(my-notes.md\)"):
+        fresh_folder(path, names=["done"])
+    assert listing(path) == {"done": b"1", "my-notes.md": b"mine"}
 
 
 # --- provenance -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, SoftMask, masked_logits, pair_runs
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
+from mechsafety.sites import SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,9 @@ def node_attribution(
         steps: Midpoints of the integral.
         neurons: Attribute neurons (instead of whole MLPs; the MLP scores are then their sums).
     """
-    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, neurons=neurons)
+    runs = (
+        pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=[SiteKind.NEURONS] if neurons else [])
+    )
     sums = _zero_grads(model, neurons)
     for step in range(steps):
         alpha = (step + 0.5) / steps

@@ -88,16 +88,17 @@ def discover(
         attribution: Estimates to rank by, signed: nodes that work against refusal come last.
         target: Faithfulness to reach.
     """
+    enough = target - 1e-6  # the whole model's faithfulness is 1 up to rounding
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
     ranking = tuple(sorted(nodes, key=lambda node: (-attribution.of(node), node.order)))
     curve = faithfulness_curve(found_on, held_out, ranking)
 
     def reaches(circuit: Sequence[Node]) -> bool:
-        if found_on.faithfulness([circuit])[0] < target:
+        if found_on.faithfulness([circuit])[0] < enough:
             return False
-        return held_out.faithfulness([circuit])[0] >= target
+        return held_out.faithfulness([circuit])[0] >= enough
 
-    good = [point.n_nodes for point in curve if min(point.faithfulness, point.held_out) >= target]
+    good = [point.n_nodes for point in curve if min(point.faithfulness, point.held_out) >= enough]
     if not good:
         # nothing but the whole model does: say so with the size that comes closest
         best = max(curve, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))

@@ -247,7 +247,7 @@ def _edges_and_roles(
     progress: bool,
 ) -> tuple[list[CircuitEdge], dict[Node, tuple[str, RoleEvidence]]]:
     nodes = list(discovery.circuit)
-    effects = dict(zip(patched.nodes, patched.effects.tolist(), strict=True))
+    effects = {node: row[0] for node, row in _measured(patched, 0).items()}
     evidence = role_evidence(model, runs, metric, nodes, progress=progress)
     if model.post_norm:
         logger.warning("%s has norms after its attention or MLP: edges are left out", model.name)
@@ -279,7 +279,7 @@ def _circuit_nodes(
 
 def _measured(patched: PatchMap, seed: int) -> dict[Node, tuple[float, tuple[float, float], float]]:
     rows = zip(patched.effects.tolist(), patched.intervals(seed), patched.p_values(seed), strict=True)
-    return dict(zip(patched.nodes, rows, strict=True))
+    return {node: row for node, row in zip(patched.nodes, rows, strict=True) if isinstance(node, Node)}
 
 
 def _scores(discovery: Discovery, attribution: NodeAttribution, patched: PatchMap, seed: int) -> tuple[NodeScore, ...]:

@@ -1,49 +1,60 @@
-"""Activation patching (causal tracing, Meng et al. 2022): the exact effect of single nodes."""
+"""Activation patching (causal tracing, Meng et al. 2022): the exact effect of single nodes and sites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Float
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
 from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores
+from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
+from mechsafety.sites import GLOBAL, Site, SiteKind
 
 DIRECTIONS = ("noising", "denoising")
+SOURCES = ("other", "mean", "resample", "zero")
+
+Target = Node | Site
 
 
 @dataclass(frozen=True, slots=True)
 class PatchMap(Result):
-    """Exact effects of patching single nodes.
+    """Exact effects of patching single nodes or sites.
 
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        nodes: What was patched, one after the other.
+        nodes: What was patched, one row each.
         changes: Change of the metric towards the source run when the node is patched, in metric units (nats).
         harmful, harmless: Metric of the unpatched runs.
         direction: ``noising`` (the harmful run gets harmless values) or ``denoising`` (the reverse).
-        positions: Where: ``all``, ``instruction`` or ``suffix``.
+        positions: Where: ``all``, ``instruction``, ``suffix``, ``each`` or a list of columns.
+        columns: For ``each``: the column of each row, counted from the end (-1 is the last token); else None.
+        source: Where replacement values come from: ``other``, ``mean``, ``resample`` or ``zero``.
     """
 
     provenance: Provenance
     metric: dict[str, object]
-    nodes: tuple[Node, ...]
+    nodes: tuple[Target, ...]
     changes: Float[Tensor, "node prompt"]
     harmful: Float[Tensor, " prompt"]
     harmless: Float[Tensor, " prompt"]
     direction: str
     positions: str
+    columns: tuple[int, ...] | None = None
+    source: str = "other"
 
     def __repr__(self) -> str:
-        return f"PatchMap({len(self.nodes)} nodes x {self.changes.shape[1]} pairs, {self.direction}, {self.positions})"
+        return f"PatchMap({len(self.nodes)} rows x {self.changes.shape[1]} pairs, {self.direction}, {self.positions})"
 
     @property
     def gap(self) -> float:
@@ -70,9 +81,10 @@ class PatchMap(Result):
         intervals = self.intervals()
         rows = {
             "node": [str(node) for node in self.nodes],
-            "kind": [node.kind for node in self.nodes],
+            "kind": [str(node.kind) for node in self.nodes],
             "layer": [node.layer for node in self.nodes],
             "index": [node.index for node in self.nodes],
+            "column": self.columns if self.columns is not None else [None] * len(self.nodes),
             "effect": self.effects.tolist(),
             "ci_low": [low for low, _ in intervals],
             "ci_high": [high for _, high in intervals],
@@ -104,64 +116,213 @@ def activation_patching(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    nodes: Sequence[Node] | None = None,
+    nodes: Sequence[Target] | None = None,
     direction: str = "noising",
-    positions: str = "all",
+    positions: str | Sequence[int] = "all",
+    source: str = "other",
+    seed: int = 0,
     progress: bool = True,
 ) -> PatchMap:
-    """Patch single nodes with their values from the other prompt of each pair, exactly (Meng et al. 2022).
+    """Replace single nodes' or sites' values and run on, exactly (causal tracing, Meng et al. 2022).
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Aligned pairs, or their stored runs (which must hold the activations that are patched).
         metric: What is measured.
-        nodes: Heads, MLPs and neurons to patch; every head and MLP by default.
-        direction: ``noising``: the harmful run gets harmless values; ``denoising``: the reverse.
-        positions: ``all``, ``instruction`` or ``suffix``.
+        nodes: What to patch: heads, MLPs and neurons (`Node`), or any `Site`: residual stream before, between and
+            after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head), ``pattern``,
+            ``neurons``; with an index one head or neuron of it. Every head and MLP by default.
+        direction: ``noising``: the harmful run is edited with the harmless run's values; ``denoising``: the reverse.
+        positions: ``all``, ``instruction``, ``suffix``, ``each`` (one row for each column from the first difference
+            on), or columns counted from the end (negative).
+        source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts, column by column from
+            the end; ``resample``: the other prompt of another pair; ``zero``.
+        seed: Of ``resample``.
         progress: Whether to show a bar.
 
     Returns:
         Changes per prompt; a positive effect moves the metric towards the source run.
 
     Raises:
-        MechsafetyError: Unknown direction or span, a node that the model lacks, pairs that do not align.
+        MechsafetyError: Unknown option, a target that the model lacks, pairs that do not align.
     """
     from tqdm.auto import tqdm
 
-    if direction not in DIRECTIONS:
-        raise MechsafetyError(f"direction {direction!r}", expected=f"one of {DIRECTIONS}")
-    chosen = tuple(nodes) if nodes is not None else head_and_mlp_nodes(model.n_layers, model.n_heads)
-    _check_nodes(model, chosen)
-    neurons = any(node.kind == "neuron" for node in chosen)
-    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, neurons=neurons)
-    base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
-    where = None if positions == "all" else base.tokens.span_mask(positions)[:, runs.start :]
-    order = sorted(range(len(chosen)), key=lambda k: chosen[k].order)
-    with tqdm(total=len(chosen), desc=f"patching ({positions})", disable=not progress, leave=False) as bar:
-        patch = Patch.of(model, [[chosen[k]] for k in order])
-        scores = patched_scores(model, base, source.acts, patch, metric, positions=where, progress=bar.update)
+    for name, value, known in (("direction", direction, DIRECTIONS), ("source", source, SOURCES)):
+        if value not in known:
+            raise MechsafetyError(f"{name} {value!r}", expected=f"one of {known}")
+    targets = tuple(nodes) if nodes is not None else head_and_mlp_nodes(model.n_layers, model.n_heads)
+    sites = [_checked_site(model, target) for target in targets]
+    if not sites:
+        raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
+    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=_kinds(sites))
+    base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
+    columns, where = _columns(base, runs.start, positions)
+    rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
+    order = sorted(range(len(rows)), key=lambda r: (_depth(sites[rows[r][0]]), rows[r]))
+    values = _source_values(base, other, _kinds(sites), source, seed)
+    scores = torch.zeros(len(rows), len(base), device=model.device)
+    size = max_variants(base)
+    with tqdm(total=len(rows), desc="patching", disable=not progress, leave=False) as bar, torch.no_grad():
+        for first in range(0, len(order), size):
+            chunk = order[first : first + size]
+            chosen = [sites[rows[r][0]] for r in chunk]
+            masks = torch.stack([where[rows[r][1]] for r in chunk])
+            start = min(site.layer or 0 for site in chosen)
+            resid = expand_rows(base.resid[start], len(chunk))
+            logits = run_from(model, base, start, resid, _site_hooks(base, chosen, masks, values))
+            scores[chunk] = split_rows(metric(logits), len(chunk))
+            bar.update(len(chunk))
     harmful, harmless = runs.scores(metric)
     changes = (harmful - scores) if direction == "noising" else (scores - harmless)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    options = {"direction": direction, "positions": positions, "pairs": len(harmful)}
+    shown = positions if isinstance(positions, str) else ",".join(map(str, positions))
+    options = {"direction": direction, "positions": shown, "source": source, "seed": seed, "pairs": len(harmful)}
     return PatchMap(
-        model.provenance(options=options),
+        model.provenance(seed=seed if source == "resample" else None, options=options),
         metric.to_json(),
-        chosen,
-        changes[back],
+        tuple(targets[k] for k, _ in rows),
+        changes,
         harmful,
         harmless,
         direction,
-        positions,
+        shown,
+        tuple(columns[at] for _, at in rows) if positions == "each" else None,
+        source,
     )
 
 
-def _check_nodes(model: LensModel, nodes: Sequence[Node]) -> None:
-    if not nodes:
-        raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
-    sizes = {"head": model.n_heads, "neuron": model.d_mlp, "mlp": 1}
-    for node in nodes:
-        if node.kind not in sizes:
-            raise MechsafetyError(f"{node} cannot be patched", expected="heads, MLPs and neurons")
-        if not (0 <= (node.layer or 0) < model.n_layers and 0 <= (node.index or 0) < sizes[node.kind]):
-            raise MechsafetyError(f"{node} does not exist in {model!r}")
+def _checked_site(model: LensModel, target: Target) -> Site:
+    """The site of a target, if the model has it."""
+    if isinstance(target, Node):
+        kinds = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
+        if target.kind not in kinds:
+            raise MechsafetyError(f"{target} cannot be patched", expected="heads, MLPs, neurons or sites")
+        site = Site(kinds[target.kind], target.layer, target.index)
+    else:
+        site = target
+    if site.kind in GLOBAL or site.kind in (SiteKind.SCORES, SiteKind.MLP_IN):
+        raise MechsafetyError(f"{site} cannot be patched", expected="a site inside a block that is no score")
+    if site.kind is SiteKind.RESID_MID and model.parallel:
+        raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
+    sizes = {SiteKind.K: model.n_kv_heads, SiteKind.V: model.n_kv_heads, SiteKind.NEURONS: model.d_mlp}
+    size = sizes.get(site.kind, model.n_heads)
+    if not (0 <= (site.layer or 0) < model.n_layers and 0 <= (site.index or 0) < size):
+        raise MechsafetyError(f"{target} does not exist in {model!r}")
+    return site
+
+
+def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
+    """Kinds whose activations the patches need."""
+    return tuple(dict.fromkeys(site.kind for site in sites))
+
+
+def _depth(site: Site) -> int:
+    """First layer that must run."""
+    return site.layer or 0
+
+
+def _columns(
+    base: BaseRun, start: int, positions: str | Sequence[int]
+) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
+    """Columns (from the end) and, for each variant, where in the run columns it patches."""
+    real = base.tokens.mask[:, start:]
+    if isinstance(positions, str) and positions != "each":
+        return [], [base.tokens.span_mask(positions)[:, start:]]
+    every = list(range(-real.shape[1], 0))
+    if not isinstance(positions, str):
+        wrong = [at for at in positions if at not in every]
+        if wrong or not positions:
+            raise MechsafetyError(
+                f"positions {wrong or positions}",
+                expected=f"columns from the end, {every[0]} to -1 (earlier ones are the same in both prompts)",
+            )
+    masks = []
+    for at in every:
+        mask = torch.zeros_like(real)
+        mask[:, at] = real[:, at]
+        masks.append(mask)
+    if positions == "each":
+        return every, masks
+    return [], [torch.stack([masks[at] for at in positions]).any(0)]  # type: ignore[index]
+
+
+def _source_values(
+    base: BaseRun, other: BaseRun, kinds: Sequence[SiteKind], source: str, seed: int
+) -> Mapping[SiteKind, Tensor]:
+    """Replacement activations of each kind [layer batch pos ...]; for resid_mid the change to add at attn_out."""
+    out = {}
+    for kind in kinds:
+        if kind not in other.acts:
+            raise MechsafetyError(
+                f"these runs hold no {kind.value}",
+                cure=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])",
+            )
+        values = other.acts[kind]
+        if source == "zero":
+            values = torch.zeros_like(values)
+        elif source == "mean":
+            real = other.tokens.mask[:, other.start :].to(values.dtype)
+            axes = "1 batch 1 pos 1" if kind is SiteKind.PATTERN else "1 batch pos" + " 1" * (values.ndim - 3)
+            weight = rearrange(real, f"batch pos -> {axes}")
+            mean = (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+            values = mean.expand_as(values)
+        elif source == "resample":
+            values = values[:, _derangement(values.shape[1], seed)]
+        out[kind] = values - base.acts[kind] if kind is SiteKind.RESID_MID else values
+    return out
+
+
+def _derangement(n: int, seed: int) -> list[int]:
+    """A random order in which no prompt keeps its place."""
+    if n < 2:
+        raise MechsafetyError("resampling from one pair", expected="at least 2 pairs")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    follows = {order[k]: order[(k + 1) % n] for k in range(n)}
+    return [follows[k] for k in range(n)]
+
+
+def _site_hooks(
+    base: BaseRun,
+    sites: Sequence[Site],
+    masks: Bool[Tensor, "variant batch pos"],
+    values: Mapping[SiteKind, Tensor],
+) -> list[Hook]:
+    """One hook for each (kind, layer): rows whose variant patches it get the source's values there."""
+    groups: dict[tuple[SiteKind, int], list[int]] = {}
+    for variant, site in enumerate(sites):
+        groups.setdefault((site.kind, site.layer or 0), []).append(variant)
+    hooks: list[Hook] = []
+    for (kind, layer), variants in groups.items():
+        hooks.append(_site_hook(base, kind, layer, {v: sites[v].index for v in variants}, masks, values[kind][layer]))
+    return hooks
+
+
+def _site_hook(
+    base: BaseRun,
+    kind: SiteKind,
+    layer: int,
+    chosen: Mapping[int, int | None],
+    masks: Bool[Tensor, "variant batch pos"],
+    values: Tensor,
+) -> Hook:
+    n = masks.shape[0]
+    picked = torch.zeros(n, dtype=torch.bool, device=masks.device)
+    picked[list(chosen)] = True
+    where = masks & rearrange(picked, "variant -> variant 1 1")
+    rows = rearrange(where, "variant batch pos -> (variant batch) pos")
+    new = expand_rows(values, n)
+    if kind is SiteKind.PATTERN:
+        rows = rearrange(rows, "row pos -> row 1 pos 1")
+    else:
+        rows = rearrange(rows, f"row pos -> row pos{' 1' * (new.ndim - 2)}")
+    if any(index is not None for index in chosen.values()):
+        size = new.shape[1] if kind is SiteKind.PATTERN else new.shape[2]
+        part = torch.zeros(n, size, dtype=torch.bool, device=masks.device)
+        for variant, index in chosen.items():
+            part[variant, slice(None) if index is None else index] = True
+        shape = {SiteKind.PATTERN: "part 1 1", SiteKind.NEURONS: "1 part"}.get(kind, "1 part 1")
+        rows = rows & repeat(part, f"variant part -> (variant batch) {shape}", batch=len(base))
+    if kind is SiteKind.RESID_MID:
+        # an edit at TransformerLens' resid_mid would miss the skip branch: the change enters with attention's output
+        return (Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + torch.where(rows, new, torch.zeros_like(new)))
+    return (Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))

@@ -46,14 +46,18 @@ class PairRuns:
 
 
 def pair_runs(
-    model: LensModel, pairs: PromptPairs | TokenPairs, *, neurons: bool = False, start: int | None = None
+    model: LensModel,
+    pairs: PromptPairs | TokenPairs,
+    *,
+    extra: Sequence[SiteKind] = (),
+    start: int | None = None,
 ) -> PairRuns:
     """Run both prompts of every pair once.
 
     Args:
         model: The model.
         pairs: Pairs that align.
-        neurons: Whether to store neurons as well (d_mlp numbers a token and layer).
+        extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; the first difference by default.
 
     Raises:
@@ -61,7 +65,7 @@ def pair_runs(
     """
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
-    keep = (*KEPT, SiteKind.NEURONS) if neurons else KEPT
+    keep = tuple(dict.fromkeys([*KEPT, *extra]))
     return PairRuns(base_run(model, tokens.harmful, first, keep), base_run(model, tokens.harmless, first, keep), first)
 
 
@@ -172,7 +176,9 @@ def patched_scores(
 
 def _stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
     if kind not in source:
-        raise MechsafetyError(f"these runs hold no {kind.value}", cure="use pair_runs(model, pairs, neurons=True)")
+        raise MechsafetyError(
+            f"these runs hold no {kind.value}", cure=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])"
+        )
     return source[kind]
 
 

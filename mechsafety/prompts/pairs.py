@@ -130,8 +130,6 @@ class PromptPairs:
             for topic in topics:
                 if sum(size[name] for name in first) + size[topic] <= (len(self) + 1) // 2 or not first:
                     first.append(topic)
-            if len(first) == len(topics):
-                first.pop()
             chosen = [pair.topic in first for pair in self.pairs]
         else:
             chosen = [index % 2 == 0 for index in range(len(self))]

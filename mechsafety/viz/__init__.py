@@ -16,7 +16,10 @@ from mechsafety.viz.tikz import circuit_tikz
 if TYPE_CHECKING:
     from mechsafety.circuits.circuit import RefusalCircuit
 
+FILES = ("circuit.json", "report.html", "circuit.svg", "circuit.pdf", "circuit.tex", "scores.csv")
+
 __all__ = [
+    "FILES",
     "attention_html",
     "circuit_fragment",
     "circuit_html",

@@ -64,7 +64,9 @@ def test_the_plain_reference_is_the_model(both, pairs):
     model, plain = both
     for harmful, harmless in plain_rows(model, pairs):
         for ids in (harmful, harmless):
-            tokens = next(t for p in pairs for t in map(model.tokenize, ([p.harmful], [p.harmless])) if torch.equal(t.ids[0], ids))
+            tokens = next(
+                t for p in pairs for t in map(model.tokenize, ([p.harmful], [p.harmless])) if torch.equal(t.ids[0], ids)
+            )
             torch.testing.assert_close(plain(ids)[0], model.logits(tokens)[0], atol=1e-4, rtol=1e-4)
 
 
@@ -82,7 +84,9 @@ def test_measured_edges_equal_the_slow_reference(both, pairs, log_odds, slot):
     model, plain = both
     edges = edges_of(slot)
     clean = hook_count(model)
-    found = measure_edges(model, pair_runs(model, pairs), log_odds, [CircuitEdge(e, 0.5, "estimated", 0.25) for e in edges])
+    found = measure_edges(
+        model, pair_runs(model, pairs), log_odds, [CircuitEdge(e, 0.5, "estimated", 0.25) for e in edges]
+    )
     slow = slow_effects(plain, model, pairs, log_odds, edges)
     assert np.abs(slow).max() > 1e-3, "the edges must matter"
     np.testing.assert_allclose([member.effect for member in found], slow, atol=1e-4)
@@ -139,11 +143,15 @@ def close_pair(request, make_hf_model, make_tokenizer):
     """A model to which the two prompts are almost the same, so that everything is nearly linear."""
     hf, tokenizer = make_hf_model(request.param), make_tokenizer()
     weight = hf.get_input_embeddings().weight.data
-    spot = {word: tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("bomb", "cake", "steal", "bake")}
+    spot = {
+        word: tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in ("bomb", "cake", "steal", "bake")
+    }
     generator = torch.Generator().manual_seed(0)
     for bad, good in (("bomb", "cake"), ("steal", "bake")):
         weight[spot[bad]] = weight[spot[good]] + 0.004 * torch.randn(weight.shape[1], generator=generator)
-    pairs = ms.PromptPairs.from_lists(["how to make a bomb", "teach me to steal bread"], ["how to make a cake", "teach me to bake bread"])
+    pairs = ms.PromptPairs.from_lists(
+        ["how to make a bomb", "teach me to steal bread"], ["how to make a cake", "teach me to bake bread"]
+    )
     return ms.load_model((hf, tokenizer)), pairs
 
 

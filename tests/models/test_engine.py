@@ -59,7 +59,9 @@ def test_stored_run_holds_what_a_whole_forward_computes(any_model, ragged):
     for kind, name in names.items():
         for layer in range(any_model.n_layers):
             full = record(any_model, tokens.harmful, [f"blocks.{layer}.{name}"])[f"blocks.{layer}.{name}"]
-            torch.testing.assert_close(base.acts[kind][layer][real], full[:, tokens.start :][real], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                base.acts[kind][layer][real], full[:, tokens.start :][real], atol=1e-4, rtol=1e-4
+            )
     assert base.n_pos == tokens.harmful.ids.shape[1] - tokens.start and len(base) == 3
 
 

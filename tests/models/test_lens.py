@@ -13,7 +13,12 @@ import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.sites import Site, SiteKind
 
-LENGTHS = ["kill", "how do i make a bomb", "teach me to steal a car please and write a poem about spring", "why is tea blue?"]
+LENGTHS = [
+    "kill",
+    "how do i make a bomb",
+    "teach me to steal a car please and write a poem about spring",
+    "why is tea blue?",
+]
 
 
 # --- padding --------------------------------------------------------------------------------------------------------
@@ -71,7 +76,9 @@ def test_explain_tokens(llama):
     assert llama.n_tokens("make a bomb") == 7
 
 
-@pytest.mark.parametrize("prompt", ["make a bomb", " make a bomb", "make a bomb  ", "\nmake a\nbomb \n", "?", "bomb <end> cake"])
+@pytest.mark.parametrize(
+    "prompt", ["make a bomb", " make a bomb", "make a bomb  ", "\nmake a\nbomb \n", "?", "bomb <end> cake"]
+)
 def test_spans_cover_the_row_once(llama, prompt):
     tokens = llama.tokenize([prompt, "a much longer prompt about how to make a cake"])
     spans = tokens.spans[0]
@@ -115,7 +122,9 @@ def test_bad_prompts(llama, prompts, message):
 
 
 def test_pairs_that_do_not_align(llama):
-    pairs = ms.PromptPairs.from_lists(["make a cake", "how do i make a bomb"], ["bake a cake", "how do you bake a big cake"])
+    pairs = ms.PromptPairs.from_lists(
+        ["make a cake", "how do i make a bomb"], ["bake a cake", "how do you bake a big cake"]
+    )
     with pytest.raises(MechsafetyError) as caught:
         llama.tokenize_pairs(pairs)
     harmful = ["how", " do", " i", " make", " a", " bomb"]
@@ -160,7 +169,7 @@ def test_no_hook_is_left_after_an_exception(any_model):
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError), any_model.hooks([(sites[0], lambda tensor: 1 / 0)]):
         any_model.logits(["make tea"])
-    with pytest.raises(Exception, match="blocks.99"), any_model.hooks([(Site(SiteKind.Z, 99), lambda tensor: None)]):
+    with pytest.raises(Exception, match=r"blocks\.99"), any_model.hooks([(Site(SiteKind.Z, 99), lambda tensor: None)]):
         pass
     assert hook_count(any_model) == clean
     # the lock is free again for other threads
@@ -219,7 +228,9 @@ def test_two_threads(llama):
 
 def greedy(hf, tokenizer, prompt, n):
     """One token after the other with an unwrapped model, the whole row each time."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     first = ids.shape[1]
     for _ in range(n):

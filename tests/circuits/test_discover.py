@@ -1,0 +1,160 @@
+"""Faithfulness against slow whole forwards, and the search on a model whose circuit is known."""
+
+import numpy as np
+import pytest
+import torch
+from reference import patched_whole
+
+import mechsafety as ms
+from mechsafety.attribution import NodeAttribution, node_attribution
+from mechsafety.circuits.discover import CURVE_SHARES, FaithfulnessMeter, discover, faithfulness_curve, marginals
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
+
+TRUE = (Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0))
+ALL = head_and_mlp_nodes(3, 4)
+
+
+def slow_kept(model, pairs, metric, circuit):
+    """Metric with every node outside the circuit patched: whole forwards, plain hooks."""
+    tokens = model.tokenize_pairs(pairs)
+    outside = [node for node in ALL if node not in circuit]
+    return metric(patched_whole(model, tokens.harmful, tokens.harmless, outside))
+
+
+@pytest.fixture(scope="module")
+def metric(planted):
+    return ms.RefusalLogOdds.of(planted[0], ["sorry"], ["sure"])
+
+
+@pytest.fixture(scope="module")
+def meters(planted, metric):
+    model, pairs = planted
+    return tuple(FaithfulnessMeter(model, pair_runs(model, part), metric) for part in pairs.halves())
+
+
+@pytest.fixture(scope="module")
+def attribution(meters, metric):
+    return node_attribution(meters[0].model, meters[0].runs, metric)
+
+
+CIRCUITS = [[], TRUE, list(TRUE)[:2], [Node("mlp", 0)], ALL[:7], ALL[3:], ALL]
+
+
+def test_faithfulness_by_its_definition(any_model, pairs, log_odds):
+    meter = FaithfulnessMeter(any_model, pair_runs(any_model, pairs), log_odds)
+    harmful, harmless = (log_odds(any_model.logits(side)) for side in (pairs.harmful, pairs.harmless))
+    kept, values = meter.kept(CIRCUITS), meter.faithfulness(CIRCUITS)
+    for row, circuit in enumerate(CIRCUITS):
+        slow = slow_kept(any_model, pairs, log_odds, circuit)
+        np.testing.assert_allclose(kept[row], slow, atol=1e-4)
+        expected = float((slow.mean() - harmless.mean()) / (harmful.mean() - harmless.mean()))
+        assert values[row] == pytest.approx(expected, abs=2e-3)
+    assert values[0] == pytest.approx(0.0, abs=1e-3), "without any node: the harmless run"
+    assert values[-1] == pytest.approx(1.0, abs=1e-3), "with all nodes: the model itself"
+    np.testing.assert_allclose(meter.ends()[0], harmful, atol=1e-4)
+    np.testing.assert_allclose(meter.ends()[1], harmless, atol=1e-4)
+
+
+def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
+    meter = FaithfulnessMeter(any_model, pair_runs(any_model, pairs), log_odds)
+    rest = [[node for node in ALL if node not in circuit] for circuit in CIRCUITS]
+    np.testing.assert_allclose(meter.removed(CIRCUITS), meter.kept(rest), atol=1e-5)
+    np.testing.assert_allclose(meter.removed([ALL])[0], meter.ends()[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.8, 0.95])
+def test_the_planted_circuit_is_found(meters, attribution, target):
+    found_on, held_out = meters
+    found = discover(found_on, held_out, attribution, target)
+    assert found.reached and set(found.circuit) <= set(TRUE)
+    if target == 0.95:
+        assert found.circuit == TRUE
+    assert found_on.faithfulness([found.circuit])[0] >= target <= held_out.faithfulness([found.circuit])[0]
+    # one node less does not do: the cheapest is the one that the search would have dropped next
+    cheapest = min(found.circuit, key=lambda node: (found.marginals[node], node.order))
+    smaller = [node for node in found.circuit if node != cheapest]
+    assert min(meter.faithfulness([smaller])[0] for meter in meters) < target
+
+
+def test_both_meters_must_reach_the_target(meters, attribution):
+    class Weak(FaithfulnessMeter):
+        """Held-out pairs on which every smaller circuit is less faithful."""
+
+        __slots__ = ()
+
+        def faithfulness(self, circuits):
+            return [
+                value * len(circuit) / 15
+                for circuit, value in zip(circuits, super().faithfulness(circuits), strict=True)
+            ]
+
+    found_on, held_out = meters
+    weak = Weak(held_out.model, held_out.runs, held_out.metric)
+    found = discover(found_on, weak, attribution, 0.6)
+    assert weak.faithfulness([found.circuit])[0] >= 0.6 and len(found.circuit) >= 8
+    assert len(discover(found_on, held_out, attribution, 0.6).circuit) <= 4
+
+
+def test_a_target_that_is_out_of_reach(meters, attribution):
+    found = discover(*meters, attribution, 1.5)
+    assert not found.reached
+    best = max(found.curve, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
+    assert len(found.circuit) == best.n_nodes
+    assert list(found.circuit) == sorted(found.ranking[: best.n_nodes], key=lambda node: node.order)
+
+
+def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
+    """All nodes together are the model: faithful up to rounding, so that even 1 is reached."""
+
+    class Steep(FaithfulnessMeter):
+        __slots__ = ()
+
+        def faithfulness(self, circuits):
+            return [0.99999995 if len(circuit) == 15 else 0.9 for circuit in circuits]
+
+    found_on, held_out = meters
+    steep = Steep(held_out.model, held_out.runs, held_out.metric)
+    found = discover(found_on, steep, attribution, 1.0)
+    assert found.reached and len(found.circuit) == 15
+
+
+def test_ranking_and_curve(meters, attribution):
+    found = discover(*meters, attribution, 0.8)
+    estimates = [attribution.of(node) for node in found.ranking]
+    assert estimates == sorted(estimates, reverse=True) and set(found.ranking) == set(ALL)
+    sizes = [point.n_nodes for point in found.curve]
+    assert sizes == sorted({round(share * 15) for share in CURVE_SHARES} | {10}) and sizes[-1] == 15
+    for point in found.curve:
+        circuit = [found.ranking[: point.n_nodes]]
+        assert point.k == point.n_nodes / 15
+        assert point.faithfulness == pytest.approx(meters[0].faithfulness(circuit)[0], abs=1e-5)
+        assert point.held_out == pytest.approx(meters[1].faithfulness(circuit)[0], abs=1e-5)
+    assert found.curve[-1].faithfulness == pytest.approx(1.0, abs=1e-4)
+    assert faithfulness_curve(*meters, found.ranking) == found.curve
+
+
+def test_a_ranking_that_is_backwards_is_repaired_by_elimination(meters, attribution):
+    backwards = NodeAttribution(
+        attribution.provenance, attribution.metric, -attribution.heads, -attribution.mlps, None, -attribution.total
+    )
+    found = discover(*meters, backwards, 0.8)
+    assert found.reached and len(found.circuit) < 15
+    assert min(meter.faithfulness([found.circuit])[0] for meter in meters) >= 0.8
+
+
+def test_marginals_by_their_definition(meters):
+    circuit = [TRUE[3], TRUE[0], Node("mlp", 0), TRUE[2]]
+    found = marginals(meters[0], circuit)
+    whole = meters[0].faithfulness([circuit])[0]
+    assert list(found) == sorted(circuit, key=lambda node: node.order)
+    for node, value in found.items():
+        without = meters[0].faithfulness([[other for other in circuit if other != node]])[0]
+        assert value == pytest.approx(whole - without, abs=1e-5)
+    assert marginals(meters[0], []) == {}
+
+
+def test_duplicates_and_order_do_not_matter(meters):
+    shuffled = [*TRUE[::-1], TRUE[0]]
+    np.testing.assert_allclose(meters[0].kept([shuffled]), meters[0].kept([TRUE]), atol=1e-6)
+    assert torch.is_tensor(meters[0].runs.harmful.logits)

@@ -1,0 +1,151 @@
+"""The whole map: on a planted tiny model, on a model that does not refuse, and on the demo model."""
+
+import json
+
+import pytest
+
+import mechsafety as ms
+import mechsafety.metrics
+from mechsafety.circuits import check_behaviour
+from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.nodes import Node
+
+TRUE = {Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0)}
+SMALL = {"limit": 8, "n_random": 20, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def circuit(planted):
+    return ms.map_refusal_circuit(*planted, **SMALL)
+
+
+def test_the_planted_circuit(circuit):
+    nodes = {member.node for member in circuit.nodes}
+    assert {Node("head", 0, 1), Node("head", 2, 0)} <= nodes and len(nodes & TRUE) >= 3 and len(nodes) <= 5
+    assert circuit.n_candidates == 15
+    check = circuit.verification
+    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.8
+    assert check.random_controls.n == 20 and check.random_controls.p_value < 0.1
+    assert check.held_out_topics == ("explosives",)
+    assert circuit.behaviour["harmful"].refusal_rate == 7 / 8 and circuit.behaviour["harmless"].refusal_rate == 0.0
+    assert circuit.behaviour["harmful"].n == 8
+    assert circuit.metric["refusal_tokens"] == ["sorry"]
+    assert [abs(e.effect) for e in circuit.edges] == sorted((abs(e.effect) for e in circuit.edges), reverse=True)
+    assert {e.status for e in circuit.edges} == {"measured"}
+    inside = {*nodes, Node("logits")}
+    assert all(e.edge.sender in inside and e.edge.receiver in inside for e in circuit.edges)
+    assert all(member.p_value is not None and member.ci[0] <= member.effect <= member.ci[1] for member in circuit.nodes)
+    assert circuit.provenance.seed == 0 and circuit.provenance.options["limit"] == 8
+    rows = {row.node: row for row in circuit.details.scores}
+    assert len(rows) == 15 and {node for node, row in rows.items() if row.in_circuit} == nodes
+    assert len(circuit.details.samples) == 16 and circuit.details.samples[0].reply.startswith("sorry")
+    example = circuit.details.attention[0]
+    assert example.patterns.shape == (len(example.heads), len(example.tokens), len(example.tokens))
+
+
+def test_same_seed_same_bytes(planted, circuit):
+    assert ms.map_refusal_circuit(*planted, **SMALL).to_json() == circuit.to_json()
+    other = json.loads(ms.map_refusal_circuit(*planted, **SMALL, seed=1).to_json())
+    assert other["provenance"]["seed"] == 1
+    assert other["verification"]["random_controls"] != json.loads(circuit.to_json())["verification"]["random_controls"]
+
+
+def test_round_trip(circuit, tmp_path):
+    path = circuit.save(tmp_path / "circuit.json")
+    back = ms.RefusalCircuit.load(path)
+    assert back.to_json() == circuit.to_json() == path.read_text(encoding="utf-8")
+    assert [member.node for member in back.nodes] == [member.node for member in circuit.nodes]
+    assert {member.role for member in back.nodes} == {member.role for member in circuit.nodes}
+
+
+def test_edge_limits(planted):
+    few = ms.map_refusal_circuit(*planted, **SMALL, n_edges=3, n_measured_edges=1, shortlist=0)
+    assert [e.status for e in few.edges].count("measured") == 1 and len(few.edges) == 3
+    measured = [row.node for row in few.details.scores if row.effect is not None]
+    assert set(measured) == {member.node for member in few.nodes}
+
+
+def test_edges_are_left_out_behind_norms(make_model, pairs, caplog):
+    """Gemma-2: heads do not add up, so no edges; everything else is there."""
+    model = make_model("gemma2")
+    high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
+    refuse, comply = split_tokens(high, low)
+    metric = ms.RefusalLogOdds((refuse,), ("x",), (comply,), ("y",))
+    found = ms.map_refusal_circuit(model, pairs, metric, limit=4, n_random=5, progress=False)
+    assert found.edges == () and found.nodes and "edges are left out" in caplog.text
+
+
+def split_tokens(high, low):
+    """Two tokens of which the first leads after all harmful prompts, and the second after all harmless ones."""
+    worst = ((high[:, :, None] - high[:, None, :]).amin(0)).minimum((low[:, None, :] - low[:, :, None]).amin(0))
+    best = int(worst.argmax())
+    if float(worst.max()) <= 0:
+        pytest.skip("no two tokens tell these prompts apart")
+    return divmod(best, high.shape[1])
+
+
+def test_a_random_model_does_not_refuse(llama, pairs):
+    with pytest.raises(NoRefusal) as caught:
+        ms.map_refusal_circuit(llama, pairs, **SMALL)
+    assert str(caught.value) == (
+        "the model refuses 0 of 4 harmful and 0 of 4 harmless prompts, so there is no refusal to map; "
+        "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+    )
+
+
+def test_a_model_that_refuses_everything(planted):
+    model, pairs = planted
+    swapped = ms.PromptPairs.from_lists(pairs.harmful, pairs.harmful)
+    with pytest.raises(NoRefusal, match=r"refuses \d+% of 8 harmful and \d+% of 8 harmless prompts; only 0 of 4 pairs"):
+        ms.map_refusal_circuit(model, swapped, ms.RefusalLogOdds.of(model, ["sorry"], ["sure"]), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.0}, r"target 0.0; expected a faithfulness in \(0, 1\]"),
+        ({"target": 1.2}, r"target 1.2; expected a faithfulness"),
+        ({"limit": 3}, "limit 3; expected at least 4 pairs"),
+    ],
+)
+def test_options(planted, options, message):
+    with pytest.raises(MechsafetyError, match=message):
+        ms.map_refusal_circuit(*planted, **{**SMALL, **options})
+
+
+def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch):
+    model, _ = planted
+    monkeypatch.setattr(type(model), "generate", lambda *args: pytest.fail("ran before the check"))
+    crooked = ms.PromptPairs.from_lists(["make a bomb"] * 4, ["make a cake", "make tea", "make a cake", "make a cake"])
+    with pytest.raises(MechsafetyError, match="does not align"):
+        ms.map_refusal_circuit(model, crooked, **SMALL)
+
+
+def test_behaviour(planted):
+    model, pairs = planted
+    metric, behaviour, samples, keep = check_behaviour(model, pairs)
+    replies = model.generate(pairs.harmful, 24), model.generate(pairs.harmless, 24)
+    assert keep == [reply == "sorry" for reply in replies[0]] and keep.count(True) == 7, "one is not refused"
+    assert not any("sorry" in reply for reply in replies[1]) and metric.refusal_tokens == ("sorry",)
+    scores = metric(model.logits(pairs.harmful))
+    assert behaviour["harmful"].score_mean == pytest.approx(float(scores.mean()), abs=1e-4)
+    assert behaviour["harmful"].refusal_ci == pytest.approx(ms.metrics.wilson_interval(7, 8))
+    assert samples[0].prompt == pairs.harmful[0] and samples[1].prompt == pairs.harmless[0]
+    assert samples[0].refused and not samples[1].refused
+    turned = ms.PromptPairs.from_lists(pairs.harmless, pairs.harmful)
+    given = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
+    assert check_behaviour(model, turned, given)[3] == [False] * 8
+
+
+@pytest.mark.demo
+def test_the_demo_model(demo, tmp_path):
+    options = {"limit": 8, "n_random": 20, "n_role_pairs": 2, "shortlist": 4, "n_measured_edges": 5, "progress": False}
+    found = ms.map_refusal_circuit(demo, **options)
+    check = found.verification
+    assert check.held_out_faithfulness >= check.target or not check.reached
+    assert check.reached, "the whole model always reaches it"
+    assert found.n_candidates == 300 and 0 < len(found.nodes) <= 300
+    back = ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json"))
+    assert back.to_json() == found.to_json()
+    assert not set(check.held_out_topics) & set(ms.PromptPairs.builtin().split("train").topics)
+    assert found.behaviour["harmful"].refusal_rate > 0.5 > found.behaviour["harmless"].refusal_rate
