@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 STAMP := $(VENV)/installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format train evaluate clean
+.PHONY: demo test lint format train evaluate bench clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out/demo
@@ -17,13 +17,13 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
-	$(BIN)/ruff check mechsafety tests scripts
-	$(BIN)/ruff format --check mechsafety tests scripts
+	$(BIN)/ruff check mechsafety tests scripts benchmarks
+	$(BIN)/ruff format --check mechsafety tests scripts benchmarks
 	$(BIN)/mypy
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix mechsafety tests scripts
-	$(BIN)/ruff format mechsafety tests scripts
+	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks
+	$(BIN)/ruff format mechsafety tests scripts benchmarks
 
 # train the demo model's adapter again, and measure the demo model for docs/demo-model.md; both go on where they stopped
 train: $(STAMP)
@@ -31,6 +31,10 @@ train: $(STAMP)
 
 evaluate: $(STAMP)
 	$(BIN)/python scripts/evaluate_demo_model.py
+
+# ours against TransformerLens' own functions, about half an hour on two quiet cores
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """Fixtures: tiny random models of many architectures, the demo model, and shape checks on every call.
 
-The jaxtyping hook checks shapes and types of every annotated function of the tensor modules: on in tests, absent in use.
+The jaxtyping hook checks shapes and types of every annotated function of the tensor modules: on in tests, absent in
+use.
 """
 
 import os

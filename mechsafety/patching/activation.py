@@ -15,7 +15,7 @@ from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sig
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, pair_runs
+from mechsafety.patching.masks import PairRuns, pair_runs, stored
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
 from mechsafety.sites import GLOBAL, Site, SiteKind
@@ -252,12 +252,7 @@ def _source_values(
     """Replacement activations of each kind [layer batch pos ...]; for resid_mid the change to add at attn_out."""
     out = {}
     for kind in kinds:
-        if kind not in other.acts:
-            raise MechsafetyError(
-                f"these runs hold no {kind.value}",
-                cure=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])",
-            )
-        values = other.acts[kind]
+        values = stored(other.acts, kind)
         if source == "zero":
             values = torch.zeros_like(values)
         elif source == "mean":

@@ -174,7 +174,8 @@ def patched_scores(
     return torch.cat(scores)
 
 
-def _stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
+def stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
+    """Stored activations of a kind; an error with the cure where the runs do not hold them."""
     if kind not in source:
         raise MechsafetyError(
             f"these runs hold no {kind.value}", cure=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])"
@@ -190,7 +191,7 @@ def _hooks(
     def replace(kind: SiteKind, layer: int, mask: Tensor, shape: str) -> None:
         if not bool(mask.any()):
             return
-        variants, values = mask.shape[0], _stored(source, kind)[layer]
+        variants, values = mask.shape[0], stored(source, kind)[layer]
         where = rearrange(mask, f"{shape} -> {_AXES[shape]}")
         if positions is not None:
             where = where & rearrange(positions, f"batch pos -> 1 batch pos{' 1' * (where.ndim - 3)}")
@@ -232,7 +233,7 @@ def masked_logits(
     hooks: list[Hook] = []
 
     def blend(kind: SiteKind, layer: int, weight: Tensor) -> None:
-        values = _stored(source, kind)[layer]
+        values = stored(source, kind)[layer]
         hooks.append((Site(kind, layer), lambda tensor: values + weight * (tensor - values)))
 
     for layer in range(model.n_layers):

@@ -30,7 +30,7 @@ def test_parts_sum_to_the_metric(any_model, metric):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
 def test_closed_form(kind, make_hf_model, make_model, logit_difference):
-    """A part's contribution: centred if the norm centres, over the final scale, times the norm's and unembedding's weights."""
+    """A part, centred if the norm centres, over the final scale, times the norm's and the unembedding's weights."""
     model, plain = make_model(kind), PlainModel(make_hf_model(kind))
     with torch.no_grad():  # a norm whose weight is not all ones
         generator = torch.Generator().manual_seed(3)
@@ -64,7 +64,7 @@ def test_closed_form(kind, make_hf_model, make_model, logit_difference):
 
 
 def test_transformer_lens_agrees(make_model, logit_difference):
-    """Its logit_attrs omits the final norm's weight (all ones here); unscaled parts are put through the norm's scale."""
+    """Its apply_ln_to_stack omits the final norm's weight, which is all ones here."""
     model = make_model("llama")
     tokens = model.tokenize([PROMPTS[0]])
     with torch.no_grad():

@@ -39,7 +39,7 @@ def plain_rows(model, pairs):
 
 
 def slow_effects(plain, model, pairs, metric, edges):
-    """Share of the gap lost when the sender's change reaches the receiver's slot alone; one forward a prompt and edge."""
+    """Share of the gap lost when the sender's change reaches the receiver's slot alone: one forward each."""
     lost, gap = np.zeros(len(edges)), 0.0
     for harmful, harmless in plain_rows(model, pairs):
         high, writes = plain(harmful)
