@@ -59,7 +59,7 @@ def map_command(
     device
         cpu, cuda, mps.
     dtype
-        float32, bfloat16, float16, float64.
+        float32, bfloat16, float16.
     chat_template
         "plain" for models without a chat template of their own.
     seed

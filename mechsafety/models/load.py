@@ -16,7 +16,7 @@ from mechsafety.models.lens import PLAIN_TEMPLATE, LensModel
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+DTYPES = ("float32", "float16", "bfloat16")
 DEMO = {"demo": "refusal", "demo-base": None}
 
 
@@ -36,7 +36,7 @@ def load_model(
             in place: it goes over to eager attention and its blocks become TransformerLens'.
         adapter: Folder of a peft adapter to merge.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``; None means float32 (or a pair's own).
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; None means float32 (or a pair's own).
         chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models that bring none.
 
     Returns:

@@ -139,13 +139,13 @@ def test_behaviour(planted):
 
 @pytest.mark.demo
 def test_the_demo_model(demo, tmp_path):
-    options = {"limit": 8, "n_random": 20, "n_role_pairs": 2, "shortlist": 4, "n_measured_edges": 5, "progress": False}
-    found = ms.map_refusal_circuit(demo, **options)
+    # a low target: fewer nodes to measure one by one; `make demo` runs the whole thing
+    options = {"limit": 6, "n_random": 20, "n_role_pairs": 2, "shortlist": 2, "n_edges": 10, "n_measured_edges": 5}
+    found = ms.map_refusal_circuit(demo, **options, target=0.25, progress=False)
     check = found.verification
-    assert check.held_out_faithfulness >= check.target or not check.reached
-    assert check.reached, "the whole model always reaches it"
-    assert found.n_candidates == 300 and 0 < len(found.nodes) <= 300
-    back = ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json"))
-    assert back.to_json() == found.to_json()
-    assert not set(check.held_out_topics) & set(ms.PromptPairs.builtin().split("train").topics)
+    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.25
+    assert check.random_controls.n == 20 and check.random_controls.mean < check.held_out_faithfulness
+    assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) == 10
+    assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()
+    assert set(check.held_out_topics) <= set(ms.PromptPairs.builtin("test").topics)
     assert found.behaviour["harmful"].refusal_rate > 0.5 > found.behaviour["harmless"].refusal_rate

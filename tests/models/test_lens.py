@@ -189,6 +189,12 @@ def test_read_gives_copies(any_model):
     first = any_model.read(tokens, sites)
     kept = {site: tensor.clone() for site, tensor in first.items()}
     assert set(first) == set(sites) and not any(tensor.requires_grad for tensor in first.values())
+    # one block's output is the next one's input, the same memory in TransformerLens
+    same = any_model.read(tokens, [Site(SiteKind.RESID_POST, 0), Site(SiteKind.RESID_PRE, 1)])
+    post, pre = same.values()
+    assert torch.equal(post, pre)
+    post.zero_()
+    assert float(pre.abs().max()) > 0
     for tensor in first.values():
         tensor.zero_()
     assert torch.equal(any_model.logits(tokens), before)
