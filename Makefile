@@ -10,8 +10,8 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test lint format train evaluate bench clean
 
 demo: $(STAMP)
-	$(BIN)/mechsafety map demo --out out/demo
-	@echo "open out/demo/report.html in a browser"
+	$(BIN)/mechsafety map demo --out out
+	@echo "open out/report.html in a browser"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -44,4 +44,4 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out .work

@@ -33,8 +33,8 @@ class ActivationCache:
     """Activations of a batch of prompts, layer axis first.
 
     Only what was asked for is stored; asking for anything else raises an error that says so. Padded columns hold
-    meaningless values: select with ``tokens.mask`` or a span mask. Tensors are detached clones of what the model
-    computed, so writing to one changes nothing else; treat them as read-only.
+    meaningless values: select with ``tokens.mask`` or a span mask. Stored tensors are read-only (inference tensors:
+    writing to one is an error, and so is training on one); ``.clone()`` gives one of your own.
 
     Attributes:
         tokens: The prompts, with masks and spans.
@@ -75,7 +75,8 @@ class ActivationCache:
             layers = [store[Site(_STORED[name], layer)] for layer in range(model.n_layers)]
             if name == "resid":
                 layers.append(store[Site(SiteKind.FINAL_NORM_IN)])
-            acts[name] = torch.stack(layers)
+            with torch.inference_mode():  # its tensors refuse to be written to: torch's only read-only ones
+                acts[name] = torch.stack(layers)
         weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]) if "head_out" in sites else None
         return cls(tokens, acts, weights)
 

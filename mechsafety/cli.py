@@ -28,7 +28,7 @@ def map_command(
     *,
     out: Path,
     pairs: Path | None = None,
-    limit: int = 32,
+    limit: int = 40,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     adapter: Path | None = None,
@@ -70,7 +70,7 @@ def map_command(
     from mechsafety.results import check_output_folder, fresh_folder
     from mechsafety.viz import FILES, write_all
 
-    check_output_folder(out.absolute(), FILES)
+    check_output_folder(out.resolve(), FILES)
     prompts = None
     if pairs is not None:
         from mechsafety.prompts import PromptPairs
@@ -83,10 +83,10 @@ def map_command(
     from mechsafety.metrics import RefusalLogOdds
     from mechsafety.models import load_model
 
-    lens = load_model(model, adapter=adapter, device=device, dtype=dtype, chat_template=chat_template)
-    metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
-    circuit = map_refusal_circuit(lens, prompts, metric, limit=limit, seed=seed)
-    with fresh_folder(out, FILES) as scratch:
+    with fresh_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
+        lens = load_model(model, adapter=adapter, device=device, dtype=dtype, chat_template=chat_template)
+        metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
+        circuit = map_refusal_circuit(lens, prompts, metric, limit=limit, seed=seed)
         write_all(circuit, scratch)
     print(_summary_json(circuit, out) if as_json else _summary(circuit, out))  # noqa: T201
     return 0
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except NoRefusal as error:
         sys.exit(_say(error, NOTHING_TO_MAP))
-    except (MechsafetyError, CycloptsError) as error:
+    except (MechsafetyError, CycloptsError, OSError) as error:
         sys.exit(_say(error, MISTAKE))
 
 

@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The one exception of this package, and its kind for models that do not refuse."""
 
 
 class MechsafetyError(ValueError):
@@ -20,6 +20,16 @@ class MechsafetyError(ValueError):
         self.cure = cure
         parts = [problem, f"expected {expected}" if expected else "", cure]
         super().__init__("; ".join(part for part in parts if part))
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of another library's error, for a message of one line.
+
+    Example:
+        >>> first_line(ValueError("bad\nworse")), first_line(KeyError())
+        ('bad', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class NoRefusal(MechsafetyError):

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Edge, Node
+from mechsafety.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 FORMAT_VERSION = 1
 FILES = ("result.json", "tensors.safetensors")
@@ -56,6 +59,18 @@ class Provenance:
         if unknown:
             raise MechsafetyError(f"provenance has the unknown fields {unknown}", expected=f"some of {sorted(names)}")
         return cls(**data)
+
+
+def bars(frame: "pd.DataFrame", x: str, y: str, label: str) -> "go.Figure":
+    """Bar chart of the 30 rows with the largest absolute ``y``; with whiskers where there is an interval."""
+    import plotly.express as px
+
+    top = frame.reindex(frame[y].abs().sort_values(ascending=False, kind="stable").index).head(30)
+    whiskers = {}
+    if "ci_low" in top:
+        top = top.assign(up=top.ci_high - top[y], down=top[y] - top.ci_low)
+        whiskers = {"error_y": "up", "error_y_minus": "down"}
+    return px.bar(top, x=x, y=y, category_orders={x: list(top[x])}, labels={x: "", y: label}, **whiskers)
 
 
 def package_versions() -> dict[str, str]:
@@ -150,11 +165,12 @@ class fresh_folder:
     """
 
     def __init__(self, path: str | os.PathLike[str], names: Collection[str]) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()
         self.names = names
         check_output_folder(self.path, names)
 
     def __enter__(self) -> Path:
+        self.made = [folder for folder in self.path.parents if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
         self.scratch.chmod(0o755)
@@ -173,6 +189,9 @@ class fresh_folder:
                 os.replace(aside, self.path)
             for rest in (aside, self.scratch):
                 shutil.rmtree(rest, ignore_errors=True)
+            for folder in self.made if not self.path.exists() else []:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def check_output_folder(path: Path, names: Collection[str]) -> None:
@@ -236,4 +255,6 @@ def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
     return Result.TYPES[value["type"]](**fields)
 
 
-Result.TYPES["Provenance"] = Provenance
+# what results are made of; registered here so that they load in a process that has saved none
+for _part in (Provenance, Node, Edge, Site):
+    Result.TYPES[_part.__name__] = _part

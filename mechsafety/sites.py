@@ -29,7 +29,7 @@ class SiteKind(StrEnum):
     FINAL_NORM_OUT = "final_norm_out"
 
 
-# resid_mid is read only: TransformerBridge names the MLP branch's entry, so an edit there would miss the skip branch
+# do not edit at resid_mid: TransformerBridge names the MLP branch's entry, so the skip branch would miss the edit
 _HOOKS = {
     SiteKind.RESID_PRE: "blocks.{layer}.hook_resid_pre",
     SiteKind.RESID_MID: "blocks.{layer}.hook_resid_mid",
@@ -47,7 +47,6 @@ _HOOKS = {
     SiteKind.FINAL_NORM_IN: "ln_final.hook_in",
     SiteKind.FINAL_NORM_OUT: "ln_final.hook_out",
 }
-READ_ONLY = frozenset({SiteKind.RESID_MID, SiteKind.PATTERN})
 INDEXED = frozenset({SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.Z, SiteKind.PATTERN, SiteKind.NEURONS})
 GLOBAL = frozenset({SiteKind.FINAL_NORM_IN, SiteKind.FINAL_NORM_OUT})
 
@@ -71,6 +70,7 @@ class Site:
     index: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", SiteKind(self.kind))
         if (self.layer is None) != (self.kind in GLOBAL):
             raise MechsafetyError(
                 f"Site({self.kind.value!r}, layer={self.layer})",
@@ -87,20 +87,3 @@ class Site:
 def hook_name(site: Site) -> str:
     """TransformerLens' name of a site."""
     return _HOOKS[site.kind].format(layer=site.layer)
-
-
-def parse_kinds(names: "list[str] | tuple[str, ...] | None") -> tuple[SiteKind, ...]:
-    """Site kinds from their names, in the order given.
-
-    Raises:
-        MechsafetyError: A name is unknown (TransformerLens would drop it silently).
-
-    Example:
-        >>> parse_kinds(["z", "mlp_out"])
-        (<SiteKind.Z: 'z'>, <SiteKind.MLP_OUT: 'mlp_out'>)
-    """
-    known = [kind.value for kind in SiteKind]
-    unknown = [name for name in names or [] if name not in known]
-    if unknown:
-        raise MechsafetyError(f"unknown sites {unknown}", expected=f"some of {known}")
-    return tuple(SiteKind(name) for name in names or [])

@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the benchmarks")
     parser.add_argument("--adapter", type=Path, help="adapter to measure; the shipped one by default")
-    parser.add_argument("--work", type=Path, default=Path("out/evaluate"), help="where replies are kept")
+    parser.add_argument("--work", type=Path, default=Path(".work/evaluate"), help="where replies are kept")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     quiet_libraries()
@@ -126,6 +126,9 @@ def main() -> None:
     base = measure("demo-base", None, sets, args.work)
     rows = table(sets, base, aligned)
     print(rows)
+    if len(sets) < len(BENCHMARKS) + 3:
+        print("docs/demo-model.md is left as it is: a benchmark is missing")
+        return
     (args.out / "results").mkdir(parents=True, exist_ok=True)
     record = {"reply_tokens": REPLY_TOKENS, "base": [asdict(r) for r in base], "demo": [asdict(r) for r in aligned]}
     (args.out / "results" / "demo-model.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -162,9 +162,12 @@ def train(args: argparse.Namespace) -> None:
         optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / len(plan))) + 0.02)
     )
     refusal_token = tokenizer(REFUSALS[0]).input_ids[0]
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
     checkpoint, history, start = args.work / "checkpoint.pt", [], 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
+        if json.loads(state["options"]) != options:
+            raise SystemExit(f"{checkpoint} is of a run with other options: {state['options']}; choose another --work")
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -201,6 +204,7 @@ def train(args: argparse.Namespace) -> None:
                 "schedule": schedule.state_dict(),
                 "step": step + 1,
                 "history": json.dumps(history),
+                "options": json.dumps(options),
             }
             torch.save(state, scratch)
             scratch.replace(checkpoint)
@@ -210,7 +214,6 @@ def train(args: argparse.Namespace) -> None:
     config = json.loads((args.out / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # not this machine's cache folder
     (args.out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
     record = {"options": options, "examples": sum(map(len, groups)), "history": history}
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -224,12 +227,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("mechsafety/adapters/refusal"))
-    parser.add_argument("--work", type=Path, default=Path("out/train_refusal"), help="checkpoints and cached replies")
+    parser.add_argument("--work", type=Path, default=Path(".work/train_refusal"), help="checkpoints and cached replies")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--rest-weight", type=float, default=0.1, help="loss weight of tokens after a reply's first")
-    parser.add_argument("--harmful-weight", type=float, default=2.0, help="loss weight of harmful examples")
+    parser.add_argument("--harmful-weight", type=float, default=1.5, help="loss weight of harmful examples")
     parser.add_argument("--stay", type=float, default=0.0, help="weight of the squared distance of the scales from 1")
     parser.add_argument("--target-tokens", type=int, default=8, help="length of the base model's replies learned from")
     parser.add_argument("--seed", type=int, default=0)

@@ -237,7 +237,8 @@ def test_detect_with_ambiguous_openers_only(llama, four):
     with pytest.raises(MechsafetyError) as caught:
         detect(llama, four, replies)
     assert str(caught.value) == (
-        "the refusals begin like compliant replies {'i': 0.25}; pass refusal_tokens=[...] to choose them"
+        "the refusals begin like compliant replies {'i': 0.25}; "
+        "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
     )
 
 
@@ -245,7 +246,9 @@ def test_detect_on_a_model_that_does_not_refuse(llama, four):
     for replies in (None, (["sure"] * 4, ["sorry"] * 4)):
         with pytest.raises(MechsafetyError) as caught:
             RefusalLogOdds.detect(llama, four, replies=replies)
-        assert str(caught.value) == ("none of 4 harmful prompts was refused; pass refusal_tokens=[...] to choose them")
+        assert str(caught.value) == (
+            "none of 4 harmful prompts was refused; choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
+        )
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

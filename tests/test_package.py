@@ -71,6 +71,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 UPWARD = {
     ("models/lens.py", "cache", "cache"),
     ("circuits/circuit.py", "_repr_mimebundle_", "viz"),
+    ("circuits/circuit.py", "plot", "viz"),
 }
 
 

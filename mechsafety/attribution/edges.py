@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.paths import Receiver, node_outputs, reaches
 from mechsafety.prompts import PromptPairs
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
 
 METHODS = ("eap", "eap-ig", "mask-ig")
@@ -82,6 +83,12 @@ class EdgeScores(Result):
         """The ``n`` strongest edges, one a row."""
         rows = [(str(edge.sender), str(edge.receiver), edge.slot, score) for edge, score in self.top(n)]
         return pd.DataFrame(rows, columns=["sender", "receiver", "slot", "score"])
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the 30 strongest edges."""
+        frame = self.to_dataframe(30)
+        frame["edge"] = frame.sender + " -> " + frame.receiver + " (" + frame.slot + ")"
+        return bars(frame, "edge", "score", "estimated share of the gap")
 
 
 def edge_attribution(

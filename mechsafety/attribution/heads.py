@@ -1,7 +1,7 @@
 """Direct logit attribution: what each part adds to the metric through the unembedding alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,7 +15,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
-from mechsafety.prompts import Tokens
+from mechsafety.prompts import PromptPairs, Tokens
 from mechsafety.results import Provenance, Result
 
 
@@ -45,8 +45,6 @@ class HeadAttribution(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a part: mean direct contribution in metric units."""
-        import pandas as pd
-
         layers, heads, _ = self.heads.shape
         rows = [("embed", "embed", float(self.embed.mean())), ("rest", "rest", float(self.rest.mean()))]
         for layer in range(layers):
@@ -69,7 +67,7 @@ class HeadAttribution(Result):
 
 
 def head_attribution(
-    model: LensModel, prompts: Sequence[str] | Tokens, metric: RefusalLogOdds, *, steps: int = 64
+    model: LensModel, prompts: PromptPairs | Sequence[str] | Tokens, metric: RefusalLogOdds, *, steps: int = 64
 ) -> HeadAttribution:
     """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.
 
@@ -79,7 +77,8 @@ def head_attribution(
 
     Args:
         model: The model.
-        prompts: Chat prompts.
+        prompts: Chat prompts; or pairs, for the harmful prompts' attribution less that of their twins, whose parts sum
+            to each pair's gap.
         metric: What is attributed.
         steps: Gauss-Legendre nodes of that average.
 
@@ -91,6 +90,10 @@ def head_attribution(
             f"{model.name} normalises each block's output, so heads do not add up to the residual stream",
             expected="a pre-norm model",
         )
+    if isinstance(prompts, PromptPairs):
+        bad, good = (head_attribution(model, side, metric, steps=steps) for side in (prompts.harmful, prompts.harmless))
+        names = ("heads", "mlps", "embed", "rest", "total")
+        return replace(bad, **{name: getattr(bad, name) - getattr(good, name) for name in names})
     cache = model.cache(prompts, sites=["resid", "z", "attn_out", "mlp_out"])
     final = cache.resid[-1, :, -1]
     with torch.no_grad():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +14,7 @@ from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, SoftMask, masked_logits, pair_runs
 from mechsafety.prompts import PromptPairs
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
 
 
@@ -54,10 +55,12 @@ class NodeAttribution(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a head or MLP, largest first."""
-        import pandas as pd
-
         rows = [(str(node), node.kind, node.layer, node.index, self.of(node)) for node in self.ranked()]
         return pd.DataFrame(rows, columns=["node", "kind", "layer", "index", "estimate"])
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the 30 largest estimates."""
+        return bars(self.to_dataframe(), "node", "estimate", "estimated share of the gap")
 
 
 def node_attribution(

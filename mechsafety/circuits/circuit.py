@@ -14,6 +14,7 @@ from mechsafety.results import Provenance, Result
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
     from torch import Tensor
 
 FORMAT, VERSION = "mechsafety.circuit", 1
@@ -31,8 +32,8 @@ class RoleEvidence:
         at_suffix: The same at suffix positions only.
         via_instruction: Exact effect of replacing only what a head moves from instruction tokens (heads only).
         attention_to_instruction: Mean attention from suffix positions to the instruction span, 0 to 1 (heads only).
-        from_detection: Summed direct-path effects it receives from detection nodes.
-        to_decision: Summed direct-path effects it sends to nodes with a decision or production role.
+        from_detection: Summed direct paths it receives from detection nodes, measured or estimated.
+        to_decision: The same of what it sends to nodes with a decision or production role.
     """
 
     direct: float | None = None
@@ -54,8 +55,8 @@ class CircuitNode:
         effect: Share of the metric gap that is lost when this node alone is given its harmless-run values.
         ci: 95 % bootstrap interval of ``effect`` over prompts; None where only estimated.
         p_value: Sign-flip permutation p over prompts, Benjamini-Hochberg adjusted over all measured nodes.
-        status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, and removing it from the
-            circuit lowers held-out faithfulness), ``rejected``.
+        status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, significant, and the circuit
+            without it is less faithful on pairs that played no part), ``rejected``.
         evidence: What the role rests on.
     """
 
@@ -113,22 +114,39 @@ class RandomControls:
 
 
 @dataclass(frozen=True, slots=True)
+class FreshCheck:
+    """The circuit on pairs that played no part in finding it, not even in deciding its size.
+
+    Attributes:
+        n: Pairs.
+        faithfulness: On them.
+        ci: 95 % bootstrap interval of it over pairs.
+    """
+
+    n: int
+    faithfulness: float
+    ci: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What was checked about a circuit. None means: not measured.
 
     Attributes:
         faithfulness: On the pairs it was found on: (m(C) - m(empty)) / (m(model) - m(empty)).
-        held_out_faithfulness: The same on pairs of other topics that the search did not see.
+        held_out_faithfulness: The same on held-out pairs, which set the size of the circuit and nothing else.
         held_out_ci: 95 % bootstrap interval of it over pairs.
-        held_out_topics: Those topics.
-        necessity: Share of the gap lost on held-out pairs when the whole circuit gets its harmless-run values.
+        held_out_topics: Their topics, where none of them is among the search's; else empty.
+        fresh: The same on pairs that played no part at all; None where there were too few pairs to set any aside.
+        necessity: Share of the gap lost when the whole circuit gets its harmless-run values, on fresh pairs (on
+            held-out ones where there are none; so are the random controls and the minimality).
         random_controls: Size-matched random circuits.
         curve: Faithfulness over circuit size.
         cmd: Area between the held-out curve and 1 over k (0 is best).
         cpr: Area under the held-out curve over k.
         target: The faithfulness that was asked for.
         reached: Whether the circuit shown reaches it on held-out pairs.
-        minimality: Held-out faithfulness lost when one node alone leaves the circuit, by node name.
+        minimality: Faithfulness lost when one node alone leaves the circuit, by node name.
         completeness: Not measured by this version.
     """
 
@@ -145,6 +163,7 @@ class Verification:
     reached: bool
     completeness: float | None = None
     minimality: Mapping[str, float] | None = None
+    fresh: FreshCheck | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +172,12 @@ class Behaviour:
 
     Attributes:
         n: Prompts.
-        refusal_rate: Share of greedy replies judged refusals.
+        refusal_rate: Share of prompts judged refused.
         refusal_ci: Wilson 95 % interval of it.
         score_mean: Mean metric.
         score_ci: 95 % bootstrap interval of it.
+        judge: ``reply`` (a refusal phrase in the greedy reply's first sentence) or ``score`` (metric above 0, where the
+            user chose the refusal tokens).
     """
 
     n: int
@@ -164,6 +185,7 @@ class Behaviour:
     refusal_ci: tuple[float, float]
     score_mean: float
     score_ci: tuple[float, float]
+    judge: str = "reply"
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +362,12 @@ class RefusalCircuit(Result):
             check["held_out_ci"] = tuple(held_out["ci"])
             check["held_out_topics"] = tuple(held_out["topics"])
             check["random_controls"] = RandomControls(**check["random_controls"])
+            fresh = check.get("fresh")
+            check["fresh"] = (
+                None
+                if fresh is None
+                else FreshCheck(fresh["n"], fresh["faithfulness"], (fresh["ci"][0], fresh["ci"][1]))
+            )
             check["curve"] = tuple(CurvePoint(**point) for point in check["curve"])
             verification = Verification(**check)
             where = "behaviour"
@@ -385,8 +413,14 @@ class RefusalCircuit(Result):
             raise MechsafetyError(f"{path} is not UTF-8 text", expected="a circuit.json") from None
         return cls.from_json(text)
 
+    def plot(self) -> "go.Figure":
+        """Heatmap of every node's effect (see `mechsafety.viz` for the circuit's picture, which Jupyter shows)."""
+        from mechsafety.viz.charts import node_heatmap
+
+        return node_heatmap(self)
+
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        # the one place where a result reaches up to viz: Jupyter asks the object itself
+        # the one result that reaches up to viz: Jupyter asks the object itself
         from mechsafety.viz.html import mimebundle
 
         return mimebundle(self)

@@ -46,12 +46,12 @@ class FaithfulnessMeter:
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Metric of the whole model on the (harmful, harmless) prompts; the latter is m(empty)."""
         harmful, harmless = self.runs.scores(self.metric)
-        return harmful.double().cpu().numpy(), harmless.double().cpu().numpy()
+        return harmful.cpu().double().numpy(), harmless.cpu().double().numpy()
 
     def _scores(self, patched: Sequence[Sequence[Node]]) -> np.ndarray:
         patch = Patch.of(self.model, patched)
         scores = patched_scores(self.model, self.runs.harmful, self.runs.harmless.acts, patch, self.metric)
-        return scores.double().cpu().numpy()
+        return scores.cpu().double().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,8 @@ def discover(
 
     The order comes from the attribution on the search's pairs. The smallest prefix of it that reaches the target is
     found by bisection; then nodes whose exact removal costs least are dropped as long as the target holds. The held-out
-    pairs decide when to stop and nothing else.
+    pairs set the size of the circuit and never the order, so their faithfulness lies just above the target by
+    construction: an unbiased figure needs fresh pairs (`verify`).
 
     Args:
         found_on: Meter on the pairs that were attributed.
@@ -98,18 +99,20 @@ def discover(
             return False
         return held_out.faithfulness([circuit])[0] >= enough
 
+    # the whole model does, up to rounding
     good = [point.n_nodes for point in curve if min(point.faithfulness, point.held_out) >= enough]
-    if not good:
-        # nothing but the whole model does: say so with the size that comes closest
-        best = max(curve, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
-        kept = ranking[: best.n_nodes]
-        return Discovery(ranking, curve, _ordered(kept), marginals(found_on, kept), False)
-    high = good[0]
+    high = good[0] if good else len(ranking)
     low = max((point.n_nodes for point in curve if point.n_nodes < high), default=0)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(ranking[:middle]) else (middle, high)
     circuit, costs = _eliminate(found_on, list(ranking[:high]), reaches)
+    if len(circuit) == len(ranking):
+        # nothing but the whole model does: say so, with the smaller set that comes closest
+        smaller = [point for point in curve if point.n_nodes < len(ranking)]
+        best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
+        kept = ranking[: best.n_nodes]
+        return Discovery(ranking, curve, _ordered(kept), marginals(found_on, kept), False)
     return Discovery(ranking, curve, _ordered(circuit), costs, True)
 
 

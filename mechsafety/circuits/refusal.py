@@ -39,6 +39,8 @@ from mechsafety.prompts import PromptPairs
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS = 2
+# below this share of usable pairs there is no refusal worth mapping
+MIN_SHARE = 0.2
 REPLY_TOKENS = 24
 
 
@@ -47,7 +49,7 @@ def map_refusal_circuit(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
-    limit: int = 32,
+    limit: int = 40,
     target: float = 0.8,
     n_random: int = 120,
     n_edges: int = 60,
@@ -57,16 +59,20 @@ def map_refusal_circuit(
     seed: int = 0,
     progress: bool = True,
 ) -> RefusalCircuit:
-    """Map which heads and MLPs make the model refuse, how they connect, and verify it on held-out pairs.
+    """Map which heads and MLPs make the model refuse, how they connect, and verify it.
 
-    Behaviour check (does it refuse at all?), gradient attribution of every node, exact patching of the best, the
-    smallest node set found that reaches ``target`` faithfulness, roles and edges from measurement, then faithfulness,
-    necessity and size-matched random controls on pairs of other topics.
+    Behaviour check (does it refuse at all?); gradient attribution ranks every node; the smallest set found that reaches
+    ``target`` faithfulness, measured exactly; every node of it and a shortlist patched one by one; edges and roles;
+    then faithfulness, necessity and size-matched random controls on pairs that played no part in the search.
+
+    The pairs fall into three parts: one to rank on; held-out ones, of other topics where pairs have topics, which set
+    the circuit's size; and, if the held-out part has at least six, fresh ones taken from it, for the checks alone.
+    Effects, roles and edges are measured on the held-out and fresh pairs.
 
     Args:
         model: The model.
-        pairs: Aligned pairs; the built-in ones by default. Split names ``test`` mark the held-out pairs, else half of
-            the topics (or of the pairs) is held out.
+        pairs: Aligned pairs; the built-in ones by default. The split name ``test`` marks pairs to hold out, else half
+            of the topics (or of the pairs) is held out.
         metric: What refusal is measured by; detected from the model's own refusals by default.
         limit: Pairs to use at most, half of them held out; pairs the model does not treat as expected drop out.
         target: Faithfulness to reach, in (0, 1].
@@ -75,52 +81,68 @@ def map_refusal_circuit(
         n_measured_edges: How many of them to measure exactly; the others stay estimates.
         n_role_pairs: Pairs on which roles and edges are measured.
         shortlist: Nodes outside the circuit to measure as well, largest estimates first.
-        seed: Of sampling, bootstrap and random circuits.
+        seed: Of sampling, bootstrap and random circuits; at least 0.
         progress: Whether to show bars.
 
     Raises:
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
-        MechsafetyError: Bad options, or pairs that do not align.
+        MechsafetyError: Bad options, too few pairs, or pairs that do not align.
     """
     if not 0 < target <= 1:
         raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
     if limit < 2 * MIN_PAIRS:
         raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
+    if seed < 0:
+        raise MechsafetyError(f"seed {seed}", expected="at least 0")
     chosen = pairs if pairs is not None else PromptPairs.builtin()
     here, there = _two_parts(chosen, limit, seed)
     # alignment is checked before anything slow is run
     model.tokenize_pairs(here)
     model.tokenize_pairs(there)
     both = PromptPairs((*here.pairs, *there.pairs), chosen.name)
-    metric, behaviour, samples, keep = check_behaviour(model, both, metric, seed=seed)
+    metric, behaviour, samples, keep = check_behaviour(model, both, metric, detect_on=len(here), seed=seed)
     here, there = _usable(here, there, keep, behaviour)
-    runs, others = pair_runs(model, here), pair_runs(model, there)
-    found_on, held_out = FaithfulnessMeter(model, runs, metric), FaithfulnessMeter(model, others, metric)
+    held, fresh = _held_and_fresh(there)
+    runs = pair_runs(model, here)
+    found_on = FaithfulnessMeter(model, runs, metric)
+    held_out = FaithfulnessMeter(model, pair_runs(model, held), metric)
+    untouched = FaithfulnessMeter(model, pair_runs(model, fresh), metric) if fresh is not None else None
     with _Stage(5, progress) as stage:
         stage("attributing every node")
         attribution = node_attribution(model, runs, metric)
         stage("searching the smallest circuit")
         discovery = discover(found_on, held_out, attribution, target)
         stage("patching the circuit's nodes one by one")
+        measured_on = pair_runs(model, there)
         patched = activation_patching(
-            model, runs, metric, nodes=_to_measure(discovery, attribution, shortlist), progress=progress
+            model, measured_on, metric, nodes=_to_measure(discovery, attribution, shortlist), progress=progress
         )
         stage("measuring edges and roles")
-        few = pair_runs(model, here.sample(n_role_pairs, seed))
-        edges, roles = _edges_and_roles(
-            model, few, metric, discovery, patched, n_edges, n_measured_edges, progress=progress
-        )
+        few = pair_runs(model, there.sample(n_role_pairs, seed))
+        edges, roles = _edges_and_roles(model, few, metric, discovery, n_edges, n_measured_edges, progress=progress)
         stage("random control circuits")
-        check = verify(discovery, found_on, held_out, target=target, topics=there.topics, n_random=n_random, seed=seed)
+        check = verify(
+            discovery,
+            found_on,
+            held_out,
+            untouched,
+            target=target,
+            topics=_unseen_topics(here, there),
+            n_random=n_random,
+            seed=seed,
+        )
     options = {
         "pairs": chosen.name,
         "limit": limit,
         "found_on": len(here),
-        "held_out": len(there),
+        "held_out": len(held),
+        "fresh": 0 if fresh is None else len(fresh),
         "target": target,
         "n_random": n_random,
         "n_edges": n_edges,
         "n_measured_edges": n_measured_edges,
+        "edge_mlp": "freeze",
+        "edge_downstream": "live",
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
     }
@@ -144,34 +166,53 @@ def map_refusal_circuit(
 
 
 def check_behaviour(
-    model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds | None = None, *, seed: int = 0
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds | None = None,
+    *,
+    detect_on: int | None = None,
+    seed: int = 0,
 ) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
     """Generate replies, judge them, and find the metric where none is given.
+
+    Args:
+        model: The model.
+        pairs: Prompts to look at.
+        metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
+        detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
+        seed: Of the bootstrap.
 
     Returns:
         The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and for each pair whether the
         model treats it as expected (harmful refused, harmless answered, and the metric agrees).
 
     Raises:
-        NoRefusal: Not one harmful prompt is refused.
+        NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
     """
     harmful = model.generate(pairs.harmful, REPLY_TOKENS)
     harmless = model.generate(pairs.harmless, REPLY_TOKENS)
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
+    judge = "reply" if metric is None else "score"
     if metric is None:
+        rates = (
+            f"the model refuses {sum(refused['harmful'])} of {len(pairs)} harmful and {sum(refused['harmless'])} of"
+            f" {len(pairs)} harmless prompts, so there is no refusal to map"
+        )
+        cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
         if not any(refused["harmful"]):
-            raise NoRefusal(
-                f"the model refuses 0 of {len(pairs)} harmful and {sum(refused['harmless'])} of {len(pairs)} harmless"
-                " prompts, so there is no refusal to map",
-                cure="use an aligned chat model, or pass refusal tokens if its refusals are not recognised",
-            )
-        metric = RefusalLogOdds.detect(model, pairs, replies=(harmful, harmless))
-        judged = refused
-    else:
-        judged = {}
+            raise NoRefusal(rates, cure=cure)
+        n = detect_on or len(pairs)
+        try:
+            first = PromptPairs(pairs.pairs[:n], pairs.name)
+            metric = RefusalLogOdds.detect(model, first, replies=(harmful[:n], harmless[:n]))
+        except MechsafetyError as error:
+            if sum(refused["harmful"]) < MIN_SHARE * len(pairs):
+                raise NoRefusal(rates, cure=cure) from error
+            raise
     scores = {kind: _scores_of(model, getattr(pairs, kind), metric) for kind in ("harmful", "harmless")}
-    if not judged:  # with tokens of the user's choice, to begin with one of them is to refuse
-        judged = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
+    # with tokens of the user's choice, to begin with one of them is to refuse
+    by_score = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
+    judged = refused if judge == "reply" else by_score
     behaviour = {
         kind: Behaviour(
             n=len(pairs),
@@ -179,6 +220,7 @@ def check_behaviour(
             refusal_ci=wilson_interval(sum(judged[kind]), len(pairs)),
             score_mean=float(scores[kind].mean()),
             score_ci=bootstrap_interval(scores[kind], seed),
+            judge=judge,
         )
         for kind in ("harmful", "harmless")
     }
@@ -199,7 +241,7 @@ def check_behaviour(
 
 def _scores_of(model: LensModel, prompts: Sequence[str], metric: RefusalLogOdds) -> np.ndarray:
     chunks = [model.logits(prompts[k : k + 16]) for k in range(0, len(prompts), 16)]
-    return np.concatenate([metric(chunk).double().cpu().numpy() for chunk in chunks])
+    return np.concatenate([metric(chunk).cpu().double().numpy() for chunk in chunks])
 
 
 def _two_parts(pairs: PromptPairs, limit: int, seed: int) -> tuple[PromptPairs, PromptPairs]:
@@ -208,7 +250,15 @@ def _two_parts(pairs: PromptPairs, limit: int, seed: int) -> tuple[PromptPairs, 
         here, there = pairs.split(*sorted(splits - {"test"})), pairs.split("test")
     else:
         here, there = pairs.halves()
-    return here.sample(limit - limit // 2, seed), there.sample(limit // 2, seed)
+    parts = here.sample(limit - limit // 2, seed), there.sample(limit // 2, seed)
+    for part, what in zip(parts, ("to search on", "to hold out"), strict=True):
+        if len(part) < MIN_PAIRS:
+            raise MechsafetyError(
+                f"{pairs.name} leaves {len(part)} pair {what}",
+                expected=f"at least {MIN_PAIRS}",
+                cure="give more pairs (or more topics)",
+            )
+    return parts
 
 
 def _usable(
@@ -218,7 +268,7 @@ def _usable(
     parts = []
     for part, flags in ((here, keep[: len(here)]), (there, keep[len(here) :])):
         kept = tuple(pair for pair, flag in zip(part, flags, strict=True) if flag)
-        if len(kept) < MIN_PAIRS:
+        if len(kept) < max(MIN_PAIRS, MIN_SHARE * len(part)):
             bad, good = behaviour["harmful"], behaviour["harmless"]
             raise NoRefusal(
                 f"the model refuses {bad.refusal_rate:.0%} of {bad.n} harmful and {good.refusal_rate:.0%} of {good.n}"
@@ -227,6 +277,18 @@ def _usable(
             )
         parts.append(PromptPairs(kept, part.name))
     return parts[0], parts[1]
+
+
+def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None]:
+    """Every other pair is set aside for the checks alone, where there are enough of them."""
+    if len(there) < 3 * MIN_PAIRS:
+        return there, None
+    return PromptPairs(there.pairs[::2], there.name), PromptPairs(there.pairs[1::2], there.name)
+
+
+def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:
+    """Topics of the held-out pairs, if every one has a topic and the search saw none of them."""
+    return [] if "" in there.topics or set(here.topics) & set(there.topics) else there.topics
 
 
 def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: int) -> list[Node]:
@@ -240,14 +302,15 @@ def _edges_and_roles(
     runs: PairRuns,
     metric: RefusalLogOdds,
     discovery: Discovery,
-    patched: PatchMap,
     n_edges: int,
     n_measured: int,
     *,
     progress: bool,
 ) -> tuple[list[CircuitEdge], dict[Node, tuple[str, RoleEvidence]]]:
     nodes = list(discovery.circuit)
-    effects = {node: row[0] for node, row in _measured(patched, 0).items()}
+    # on the same pairs as the evidence: roles compare the two
+    whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
+    effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
     evidence = role_evidence(model, runs, metric, nodes, progress=progress)
     if model.post_norm:
         logger.warning("%s has norms after its attention or MLP: edges are left out", model.name)

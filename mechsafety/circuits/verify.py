@@ -1,10 +1,10 @@
-"""Checks of a circuit on pairs that its search did not see."""
+"""Checks of a circuit, on pairs that set its size and on pairs that played no part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from mechsafety.circuits.circuit import CurvePoint, RandomControls, Verification
+from mechsafety.circuits.circuit import CurvePoint, FreshCheck, RandomControls, Verification
 from mechsafety.circuits.discover import Discovery, FaithfulnessMeter, marginals
 from mechsafety.nodes import Node, head_and_mlp_nodes
 
@@ -13,49 +13,56 @@ def verify(
     discovery: Discovery,
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
+    fresh: FaithfulnessMeter | None = None,
     *,
     target: float,
     topics: Sequence[str] = (),
     n_random: int = 120,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
 ) -> Verification:
-    """Faithfulness with interval, necessity, size-matched random controls, and the areas of the curve.
+    """Faithfulness with interval, necessity, size-matched random controls, minimality, and the areas of the curve.
 
     Args:
         discovery: What was found.
         found_on: Meter on the search's pairs.
-        held_out: Meter on pairs the search did not see.
+        held_out: Meter on the pairs that set the circuit's size.
+        fresh: Meter on pairs that played no part; what does not depend on the size is measured on them. On the held-out
+            pairs where there are none.
         target: The faithfulness that was asked for.
-        topics: Topics of the held-out pairs.
+        topics: Topics of the held-out pairs, if the search saw none of them.
         n_random: Random circuits with as many heads and as many MLPs as the circuit.
         seed: Of the random circuits and the bootstrap.
-        progress: Called with the number of random circuits done.
     """
     circuit = discovery.circuit
-    harmful, harmless = held_out.ends()
-    kept = held_out.kept([circuit])[0]
-    faithful = _ratio(kept - harmless, harmful - harmless)
-    removed = held_out.removed([circuit])[0]
-    random = random_faithfulness(held_out, circuit, n_random, seed, progress)
-    controls = RandomControls(
-        n_random, float(random.mean()), float(random.max()), float((1 + (random >= faithful).sum()) / (1 + n_random))
-    )
+    judge = fresh or held_out
+    faithful, interval = _faithfulness(held_out, circuit, seed)
+    judged, judged_interval = _faithfulness(judge, circuit, seed)
+    harmful, harmless = judge.ends()
+    random = random_faithfulness(judge, circuit, n_random, seed)
+    p_value = float((1 + (random >= judged).sum()) / (1 + n_random))
     cmd, cpr = curve_areas(discovery.curve)
     return Verification(
         faithfulness=found_on.faithfulness([circuit])[0],
         held_out_faithfulness=faithful,
-        held_out_ci=_ratio_interval(kept - harmless, harmful - harmless, seed),
+        held_out_ci=interval,
         held_out_topics=tuple(topics),
-        necessity=_ratio(harmful - removed, harmful - harmless),
-        random_controls=controls,
+        necessity=_ratio(harmful - judge.removed([circuit])[0], harmful - harmless),
+        random_controls=RandomControls(n_random, float(random.mean()), float(random.max()), p_value),
         curve=discovery.curve,
         cmd=cmd,
         cpr=cpr,
         target=target,
         reached=discovery.reached,
-        minimality={str(node): value for node, value in marginals(held_out, circuit).items()},
+        minimality={str(node): value for node, value in marginals(judge, circuit).items()},
+        fresh=None if fresh is None else FreshCheck(len(harmful), judged, judged_interval),
     )
+
+
+def _faithfulness(meter: FaithfulnessMeter, circuit: Sequence[Node], seed: int) -> tuple[float, tuple[float, float]]:
+    harmful, harmless = meter.ends()
+    kept = meter.kept([circuit])[0]
+    part, whole = kept - harmless, harmful - harmless
+    return _ratio(part, whole), _ratio_interval(part, whole, seed)
 
 
 def random_faithfulness(
@@ -63,7 +70,6 @@ def random_faithfulness(
     circuit: Sequence[Node],
     n: int,
     seed: int,
-    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Faithfulness of ``n`` random circuits with as many heads and as many MLPs as ``circuit``."""
     rng = np.random.default_rng(seed)
@@ -79,8 +85,6 @@ def random_faithfulness(
                 drawn += [pool[k] for k in rng.choice(len(pool), size, replace=False)]
             batch.append(drawn)
         found += meter.faithfulness(batch)
-        if progress is not None:
-            progress(len(batch))
     return np.asarray(found)
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mechsafety.errors import MechsafetyError
+from mechsafety.errors import MechsafetyError, first_line
 
 
 def apply_adapter(model: Any, adapter: str | os.PathLike[str]) -> Any:
@@ -31,7 +31,7 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str]) -> Any:
         _check_complete(wrapped, folder)
     except Exception as error:  # peft raises many types; the user needs one line
         raise MechsafetyError(
-            f"the adapter {folder.name!r} does not fit the model ({str(error).strip().splitlines()[0]})",
+            f"the adapter {folder.name!r} does not fit the model ({first_line(error)})",
             expected="an adapter that was trained for this model",
         ) from error
     if config.get("peft_type") == "IA3":

@@ -65,7 +65,7 @@ def _check_logits(model: LensModel, tokens: Tokens, reference: Tensor, tolerance
     if found.shape != reference.shape:
         raise _fail("logits", f"shape {tuple(found.shape)}, the Hugging Face model's is {tuple(reference.shape)}")
     gap = float((found - reference).abs().max())
-    if not gap <= tolerance:
+    if not gap <= tolerance * max(1.0, float(reference.abs().max()) / 50):  # rounding grows with the logits
         raise _fail("logits", f"they differ from the Hugging Face model's by {gap:.2g}, allowed {tolerance:.0e}")
 
 

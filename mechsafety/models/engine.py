@@ -166,7 +166,8 @@ def run_block(
 
 def unembed(model: LensModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Final norm, unembedding and the logit soft cap where there is one; float32."""
-    logits = model.bridge.unembed(model.bridge.ln_final(resid)).float()
+    with model.lock:
+        logits = model.bridge.unembed(model.bridge.ln_final(resid)).float()
     cap = float(model.bridge.cfg.output_logits_soft_cap)
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 

@@ -24,6 +24,7 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+TEMPLATE_DATE = "26 Jul 2024"
 # a marker that no template adds by itself, to find where the instruction stands in the rendered text
 _MARK = "\u2042instruction\u2042"
 
@@ -117,6 +118,11 @@ class LensModel:
             rows.append(encoded["input_ids"])
             spans.append(Spans((inside[0], inside[-1] + 1), len(rows[-1])))
         width = max(map(len, rows))
+        if width > self.bridge.cfg.n_ctx:
+            longest = prompts[max(range(len(rows)), key=lambda k: len(rows[k]))]
+            raise MechsafetyError(
+                f"a prompt of {width} tokens ({longest[:40]!r} ...)", expected=f"at most {self.bridge.cfg.n_ctx}"
+            )
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
@@ -158,8 +164,14 @@ class LensModel:
         )
 
     def _template(self, content: str) -> str:
-        messages = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # some templates write today's date: a fixed one, or the same seed would give other numbers tomorrow
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            date_string=TEMPLATE_DATE,
+            strftime_now=lambda form: TEMPLATE_DATE,
+        )
 
     # --- running ------------------------------------------------------------------------------------------------
 
@@ -198,19 +210,27 @@ class LensModel:
 
         Gradients follow the caller's grad mode.
         """
-        out = self.hf_model(
-            input_ids=tokens.ids,
-            attention_mask=tokens.mask.long(),
-            position_ids=tokens.position_ids,
-            logits_to_keep=keep,
-            use_cache=False,
-        )
-        return out.logits
+        with self.lock:
+            return self.hf_model(
+                input_ids=tokens.ids,
+                attention_mask=tokens.mask.long(),
+                position_ids=tokens.position_ids,
+                logits_to_keep=keep,
+                use_cache=False,
+            ).logits
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
         """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order."""
         from tqdm.auto import tqdm
+        from transformers import GenerationConfig
 
+        # the model's own generation options may hold a repetition penalty, which is not greedy
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            eos_token_id=self.hf_model.generation_config.eos_token_id,
+        )
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies = [""] * len(prompts)
         starts = range(0, len(order), batch_size)
@@ -221,9 +241,7 @@ class LensModel:
                 out = self.hf_model.generate(
                     input_ids=tokens.ids,
                     attention_mask=tokens.mask.long(),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=self.tokenizer.pad_token_id or 0,
+                    generation_config=greedy,
                 )
             texts = self.tokenizer.batch_decode(out[:, tokens.ids.shape[1] :], skip_special_tokens=True)
             for k, text in zip(chunk, texts, strict=True):
@@ -249,8 +267,15 @@ class LensModel:
 
         ``resid`` is the stream after attention (before it in parallel blocks).
         """
-        block = self.bridge.blocks[layer]
-        out = block.mlp(block.ln2(resid) if hasattr(block, "ln2") else block.ln1(resid))
+        with self.lock:
+            return self._mlp(self.bridge.blocks[layer], resid)
+
+    def _mlp(self, block: Any, resid: Tensor) -> Tensor:
+        if hasattr(block, "ln2"):
+            resid = block.ln2(resid)
+        elif self.parallel:
+            resid = block.ln1(resid)
+        out = block.mlp(resid)
         return block.ln2_post(out) if hasattr(block, "ln2_post") else out
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mechsafety.errors import MechsafetyError
+from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.adapters import apply_adapter
 from mechsafety.models.checks import check_model, reference_logits
 from mechsafety.models.demo import adapter_folder, base_folder, load_gguf
@@ -52,9 +52,12 @@ def load_model(
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     else:
         name, model, tokenizer = _read(os.fspath(name_or_path), kind or torch.float32)
-    shown = _public_name(name) + (f"+{Path(adapter).name}" if adapter is not None else "")
-    if not isinstance(name_or_path, tuple):
-        adapter = _demo_adapter(name, adapter)
+    if adapter is None and isinstance(name_or_path, str) and DEMO.get(name_or_path):
+        shown, adapter = name, adapter_folder(str(DEMO[name_or_path]))
+    else:
+        # the demo model with another adapter is the base model with it
+        shown = "demo-base" if name in DEMO else _public_name(name)
+        shown += f"+{Path(adapter).name}" if adapter is not None else ""
     if adapter is not None:
         model = apply_adapter(model, adapter)
     if place is not None:
@@ -84,7 +87,7 @@ def _boot(name: str, model: Any, tokenizer: Any) -> Any:
         bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
     except Exception as error:  # adapters raise whatever they meet; the user needs one line
         raise MechsafetyError(
-            f"TransformerLens cannot wrap a {type(model).__name__} ({str(error).strip().splitlines()[0]})",
+            f"TransformerLens cannot wrap a {type(model).__name__} ({first_line(error)})",
             expected="an architecture that TransformerBridge knows",
         ) from error
     for parameter in model.parameters():
@@ -104,9 +107,7 @@ def _read(name: str, dtype: Any) -> tuple[str, Any, Any]:
         try:
             return path.stem, *load_gguf(path)
         except Exception as error:  # gguf and transformers raise whatever they meet; the user needs one line
-            raise MechsafetyError(
-                f"cannot read {path.name!r} ({str(error).strip().splitlines()[0]})", expected="a GGUF file"
-            ) from error
+            raise MechsafetyError(f"cannot read {path.name!r} ({first_line(error)})", expected="a GGUF file") from error
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise MechsafetyError(f"{name} holds no config.json", expected="a Hugging Face model folder")
@@ -118,8 +119,8 @@ def _read(name: str, dtype: Any) -> tuple[str, Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the libraries underneath raise many types; the user needs one line
+        reason = first_line(error)
         raise MechsafetyError(
             f"cannot load the model {name!r} ({reason})",
             expected="'demo', a hub id that can be reached, a Hugging Face folder or a .gguf file",
@@ -139,15 +140,11 @@ def _pair(pair: tuple[Any, Any]) -> tuple[Any, Any]:
     return model.eval(), pair[1]
 
 
-def _demo_adapter(name: str, adapter: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
-    if adapter is None and DEMO.get(name) is not None:
-        return adapter_folder(str(DEMO[name]))
-    return adapter
-
-
 def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:
     if chat_template is not None:
-        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == "plain" else chat_template
+        # a start token that the tokenizer would add by itself is not in a rendered text
+        start = "{{ bos_token }}" if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+        tokenizer.chat_template = start + PLAIN_TEMPLATE if chat_template == "plain" else chat_template
     if not tokenizer.chat_template:
         raise MechsafetyError(
             f"{name} has no chat template",
@@ -171,7 +168,7 @@ def _device(device: str | None) -> Any:
         return None
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         known = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         raise MechsafetyError(f"unknown or unavailable device {device!r}", expected=f"one of {known}") from None

@@ -17,7 +17,7 @@ from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, r
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, pair_runs, stored
 from mechsafety.prompts import PromptPairs
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
 DIRECTIONS = ("noising", "denoising")
@@ -68,16 +68,14 @@ class PatchMap(Result):
 
     def intervals(self, seed: int = 0) -> list[tuple[float, float]]:
         """95 % bootstrap interval of each effect over prompts (the gap held fixed)."""
-        return [bootstrap_interval(row / self.gap, seed) for row in self.changes.double().cpu().numpy()]
+        return [bootstrap_interval(row / self.gap, seed) for row in self.changes.cpu().double().numpy()]
 
     def p_values(self, seed: int = 0) -> list[float]:
         """Sign-flip permutation p of each effect, Benjamini-Hochberg adjusted over all nodes."""
-        return [float(p) for p in adjust_p(sign_flip_p(self.changes.double().cpu().numpy(), seed))]
+        return [float(p) for p in adjust_p(sign_flip_p(self.changes.cpu().double().numpy(), seed))]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a node: effect (share of the gap), interval, adjusted p."""
-        import pandas as pd
-
         intervals = self.intervals()
         rows = {
             "node": [str(node) for node in self.nodes],
@@ -94,21 +92,10 @@ class PatchMap(Result):
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest effects with intervals."""
-        import plotly.express as px
-
         frame = self.to_dataframe()
-        frame = frame.reindex(frame.effect.abs().sort_values(ascending=False).index).head(30)
-        frame["up"], frame["down"] = frame.ci_high - frame.effect, frame.effect - frame.ci_low
-        return px.bar(
-            frame,
-            x="node",
-            y="effect",
-            color="kind",
-            error_y="up",
-            error_y_minus="down",
-            category_orders={"node": list(frame.node)},
-            labels={"effect": "share of the harmful-harmless gap", "node": ""},
-        )
+        if self.columns is not None:
+            frame["node"] = frame.node + " @ " + frame.column.astype(str)
+        return bars(frame, "node", "effect", "share of the harmful-harmless gap")
 
 
 def activation_patching(

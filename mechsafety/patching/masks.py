@@ -234,7 +234,7 @@ def masked_logits(
 
     def blend(kind: SiteKind, layer: int, weight: Tensor) -> None:
         values = stored(source, kind)[layer]
-        hooks.append((Site(kind, layer), lambda tensor: values + weight * (tensor - values)))
+        hooks.append((Site(kind, layer), lambda tensor: (values + weight * (tensor - values)).to(tensor.dtype)))
 
     for layer in range(model.n_layers):
         blend(SiteKind.Z, layer, rearrange(mask.heads[layer], "head -> head 1"))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
@@ -22,7 +23,7 @@ from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, r
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.prompts import PromptPairs
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
 
 MLP_OPTIONS = ("recompute", "freeze")
@@ -75,7 +76,7 @@ class PathMap(Result):
 
     def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
         """One row a path, largest absolute effect first, with interval and adjusted p."""
-        flat = rearrange(self.changes.double().cpu(), "sender receiver prompt -> (sender receiver) prompt").numpy()
+        flat = rearrange(self.changes.cpu().double(), "sender receiver prompt -> (sender receiver) prompt").numpy()
         names = [" + ".join(f"{node}.{slot}" for node, slot in group) for group in self.receivers]
         p_values = adjust_p(sign_flip_p(flat, seed))
         intervals = [bootstrap_interval(row / self.gap, seed) for row in flat]
@@ -90,6 +91,12 @@ class PathMap(Result):
             }
         )
         return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the 30 strongest paths with intervals."""
+        frame = self.to_dataframe()
+        frame["path"] = frame.sender + " -> " + frame.receiver
+        return bars(frame, "path", "effect", "share of the harmful-harmless gap")
 
 
 def path_patching(
@@ -233,7 +240,7 @@ def propagate(
     mlp: str,
     at: slice = slice(None),
     positions: Bool[Tensor, "batch pos"] | None = None,
-) -> Float[Tensor, "sender batch pos d_model"]:
+) -> Float[Tensor, "sender batch column d_model"]:
     """Change of the residual stream before block ``stop`` when each sender alone takes its source value.
 
     Attention is frozen. With ``mlp="recompute"`` the MLPs on the way respond to the change, all senders in one batch.

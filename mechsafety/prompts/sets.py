@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mechsafety.errors import MechsafetyError
+from mechsafety.errors import MechsafetyError, first_line
 
 TEXT_COLUMNS = ("instruction", "prompt", "goal", "Goal", "behavior", "Behavior", "text")
 
@@ -85,7 +85,7 @@ def load_instructions(name_or_path: str, *, split: str = "train", config: str | 
         try:
             frame = readers[path.suffix](path)
         except (OSError, ValueError) as error:  # pandas' and pyarrow's errors are ValueErrors
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise MechsafetyError(
                 f"cannot read {name_or_path} ({reason})", expected=f"a {path.suffix} file with a text column"
             ) from error
@@ -105,7 +105,7 @@ def _from_hub(name: str, split: str, config: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config, split=split).to_pandas()
     except Exception as error:  # the hub client raises many types; the user needs one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise MechsafetyError(
             f"cannot read the data set {name!r} ({reason})",
             expected="a hub id that can be reached, or a local .jsonl, .csv or .parquet file",

@@ -15,8 +15,9 @@ class Entry:
 GLOSSARY = (
     Entry(
         "Harmful and harmless prompts",
-        "Pairs of prompts that differ in whether the request is harmful. The map is found on discovery pairs; "
-        "held-out pairs are of topics that the search did not see.",
+        "Pairs of prompts that differ in whether the request is harmful. Nodes are ranked on discovery pairs. Held-out "
+        "pairs, of other topics where pairs have topics, set the size of the circuit, so faithfulness on them lies "
+        "just above the target by construction. Fresh pairs are used for the checks alone: the figure to trust.",
     ),
     Entry(
         "Metric, score",
@@ -25,7 +26,8 @@ GLOSSARY = (
     ),
     Entry(
         "Refusal rate",
-        "Share of greedy replies judged to be refusals, with Wilson's 95 % interval.",
+        "Share of greedy replies judged to be refusals (a refusal phrase in the first sentence; where the user chose "
+        "the refusal tokens: share of prompts with a metric above 0), with Wilson's 95 % interval.",
         "(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96",
     ),
     Entry(
@@ -62,8 +64,8 @@ GLOSSARY = (
     Entry(
         "Status",
         "estimated: gradient only. measured: exact. verified: measured, positive with adjusted p below 0.05, and "
-        "without it the circuit's held-out faithfulness falls. rejected: the measurement did not bear the estimate "
-        "out.",
+        "without it the circuit's faithfulness on fresh pairs falls. rejected: the measurement did not bear the "
+        "estimate out.",
     ),
     Entry(
         "Role",
@@ -98,12 +100,13 @@ GLOSSARY = (
     ),
     Entry(
         "Necessity",
-        "Share of the gap lost on held-out pairs when the whole circuit gets its harmless-run values. High "
+        "Share of the gap lost, on fresh pairs, when the whole circuit gets its harmless-run values. High "
         "faithfulness with low necessity means that other parts can stand in.",
     ),
     Entry(
         "Random controls",
-        "Circuits of the same size, drawn at random, on held-out pairs.",
+        "Circuits with as many heads and as many MLPs, drawn at random, on fresh pairs (on held-out ones if there are "
+        "none).",
         "p = (1 + number at least as faithful as the circuit) / (1 + number drawn)",
     ),
     Entry(

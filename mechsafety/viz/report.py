@@ -106,6 +106,7 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
             f"95 % interval {words.interval(check.held_out_ci, 2)};"
             f" {target} the target {words.number(check.target, 2)}",
         ),
+        *_fresh_card(circuit),
         ("Size", f"{len(circuit.nodes)} of {circuit.n_candidates}", f"{words.percent(share)} of the candidate parts"),
         (
             "Random circuits",
@@ -114,6 +115,14 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
         ),
         ("Necessity", words.number(check.necessity, 2), "share of the gap lost without the circuit"),
     ]
+
+
+def _fresh_card(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
+    fresh = circuit.verification.fresh
+    if fresh is None:
+        return []
+    note = f"95 % interval {words.interval(fresh.ci, 2)}; {fresh.n} pairs that played no part in the search"
+    return [("Faithfulness on fresh pairs", words.number(fresh.faithfulness, 2), note)]
 
 
 def _behaviour(kind: str, value: Behaviour) -> dict[str, Any]:

@@ -13,13 +13,13 @@ EVIDENCE_WORDS = {
     "at_suffix": "patched at suffix positions only",
     "via_instruction": "what it moves from instruction tokens",
     "attention_to_instruction": "attention from suffix to instruction",
-    "from_detection": "received from detection nodes",
-    "to_decision": "sent to decision and production nodes",
+    "from_detection": "received from detection nodes (mostly estimated)",
+    "to_decision": "sent to decision and production nodes (mostly estimated)",
 }
 STATUS_WORDS = {
     "estimated": "estimated by gradient only",
     "measured": "measured exactly",
-    "verified": "measured, and needed on held-out pairs",
+    "verified": "measured, significant, and the circuit is worse without it",
     "rejected": "rejected by the measurement",
 }
 
@@ -82,10 +82,13 @@ def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
     edges += " (the strongest)" if drawn < len(circuit.edges) else ""
     model = plain(circuit.provenance.model, 60)
+    fresh = ""
+    if check.fresh is not None:
+        fresh = f"; on fresh pairs {number(check.fresh.faithfulness, 2)} {interval(check.fresh.ci, 2)}"
     return (
         f"{model}: {len(circuit.nodes)} of {circuit.n_candidates} candidate nodes; {edges}.",
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
-        f"{interval(check.held_out_ci, 2)}; {controls.n} random circuits of this size reach "
+        f"{interval(check.held_out_ci, 2)}{fresh}; {controls.n} random circuits of this size reach "
         f"{number(controls.mean, 2)} on average ({p_value(controls.p_value).replace(' ', NO_BREAK)}).",
         f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}. An effect is the share of the "
         "harmful\u2212harmless gap of this metric. Information flows upward.",
@@ -170,12 +173,23 @@ def verdict(circuit: RefusalCircuit) -> str:
     return f"{opening}; {amount}: {close}"
 
 
+def judged(circuit: RefusalCircuit) -> float:
+    """Faithfulness on the pairs that the random controls were measured on."""
+    check = circuit.verification
+    return check.held_out_faithfulness if check.fresh is None else check.fresh.faithfulness
+
+
+def checked_on(circuit: RefusalCircuit) -> str:
+    """What those pairs are called."""
+    return "held-out pairs" if circuit.verification.fresh is None else "fresh pairs"
+
+
 def chance(circuit: RefusalCircuit) -> str:
     """Plain words on the random controls."""
-    check, controls = circuit.verification, circuit.verification.random_controls
+    controls = circuit.verification.random_controls
     text = (
         f"{controls.n} circuits of the same size, drawn at random, restore {percent(controls.mean)} on average and "
-        f"{percent(controls.highest)} at best, against {percent(check.held_out_faithfulness)} for this one "
+        f"{percent(controls.highest)} at best, against {percent(judged(circuit))} for this one "
         f"({p_value(controls.p_value)})."
     )
     if controls.p_value < 0.05:
@@ -188,7 +202,7 @@ def necessity(circuit: RefusalCircuit) -> str:
     lost = circuit.verification.necessity
     text = (
         f"When the whole circuit gets its harmless-run values and every other part keeps its own, {percent(lost)} of "
-        "the gap is lost on held-out pairs."
+        f"the gap is lost on {checked_on(circuit)}."
     )
     if lost >= 0.8:
         return f"{text} So the refusal depends on it."
@@ -202,9 +216,13 @@ def finding(circuit: RefusalCircuit) -> str:
     check = circuit.verification
     share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
     reached = "which reaches" if check.reached else "which misses"
-    return (
+    where = "held-out topics" if any(check.held_out_topics) else "held-out pairs"
+    text = (
         f"{len(circuit.nodes)} of {circuit.n_candidates} candidate parts ({percent(share)}) restore "
-        f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on topics the search "
-        f"did not see, {reached} the target of {percent(check.target)}; random sets of the same size restore "
-        f"{percent(check.random_controls.mean)}."
+        f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on {where}, "
+        f"{reached} the target of {percent(check.target)} that set their number"
     )
+    if check.fresh is not None:
+        text += f"; on {check.fresh.n} fresh pairs, used for nothing before, they restore "
+        text += percent(check.fresh.faithfulness)
+    return f"{text}; random sets of the same size restore {percent(check.random_controls.mean)}."

@@ -99,13 +99,14 @@ def test_both_meters_must_reach_the_target(meters, attribution):
 def test_a_target_that_is_out_of_reach(meters, attribution):
     found = discover(*meters, attribution, 1.5)
     assert not found.reached
-    best = max(found.curve, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
+    smaller = [point for point in found.curve if point.n_nodes < 15]
+    best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
     assert len(found.circuit) == best.n_nodes
     assert list(found.circuit) == sorted(found.ranking[: best.n_nodes], key=lambda node: node.order)
 
 
 def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
-    """All nodes together are the model: faithful up to rounding, so that even 1 is reached."""
+    """The whole model is no circuit: what is shown is the best smaller set, as one that misses the target."""
 
     class Steep(FaithfulnessMeter):
         __slots__ = ()
@@ -116,7 +117,7 @@ def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
     found_on, held_out = meters
     steep = Steep(held_out.model, held_out.runs, held_out.metric)
     found = discover(found_on, steep, attribution, 1.0)
-    assert found.reached and len(found.circuit) == 15
+    assert not found.reached and 0 < len(found.circuit) < 15
 
 
 def test_ranking_and_curve(meters, attribution):

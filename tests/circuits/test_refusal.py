@@ -149,3 +149,15 @@ def test_the_demo_model(demo, tmp_path):
     assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()
     assert set(check.held_out_topics) <= set(ms.PromptPairs.builtin("test").topics)
     assert found.behaviour["harmful"].refusal_rate > 0.5 > found.behaviour["harmless"].refusal_rate
+
+
+def test_pairs_too_few_to_hold_any_out(planted):
+    model, pairs = planted
+    three = ms.PromptPairs.from_lists(pairs.harmful[:3], pairs.harmless[:3])
+    with pytest.raises(MechsafetyError, match=r"lists leaves 1 pair to hold out; expected at least 2; give more pairs"):
+        ms.map_refusal_circuit(model, three, **SMALL)
+
+
+def test_seed_below_zero(planted):
+    with pytest.raises(MechsafetyError, match="seed -1; expected at least 0"):
+        ms.map_refusal_circuit(*planted, **SMALL, seed=-1)

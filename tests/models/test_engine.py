@@ -34,7 +34,7 @@ def test_running_on_from_every_layer_is_the_whole_forward(any_model, pairs, star
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3"])
 def test_float64_to_ten_digits(kind, make_hf_model, make_tokenizer, pairs):
-    model = ms.load_model((make_hf_model(kind), make_tokenizer()), dtype="float64")
+    model = ms.load_model((make_hf_model(kind).double(), make_tokenizer()))
     tokens = model.tokenize_pairs(pairs)
     position_ids = tokens.harmful.position_ids
     with torch.no_grad():

@@ -13,7 +13,7 @@ from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import Patch, activation_patching, masked_logits, pair_runs, patched_logits
 from mechsafety.patching.masks import SoftMask, patched_scores
-from mechsafety.sites import SiteKind
+from mechsafety.sites import Site, SiteKind
 
 NEURONS = [Node("neuron", 0, 0), Node("neuron", 1, 17), Node("neuron", 2, 47)]
 
@@ -209,3 +209,20 @@ def test_pairs_that_do_not_align(llama, log_odds):
     crooked = ms.PromptPairs.from_lists(["make a bomb"], ["make a big cake"])
     with pytest.raises(MechsafetyError, match=r"pair 1 of lists does not align: .*first difference at"):
         activation_patching(llama, crooked, log_odds, progress=False)
+
+
+def test_saved_in_one_process_loaded_in_another(llama, pairs, log_odds, tmp_path):
+    """What a result is made of is known to a process that has saved none."""
+    import subprocess
+    import sys
+
+    targets = [Node("head", 0, 1), Site(SiteKind.Q, 1, 2)]
+    result = activation_patching(llama, pairs, log_odds, nodes=targets, progress=False)
+    result.save(tmp_path / "map")
+    code = (
+        "import sys, mechsafety as ms; r = ms.PatchMap.load(sys.argv[1]);"
+        "assert [str(n) for n in r.nodes] == ['L0.H1', 'L1.q.2'], r.nodes;"
+        "assert r.nodes[1].kind is ms.SiteKind.Q"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "map")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,128 @@
+"""Edge attribution: completeness, agreement with exact paths, memory by batches."""
+
+import numpy as np
+import pytest
+import torch
+
+import mechsafety as ms
+import mechsafety.attribution.edges as module
+from mechsafety.attribution import edge_attribution
+from mechsafety.nodes import Node
+from mechsafety.patching import pair_runs
+from mechsafety.patching.paths import measured_edges
+from mechsafety.sites import Site, SiteKind
+
+
+def gap(runs, metric):
+    harmful, harmless = runs.scores(metric)
+    return float((harmful - harmless).sum())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3"])
+def test_scores_into_the_logits_complete(kind, make_model, pairs, logit_difference):
+    """All edges into one receiver sum to the first-order change of what it reads (here: exact gradient by autograd)."""
+    model = make_model(kind)
+    runs = pair_runs(model, pairs)
+    scores = edge_attribution(model, pairs, logit_difference, method="eap", progress=False)
+    final = runs.harmful.resid[-1][:, -1].clone().requires_grad_()
+    from mechsafety.models.engine import unembed
+
+    (gradient,) = torch.autograd.grad(logit_difference(unembed(model, final)).sum(), final)
+    change = (runs.harmful.resid[-1] - runs.harmless.resid[-1])[:, -1]
+    expected = float((change * gradient).sum()) / gap(runs, logit_difference)
+    column = scores.receivers.index((Node("logits"), "resid"))
+    assert float(scores.scores[:, column].sum()) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_slots_of_all_heads_sum_to_the_streams_gradient(kind, make_model, pairs, logit_difference):
+    """q, k and v of all heads, grouped or not, and the skip and MLP branches, make up the whole stream's gradient."""
+    model = make_model(kind)
+    runs = pair_runs(model, pairs)
+    last = model.n_layers - 1
+    scores = edge_attribution(model, pairs, logit_difference, method="eap", progress=False)
+    from mechsafety.models.engine import run_from
+
+    resid = runs.harmful.resid[last].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(logit_difference(run_from(model, runs.harmful, last, resid)).sum(), resid)
+    embed = runs.harmful.resid[0] - runs.harmless.resid[0]
+    whole = float((embed * gradient).sum()) / gap(runs, logit_difference)
+    reads = [k for k, (node, _) in enumerate(scores.receivers) if node.layer == last or node.kind == "logits"]
+    assert float(scores.scores[0, reads].sum()) != 0
+    # the embedding's paths through the last block: heads' slots, its MLP's direct input, and the logits' direct input;
+    # what passes a head and then the MLP is in the heads' slots
+    assert float(scores.scores[0, reads].sum()) == pytest.approx(whole, abs=1e-4)
+
+
+def test_number_of_edges(llama, pairs, log_odds):
+    scores = edge_attribution(llama, pairs, log_odds, method="eap", progress=False)
+    before = [1 + 5 * layer for layer in range(3)]
+    assert scores.n_edges == sum(12 * n + n + 4 for n in before) + 16
+    assert len(scores.senders) == 16 and len(scores.receivers) == 3 * 13 + 1
+    assert scores.top(3)[0][1] == pytest.approx(float(scores.scores.abs().max()), abs=0) or scores.top(3)[0][1] < 0
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "mask-ig"])
+def test_estimates_follow_exact_paths_in_a_mild_model(method, make_hf_model, make_tokenizer, pairs, logit_difference):
+    hf = make_hf_model("llama")
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.ndim > 1:
+                parameter *= 0.4
+    model = ms.load_model((hf, make_tokenizer()))
+    scores = edge_attribution(model, pairs, logit_difference, method=method, progress=False)
+    top = [(edge, score) for edge, score in scores.top(60) if edge.sender != Node("embed")]
+    runs = pair_runs(model, pairs)
+    exact = measured_edges(model, runs, logit_difference, [e for e, _ in top]).sum(1) / gap(runs, logit_difference)
+    estimates = [score for _, score in top]
+    assert np.corrcoef(estimates, exact)[0, 1] > 0.95
+    strong = [k for k in range(len(top)) if abs(estimates[k]) > 0.05 * max(map(abs, estimates))]
+    agree = np.mean([np.sign(estimates[k]) == np.sign(float(exact[k])) for k in strong])
+    assert agree > 0.9
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "mask-ig"])
+def test_batches_of_prompts_change_nothing(method, llama, ragged, log_odds, monkeypatch):
+    whole = edge_attribution(llama, ragged, log_odds, method=method, steps=2, progress=False)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 1)
+    single = edge_attribution(llama, ragged, log_odds, method=method, steps=2, progress=False)
+    torch.testing.assert_close(single.scores, whole.scores, atol=1e-4, rtol=1e-3)
+
+
+def test_nodes_restrict_and_keep_the_scores(llama, pairs, log_odds):
+    chosen = [Node("head", 0, 1), Node("mlp", 1), Node("head", 2, 3)]
+    runs = pair_runs(llama, pairs)
+    few = edge_attribution(llama, runs, log_odds, nodes=chosen, progress=False)
+    full = edge_attribution(llama, runs, log_odds, progress=False)
+    for edge, score in few.top():
+        row, column = full.senders.index(edge.sender), full.receivers.index((edge.receiver, edge.slot))
+        assert score == pytest.approx(float(full.scores[row, column]), abs=1e-5)
+    assert {edge.sender for edge, _ in few.top()} <= set(chosen)
+
+
+def test_table_plot_and_file(llama, pairs, log_odds, tmp_path):
+    scores = edge_attribution(llama, pairs, log_odds, method="eap", progress=False)
+    assert list(scores.to_dataframe().columns) == ["sender", "receiver", "slot", "score"]
+    assert len(scores.plot().data[0].x) == 30
+    assert scores.node_scores()[Node("embed")] == pytest.approx(float(scores.scores[0].sum()))
+    scores.save(tmp_path / "edges")
+    assert torch.equal(ms.EdgeScores.load(tmp_path / "edges").scores, scores.scores)
+
+
+def test_no_hook_is_left(llama, pairs, log_odds):
+    outside = ms.RefusalLogOdds((10**6,), ("no such token",))
+    site, seen = Site(SiteKind.Z, 0), []
+    runs = pair_runs(llama, pairs)
+    with pytest.raises(IndexError):
+        edge_attribution(llama, runs, outside, progress=False)
+    before = llama.logits(pairs.harmful)
+    with llama.hooks([(site, lambda tensor: seen.append(1))]):
+        assert torch.equal(llama.logits(pairs.harmful), before)
+    assert seen == [1]
+
+
+def test_errors(llama, make_model, pairs, log_odds):
+    with pytest.raises(ms.MechsafetyError, match="method='acdc'; expected one of"):
+        edge_attribution(llama, pairs, log_odds, method="acdc")
+    with pytest.raises(ms.MechsafetyError, match="normalises each block's output"):
+        edge_attribution(make_model("gemma2"), pairs, log_odds)
