@@ -29,7 +29,8 @@ def first_line(error: BaseException) -> str:
         >>> first_line(ValueError("bad\nworse")), first_line(KeyError())
         ('bad', 'KeyError')
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else line[:197] + "..."
 
 
 class NoRefusal(MechsafetyError):

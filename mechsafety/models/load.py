@@ -82,6 +82,8 @@ def _boot(name: str, model: Any, tokenizer: Any) -> Any:
     # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
     # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
     copied = copy.deepcopy(tokenizer)
+    if not model.config.architectures:  # of a model made in memory; TransformerLens goes by this name
+        model.config.architectures = [type(model).__name__]
     copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
     try:
         bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
