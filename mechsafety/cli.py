@@ -115,6 +115,7 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "faithfulness": check.faithfulness,
             "held_out_faithfulness": check.held_out_faithfulness,
             "target_reached": check.reached,
+            "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
             "random_control_p": check.random_controls.p_value,
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
         }
@@ -134,6 +135,7 @@ def _summary(circuit: Any, out: Path) -> str:
         ("circuit", f"{len(circuit.nodes)} of {circuit.n_candidates} heads and MLPs ({share:.0%})"),
         ("faithfulness", f"{check.faithfulness:.2f} on the pairs it was found on"),
         ("  held out", f"{check.held_out_faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}"),
+        *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
         ("  random circuits", f"mean {check.random_controls.mean:.2f}, p = {check.random_controls.p_value:.3g}"),
         ("  removing it", f"loses {check.necessity:.0%} of the gap"),
         ("edges", f"{len(circuit.edges)} kept"),
@@ -144,6 +146,11 @@ def _summary(circuit: Any, out: Path) -> str:
     if not check.reached:
         lines.append(f"No set of nodes short of the whole model reached {check.target:.2f} on held-out pairs.")
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
+
+
+def _fresh(fresh: Any) -> str:
+    low, high = fresh.ci
+    return f"{fresh.faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}) on {fresh.n} pairs used for nothing before"
 
 
 def _roles(circuit: Any) -> list[str]:
