@@ -6,6 +6,7 @@ computed at the last position only. Variants of one base run (other heads patche
 larger batch.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,11 @@ class BaseRun:
 
 
 def base_run(
-    model: LensModel, tokens: Tokens, start: int = 0, keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT)
+    model: LensModel,
+    tokens: Tokens,
+    start: int = 0,
+    keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
+    prefix: "BaseRun | None" = None,
 ) -> BaseRun:
     """Run prompts once and store what `run_from` needs, and the activations of the kinds in ``keep``.
 
@@ -82,6 +87,7 @@ def base_run(
         tokens: The prompts.
         start: First column to run in every variant; the columns before must be common to base and source run.
         keep: Site kinds to store, of all layers, columns from ``start``.
+        prefix: A run of other prompts with the same columns before ``start``, whose keys and values are used again.
     """
     inputs: dict[int, Tensor] = {}
     calls: dict[int, BlockCall] = {}
@@ -102,7 +108,7 @@ def base_run(
     sites = [Site(kind, layer) for kind in keep for layer in range(model.n_layers)]
     sites.append(Site(SiteKind.FINAL_NORM_IN))
     with torch.no_grad(), model.hooks([(site, note_site(site)) for site in sites]):
-        prefix = _prefix(model, tokens, start)
+        kept_prefix = _prefix(model, tokens, start) if prefix is None else prefix.prefix
         handles: list[Any] = []
         try:
             for layer, block in enumerate(blocks):
@@ -111,7 +117,7 @@ def base_run(
                 input_ids=tokens.ids[:, start:],
                 attention_mask=tokens.mask.long(),
                 position_ids=tokens.position_ids[:, start:],
-                past_key_values=_cache(model, prefix) if start else None,
+                past_key_values=_cache(model, kept_prefix) if start else None,
                 use_cache=bool(start),
                 logits_to_keep=1,
             )
@@ -121,7 +127,7 @@ def base_run(
     resid = torch.stack([inputs[layer] for layer in range(model.n_layers)] + [store[Site(SiteKind.FINAL_NORM_IN)]])
     acts = {kind: torch.stack([store[Site(kind, layer)] for layer in range(model.n_layers)]) for kind in keep}
     kept = tuple(calls[layer] for layer in range(model.n_layers))
-    return BaseRun(tokens, start, resid, kept, prefix, acts, out.logits[:, -1].float())
+    return BaseRun(tokens, start, resid, kept, kept_prefix, acts, out.logits[:, -1].float())
 
 
 def run_from(
@@ -155,6 +161,30 @@ def run_from(
             hidden = model.bridge.blocks[index](hidden, *call.args, **call.kwargs)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden if stop is not None else unembed(model, hidden[:, -1:])[:, 0]
+
+
+class _Captured(Exception):
+    """Ends a run once what it was for has been seen."""
+
+
+def capture(
+    model: LensModel,
+    base: BaseRun,
+    layer: int,
+    resid: Float[Tensor, "row pos d_model"],
+    site: Site,
+    hooks: Sequence[Hook] = (),
+) -> Tensor:
+    """Activation at a site of one block run alone, which stops there: what comes after it is not computed."""
+    seen: list[Tensor] = []
+
+    def stop(tensor: Tensor) -> None:
+        seen.append(tensor)
+        raise _Captured
+
+    with contextlib.suppress(_Captured):
+        run_block(model, base, layer, resid, [*hooks, (site, stop)])
+    return seen[0]
 
 
 def run_block(

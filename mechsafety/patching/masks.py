@@ -66,7 +66,9 @@ def pair_runs(
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
-    return PairRuns(base_run(model, tokens.harmful, first, keep), base_run(model, tokens.harmless, first, keep), first)
+    harmful = base_run(model, tokens.harmful, first, keep)
+    shared = harmful if first <= tokens.start else None
+    return PairRuns(harmful, base_run(model, tokens.harmless, first, keep, shared), first)
 
 
 @dataclass(frozen=True, slots=True)

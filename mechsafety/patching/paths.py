@@ -19,7 +19,17 @@ from tqdm.auto import tqdm
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
 from mechsafety.models import LensModel
-from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_block, run_from, split_rows, unembed
+from mechsafety.models.engine import (
+    BaseRun,
+    Hook,
+    capture,
+    expand_rows,
+    max_variants,
+    run_block,
+    run_from,
+    split_rows,
+    unembed,
+)
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.prompts import PromptPairs
@@ -352,25 +362,18 @@ def _receiver_edit(
     model: LensModel, base: BaseRun, layer: int, slot: str, heads: Sequence[int], resid: Tensor, delta: Tensor
 ) -> Hook:
     """The hook that gives each row's receiver the output it has when its slot reads ``delta`` more."""
-    store: dict[str, Tensor] = {}
     if slot == "mlp":
         mlp_base = expand_rows(base.acts[SiteKind.MLP_OUT][layer], len(heads))
         reads = resid if model.parallel else expand_rows(base.resid[layer + 1], len(heads)) - mlp_base
         new = model.mlp(layer, reads + delta)
         return (Site(SiteKind.MLP_OUT, layer), lambda tensor: new)
     site, z_site = Site(_SLOT_SITE[slot], layer), Site(SiteKind.Z, layer)
-    run_block(model, base, layer, resid + delta, [(site, lambda tensor: store.__setitem__("slot", tensor))])
+    read = capture(model, base, layer, resid + delta, site)
     # the changed slot may be shared by a group of heads: only the receiver's own z is kept from the run that has it
-    run_block(
-        model,
-        base,
-        layer,
-        resid,
-        [(site, lambda tensor: store["slot"]), (z_site, lambda tensor: store.__setitem__("z", tensor))],
-    )
+    mixed = capture(model, base, layer, resid, z_site, [(site, lambda tensor: read)])
     chosen = torch.nn.functional.one_hot(torch.tensor(heads, device=resid.device), model.n_heads).bool()
     rows = repeat(chosen, "variant head -> (variant batch) 1 head 1", batch=len(base))
-    return (z_site, lambda tensor: torch.where(rows, store["z"], tensor))
+    return (z_site, lambda tensor: torch.where(rows, mixed, tensor))
 
 
 def _head_change(
