@@ -31,7 +31,7 @@ hypothesis.settings.register_profile("mechsafety", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("mechsafety")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2")
+ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "olmo2")
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -125,6 +125,7 @@ def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype 
         "qwen2": lambda: transformers.Qwen2Config(**grouped),
         "qwen3": lambda: transformers.Qwen3Config(**grouped, head_dim=16),
         "mistral": lambda: transformers.MistralConfig(**grouped),
+        "olmo2": lambda: transformers.Olmo2Config(**grouped),
         "phi3": lambda: transformers.Phi3Config(**grouped),
         "gemma2": lambda: transformers.Gemma2Config(**grouped, head_dim=16, sliding_window=6, query_pre_attn_scalar=16),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),

@@ -23,7 +23,7 @@ def test_neurons_of_a_layer_sum_to_its_mlp(any_model, pairs, logit_difference):
     split = node_attribution(any_model, pairs, logit_difference, steps=32, neurons=True)
     assert split.neurons.shape == (3, any_model.d_mlp) and whole.neurons is None
     torch.testing.assert_close(split.neurons.sum(-1), split.mlps)
-    if any_model.hf_model.config.model_type != "gemma2":  # there a norm stands between neurons and the MLP's output
+    if not any_model.post_norm:  # else a norm stands between neurons and the MLP's output
         torch.testing.assert_close(split.mlps, whole.mlps, atol=1e-3, rtol=1e-3)
     assert abs(split.total - 1) < 0.02
     assert split.of(Node("neuron", 1, 5)) == float(split.neurons[1, 5])

@@ -39,7 +39,7 @@ def test_pair(any_model, make_hf_model, make_tokenizer):
     for prompt in PROMPTS:
         expected = plain_logits(fresh, make_tokenizer(), prompt)
         torch.testing.assert_close(any_model.logits([prompt])[0], expected, atol=1e-4, rtol=1e-4)
-    assert any_model.dtype == torch.float32 and any_model.post_norm == (kind == "gemma2")
+    assert any_model.dtype == torch.float32 and any_model.post_norm == (kind in ("gemma2", "olmo2"))
     assert not any(parameter.requires_grad for parameter in any_model.hf_model.parameters())
 
 
