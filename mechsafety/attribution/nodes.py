@@ -26,7 +26,8 @@ class NodeAttribution(Result):
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
         heads, mlps: Estimates.
-        neurons: The same for neurons; those of a layer sum to what its MLP carries (unless a norm follows the MLP). None unless asked for.
+        neurons: The same for neurons; those of a layer sum to what its MLP carries, unless a norm follows the MLP. None
+            unless asked for.
         total: Sum over heads and MLPs (or neurons); its distance from 1 is the integration's error.
     """
 
