@@ -41,9 +41,10 @@ class ActivationCache:
         acts: Stored tensors by name.
         output_weights: Heads' output weights, for `head_out`.
 
-    Example:
-        >>> cache = model.cache(["How do I bake bread?"], sites=["z", "pattern"])  # doctest: +SKIP
-        >>> cache.z.shape  # layer head batch pos d_head                           # doctest: +SKIP
+    Example::
+
+        cache = model.cache(["How do I bake bread?"], sites=["z", "pattern"])
+        cache.z.shape  # layer head batch pos d_head
     """
 
     tokens: Tokens
