@@ -38,6 +38,9 @@ from mechsafety.prompts import PromptPairs
 
 logger = logging.getLogger(__name__)
 
+# exact effect, its interval, its adjusted p
+Measured = tuple[float, tuple[float, float], float]
+
 MIN_PAIRS = 2
 # below this share of usable pairs there is no refusal worth mapping
 MIN_SHARE = 0.2
@@ -146,7 +149,8 @@ def map_refusal_circuit(
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
     }
-    nodes = _circuit_nodes(discovery, patched, roles, check.minimality or {}, seed)
+    measured = _measured(patched, seed)
+    nodes = _circuit_nodes(discovery, measured, roles, check.minimality or {})
     return RefusalCircuit(
         provenance=model.provenance(seed=seed, options=options),
         metric=metric.to_json(),
@@ -158,7 +162,7 @@ def map_refusal_circuit(
         details=MapDetails(
             model.n_layers,
             model.n_heads,
-            _scores(discovery, attribution, patched, seed),
+            _scores(discovery, attribution, measured),
             samples,
             _attention_examples(model, here, nodes),
         ),
@@ -325,28 +329,28 @@ def _edges_and_roles(
 
 def _circuit_nodes(
     discovery: Discovery,
-    patched: PatchMap,
+    measured: Mapping[Node, Measured],
     roles: Mapping[Node, tuple[str, RoleEvidence]],
     minimality: Mapping[str, float],
-    seed: int,
 ) -> tuple[CircuitNode, ...]:
-    rows = _measured(patched, seed)
     nodes = []
     for node in discovery.circuit:
-        effect, ci, p_value = rows[node]
+        effect, ci, p_value = measured[node]
         role, evidence = roles[node]
         verified = p_value < 0.05 and effect > 0 and minimality[str(node)] > 0
         nodes.append(CircuitNode(node, role, effect, ci, p_value, "verified" if verified else "measured", evidence))
     return tuple(nodes)
 
 
-def _measured(patched: PatchMap, seed: int) -> dict[Node, tuple[float, tuple[float, float], float]]:
+def _measured(patched: PatchMap, seed: int) -> dict[Node, Measured]:
     rows = zip(patched.effects.tolist(), patched.intervals(seed), patched.p_values(seed), strict=True)
     return {node: row for node, row in zip(patched.nodes, rows, strict=True) if isinstance(node, Node)}
 
 
-def _scores(discovery: Discovery, attribution: NodeAttribution, patched: PatchMap, seed: int) -> tuple[NodeScore, ...]:
-    measured, inside = _measured(patched, seed), set(discovery.circuit)
+def _scores(
+    discovery: Discovery, attribution: NodeAttribution, measured: Mapping[Node, Measured]
+) -> tuple[NodeScore, ...]:
+    inside = set(discovery.circuit)
     rows = []
     for node in head_and_mlp_nodes(*attribution.heads.shape):
         effect, ci, p_value = measured.get(node, (None, None, None))

@@ -8,6 +8,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.cache import ActivationCache
 from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -46,13 +47,13 @@ def role_evidence(
     harmful, harmless = runs.scores(metric)
     gap = float((harmful - harmless).mean())
     heads = [node for node in nodes if node.kind == "head"]
-    attention = _attention(model, runs)
+    caches = [model.cache(run.tokens, ["pattern", "v"]) for run in (runs.harmful, runs.harmless)]
     with torch.no_grad():
         change = (node_outputs(model, runs.harmless, nodes) - node_outputs(model, runs.harmful, nodes))[:, :, -1]
         final = runs.harmful.resid[-1][:, -1]
         direct = (harmful - metric(unembed(model, final + change.to(final.dtype)))).mean(1) / gap
-        via = _via_instruction(model, runs, metric, heads, gap, attention)
-    to_instruction = _mean_attention(runs, attention)
+        via = _via_instruction(model, runs, metric, heads, gap, caches)
+    to_instruction = _mean_attention(runs, caches[0].pattern)
     found = {}
     for k, node in enumerate(nodes):
         is_head = node.kind == "head"
@@ -116,19 +117,15 @@ def assign_roles(
     return named
 
 
-def _attention(model: LensModel, runs: PairRuns) -> tuple[Tensor, Tensor]:
-    """Attention patterns [layer head batch pos source] of both runs, query positions from the first difference."""
-    harmful, harmless = (model.cache(run.tokens, ["pattern"]).pattern for run in (runs.harmful, runs.harmless))
-    return harmful[:, :, :, runs.start :], harmless[:, :, :, runs.start :]
-
-
-def _mean_attention(runs: PairRuns, attention: tuple[Tensor, Tensor]) -> Float[Tensor, "layer head"]:
+def _mean_attention(
+    runs: PairRuns, pattern: Float[Tensor, "layer head batch query source"]
+) -> Float[Tensor, "layer head"]:
     """Mean attention from suffix positions to the instruction span in the harmful run."""
     tokens = runs.harmful.tokens
     instruction = tokens.span_mask("instruction").float()
     suffix = tokens.span_mask("suffix")[:, runs.start :].float()
     mass = einsum(
-        attention[0].float(),
+        pattern[:, :, :, runs.start :].float(),
         instruction,
         suffix,
         "layer head batch pos source, batch source, batch pos -> layer head",
@@ -142,20 +139,19 @@ def _via_instruction(
     metric: RefusalLogOdds,
     heads: Sequence[Node],
     gap: float,
-    attention: tuple[Tensor, Tensor],
+    caches: Sequence[ActivationCache],
 ) -> dict[Node, float]:
     """Effect of replacing only what each head moves from instruction tokens: attention there times values there."""
     if not heads:
         return {}
     moved = []
-    for run, pattern in zip((runs.harmful, runs.harmless), attention, strict=True):
-        values = model.cache(run.tokens, sites=["v"]).v
-        values = values.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1)
+    for cache in caches:
+        values = cache.v.repeat_interleave(model.n_heads // model.n_kv_heads, dim=1)
         moved.append(
             einsum(
-                pattern.float(),
+                cache.pattern[:, :, :, runs.start :].float(),
                 values.float(),
-                run.tokens.span_mask("instruction").float(),
+                cache.tokens.span_mask("instruction").float(),
                 "layer head batch pos source, layer head batch source d_head, batch source"
                 " -> layer batch pos head d_head",
             )

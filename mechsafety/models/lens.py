@@ -15,7 +15,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
-from mechsafety.sites import Site, SiteKind, hook_name
+from mechsafety.sites import Site, hook_name
 
 if TYPE_CHECKING:
     import mechsafety.cache
@@ -333,8 +333,3 @@ def _difference(model: LensModel, pairs: PromptPairs, index: int) -> str:
     first = next((k for k, (a, b) in enumerate(zip(*rows, strict=False)) if a != b), min(map(len, rows)))
     harmful, harmless = (f"{len(row)} tokens {row}" for row in rows)
     return f"harmful {harmful}, harmless {harmless}, first difference at {first}"
-
-
-def site(kind: str, layer: int | None = None) -> Site:
-    """Short for ``Site(SiteKind(kind), layer)``."""
-    return Site(SiteKind(kind), layer)

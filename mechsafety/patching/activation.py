@@ -146,7 +146,7 @@ def activation_patching(
     base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
     columns, where = _columns(base, runs.start, positions)
     rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
-    order = sorted(range(len(rows)), key=lambda r: (_depth(sites[rows[r][0]]), rows[r]))
+    order = sorted(range(len(rows)), key=lambda r: (sites[rows[r][0]].layer or 0, rows[r]))
     values = _source_values(base, other, _kinds(sites), source, seed)
     scores = torch.zeros(len(rows), len(base), device=model.device)
     size = max_variants(base)
@@ -201,11 +201,6 @@ def _checked_site(model: LensModel, target: Target) -> Site:
 def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
     """Kinds whose activations the patches need."""
     return tuple(dict.fromkeys(site.kind for site in sites))
-
-
-def _depth(site: Site) -> int:
-    """First layer that must run."""
-    return site.layer or 0
 
 
 def _columns(

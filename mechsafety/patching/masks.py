@@ -1,6 +1,6 @@
 """Runs in which chosen nodes take their values from the other prompt of each pair."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +126,6 @@ def patched_logits(
     *,
     positions: Bool[Tensor, "batch pos"] | None = None,
     max_batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Float[Tensor, "variant batch d_vocab"]:
     """Next-token logits of ``base`` with the patched nodes' values from ``source``, exact, for every variant.
 
@@ -139,7 +138,6 @@ def patched_logits(
         patch: What is replaced.
         positions: Columns at which it is replaced (of those from ``base.start``); all by default.
         max_batch_tokens: Rows x columns of one engine batch.
-        progress: Called with the number of variants done after each batch.
     """
     size = max_variants(base, max_batch_tokens)
     done = []
@@ -152,8 +150,6 @@ def patched_logits(
             done.append(
                 split_rows(run_from(model, base, start, resid, _hooks(part, layers, source, positions)), len(part))
             )
-        if progress is not None:
-            progress(len(part))
     return torch.cat(done)
 
 
@@ -165,14 +161,11 @@ def patched_scores(
     metric: RefusalLogOdds,
     *,
     positions: Bool[Tensor, "batch pos"] | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Float[Tensor, "variant batch"]:
     """`patched_logits` reduced to the metric batch by batch, so that no [variant batch d_vocab] tensor is held."""
     size = max_variants(base)
     parts = [patch.rows(slice(first, first + size)) for first in range(0, len(patch), size)]
-    scores = [
-        metric(patched_logits(model, base, source, part, positions=positions, progress=progress)) for part in parts
-    ]
+    scores = [metric(patched_logits(model, base, source, part, positions=positions)) for part in parts]
     return torch.cat(scores)
 
 
