@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sig
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, pair_runs, stored
+from mechsafety.patching.masks import PairRuns, pair_runs, replacement, stored
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
@@ -149,7 +149,7 @@ def activation_patching(
     order = sorted(range(len(rows)), key=lambda r: (sites[rows[r][0]].layer or 0, rows[r]))
     values = _source_values(base, other, _kinds(sites), source, seed)
     scores = torch.zeros(len(rows), len(base), device=model.device)
-    size = max_variants(base)
+    size, sizes = max_variants(base), _sizes(model)
     with tqdm(total=len(rows), desc="patching", disable=not progress, leave=False) as bar, torch.no_grad():
         for first in range(0, len(order), size):
             chunk = order[first : first + size]
@@ -157,7 +157,7 @@ def activation_patching(
             masks = torch.stack([where[rows[r][1]] for r in chunk])
             start = min(site.layer or 0 for site in chosen)
             resid = expand_rows(base.resid[start], len(chunk))
-            logits = run_from(model, base, start, resid, _site_hooks(base, chosen, masks, values))
+            logits = run_from(model, base, start, resid, _site_hooks(chosen, masks, values, sizes))
             scores[chunk] = split_rows(metric(logits), len(chunk))
             bar.update(len(chunk))
     harmful, harmless = runs.scores(metric)
@@ -191,11 +191,17 @@ def _checked_site(model: LensModel, target: Target) -> Site:
         raise MechsafetyError(f"{site} cannot be patched", expected="a site inside a block that is no score")
     if site.kind is SiteKind.RESID_MID and model.parallel:
         raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
-    sizes = {SiteKind.K: model.n_kv_heads, SiteKind.V: model.n_kv_heads, SiteKind.NEURONS: model.d_mlp}
-    size = sizes.get(site.kind, model.n_heads)
+    size = _sizes(model).get(site.kind, 1)
     if not (0 <= (site.layer or 0) < model.n_layers and 0 <= (site.index or 0) < size):
         raise MechsafetyError(f"{target} does not exist in {model!r}")
     return site
+
+
+def _sizes(model: LensModel) -> dict[SiteKind, int]:
+    """How many parts each kind of site with parts has."""
+    heads = dict.fromkeys((SiteKind.Q, SiteKind.Z, SiteKind.PATTERN), model.n_heads)
+    kv_heads = dict.fromkeys((SiteKind.K, SiteKind.V), model.n_kv_heads)
+    return heads | kv_heads | {SiteKind.NEURONS: model.d_mlp}
 
 
 def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
@@ -259,10 +265,10 @@ def _derangement(n: int, seed: int) -> list[int]:
 
 
 def _site_hooks(
-    base: BaseRun,
     sites: Sequence[Site],
     masks: Bool[Tensor, "variant batch pos"],
     values: Mapping[SiteKind, Tensor],
+    sizes: Mapping[SiteKind, int],
 ) -> list[Hook]:
     """One hook for each (kind, layer): rows whose variant patches it get the source's values there."""
     groups: dict[tuple[SiteKind, int], list[int]] = {}
@@ -270,36 +276,14 @@ def _site_hooks(
         groups.setdefault((site.kind, site.layer or 0), []).append(variant)
     hooks: list[Hook] = []
     for (kind, layer), variants in groups.items():
-        hooks.append(_site_hook(base, kind, layer, {v: sites[v].index for v in variants}, masks, values[kind][layer]))
+        picked = torch.zeros(len(sites), dtype=torch.bool, device=masks.device)
+        picked[variants] = True
+        parts = None
+        if any(sites[variant].index is not None for variant in variants):
+            parts = torch.zeros(len(sites), sizes[kind], dtype=torch.bool, device=masks.device)
+            for variant in variants:
+                index = sites[variant].index
+                parts[variant, slice(None) if index is None else index] = True
+        where = masks & rearrange(picked, "variant -> variant 1 1")
+        hooks.append(replacement(kind, layer, values[kind][layer], where, parts))
     return hooks
-
-
-def _site_hook(
-    base: BaseRun,
-    kind: SiteKind,
-    layer: int,
-    chosen: Mapping[int, int | None],
-    masks: Bool[Tensor, "variant batch pos"],
-    values: Tensor,
-) -> Hook:
-    n = masks.shape[0]
-    picked = torch.zeros(n, dtype=torch.bool, device=masks.device)
-    picked[list(chosen)] = True
-    where = masks & rearrange(picked, "variant -> variant 1 1")
-    rows = rearrange(where, "variant batch pos -> (variant batch) pos")
-    new = expand_rows(values, n)
-    if kind is SiteKind.PATTERN:
-        rows = rearrange(rows, "row pos -> row 1 pos 1")
-    else:
-        rows = rearrange(rows, f"row pos -> row pos{' 1' * (new.ndim - 2)}")
-    if any(index is not None for index in chosen.values()):
-        size = new.shape[1] if kind is SiteKind.PATTERN else new.shape[2]
-        part = torch.zeros(n, size, dtype=torch.bool, device=masks.device)
-        for variant, index in chosen.items():
-            part[variant, slice(None) if index is None else index] = True
-        shape = {SiteKind.PATTERN: "part 1 1", SiteKind.NEURONS: "1 part"}.get(kind, "1 part 1")
-        rows = rows & repeat(part, f"variant part -> (variant batch) {shape}", batch=len(base))
-    if kind is SiteKind.RESID_MID:
-        # an edit at TransformerLens' resid_mid would miss the skip branch: the change enters with attention's output
-        return (Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + torch.where(rows, new, torch.zeros_like(new)))
-    return (Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))
