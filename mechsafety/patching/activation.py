@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
 from mechsafety.patching.masks import PairRuns, pair_runs, replacement, stored
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
@@ -59,7 +60,7 @@ class PatchMap(Result):
     @property
     def gap(self) -> float:
         """Mean metric on harmful less on harmless prompts."""
-        return float((self.harmful - self.harmless).mean())
+        return mean_gap(self.harmful, self.harmless)
 
     @property
     def effects(self) -> Float[Tensor, " node"]:
@@ -68,27 +69,22 @@ class PatchMap(Result):
 
     def intervals(self, seed: int = 0) -> list[tuple[float, float]]:
         """95 % bootstrap interval of each effect over prompts (the gap held fixed)."""
-        return [bootstrap_interval(row / self.gap, seed) for row in self.changes.cpu().double().numpy()]
+        return effect_intervals(self.changes, self.gap, seed)
 
     def p_values(self, seed: int = 0) -> list[float]:
         """Sign-flip permutation p of each effect, Benjamini-Hochberg adjusted over all nodes."""
-        return [float(p) for p in adjust_p(sign_flip_p(self.changes.cpu().double().numpy(), seed))]
+        return effect_p_values(self.changes, seed)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a node: effect (share of the gap), interval, adjusted p."""
-        intervals = self.intervals()
         rows = {
             "node": [str(node) for node in self.nodes],
             "kind": [str(node.kind) for node in self.nodes],
             "layer": [node.layer for node in self.nodes],
             "index": [node.index for node in self.nodes],
             "column": self.columns if self.columns is not None else [None] * len(self.nodes),
-            "effect": self.effects.tolist(),
-            "ci_low": [low for low, _ in intervals],
-            "ci_high": [high for _, high in intervals],
-            "p_value": self.p_values(),
         }
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).join(effect_table(self.changes, self.gap))
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest effects with intervals."""
