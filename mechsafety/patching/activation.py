@@ -1,6 +1,7 @@
 """Activation patching (causal tracing, Meng et al. 2022): the exact effect of single nodes and sites."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,11 +17,13 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
-from mechsafety.patching.masks import PairRuns, pair_runs, replacement, stored
+from mechsafety.patching.masks import PairRuns, pair_batches, replacement, stored
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
+# pairs x columns that are patched at once, so that many pairs need no more memory than these
+BATCH_TOKENS = 1024
 DIRECTIONS = ("noising", "denoising")
 SOURCES = ("other", "mean", "resample", "zero")
 
@@ -138,25 +141,26 @@ def activation_patching(
     sites = [_checked_site(model, target) for target in targets]
     if not sites:
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
-    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=_kinds(sites))
-    base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
-    columns, where = _columns(base, runs.start, positions)
-    rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
-    order = sorted(range(len(rows)), key=lambda r: (sites[rows[r][0]].layer or 0, rows[r]))
-    values = _source_values(base, other, _kinds(sites), source, seed)
-    scores = torch.zeros(len(rows), len(base), device=model.device)
-    size, sizes = max_variants(base), _sizes(model)
-    with tqdm(total=len(rows), desc="patching", disable=not progress, leave=False) as bar, torch.no_grad():
-        for first in range(0, len(order), size):
-            chunk = order[first : first + size]
-            chosen = [sites[rows[r][0]] for r in chunk]
-            masks = torch.stack([where[rows[r][1]] for r in chunk])
-            start = min(site.layer or 0 for site in chosen)
-            resid = expand_rows(base.resid[start], len(chunk))
-            logits = run_from(model, base, start, resid, _site_hooks(chosen, masks, values, sizes))
-            scores[chunk] = split_rows(metric(logits), len(chunk))
-            bar.update(len(chunk))
-    harmful, harmless = runs.scores(metric)
+    # only the other prompt's values, at named positions, are the same whatever else is in the batch
+    alone = source == "other" and positions in ("all", "instruction", "suffix")
+    batches: list[Callable[[], PairRuns]]
+    if isinstance(pairs, PairRuns):
+        batches = [lambda: pairs]
+    else:
+        batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites))
+    parts, scored = [], []
+    with tqdm(total=len(batches) * len(sites), desc="patching", disable=not progress, leave=False) as bar:
+        for batch in batches:
+            runs = batch()
+            scored.append(runs.scores(metric))
+            base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
+            columns, where = column_masks(base, runs.start, positions)
+            rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
+            values = _source_values(base, other, _kinds(sites), source, seed)
+            bar.total = len(batches) * len(rows)
+            parts.append(_patched(model, base, values, metric, [(sites[k], where[at]) for k, at in rows], bar.update))
+    scores = torch.cat(parts, 1)
+    harmful, harmless = (torch.cat(sides) for sides in zip(*scored, strict=True))
     changes = (harmful - scores) if direction == "noising" else (scores - harmless)
     shown = positions if isinstance(positions, str) else ",".join(map(str, positions))
     options = {"direction": direction, "positions": shown, "source": source, "seed": seed, "pairs": len(harmful)}
@@ -172,6 +176,30 @@ def activation_patching(
         tuple(columns[at] for _, at in rows) if positions == "each" else None,
         source,
     )
+
+
+def _patched(
+    model: LensModel,
+    base: BaseRun,
+    values: Mapping[SiteKind, Tensor],
+    metric: RefusalLogOdds,
+    rows: Sequence[tuple[Site, Tensor]],
+    done: Callable[[int], object],
+) -> Float[Tensor, "row batch"]:
+    """Metric of the base run for each (site, columns [batch pos]) patched alone."""
+    scores = torch.zeros(len(rows), len(base), device=model.device)
+    order = sorted(range(len(rows)), key=lambda row: rows[row][0].layer or 0)
+    size, sizes = max_variants(base), _sizes(model)
+    with torch.no_grad():
+        for first in range(0, len(order), size):
+            chunk = order[first : first + size]
+            chosen = [rows[row][0] for row in chunk]
+            start = min(site.layer or 0 for site in chosen)
+            hooks = _site_hooks(chosen, torch.stack([rows[row][1] for row in chunk]), values, sizes)
+            logits = run_from(model, base, start, expand_rows(base.resid[start], len(chunk)), hooks)
+            scores[chunk] = split_rows(metric(logits), len(chunk))
+            done(len(chunk))
+    return scores
 
 
 def _checked_site(model: LensModel, target: Target) -> Site:
@@ -205,7 +233,7 @@ def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
     return tuple(dict.fromkeys(site.kind for site in sites))
 
 
-def _columns(
+def column_masks(
     base: BaseRun, start: int, positions: str | Sequence[int]
 ) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
     """Columns (from the end) and, for each variant, where in the run columns it patches."""
