@@ -285,10 +285,10 @@ def test_inputs_of_every_receiver_complete(kind, make_model, make_hf_model):
 def test_the_embedding_carries_the_whole_gap_as_steps_grow(kind, make_model):
     """eap-ig: what the embedding sends sums to the gap, by the completeness of integrated gradients."""
     model, pairs, errors = make_model(kind), ms.PromptPairs.from_lists(HARMFUL, HARMLESS), []
-    for steps in (1, 4, 32):
+    for steps in (4, 16, 32):
         found = edge_attribution(model, pairs, METRIC, method="eap-ig", steps=steps, progress=False)
         errors.append(abs(found.node_scores()[Node("embed")] - 1))
-    assert errors[2] < 0.02 and errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.005 and errors[2] < errors[1] / 2 < errors[0] / 4
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
@@ -302,15 +302,14 @@ def test_each_sublayer_sums_to_its_exact_effect_as_steps_grow(kind, make_model):
     patched = patched_scores(model, runs.harmful, runs.harmless.acts, Patch.of(model, groups), METRIC)
     exact = ((high - patched).mean(1) / (high - low).mean()).tolist()
     found = [
-        edge_attribution(model, runs, METRIC, method="ig-activations", steps=steps, progress=False)
-        for steps in (1, 4, 16)
+        edge_attribution(model, runs, METRIC, method="ig-activations", steps=steps, progress=False) for steps in (4, 16)
     ]
     sent = [scores.node_scores() for scores in found]
     errors = [
         max(abs(sum(of[node] for node in group) - effect) for group, effect in zip(groups, exact, strict=True))
         for of in sent
     ]
-    assert errors[2] < 0.02 and errors[2] < errors[1] < errors[0]
+    assert errors[1] < 0.01 * max(map(abs, exact)) and errors[1] < errors[0] / 4
     # blends of the embedding alone are what eap-ig takes
     ig = edge_attribution(model, runs, METRIC, method="eap-ig", steps=16, progress=False)
-    torch.testing.assert_close(found[2].scores[0], ig.scores[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1].scores[0], ig.scores[0], atol=1e-5, rtol=1e-4)
