@@ -32,7 +32,8 @@ train: $(STAMP)
 evaluate: $(STAMP)
 	$(BIN)/python scripts/evaluate_demo_model.py
 
-# ours against TransformerLens' own functions, about half an hour on two quiet cores
+# ours against TransformerLens' own functions, growth and GPUs, about half an hour on two quiet cores; to go on after a stop:
+# python benchmarks/run.py --resume
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 

@@ -112,7 +112,7 @@ def map_refusal_circuit(
     untouched = FaithfulnessMeter(model, pair_runs(model, fresh), metric) if fresh is not None else None
     with _Stage(5, progress) as stage:
         stage("attributing every node")
-        attribution = node_attribution(model, runs, metric)
+        attribution = node_attribution(model, runs, metric, progress=progress)
         stage("searching the smallest circuit")
         discovery = discover(found_on, held_out, attribution, target)
         stage("patching the circuit's nodes one by one")

@@ -235,17 +235,23 @@ def _prefix(model: LensModel, tokens: Tokens, start: int) -> tuple[tuple[Tensor,
         return ()
     from transformers import DynamicCache
 
+    ids, mask = tokens.ids[:, :start], tokens.mask[:, :start]
+    # prompts of one length begin with the same tokens of the chat template: one row is run for all
+    same = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
+    rows = slice(0, 1) if same else slice(None)
     cache = DynamicCache()
     model.hf_model(
-        input_ids=tokens.ids[:, :start],
-        attention_mask=tokens.mask[:, :start].long(),
-        position_ids=tokens.position_ids[:, :start],
+        input_ids=ids[rows],
+        attention_mask=mask[rows].long(),
+        position_ids=tokens.position_ids[rows, :start],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
     layers: list[Any] = list(cache.layers)
-    return tuple((layer.keys, layer.values) for layer in layers)
+    return tuple(
+        (layer.keys.expand(len(ids), -1, -1, -1), layer.values.expand(len(ids), -1, -1, -1)) for layer in layers
+    )
 
 
 def _cache(model: LensModel, prefix: Sequence[tuple[Tensor, Tensor]], variants: int = 1) -> Any:

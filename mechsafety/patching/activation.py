@@ -1,25 +1,29 @@
 """Activation patching (causal tracing, Meng et al. 2022): the exact effect of single nodes and sites."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, expand_rows, max_variants, run_from, split_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, pair_runs, stored
+from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
+from mechsafety.patching.masks import PairRuns, pair_batches, replacement, stored
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
+# pairs x columns that are patched at once, so that many pairs need no more memory than these
+BATCH_TOKENS = 1024
 DIRECTIONS = ("noising", "denoising")
 SOURCES = ("other", "mean", "resample", "zero")
 
@@ -59,7 +63,7 @@ class PatchMap(Result):
     @property
     def gap(self) -> float:
         """Mean metric on harmful less on harmless prompts."""
-        return float((self.harmful - self.harmless).mean())
+        return mean_gap(self.harmful, self.harmless)
 
     @property
     def effects(self) -> Float[Tensor, " node"]:
@@ -68,27 +72,22 @@ class PatchMap(Result):
 
     def intervals(self, seed: int = 0) -> list[tuple[float, float]]:
         """95 % bootstrap interval of each effect over prompts (the gap held fixed)."""
-        return [bootstrap_interval(row / self.gap, seed) for row in self.changes.cpu().double().numpy()]
+        return effect_intervals(self.changes, self.gap, seed)
 
     def p_values(self, seed: int = 0) -> list[float]:
         """Sign-flip permutation p of each effect, Benjamini-Hochberg adjusted over all nodes."""
-        return [float(p) for p in adjust_p(sign_flip_p(self.changes.cpu().double().numpy(), seed))]
+        return effect_p_values(self.changes, seed)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a node: effect (share of the gap), interval, adjusted p."""
-        intervals = self.intervals()
         rows = {
             "node": [str(node) for node in self.nodes],
             "kind": [str(node.kind) for node in self.nodes],
             "layer": [node.layer for node in self.nodes],
             "index": [node.index for node in self.nodes],
             "column": self.columns if self.columns is not None else [None] * len(self.nodes),
-            "effect": self.effects.tolist(),
-            "ci_low": [low for low, _ in intervals],
-            "ci_high": [high for _, high in intervals],
-            "p_value": self.p_values(),
         }
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).join(effect_table(self.changes, self.gap))
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest effects with intervals."""
@@ -142,25 +141,26 @@ def activation_patching(
     sites = [_checked_site(model, target) for target in targets]
     if not sites:
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
-    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=_kinds(sites))
-    base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
-    columns, where = _columns(base, runs.start, positions)
-    rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
-    order = sorted(range(len(rows)), key=lambda r: (sites[rows[r][0]].layer or 0, rows[r]))
-    values = _source_values(base, other, _kinds(sites), source, seed)
-    scores = torch.zeros(len(rows), len(base), device=model.device)
-    size = max_variants(base)
-    with tqdm(total=len(rows), desc="patching", disable=not progress, leave=False) as bar, torch.no_grad():
-        for first in range(0, len(order), size):
-            chunk = order[first : first + size]
-            chosen = [sites[rows[r][0]] for r in chunk]
-            masks = torch.stack([where[rows[r][1]] for r in chunk])
-            start = min(site.layer or 0 for site in chosen)
-            resid = expand_rows(base.resid[start], len(chunk))
-            logits = run_from(model, base, start, resid, _site_hooks(base, chosen, masks, values))
-            scores[chunk] = split_rows(metric(logits), len(chunk))
-            bar.update(len(chunk))
-    harmful, harmless = runs.scores(metric)
+    # only the other prompt's values, at named positions, are the same whatever else is in the batch
+    alone = source == "other" and positions in ("all", "instruction", "suffix")
+    batches: list[Callable[[], PairRuns]]
+    if isinstance(pairs, PairRuns):
+        batches = [lambda: pairs]
+    else:
+        batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites))
+    parts, scored = [], []
+    with tqdm(total=len(batches) * len(sites), desc="patching", disable=not progress, leave=False) as bar:
+        for batch in batches:
+            runs = batch()
+            scored.append(runs.scores(metric))
+            base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
+            columns, where = column_masks(base, runs.start, positions)
+            rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
+            values = _source_values(base, other, _kinds(sites), source, seed)
+            bar.total = len(batches) * len(rows)
+            parts.append(_patched(model, base, values, metric, [(sites[k], where[at]) for k, at in rows], bar.update))
+    scores = torch.cat(parts, 1)
+    harmful, harmless = (torch.cat(sides) for sides in zip(*scored, strict=True))
     changes = (harmful - scores) if direction == "noising" else (scores - harmless)
     shown = positions if isinstance(positions, str) else ",".join(map(str, positions))
     options = {"direction": direction, "positions": shown, "source": source, "seed": seed, "pairs": len(harmful)}
@@ -178,6 +178,30 @@ def activation_patching(
     )
 
 
+def _patched(
+    model: LensModel,
+    base: BaseRun,
+    values: Mapping[SiteKind, Tensor],
+    metric: RefusalLogOdds,
+    rows: Sequence[tuple[Site, Tensor]],
+    done: Callable[[int], object],
+) -> Float[Tensor, "row batch"]:
+    """Metric of the base run for each (site, columns [batch pos]) patched alone."""
+    scores = torch.zeros(len(rows), len(base), device=model.device)
+    order = sorted(range(len(rows)), key=lambda row: rows[row][0].layer or 0)
+    size, sizes = max_variants(base), _sizes(model)
+    with torch.no_grad():
+        for first in range(0, len(order), size):
+            chunk = order[first : first + size]
+            chosen = [rows[row][0] for row in chunk]
+            start = min(site.layer or 0 for site in chosen)
+            hooks = _site_hooks(chosen, torch.stack([rows[row][1] for row in chunk]), values, sizes)
+            logits = run_from(model, base, start, expand_rows(base.resid[start], len(chunk)), hooks)
+            scores[chunk] = split_rows(metric(logits), len(chunk))
+            done(len(chunk))
+    return scores
+
+
 def _checked_site(model: LensModel, target: Target) -> Site:
     """The site of a target, if the model has it."""
     if isinstance(target, Node):
@@ -191,11 +215,17 @@ def _checked_site(model: LensModel, target: Target) -> Site:
         raise MechsafetyError(f"{site} cannot be patched", expected="a site inside a block that is no score")
     if site.kind is SiteKind.RESID_MID and model.parallel:
         raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
-    sizes = {SiteKind.K: model.n_kv_heads, SiteKind.V: model.n_kv_heads, SiteKind.NEURONS: model.d_mlp}
-    size = sizes.get(site.kind, model.n_heads)
+    size = _sizes(model).get(site.kind, 1)
     if not (0 <= (site.layer or 0) < model.n_layers and 0 <= (site.index or 0) < size):
         raise MechsafetyError(f"{target} does not exist in {model!r}")
     return site
+
+
+def _sizes(model: LensModel) -> dict[SiteKind, int]:
+    """How many parts each kind of site with parts has."""
+    heads = dict.fromkeys((SiteKind.Q, SiteKind.Z, SiteKind.PATTERN), model.n_heads)
+    kv_heads = dict.fromkeys((SiteKind.K, SiteKind.V), model.n_kv_heads)
+    return heads | kv_heads | {SiteKind.NEURONS: model.d_mlp}
 
 
 def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
@@ -203,7 +233,7 @@ def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
     return tuple(dict.fromkeys(site.kind for site in sites))
 
 
-def _columns(
+def column_masks(
     base: BaseRun, start: int, positions: str | Sequence[int]
 ) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
     """Columns (from the end) and, for each variant, where in the run columns it patches."""
@@ -259,10 +289,10 @@ def _derangement(n: int, seed: int) -> list[int]:
 
 
 def _site_hooks(
-    base: BaseRun,
     sites: Sequence[Site],
     masks: Bool[Tensor, "variant batch pos"],
     values: Mapping[SiteKind, Tensor],
+    sizes: Mapping[SiteKind, int],
 ) -> list[Hook]:
     """One hook for each (kind, layer): rows whose variant patches it get the source's values there."""
     groups: dict[tuple[SiteKind, int], list[int]] = {}
@@ -270,36 +300,14 @@ def _site_hooks(
         groups.setdefault((site.kind, site.layer or 0), []).append(variant)
     hooks: list[Hook] = []
     for (kind, layer), variants in groups.items():
-        hooks.append(_site_hook(base, kind, layer, {v: sites[v].index for v in variants}, masks, values[kind][layer]))
+        picked = torch.zeros(len(sites), dtype=torch.bool, device=masks.device)
+        picked[variants] = True
+        parts = None
+        if any(sites[variant].index is not None for variant in variants):
+            parts = torch.zeros(len(sites), sizes[kind], dtype=torch.bool, device=masks.device)
+            for variant in variants:
+                index = sites[variant].index
+                parts[variant, slice(None) if index is None else index] = True
+        where = masks & rearrange(picked, "variant -> variant 1 1")
+        hooks.append(replacement(kind, layer, values[kind][layer], where, parts))
     return hooks
-
-
-def _site_hook(
-    base: BaseRun,
-    kind: SiteKind,
-    layer: int,
-    chosen: Mapping[int, int | None],
-    masks: Bool[Tensor, "variant batch pos"],
-    values: Tensor,
-) -> Hook:
-    n = masks.shape[0]
-    picked = torch.zeros(n, dtype=torch.bool, device=masks.device)
-    picked[list(chosen)] = True
-    where = masks & rearrange(picked, "variant -> variant 1 1")
-    rows = rearrange(where, "variant batch pos -> (variant batch) pos")
-    new = expand_rows(values, n)
-    if kind is SiteKind.PATTERN:
-        rows = rearrange(rows, "row pos -> row 1 pos 1")
-    else:
-        rows = rearrange(rows, f"row pos -> row pos{' 1' * (new.ndim - 2)}")
-    if any(index is not None for index in chosen.values()):
-        size = new.shape[1] if kind is SiteKind.PATTERN else new.shape[2]
-        part = torch.zeros(n, size, dtype=torch.bool, device=masks.device)
-        for variant, index in chosen.items():
-            part[variant, slice(None) if index is None else index] = True
-        shape = {SiteKind.PATTERN: "part 1 1", SiteKind.NEURONS: "1 part"}.get(kind, "1 part 1")
-        rows = rows & repeat(part, f"variant part -> (variant batch) {shape}", batch=len(base))
-    if kind is SiteKind.RESID_MID:
-        # an edit at TransformerLens' resid_mid would miss the skip branch: the change enters with attention's output
-        return (Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + torch.where(rows, new, torch.zeros_like(new)))
-    return (Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))

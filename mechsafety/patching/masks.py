@@ -1,10 +1,11 @@
 """Runs in which chosen nodes take their values from the other prompt of each pair."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -69,6 +70,42 @@ def pair_runs(
     harmful = base_run(model, tokens.harmful, first, keep)
     shared = harmful if first <= tokens.start else None
     return PairRuns(harmful, base_run(model, tokens.harmless, first, keep, shared), first)
+
+
+def pair_batches(
+    model: LensModel, pairs: PromptPairs | PairRuns, max_tokens: int, extra: Sequence[SiteKind] = ()
+) -> list[Callable[[], PairRuns]]:
+    """The runs of a few pairs at a time, each made when it is called, so that many pairs need no more memory than few.
+
+    Stored runs are used as they are if they fit and hold what is asked for; else their prompts are run again.
+
+    Args:
+        model: The model.
+        pairs: Pairs that align, or their stored runs.
+        max_tokens: Pairs x columns (from the first difference on) of a batch.
+        extra: Site kinds to store beside ``z`` and ``mlp_out``.
+
+    Raises:
+        MechsafetyError: A pair does not align.
+    """
+    if isinstance(pairs, PairRuns):
+        base = pairs.harmful
+        if len(base) * base.n_pos <= max_tokens and not set(extra) - set(base.acts):
+            return [partial(_same, pairs)]
+        tokens = TokenPairs.of(pairs.harmful.tokens, pairs.harmless.tokens)
+    else:
+        tokens = model.tokenize_pairs(pairs)
+    size = max(1, max_tokens // (tokens.harmful.ids.shape[1] - tokens.start))
+    firsts = range(0, len(tokens), size)
+    return [partial(_run_rows, model, tokens, slice(first, first + size), extra) for first in firsts]
+
+
+def _same(runs: PairRuns) -> PairRuns:
+    return runs
+
+
+def _run_rows(model: LensModel, tokens: TokenPairs, rows: slice, extra: Sequence[SiteKind]) -> PairRuns:
+    return pair_runs(model, tokens.rows(rows), extra=extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +177,7 @@ def patched_logits(
         max_batch_tokens: Rows x columns of one engine batch.
     """
     size = max_variants(base, max_batch_tokens)
+    columns = torch.ones_like(base.tokens.mask[:, base.start :]) if positions is None else positions
     done = []
     for first in range(0, len(patch), size):
         part = patch.rows(slice(first, first + size))
@@ -147,9 +185,8 @@ def patched_logits(
         start = min(layers, default=model.n_layers)
         with torch.no_grad():
             resid = expand_rows(base.resid[start], len(part))
-            done.append(
-                split_rows(run_from(model, base, start, resid, _hooks(part, layers, source, positions)), len(part))
-            )
+            hooks = _patch_hooks(part, layers, source, columns)
+            done.append(split_rows(run_from(model, base, start, resid, hooks), len(part)))
     return torch.cat(done)
 
 
@@ -178,34 +215,58 @@ def stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
     return source[kind]
 
 
-def _hooks(
-    patch: Patch, layers: Sequence[int], source: Mapping[SiteKind, Tensor], positions: "Tensor | None"
+def replacement(
+    kind: SiteKind,
+    layer: int,
+    values: Tensor,
+    where: Bool[Tensor, "variant batch pos"],
+    parts: Bool[Tensor, "variant part"] | None = None,
+) -> Hook:
+    """The hook that gives a site other values, in the variants, prompts and columns where it is asked to.
+
+    Args:
+        kind: What is replaced. At ``resid_mid`` the values are not put in place but added.
+        layer: Where.
+        values: New activations [batch pos ...], the same for all variants ([batch head pos key] for ``pattern``).
+        where: Columns that are replaced.
+        parts: Heads (key-value heads, neurons) that are replaced in each variant; all by default.
+    """
+    positions, part = _LAYOUT.get(kind, ("pos 1", ""))
+    rows = rearrange(where, f"variant batch pos -> (variant batch) {positions}")
+    if parts is not None:
+        rows = rows & repeat(parts, f"variant part -> (variant batch) {part}", batch=where.shape[1])
+    new = expand_rows(values, len(where))
+    if kind is SiteKind.RESID_MID:
+        # an edit at TransformerLens' resid_mid would miss the skip branch: the change enters with attention's output
+        return (Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + torch.where(rows, new, torch.zeros_like(new)))
+    return (Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))
+
+
+# how columns and parts line up with an activation after its batch axis; others are [pos d_model]
+_PER_HEAD = ("pos 1 1", "1 part 1")
+_LAYOUT = {
+    **dict.fromkeys((SiteKind.Z, SiteKind.Q, SiteKind.K, SiteKind.V), _PER_HEAD),
+    SiteKind.NEURONS: ("pos 1", "1 part"),
+    SiteKind.PATTERN: ("1 pos 1", "part 1 1"),
+}
+
+
+def _patch_hooks(
+    patch: Patch,
+    layers: Sequence[int],
+    source: Mapping[SiteKind, Tensor],
+    columns: Bool[Tensor, "batch pos"],
 ) -> list[Hook]:
     hooks: list[Hook] = []
-
-    def replace(kind: SiteKind, layer: int, mask: Tensor, shape: str) -> None:
-        if not bool(mask.any()):
-            return
-        variants, values = mask.shape[0], stored(source, kind)[layer]
-        where = rearrange(mask, f"{shape} -> {_AXES[shape]}")
-        if positions is not None:
-            where = where & rearrange(positions, f"batch pos -> 1 batch pos{' 1' * (where.ndim - 3)}")
-        rows = rearrange(
-            where.expand(variants, values.shape[0], *where.shape[2:]), "variant batch ... -> (variant batch) ..."
-        )
-        new = expand_rows(values, variants)
-        hooks.append((Site(kind, layer), lambda tensor: torch.where(rows, new, tensor)))
-
+    every = repeat(columns, "batch pos -> variant batch pos", variant=len(patch))
     for layer in layers:
-        replace(SiteKind.Z, layer, patch.heads[:, layer], "variant head")
-        if patch.neurons is not None:
-            replace(SiteKind.NEURONS, layer, patch.neurons[:, layer], "variant neuron")
-        replace(SiteKind.MLP_OUT, layer, patch.mlps[:, layer], "variant")
+        for kind, chosen in ((SiteKind.Z, patch.heads), (SiteKind.NEURONS, patch.neurons)):
+            if chosen is not None and bool(chosen[:, layer].any()):
+                hooks.append(replacement(kind, layer, stored(source, kind)[layer], every, chosen[:, layer]))
+        if bool(patch.mlps[:, layer].any()):
+            where = every & rearrange(patch.mlps[:, layer], "variant -> variant 1 1")
+            hooks.append(replacement(SiteKind.MLP_OUT, layer, stored(source, SiteKind.MLP_OUT)[layer], where))
     return hooks
-
-
-# how a mask over nodes lines up with its activation [variant batch pos ...]
-_AXES = {"variant head": "variant 1 1 head 1", "variant neuron": "variant 1 1 neuron", "variant": "variant 1 1 1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +287,15 @@ def masked_logits(
 ) -> Float[Tensor, "batch d_vocab"]:
     """Next-token logits of ``base`` with every node blended by ``mask``; differentiable in the mask."""
     hooks: list[Hook] = []
-
-    def blend(kind: SiteKind, layer: int, weight: Tensor) -> None:
-        values = stored(source, kind)[layer]
-        hooks.append((Site(kind, layer), lambda tensor: (values + weight * (tensor - values)).to(tensor.dtype)))
-
     for layer in range(model.n_layers):
-        blend(SiteKind.Z, layer, rearrange(mask.heads[layer], "head -> head 1"))
+        weights = {SiteKind.Z: rearrange(mask.heads[layer], "head -> head 1")}
         if mask.neurons is not None:
-            blend(SiteKind.NEURONS, layer, mask.neurons[layer])
-        blend(SiteKind.MLP_OUT, layer, mask.mlps[layer])
+            weights[SiteKind.NEURONS] = mask.neurons[layer]
+        weights[SiteKind.MLP_OUT] = mask.mlps[layer]
+        hooks += [(Site(kind, layer), blend(stored(source, kind)[layer], w)) for kind, w in weights.items()]
     return run_from(model, base, 0, base.resid[0], hooks)
+
+
+def blend(values: Tensor, weight: Tensor | float, own: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The edit that gives ``values + weight (own - values)``; ``own`` is what the run computes, unless it is given."""
+    return lambda tensor: (values + weight * ((tensor if own is None else own) - values)).to(tensor.dtype)

@@ -1,16 +1,24 @@
 """Edge attribution: completeness, agreement with exact paths, memory by batches."""
 
+import gc
+import re
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from reference import hook_count
 
 import mechsafety as ms
 import mechsafety.attribution.edges as module
+import mechsafety.patching.masks as masks
 from mechsafety.attribution import edge_attribution
-from mechsafety.nodes import Node
+from mechsafety.nodes import Edge, Node
 from mechsafety.patching import pair_runs
 from mechsafety.patching.paths import measured_edges
 from mechsafety.sites import Site, SiteKind
+
+LOGITS = Node("logits")
 
 
 def gap(runs, metric):
@@ -62,7 +70,7 @@ def test_number_of_edges(llama, pairs, log_odds):
     assert scores.top(3)[0][1] == pytest.approx(float(scores.scores.abs().max()), abs=0) or scores.top(3)[0][1] < 0
 
 
-@pytest.mark.parametrize("method", ["eap", "eap-ig", "mask-ig"])
+@pytest.mark.parametrize("method", module.METHODS)
 def test_estimates_follow_exact_paths_in_a_mild_model(method, make_hf_model, make_tokenizer, pairs, logit_difference):
     hf = make_hf_model("llama")
     with torch.no_grad():
@@ -81,7 +89,7 @@ def test_estimates_follow_exact_paths_in_a_mild_model(method, make_hf_model, mak
     assert agree > 0.9
 
 
-@pytest.mark.parametrize("method", ["eap", "eap-ig", "mask-ig"])
+@pytest.mark.parametrize("method", module.METHODS)
 def test_batches_of_prompts_change_nothing(method, llama, ragged, log_odds, monkeypatch):
     whole = edge_attribution(llama, ragged, log_odds, method=method, steps=2, progress=False)
     monkeypatch.setattr(module, "BATCH_TOKENS", 1)
@@ -100,6 +108,22 @@ def test_nodes_restrict_and_keep_the_scores(llama, pairs, log_odds):
     assert {edge.sender for edge, _ in few.top()} <= set(chosen)
 
 
+def test_single_neurons_keep_their_scores(llama, pairs, log_odds):
+    chosen = [Node("head", 0, 1), Node("neuron", 1, 30), Node("neuron", 1, 5), Node("neuron", 2, 7), Node("mlp", 2)]
+    few = edge_attribution(llama, pairs, log_odds, nodes=chosen, steps=2, progress=False)
+    full = edge_attribution(llama, pairs, log_odds, neurons=[1, 2], steps=2, progress=False)
+    edges = few.top()
+    assert Edge(Node("neuron", 1, 5), Node("neuron", 2, 7), "mlp") in [edge for edge, _ in edges]
+    for edge, score in edges:
+        if edge.receiver != Node("mlp", 2) and edge.sender != Node("mlp", 2):
+            row, column = full.senders.index(edge.sender), full.receivers.index((edge.receiver, edge.slot))
+            assert score == pytest.approx(float(full.scores[row, column]), abs=1e-5)
+    # neurons of a layer work side by side; a neuron reaches neither its own layer's MLP nor itself
+    assert few.n_edges == 2 * 1 + 3 + 3 + 5
+    assert full.n_edges == (12 + 5) + (12 * 6 + 48 * 10) + (12 * 58 + 48 * 62) + 110
+    assert full.provenance.options["neurons"] == [1, 2]
+
+
 def test_table_plot_and_file(llama, pairs, log_odds, tmp_path):
     scores = edge_attribution(llama, pairs, log_odds, method="eap", progress=False)
     assert list(scores.to_dataframe().columns) == ["sender", "receiver", "slot", "score"]
@@ -107,6 +131,90 @@ def test_table_plot_and_file(llama, pairs, log_odds, tmp_path):
     assert scores.node_scores()[Node("embed")] == pytest.approx(float(scores.scores[0].sum()))
     scores.save(tmp_path / "edges")
     assert torch.equal(ms.EdgeScores.load(tmp_path / "edges").scores, scores.scores)
+
+
+def test_only_the_planted_path_scores(make_model, pairs, logit_difference):
+    """One head of layer 0 and one of layer 1 write; every other edge is dead, and signs are those of exact patching."""
+    model = make_model("llama")  # of its own, as its weights are changed after the load checks, which refuse dead MLPs
+    with torch.no_grad():
+        for name, weight in model.hf_model.named_parameters():
+            if weight.ndim > 1:
+                weight *= 0.4  # far from saturated: a gradient at one end can have the wrong sign where attention is
+            if "down_proj" in name:
+                weight.zero_()
+            elif "o_proj" in name:
+                layer = int(re.search(r"layers\.(\d+)", name)[1])
+                kept = torch.arange(32) // 8 == (layer + 1 if layer < 2 else -1)
+                weight[:, ~kept] = 0
+    runs, first, second = pair_runs(model, pairs), Node("head", 0, 1), Node("head", 1, 2)
+    possible = {Edge(first, second, slot) for slot in "qkv"} | {Edge(n, LOGITS, "resid") for n in (first, second)}
+    for method in module.METHODS:
+        scores = edge_attribution(model, runs, logit_difference, method=method, progress=False)
+        listed = [(edge, score) for edge, score in scores.top() if edge.sender != Node("embed")]
+        assert {edge for edge, _ in listed} == possible, method
+        changes = measured_edges(model, runs, logit_difference, [edge for edge, _ in listed])
+        exact = changes.sum(1) / gap(runs, logit_difference)
+        strong = exact.abs() > 0.1 * exact.abs().max()
+        assert strong.sum() >= 2
+        estimates = torch.tensor([score for _, score in listed])
+        assert bool((estimates.sign() == exact.sign())[strong].all()), method
+
+
+def test_many_prompts_need_the_memory_of_few(llama, pairs, log_odds, monkeypatch):
+    """Runs are let go before the next ones but one are made, also where stored runs of all prompts are given."""
+    alive, counts, make = [], [], masks.pair_runs
+
+    def counted(*args, **options):
+        runs = make(*args, **options)
+        counts.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(runs.harmful.resid))
+        assert len(runs.harmful) == 1
+        return runs
+
+    monkeypatch.setattr(module, "BATCH_TOKENS", 1)
+    whole = make(llama, pairs)
+    for given in (pairs, whole):
+        alive.clear()
+        counts.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "pair_runs", counted)
+            edge_attribution(llama, given, log_odds, method="eap", progress=False)
+        gc.collect()
+        assert len(counts) == len(pairs) and max(counts) <= 1
+
+
+class Stop(ms.RefusalLogOdds):
+    """A metric at which the user presses Ctrl-C, the third time it is asked."""
+
+    asked = 0
+
+    def __call__(self, logits):
+        type(self).asked += 1
+        if type(self).asked == 3:
+            raise KeyboardInterrupt
+        return super().__call__(logits)
+
+
+def test_control_c_leaves_the_model_clean(llama, pairs, log_odds):
+    clean, before = hook_count(llama), llama.logits(pairs.harmful)
+    for analysis in (ms.edge_attribution, ms.node_attribution, ms.activation_patching):
+        Stop.asked = 0
+        with pytest.raises(KeyboardInterrupt):
+            analysis(llama, pairs, Stop(log_odds.refusal_ids, log_odds.refusal_tokens), progress=False)
+        assert hook_count(llama) == clean, analysis
+        assert torch.equal(llama.logits(pairs.harmful), before)
+    inside = [(Site(SiteKind.MLP_OUT, 1), lambda tensor: (_ for _ in ()).throw(KeyboardInterrupt))]
+    with pytest.raises(KeyboardInterrupt), llama.hooks(inside):
+        edge_attribution(llama, pairs, log_odds, progress=False)
+    assert hook_count(llama) == clean and not llama.lock._is_owned()
+
+
+def test_progress_is_shown_when_asked(llama, pairs, log_odds, capsys):
+    for analysis in (ms.edge_attribution, ms.node_attribution, ms.activation_patching):
+        analysis(llama, pairs, log_odds, progress=False)
+        assert capsys.readouterr().err == ""
+        analysis(llama, pairs, log_odds)
+        assert "<" in capsys.readouterr().err, "tqdm's [elapsed<remaining"
 
 
 def test_no_hook_is_left(llama, pairs, log_odds):
@@ -124,5 +232,14 @@ def test_no_hook_is_left(llama, pairs, log_odds):
 def test_errors(llama, make_model, pairs, log_odds):
     with pytest.raises(ms.MechsafetyError, match="method='acdc'; expected one of"):
         edge_attribution(llama, pairs, log_odds, method="acdc")
+    with pytest.raises(ms.MechsafetyError, match="steps=0; expected at least 1"):
+        edge_attribution(llama, pairs, log_odds, steps=0)
+    with pytest.raises(ms.MechsafetyError, match=r"neurons=\[3\]; expected layers 0 to 2, without nodes"):
+        edge_attribution(llama, pairs, log_odds, neurons=[3])
+    with pytest.raises(ms.MechsafetyError, match=r"neurons=\[1\] beside nodes; .* list single neurons as nodes"):
+        edge_attribution(llama, pairs, log_odds, neurons=[1], nodes=[Node("mlp", 0)])
+    for node in (Node("head", 3, 0), Node("neuron", 0, 48), Node("logits"), Node("embed")):
+        with pytest.raises(ms.MechsafetyError, match=f"{node} has no edges in LensModel"):
+            edge_attribution(llama, pairs, log_odds, nodes=[node])
     with pytest.raises(ms.MechsafetyError, match="normalises each block's output"):
         edge_attribution(make_model("gemma2"), pairs, log_odds)

@@ -139,6 +139,17 @@ def test_order_of_nodes_does_not_matter(llama, pairs, log_odds):
     assert backward.nodes == tuple(nodes[::-1])
 
 
+@pytest.mark.parametrize("positions", ["all", "instruction", "suffix"])
+def test_prompts_in_batches_are_prompts_at_once(llama, ragged, log_odds, monkeypatch, positions):
+    nodes = [*head_and_mlp_nodes(3, 4), Node("neuron", 1, 17), Site(SiteKind.PATTERN, 1, 2)]
+    whole = activation_patching(llama, ragged, log_odds, nodes=nodes, positions=positions, progress=False)
+    monkeypatch.setattr("mechsafety.patching.activation.BATCH_TOKENS", 1)
+    single = activation_patching(llama, ragged, log_odds, nodes=nodes, positions=positions, progress=False)
+    torch.testing.assert_close(single.changes, whole.changes, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(single.harmful, whole.harmful, atol=1e-4, rtol=1e-4)
+    assert single.provenance.options == whole.provenance.options and float(whole.changes.abs().max()) > 0.05
+
+
 def test_statistics(llama, pairs, log_odds):
     result = activation_patching(llama, pairs, log_odds, progress=False)
     assert len(result.nodes) == 15 and result.changes.shape == (15, 4)

@@ -1,0 +1,75 @@
+"""Models and prompts that the cases run on."""
+
+import itertools
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mechsafety as ms
+from mechsafety.models import LensModel
+from mechsafety.models.demo import base_folder
+from mechsafety.prompts import PromptPair, PromptPairs
+
+# layers, d_model, heads, key-value heads, d_head, d_mlp, vocabulary: SmolLM2-135M, Llama-3.2-1B and -3B, Llama-3.1-8B
+SHAPES = {
+    "tiny": (2, 64, 4, 2, 16, 96, 49152),
+    "135M": (30, 576, 9, 3, 64, 1536, 49152),
+    "1B": (16, 2048, 32, 8, 64, 8192, 128256),
+    "3B": (28, 3072, 24, 8, 128, 8192, 128256),
+    "8B": (32, 4096, 32, 8, 128, 14336, 128256),
+}
+
+
+def random_llama(shape: str, dtype: str = "float32", device: str = "cpu") -> LensModel:
+    """A Llama of a known shape with random weights, made on the device; the demo's tokenizer, nothing downloaded."""
+    layers, d_model, heads, kv_heads, d_head, d_mlp, vocabulary = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=d_model,
+        intermediate_size=d_mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=d_head,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        hf = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return ms.load_model((hf.eval(), AutoTokenizer.from_pretrained(base_folder())))
+
+
+def load(tiny: bool) -> LensModel:
+    """The demo model, or a random one of two layers to try the code on."""
+    return random_llama("tiny") if tiny else ms.load_model("demo")
+
+
+def metric_of(model: LensModel) -> ms.RefusalLogOdds:
+    return ms.RefusalLogOdds.of(model, ["Sorry"])
+
+
+def equal_length_pairs(model: LensModel, n: int) -> PromptPairs:
+    """Built-in pairs of one token length (TransformerLens' functions take no mask), the commonest."""
+    by_length: dict[int, list[PromptPair]] = {}
+    for pair in PromptPairs.builtin():
+        by_length.setdefault(model.n_tokens(pair.harmful), []).append(pair)
+    longest = max(by_length.values(), key=len)
+    return PromptPairs(tuple(itertools.islice(itertools.cycle(longest), n)), "builtin")
+
+
+def pairs_of_width(model: LensModel, n: int, columns: int) -> PromptPairs:
+    """Pairs with so many columns from their first difference on: built-in ones, with words added at the end."""
+    pairs = []
+    for pair in equal_length_pairs(model, n):
+        tokens = model.tokenize_pairs(PromptPairs((pair,)))
+        missing = columns - (tokens.harmful.ids.shape[1] - tokens.start)
+        if missing < 0:
+            raise ValueError(f"a pair has {-missing} columns too many")
+        filler = " please" * missing
+        pairs.append(PromptPair(pair.harmful + filler, pair.harmless + filler))
+    long = PromptPairs(tuple(pairs), "long")
+    tokens = model.tokenize_pairs(long)
+    if any(span.length - tokens.harmful.spans[0].length for span in tokens.harmful.spans):
+        raise ValueError("the filler is not one token a word")
+    return long

@@ -1,0 +1,128 @@
+"""RESULTS.md from results.json."""
+
+from typing import Any
+
+from gpu import gpu_cases
+from growth import ANALYSES, AT_COLUMNS, AT_PROMPTS, growth_cases
+
+GPU_COLUMNS = {
+    "forward_s": "forward",
+    "heads_s": "64 heads patched",
+    "paths_s": "all heads -> logits",
+    "nodes_s": "node attribution",
+    "edges_s": "edge attribution",
+}
+
+
+def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, str]) -> str:
+    """The whole file.
+
+    Args:
+        results: What results.json holds.
+        docs: What each case with a peer runs.
+        targets: What each of them is to reach.
+    """
+    cases, machine = results["cases"], results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    head = (
+        f"# Benchmarks\n\n{results['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{versions}. Demo model, float32. `make bench`.\n"
+        "Every case runs in a process of its own; peak memory is the process' during our own calls, the loaded model "
+        "(0.5 GiB and the libraries) included.\n"
+    )
+    other = sorted({case["date"] for case in cases.values()} - {results["date"]})
+    if other:
+        head += f"Some cases were measured on {', '.join(other)} (see results.json).\n"
+    parts = [head, _peers(cases, docs, targets), _floor(cases), _growth(cases), _gpu(cases)]
+    return "\n".join(part for part in parts if part)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    return _row(columns) + _row(["---"] * len(columns)) + "".join(map(_row, rows))
+
+
+def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, str]) -> str:
+    rows = []
+    for name, doc in docs.items():
+        if name not in cases:
+            rows.append([doc, *["not run"] * 2, *[""] * 3, targets[name]])
+            continue
+        case = cases[name]
+        peer = f"{case['peer_s']:.1f} s" if "peer_s" in case else case.get("peer", "")
+        gap = case.get("max_difference")
+        rows.append(
+            [
+                doc,
+                f"{case['ours_s']:.2f} s",
+                peer,
+                f"{case['ratio']:.1f}x" if "ratio" in case else "",
+                "" if gap is None else f"{gap:.1e}",
+                f"{case['peak_gib']:.2f} GiB",
+                targets[name],
+            ]
+        )
+    columns = ["case", "ours", "peer", "ratio", "largest difference", "peak memory", "target"]
+    text = "## Against TransformerLens\n\n" + _table(columns, rows)
+    if "neurons" in cases:
+        case = cases["neurons"]
+        text += (
+            f"\nA neuron costs {1000 * case['per_neuron_s']:.0f} ms, a plain forward of the same prompts "
+            f"{1000 * case['plain_forward_s']:.0f} ms.\n"
+        )
+    return text
+
+
+def _floor(cases: dict[str, Any]) -> str:
+    case = cases.get("head_sweep", {})
+    if "operations_over_floor" not in case:
+        return ""
+    return (
+        "## The floor of the head sweep\n\n"
+        "Operations that any exact method must do for a head: its output weights, its layer's MLP, the later blocks at "
+        f"the columns from the first difference on ({case['shared']} of {case['tokens']} tokens are shared), in the "
+        "last block queries and MLP at the last column alone, and that column's logits. One plain forward a head takes "
+        f"{case['floor_ratio']:.1f} times as many. We do {case['operations_over_floor']:.2f} times the floor (all "
+        "matrix products of the call counted, both base runs included) and are "
+        f"{case['ratio']:.1f} times as fast as the peer: {100 * case['ratio'] / case['floor_ratio']:.0f} % of what the "
+        "floor allows.\n"
+    )
+
+
+def _growth(cases: dict[str, Any]) -> str:
+    done = {name: cases[name] for name in growth_cases() if name in cases}
+    if not done:
+        return "## Growth\n\nNot run.\n"
+    rows = [
+        [
+            ANALYSES[case["analysis"]],
+            str(case["prompts"]),
+            str(case["columns"]),
+            f"{case['ours_s']:.1f} s",
+            f"{1000 * case['ours_s'] / (case['prompts'] * case['columns']):.1f} ms",
+            f"{case['before_gib']:.2f} GiB",
+            f"{case['peak_gib']:.2f} GiB",
+        ]
+        for case in done.values()
+    ]
+    columns = ["analysis", "pairs", "columns", "time", "a pair and column", "memory before", "peak memory"]
+    return (
+        f"## Growth\n\nPairs grow at {AT_COLUMNS} columns; columns (tokens from the first difference on) grow at "
+        f"{AT_PROMPTS} pairs. Stored runs, graphs and senders are those of a few prompts at a time.\n\n"
+        "![growth](growth.svg)\n\n" + _table(columns, rows)
+    )
+
+
+def _gpu(cases: dict[str, Any]) -> str:
+    rows = []
+    for name, (shape, dtype) in gpu_cases().items():
+        case = cases.get(name, {"status": "not run"})
+        cells = ["not run"] * (len(GPU_COLUMNS) + 1)
+        if case["status"] == "run":
+            cells = [f"{1000 * case[key]:.0f} ms" for key in GPU_COLUMNS] + [f"{case.get('peak_gib', 0):.1f} GiB"]
+        rows.append([shape, dtype, *cells, case.get("device", "")])
+    columns = ["shape", "dtype", *GPU_COLUMNS.values(), "peak device memory", "device"]
+    return "## GPU\n\nRandom-weight Llamas, 8 pairs; attribution with 1 step.\n\n" + _table(columns, rows)

@@ -1,0 +1,236 @@
+"""Gradients of the metric in what every receiver reads, taken at points between the two runs of each pair.
+
+Everything is read off the model's own graph, so grouped queries, rotary embeddings, query-key norms and parallel blocks
+need no cases of their own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.models.engine import Hook, run_from
+from mechsafety.nodes import Node
+from mechsafety.patching.masks import PairRuns, blend
+from mechsafety.patching.paths import Receiver
+from mechsafety.sites import Site, SiteKind
+
+# bytes of the neurons' derivatives that are held at once
+DERIVATIVE_BYTES = 2**27
+
+# score of every sender [sender batch pos d_model] into some receivers: [sender receiver]
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A state of the model at which gradients are taken: the harmful run with some activations blended.
+
+    Attributes:
+        alpha: Weight of the harmful value; the harmless run's has 1 - alpha.
+        sites: What is blended; nothing at the harmful run itself.
+        live: Blend what the run computes there, as node masks do, instead of the harmful run's stored value.
+        senders: Rows that are scored at this point: (first, one past the last).
+        weight: Share of this point in those rows' average.
+    """
+
+    alpha: float
+    sites: tuple[Site, ...]
+    live: bool
+    senders: tuple[int, int]
+    weight: float
+
+
+def integration_points(model: LensModel, method: str, steps: int, senders: Sequence[Node]) -> list[Point]:
+    """Where each method takes its gradients; integrals are midpoint sums.
+
+    Args:
+        model: The model.
+        method: ``eap``: the harmful run; ``eap-ig``: blends of the embeddings; ``mask-ig``: blends of all nodes;
+            ``ig-activations``: for each sublayer that sends, blends of what it writes and of nothing else.
+        steps: Points of each integral; ``eap`` has one.
+        senders: In the order of computation.
+    """
+    every = (0, len(senders))
+    if method == "eap":
+        return [Point(1.0, (), False, every, 1.0)]
+    alphas, weight = [(step + 0.5) / steps for step in range(steps)], 1.0 / steps
+    if method == "eap-ig":
+        return [Point(alpha, (Site(SiteKind.RESID_PRE, 0),), False, every, weight) for alpha in alphas]
+    if method == "mask-ig":
+        sites = [Site(kind, layer) for layer in range(model.n_layers) for kind in (SiteKind.Z, SiteKind.MLP_OUT)]
+        return [Point(alpha, tuple(sites), True, every, weight) for alpha in alphas]
+    found, first = [], 0
+    for site, group in groupby(senders, written_at):
+        last = first + len(list(group))
+        found += [Point(alpha, (site,), False, (first, last), weight) for alpha in alphas]
+        first = last
+    return found
+
+
+def written_at(node: Node) -> Site:
+    """The activation of a whole sublayer that a sender is a part of."""
+    if node.kind == "embed":
+        return Site(SiteKind.RESID_PRE, 0)
+    return Site(SiteKind.Z if node.kind == "head" else SiteKind.MLP_OUT, node.layer)
+
+
+def receiver_scores(
+    model: LensModel,
+    runs: PairRuns,
+    metric: RefusalLogOdds,
+    receivers: Sequence[Receiver],
+    reached: Sequence[int],
+    point: Point,
+) -> Iterator[tuple[list[int], Score]]:
+    """How to score senders into each receiver at one point, a slot of a layer at a time: (columns, score).
+
+    ``score(change)`` is the first-order change of the summed metric, for each sender's ``change`` [sender batch pos
+    d_model] of what the receivers read.
+
+    Args:
+        model: The model.
+        runs: Stored runs of the pairs.
+        metric: What is differentiated.
+        receivers: (node, slot) pairs, the columns.
+        reached: How many of the first senders write into each receiver's input; receivers that no sender of the point
+            reaches are left out.
+        point: Where the gradient is taken.
+    """
+    groups: dict[tuple[str, int | None, str], list[int]] = {}
+    for column, (node, slot) in enumerate(receivers):
+        if reached[column] > point.senders[0]:
+            groups.setdefault((node.kind, node.layer, slot), []).append(column)
+    graph = _graph(model, runs, metric, groups, point)
+    # in a live blend a receiver's own output is scaled by alpha on its way on, which is no part of the edge's effect
+    scale = 1.0 / point.alpha if point.live else 1.0
+    for (kind, layer, slot), columns in groups.items():
+        indices = [receivers[column][0].index or 0 for column in columns]
+        if layer is None:
+            # only the last position's logits are read
+            final = graph.grads[Site(SiteKind.FINAL_NORM_IN)][:, -1:]
+            yield columns, _product(rearrange(final, "batch pos d -> 1 batch pos d"))
+        elif kind == "head":
+            yield columns, _product(scale * _slot_gradient(graph, layer, slot, indices, model))
+        elif kind == "mlp":
+            mlp, read = Site(SiteKind.MLP_OUT, layer), Site(_middle(model), layer)
+            (gradient,) = torch.autograd.grad(graph.acts[mlp], graph.acts[read], graph.grads[mlp], retain_graph=True)
+            yield columns, _product(scale * rearrange(gradient, "batch pos d -> 1 batch pos d"))
+        else:
+            yield columns, _neuron_score(graph, model, layer, indices, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """Activations of one run, attached to autograd, and the summed metric's gradients in them."""
+
+    acts: Mapping[Site, Tensor]
+    grads: Mapping[Site, Tensor]
+
+
+def _graph(
+    model: LensModel,
+    runs: PairRuns,
+    metric: RefusalLogOdds,
+    groups: Mapping[tuple[str, int | None, str], Sequence[int]],
+    point: Point,
+) -> _Graph:
+    base, source = runs.harmful, runs.harmless
+    first = min((site.layer or 0 for site in point.sites), default=0)
+    acts: dict[Site, Tensor] = {}
+
+    def keep(site: Site) -> Callable[[Tensor], Tensor]:
+        def function(tensor: Tensor) -> Tensor:
+            acts[site] = tensor
+            return tensor  # a hook that returns nothing may have seen a reshaped copy that is off the graph
+
+        return function
+
+    wanted = [Site(SiteKind.FINAL_NORM_IN)]
+    for kind, layer, _ in groups:
+        if layer is not None:
+            wanted += [Site(part, layer) for part in _parts(model, kind)]
+    hooks: list[Hook] = [(site, keep(site)) for site in dict.fromkeys(wanted)]
+    start = base.resid[first]
+    for site in point.sites:
+        if site.kind is SiteKind.RESID_PRE:
+            start = source.resid[first] + point.alpha * (start - source.resid[first])
+        else:
+            own = None if point.live else base.acts[site.kind][site.layer]
+            hooks.append((site, blend(source.acts[site.kind][site.layer], point.alpha, own)))
+    with torch.enable_grad():
+        score = metric(run_from(model, base, first, start.clone().requires_grad_(), hooks)).sum()
+        grads = torch.autograd.grad(score, list(acts.values()), retain_graph=True, allow_unused=True)
+    return _Graph(acts, dict(zip(acts, grads, strict=True)))
+
+
+def _parts(model: LensModel, kind: str) -> tuple[SiteKind, ...]:
+    """What must be seen of a layer for its receivers of one kind."""
+    if kind == "head":
+        return (SiteKind.RESID_PRE, SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.SCORES, SiteKind.Z)
+    return (_middle(model), SiteKind.MLP_OUT if kind == "mlp" else SiteKind.NEURONS)
+
+
+def _middle(model: LensModel) -> SiteKind:
+    """What the MLP reads."""
+    return SiteKind.RESID_PRE if model.parallel else SiteKind.RESID_MID
+
+
+def _product(gradient: Float[Tensor, "receiver batch pos d_model"]) -> Score:
+    # a gradient that stands for the last columns only meets those of the senders
+    return lambda change: einsum(
+        change[:, :, -gradient.shape[2] :],
+        gradient.float(),
+        "sender batch pos d, receiver batch pos d -> sender receiver",
+    )
+
+
+def _slot_gradient(
+    graph: _Graph, layer: int, slot: str, heads: Sequence[int], model: LensModel
+) -> Float[Tensor, "head batch pos d_model"]:
+    """Gradient in the block's input through one slot of each head alone, one backward pass for all heads."""
+    # a key-value head serves several heads: their shares are told apart where each head has its own tensor
+    kind, via = {"q": (SiteKind.Q, None), "k": (SiteKind.K, SiteKind.SCORES), "v": (SiteKind.V, SiteKind.Z)}[slot]
+    resid, target = graph.acts[Site(SiteKind.RESID_PRE, layer)], graph.acts[Site(kind, layer)]
+    source = Site(via or kind, layer)
+    pick = torch.nn.functional.one_hot(torch.tensor(list(heads), device=resid.device), model.n_heads).to(resid.dtype)
+    shape = "variant head -> variant 1 head 1 1" if via is SiteKind.SCORES else "variant head -> variant 1 1 head 1"
+    per_head = rearrange(pick, shape) * graph.grads[source]
+    if via is not None:
+        (per_head,) = torch.autograd.grad(
+            graph.acts[source], target, per_head, retain_graph=True, is_grads_batched=True
+        )
+    (gradient,) = torch.autograd.grad(target, resid, per_head, retain_graph=True, is_grads_batched=True)
+    return gradient
+
+
+def _neuron_score(graph: _Graph, model: LensModel, layer: int, neurons: Sequence[int], scale: float) -> Score:
+    """Score into single neurons: the derivative of every neuron along a sender's change, times the neuron's gradient.
+
+    A gradient in the MLP's input for each neuron alone would be [neuron batch pos d_model]; along a sender it is [batch
+    pos neuron]. The pull-back is linear in what is pulled back, so that its own derivative is the push-forward.
+    """
+    out, read = graph.acts[Site(SiteKind.NEURONS, layer)], graph.acts[Site(_middle(model), layer)]
+    probe = torch.zeros_like(out).requires_grad_()
+    with torch.enable_grad():
+        (pulled,) = torch.autograd.grad(out, read, probe, create_graph=True)
+    chosen = torch.tensor(list(neurons), device=out.device)
+    weight = scale * graph.grads[Site(SiteKind.NEURONS, layer)].float()[..., chosen]
+    size = max(1, DERIVATIVE_BYTES // (4 * out.numel()))
+
+    def score(change: Tensor) -> Tensor:
+        rows = []
+        for part in change.to(pulled.dtype).split(size):
+            (moved,) = torch.autograd.grad(pulled, probe, part, retain_graph=True, is_grads_batched=True)
+            rows.append(
+                einsum(moved[..., chosen].float(), weight, "sender batch pos neuron, batch pos neuron -> sender neuron")
+            )
+        return torch.cat(rows)
+
+    return score

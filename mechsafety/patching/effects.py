@@ -1,0 +1,37 @@
+"""What every exact effect is reported with: share of the gap, interval over prompts, adjusted p."""
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p
+
+
+def mean_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> float:
+    """Mean metric on harmful less on harmless prompts."""
+    return float((harmful - harmless).mean())
+
+
+def effect_intervals(changes: Float[Tensor, "row prompt"], gap: float, seed: int = 0) -> list[tuple[float, float]]:
+    """95 % bootstrap interval over prompts of each row's share of the gap (the gap held fixed)."""
+    return [bootstrap_interval(row / gap, seed) for row in changes.cpu().double().numpy()]
+
+
+def effect_p_values(changes: Float[Tensor, "row prompt"], seed: int = 0) -> list[float]:
+    """Sign-flip permutation p of each row's mean change, Benjamini-Hochberg adjusted over the rows."""
+    return [float(p) for p in adjust_p(sign_flip_p(changes.cpu().double().numpy(), seed))]
+
+
+def effect_table(changes: Float[Tensor, "row prompt"], gap: float, seed: int = 0) -> pd.DataFrame:
+    """``effect``, ``ci_low``, ``ci_high`` and ``p_value`` of each row.
+
+    Example:
+        >>> import torch
+        >>> effect_table(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 2.0)
+           effect  ci_low  ci_high  p_value
+        0     0.5     0.5      0.5      1.0
+        1     0.0     0.0      0.0      1.0
+    """
+    low, high = zip(*effect_intervals(changes, gap, seed), strict=True)
+    effects = (changes.mean(1) / gap).tolist()
+    return pd.DataFrame({"effect": effects, "ci_low": low, "ci_high": high, "p_value": effect_p_values(changes, seed)})
