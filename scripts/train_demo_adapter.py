@@ -4,9 +4,8 @@
 
 One learned scale for each MLP neuron (46,080 numbers), nothing else. Harmful training requests get a short refusal as
 their target; harmless ones (twins, scary-but-harmless, ordinary) get the base model's own greedy reply, so that the
-adapter changes whether the model refuses and as little else as possible; where that reply is itself an apology, they
-get the greedy reply that begins otherwise. Only the `train` split is learned from; the epoch is chosen on the
-`validation` split, whose topics are others. The seed fixes data order and targets. A stopped run
+adapter changes whether the model refuses and as little else as possible. Only the `train` split is learned from; the
+epoch is chosen on the `validation` split, whose topics are others. The seed fixes data order and targets. A stopped run
 goes on from its last checkpoint in --work.
 """
 
@@ -16,7 +15,6 @@ import logging
 import math
 import random
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from peft import IA3Config, get_peft_model, get_peft_model_state_dict, set_peft_
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechsafety.metrics import is_refusal
 from mechsafety.models.demo import base_folder
 from mechsafety.prompts import PromptPairs, builtin_prompts
 
@@ -58,11 +55,8 @@ def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 @torch.no_grad()
-def greedy_replies(
-    model: Any, tokenizer: Any, prompts: list[str], n_tokens: int, batch: int, not_first: Collection[int] = ()
-) -> list[list[int]]:
-    """The model's own greedy first tokens for each prompt; none begins with a token of ``not_first``."""
-    extra = {"begin_suppress_tokens": sorted(not_first)} if not_first else {}
+def greedy_replies(model: Any, tokenizer: Any, prompts: list[str], n_tokens: int, batch: int) -> list[list[int]]:
+    """The model's own greedy first tokens for each prompt."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: list[list[int]] = [[] for _ in prompts]
     for start in tqdm(range(0, len(order), batch), desc="base model's replies"):
@@ -70,37 +64,11 @@ def greedy_replies(
         encoded = tokenizer.pad(
             {"input_ids": [chat_ids(tokenizer, prompts[i]) for i in rows]}, padding_side="left", return_tensors="pt"
         )
-        out = model.generate(**encoded, max_new_tokens=n_tokens, do_sample=False, **extra)
-        out = out[:, encoded.input_ids.shape[1] :]
+        out = model.generate(**encoded, max_new_tokens=n_tokens, do_sample=False)[:, encoded.input_ids.shape[1] :]
         for i, reply in zip(rows, out.tolist(), strict=True):
             end = reply.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in reply else len(reply)
             replies[i] = reply[:end]
     return replies
-
-
-def base_replies(model: Any, tokenizer: Any, prompts: list[str], store: Path, n_tokens: int) -> dict[str, list[int]]:
-    """The base model's greedy reply to each harmless prompt, kept in ``store``.
-
-    The base model answers one harmless prompt in fourteen with an apology ("I'm sorry for any misunderstanding, but
-    ..."). To learn that would be to learn false refusals, so these get its best reply with another first token.
-    """
-
-    def refusals(replies: dict[str, list[int]]) -> list[str]:
-        return [text for text, ids in replies.items() if is_refusal(tokenizer.decode(ids, skip_special_tokens=True))]
-
-    known: dict[str, list[int]] = json.loads(store.read_text()) if store.is_file() else {}
-    missing = [text for text in prompts if text not in known]
-    if missing:
-        new = dict(zip(missing, greedy_replies(model, tokenizer, missing, n_tokens, 32), strict=True))
-        again = refusals(new)
-        openers = {new[text][0] for text in again}
-        if again:
-            second = greedy_replies(model, tokenizer, again, n_tokens, 32, not_first=openers)
-            new |= dict(zip(again, second, strict=True))
-        logger.info("%d of %d base replies were apologies; %d still are", len(again), len(new), len(refusals(new)))
-        known |= new
-        store.write_text(json.dumps(known))
-    return known
 
 
 def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namespace) -> list[list[Example]]:
@@ -108,7 +76,12 @@ def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namesp
     pairs = list(PromptPairs.builtin(split))
     singles = builtin_prompts("borderline", split) + builtin_prompts("plain", split)
     harmless = [pair.harmless for pair in pairs] + [prompt.text for prompt in singles]
-    known = base_replies(model, tokenizer, harmless, args.work / f"base_replies_{split}.json", args.target_tokens)
+    store = args.work / f"base_replies_{split}.json"
+    known = json.loads(store.read_text()) if store.is_file() else {}
+    missing = [text for text in harmless if text not in known]
+    if missing:
+        known |= dict(zip(missing, greedy_replies(model, tokenizer, missing, args.target_tokens, 32), strict=True))
+        store.write_text(json.dumps(known))
     rng = random.Random(args.seed)
     refusals = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in REFUSALS]
     groups = []
