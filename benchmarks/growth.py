@@ -61,16 +61,23 @@ def plot(cases: dict[str, Any], path: Path) -> None:
             for kind, style in zip(ANALYSES, ("o-", "s--"), strict=True):
                 names = [name for name in growth_cases() if name.startswith(f"{kind}_{size}_") and name in cases]
                 points = [cases[name] for name in names]
+                if not points:
+                    continue
                 for row, key in enumerate(("ours_s", "peak_gib")):
                     axes[row, column].plot([p[size] for p in points], [p[key] for p in points], style, label=kind)
-            axes[0, column].set(xscale="log", yscale="log", title=f"{fixed}: {at}")
-            axes[1, column].set(xscale="log", xlabel=label, ylim=(0, None))
+            axes[0, column].set_title(f"{fixed}: {at}")
+            axes[1, column].set_xlabel(label)
+            if not axes[0, column].lines:  # nothing measured: a log axis would fail
+                continue
+            axes[0, column].set(xscale="log", yscale="log")
+            axes[1, column].set(xscale="log", ylim=(0, None))
             ticks = PROMPTS if size == "prompts" else COLUMNS
             axes[1, column].set_xticks(ticks, [str(n) for n in ticks])
             axes[1, column].minorticks_off()
         axes[0, 0].set_ylabel("seconds")
         axes[1, 0].set_ylabel("peak memory (GiB)")
-        axes[0, 0].legend(frameon=False)
+        drawn = next(panel for panel in axes[0] if panel.lines)
+        drawn.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)

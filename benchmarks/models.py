@@ -59,17 +59,15 @@ def equal_length_pairs(model: LensModel, n: int) -> PromptPairs:
 
 
 def pairs_of_width(model: LensModel, n: int, columns: int) -> PromptPairs:
-    """Pairs with so many columns from their first difference on: built-in ones, with words added at the end."""
-    pairs = []
-    for pair in equal_length_pairs(model, n):
-        tokens = model.tokenize_pairs(PromptPairs((pair,)))
-        missing = columns - (tokens.harmful.ids.shape[1] - tokens.start)
-        if missing < 0:
-            raise ValueError(f"a pair has {-missing} columns too many")
-        filler = " please" * missing
-        pairs.append(PromptPair(pair.harmful + filler, pair.harmless + filler))
-    long = PromptPairs(tuple(pairs), "long")
-    tokens = model.tokenize_pairs(long)
-    if any(span.length - tokens.harmful.spans[0].length for span in tokens.harmful.spans):
-        raise ValueError("the filler is not one token a word")
+    """Pairs of one length with so many columns from their first difference on: built-in ones with words added."""
+
+    def run_columns(pairs: PromptPairs) -> int:
+        tokens = model.tokenize_pairs(pairs)
+        return tokens.harmful.ids.shape[1] - tokens.start
+
+    short = equal_length_pairs(model, n)
+    filler = " please" * (columns - run_columns(short))
+    long = PromptPairs(tuple(PromptPair(p.harmful + filler, p.harmless + filler) for p in short), "long")
+    if run_columns(long) != columns:
+        raise ValueError(f"{run_columns(long)} columns instead of {columns}: a word of filler is not one token")
     return long

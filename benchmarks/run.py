@@ -101,12 +101,18 @@ def main() -> None:
     results: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {"cases": {}}
     results["cases"] = {name: case for name, case in results["cases"].items() if "date" in case}
     names = [n for n in args.only if not (args.resume and same_place(results["cases"].get(n, {})))]
-    bar = tqdm(names)
+    bar, failed = tqdm(names), []
     for name in bar:
         bar.set_description(name)
-        results["cases"][name] = measure_apart(name, args.tiny) | here()
+        try:
+            results["cases"][name] = measure_apart(name, args.tiny) | here()
+        except RuntimeError as error:
+            failed.append(name)
+            tqdm.write(str(error))
         write(results | here(), args.out)
     write(results | here(), args.out)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
