@@ -1,43 +1,53 @@
-"""The circuit as SVG."""
+"""A layout as SVG."""
 
 from xml.sax.saxutils import escape, quoteattr
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
-from mechsafety.viz.words import caption, edge_title, node_title, plain
+from mechsafety.viz.style import Style
+from mechsafety.viz.tikz import tex
 
 FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
-def circuit_svg(circuit: RefusalCircuit) -> str:
+def circuit_svg(circuit: RefusalCircuit, style: Style | None = None) -> str:
     """A stand-alone SVG document: no script, no outside font or file; the same circuit gives the same text.
 
     Raises:
-        MechsafetyError: The circuit lists a node twice.
+        MechsafetyError: As `layout_circuit`.
     """
-    return layout_svg(circuit, layout_circuit(circuit))
+    style = style or Style()
+    return layout_svg(layout_circuit(circuit, style), width_mm=style.width_mm)
 
 
-def layout_svg(circuit: RefusalCircuit, layout: Layout) -> str:
-    """The SVG of a layout; nodes and edges carry ``data-*`` attributes and tooltips."""
-    title = escape(f"Refusal circuit of {plain(circuit.provenance.model)}")
-    words = escape(" ".join(caption(circuit, len(layout.edges))))
-    size = f'width="{layout.width:g}" height="{layout.height:g}" viewBox="0 0 {layout.width:g} {layout.height:g}"'
+def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bool = False) -> str:
+    """The SVG of a layout; nodes and edges carry tooltips.
+
+    Args:
+        layout: What to draw.
+        width_mm: Its width on paper; None takes pixels.
+        interactive: Whether to add the ``data-*`` attributes and the hidden supernodes that a page's script reads.
+    """
+    width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
+    if width_mm is not None:
+        width, height = f'"{width_mm:g}mm"', f'"{width_mm * layout.height / layout.width:.5g}mm"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="{FONTS}">',
-        f"<title>{title}</title>",
-        f"<desc>{words}</desc>",
-        f'<rect class="paper" width="{layout.width:g}" height="{layout.height:g}" fill="{PAPER}"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
+        f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
+        f"<title>{escape(layout.title)}</title>",
+        f"<desc>{escape(layout.description)}</desc>",
+        f'<rect class="paper" width="{layout.width:.5g}" height="{layout.height:.5g}" fill="{PAPER}"/>',
         '<g class="backdrop">',
         *(_path(shape) for shape in layout.backdrop),
-        *(_text(label) for label in layout.labels),
+        *(_text(label, interactive) for label in layout.labels),
         "</g>",
         '<g class="edges">',
-        *(_edge(mark) for mark in layout.edges),
+        *(_edge(mark, interactive) for mark in layout.edges),
         "</g>",
         '<g class="nodes">',
-        *(_node(mark) for mark in layout.nodes),
+        *(_node(mark, interactive) for mark in layout.nodes),
+        *(_node(mark, interactive) for mark in layout.folded if interactive),
         "</g>",
         "</svg>",
     ]
@@ -46,46 +56,51 @@ def layout_svg(circuit: RefusalCircuit, layout: Layout) -> str:
 
 def path_data(commands: tuple[Command, ...]) -> str:
     """The ``d`` attribute of a path."""
-    return " ".join(letter + " ".join(f"{round(value, 2):g}" for value in values) for letter, values in commands)
+    return "".join(letter + " ".join(f"{round(value, 1):g}" for value in values) for letter, values in commands)
 
 
 def _path(shape: Shape) -> str:
     style = f'fill="{shape.fill or "none"}"'
     if shape.stroke:
-        style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.4g}"'
-    if shape.dashed:
-        style += ' stroke-dasharray="5 3"'
+        style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.3g}"'
+    if shape.dashes:
+        style += f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dashes)}"'
     if shape.opacity < 1:
         style += f' opacity="{shape.opacity:.3g}"'
     return f'<path d="{path_data(shape.commands)}" {style}/>'
 
 
-def _text(label: Label) -> str:
+def _text(label: Label, interactive: bool) -> str:
     weight = ' font-weight="600"' if label.bold else ""
-    place = f'x="{label.x:.4g}" y="{round(label.y, 2):g}" font-size="{round(label.size, 2):g}"'
-    return f'<text {place} text-anchor="{label.anchor}" fill="{label.colour}"{weight}>{escape(label.text)}</text>'
+    place = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}" font-size="{round(label.size, 1):g}"'
+    anchor = "" if label.anchor == "start" else f' text-anchor="{label.anchor}"'
+    # the page copies TikZ from the picture; what LaTeX needs written otherwise comes with it
+    latex = tex(label.text)
+    data = f" data-tex={quoteattr(latex)}" if interactive and latex != label.text else ""
+    return f'<text {place}{anchor} fill="{label.colour}"{weight}{data}>{escape(label.text)}</text>'
 
 
-def _edge(mark: EdgeMark) -> str:
-    member, edge = mark.member, mark.member.edge
-    data = (
-        f"data-from={quoteattr(str(edge.sender))} data-to={quoteattr(str(edge.receiver))} "
-        f'data-slot={quoteattr(edge.slot)} data-effect="{_raw(member.effect)}" data-status={quoteattr(member.status)}'
-    )
-    return f'<g class="edge" {data}><title>{escape(edge_title(member))}</title>{_path(mark.shape)}</g>'
+def _edge(mark: EdgeMark, interactive: bool) -> str:
+    data = ""
+    if interactive:
+        data = (
+            f" data-from={quoteattr(mark.sender)} data-to={quoteattr(mark.receiver)} data-slot={quoteattr(mark.slot)}"
+            f' data-effect="{_raw(mark.effect)}" data-status={quoteattr(mark.status)}'
+        )
+    body = "".join(_path(shape) for shape in mark.shapes) + "".join(_text(label, interactive) for label in mark.labels)
+    return f'<g class="edge"{data}><title>{escape(mark.title)}</title>{body}</g>'
 
 
-def _node(mark: NodeMark) -> str:
-    member = mark.member
-    data = f'data-node={quoteattr(str(mark.node))} data-kind="{mark.node.kind}"'
-    if member is None:
-        data += ' data-implied="true"'
-        title = f"{mark.node}: drawn for orientation, not a node of the circuit"
-    else:
-        data += f' data-role="{member.role}" data-status="{member.status}" data-effect="{_raw(member.effect)}"'
-        title = node_title(member)
-    body = _path(mark.shape) + (_text(mark.label) if mark.label else "")
-    return f'<g class="node" {data}><title>{escape(title)}</title>{body}</g>'
+def _node(mark: NodeMark, interactive: bool) -> str:
+    data = f" data-node={quoteattr(mark.key)}"
+    if interactive:
+        data += f' data-kind="{mark.kind}" data-box="{mark.x:.5g} {mark.y:.5g} {mark.width:.4g} {mark.height:.4g}"'
+        data += f" data-group={quoteattr(mark.group)}" if mark.group else ""
+        if mark.member is not None:
+            member = mark.member
+            data += f' data-role="{member.role}" data-status="{member.status}" data-effect="{_raw(member.effect)}"'
+    body = "".join(_path(shape) for shape in mark.shapes) + "".join(_text(label, interactive) for label in mark.labels)
+    return f'<g class="node"{data}><title>{escape(mark.title)}</title>{body}</g>'
 
 
 def _raw(effect: float | None) -> str:
