@@ -10,9 +10,24 @@ import numpy as np
 from mechsafety.circuits.circuit import AttentionExample, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.words import STATUS_WORDS, evidence, interval, number, p_value, percent, visible
+from mechsafety.viz.words import (
+    EVIDENCE_WORDS,
+    STATUS_WORDS,
+    evidence_values,
+    interval,
+    number,
+    p_value,
+    percent,
+    visible,
+)
 
 TOKENS_SHOWN = 12
+ROWS = ("effect", "95 % interval", "p, adjusted", "role", "status")
+
+
+def card_words() -> dict[str, list[str]]:
+    """The words that all cards share, so that a page holds them once."""
+    return {"rows": list(ROWS), "status": list(STATUS_WORDS.values()), "evidence": list(EVIDENCE_WORDS.values())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +135,13 @@ def check_pattern(example: AttentionExample) -> np.ndarray:
 def _card(member: CircuitNode, notes: Notes) -> dict[str, Any]:
     card: dict[str, Any] = {
         "rows": [
-            ["effect", f"{number(member.effect)} ({percent(member.effect)} of the gap)"],
-            ["95 % interval", interval(member.ci) if member.ci else "not measured"],
-            ["p, adjusted", p_value(member.p_value).removeprefix("p ")],
-            ["role", "none assigned" if member.role == "none" else member.role],
-            ["status", STATUS_WORDS[member.status]],
+            f"{number(member.effect)} ({percent(member.effect)} of the gap)",
+            interval(member.ci) if member.ci else "not measured",
+            p_value(member.p_value).removeprefix("p "),
+            "none assigned" if member.role == "none" else member.role,
+            list(STATUS_WORDS).index(member.status),
         ],
-        "evidence": list(evidence(member)),
+        "evidence": evidence_values(member),
     }
     for name in ("promotes", "suppresses"):
         tokens = getattr(notes, name)[:TOKENS_SHOWN]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import ROLES, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.cards import Ablation, Notes, ablation_data, attention_data, node_cards
+from mechsafety.viz.cards import Ablation, Notes, ablation_data, attention_data, card_words, node_cards
 from mechsafety.viz.compare import Comparison, compare_layouts
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend, magnitude
@@ -80,15 +80,10 @@ def compare_html(
         (comparison.names[0], comparison.first),
         (comparison.names[1], comparison.second),
     ]
-    cards: dict[str, dict[str, Any]] = {}
-    for name, circuit in zip(comparison.names, (first, second), strict=True):
-        for key, card in node_cards(circuit, {}).items():
-            rows = cards.setdefault(key, {"rows": [], "evidence": []})["rows"]
-            rows += [
-                [f"{name}: {title}", text] for title, text in card["rows"] if title in ("effect", "role", "status")
-            ]
+    cards = [node_cards(circuit, {}) for circuit in (first, second)]
+    both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
     data = _data([layout for _, layout in panes], style)
-    data |= {"nodes": cards, "attention": [], "ablations": [], "ablate": False}
+    data |= {"nodes": both, "names": comparison.names, "attention": [], "ablations": [], "ablate": False}
     return _page(comparison.difference.title, panes, data, theme, second)
 
 
@@ -178,6 +173,7 @@ def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "fold": list(style.fold),
         "colours": ROLE_COLOURS,
+        "words": card_words(),
     }
 
 

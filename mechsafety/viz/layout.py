@@ -241,7 +241,9 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     )
     bars = [_bar(frame, style, kind, members.get(Node(kind))) for kind in ("embed", "logits")]
     places = {mark.key: mark for mark in [*bars, *nodes]}
-    drawn = [member for member in edges if member.edge in routes.bundle][: style.max_edges]
+    # an edge of one circuit may end at a node that only another has
+    known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
+    drawn = [member for member in known if member.edge in routes.bundle][: style.max_edges]
     largest = max((magnitude(member.effect) for member in edges), default=0.0) or 1.0
     curves = tuple(
         _edge(frame, places, member, routes.bundle[member.edge], largest, placement) for member in reversed(drawn)

@@ -7,6 +7,7 @@ from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
 from mechsafety.viz.style import Style
 from mechsafety.viz.tikz import tex
+from mechsafety.viz.words import edge_title, node_title
 
 FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
@@ -87,8 +88,12 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
             f" data-from={quoteattr(mark.sender)} data-to={quoteattr(mark.receiver)} data-slot={quoteattr(mark.slot)}"
             f' data-effect="{_raw(mark.effect)}" data-status={quoteattr(mark.status)}'
         )
+        if mark.member is not None and mark.member.estimate is not None:
+            data += f' data-estimate="{_raw(mark.member.estimate)}"'
     body = "".join(_path(shape) for shape in mark.shapes) + "".join(_text(label, interactive) for label in mark.labels)
-    return f'<g class="edge"{data}><title>{escape(mark.title)}</title>{body}</g>'
+    # a page's script writes the usual tooltips itself
+    usual = interactive and mark.member is not None and mark.title == edge_title(mark.member)
+    return f'<g class="edge"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
 def _node(mark: NodeMark, interactive: bool) -> str:
@@ -100,7 +105,12 @@ def _node(mark: NodeMark, interactive: bool) -> str:
             member = mark.member
             data += f' data-role="{member.role}" data-status="{member.status}" data-effect="{_raw(member.effect)}"'
     body = "".join(_path(shape) for shape in mark.shapes) + "".join(_text(label, interactive) for label in mark.labels)
-    return f'<g class="node"{data}><title>{escape(mark.title)}</title>{body}</g>'
+    usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
+    return f'<g class="node"{data}>{_title(mark.title, usual)}{body}</g>'
+
+
+def _title(text: str, usual: bool) -> str:
+    return "" if usual else f"<title>{escape(text)}</title>"
 
 
 def _raw(effect: float | None) -> str:

@@ -9,6 +9,7 @@ NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
 VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 EVIDENCE_WORDS = {
+    "backup_of": "stands in for",
     "direct": "direct effect through the logits",
     "at_instruction": "patched at instruction positions only",
     "at_suffix": "patched at suffix positions only",
@@ -142,10 +143,18 @@ def edge_title(member: CircuitEdge) -> str:
 
 def evidence(member: CircuitNode) -> tuple[str, ...]:
     """What a node's role rests on, a phrase a measurement."""
-    values = ((words, getattr(member.evidence, name, None)) for name, words in EVIDENCE_WORDS.items())
-    backup = getattr(member.evidence, "backup_of", None)
-    stands_in = (f"stands in for {backup}",) if backup else ()
-    return (*stands_in, *(f"{words}: {percent(value)}" for words, value in values if value is not None))
+    words = list(EVIDENCE_WORDS.values())
+    return tuple(f"{words[place]}: {value}" for place, value in evidence_values(member))
+
+
+def evidence_values(member: CircuitNode) -> list[tuple[int, str]]:
+    """The same as places among `EVIDENCE_WORDS` and values; measurements that were not made are left out."""
+    values = [getattr(member.evidence, name, None) for name in EVIDENCE_WORDS]
+    return [
+        (place, value if isinstance(value, str) else percent(value))
+        for place, value in enumerate(values)
+        if value is not None
+    ]
 
 
 def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:

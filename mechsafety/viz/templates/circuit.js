@@ -8,6 +8,19 @@
   }));
   const NS = "http://www.w3.org/2000/svg";
   const size = (text) => Math.abs(Number(text || 0));
+  // what the cards and tooltips say; words that all share come once
+  const numbers = (value) => Number(value).toFixed(3).replace("-", "\u2212");
+  const status = (card) => data.words.status[card.rows[4]];
+  function rowsOf(info) {
+    if (!info.pair) return info.rows.map((text, i) => [data.words.rows[i], i === 4 ? status(info) : text]);
+    return info.pair.flatMap((card, i) => (card ? [[`in ${data.names[i]}`, `${card.rows[0]}; ${card.rows[3]}; ${status(card)}`]]
+      : [[`in ${data.names[i]}`, "not in it"]]));
+  }
+  function titled(el, text) {
+    let title = el.querySelector("title");
+    if (!title) { title = make("title", {}, text()); el.prepend(title); }
+    return title.textContent;
+  }
 
   // ---- model: one object a node and edge, with its element in each pane ----
   const nodes = new Map();
@@ -24,6 +37,7 @@
         });
       }
       kind.get(set.node).els.push({ el, place });
+      titled(el, () => `${set.node}: ${rowsOf(data.nodes[set.node]).map((row) => row.join(" ")).join("; ")}`);
     }
     const known = new Map(edges.map((edge) => [edge.id, edge]));
     for (const el of pane.svg.querySelectorAll(".edge")) {
@@ -31,7 +45,9 @@
       if (!known.has(id)) {
         const edge = {
           id, from: set.from, to: set.to, slot: set.slot, effect: Number(set.effect || 0), size: size(set.effect),
-          status: set.status, text: el.querySelector("title").textContent, els: [], shown: true,
+          status: set.status, els: [], shown: true,
+          text: titled(el, () => `${set.from} \u2192 ${set.to}, slot ${set.slot}: effect ${numbers(set.effect)}, ${set.status}`
+            + (set.estimate && set.status !== "estimated" ? ` (gradient estimate ${numbers(set.estimate)})` : "")),
         };
         known.set(id, edge);
         edges.push(edge);
@@ -123,7 +139,7 @@
         d: `M${x} ${y}L${x + tip} ${y + 1.7 * tip}L${x - tip} ${y + 1.7 * tip}Z`, fill: colour, stroke: colour, "stroke-width": 1,
       }));
       group.addEventListener("pointerenter", () => showText(`${sum.from.key} → ${sum.to.key}`, words));
-      group.addEventListener("pointerleave", rest);
+      group.addEventListener("pointerleave", leave);
       panes[0].svg.querySelector(".edges").append(group);
     }
   }
@@ -179,6 +195,9 @@
     return el;
   }
 
+  let current = null;
+  // leaving a part brings back the card of what was clicked, and leaves it alone where it is still there
+  const leave = () => { if (!picked || current !== picked) rest(); };
   function rest() {
     if (picked) {
       const up = reach(picked.key, "to", "from").seen.size - 1, down = reach(picked.key, "from", "to").seen.size - 1;
@@ -187,6 +206,7 @@
   }
 
   function showText(title, text) {
+    current = null;
     const panel = find("card");
     panel.replaceChildren();
     panel.className = "card";
@@ -195,6 +215,8 @@
   }
 
   function showNode(node, note) {
+    if (node === picked && !note) { leave(); return; }
+    current = node;
     const panel = find("card");
     panel.replaceChildren();
     panel.className = "card";
@@ -229,7 +251,7 @@
       label.prepend(box);
     }
     const list = add(panel, "dl");
-    for (const [name, text] of info.rows) { add(list, "dt", name); add(list, "dd", text); }
+    for (const [name, text] of rowsOf(info)) { add(list, "dt", name); add(list, "dd", text); }
     if (ablation) {
       add(list, "dt", "after ablation");
       const after = ablation.effects[node.key];
@@ -238,7 +260,7 @@
     if (info.evidence.length) {
       add(panel, "h3", "what the role rests on");
       const facts = add(panel, "ul");
-      for (const text of info.evidence) add(facts, "li", text);
+      for (const [place, text] of info.evidence) add(facts, "li", `${data.words.evidence[place]}: ${text}`);
     }
     for (const [name, words] of [["promotes", "raises these tokens"], ["suppresses", "lowers these tokens"]]) {
       if (!info[name]) continue;
@@ -338,7 +360,10 @@
   // ---- search ----
   function search(text) {
     query = text.trim().toLowerCase();
-    const words = (node) => [node.key, node.role, node.els[0].el.textContent, JSON.stringify(data.nodes[node.key] || "")].join(" ").toLowerCase();
+    const words = (node) => {
+      const { promotes = [], suppresses = [], texts = [] } = data.nodes[node.key];
+      return [node.key, node.role, node.els[0].el.textContent, ...promotes, ...suppresses, ...texts.flat(2)].join(" ").toLowerCase();
+    };
     const hits = query ? drawn.filter((node) => words(node).includes(query)) : [];
     for (const node of all) toggle(node, "hit", hits.includes(node));
     for (const pane of panes) pane.svg.classList.toggle("searching", Boolean(query));
@@ -348,11 +373,11 @@
 
   // ---- ablations ----
   data.ablations.forEach((one, i) => { add(find("ablationSelect"), "option", one.name).value = i; });
-  find("ablation").hidden = !data.ablations.length;
   find("ablationSelect").addEventListener("change", (event) => setAblation(data.ablations[event.target.value] || null));
   function setAblation(one) {
     ablation = one;
     find("ablationText").textContent = one ? one.text : "";
+    find("ablation").hidden = !one && !data.ablations.length;
     for (const node of drawn) {
       const after = one && one.effects[node.key], gone = Boolean(one) && one.nodes.includes(node.key);
       toggle(node, "ablated", gone);
@@ -374,7 +399,7 @@
       el.setAttribute("role", "button");
       el.setAttribute("aria-label", el.querySelector("title").textContent);
       el.addEventListener("pointerenter", () => showNode(node));
-      el.addEventListener("pointerleave", rest);
+      el.addEventListener("pointerleave", leave);
       el.addEventListener("focus", () => { if (el.matches(":focus-visible")) showNode(node); });
       el.addEventListener("dblclick", () => { if (node.kind === "group") fold(node.group, false); });
       el.addEventListener("keydown", (event) => nodeKey(event, node));
@@ -383,7 +408,7 @@
   for (const edge of edges) {
     for (const { el } of edge.els) {
       el.addEventListener("pointerenter", () => showText(`${edge.from} → ${edge.to}`, edge.text));
-      el.addEventListener("pointerleave", rest);
+      el.addEventListener("pointerleave", leave);
     }
   }
 
