@@ -96,7 +96,8 @@
     const count = (list) => list.filter((item) => item.kept).length;
     find("nodeCount").textContent = `${count(drawn)} of ${drawn.length} nodes shown`;
     find("edgeCount").textContent = `${count(edges)} of ${edges.length} edges shown`;
-    for (const pane of panes) {
+    // in a comparison the captions speak of each circuit alone
+    for (const pane of panes.length === 1 ? panes : []) {
       const text = [...pane.svg.querySelectorAll("text")].find((el) => /edges\sdrawn/.test(el.textContent));
       if (text) {
         const counts = `${count(edges)} of ${edges.length} edges drawn`;
@@ -453,11 +454,14 @@
     const place = new DOMPoint(event.clientX, event.clientY).matrixTransform(paneOf(event).svg.getScreenCTM().inverse());
     return [place.x, place.y];
   }
-  // a tall picture begins at a width that can be read, at its top
+  // the whole map, at the top; a tall one begins larger, with labels of at least nine pixels
   function first() {
-    view = [...home];
     const box = panes.find((pane) => !pane.el.hidden).el.getBoundingClientRect();
-    if (box.width && home[3] * (box.width / home[2]) > 2.2 * box.height) view[3] = 2.2 * box.height * (home[2] / box.width);
+    view = [...home];
+    if (box.width && box.height) {
+      const wide = home[2] / box.width, scale = Math.max(wide, Math.min(home[3] / box.height, 4 / 3));
+      view = [(home[2] - box.width * scale) / 2, 0, box.width * scale, box.height * scale];
+    }
     apply();
   }
 
