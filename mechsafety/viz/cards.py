@@ -22,7 +22,7 @@ from mechsafety.viz.words import (
 )
 
 TOKENS_SHOWN = 12
-ROWS = ("effect", "95 % interval", "p, adjusted", "role", "status")
+ROWS = ("effect, of the gap", "95 % interval", "p, adjusted", "role", "status")
 
 
 def card_words() -> dict[str, list[str]]:
@@ -135,7 +135,7 @@ def check_pattern(example: AttentionExample) -> np.ndarray:
 def _card(member: CircuitNode, notes: Notes) -> dict[str, Any]:
     card: dict[str, Any] = {
         "rows": [
-            f"{number(member.effect)} ({percent(member.effect)} of the gap)",
+            f"{number(member.effect)} ({percent(member.effect)})",
             interval(member.ci) if member.ci else "not measured",
             p_value(member.p_value).removeprefix("p "),
             "none assigned" if member.role == "none" else member.role,

@@ -169,7 +169,7 @@ def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
     limit = style.max_edges
     return {
         # as rounded as in the SVG, so that the last of the strongest edges is not lost
-        "edgeThreshold": float(f"{sizes[limit - 1]:.6g}") if limit and len(sizes) > limit else 0,
+        "edgeThreshold": float(f"{sizes[limit - 1]:.5g}") if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "fold": list(style.fold),
         "colours": ROLE_COLOURS,

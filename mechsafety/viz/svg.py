@@ -33,6 +33,8 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
     width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
     if width_mm is not None:
         width, height = f'"{width_mm:g}mm"', f'"{width_mm * layout.height / layout.width:.5g}mm"'
+    sizes = [round(label.size, 1) for mark in layout.nodes for label in mark.labels]
+    usual = max(sorted(set(sizes)), key=sizes.count, default=12.0)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
         f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
@@ -43,12 +45,13 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         *(_path(shape) for shape in layout.backdrop),
         *(_text(label, interactive) for label in layout.labels),
         "</g>",
-        '<g class="edges">',
+        '<g class="edges" fill="none">',
         *(_edge(mark, interactive) for mark in layout.edges),
         "</g>",
-        '<g class="nodes">',
-        *(_node(mark, interactive) for mark in layout.nodes),
-        *(_node(mark, interactive) for mark in layout.folded if interactive),
+        # what all nodes' texts share stands on their group
+        f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual:g}">',
+        *(_node(mark, interactive, usual) for mark in layout.nodes),
+        *(_node(mark, interactive, usual) for mark in layout.folded if interactive),
         "</g>",
         "</svg>",
     ]
@@ -56,29 +59,50 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
 
 
 def path_data(commands: tuple[Command, ...]) -> str:
-    """The ``d`` attribute of a path."""
-    return "".join(letter + " ".join(f"{round(value, 1):g}" for value in values) for letter, values in commands)
+    """The ``d`` attribute of a path, to a tenth of a pixel; steps are relative, which is half as long."""
+    parts, x, y = [], 0, 0
+    for letter, values in commands:
+        points = [(round(10 * values[i]), round(10 * values[i + 1])) for i in range(0, len(values), 2)]
+        if letter == "M":
+            parts.append("M" + _numbers(*points[0]))
+        elif letter == "L" and points[0][0] == x:
+            parts.append("v" + _numbers(points[0][1] - y))
+        elif letter == "L" and points[0][1] == y:
+            parts.append("h" + _numbers(points[0][0] - x))
+        elif letter == "Z":
+            parts.append("z")
+        else:
+            parts.append(letter.lower() + _numbers(*(part for a, b in points for part in (a - x, b - y))))
+        x, y = points[-1] if points else (x, y)
+    return "".join(parts)
 
 
-def _path(shape: Shape) -> str:
-    style = f'fill="{shape.fill or "none"}"'
+def _numbers(*tenths: int) -> str:
+    words = [f"{tenth / 10:g}" for tenth in tenths]
+    return words[0] + "".join(word if word.startswith("-") else " " + word for word in words[1:])
+
+
+def _path(shape: Shape, unfilled: bool = True) -> str:
+    style = f' fill="{shape.fill or "none"}"' if shape.fill or unfilled else ""
     if shape.stroke:
         style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.3g}"'
     if shape.dashes:
         style += f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dashes)}"'
     if shape.opacity < 1:
         style += f' opacity="{shape.opacity:.3g}"'
-    return f'<path d="{path_data(shape.commands)}" {style}/>'
+    return f'<path d="{path_data(shape.commands)}"{style}/>'
 
 
-def _text(label: Label, interactive: bool) -> str:
-    weight = ' font-weight="600"' if label.bold else ""
-    place = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}" font-size="{round(label.size, 1):g}"'
-    anchor = "" if label.anchor == "start" else f' text-anchor="{label.anchor}"'
+def _text(label: Label, interactive: bool, usual: tuple[str, bool, float] = ("start", False, 0.0)) -> str:
+    """A text; ``usual`` is the anchor, weight and size that it would have without saying so."""
+    style = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}"'
+    style += "" if round(label.size, 1) == usual[2] else f' font-size="{round(label.size, 1):g}"'
+    style += "" if label.anchor == usual[0] else f' text-anchor="{label.anchor}"'
+    style += "" if label.bold == usual[1] else f' font-weight="{600 if label.bold else 400}"'
     # the page copies TikZ from the picture; what LaTeX needs written otherwise comes with it
     latex = tex(label.text)
     data = f" data-tex={quoteattr(latex)}" if interactive and latex != label.text else ""
-    return f'<text {place}{anchor} fill="{label.colour}"{weight}{data}>{escape(label.text)}</text>'
+    return f'<text {style} fill="{label.colour}"{data}>{escape(label.text)}</text>'
 
 
 def _edge(mark: EdgeMark, interactive: bool) -> str:
@@ -88,23 +112,27 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
             f" data-from={quoteattr(mark.sender)} data-to={quoteattr(mark.receiver)} data-slot={quoteattr(mark.slot)}"
             f' data-effect="{_raw(mark.effect)}" data-status={quoteattr(mark.status)}'
         )
-        if mark.member is not None and mark.member.estimate is not None:
+        if mark.member is not None and mark.member.estimate is not None and mark.status != "estimated":
             data += f' data-estimate="{_raw(mark.member.estimate)}"'
-    body = "".join(_path(shape) for shape in mark.shapes) + "".join(_text(label, interactive) for label in mark.labels)
+    body = "".join(_path(shape, False) for shape in mark.shapes)
+    body += "".join(_text(label, interactive) for label in mark.labels)
     # a page's script writes the usual tooltips itself
     usual = interactive and mark.member is not None and mark.title == edge_title(mark.member)
     return f'<g class="edge"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
-def _node(mark: NodeMark, interactive: bool) -> str:
+def _node(mark: NodeMark, interactive: bool, size: float) -> str:
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
-        data += f' data-kind="{mark.kind}" data-box="{mark.x:.5g} {mark.y:.5g} {mark.width:.4g} {mark.height:.4g}"'
+        # a script takes what has no kind for a part of the model
+        data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
+        data += f' data-box="{mark.x:.5g} {mark.y:.5g} {mark.width:.4g} {mark.height:.3g}"'
         data += f" data-group={quoteattr(mark.group)}" if mark.group else ""
         if mark.member is not None:
             member = mark.member
-            data += f' data-role="{member.role}" data-status="{member.status}" data-effect="{_raw(member.effect)}"'
-    body = "".join(_path(shape) for shape in mark.shapes) + "".join(_text(label, interactive) for label in mark.labels)
+            data += f' data-role="{member.role}" data-effect="{_raw(member.effect)}"'
+    body = "".join(_path(shape) for shape in mark.shapes)
+    body += "".join(_text(label, interactive, ("middle", True, size)) for label in mark.labels)
     usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
     return f'<g class="node"{data}>{_title(mark.title, usual)}{body}</g>'
 
@@ -114,4 +142,4 @@ def _title(text: str, usual: bool) -> str:
 
 
 def _raw(effect: float | None) -> str:
-    return "" if effect is None else f"{effect:.6g}"
+    return "" if effect is None else f"{effect:.5g}"

@@ -153,7 +153,7 @@ def _colour(colour: str) -> str:
 def _path(shape: Shape) -> str:
     options = [f"fill={_colour(shape.fill)}"] if shape.fill else []
     if shape.stroke:
-        options += [f"draw={_colour(shape.stroke)}", f"line width={0.75 * shape.width:.3g}bp"]
+        options += [f"draw={_colour(shape.stroke)}", f"line width={0.75 * shape.width:.4g}bp"]
     if shape.dashes:
         pattern = " ".join(f"{'off' if k % 2 else 'on'} {0.75 * part:.3g}bp" for k, part in enumerate(shape.dashes))
         options.append(f"dash pattern={pattern}")

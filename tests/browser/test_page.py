@@ -12,7 +12,7 @@ import pytest
 from circuits_drawn import HOSTILE, build, large_circuit, small_circuit
 
 from mechsafety.circuits.circuit import Node
-from mechsafety.viz import Ablation, Notes, Style, circuit_html, circuit_svg, compare_html
+from mechsafety.viz import Ablation, Notes, Style, circuit_html, circuit_svg, circuit_tikz, compare_html, layout_circuit
 
 VISIBLE = ".node:not(.gone)"
 
@@ -37,6 +37,10 @@ def card(page) -> str:
 
 def node(page, key: str):
     return page.locator(f'.pane:not([hidden]) .node[data-node="{key}"]')
+
+
+def numbers(path: str) -> np.ndarray:
+    return np.array([float(part) for part in re.findall(r"-?[\d.]+", path)])
 
 
 def view_box(page) -> list[float]:
@@ -91,9 +95,7 @@ def test_clicking_highlights_the_paths(show, small) -> None:
     node(page, key).click()
     up, down = reach(small, key, forward=False), reach(small, key, forward=True)
     bright = set(
-        page.eval_on_selector_all(
-            ".node:not(.dim)[data-kind]:not([data-kind=group])", "all => all.map(el => el.dataset.node)"
-        )
+        page.eval_on_selector_all(".node:not(.dim):not([data-kind=group])", "all => all.map(el => el.dataset.node)")
     )
     assert bright == up | down | {key}
     assert f"{len(up)} nodes upstream, {len(down)} downstream" in card(page)
@@ -149,15 +151,21 @@ def test_groups_fold_and_unfold(show, large) -> None:
     ends = page.eval_on_selector_all(".edge.summed", "all => all.flatMap(el => [el.dataset.from, el.dataset.to])")
     assert ends.count("group:detection") == summed
     # the same curves as Python's own folded picture
-    python = circuit_svg(large, Style(fold=("detection",), max_edges=None))
+    python = layout_circuit(large, Style(fold=("detection",), max_edges=None))
     set_slider(page, "edgeSlider", 0)
-    curves = page.eval_on_selector_all(".edge.summed path:first-of-type", "all => all.map(el => el.getAttribute('d'))")
-    numbers = [[float(part) for part in re.findall(r"-?[\d.]+", curve)] for curve in curves]
-    bent = re.findall(r'd="(M[\d.]+ [\d.]+C[^"LZ]+)"', python)
-    expected = [[float(part) for part in re.findall(r"-?[\d.]+", curve)] for curve in bent]
-    assert len(numbers) == len(expected) > 0
-    for curve in expected:
-        assert min(np.abs(np.array(curve) - np.array(other)).max() for other in numbers) < 0.11
+    drawn = page.eval_on_selector_all(
+        ".edge.summed",
+        "all => all.map(el => [...el.children].slice(1).map(p => [p.getAttribute('d'), p.getAttribute('stroke')]))",
+    )
+    folded = [mark for mark in python.edges if "group:detection" in (mark.sender, mark.receiver)]
+    assert len(drawn) == len(folded) > 0
+    for mark in folded:
+        values = np.array([value for _, part in mark.shapes[0].commands for value in part])
+        curve = min(drawn, key=lambda paths: np.abs(numbers(paths[0][0]) - values).max())
+        assert np.abs(numbers(curve[0][0]) - values).max() < 0.11
+        # the same number of marks, and the same colour
+        same = [paths for paths in drawn if np.abs(numbers(paths[0][0]) - values).max() < 0.11]
+        assert (len(mark.shapes), mark.shapes[0].stroke) in [(len(paths), paths[0][1]) for paths in same]
     group.focus()
     page.keyboard.press("f")
     assert not group.is_visible() and count(page, ".edge.summed") == 0
@@ -267,7 +275,13 @@ def test_saved_svg_is_what_is_shown(show, large, tmp_path: Path) -> None:
 
 
 def test_copied_tikz_compiles(show, tmp_path: Path) -> None:
-    page = show(circuit_html(small_circuit(model=HOSTILE))).page
+    circuit = small_circuit(model=HOSTILE)
+    page = show(circuit_html(circuit)).page
+    page.click("#copyTikz")
+    # unfolded, it is Python's own, path by path
+    shown = set(re.findall(r"\\path\[fill.*", page.input_value("#dialogArea")))
+    assert shown == set(re.findall(r"\\path\[fill.*", circuit_tikz(circuit))) and len(shown) > 30
+    page.click("#dialog button")
     page.click('[data-fold="evaluation"]')
     page.click("#copyTikz")
     text = page.input_value("#dialogArea")
@@ -353,9 +367,9 @@ def test_hostile_text_stays_text(show) -> None:
     opened = show(circuit_html(small_circuit(HOSTILE)))
     page = opened.page
     assert count(page, "img") == 0 and "<img src=x onerror=alert(1)>" in page.inner_text("h1")
-    head = page.locator(".node[data-kind=head]").first
-    for place in range(page.locator(".node[data-kind=head]").count()):
-        page.locator(".node[data-kind=head]").nth(place).dispatch_event("pointerenter")
+    head = page.locator(".node[data-role]").first
+    for place in range(page.locator(".node[data-role]").count()):
+        page.locator(".node[data-role]").nth(place).dispatch_event("pointerenter")
         assert count(page, "img") == 0
     head.hover()
     assert count(page, "script") == 2

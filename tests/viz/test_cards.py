@@ -22,7 +22,7 @@ def test_cards_have_the_numbers(small: RefusalCircuit) -> None:
     card = page_data(circuit_html(small))["nodes"][str(member.node)]
     words = page_data(circuit_html(small))["words"]
     rows = dict(zip(words["rows"], card["rows"], strict=True))
-    assert rows["effect"].startswith(f"{member.effect:.3f}".replace("-", "\u2212"))
+    assert rows["effect, of the gap"].startswith(f"{member.effect:.3f}".replace("-", "\u2212"))
     assert rows["95 % interval"].startswith("[") and rows["role"] in (member.role, "none assigned")
     assert any("through the logits" in words["evidence"][place] for place, _ in card["evidence"])
     assert words["status"][rows["status"]].startswith(("measured", "rejected"))

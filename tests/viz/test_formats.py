@@ -2,6 +2,7 @@
 
 import html
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from circuits_drawn import HOSTILE
+from circuits_drawn import HOSTILE, build
 
-from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz import (
     Style,
@@ -140,6 +141,10 @@ def test_page_is_small_without_attention(large: RefusalCircuit, small: RefusalCi
     bare = replace(large, details=None)
     assert len(circuit_html(bare).encode()) < 300_000
     assert len(circuit_html(replace(small, details=None)).encode()) < 100_000
+    rng = random.Random(2)
+    every = [Node("head", layer, head) for layer in range(24) for head in range(16)]
+    huge = build(rng.sample(every, 300), 200, n_layers=24, n_heads=16)
+    assert len(circuit_html(replace(huge, details=None)).encode()) < 300_000
 
 
 def test_pages_theme_is_checked(small: RefusalCircuit) -> None:
@@ -158,7 +163,7 @@ def test_every_medium_has_the_same_coordinates(small: RefusalCircuit) -> None:
     assert {key: page[key] for key in picture} == picture
     tikz = circuit_tikz(small)
     for paths in picture.values():
-        x, y = re.match(r"M(\S+) ([^LC]+)", paths[0]).groups()
+        x, y = re.match(r"M([\d.]+) ([\d.]+)", paths[0]).groups()
         assert f"] ({x},{y}) --" in tikz
 
 

@@ -117,9 +117,10 @@
       const from = anchor(edge.from), to = anchor(edge.to);
       if (from === to) continue;
       const id = `${from.key}>${to.key}>${edge.slot}`;
-      const sum = sums.get(id) || { from, to, slot: edge.slot, effect: 0, count: 0 };
+      const sum = sums.get(id) || { from, to, slot: edge.slot, effect: 0, count: 0, guessed: false };
       sum.effect += edge.effect;
       sum.count += 1;
+      sum.guessed ||= edge.status === "estimated";
       sums.set(id, sum);
     }
     const scale = Math.max(most.edge, ...[...sums.values()].map((sum) => Math.abs(sum.effect)));
@@ -127,18 +128,28 @@
     for (const sum of sums.values()) {
       const [x, y] = [meet(sum.to, sum.from.x), sum.to.y + sum.to.height / 2];
       const [x0, y0] = [meet(sum.from, sum.to.x), sum.from.y - sum.from.height / 2];
-      const reach = Math.max(14, 0.4 * Math.abs(y0 - y)), width = 0.8 + (3.2 * Math.abs(sum.effect)) / scale;
-      const colour = sum.effect < 0 ? "#9C2F6B" : "#3F4956", tip = 2.6 + 0.45 * width;
+      const reach = Math.max(14, 0.4 * Math.abs(y0 - y)), width = 0.8 + ((sum.guessed ? 2 : 3.2) * Math.abs(sum.effect)) / scale;
+      const guessed = sum.guessed, negative = sum.effect < 0, tip = 2.6 + 0.45 * width;
+      const colour = guessed ? (negative ? "#C78BAC" : "#8D96A2") : negative ? "#9C2F6B" : "#3F4956";
       const group = make("g", { class: "edge summed", "data-from": sum.from.key, "data-to": sum.to.key });
-      const words = `${sum.from.key} to ${sum.to.key}, slot ${sum.slot}: ${sum.count} edges, effects sum to ${sum.effect.toFixed(3)}`;
+      const words = `${sum.from.key} to ${sum.to.key}, slot ${sum.slot}: ${sum.count} edges, effects sum to ${numbers(sum.effect)}`;
       group.append(make("title", {}, words));
       const curve = make("path", {
         d: `M${x} ${y}C${x} ${y + reach} ${x0} ${y0 - reach} ${x0} ${y0}`, fill: "none", stroke: colour, "stroke-width": width,
       });
-      if (dashes[sum.slot]) curve.setAttribute("stroke-dasharray", dashes[sum.slot].map((part) => part * width).join(" "));
-      group.append(curve, make("path", {
-        d: `M${x} ${y}L${x + tip} ${y + 1.7 * tip}L${x - tip} ${y + 1.7 * tip}Z`, fill: colour, stroke: colour, "stroke-width": 1,
-      }));
+      if (dashes[sum.slot]) curve.setAttribute("stroke-dasharray", dashes[sum.slot].map((part) => part * Math.max(width, 1.2)).join(" "));
+      const r = 0.95 * tip, k = 0.5523 * r, low = y + 0.8 * tip, s = 0.85 * tip;
+      const marks = {
+        q: `M${x} ${low - r}C${x + k} ${low - r} ${x + r} ${low - k} ${x + r} ${low}C${x + r} ${low + k} ${x + k} ${low + r} ${x} ${low + r}`
+          + `C${x - k} ${low + r} ${x - r} ${low + k} ${x - r} ${low}C${x - r} ${low - k} ${x - k} ${low - r} ${x} ${low - r}Z`,
+        k: `M${x - s} ${low - s}L${x + s} ${low - s}L${x + s} ${low + s}L${x - s} ${low + s}Z`,
+      };
+      const form = marks[sum.slot] || `M${x} ${y}L${x + tip} ${y + 1.7 * tip}L${x - tip} ${y + 1.7 * tip}Z`;
+      group.append(curve, make("path", { d: form, fill: guessed ? "#FFFFFF" : colour, stroke: colour, "stroke-width": 1 }));
+      if (negative) {
+        const bar = y + 1.8 * tip + 1.6;
+        group.append(make("path", { d: `M${x - 1.5 * tip} ${bar}L${x + 1.5 * tip} ${bar}`, fill: "none", stroke: colour, "stroke-width": 1.5 }));
+      }
       group.addEventListener("pointerenter", () => showText(`${sum.from.key} → ${sum.to.key}`, words));
       group.addEventListener("pointerleave", leave);
       panes[0].svg.querySelector(".edges").append(group);
@@ -540,23 +551,33 @@
   function tikz() {
     const pane = panes.find((one) => !one.el.hidden), lines = [], colours = new Set();
     const name = (colour) => { colours.add(colour.slice(1).toLowerCase()); return "c" + colour.slice(1).toLowerCase(); };
-    const pt = (pixels) => `${Number((0.75 * pixels).toFixed(3))}bp`;
+    const pt = (pixels) => `${Number((0.75 * pixels).toPrecision(4))}bp`;
     const anchors = { start: "base west", middle: "base", end: "base east" };
     function path(el) {
-      const get = (key) => el.getAttribute(key), options = [];
+      const get = (key) => (key === "fill" ? el.closest("[fill]") : el).getAttribute(key), options = [];
       if (get("fill") !== "none") options.push(`fill=${name(get("fill"))}`);
       if (get("stroke")) options.push(`draw=${name(get("stroke"))}`, `line width=${pt(get("stroke-width") || 1)}`);
       const dashes = (get("stroke-dasharray") || "").split(" ").filter(Boolean);
       if (dashes.length) options.push("dash pattern=" + dashes.map((part, i) => `${i % 2 ? "off" : "on"} ${pt(part)}`).join(" "));
-      const steps = get("d").match(/[MLCZ][^MLCZ]*/g).map((step) => {
-        const n = step.slice(1).trim().split(/[\s,]+/).filter(Boolean).map(Number), at = (i) => `(${n[i]},${n[i + 1]})`;
-        return { M: () => at(0), L: () => `-- ${at(0)}`, C: () => `.. controls ${at(0)} and ${at(2)} .. ${at(4)}`, Z: () => "-- cycle" }[step[0]]();
+      let x = 0, y = 0;
+      const steps = get("d").match(/[a-zA-Z][^a-zA-Z]*/g).map((step) => {
+        const n = (step.slice(1).match(/-?[\d.]+/g) || []).map(Number), letter = step[0].toUpperCase();
+        const [x0, y0] = step[0] === letter ? [0, 0] : [x, y];
+        if (letter === "H") n.push(y - y0);
+        if (letter === "V") n.unshift(x - x0);
+        const points = [];
+        for (let i = 0; i < n.length; i += 2) points.push([x0 + n[i], y0 + n[i + 1]]);
+        if (points.length) [x, y] = points[points.length - 1];
+        const at = ([a, b]) => `(${Number(a.toFixed(1))},${Number(b.toFixed(1))})`;
+        if (letter === "Z") return "-- cycle";
+        if (letter === "C") return `.. controls ${at(points[0])} and ${at(points[1])} .. ${at(points[2])}`;
+        return (letter === "M" ? "" : "-- ") + at(points[0]);
       });
       return `\\path[${options.join(", ")}] ${steps.join(" ")};`;
     }
     function text(el) {
-      const get = (key) => el.getAttribute(key), pixels = Number(get("font-size"));
-      const font = `\\sffamily\\fontsize{${pt(pixels)}}{${pt(pixels)}}\\selectfont${get("font-weight") ? "\\bfseries" : ""}`;
+      const get = (key) => (el.closest(`[${key}]`) || el).getAttribute(key), pixels = Number(get("font-size"));
+      const font = `\\sffamily\\fontsize{${pt(pixels)}}{${pt(pixels)}}\\selectfont${get("font-weight") === "600" ? "\\bfseries" : ""}`;
       const options = `anchor=${anchors[get("text-anchor") || "start"]}, text=${name(get("fill"))}, font=${font}`;
       // texts that LaTeX needs written otherwise carry their LaTeX; a count that was changed here is plain
       return `\\node[${options}] at (${get("x")},${get("y")}) {${el.dataset.tex && !/edges\sdrawn/.test(el.textContent) ? el.dataset.tex : latex(el.textContent)}};`;
