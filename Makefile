@@ -7,14 +7,29 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 STAMP := $(VENV)/installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format train evaluate bench clean
+# a distribution's Chromium drives the browser tests; as root it is installed where it is missing
+BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
+
+.PHONY: demo test test-browser gallery lint format train evaluate bench clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
 	@echo "open out/report.html in a browser"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/browser
+
+# the interactive pages in a real browser, headless and without network
+test-browser: $(STAMP)
+	@if test -z "$(BROWSER)"; then \
+	  if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	  else echo "no Chromium: install it (apt-get install chromium) or set CHROMIUM to its path" >&2; exit 1; fi; fi
+	$(BIN)/python -m pytest tests/browser
+
+# pictures for the README and the docs; CIRCUITS="a.json b.json" adds maps of your own
+gallery: $(STAMP)
+	$(BIN)/python scripts/gallery.py $(CIRCUITS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check mechsafety tests scripts benchmarks

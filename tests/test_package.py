@@ -72,6 +72,7 @@ UPWARD = {
     ("models/lens.py", "cache", "cache"),
     ("circuits/circuit.py", "_repr_mimebundle_", "viz"),
     ("circuits/circuit.py", "plot", "viz"),
+    ("circuits/circuit.py", "widget", "viz"),
 }
 
 

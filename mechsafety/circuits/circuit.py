@@ -425,6 +425,12 @@ class RefusalCircuit(Result):
 
         return mimebundle(self)
 
+    def widget(self, **options: Any) -> Any:
+        """The picture as a notebook widget (see `mechsafety.viz.circuit_widget`)."""
+        from mechsafety.viz.widget import circuit_widget
+
+        return circuit_widget(self, **options)
+
     def without_details(self) -> Self:
         """The part that ``circuit.json`` holds."""
         return replace(self, details=None)

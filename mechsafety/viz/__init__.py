@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz.attention import attention_html
-from mechsafety.viz.charts import faithfulness_curve, node_heatmap
-from mechsafety.viz.html import circuit_fragment, circuit_html, mimebundle
-from mechsafety.viz.pdf import circuit_pdf
+from mechsafety.viz.attention import attention_html, figures_page, neurons_html, tokens_html
+from mechsafety.viz.cards import Ablation, Notes
+from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
+from mechsafety.viz.compare import Comparison, compare_layouts
+from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle
+from mechsafety.viz.layout import layout_circuit
+from mechsafety.viz.pdf import circuit_pdf, layout_pdf, layout_png
 from mechsafety.viz.report import render_report
-from mechsafety.viz.svg import circuit_svg
-from mechsafety.viz.tikz import circuit_tikz
+from mechsafety.viz.role_diagram import role_diagram
+from mechsafety.viz.style import Positions, Style
+from mechsafety.viz.svg import circuit_svg, layout_svg
+from mechsafety.viz.tikz import circuit_tikz, layout_tikz
+from mechsafety.viz.widget import circuit_widget
 
 if TYPE_CHECKING:
     from mechsafety.circuits.circuit import RefusalCircuit
@@ -19,17 +25,35 @@ if TYPE_CHECKING:
 FILES = ("circuit.json", "report.html", "circuit.svg", "circuit.pdf", "circuit.tex", "scores.csv")
 
 __all__ = [
+    "Ablation",
+    "Comparison",
     "FILES",
+    "Notes",
+    "Positions",
+    "Style",
     "attention_html",
     "circuit_fragment",
     "circuit_html",
     "circuit_pdf",
     "circuit_svg",
     "circuit_tikz",
+    "circuit_widget",
+    "compare_html",
+    "compare_layouts",
+    "effect_distribution",
     "faithfulness_curve",
+    "figures_page",
+    "layout_circuit",
+    "layout_pdf",
+    "layout_png",
+    "layout_svg",
+    "layout_tikz",
     "mimebundle",
+    "neurons_html",
     "node_heatmap",
     "render_report",
+    "role_diagram",
+    "tokens_html",
     "write_all",
 ]
 

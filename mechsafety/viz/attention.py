@@ -1,77 +1,132 @@
-"""Attention of found heads, drawn by CircuitsVis from its packaged script, without network."""
+"""Views of heads and neurons over text, drawn by CircuitsVis from its packaged script, without network."""
 
 import hashlib
 import html
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from mechsafety.circuits.circuit import AttentionExample
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz.html import safe_json
-from mechsafety.viz.words import plain
+from mechsafety.viz.cards import check_pattern
+from mechsafety.viz.html import safe_json, template
+from mechsafety.viz.words import plain, visible
 
-VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+VIEWS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
 # Mounts each figure once, under an id of its own even where the same figure is on the page twice.
 MOUNT = """<script>(() => {
   for (const host of document.querySelectorAll(".attention-figure[data-props]")) {
     const props = JSON.parse(host.nextElementSibling.textContent);
     host.removeAttribute("data-props");
     host.id += "-" + (window.attentionFigures = (window.attentionFigures || 0) + 1);
-    CircuitsVis.render(host.id, CircuitsVis.AttentionPatterns, props);
+    CircuitsVis.render(host.id, CircuitsVis[host.dataset.view], props);
   }
 })();</script>"""
 
 
-def attention_html(examples: Sequence[AttentionExample]) -> str:
-    """A fragment of HTML with one CircuitsVis figure an example; the 1.3 MB script is in it once.
+def attention_html(examples: Sequence[AttentionExample], *, view: str = "patterns", script: bool = True) -> str:
+    """A fragment of HTML with one CircuitsVis figure an example.
 
     Args:
         examples: Patterns ``[head query key]`` with their tokens.
+        view: ``patterns`` colours the text by what each head looks at; ``heads`` shows the matrices.
+        script: Whether CircuitsVis' script (1.3 MB) comes with it; a page needs it once (see `figures_page`).
 
     Raises:
-        MechsafetyError: A pattern's shape does not fit its heads and tokens.
+        MechsafetyError: A pattern's shape does not fit its heads and tokens, or another view.
     """
+    if view not in VIEWS:
+        raise MechsafetyError(f"view={view!r}", expected=f"one of {sorted(VIEWS)}")
     if not examples:
         return '<p class="attention-none">No attention patterns were recorded.</p>'
-    figures = "\n".join(_figure(example) for example in examples)
-    return f'<div class="attention">\n{figures}\n</div>\n<script>{_script()}</script>\n{MOUNT}\n'
+    figures = []
+    for example in examples:
+        pattern = check_pattern(example).tolist()
+        props = {
+            "tokens": _tokens(example.tokens),
+            "attention": [[[_finite(value) for value in row] for row in rows] for rows in pattern],
+            "headLabels" if view == "patterns" else "attentionHeadNames": [str(head) for head in example.heads],
+        }
+        figures.append(_figure(VIEWS[view], props, example.prompt))
+    return _block(figures, script)
 
 
-def visible(token: str) -> str:
-    r"""A token with its white space made visible; other control characters become U+FFFD.
+def tokens_html(tokens: Sequence[str], values: Sequence[float], *, title: str = "", script: bool = True) -> str:
+    """Text with each token coloured by its value; hovering shows the number.
 
-    Example:
-        >>> visible(" a\n")
-        '·a⏎'
+    Raises:
+        MechsafetyError: Not one value a token.
     """
-    return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
+    if not tokens or len(tokens) != len(values):
+        raise MechsafetyError(f"{len(values)} values of {len(tokens)} tokens", expected="one a token, at least one")
+    props = {"tokens": _tokens(tokens), "values": [_finite(float(value)) for value in values]}
+    return _block([_figure("ColoredTokens", props, title)], script)
 
 
-def _figure(example: AttentionExample) -> str:
-    pattern = example.patterns.tolist()
-    n_heads, n_tokens = len(example.heads), len(example.tokens)
-    fits = len(pattern) == n_heads and all(
-        len(rows) == n_tokens and all(len(row) == n_tokens for row in rows) for rows in pattern
-    )
-    if not fits or not n_heads or not n_tokens:
-        raise MechsafetyError(
-            f"attention patterns of shape {tuple(example.patterns.shape)}",
-            expected=f"[head query key] = ({n_heads}, {n_tokens}, {n_tokens}), none of them 0",
-        )
+def neurons_html(
+    texts: Sequence[tuple[Sequence[str], Any]],
+    *,
+    layers: Sequence[int],
+    neurons: Sequence[str],
+    title: str = "",
+    script: bool = True,
+) -> str:
+    """Activations of neurons over texts, with menus for layer and neuron.
+
+    Args:
+        texts: Tokens and activations ``[token layer neuron]`` of each text.
+        layers: What the layers are, for their menu.
+        neurons: What the neurons are, for theirs.
+        title: Over the figure.
+        script: As `attention_html`.
+
+    Raises:
+        MechsafetyError: Activations of another shape.
+    """
+    rows = []
+    for tokens, activations in texts:
+        values = activations.tolist() if hasattr(activations, "tolist") else activations
+        shape = (len(tokens), len(layers), len(neurons))
+        if len(values) != shape[0] or any(len(a) != shape[1] or any(len(b) != shape[2] for b in a) for a in values):
+            raise MechsafetyError("activations of another shape", expected=f"[token layer neuron] = {shape}")
+        rows.append([[[_finite(value) for value in row] for row in layer] for layer in values])
     props = {
-        # CircuitsVis parses tokens as HTML, so they are escaped here and the JSON once more.
-        "tokens": [html.escape(visible(token), quote=True) for token in example.tokens],
-        "attention": [[[_finite(value) for value in row] for row in rows] for rows in pattern],
-        "headLabels": [str(head) for head in example.heads],
+        "tokens": [_tokens(tokens) for tokens, _ in texts],
+        "activations": rows,
+        "firstDimensionName": "Layer",
+        "secondDimensionName": "Neuron",
+        "firstDimensionLabels": [str(layer) for layer in layers],
+        "secondDimensionLabels": [plain(name) for name in neurons],
     }
+    return _block([_figure("TextNeuronActivations", props, title)], script)
+
+
+def figures_page(title: str, *fragments: str) -> str:
+    """A self-contained page of fragments made with ``script=False``; CircuitsVis' script is in it once."""
+    return template("figures.html.j2").render(
+        title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
+    )
+
+
+def _tokens(tokens: Sequence[str]) -> list[str]:
+    # CircuitsVis parses tokens as HTML, so they are escaped here and the JSON once more
+    return [html.escape(visible(token), quote=True) for token in tokens]
+
+
+def _figure(view: str, props: dict[str, Any], caption: str) -> str:
     data = safe_json(props)
     name = hashlib.sha256(data.encode()).hexdigest()[:12]
+    title = f"<figcaption>{html.escape(plain(caption))}</figcaption>" if caption else ""
     return (
-        f"<figure><figcaption>{html.escape(plain(example.prompt))}</figcaption>"
-        f'<div class="attention-figure" id="attention-{name}" data-props></div>'
+        f'<figure>{title}<div class="attention-figure" id="attention-{name}" data-view="{view}" data-props></div>'
         f'<script type="application/json">{data}</script></figure>'
     )
+
+
+def _block(figures: Sequence[str], script: bool) -> str:
+    body = '<div class="attention">\n' + "\n".join(figures) + "\n</div>"
+    return f"{body}\n<script>{_script()}</script>\n{MOUNT}\n" if script else body
 
 
 def _finite(value: float) -> float:

@@ -3,10 +3,10 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from mechsafety.circuits.circuit import NodeScore, RefusalCircuit
+from mechsafety.circuits.circuit import ROLES, NodeScore, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz.marks import INK, MUTED, ROLE_COLOURS, magnitude
-from mechsafety.viz.words import interval, number, p_value, percent
+from mechsafety.viz.words import interval, node_title, number, p_value, percent
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -157,6 +157,45 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
         ticktext=[f"{tick}<br>{percent(tick / total)}" for tick in ticks],
     )
     figure.update_yaxes(title_text="faithfulness (1 = the whole model)", zeroline=True, zerolinecolor="#C8CDD4")
+    return figure
+
+
+def effect_distribution(circuit: RefusalCircuit) -> "Figure":
+    """How large the effects of the circuit's nodes are, a row a role: every node a dot, with its interval.
+
+    Returns:
+        A figure, not shown.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    roles = [role for role in ROLES if circuit.by_role(role)]
+    for role in reversed(roles):
+        members = sorted(circuit.by_role(role), key=lambda member: member.node.order)
+        # dots of one row are set apart vertically in the order of computation
+        spread = [0.6 * (place / max(len(members) - 1, 1) - 0.5) for place in range(len(members))]
+        base = roles[::-1].index(role)
+        up = [max(0.0, member.ci[1] - member.effect) if member.ci else 0.0 for member in members]
+        down = [max(0.0, member.effect - member.ci[0]) if member.ci else 0.0 for member in members]
+        figure.add_scatter(
+            x=[member.effect for member in members],
+            y=[base + shift for shift in spread],
+            error_x={"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 0, "thickness": 0.8},
+            mode="markers",
+            name=f"{role} ({len(members)})",
+            marker={
+                "size": 8,
+                "color": ROLE_COLOURS[role],
+                "symbol": ["circle-open" if member.status == "estimated" else "circle" for member in members],
+            },
+            text=[node_title(member) for member in members],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    _style(figure, 130 + 74 * len(roles))
+    figure.update_xaxes(title_text="effect (share of the gap), 95 % interval", zeroline=True, zerolinecolor="#C8CDD4")
+    names = ["no role" if role == "none" else role for role in reversed(roles)]
+    figure.update_yaxes(tickvals=[*range(len(roles))], ticktext=names, showgrid=False, range=[-0.6, len(roles) - 0.4])
+    figure.update_layout(showlegend=False)
     return figure
 
 

@@ -138,3 +138,44 @@ GLOSSARY = (
         "not what it does with it.",
     ),
 )
+
+# how the numbers were made, in the order in which they were
+METHODS = (
+    Entry(
+        "Behaviour",
+        "Every prompt is rendered with the model's chat template and scored where the reply begins. Pairs that the "
+        "model does not treat as expected are left out of what follows.",
+        "gap = mean score(harmful) - mean score(harmless)",
+    ),
+    Entry(
+        "Ranking",
+        "Integrated gradients over masks that blend every part between its value on the harmless twin (0) and its own "
+        "(1). The scores of all parts sum to 1 but for the error of the integration.",
+        "estimate(node) = integral from 0 to 1 of d metric / d mask(node), at mask = a for all parts, da / gap",
+    ),
+    Entry(
+        "Search",
+        "The smallest prefix of the ranking that reaches the target on discovery and on held-out pairs, then removal "
+        "of the parts whose loss costs least, measured exactly.",
+        "faithfulness(C) = (m(C) - m(empty)) / (m(model) - m(empty))",
+    ),
+    Entry(
+        "Node effects",
+        "Exact activation patching: the part alone gets its harmless-run values, everything after it runs. Bootstrap "
+        "intervals over prompts; sign-flip permutation p, adjusted by Benjamini and Hochberg.",
+        "effect(node) = (m(harmful) - m(patched)) / gap",
+    ),
+    Entry(
+        "Edges",
+        "Path patching along the direct path into one slot; the gradient estimate (edge attribution) where it was not "
+        "measured.",
+        "estimate(u, v, slot) = change of u times d metric / d input of v's slot, averaged between the runs",
+    ),
+    Entry("Roles", "Rules on measured shares, in the order production, detection, decision, evaluation; see Role."),
+    Entry(
+        "Checks",
+        "Fresh pairs that played no part: faithfulness, size-matched random circuits, necessity, and what each single "
+        "part's removal costs.",
+        "p = (1 + number at least as faithful) / (1 + number drawn)",
+    ),
+)

@@ -2,59 +2,110 @@
 
 import html
 import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mechsafety.circuits.circuit import ROLES, CircuitNode, RefusalCircuit
-from mechsafety.viz.layout import STATIC_EDGES, layout_circuit
-from mechsafety.viz.marks import ROLE_COLOURS, Layout, magnitude
-from mechsafety.viz.svg import circuit_svg, layout_svg
-from mechsafety.viz.words import (
-    STATUS_WORDS,
-    edge_title,
-    evidence,
-    interval,
-    number,
-    p_value,
-    percent,
-    plain,
-)
+from mechsafety.circuits.circuit import ROLES, RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Node
+from mechsafety.viz.cards import Ablation, Notes, ablation_data, attention_data, card_words, node_cards
+from mechsafety.viz.compare import Comparison, compare_layouts
+from mechsafety.viz.layout import layout_circuit
+from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend, magnitude
+from mechsafety.viz.style import Style
+from mechsafety.viz.svg import layout_svg
+from mechsafety.viz.words import plain
 
 if TYPE_CHECKING:
     import jinja2
 
-TOOLBAR, TALLEST = 40, 1100
+TALLEST, SHORTEST = 1000, 560
+THEMES = ("auto", "light", "dark")
 
 
-def circuit_html(circuit: RefusalCircuit) -> str:
-    """A self-contained page: the SVG with tooltips, thresholds, paths, zoom and download; it uses no network.
+def circuit_html(
+    circuit: RefusalCircuit,
+    style: Style | None = None,
+    *,
+    notes: Mapping[Node, Notes] | None = None,
+    ablations: Sequence[Ablation] = (),
+    theme: str = "auto",
+    ablate: bool = False,
+) -> str:
+    """A self-contained page that uses no network.
+
+    It has pan and zoom, cards, thresholds, paths, pins, search, folding, attention, ablations, dark mode, keys, and
+    buttons that save the SVG and copy TikZ. All edges are in it; those beyond ``style.max_edges`` begin hidden.
+
+    Args:
+        circuit: What to show.
+        style: How; legend and caption are on the page in any case.
+        notes: What else is known of nodes.
+        ablations: Measured before and after; the page has a switch for each.
+        theme: ``auto`` follows the reader's system; ``light`` or ``dark``.
+        ablate: Whether cards get a box "ablate" that tells the page around it (see `mechsafety.viz.widget`).
 
     Raises:
-        MechsafetyError: The circuit lists a node twice.
+        MechsafetyError: As `layout_circuit`, a misshapen attention pattern, or another theme.
     """
-    layout = layout_circuit(circuit, max_edges=None)
-    return template("circuit.html.j2").render(
-        title=f"Refusal circuit of {plain(circuit.provenance.model)}",
-        svg=layout_svg(circuit, layout),
-        data=safe_json(_data(circuit, layout)),
-        roles=[(role, ROLE_COLOURS[role], len(circuit.by_role(role))) for role in ROLES],
-    )
+    style = style or Style()
+    layout = layout_circuit(circuit, _every_edge(style))
+    data = _data([layout], style) | {
+        "nodes": node_cards(circuit, notes or {}),
+        "attention": attention_data(circuit.details.attention if circuit.details else ()),
+        "ablations": ablation_data(ablations),
+        "ablate": ablate,
+    }
+    return _page(layout.title, [("", layout)], data, theme, circuit)
 
 
-def circuit_fragment(circuit: RefusalCircuit) -> str:
-    """The page in a sandboxed ``iframe``, to be put into notebooks and other pages.
+def compare_html(
+    first: RefusalCircuit,
+    second: RefusalCircuit,
+    names: tuple[str, str],
+    style: Style | None = None,
+    *,
+    theme: str = "auto",
+) -> str:
+    """A page of two circuits: their difference, or both side by side at the same places.
 
     Raises:
-        MechsafetyError: The circuit lists a node twice.
+        MechsafetyError: As `layout_circuit`, or another theme.
     """
-    height = min(TALLEST, round(layout_circuit(circuit).height) + TOOLBAR)
-    label = html.escape(f"Refusal circuit of {plain(circuit.provenance.model)}", quote=True)
-    page = html.escape(circuit_html(circuit), quote=True)
-    # allow-downloads serves the button "download SVG"; the frame still has no origin and no network.
+    style = style or Style()
+    comparison: Comparison = compare_layouts(first, second, names, _every_edge(style))
+    panes = [
+        ("difference", comparison.difference),
+        (comparison.names[0], comparison.first),
+        (comparison.names[1], comparison.second),
+    ]
+    cards = [node_cards(circuit, {}) for circuit in (first, second)]
+    both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
+    data = _data([layout for _, layout in panes], style)
+    data |= {"nodes": both, "names": comparison.names, "attention": [], "ablations": [], "ablate": False}
+    return _page(comparison.difference.title, panes, data, theme, second)
+
+
+def circuit_fragment(circuit: RefusalCircuit, style: Style | None = None, **options: Any) -> str:
+    """The page in a sandboxed ``iframe``, to be put into notebooks and other pages; options as `circuit_html`.
+
+    Raises:
+        MechsafetyError: As `circuit_html`.
+    """
+    height = layout_circuit(circuit, _every_edge(style or Style())).map_height + 60
+    title = f"Refusal circuit of {plain(circuit.provenance.model)}"
+    return frame(circuit_html(circuit, style, **options), title, round(min(TALLEST, max(SHORTEST, height))))
+
+
+def frame(page: str, title: str, height: int) -> str:
+    """A page in a frame of its own: no script in it reaches the page around it, and none of its names clash."""
+    # allow-downloads serves the button "save SVG"; the frame still has no origin and no network
     return (
-        f'<iframe sandbox="allow-scripts allow-downloads" title="{label}" loading="lazy" '
+        f'<iframe sandbox="allow-scripts allow-downloads" allow="clipboard-write" '
+        f'title="{html.escape(title, quote=True)}" loading="lazy" '
         f'style="width:100%;height:{height}px;border:1px solid #d5d9df;border-radius:8px;background:#fff" '
-        f'srcdoc="{page}"></iframe>'
+        f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
     )
 
 
@@ -64,7 +115,8 @@ def mimebundle(circuit: RefusalCircuit) -> dict[str, str]:
     Raises:
         MechsafetyError: The circuit lists a node twice.
     """
-    return {"text/html": circuit_fragment(circuit), "image/svg+xml": circuit_svg(circuit), "text/plain": repr(circuit)}
+    svg = layout_svg(layout_circuit(circuit))
+    return {"text/html": circuit_fragment(circuit), "image/svg+xml": svg, "text/plain": repr(circuit)}
 
 
 def safe_json(data: Any) -> str:
@@ -89,26 +141,43 @@ def _environment() -> "jinja2.Environment":
     )
 
 
-def _data(circuit: RefusalCircuit, layout: Layout) -> dict[str, Any]:
-    """What the page's script needs; texts are shown as text, never parsed as HTML."""
-    ranked = sorted((magnitude(mark.member.effect) for mark in layout.edges), reverse=True)
+def _every_edge(style: Style) -> Style:
+    from dataclasses import replace
+
+    return replace(style, max_edges=None, fold=())
+
+
+def _page(
+    title: str, panes: Sequence[tuple[str, Layout]], data: Mapping[str, Any], theme: str, circuit: RefusalCircuit
+) -> str:
+    if theme not in THEMES:
+        raise MechsafetyError(f"theme={theme!r}", expected=f"one of {THEMES}")
+    return template("circuit.html.j2").render(
+        title=title,
+        panes=[(name, layout_svg(layout, interactive=True)) for name, layout in panes],
+        data=safe_json(data),
+        theme=theme,
+        groups=[mark.group for mark in panes[0][1].folded],
+        roles=[(role, ROLE_COLOURS[role], len(circuit.by_role(role))) for role in ROLES],
+        dark=_dark_rules(),
+    )
+
+
+def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
+    """What the page's script needs of the picture that is not in the SVG."""
+    sizes = sorted((magnitude(mark.effect) for mark in layouts[0].edges), reverse=True)
+    limit = style.max_edges
     return {
-        "nodes": {str(member.node): _node_data(member) for member in circuit.nodes},
-        "edges": [edge_title(mark.member) for mark in layout.edges],
-        # As rounded as in the SVG, so that the last of the strongest edges is not lost.
-        "edgeThreshold": float(f"{ranked[STATIC_EDGES - 1]:.6g}") if len(ranked) > STATIC_EDGES else 0,
+        # as rounded as in the SVG, so that the last of the strongest edges is not lost
+        "edgeThreshold": float(f"{sizes[limit - 1]:.5g}") if limit and len(sizes) > limit else 0,
+        "map": [[layout.width, layout.map_height] for layout in layouts],
+        "fold": list(style.fold),
+        "colours": ROLE_COLOURS,
+        "words": card_words(),
     }
 
 
-def _node_data(member: CircuitNode) -> dict[str, Any]:
-    return {
-        "name": str(member.node),
-        "rows": [
-            ["effect", f"{number(member.effect)} ({percent(member.effect)} of the gap)"],
-            ["95 % interval", interval(member.ci) if member.ci else "not measured"],
-            ["p, adjusted", p_value(member.p_value)],
-            ["role", "none assigned" if member.role == "none" else member.role],
-            ["status", STATUS_WORDS[member.status]],
-        ],
-        "evidence": list(evidence(member)) or ["none: this node was not measured"],
-    }
+def _dark_rules() -> list[tuple[str, str]]:
+    """Colours of the light picture and what a dark page shows in their place."""
+    bands = {band(role): blend(colour, 0.13, DARK["#FFFFFF"]) for role, colour in ROLE_COLOURS.items()}
+    return [*DARK.items(), *bands.items()]

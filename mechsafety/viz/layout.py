@@ -1,216 +1,419 @@
-"""Where everything in a circuit's picture stands. Layers go upward; one layout serves SVG, PDF and TikZ."""
+"""Where everything in a circuit's picture stands. Layers go upward; one layout serves every medium."""
 
+import itertools
 import math
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from mechsafety.circuits.circuit import CircuitNode, Node, RefusalCircuit
+from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz.curves import edge_marks
+from mechsafety.nodes import Edge, Node
+from mechsafety.viz.groups import fold, supernodes
 from mechsafety.viz.legend import legend_and_caption
 from mechsafety.viz.marks import (
+    BAR,
     FAINT,
     INK,
     MUTED,
-    PAPER,
+    PORTS,
+    EdgeMark,
     Label,
     Layout,
     NodeMark,
     Shape,
+    band,
     centred,
+    edge_shapes,
+    grey,
     line,
     magnitude,
     node_shape,
     outline,
     readable_on,
+    rounded,
     text_width,
 )
+from mechsafety.viz.placement import Placement, place
+from mechsafety.viz.routing import Bundle, Routes, route
+from mechsafety.viz.style import Style, groups, lane_of, lane_order
+from mechsafety.viz.words import caption, edge_title, node_title, plain
 
-COMPACT_ABOVE = 60
-STATIC_EDGES = 60
-WIDE_MODEL = 12
-NARROW = 46.0
-LEFT, RIGHT, TOP, BAR, HEADER, BREAK = 54.0, 30.0, 14.0, 24.0, 24.0, 24.0
-BADGE_STEP, BADGE_LINE, BADGES_A_LINE = 46.0, 19.0, 5
+WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
+TRACK, LEVEL, CHANNEL = 4.4, 3.4, 30.0  # distances of tracks, and the most that they take together
+BARS = {"embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """Cells of the picture.
+class Frame:
+    """Coordinates of the cells and of the channels between them.
 
     Attributes:
-        rows: Centre of each drawn layer.
-        heads: Centre of each drawn head column.
-        mlp: Centre of the MLP column.
-        neurons: Centre of the first neuron badge; None without neurons.
-        step: Distance of head columns.
+        unit: Pixels that a length of 1 at the 12-pixel font takes.
+        columns: Centre of each column.
+        lines: Height of each line's centre, from the bottom up.
+        channels: Where the channel left of each column begins, its width, and the distance of its tracks.
+        gaps: Where the channel below each line begins (its lower rim), its height, and the distance of its tracks.
+        logits, embed: Heights of the bars' centres.
+        left, right: Where the lanes begin and end.
+        top, bottom: Where the map begins and ends.
         cell: Width and height of the largest node.
-        font: Size of node labels.
-        logits, embed: Heights of the two bars' centres.
-        left, right: Where rows begin and end.
-        bottom: Where the map ends.
-        breaks: Height and text of each run of left-out layers.
+        bar: Height of a bar.
     """
 
-    rows: dict[int, float]
-    heads: dict[int, float]
-    mlp: float
-    neurons: float | None
-    step: float
-    cell: tuple[float, float]
-    font: float
+    unit: float
+    columns: tuple[float, ...]
+    lines: tuple[float, ...]
+    channels: tuple[tuple[float, float, float], ...]
+    gaps: tuple[tuple[float, float, float], ...]
     logits: float
     embed: float
     left: float
     right: float
+    top: float
     bottom: float
-    breaks: tuple[tuple[float, str], ...]
+    cell: tuple[float, float]
+    bar: float
 
 
-def layout_circuit(circuit: RefusalCircuit, *, max_edges: int | None = STATIC_EDGES) -> Layout:
-    """Place a circuit's nodes and edges: heads at the left, MLPs at the right, layers upward.
+def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
+    """Place a circuit's nodes and edges: layers upward, lanes side by side, edges in the channels between.
 
-    Up to 60 nodes, layers without a node are left out, with a mark; above, the whole grid is drawn.
+    Layers without a node are left out.
 
     Args:
         circuit: What to draw.
-        max_edges: Draw only this many of the strongest edges; None draws all.
+        style: How.
 
     Returns:
-        The same layout for the same circuit.
+        The same layout for the same circuit and style. A style that differs only in ``max_edges`` or ``fold`` leaves
+        every node where it is.
 
     Raises:
-        MechsafetyError: A node is listed twice, or ``max_edges`` is negative.
+        MechsafetyError: A node is listed twice, or the circuit does not fit the width at that font.
     """
-    if max_edges is not None and max_edges < 0:
-        raise MechsafetyError(f"max_edges={max_edges}", expected="None or a number that is not negative")
+    return layout_circuits((circuit,), style)[0]
+
+
+def layout_circuits(circuits: Sequence[RefusalCircuit], style: Style | None = None) -> tuple[Layout, ...]:
+    """The same for several circuits: what they share stands in the same place in each picture.
+
+    Where roles differ, the last circuit's decides on the lane.
+
+    Raises:
+        MechsafetyError: As `layout_circuit`.
+    """
+    style = style or Style()
     members: dict[Node, CircuitNode] = {}
-    for member in circuit.nodes:
-        if member.node in members:
-            raise MechsafetyError(f"the circuit lists {member.node} twice", expected="each node once")
-        members[member.node] = member
-    grid = _grid(circuit, members)
-    nodes = tuple(sorted(_node_marks(grid, members), key=lambda mark: mark.node.order))
-    places = {mark.node: mark for mark in nodes}
-    lane = None if grid.neurons is None else -1
-    edges = edge_marks(circuit.edges, places, grid.step, lane or 1, max_edges)
-    backdrop, labels = _decoration(grid, places)
-    width = max(grid.right + RIGHT + (60 if lane is None else 0), 660.0)
-    swatches, texts, height = legend_and_caption(circuit, len(edges), width, grid.bottom)
-    return Layout(width, height, nodes, edges, len(circuit.edges), backdrop + swatches, labels + texts)
+    edges: dict[Edge, CircuitEdge] = {}
+    for circuit in circuits:
+        listed = [member.node for member in circuit.nodes]
+        twice = next((node for k, node in enumerate(listed) if node in listed[:k]), None)
+        if twice is not None:
+            raise MechsafetyError(f"the circuit lists {twice} twice", expected="each node once")
+        members |= {member.node: member for member in circuit.nodes}
+        edges |= {member.edge: member for member in circuit.edges}
+    placement, routes, frame = _fit(members, _ranked(edges.values()), style)
+    return tuple(_finish(circuit, style, placement, routes, frame) for circuit in circuits)
 
 
-def _grid(circuit: RefusalCircuit, members: dict[Node, CircuitNode]) -> Grid:
-    used: dict[int, list[Node]] = defaultdict(list)
-    for node in members:
-        if node.layer is not None:
-            used[node.layer].append(node)
-    indices = {node.index for node in members if node.kind == "head" and node.index is not None}
-    n_layers = max([circuit.details.n_layers if circuit.details else 0, *(layer + 1 for layer in used)])
-    n_heads = max([circuit.details.n_heads if circuit.details else 0, *(index + 1 for index in indices)])
-    full = len(members) > COMPACT_ABOVE
-    columns = [*range(n_heads)] if full or n_heads <= WIDE_MODEL else sorted(indices)
-    columns = columns if indices else []
-    step = max(32.0, min(58.0 if full else 64.0, 1000.0 / max(len(columns), 1)))
-    cell = (step - 10, 21.0 if full else 28.0)
-    heads = {index: LEFT + 12 + step * (place + 0.5) for place, index in enumerate(columns)}
-    mlp = LEFT + 12 + step * len(columns) + (82.0 if columns else step / 2)
-    neurons = mlp + 68.0 if any(node.kind == "neuron" for node in members) else None
-    badges = max((sum(node.kind == "neuron" for node in nodes) for nodes in used.values()), default=0)
-    right = mlp + max(step / 2, 30.0) if neurons is None else neurons + BADGE_STEP * (min(badges, BADGES_A_LINE) - 0.5)
-    y = TOP + BAR + HEADER + 6
-    rows: dict[int, float] = {}
-    breaks: list[tuple[float, str]] = []
-    empty: list[int] = []
-    for layer in [*reversed(range(n_layers)), -1]:
-        if layer >= 0 and not full and layer not in used:
-            empty.append(layer)
-            continue
-        if empty:
-            text = f"L{empty[-1]} to L{empty[0]}: no node of the circuit" if len(empty) > 1 else ""
-            height = BREAK if text else BREAK / 2
-            breaks.append((y + height / 2, text))
-            y, empty = y + height, []
-        if layer >= 0:
-            lines = math.ceil(sum(node.kind == "neuron" for node in used[layer]) / BADGES_A_LINE)
-            height = max(28.0 if full else 46.0, BADGE_LINE * lines + 8)
-            rows[layer] = y + height / 2
+def _ranked(edges: Iterable[CircuitEdge]) -> list[CircuitEdge]:
+    return sorted(edges, key=lambda member: (-magnitude(member.effect), str(member.edge)))
+
+
+def _finish(circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame) -> Layout:
+    layout = _draw(circuit, style, placement, routes, frame)
+    named = groups(circuit, style)
+    group_of = {str(node): name for name, nodes in named.items() for node in nodes}
+    layout = replace(layout, nodes=tuple(replace(mark, group=group_of.get(mark.key, "")) for mark in layout.nodes))
+    layout = replace(layout, folded=supernodes(layout, named, frame.cell[0]))
+    layout = fold(layout, style.fold) if style.fold else layout
+    return in_grey(layout) if style.grayscale else layout
+
+
+def _fit(
+    members: Mapping[Node, CircuitNode], edges: list[CircuitEdge], style: Style
+) -> tuple[Placement, Routes, Frame]:
+    """As many columns as fit the width."""
+    unit = style.font / 12
+    inner = {node: member for node, member in members.items() if node.layer is not None}
+    lanes = {node: lane_of(style, member) for node, member in inner.items()}
+    texts = max((text_width(_name(node), style.font) for node in inner), default=0.0)
+    cell = max(30 * unit, texts / 0.86 + 8 * unit)
+    room = style.width or max(WIDEST, PER_ROOT_NODE * math.sqrt(len(inner))) * unit
+    limit = max(1, int((room - 70 * unit) // (cell + 8 * unit)))
+    used = len(set(lanes.values()))
+    while True:
+        placement = place(lanes, lane_order(style), edges, limit)
+        routes = route(placement.cell, edges, len(placement.layers), placement.n_columns)
+        frame = _frame(placement, routes, style, unit, cell)
+        if frame.right + 14 * unit <= room + 0.01 or (style.width is None and limit <= used):
+            return placement, routes, frame
+        if placement.n_columns <= used:
+            raise MechsafetyError(
+                f"width_mm={style.width_mm:g} with {style.font * 0.75:g} pt labels",
+                expected=f"at least {(frame.right + 14 * unit) * 25.4 / 96:.0f} mm for this circuit",
+                cure="a smaller font_pt, or columns='part'",
+            )
+        over = (frame.right + 14 * unit - room) / (cell + 8 * unit)
+        limit = max(used, placement.n_columns - max(1, int(0.6 * over)))
+
+
+def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell: float) -> Frame:
+    title_size = 0.86 * style.font
+    firsts = {lane.first: lane for lane in placement.lanes}
+    # a crowded channel packs its tracks closer
+    steps = [min(TRACK * unit, CHANNEL * unit / max(tracks, 1)) for tracks in routes.tracks]
+    before = [
+        (8 if column in firsts or column == placement.n_columns else 5) * unit + steps[column] * tracks
+        for column, tracks in enumerate(routes.tracks)
+    ]
+    after = [0.0] * (placement.n_columns + 1)  # room between a lane's last column and the lane's end
+    for lane in placement.lanes:
+        last = lane.first + lane.width
+        have = sum(before[lane.first : last]) + lane.width * cell
+        lack = max(0.0, text_width(lane.title, title_size) + 8 * unit - have) / 2
+        before[lane.first] += lack
+        after[last] += lack
+    left = 38 * unit
+    taken = left + sum(before) + sum(after) + cell * placement.n_columns
+    spare = max(0.0, (style.width or NARROWEST * unit) - 14 * unit - taken)
+    half = spare / (2 * max(1, placement.n_columns))
+    for column in range(placement.n_columns):
+        before[column] += half
+        # within a lane the room right of a column is the next one's
+        (after if column + 1 in firsts or column + 1 == placement.n_columns else before)[column + 1] += half
+    x = left
+    columns: list[float] = []
+    channels: list[tuple[float, float, float]] = []
+    for column in range(placement.n_columns + 1):
+        x += after[column]
+        channels.append((x, before[column], steps[column]))
+        x += before[column]
+        if column < placement.n_columns:
+            columns.append(x + cell / 2)
+            x += cell
+    right = x if placement.n_columns else NARROWEST * unit - 14 * unit
+    top = 10 * unit
+    height, bar = 1.6 * style.font, 1.9 * style.font
+    logits = top + 1.7 * title_size + bar / 2
+    y = logits + bar / 2
+    lines = [0.0] * len(placement.layers)
+    gaps = [(0.0, 0.0, 0.0)] * (len(lines) + 1)
+    for gap in range(len(lines), -1, -1):
+        levels = routes.levels[gap]
+        step = min(LEVEL * unit, 1.2 * CHANNEL * unit / max(levels, 1))
+        room = (11 if levels else 8) * unit + step * max(0, levels - 1)
+        above, below = gap < len(lines), gap > 0
+        if above and below and placement.layers[gap] == placement.layers[gap - 1]:
+            room -= 2 * unit
+        if above and below and placement.layers[gap] - placement.layers[gap - 1] > 1:
+            room += 6 * unit
+        if not above or not below:
+            room += 5 * unit
+        y += room
+        gaps[gap] = (y, room, step)
+        if below:
+            lines[gap - 1] = y + height / 2
             y += height
-    embed = y + HEADER + BAR / 2
-    logits = TOP + BAR / 2
-    font = 11.0 if full else 13.0
-    return Grid(
-        rows, heads, mlp, neurons, step, cell, font, logits, embed, LEFT, right, embed + BAR / 2 + 8, tuple(breaks)
+    return Frame(
+        unit=unit,
+        columns=tuple(columns),
+        lines=tuple(lines),
+        channels=tuple(channels),
+        gaps=tuple(gaps),
+        logits=logits,
+        embed=y + bar / 2,
+        left=left,
+        right=right,
+        top=top,
+        bottom=y + bar + 4 * unit,
+        cell=(cell, height),
+        bar=bar,
     )
 
 
-def _node_marks(grid: Grid, members: dict[Node, CircuitNode]) -> list[NodeMark]:
-    largest = max((magnitude(member.effect) for member in members.values()), default=0.0) or 1.0
-    marks = [_bar(grid, kind, members.get(Node(kind))) for kind in ("embed", "logits")]
-    neurons: dict[int, list[CircuitNode]] = defaultdict(list)
-    for node, member in members.items():
-        strength = math.sqrt(magnitude(member.effect) / largest)
-        scale = 0.8 + 0.2 * strength
-        width, height = grid.cell[0] * scale, grid.cell[1] * scale
-        # In narrow columns the layer is read off the row.
-        short = f"{node.index}" if grid.step < NARROW else f"{node.layer}.{node.index}"
-        if node.kind == "head" and node.layer is not None and node.index is not None:
-            place = grid.heads[node.index], grid.rows[node.layer]
-            marks.append(_mark(member, *place, width, height, short, grid.font, strength))
-        elif node.kind == "mlp" and node.layer is not None:
-            width = max(grid.cell[0], 46.0) * scale
-            place = grid.mlp, grid.rows[node.layer]
-            marks.append(_mark(member, *place, width, height, f"M{node.layer}", grid.font, strength))
-        elif node.kind == "neuron" and node.layer is not None:
-            neurons[node.layer].append(member)
-    for layer, row in neurons.items():
-        row.sort(key=lambda member: member.node.order)
-        lines = math.ceil(len(row) / BADGES_A_LINE)
-        for position, member in enumerate(row):
-            down, across = divmod(position, BADGES_A_LINE)
-            x = (grid.neurons or 0.0) + BADGE_STEP * across
-            y = grid.rows[layer] + BADGE_LINE * (down - (lines - 1) / 2)
-            strength = math.sqrt(magnitude(member.effect) / largest)
-            scale = 0.88 + 0.12 * strength
-            marks.append(_mark(member, x, y, 42 * scale, 15 * scale, f"N{member.node.index}", 9.0, strength))
-    return marks
+def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame) -> Layout:
+    members = {member.node: member for member in circuit.nodes}
+    edges = _ranked(circuit.edges)
+    nodes = sorted(
+        (_node(frame, style, placement, member, members) for node, member in members.items() if node in placement.cell),
+        key=lambda mark: mark.member.node.order if mark.member else (0, 0, 0),
+    )
+    bars = [_bar(frame, style, kind, members.get(Node(kind))) for kind in ("embed", "logits")]
+    places = {mark.key: mark for mark in [*bars, *nodes]}
+    # an edge of one circuit may end at a node that only another has
+    known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
+    drawn = [member for member in known if member.edge in routes.bundle][: style.max_edges]
+    largest = max((magnitude(member.effect) for member in edges), default=0.0) or 1.0
+    curves = tuple(
+        _edge(frame, places, member, routes.bundle[member.edge], largest, placement) for member in reversed(drawn)
+    )
+    backdrop, labels = _decoration(frame, style, placement)
+    width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
+    sentences = caption(circuit, len(curves))
+    swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom)
+    return Layout(
+        width,
+        height,
+        (bars[0], *nodes, bars[1]),
+        curves,
+        len(circuit.edges),
+        backdrop + swatches,
+        labels + texts,
+        f"Refusal circuit of {plain(circuit.provenance.model)}",
+        " ".join(sentences),
+        map_height=frame.bottom,
+    )
 
 
-def _mark(
-    member: CircuitNode, x: float, y: float, width: float, height: float, text: str, font: float, strength: float
+def _name(node: Node) -> str:
+    names = {"head": f"{node.layer}.{node.index}", "mlp": f"M{node.layer}", "neuron": f"N{node.index}"}
+    return names.get(node.kind, node.kind)
+
+
+def _node(
+    frame: Frame, style: Style, placement: Placement, member: CircuitNode, members: Mapping[Node, CircuitNode]
 ) -> NodeMark:
+    up, column = placement.cell[member.node]
+    x, y = frame.columns[column], frame.lines[up]
+    largest = max((magnitude(other.effect) for other in members.values()), default=0.0) or 1.0
+    strength = math.sqrt(magnitude(member.effect) / largest)
+    scale = 0.86 + 0.14 * strength
+    width, height = frame.cell[0] * scale, frame.cell[1] * scale
     shape = node_shape(member.role, member.status, strength, x, y, width, height)
-    size = min(font, font * 0.84 * width / text_width(text, font))
-    colour = MUTED if member.status == "rejected" else readable_on(shape.fill or PAPER)
-    label = centred(x, y, text, size, colour, bold=True) if size >= 6 else None
-    return NodeMark(member.node, member, x, y, width, height, shape, label)
+    colour = {"rejected": MUTED, "estimated": INK}.get(member.status) or readable_on(shape.fill or BAR)
+    text = _name(member.node)
+    size = min(style.font, 0.84 * style.font * width / text_width(text, style.font))
+    label = centred(x, y, text, size, colour, bold=True)
+    return NodeMark(
+        str(member.node), x, y, width, height, (shape,), (label,), node_title(member), member, "", member.node.kind
+    )
 
 
-def _bar(grid: Grid, kind: str, member: CircuitNode | None) -> NodeMark:
-    words = {"embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
-    x, width = (grid.left + grid.right) / 2, grid.right - grid.left
-    y = grid.embed if kind == "embed" else grid.logits
-    shape = Shape(outline("rounded", x, y, width, BAR), "#EEF1F4", INK if member else MUTED, 1.2 if member else 0.8)
-    return NodeMark(Node(kind), member, x, y, width, BAR, shape, centred(x, y, words[kind], 12, INK))
+def _bar(frame: Frame, style: Style, kind: str, member: CircuitNode | None) -> NodeMark:
+    x, width = (frame.left + frame.right) / 2, frame.right - frame.left
+    y = frame.embed if kind == "embed" else frame.logits
+    rim = (INK, 1.2) if member else (MUTED, 0.8)
+    shape = Shape(outline("rounded", x, y, width, frame.bar), BAR, *rim)
+    title = node_title(member) if member else f"{kind}: drawn for orientation, not a node of the circuit"
+    words = BARS[kind] if text_width(BARS[kind], 0.9 * style.font) < width - 8 else kind
+    label = centred(x, y, words, 0.9 * style.font, INK)
+    return NodeMark(kind, x, y, width, frame.bar, (shape,), (label,), title, member, "", kind)
 
 
-def _decoration(grid: Grid, places: dict[Node, NodeMark]) -> tuple[tuple[Shape, ...], tuple[Label, ...]]:
+def _edge(
+    frame: Frame,
+    places: Mapping[str, NodeMark],
+    member: CircuitEdge,
+    bundle: Bundle,
+    largest: float,
+    placement: Placement,
+) -> EdgeMark:
+    edge = member.edge
+    sender, receiver = places[str(edge.sender)], places[str(edge.receiver)]
+    rise = None
+    if bundle.trunk is not None and bundle.in_channel:
+        start, width, step = frame.channels[bundle.trunk]
+        rise = start + min(width / 2, 5 * frame.unit) + step * bundle.track
+    elif bundle.trunk is not None:
+        rise = frame.columns[bundle.trunk]
+    lines = len(frame.lines)
+    if bundle.receiver is None:
+        end, gap = (rise or 0.0, receiver.y + receiver.height / 2), lines
+    else:
+        end = (receiver.x + PORTS[edge.slot] * receiver.width, receiver.y + receiver.height / 2)
+        gap = bundle.receiver[0]
+        if not bundle.in_channel and rise is not None:
+            rise = end[0]
+    if rise is None:
+        rise = end[0]
+
+    def level(which: int) -> float:
+        low, height, step = frame.gaps[which]
+        return low - min(4 * frame.unit, 0.4 * height) - step * bundle.levels.get(which, 0)
+
+    points = [end]
+    if end[0] != rise:
+        points += [(end[0], level(gap)), (rise, level(gap))]
+    if edge.sender.kind == "embed":
+        points.append((rise, sender.y - sender.height / 2))
+    else:
+        out = placement.cell[edge.sender][0] + 1
+        if out == gap and end[0] != rise:
+            points = points[:2]  # no trunk is needed to the row just above
+            rise = end[0]
+        points += [(rise, level(out)), (sender.x, level(out)), (sender.x, sender.y - sender.height / 2)]
+    points = [point for k, point in enumerate(points) if k == 0 or point != points[k - 1]]
+    commands = rounded(_straight(points), 5 * frame.unit)
+    shapes = edge_shapes(
+        member.effect, member.status, edge.slot, magnitude(member.effect) / largest, commands, frame.unit
+    )
+    return EdgeMark(
+        sender.key, receiver.key, edge.slot, member.effect, member.status, shapes, edge_title(member), (), member
+    )
+
+
+def _straight(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Without the points in the middle of straight runs."""
+    kept = points[:1]
+    for before, point, after in zip(points, points[1:], points[2:], strict=False):
+        if not (before[0] == point[0] == after[0] or before[1] == point[1] == after[1]):
+            kept.append(point)
+    return [*kept, points[-1]]
+
+
+def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple[Shape, ...], tuple[Label, ...]]:
     shapes, labels = [], []
-    for layer, y in grid.rows.items():
-        shapes.append(Shape(line((grid.left, y), (grid.right, y)), None, FAINT, 0.6))
-        labels.append(Label(grid.left - 10, y + 4, f"L{layer}", 11, "end", MUTED))
-        cells = [(x, Node("head", layer, index)) for index, x in grid.heads.items()]
-        for x, node in [*cells, (grid.mlp, Node("mlp", layer))]:
-            if node not in places:
-                shapes.append(Shape(outline("ellipse", x, y, 4, 4), FAINT))
-    for y, text in grid.breaks:
-        zigzag = [(grid.left + 6 * place, y + (3 if place % 2 else -3)) for place in range(6)]
-        shapes.append(Shape(line(*zigzag), None, MUTED, 1.0))
-        labels += [Label(grid.left + 42, y + 3.5, text, 10, "start", MUTED)] if text else []
-    tops = (grid.logits + BAR / 2 + 17, grid.embed - BAR / 2 - 8)
-    for y in tops:
-        labels += [Label(x, y, f"H{index}", 11, "middle", MUTED) for index, x in grid.heads.items()]
-        labels.append(Label(grid.mlp, y, "MLP", 11, "middle", MUTED))
-        if grid.neurons is not None:
-            labels.append(Label(grid.neurons - 21, y, "neurons of that MLP", 11, "start", MUTED))
+    size = 0.86 * style.font
+    top, bottom = frame.top - 2 * frame.unit, frame.embed - frame.bar / 2
+    for lane in placement.lanes:
+        start = frame.channels[lane.first][0]
+        end = frame.channels[lane.first + lane.width][0]
+        if lane is placement.lanes[-1]:
+            end = frame.right
+        rectangle = outline(
+            "rectangle", (start + end) / 2, (top + bottom) / 2, end - start - 2 * frame.unit, bottom - top
+        )
+        shapes.append(Shape(rectangle, band(lane.key if style.columns == "role" else "none")))
+        title = plain(lane.title)
+        while text_width(title, size) > end - start - 4 * frame.unit and len(title) > 2:
+            title = title[:-2] + "…"
+        labels.append(centred((start + end) / 2, top + 0.85 * size, title, size, MUTED, bold=True))
+    for layer, group in itertools.groupby(range(len(placement.layers)), key=lambda up: placement.layers[up]):
+        ups = list(group)
+        y = (frame.lines[ups[0]] + frame.lines[ups[-1]]) / 2
+        labels.append(Label(frame.left - 6 * frame.unit, y + 0.35 * size, f"L{layer}", size, "end", MUTED))
+        shapes += [
+            Shape(line((frame.left, frame.lines[up]), (frame.right, frame.lines[up])), None, FAINT, 0.6) for up in ups
+        ]
+        before = placement.layers[ups[0] - 1] if ups[0] else -1
+        if layer - before > 1:
+            middle, room = frame.gaps[ups[0]][0] - frame.gaps[ups[0]][1] / 2, 3.2 * frame.unit
+            x = frame.left - 12 * frame.unit
+            shapes += [Shape(outline("ellipse", x, middle + k * room, 1.6, 1.6), MUTED) for k in (-1, 0, 1)]
     return tuple(shapes), tuple(labels)
+
+
+def in_grey(layout: Layout) -> Layout:
+    """The layout in greys of the same luminance."""
+
+    def shapes(given: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        return tuple(
+            replace(one, fill=grey(one.fill) if one.fill else None, stroke=grey(one.stroke) if one.stroke else None)
+            for one in given
+        )
+
+    def labels(given: tuple[Label, ...]) -> tuple[Label, ...]:
+        return tuple(replace(one, colour=grey(one.colour)) for one in given)
+
+    def marks(given: tuple[NodeMark, ...]) -> tuple[NodeMark, ...]:
+        return tuple(replace(one, shapes=shapes(one.shapes), labels=labels(one.labels)) for one in given)
+
+    return replace(
+        layout,
+        nodes=marks(layout.nodes),
+        folded=marks(layout.folded),
+        edges=tuple(replace(one, shapes=shapes(one.shapes), labels=labels(one.labels)) for one in layout.edges),
+        backdrop=shapes(layout.backdrop),
+        labels=labels(layout.labels),
+    )

@@ -1,68 +1,153 @@
 """The legend and the caption under a circuit's picture."""
 
 import textwrap
+from collections.abc import Collection, Sequence
 
-from mechsafety.circuits.circuit import ROLES, RefusalCircuit
+from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode
 from mechsafety.viz.marks import (
     FAINT,
     INK,
     MUTED,
     Label,
     Shape,
-    edge_shape,
+    edge_shapes,
     line,
     node_shape,
+    outline,
     text_width,
 )
-from mechsafety.viz.words import caption
+from mechsafety.viz.style import Style
 
-MARGIN, SIZE, LEAD = 24.0, 11.0, 20.0
+# a title, and (kind of swatch, its key, text) an item
+Row = tuple[str, list[tuple[str, str, str]]]
 STATUSES = ("verified", "measured", "estimated", "rejected")
-EDGES = (("measured", 0.2, "measured"), ("estimated", 0.2, "estimated"), ("negative", -0.2, "measured"))
+SLOT_TITLES = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP input, logits"))
 
 
 def legend_and_caption(
-    circuit: RefusalCircuit, drawn: int, width: float, top: float
+    style: Style,
+    sentences: Sequence[str],
+    nodes: Collection[CircuitNode],
+    edges: Collection[CircuitEdge],
+    width: float,
+    top: float,
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
-    """Shapes, texts and the picture's full height."""
-    shapes: list[Shape] = [Shape(line((MARGIN, top + 8), (width - MARGIN, top + 8)), None, FAINT, 0.8)]
+    """Shapes, texts and the picture's full height; the legend names only what the circuit has."""
+    rows = [*_node_rows(nodes), *_edge_rows(edges)] if nodes else []
+    return _under(style, style.font, rows, sentences, width, top)
+
+
+def edge_legend(
+    style: Style,
+    font: float,
+    edges: Collection[CircuitEdge],
+    sentences: Sequence[str],
+    width: float,
+    top: float,
+) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
+    """The same for a picture whose nodes explain themselves."""
+    return _under(style, font, _edge_rows(edges), sentences, width, top)
+
+
+def _under(
+    style: Style, font: float, rows: Sequence[Row], sentences: Sequence[str], width: float, top: float
+) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
+    unit, size = font / 12, 0.86 * font
+    margin, lead = 12 * unit, 1.75 * size
+    shapes: list[Shape] = []
     labels: list[Label] = []
-    y = top + 26
-    rows = (
-        ("role", [(role, "role", role) for role in ROLES]),
-        ("node", [(status, "status", status) for status in STATUSES]),
-        ("edge", [(name, "edge", name) for name, _, _ in EDGES]),
-    )
-    for title, items in rows:
-        labels.append(Label(MARGIN, y + 4, title, SIZE, "start", MUTED))
-        x = MARGIN + 42
-        for name, kind, key in items:
-            text = {"none": "none assigned", "negative": "negative effect"}.get(name, name)
-            room = 34 + text_width(text, SIZE) + 18
-            if x + room > width - MARGIN:
-                x, y = MARGIN + 42, y + LEAD
-            shapes += _swatch(kind, key, x + 13, y)
-            labels.append(Label(x + 32, y + 4, text, SIZE, "start", INK))
-            x += room
-        if title == "edge":
-            note = "width, size and depth of colour: |effect|"
-            if x + text_width(note, SIZE) > width - MARGIN:
-                x, y = MARGIN + 42, y + LEAD
-            labels.append(Label(x, y + 4, note, SIZE, "start", MUTED))
-        y += LEAD
-    y += 8
-    letters = int((width - 2 * MARGIN) / (0.57 * SIZE))
-    for place, sentence in enumerate(caption(circuit, drawn)):
-        for text in textwrap.wrap(sentence, letters):
-            labels.append(Label(MARGIN, y + 4, text, SIZE, "start", INK if place < 2 else MUTED, place == 0))
-            y += 16
-    return tuple(shapes), tuple(labels), y + 8
+    y = top + 6 * unit
+    if style.legend and rows:
+        shapes.append(Shape(line((margin, y), (width - margin, y)), None, FAINT, 0.8))
+        y += lead
+        for title, items in rows:
+            labels.append(Label(margin, y + 0.35 * size, title, size, "start", MUTED))
+            start = x = margin + text_width("status", size) + 10 * unit
+            for kind, key, text in items:
+                swatch = 30 * unit if kind else 0.0
+                room = swatch + text_width(text, size) + 14 * unit
+                if x + room > width - margin and x > start:
+                    x, y = start, y + lead
+                shapes += _swatch(kind, key, x + 12 * unit, y, unit)
+                labels.append(Label(x + swatch, y + 0.35 * size, text, size, "start", INK if kind else MUTED))
+                x += room
+            y += lead
+        y += 2 * unit
+    captions, height = _caption(style, font, sentences, width, y)
+    return tuple(shapes), (*labels, *captions), height
 
 
-def _swatch(kind: str, key: str, x: float, y: float) -> list[Shape]:
+def keys(
+    style: Style, items: Sequence[tuple[str, str]], sentences: Sequence[str], width: float, top: float
+) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
+    """A legend of plain colours, each with its text, and a caption."""
+    unit, size = style.font / 12, 0.86 * style.font
+    margin = 12 * unit
+    shapes, labels = [], []
+    y = top + 6 * unit
+    for colour, text in items if style.legend else ():
+        y += 1.75 * size
+        shapes.append(Shape(outline("rounded", margin + 12 * unit, y, 24 * unit, 13 * unit), colour, INK, 1.0))
+        labels.append(Label(margin + 32 * unit, y + 0.35 * size, text, size))
+    captions, height = _caption(style, style.font, sentences, width, y + (1.75 * size if style.legend else 0.0))
+    return tuple(shapes), (*labels, *captions), height
+
+
+def _caption(style: Style, font: float, sentences: Sequence[str], width: float, y: float) -> tuple[list[Label], float]:
+    unit, size = font / 12, 0.86 * font
+    labels = []
+    if style.caption:
+        y += 0.6 * size
+        letters = max(20, int((width - 24 * unit) / (0.57 * size)))
+        for place, sentence in enumerate(sentences):
+            for text in textwrap.wrap(sentence, letters):
+                colour = INK if place < 2 else MUTED
+                labels.append(Label(12 * unit, y + 0.35 * size, text, size, "start", colour, place == 0))
+                y += 1.45 * size
+    return labels, y + 4 * unit
+
+
+def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
+    roles, statuses = {member.role for member in nodes}, {member.status for member in nodes}
+    return [
+        ("role", [("role", role, "none assigned" if role == "none" else role) for role in ROLES if role in roles]),
+        (
+            "node",
+            [*(("status", key, key) for key in STATUSES if key in statuses), ("", "", "depth of colour: |effect|")],
+        ),
+    ]
+
+
+def _edge_rows(edges: Collection[CircuitEdge]) -> list[Row]:
+    if not edges:
+        return []
+    slots = {"mlp" if member.edge.slot == "resid" else member.edge.slot for member in edges}
+    marks = [("edge", status, status) for status in NODE_STATUS if any(member.status == status for member in edges)]
+    if any(member.effect < 0 for member in edges):
+        marks.append(("edge", "negative", "negative effect"))
+    return [
+        ("into", [("slot", slot, text) for slot, text in SLOT_TITLES if slot in slots]),
+        ("edge", [*marks, ("", "", "width: |effect|")]),
+    ]
+
+
+def _swatch(kind: str, key: str, x: float, y: float, unit: float) -> list[Shape]:
     if kind == "role":
-        return [node_shape(key, "measured", 1.0, x, y, 26, 14)]
+        return [node_shape(key, "measured", 1.0, x, y, 24 * unit, 13 * unit)]
     if kind == "status":
-        return [node_shape("none", key, 0.7, x, y, 26, 14)]
-    effect, status = next((effect, status) for name, effect, status in EDGES if name == key)
-    return [edge_shape(effect, status, 0.45, line((x - 14, y), (x + 14, y)))]
+        return [node_shape("none", key, 0.7, x, y, 24 * unit, 13 * unit)]
+    if not kind:
+        return []
+    status = "measured" if kind == "slot" or key == "negative" else key
+    slot = key if kind == "slot" else "v"
+    shapes = edge_shapes(-0.2 if key == "negative" else 0.2, status, slot, 0.25, line((0, 0), (0, 26 * unit)), unit)
+    return [_turned(shape, x + 12 * unit, y) for shape in shapes]
+
+
+def _turned(shape: Shape, x: float, y: float) -> Shape:
+    """An upward edge laid on its side, its head at (x, y)."""
+    commands = tuple(
+        (letter, tuple(part for i in range(0, len(v), 2) for part in (x - v[i + 1], y + v[i])))
+        for letter, v in shape.commands
+    )
+    return Shape(commands, shape.fill, shape.stroke, shape.width, shape.dashes, shape.opacity)

@@ -1,9 +1,10 @@
 """What a picture is made of: shapes, labels, and the fixed colours and outlines of roles and statuses."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Node
+from mechsafety.circuits.circuit import CircuitEdge, CircuitNode
 
 Command = tuple[str, tuple[float, ...]]
 
@@ -22,8 +23,26 @@ ROLE_OUTLINES = {
     "production": "slanted",
     "none": "rounded",
 }
-INK, MUTED, FAINT, PAPER = "#1B1F24", "#5B6470", "#D5D9DF", "#FFFFFF"
-MEASURED_EDGE, NEGATIVE_EDGE = "#3F4956", "#9C2F6B"
+INK, MUTED, FAINT, PAPER, BAR = "#1B1F24", "#5B6470", "#D5D9DF", "#FFFFFF", "#EEF1F4"
+# what is written on a node's fill keeps its colour on a dark page
+ON_DARK, ON_LIGHT = "#FEFEFE", "#14181D"
+EDGE, NEGATIVE, GUESSED, GUESSED_NEGATIVE, REFUTED = "#3F4956", "#9C2F6B", "#8D96A2", "#C78BAC", "#C3C8CF"
+# (slot): dashes in line widths; the port's place on the receiver's lower rim as a share of its width
+DASHES = {"q": (1.0, 1.6), "k": (4.0, 2.0), "v": (), "mlp": (), "resid": ()}
+PORTS = {"q": -0.3, "k": 0.0, "v": 0.3, "mlp": 0.0, "resid": 0.0}
+# colours of a dark page by the light ones
+DARK = {
+    INK: "#E8ECF1",
+    MUTED: "#9BA6B3",
+    FAINT: "#333B45",
+    PAPER: "#14181D",
+    BAR: "#222932",
+    EDGE: "#B4BECA",
+    NEGATIVE: "#F08CC0",
+    GUESSED: "#6E7A88",
+    GUESSED_NEGATIVE: "#95587A",
+    REFUTED: "#4A535E",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +53,7 @@ class Shape:
     fill: str | None = None
     stroke: str | None = None
     width: float = 1.0
-    dashed: bool = False
+    dashes: tuple[float, ...] = ()
     opacity: float = 1.0
 
 
@@ -50,27 +69,54 @@ class Label:
     colour: str = INK
     bold: bool = False
 
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the room that the text takes in any of the fonts."""
+        width = text_width(self.text, self.size)
+        left = self.x - {"start": 0.0, "middle": width / 2, "end": width}[self.anchor]
+        return left, self.y - 0.78 * self.size, left + width, self.y + 0.22 * self.size
+
 
 @dataclass(frozen=True, slots=True)
 class NodeMark:
-    """A drawn node. ``member`` is None for ``embed`` and ``logits`` where the circuit does not list them."""
+    """A drawn node, bar, supernode or box.
 
-    node: Node
-    member: CircuitNode | None
+    Attributes:
+        key: Its name; unique in a picture.
+        x, y, width, height: Centre and size.
+        shapes, labels: What is drawn, from back to front.
+        title: Its tooltip.
+        member: The circuit's node; None for bars, supernodes and boxes.
+        group: The group that it belongs to or, for a supernode, stands for.
+        kind: ``head``, ``mlp``, ``neuron``, ``embed``, ``logits``, ``group`` or ``role``.
+    """
+
+    key: str
     x: float
     y: float
     width: float
     height: float
-    shape: Shape
-    label: Label | None
+    shapes: tuple[Shape, ...]
+    labels: tuple[Label, ...]
+    title: str
+    member: CircuitNode | None = None
+    group: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeMark:
-    """A drawn edge."""
+    """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks."""
 
-    member: CircuitEdge
-    shape: Shape
+    sender: str
+    receiver: str
+    slot: str
+    effect: float
+    status: str
+    shapes: tuple[Shape, ...]
+    title: str
+    labels: tuple[Label, ...] = ()
+    member: CircuitEdge | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +128,11 @@ class Layout:
         nodes: In the order of computation.
         edges: Weakest first, so that strong ones are drawn over weak ones.
         n_edges: How many edges the circuit has; ``edges`` may hold fewer.
-        backdrop: Row lines, empty cells and the legend's swatches.
-        labels: Row, column, legend and caption texts.
+        backdrop: Lanes, row lines and the legend's swatches.
+        labels: Row, lane, legend and caption texts.
+        title, description: In words, for readers that cannot see the picture.
+        folded: Supernodes that an interactive page shows in place of a group's members; no other medium draws them.
+        map_height: Height of the picture without legend and caption.
     """
 
     width: float
@@ -93,6 +142,10 @@ class Layout:
     n_edges: int
     backdrop: tuple[Shape, ...]
     labels: tuple[Label, ...]
+    title: str
+    description: str
+    folded: tuple[NodeMark, ...] = ()
+    map_height: float = 0.0
 
 
 def magnitude(effect: float | None) -> float:
@@ -131,22 +184,38 @@ def luminance(colour: str) -> float:
 
 
 def readable_on(fill: str) -> str:
-    """Ink or paper, whichever has the higher contrast on ``fill``."""
+    """Dark or light, whichever has the higher contrast on ``fill``."""
     light = luminance(fill)
-    on_ink = (light + 0.05) / (luminance(INK) + 0.05)
-    return PAPER if 1.05 / (light + 0.05) > on_ink else INK
+    return ON_DARK if 1.05 / (light + 0.05) > (light + 0.05) / (luminance(ON_LIGHT) + 0.05) else ON_LIGHT
 
 
-def outline(kind: str, x: float, y: float, width: float, height: float) -> tuple[Command, ...]:
-    """The closed path of a node centred at (x, y)."""
+def grey(colour: str) -> str:
+    """The grey of the same luminance, so that contrasts stay as they are.
+
+    Example:
+        >>> grey("#FF0000")
+        '#7f7f7f'
+    """
+    light = luminance(colour)
+    part = round(255 * (12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055))
+    return f"#{part:02x}{part:02x}{part:02x}"
+
+
+def band(role: str) -> str:
+    """The tint of a role's lane."""
+    return blend(ROLE_COLOURS.get(role, ROLE_COLOURS["none"]), 0.07)
+
+
+def outline(kind: str, x: float, y: float, width: float, height: float, most: float = math.inf) -> tuple[Command, ...]:
+    """The closed path of a node centred at (x, y); corners are cut by at most ``most``."""
     left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
     if kind == "hexagon":
-        cut = min(height / 2, width / 4)
+        cut = min(height / 2, width / 4, most)
         return polygon(
             (left + cut, top), (right - cut, top), (right, y), (right - cut, bottom), (left + cut, bottom), (left, y)
         )
     if kind == "slanted":
-        cut = min(height * 0.4, width / 5)
+        cut = min(height * 0.4, width / 5, most)
         return polygon((left + cut, top), (right, top), (right - cut, bottom), (left, bottom))
     if kind == "rectangle":
         return polygon((left, top), (right, top), (right, bottom), (left, bottom))
@@ -184,15 +253,67 @@ def node_shape(role: str, status: str, strength: float, x: float, y: float, widt
     if status == "estimated":
         return Shape(path, PAPER, colour, 1.6)
     if status == "rejected":
-        return Shape(path, PAPER, MUTED, 1.1, dashed=True)
+        return Shape(path, PAPER, MUTED, 1.1, (4.0, 2.4))
     fill = blend(colour, 0.42 + 0.58 * strength)
     return Shape(path, fill, INK, 1.5) if status == "verified" else Shape(path, fill, colour, 1.0)
 
 
-def edge_shape(effect: float, status: str, strength: float, commands: tuple[Command, ...]) -> Shape:
-    """An edge's curve: wider with ``strength`` (0 to 1), lighter where estimated, dashed where negative."""
-    measured = status != "estimated"
-    colour = MEASURED_EDGE if effect >= 0 else NEGATIVE_EDGE
-    width = 0.7 + 4.3 * strength
-    opacity = 0.42 + 0.38 * strength if measured else 0.3 + 0.25 * strength
-    return Shape(commands, None, colour if measured else blend(colour, 0.55), width, effect < 0, opacity)
+def edge_colour(effect: float, status: str) -> str:
+    """Lighter where estimated, faint where rejected, another hue where negative."""
+    if status == "rejected":
+        return REFUTED
+    if status == "estimated":
+        return GUESSED if effect >= 0 else GUESSED_NEGATIVE
+    return EDGE if effect >= 0 else NEGATIVE
+
+
+def edge_shapes(
+    effect: float, status: str, slot: str, strength: float, commands: tuple[Command, ...], unit: float = 1.0
+) -> tuple[Shape, ...]:
+    """An edge: its curve, which begins at the receiver, and the marks there.
+
+    Width grows with ``strength`` (0 to 1). The slot is told by dashes and by the mark: circle q, square k, triangle for
+    the others; filled where measured, hollow where estimated, a cross where rejected. A bar before the mark: negative.
+    """
+    colour = edge_colour(effect, status)
+    # estimates are drawn thinner than measurements of the same size
+    width = unit * (0.8 + (3.2 if status == "measured" or status == "verified" else 2.0) * strength)
+    dashes = tuple(round(part * max(width, 1.2 * unit), 2) for part in DASHES[slot])
+    x, y = commands[0][1]
+    size = unit * 2.6 + 0.45 * width
+    shapes = [Shape(commands, None, colour, width, dashes)]
+    if status == "rejected":
+        shapes.append(Shape(line((x - size, y - size + 1), (x + size, y + size + 1)), None, colour, 1.1))
+        shapes.append(Shape(line((x - size, y + size + 1), (x + size, y - size + 1)), None, colour, 1.1))
+        return tuple(shapes)
+    if slot == "q":
+        tip = outline("ellipse", x, y + size * 0.8, 1.9 * size, 1.9 * size)
+    elif slot == "k":
+        tip = outline("rectangle", x, y + size * 0.8, 1.7 * size, 1.7 * size)
+    else:
+        tip = polygon((x, y), (x + size, y + 1.7 * size), (x - size, y + 1.7 * size))
+    shapes.append(Shape(tip, PAPER if status == "estimated" else colour, colour, 1.0 * unit))
+    if effect < 0:
+        bar = y + 1.8 * size + 1.6 * unit
+        shapes.append(Shape(line((x - 1.5 * size, bar), (x + 1.5 * size, bar)), None, colour, 1.5 * unit))
+    return tuple(shapes)
+
+
+def rounded(points: Sequence[tuple[float, float]], radius: float) -> tuple[Command, ...]:
+    """An open path through the points with rounded corners."""
+    kept = [points[0]]
+    for point in points[1:]:
+        if math.dist(point, kept[-1]) > 0.05:
+            kept.append(point)
+    commands: list[Command] = [("M", kept[0])]
+    for before, corner, after in zip(kept, kept[1:], kept[2:], strict=False):
+        reach = min(radius, math.dist(before, corner) / 2, math.dist(corner, after) / 2)
+        enter, leave = _towards(corner, before, reach), _towards(corner, after, reach)
+        near, far = _towards(corner, before, 0.4477 * reach), _towards(corner, after, 0.4477 * reach)
+        commands += [("L", enter), ("C", (*near, *far, *leave))]
+    return (*commands, ("L", kept[-1])) if len(kept) > 1 else tuple(commands)
+
+
+def _towards(start: tuple[float, float], end: tuple[float, float], length: float) -> tuple[float, float]:
+    share = length / (math.dist(start, end) or 1.0)
+    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])

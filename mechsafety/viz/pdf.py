@@ -1,4 +1,4 @@
-"""The circuit as a vector PDF, drawn by matplotlib: no browser, no global figure state."""
+"""A layout as a vector PDF or a PNG, drawn by matplotlib: no browser, no global figure state."""
 
 import os
 from pathlib import Path as FilePath
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.marks import Label, Layout, Shape
+from mechsafety.viz.marks import EdgeMark, Label, Layout, NodeMark, Shape
+from mechsafety.viz.style import Style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,22 +18,42 @@ NARROWER = 0.9  # DejaVu Sans runs wider than the fonts the layout reckons with
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 
-def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str]) -> FilePath:
-    """Write the picture to the file ``path``; the same circuit gives the same bytes.
+def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str], style: Style | None = None) -> FilePath:
+    """Write the picture to the file ``path``, fonts embedded; the same circuit gives the same bytes.
 
     Raises:
-        MechsafetyError: The folder of ``path`` does not exist, or the circuit lists a node twice.
+        MechsafetyError: As `layout_circuit`, or the folder of ``path`` does not exist.
     """
+    return layout_pdf(layout_circuit(circuit, style), path)
+
+
+def layout_pdf(layout: Layout, path: str | os.PathLike[str]) -> FilePath:
+    """The same of any layout."""
     import matplotlib
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
-    target = FilePath(path)
-    if not target.parent.is_dir():
-        raise MechsafetyError(f"no such folder: {target.parent}", expected="an existing folder to write into")
+    target = _target(path)
     with matplotlib.rc_context(SETTINGS):
-        figure = layout_figure(layout_circuit(circuit))
-        metadata = {"CreationDate": None, "Creator": "mechsafety", "Producer": "matplotlib", "Title": "Refusal circuit"}
+        figure = layout_figure(layout)
+        metadata = {"CreationDate": None, "Creator": "mechsafety", "Producer": "matplotlib", "Title": layout.title}
         FigureCanvasPdf(figure).print_pdf(str(target), metadata=metadata)
+    return target
+
+
+def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144) -> FilePath:
+    """A bitmap for places that show no vectors.
+
+    Raises:
+        MechsafetyError: The folder of ``path`` does not exist.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    target = _target(path)
+    with matplotlib.rc_context(SETTINGS):
+        figure = layout_figure(layout)
+        figure.set_dpi(dpi)
+        FigureCanvasAgg(figure).print_png(str(target), metadata={"Software": "mechsafety"})
     return target
 
 
@@ -45,13 +66,19 @@ def layout_figure(layout: Layout) -> "Figure":
     axes.set_xlim(0, layout.width)
     axes.set_ylim(layout.height, 0)
     axes.axis("off")
-    for shape in [*layout.backdrop, *(mark.shape for mark in layout.edges)]:
+    marks: list[EdgeMark | NodeMark] = [*layout.edges, *layout.nodes]
+    for shape in [*layout.backdrop, *(shape for mark in marks for shape in mark.shapes)]:
         _draw(axes, shape)
-    for mark in layout.nodes:
-        _draw(axes, mark.shape)
-    for label in [*layout.labels, *(mark.label for mark in layout.nodes if mark.label)]:
+    for label in [*layout.labels, *(label for mark in marks for label in mark.labels)]:
         _write(axes, label)
     return figure
+
+
+def _target(path: str | os.PathLike[str]) -> FilePath:
+    target = FilePath(path)
+    if not target.parent.is_dir():
+        raise MechsafetyError(f"no such folder: {target.parent}", expected="an existing folder to write into")
+    return target
 
 
 def _draw(axes: Any, shape: Shape) -> None:
@@ -71,7 +98,7 @@ def _draw(axes: Any, shape: Shape) -> None:
             facecolor=shape.fill or "none",
             edgecolor=shape.stroke or "none",
             linewidth=shape.width * POINT if shape.stroke else 0,
-            linestyle=(0, (5 / shape.width, 3 / shape.width)) if shape.dashed else "solid",
+            linestyle=(0, tuple(part / shape.width for part in shape.dashes)) if shape.dashes else "solid",
             alpha=shape.opacity,
             capstyle="butt",
         )
@@ -95,8 +122,8 @@ def _write(axes: Any, label: Label) -> None:
 
 
 def _drawable(text: str) -> str:
-    """Characters that the bundled font lacks become question marks."""
+    """Characters that the bundled font lacks become their code points."""
     from matplotlib.font_manager import findfont, get_font
 
     known = get_font(findfont("DejaVu Sans")).get_charmap()
-    return "".join(char if ord(char) in known else "?" for char in text)
+    return "".join(char if ord(char) in known else f"[U+{ord(char):04X}]" for char in text)

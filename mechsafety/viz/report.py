@@ -1,5 +1,6 @@
 """One self-contained page that says what was found, how well it is supported, and what was not measured."""
 
+import base64
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 from mechsafety.circuits.circuit import ROLES, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
-from mechsafety.viz.charts import faithfulness_curve, node_heatmap
-from mechsafety.viz.glossary import GLOSSARY
+from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
+from mechsafety.viz.glossary import GLOSSARY, METHODS
 from mechsafety.viz.html import circuit_fragment, template
 from mechsafety.viz.marks import ROLE_COLOURS, magnitude
+from mechsafety.viz.role_diagram import role_diagram
+from mechsafety.viz.style import Style
+from mechsafety.viz.svg import layout_svg
 
 ROLE_WORDS = {
     "detection": "moves what the instruction says to other positions",
@@ -41,6 +45,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         for figure, name, first in (
             (faithfulness_curve(circuit), "curve-figure", True),
             (node_heatmap(circuit), "heatmap-figure", False),
+            (effect_distribution(circuit), "effects-figure", False),
         )
     ]
     return template("report.html.j2").render(
@@ -52,9 +57,15 @@ def render_report(circuit: RefusalCircuit) -> str:
         necessity=words.necessity(circuit),
         cards=_cards(circuit),
         behaviour=[_behaviour(kind, value) for kind, value in circuit.behaviour.items()],
-        circuit=circuit_fragment(circuit),
+        circuit=circuit_fragment(circuit, theme="light"),
+        diagram=layout_svg(role_diagram(circuit, Style(caption=False))),
+        claims=_claims(circuit),
+        downloads=_downloads(circuit),
+        steps=METHODS,
+        options=[(key, _shown(value)) for key, value in circuit.provenance.options.items()],
         curve=figures[0],
         heatmap=figures[1],
+        effects=figures[2],
         roles=_roles(circuit),
         nodes=[_node(member) for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))],
         edges=[_edge(member) for member in circuit.edges],
@@ -75,6 +86,8 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
     """What this report cannot tell, each with the reason."""
     check = circuit.verification
     gaps = []
+    if not math.isfinite(check.faithfulness):
+        gaps.append(("Verification", "not done: nothing was measured on this circuit as a whole."))
     if check.completeness is None:
         gaps.append(("Completeness", "not measured: parts that matter may be missing from the circuit."))
     if check.minimality is None:
@@ -86,6 +99,53 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
     if estimated:
         gaps.append(("Exact edge effects", f"not measured for {estimated} of {len(circuit.edges)} edges (estimates)."))
     return gaps
+
+
+def _claims(circuit: RefusalCircuit) -> list[dict[str, str]]:
+    """The claims that were checked, where the circuit lists them, those that failed first."""
+    rows = []
+    for claim in getattr(circuit.verification, "claims", None) or ():
+        passed = getattr(claim, "passed", None)
+        interval, p = getattr(claim, "interval", None), getattr(claim, "p_value", None)
+        figure = [words.number(claim.value)] if getattr(claim, "value", None) is not None else []
+        figure += [words.interval(interval)] if interval else []
+        figure += [words.p_value(p)] if p is not None else []
+        rows.append(
+            {
+                "name": claim.name,
+                "statement": getattr(claim, "statement", ""),
+                "figure": ", ".join(figure) or getattr(claim, "reason", "") or words.DASH,
+                "criterion": getattr(claim, "criterion", ""),
+                "verdict": "not measured" if passed is None else ("holds" if passed else "fails"),
+            }
+        )
+    order = ("fails", "not measured", "holds")
+    return sorted(rows, key=lambda row: order.index(row["verdict"]))
+
+
+def _downloads(circuit: RefusalCircuit) -> list[tuple[str, str]]:
+    """File names and data addresses of the tables; nothing is fetched."""
+    import pandas as pd
+
+    edges = [
+        {"from": str(m.edge.sender), "to": str(m.edge.receiver), "slot": m.edge.slot, "effect": m.effect,
+         "status": m.status, "estimate": m.estimate}
+        for m in circuit.edges
+    ]  # fmt: skip
+    curve = [
+        {"k": p.k, "n_nodes": p.n_nodes, "discovery": p.faithfulness, "held_out": p.held_out}
+        for p in circuit.verification.curve
+    ]
+    tables = {"nodes.csv": circuit.to_dataframe(), "edges.csv": pd.DataFrame(edges), "curve.csv": pd.DataFrame(curve)}
+    if circuit.details is not None:
+        tables["scores.csv"] = circuit.scores_dataframe()
+    texts = {
+        name: table.to_csv(index=False, float_format="%.6g", lineterminator="\n") for name, table in tables.items()
+    }
+    texts["circuit.json"] = circuit.to_json()
+    return [
+        (name, "data:text/plain;base64," + base64.b64encode(text.encode()).decode()) for name, text in texts.items()
+    ]
 
 
 def _missing(circuit: RefusalCircuit) -> list[str]:
@@ -197,7 +257,6 @@ def _provenance(circuit: RefusalCircuit) -> list[tuple[str, str]]:
         *((f"metric: {key.replace('_', ' ')}", value) for key, value in circuit.metric.items()),
         ("held-out topics", check.held_out_topics),
         ("CMD, CPR", f"{words.number(check.cmd)}, {words.number(check.cpr)}"),
-        *((f"option: {key}", value) for key, value in origin.options.items()),
         *((f"version: {key}", value) for key, value in origin.versions.items()),
     ]
     return [(name, _shown(value)) for name, value in rows]

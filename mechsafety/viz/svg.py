@@ -1,43 +1,57 @@
-"""The circuit as SVG."""
+"""A layout as SVG."""
 
 from xml.sax.saxutils import escape, quoteattr
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
-from mechsafety.viz.words import caption, edge_title, node_title, plain
+from mechsafety.viz.style import Style
+from mechsafety.viz.tikz import tex
+from mechsafety.viz.words import edge_title, node_title
 
 FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
-def circuit_svg(circuit: RefusalCircuit) -> str:
+def circuit_svg(circuit: RefusalCircuit, style: Style | None = None) -> str:
     """A stand-alone SVG document: no script, no outside font or file; the same circuit gives the same text.
 
     Raises:
-        MechsafetyError: The circuit lists a node twice.
+        MechsafetyError: As `layout_circuit`.
     """
-    return layout_svg(circuit, layout_circuit(circuit))
+    style = style or Style()
+    return layout_svg(layout_circuit(circuit, style), width_mm=style.width_mm)
 
 
-def layout_svg(circuit: RefusalCircuit, layout: Layout) -> str:
-    """The SVG of a layout; nodes and edges carry ``data-*`` attributes and tooltips."""
-    title = escape(f"Refusal circuit of {plain(circuit.provenance.model)}")
-    words = escape(" ".join(caption(circuit, len(layout.edges))))
-    size = f'width="{layout.width:g}" height="{layout.height:g}" viewBox="0 0 {layout.width:g} {layout.height:g}"'
+def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bool = False) -> str:
+    """The SVG of a layout; nodes and edges carry tooltips.
+
+    Args:
+        layout: What to draw.
+        width_mm: Its width on paper; None takes pixels.
+        interactive: Whether to add the ``data-*`` attributes and the hidden supernodes that a page's script reads.
+    """
+    width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
+    if width_mm is not None:
+        width, height = f'"{width_mm:g}mm"', f'"{width_mm * layout.height / layout.width:.5g}mm"'
+    sizes = [round(label.size, 1) for mark in layout.nodes for label in mark.labels]
+    usual = max(sorted(set(sizes)), key=sizes.count, default=12.0)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="{FONTS}">',
-        f"<title>{title}</title>",
-        f"<desc>{words}</desc>",
-        f'<rect class="paper" width="{layout.width:g}" height="{layout.height:g}" fill="{PAPER}"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
+        f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
+        f"<title>{escape(layout.title)}</title>",
+        f"<desc>{escape(layout.description)}</desc>",
+        f'<rect class="paper" width="{layout.width:.5g}" height="{layout.height:.5g}" fill="{PAPER}"/>',
         '<g class="backdrop">',
         *(_path(shape) for shape in layout.backdrop),
-        *(_text(label) for label in layout.labels),
+        *(_text(label, interactive) for label in layout.labels),
         "</g>",
-        '<g class="edges">',
-        *(_edge(mark) for mark in layout.edges),
+        '<g class="edges" fill="none">',
+        *(_edge(mark, interactive) for mark in layout.edges),
         "</g>",
-        '<g class="nodes">',
-        *(_node(mark) for mark in layout.nodes),
+        # what all nodes' texts share stands on their group
+        f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual:g}">',
+        *(_node(mark, interactive, usual) for mark in layout.nodes),
+        *(_node(mark, interactive, usual) for mark in layout.folded if interactive),
         "</g>",
         "</svg>",
     ]
@@ -45,48 +59,87 @@ def layout_svg(circuit: RefusalCircuit, layout: Layout) -> str:
 
 
 def path_data(commands: tuple[Command, ...]) -> str:
-    """The ``d`` attribute of a path."""
-    return " ".join(letter + " ".join(f"{round(value, 2):g}" for value in values) for letter, values in commands)
+    """The ``d`` attribute of a path, to a tenth of a pixel; steps are relative, which is half as long."""
+    parts, x, y = [], 0, 0
+    for letter, values in commands:
+        points = [(round(10 * values[i]), round(10 * values[i + 1])) for i in range(0, len(values), 2)]
+        if letter == "M":
+            parts.append("M" + _numbers(*points[0]))
+        elif letter == "L" and points[0][0] == x:
+            parts.append("v" + _numbers(points[0][1] - y))
+        elif letter == "L" and points[0][1] == y:
+            parts.append("h" + _numbers(points[0][0] - x))
+        elif letter == "Z":
+            parts.append("z")
+        else:
+            parts.append(letter.lower() + _numbers(*(part for a, b in points for part in (a - x, b - y))))
+        x, y = points[-1] if points else (x, y)
+    return "".join(parts)
 
 
-def _path(shape: Shape) -> str:
-    style = f'fill="{shape.fill or "none"}"'
+def _numbers(*tenths: int) -> str:
+    words = [f"{tenth / 10:g}" for tenth in tenths]
+    return words[0] + "".join(word if word.startswith("-") else " " + word for word in words[1:])
+
+
+def _path(shape: Shape, unfilled: bool = True) -> str:
+    style = f' fill="{shape.fill or "none"}"' if shape.fill or unfilled else ""
     if shape.stroke:
-        style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.4g}"'
-    if shape.dashed:
-        style += ' stroke-dasharray="5 3"'
+        style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.3g}"'
+    if shape.dashes:
+        style += f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dashes)}"'
     if shape.opacity < 1:
         style += f' opacity="{shape.opacity:.3g}"'
-    return f'<path d="{path_data(shape.commands)}" {style}/>'
+    return f'<path d="{path_data(shape.commands)}"{style}/>'
 
 
-def _text(label: Label) -> str:
-    weight = ' font-weight="600"' if label.bold else ""
-    place = f'x="{label.x:.4g}" y="{round(label.y, 2):g}" font-size="{round(label.size, 2):g}"'
-    return f'<text {place} text-anchor="{label.anchor}" fill="{label.colour}"{weight}>{escape(label.text)}</text>'
+def _text(label: Label, interactive: bool, usual: tuple[str, bool, float] = ("start", False, 0.0)) -> str:
+    """A text; ``usual`` is the anchor, weight and size that it would have without saying so."""
+    style = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}"'
+    style += "" if round(label.size, 1) == usual[2] else f' font-size="{round(label.size, 1):g}"'
+    style += "" if label.anchor == usual[0] else f' text-anchor="{label.anchor}"'
+    style += "" if label.bold == usual[1] else f' font-weight="{600 if label.bold else 400}"'
+    # the page copies TikZ from the picture; what LaTeX needs written otherwise comes with it
+    latex = tex(label.text)
+    data = f" data-tex={quoteattr(latex)}" if interactive and latex != label.text else ""
+    return f'<text {style} fill="{label.colour}"{data}>{escape(label.text)}</text>'
 
 
-def _edge(mark: EdgeMark) -> str:
-    member, edge = mark.member, mark.member.edge
-    data = (
-        f"data-from={quoteattr(str(edge.sender))} data-to={quoteattr(str(edge.receiver))} "
-        f'data-slot={quoteattr(edge.slot)} data-effect="{_raw(member.effect)}" data-status={quoteattr(member.status)}'
-    )
-    return f'<g class="edge" {data}><title>{escape(edge_title(member))}</title>{_path(mark.shape)}</g>'
+def _edge(mark: EdgeMark, interactive: bool) -> str:
+    data = ""
+    if interactive:
+        data = (
+            f" data-from={quoteattr(mark.sender)} data-to={quoteattr(mark.receiver)} data-slot={quoteattr(mark.slot)}"
+            f' data-effect="{_raw(mark.effect)}" data-status={quoteattr(mark.status)}'
+        )
+        if mark.member is not None and mark.member.estimate is not None and mark.status != "estimated":
+            data += f' data-estimate="{_raw(mark.member.estimate)}"'
+    body = "".join(_path(shape, False) for shape in mark.shapes)
+    body += "".join(_text(label, interactive) for label in mark.labels)
+    # a page's script writes the usual tooltips itself
+    usual = interactive and mark.member is not None and mark.title == edge_title(mark.member)
+    return f'<g class="edge"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
-def _node(mark: NodeMark) -> str:
-    member = mark.member
-    data = f'data-node={quoteattr(str(mark.node))} data-kind="{mark.node.kind}"'
-    if member is None:
-        data += ' data-implied="true"'
-        title = f"{mark.node}: drawn for orientation, not a node of the circuit"
-    else:
-        data += f' data-role="{member.role}" data-status="{member.status}" data-effect="{_raw(member.effect)}"'
-        title = node_title(member)
-    body = _path(mark.shape) + (_text(mark.label) if mark.label else "")
-    return f'<g class="node" {data}><title>{escape(title)}</title>{body}</g>'
+def _node(mark: NodeMark, interactive: bool, size: float) -> str:
+    data = f" data-node={quoteattr(mark.key)}"
+    if interactive:
+        # a script takes what has no kind for a part of the model
+        data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
+        data += f' data-box="{mark.x:.5g} {mark.y:.5g} {mark.width:.4g} {mark.height:.3g}"'
+        data += f" data-group={quoteattr(mark.group)}" if mark.group else ""
+        if mark.member is not None:
+            member = mark.member
+            data += f' data-role="{member.role}" data-effect="{_raw(member.effect)}"'
+    body = "".join(_path(shape) for shape in mark.shapes)
+    body += "".join(_text(label, interactive, ("middle", True, size)) for label in mark.labels)
+    usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
+    return f'<g class="node"{data}>{_title(mark.title, usual)}{body}</g>'
+
+
+def _title(text: str, usual: bool) -> str:
+    return "" if usual else f"<title>{escape(text)}</title>"
 
 
 def _raw(effect: float | None) -> str:
-    return "" if effect is None else f"{effect:.6g}"
+    return "" if effect is None else f"{effect:.5g}"

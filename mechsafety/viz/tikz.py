@@ -1,12 +1,11 @@
-"""The circuit as TikZ, for papers."""
+r"""A layout as TikZ: one file that compiles by itself and can be ``\input`` into a paper."""
 
-import re
 import unicodedata
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.marks import Command, Label, Shape
-from mechsafety.viz.words import plain
+from mechsafety.viz.marks import Command, Label, Layout, Shape
+from mechsafety.viz.style import Style
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -19,77 +18,132 @@ SPECIAL = {
     "%": r"\%",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "'": r"\textquotesingle{}",
-    "`": r"\textasciigrave{}",
+    "<": r"\ensuremath{<}",
+    ">": r"\ensuremath{>}",
+    "|": r"\ensuremath{|}",
+    '"': r"{\char34}",
+    "'": r"{'}",
+    "`": r"{`}",
     "-": r"{-}",
+    "\xa0": "~",
     "\u2212": r"\ensuremath{-}",
     "\u2013": r"--",
-    "…": r"\dots{}",
-    "→": r"\ensuremath{\rightarrow}",
+    "\u2014": r"---",
+    "\u2018": r"{`}",
+    "\u2019": r"{'}",
+    "\u201c": r"``",
+    "\u201d": r"''",
+    "\u2026": r"\dots{}",
+    "\u2192": r"\ensuremath{\rightarrow}",
+    "\u2190": r"\ensuremath{\leftarrow}",
+    "\u00d7": r"\ensuremath{\times}",
+    "\u00b1": r"\ensuremath{\pm}",
+    "\u00b7": r"\ensuremath{\cdot}",
+    "\u23ce": r"\ensuremath{\hookleftarrow}",
+    "\u2264": r"\ensuremath{\le}",
+    "\u2265": r"\ensuremath{\ge}",
+    "\u00df": r"\ss{}",
+    "\u00f8": r"\o{}",
+    "\u00d8": r"\O{}",
+    "\u00e6": r"\ae{}",
+    "\u00c6": r"\AE{}",
+    "\u0142": r"\l{}",
+    "\u0141": r"\L{}",
+    "\u0131": r"\i{}",
 }
+ACCENTS = {
+    "\u0300": r"\`",
+    "\u0301": r"\'",
+    "\u0302": r"\^",
+    "\u0303": r"\~",
+    "\u0304": r"\=",
+    "\u0306": r"\u",
+    "\u0307": r"\.",
+    "\u0308": r"\"",
+    "\u030a": r"\r",
+    "\u030b": r"\H",
+    "\u030c": r"\v",
+    "\u0323": r"\d",
+    "\u0327": r"\c",
+}
+# capitals that LaTeX has a command for; the others look like Latin letters
+CAPITALS = ("GAMMA", "DELTA", "THETA", "LAMDA", "XI", "PI", "SIGMA", "PHI", "PSI", "OMEGA")
 ANCHORS = {"start": "base west", "middle": "base", "end": "base east"}
-# Small TeX installations lack the standalone class; a page of the picture's size does the same.
-HEAD = r"""\IfFileExists{standalone.cls}{\documentclass[border=2pt]{standalone}}{%
+# Small TeX installations lack the standalone class; a page of the picture's size does the same. Inside a paper,
+# \@nodocument is \relax.
+HEAD = r"""\makeatletter
+\ifx\@nodocument\relax\def\mechsafetyend{}\else\def\mechsafetyend{\end{document}}
+\IfFileExists{standalone.cls}{\documentclass[border=2pt]{standalone}}{%
   \documentclass{article}
   \usepackage[paperwidth=WIDTHpt, paperheight=HEIGHTpt, margin=2pt]{geometry}
   \pagestyle{empty}\parindent=0pt\topskip=0pt\maxdepth=0pt}
 \usepackage[T1]{fontenc}
-\usepackage{textcomp}
 \usepackage{lmodern}
 \usepackage{tikz}
 \renewcommand{\familydefault}{\sfdefault}
+\begin{document}\fi
+\makeatother
 """
 
 
-def circuit_tikz(circuit: RefusalCircuit) -> str:
-    """A LaTeX document that compiles by itself (``pdflatex``); its ``tikzpicture`` can be copied into a paper.
+def circuit_tikz(circuit: RefusalCircuit, style: Style | None = None) -> str:
+    r"""LaTeX that ``pdflatex`` compiles by itself and that a paper with ``\usepackage{tikz}`` can ``\input``.
 
     Raises:
-        MechsafetyError: The circuit lists a node twice.
+        MechsafetyError: As `layout_circuit`.
     """
-    layout = layout_circuit(circuit)
-    shapes = [*layout.backdrop, *(mark.shape for mark in layout.edges)]
-    labels = list(layout.labels)
-    parts = [_path(shape) for shape in shapes]
+    return layout_tikz(layout_circuit(circuit, style))
+
+
+def layout_tikz(layout: Layout) -> str:
+    """The same of any layout; its size is the picture's own."""
+    edges = [shape for mark in layout.edges for shape in mark.shapes]
+    parts = [_path(shape) for shape in (*layout.backdrop, *edges)]
     for mark in layout.nodes:
-        parts += [f"% {mark.node}", _path(mark.shape)]
-        parts += [_text(mark.label)] if mark.label else []
-    parts += [_text(label) for label in labels]
-    named = [*shapes, *(mark.shape for mark in layout.nodes)]
-    colours = {colour for shape in named for colour in (shape.fill, shape.stroke) if colour}
-    colours |= {label.colour for label in [*labels, *(mark.label for mark in layout.nodes if mark.label)]}
+        parts += [f"% {tex(mark.key)}", *map(_path, mark.shapes), *map(_text, mark.labels)]
+    labels = [*layout.labels, *(label for mark in layout.edges for label in mark.labels)]
+    parts += map(_text, labels)
+    shapes = [*layout.backdrop, *edges, *(shape for mark in layout.nodes for shape in mark.shapes)]
+    colours = {colour.lower() for shape in shapes for colour in (shape.fill, shape.stroke) if colour}
+    colours |= {label.colour.lower() for label in [*labels, *(x for mark in layout.nodes for x in mark.labels)]}
     width, height = 0.75 * layout.width, 0.75 * layout.height
     lines = [
-        f"% Refusal circuit of {tex(plain(circuit.provenance.model))}",
+        f"% {tex(layout.title)}",
+        r"% Compile it with pdflatex, or \usepackage{tikz} and \input it. In a caption:",
+        f"% {tex(layout.description)}",
         HEAD.rstrip().replace("WIDTH", f"{width + 5:.1f}").replace("HEIGHT", f"{height + 8:.1f}"),
+        r"\begingroup",
         *(rf"\definecolor{{{_colour(colour)}}}{{HTML}}{{{colour[1:].upper()}}}" for colour in sorted(colours)),
-        r"\begin{document}",
-        r"\begin{tikzpicture}[x=0.75pt, y=-0.75pt, inner sep=0pt]",
-        rf"\path[use as bounding box] (0,0) rectangle ({layout.width:g},{layout.height:g});",
+        r"\begin{tikzpicture}[x=0.75bp, y=-0.75bp, inner sep=0pt]",
+        rf"\path[use as bounding box] (0,0) rectangle ({layout.width:.5g},{layout.height:.5g});",
         *parts,
-        r"\end{tikzpicture}",
-        r"\end{document}",
+        r"\end{tikzpicture}\endgroup",
+        r"\mechsafetyend",
     ]
     return "\n".join(lines) + "\n"
 
 
 def tex(text: str) -> str:
-    r"""Text escaped for LaTeX; what pdflatex's T1 fonts lack becomes its plain letter, or a question mark.
+    r"""Text that any LaTeX takes as text: accents and Greek as commands, what has none as its code point.
 
     Example:
-        >>> print(tex("50 % of a_b"))
-        50 \% of a\_b
+        >>> print(tex("50 % of a_b, é, 漢"))
+        50 \% of a\_b, \'{e}, [U+6F22]
     """
-    return "".join(SPECIAL.get(char) or (char if " " <= char <= "~" else _plain_letter(char)) for char in text)
+    return "".join(SPECIAL.get(char) or (char if " " <= char <= "~" else _letter(char)) for char in text)
 
 
-def _plain_letter(char: str) -> str:
-    letters = re.sub(r"[^\x20-\x7e]", "", unicodedata.normalize("NFKD", char))
-    return "".join(SPECIAL.get(letter, letter) for letter in letters) or "?"
+def _letter(char: str) -> str:
+    alphabet, _, letter = unicodedata.name(char, "").partition(" LETTER ")
+    if letter.isalpha() and (alphabet == "GREEK SMALL" or (alphabet == "GREEK CAPITAL" and letter in CAPITALS)):
+        command = letter.replace("LAMDA", "LAMBDA").lower()
+        return rf"\ensuremath{{\{command.capitalize() if alphabet == 'GREEK CAPITAL' else command}}}"
+    parts = unicodedata.normalize("NFKD", char)
+    if all(" " <= part <= "~" for part in parts):
+        return tex(parts)
+    if len(parts) == 2 and parts[0].isascii() and parts[0].isalpha() and parts[1] in ACCENTS:
+        return f"{ACCENTS[parts[1]]}{{{parts[0]}}}"
+    return f"[U+{ord(char):04X}]"
 
 
 def _colour(colour: str) -> str:
@@ -99,9 +153,10 @@ def _colour(colour: str) -> str:
 def _path(shape: Shape) -> str:
     options = [f"fill={_colour(shape.fill)}"] if shape.fill else []
     if shape.stroke:
-        options += [f"draw={_colour(shape.stroke)}", f"line width={0.75 * shape.width:.3g}pt"]
-    if shape.dashed:
-        options.append("dash pattern=on 3.75pt off 2.25pt")
+        options += [f"draw={_colour(shape.stroke)}", f"line width={0.75 * shape.width:.4g}bp"]
+    if shape.dashes:
+        pattern = " ".join(f"{'off' if k % 2 else 'on'} {0.75 * part:.3g}bp" for k, part in enumerate(shape.dashes))
+        options.append(f"dash pattern={pattern}")
     if shape.opacity < 1:
         options.append(f"opacity={shape.opacity:.3g}")
     return rf"\path[{', '.join(options)}] {_commands(shape.commands)};"
@@ -110,7 +165,7 @@ def _path(shape: Shape) -> str:
 def _commands(commands: tuple[Command, ...]) -> str:
     parts = []
     for letter, values in commands:
-        points = [f"({round(values[i], 2):g},{round(values[i + 1], 2):g})" for i in range(0, len(values), 2)]
+        points = [f"({round(values[i], 1):g},{round(values[i + 1], 1):g})" for i in range(0, len(values), 2)]
         if letter == "M":
             parts.append(points[0])
         elif letter == "L":
@@ -124,6 +179,6 @@ def _commands(commands: tuple[Command, ...]) -> str:
 
 def _text(label: Label) -> str:
     size = 0.75 * label.size
-    font = rf"\fontsize{{{size:.3g}}}{{{size:.3g}}}\selectfont" + (r"\bfseries" if label.bold else "")
-    options = f"anchor={ANCHORS[label.anchor]}, text={_colour(label.colour)}, font={font}"
-    return rf"\node[{options}] at ({round(label.x, 2):g},{round(label.y, 2):g}) {{{tex(label.text)}}};"
+    font = rf"\fontsize{{{size:.3g}bp}}{{{size:.3g}bp}}\selectfont" + (r"\bfseries" if label.bold else "")
+    options = f"anchor={ANCHORS[label.anchor]}, text={_colour(label.colour)}, font=\\sffamily{font}"
+    return rf"\node[{options}] at ({round(label.x, 1):g},{round(label.y, 1):g}) {{{tex(label.text)}}};"

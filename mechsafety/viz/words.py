@@ -7,7 +7,9 @@ from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, CurvePoint, Re
 
 NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
+VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 EVIDENCE_WORDS = {
+    "backup_of": "stands in for",
     "direct": "direct effect through the logits",
     "at_instruction": "patched at instruction positions only",
     "at_suffix": "patched at suffix positions only",
@@ -15,6 +17,9 @@ EVIDENCE_WORDS = {
     "attention_to_instruction": "attention from suffix to instruction",
     "from_detection": "received from detection nodes (mostly estimated)",
     "to_decision": "sent to decision and production nodes (mostly estimated)",
+    "attention_within_instruction": "attention within the instruction",
+    "from_evaluation": "received from evaluation nodes (mostly estimated)",
+    "joint": "together with the node it stands in for",
 }
 STATUS_WORDS = {
     "estimated": "estimated by gradient only",
@@ -75,6 +80,16 @@ def plain(text: str, limit: int = 0) -> str:
     return flat
 
 
+def visible(token: str) -> str:
+    r"""A token with its white space made visible; other control characters become U+FFFD.
+
+    Example:
+        >>> visible(" a\n")
+        '·a⏎'
+    """
+    return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
+
+
 def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
     """The sentences under the picture; ``drawn`` is how many edges are drawn."""
     check = circuit.verification
@@ -82,16 +97,31 @@ def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
     edges += " (the strongest)" if drawn < len(circuit.edges) else ""
     model = plain(circuit.provenance.model, 60)
+    size = f"{len(circuit.nodes)} of {circuit.n_candidates} candidate nodes"
+    if getattr(circuit, "level", "node") == "edge":
+        size = f"{len(circuit.nodes)} nodes, {len(circuit.edges)} of {circuit.n_candidates} candidate edges"
+    if not math.isfinite(check.faithfulness):
+        return (
+            f"{model}: {size}; {edges}.",
+            "Not verified: nothing was measured on this circuit as a whole.",
+            _metric(circuit),
+        )
     fresh = ""
     if check.fresh is not None:
         fresh = f"; on fresh pairs {number(check.fresh.faithfulness, 2)} {interval(check.fresh.ci, 2)}"
     return (
-        f"{model}: {len(circuit.nodes)} of {circuit.n_candidates} candidate nodes; {edges}.",
+        f"{model}: {size}; {edges}.",
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
         f"{interval(check.held_out_ci, 2)}{fresh}; {controls.n} random circuits of this size reach "
         f"{number(controls.mean, 2)} on average ({p_value(controls.p_value).replace(' ', NO_BREAK)}).",
+        _metric(circuit),
+    )
+
+
+def _metric(circuit: RefusalCircuit) -> str:
+    return (
         f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}. An effect is the share of the "
-        "harmful\u2212harmless gap of this metric. Information flows upward.",
+        "harmful\u2212harmless gap of this metric. Information flows upward."
     )
 
 
@@ -113,8 +143,18 @@ def edge_title(member: CircuitEdge) -> str:
 
 def evidence(member: CircuitNode) -> tuple[str, ...]:
     """What a node's role rests on, a phrase a measurement."""
-    values = ((words, getattr(member.evidence, name)) for name, words in EVIDENCE_WORDS.items())
-    return tuple(f"{words}: {percent(value)}" for words, value in values if value is not None)
+    words = list(EVIDENCE_WORDS.values())
+    return tuple(f"{words[place]}: {value}" for place, value in evidence_values(member))
+
+
+def evidence_values(member: CircuitNode) -> list[tuple[int, str]]:
+    """The same as places among `EVIDENCE_WORDS` and values; measurements that were not made are left out."""
+    values = [getattr(member.evidence, name, None) for name in EVIDENCE_WORDS]
+    return [
+        (place, value if isinstance(value, str) else percent(value))
+        for place, value in enumerate(values)
+        if value is not None
+    ]
 
 
 def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:
@@ -145,6 +185,7 @@ def concentration(circuit: RefusalCircuit) -> str:
 def first_reaching(circuit: RefusalCircuit) -> CurvePoint | None:
     """The smallest size that reaches the target on held-out pairs, if any does."""
     target = circuit.verification.target
+    # a NaN is below every target
     return next((point for point in sizes(circuit) if point.held_out >= target), None)
 
 
@@ -152,6 +193,8 @@ def verdict(circuit: RefusalCircuit) -> str:
     """Plain words on how concentrated or spread out the mechanism is, from the held-out curve."""
     points, target, total = sizes(circuit), circuit.verification.target, circuit.n_candidates
     needed = first_reaching(circuit)
+    if not any(math.isfinite(point.held_out) for point in points):
+        return "Not measured: there is no curve of faithfulness over size."
     small = next((point for point in points if point.n_nodes >= 10), points[-1])
     best_ones = f"{small.n_nodes} best nodes restore" if small.n_nodes > 1 else "best node restores"
     opening = f"The {best_ones} {percent(small.held_out)} of the gap on held-out pairs"
@@ -187,6 +230,8 @@ def checked_on(circuit: RefusalCircuit) -> str:
 def chance(circuit: RefusalCircuit) -> str:
     """Plain words on the random controls."""
     controls = circuit.verification.random_controls
+    if not controls.n:
+        return "Not measured: no random circuits were drawn."
     text = (
         f"{controls.n} circuits of the same size, drawn at random, restore {percent(controls.mean)} on average and "
         f"{percent(controls.highest)} at best, against {percent(judged(circuit))} for this one "
@@ -200,6 +245,8 @@ def chance(circuit: RefusalCircuit) -> str:
 def necessity(circuit: RefusalCircuit) -> str:
     """Plain words on what is lost without the circuit."""
     lost = circuit.verification.necessity
+    if not math.isfinite(lost):
+        return "Not measured: the circuit as a whole was not taken out."
     text = (
         f"When the whole circuit gets its harmless-run values and every other part keeps its own, {percent(lost)} of "
         f"the gap is lost on {checked_on(circuit)}."
@@ -215,6 +262,8 @@ def finding(circuit: RefusalCircuit) -> str:
     """The result in one sentence."""
     check = circuit.verification
     share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
+    if not math.isfinite(check.held_out_faithfulness):
+        return f"{len(circuit.nodes)} of {circuit.n_candidates} candidate parts; not verified as a whole."
     reached = "which reaches" if check.reached else "which misses"
     where = "held-out topics" if any(check.held_out_topics) else "held-out pairs"
     text = (

@@ -2,21 +2,39 @@
 
 import html
 import json
+import random
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import HOSTILE
+from circuits_drawn import HOSTILE, build
 
-from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz import circuit_fragment, circuit_html, circuit_pdf, circuit_svg, circuit_tikz, mimebundle
+from mechsafety.viz import (
+    Style,
+    circuit_fragment,
+    circuit_html,
+    circuit_pdf,
+    circuit_svg,
+    circuit_tikz,
+    compare_html,
+    compare_layouts,
+    layout_circuit,
+    layout_pdf,
+    layout_png,
+    layout_svg,
+    layout_tikz,
+    mimebundle,
+    role_diagram,
+)
 from mechsafety.viz.html import safe_json
-from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.tikz import tex
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -95,6 +113,7 @@ def test_svg_is_well_formed_and_names_every_part(circuit: RefusalCircuit) -> Non
     groups = [group for group in root.iter(f"{SVG}g") if group.get("class") in ("node", "edge")]
     assert all(group.find(f"{SVG}title").text for group in groups)
     assert len(groups) - len(nodes) == min(60, len(circuit.edges))
+    assert "data-effect" not in circuit_svg(circuit)
     assert not [el.tag for el in root.iter() if el.tag in (f"{SVG}image", f"{SVG}script", f"{SVG}use", f"{SVG}style")]
 
 
@@ -116,6 +135,36 @@ def test_html_is_inert_whatever_the_model_is_called(hostile: RefusalCircuit) -> 
     assert "default-src 'none'" in circuit_html(hostile)
     data = json.loads(page.scripts[0])
     assert set(data["nodes"]) == {str(member.node) for member in hostile.nodes}
+
+
+def test_page_is_small_without_attention(large: RefusalCircuit, small: RefusalCircuit) -> None:
+    bare = replace(large, details=None)
+    assert len(circuit_html(bare).encode()) < 300_000
+    assert len(circuit_html(replace(small, details=None)).encode()) < 100_000
+    rng = random.Random(2)
+    every = [Node("head", layer, head) for layer in range(24) for head in range(16)]
+    huge = build(rng.sample(every, 300), 200, n_layers=24, n_heads=16)
+    assert len(circuit_html(replace(huge, details=None)).encode()) < 300_000
+
+
+def test_pages_theme_is_checked(small: RefusalCircuit) -> None:
+    assert 'data-theme="dark"' in circuit_html(small, theme="dark")
+    with pytest.raises(MechsafetyError, match=r"theme='neon'; expected one of \('auto', 'light', 'dark'\)"):
+        circuit_html(small, theme="neon")
+
+
+def test_every_medium_has_the_same_coordinates(small: RefusalCircuit) -> None:
+    def boxes(text: str) -> dict[str, list[str]]:
+        root = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+        nodes = [group for group in root.iter(f"{SVG}g") if group.get("class") == "node"]
+        return {group.get("data-node"): [path.get("d") for path in group.iter(f"{SVG}path")] for group in nodes}
+
+    picture, page = boxes(circuit_svg(small)), boxes(circuit_html(small))
+    assert {key: page[key] for key in picture} == picture
+    tikz = circuit_tikz(small)
+    for paths in picture.values():
+        x, y = re.match(r"M([\d.]+) ([\d.]+)", paths[0]).groups()
+        assert f"] ({x},{y}) --" in tikz
 
 
 def test_page_has_every_edge_and_starts_with_the_strongest(large: RefusalCircuit) -> None:
@@ -163,13 +212,15 @@ def test_pdf_leaves_matplotlib_as_it_was(small: RefusalCircuit, tmp_path: Path) 
 
 def test_tikz_is_balanced_plain_ascii_with_every_node(circuit: RefusalCircuit) -> None:
     text = circuit_tikz(circuit)
-    assert text.isascii() and text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert text.isascii()
+    assert text.count(r"\begin{tikzpicture}") == text.count(r"\end{tikzpicture}") == 1
+    assert text.count(r"\begin{document}") == text.count(r"\end{document}") == 1
     bare = re.sub(r"\\[{}\\]", "", text)
     assert bare.count("{") == bare.count("}")
     colours = set(re.findall(r"definecolor\{(\w+)\}", text))
     assert set(re.findall(r"(?:fill|draw|text)=(\w+)", text)) <= colours
-    nodes = [mark for mark in layout_circuit(circuit).nodes if mark.node.kind == "head"]
-    assert all(f"{{{mark.label.text}}};" in text for mark in nodes)
+    nodes = [mark for mark in layout_circuit(circuit).nodes if mark.kind == "head"]
+    assert nodes and all(f"{{{mark.labels[0].text}}};" in text for mark in nodes)
 
 
 @pytest.mark.parametrize(
@@ -177,12 +228,120 @@ def test_tikz_is_balanced_plain_ascii_with_every_node(circuit: RefusalCircuit) -
     [
         ("50 % & a_b #1", r"50 \% \& a\_b \#1"),
         ("\\x^2~{$}", r"\textbackslash{}x\textasciicircum{}2\textasciitilde{}\{\$\}"),
-        ("é ﬁ 漢", "e fi ?"),
-        ("\u2212<", r"\ensuremath{-}\textless{}"),
+        ("é ﬁ 漢 \u03b1 Ω Ł 🙂", r"\'{e} fi [U+6F22] \ensuremath{\alpha} \ensuremath{\Omega} \L{} [U+1F642]"),
+        ("\u2212<\x00", r"\ensuremath{-}\ensuremath{<}[U+0000]"),
     ],
 )
 def test_tex_escapes(given: str, expected: str) -> None:
     assert tex(given) == expected
+
+
+def compile_tex(folder: Path, text: str) -> Path:
+    (folder / "paper.tex").write_text(text)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+    return folder / "paper.pdf"
+
+
+needs_latex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
+
+
+@needs_latex
+def test_tikz_compiles_alone(hostile: RefusalCircuit, tmp_path: Path) -> None:
+    assert compile_tex(tmp_path, circuit_tikz(hostile)).stat().st_size > 5000
+
+
+@needs_latex
+def test_tikz_compiles_inside_a_paper(hostile: RefusalCircuit, tmp_path: Path) -> None:
+    style = Style(width_mm=85, caption=False, grayscale=True)
+    (tmp_path / "circuit.tex").write_text(circuit_tikz(hostile, style))
+    (tmp_path / "roles.tex").write_text(layout_tikz(role_diagram(hostile, replace(style, width_mm=120))))
+    body = r"\begin{document}before \input{circuit} \input{roles} after\end{document}"
+    paper = r"\documentclass{article}\usepackage{tikz}" + body
+    assert compile_tex(tmp_path, paper).stat().st_size > 5000
+
+
+def test_sizes_are_the_papers(small: RefusalCircuit, tmp_path: Path) -> None:
+    style = Style(width_mm=85)
+    root = ElementTree.fromstring(circuit_svg(small, style))
+    assert root.get("width") == "85mm" and root.get("height").endswith("mm")
+    page = re.search(rb"/MediaBox \[ 0 0 (\S+)", circuit_pdf(small, tmp_path / "a.pdf", style).read_bytes())
+    assert float(page[1]) == pytest.approx(85 / 25.4 * 72, abs=0.1)
+    points = re.search(r"rectangle \((\S+),", circuit_tikz(small, style))
+    assert 0.75 * float(points[1]) == pytest.approx(85 / 25.4 * 72, abs=0.1)
+
+
+def test_png_is_a_png(small: RefusalCircuit, tmp_path: Path) -> None:
+    layout = layout_circuit(small)
+    first, second = (layout_png(layout, tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    assert first == second and first.startswith(b"\x89PNG")
+    with pytest.raises(MechsafetyError, match="no such folder"):
+        layout_png(layout, tmp_path / "none" / "a.png")
+
+
+def test_roles_are_boxes_and_arrows_sum_edges(small: RefusalCircuit) -> None:
+    layout = role_diagram(small)
+    boxes = {mark.key for mark in layout.nodes}
+    role_of = {str(member.node): member.role for member in small.nodes}
+    assert boxes == {"embed", "logits", *role_of.values()}
+    sums: dict[tuple[str, str, str], float] = {}
+    for member in small.edges:
+        ends = [role_of.get(str(node), node.kind) for node in (member.edge.sender, member.edge.receiver)]
+        if ends[0] != ends[1]:
+            key = (*ends, member.edge.slot)
+            sums[key] = sums.get(key, 0.0) + member.effect
+    drawn = {(mark.sender, mark.receiver, mark.slot): mark.effect for mark in layout.edges}
+    assert drawn.keys() == sums.keys()
+    assert all(drawn[key] == pytest.approx(sums[key]) for key in drawn)
+    key = max(sums, key=lambda one: abs(sums[one]))
+    label = next(mark.labels[0].text for mark in layout.edges if (mark.sender, mark.receiver, mark.slot) == key)
+    assert label.startswith(f"{key[2]} {sums[key]:.2f}".replace("-", "\u2212"))
+
+
+def test_role_diagram_texts_do_not_overlap(circuit: RefusalCircuit) -> None:
+    layout = role_diagram(circuit)
+    boxes = [label.box for mark in (*layout.nodes, *layout.edges) for label in mark.labels]
+    boxes += [label.box for label in layout.labels]
+    for i, (a, b, c, d) in enumerate(boxes):
+        assert a >= 0 and c <= layout.width and d <= layout.height
+        assert not any(min(c, g) - max(a, e) > 0.1 and min(d, h) - max(b, f) > 0.1 for e, f, g, h in boxes[:i])
+
+
+def test_role_diagram_keeps_to_a_width_and_says_what_it_leaves_out(large: RefusalCircuit) -> None:
+    layout = role_diagram(large, Style(width_mm=120))
+    assert layout.width == pytest.approx(120 * 96 / 25.4)
+    assert len(layout.edges) == 18 and f"{layout.n_edges - 18} weaker arrows are left out." in layout.description
+
+
+def test_difference_tells_what_is_new_gone_and_changed(small: RefusalCircuit) -> None:
+    fewer = replace(small, nodes=small.nodes[2:], edges=small.edges[3:])
+    changed = replace(fewer.nodes[0], effect=fewer.nodes[0].effect + 0.3)
+    comparison = compare_layouts(small, replace(fewer, nodes=(changed, *fewer.nodes[1:])), ("aligned", "base"))
+    marks = {mark.key: mark for mark in comparison.difference.nodes}
+    gone = marks[str(small.nodes[0].node)]
+    assert gone.labels[0].text.startswith("\u2212") and gone.shapes[0].dashes and "not in it in base" in gone.title
+    more = marks[str(changed.node)]
+    same = marks[str(small.nodes[5].node)]
+    assert not more.shapes[0].dashes and more.shapes[0].fill != same.shapes[0].fill
+    assert "10 nodes in both, 2 only in aligned" in comparison.difference.description
+    back = compare_layouts(fewer, small, ("base", "aligned")).difference
+    assert next(m for m in back.nodes if m.key == gone.key).labels[0].text.startswith("+")
+    places = {mark.key: (mark.x, mark.y) for mark in comparison.difference.nodes}
+    for layout in (comparison.first, comparison.second):
+        assert all(places[mark.key] == (mark.x, mark.y) for mark in layout.nodes)
+
+
+def test_compared_pages_are_inert(hostile: RefusalCircuit, small: RefusalCircuit) -> None:
+    page = assert_inert(compare_html(hostile, small, ("a<b>", "c")), scripts=2)
+    assert page.tags.count("svg") == 3
+
+
+def test_layouts_of_every_kind_can_be_written(small: RefusalCircuit, tmp_path: Path) -> None:
+    other = replace(small, nodes=small.nodes[:-2])
+    for layout in (role_diagram(small, Style(grayscale=True)), compare_layouts(small, other, ("a", "b")).difference):
+        ElementTree.fromstring(layout_svg(layout))
+        assert layout_tikz(layout).isascii() and layout_pdf(layout, tmp_path / "a.pdf").stat().st_size > 5000
 
 
 def test_hostile_names_reach_svg_as_text(hostile: RefusalCircuit) -> None:

@@ -1,128 +1,353 @@
-"""Placement: nothing overlaps, layers go upward, widths follow effects."""
+"""Placement: nothing overlaps, layers go upward, edges run beside nodes, widths follow effects, one place a node."""
 
 import itertools
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from conftest import build
+from circuits_drawn import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Edge, Node, RefusalCircuit
+from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Edge, Node, RefusalCircuit, RoleEvidence
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz.layout import COMPACT_ABOVE, STATIC_EDGES, layout_circuit
-from mechsafety.viz.marks import ROLE_COLOURS, ROLE_OUTLINES, luminance, text_width
+from mechsafety.viz.layout import layout_circuit, layout_circuits
+from mechsafety.viz.marks import DASHES, PORTS, ROLE_COLOURS, ROLE_OUTLINES, Layout, luminance
+from mechsafety.viz.placement import crossings, place
+from mechsafety.viz.style import Positions, Style
+
+Box = tuple[float, float, float, float]
 
 
-def overlap(a, b) -> bool:
-    return abs(a.x - b.x) < (a.width + b.width) / 2 and abs(a.y - b.y) < (a.height + b.height) / 2
+def node_box(mark) -> Box:
+    return mark.x - mark.width / 2, mark.y - mark.height / 2, mark.x + mark.width / 2, mark.y + mark.height / 2
 
 
-def test_nodes_do_not_overlap_and_stay_inside(circuit: RefusalCircuit) -> None:
-    layout = layout_circuit(circuit)
-    assert {mark.node for mark in layout.nodes} == {m.node for m in circuit.nodes} | {Node("embed"), Node("logits")}
-    assert not [(str(a.node), str(b.node)) for a, b in itertools.combinations(layout.nodes, 2) if overlap(a, b)]
+def overlaps(first: list[Box], second: list[Box] | None = None) -> list[tuple[int, int]]:
+    """Pairs of boxes that share more than a hair."""
+    a, b = np.array(first).reshape(-1, 4), np.array(first if second is None else second).reshape(-1, 4)
+    wide = np.minimum(a[:, None, 2], b[:, 2]) - np.maximum(a[:, None, 0], b[:, 0]) > 0.05
+    tall = np.minimum(a[:, None, 3], b[:, 3]) - np.maximum(a[:, None, 1], b[:, 1]) > 0.05
+    hit = wide & tall
+    return [tuple(map(int, pair)) for pair in np.argwhere(np.triu(hit, 1) if second is None else hit)]
+
+
+def assert_nothing_overlaps(layout: Layout) -> None:
+    nodes = [node_box(mark) for mark in layout.nodes]
+    assert overlaps(nodes) == []
+    texts = [label.box for label in layout.labels]
+    inner = [label.box for mark in layout.nodes for label in mark.labels]
+    assert overlaps([*texts, *inner]) == []
+    assert overlaps(texts, nodes) == []
     for mark in layout.nodes:
-        assert 0 <= mark.x - mark.width / 2 <= mark.x + mark.width / 2 <= layout.width
-        assert 0 <= mark.y - mark.height / 2 <= mark.y + mark.height / 2 <= layout.height
+        left, _, right, _ = node_box(mark)
+        assert all(left <= label.box[0] and label.box[2] <= right for label in mark.labels), mark.key
+    for left, top, right, bottom in [*texts, *nodes]:
+        assert left >= 0 and top >= 0 and right <= layout.width + 0.05 and bottom <= layout.height + 0.05
 
 
-def test_every_text_fits_the_picture(circuit: RefusalCircuit) -> None:
-    layout = layout_circuit(circuit)
-    for label in layout.labels:
-        width = text_width(label.text, label.size)
-        right = label.x + {"start": width, "middle": width / 2, "end": 0}[label.anchor]
-        assert right <= layout.width, label.text
-        assert 0 < label.y <= layout.height, label.text
+def samples(mark) -> np.ndarray:
+    """Points along an edge's curve [point, 2]."""
+    points, at = [], np.zeros(2)
+    for letter, values in mark.shapes[0].commands:
+        ends = np.array(values).reshape(-1, 2)
+        t = np.linspace(0, 1, 40)[:, None]
+        if letter == "L":
+            points.append(at + t * (ends[-1] - at))
+        elif letter == "C":
+            a, b, c = ends
+            points.append((1 - t) ** 3 * at + 3 * (1 - t) ** 2 * t * a + 3 * (1 - t) * t**2 * b + t**3 * c)
+        at = ends[-1]
+    return np.concatenate(points)
 
 
-def test_layers_ascend_upward(circuit: RefusalCircuit) -> None:
-    heights: dict[int, set[float]] = {}
-    for mark in layout_circuit(circuit).nodes:
-        layer = {"embed": -1, "logits": 10_000}.get(mark.node.kind, mark.node.layer)
-        heights.setdefault(layer, set()).add(mark.y)
-    layers = sorted(heights)
-    for below, above in itertools.pairwise(layers):
-        assert max(heights[above]) < min(heights[below])
+def assert_edges_run_beside_nodes(layout: Layout) -> None:
+    boxes = {mark.key: node_box(mark) for mark in layout.nodes}
+    for mark in layout.edges:
+        path = samples(mark)
+        for key, (left, top, right, bottom) in boxes.items():
+            inside = (path[:, 0] > left + 0.1) & (path[:, 0] < right - 0.1)
+            inside &= (path[:, 1] > top + 0.1) & (path[:, 1] < bottom - 0.1)
+            # a node's outline is a little smaller than its box, so its own edges may begin at the rim
+            assert not inside.any() or key in (mark.sender, mark.receiver), (mark.title, key)
 
 
-def test_heads_stand_left_of_mlps_and_neurons_beside_their_mlp(neurons: RefusalCircuit) -> None:
-    marks = layout_circuit(neurons).nodes
-    heads = [mark.x for mark in marks if mark.node.kind == "head"]
-    mlps = [mark.x for mark in marks if mark.node.kind == "mlp"]
-    badges = [mark for mark in marks if mark.node.kind == "neuron"]
-    assert max(heads) < min(mlps) < min(mark.x for mark in badges)
-    crowded = {mark.y for mark in badges if mark.node.layer == 7}
-    assert len(crowded) == 2  # seven neurons wrap to a second line
-
-
-def test_edge_widths_follow_effects_and_signs_are_dashed(circuit: RefusalCircuit) -> None:
-    marks = layout_circuit(circuit, max_edges=None).edges
-    assert len(marks) == len(circuit.edges)
-    by_size = sorted(marks, key=lambda mark: abs(mark.member.effect))
-    widths = [mark.shape.width for mark in by_size]
-    assert widths == sorted(widths) and widths[-1] > 3 * widths[0]
-    for mark in marks:
-        assert mark.shape.dashed == (mark.member.effect < 0)
-
-
-def test_estimated_edges_are_lighter_than_measured_ones(small: RefusalCircuit) -> None:
-    edge = small.edges[0]
-    pair = [replace(small, edges=(replace(edge, status=status),)) for status in ("measured", "estimated")]
-    measured, estimated = (layout_circuit(circuit).edges[0].shape for circuit in pair)
-    assert luminance(estimated.stroke) > luminance(measured.stroke) and estimated.opacity < measured.opacity
-
-
-def test_static_pictures_draw_the_strongest_edges(large: RefusalCircuit) -> None:
-    layout = layout_circuit(large)
-    assert len(layout.edges) == STATIC_EDGES < layout.n_edges == 120
-    weakest = min(abs(mark.member.effect) for mark in layout.edges)
-    left_out = {member.edge for member in large.edges} - {mark.member.edge for mark in layout.edges}
-    assert all(abs(member.effect) <= weakest for member in large.edges if member.edge in left_out)
-    assert any("60\xa0of\xa0120\xa0edges\xa0drawn" in label.text for label in layout.labels)
-
-
-def test_small_circuits_leave_out_empty_layers_and_large_ones_do_not(
-    small: RefusalCircuit, large: RefusalCircuit
-) -> None:
-    rows = [label.text for label in layout_circuit(small).labels]
-    assert "L13 to L20: no node of the circuit" in rows and "L13" not in rows
-    assert len(large.nodes) > COMPACT_ABOVE
-    assert {f"L{layer}" for layer in range(30)} <= {label.text for label in layout_circuit(large).labels}
-    assert layout_circuit(small).height < 750
-
-
-@pytest.mark.parametrize("count", [0, 1, 250])
-def test_extreme_sizes(count: int) -> None:
-    every = [Node("head", layer, head) for layer in range(30) for head in range(9)]
-    circuit = build(every[:count], 0)
-    layout = layout_circuit(circuit)
+@given(
+    count=st.integers(5, 500),
+    seed=st.integers(0, 10**6),
+    columns=st.sampled_from(["role", "part", "position"]),
+    n_heads=st.sampled_from([4, 12, 32]),
+)
+@settings(max_examples=14)
+def test_nothing_ever_overlaps(count: int, seed: int, columns: str, n_heads: int) -> None:
+    rng = random.Random(seed)
+    n_layers = rng.choice([2, 12, 40])
+    every = [Node("head", layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    every += [Node("mlp", layer) for layer in range(n_layers)]
+    every += [Node("neuron", rng.randrange(n_layers), index) for index in rng.sample(range(14336), count)]
+    circuit = build(rng.sample(every, count), min(count, 60), n_layers=n_layers, n_heads=n_heads, seed=seed)
+    layout = layout_circuit(circuit, Style(columns=columns))
     assert len(layout.nodes) == count + 2
-    labelled = [mark for mark in layout.nodes if mark.label is not None]
-    assert len(labelled) == count + 2 and min(mark.label.size for mark in labelled) >= 9
+    assert_nothing_overlaps(layout)
+    assert_edges_run_beside_nodes(layout)
 
 
-def test_wide_models_still_fit() -> None:
-    every = [Node("head", layer, head) for layer in range(32) for head in range(32)]
-    layout = layout_circuit(build(every[::4], 30, n_layers=32, n_heads=32))
-    assert layout.width < 1400
-    heads = [mark for mark in layout.nodes if mark.node.kind == "head"]
-    assert all(mark.label.text == str(mark.node.index) and mark.label.size >= 8 for mark in heads)
-    assert not [1 for a, b in itertools.combinations(layout.nodes, 2) if overlap(a, b)]
+@pytest.mark.parametrize("style", [Style(), Style(columns="part"), Style(columns="position")], ids=str)
+def test_fixture_circuits_overlap_nowhere(circuit: RefusalCircuit, style: Style) -> None:
+    layout = layout_circuit(circuit, style)
+    drawn = {mark.key for mark in layout.nodes}
+    assert drawn == {str(member.node) for member in circuit.nodes} | {"embed", "logits"}
+    assert_nothing_overlaps(layout)
+    assert_edges_run_beside_nodes(layout)
+
+
+def test_the_overlap_check_can_fail(small: RefusalCircuit) -> None:
+    layout = layout_circuit(small)
+    first, second = layout.nodes[1:3]
+    moved = replace(first, x=second.x, y=second.y)
+    with pytest.raises(AssertionError):
+        assert_nothing_overlaps(replace(layout, nodes=(moved, *layout.nodes[2:])))
+    with pytest.raises(AssertionError):
+        assert_edges_run_beside_nodes(replace(layout, nodes=tuple(replace(m, width=400.0) for m in layout.nodes)))
+
+
+def test_layers_ascend_upward_and_edges_with_them(circuit: RefusalCircuit) -> None:
+    layout = layout_circuit(circuit, Style(max_edges=None))
+    heights: dict[int, set[float]] = {}
+    for mark in layout.nodes:
+        layer = {"embed": -1, "logits": 10_000}.get(mark.kind, mark.member.node.layer if mark.member else None)
+        heights.setdefault(layer, set()).add(mark.y)
+    for below, above in itertools.pairwise(sorted(heights)):
+        assert max(heights[above]) < min(heights[below])
+    y = {mark.key: mark.y for mark in layout.nodes}
+    assert all(y[mark.receiver] < y[mark.sender] for mark in layout.edges)
+
+
+def lanes(layout: Layout, key) -> dict[str, tuple[float, float]]:
+    """Leftmost and rightmost centre of the nodes of each key."""
+    found: dict[str, list[float]] = {}
+    for mark in layout.nodes:
+        if mark.member is not None:
+            found.setdefault(key(mark.member), []).append(mark.x)
+    return {name: (min(xs), max(xs)) for name, xs in found.items()}
+
+
+def in_order(ranges: dict[str, tuple[float, float]], names: list[str]) -> bool:
+    present = [ranges[name] for name in names if name in ranges]
+    return all(a[1] < b[0] for a, b in itertools.pairwise(present))
+
+
+def test_roles_have_lanes(large: RefusalCircuit) -> None:
+    ranges = lanes(layout_circuit(large), lambda member: member.role)
+    assert len(ranges) == 5
+    assert in_order(ranges, ["none", "detection", "evaluation", "decision", "production"])
+
+
+def test_parts_have_lanes(neurons: RefusalCircuit) -> None:
+    ranges = lanes(layout_circuit(neurons, Style(columns="part")), lambda member: member.node.kind)
+    assert len(ranges) == 3 and in_order(ranges, ["head", "mlp", "neuron"])
+
+
+def test_positions_have_lanes_named_by_tokens(small: RefusalCircuit) -> None:
+    nodes = [member.node for member in small.nodes]
+    positions = Positions((" pick", " a", " lock"), {node: place % 3 for place, node in enumerate(nodes[:-1])})
+    layout = layout_circuit(small, Style(columns="position", positions=positions))
+    ranges = lanes(layout, lambda member: str(positions.of.get(member.node, 9)))
+    assert len(ranges) == 4 and in_order(ranges, ["0", "1", "2", "9"])
+    titles = [label.text for label in layout.labels]
+    assert [title for title in titles if title in ("pick", "a", "lock", "position not measured")] == [
+        "pick", "a", "lock", "position not measured",
+    ]  # fmt: skip
+    with pytest.raises(MechsafetyError, match=r"positions \[3\]; expected 0 to 2, one a label"):
+        Positions(("a", "b", "c"), {nodes[0]: 3})
+
+
+def test_without_positions_the_spans_of_the_evidence_are_lanes(small: RefusalCircuit) -> None:
+    early = RoleEvidence(at_instruction=0.5, at_suffix=0.1)
+    late = RoleEvidence(at_instruction=0.0, at_suffix=-0.3)
+    evidence = [early, late, RoleEvidence()] * 4
+    circuit = replace(
+        small, nodes=tuple(replace(member, evidence=found) for member, found in zip(small.nodes, evidence, strict=True))
+    )
+    ranges = lanes(layout_circuit(circuit, Style(columns="position")), lambda member: str(member.evidence))
+    assert in_order(ranges, [str(early), str(late), str(RoleEvidence())])
+
+
+def test_placement_crosses_fewer_edges_than_the_order_of_indices() -> None:
+    before, after = 0, 0
+    for seed in range(5):
+        rng = random.Random(seed)
+        every = [Node("head", layer, head) for layer in range(8) for head in range(8)]
+        nodes = rng.sample(every, 40)
+        circuit = build(nodes, 50, n_layers=8, n_heads=8, seed=seed)
+        lane = dict.fromkeys(nodes, "all")
+        ordered = {}
+        for layer in range(8):
+            row = sorted((node for node in nodes if node.layer == layer), key=lambda node: node.order)
+            ordered |= {node: (layer, column) for column, node in enumerate(row)}
+        before += crossings(ordered, circuit.edges)
+        after += crossings(place(lane, [("all", "")], circuit.edges, 20).cell, circuit.edges)
+    assert after < 0.6 * before
+
+
+def test_crossings_of_known_pictures() -> None:
+    a, b, c, d = (Node("head", layer, head) for layer in (0, 1) for head in (0, 1))
+    cell = {a: (0, 0), b: (0, 1), c: (1, 0), d: (1, 1)}
+    parallel = [CircuitEdge(Edge(a, c, "q"), 1.0), CircuitEdge(Edge(b, d, "q"), 1.0)]
+    crossed = [CircuitEdge(Edge(a, d, "q"), 1.0), CircuitEdge(Edge(b, c, "q"), 1.0)]
+    shared = [CircuitEdge(Edge(a, d, "q"), 1.0), CircuitEdge(Edge(b, d, "q"), 1.0)]
+    assert [crossings(cell, edges) for edges in (parallel, crossed, shared)] == [0, 1, 0]
+
+
+def test_slots_differ_in_port_dashes_and_mark() -> None:
+    sender, receiver = Node("mlp", 0), Node("head", 3, 1)
+    circuit = build([sender, receiver], 0)
+    edges = tuple(CircuitEdge(Edge(sender, receiver, slot), 0.5, "measured") for slot in "qkv")
+    marks = layout_circuit(replace(circuit, edges=edges)).edges
+    ports = {mark.slot: mark.shapes[0].commands[0][1][0] for mark in marks}
+    assert ports["q"] < ports["k"] < ports["v"]
+    assert len({mark.shapes[0].dashes for mark in marks}) == 3
+    assert len({tuple(letter for letter, _ in mark.shapes[1].commands) for mark in marks}) == 3
+    assert len({DASHES[slot] for slot in "qkv"}) == len({PORTS[slot] for slot in "qkv"}) == 3
+
+
+def test_edges_into_one_slot_share_a_trunk(large: RefusalCircuit) -> None:
+    receiver = Node("head", 20, 4)
+    senders = [Node("head", layer, 4) for layer in (1, 4, 8)]
+    blocker = [Node("head", layer, 4) for layer in range(9, 20)]
+    circuit = build([receiver, *senders, *blocker], 0)
+    edges = tuple(CircuitEdge(Edge(sender, receiver, "v"), 0.5, "measured") for sender in senders)
+    marks = layout_circuit(replace(circuit, edges=edges)).edges
+    assert len({mark.shapes[0].commands[0] for mark in marks}) == 1
+    shared = [set(map(tuple, np.round(samples(mark), 3))) for mark in marks]
+    assert len(set.intersection(*shared)) > 10
+
+
+def test_edge_widths_follow_effects(circuit: RefusalCircuit) -> None:
+    marks = layout_circuit(circuit, Style(max_edges=None)).edges
+    assert len(marks) == len(circuit.edges)
+    for status in ("measured", "estimated"):
+        widths = [mark.shapes[0].width for mark in sorted(marks, key=lambda m: abs(m.effect)) if mark.status == status]
+        assert widths == sorted(widths) and widths[-1] > 1.5 * widths[0]
+
+
+def test_estimated_measured_rejected_and_negative_edges_differ(small: RefusalCircuit) -> None:
+    edge = replace(small.edges[0], effect=0.2)
+    kinds = {}
+    for status, effect in (("measured", 0.2), ("estimated", 0.2), ("rejected", 0.2), ("measured", -0.2)):
+        circuit = replace(small, edges=(replace(edge, status=status, effect=effect),))
+        kinds[status, effect > 0] = layout_circuit(circuit).edges[0].shapes
+    measured, estimated = kinds["measured", True], kinds["estimated", True]
+    assert luminance(estimated[0].stroke) > luminance(measured[0].stroke)
+    assert estimated[0].width < measured[0].width
+    assert (measured[1].fill, estimated[1].fill) == (measured[1].stroke, "#FFFFFF")
+    assert len(kinds["measured", False]) == len(measured) + 1  # the bar across
+    assert len(kinds["rejected", True]) == 3 and kinds["rejected", True][1].fill is None  # the cross
+
+
+def test_static_pictures_draw_the_strongest_edges_at_the_same_places(large: RefusalCircuit) -> None:
+    some, every = layout_circuit(large), layout_circuit(large, Style(max_edges=None))
+    assert len(some.edges) == 60 < some.n_edges == len(every.edges) == 120
+    weakest = min(abs(mark.effect) for mark in some.edges)
+    assert sum(abs(mark.effect) >= weakest for mark in every.edges) == 60
+    assert [(m.key, m.x, m.y) for m in some.nodes] == [(m.key, m.x, m.y) for m in every.nodes]
+    paths = {mark.title: mark.shapes for mark in every.edges}
+    assert all(paths[mark.title] == mark.shapes for mark in some.edges)
+    assert any("60\xa0of\xa0120\xa0edges\xa0drawn" in label.text for label in some.labels)
+
+
+def test_two_circuits_share_places(small: RefusalCircuit, neurons: RefusalCircuit) -> None:
+    half = replace(small, nodes=small.nodes[::2], edges=())
+    first, second, third = layout_circuits((half, neurons, small))
+    places = {mark.key: (mark.x, mark.y) for mark in third.nodes}
+    assert all(places[mark.key] == (mark.x, mark.y) for mark in first.nodes)
+    assert {mark.key for mark in first.nodes} == {str(m.node) for m in half.nodes} | {"embed", "logits"}
+    assert (first.width, first.map_height) == (second.width, second.map_height) == (third.width, third.map_height)
+
+
+def test_folding_moves_nothing_and_sums_edges(large: RefusalCircuit) -> None:
+    plain, folded = layout_circuit(large), layout_circuit(large, Style(fold=("detection", "decision")))
+    places = {mark.key: (mark.x, mark.y) for mark in plain.nodes}
+    rest = [mark for mark in folded.nodes if mark.kind != "group"]
+    assert all(places[mark.key] == (mark.x, mark.y) for mark in rest)
+    hidden = {str(m.node) for m in large.nodes if m.role in ("detection", "decision")}
+    assert not hidden & {mark.key for mark in folded.nodes}
+    assert {mark.key for mark in folded.nodes if mark.kind == "group"} == {"group:detection", "group:decision"}
+    assert overlaps([node_box(mark) for mark in folded.nodes]) == []
+    drawn = {(mark.sender, mark.receiver, mark.slot): mark.effect for mark in folded.edges}
+    assert not any(end in hidden for key in drawn for end in key[:2])
+    group = {key: "group:" + next(m.role for m in large.nodes if str(m.node) == key) for key in hidden}
+    expected: dict[tuple[str, str, str], float] = {}
+    for mark in plain.edges:
+        ends = group.get(mark.sender, mark.sender), group.get(mark.receiver, mark.receiver)
+        if ends[0] != ends[1]:
+            expected[(*ends, mark.slot)] = expected.get((*ends, mark.slot), 0.0) + mark.effect
+    assert drawn.keys() == expected.keys()
+    assert all(drawn[key] == pytest.approx(expected[key]) for key in drawn)
+
+
+def test_own_groups_are_checked(small: RefusalCircuit) -> None:
+    one, two, three = (member.node for member in small.nodes[:3])
+    layout = layout_circuit(small, Style(groups={"pair": [one, two]}, fold=("pair",)))
+    assert "group:pair" in {mark.key for mark in layout.nodes}
+    with pytest.raises(MechsafetyError, match=rf"{two} is in the groups 'a' and 'b'; expected one group"):
+        layout_circuit(small, Style(groups={"a": [one, two], "b": [two, three]}))
+    with pytest.raises(MechsafetyError, match=r"fold=\['c'\]; expected some of \['a'\]"):
+        layout_circuit(small, Style(groups={"a": [one, two]}, fold=("c",)))
+
+
+@pytest.mark.parametrize("width", [85.0, 120.0, 178.0])
+def test_paper_widths_are_kept_at_the_asked_font(small: RefusalCircuit, width: float) -> None:
+    layout = layout_circuit(small, Style(width_mm=width, font_pt=7.5))
+    assert layout.width == pytest.approx(width * 96 / 25.4)
+    assert max(label.size for mark in layout.nodes for label in mark.labels) == pytest.approx(10.0)
+    assert_nothing_overlaps(layout)
+
+
+def test_a_width_that_is_too_small_is_named(large: RefusalCircuit) -> None:
+    with pytest.raises(MechsafetyError, match=r"width_mm=30 with 9 pt labels; expected at least \d+ mm for this circ"):
+        layout_circuit(large, Style(width_mm=30, font_pt=9))
+
+
+def test_legend_and_caption_can_go(small: RefusalCircuit) -> None:
+    full, bare = layout_circuit(small), layout_circuit(small, Style(legend=False, caption=False))
+    gone = {label.text for label in full.labels} - {label.text for label in bare.labels}
+    assert "verified" in gone and any("Held-out faithfulness" in text for text in gone)
+    assert bare.height < full.height and bare.map_height == full.map_height
+
+
+def test_greys_keep_their_luminance(small: RefusalCircuit) -> None:
+    colour, grey = layout_circuit(small), layout_circuit(small, Style(grayscale=True))
+    for a, b in zip(colour.nodes, grey.nodes, strict=True):
+        fill = b.shapes[0].fill
+        assert fill[1:3] == fill[3:5] == fill[5:7]
+        assert luminance(fill) == pytest.approx(luminance(a.shapes[0].fill), abs=0.01)
+    shades = {colour for shape in grey.backdrop for colour in (shape.fill, shape.stroke) if colour}
+    assert all(shade[1:3] == shade[3:5] == shade[5:7] for shade in shades)
 
 
 def test_hollow_means_estimated(circuit: RefusalCircuit) -> None:
     for mark in layout_circuit(circuit).nodes:
         if mark.member is not None:
-            assert (mark.shape.fill == "#FFFFFF") == (mark.member.status in ("estimated", "rejected"))
+            assert (mark.shapes[0].fill == "#FFFFFF") == (mark.member.status in ("estimated", "rejected"))
 
 
 def test_labels_contrast_with_their_fill(circuit: RefusalCircuit) -> None:
     for mark in layout_circuit(circuit).nodes:
-        light, dark = sorted((luminance(mark.shape.fill), luminance(mark.label.colour)), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.0, str(mark.node)
+        light, dark = sorted((luminance(mark.shapes[-1].fill), luminance(mark.labels[0].colour)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.0, mark.key
 
 
 def test_roles_differ_in_colour_and_in_outline() -> None:
     assert len(set(ROLE_COLOURS.values())) == len(set(ROLE_OUTLINES.values())) == 5
+
+
+def test_missing_layers_are_marked(small: RefusalCircuit) -> None:
+    layout = layout_circuit(small)
+    rows = [label.text for label in layout.labels]
+    assert "L21" in rows and "L13" not in rows
+    assert layout.height < 750
 
 
 def test_edges_to_undrawn_nodes_are_left_out_and_counted(small: RefusalCircuit) -> None:
@@ -131,8 +356,21 @@ def test_edges_to_undrawn_nodes_are_left_out_and_counted(small: RefusalCircuit) 
     assert (len(layout.edges), layout.n_edges) == (16, 17)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_extreme_sizes(count: int) -> None:
+    layout = layout_circuit(build([Node("head", 3, 4)][:count], 0))
+    assert len(layout.nodes) == count + 2
+    assert_nothing_overlaps(layout)
+
+
 def test_bad_input_is_named(small: RefusalCircuit) -> None:
     with pytest.raises(MechsafetyError, match=r"lists L4\.H3 twice; expected each node once"):
         layout_circuit(replace(small, nodes=(*small.nodes, CircuitNode(Node("head", 4, 3)))))
-    with pytest.raises(MechsafetyError, match="max_edges=-1; expected None or"):
-        layout_circuit(small, max_edges=-1)
+    for options, text in (
+        ({"max_edges": -1}, "max_edges=-1; expected None or"),
+        ({"columns": "rows"}, r"columns='rows'; expected one of \('role', 'part', 'position'\)"),
+        ({"width_mm": 5}, "width_mm=5; expected 20 to 2000"),
+        ({"font_pt": 90}, "font_pt=90; expected 3 to 40"),
+    ):
+        with pytest.raises(MechsafetyError, match=text):
+            Style(**options)

@@ -1,19 +1,33 @@
 """Charts, attention, words and the report."""
 
+import base64
+import io
+import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import HOSTILE, build
+from circuits_drawn import HOSTILE, build
 from test_formats import Tags, assert_inert
 
-from mechsafety.circuits.circuit import CurvePoint, Node, RandomControls, RefusalCircuit
+from mechsafety.circuits.circuit import CurvePoint, Node, RandomControls, RefusalCircuit, Verification
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz import attention_html, faithfulness_curve, node_heatmap, render_report, write_all
-from mechsafety.viz.attention import visible
-from mechsafety.viz.words import chance, concentration, number, p_value, percent, plain, verdict
+from mechsafety.viz import (
+    attention_html,
+    circuit_svg,
+    effect_distribution,
+    faithfulness_curve,
+    figures_page,
+    neurons_html,
+    node_heatmap,
+    render_report,
+    tokens_html,
+    write_all,
+)
+from mechsafety.viz.words import chance, concentration, number, p_value, percent, plain, verdict, visible
 
 
 def with_curve(circuit: RefusalCircuit, *points: tuple[int, float], own: float = 0.0) -> RefusalCircuit:
@@ -125,8 +139,10 @@ def test_report_is_inert_and_complete(hostile: RefusalCircuit) -> None:
     text = render_report(hostile)
     page = Tags(text)
     assert "img" not in page.tags and not page.handlers
-    assert all(address.startswith("#") for address in page.addresses)
-    assert {address[1:] for address in page.addresses} <= set(re.findall(r'id="([\w-]+)"', text))
+    tables = [address for address in page.addresses if address.startswith("data:text/plain;base64,")]
+    anchors = [address for address in page.addresses if address not in tables]
+    assert all(address.startswith("#") for address in anchors)
+    assert {address[1:] for address in anchors} <= set(re.findall(r'id="([\w-]+)"', text))
     assert page.text.count("</script><img src=x onerror=alert(1)>") >= 4  # model, option, prompt, reply
     assert len(page.frames) == 1
     assert_inert(page.frames[0], scripts=2)
@@ -158,8 +174,106 @@ def test_report_lists_every_node_edge_and_reply(neurons: RefusalCircuit) -> None
     body = Tags(text).text
     assert all(str(member.node) in body for member in neurons.nodes)
     assert text.count("<tr><td data-sort=") == len(neurons.nodes)
+    assert len(text.encode()) < 8_000_000
     assert "I'm sorry, I can't help with that." in body and "Look for a dull rind.\nTap it." in body
     assert "88 %" in body and "(77 % to 94 %)" in body
+
+
+def test_report_brings_its_tables(small: RefusalCircuit) -> None:
+    text = render_report(small)
+    files = {
+        name: base64.b64decode(data).decode() for data, name in re.findall(r'base64,([^"]+)" download="([^"]+)"', text)
+    }
+    assert set(files) == {"nodes.csv", "edges.csv", "curve.csv", "scores.csv", "circuit.json"}
+    assert files["circuit.json"] == small.to_json()
+    assert pd.read_csv(io.StringIO(files["nodes.csv"])).name.tolist() == [str(member.node) for member in small.nodes]
+    assert len(pd.read_csv(io.StringIO(files["edges.csv"]))) == len(small.edges)
+
+
+def test_report_has_methods_with_options_and_formulas(small: RefusalCircuit) -> None:
+    text = Tags(render_report(small)).text
+    assert "faithfulness(C) = (m(C) - m(empty)) / (m(model) - m(empty))" in text
+    methods = text[text.index("Options of this run") :]
+    assert re.search(r"target\s*0\.8", methods)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim as later versions list them."""
+
+    name: str
+    statement: str
+    value: float | None
+    interval: tuple[float, float] | None
+    p_value: float | None
+    criterion: str
+    passed: bool | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed(Verification):
+    claims: tuple[Claim, ...] = ()
+
+
+def test_failed_claims_are_shown_as_failed(small: RefusalCircuit) -> None:
+    claims = (
+        Claim("minimal", "no part is superfluous", 0.1, (0.0, 0.2), 0.01, "p < 0.05", True),
+        Claim("complete", "nothing is left out", 0.4, None, None, "at most 0.2", False),
+        Claim("stable", "prompts do not matter", None, None, None, "Jaccard 0.7", None, "too few pairs"),
+    )
+    values = {field.name: getattr(small.verification, field.name) for field in fields(Verification)}
+    check = Claimed(**{**values, "claims": claims})
+    text = Tags(render_report(replace(small, verification=check))).text
+    part = text[text.index("What was claimed and checked") :]
+    rows = (("fails", "complete"), ("not measured", "stable"), ("holds", "minimal"))
+    order = [part.index(verdict + name) for verdict, name in rows]
+    assert order == sorted(order)
+    assert "too few pairs" in part and "0.100, [0.000, 0.200], p = 0.01" in part
+    assert "What was claimed" not in Tags(render_report(small)).text
+
+
+def test_an_unverified_circuit_says_so(small: RefusalCircuit) -> None:
+    nan = math.nan
+    check = replace(
+        small.verification,
+        faithfulness=nan, held_out_faithfulness=nan, held_out_ci=(nan, nan), necessity=nan, curve=(), cmd=nan, cpr=nan,
+        random_controls=RandomControls(0, nan, nan, nan), reached=False,
+    )  # fmt: skip
+    circuit = replace(small, verification=check, details=None)
+    text = Tags(render_report(circuit)).text
+    assert "not verified as a whole" in text and "Not measured: no random circuits were drawn." in text
+    assert "Not verified: nothing was measured" in circuit_svg(circuit)
+    assert "circuit is better than chance" not in text and "survives without it" not in text
+
+
+def test_effects_of_every_node_are_in_the_distribution(large: RefusalCircuit) -> None:
+    figure = effect_distribution(large)
+    assert sorted(x for trace in figure.data for x in trace.x) == sorted(member.effect for member in large.nodes)
+    assert [text for text in figure.layout.yaxis.ticktext][-1] == "detection"
+
+
+def test_circuitsvis_views_escape_tokens_and_share_one_script(small: RefusalCircuit) -> None:
+    page = figures_page(
+        "views",
+        attention_html(small.details.attention, script=False),
+        attention_html(small.details.attention, view="heads", script=False),
+        tokens_html(["<img src=x onerror=alert(1)>", " a"], [0.5, -0.5], script=False),
+        neurons_html([(("a", "</script>"), np.ones((2, 1, 2)))], layers=[3], neurons=["N1", "N2"], script=False),
+    )
+    assert page.count("var CircuitsVis=") == 1 and page.count("data-props></div>") == 6
+    tags = Tags(page)
+    assert "img" not in tags.tags and not tags.handlers
+    assert "default-src 'none'" in page
+
+
+def test_circuitsvis_views_name_wrong_shapes() -> None:
+    with pytest.raises(MechsafetyError, match="1 values of 2 tokens; expected one a token"):
+        tokens_html(["a", "b"], [1.0])
+    with pytest.raises(MechsafetyError, match=r"expected \[token layer neuron\] = \(1, 1, 2\)"):
+        neurons_html([(("a",), np.ones((1, 1, 1)))], layers=[0], neurons=["x", "y"])
+    with pytest.raises(MechsafetyError, match=r"view='x'; expected one of \['heads', 'patterns'\]"):
+        attention_html([], view="x")
 
 
 def test_write_all_writes_six_files(small: RefusalCircuit, loaded: RefusalCircuit, tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""What an interactive page knows of each node beyond its place: numbers, evidence, tokens, attention, ablations."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mechsafety.circuits.circuit import AttentionExample, CircuitNode, RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Node
+from mechsafety.viz.words import (
+    EVIDENCE_WORDS,
+    STATUS_WORDS,
+    evidence_values,
+    interval,
+    number,
+    p_value,
+    percent,
+    visible,
+)
+
+TOKENS_SHOWN = 12
+ROWS = ("effect, of the gap", "95 % interval", "p, adjusted", "role", "status")
+
+
+def card_words() -> dict[str, list[str]]:
+    """The words that all cards share, so that a page holds them once."""
+    return {"rows": list(ROWS), "status": list(STATUS_WORDS.values()), "evidence": list(EVIDENCE_WORDS.values())}
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What other analyses found out about a node; shown on its card.
+
+    Attributes:
+        promotes, suppresses: Tokens that its output raises and lowers most, strongest first.
+        spans: Mean attention to each span of the prompt, 0 to 1, by the span's name (heads).
+        texts: Tokens and, for each, the activation there (neurons).
+    """
+
+    promotes: tuple[str, ...] = ()
+    suppresses: tuple[str, ...] = ()
+    spans: Mapping[str, float] | None = None
+    texts: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for tokens, values in self.texts:
+            if len(tokens) != len(values):
+                raise MechsafetyError(f"{len(values)} activations of {len(tokens)} tokens", expected="one a token")
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """A measured before and after.
+
+    Attributes:
+        name: What was done, in words.
+        nodes: What was ablated.
+        score: Mean metric before and after.
+        effects: Effect of each node measured again in the ablated model; nodes left out show as not measured again.
+        refusal_rate: Share of harmful prompts refused before and after, where measured.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    score: tuple[float, float]
+    effects: Mapping[Node, float]
+    refusal_rate: tuple[float, float] | None = None
+
+
+def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes]) -> dict[str, dict[str, Any]]:
+    """The card of each node, ready for JSON."""
+    return {str(member.node): _card(member, notes.get(member.node, Notes())) for member in circuit.nodes}
+
+
+def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
+    """Ablations, ready for JSON."""
+    rows = []
+    for one in ablations:
+        text = f"metric {number(one.score[0], 2)} before, {number(one.score[1], 2)} after"
+        if one.refusal_rate is not None:
+            text += f"; refused {percent(one.refusal_rate[0])} before, {percent(one.refusal_rate[1])} after"
+        rows.append(
+            {
+                "name": one.name,
+                "text": text,
+                "nodes": [str(node) for node in one.nodes],
+                "effects": {str(node): float(f"{value:.6g}") for node, value in one.effects.items()},
+            }
+        )
+    return rows
+
+
+def attention_data(examples: Sequence[AttentionExample]) -> list[dict[str, Any]]:
+    """Attention patterns as bytes (255 is 1), one text a head.
+
+    Raises:
+        MechsafetyError: A pattern's shape does not fit its heads and tokens.
+    """
+    rows = []
+    for example in examples:
+        values = check_pattern(example)
+        packed = np.round(255 * np.clip(np.nan_to_num(values), 0, 1)).astype(np.uint8)
+        rows.append(
+            {
+                "prompt": " ".join(example.prompt.split()),
+                "tokens": [visible(token) for token in example.tokens],
+                "heads": {
+                    str(head): base64.b64encode(pattern.tobytes()).decode()
+                    for head, pattern in zip(example.heads, packed, strict=True)
+                },
+            }
+        )
+    return rows
+
+
+def check_pattern(example: AttentionExample) -> np.ndarray:
+    """The patterns ``[head query key]`` as floats.
+
+    Raises:
+        MechsafetyError: Their shape does not fit the heads and tokens.
+    """
+    values = np.array(example.patterns.tolist(), dtype=float)
+    shape = (len(example.heads), len(example.tokens), len(example.tokens))
+    if values.shape != shape or 0 in shape:
+        raise MechsafetyError(
+            f"attention patterns of shape {tuple(example.patterns.shape)}",
+            expected=f"[head query key] = {shape}, none of them 0",
+        )
+    return values
+
+
+def _card(member: CircuitNode, notes: Notes) -> dict[str, Any]:
+    card: dict[str, Any] = {
+        "rows": [
+            f"{number(member.effect)} ({percent(member.effect)})",
+            interval(member.ci) if member.ci else "not measured",
+            p_value(member.p_value).removeprefix("p "),
+            "none assigned" if member.role == "none" else member.role,
+            list(STATUS_WORDS).index(member.status),
+        ],
+        "evidence": evidence_values(member),
+    }
+    for name in ("promotes", "suppresses"):
+        tokens = getattr(notes, name)[:TOKENS_SHOWN]
+        if tokens:
+            card[name] = [visible(token) for token in tokens]
+    if notes.spans:
+        card["spans"] = [[name, round(value, 4)] for name, value in notes.spans.items()]
+    if notes.texts:
+        card["texts"] = [
+            [[visible(token) for token in tokens], [round(value, 4) for value in values]]
+            for tokens, values in notes.texts
+        ]
+    return card

@@ -1,0 +1,138 @@
+"""How a picture is to look: one set of options for every medium."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mechsafety.circuits.circuit import ROLES, CircuitNode, RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Node
+
+COLUMNS = ("role", "part", "position")
+PIXELS_PER_MM, PIXELS_PER_PT = 96 / 25.4, 96 / 72
+SCREEN_PT, PAPER_PT = 9.0, 7.0
+PART_TITLES = {"head": "heads", "mlp": "MLPs", "neuron": "neurons"}
+UNKNOWN = "position not measured"
+SPANS = ("instruction", "template after it")
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Which token position each node acts at.
+
+    Attributes:
+        labels: Titles of the positions, in reading order; tokens or names of spans.
+        of: The index of a node's position among the labels; nodes left out stand in a lane of their own.
+    """
+
+    labels: tuple[str, ...]
+    of: Mapping[Node, int]
+
+    def __post_init__(self) -> None:
+        outside = sorted({place for place in self.of.values() if not 0 <= place < len(self.labels)})
+        if outside:
+            raise MechsafetyError(f"positions {outside}", expected=f"0 to {len(self.labels) - 1}, one a label")
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """Options of a picture; the defaults are for a screen.
+
+    Attributes:
+        columns: What the lanes are: ``role``, ``part`` (heads, MLPs, neurons) or ``position`` (where in the prompt the
+            node acts).
+        width_mm: Width of the figure, such as a paper's column; None takes what the circuit needs.
+        font_pt: Size of node labels in points; None is 9 on a screen and 7 with a ``width_mm``.
+        grayscale: Whether to draw in greys; shapes, dashes and marks tell everything without colour.
+        legend, caption: Whether they stand under the picture.
+        max_edges: Draw only so many of the strongest edges; None draws all.
+        groups: Nodes by the name of their group, for folding; None makes a group of each role.
+        fold: Names of groups drawn as one supernode.
+        positions: For ``columns="position"``; None takes each node's span from its role evidence.
+
+    Raises:
+        MechsafetyError: A value that cannot be drawn.
+    """
+
+    columns: str = "role"
+    width_mm: float | None = None
+    font_pt: float | None = None
+    grayscale: bool = False
+    legend: bool = True
+    caption: bool = True
+    max_edges: int | None = 60
+    groups: Mapping[str, Sequence[Node]] | None = None
+    fold: tuple[str, ...] = ()
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns not in COLUMNS:
+            raise MechsafetyError(f"columns={self.columns!r}", expected=f"one of {COLUMNS}")
+        if self.max_edges is not None and self.max_edges < 0:
+            raise MechsafetyError(f"max_edges={self.max_edges}", expected="None or a number that is not negative")
+        for name, low, high in (("width_mm", 20, 2000), ("font_pt", 3, 40)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise MechsafetyError(f"{name}={value}", expected=f"{low} to {high}")
+
+    @property
+    def font(self) -> float:
+        """Size of node labels in pixels."""
+        points = self.font_pt or (SCREEN_PT if self.width_mm is None else PAPER_PT)
+        return points * PIXELS_PER_PT
+
+    @property
+    def width(self) -> float | None:
+        """Width in pixels, where it is given."""
+        return None if self.width_mm is None else self.width_mm * PIXELS_PER_MM
+
+
+def groups(circuit: RefusalCircuit, style: Style) -> dict[str, tuple[Node, ...]]:
+    """The groups that can be folded, each with at least two nodes of the circuit.
+
+    Raises:
+        MechsafetyError: A node in two groups, or a fold of a group that there is not.
+    """
+    known = {member.node for member in circuit.nodes}
+    named = style.groups
+    if named is None:
+        named = {role: [member.node for member in circuit.by_role(role)] for role in ROLES if role != "none"}
+    found: dict[str, tuple[Node, ...]] = {}
+    taken: dict[Node, str] = {}
+    for name, nodes in named.items():
+        members = sorted({node for node in nodes if node in known}, key=lambda node: node.order)
+        for node in members:
+            if node in taken:
+                raise MechsafetyError(f"{node} is in the groups {taken[node]!r} and {name!r}", expected="one group")
+            taken[node] = name
+        if len(members) > 1:
+            found[name] = tuple(members)
+    missing = [name for name in style.fold if name not in named]
+    if missing:
+        raise MechsafetyError(f"fold={missing}", expected=f"some of {sorted(named)}")
+    return found
+
+
+def lane_of(style: Style, member: CircuitNode) -> str:
+    """The lane that a node stands in."""
+    if style.columns == "role":
+        return member.role
+    if style.columns == "part":
+        return member.node.kind
+    if style.positions is not None:
+        place = style.positions.of.get(member.node)
+        return UNKNOWN if place is None else str(place)
+    shares = (member.evidence.at_instruction, member.evidence.at_suffix)
+    if shares[0] is None or shares[1] is None:
+        return UNKNOWN
+    return SPANS[0] if abs(shares[0]) >= abs(shares[1]) else SPANS[1]
+
+
+def lane_order(style: Style) -> list[tuple[str, str]]:
+    """Keys and titles of the possible lanes from left to right."""
+    if style.columns == "role":
+        return [("none", "no role"), *((role, role) for role in ROLES if role != "none")]
+    if style.columns == "part":
+        return list(PART_TITLES.items())
+    if style.positions is not None:
+        return [*((str(place), label) for place, label in enumerate(style.positions.labels)), (UNKNOWN, UNKNOWN)]
+    return [(span, span) for span in SPANS] + [(UNKNOWN, UNKNOWN)]

@@ -1,0 +1,70 @@
+"""The interactive circuit as a notebook widget: what is selected reaches Python, what is ablated reaches a function."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Node
+from mechsafety.viz.cards import Ablation, ablation_data
+from mechsafety.viz.html import circuit_html, template
+from mechsafety.viz.style import Style
+
+if TYPE_CHECKING:
+    import anywidget
+
+OnAblate = Callable[[tuple[Node, ...]], Ablation]
+HEIGHT = 700
+
+
+def circuit_widget(
+    circuit: RefusalCircuit, *, on_ablate: OnAblate | None = None, style: Style | None = None, **options: Any
+) -> "anywidget.AnyWidget":
+    """A widget for JupyterLab, VS Code and marimo; needs the extra ``widget``.
+
+    Its attribute ``selected`` is the name of the node that was clicked (empty for none), ``ablated`` the list of names
+    with their box ticked. Both can be observed. When boxes change, ``on_ablate`` gets the nodes and returns what it
+    measured, which the picture then shows; a `MechsafetyError` from it stands in ``message``.
+
+    Args:
+        circuit: What to show.
+        on_ablate: Runs the model without these nodes (see `mechsafety.interventions`); None leaves the boxes out.
+        style: How.
+        options: As `mechsafety.viz.circuit_html`.
+
+    Raises:
+        MechsafetyError: The extra ``widget`` is not installed; else as `circuit_html`.
+    """
+    try:
+        import anywidget
+        import traitlets
+    except ImportError:
+        raise MechsafetyError(
+            "a widget without the package anywidget", cure='pip install "mechsafety[widget]"'
+        ) from None
+    nodes = {str(member.node): member.node for member in circuit.nodes}
+
+    class CircuitWidget(anywidget.AnyWidget):
+        """The page in a frame; traits travel by messages between frame and kernel."""
+
+        _esm = template("widget.js").render()
+        page = traitlets.Unicode().tag(sync=True)
+        height = traitlets.Int(HEIGHT).tag(sync=True)
+        ablation = traitlets.Dict().tag(sync=True)
+        selected = traitlets.Unicode().tag(sync=True)
+        ablated = traitlets.List(traitlets.Unicode()).tag(sync=True)
+        message = traitlets.Unicode().tag(sync=True)
+
+        @traitlets.observe("ablated")
+        def _rerun(self, change: Any) -> None:
+            chosen = tuple(nodes[name] for name in change["new"] if name in nodes)
+            self.message = ""
+            if not chosen or on_ablate is None:
+                self.ablation = {"name": "", "text": "", "nodes": [], "effects": {}}
+                return
+            try:
+                self.ablation = ablation_data([on_ablate(chosen)])[0]
+            except MechsafetyError as error:
+                self.message = str(error)
+
+    return CircuitWidget(page=circuit_html(circuit, style, ablate=on_ablate is not None, **options))

@@ -1,0 +1,135 @@
+"""Pictures for the README and the docs: every kind of figure, as SVG and as a small PNG.
+
+python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
+
+Maps given as arguments are drawn by role, by part and as role diagram. The other pictures are of synthetic circuits
+(those of tests/viz), whose numbers mean nothing. With a Chromium, the interactive page is photographed too.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "viz"))  # the synthetic circuits
+
+# ruff: noqa: E402
+from circuits_drawn import build, large_circuit, neuron_circuit, small_circuit
+
+from mechsafety.circuits.circuit import Node, RefusalCircuit
+from mechsafety.viz import (
+    Style,
+    circuit_html,
+    compare_html,
+    compare_layouts,
+    layout_circuit,
+    layout_png,
+    layout_svg,
+    role_diagram,
+)
+from mechsafety.viz.marks import Layout
+
+WIDTH = 640  # of a PNG
+NOTE = "Synthetic: drawn to show the figure; its numbers mean nothing."
+
+
+def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None]]:
+    """Name, what it shows, layout and width on paper of every picture."""
+    for path in paths:
+        circuit = RefusalCircuit.load(path)
+        name = re.sub(r"\W+", "-", circuit.provenance.model.lower()).strip("-")[:40]
+        model = circuit.provenance.model
+        yield f"{name}-roles", f"{model}: lanes by role", layout_circuit(circuit), None
+        yield f"{name}-parts", f"{model}: lanes by part", layout_circuit(circuit, Style(columns="part")), None
+        folded = Style(fold=("detection",), caption=False)
+        yield f"{name}-folded", f"{model}: detection heads folded", layout_circuit(circuit, folded), None
+        yield f"{name}-diagram", f"{model}: role diagram, made from the circuit", role_diagram(circuit), None
+    small, large = small_circuit(), large_circuit()
+    yield "small", f"Twelve nodes: slots, statuses, signs. {NOTE}", layout_circuit(small), None
+    paper = Style(width_mm=85, font_pt=7, grayscale=True, caption=False)
+    yield "paper-column", f"The same in greys for a column of 85 mm. {NOTE}", layout_circuit(small, paper), 85
+    by_position = Style(columns="position", caption=False)
+    yield "positions", f"Lanes by where in the prompt a node acts. {NOTE}", layout_circuit(small, by_position), None
+    by_part = Style(columns="part", caption=False)
+    yield "neurons", f"Single neurons beside heads and MLPs. {NOTE}", layout_circuit(neuron_circuit(), by_part), None
+    yield (
+        "large",
+        f"200 nodes, the 60 strongest of 120 edges. {NOTE}",
+        layout_circuit(large, Style(caption=False)),
+        None,
+    )
+    comparison = compare_layouts(small, changed(), ("aligned", "base"), Style(caption=False))
+    yield "difference", f"Two circuits: what is new, gone, stronger. {NOTE}", comparison.difference, None
+
+
+def changed() -> RefusalCircuit:
+    """The small circuit with two nodes fewer and two others."""
+    nodes = [member.node for member in small_circuit().nodes[2:]]
+    return build([*nodes, Node("head", 9, 1), Node("mlp", 15)], 14, seed=4)
+
+
+def shrink(path: Path) -> None:
+    """At most `WIDTH` wide; in true colours, because a palette merges the lanes' tints."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        height = round(image.height * min(1.0, WIDTH / image.width))
+        small = image.convert("RGB").resize((min(WIDTH, image.width), height), Image.Resampling.LANCZOS)
+    small.save(path, optimize=True)
+
+
+def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
+    """The interactive page, light, dark with a card open, and comparing; nothing without a browser."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        print("no Chromium: the interactive page is not photographed", file=sys.stderr)
+        return
+    from playwright.sync_api import sync_playwright
+
+    first = RefusalCircuit.load(paths[0]) if paths else small_circuit()
+    small = small_circuit()
+    dark = circuit_html(small, theme="dark")
+    sides = compare_html(small, changed(), ("aligned", "base"), theme="light")
+    shots = (
+        ("page", "The interactive page", circuit_html(first, theme="light"), ""),
+        ("page-dark", f"A head's card with its attention, on a dark page. {NOTE}", dark, "L4.H3"),
+        ("page-compare", f"Two circuits side by side. {NOTE}", sides, "both"),
+    )
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1200, "height": 840})
+        for name, text, html, action in shots:
+            page.set_content(html)
+            if action == "both":
+                page.check("#views input[value='1']")
+            elif action:
+                page.click(f'.node[data-node="{action}"]')
+            page.screenshot(path=out / f"{name}.png")
+            shrink(out / f"{name}.png")
+            yield name, text
+        browser.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the gallery.")
+    parser.add_argument("circuits", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gallery")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = ["# Gallery", "", "Made by `make gallery`; each picture is an SVG, with a PNG beside it.", ""]
+    for name, text, layout, width in pictures(options.circuits):
+        (options.out / f"{name}.svg").write_text(layout_svg(layout, width_mm=width), encoding="utf-8", newline="\n")
+        layout_png(layout, options.out / f"{name}.png", dpi=130)
+        shrink(options.out / f"{name}.png")
+        lines += [f"## {text}", "", f"[![{text}]({name}.png)]({name}.svg)", ""]
+    for name, text in photographs(options.circuits, options.out):
+        lines += [f"## {text}", "", f"![{text}]({name}.png)", ""]
+    (options.out / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

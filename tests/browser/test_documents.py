@@ -1,0 +1,167 @@
+"""Reports, notebooks, several figures on a page, CircuitsVis' views and the widget in Chromium without network."""
+
+import json
+import re
+from pathlib import Path
+
+import circuits_drawn as drawn
+import numpy as np
+import pytest
+
+from mechsafety.viz import (
+    attention_html,
+    circuit_fragment,
+    circuit_widget,
+    figures_page,
+    mimebundle,
+    neurons_html,
+    render_report,
+    tokens_html,
+)
+from mechsafety.viz.cards import Ablation
+
+
+@pytest.fixture(scope="module")
+def small():
+    return drawn.small_circuit()
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    return drawn.small_circuit(drawn.HOSTILE)
+
+
+def test_two_figures_on_one_page_do_not_clash(show, small) -> None:
+    other = drawn.neuron_circuit()
+    page = show(
+        f"<!DOCTYPE html><title>two</title>{circuit_fragment(small)}{circuit_fragment(other)}", height=2200
+    ).page
+    first, second = page.frames[1:]
+    for frame in (first, second):
+        frame.wait_for_selector("#nodeCount:has-text('nodes shown')")
+    first.eval_on_selector("#nodeSlider", "el => { el.value = 190; el.dispatchEvent(new Event('input')); }")
+    first.click('[data-fold="evaluation"]')
+    assert first.inner_text("#nodeCount") != "12 of 12 nodes shown"
+    assert second.inner_text("#nodeCount") == "16 of 16 nodes shown"
+    assert second.locator(".edge.summed").count() == 0
+
+
+def test_wheel_scrolls_the_outer_page_until_the_picture_is_clicked(show, small) -> None:
+    page = show(f"<!DOCTYPE html><title>long</title>{circuit_fragment(small)}<div style='height:3000px'></div>").page
+    frame = page.frames[1]
+    frame.wait_for_selector("#hint:has-text('click the picture')")
+    before = frame.get_attribute(".pane svg", "viewBox")
+    page.mouse.move(300, 300)
+    page.mouse.wheel(0, 200)
+    page.wait_for_function("window.scrollY > 0")
+    assert frame.get_attribute(".pane svg", "viewBox") == before
+
+
+def notebook(bundles: list[dict[str, str]]) -> str:
+    """The page that nbconvert makes of a notebook with these outputs."""
+    nbformat = pytest.importorskip("nbformat")
+    nbconvert = pytest.importorskip("nbconvert")
+    cells = []
+    for bundle in bundles:
+        cell = nbformat.v4.new_code_cell("circuit")
+        cell.outputs = [nbformat.v4.new_output("display_data", data=bundle)]
+        cells.append(cell)
+    text = nbformat.writes(nbformat.v4.new_notebook(cells=cells))
+    exporter = nbconvert.HTMLExporter(template_name="basic")
+    return exporter.from_notebook_node(nbformat.reads(text, 4))[0]
+
+
+def test_the_mimebundle_survives_nbconvert(show, small) -> None:
+    body = notebook([mimebundle(small), mimebundle(drawn.neuron_circuit())])
+    page = show(f"<!DOCTYPE html><meta charset='utf-8'><title>notebook</title>{body}", height=2600).page
+    assert len(page.frames) == 3
+    for frame, total in zip(page.frames[1:], (12, 16), strict=True):
+        frame.wait_for_selector(f"#nodeCount:has-text('{total} of {total} nodes shown')")
+
+
+def test_report_opens_whole(show, hostile) -> None:
+    page = show(render_report(hostile)).page
+    page.wait_for_selector("#curve-figure .main-svg")
+    assert page.locator("img").count() == 0
+    for name in ("curve-figure", "heatmap-figure", "effects-figure"):
+        assert page.locator(f"#{name} .main-svg").count() > 0
+    page.locator("#attention").scroll_into_view_if_needed()
+    page.wait_for_function("document.querySelectorAll('.attention-figure [class]').length > 0")
+    shown = page.inner_text("#attention")
+    assert "<img src=x onerror=alert(1)>" in shown and "&lt;" not in shown
+    ids = page.eval_on_selector_all("nav a", "all => all.map(el => el.getAttribute('href').slice(1))")
+    assert len(ids) > 8 and all(page.locator(f"#{name}").count() == 1 for name in ids)
+
+
+def test_report_tables_sort_and_download(show, hostile, tmp_path: Path) -> None:
+    page = show(render_report(hostile)).page
+    column = "#nodes td:nth-child(3)"
+    page.click("#nodes th:nth-child(3) button")
+    effects = page.eval_on_selector_all(column, "all => all.map(el => Number(el.dataset.sort))")
+    assert effects == sorted(effects, reverse=True)
+    page.click("#nodes th:nth-child(3) button")
+    assert page.eval_on_selector_all(column, "all => all.map(el => Number(el.dataset.sort))") == effects[::-1]
+    with page.expect_download() as waiting:
+        page.click("a[download='edges.csv']")
+    waiting.value.save_as(tmp_path / "edges.csv")
+    assert len((tmp_path / "edges.csv").read_text().splitlines()) == len(hostile.edges) + 1
+
+
+def test_circuitsvis_views_draw_tokens_as_text(show, small) -> None:
+    tokens = [drawn.HOSTILE[:44], " a", "b<i>c</i>"]
+    page = show(
+        figures_page(
+            "views",
+            attention_html(small.details.attention, view="heads", script=False),
+            tokens_html(tokens, [0.5, -0.5, 0.1], title="coloured", script=False),
+            neurons_html([(tokens, np.ones((3, 1, 2)))], layers=[3], neurons=["N1", "N2"], script=False),
+        )
+    ).page
+    figures = page.locator("figure")
+    assert figures.count() == 4 and page.locator("img").count() == 0
+    for place in range(4):
+        page.wait_for_function(f"document.querySelectorAll('figure')[{place}].innerText.length > 3")
+    for place in (2, 3):
+        text = figures.nth(place).inner_text()
+        assert "b<i>c</i>" in text and "<img·src=x" in text and "&lt;" not in text, text
+    assert page.locator("figure i").count() == 0
+
+
+def test_widget_reports_selection_and_reruns(show, small) -> None:
+    pytest.importorskip("anywidget")
+    asked = []
+
+    def on_ablate(nodes):
+        asked.append(nodes)
+        return Ablation("without", nodes, (3.0, 1.0), {small.nodes[4].node: 0.01})
+
+    widget = circuit_widget(small, on_ablate=on_ablate)
+    traits = {name: getattr(widget, name) for name in ("page", "height", "ablation", "selected", "ablated", "message")}
+    module = re.sub(r"export default \{ render \};", "", widget._esm)
+    data = json.dumps(traits).replace("</", "<\\/")
+    host = f"""<!DOCTYPE html><meta charset="utf-8"><title>widget</title><div id="el"></div><script>
+    const state = {data}, handlers = {{}};
+    const model = {{ get: (k) => state[k], set: (k, v) => {{ state[k] = v; }}, save_changes: () => {{}},
+      on: (name, f) => {{ handlers[name] = f; }} }};
+    window.state = state; window.send = (k, v) => {{ state[k] = v; handlers["change:" + k](); }};
+    {module}
+    render({{ model, el: document.getElementById("el") }});</script>"""
+    page = show(host).page
+    frame = page.frames[1]
+    key = str(small.nodes[0].node)
+    frame.wait_for_selector(f'.node[data-node="{key}"]')
+    frame.locator(f'.node[data-node="{key}"]').click()
+    page.wait_for_function(f"window.state.selected === '{key}'")
+    frame.check(f'[data-ablate="{key}"]')
+    page.wait_for_function("window.state.ablated.length === 1")
+    # what the kernel would do with the trait, and back
+    widget.ablated = page.evaluate("window.state.ablated")
+    assert asked == [(small.nodes[0].node,)]
+    page.evaluate("value => window.send('ablation', value)", dict(widget.ablation))
+    frame.wait_for_selector("#ablationText:has-text('metric 3.00 before, 1.00 after')")
+    assert "ablated" in frame.get_attribute(f'.node[data-node="{key}"]', "class")
+    frame.uncheck(f'[data-ablate="{key}"]')
+    page.wait_for_function("window.state.ablated.length === 0")
+    widget.ablated = []
+    page.evaluate("value => window.send('ablation', value)", dict(widget.ablation))
+    frame.wait_for_function("document.querySelectorAll('.ablated').length === 0")

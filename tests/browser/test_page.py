@@ -1,0 +1,384 @@
+"""The interactive page in Chromium without network: each control does what it says."""
+
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from circuits_drawn import HOSTILE, build, large_circuit, small_circuit
+
+from mechsafety.circuits.circuit import Node
+from mechsafety.viz import Ablation, Notes, Style, circuit_html, circuit_svg, circuit_tikz, compare_html, layout_circuit
+
+VISIBLE = ".node:not(.gone)"
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_circuit()
+
+
+@pytest.fixture(scope="module")
+def large():
+    return large_circuit()
+
+
+def count(page, selector: str) -> int:
+    return page.locator(selector).count()
+
+
+def card(page) -> str:
+    return page.inner_text("#card")
+
+
+def node(page, key: str):
+    return page.locator(f'.pane:not([hidden]) .node[data-node="{key}"]')
+
+
+def numbers(path: str) -> np.ndarray:
+    return np.array([float(part) for part in re.findall(r"-?[\d.]+", path)])
+
+
+def view_box(page) -> list[float]:
+    return [float(part) for part in page.get_attribute(".pane:not([hidden]) svg", "viewBox").split()]
+
+
+def set_slider(page, name: str, value: int) -> None:
+    page.eval_on_selector(f"#{name}", f"el => {{ el.value = {value}; el.dispatchEvent(new Event('input')); }}")
+
+
+@pytest.mark.parametrize(("nodes", "edges", "seconds"), [(69, 60, 1.0), (300, 200, 3.0)])
+def test_is_interactive_in_time(show, nodes: int, edges: int, seconds: float) -> None:
+    rng = random.Random(2)
+    every = [Node("head", layer, head) for layer in range(24) for head in range(16)] + [
+        Node("mlp", k) for k in range(24)
+    ]
+    page = show(circuit_html(build(rng.sample(every, nodes), edges, n_layers=24, n_heads=16))).page
+    took = page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") / 1000
+    assert count(page, ".node[data-role]") == nodes
+    assert took < seconds
+    start = page.evaluate("performance.now()")
+    page.evaluate("document.querySelector('.node[data-role]').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    assert page.evaluate("performance.now()") - start < 1000
+
+
+def test_hovering_shows_a_card(show, small) -> None:
+    page = show(circuit_html(small)).page
+    member = next(member for member in small.nodes if member.ci)
+    node(page, str(member.node)).hover()
+    text = card(page)
+    for part in (
+        str(member.node),
+        "95 % interval",
+        "p, adjusted",
+        member.role.replace("none", "none assigned"),
+        "what the role rests on",
+    ):
+        assert part in text
+    page.mouse.move(5, 5)
+    assert "Nothing selected" in card(page)
+    edge = page.locator(".edge:not(.gone)").last
+    edge.dispatch_event("pointerenter")
+    assert "slot" in card(page) and "→" in card(page)
+
+
+def test_clicking_highlights_the_paths(show, small) -> None:
+    page = show(circuit_html(small)).page
+    member = small.edges[0]
+    key = str(member.edge.sender)
+    if key == "embed":
+        key = str(member.edge.receiver)
+    node(page, key).click()
+    up, down = reach(small, key, forward=False), reach(small, key, forward=True)
+    bright = set(
+        page.eval_on_selector_all(".node:not(.dim):not([data-kind=group])", "all => all.map(el => el.dataset.node)")
+    )
+    assert bright == up | down | {key}
+    assert f"{len(up)} nodes upstream, {len(down)} downstream" in card(page)
+    page.keyboard.press("Escape")
+    assert count(page, ".dim") == 0
+
+
+def reach(circuit, key: str, *, forward: bool) -> set[str]:
+    found, waiting = set(), [key]
+    while waiting:
+        at = waiting.pop()
+        for member in circuit.edges:
+            ends = (str(member.edge.sender), str(member.edge.receiver))
+            start, end = ends if forward else ends[::-1]
+            if start == at and end not in found:
+                found.add(end)
+                waiting.append(end)
+    return found
+
+
+def test_thresholds_hide_nodes_and_edges(show, large) -> None:
+    page = show(circuit_html(large)).page
+    assert page.inner_text("#edgeCount") == "60 of 120 edges shown"
+    set_slider(page, "edgeSlider", 0)
+    assert page.inner_text("#edgeCount") == "120 of 120 edges shown" and count(page, ".edge:not(.gone)") == 120
+    set_slider(page, "nodeSlider", 100)
+    limit = max(abs(member.effect) for member in large.nodes) / 4
+    kept = sum(abs(member.effect) >= limit for member in large.nodes)
+    assert page.inner_text("#nodeCount") == f"{kept} of 200 nodes shown"
+    assert count(page, f"{VISIBLE}[data-role]") == kept
+    hidden = set(page.eval_on_selector_all(".node.gone", "all => all.map(el => el.dataset.node)"))
+    ends = page.eval_on_selector_all(".edge:not(.gone)", "all => all.flatMap(el => [el.dataset.from, el.dataset.to])")
+    assert not hidden & set(ends)
+    page.click("#reset")
+    assert page.inner_text("#nodeCount") == "200 of 200 nodes shown"
+
+
+def test_roles_can_be_hidden(show, large) -> None:
+    page = show(circuit_html(large)).page
+    page.uncheck("#roles input[value=decision]")
+    assert count(page, f'{VISIBLE}[data-role="decision"]') == 0
+    assert count(page, f"{VISIBLE}[data-role]") == 200 - len(large.by_role("decision"))
+
+
+def test_groups_fold_and_unfold(show, large) -> None:
+    page = show(circuit_html(large)).page
+    group = node(page, "group:detection")
+    assert not group.is_visible()
+    page.click('[data-fold="detection"]')
+    assert group.is_visible() and count(page, f'{VISIBLE}[data-role="detection"]') == 0
+    summed = count(page, ".edge.summed")
+    assert summed > 0
+    ends = page.eval_on_selector_all(".edge.summed", "all => all.flatMap(el => [el.dataset.from, el.dataset.to])")
+    assert ends.count("group:detection") == summed
+    # the same curves as Python's own folded picture
+    python = layout_circuit(large, Style(fold=("detection",), max_edges=None))
+    set_slider(page, "edgeSlider", 0)
+    drawn = page.eval_on_selector_all(
+        ".edge.summed",
+        "all => all.map(el => [...el.children].slice(1).map(p => [p.getAttribute('d'), p.getAttribute('stroke')]))",
+    )
+    folded = [mark for mark in python.edges if "group:detection" in (mark.sender, mark.receiver)]
+    assert len(drawn) == len(folded) > 0
+    for mark in folded:
+        values = np.array([value for _, part in mark.shapes[0].commands for value in part])
+        curve = min(drawn, key=lambda paths: np.abs(numbers(paths[0][0]) - values).max())
+        assert np.abs(numbers(curve[0][0]) - values).max() < 0.11
+        # the same number of marks, and the same colour
+        same = [paths for paths in drawn if np.abs(numbers(paths[0][0]) - values).max() < 0.11]
+        assert (len(mark.shapes), mark.shapes[0].stroke) in [(len(paths), paths[0][1]) for paths in same]
+    group.focus()
+    page.keyboard.press("f")
+    assert not group.is_visible() and count(page, ".edge.summed") == 0
+
+
+def test_pins_keep_cards(show, small) -> None:
+    page = show(circuit_html(small)).page
+    first, second = (str(member.node) for member in small.nodes[:2])
+    node(page, first).click()
+    page.click("#card [data-pin]")
+    node(page, second).focus()
+    page.keyboard.press("p")
+    assert first in page.inner_text("#pins") and second in page.inner_text("#pins")
+    page.click(f'#pins [data-pin="{first}"]')
+    assert first not in page.inner_text("#pins")
+    assert count(page, ".node.pinned") == 1
+
+
+def test_search_marks_and_goes_to_what_it_finds(show, small) -> None:
+    notes = {small.nodes[3].node: Notes(promotes=(" Sorry",))}
+    page = show(circuit_html(small, notes=notes)).page
+    page.keyboard.press("/")
+    page.keyboard.type("12.8")
+    assert page.inner_text("#found") == "1 found" and count(page, ".node.hit") == 1
+    page.keyboard.press("Enter")
+    assert "L12.H8" in card(page)
+    box = node(page, "L12.H8").bounding_box()
+    stage = page.locator("#stage").bounding_box()
+    assert abs(box["x"] + box["width"] / 2 - stage["x"] - stage["width"] / 2) < 3
+    page.fill("#search", "sorry")
+    assert page.eval_on_selector_all(".node.hit", "all => all.map(el => el.dataset.node)") == [str(small.nodes[3].node)]
+    page.fill("#search", "nothing like it")
+    assert page.inner_text("#found") == "0 found"
+
+
+def test_wheel_zooms_and_drag_pans(show, small) -> None:
+    page = show(circuit_html(small)).page
+    before = view_box(page)
+    page.mouse.move(400, 300)
+    page.mouse.wheel(0, -400)
+    page.wait_for_function(f"document.querySelector('.pane svg').viewBox.baseVal.width < {before[2]} - 1")
+    zoomed = view_box(page)
+    page.mouse.down()
+    page.mouse.move(460, 300, steps=4)
+    page.mouse.up()
+    panned = view_box(page)
+    assert panned[0] < zoomed[0] and panned[2] == zoomed[2]
+    page.click("#fit")
+    assert view_box(page)[:2] == [0, 0]
+
+
+def test_keys_reach_everything(show, small) -> None:
+    page = show(circuit_html(small)).page
+    strongest = max(
+        (m for m in small.edges if str(m.edge.sender) != "embed" and str(m.edge.receiver) != "logits"),
+        key=lambda m: abs(m.effect),
+    )
+    sender = str(strongest.edge.sender)
+    outgoing = [m for m in small.edges if str(m.edge.sender) == sender]
+    target = str(max(outgoing, key=lambda m: abs(m.effect)).edge.receiver)
+    node(page, sender).focus()
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.dataset.node") == target
+    page.keyboard.press("Enter")
+    assert "upstream" in card(page)
+    page.keyboard.press("Escape")
+    before = view_box(page)
+    page.keyboard.press("+")
+    page.keyboard.press("ArrowRight")
+    after = view_box(page)
+    assert after[2] < before[2] and after[0] > before[0]
+    page.keyboard.press("?")
+    assert "along its strongest edge" in page.inner_text("#dialog")
+
+
+def test_dark_mode_follows_the_system_and_the_button(show, small) -> None:
+    page = show(circuit_html(small), color_scheme="dark").page
+    background = "getComputedStyle(document.querySelector('.paper')).fill"
+    assert page.evaluate(background) == "rgb(20, 24, 29)"
+    page.click("#theme")
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    page.emulate_media(media="print")
+    page.keyboard.press("Escape")
+    assert page.evaluate("getComputedStyle(document.querySelector('aside')).display") == "none"
+    assert (
+        show(circuit_html(small, theme="light"), color_scheme="dark").page.evaluate(background) == "rgb(255, 255, 255)"
+    )
+
+
+def test_dark_text_can_be_read(show, small) -> None:
+    page = show(circuit_html(small, theme="dark")).page
+    fills = page.eval_on_selector_all(".backdrop text", "all => all.map(el => getComputedStyle(el).fill)")
+    assert fills and all(min(int(part) for part in re.findall(r"\d+", fill)) > 120 for fill in fills)
+
+
+def test_saved_svg_is_what_is_shown(show, large, tmp_path: Path) -> None:
+    page = show(circuit_html(large)).page
+    page.uncheck("#roles input[value=production]")
+    with page.expect_download() as waiting:
+        page.click("#saveSvg")
+    waiting.value.save_as(tmp_path / "circuit.svg")
+    root = ElementTree.parse(tmp_path / "circuit.svg").getroot()
+    nodes = [el for el in root.iter() if el.get("data-role")]
+    assert len(nodes) == 200 - len(large.by_role("production"))
+    assert not [el for el in root.iter() if el.get("tabindex") or el.get("class") == "gone"]
+    assert not any(el.get("data-role") == "production" for el in nodes)
+
+
+def test_copied_tikz_compiles(show, tmp_path: Path) -> None:
+    circuit = small_circuit(model=HOSTILE)
+    page = show(circuit_html(circuit)).page
+    page.click("#copyTikz")
+    # unfolded, it is Python's own, path by path
+    shown = set(re.findall(r"\\path\[fill.*", page.input_value("#dialogArea")))
+    assert shown == set(re.findall(r"\\path\[fill.*", circuit_tikz(circuit))) and len(shown) > 30
+    page.click("#dialog button")
+    page.click('[data-fold="evaluation"]')
+    page.click("#copyTikz")
+    text = page.input_value("#dialogArea")
+    assert text.startswith("\\begingroup") and text.isascii() and "tikzpicture" in page.inner_text("#dialog") + text
+    if shutil.which("pdflatex"):
+        (tmp_path / "a.tex").write_text(
+            "\\documentclass{article}\\usepackage{tikz}\\begin{document}\n" + text + "\\end{document}"
+        )
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout[-1500:].decode(errors="replace")
+
+
+def test_attention_opens_over_the_prompt(show, small) -> None:
+    page = show(circuit_html(small)).page
+    example = small.details.attention[0]
+    head = str(example.heads[1])
+    node(page, head).click()
+    assert count(page, "#card canvas") == 1
+    shown = page.eval_on_selector_all("#card .looks span", "all => all.map(el => el.textContent)")
+    assert shown[:4] == ["<|im_start|>", "user", "⏎", "How"]
+    row = np.asarray(example.patterns)[1, 7]
+    best = int(row.argmax())
+    page.locator("#card .looks span").nth(6).hover()
+    page.locator("#card .looks span").nth(7).hover()
+    assert page.inner_text("#card .small") == f"{shown[7]} looks at {shown[best]}: {row[best]:.2f}"
+    page.select_option("#card select", "1")
+    assert "melon" in page.inner_text("#card select option:checked")
+
+
+def test_notes_show_tokens_spans_and_activations(show, small) -> None:
+    member = small.nodes[0].node
+    notes = {member: Notes((" Sorry", HOSTILE), ("Sure",), {"instruction": 0.31}, (((" kill", "x"), (0.5, -0.1)),))}
+    page = show(circuit_html(small, notes=notes)).page
+    node(page, str(member)).hover()
+    text = card(page)
+    for part in ("raises these tokens", "·Sorry", "lowers these tokens", "0.31", "activation over text", "·kill"):
+        assert part in text
+    assert count(page, "#card img") == 0 and "<img·src=x" in text
+
+
+def test_an_ablation_switches_before_and_after(show, small) -> None:
+    gone, left = small.nodes[0].node, next(m.node for m in small.nodes[1:] if m.status in ("measured", "verified"))
+    ablation = Ablation("without it", (gone,), (3.1, -0.4), {left: 0.0})
+    page = show(circuit_html(small, ablations=[ablation])).page
+    body = f'.node[data-node="{left}"] path'
+    before = page.get_attribute(body, "fill")
+    page.select_option("#ablationSelect", "0")
+    assert page.inner_text("#ablationText") == "metric 3.10 before, \u22120.40 after"
+    assert page.get_attribute(body, "fill") == "#ffffff" != before
+    assert "ablated" in page.get_attribute(f'.node[data-node="{gone}"]', "class")
+    node(page, str(left)).hover()
+    assert "after ablation\n0.000" in card(page)
+    page.select_option("#ablationSelect", "")
+    assert page.get_attribute(body, "fill") == before and count(page, ".ablated") == 0
+
+
+def test_comparison_switches_between_difference_and_sides(show, small) -> None:
+    other = build([member.node for member in small.nodes[2:]] + [Node("head", 9, 1)], 14, seed=4)
+    page = show(compare_html(small, other, ("aligned", "base"))).page
+    assert page.locator('[data-pane="difference"]').is_visible()
+    labels = page.eval_on_selector_all('[data-pane="difference"] .node text', "all => all.map(el => el.textContent)")
+    assert "+9.1" in labels and sum(label.startswith("\u2212") for label in labels) == 2
+    page.check("#views input[value='1']")
+    assert not page.locator('[data-pane="difference"]').is_visible()
+    assert page.locator('[data-pane="aligned"]').is_visible() and page.locator('[data-pane="base"]').is_visible()
+    key = str(small.nodes[3].node)
+    places = [
+        page.locator(f'[data-pane="{side}"] .node[data-node="{key}"]').get_attribute("data-box")
+        for side in ("aligned", "base")
+    ]
+    assert places[0].split()[:2] == places[1].split()[:2]
+    page.mouse.move(300, 300)
+    page.mouse.wheel(0, -300)
+    page.wait_for_timeout(50)
+    boxes = page.eval_on_selector_all(".pane svg", "all => all.map(el => el.getAttribute('viewBox'))")
+    assert len(set(boxes)) == 1
+    node(page, "L9.H1").hover()
+    assert "in aligned\nnot in it" in card(page)
+
+
+def test_hostile_text_stays_text(show) -> None:
+    opened = show(circuit_html(small_circuit(HOSTILE)))
+    page = opened.page
+    assert count(page, "img") == 0 and "<img src=x onerror=alert(1)>" in page.inner_text("h1")
+    head = page.locator(".node[data-role]").first
+    for place in range(page.locator(".node[data-role]").count()):
+        page.locator(".node[data-role]").nth(place).dispatch_event("pointerenter")
+        assert count(page, "img") == 0
+    head.hover()
+    assert count(page, "script") == 2
+    # SVG alone, as a document of its own
+    alone = show(circuit_svg(small_circuit(HOSTILE)))
+    assert count(alone.page, "img") == 0
+
+
+def test_a_small_window_stacks_the_page(show, small) -> None:
+    page = show(circuit_html(small), width=420, height=800).page
+    stage, side = page.locator("#stage").bounding_box(), page.locator("aside").bounding_box()
+    assert side["y"] >= stage["y"] + stage["height"] - 1 and stage["width"] <= 420

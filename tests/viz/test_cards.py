@@ -1,0 +1,57 @@
+"""Cards of nodes, notes, ablations and attention as the page gets them."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from circuits_drawn import HOSTILE
+from test_formats import Tags
+
+from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.viz import Ablation, Notes, circuit_html
+
+
+def page_data(text: str) -> dict:
+    return json.loads(Tags(text).scripts[0])
+
+
+def test_cards_have_the_numbers(small: RefusalCircuit) -> None:
+    member = next(member for member in small.nodes if member.ci)
+    card = page_data(circuit_html(small))["nodes"][str(member.node)]
+    words = page_data(circuit_html(small))["words"]
+    rows = dict(zip(words["rows"], card["rows"], strict=True))
+    assert rows["effect, of the gap"].startswith(f"{member.effect:.3f}".replace("-", "\u2212"))
+    assert rows["95 % interval"].startswith("[") and rows["role"] in (member.role, "none assigned")
+    assert any("through the logits" in words["evidence"][place] for place, _ in card["evidence"])
+    assert words["status"][rows["status"]].startswith(("measured", "rejected"))
+
+
+def test_notes_reach_the_card_as_text(small: RefusalCircuit) -> None:
+    node = small.nodes[0].node
+    notes = Notes((" Sorry", HOSTILE), ("Sure",), {"instruction": 0.31}, (((" kill", "\n"), (0.5, -0.1)),))
+    text = circuit_html(small, notes={node: notes})
+    card = page_data(text)["nodes"][str(node)]
+    assert card["promotes"][0] == "·Sorry" and card["promotes"][1].startswith("</script><img")
+    assert card["spans"] == [["instruction", 0.31]] and card["texts"] == [[["·kill", "⏎"], [0.5, -0.1]]]
+    assert "promotes" not in page_data(text)["nodes"][str(small.nodes[1].node)]
+    with pytest.raises(MechsafetyError, match="1 activations of 2 tokens; expected one a token"):
+        Notes(texts=((("a", "b"), (1.0,)),))
+
+
+def test_ablations_are_optional(small: RefusalCircuit) -> None:
+    first, second = (member.node for member in small.nodes[:2])
+    ablation = Ablation("without the first", (first,), (3.1, -0.4), {second: 0.25}, (0.9, 0.1))
+    assert page_data(circuit_html(small))["ablations"] == []
+    (row,) = page_data(circuit_html(small, ablations=[ablation]))["ablations"]
+    assert row["text"] == "metric 3.10 before, \u22120.40 after; refused 90 % before, 10 % after"
+    assert (row["nodes"], row["effects"]) == ([str(first)], {str(second): 0.25})
+
+
+def test_attention_is_packed_and_comes_back(small: RefusalCircuit) -> None:
+    example = small.details.attention[0]
+    packed = page_data(circuit_html(small))["attention"][0]
+    assert packed["tokens"][4] == "·do" and len(packed["heads"]) == 4
+    data = np.frombuffer(base64.b64decode(packed["heads"][str(example.heads[1])]), dtype=np.uint8) / 255
+    assert np.abs(data.reshape(12, 12) - np.asarray(example.patterns)[1]).max() <= 0.5 / 255 + 1e-9

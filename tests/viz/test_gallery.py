@@ -1,0 +1,33 @@
+"""The gallery's script on a map of one's own."""
+
+import importlib.util
+from pathlib import Path
+from xml.etree import ElementTree
+
+from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.viz import layout_svg
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "gallery.py"
+
+
+def test_every_picture_is_named_once_and_drawn(small: RefusalCircuit, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gallery", SCRIPT)
+    gallery = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gallery)
+    path = small.save(tmp_path / "circuit.json")
+    found = list(gallery.pictures([path]))
+    names = [name for name, *_ in found]
+    assert len(set(names)) == len(names) and "demo-smollm2-135m-instruct-refusal-adapt-diagram" in names
+    for _, text, layout, width in found:
+        assert text and layout.nodes
+        ElementTree.fromstring(layout_svg(layout, width_mm=width))
+    synthetic = [text for name, text, *_ in found if not name.startswith("demo-")]
+    assert all(gallery.NOTE in text for text in synthetic)
+
+
+def test_committed_pictures_are_listed_and_small() -> None:
+    folder = SCRIPT.parents[1] / "docs" / "gallery"
+    listed = (folder / "README.md").read_text()
+    pictures = [path for path in folder.iterdir() if path.suffix in (".svg", ".png")]
+    assert len(pictures) > 20
+    assert all(f"({path.name})" in listed and path.stat().st_size < 500_000 for path in pictures)
