@@ -199,10 +199,9 @@ def refusal_direction(
 
     Candidates: mean harmful less mean harmless input of each block, at each template token after the instruction, over
     prompts that the model treats as expected. Each is judged on validation prompts: *bypass*, refusal log-odds on
-    harmful prompts with the direction removed; *induce*, on harmless prompts with it added; *KL* on harmless prompts with it
-    removed. Chosen is the smallest bypass with induce > 0, KL at most ``max_kl`` and a layer below
-    ``int(max_depth * n_layers)``; or by COSMIC (Siu et al. 2025), which reads no output. The demo model: 180 candidates, 64
-    + 64 training and 32 + 32 validation prompts.
+    harmful prompts with the direction removed; *induce*, on harmless prompts with it added; *KL* on harmless prompts
+    with it removed. Chosen is the smallest bypass with induce > 0, KL at most ``max_kl`` and a layer below
+    ``int(max_depth * n_layers)``; or by COSMIC (Siu et al. 2025), which reads no output.
 
     Args:
         model: The model.
@@ -213,7 +212,8 @@ def refusal_direction(
         layers: Blocks whose input is looked at; all by default.
         n_columns: How many of the prompt's last tokens; all template tokens after the instruction by default.
         selector: ``published`` or ``cosmic``.
-        max_kl, max_depth: Conditions of the published rule.
+        max_kl: Largest KL of the published rule.
+        max_depth: Its depth limit, a share of the layers.
         n_random: Random directions among the controls.
         seed: Of the split, the controls and nothing else.
         progress: Whether to show a bar.

@@ -16,7 +16,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run
 
-# mean differences shorter than this share of the mean activation are rounding: both kinds of prompts have the same token
+# mean differences shorter than this share of the mean activation are rounding
 NO_DIFFERENCE = 1e-5
 
 
@@ -87,12 +87,13 @@ def mean_differences(
 
     Args:
         model: The model.
-        harmful, harmless: Prompts of any length.
+        harmful: Prompts of any length.
+        harmless: Prompts of any length.
         metric: If given, only harmful prompts above 0 and harmless ones below 0 count.
         n_columns: How many last columns; all tokens after the instruction by default.
 
     Returns:
-        Differences (columns in order, the last one is the prompt's last token), and how many prompts of each kind count.
+        Differences (columns in order, the last is the prompt's last token), and how many prompts of each kind count.
 
     Raises:
         MechsafetyError: No prompt of a kind counts.
@@ -189,9 +190,11 @@ def score_directions(
                     validation.low[place]
                 ].double()
         cosines[1, real] = joint_cosine(means[real], validation.harmful_mean[low])
-    shape = {"layer": n_rows, "column": n_columns}
-    parts = [rearrange(x, "(layer column) prompt -> layer column prompt", **shape) for x in (bypass, induce, kl)]
-    return DirectionScores(*parts, rearrange(cosines.sum(0), "(layer column) -> layer column", **shape))
+
+    def grid(rows: Tensor) -> Tensor:
+        return rearrange(rows, "(layer column) ... -> layer column ...", layer=n_rows)
+
+    return DirectionScores(grid(bypass), grid(induce), grid(kl), grid(cosines.sum(0)))
 
 
 def divergence(log_probs: Float[Tensor, "prompt d_vocab"], logits: Float[Tensor, "*rows prompt d_vocab"]) -> Tensor:

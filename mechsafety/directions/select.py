@@ -24,7 +24,9 @@ def passing(
     """True where a candidate may be chosen: induce > 0, KL at most ``max_kl`` (a missing one passes), not too deep.
 
     Args:
-        bypass, induce, kl: Mean scores; NaN where missing.
+        bypass: Mean bypass score; NaN where missing.
+        induce: Mean induce score.
+        kl: Mean KL; NaN where missing.
         layers: Layer of each row.
         n_layers: Of the model.
         max_kl: Largest KL on harmless prompts.
@@ -47,7 +49,14 @@ def select_published(
 ) -> tuple[int, int] | None:
     """(row, column) of the smallest bypass score among the candidates that pass (Arditi et al. 2024, section 2.3).
 
-    Arguments as of `passing`.
+    Args:
+        bypass: Mean refusal log-odds on harmful prompts, the direction removed.
+        induce: Mean refusal log-odds on harmless prompts, the direction added.
+        kl: Mean KL on harmless prompts, the direction removed; a missing one (NaN) passes.
+        layers: Layer of each row.
+        n_layers: Of the model.
+        max_kl: Largest KL.
+        max_depth: Only layers below ``int(max_depth * n_layers)``.
 
     Returns:
         None if no candidate passes. Ties go to the lower layer, then to the earlier column.
@@ -73,8 +82,8 @@ def select_cosmic(
     """(row, column) of the largest COSMIC score below the depth limit (Siu et al. 2025); no output is read.
 
     Args:
-        cosmic: Sum of two cosines (see `cosmic_layers`): of harmful prompts with the direction removed to harmless ones,
-            and of harmless prompts with it added to harmful ones.
+        cosmic: Sum of two cosines over `cosmic_layers`: of harmful prompts with the direction removed to harmless
+            ones, and of harmless prompts with it added to harmful ones.
         layers: Layer of each row.
         n_layers: Of the model.
         max_depth: As for `passing`.

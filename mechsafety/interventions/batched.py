@@ -156,7 +156,8 @@ def run_added(
         for batch in prompts.batches:
             base = _base(model, prompts, batch, n_columns, unedited)
             for row, layer in enumerate(layers):
-                run = base if prefixes[row] is None else replace(base, prefix=_widen(prefixes[row], len(batch.index)))
+                prefix = prefixes[row]
+                run = base if prefix is None else replace(base, prefix=_widen(prefix, len(batch.index)))
                 logits, resid = _run_on(model, run, layer, _adder(vectors[row])(base.resid[layer]))
                 variants = tuple(row * n_columns + column for column in range(n_columns))
                 seen = torch.stack([split_rows(part, n_columns) for part in resid])

@@ -33,8 +33,8 @@ def orthogonalized(
 
     W <- W - strength Q Q^T W for the embeddings and the output weights and biases of attention and MLPs, with Q an
     orthonormal basis. The same logits as `project_out`, without its cost at each token. A tied unembedding keeps its
-    weights: only the embedding gets a copy. At the end the original weights are back, bit for bit; such a model is never
-    saved, and inside the context its ``save_pretrained`` refuses to.
+    weights: only the embedding gets a copy. At the end the original weights are back, bit for bit; such a model is
+    never saved, and inside the context its ``save_pretrained`` refuses to.
 
     Args:
         model: The model.

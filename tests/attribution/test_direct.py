@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import PlainModel
 
-from mechsafety.attribution import head_attribution
+from mechsafety.attribution import direct_logit_attribution
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 
@@ -19,12 +19,12 @@ def metric(request):
 def test_parts_sum_to_the_metric(any_model, metric):
     if any_model.post_norm:
         pytest.skip("refused: see below")
-    found = head_attribution(any_model, PROMPTS, metric)
+    found = direct_logit_attribution(any_model, PROMPTS, metric)
     parts = found.heads.sum((0, 1)) + found.mlps.sum(0) + found.embed + found.rest
     torch.testing.assert_close(found.total, metric(any_model.logits(PROMPTS)), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(parts, found.total, atol=1e-4, rtol=1e-4)
     assert found.heads.shape == (3, 4, 3) and found.mlps.shape == (3, 3)
-    alone = torch.stack([head_attribution(any_model, [prompt], metric).heads[..., 0] for prompt in PROMPTS], -1)
+    alone = torch.stack([direct_logit_attribution(any_model, [prompt], metric).heads[..., 0] for prompt in PROMPTS], -1)
     torch.testing.assert_close(found.heads, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -42,7 +42,7 @@ def test_closed_form(kind, make_hf_model, make_model, logit_difference):
             bias = torch.randn(model.d_model, generator=generator)
             model.bridge.ln_final.bias.copy_(bias)
             plain.w[f"{final}.bias"] = bias
-    found = head_attribution(model, PROMPTS, logit_difference)
+    found = direct_logit_attribution(model, PROMPTS, logit_difference)
     unembed = next(plain.w[name] for name in ("lm_head.weight", "embed_out.weight") if name in plain.w)
     read = unembed[[20, 21]].mean(0) - unembed[30]
     for row, prompt in enumerate(PROMPTS):
@@ -74,7 +74,7 @@ def test_transformer_lens_agrees(make_model, logit_difference):
         weights = model.W_U
         read = weights[:, [20, 21]].mean(1) - weights[:, 30]
         oracle = dict(zip(labels, (scaled @ read).flatten().tolist(), strict=True))
-    found = head_attribution(model, tokens, logit_difference)
+    found = direct_logit_attribution(model, tokens, logit_difference)
     for layer in range(3):
         assert oracle[f"{layer}_attn_out"] == pytest.approx(float(found.heads[layer].sum()), abs=1e-4)
         assert oracle[f"{layer}_mlp_out"] == pytest.approx(float(found.mlps[layer, 0]), abs=1e-4)
@@ -82,15 +82,15 @@ def test_transformer_lens_agrees(make_model, logit_difference):
 
 
 def test_steps_matter_only_for_the_log_odds(llama, log_odds, logit_difference):
-    fine, coarse = (head_attribution(llama, PROMPTS, log_odds, steps=steps) for steps in (64, 1))
+    fine, coarse = (direct_logit_attribution(llama, PROMPTS, log_odds, steps=steps) for steps in (64, 1))
     assert float((fine.heads - coarse.heads).abs().max()) > 1e-4
-    fine, coarse = (head_attribution(llama, PROMPTS, logit_difference, steps=steps) for steps in (64, 1))
+    fine, coarse = (direct_logit_attribution(llama, PROMPTS, logit_difference, steps=steps) for steps in (64, 1))
     assert torch.equal(fine.heads, coarse.heads)
 
 
 def test_a_norm_after_attention_is_refused(make_model, log_odds):
     with pytest.raises(MechsafetyError) as caught:
-        head_attribution(make_model("gemma2"), PROMPTS, log_odds)
+        direct_logit_attribution(make_model("gemma2"), PROMPTS, log_odds)
     assert str(caught.value) == (
         "Gemma2ForCausalLM normalises each block's output, so heads do not add up to the residual stream; "
         "expected a pre-norm model"
@@ -98,10 +98,10 @@ def test_a_norm_after_attention_is_refused(make_model, log_odds):
 
 
 def test_table_and_picture(llama, logit_difference):
-    found = head_attribution(llama, PROMPTS, logit_difference)
+    found = direct_logit_attribution(llama, PROMPTS, logit_difference)
     frame = found.to_dataframe().set_index("part")
     assert len(frame) == 2 + 15 and frame.contribution.sum() == pytest.approx(float(found.total.mean()), abs=1e-4)
     assert frame.contribution["L1.H2"] == pytest.approx(float(found.heads[1, 2].mean()))
     assert found.plot().data[0].z.shape == (3, 4)
-    assert repr(found) == "HeadAttribution(3 layers x 4 heads, 3 prompts)"
+    assert repr(found) == "DirectAttribution(3 layers x 4 heads, 3 prompts)"
     assert isinstance(logit_difference, RefusalLogOdds) and found.metric["name"] == "logit_difference"
