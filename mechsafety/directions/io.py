@@ -47,8 +47,8 @@ class DirectionIO(Result):
             slot of the node reads (``q``, ``k``, ``v``, ``mlp``) and out of nothing else, exact; NaN for slots that
             a node does not have.
         neurons_write: As ``writes``, of each neuron; those of a layer sum to its MLP's share, biases aside.
-        neurons_read: The estimate of what ``reads`` would be: the neuron's exact change when the difference is taken out of
-            what its MLP reads, times the metric's gradient.
+        neurons_read: An estimate of what ``reads`` would be: the neuron's exact change when the difference is taken out
+            of what its MLP reads, times the metric's gradient.
     """
 
     provenance: Provenance
@@ -120,8 +120,8 @@ def direction_io(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Another model's width, norms after the blocks, a column at which the pairs have no run, or both a
-            circuit and nodes.
+        MechsafetyError: Another model's width, norms after the blocks, a column at which the pairs have no run, or both
+            a circuit and nodes.
     """
     if model.post_norm:
         raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose parts add up")
@@ -148,10 +148,9 @@ def direction_io(
     before = torch.tensor([(node.layer or 0) < direction.layer for node in listed], device=change.device)
     writes = einsum(change, unit, "node pair d_model, d_model -> node pair") / along
     cosine = torch.nn.functional.cosine_similarity(change.mean(1), unit, dim=-1)
-    neurons_write = torch.stack(
-        [_neuron_shares(model, runs, layer, at, unit) / along for layer in range(model.n_layers)]
-    )
-    neurons_write[direction.layer :] = 0
+    neurons_write = torch.zeros(model.n_layers, model.d_mlp, device=model.device)
+    for layer in range(direction.layer):
+        neurons_write[layer] = _neuron_shares(model, runs, layer, at, unit) / along
     reads = _reads(model, runs, metric, listed, unit, progress)
     return DirectionIO(
         model.provenance(options={"layer": direction.layer, "column": direction.column, "pairs": len(bad)}),
@@ -222,6 +221,14 @@ def _reads(
     return reads / (harmful - harmless).mean()
 
 
+def _neurons(model: LensModel, layer: int, reads: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_mlp"]:
+    """Neurons of a layer when its MLP reads ``reads``."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), model.hooks([(Site(SiteKind.NEURONS, layer), seen.append)]):
+        model.mlp(layer, reads)
+    return seen[0].float()
+
+
 def _neuron_reads(
     model: LensModel, runs: PairRuns, metric: RefusalLogOdds, unit: Tensor
 ) -> Float[Tensor, "layer d_mlp"]:
@@ -240,9 +247,6 @@ def _neuron_reads(
     for layer, grad in enumerate(grads):
         delta = _removed(base, runs.harmless, layer, "mlp", model.parallel, unit)
         reads = base.resid[layer] if model.parallel else base.resid[layer + 1] - base.acts[SiteKind.MLP_OUT][layer]
-        seen: list[Tensor] = []
-        with torch.no_grad(), model.hooks([(Site(SiteKind.NEURONS, layer), lambda own, seen=seen: seen.append(own))]):
-            model.mlp(layer, reads + delta.to(reads.dtype))
-        change = seen[0].float() - acts[layer].float()
+        change = _neurons(model, layer, reads + delta.to(reads.dtype)) - acts[layer].float()
         rows.append(-rearrange(change * grad.float(), "pair pos d_mlp -> (pair pos) d_mlp").sum(0) / len(base))
     return torch.stack(rows) / (harmful - harmless).mean()
