@@ -236,6 +236,22 @@ def ragged() -> ms.PromptPairs:
 
 
 @pytest.fixture(scope="session")
+def directed() -> tuple[ms.LensModel, ms.PromptPairs, ms.RefusalLogOdds]:
+    """A tiny model whose refusal is one direction by construction, prompts for it, and its metric."""
+    from planted_direction import directed_model, directed_pairs
+
+    model = directed_model(tiny_hf_model, tiny_tokenizer)
+    return model, directed_pairs(), ms.RefusalLogOdds.of(model, ["sorry"])
+
+
+@pytest.fixture(scope="session")
+def directed_found(directed) -> ms.RefusalDirection:
+    """Its refusal direction, found."""
+    model, pairs, metric = directed
+    return ms.refusal_direction(model, pairs, metric, progress=False)
+
+
+@pytest.fixture(scope="session")
 def planted() -> tuple[ms.LensModel, ms.PromptPairs]:
     """A tiny model that says "sorry" to bombs and "sure" to cakes, and pairs of two topics.
 

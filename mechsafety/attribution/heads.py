@@ -66,7 +66,7 @@ class HeadAttribution(Result):
     total: Float[Tensor, "layer head prompt"] | None
     path: Float[Tensor, "layer head prompt"] | None
     attention: Float[Tensor, "layer head prompt 3"] | None
-    ships: Float[Tensor, "layer head prompt"] | None
+    ships: Float[Tensor, "layer head masked_prompt"] | None
     sahara: Float[Tensor, "layer head"] | None
 
     def __repr__(self) -> str:

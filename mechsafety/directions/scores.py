@@ -164,7 +164,7 @@ def score_directions(
         for run in run_removed(model, validation.harmful, bases):
             at = [real[k] for k in run.variants]
             bypass[_cells(at, run.index)] = metric(run.logits)
-            sums[at] += rearrange(run.resid[low + 1].double().sum(2), "layer variant d -> variant layer d")
+            sums[at] += rearrange(run.resid[low + 1 - run.layer].double().sum(2), "layer variant d -> variant layer d")
             bar.update(len(run.index) * len(at) / share)
         cosines[0, real] = joint_cosine(sums[real] / validation.harmful.n, validation.harmless_mean[low])
         for run in run_removed(model, validation.harmless, bases):

@@ -38,10 +38,11 @@ class RefusalSubspace(Result):
             that choosing did not see.
         bypass: The same with this direction removed as well.
         control: The same with a random direction removed instead (mean of several).
+        induce_control: Metric of harmless prompts with a random direction of the same norm added (mean of several).
         kl: KL on harmless prompts with this and the ones before removed.
         induce: Metric of harmless prompts with this direction alone added, at its layer.
-        causal: Whether its removal lowers refusal more than a random one's: the 95 % bootstrap interval of the mean
-            difference over prompts lies below 0.
+        causal: Whether its removal lowers refusal, and its addition raises it, more than a random one's: the 95 %
+            bootstrap intervals of the mean differences over prompts lie on that side of 0.
     """
 
     provenance: Provenance
@@ -52,6 +53,7 @@ class RefusalSubspace(Result):
     before: Float[Tensor, "direction harmful"]
     bypass: Float[Tensor, "direction harmful"]
     control: Float[Tensor, "direction harmful"]
+    induce_control: Float[Tensor, "direction harmless"]
     kl: Float[Tensor, "direction harmless"]
     induce: Float[Tensor, "direction harmless"]
     causal: tuple[bool, ...]
@@ -82,7 +84,9 @@ class RefusalSubspace(Result):
         for k, (layer, column) in enumerate(zip(self.layers, self.columns, strict=True)):
             row: dict[str, object] = {"direction": k + 1, "layer": layer, "column": column, "causal": self.causal[k]}
             change, beyond = self.bypass[k] - self.before[k], self.bypass[k] - self.control[k]
-            parts = {"change": change, "beyond_random": beyond, "induce": self.induce[k], "kl": self.kl[k]}
+            gain = self.induce[k] - self.induce_control[k]
+            parts = {"change": change, "beyond_random": beyond, "induce": self.induce[k]}
+            parts |= {"induce_beyond_random": gain, "kl": self.kl[k]}
             for name, values in parts.items():
                 low, high = bootstrap_interval(values.cpu().numpy())
                 row |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
@@ -107,8 +111,8 @@ def refusal_subspace(
 
     Each round removes the directions found so far, takes mean differences of what the model computes then (they are
     orthogonal to what is removed), and chooses on every other validation prompt the one whose removal besides the
-    others lowers refusal most. On the prompts between, it is compared with removing a random direction; the search ends
-    at the first that does not do more.
+    others lowers refusal most. On the prompts between, it is compared with random directions; the search ends at the
+    first that does not do more, and when no refusal is left (mean metric below 0).
 
     Args:
         model: The model.
@@ -158,17 +162,20 @@ def refusal_subspace(
         vector, layer = vectors[cell], at[cell[0]]
         noise = torch.randn(1, N_RANDOM, model.d_model, generator=generator).to(vector)
         noise = _orthogonal(noise, basis)
-        control = score_directions(model, checked, metric, noise, [layer], also=basis, progress=False).bypass[0].mean(0)
-        change = (scores.bypass[cell] - control)[judge]
+        noise = noise / noise.norm(dim=-1, keepdim=True) * vector.norm()
+        random = score_directions(model, checked, metric, noise, [layer], also=basis, progress=False)
+        control, added = random.bypass[0].mean(0), random.induce[0].mean(0)
+        lost, gained = (scores.bypass[cell] - control)[judge], scores.induce[cell] - added
         found_at.append((layer, columns[cell[1]]))
-        parts = (before[judge], scores.bypass[cell][judge], control[judge], scores.kl[cell], scores.induce[cell])
+        parts = (before[judge], scores.bypass[cell][judge], control[judge], scores.kl[cell], scores.induce[cell], added)
         rounds.append((vector, *parts))
-        causal.append(bootstrap_interval(change.cpu().numpy())[1] < 0)
-        if not causal[-1]:
-            break
+        lower, raised = bootstrap_interval(lost.cpu().numpy())[1] < 0, bootstrap_interval(gained.cpu().numpy())[0] > 0
+        causal.append(lower and raised)
         before = scores.bypass[cell]
+        if not causal[-1] or float(before[pick].mean()) < 0:
+            break
         basis = orthonormal(torch.cat([basis, vector[None]]))
-    vectors, before, bypass, control, kl, induce = (torch.stack(part) for part in zip(*rounds, strict=True))
+    vectors, before, bypass, control, kl, induce, added = (torch.stack(part) for part in zip(*rounds, strict=True))
     options = {"n_directions": n_directions, "layers": list(rows), "max_depth": max_depth, "train": len(pairs)}
     return RefusalSubspace(
         model.provenance(seed=seed, options=options),
@@ -179,6 +186,7 @@ def refusal_subspace(
         before,
         bypass,
         control,
+        added,
         kl,
         induce,
         tuple(causal),

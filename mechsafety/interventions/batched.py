@@ -111,7 +111,7 @@ def run_removed(
         strength: Share that is removed.
 
     Yields:
-        Results batch by batch; ``resid`` is at the last position, from block 0.
+        Results batch by batch; ``resid`` is at the last position, from block 1.
     """
     ranks = {len(basis) for basis in bases}
     if len(ranks) > 1:
@@ -123,8 +123,9 @@ def run_removed(
             prefix = _prefix_run(model, prompts, len(chunk))
             for batch in prompts.batches:
                 run = _base(model, prompts, batch, len(chunk), prefix)
-                resid = [split_rows(layer[:, -1], len(chunk)) for layer in run.resid]
-                yield EditedRun(members, batch.index, split_rows(run.logits, len(chunk)), torch.stack(resid), 0)
+                # the engine stores block 0's input as it is before the removal
+                resid = [split_rows(layer[:, -1], len(chunk)) for layer in run.resid[1:]]
+                yield EditedRun(members, batch.index, split_rows(run.logits, len(chunk)), torch.stack(resid), 1)
 
 
 def run_added(
