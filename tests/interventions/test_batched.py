@@ -95,7 +95,7 @@ def test_large_groups_are_cut(llama):
 
 
 def test_refusals(llama):
-    with pytest.raises(MechsafetyError, match="^no prompts; expected a list of at least one$"):
+    with pytest.raises(MechsafetyError, match=r"^no prompts; expected a list of at least one$"):
         PromptBatches.of(llama, [])
     with pytest.raises(MechsafetyError, match=r"^bases of ranks \[1, 2\]; expected one rank$"):
         list(run_removed(llama, PromptBatches.of(llama, PROMPTS), [rows(1), rows(2)]))
