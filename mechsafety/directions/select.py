@@ -1,5 +1,7 @@
 """Which candidate direction is the refusal direction: the published rule, and COSMIC."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -15,7 +17,7 @@ def passing(
     bypass: Float[Tensor, "layer column"],
     induce: Float[Tensor, "layer column"],
     kl: Float[Tensor, "layer column"],
-    layers: list[int] | tuple[int, ...],
+    layers: Sequence[int],
     n_layers: int,
     *,
     max_kl: float = MAX_KL,
@@ -41,7 +43,7 @@ def select_published(
     bypass: Float[Tensor, "layer column"],
     induce: Float[Tensor, "layer column"],
     kl: Float[Tensor, "layer column"],
-    layers: list[int] | tuple[int, ...],
+    layers: Sequence[int],
     n_layers: int,
     *,
     max_kl: float = MAX_KL,
@@ -74,7 +76,7 @@ def select_published(
 
 def select_cosmic(
     cosmic: Float[Tensor, "layer column"],
-    layers: list[int] | tuple[int, ...],
+    layers: Sequence[int],
     n_layers: int,
     *,
     max_depth: float = MAX_DEPTH,

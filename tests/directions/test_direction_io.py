@@ -58,10 +58,9 @@ def test_reading_by_plain_hooks(make_model, pairs, log_odds, directed_found):
     middle = [side[names[0]] + side[names[1]] for side in (bad, good)]
     delta = -((middle[0] - middle[1]) @ unit)[..., None] * unit
 
-    def mlp(own):
-        return model.mlp(1, middle[0] + delta)
-
-    lost = scores[0] - log_odds(whole_logits(model, tokens.harmful, [("blocks.1.hook_mlp_out", mlp)]))
+    with torch.no_grad():
+        new = model.mlp(1, middle[0] + delta)
+    lost = scores[0] - log_odds(whole_logits(model, tokens.harmful, [("blocks.1.hook_mlp_out", lambda own: new)]))
     got = found.reads[found.nodes.index(Node("mlp", 1)), 3]
     torch.testing.assert_close(got, lost / gap, atol=1e-4, rtol=1e-3)
     assert float(got.abs().max()) > 1e-3

@@ -168,10 +168,8 @@ def test_refusals(directed):
     backwards = PromptPairs.from_lists(pairs.harmless, pairs.harmful)
     with pytest.raises(NoRefusal) as caught:
         refusal_direction(model, pairs, metric, validation=backwards, progress=False)
-    assert str(caught.value).startswith(
-        "of 12 validation pairs 0 harmful prompts are refused and 0 harmless ones answered"
-    )
-    assert math.isfinite(float(log_odds(llama.logits(["kill"]))))
+    counts = "of 12 validation pairs 0 harmful prompts are refused and 0 harmless ones answered; expected at least 2"
+    assert str(caught.value).startswith(counts)
 
 
 def test_a_direction_of_another_models_width(directed_found, make_model, make_tokenizer):

@@ -98,7 +98,7 @@ def test_any_intervention_and_judge(directed):
 )
 def test_refused(directed, strengths, references, message):
     model, pairs, metric = directed
+    part = (pairs.harmful[:2], pairs.harmless[:2], metric)
     with pytest.raises(MechsafetyError) as caught:
-        part = (pairs.harmful[:2], pairs.harmless[:2], metric)
         dose_response(model, lambda s: scale(model, [Node("mlp", 0)], s), strengths, *part, references=references)
     assert str(caught.value) == message and isinstance(caught.value, ms.MechsafetyError)
