@@ -210,7 +210,7 @@ def head_tables(found: dict[str, Any]) -> list[str]:
 
 def probe_table(found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "Out-of-topic accuracy; the change of the log-odds of harmful prompts when the probe's weights, or its pattern, "
+        "Out-of-topic accuracy; the change of harmful prompts' log-odds when the probe's weights, or its pattern, "
         "are erased everywhere (a random direction's for comparison).",
         "",
         "| layer | span | accuracy | text alone | shuffled | hard negatives flagged (text alone) | weights erased "
