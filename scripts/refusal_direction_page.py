@@ -152,7 +152,7 @@ def dose_table(*found: DoseResponse) -> list[str]:
     lines.append("| --- | --- |" + " --- |" * 6)
     for response in found:
         for strength, rows in response.to_dataframe().groupby("strength", sort=False):
-            cells = [f"{row.value:.2f} ({row.ci_low:.2f} to {row.ci_high:.2f})" for row in rows.itertuples()]
+            cells = [f"{row.value:.3g} ({row.ci_low:.3g} to {row.ci_high:.3g})" for row in rows.itertuples()]
             lines.append(f"| {response.name} | {strength:g} | " + " | ".join(cells) + " |")
     return lines
 

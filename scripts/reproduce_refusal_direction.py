@@ -261,7 +261,10 @@ def others(study: Study, found: RefusalDirection) -> dict[str, Any]:
     pairs = ms.PromptPairs.builtin("train").sample(study.args.n_train)
     ways: dict[str, tuple[Direction, float]] = {
         "representation reading": (ms.repe_direction(model, pairs, layers=[found.layer]), 1.0),
-        "inference-time intervention": (ms.iti_direction(model, pairs), 5.0),
+        "inference-time intervention": (
+            ms.iti_direction(model, pairs, n_heads=min(16, model.n_layers * model.n_heads // 2)),
+            5.0,
+        ),
     }
     sets = test_sets(study)
     out = {}
