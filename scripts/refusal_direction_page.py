@@ -273,7 +273,9 @@ def curves(removed: DoseResponse, added: DoseResponse, path: Path) -> None:
                 colour = {"harmful": "#9C2F6B", "harmless": "#00588C"}[side]
                 errors = np.clip([rows.value - rows.ci_low, rows.ci_high - rows.value], 0, None)
                 axis.errorbar(rows.strength, rows.value, errors, color=colour, label=side, marker="o", capsize=2)
-            axis.set(title=f"{panel}", xlabel=f"strength ({response.name})")
+            axis.set(title=panel, xlabel=f"strength ({response.name})")
+            if panel == "perplexity":
+                axis.set_yscale("log")
         line[0].legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
