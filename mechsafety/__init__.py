@@ -11,21 +11,45 @@ __getattr__, _, _names = lazy_loader.attach(
     __name__,
     submod_attrs={
         "attribution": [
+            "DirectAttribution",
             "EdgeScores",
             "HeadAttribution",
+            "LogitLens",
             "NodeAttribution",
+            "direct_logit_attribution",
             "edge_attribution",
             "head_attribution",
+            "logit_lens",
             "node_attribution",
         ],
         "cache": ["ActivationCache"],
         "circuits.circuit": ["RefusalCircuit"],
         "circuits.refusal": ["map_refusal_circuit"],
+        "directions": [
+            "DirectionIO",
+            "RefusalDirection",
+            "RefusalSubspace",
+            "direction_io",
+            "iti_direction",
+            "refusal_direction",
+            "refusal_subspace",
+            "repe_direction",
+        ],
+        "interventions": [
+            "Direction",
+            "DoseResponse",
+            "ablate",
+            "dose_response",
+            "orthogonalized",
+            "project_out",
+            "steer",
+        ],
         "nodes": ["Edge", "Node"],
         "errors": ["MechsafetyError", "NoRefusal"],
         "metrics": ["RefusalLogOdds", "is_refusal"],
         "models": ["LensModel", "load_model"],
         "patching": ["PatchMap", "PathMap", "activation_patching", "path_patching"],
+        "probes": ["ProbeReport", "probe_layers"],
         "prompts": ["PromptPair", "PromptPairs", "builtin_prompts", "load_instructions"],
         "sites": ["Site", "SiteKind"],
     },
@@ -39,20 +63,44 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from mechsafety.attribution import (
+        DirectAttribution,
         EdgeScores,
         HeadAttribution,
+        LogitLens,
         NodeAttribution,
+        direct_logit_attribution,
         edge_attribution,
         head_attribution,
+        logit_lens,
         node_attribution,
     )
     from mechsafety.cache import ActivationCache
     from mechsafety.circuits import RefusalCircuit, map_refusal_circuit
+    from mechsafety.directions import (
+        DirectionIO,
+        RefusalDirection,
+        RefusalSubspace,
+        direction_io,
+        iti_direction,
+        refusal_direction,
+        refusal_subspace,
+        repe_direction,
+    )
     from mechsafety.errors import MechsafetyError, NoRefusal
+    from mechsafety.interventions import (
+        Direction,
+        DoseResponse,
+        ablate,
+        dose_response,
+        orthogonalized,
+        project_out,
+        steer,
+    )
     from mechsafety.metrics import RefusalLogOdds, is_refusal
     from mechsafety.models import LensModel, load_model
     from mechsafety.nodes import Edge, Node
     from mechsafety.patching import PatchMap, PathMap, activation_patching, path_patching
+    from mechsafety.probes import ProbeReport, probe_layers
     from mechsafety.prompts import (
         PromptPair,
         PromptPairs,

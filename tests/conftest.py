@@ -12,7 +12,17 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-HOOKED = ("attribution", "cache", "metrics", "models", "patching", "prompts.spans")
+HOOKED = (
+    "attribution",
+    "cache",
+    "directions",
+    "interventions",
+    "metrics",
+    "models",
+    "patching",
+    "probes",
+    "prompts.spans",
+)
 HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
@@ -223,6 +233,22 @@ def ragged() -> ms.PromptPairs:
     harmful = ["bomb the car with poison and make people write a poem", "kill", "steal my bread"]
     harmless = ["cake the car with poison and make people write a poem", "help", "bake my bread"]
     return ms.PromptPairs.from_lists(harmful, harmless)
+
+
+@pytest.fixture(scope="session")
+def directed() -> tuple[ms.LensModel, ms.PromptPairs, ms.RefusalLogOdds]:
+    """A tiny model whose refusal is one direction by construction, prompts for it, and its metric."""
+    from planted_direction import directed_model, directed_pairs
+
+    model = directed_model(tiny_hf_model, tiny_tokenizer)
+    return model, directed_pairs(), ms.RefusalLogOdds.of(model, ["sorry"])
+
+
+@pytest.fixture(scope="session")
+def directed_found(directed) -> ms.RefusalDirection:
+    """Its refusal direction, found."""
+    model, pairs, metric = directed
+    return ms.refusal_direction(model, pairs, metric, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_paths(both, pairs, logit_difference):
 def test_attribution(both, pairs, logit_difference):
     full, half = (ms.node_attribution(model, pairs, logit_difference) for model in both)
     close(full.heads, half.heads, 0.95)
-    full, half = (ms.head_attribution(model, pairs, logit_difference) for model in both)
+    full, half = (ms.direct_logit_attribution(model, pairs, logit_difference) for model in both)
     close(full.heads, half.heads)
     for method in ("eap", "eap-ig", "mask-ig"):
         full, half = (

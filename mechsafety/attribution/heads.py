@@ -1,8 +1,10 @@
-"""Direct logit attribution: what each part adds to the metric through the unembedding alone."""
+"""All heads in one table: direct and total effect, path to the refusal direction, attention, Ships and Sahara."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -10,133 +12,228 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.cache import ActivationCache
+from mechsafety.attribution.direct import direct_logit_attribution
+from mechsafety.attribution.ships import ships
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
-from mechsafety.prompts import PromptPairs, Tokens
+from mechsafety.patching import PairRuns, activation_patching, pair_runs
+from mechsafety.patching.paths import propagate
+from mechsafety.prompts import PromptPairs
+from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, Result
+
+SCORES = ("direct", "total", "path", "attention", "ships", "sahara")
+
+
+@runtime_checkable
+class DirectionAt(Protocol):
+    """A direction of the residual stream at a place, such as a `RefusalDirection`."""
+
+    @property
+    def vector(self) -> Tensor:
+        """The direction."""
+
+    @property
+    def layer(self) -> int:
+        """Block at whose input it stands."""
+
+    @property
+    def column(self) -> int:
+        """Column, counted from the prompt's end."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadAttribution(Result):
-    """Direct contributions to the metric, per prompt; ``heads + mlps + embed + rest`` sum to ``total``.
+    """Scores of every head; those that were not asked for are None.
 
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        heads, mlps: What each part writes, read by the unembedding.
-        embed: The token (and position) embedding's part.
-        rest: Output biases, the final norm's and the unembedding's bias, and the metric of all-zero logits.
-        total: The metric itself.
+        direct: Share of the metric's gap that reaches it through the unembedding alone.
+        total: Share of the gap lost when the head takes its value from the harmless prompt, everything after it live.
+        path: Share of the gap along the refusal direction that the head's change makes, MLPs between them responding
+            and attention frozen; 0 for heads at or after the direction's block.
+        attention: Attention of the last token to prefix, instruction and suffix in the harmful prompts.
+        ships: KL(p || p with the head masked) of the next token on the harmful prompts, nats.
+        sahara: Rotation of the harmful prompts' activation subspace when the head is masked, radians.
     """
 
     provenance: Provenance
     metric: dict[str, object]
-    heads: Float[Tensor, "layer head prompt"]
-    mlps: Float[Tensor, "layer prompt"]
-    embed: Float[Tensor, " prompt"]
-    rest: Float[Tensor, " prompt"]
-    total: Float[Tensor, " prompt"]
+    direct: Float[Tensor, "layer head prompt"] | None
+    total: Float[Tensor, "layer head prompt"] | None
+    path: Float[Tensor, "layer head prompt"] | None
+    attention: Float[Tensor, "layer head prompt 3"] | None
+    ships: Float[Tensor, "layer head masked_prompt"] | None
+    sahara: Float[Tensor, "layer head"] | None
 
     def __repr__(self) -> str:
-        return f"HeadAttribution({self.heads.shape[0]} layers x {self.heads.shape[1]} heads, {len(self.total)} prompts)"
+        layers, heads = self._means()[1].shape
+        return f"HeadAttribution({layers} layers x {heads} heads: {', '.join(self._means()[0])})"
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row a part: mean direct contribution in metric units."""
-        layers, heads, _ = self.heads.shape
-        rows = [("embed", "embed", float(self.embed.mean())), ("rest", "rest", float(self.rest.mean()))]
-        for layer in range(layers):
-            for head in range(heads):
-                rows.append((str(Node("head", layer, head)), "head", float(self.heads[layer, head].mean())))
-            rows.append((str(Node("mlp", layer)), "mlp", float(self.mlps[layer].mean())))
-        return pd.DataFrame(rows, columns=["part", "kind", "contribution"])
+    def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
+        """One row a head, largest total effect first (else the first score there is): means, and effects' intervals."""
+        names, first = self._means()
+        layers, heads = first.shape
+        frame = pd.DataFrame(
+            {
+                "node": [str(Node("head", k, h)) for k in range(layers) for h in range(heads)],
+                "layer": np.repeat(np.arange(layers), heads),
+                "index": np.tile(np.arange(heads), layers),
+            }
+        )
+        for name, mean in names.items():
+            frame[name] = rearrange(mean, "layer head -> (layer head)").cpu().numpy()
+        for name in ("direct", "total", "path", "ships"):
+            values = getattr(self, name)
+            if values is not None:
+                flat = rearrange(values, "layer head prompt -> (layer head) prompt").cpu().double().numpy()
+                ends = [bootstrap_interval(row, seed) for row in flat]
+                frame[f"{name}_low"], frame[f"{name}_high"] = zip(*ends, strict=True)
+        order = "total" if "total" in frame else next(iter(names))
+        return frame.reindex(frame[order].abs().sort_values(ascending=False, kind="stable").index)
+
+    def rank_agreement(self) -> pd.DataFrame:
+        """Spearman's rank correlation of the scores' absolute values over all heads, a square table.
+
+        A score that is the same for all heads has no ranks: its row and column are NaN.
+        """
+        from scipy.stats import spearmanr
+
+        names, _ = self._means()
+        flat = {name: mean.abs().flatten().cpu().numpy() for name, mean in names.items()}
+        varied = {name: bool(np.ptp(values) > 0) for name, values in flat.items()}
+        rows = [
+            [float(spearmanr(flat[a], flat[b]).statistic) if varied[a] and varied[b] else np.nan for b in flat]
+            for a in flat
+        ]
+        return pd.DataFrame(rows, index=list(flat), columns=list(flat))
 
     def plot(self) -> go.Figure:
-        """Heatmap of mean head contributions, layers by heads."""
-        import plotly.express as px
+        """One heatmap a score, layers by heads."""
+        from plotly.subplots import make_subplots
 
-        return px.imshow(
-            self.heads.mean(-1).cpu().numpy(),
-            origin="lower",
-            color_continuous_scale="RdBu_r",
-            color_continuous_midpoint=0,
-            labels={"x": "head", "y": "layer", "color": "direct contribution"},
-        )
+        names, first = self._means()
+        figure = make_subplots(1, len(names), subplot_titles=list(names), shared_yaxes=True)
+        for place, mean in enumerate(names.values(), 1):
+            heat = go.Heatmap(z=mean.cpu().numpy(), colorscale="RdBu_r", zmid=0, showscale=False)
+            figure.add_trace(heat, row=1, col=place)
+        figure.update_xaxes(title_text="head")
+        figure.update_yaxes(title_text="layer", col=1)
+        return figure.update_layout(template="none", height=max(320, 60 + 16 * first.shape[0]))
+
+    def _means(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Mean over prompts of each score that there is, and the first of them."""
+        means: dict[str, Tensor] = {}
+        for name in SCORES:
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if name == "attention":
+                means |= {f"attention_{span}": values.mean(2)[..., k] for k, span in enumerate(SPANS)}
+            else:
+                means[name] = values if name == "sahara" else values.mean(-1)
+        return means, next(iter(means.values()))
 
 
 def head_attribution(
-    model: LensModel, prompts: PromptPairs | Sequence[str] | Tokens, metric: RefusalLogOdds, *, steps: int = 64
+    model: LensModel,
+    pairs: PromptPairs | PairRuns,
+    metric: RefusalLogOdds,
+    *,
+    direction: DirectionAt | None = None,
+    scores: Sequence[str] | None = None,
+    mask: str = "uniform",
+    rank: int = 4,
+    n_masked: int = 8,
+    progress: bool = True,
 ) -> HeadAttribution:
-    """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.
-
-    Contributions are linear in logits, the refusal log-odds is not; its gradient is therefore averaged over the logits'
-    straight path from 0 (integrated gradients; one step is exact for a logit difference), which makes the parts sum to
-    the metric. The attribution is of the logits before a soft cap (Gemma-2), which would break linearity.
+    """Score every head in several ways on the same prompts, so that the ways can be compared.
 
     Args:
         model: The model.
-        prompts: Chat prompts; or pairs, for the harmful prompts' attribution less that of their twins, whose parts sum
-            to each pair's gap.
-        metric: What is attributed.
-        steps: Gauss-Legendre nodes of that average.
+        pairs: Aligned pairs, or their stored runs.
+        metric: What the effects are on.
+        direction: A `RefusalDirection`, needed for ``path``.
+        scores: Some of ``direct total path attention ships sahara``; by default all that can be computed: ``path``
+            needs a direction, ``direct`` and ``path`` a model without norms after its blocks.
+        mask: What masking a head is in Ships and Sahara: ``uniform`` or ``zero``.
+        rank: Of Sahara's subspaces; at most the number of prompts used.
+        n_masked: Ships and Sahara use this many of the harmful prompts.
+        progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: The model has norms after its attention or MLP, so that heads do not add up.
+        MechsafetyError: Unknown score, ``path`` without a direction, a direction of another model's width, or effects
+            asked of a model whose heads do not add up.
+    """
+    impossible = {"direct", "path"} if model.post_norm else {"path"} if direction is None else set()
+    chosen = tuple(scores) if scores is not None else tuple(name for name in SCORES if name not in impossible)
+    unknown = [name for name in chosen if name not in SCORES]
+    if unknown or not chosen:
+        raise MechsafetyError(f"scores {unknown or list(chosen)}", expected=f"some of {SCORES}")
+    if "path" in chosen and direction is None:
+        raise MechsafetyError("scores=['path'] without a direction", cure="pass direction=refusal_direction(...)")
+    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs)
+    heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
+    harmful, harmless = runs.scores(metric)
+    gap = float((harmful - harmless).mean())
+    found: dict[str, Tensor | None] = dict.fromkeys(SCORES)
+    if "direct" in chosen:
+        sides = [direct_logit_attribution(model, run.tokens, metric).heads for run in (runs.harmful, runs.harmless)]
+        found["direct"] = (sides[0] - sides[1]) / gap
+    if "total" in chosen:
+        changes = activation_patching(model, runs, metric, nodes=heads, progress=progress).changes / gap
+        found["total"] = rearrange(changes, "(layer head) prompt -> layer head prompt", head=model.n_heads)
+    if "path" in chosen and direction is not None:
+        found["path"] = path_to_direction(model, runs, direction)
+    if "attention" in chosen:
+        found["attention"] = span_attention(model, runs)
+    if {"ships", "sahara"} & set(chosen):
+        tokens = runs.harmful.tokens.rows(slice(0, n_masked))
+        size = min(rank, len(tokens))
+        found["ships"], found["sahara"] = ships(model, tokens, mask=mask, rank=size, progress=progress)
+    options = {"scores": list(chosen), "mask": mask, "rank": rank, "n_masked": n_masked, "pairs": len(runs.harmful)}
+    if direction is not None:
+        options |= {"direction": [direction.layer, direction.column]}
+    kept = {name: found[name] if name in chosen else None for name in SCORES}
+    return HeadAttribution(model.provenance(options=options), metric.to_json(), **kept)
+
+
+def path_to_direction(model: LensModel, runs: PairRuns, direction: DirectionAt) -> Float[Tensor, "layer head prompt"]:
+    """Share of the pairs' gap along a direction that each head alone makes (path patching into the direction).
+
+    Raises:
+        MechsafetyError: Another model's width, a column outside the pairs' difference, or norms after the blocks.
     """
     if model.post_norm:
+        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
+    if direction.vector.shape[-1] != model.d_model:
         raise MechsafetyError(
-            f"{model.name} normalises each block's output, so heads do not add up to the residual stream",
-            expected="a pre-norm model",
+            f"a direction of width {direction.vector.shape[-1]}", expected=f"this model's d_model, {model.d_model}"
         )
-    if isinstance(prompts, PromptPairs):
-        bad, good = (head_attribution(model, side, metric, steps=steps) for side in (prompts.harmful, prompts.harmless))
-        names = ("heads", "mlps", "embed", "rest", "total")
-        return replace(bad, **{name: getattr(bad, name) - getattr(good, name) for name in names})
-    cache = model.cache(prompts, sites=["resid", "z", "attn_out", "mlp_out"])
-    final = cache.resid[-1, :, -1]
+    base, source = runs.harmful, runs.harmless
+    at = base.n_pos + direction.column
+    if not 0 <= at < base.n_pos or not 0 <= direction.layer < model.n_layers:
+        raise MechsafetyError(
+            f"a direction at layer {direction.layer}, column {direction.column}",
+            expected=f"layers 0 to {model.n_layers - 1}, columns {-base.n_pos} to -1",
+        )
+    unit = (direction.vector / direction.vector.norm()).to(base.resid.device)
+    difference = (base.resid - source.resid)[direction.layer][:, at].float() @ unit
+    heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     with torch.no_grad():
-        norm = model.frozen_final_norm(final)
-        zero = norm(torch.zeros_like(final))
-        weights = model.W_U.float()
-        bias = getattr(model.bridge.unembed, "b_U", None)
-        shift = zero @ weights + (bias.float() if bias is not None else 0.0)
-        logits = (norm(final) - zero) @ weights + shift
-        reads = _average_gradient(metric, logits, 1 if metric.is_linear else steps)
-        direction = reads @ rearrange(weights, "d_model d_vocab -> d_vocab d_model")
-
-        def through(part: Tensor) -> Tensor:
-            return einsum(norm(part) - zero, direction, "... prompt d_model, prompt d_model -> ... prompt")
-
-        heads = through(_heads_out(model, cache))
-        mlps = through(cache.mlp_out[:, :, -1])
-        embed = through(cache.resid[0, :, -1])
-        total = metric(logits)
-        biases = through(cache.attn_out[:, :, -1].float() - _heads_out(model, cache).sum(1)).sum(0)
-        rest = biases + (reads * shift).sum(-1) + metric(torch.zeros_like(logits))
-    provenance = model.provenance(options={"steps": steps, "prompts": len(total)})
-    return HeadAttribution(provenance, metric.to_json(), heads, mlps, embed, rest, total)
+        change = propagate(model, base, source, heads, direction.layer, mlp="recompute", at=slice(at, at + 1))[
+            :, :, 0
+        ].float()
+    shares = -einsum(change, unit, "sender prompt d_model, d_model -> sender prompt") / difference.mean()
+    return rearrange(shares, "(layer head) prompt -> layer head prompt", head=model.n_heads)
 
 
-def _heads_out(model: LensModel, cache: ActivationCache) -> Float[Tensor, "layer head prompt d_model"]:
-    """Head outputs at the last position only: all positions at once would be the cache's largest tensor."""
-    weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
-    return einsum(
-        cache.z[:, :, :, -1].float(),
-        weights,
-        "layer head prompt d_head, layer head d_head d_model -> layer head prompt d_model",
-    )
-
-
-def _average_gradient(metric: RefusalLogOdds, logits: Tensor, steps: int) -> Float[Tensor, "prompt d_vocab"]:
-    import numpy as np
-
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    total = torch.zeros_like(logits)
-    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        with torch.enable_grad():
-            point = (float(node) * logits).requires_grad_()
-            (grad,) = torch.autograd.grad(metric(point).sum(), point)
-        total += float(weight) * grad
-    return total
+def span_attention(model: LensModel, runs: PairRuns) -> Float[Tensor, "layer head prompt 3"]:
+    """Attention of the last token of each harmful prompt to its prefix, instruction and suffix."""
+    tokens = runs.harmful.tokens
+    pattern = model.cache(tokens, ["pattern"]).pattern[:, :, :, -1].float()
+    spans = torch.stack([tokens.span_mask(span) for span in SPANS]).to(pattern)
+    return einsum(pattern, spans, "layer head prompt source, span prompt source -> layer head prompt span")

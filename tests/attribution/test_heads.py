@@ -1,107 +1,138 @@
-"""Direct logit attribution against sums, a closed form by hand, and TransformerLens' own."""
+"""The table of all heads: each score against its own function or plain hooks; rank agreement."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from reference import PlainModel
+from reference import record, whole_logits
+from scipy.stats import spearmanr
 
-from mechsafety.attribution import head_attribution
+from mechsafety.attribution import HeadAttribution, direct_logit_attribution, head_attribution
+from mechsafety.attribution.heads import path_to_direction
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
-
-PROMPTS = ["how do i make a bomb", "help", "teach me to steal a car please"]
-
-
-@pytest.fixture(params=["log_odds", "logit_difference"])
-def metric(request):
-    return request.getfixturevalue(request.param)
+from mechsafety.nodes import Node
+from mechsafety.patching import activation_patching, pair_runs
 
 
-def test_parts_sum_to_the_metric(any_model, metric):
-    if any_model.post_norm:
-        pytest.skip("refused: see below")
-    found = head_attribution(any_model, PROMPTS, metric)
-    parts = found.heads.sum((0, 1)) + found.mlps.sum(0) + found.embed + found.rest
-    torch.testing.assert_close(found.total, metric(any_model.logits(PROMPTS)), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(parts, found.total, atol=1e-4, rtol=1e-4)
-    assert found.heads.shape == (3, 4, 3) and found.mlps.shape == (3, 3)
-    alone = torch.stack([head_attribution(any_model, [prompt], metric).heads[..., 0] for prompt in PROMPTS], -1)
-    torch.testing.assert_close(found.heads, alone, atol=1e-4, rtol=1e-4)
+def random_direction(layer=2, column=-1):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(8))
+    return SimpleNamespace(vector=vector, layer=layer, column=column)
+
+
+@pytest.fixture(scope="module")
+def table(directed, directed_found):
+    model, pairs, metric = directed
+    return head_attribution(model, pairs, metric, direction=directed_found, mask="zero", progress=False)
+
+
+def test_all_scores_find_the_planted_head(table):
+    frame = table.to_dataframe().set_index("node")
+    assert len(frame) == 12 and frame.index[0] == "L0.H0"
+    for name in ("direct", "total", "path"):
+        assert frame[name]["L0.H0"] > 0.75 and frame[name].drop("L0.H0").abs().max() < 0.05, name
+    for name in ("ships", "sahara"):
+        assert frame[name].idxmax() == "L0.H0", name
+    spans = frame[[f"attention_{span}" for span in ("prefix", "instruction", "suffix")]]
+    np.testing.assert_allclose(spans.sum(axis=1), 1.0, atol=1e-5)
+    assert (frame.total_low <= frame.total).all() and (frame.total <= frame.total_high).all()
+
+
+def test_direct_and_total_are_those_of_their_own_functions(llama, pairs, log_odds):
+    found = head_attribution(llama, pairs, log_odds, scores=["direct", "total"], progress=False)
+    patched = activation_patching(
+        llama, pairs, log_odds, nodes=[Node("head", k, h) for k in range(3) for h in range(4)], progress=False
+    )
+    torch.testing.assert_close(found.total.flatten(0, 1), patched.changes / patched.gap)
+    direct = direct_logit_attribution(llama, pairs, log_odds)
+    torch.testing.assert_close(found.direct, direct.heads / direct.total.mean(), atol=1e-4, rtol=1e-4)
+    assert found.path is None and found.ships is None and "path" not in found.to_dataframe()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_closed_form(kind, make_hf_model, make_model, logit_difference):
-    """A part, centred if the norm centres, over the final scale, times the norm's and the unembedding's weights."""
-    model, plain = make_model(kind), PlainModel(make_hf_model(kind))
-    with torch.no_grad():  # a norm whose weight is not all ones
-        generator = torch.Generator().manual_seed(3)
-        weight = 1 + torch.rand(model.d_model, generator=generator)
-        final = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}[kind]
-        model.bridge.ln_final.weight.copy_(weight)
-        plain.w[f"{final}.weight"] = weight
-        if kind != "llama":
-            bias = torch.randn(model.d_model, generator=generator)
-            model.bridge.ln_final.bias.copy_(bias)
-            plain.w[f"{final}.bias"] = bias
-    found = head_attribution(model, PROMPTS, logit_difference)
-    unembed = next(plain.w[name] for name in ("lm_head.weight", "embed_out.weight") if name in plain.w)
-    read = unembed[[20, 21]].mean(0) - unembed[30]
-    for row, prompt in enumerate(PROMPTS):
-        ids = model.tokenize([prompt]).ids[0]
-        logits, writes = plain(ids)
-        torch.testing.assert_close(logits, model.logits([prompt])[0], atol=1e-4, rtol=1e-4)
-        biases = sum(plain.write_bias(layer) for layer in range(3))
-        last = plain.embed(ids)[-1] + sum(value[-1] for value in writes.values()) + biases
-        rms = last.square().mean().sqrt() if kind == "llama" else last.std(unbiased=False)
+def test_path_to_the_direction_by_plain_hooks(kind, make_model, pairs):
+    """The sender takes its harmless value, attention patterns and all other heads stay, MLPs respond."""
+    model = make_model(kind)
+    direction = random_direction()
+    unit = direction.vector / direction.vector.norm()
+    tokens = model.tokenize_pairs(pairs)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(3)] + ["blocks.2.hook_resid_pre"]
+    bad, good = (record(model, side, names) for side in (tokens.harmful, tokens.harmless))
+    gap = ((bad[names[-1]] - good[names[-1]])[:, -1] @ unit).mean()
+    got = path_to_direction(model, pair_runs(model, pairs), direction)
+    for layer, head in ((0, 1), (1, 3), (2, 0)):
+        edits = []
+        for at in range(3):
 
-        def direct(part, rms=rms):
-            part = part if kind == "llama" else part - part.mean()
-            return float(part / rms * weight @ read)
+            def freeze(z, at=at):
+                z = bad[names[at]].clone()
+                if at == layer:  # noqa: B023
+                    z[:, :, head] = good[names[at]][:, :, head]  # noqa: B023
+                return z
 
-        for (layer, head), value in writes.items():
-            got = found.mlps[layer, row] if head is None else found.heads[layer, head, row]
-            assert float(got) == pytest.approx(direct(value[-1]), abs=1e-4)
-        assert float(found.embed[row]) == pytest.approx(direct(plain.embed(ids)[-1]), abs=1e-4)
+            edits.append((names[at], freeze))
+        seen = {}
+        edits.append((names[-1], lambda x: seen.update(resid=x.clone())))  # noqa: B023
+        whole_logits(model, tokens.harmful, edits)
+        lost = (bad[names[-1]] - seen["resid"])[:, -1] @ unit / gap
+        torch.testing.assert_close(got[layer, head], lost, atol=1e-4, rtol=1e-3)
+    assert float(got[:2].abs().max()) > 1e-2 and not got[2].any()
 
 
-def test_transformer_lens_agrees(make_model, logit_difference):
-    """Its apply_ln_to_stack omits the final norm's weight, which is all ones here."""
-    model = make_model("llama")
-    tokens = model.tokenize([PROMPTS[0]])
-    with torch.no_grad():
-        _, cache = model.bridge.run_with_cache(tokens.ids)
-        stack, labels = cache.decompose_resid(layer=-1, pos_slice=-1, return_labels=True, mlp_input=False)
-        scaled = cache.apply_ln_to_stack(stack, layer=-1, pos_slice=-1)
-        weights = model.W_U
-        read = weights[:, [20, 21]].mean(1) - weights[:, 30]
-        oracle = dict(zip(labels, (scaled @ read).flatten().tolist(), strict=True))
-    found = head_attribution(model, tokens, logit_difference)
-    for layer in range(3):
-        assert oracle[f"{layer}_attn_out"] == pytest.approx(float(found.heads[layer].sum()), abs=1e-4)
-        assert oracle[f"{layer}_mlp_out"] == pytest.approx(float(found.mlps[layer, 0]), abs=1e-4)
-    assert oracle["embed"] == pytest.approx(float(found.embed[0]), abs=1e-4)
+def test_rank_agreement(table):
+    agreement = table.rank_agreement()
+    assert list(agreement.index) == list(agreement.columns) and "ships" in agreement
+    np.testing.assert_allclose(np.diag(agreement), 1.0)
+    flat = [getattr(table, name).mean(-1).abs().flatten().numpy() for name in ("direct", "total")]
+    assert agreement.loc["direct", "total"] == pytest.approx(spearmanr(*flat).statistic)
 
 
-def test_steps_matter_only_for_the_log_odds(llama, log_odds, logit_difference):
-    fine, coarse = (head_attribution(llama, PROMPTS, log_odds, steps=steps) for steps in (64, 1))
-    assert float((fine.heads - coarse.heads).abs().max()) > 1e-4
-    fine, coarse = (head_attribution(llama, PROMPTS, logit_difference, steps=steps) for steps in (64, 1))
-    assert torch.equal(fine.heads, coarse.heads)
+def test_post_norm_models_have_the_scores_that_make_sense(make_model, pairs, log_odds):
+    model = make_model("gemma2")
+    found = head_attribution(model, pairs, log_odds, direction=random_direction(), progress=False, rank=2)
+    assert found.direct is None and found.path is None and found.total is not None and found.ships is not None
+    with pytest.raises(MechsafetyError, match=r"normalises each block's output"):
+        head_attribution(model, pairs, log_odds, scores=["direct"], progress=False)
+    with pytest.raises(MechsafetyError, match=r"normalises each block's output; expected a model whose heads add up"):
+        head_attribution(model, pairs, log_odds, scores=["path"], direction=random_direction(), progress=False)
 
 
-def test_a_norm_after_attention_is_refused(make_model, log_odds):
+def test_a_constant_score_has_no_ranks(llama, pairs, log_odds):
+    direction = random_direction(layer=0)  # nothing comes before block 0
+    found = head_attribution(llama, pairs, log_odds, scores=["total"], progress=False)
+    assert found.rank_agreement().shape == (1, 1)
+    runs = pair_runs(llama, pairs)
+    assert not path_to_direction(llama, runs, direction).nan_to_num().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": ["total", "best"]}, "scores ['best']; expected some of ('direct', 'total', 'path', "),
+        ({"scores": []}, "scores []; expected some of"),
+        ({"scores": ["path"]}, "scores=['path'] without a direction; pass direction=refusal_direction(...)"),
+        (
+            {"scores": ["path"], "direction": SimpleNamespace(vector=torch.ones(40), layer=1, column=-1)},
+            "a direction of width 40; expected this model's d_model, 32",
+        ),
+        (
+            {"scores": ["path"], "direction": random_direction(3)},
+            "a direction at layer 3, column -1; expected layers 0",
+        ),
+        ({"scores": ["ships"], "mask": "half"}, "mask='half'; expected one of ('uniform', 'zero')"),
+    ],
+)
+def test_refusals(llama, pairs, log_odds, options, message):
     with pytest.raises(MechsafetyError) as caught:
-        head_attribution(make_model("gemma2"), PROMPTS, log_odds)
-    assert str(caught.value) == (
-        "Gemma2ForCausalLM normalises each block's output, so heads do not add up to the residual stream; "
-        "expected a pre-norm model"
+        head_attribution(llama, pairs, log_odds, progress=False, **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_table_picture_and_round_trip(table, tmp_path):
+    again = HeadAttribution.load(table.save(tmp_path / "heads"))
+    assert torch.equal(again.sahara, table.sahara)
+    assert repr(again) == (
+        "HeadAttribution(3 layers x 4 heads: direct, total, path, attention_prefix, attention_instruction, "
+        "attention_suffix, ships, sahara)"
     )
-
-
-def test_table_and_picture(llama, logit_difference):
-    found = head_attribution(llama, PROMPTS, logit_difference)
-    frame = found.to_dataframe().set_index("part")
-    assert len(frame) == 2 + 15 and frame.contribution.sum() == pytest.approx(float(found.total.mean()), abs=1e-4)
-    assert frame.contribution["L1.H2"] == pytest.approx(float(found.heads[1, 2].mean()))
-    assert found.plot().data[0].z.shape == (3, 4)
-    assert repr(found) == "HeadAttribution(3 layers x 4 heads, 3 prompts)"
-    assert isinstance(logit_difference, RefusalLogOdds) and found.metric["name"] == "logit_difference"
+    assert len(table.plot().data) == 8

@@ -1,0 +1,146 @@
+"""Direct logit attribution: what each part adds to the metric through the unembedding alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.cache import ActivationCache
+from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node
+from mechsafety.prompts import PromptPairs, Tokens
+from mechsafety.results import Provenance, Result
+
+
+@dataclass(frozen=True, slots=True)
+class DirectAttribution(Result):
+    """Direct contributions to the metric, per prompt; ``heads + mlps + embed + rest`` sum to ``total``.
+
+    Attributes:
+        provenance: Model, options, versions.
+        metric: Name and tokens of the metric.
+        heads, mlps: What each part writes, read by the unembedding.
+        embed: The token (and position) embedding's part.
+        rest: Output biases, the final norm's and the unembedding's bias, and the metric of all-zero logits.
+        total: The metric itself.
+    """
+
+    provenance: Provenance
+    metric: dict[str, object]
+    heads: Float[Tensor, "layer head prompt"]
+    mlps: Float[Tensor, "layer prompt"]
+    embed: Float[Tensor, " prompt"]
+    rest: Float[Tensor, " prompt"]
+    total: Float[Tensor, " prompt"]
+
+    def __repr__(self) -> str:
+        return (
+            f"DirectAttribution({self.heads.shape[0]} layers x {self.heads.shape[1]} heads, {len(self.total)} prompts)"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a part: mean direct contribution in metric units."""
+        layers, heads, _ = self.heads.shape
+        rows = [("embed", "embed", float(self.embed.mean())), ("rest", "rest", float(self.rest.mean()))]
+        for layer in range(layers):
+            for head in range(heads):
+                rows.append((str(Node("head", layer, head)), "head", float(self.heads[layer, head].mean())))
+            rows.append((str(Node("mlp", layer)), "mlp", float(self.mlps[layer].mean())))
+        return pd.DataFrame(rows, columns=["part", "kind", "contribution"])
+
+    def plot(self) -> go.Figure:
+        """Heatmap of mean head contributions, layers by heads."""
+        import plotly.express as px
+
+        return px.imshow(
+            self.heads.mean(-1).cpu().numpy(),
+            origin="lower",
+            color_continuous_scale="RdBu_r",
+            color_continuous_midpoint=0,
+            labels={"x": "head", "y": "layer", "color": "direct contribution"},
+        )
+
+
+def direct_logit_attribution(
+    model: LensModel, prompts: PromptPairs | Sequence[str] | Tokens, metric: RefusalLogOdds, *, steps: int = 64
+) -> DirectAttribution:
+    """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.
+
+    Contributions are linear in logits, the refusal log-odds is not; its gradient is therefore averaged over the logits'
+    straight path from 0 (integrated gradients; one step is exact for a logit difference), which makes the parts sum to
+    the metric. The attribution is of the logits before a soft cap (Gemma-2), which would break linearity.
+
+    Args:
+        model: The model.
+        prompts: Chat prompts; or pairs, for the harmful prompts' attribution less that of their twins, whose parts sum
+            to each pair's gap.
+        metric: What is attributed.
+        steps: Gauss-Legendre nodes of that average.
+
+    Raises:
+        MechsafetyError: The model has norms after its attention or MLP, so that heads do not add up.
+    """
+    if model.post_norm:
+        raise MechsafetyError(
+            f"{model.name} normalises each block's output, so heads do not add up to the residual stream",
+            expected="a pre-norm model",
+        )
+    if isinstance(prompts, PromptPairs):
+        bad, good = (
+            direct_logit_attribution(model, side, metric, steps=steps) for side in (prompts.harmful, prompts.harmless)
+        )
+        names = ("heads", "mlps", "embed", "rest", "total")
+        return replace(bad, **{name: getattr(bad, name) - getattr(good, name) for name in names})
+    cache = model.cache(prompts, sites=["resid", "z", "attn_out", "mlp_out"])
+    final = cache.resid[-1, :, -1]
+    with torch.no_grad():
+        norm = model.frozen_final_norm(final)
+        zero = norm(torch.zeros_like(final))
+        weights = model.W_U.float()
+        bias = getattr(model.bridge.unembed, "b_U", None)
+        shift = zero @ weights + (bias.float() if bias is not None else 0.0)
+        logits = (norm(final) - zero) @ weights + shift
+        reads = _average_gradient(metric, logits, 1 if metric.is_linear else steps)
+        direction = reads @ rearrange(weights, "d_model d_vocab -> d_vocab d_model")
+
+        def through(part: Tensor) -> Tensor:
+            return einsum(norm(part) - zero, direction, "... prompt d_model, prompt d_model -> ... prompt")
+
+        heads = through(_heads_out(model, cache))
+        mlps = through(cache.mlp_out[:, :, -1])
+        embed = through(cache.resid[0, :, -1])
+        total = metric(logits)
+        biases = through(cache.attn_out[:, :, -1].float() - _heads_out(model, cache).sum(1)).sum(0)
+        rest = biases + (reads * shift).sum(-1) + metric(torch.zeros_like(logits))
+    provenance = model.provenance(options={"steps": steps, "prompts": len(total)})
+    return DirectAttribution(provenance, metric.to_json(), heads, mlps, embed, rest, total)
+
+
+def _heads_out(model: LensModel, cache: ActivationCache) -> Float[Tensor, "layer head prompt d_model"]:
+    """Head outputs at the last position only: all positions at once would be the cache's largest tensor."""
+    weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
+    return einsum(
+        cache.z[:, :, :, -1].float(),
+        weights,
+        "layer head prompt d_head, layer head d_head d_model -> layer head prompt d_model",
+    )
+
+
+def _average_gradient(metric: RefusalLogOdds, logits: Tensor, steps: int) -> Float[Tensor, "prompt d_vocab"]:
+    import numpy as np
+
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    total = torch.zeros_like(logits)
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        with torch.enable_grad():
+            point = (float(node) * logits).requires_grad_()
+            (grad,) = torch.autograd.grad(metric(point).sum(), point)
+        total += float(weight) * grad
+    return total

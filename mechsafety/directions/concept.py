@@ -1,0 +1,128 @@
+"""Directions found in other ways, with the same interface: representation reading and inference-time intervention."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions import Direction
+from mechsafety.interventions.checks import check_layers
+from mechsafety.interventions.steering import token_batches
+from mechsafety.models import LensModel
+from mechsafety.prompts import PromptPairs
+from mechsafety.sites import Site, SiteKind
+
+MIN_PAIRS = 4
+
+
+def repe_direction(
+    model: LensModel, pairs: PromptPairs, *, layers: Sequence[int] | None = None, seed: int = 0
+) -> Direction:
+    """Representation reading (Zou et al. 2023, section 3.1): first principal component of pair differences.
+
+    At each block's input, at the prompt's last token: differences within pairs, half of them turned round at random
+    as in the paper's shuffled pairs; their first principal component, turned so that harmful prompts lie farther along
+    it, at the length of the mean difference along it.
+
+    Args:
+        model: The model.
+        pairs: Harmful prompts and harmless ones; they need not align.
+        layers: Blocks; all but the first (whose input is the same token for all prompts) by default.
+        seed: Of the turning.
+
+    Raises:
+        MechsafetyError: Fewer than four pairs, or a layer where pairs do not differ.
+    """
+    _enough(pairs)
+    chosen = check_layers(model, layers) if layers is not None else tuple(range(1, model.n_layers))
+    sites = [Site(SiteKind.RESID_PRE, layer) for layer in chosen]
+    harmful, harmless = (_last(model, side, sites) for side in (pairs.harmful, pairs.harmless))
+    signs = torch.randint(2, (len(pairs), 1), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    rows = []
+    for site in sites:
+        difference = (harmful[site] - harmless[site]).double().cpu()
+        if float(difference.norm()) <= 1e-6 * float(harmful[site].norm()):
+            raise MechsafetyError(f"the pairs do not differ at {site}", expected="a later layer")
+        _, _, components = torch.linalg.svd(difference * signs, full_matrices=False)
+        along = float((difference @ components[0]).mean())
+        rows.append((components[0] * along).float())
+    options = {"layers": list(chosen), "pairs": len(pairs)}
+    return Direction(
+        model.provenance(seed=seed, options=options), "representation reading", tuple(sites), torch.stack(rows)
+    )
+
+
+def iti_direction(
+    model: LensModel, pairs: PromptPairs, *, n_heads: int = 16, folds: int = 4, seed: int = 0
+) -> Direction:
+    """Inference-time intervention (Li et al. 2023): mean shifts of the heads from which refusal is read best.
+
+    For each head, a logistic probe on its mixed values ``z`` at the prompt's last token is cross-validated (both
+    prompts of a pair in one fold); at the ``n_heads`` most accurate heads the vector is the mean difference's direction
+    at the standard deviation of activations along it, so that strength is the paper's alpha.
+
+    Args:
+        model: The model.
+        pairs: Harmful prompts and harmless ones.
+        n_heads: How many heads.
+        folds: Of the cross-validation.
+        seed: Of the probes.
+
+    Raises:
+        MechsafetyError: Fewer than four pairs, or more heads asked for than differ between the prompts.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    _enough(pairs)
+    sites = [Site(SiteKind.Z, layer) for layer in range(model.n_layers)]
+    harmful, harmless = (_last(model, side, sites) for side in (pairs.harmful, pairs.harmless))
+    labels = np.repeat([1, 0], len(pairs))
+    groups = np.tile(np.arange(len(pairs)), 2)
+    splits = GroupKFold(min(folds, len(pairs)))
+    found: list[tuple[float, Site, Tensor]] = []
+    for site in sites:
+        for head in range(model.n_heads):
+            bad, good = (side[site][:, head].double().cpu() for side in (harmful, harmless))
+            shift = bad.mean(0) - good.mean(0)
+            values = torch.cat([bad, good])
+            if float(shift.norm()) <= 1e-6 * float(values.norm()):
+                continue
+            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, random_state=seed))
+            accuracy = cross_val_score(probe, values.numpy(), labels, groups=groups, cv=splits).mean()
+            unit = shift / shift.norm()
+            found.append((float(accuracy), Site(SiteKind.Z, site.layer, head), (unit * (values @ unit).std()).float()))
+    if not 1 <= n_heads <= len(found):
+        raise MechsafetyError(f"n_heads={n_heads}", expected=f"1 to {len(found)}, the heads that differ")
+    best = sorted(found, key=lambda item: (-item[0], item[1]))[:n_heads]
+    options = {
+        "n_heads": n_heads,
+        "folds": folds,
+        "pairs": len(pairs),
+        "accuracy": [round(accuracy, 4) for accuracy, _, _ in best],
+    }
+    return Direction(
+        model.provenance(seed=seed, options=options),
+        "inference-time intervention",
+        tuple(site for _, site, _ in best),
+        torch.stack([vector for _, _, vector in best]),
+    )
+
+
+def _enough(pairs: PromptPairs) -> None:
+    if len(pairs) < MIN_PAIRS:
+        raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_PAIRS}")
+
+
+def _last(model: LensModel, prompts: Sequence[str], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "prompt ..."]]:
+    """Activations at the last token of each prompt."""
+    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for tokens in token_batches(model, prompts):
+        for site, found in model.read(tokens, sites).items():
+            rows[site].append(found[:, -1].float())
+    return {site: torch.cat(parts) for site, parts in rows.items()}

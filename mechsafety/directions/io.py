@@ -1,0 +1,252 @@
+"""What writes a direction and what reads it: heads, MLPs and neurons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsafety.directions.refusal import RefusalDirection
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.checks import check_nodes, check_vector
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import PairRuns, pair_runs
+from mechsafety.patching.paths import edge_logits, node_outputs
+from mechsafety.prompts import PromptPairs
+from mechsafety.results import Provenance, Result, bars
+from mechsafety.sites import Site, SiteKind
+
+if TYPE_CHECKING:
+    from mechsafety.circuits import RefusalCircuit
+
+SLOTS = ("q", "k", "v", "mlp")
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionIO(Result):
+    """Writers and readers of a direction, pair by pair.
+
+    Attributes:
+        provenance: Model, options, versions.
+        metric: Name and tokens of the metric.
+        nodes: Heads and MLPs.
+        writes: Share of the pairs' gap along the direction, at its block and column, that each node writes; 0 for nodes
+            at or after its block. The shares of all heads and MLPs before it sum to 1 over the mean of pairs.
+        cosine: Of each node's mean change with the direction.
+        reads: Share of the metric's gap lost when the pairs' difference along the direction is taken out of what one
+            slot of the node reads (``q``, ``k``, ``v``, ``mlp``) and out of nothing else, exact; NaN for slots that
+            a node does not have.
+        neurons_write: As ``writes``, of each neuron; those of a layer sum to its MLP's share, biases aside.
+        neurons_read: An estimate of what ``reads`` would be: the neuron's exact change when the difference is taken out
+            of what its MLP reads, times the metric's gradient.
+    """
+
+    provenance: Provenance
+    metric: dict[str, object]
+    nodes: tuple[Node, ...]
+    writes: Float[Tensor, "node pair"]
+    cosine: Float[Tensor, " node"]
+    reads: Float[Tensor, "node slot pair"]
+    neurons_write: Float[Tensor, "layer d_mlp"]
+    neurons_read: Float[Tensor, "layer d_mlp"]
+
+    def __repr__(self) -> str:
+        top = [str(self.nodes[k]) for k in self.writes.mean(1).abs().argsort(descending=True)[:3].tolist()]
+        return f"DirectionIO({len(self.nodes)} nodes, written most by {', '.join(top)})"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a node, largest writer first: shares with intervals over pairs, cosine, reads slot by slot."""
+        rows = []
+        for k, node in enumerate(self.nodes):
+            low, high = bootstrap_interval(self.writes[k].cpu().numpy())
+            row: dict[str, Any] = {"node": str(node), "kind": node.kind, "layer": node.layer, "index": node.index}
+            row |= {"writes": float(self.writes[k].mean()), "writes_low": low, "writes_high": high}
+            row |= {"cosine": float(self.cosine[k])}
+            for slot, values in zip(SLOTS, self.reads[k], strict=True):
+                ends = bootstrap_interval(values.cpu().numpy()) if not values.isnan().any() else (np.nan, np.nan)
+                row |= {f"reads_{slot}": float(values.mean())}
+                row |= {f"reads_{slot}_low": ends[0], f"reads_{slot}_high": ends[1]}
+            rows.append(row)
+        frame = pd.DataFrame(rows)
+        return frame.reindex(frame.writes.abs().sort_values(ascending=False, kind="stable").index)
+
+    def neurons_dataframe(self, top: int = 50) -> pd.DataFrame:
+        """The ``top`` largest writers and readers among the neurons."""
+        width = self.neurons_write.shape[1]
+        both = [(name, getattr(self, f"neurons_{name}").flatten()) for name in ("write", "read")]
+        chosen = {int(k) for _, flat in both for k in flat.abs().argsort(descending=True)[:top].tolist()}
+        rows = [
+            (str(Node("neuron", k // width, k % width)), k // width, k % width, *(float(flat[k]) for _, flat in both))
+            for k in sorted(chosen)
+        ]
+        frame = pd.DataFrame(rows, columns=["node", "layer", "index", "writes", "reads_estimate"])
+        return frame.reindex(frame.writes.abs().sort_values(ascending=False, kind="stable").index)
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the 30 largest writers with intervals."""
+        frame = self.to_dataframe().rename(columns={"writes_low": "ci_low", "writes_high": "ci_high"})
+        return bars(frame, "node", "writes", "share of the gap along the direction")
+
+
+def direction_io(
+    model: LensModel,
+    direction: RefusalDirection,
+    pairs: PromptPairs | PairRuns,
+    metric: RefusalLogOdds,
+    *,
+    circuit: "RefusalCircuit | None" = None,
+    nodes: Sequence[Node] | None = None,
+    progress: bool = True,
+) -> DirectionIO:
+    """Measure which heads, MLPs and neurons write a direction, and which read it.
+
+    Args:
+        model: The model.
+        direction: Where it stands decides what can write it: nodes before its block.
+        pairs: Aligned pairs, or their stored runs (with ``neurons``).
+        metric: What reading is measured by.
+        circuit: Look at the heads and MLPs of a circuit only.
+        nodes: Look at these only; every head and MLP by default.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Another model's width, norms after the blocks, a column at which the pairs have no run, or both
+            a circuit and nodes.
+    """
+    if model.post_norm:
+        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose parts add up")
+    if circuit is not None and nodes is not None:
+        raise MechsafetyError("a circuit and nodes", expected="one of them")
+    unit = check_vector(direction.vector, model.d_model).to(model.device).float()
+    unit = unit / unit.norm()
+    listed = head_and_mlp_nodes(model.n_layers, model.n_heads) if nodes is None else check_nodes(model, nodes)
+    if circuit is not None:
+        listed = tuple(member.node for member in circuit.nodes if member.node.kind in ("head", "mlp"))
+    if any(node.kind == "neuron" for node in listed):
+        raise MechsafetyError("neurons among the nodes", expected="heads and MLPs: all neurons are measured anyway")
+    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=[SiteKind.NEURONS])
+    bad, good = runs.harmful, runs.harmless
+    at = bad.n_pos + direction.column
+    if not 0 <= at < bad.n_pos or not 0 <= direction.layer < model.n_layers:
+        raise MechsafetyError(
+            f"a direction at layer {direction.layer}, column {direction.column}",
+            expected=f"layers 0 to {model.n_layers - 1}, columns {-bad.n_pos} to -1",
+        )
+    along = ((bad.resid - good.resid)[direction.layer][:, at].float() @ unit).mean()
+    with torch.no_grad():
+        change = torch.stack([_change(model, runs, node, at) for node in listed])
+    before = torch.tensor([(node.layer or 0) < direction.layer for node in listed], device=change.device)
+    writes = einsum(change, unit, "node pair d_model, d_model -> node pair") / along
+    cosine = torch.nn.functional.cosine_similarity(change.mean(1), unit, dim=-1)
+    neurons_write = torch.zeros(model.n_layers, model.d_mlp, device=model.device)
+    for layer in range(direction.layer):
+        neurons_write[layer] = _neuron_shares(model, runs, layer, at, unit) / along
+    reads = _reads(model, runs, metric, listed, unit, progress)
+    return DirectionIO(
+        model.provenance(options={"layer": direction.layer, "column": direction.column, "pairs": len(bad)}),
+        metric.to_json(),
+        listed,
+        writes * before[:, None],
+        cosine,
+        reads,
+        neurons_write,
+        _neuron_reads(model, runs, metric, unit),
+    )
+
+
+def _change(model: LensModel, runs: PairRuns, node: Node, at: int) -> Float[Tensor, "pair d_model"]:
+    """Harmful less harmless output of a node at one column."""
+    return (node_outputs(model, runs.harmful, [node]) - node_outputs(model, runs.harmless, [node]))[0, :, at]
+
+
+def _neuron_shares(
+    model: LensModel, runs: PairRuns, layer: int, at: int, unit: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_mlp"]:
+    """Mean over pairs of what each neuron of a layer adds along the direction."""
+    acts = [run.acts[SiteKind.NEURONS][layer][:, at].float() for run in (runs.harmful, runs.harmless)]
+    weight = _output_weights(model, layer, unit, runs.harmful.resid.dtype)
+    return (acts[0] - acts[1]).mean(0) * weight
+
+
+def _output_weights(
+    model: LensModel, layer: int, unit: Float[Tensor, " d_model"], dtype: torch.dtype
+) -> Float[Tensor, " d_mlp"]:
+    """How much one unit of each neuron adds along the direction: the MLP is linear in its neurons."""
+    leaf = torch.zeros(1, 1, model.d_mlp, device=unit.device, dtype=dtype, requires_grad=True)
+    zeros = torch.zeros(1, 1, model.d_model, device=unit.device, dtype=dtype)
+    with torch.enable_grad(), model.hooks([(Site(SiteKind.NEURONS, layer), lambda own: leaf)]):
+        out = (model.mlp(layer, zeros)[0, 0].float() * unit).sum()
+        (grad,) = torch.autograd.grad(out, leaf)
+    return grad[0, 0].float()
+
+
+def _removed(run: BaseRun, other: BaseRun, layer: int, slot: str, parallel: bool, unit: Tensor) -> Tensor:
+    """What is added to a slot's input to take the pairs' difference along the direction out of it."""
+    difference = (run.resid[layer] - other.resid[layer]).float()
+    if slot == "mlp" and not parallel:
+        sides = [r.resid[layer + 1] - r.acts[SiteKind.MLP_OUT][layer] for r in (run, other)]
+        difference = (sides[0] - sides[1]).float()
+    return -einsum(difference, unit, unit, "pair pos d, d, e -> pair pos e")
+
+
+def _reads(
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], unit: Tensor, progress: bool
+) -> Float[Tensor, "node slot pair"]:
+    base = runs.harmful
+    harmful, harmless = runs.scores(metric)
+    reads = torch.full((len(nodes), len(SLOTS), len(base)), torch.nan, device=harmful.device)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for k, node in enumerate(nodes):
+        for place in (3,) if node.kind == "mlp" else (0, 1, 2):
+            groups.setdefault((node.layer or 0, place), []).append(k)
+    size = max_variants(base)
+    with torch.no_grad():
+        for (layer, place), members in tqdm(groups.items(), desc="readers", disable=not progress, leave=False):
+            delta = _removed(base, runs.harmless, layer, SLOTS[place], model.parallel, unit)
+            for first in range(0, len(members), size):
+                chunk = members[first : first + size]
+                rows = repeat(delta, "pair pos d -> variant pair pos d", variant=len(chunk))
+                receivers = [(nodes[k], SLOTS[place]) for k in chunk]
+                reads[chunk, place] = harmful - metric(edge_logits(model, base, receivers, rows))
+    return reads / (harmful - harmless).mean()
+
+
+def _neurons(model: LensModel, layer: int, reads: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_mlp"]:
+    """Neurons of a layer when its MLP reads ``reads``."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), model.hooks([(Site(SiteKind.NEURONS, layer), seen.append)]):
+        model.mlp(layer, reads)
+    return seen[0].float()
+
+
+def _neuron_reads(
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, unit: Tensor
+) -> Float[Tensor, "layer d_mlp"]:
+    base = runs.harmful
+    acts = base.acts[SiteKind.NEURONS]
+    leaves = [torch.zeros_like(acts[layer], requires_grad=True) for layer in range(model.n_layers)]
+
+    def hook(layer: int) -> Hook:
+        return (Site(SiteKind.NEURONS, layer), lambda own: own + leaves[layer])
+
+    with torch.enable_grad():
+        logits = run_from(model, base, 0, base.resid[0], [hook(layer) for layer in range(model.n_layers)])
+        grads = torch.autograd.grad(metric(logits).sum(), leaves)
+    harmful, harmless = runs.scores(metric)
+    rows = []
+    for layer, grad in enumerate(grads):
+        delta = _removed(base, runs.harmless, layer, "mlp", model.parallel, unit)
+        reads = base.resid[layer] if model.parallel else base.resid[layer + 1] - base.acts[SiteKind.MLP_OUT][layer]
+        change = _neurons(model, layer, reads + delta.to(reads.dtype)) - acts[layer].float()
+        rows.append(-rearrange(change * grad.float(), "pair pos d_mlp -> (pair pos) d_mlp").sum(0) / len(base))
+    return torch.stack(rows) / (harmful - harmless).mean()

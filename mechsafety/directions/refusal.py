@@ -1,0 +1,365 @@
+"""The refusal direction (Arditi et al. 2024): found by mean differences, chosen by what it does."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.directions.scores import (
+    DirectionScores,
+    Validation,
+    mean_differences,
+    positional_vectors,
+    score_directions,
+)
+from mechsafety.directions.select import MAX_DEPTH, MAX_KL, passing, select_cosmic, select_published, smallest
+from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.interventions import Direction
+from mechsafety.interventions.checks import check_layers
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.models import LensModel
+from mechsafety.prompts import PromptPairs, Tokens
+from mechsafety.results import Provenance, Result
+from mechsafety.sites import Site, SiteKind
+
+logger = logging.getLogger(__name__)
+
+SELECTORS = ("published", "cosmic")
+# fewer prompts of a kind than this make no mean and no interval
+MIN_PROMPTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ControlScores(Result):
+    """The same three scores of directions that should do nothing, at the chosen direction's layer and norm.
+
+    Attributes:
+        names: ``random 1`` ... and ``harmless - harmless`` (difference of means of two random halves).
+        bypass, induce, kl: As of the candidates.
+    """
+
+    names: tuple[str, ...]
+    bypass: Float[Tensor, "control harmful"]
+    induce: Float[Tensor, "control harmless"]
+    kl: Float[Tensor, "control harmless"]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a control, with intervals over prompts."""
+        return pd.DataFrame([_row({"control": name}, self, k) for k, name in enumerate(self.names)])
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalDirection(Result):
+    """All candidates with their scores, and the one that was chosen.
+
+    Attributes:
+        provenance: Model, options, versions.
+        metric: Name and tokens of the metric.
+        layer, column: The chosen candidate: input of this block, at this column from the prompt's end (-1 is last).
+        selector: ``published`` (bypass, induce and KL) or ``cosmic``.
+        passes: Whether it meets the published conditions. If no candidate does, the published selector takes the one
+            with the smallest bypass score below the depth limit, and this is False.
+        layers, columns: What the candidates' axes are.
+        vectors: Mean harmful less mean harmless activation; zero where both kinds of prompts have the same token.
+        bypass, induce, kl, cosmic: See `DirectionScores`.
+        harmful, harmless: Metric of the unedited validation prompts.
+        n_train: How many harmful and harmless prompts the means are over.
+        n_layers: Of the model.
+        controls: Directions that should do nothing.
+    """
+
+    provenance: Provenance
+    metric: dict[str, object]
+    layer: int
+    column: int
+    selector: str
+    passes: bool
+    layers: tuple[int, ...]
+    columns: tuple[int, ...]
+    vectors: Float[Tensor, "layer column d_model"]
+    bypass: Float[Tensor, "layer column harmful"]
+    induce: Float[Tensor, "layer column harmless"]
+    kl: Float[Tensor, "layer column harmless"]
+    cosmic: Float[Tensor, "layer column"]
+    harmful: Float[Tensor, " harmful"]
+    harmless: Float[Tensor, " harmless"]
+    n_train: tuple[int, int]
+    n_layers: int
+    controls: ControlScores | None = None
+
+    def __repr__(self) -> str:
+        row, column = self._cell
+        scores = ", ".join(
+            f"{name} {float(x[row, column].mean()):.3g}"
+            for name, x in (("bypass", self.bypass), ("induce", self.induce), ("KL", self.kl))
+        )
+        verdict = "" if self.passes else "; does not pass the published conditions"
+        return f"RefusalDirection(layer {self.layer}, column {self.column}, by {self.selector}: {scores}{verdict})"
+
+    @property
+    def vector(self) -> Float[Tensor, " d_model"]:
+        """The chosen direction, at its own length."""
+        return self.vectors[self._cell]
+
+    @property
+    def direction(self) -> Direction:
+        """The chosen direction as one that can be added, removed and projected on."""
+        site = Site(SiteKind.RESID_PRE, self.layer)
+        return Direction(self.provenance, "refusal", (site,), self.vector[None], everywhere=True)
+
+    @contextmanager
+    def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
+        """Context in which the direction is removed from all that is written to the residual stream."""
+        with self.direction.ablate(model, strength):
+            yield
+
+    @contextmanager
+    def add(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
+        """Context in which ``strength`` times the direction is added at its layer, at all positions."""
+        with self.direction.add(model, strength):
+            yield
+
+    def project(self, model: LensModel, prompts: Sequence[str] | Tokens) -> Float[Tensor, " prompt"]:
+        """How far each prompt's last token lies along the direction at its layer."""
+        return self.direction.project(model, prompts)[0]
+
+    def choose(
+        self, selector: str = "published", *, max_kl: float = MAX_KL, max_depth: float = MAX_DEPTH
+    ) -> "RefusalDirection":
+        """The same candidates with another choice; nothing is run. Controls belong to the first choice and are dropped.
+
+        Raises:
+            MechsafetyError: Unknown selector, or a direction in no layer below the depth limit.
+        """
+        layer, column, passes = _choose(self, selector, self.layers, self.columns, self.n_layers, max_kl, max_depth)
+        same = (layer, column) == (self.layer, self.column)
+        controls = self.controls if same else None
+        return replace(self, layer=layer, column=column, selector=selector, passes=passes, controls=controls)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a candidate: means of the three scores with intervals over prompts, COSMIC's score, norm, choice."""
+        rows = []
+        for k, layer in enumerate(self.layers):
+            for c, column in enumerate(self.columns):
+                start = {"layer": layer, "column": column, "norm": float(self.vectors[k, c].norm())}
+                rest = {"cosmic": float(self.cosmic[k, c]), "chosen": (layer, column) == (self.layer, self.column)}
+                rows.append(_row(start, self, (k, c)) | rest)
+        return pd.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """Heatmaps of bypass, induce, KL and COSMIC's score, layers by columns, the chosen candidate framed."""
+        from plotly.subplots import make_subplots
+
+        titles = ("bypass (harmful, removed)", "induce (harmless, added)", "KL (harmless, removed)", "COSMIC")
+        figure = make_subplots(1, 4, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+        x, y = [str(column) for column in self.columns], list(self.layers)
+        parts = [score.mean(-1) for score in (self.bypass, self.induce, self.kl)] + [self.cosmic]
+        for place, (part, scale) in enumerate(zip(parts, ("RdBu_r", "RdBu_r", "Greys", "Viridis"), strict=True), 1):
+            bar = {"x": place / 4 - 0.025, "thickness": 8, "len": 0.9}
+            heat = go.Heatmap(z=part.cpu().numpy(), x=x, y=y, colorscale=scale, colorbar=bar)
+            if scale == "RdBu_r":
+                heat.update(zmid=0)
+            figure.add_trace(heat, row=1, col=place)
+            marker = {"symbol": "square-open", "size": 14, "color": "black", "line": {"width": 2}}
+            mark = go.Scatter(x=[str(self.column)], y=[self.layer], mode="markers", marker=marker, showlegend=False)
+            figure.add_trace(mark, row=1, col=place)
+        figure.update_xaxes(title_text="column", type="category")
+        figure.update_yaxes(title_text="layer", col=1)
+        return figure.update_layout(template="none", height=max(320, 60 + 16 * len(self.layers)))
+
+    @property
+    def _cell(self) -> tuple[int, int]:
+        return self.layers.index(self.layer), self.columns.index(self.column)
+
+
+def refusal_direction(
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds | None = None,
+    *,
+    validation: PromptPairs | None = None,
+    layers: Sequence[int] | None = None,
+    n_columns: int | None = None,
+    selector: str = "published",
+    max_kl: float = MAX_KL,
+    max_depth: float = MAX_DEPTH,
+    n_random: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> RefusalDirection:
+    """Find the direction of the residual stream that carries refusal (Arditi et al. 2024).
+
+    Candidates: mean harmful less mean harmless input of each block, at each template token after the instruction, over
+    prompts that the model treats as expected. Each is judged on validation prompts: *bypass*, refusal log-odds on
+    harmful prompts with the direction removed; *induce*, on harmless prompts with it added; *KL* on harmless prompts
+    with it removed. Chosen is the smallest bypass with induce > 0, KL at most ``max_kl`` and a layer below
+    ``int(max_depth * n_layers)``; or by COSMIC (Siu et al. 2025), which reads no output.
+
+    Args:
+        model: The model.
+        pairs: Training prompts; the two sides need not align.
+        metric: Refusal log-odds; detected on the training prompts by default.
+        validation: Prompts the candidates are judged on; by default a fifth of ``pairs``, drawn evenly over the topics
+            and then left out of the means.
+        layers: Blocks whose input is looked at; all by default.
+        n_columns: How many of the prompt's last tokens; all template tokens after the instruction by default.
+        selector: ``published`` or ``cosmic``.
+        max_kl: Largest KL of the published rule.
+        max_depth: Its depth limit, a share of the layers.
+        n_random: Random directions among the controls.
+        seed: Of the split, the controls and nothing else.
+        progress: Whether to show a bar.
+
+    Raises:
+        NoRefusal: Fewer than two validation prompts of a kind are treated as expected.
+        MechsafetyError: Unknown option, too few pairs.
+    """
+    if selector not in SELECTORS:
+        raise MechsafetyError(f"selector={selector!r}", expected=f"one of {SELECTORS}")
+    rows = check_layers(model, layers) if layers is not None else tuple(range(model.n_layers))
+    train, held = (pairs, validation) if validation is not None else _split(pairs, seed)
+    if metric is None:
+        metric = RefusalLogOdds.detect(model, train)
+    vectors, counts = mean_differences(model, train.harmful, train.harmless, metric, n_columns=n_columns)
+    checked = usable_validation(model, held, metric)
+    columns = tuple(range(-vectors.shape[1], 0))
+    scores = score_directions(model, checked, metric, vectors[list(rows)], rows, progress=progress)
+    layer, column, passes = _choose(scores, selector, rows, columns, model.n_layers, max_kl, max_depth)
+    if not passes:
+        logger.warning("no candidate direction of %s meets the published conditions", model.name)
+    options = {
+        "selector": selector,
+        "max_kl": max_kl,
+        "max_depth": max_depth,
+        "train": len(train),
+        "validation": len(held),
+        "n_random": n_random,
+    }
+    found = RefusalDirection(
+        model.provenance(seed=seed, options=options),
+        metric.to_json(),
+        layer,
+        column,
+        selector,
+        passes,
+        rows,
+        columns,
+        vectors[list(rows)],
+        scores.bypass,
+        scores.induce,
+        scores.kl,
+        scores.cosmic,
+        checked.harmful_scores,
+        checked.harmless_scores,
+        counts,
+        model.n_layers,
+    )
+    controls = _controls(model, checked, metric, found, train.harmless, n_random, seed)
+    return replace(found, controls=controls)
+
+
+def usable_validation(model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> Validation:
+    """The prompts that the model treats as expected: harmful ones above 0, harmless ones below.
+
+    Raises:
+        NoRefusal: Fewer than two of a kind.
+    """
+    whole = Validation.of(model, pairs.harmful, pairs.harmless, metric)
+    harmful = [p for p, score in zip(pairs.harmful, whole.harmful_scores.tolist(), strict=True) if score > 0]
+    harmless = [p for p, score in zip(pairs.harmless, whole.harmless_scores.tolist(), strict=True) if score < 0]
+    if min(len(harmful), len(harmless)) < MIN_PROMPTS:
+        raise NoRefusal(
+            f"of {len(pairs)} validation pairs {len(harmful)} harmful prompts are refused and {len(harmless)} harmless "
+            f"ones answered",
+            expected=f"at least {MIN_PROMPTS} of each",
+            cure="give other prompts, or check the metric's refusal tokens",
+        )
+    if (len(harmful), len(harmless)) == (len(pairs), len(pairs)):
+        return whole
+    return Validation.of(model, harmful, harmless, metric)
+
+
+def _split(pairs: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs]:
+    if len(pairs) < 2 * MIN_PROMPTS:
+        raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {2 * MIN_PROMPTS}, or validation=...")
+    held = pairs.sample(max(MIN_PROMPTS, len(pairs) // 5), seed)
+    left = list(pairs.pairs)
+    for pair in held:
+        left.remove(pair)
+    return PromptPairs(tuple(left), pairs.name), held
+
+
+def _choose(
+    scores: "DirectionScores | RefusalDirection",
+    selector: str,
+    layers: Sequence[int],
+    columns: Sequence[int],
+    n_layers: int,
+    max_kl: float,
+    max_depth: float,
+) -> tuple[int, int, bool]:
+    """Layer, column, and whether the choice meets the published conditions."""
+    if selector not in SELECTORS:
+        raise MechsafetyError(f"selector={selector!r}", expected=f"one of {SELECTORS}")
+    rows = tuple(layers)
+    bypass, induce, kl = (x.mean(-1) for x in (scores.bypass, scores.induce, scores.kl))
+    allowed = passing(bypass, induce, kl, rows, n_layers, max_kl=max_kl, max_depth=max_depth)
+    if selector == "cosmic":
+        cell = select_cosmic(scores.cosmic, rows, n_layers, max_depth=max_depth)
+    else:
+        cell = select_published(bypass, induce, kl, rows, n_layers, max_kl=max_kl, max_depth=max_depth)
+    if cell is None:  # the best there is, marked as such; candidates without a direction have no COSMIC score
+        shallow = passing(bypass, torch.ones_like(induce), torch.zeros_like(kl), rows, n_layers, max_depth=max_depth)
+        cell = smallest(bypass, shallow & ~scores.cosmic.isnan())
+    if cell is None:
+        raise MechsafetyError(
+            f"no direction among layers {rows[0]} to {rows[-1]}", expected=f"layers below {int(max_depth * n_layers)}"
+        )
+    return rows[cell[0]], columns[cell[1]], bool(allowed[cell])
+
+
+def _controls(
+    model: LensModel,
+    validation: Validation,
+    metric: RefusalLogOdds,
+    found: RefusalDirection,
+    harmless: Sequence[str],
+    n_random: int,
+    seed: int,
+) -> ControlScores:
+    """Random directions and the difference of two halves of the harmless prompts, at the chosen norm."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = list(torch.randn(n_random, model.d_model, generator=generator))
+    names = [f"random {k + 1}" for k in range(n_random)]
+    if len(harmless) >= 2 * MIN_PROMPTS:
+        order = torch.randperm(len(harmless), generator=generator)
+        seen = positional_vectors(model, harmless, found.layer, found.column).cpu().double()[order]
+        half = len(seen) // 2
+        rows.append((seen[:half].mean(0) - seen[half:].mean(0)).float())
+        names.append("harmless - harmless")
+    if not rows:
+        empty = torch.zeros(0, len(validation.harmless_scores))
+        return ControlScores((), torch.zeros(0, len(validation.harmful_scores)), empty, empty)
+    stacked = torch.stack(rows).to(found.vector)
+    stacked = stacked / stacked.norm(dim=-1, keepdim=True) * found.vector.norm()
+    scores = score_directions(
+        model, validation, metric, rearrange(stacked, "row d -> 1 row d"), [found.layer], progress=False
+    )
+    return ControlScores(tuple(names), scores.bypass[0], scores.induce[0], scores.kl[0])
+
+
+def _row(start: dict, scores: "RefusalDirection | ControlScores", at: "int | tuple[int, int]") -> dict:
+    row = dict(start)
+    for name in ("bypass", "induce", "kl"):
+        values = getattr(scores, name)[at].cpu().double().numpy()
+        low, high = bootstrap_interval(values)
+        row |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
+    return row

@@ -1,0 +1,217 @@
+"""What removing or adding each of many directions does to refusal: bypass, induce, KL, and COSMIC's cosines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsafety.directions.select import cosmic_layers, joint_cosine
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.batched import PromptBatches, run_added, run_removed, run_unedited
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.models.engine import base_run
+
+# mean differences shorter than this share of the mean activation are rounding
+NO_DIFFERENCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Validation prompts and their unedited runs.
+
+    Attributes:
+        harmful, harmless: The prompts, grouped for `run_removed` and `run_added`.
+        harmful_scores, harmless_scores: Metric of the unedited runs.
+        harmless_log_probs: Their next-token log-probabilities.
+        low: Layers at which COSMIC looks.
+        harmful_mean, harmless_mean: Mean outputs of all layers at the last token.
+    """
+
+    harmful: PromptBatches
+    harmless: PromptBatches
+    harmful_scores: Float[Tensor, " harmful"]
+    harmless_scores: Float[Tensor, " harmless"]
+    harmless_log_probs: Float[Tensor, "harmless d_vocab"]
+    low: tuple[int, ...]
+    harmful_mean: Float[Tensor, "layer d_model"]
+    harmless_mean: Float[Tensor, "layer d_model"]
+
+    @classmethod
+    def of(
+        cls, model: LensModel, harmful: Sequence[str], harmless: Sequence[str], metric: RefusalLogOdds
+    ) -> "Validation":
+        """Run the prompts as they are."""
+        bad, good = PromptBatches.of(model, harmful), PromptBatches.of(model, harmless)
+        bad_run, good_run = run_unedited(model, bad), run_unedited(model, good)
+        bad_mean, good_mean = (run.resid[1:, 0].double().mean(1).float() for run in (bad_run, good_run))
+        low = tuple(cosmic_layers(bad_mean, good_mean))
+        log_probs = good_run.logits[0].log_softmax(-1)
+        return cls(
+            bad, good, metric(bad_run.logits[0]), metric(good_run.logits[0]), log_probs, low, bad_mean, good_mean
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionScores:
+    """Scores of candidate directions on validation prompts.
+
+    Attributes:
+        bypass: Metric on harmful prompts with the direction removed.
+        induce: Metric on harmless prompts with it added, once, at its layer, at all positions.
+        kl: KL(unedited || removed) of next-token distributions on harmless prompts, in nats.
+        cosmic: COSMIC's sum of cosines; NaN for candidates without a direction.
+    """
+
+    bypass: Float[Tensor, "layer column harmful"]
+    induce: Float[Tensor, "layer column harmless"]
+    kl: Float[Tensor, "layer column harmless"]
+    cosmic: Float[Tensor, "layer column"]
+
+
+def mean_differences(
+    model: LensModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    metric: RefusalLogOdds | None = None,
+    *,
+    n_columns: int | None = None,
+) -> tuple[Float[Tensor, "layer column d_model"], tuple[int, int]]:
+    """Mean harmful less mean harmless input of every block at the template's tokens after the instruction.
+
+    Sums run in float64. Differences that are rounding (both kinds have the same token there, as before block 0) are 0.
+
+    Args:
+        model: The model.
+        harmful: Prompts of any length.
+        harmless: Prompts of any length.
+        metric: If given, only harmful prompts above 0 and harmless ones below 0 count.
+        n_columns: How many last columns; all tokens after the instruction by default.
+
+    Returns:
+        Differences (columns in order, the last is the prompt's last token), and how many prompts of each kind count.
+
+    Raises:
+        MechsafetyError: No prompt of a kind counts.
+    """
+    width = n_columns if n_columns is not None else suffix_length(model, [*harmful, *harmless])
+    means, counts, size = [], [], 0.0
+    for sign, prompts in ((1.0, harmful), (-1.0, harmless)):
+        groups = PromptBatches.of(model, prompts)
+        total = torch.zeros(model.n_layers, width, model.d_model, dtype=torch.float64, device=model.device)
+        count = 0
+        for batch in groups.batches:
+            run = base_run(model, batch.tokens, 0, keep=())
+            resid = run.resid[:-1, :, -width:]
+            if metric is not None:
+                resid = resid[:, sign * metric(run.logits) > 0]
+            total += resid.double().sum(1)
+            count += resid.shape[1]
+        if not count:
+            kind = "harmful prompts is refused" if sign > 0 else "harmless prompts is answered"
+            raise MechsafetyError(f"none of {len(prompts)} {kind}", expected="a model that tells them apart")
+        means.append(total / count)
+        counts.append(count)
+        size = max(size, float(means[-1].norm(dim=-1).mean()))
+    difference = means[0] - means[1]
+    real = difference.norm(dim=-1) > NO_DIFFERENCE * size
+    return (difference * rearrange(real, "layer column -> layer column 1")).float(), (counts[0], counts[1])
+
+
+def suffix_length(model: LensModel, prompts: Sequence[str]) -> int:
+    """Number of template tokens after the instruction that all prompts have."""
+    spans = [model.tokenize([prompt]).spans[0] for prompt in prompts]
+    return min(span.length - span.instruction[1] for span in spans)
+
+
+def score_directions(
+    model: LensModel,
+    validation: Validation,
+    metric: RefusalLogOdds,
+    vectors: Float[Tensor, "layer column d_model"],
+    layers: Sequence[int],
+    *,
+    also: Float[Tensor, "rank d_model"] | None = None,
+    progress: bool = True,
+) -> DirectionScores:
+    """Bypass, induce, KL and COSMIC's score of each vector, exactly (see `mechsafety.interventions.batched`).
+
+    Args:
+        model: The model.
+        validation: Prompts and their unedited runs.
+        metric: Refusal log-odds.
+        vectors: Candidates; zero ones are not run and keep the unedited scores.
+        layers: Layer of each row: where its vectors are added.
+        also: Directions that are removed together with each candidate.
+        progress: Whether to show a bar.
+    """
+    n_rows, n_columns, _ = vectors.shape
+    flat = rearrange(vectors, "layer column d -> (layer column) d")
+    real = (flat.norm(dim=-1) > 0).nonzero().flatten().tolist()
+    bypass = validation.harmful_scores.repeat(len(flat), 1)
+    induce = validation.harmless_scores.repeat(len(flat), 1)
+    kl = torch.zeros_like(induce)
+    low = torch.tensor(validation.low, device=flat.device)
+    cosines = torch.full((2, len(flat)), torch.nan, device=flat.device)
+    bases = [flat[[k]] if also is None else torch.cat([also.to(flat), flat[[k]]]) for k in real]
+    with tqdm(total=2 * validation.harmless.n + validation.harmful.n, desc="directions", disable=not progress) as bar:
+        sums = torch.zeros(len(flat), len(low), model.d_model, dtype=torch.float64, device=flat.device)
+        share = len(real) or 1
+        for run in run_removed(model, validation.harmful, bases):
+            at = [real[k] for k in run.variants]
+            bypass[_cells(at, run.index)] = metric(run.logits)
+            sums[at] += rearrange(run.resid[low + 1 - run.layer].double().sum(2), "layer variant d -> variant layer d")
+            bar.update(len(run.index) * len(at) / share)
+        cosines[0, real] = joint_cosine(sums[real] / validation.harmful.n, validation.harmless_mean[low])
+        for run in run_removed(model, validation.harmless, bases):
+            at = [real[k] for k in run.variants]
+            kl[_cells(at, run.index)] = divergence(validation.harmless_log_probs[list(run.index)], run.logits)
+            bar.update(len(run.index) * len(at) / share)
+        # rows of zero vectors only (before block 0) need no run
+        rows = [row for row in range(n_rows) if bool((vectors[row] != 0).any())]
+        sums.zero_()
+        for run in run_added(model, validation.harmless, vectors[rows], [layers[row] for row in rows]):
+            at = [rows[k // n_columns] * n_columns + k % n_columns for k in run.variants]
+            induce[_cells(at, run.index)] = metric(run.logits)
+            for place, layer in enumerate(validation.low):
+                after = layer + 1 - run.layer
+                if after >= 0:
+                    sums[at, place] += run.resid[after].double().sum(1)
+            bar.update(len(run.index) / len(rows))
+        means = sums / validation.harmless.n
+        for row, layer in enumerate(layers):
+            before = [place for place, seen in enumerate(validation.low) if seen < layer]
+            for place in before:  # blocks before the addition give what they give without it
+                means[row * n_columns : (row + 1) * n_columns, place] = validation.harmless_mean[
+                    validation.low[place]
+                ].double()
+        cosines[1, real] = joint_cosine(means[real], validation.harmful_mean[low])
+
+    def grid(rows: Tensor) -> Tensor:
+        return rearrange(rows, "(layer column) ... -> layer column ...", layer=n_rows)
+
+    return DirectionScores(grid(bypass), grid(induce), grid(kl), grid(cosines.sum(0)))
+
+
+def divergence(log_probs: Float[Tensor, "prompt d_vocab"], logits: Float[Tensor, "*rows prompt d_vocab"]) -> Tensor:
+    """KL(p || q) in nats of each prompt, from log p and the logits of q."""
+    return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1).clamp(min=0)
+
+
+def positional_vectors(
+    model: LensModel, prompts: Sequence[str], layer: int, column: int
+) -> Float[Tensor, "prompt d_model"]:
+    """Input of a block at one of the last columns, for each prompt in order."""
+    rows: dict[int, Tensor] = {}
+    for batch in PromptBatches.of(model, prompts).batches:
+        run = base_run(model, batch.tokens, 0, keep=())
+        rows |= dict(zip(batch.index, run.resid[layer, :, column].float(), strict=True))
+    return torch.stack([rows[k] for k in range(len(prompts))])
+
+
+def _cells(rows: Sequence[int], columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(rows)[:, None], torch.tensor(columns)[None, :]

@@ -1,0 +1,104 @@
+"""What interventions refuse: parts that a model lacks, vectors of another width, strengths that are no number."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node
+
+POSITIONS = ("all", "last", "prompt")
+
+
+def check_nodes(model: LensModel, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes, if the model has each of them and none is listed twice.
+
+    Raises:
+        MechsafetyError: No nodes, one that cannot be edited, does not exist, or is given twice.
+    """
+    chosen = (nodes,) if isinstance(nodes, Node) else tuple(nodes)
+    if not chosen:
+        raise MechsafetyError("no nodes", expected="at least one head, MLP or neuron")
+    sizes = {"head": model.n_heads, "mlp": None, "neuron": model.d_mlp}
+    for node in chosen:
+        if not isinstance(node, Node) or node.kind not in sizes:
+            raise MechsafetyError(f"{node} cannot be edited", expected="heads, MLPs or neurons")
+        size = sizes[node.kind]
+        if not 0 <= (node.layer or 0) < model.n_layers:
+            raise MechsafetyError(f"{node} does not exist", expected=f"a layer from 0 to {model.n_layers - 1}")
+        if size is not None and not 0 <= (node.index or 0) < size:
+            raise MechsafetyError(f"{node} does not exist", expected=f"a {node.kind} from 0 to {size - 1}")
+    twice = sorted({str(node) for node in chosen if chosen.count(node) > 1})
+    if twice:
+        raise MechsafetyError(f"nodes {twice} are given twice", expected="each once")
+    return chosen
+
+
+def check_layers(model: LensModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers, if the model has them.
+
+    Raises:
+        MechsafetyError: No layers, or one that does not exist.
+    """
+    chosen = tuple(layers)
+    wrong = [layer for layer in chosen if not 0 <= layer < model.n_layers]
+    if wrong or not chosen:
+        raise MechsafetyError(f"layers {wrong or list(chosen)}", expected=f"some of 0 to {model.n_layers - 1}")
+    return chosen
+
+
+def check_strength(strength: float, *, share: bool = False) -> float:
+    """The strength, if it is a finite number (between 0 and 1 with ``share``).
+
+    Raises:
+        MechsafetyError: NaN, infinite, no number, or outside 0 to 1 where it is a share.
+    """
+    number = isinstance(strength, int | float) and math.isfinite(strength)
+    if not number or (share and not 0 <= strength <= 1):
+        raise MechsafetyError(f"strength={strength!r}", expected="a number from 0 to 1" if share else "a finite number")
+    return float(strength)
+
+
+def check_vector(vector: Tensor, width: int, what: str = "d_model") -> Tensor:
+    """The vector or rows of vectors, if their width fits and all entries are finite.
+
+    Raises:
+        MechsafetyError: Another width, or NaN or infinite entries.
+    """
+    if not isinstance(vector, torch.Tensor) or vector.ndim == 0 or vector.shape[-1] != width:
+        shape = tuple(vector.shape) if isinstance(vector, torch.Tensor) else type(vector).__name__
+        raise MechsafetyError(
+            f"a direction of width {shape[-1] if isinstance(shape, tuple) and shape else shape}",
+            expected=f"this model's {what}, {width}",
+            cure="compute it on this model",
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise MechsafetyError("a direction with entries that are not finite")
+    return vector
+
+
+def check_positions(positions: str) -> str:
+    """The name of the positions, if it is known.
+
+    Raises:
+        MechsafetyError: It is not.
+    """
+    if positions not in POSITIONS:
+        raise MechsafetyError(f"positions={positions!r}", expected=f"one of {POSITIONS}")
+    return positions
+
+
+def at_positions(positions: str, old: Tensor, new: Tensor) -> Tensor:
+    """``new`` at the chosen positions of a [batch pos ...] activation, ``old`` elsewhere.
+
+    ``all``: everywhere. ``last``: the last position of each forward, in generation the prompt's last token and every
+    token after it. ``prompt``: forwards of more than one position, which in generation are the prompt's.
+    """
+    if positions == "last":
+        return torch.cat([old[:, :-1], new[:, -1:]], dim=1)
+    if positions == "prompt" and old.shape[1] == 1:
+        return old
+    return new

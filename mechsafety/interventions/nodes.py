@@ -1,0 +1,137 @@
+"""Ablating and scaling heads, MLPs and neurons."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.checks import at_positions, check_nodes, check_positions, check_strength
+from mechsafety.models import LensModel
+from mechsafety.models.engine import Hook
+from mechsafety.nodes import Node
+from mechsafety.sites import Site, SiteKind
+
+SOURCES = ("mean", "zero", "resample")
+_KIND = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
+# prompts read in one forward
+_BATCH = 16
+
+
+@contextmanager
+def ablate(
+    model: LensModel,
+    nodes: Sequence[Node],
+    strength: float = 1.0,
+    source: str = "mean",
+    *,
+    prompts: Sequence[str] | None = None,
+    positions: str = "all",
+    seed: int = 0,
+) -> Iterator[None]:
+    """Context in which nodes lose what they compute: value <- (1 - strength) own + strength source.
+
+    Heads lose their mixed values ``z``, MLPs what they add to the residual stream, neurons their activation. Contexts
+    nest, in any order for different nodes; they hold in `LensModel.generate` as in every forward, and nothing of them
+    is left afterwards, also after an exception. To be used with whole runs: the engine's stored runs are not edited.
+
+    Args:
+        model: The model.
+        nodes: Heads, MLPs and neurons.
+        strength: 0 leaves the model as it is, 1 replaces the value wholly.
+        source: ``mean`` over all tokens of ``prompts``; ``zero``; ``resample``: values at tokens drawn from
+            ``prompts``, anew at each position, the same token for all nodes of one layer and kind.
+        prompts: Reference prompts (usually harmless ones) for ``mean`` and ``resample``.
+        positions: ``all``, ``last`` (of each forward: the prompt's last token and each generated one) or ``prompt``.
+        seed: Of ``resample``.
+
+    Raises:
+        MechsafetyError: Unknown option, missing prompts, or a node that the model lacks.
+
+    Example::
+
+        with ms.ablate(model, [Node("head", 4, 3)], source="zero"):
+            model.generate(["How do I bake bread?"])
+    """
+    groups = _groups(check_nodes(model, nodes))
+    share = check_strength(strength, share=True)
+    check_positions(positions)
+    if source not in SOURCES:
+        raise MechsafetyError(f"source={source!r}", expected=f"one of {SOURCES}")
+    if source != "zero" and prompts is None:
+        raise MechsafetyError(
+            f"source={source!r} without prompts", expected="prompts=[...] to take it from", cure="or source='zero'"
+        )
+    values = {} if source == "zero" or prompts is None else reference_values(model, list(groups), prompts)
+    generator = torch.Generator().manual_seed(seed)
+
+    def replacement(site: Site, own: Tensor) -> Tensor:
+        if source == "zero":
+            return torch.zeros_like(own)
+        pool = values[site].to(own)
+        if source == "mean":
+            return pool.mean(0).expand_as(own)
+        rows = torch.randint(len(pool), own.shape[:2], generator=generator)
+        return pool[rows.to(pool.device)]
+
+    def edit(site: Site, own: Tensor) -> Tensor:
+        return own + share * (replacement(site, own) - own)
+
+    with model.hooks(_hooks(groups, edit, positions)):
+        yield
+
+
+@contextmanager
+def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: str = "all") -> Iterator[None]:
+    """Context in which the values of nodes are multiplied by ``factor``; otherwise as `ablate`.
+
+    Args:
+        model: The model.
+        nodes: Heads, MLPs and neurons.
+        factor: 0 is ablation by zero, 1 leaves the model as it is, above 1 amplifies.
+        positions: ``all``, ``last`` or ``prompt``.
+
+    Raises:
+        MechsafetyError: A factor that is not finite, or a node that the model lacks.
+    """
+    groups, size = _groups(check_nodes(model, nodes)), check_strength(factor)
+    check_positions(positions)
+    with model.hooks(_hooks(groups, lambda site, own: size * own, positions)):
+        yield
+
+
+def reference_values(model: LensModel, sites: Sequence[Site], prompts: Sequence[str]) -> dict[Site, Tensor]:
+    """Activations at the sites [token ...] at every real token of the prompts."""
+    if isinstance(prompts, str) or not prompts:
+        raise MechsafetyError("no reference prompts", expected="a list of at least one")
+    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for start in range(0, len(prompts), _BATCH):
+        tokens = model.tokenize(prompts[start : start + _BATCH])
+        for site, found in model.read(tokens, sites).items():
+            rows[site].append(found[tokens.mask])
+    return {site: torch.cat(parts) for site, parts in rows.items()}
+
+
+def _groups(nodes: Sequence[Node]) -> dict[Site, list[int]]:
+    """Nodes by the site that holds them, with their indices (none for a whole MLP)."""
+    groups: dict[Site, list[int]] = {}
+    for node in nodes:
+        found = groups.setdefault(Site(_KIND[node.kind], node.layer), [])
+        found += [] if node.index is None else [node.index]
+    return groups
+
+
+def _hooks(groups: dict[Site, list[int]], edit: Callable[[Site, Tensor], Tensor], positions: str) -> list[Hook]:
+    def hook(site: Site, index: list[int]) -> Callable[[Tensor], Tensor]:
+        def function(own: Tensor) -> Tensor:
+            new = edit(site, own)
+            if index:
+                chosen = torch.zeros(own.shape[2], dtype=torch.bool, device=own.device)
+                chosen[index] = True
+                new = torch.where(chosen[:, None] if own.ndim == 4 else chosen, new, own)
+            return at_positions(positions, own, new)
+
+        return function
+
+    return [(site, hook(site, index)) for site, index in groups.items()]

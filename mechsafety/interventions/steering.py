@@ -1,0 +1,258 @@
+"""Directions in activation space: adding them, removing them, and projecting on them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.checks import (
+    at_positions,
+    check_layers,
+    check_positions,
+    check_strength,
+    check_vector,
+)
+from mechsafety.models import LensModel
+from mechsafety.models.engine import Hook
+from mechsafety.prompts import Tokens
+from mechsafety.results import Provenance, Result
+from mechsafety.sites import Site, SiteKind
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Direction(Result):
+    """Vectors at sites of a model, each meaning more of one thing (refusal, say) the farther along it.
+
+    One interface for the refusal direction (one vector of the residual stream), representation reading (one a layer)
+    and inference-time intervention (one a head).
+
+    Attributes:
+        provenance: Model, options, versions.
+        name: What it is, for tables.
+        sites: Where the vectors stand: inputs of blocks (``resid_pre``), or heads (``z`` with an index).
+        vectors: One row a site; what strength 1 adds there.
+        everywhere: Whether removing it means removing it from all that is written to the residual stream (one vector),
+            and not at its own sites alone.
+    """
+
+    provenance: Provenance
+    name: str
+    sites: tuple[Site, ...]
+    vectors: Float[Tensor, "site width"]
+    everywhere: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = {site.kind for site in self.sites}
+        if kinds not in ({SiteKind.RESID_PRE}, {SiteKind.Z}) or len(self.sites) != len(self.vectors):
+            raise MechsafetyError(
+                f"{len(self.vectors)} vectors at {len(self.sites)} sites of kinds {sorted(kinds)}",
+                expected="one a site, all at resid_pre or all at z",
+            )
+        if bool((self.vectors.norm(dim=-1) == 0).any()):
+            raise MechsafetyError(f"the direction {self.name!r} holds a zero vector")
+        if self.everywhere and (len(self.sites) > 1 or kinds == {SiteKind.Z}):
+            raise MechsafetyError("everywhere=True", expected="one vector of the residual stream")
+
+    def __repr__(self) -> str:
+        where = str(self.sites[0]) + (f" and {len(self.sites) - 1} more" if len(self.sites) > 1 else "")
+        return f"Direction({self.name} at {where}, mean norm {float(self.vectors.norm(dim=-1).mean()):.3g})"
+
+    @property
+    def unit(self) -> Float[Tensor, "site width"]:
+        """The vectors at length 1."""
+        return self.vectors / self.vectors.norm(dim=-1, keepdim=True)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a site: layer, head, norm of the vector."""
+        rows = [
+            (str(site), site.layer, site.index, float(v.norm()))
+            for site, v in zip(self.sites, self.vectors, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["site", "layer", "index", "norm"])
+
+    @contextmanager
+    def add(self, model: LensModel, strength: float = 1.0, *, positions: str = "all") -> Iterator[None]:
+        """Context in which ``strength`` times each vector is added at its site (see `steer`)."""
+        with steer(model, self, strength, positions=positions):
+            yield
+
+    @contextmanager
+    def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
+        """Context in which the direction is removed: x <- x - strength r r.x with r at length 1.
+
+        From all that is written to the residual stream if ``everywhere`` (see `project_out`), else at its own sites.
+        """
+        self._check(model)
+        if self.everywhere:
+            with project_out(model, self.vectors, strength):
+                yield
+            return
+        share = check_strength(strength, share=True)
+
+        def edit(unit: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda own: own - share * rearrange(own @ unit.to(own), "... -> ... 1") * unit.to(own)
+
+        hooks = _at_sites(self.sites, [edit(unit) for unit in self.unit], "all")
+        with model.hooks(hooks):
+            yield
+
+    def project(self, model: LensModel, prompts: Sequence[str] | Tokens) -> Float[Tensor, "site prompt"]:
+        """How far each prompt's last token lies along each vector (dot product with it at length 1)."""
+        self._check(model)
+        parts = []
+        whole = [Site(site.kind, site.layer) for site in self.sites]
+        for tokens in token_batches(model, prompts):
+            found = model.read(tokens, list(dict.fromkeys(whole)))
+            rows = []
+            for site, at, unit in zip(self.sites, whole, self.unit, strict=True):
+                last = found[at][:, -1]
+                last = last if site.index is None else last[:, site.index]
+                rows.append(last.float() @ unit.to(last.device).float())
+            parts.append(torch.stack(rows))
+        return torch.cat(parts, dim=1)
+
+    def _check(self, model: LensModel) -> None:
+        if self.sites[0].kind is SiteKind.Z:
+            check_vector(self.vectors, model.d_head, "d_head")
+            wrong = [site for site in self.sites if not 0 <= (site.index or 0) < model.n_heads]
+            if wrong:
+                raise MechsafetyError(f"{wrong[0]} does not exist", expected=f"a head from 0 to {model.n_heads - 1}")
+        else:
+            check_vector(self.vectors, model.d_model)
+        check_layers(model, [site.layer or 0 for site in self.sites])
+
+
+@contextmanager
+def steer(
+    model: LensModel,
+    direction: Direction | Float[Tensor, " d_model"],
+    strength: float = 1.0,
+    layers: Sequence[int] | None = None,
+    positions: str = "all",
+) -> Iterator[None]:
+    """Context in which ``strength`` times a direction is added to activations.
+
+    Holds in `LensModel.generate` as in every forward; contexts nest; nothing is left after an exception.
+
+    Args:
+        model: The model.
+        direction: A `Direction`, or a vector of the residual stream.
+        strength: Any finite number; 0 leaves the model as it is, below 0 steers away.
+        layers: Blocks at whose input a single vector is added; the direction's own sites by default.
+        positions: ``all``, ``last`` (of each forward) or ``prompt``.
+
+    Raises:
+        MechsafetyError: Another model's width, a strength that is not finite, layers missing or not there.
+    """
+    size = check_strength(strength)
+    check_positions(positions)
+    if isinstance(direction, Direction):
+        direction._check(model)
+        sites, vectors = direction.sites, direction.vectors
+    else:
+        vectors = rearrange(check_vector(direction, model.d_model), "... d_model -> (...) d_model")
+        if layers is None:
+            raise MechsafetyError("a vector without layers", expected="layers=[...] at which to add it")
+        sites = ()
+    if layers is not None:
+        if len(vectors) != 1 or (sites and sites[0].kind is not SiteKind.RESID_PRE):
+            raise MechsafetyError("layers for a direction with sites of its own", expected="a single residual vector")
+        sites = tuple(Site(SiteKind.RESID_PRE, layer) for layer in check_layers(model, layers))
+        vectors = repeat(vectors[0], "d_model -> site d_model", site=len(sites))
+
+    def edit(vector: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda own: own + size * vector.to(own)
+
+    with model.hooks(_at_sites(sites, [edit(vector) for vector in vectors], positions)):
+        yield
+
+
+@contextmanager
+def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], strength: float = 1.0) -> Iterator[None]:
+    """Context in which the span of directions is removed from everything written to the residual stream.
+
+    x <- x - strength Q Q^T x, with Q an orthonormal basis of the span, applied to the embedding and to what each
+    attention and each MLP adds (Arditi et al. 2024, section 2.4). The stream is their sum, so at strength 1 this equals
+    removal at every block's input as well, and at less than 1 removes the same share everywhere, once.
+
+    Args:
+        model: The model.
+        directions: One vector or several rows.
+        strength: Share that is removed, 0 to 1.
+
+    Raises:
+        MechsafetyError: Another model's width, a zero vector, or a strength outside 0 to 1.
+    """
+    rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
+    share = check_strength(strength, share=True)
+    with model.hooks(removal_hooks(model, rearrange(orthonormal(rows), "rank d -> 1 rank d"), share)):
+        yield
+
+
+def orthonormal(vectors: Float[Tensor, "rank d_model"]) -> Float[Tensor, "rank d_model"]:
+    """Orthonormal basis of the span of linearly independent rows, float32 from float64.
+
+    Raises:
+        MechsafetyError: The rows are zero or linearly dependent.
+    """
+    columns = rearrange(vectors.double(), "rank d_model -> d_model rank")
+    norms = columns.norm(dim=0)
+    basis, triangle = torch.linalg.qr(columns)
+    rank_deficient = vectors.shape[0] > vectors.shape[1] or bool((triangle.diagonal().abs() <= 1e-6 * norms).any())
+    if rank_deficient or bool((norms == 0).any()):
+        raise MechsafetyError(f"{len(vectors)} directions that are zero or linearly dependent")
+    return rearrange(basis.float(), "d_model rank -> rank d_model")
+
+
+def removal_hooks(model: LensModel, bases: Float[Tensor, "variant rank d_model"], strength: float = 1.0) -> list[Hook]:
+    """Hooks that remove each variant's orthonormal basis from the embedding and from all that blocks write.
+
+    The batch's rows are ``variant * prompts + prompt``; the number of prompts is seen from the activation.
+    """
+
+    def remove(own: Tensor) -> Tensor:
+        basis = bases.to(own)
+        if len(basis) == 1:
+            coordinates = einsum(own, basis[0], "row pos d, rank d -> row pos rank")
+            return own - strength * einsum(coordinates, basis[0], "row pos rank, rank d -> row pos d")
+        rows = rearrange(own, "(variant prompt) pos d -> variant (prompt pos) d", variant=len(basis))
+        coordinates = einsum(rows, basis, "variant at d, variant rank d -> variant at rank")
+        removed = einsum(coordinates, basis, "variant at rank, variant rank d -> variant at d")
+        return rearrange(
+            rows - strength * removed, "variant (prompt pos) d -> (variant prompt) pos d", pos=own.shape[1]
+        )
+
+    sites = [Site(SiteKind.RESID_PRE, 0)]
+    for layer in range(model.n_layers):
+        sites += [Site(SiteKind.ATTN_OUT, layer), Site(SiteKind.MLP_OUT, layer)]
+    return [(site, remove) for site in sites]
+
+
+def token_batches(model: LensModel, prompts: Sequence[str] | Tokens) -> Iterator[Tokens]:
+    """Prompts as token rows, a few at a time."""
+    if isinstance(prompts, Tokens):
+        yield from (prompts.rows(slice(k, k + _BATCH)) for k in range(0, len(prompts), _BATCH))
+    else:
+        yield from (model.tokenize(prompts[k : k + _BATCH]) for k in range(0, len(prompts), _BATCH))
+
+
+def _at_sites(sites: Sequence[Site], edits: Sequence[Callable[[Tensor], Tensor]], positions: str) -> list[Hook]:
+    def hook(site: Site, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def function(own: Tensor) -> Tensor:
+            if site.index is None:
+                return at_positions(positions, own, edit(own))
+            new = own.clone()
+            new[:, :, site.index] = edit(own[:, :, site.index])
+            return at_positions(positions, own, new)
+
+        return function
+
+    return [(Site(site.kind, site.layer), hook(site, edit)) for site, edit in zip(sites, edits, strict=True)]

@@ -1,0 +1,121 @@
+"""Weights that cannot write a direction: the equivalent of removing it by hooks, in memory and for a while."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.checks import check_strength, check_vector
+from mechsafety.interventions.steering import orthonormal, project_out
+from mechsafety.models import LensModel
+
+# names under which Hugging Face models keep what writes to the residual stream
+_ATTENTION = re.compile(r"(?:self_attn|attention|attn)\.(?:o_proj|out_proj|c_proj|dense|o)$")
+_MLP = re.compile(r"mlp\.(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|out)$")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings)$")
+_WRAPPER = "._original_component"
+_PROBES = ("What is two plus two?", "Name a colour, please.")
+# largest difference in logits from the hooks that is rounding; norms compute in float32 whatever the weights' type
+TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "float16": 2e-1, "bfloat16": 5e-1}
+
+
+@contextmanager
+def orthogonalized(
+    model: LensModel, directions: Float[Tensor, "*rank d_model"], strength: float = 1.0
+) -> Iterator[LensModel]:
+    """Context in which the model's weights are copies that cannot write the directions (Arditi et al. 2024, eq. 5).
+
+    W <- W - strength Q Q^T W for the embeddings and the output weights and biases of attention and MLPs, with Q an
+    orthonormal basis. The same logits as `project_out`, without its cost at each token. A tied unembedding keeps its
+    weights: only the embedding gets a copy. At the end the original weights are back, bit for bit; such a model is
+    never saved, and inside the context its ``save_pretrained`` refuses to.
+
+    Args:
+        model: The model.
+        directions: One vector or several rows.
+        strength: Share that is removed, 0 to 1.
+
+    Yields:
+        The model.
+
+    Raises:
+        MechsafetyError: A norm after attention or MLP (no such weights exist), weights not found under any known name,
+            or logits that differ from the hooks'.
+    """
+    rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
+    share, basis = check_strength(strength, share=True), orthonormal(rows)
+    if model.post_norm:
+        raise MechsafetyError(
+            f"{model.name} normalises each block's output, so no weights are equivalent to the hooks",
+            expected="a model without a norm after attention or MLP",
+            cure="use project_out",
+        )
+    with torch.no_grad(), project_out(model, rows, share):
+        expected = model.logits(list(_PROBES))
+    _ = model.weights_sha256  # of the original weights: it is computed once and kept
+    with model.lock, ExitStack() as restore:
+        _swap_all(model, lambda weight, axis: _without(weight, basis, share, axis), restore)
+        model.hf_model.save_pretrained = _refuse_to_save
+        restore.callback(delattr, model.hf_model, "save_pretrained")
+        gap = float((model.logits(list(_PROBES)) - expected).abs().max())
+        if not gap <= TOLERANCE.get(model.dtype_name, 1e-3):
+            raise MechsafetyError(
+                f"orthogonalised weights of {model.name} differ from the hooks by {gap:.2g} in logits"
+            )
+        yield model
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise MechsafetyError("a model with a direction removed from its weights is not saved", cure="use it in memory")
+
+
+def _without(weight: Tensor, basis: Tensor, share: float, axis: int) -> Tensor:
+    """The weight without the basis along the axis (0 or -1) that is the residual stream's."""
+    q = basis.to(weight.device, torch.float64)
+    w = weight.double()
+    if w.ndim == 1 or axis == -1:
+        part = einsum(w, q, q, "... d, rank d, rank e -> ... e")
+    else:
+        part = einsum(w, q, q, "d inner, rank d, rank e -> e inner")
+    return (w - share * part).to(weight.dtype)
+
+
+def _swap_all(model: LensModel, change: Callable[[Tensor, int], Tensor], restore: ExitStack) -> None:
+    """Replace every parameter that writes to the residual stream; ``restore`` puts the old objects back."""
+    modules = {name.replace(_WRAPPER, ""): module for name, module in _plain_modules(model.hf_model)}
+    embedding = model.hf_model.get_input_embeddings().weight
+    tables = [m for m in modules.values() if isinstance(m, torch.nn.Embedding) and m.weight is embedding]
+    tables += [module for name, module in modules.items() if _POSITIONS.search(name)]
+    writers = [m for name, m in modules.items() if _ATTENTION.search(name) or _MLP.search(name)]
+    if len(writers) != 2 * model.n_layers or not tables:
+        raise MechsafetyError(
+            f"found {len(writers)} output weights and {len(tables)} embeddings in {model.name}",
+            expected=f"{2 * model.n_layers} and at least 1, under known names",
+            cure="use project_out",
+        )
+    for module in tables:
+        _swap(module, "weight", change(module.weight, -1), restore)
+    for module in writers:
+        # Hugging Face's Conv1D stores [in, out], torch's Linear [out, in]
+        _swap(module, "weight", change(module.weight, 0 if isinstance(module, torch.nn.Linear) else -1), restore)
+        if getattr(module, "bias", None) is not None:
+            _swap(module, "bias", change(module.bias, -1), restore)
+
+
+def _swap(module: Any, name: str, new: Tensor, restore: ExitStack) -> None:
+    old = getattr(module, name)
+    restore.callback(setattr, module, name, old)
+    setattr(module, name, torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad))
+
+
+def _plain_modules(root: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Named modules that hold a weight themselves, wrappers left out."""
+    for name, module in root.named_modules():
+        if "weight" in module._parameters:
+            yield name, module

@@ -1,0 +1,322 @@
+"""Probes: where in a model the harmful and the harmless can be told apart, and whether anything depends on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.batched import PromptBatches, run_removed, run_unedited
+from mechsafety.interventions.steering import token_batches
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, wilson_interval
+from mechsafety.models import LensModel
+from mechsafety.prompts import PromptPairs, builtin_prompts
+from mechsafety.results import Provenance, Result
+
+PROBE_SPANS = ("instruction", "suffix", "last")
+# inverse regularisation strengths among which the inner cross-validation chooses
+COSTS = (1e-3, 1e-2, 1e-1, 1.0)
+MIN_GROUPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport(Result):
+    """Decision values of probes on prompts that they were not fitted on, and of their controls.
+
+    A probe's accuracy is information that is there, not that the model uses it: that is what ``erased`` is for.
+
+    Attributes:
+        provenance: Model, options, versions.
+        layers: Residual stream before these blocks (``n_layers`` for the final one).
+        spans: Mean over the ``instruction``'s or the ``suffix``'s tokens, or the ``last`` token.
+        labels: 1 harmful, 0 harmless.
+        values: Out-of-fold decision values, above 0 for harmful: no probe has seen the topic that it judges.
+        shuffled: The same when the labels within each pair are swapped at random.
+        lexical: The same of a TF-IDF classifier of the prompts' text.
+        hard: Decision values, of probes fitted on all pairs, on scary but harmless prompts.
+        lexical_hard: The same of the TF-IDF classifier.
+        directions: The fitted probes' weights in the residual stream, at length 1; 0 where no prompts differ.
+        patterns: How activations move with the probe's value, their covariance times the weights, at length 1 (Haufe et
+            al. 2014): weights also cancel noise, so that the two can be far apart.
+        unedited: Metric of harmful prompts; None without a metric.
+        erased: The same when the probe's weights' direction is removed from all that is written to the residual stream.
+        pattern_erased: The same with the pattern.
+        random_erased: The same for random directions.
+    """
+
+    provenance: Provenance
+    layers: tuple[int, ...]
+    spans: tuple[str, ...]
+    labels: Float[Tensor, " prompt"]
+    values: Float[Tensor, "layer span prompt"]
+    shuffled: Float[Tensor, "layer span prompt"]
+    lexical: Float[Tensor, " prompt"]
+    hard: Float[Tensor, "layer span hard"]
+    lexical_hard: Float[Tensor, " hard"]
+    directions: Float[Tensor, "layer span d_model"]
+    patterns: Float[Tensor, "layer span d_model"]
+    unedited: Float[Tensor, " harmful"] | None
+    erased: Float[Tensor, "layer span harmful"] | None
+    pattern_erased: Float[Tensor, "layer span harmful"] | None
+    random_erased: Float[Tensor, "random harmful"] | None
+
+    def __repr__(self) -> str:
+        best = self.to_dataframe().iloc[0]
+        return (
+            f"ProbeReport({len(self.layers)} layers x {len(self.spans)} spans, best accuracy {best.accuracy:.2f} at "
+            f"layer {best.layer}, {best.span}; text alone {self._accuracy(self.lexical):.2f})"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer and span, most accurate first.
+
+        Accuracy with Wilson interval, AUROC, accuracy with shuffled labels, the text classifier's accuracy, false
+        positives among hard negatives, and the mean change of the metric when weights or pattern are erased, with
+        intervals. With few prompts, accuracy with shuffled labels lies below one half: what a fold leaves out tips the
+        rest the other way.
+        """
+        from sklearn.metrics import roc_auc_score
+
+        rows = []
+        for k, layer in enumerate(self.layers):
+            for s, span in enumerate(self.spans):
+                values = self.values[k, s]
+                hits = int(((values > 0) == (self.labels > 0)).sum())
+                low, high = wilson_interval(hits, len(values))
+                row: dict[str, Any] = {"layer": layer, "span": span, "accuracy": hits / len(values)}
+                row |= {"accuracy_low": low, "accuracy_high": high}
+                row |= {"auroc": float(roc_auc_score(self.labels.numpy(), values.numpy()))}
+                row |= {"shuffled": self._accuracy(self.shuffled[k, s]), "lexical": self._accuracy(self.lexical)}
+                row |= {"hard_flagged": float((self.hard[k, s] > 0).float().mean())}
+                row |= {"lexical_hard_flagged": float((self.lexical_hard > 0).float().mean())}
+                for name in ("erased", "pattern_erased"):
+                    row |= self._change(name, (k, s))
+                if self.random_erased is not None and self.unedited is not None:
+                    row |= {"random_erased": float((self.random_erased - self.unedited).mean())}
+                rows.append(row)
+        return pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
+
+    def plot(self) -> go.Figure:
+        """Accuracy over layers, a line a span, with the text classifier's as a dashed line."""
+        import plotly.express as px
+
+        frame = self.to_dataframe().sort_values(["span", "layer"])
+        frame["up"], frame["down"] = frame.accuracy_high - frame.accuracy, frame.accuracy - frame.accuracy_low
+        figure = px.line(frame, x="layer", y="accuracy", color="span", error_y="up", error_y_minus="down")
+        figure.add_hline(y=self._accuracy(self.lexical), line_dash="dash", annotation_text="text alone")
+        return figure
+
+    def _change(self, name: str, cell: tuple[int, int]) -> dict[str, float]:
+        """Mean change of the metric with its interval, as columns; none where erasing was not measured."""
+        values = getattr(self, name)
+        if values is None or self.unedited is None:
+            return {}
+        change = (values[cell] - self.unedited).numpy()
+        ends = bootstrap_interval(change) if not np.isnan(change).any() else (np.nan, np.nan)
+        return {name: float(change.mean()), f"{name}_low": ends[0], f"{name}_high": ends[1]}
+
+    def _accuracy(self, values: Tensor) -> float:
+        return float(((values > 0) == (self.labels > 0)).float().mean())
+
+
+def probe_layers(
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    spans: Sequence[str] = PROBE_SPANS,
+    hard: Sequence[str] | None = None,
+    outer: int = 5,
+    inner: int = 3,
+    n_erase: int = 16,
+    n_random: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> ProbeReport:
+    """Fit probes for harmful against harmless prompts at each layer and span, with the controls that they need.
+
+    Scaled logistic regression, its regularisation chosen by an inner cross-validation; both cross-validations keep
+    topics together (pairs, where there are fewer than three topics), so that a probe is judged on topics that it has
+    not seen.
+
+    Args:
+        model: The model.
+        pairs: Harmful prompts and harmless ones.
+        metric: Refusal log-odds, for the effect of erasing each probe's direction; not measured without one.
+        layers: Residual stream before these blocks, ``n_layers`` for the final one; all by default.
+        spans: Some of ``instruction suffix last``.
+        hard: Scary but harmless prompts; the built-in ones of the test split by default.
+        outer: Folds of the outer cross-validation.
+        inner: Folds of the inner one.
+        n_erase: Harmful prompts on which erasing is measured.
+        n_random: Random directions to compare erasing with.
+        seed: Of the shuffled labels and the random directions.
+        progress: Whether to show bars.
+
+    Raises:
+        MechsafetyError: Unknown span, a layer that is not there, or too few pairs.
+    """
+    wrong = [span for span in spans if span not in PROBE_SPANS]
+    if wrong or not spans:
+        raise MechsafetyError(f"spans {wrong or list(spans)}", expected=f"some of {PROBE_SPANS}")
+    chosen = tuple(layers) if layers is not None else tuple(range(model.n_layers + 1))
+    if not chosen or any(not 0 <= layer <= model.n_layers for layer in chosen):
+        raise MechsafetyError(f"layers {list(chosen)}", expected=f"some of 0 to {model.n_layers}")
+    groups = _groups(pairs)
+    if len(set(groups)) < MIN_GROUPS:
+        raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_GROUPS}, so that some can be held out")
+    scary = list(hard) if hard is not None else [prompt.text for prompt in builtin_prompts("borderline", "test")]
+    texts = [*pairs.harmful, *pairs.harmless]
+    labels = np.repeat([1, 0], len(pairs))
+    swap = np.tile(np.random.default_rng(seed).integers(0, 2, len(pairs)), 2)
+    seen, seen_hard = (span_means(model, prompts, chosen, spans) for prompts in (texts, scary))
+    folds = _Folds(np.tile(groups, 2), outer, inner)
+    shape = (len(chosen), len(spans))
+    values, shuffled = torch.zeros(*shape, len(texts)), torch.zeros(*shape, len(texts))
+    on_hard, directions = torch.zeros(*shape, len(scary)), torch.zeros(2, *shape, model.d_model)
+    with tqdm(total=shape[0] * shape[1], desc="probes", disable=not progress, leave=False) as bar:
+        for k in range(shape[0]):
+            for s in range(shape[1]):
+                data = seen[k, s].numpy()
+                values[k, s] = folds.out_of_fold(_linear(), data, labels)
+                shuffled[k, s] = folds.out_of_fold(_linear(), data, np.where(swap == 1, 1 - labels, labels))
+                probe = folds.fit(_linear(), data, labels)
+                on_hard[k, s] = torch.from_numpy(probe.decision_function(seen_hard[k, s].numpy()))
+                directions[:, k, s] = _directions(probe, data)
+                bar.update()
+    lexical = folds.out_of_fold(_lexical(), texts, labels)
+    lexical_hard = torch.from_numpy(folds.fit(_lexical(), texts, labels).decision_function(scary)).float()
+    unedited, random_erased = None, None
+    erased: list[Tensor | None] = [None, None]
+    if metric is not None:
+        flat = rearrange(directions, "kind layer span d -> (kind layer span) d")
+        noise = torch.randn(n_random, model.d_model, generator=torch.Generator().manual_seed(seed))
+        before, after = _erase(model, metric, pairs.harmful[:n_erase], torch.cat([flat, noise]))
+        unedited, random_erased = before, after[len(flat) :]
+        grid = {"kind": 2, "span": len(spans)}
+        erased = list(rearrange(after[: len(flat)], "(kind layer span) prompt -> kind layer span prompt", **grid))
+    options = {"outer": outer, "inner": inner, "pairs": len(pairs), "hard": len(scary), "spans": list(spans)}
+    options |= {"n_erase": n_erase, "groups": len(set(groups))}
+    return ProbeReport(
+        model.provenance(seed=seed, options=options),
+        chosen,
+        tuple(spans),
+        torch.from_numpy(labels).float(),
+        values,
+        shuffled,
+        lexical,
+        on_hard,
+        lexical_hard,
+        directions[0],
+        directions[1],
+        unedited,
+        erased[0],
+        erased[1],
+        random_erased,
+    )
+
+
+def span_means(
+    model: LensModel, prompts: Sequence[str], layers: Sequence[int], spans: Sequence[str]
+) -> Float[Tensor, "layer span prompt d_model"]:
+    """Residual stream of each prompt, averaged over the tokens of each span, float32 on the CPU."""
+    done = []
+    for tokens in token_batches(model, prompts):
+        resid = model.cache(tokens, ["resid"]).resid[list(layers)].float()
+        rows = []
+        for span in spans:
+            mask = tokens.span_mask("all" if span == "last" else span).float()
+            if span == "last":
+                mask = torch.zeros_like(mask)
+                mask[:, -1] = 1.0
+            weights = mask / mask.sum(1, keepdim=True)
+            rows.append(einsum(resid, weights, "layer prompt pos d, prompt pos -> layer prompt d"))
+        done.append(torch.stack(rows, dim=1).cpu())
+    return torch.cat(done, dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Folds:
+    """Nested cross-validation in which no group is on both sides."""
+
+    groups: np.ndarray
+    outer: int
+    inner: int
+
+    def out_of_fold(self, estimator: Any, data: Any, labels: np.ndarray) -> Float[Tensor, " prompt"]:
+        """Decision values of every prompt by an estimator that has not seen its group."""
+        from sklearn.model_selection import GroupKFold
+
+        values = np.zeros(len(labels))
+        n_folds = min(self.outer, len(set(self.groups)))
+        for train, test in GroupKFold(n_folds).split(labels, labels, self.groups):
+            fitted = self.fit(estimator, _take(data, train), labels[train], self.groups[train])
+            values[test] = fitted.decision_function(_take(data, test))
+        return torch.from_numpy(values).float()
+
+    def fit(self, estimator: Any, data: Any, labels: np.ndarray, groups: np.ndarray | None = None) -> Any:
+        """The estimator with the regularisation that the inner cross-validation chooses, fitted on all of the data."""
+        from sklearn.model_selection import GridSearchCV, GroupKFold
+
+        kept = self.groups if groups is None else groups
+        splits = GroupKFold(min(self.inner, len(set(kept))))
+        search = GridSearchCV(estimator, {"logisticregression__C": COSTS}, cv=splits, scoring="accuracy")
+        return search.fit(data, labels, groups=kept).best_estimator_
+
+
+def _linear() -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+
+
+def _lexical() -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=5000))
+
+
+def _take(data: Any, index: np.ndarray) -> Any:
+    return data[index] if isinstance(data, np.ndarray) else [data[k] for k in index]
+
+
+def _groups(pairs: PromptPairs) -> np.ndarray:
+    topics = [pair.topic for pair in pairs]
+    return np.array(topics) if len(set(topics)) >= MIN_GROUPS else np.arange(len(pairs))
+
+
+def _directions(probe: Any, data: np.ndarray) -> Float[Tensor, "2 d_model"]:
+    """The probe's weights before scaling, and its pattern; 0 where the data do not vary."""
+    weights = probe[-1].coef_[0] / probe[0].scale_
+    centred = data - data.mean(0)
+    rows = torch.from_numpy(np.stack([weights, (centred @ weights) @ centred])).float()
+    varies = float(data.std(0).max()) > 1e-6 * float(np.abs(data).max())
+    norms = rows.norm(dim=-1, keepdim=True)
+    return rows / norms if varies and bool((norms > 0).all()) else torch.zeros_like(rows)
+
+
+def _erase(
+    model: LensModel, metric: RefusalLogOdds, prompts: Sequence[str], directions: Float[Tensor, "row d_model"]
+) -> tuple[Float[Tensor, " prompt"], Float[Tensor, "row prompt"]]:
+    """Metric as it is, and with each direction removed (NaN for zero ones)."""
+    batches = PromptBatches.of(model, prompts)
+    before = metric(run_unedited(model, batches).logits[0]).cpu()
+    after = torch.full((len(directions), len(prompts)), torch.nan)
+    real = (directions.norm(dim=-1) > 0).nonzero().flatten().tolist()
+    for run in run_removed(model, batches, [directions[[k]].to(model.device) for k in real]):
+        rows = torch.tensor([real[k] for k in run.variants])
+        after[rows[:, None], torch.tensor(run.index)] = metric(run.logits).cpu()
+    return before, after

@@ -1,0 +1,283 @@
+"""Find and judge the demo model's refusal direction (Arditi et al. 2024); write docs/results/refusal-direction.md.
+
+    python scripts/reproduce_refusal_direction.py
+
+Directions come from 64 AdvBench and 64 Alpaca prompts, are chosen on 32 HarmBench (validation) and 32 other Alpaca
+prompts, and are judged on 100 JailbreakBench, 100 other AdvBench and 100 other Alpaca prompts: read from --data (JSON
+lines with an "instruction" each). Each step is kept in --work and not done again, so that a stopped run goes on; delete
+a step's file or folder there to do it again. Of replies only whether they refuse is kept, never their text.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from refusal_direction_page import write
+
+import mechsafety as ms
+from mechsafety.cli import quiet_libraries
+from mechsafety.directions import RefusalDirection, RefusalSubspace
+from mechsafety.interventions import Direction, DoseResponse, orthogonalized, project_out, steer
+
+REPLY_TOKENS = 24
+ADDED = (0.0, 0.5, 1.0, 1.5, 2.0)
+REMOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Study:
+    """The model, the prompts, and the folder in which finished steps are kept."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work, self.model = args, args.work, ms.load_model(args.model)
+        self.work.mkdir(parents=True, exist_ok=True)
+        tokens = self.json("metric", lambda: list(self._detect().refusal_tokens))
+        self.metric = ms.RefusalLogOdds.of(self.model, tokens)
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A step whose outcome is plain data."""
+        path = self.work / f"{name}.json"
+        if not path.is_file():
+            start = time.perf_counter()
+            found = compute()
+            seconds = round(time.perf_counter() - start, 1)
+            path.write_text(json.dumps({"seconds": seconds, "found": found}, indent=1) + "\n")
+            print(f"{name}: {seconds} s", flush=True)
+        return json.loads(path.read_text())["found"]
+
+    def result(self, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
+        """A step whose outcome is a result."""
+        path = self.work / name
+        if not path.is_dir():
+            start = time.perf_counter()
+            compute().save(path)
+            seconds = round(time.perf_counter() - start, 1)
+            (self.work / f"{name}-seconds.json").write_text(json.dumps(seconds) + "\n")
+            print(f"{name}: {seconds} s", flush=True)
+        return kind.load(path)
+
+    def seconds(self, name: str) -> float | None:
+        """How long a step took when it was done."""
+        path = self.work / f"{name}-seconds.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def prompts(self, file: str, n: int, *, skip: int = 0, sign: int = 0) -> list[str]:
+        """The next ``n`` prompts of a file after ``skip``; with a sign those that the model treats as expected."""
+        every = ms.load_instructions(str(self.args.data / f"{file}.jsonl"))[skip:]
+        if not sign:
+            return every[:n]
+        kept: list[str] = []
+        for start in range(0, len(every), 16):
+            chunk = every[start : start + 16]
+            scores = self.metric(self.model.logits(chunk)).tolist()
+            kept += [prompt for prompt, score in zip(chunk, scores, strict=True) if sign * score > 0]
+            if len(kept) >= n:
+                break
+        return kept[:n]
+
+    def _detect(self) -> ms.RefusalLogOdds:
+        return ms.RefusalLogOdds.detect(self.model, ms.PromptPairs.builtin("validation").sample(self.args.n_detect))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the benchmarks")
+    parser.add_argument("--work", type=Path, default=Path(".work/refusal-direction"), help="where steps are kept")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--n-train", type=int, default=64)
+    parser.add_argument("--n-validation", type=int, default=32)
+    parser.add_argument("--n-test", type=int, default=100)
+    parser.add_argument("--n-dose", type=int, default=24)
+    parser.add_argument("--n-pairs", type=int, default=12, help="aligned pairs for heads, writers and readers")
+    parser.add_argument("--n-probe", type=int, default=120, help="pairs for probes")
+    parser.add_argument("--n-detect", type=int, default=40)
+    parser.add_argument("--layers", type=int, nargs="*", help="candidates' layers; all by default")
+    args = parser.parse_args()
+    quiet_libraries()
+    study = Study(args)
+    found = study.result("direction", RefusalDirection, lambda: find(study))
+    print(found, flush=True)
+    parts = {
+        "rates": study.json("rates", lambda: rates(study, found)),
+        "equality": study.json("equality", lambda: equality(study, found)),
+        "removed": study.result("removed", DoseResponse, lambda: doses(study, found, "removed")),
+        "added": study.result("added", DoseResponse, lambda: doses(study, found, "added")),
+        "subspace": study.result("subspace", RefusalSubspace, lambda: subspace(study, found)),
+        "writers": study.json("writers", lambda: writers(study, found)),
+        "heads": study.json("heads", lambda: heads(study, found)),
+        "probes": study.json("probes", lambda: probes(study)),
+        "others": study.json("others", lambda: others(study, found)),
+    }
+    write(args.out, found, parts, study.seconds("direction"))
+
+
+def find(study: Study) -> RefusalDirection:
+    train, held = prompt_sets(study)
+    return ms.refusal_direction(study.model, train, study.metric, validation=held, layers=study.args.layers)
+
+
+def prompt_sets(study: Study) -> tuple[ms.PromptPairs, ms.PromptPairs]:
+    """Training and validation prompts that the model treats as expected; the two sides do not align."""
+    sides = []
+    for file, n, skip in (("advbench", study.args.n_train, 0), ("harmbench_val", study.args.n_validation, 200)):
+        bad = study.prompts(file, n, sign=1)
+        good = study.prompts("alpaca_harmless", n, skip=skip, sign=-1)
+        n_both = min(len(bad), len(good))
+        sides.append(ms.PromptPairs.from_lists(bad[:n_both], good[:n_both], f"{file}, alpaca_harmless"))
+    return sides[0], sides[1]
+
+
+def test_sets(study: Study) -> dict[str, list[str]]:
+    n = study.args.n_test
+    return {
+        "JailbreakBench": study.prompts("jailbreakbench", n),
+        "AdvBench (rest)": study.prompts("advbench", n, skip=250),
+        "Alpaca (rest)": study.prompts("alpaca_harmless", n, skip=400),
+    }
+
+
+def random_like(vector: torch.Tensor, seed: int) -> torch.Tensor:
+    noise = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
+    return noise / noise.norm() * vector.norm()
+
+
+def rates(study: Study, found: RefusalDirection) -> dict[str, dict[str, list[bool]]]:
+    """Whether each test prompt is refused, in each condition; kept condition by condition."""
+    model, vector = study.model, found.vector
+    conditions: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "as it is": nullcontext,
+        "direction removed": lambda: found.ablate(model),
+        "direction added": lambda: found.add(model),
+    }
+    for seed in (1, 2):
+        noise = random_like(vector, seed)
+        conditions[f"random {seed} removed"] = lambda noise=noise: project_out(model, noise)
+        conditions[f"random {seed} added"] = lambda noise=noise: steer(model, noise, 1.0, [found.layer])
+    out: dict[str, dict[str, list[bool]]] = {}
+    for name, prompts in test_sets(study).items():
+        for condition, make in conditions.items():
+            if condition.endswith("added") and not name.startswith("Alpaca"):
+                continue
+            key = f"rates {name} {condition}".replace(" ", "-").lower()
+            out.setdefault(name, {})[condition] = study.json(key, lambda p=prompts, m=make: refusals(study, p, m()))
+    return out
+
+
+def refusals(study: Study, prompts: Sequence[str], context: AbstractContextManager[Any]) -> list[bool]:
+    with context:
+        return [ms.is_refusal(reply) for reply in study.model.generate(prompts, REPLY_TOKENS)]
+
+
+def equality(study: Study, found: RefusalDirection) -> dict[str, float]:
+    """Largest difference in logits between the hooks and the orthogonalised weights."""
+    prompts = study.prompts("jailbreakbench", 8) + study.prompts("alpaca_harmless", 8)
+    plain = study.model.logits(prompts)
+    with found.ablate(study.model):
+        hooked = study.model.logits(prompts)
+    with orthogonalized(study.model, found.vector):
+        swapped = study.model.logits(prompts)
+    back = study.model.logits(prompts)
+    gaps = {"hooks against weights": swapped - hooked, "hooks against the model": hooked - plain, "after": back - plain}
+    return {name: float(gap.abs().max()) for name, gap in gaps.items()}
+
+
+def doses(study: Study, found: RefusalDirection, way: str) -> DoseResponse:
+    n, model = study.args.n_dose, study.model
+    sets = study.prompts("jailbreakbench", n), study.prompts("alpaca_harmless", n, skip=400)
+    if way == "removed":
+        return ms.dose_response(
+            model, lambda s: found.ablate(model, s), REMOVED, *sets, study.metric, name="direction removed"
+        )
+    return ms.dose_response(model, lambda s: found.add(model, s), ADDED, *sets, study.metric, name="direction added")
+
+
+def subspace(study: Study, found: RefusalDirection) -> RefusalSubspace:
+    """Further directions, looked for at every third layer."""
+    train, held = prompt_sets(study)
+    layers = study.args.layers or list(range(2, int(0.8 * study.model.n_layers), 3))
+    return ms.refusal_subspace(study.model, found, train, study.metric, held, layers=layers)
+
+
+def expected_pairs(study: Study, n: int) -> ms.PromptPairs:
+    """Aligned built-in pairs of held-out topics that the model treats as expected, of both sides."""
+    kept = []
+    for pair in ms.PromptPairs.builtin("test"):
+        high, low = study.metric(study.model.logits([pair.harmful, pair.harmless])).tolist()
+        if high > 0 > low:
+            kept.append(pair)
+    return ms.PromptPairs(tuple(kept), "built-in test pairs").sample(n)
+
+
+def writers(study: Study, found: RefusalDirection) -> dict[str, Any]:
+    """Nodes of a circuit by what they write of the direction, and all nodes' top."""
+    from mechsafety.circuits import RefusalCircuit
+
+    path = study.work / "circuit.json"
+    if not path.exists():
+        ms.map_refusal_circuit(study.model, metric=study.metric, limit=2 * study.args.n_pairs).save(path)
+    circuit = RefusalCircuit.load(path)
+    measured = ms.direction_io(study.model, found, expected_pairs(study, study.args.n_pairs), study.metric)
+    frame = measured.to_dataframe()
+    inside = {str(member.node): member.role for member in circuit.nodes}
+    frame["in_circuit"], frame["role"] = frame.node.isin(inside), frame.node.map(inside).fillna("")
+    reads = frame.filter(regex="^reads_[a-z]+$").abs().max(axis=1)
+    return {
+        "top": json.loads(frame.head(12).to_json(orient="records")),
+        "readers": json.loads(frame.loc[reads.sort_values(ascending=False).index[:8]].to_json(orient="records")),
+        "neurons": json.loads(measured.neurons_dataframe(6).to_json(orient="records")),
+        "circuit_nodes": len(inside),
+        "written_by_circuit": float(frame.writes[frame.in_circuit].sum()),
+        "mean_abs_cosine": {
+            "circuit": float(frame.cosine[frame.in_circuit].abs().mean()),
+            "other nodes": float(frame.cosine[~frame.in_circuit].abs().mean()),
+        },
+    }
+
+
+def heads(study: Study, found: RefusalDirection) -> dict[str, Any]:
+    pairs = expected_pairs(study, study.args.n_pairs)
+    table = ms.head_attribution(study.model, pairs, study.metric, direction=found, n_masked=min(8, len(pairs)))
+    return {
+        "top": json.loads(table.to_dataframe().head(10).to_json(orient="records")),
+        "agreement": json.loads(table.rank_agreement().to_json(orient="split")),
+    }
+
+
+def probes(study: Study) -> list[dict[str, Any]]:
+    pairs = ms.PromptPairs.builtin("train").sample(study.args.n_probe)
+    layers = study.args.layers or list(range(0, study.model.n_layers + 1, 3))
+    report = ms.probe_layers(study.model, pairs, study.metric, layers=layers)
+    return json.loads(report.to_dataframe().to_json(orient="records"))
+
+
+def others(study: Study, found: RefusalDirection) -> dict[str, Any]:
+    """Representation reading at the same layer, and inference-time intervention, by the same measure."""
+    model = study.model
+    pairs = ms.PromptPairs.builtin("train").sample(study.args.n_train)
+    ways: dict[str, tuple[Direction, float]] = {
+        "representation reading": (ms.repe_direction(model, pairs, layers=[found.layer]), 1.0),
+        "inference-time intervention": (
+            ms.iti_direction(model, pairs, n_heads=min(16, model.n_layers * model.n_heads // 2)),
+            5.0,
+        ),
+    }
+    sets = test_sets(study)
+    out = {}
+    for name, (direction, strength) in ways.items():
+        removed = refusals(study, sets["JailbreakBench"], direction.ablate(model))
+        added = refusals(study, sets["Alpaca (rest)"], direction.add(model, strength))
+        out[name] = {"removed": removed, "added": added, "strength": strength}
+    reading = ways["representation reading"][0].unit[0]
+    out["cosine of representation reading with the direction"] = float(
+        reading @ (found.vector / found.vector.norm()).to(reading)
+    )
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Dose and response on a model whose refusal is one direction by construction."""
+
+import numpy as np
+import pytest
+import torch
+
+import mechsafety as ms
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions import DoseResponse, ablate, dose_response, scale
+from mechsafety.interventions.dose import reply_loss
+from mechsafety.nodes import Node
+
+
+@pytest.fixture(scope="module")
+def measured(directed, directed_found):
+    model, pairs, metric = directed
+    part = (pairs.harmful[:6], pairs.harmless[:6])
+    return dose_response(
+        model, lambda s: directed_found.ablate(model, s), [0.0, 0.5, 1.0], *part, metric, name="removed", progress=False
+    )
+
+
+def test_refusals_fall_with_the_dose(measured):
+    assert measured.refused_harmful.float().mean(1).tolist() == [1.0, 1.0, 0.0]
+    assert not measured.refused_harmless.any()
+    falling = measured.harmful.mean(1)
+    assert falling[0] > falling[1] > falling[2] and falling[2] < -5
+
+
+def test_dose_zero_is_the_model_itself(measured, directed):
+    model, pairs, metric = directed
+    torch.testing.assert_close(measured.harmful[0], metric(model.logits(pairs.harmful[:6])), atol=1e-4, rtol=1e-4)
+    assert float(measured.kl[0].max()) < 1e-5 and float(measured.kl[2].mean()) > 1e-3
+
+
+def test_side_effects_by_hand(measured, directed, directed_found):
+    model, pairs, _ = directed
+    p = model.logits(pairs.harmless[:6]).softmax(-1)
+    with directed_found.ablate(model, 1.0):
+        q = model.logits(pairs.harmless[:6]).softmax(-1)
+        prompt, reply = pairs.harmless[0], "sure"
+        loss = -model.logits([prompt]).log_softmax(-1)[0, model.tokenizer(reply).input_ids[0]]
+        torch.testing.assert_close(reply_loss(model, [prompt], [reply])[0], loss, atol=1e-4, rtol=1e-4)
+        assert float(reply_loss(model, [prompt], [""])[0]) != float(reply_loss(model, [prompt], [""])[0])  # NaN
+    torch.testing.assert_close(measured.kl[2], (p * (p / q).log()).sum(-1), atol=1e-4, rtol=1e-3)
+    frame = measured.to_dataframe().set_index(["strength", "measure"])
+    value = frame.loc[(1.0, "perplexity, harmless"), "value"]
+    assert value == pytest.approx(float(measured.loss[2].double().mean().exp()))
+
+
+def test_loss_over_several_tokens(llama):
+    """The mean over a reply's tokens equals one whole forward a token."""
+    prompt, reply = "how do i bake bread", " make a cake"
+    ids, more = llama.tokenize([prompt]).ids[0].tolist(), llama.tokenizer(reply, add_special_tokens=False).input_ids
+    total = 0.0
+    for k, token in enumerate(more):
+        with torch.no_grad():
+            logits = llama.hf_model(input_ids=torch.tensor([ids + more[:k]])).logits[0, -1]
+        total -= float(logits.log_softmax(-1)[token])
+    assert float(reply_loss(llama, [prompt], [reply])[0]) == pytest.approx(total / len(more), abs=1e-4)
+
+
+def test_table_picture_and_round_trip(measured, tmp_path):
+    frame = measured.to_dataframe()
+    assert (
+        len(frame) == 3 * 6
+        and (frame.ci_low <= frame.value + 1e-9).all()
+        and (frame.value <= frame.ci_high + 1e-9).all()
+    )
+    rate = frame[(frame.measure == "refusal rate, harmful") & (frame.strength == 1.0)].iloc[0]
+    assert (rate.value, rate.ci_low) == (0.0, 0.0) and rate.ci_high == pytest.approx(0.390, abs=1e-3)  # Wilson, 0 of 6
+    assert len(measured.plot().data) == 6
+    again = DoseResponse.load(measured.save(tmp_path / "dose"))
+    assert torch.equal(again.refused_harmful, measured.refused_harmful)
+    np.testing.assert_allclose(again.to_dataframe().value, frame.value)
+    assert repr(again) == "DoseResponse(removed: 3 strengths, harmful refused 100% at 0 and 0% at 1)"
+
+
+def test_any_intervention_and_judge(directed):
+    model, pairs, metric = directed
+    head = [Node("head", 0, 0)]
+    options = {"judge": lambda reply: reply.startswith("sure"), "references": ["sure"] * 2, "progress": False}
+    found = [
+        dose_response(model, make, [1.0], pairs.harmful[:2], pairs.harmless[:2], metric, **options)
+        for make in (lambda s: ablate(model, head, s, "zero"), lambda s: scale(model, head, 1 - s))
+    ]
+    assert found[0].refused_harmful.all()  # the judge looks for "sure", which the model says without that head
+    torch.testing.assert_close(found[0].harmful, found[1].harmful, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "references", "message"),
+    [
+        ([], None, "no strengths or no prompts; expected at least one of each"),
+        ([float("nan")], None, "strength=nan; expected a finite number"),
+        ([1.0], ["one"], "1 references; expected one for each of 2 prompts"),
+    ],
+)
+def test_refused(directed, strengths, references, message):
+    model, pairs, metric = directed
+    part = (pairs.harmful[:2], pairs.harmless[:2], metric)
+    with pytest.raises(MechsafetyError) as caught:
+        dose_response(model, lambda s: scale(model, [Node("mlp", 0)], s), strengths, *part, references=references)
+    assert str(caught.value) == message and isinstance(caught.value, ms.MechsafetyError)

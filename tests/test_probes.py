@@ -1,0 +1,114 @@
+"""Probes on a model whose refusal is one direction: folds that leak nothing, controls, and what erasing does."""
+
+import numpy as np
+import pytest
+import torch
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions import project_out
+from mechsafety.probes import ProbeReport, _Folds, _groups, _lexical, _linear, probe_layers, span_means
+from mechsafety.prompts import PromptPairs
+
+HARD = ["explain the python process", "kill a python process", "poison tea", "is the bomb blue"]
+
+
+@pytest.fixture(scope="module")
+def report(directed):
+    model, pairs, metric = directed
+    return probe_layers(
+        model, pairs, metric, layers=[0, 2], spans=["last", "instruction"], hard=HARD, n_erase=4, progress=False
+    )
+
+
+def test_what_is_there_is_found_and_what_is_not_is_not(report):
+    frame = report.to_dataframe().set_index(["layer", "span"])
+    assert frame.accuracy[2, "last"] == 1.0 and frame.auroc[2, "last"] == 1.0
+    # the last token before block 0 is the same in all prompts
+    assert frame.accuracy[0, "last"] == 0.5 and frame.auroc[0, "last"] == 0.5
+    assert not report.directions[0, 0].any() and report.erased[0, 0].isnan().all()
+    assert frame.shuffled.max() <= 0.6 and (frame.accuracy_low <= frame.accuracy).all()
+    assert frame.lexical.iloc[0] == 1.0  # one word tells these prompts apart: text alone does as well
+
+
+def test_erasing_is_the_removal_of_the_stored_direction(report, directed):
+    model, pairs, metric = directed
+    torch.testing.assert_close(report.unedited, metric(model.logits(pairs.harmful[:4])), atol=1e-4, rtol=1e-4)
+    for name, rows in (("erased", report.directions), ("pattern_erased", report.patterns)):
+        with project_out(model, rows[1, 0]):
+            want = metric(model.logits(pairs.harmful[:4]))
+        torch.testing.assert_close(getattr(report, name)[1, 0], want, atol=1e-3, rtol=1e-3)
+
+
+def test_the_pattern_is_the_refusal_direction_and_its_removal_matters(report):
+    assert abs(float(report.patterns[1, 0, 0])) > 0.95
+    frame = report.to_dataframe().set_index(["layer", "span"])
+    assert frame.pattern_erased[2, "last"] < -20 < frame.random_erased[2, "last"]
+    assert report.random_erased.shape == (8, 4)
+
+
+def test_no_group_is_on_both_sides():
+    """Labels that only the group tells cannot be predicted for a group that was left out."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 5)
+    labels = groups % 2
+    data = np.eye(12)[groups] + 0.01 * generator.normal(size=(60, 12))
+    values = _Folds(groups, 3, 3).out_of_fold(_linear(), data, labels)
+    assert float(((values > 0).numpy() == labels).mean()) < 0.7
+    leaking = _Folds(np.arange(60), 3, 3).out_of_fold(_linear(), data, labels)
+    assert float(((leaking > 0).numpy() == labels).mean()) == 1.0
+
+
+def test_the_lexical_baseline_knows_words_and_nothing_else():
+    texts = [f"make a bomb number {k}" for k in range(8)] + [f"make a cake number {k}" for k in range(8)]
+    labels = np.repeat([1, 0], 8)
+    folds = _Folds(np.tile(np.arange(8), 2), 4, 2)
+    assert bool(((folds.out_of_fold(_lexical(), texts, labels) > 0).numpy() == labels).all())
+    fitted = folds.fit(_lexical(), texts, labels)
+    assert fitted.decision_function(["a bomb"])[0] > fitted.decision_function(["a cake"])[0]
+
+
+def test_topics_are_the_groups_where_there_are_enough(directed):
+    _, pairs, _ = directed
+    assert set(_groups(pairs)) == {"make", "explain", "write"}
+    plain = PromptPairs.from_lists(pairs.harmful, pairs.harmless)
+    assert list(_groups(plain)) == list(range(12))
+
+
+def test_span_means_by_hand(llama):
+    prompts = ["kill", "how do i bake bread"]
+    found = span_means(llama, prompts, [1, 3], ["instruction", "suffix", "last"])
+    for row, prompt in enumerate(prompts):
+        resid = llama.cache([prompt], ["resid"]).resid[[1, 3], 0]
+        start, end = llama.tokenize([prompt]).spans[0].instruction
+        want = torch.stack([resid[:, start:end].mean(1), resid[:, end:].mean(1), resid[:, -1]], 1)
+        torch.testing.assert_close(found[:, :, row], want, atol=1e-5, rtol=1e-5)
+
+
+def test_round_trip_and_picture(report, tmp_path):
+    again = ProbeReport.load(report.save(tmp_path / "probes"))
+    assert torch.equal(again.values, report.values) and again.spans == report.spans
+    assert repr(again) == repr(report) and repr(report).startswith("ProbeReport(2 layers x 2 spans, best accuracy 1.00")
+    assert {trace.name for trace in report.plot().data} == {"last", "instruction"}
+
+
+def test_without_a_metric_nothing_is_erased(directed):
+    model, pairs, _ = directed
+    found = probe_layers(model, pairs, layers=[1], spans=["last"], hard=HARD, progress=False)
+    assert found.erased is None and "erased" not in found.to_dataframe()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spans": ["middle"]}, "spans ['middle']; expected some of ('instruction', 'suffix', 'last')"),
+        ({"layers": [4]}, "layers [4]; expected some of 0 to 3"),
+        ({"layers": []}, "layers []; expected some of 0 to 3"),
+    ],
+)
+def test_refusals(directed, options, message):
+    model, pairs, metric = directed
+    with pytest.raises(MechsafetyError) as caught:
+        probe_layers(model, pairs, metric, **options)
+    assert str(caught.value) == message
+    with pytest.raises(MechsafetyError, match=r"^2 pairs; expected at least 3, so that some can be held out$"):
+        probe_layers(model, PromptPairs(pairs.pairs[:2]), metric)
