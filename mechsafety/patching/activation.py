@@ -144,7 +144,7 @@ def activation_patching(
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=_kinds(sites))
     base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
-    columns, where = _columns(base, runs.start, positions)
+    columns, where = column_masks(base, runs.start, positions)
     rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
     order = sorted(range(len(rows)), key=lambda r: (sites[rows[r][0]].layer or 0, rows[r]))
     values = _source_values(base, other, _kinds(sites), source, seed)
@@ -203,7 +203,7 @@ def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
     return tuple(dict.fromkeys(site.kind for site in sites))
 
 
-def _columns(
+def column_masks(
     base: BaseRun, start: int, positions: str | Sequence[int]
 ) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
     """Columns (from the end) and, for each variant, where in the run columns it patches."""
