@@ -79,7 +79,9 @@ def norm_edits(model, base):
     edits, seen = [], {}
     for name, norm in norms.items():
         before = own[f"{name}.hook_in"]
-        torch.testing.assert_close(kept_norm(model, norm, before, before), own[f"{name}.hook_out"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            kept_norm(model, norm, before, before), own[f"{name}.hook_out"], atol=1e-5, rtol=1e-5
+        )
 
         def see(tensor, name=name):
             seen[name] = tensor

@@ -20,7 +20,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS, column_masks
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS
@@ -236,7 +236,9 @@ def path_projection(
     task = _task(model, pairs, senders, mlp, norm, direction, positions, ())
     vector = projection.vector.to(model.device).float()
     (columns,) = column_masks(task.base, task.runs.start, projection.columns)[1]
-    weight = columns.float() / columns.sum(1, keepdim=True).clamp(min=1)
+    if not bool(columns.any(1).all()):
+        raise MechsafetyError(f"columns={projection.columns!r}", expected="columns from the first difference on")
+    weight = columns.float() / columns.sum(1, keepdim=True)
 
     def project(resid: Tensor) -> Tensor:
         return einsum(resid.float(), vector, weight, "... batch pos d, d, batch pos -> ... batch")

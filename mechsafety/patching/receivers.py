@@ -1,5 +1,6 @@
 """Receivers of path patching: what a slot makes of a changed input, and what the model makes of that."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ class Projection:
     Attributes:
         vector: Unit vector.
         site: Where in the residual stream: ``resid_pre``, ``resid_mid`` or ``resid_post`` of a layer.
-        columns: A span, or columns counted from the end; the last token by default.
+        columns: A span, or columns counted from the end; the last token by default. Columns before the first difference
+            of the pairs are left out.
     """
 
     vector: Float[Tensor, " d_model"]
@@ -175,25 +177,31 @@ def edit_hooks(
         hidden: The residual stream before the layer, in that run.
         edits: Of one layer; at most one a slot.
     """
-    grouped = model.n_kv_heads != model.n_heads
-    shared = [edit for edit in edits if grouped and edit.slot in ("k", "v")]
-    hooks = [edit.hook(len(base)) for edit in edits if not (grouped and edit.slot in ("k", "v"))]
+    shared = [edit for edit in edits if _is_shared(model, edit)]
+    hooks = [edit.hook(len(base)) for edit in edits if not _is_shared(model, edit)]
     direct = tuple(hooks)
-    # a key or value head serves several heads: a receiver alone takes its z from a run in which they are changed for all
-    for together in [shared[:1], shared[1:], shared] if len(shared) == 2 else [shared[:1]]:
-        if not together:
+    # a shared slot is changed for all heads in a run of its own, of which a receiver's z alone is kept
+    for pattern in itertools.product((False, True), repeat=len(shared)):
+        if not any(pattern):
             continue
-        chosen = torch.stack([edit.chosen for edit in together]).all(0)
-        for edit in shared:
-            if all(edit is not member for member in together):
-                chosen = chosen & ~edit.chosen
+        agree = [edit.chosen == flag for edit, flag in zip(shared, pattern, strict=True)]
+        chosen = torch.stack(agree).all(0)
         if bool(chosen.any()):
-            site = Site(SiteKind.Z, together[0].layer)
-            changed = [*direct, *(edit.whole_hook() for edit in together)]
-            z = capture(model, base, together[0].layer, hidden, site, changed)
+            layer, site = shared[0].layer, Site(SiteKind.Z, shared[0].layer)
+            together = [edit.whole_hook() for edit, flag in zip(shared, pattern, strict=True) if flag]
+            z = capture(model, base, layer, hidden, site, [*direct, *together])
             rows = _rows(chosen, len(base), z.ndim)
             hooks.append((site, lambda tensor, rows=rows, z=z: torch.where(rows, z, tensor)))
     return hooks
+
+
+def _is_shared(model: LensModel, edit: Edit) -> bool:
+    """Whether a slot's value for one head also acts on others: grouped queries, a norm over all heads (OLMo-2)."""
+    if edit.slot not in ("q", "k", "v"):
+        return False
+    norm = getattr(model.bridge.blocks[edit.layer].attn, f"{edit.slot}_norm", None)
+    over_heads = norm is not None and norm.weight.shape[-1] != model.d_head
+    return over_heads or (edit.slot != "q" and model.n_kv_heads != model.n_heads)
 
 
 def frozen_change(

@@ -35,7 +35,7 @@ class At:
 
     Attributes:
         part: A node, or the whole residual stream at a site.
-        columns: A span (``prefix``, ``instruction``, ``suffix``) or columns counted from the end (-1 is the last token).
+        columns: A span (``prefix``, ``instruction``, ``suffix``), or columns counted from the end (-1 is the last).
 
     Example:
         >>> str(At(Node("head", 0, 1), "instruction")), str(At(Site("resid_pre", 2), (-3, -1)))
@@ -81,9 +81,10 @@ def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
     sizes = {"head": model.n_heads, "mlp": 1, "neuron": model.d_mlp}
     for sender in senders:
         part = part_of(sender)
-        if isinstance(part, Node) and part.kind == "logits" or isinstance(part, Site) and part.kind not in STREAM:
+        if (isinstance(part, Node) and part.kind == "logits") or (isinstance(part, Site) and part.kind not in STREAM):
             raise MechsafetyError(
-                f"{sender} cannot send", expected="the embedding, heads, MLPs, neurons, or a site of the residual stream"
+                f"{sender} cannot send",
+                expected="the embedding, heads, MLPs, neurons, or a site of the residual stream",
             )
         if part.kind is SiteKind.RESID_MID and model.parallel:
             raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
