@@ -69,10 +69,13 @@ def kept_norm(model, norm, base_input, x):
     return x / (base_input.square().mean(-1, keepdim=True) + cfg.eps).sqrt() * weight
 
 
-def norm_edits(model, base):
-    """Hooks under which every norm outside attention keeps its scale of a run of ``base``."""
-    norms = {"ln_final": model.bridge.ln_final}
+def norm_edits(model, base, of_heads=False):
+    """Hooks under which every norm outside attention (or those of queries and keys) keeps its scale of a run."""
+    norms = {} if of_heads else {"ln_final": model.bridge.ln_final}
     for layer, block in enumerate(model.bridge.blocks):
+        if of_heads:
+            norms |= {f"blocks.{layer}.attn.{name}": getattr(block.attn, name) for name in ("q_norm", "k_norm")}
+            continue
         names = [name for name in ("ln1", "ln1_post", "ln2", "ln2_post") if hasattr(block, name)]
         norms |= {f"blocks.{layer}.{name}": getattr(block, name) for name in names}
     own = record(model, base, [f"{name}.{end}" for name in norms for end in ("hook_in", "hook_out")])

@@ -20,6 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 EXPORTS = [
     "__version__",
     "ActivationCache",
+    "At",
     "Edge",
     "EdgeScores",
     "HeadAttribution",
@@ -30,6 +31,8 @@ EXPORTS = [
     "NodeAttribution",
     "PatchMap",
     "PathMap",
+    "PathMatrix",
+    "Projection",
     "PromptPair",
     "PromptPairs",
     "RefusalCircuit",
@@ -45,7 +48,9 @@ EXPORTS = [
     "load_model",
     "map_refusal_circuit",
     "node_attribution",
+    "path_matrix",
     "path_patching",
+    "path_projection",
 ]
 
 # the rooms from the bottom up: a module imports its own room and those of lower rank only

@@ -58,6 +58,19 @@ def through_norm(
 
 
 @contextmanager
+def forward_hooks(modules: Sequence[Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Context in which ``hook(module, args, out)`` sees each module's output and may return another in its place."""
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], object]) -> Iterator[None]:
     scales: dict[Module, Tensor] = {}
 
@@ -72,22 +85,10 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
         return ((out.float() - shift) * ratio + shift).to(out.dtype)
 
     with model.lock:
-        with _forward_hooks(modules, note):
+        with forward_hooks(modules, note):
             base()
-        with _forward_hooks(modules, rescale):
+        with forward_hooks(modules, rescale):
             yield
-
-
-@contextmanager
-def _forward_hooks(modules: Sequence[Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles: list[Any] = []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _scale(model: LensModel, x: Tensor) -> Tensor:
