@@ -8,7 +8,7 @@ from mechsafety.patching.masks import (
     pair_runs,
     patched_logits,
 )
-from mechsafety.patching.path_matrix import PathMatrix, path_matrix
+from mechsafety.patching.matrix import PathMatrix, path_matrix
 from mechsafety.patching.paths import PathMap, path_patching, path_projection
 from mechsafety.patching.receivers import Projection
 from mechsafety.patching.senders import At

@@ -24,14 +24,14 @@ from mechsafety.nodes import Edge, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS, column_masks
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS
+from mechsafety.patching.readout import final_scores
 from mechsafety.patching.receivers import (
     DOWNSTREAM,
     LOGITS,
     Projection,
     Receiver,
     check_receivers,
-    edge_logits,
-    final_logits,
+    edge_scores,
     frozen_change,
     live_logits,
     reaches,
@@ -58,7 +58,6 @@ __all__ = [
     "LOGITS",
     "PathMap",
     "Receiver",
-    "edge_logits",
     "measured_edges",
     "node_outputs",
     "path_patching",
@@ -193,8 +192,8 @@ def path_patching(
     changes = torch.zeros(len(task.senders), len(groups), len(task.base), device=before.device)
     with torch.no_grad(), tqdm(total=changes[:, :, 0].numel(), desc="paths", disable=not progress, leave=False) as bar:
         for column, group in enumerate(groups):
-            for rows, logits in _paths(task, group, downstream):
-                changes[rows, column] = task.sign * (before - metric(logits))
+            for rows, scores in _paths(task, group, metric, downstream):
+                changes[rows, column] = task.sign * (before - scores)
                 bar.update(len(rows))
     return task.result(metric.to_json(), groups, changes, task.runs.scores(metric), downstream, joint)
 
@@ -252,7 +251,11 @@ def path_projection(
             change = task.change(rows, projection.moment)
             changes[rows, 0] = -task.sign * project(change)
             bar.update(len(rows))
-    about = {"name": "projection", "site": str(projection.site), "columns": _shown(projection.columns)}
+    about: dict[str, object] = {
+        "name": "projection",
+        "site": str(projection.site),
+        "columns": _shown(projection.columns),
+    }
     groups = (((projection.site, "resid"),),)
     return task.result(about, groups, changes, (harmful, harmless), "frozen", False)
 
@@ -362,8 +365,10 @@ def _task(
     return _Task(model, runs, base, source, sending, mlp, norm, direction, _shown(positions), where)
 
 
-def _paths(task: _Task, group: Sequence[Receiver], downstream: str) -> Iterator[tuple[list[int], Tensor]]:
-    """Sender indices and logits [sender batch d_vocab], in chunks that fit an engine batch."""
+def _paths(
+    task: _Task, group: Sequence[Receiver], metric: RefusalLogOdds, downstream: str
+) -> Iterator[tuple[list[int], Float[Tensor, "sender batch"]]]:
+    """Sender indices and the metric, in chunks that fit an engine batch."""
     model, base = task.model, task.base
     last = slice(base.n_pos - 1, base.n_pos)
     moments = {receiver: read_moment(model, receiver[0]) for receiver in group}
@@ -372,7 +377,7 @@ def _paths(task: _Task, group: Sequence[Receiver], downstream: str) -> Iterator[
     for rows in task.chunks(max(moments.values(), default=0), size):
         if to_logits:
             change = task.change(rows, 2 * model.n_layers, last)
-            yield rows, final_logits(model, base, change[:, :, 0], task.norm)
+            yield rows, final_scores(model, base, change[:, :, 0], metric, task.norm)
             continue
         edits = []
         # receivers of one slot and layer read the same change
@@ -381,9 +386,10 @@ def _paths(task: _Task, group: Sequence[Receiver], downstream: str) -> Iterator[
             delta = task.change(rows, slot[0])
             edits.append(slot_edit(model, base, [here] * len(rows), delta, task.norm))
         if downstream == "frozen":
-            yield rows, final_logits(model, base, frozen_change(model, base, edits, task.norm), task.norm)
+            change = frozen_change(model, base, edits, task.norm)
+            yield rows, final_scores(model, base, change, metric, task.norm)
         else:
-            yield rows, live_logits(model, base, edits)
+            yield rows, metric(live_logits(model, base, edits))
 
 
 def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
@@ -421,6 +427,6 @@ def measured_edges(
                 senders = [edges[k].sender for k in chunk]
                 delta = propagate(model, base, source, senders, moment, mlp="freeze")
                 receivers = [(edges[k].receiver, edges[k].slot) for k in chunk]
-                changes[chunk] = harmful - metric(edge_logits(model, base, receivers, delta))
+                changes[chunk] = harmful - edge_scores(model, base, receivers, delta, metric)
                 bar.update(len(chunk))
     return changes

@@ -1,7 +1,7 @@
 """Receivers of path patching: what a slot makes of a changed input, and what the model makes of that."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
     BaseRun,
@@ -18,10 +19,10 @@ from mechsafety.models.engine import (
     expand_rows,
     run_from,
     split_rows,
-    unembed,
 )
 from mechsafety.nodes import Node
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms
+from mechsafety.patching.readout import final_scores
 from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
 from mechsafety.sites import Site, SiteKind
 
@@ -113,8 +114,10 @@ class Edit:
 
     def hook(self, batch: int) -> Hook:
         """Gives the chosen heads or neurons of each row their values."""
-        rows = _rows(self.chosen, batch, self.values.ndim)
-        return (Site(_SITES[self.slot], self.layer), lambda tensor: torch.where(rows, self.values, tensor))
+        return (
+            Site(_SITES[self.slot], self.layer),
+            _keep_where(_rows(self.chosen, batch, self.values.ndim), self.values),
+        )
 
     def whole_hook(self) -> Hook:
         """Gives all heads their values."""
@@ -190,8 +193,7 @@ def edit_hooks(
             layer, site = shared[0].layer, Site(SiteKind.Z, shared[0].layer)
             together = [edit.whole_hook() for edit, flag in zip(shared, pattern, strict=True) if flag]
             z = capture(model, base, layer, hidden, site, [*direct, *together])
-            rows = _rows(chosen, len(base), z.ndim)
-            hooks.append((site, lambda tensor, rows=rows, z=z: torch.where(rows, z, tensor)))
+            hooks.append((site, _keep_where(_rows(chosen, len(base), z.ndim), z)))
     return hooks
 
 
@@ -232,40 +234,26 @@ def frozen_change(
     return total[:, :, 0]
 
 
-def final_logits(
-    model: LensModel, base: BaseRun, change: Float[Tensor, "variant batch d_model"], norm: str = "recompute"
-) -> Float[Tensor, "variant batch d_vocab"]:
-    """Logits when ``change`` is added to the final residual stream at the last column."""
-    final = base.resid[-1][:, -1]
-    with keep_scales(model, norm, [model.bridge.ln_final], lambda: model.bridge.ln_final(final)):
-        rows = rearrange(final + change.to(final.dtype), "variant batch d -> (variant batch) d")
-        return split_rows(unembed(model, rows), len(change))
-
-
-def edge_logits(
+def edge_scores(
     model: LensModel,
     base: BaseRun,
     receivers: Sequence[Receiver],
     delta: Float[Tensor, "variant batch pos d_model"],
-    downstream: str = "live",
-    norm: str = "recompute",
-) -> Float[Tensor, "variant batch d_vocab"]:
-    """Logits when each variant's ``delta`` is added to what its receiver's slot reads, and to nothing else.
+    metric: RefusalLogOdds,
+) -> Float[Tensor, "variant batch"]:
+    """Metric when each variant's ``delta`` is added to what its receiver's slot reads, the rest running live.
 
     Args:
         model: The model.
         base: The run that is edited.
         receivers: One a variant; all in one layer and one slot.
         delta: Change of the receiver's input.
-        downstream: ``live`` or ``frozen``.
-        norm: ``recompute`` or ``freeze``, of the norms that read the change.
+        metric: What is measured.
     """
     if receivers[0][0].kind == "logits":
-        return final_logits(model, base, delta[:, :, -1], norm)
-    edits = [slot_edit(model, base, [[receiver] for receiver in receivers], delta, norm)]
-    if downstream == "frozen":
-        return final_logits(model, base, frozen_change(model, base, edits, norm), norm)
-    return live_logits(model, base, edits)
+        return final_scores(model, base, delta[:, :, -1], metric)
+    edit = slot_edit(model, base, [[receiver] for receiver in receivers], delta)
+    return metric(live_logits(model, base, [edit]))
 
 
 def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_model"], kind: str) -> Tensor:
@@ -277,6 +265,10 @@ def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_mo
     with model.hooks([(site, lambda tensor: seen.append(tensor))]):
         model.mlp(layer, reads)
     return seen[0]
+
+
+def _keep_where(rows: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: torch.where(rows, values, tensor)
 
 
 def _rows(chosen: Bool[Tensor, "variant index"], batch: int, ndim: int) -> Tensor:
