@@ -48,7 +48,17 @@ __getattr__, _, _names = lazy_loader.attach(
         "errors": ["MechsafetyError", "NoRefusal"],
         "metrics": ["RefusalLogOdds", "is_refusal"],
         "models": ["LensModel", "load_model"],
-        "patching": ["PatchMap", "PathMap", "activation_patching", "path_patching"],
+        "patching": [
+            "At",
+            "PatchMap",
+            "PathMap",
+            "PathMatrix",
+            "Projection",
+            "activation_patching",
+            "path_matrix",
+            "path_patching",
+            "path_projection",
+        ],
         "probes": ["ProbeReport", "probe_layers"],
         "prompts": ["PromptPair", "PromptPairs", "builtin_prompts", "load_instructions"],
         "sites": ["Site", "SiteKind"],
@@ -99,7 +109,17 @@ if TYPE_CHECKING:
     from mechsafety.metrics import RefusalLogOdds, is_refusal
     from mechsafety.models import LensModel, load_model
     from mechsafety.nodes import Edge, Node
-    from mechsafety.patching import PatchMap, PathMap, activation_patching, path_patching
+    from mechsafety.patching import (
+        At,
+        PatchMap,
+        PathMap,
+        PathMatrix,
+        Projection,
+        activation_patching,
+        path_matrix,
+        path_patching,
+        path_projection,
+    )
     from mechsafety.probes import ProbeReport, probe_layers
     from mechsafety.prompts import (
         PromptPair,

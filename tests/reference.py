@@ -59,6 +59,132 @@ def patched_whole(model, base, source, nodes, where=None):
     return whole_logits(model, base, edits)
 
 
+def kept_norm(model, norm, base_input, x):
+    """A norm of ``x`` that divides by the scale of ``base_input``, from its weights."""
+    cfg, bias = model.bridge.cfg, getattr(norm, "bias", None)
+    weight = norm.weight + 1 if cfg.rmsnorm_uses_offset else norm.weight
+    if not cfg.uses_rms_norm:
+        scale = (base_input.var(-1, keepdim=True, unbiased=False) + cfg.eps).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / scale * weight + bias
+    return x / (base_input.square().mean(-1, keepdim=True) + cfg.eps).sqrt() * weight
+
+
+def norm_edits(model, base, of_heads=False):
+    """Hooks under which every norm outside attention (or those of queries and keys) keeps its scale of a run."""
+    norms = {} if of_heads else {"ln_final": model.bridge.ln_final}
+    for layer, block in enumerate(model.bridge.blocks):
+        if of_heads:
+            norms |= {f"blocks.{layer}.attn.{name}": getattr(block.attn, name) for name in ("q_norm", "k_norm")}
+            continue
+        names = [name for name in ("ln1", "ln1_post", "ln2", "ln2_post") if hasattr(block, name)]
+        norms |= {f"blocks.{layer}.{name}": getattr(block, name) for name in names}
+    own = record(model, base, [f"{name}.{end}" for name in norms for end in ("hook_in", "hook_out")])
+    edits, seen = [], {}
+    for name, norm in norms.items():
+        before = own[f"{name}.hook_in"]
+        torch.testing.assert_close(
+            kept_norm(model, norm, before, before), own[f"{name}.hook_out"], atol=1e-5, rtol=1e-5
+        )
+
+        def see(tensor, name=name):
+            seen[name] = tensor
+
+        def keep(tensor, name=name, norm=norm, before=before):
+            return kept_norm(model, norm, before, seen[name])
+
+        edits += [(f"{name}.hook_in", see), (f"{name}.hook_out", keep)]
+    return edits
+
+
+def sender_edit(model, base, source, part, where):
+    """Hook that gives a sender its source value at the columns ``where`` [batch pos]."""
+    kind, layer = str(part.kind), part.layer or 0
+    kind = "resid_pre" if kind == "embed" else kind
+    if kind in ("head", "mlp", "neuron"):
+        name, index = node_hook(part)
+    else:
+        name, index = f"blocks.{layer}.hook_{kind}", (slice(None), slice(None))
+    if kind == "resid_mid":  # an edit there would miss the skip branch
+        name = f"blocks.{layer}.hook_attn_out"
+        parts = [f"blocks.{layer}.hook_resid_pre", name]
+        new = sum(record(model, source, parts).values()) - record(model, base, parts[:1])[parts[0]]
+    else:
+        new = record(model, source, [name])[name][index]
+
+    def edit(tensor):
+        out = tensor.clone()
+        keep = where.reshape(*where.shape, *[1] * (new.ndim - 2))
+        out[index] = torch.where(keep, new, tensor[index])
+        return out
+
+    return name, edit
+
+
+def frozen_run(model, base, source, part, *, mlp, norm="recompute", where=None, read=()):
+    """Path patching by whole forwards: only the sender changes, attention (and MLPs, and norms' scales) stay.
+
+    Returns logits, and what is seen at the hooks ``read`` before anything is frozen there.
+    """
+    where = base.mask if where is None else where
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.n_layers)]
+    if mlp == "freeze":
+        names += [f"blocks.{layer}.hook_mlp_out" for layer in range(model.n_layers)]
+    if str(part.kind) == "neuron" and mlp == "freeze":  # else its own MLP's output is put back
+        names.remove(f"blocks.{part.layer}.hook_mlp_out")
+    own, seen = record(model, base, names), {}
+    edits = [(name, lambda t, name=name: seen.update({name: t.clone()})) for name in read]
+    edits += [(name, lambda tensor, name=name: own[name]) for name in names]
+    edits.append(sender_edit(model, base, source, part, where))
+    if norm == "freeze":
+        edits += norm_edits(model, base)
+    return whole_logits(model, base, edits), seen
+
+
+def slot_hook(receiver, slot):
+    """Hook name of what a slot holds."""
+    if receiver.kind == "head":
+        return f"blocks.{receiver.layer}.attn.hook_{slot}"
+    return f"blocks.{receiver.layer}.{'hook_mlp_out' if receiver.kind == 'mlp' else 'mlp.hook_post'}"
+
+
+def path_whole(model, base, source, part, receivers, *, mlp, norm="recompute", downstream="live", where=None):
+    """Logits when ``part`` changes the slots of ``receivers`` [(node, slot)], by whole forwards alone.
+
+    Several receivers (downstream live) are patched in one run and must not share a layer.
+    """
+    if receivers[0][0].kind == "logits":
+        return frozen_run(model, base, source, part, mlp=mlp, norm=norm, where=where)[0]
+    names = [slot_hook(*receiver) for receiver in receivers]
+    _, read = frozen_run(model, base, source, part, mlp=mlp, norm=norm, where=where, read=names)
+    edits = []
+    for (node, _), name in zip(receivers, names, strict=True):
+        values, target, index = read[name], name, (slice(None), slice(None), node.index)
+        if node.kind == "head":  # keys and values may be shared: only the receiver's z is kept of a run that has them
+            target = f"blocks.{node.layer}.attn.hook_z"
+            store = {}
+            see = [(target, lambda t, store=store: store.update(z=t.clone()))]
+            whole_logits(model, base, [*edits, (name, lambda t, values=values: values), *see])
+            values = store["z"]
+
+        def put(tensor, values=values, index=index, node=node):
+            if node.kind == "mlp":
+                return values
+            out = tensor.clone()
+            out[index] = values[index]
+            return out
+
+        edits.append((target, put))
+    if downstream == "frozen":
+        (node, _), (target, put) = receivers[0], edits[0]
+        names = [f"blocks.{layer}.{end}" for layer in range(model.n_layers) for end in ("attn.hook_z", "hook_mlp_out")]
+        if node.kind == "neuron":
+            names.remove(f"blocks.{node.layer}.hook_mlp_out")
+        own = record(model, base, names)
+        edits = [(name, lambda tensor, name=name: own[name]) for name in names] + edits
+        edits += norm_edits(model, base) if norm == "freeze" else []
+    return whole_logits(model, base, edits)
+
+
 def hook_count(model):
     """All hooks on all TransformerLens hook points and all forward hooks of all modules."""
     points = sum(len(p.fwd_hooks) + len(p.bwd_hooks) for p in model.bridge.hook_dict.values())

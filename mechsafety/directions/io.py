@@ -21,7 +21,8 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
-from mechsafety.patching.paths import edge_logits, node_outputs
+from mechsafety.patching.receivers import live_logits, slot_edit
+from mechsafety.patching.senders import node_outputs
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
@@ -216,8 +217,8 @@ def _reads(
             for first in range(0, len(members), size):
                 chunk = members[first : first + size]
                 rows = repeat(delta, "pair pos d -> variant pair pos d", variant=len(chunk))
-                receivers = [(nodes[k], SLOTS[place]) for k in chunk]
-                reads[chunk, place] = harmful - metric(edge_logits(model, base, receivers, rows))
+                edit = slot_edit(model, base, [[(nodes[k], SLOTS[place])] for k in chunk], rows)
+                reads[chunk, place] = harmful - metric(live_logits(model, base, [edit]))
     return reads / (harmful - harmless).mean()
 
 

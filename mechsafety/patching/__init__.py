@@ -8,16 +8,24 @@ from mechsafety.patching.masks import (
     pair_runs,
     patched_logits,
 )
-from mechsafety.patching.paths import PathMap, path_patching
+from mechsafety.patching.matrix import PathMatrix, path_matrix
+from mechsafety.patching.paths import PathMap, path_patching, path_projection
+from mechsafety.patching.receivers import Projection
+from mechsafety.patching.senders import At
 
 __all__ = [
+    "At",
     "PairRuns",
     "Patch",
     "PatchMap",
     "PathMap",
+    "PathMatrix",
+    "Projection",
     "activation_patching",
     "masked_logits",
     "pair_runs",
     "patched_logits",
+    "path_matrix",
     "path_patching",
+    "path_projection",
 ]

@@ -70,7 +70,7 @@ def test_the_neurons_estimate_is_the_first_order_of_the_mlps_exact_reading(make_
     """For a small change the neurons' estimates sum to what the MLP's reading measures."""
     from mechsafety.directions.io import _neuron_reads
     from mechsafety.patching import pair_runs
-    from mechsafety.patching.paths import edge_logits
+    from mechsafety.patching.receivers import live_logits, slot_edit
     from mechsafety.sites import SiteKind
 
     model = make_model("llama")
@@ -86,7 +86,8 @@ def test_the_neurons_estimate_is_the_first_order_of_the_mlps_exact_reading(make_
     for layer in range(3):
         middle = [run.resid[layer + 1] - run.acts[SiteKind.MLP_OUT][layer] for run in (base, small)]
         delta = -((middle[0] - middle[1]) @ unit)[..., None] * unit
-        logits = edge_logits(model, base, [(Node("mlp", layer), "mlp")], delta[None])[0]
+        edit = slot_edit(model, base, [[(Node("mlp", layer), "mlp")]], delta[None])
+        logits = live_logits(model, base, [edit])[0]
         exact = (logit_difference(base.logits) - logit_difference(logits)).mean() / gap
         assert float(estimate[layer]) == pytest.approx(float(exact), rel=0.05, abs=1e-5)
 

@@ -2,100 +2,79 @@
 
 import pytest
 import torch
+from reference import frozen_run, hook_count, path_whole
 
 import mechsafety as ms
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching import pair_runs, path_patching
+from mechsafety.patching import At, Projection, pair_runs, path_patching, path_projection
+from mechsafety.patching.paths import measured_edges
 from mechsafety.sites import Site, SiteKind
 
-PRE_NORM = ["llama", "gpt2", "gpt_neox", "qwen3"]
-
-
-def frozen_run(model, pairs, metric, sender, mlp, *, receivers=(), swap=False):
-    """Metric when only the sender's value is the source's and attention (and MLPs) stay as in the base run.
-
-    Returns the metric, and what each receiver reads or writes in that run (for a second, live run).
-    """
-    base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
-    if swap:
-        base, source = source, base
-    sites = [Site(kind, layer) for kind in (SiteKind.Z, SiteKind.MLP_OUT) for layer in range(model.n_layers)]
-    own, other = model.read(base, sites), model.read(source, sites)
-    hooks = []
-    seen = {}
-    for site in sites:
-        is_sender = site.layer == sender.layer and (site.kind is SiteKind.Z) == (sender.kind == "head")
-        if site.kind is SiteKind.MLP_OUT and mlp == "recompute" and not is_sender:
-            continue
-        value = own[site].clone()
-        if is_sender and sender.kind == "head":
-            value[:, :, sender.index] = other[site][:, :, sender.index]
-        elif is_sender:
-            value = other[site]
-        hooks.append((site, lambda tensor, value=value: value))
-    for site in receivers:
-        hooks.insert(0, (site, lambda tensor, site=site: seen.__setitem__(site, tensor.clone())))
-    with model.hooks(hooks):
-        return metric(model.logits(base)), seen
+KINDS = ["llama", "gpt_neox", "gemma2"]
 
 
 @pytest.mark.parametrize("mlp", ["freeze", "recompute"])
-@pytest.mark.parametrize("kind", PRE_NORM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_to_logits(kind, mlp, make_model, pairs, log_odds):
     model = make_model(kind)
     nodes = head_and_mlp_nodes(model.n_layers, model.n_heads)
+    base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
     for direction in ("noising", "denoising"):
         result = path_patching(model, pairs, log_odds, senders=nodes, mlp=mlp, direction=direction, progress=False)
         swap = direction == "denoising"
         for k, node in enumerate(nodes):
-            expected, _ = frozen_run(model, pairs, log_odds, node, mlp, swap=swap)
+            ends = (source, base) if swap else (base, source)
+            expected = log_odds(frozen_run(model, *ends, node, mlp=mlp)[0])
             change = result.changes[k, 0]
             found = result.harmless + change if swap else result.harmful - change
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{node} {direction}")
 
 
-@pytest.mark.parametrize("mlp", ["freeze", "recompute"])
-@pytest.mark.parametrize("kind", PRE_NORM)
-def test_to_slots(kind, mlp, make_model, pairs, log_odds):
+@pytest.mark.parametrize("downstream", ["live", "frozen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_slots(kind, downstream, make_model, pairs, log_odds):
     """The receiver's slot is read in a run that is frozen up to it, and put into a live run, seen by it alone."""
     model = make_model(kind)
-    base = model.tokenize(pairs.harmful)
-    senders = [Node("head", 0, 1), Node("mlp", 0), Node("head", 1, 3)]
-    slots = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
-    for head, slot in ((1, "q"), (2, "k"), (2, "v")):
-        receiver, site = (Node("head", 2, head), slot), Site(slots[slot], 2)
-        result = path_patching(model, pairs, log_odds, senders=senders, receivers=[receiver], mlp=mlp, progress=False)
+    base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
+    senders = [Node("head", 0, 1), Node("mlp", 0), Node("head", 1, 3), Node("neuron", 1, 7)]
+    for node, slot in ((Node("head", 2, 1), "q"), (Node("head", 2, 2), "k"), (Node("mlp", 2), "mlp")):
+        options = {"mlp": "recompute", "downstream": downstream}
+        result = path_patching(
+            model, pairs, log_odds, senders=senders, receivers=[(node, slot)], progress=False, **options
+        )
         for k, sender in enumerate(senders):
-            _, seen = frozen_run(model, pairs, log_odds, sender, mlp, receivers=[site])
-            z_site, store = Site(SiteKind.Z, 2), {}
-            edits = [(site, lambda t, v=seen[site]: v), (z_site, lambda t, s=store: s.__setitem__("z", t.clone()))]
-            with model.hooks(edits):
-                model.logits(base)
-
-            def only(tensor, store=store, head=head):
-                out = tensor.clone()
-                out[:, :, head] = store["z"][:, :, head]
-                return out
-
-            with model.hooks([(z_site, only)]):
-                expected = log_odds(model.logits(base))
+            expected = log_odds(path_whole(model, base, source, sender, [(node, slot)], **options))
             found = result.harmful - result.changes[k, 0]
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{sender} -> {receiver}")
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0, msg=f"{sender} -> {node} {slot}")
 
 
-@pytest.mark.parametrize("kind", PRE_NORM)
-def test_to_an_mlp(kind, make_model, pairs, log_odds):
-    model = make_model(kind)
-    base, site = model.tokenize(pairs.harmful), Site(SiteKind.MLP_OUT, 2)
-    senders = [Node("head", 0, 1), Node("mlp", 1), Node("head", 2, 0)]
-    result = path_patching(model, pairs, log_odds, senders=senders, receivers=[(Node("mlp", 2), "mlp")], progress=False)
-    for k, sender in enumerate(senders):
-        _, seen = frozen_run(model, pairs, log_odds, sender, "recompute", receivers=[site])
-        with model.hooks([(site, lambda tensor, value=seen[site]: value)]):
-            expected = log_odds(model.logits(base))
-        if sender.layer == 2 and model.parallel:
-            expected = result.harmful  # a head does not reach the MLP beside it
-        torch.testing.assert_close(result.harmful - result.changes[k, 0], expected, atol=1e-4, rtol=0)
+def test_options_are_different_quantities(llama, pairs, log_odds):
+    def changes(**options):
+        receivers = [(Node("head", 2, 1), "v")]
+        sender = [Node("head", 0, 1)]
+        return path_patching(
+            llama, pairs, log_odds, senders=sender, receivers=receivers, progress=False, **options
+        ).changes
+
+    for name, value in (("mlp", "freeze"), ("norm", "freeze"), ("downstream", "frozen"), ("direction", "denoising")):
+        assert not torch.allclose(changes(), changes(**{name: value}), atol=1e-4), name
+
+
+def test_frozen_norms_and_mlps_make_projections_add_up(any_model, pairs):
+    """With both frozen, what the embedding, heads and MLPs move sums to the whole difference of the two runs."""
+    model = any_model
+    vector = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    nodes = [Node("embed"), *head_and_mlp_nodes(2, model.n_heads)]
+    projection = Projection(vector, Site("resid_pre", 2))
+    options = {"mlp": "freeze", "norm": "freeze", "progress": False}
+    found = path_projection(model, pairs, projection, senders=nodes, **options)
+    if not model.post_norm:  # there heads share one norm, whose scale the source run has otherwise
+        torch.testing.assert_close(found.changes[:, 0].sum(0), found.harmful - found.harmless, atol=1e-4, rtol=0)
+    whole = path_projection(model, pairs, projection, senders=[Site("resid_pre", 2)], progress=False)
+    torch.testing.assert_close(whole.changes[0, 0], whole.harmful - whole.harmless, atol=1e-5, rtol=0)
+    assert whole.metric == {"name": "projection", "site": "L2.resid_pre", "columns": "-1"}
+    back = path_projection(model, pairs, projection, senders=nodes[:3], direction="denoising", **options)
+    assert model.post_norm or torch.allclose(back.changes, found.changes[:3], atol=1e-5)
 
 
 def test_joint_receivers_are_patched_in_one_run(llama, pairs, log_odds):
@@ -107,36 +86,6 @@ def test_joint_receivers_are_patched_in_one_run(llama, pairs, log_odds):
     torch.testing.assert_close(one.changes, same.changes, atol=1e-5, rtol=0)
     apart = path_patching(llama, pairs, log_odds, senders=[sender], receivers=slots, progress=False)
     assert not torch.allclose(joint.changes[:, 0], apart.changes.sum(1), atol=1e-4), "joint is one run, not a sum"
-
-
-def test_frozen_downstream_is_the_receivers_direct_effect(llama, pairs, logit_difference):
-    """With everything after it frozen, a receiving head reaches the logits through its own output alone."""
-    sender, receiver = Node("head", 0, 1), (Node("head", 2, 1), "v")
-    live, frozen = (
-        path_patching(
-            llama, pairs, logit_difference, senders=[sender], receivers=[receiver], downstream=after, progress=False
-        )
-        for after in ("live", "frozen")
-    )
-    # the last layer's head is followed by the last MLP only: freezing that one by hooks gives the same
-    runs = pair_runs(llama, pairs)
-    base, site = llama.tokenize(pairs.harmful), Site(SiteKind.V, 2)
-    _, seen = frozen_run(llama, pairs, logit_difference, sender, "recompute", receivers=[site])
-    z_site, store = Site(SiteKind.Z, 2), {}
-    with llama.hooks([(site, lambda t: seen[site]), (z_site, lambda t: store.__setitem__("z", t.clone()))]):
-        llama.logits(base)
-    mlp = llama.read(base, [Site(SiteKind.MLP_OUT, 2)])[Site(SiteKind.MLP_OUT, 2)]
-
-    def only(tensor):
-        out = tensor.clone()
-        out[:, :, 1] = store["z"][:, :, 1]
-        return out
-
-    with llama.hooks([(z_site, only), (Site(SiteKind.MLP_OUT, 2), lambda tensor: mlp)]):
-        expected = logit_difference(llama.logits(base))
-    torch.testing.assert_close(frozen.harmful - frozen.changes[0, 0], expected, atol=1e-4, rtol=0)
-    assert not torch.allclose(live.changes, frozen.changes, atol=1e-4)
-    assert len(runs.harmful) == len(pairs)
 
 
 def test_later_senders_change_nothing(llama, pairs, log_odds):
@@ -158,7 +107,7 @@ def test_positions(llama, pairs, log_odds):
 
 def test_result(llama, pairs, log_odds, tmp_path):
     result = path_patching(llama, pairs, log_odds, progress=False)
-    assert repr(result) == "PathMap(12 senders -> 1 receivers, mlp=recompute)"
+    assert repr(result) == "PathMap(12 senders -> 1 receivers, mlp=recompute, norm=recompute)"
     frame = result.to_dataframe()
     assert list(frame.effect.abs()) == sorted(frame.effect.abs(), reverse=True)
     assert frame.receiver.unique().tolist() == ["logits.resid"]
@@ -175,7 +124,19 @@ def test_result(llama, pairs, log_odds, tmp_path):
         ({"mlp": "thaw"}, r"mlp='thaw'; expected one of \('recompute', 'freeze'\)"),
         ({"downstream": "dead"}, "downstream='dead'"),
         ({"receivers": "logit"}, "receivers='logit'; expected 'logits' or"),
-        ({"senders": [Node("neuron", 0, 1)]}, "L0.N1 cannot send"),
+        ({"norm": "thaw"}, r"norm='thaw'; expected one of \('recompute', 'freeze'\)"),
+        (
+            {"senders": [Node("logits")]},
+            "logits cannot send; expected the embedding, heads, MLPs, neurons, or a site of",
+        ),
+        ({"senders": [Site("q", 0)]}, "L0.q cannot send"),
+        ({"senders": []}, "no senders"),
+        ({"senders": [Node("head", 3, 0)]}, "L3.H0 does not exist in LensModel"),
+        ({"receivers": [(Node("neuron", 0, 48), "mlp")]}, "L0.N48 does not exist in LensModel"),
+        ({"receivers": []}, "no receivers; expected 'logits' or"),
+        ({"positions": "middle"}, "no span is called 'middle'"),
+        ({"positions": [-99]}, r"positions \[-99\]; expected columns from the end"),
+        ({"positions": "each", "senders": [At(Node("mlp", 0), (-1,))]}, "positions='each' and a sender with columns"),
         ({"receivers": [(Node("head", 2, 0), "mlp")]}, "L2.H0 has no slot 'mlp'"),
         ({"receivers": [(Node("logits"), "resid")], "joint": True}, "the logits cannot be a joint receiver"),
     ],
@@ -185,6 +146,85 @@ def test_errors(llama, pairs, log_odds, options, message):
         path_patching(llama, pairs, log_odds, progress=False, **options)
 
 
-def test_norms_after_attention_are_refused(make_model, pairs, log_odds):
-    with pytest.raises(ms.MechsafetyError, match="normalises each block's output; expected a model whose heads add up"):
-        path_patching(make_model("gemma2"), pairs, log_odds, progress=False)
+def test_two_slots_of_one_head_are_patched_together(llama, pairs, log_odds):
+    """Query and value of a head, jointly: neither overwrites the other."""
+    sender, head = [Node("head", 0, 1)], Node("head", 2, 1)
+
+    def change(*slots):
+        receivers = [(head, slot) for slot in slots]
+        return path_patching(
+            llama, pairs, log_odds, senders=sender, receivers=receivers, joint=True, progress=False
+        ).changes
+
+    both, q, v, kv, k = (change(*slots) for slots in ("qv", "q", "v", "kv", "k"))
+    for joint, apart in ((both, (q, v)), (kv, (k, v))):
+        assert all(not torch.allclose(joint, one, atol=1e-5) for one in apart)
+    # a value alone in one head and a key alone in its neighbour of the same group stay apart
+    mixed = [(Node("head", 2, 0), "k"), (Node("head", 2, 1), "v")]
+    frozen = {"senders": sender, "progress": False, "downstream": "frozen", "mlp": "freeze", "norm": "freeze"}
+    metric = ms.RefusalLogOdds((20,), ("a",), (30,), ("c",))
+    joint = path_patching(llama, pairs, metric, receivers=mixed, joint=True, **frozen).changes
+    single = path_patching(llama, pairs, metric, receivers=mixed, **frozen).changes
+    torch.testing.assert_close(joint[:, 0], single.sum(1), atol=1e-5, rtol=0)
+
+
+def test_each_position_is_a_sender_of_its_own(llama, pairs, log_odds, tmp_path):
+    head, receiver = Node("head", 0, 1), [(Node("head", 2, 1), "v")]
+    each = path_patching(llama, pairs, log_odds, senders=[head], receivers=receiver, positions="each", progress=False)
+    n_pos = pair_runs(llama, pairs).harmful.n_pos
+    assert each.senders == tuple(At(head, (column,)) for column in range(-n_pos, 0))
+    assert str(each.senders[-1]) == "L0.H1 @ -1" and each.positions == "each"
+    one = path_patching(llama, pairs, log_odds, senders=[head], receivers=receiver, positions=[-3], progress=False)
+    torch.testing.assert_close(each.changes[-3], one.changes[0])
+    assert one.positions == "-3"
+    each.save(tmp_path / "each")
+    assert ms.PathMap.load(tmp_path / "each").senders == each.senders
+
+
+def test_an_interrupt_leaves_the_model_clean(llama, pairs, log_odds):
+    runs, before = pair_runs(llama, pairs, extra=[SiteKind.NEURONS]), hook_count(llama)
+    logits = llama.logits(pairs.harmful)
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    receivers = [(Node("mlp", 1), "mlp"), (Node("neuron", 1, 3), "mlp"), (Node("head", 2, 1), "k")]
+    for options in ({"receivers": receivers, "norm": "freeze"}, {"norm": "freeze"}, {"receivers": receivers}):
+        calls.clear()
+        with llama.bridge.blocks[1].mlp.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+            path_patching(llama, runs, log_odds, progress=False, **options)
+        assert hook_count(llama) == before
+    assert torch.equal(llama.logits(pairs.harmful), logits)
+
+
+def test_bar_shows_time_left(llama, pairs, log_odds, capsys):
+    path_patching(llama, pairs, log_odds)
+    assert "paths" in (shown := capsys.readouterr().err) and "<" in shown
+    runs = pair_runs(llama, pairs)
+    edges = [ms.Edge(Node("head", 0, 1), Node("head", 2, 1), "q")]
+    measured_edges(llama, runs, log_odds, edges, progress=True)
+    assert "edges" in capsys.readouterr().err
+
+
+def test_projection_errors(llama, gpt_neox, pairs):
+    unit = torch.nn.functional.one_hot(torch.tensor(0), 32).float()
+    with pytest.raises(ms.MechsafetyError, match=r"a direction of length 2; expected a unit vector; vector /"):
+        Projection(2 * unit, Site("resid_pre", 0))
+    with pytest.raises(ms.MechsafetyError, match=r"a projection at L0\.z; expected one of \['resid_pre'"):
+        Projection(unit, Site("z", 0))
+    with pytest.raises(ms.MechsafetyError, match="a direction of 8 numbers; expected d_model = 32"):
+        path_projection(llama, pairs, Projection(unit[:8], Site("resid_pre", 0)), progress=False)
+    with pytest.raises(ms.MechsafetyError, match="has no residual stream between attention and MLP"):
+        path_projection(gpt_neox, pairs, Projection(unit, Site("resid_mid", 0)), progress=False)
+    with pytest.raises(ms.MechsafetyError, match="columns='prefix'; expected columns from the first difference on"):
+        path_projection(llama, pairs, Projection(unit, Site("resid_pre", 0), "prefix"), progress=False)
+    with pytest.raises(ms.MechsafetyError, match="columns='each'; expected one of"):
+        At(Node("mlp", 0), "each")
+
+
+def test_neurons_need_runs_that_hold_them(llama, pairs, log_odds):
+    with pytest.raises(ms.MechsafetyError, match=r"these runs hold no neurons; .*extra=\[SiteKind\.NEURONS\]"):
+        path_patching(llama, pair_runs(llama, pairs), log_odds, senders=[Node("neuron", 0, 1)], progress=False)

@@ -1,0 +1,282 @@
+"""Every sender to every head at a glance: how attention to the instruction and values change along direct paths.
+
+Closed form from stored runs: attention scores and values are linear in what a slot's norm puts out, so one pass of each
+layer's attention gives their gradients, and every sender's change is multiplied with them. No forward a sender.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun, run_block
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.patching.activation import DIRECTIONS
+from mechsafety.patching.masks import PairRuns, pair_runs
+from mechsafety.patching.norms import NORM_OPTIONS, block_norms, forward_hooks, keep_scales, through_norm
+from mechsafety.patching.receivers import reaches
+from mechsafety.patching.senders import sender_changes
+from mechsafety.prompts import PromptPairs
+from mechsafety.results import Provenance, Result, bars
+from mechsafety.sites import Site, SiteKind
+
+EMBED = Node("embed")
+
+
+@dataclass(frozen=True, slots=True)
+class PathMatrix(Result):
+    """Change of each head's attention to the instruction, and of what it reads there, along every direct path.
+
+    Attributes:
+        provenance: Model, options, versions.
+        senders: The embedding, heads and MLPs, in the order of computation.
+        receivers: Heads.
+        q, k: Change of the attention score (before the softmax, as the model scales it) from the last token to the
+            instruction's tokens, mean over these, when the sender changes the head's query, or its keys, alone.
+        v: Change of what the head reads from the instruction (its values weighted by the base run's attention from
+            the last token), in units of the values, along the direction in which the source run changes it.
+        norm: ``freeze`` (the norm in front of the head keeps the base run's scale; everything is linear) or
+            ``recompute`` (exact norm of the changed input).
+        direction: ``noising``: changes of the harmful run; ``denoising``: of the harmless one.
+    """
+
+    provenance: Provenance
+    senders: tuple[Node, ...]
+    receivers: tuple[Node, ...]
+    q: Float[Tensor, "sender receiver prompt"]
+    k: Float[Tensor, "sender receiver prompt"]
+    v: Float[Tensor, "sender receiver prompt"]
+    norm: str
+    direction: str
+
+    def __repr__(self) -> str:
+        return f"PathMatrix({len(self.senders)} senders -> {len(self.receivers)} heads, norm={self.norm})"
+
+    def slot(self, slot: str) -> Float[Tensor, "sender receiver"]:
+        """Mean over prompts of one slot's changes.
+
+        Raises:
+            MechsafetyError: Not a slot of a head.
+        """
+        if slot not in ("q", "k", "v"):
+            raise MechsafetyError(f"a head has no slot {slot!r}", expected="q, k or v")
+        return getattr(self, slot).mean(-1)
+
+    def top(self, slot: str, n: int = 200) -> list[tuple[Edge, float]]:
+        """The ``n`` edges with the largest absolute mean change in a slot, largest first: candidates to measure."""
+        rows = self.slot(slot)
+        flat = rearrange(rows, "sender receiver -> (sender receiver)")
+        order = flat.abs().argsort(descending=True, stable=True)[:n].tolist()
+        ends = [(self.senders[k // rows.shape[1]], self.receivers[k % rows.shape[1]], k) for k in order]
+        return [(Edge(a, b, slot), float(flat[k])) for a, b, k in ends if float(flat[k])]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a path and slot, largest absolute mean change first, with its standard deviation over prompts."""
+        rows = []
+        for slot in ("q", "k", "v"):
+            values = getattr(self, slot)
+            mean, spread = values.mean(-1).tolist(), values.std(-1, unbiased=False).tolist()
+            rows += [
+                (str(sender), str(receiver), slot, mean[a][b], spread[a][b])
+                for a, sender in enumerate(self.senders)
+                for b, receiver in enumerate(self.receivers)
+                if sender.order[:2] < receiver.order[:2]
+            ]
+        frame = pd.DataFrame(rows, columns=["sender", "receiver", "slot", "change", "sd"])
+        return frame.reindex(frame.change.abs().sort_values(ascending=False, kind="stable").index)
+
+    def plot(self, slot: str = "q") -> go.Figure:
+        """Bar chart of the 30 largest mean changes in a slot."""
+        rows = [(f"{edge.sender} -> {edge.receiver}", value) for edge, value in self.top(slot, 30)]
+        unit = "values" if slot == "v" else "attention score"
+        return bars(pd.DataFrame(rows, columns=["path", "change"]), "path", "change", f"change through {slot}: {unit}")
+
+
+def path_matrix(
+    model: LensModel,
+    pairs: PromptPairs | PairRuns,
+    *,
+    norm: str = "freeze",
+    direction: str = "noising",
+    progress: bool = True,
+) -> PathMatrix:
+    """Every sender's direct path to every head, as changes in attention score and value: a first look.
+
+    MLPs and heads between the two stay as in the base run (``mlp="freeze"``), and so does the head's other side:
+    a change through the query meets the base run's keys. With ``norm="freeze"`` the changes of all senders of a head
+    sum to that of the whole residual stream. Layers are taken one by one; memory does not grow with their number
+    beyond that of the stored runs. What matters for the metric is for `path_patching` to measure.
+
+    Args:
+        model: The model, without a soft cap on attention scores.
+        pairs: Aligned pairs, or their stored runs.
+        norm: ``freeze`` or ``recompute``: the norm in front of the receiving head. Norms of queries and keys (Qwen-3,
+            OLMo-2) keep the base run's scale; ``recompute`` refuses models that have them.
+        direction: ``noising``: changes of the harmful run towards the harmless one; ``denoising``: the reverse.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Unknown option, a soft cap on attention scores, or norms of queries that cannot be recomputed.
+    """
+    for name, value, known in (("norm", norm, NORM_OPTIONS), ("direction", direction, DIRECTIONS)):
+        if value not in known:
+            raise MechsafetyError(f"{name}={value!r}", expected=f"one of {known}")
+    if float(getattr(model.bridge.cfg, "attn_scores_soft_cap", -1.0) or -1.0) > 0:
+        raise MechsafetyError(
+            f"{model.name} caps its attention scores, which are then not linear in queries and keys",
+            cure="measure single paths by path_patching(...)",
+        )
+    if norm == "recompute" and _head_norms(model, 0):
+        raise MechsafetyError(
+            f"{model.name} normalises queries and keys inside the head", expected="norm='freeze' for such a model"
+        )
+    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs)
+    base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
+    senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
+    receivers = tuple(node for node in senders if node.kind == "head")
+    found = {slot: torch.zeros(len(senders), len(receivers), len(base), device=model.device) for slot in "qkv"}
+    with model.lock, tqdm(total=model.n_layers, desc="path matrix", disable=not progress, leave=False) as bar:
+        for layer in range(model.n_layers):
+            slopes = _slopes(model, base, source, layer)
+            columns = [k for k, node in enumerate(receivers) if node.layer == layer]
+            for rows in _by_layer(senders, receivers[columns[0]]):
+                changed = _read_changes(model, base, source, [senders[k] for k in rows], layer, norm)
+                for slot, slope in slopes.items():
+                    part = einsum(changed, slope, "sender batch pos d, head batch pos d -> sender head batch")
+                    found[slot][rows[0] : rows[-1] + 1, columns] = part
+            bar.update()
+    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base)}
+    return PathMatrix(
+        model.provenance(options=options), senders, receivers, found["q"], found["k"], found["v"], norm, direction
+    )
+
+
+def _by_layer(senders: Sequence[Node], receiver: Node) -> Iterator[list[int]]:
+    """Indices of the senders that reach a head, one layer at a time."""
+    groups: dict[int | None, list[int]] = {}
+    for k, sender in enumerate(senders):
+        if reaches(sender, receiver, parallel=True):
+            groups.setdefault(sender.layer, []).append(k)
+    yield from groups.values()
+
+
+def _read_changes(
+    model: LensModel, base: BaseRun, source: BaseRun, senders: Sequence[Node], layer: int, norm: str
+) -> Float[Tensor, "sender batch pos d_model"]:
+    """Change of what a layer's heads read, behind the norm in front of them; float32."""
+    with torch.no_grad():
+        change = sender_changes(model, base, source, senders, norm=norm)
+        for module in block_norms(model, layer, "ln1"):
+            change = through_norm(model, module, base.resid[layer], change, norm)
+        return change.float()
+
+
+def _slopes(
+    model: LensModel, base: BaseRun, source: BaseRun, layer: int
+) -> dict[str, Float[Tensor, "head batch pos d_model"]]:
+    """Gradient of each head's score (through its query, its keys) and value in what the heads read."""
+    instruction = base.tokens.span_mask("instruction")
+    own = _read_values(model, source, layer)
+    with (
+        torch.enable_grad(),
+        keep_scales(model, "freeze", _head_norms(model, layer), lambda: _attend(model, base, layer)),
+    ):
+        # one pass a slot: the others are cut off from what the heads read
+        passes = {slot: _attend(model, base, layer, slot) for slot in "qkv"}
+        weight = instruction.float() / instruction.sum(1, keepdim=True)
+        out = {slot: _pull(passes[slot], _scores(passes[slot], weight)) for slot in "qk"}
+        out["v"] = _pull(passes["v"], _values(model, passes["v"], own, instruction[:, base.start :]))
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attention:
+    """What one pass of a layer's attention shows."""
+
+    reads: Float[Tensor, "batch pos d_model"]
+    scores: Float[Tensor, "batch head pos key"]
+    pattern: Float[Tensor, "batch head pos key"]
+    values: Float[Tensor, "batch pos kv_head d_head"]
+
+
+class _Enough(Exception):
+    """Ends a pass behind the pattern."""
+
+
+def _attend(model: LensModel, run: BaseRun, layer: int, live: str = "") -> _Attention:
+    """Run one layer's attention on a stored run, differentiable through one slot in what the heads read."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], Tensor | None]:
+        def hook(tensor: Tensor) -> Tensor | None:
+            seen[name] = tensor if name in (live, "scores", "pattern") else tensor.detach()
+            return seen[name]
+
+        return hook
+
+    def leaf(tensor: Tensor) -> Tensor:
+        seen["reads"] = tensor.detach().requires_grad_()
+        return seen["reads"]
+
+    def stop(tensor: Tensor) -> None:
+        seen["pattern"] = tensor.detach()
+        raise _Enough
+
+    kinds = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V, "scores": SiteKind.SCORES}
+    hooks: list[Any] = [(Site(kind, layer), note(name)) for name, kind in kinds.items()]
+    hooks.append((Site(SiteKind.PATTERN, layer), stop))
+    norms, resid = block_norms(model, layer, "ln1"), run.resid[layer]
+    with forward_hooks(norms, lambda module, args, out: leaf(out)), contextlib.suppress(_Enough):
+        run_block(model, run, layer, resid if norms else leaf(resid), hooks)
+    return _Attention(seen["reads"], seen["scores"], seen["pattern"], seen["v"])
+
+
+def _read_values(model: LensModel, run: BaseRun, layer: int) -> Float[Tensor, "batch pos kv_head d_head"]:
+    with torch.no_grad():
+        return _attend(model, run, layer).values
+
+
+def _scores(seen: _Attention, weight: Float[Tensor, "batch key"]) -> Float[Tensor, "batch head"]:
+    """Mean score from the last column to the instruction."""
+    picked = torch.where(rearrange(weight > 0, "batch key -> batch 1 key"), seen.scores[:, :, -1], 0.0)
+    return einsum(picked.float(), weight, "batch head key, batch key -> batch head")
+
+
+def _values(
+    model: LensModel,
+    seen: _Attention,
+    source: Float[Tensor, "batch pos kv_head d_head"],
+    instruction: Bool[Tensor, "batch pos"],
+) -> Float[Tensor, "batch head"]:
+    """What each head reads from the instruction, along the way in which the source run changes it."""
+    n_pos, group = instruction.shape[1], model.n_heads // model.n_kv_heads
+    weight = seen.pattern[:, :, -1, -n_pos:].float() * rearrange(instruction, "batch pos -> batch 1 pos")
+    weight = rearrange(weight, "batch (kv_head group) pos -> batch kv_head group pos", group=group)
+    formula = "batch kv_head group pos, batch pos kv_head k -> batch kv_head group k"
+    toward = einsum(weight, (source - seen.values.detach()).float(), formula)
+    unit = toward / toward.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    read = einsum(weight, seen.values.float(), formula)
+    return rearrange((read * unit).sum(-1), "batch kv_head group -> batch (kv_head group)")
+
+
+def _pull(seen: _Attention, targets: Float[Tensor, "batch head"]) -> Float[Tensor, "head batch pos d_model"]:
+    """Gradient of every head's target, each prompt's on its own."""
+    heads = range(targets.shape[1])
+    grads = [torch.autograd.grad(targets[:, head].sum(), seen.reads, retain_graph=True)[0].float() for head in heads]
+    return torch.stack(grads)
+
+
+def _head_norms(model: LensModel, layer: int) -> list[torch.nn.Module]:
+    """Norms of queries and keys inside a layer's heads."""
+    attn = model.bridge.blocks[layer].attn
+    return [getattr(attn, name) for name in ("q_norm", "k_norm") if getattr(attn, name, None) is not None]

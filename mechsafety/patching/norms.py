@@ -1,0 +1,99 @@
+"""Norms whose scale stays as in the base run, so that what passes through them is linear."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.models import LensModel
+from mechsafety.models.engine import expand_rows, split_rows
+
+NORM_OPTIONS = ("recompute", "freeze")
+
+Module = torch.nn.Module
+
+
+def block_norms(model: LensModel, layer: int, *names: str) -> list[Module]:
+    """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
+    block = model.bridge.blocks[layer]
+    return [getattr(block, name) for name in names if hasattr(block, name)]
+
+
+def mlp_norms(model: LensModel, layer: int) -> list[Module]:
+    """Norms that `LensModel.mlp` goes through."""
+    own = block_norms(model, layer, "ln2", "ln2_post")
+    return own if own or not model.parallel else block_norms(model, layer, "ln1")
+
+
+def keep_scales(
+    model: LensModel, norm: str, modules: Sequence[Module], base: Callable[[], object]
+) -> AbstractContextManager[None]:
+    """Context in which ``modules`` divide by the scales that they have while ``base`` runs.
+
+    Args:
+        model: The model.
+        norm: ``freeze``; with ``recompute`` nothing is done.
+        modules: Norms. In the context they may see any number of variants of the rows that ``base`` runs.
+        base: Runs the base rows once through all of ``modules``.
+    """
+    return _frozen(model, modules, base) if norm == "freeze" and modules else nullcontext()
+
+
+def through_norm(
+    model: LensModel,
+    module: Module,
+    base: Float[Tensor, "batch pos d_model"],
+    change: Float[Tensor, "variant batch pos d_model"],
+    norm: str,
+) -> Float[Tensor, "variant batch pos d_model"]:
+    """Change of a norm's output when its input ``base`` changes, exactly or at the base's scale."""
+    before = module(base)
+    rows = rearrange(base + change.to(base.dtype), "variant batch pos d -> (variant batch) pos d")
+    with keep_scales(model, norm, [module], lambda: module(base)):
+        return split_rows(module(rows), len(change)) - before
+
+
+@contextmanager
+def forward_hooks(modules: Sequence[Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Context in which ``hook(module, args, out)`` sees each module's output and may return another in its place."""
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], object]) -> Iterator[None]:
+    scales: dict[Module, Tensor] = {}
+
+    def note(module: Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        scales[module] = _scale(model, args[0])
+
+    def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        own, kept = _scale(model, args[0]), scales[module]
+        bias: Any = getattr(module, "bias", None)
+        shift = 0.0 if bias is None else bias.float()
+        ratio = own / expand_rows(kept, own.shape[0] // kept.shape[0])
+        return ((out.float() - shift) * ratio + shift).to(out.dtype)
+
+    with model.lock:
+        with forward_hooks(modules, note):
+            base()
+        with forward_hooks(modules, rescale):
+            yield
+
+
+def _scale(model: LensModel, x: Tensor) -> Tensor:
+    """What the model's norms divide ``x`` by."""
+    cfg, x = model.bridge.cfg, x.float()
+    if not cfg.uses_rms_norm:
+        x = x - x.mean(-1, keepdim=True)
+    return (x.square().mean(-1, keepdim=True) + cfg.eps).sqrt()

@@ -1,0 +1,276 @@
+"""Receivers of path patching: what a slot makes of a changed input, and what the model makes of that."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.models.engine import (
+    BaseRun,
+    Hook,
+    capture,
+    expand_rows,
+    run_from,
+    split_rows,
+)
+from mechsafety.nodes import Node
+from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms
+from mechsafety.patching.readout import final_scores
+from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
+from mechsafety.sites import Site, SiteKind
+
+DOWNSTREAM = ("live", "frozen")
+SLOTS = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",), "logits": ("resid",)}
+_SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
+
+Receiver = tuple[Node, str]
+LOGITS = (Node("logits"), "resid")
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A direction as a receiver: the residual stream's projection on a unit vector, mean over some columns.
+
+    Attributes:
+        vector: Unit vector.
+        site: Where in the residual stream: ``resid_pre``, ``resid_mid`` or ``resid_post`` of a layer.
+        columns: A span, or columns counted from the end; the last token by default. Columns before the first difference
+            of the pairs are left out.
+    """
+
+    vector: Float[Tensor, " d_model"]
+    site: Site
+    columns: str | tuple[int, ...] = (-1,)
+
+    def __post_init__(self) -> None:
+        if self.site.kind not in STREAM:
+            raise MechsafetyError(f"a projection at {self.site}", expected=f"one of {[str(kind) for kind in STREAM]}")
+        length = float(self.vector.float().norm())
+        if not abs(length - 1) < 1e-3:
+            raise MechsafetyError(
+                f"a direction of length {length:.3g}", expected="a unit vector", cure="vector / vector.norm()"
+            )
+
+    @property
+    def moment(self) -> int:
+        """When the residual stream is read (see `mechsafety.patching.senders`)."""
+        return entry(self.site)
+
+
+def read_moment(model: LensModel, receiver: Node) -> int:
+    """The moment at which a receiver reads the residual stream."""
+    if receiver.kind == "logits":
+        return 2 * model.n_layers
+    return 2 * (receiver.layer or 0) + (receiver.kind != "head" and not model.parallel)
+
+
+def reaches(sender: Node, receiver: Node, *, parallel: bool) -> bool:
+    """Whether a node's output is part of another's input.
+
+    Args:
+        sender: Embedding, head, MLP or neuron.
+        receiver: Head, MLP, neuron or logits.
+        parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
+    """
+    if receiver.kind == "logits" or sender.kind == "embed":
+        return True
+    if sender.layer == receiver.layer:
+        return sender.kind == "head" and receiver.kind != "head" and not parallel
+    return (sender.layer or 0) < (receiver.layer or 0)
+
+
+def check_receivers(model: LensModel, receivers: Sequence[Receiver]) -> None:
+    """Raise a `MechsafetyError` for whatever cannot receive in this model."""
+    sizes = {"head": model.n_heads, "neuron": model.d_mlp}
+    for node, slot in receivers:
+        if slot not in SLOTS.get(node.kind, ()):
+            raise MechsafetyError(f"{node} has no slot {slot!r}", expected=f"one of {SLOTS}")
+        if not 0 <= (node.layer or 0) < model.n_layers or not 0 <= (node.index or 0) < sizes.get(node.kind, 1):
+            raise MechsafetyError(f"{node} does not exist in {model!r}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """What one slot of a layer holds, in each variant, once it has read its changed input.
+
+    Attributes:
+        layer: The layer.
+        slot: ``q``, ``k``, ``v``, ``mlp`` or ``neuron``.
+        values: Activation at the slot's site, of all its heads or neurons.
+        chosen: Which heads or neurons receive; one column for an MLP.
+    """
+
+    layer: int
+    slot: str
+    values: Float[Tensor, "row pos ..."]
+    chosen: Bool[Tensor, "variant index"]
+
+    def hook(self, batch: int) -> Hook:
+        """Gives the chosen heads or neurons of each row their values."""
+        return (
+            Site(_SITES[self.slot], self.layer),
+            _keep_where(_rows(self.chosen, batch, self.values.ndim), self.values),
+        )
+
+    def whole_hook(self) -> Hook:
+        """Gives all heads their values."""
+        return (Site(_SITES[self.slot], self.layer), lambda tensor: self.values)
+
+
+def slot_edit(
+    model: LensModel,
+    base: BaseRun,
+    receivers: Sequence[Sequence[Receiver]],
+    delta: Float[Tensor, "variant batch pos d_model"],
+    norm: str = "recompute",
+) -> Edit:
+    """What a layer's slot holds when it reads ``delta`` more than in the base run.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        receivers: Of each variant; all in one layer and of one slot.
+        delta: Change of what the slot reads.
+        norm: ``recompute``, or ``freeze``: the norm in front of the slot keeps the base run's scale.
+    """
+    (node, slot), n = receivers[0][0], len(receivers)
+    layer, kind = node.layer or 0, "neuron" if node.kind == "neuron" else slot
+    rows = rearrange(delta, "variant batch pos d -> (variant batch) pos d").to(base.resid.dtype)
+    if kind in ("q", "k", "v"):
+        resid, norms, site = base.resid[layer], block_norms(model, layer, "ln1"), Site(_SITES[kind], layer)
+        with keep_scales(model, norm, norms, lambda: capture(model, base, layer, resid, site)):
+            values = capture(model, base, layer, expand_rows(resid, n) + rows, site)
+    else:
+        reads = mlp_input(model, base, layer)
+        with keep_scales(model, norm, mlp_norms(model, layer), lambda: model.mlp(layer, reads)):
+            values = _mlp_values(model, layer, expand_rows(reads, n) + rows, kind)
+    sizes = {"mlp": 1, "neuron": model.d_mlp}
+    chosen = torch.zeros(n, sizes.get(kind, model.n_heads), dtype=torch.bool)
+    for variant, group in enumerate(receivers):
+        chosen[variant, [receiver.index or 0 for receiver, _ in group]] = True
+    return Edit(layer, kind, values, chosen.to(values.device))
+
+
+def live_logits(model: LensModel, base: BaseRun, edits: Sequence[Edit]) -> Float[Tensor, "variant batch d_vocab"]:
+    """Logits when every edited slot holds its value and everything else runs live."""
+    layers = sorted({edit.layer for edit in edits})
+    n = edits[0].chosen.shape[0]
+    hidden, hooks = expand_rows(base.resid[layers[0]], n), list[Hook]()
+    for layer, before in zip(layers, [layers[0], *layers], strict=False):
+        hidden = run_from(model, base, before, hidden, hooks, stop=layer)
+        hooks = edit_hooks(model, base, hidden, [edit for edit in edits if edit.layer == layer])
+    return split_rows(run_from(model, base, layers[-1], hidden, hooks), n)
+
+
+def edit_hooks(
+    model: LensModel, base: BaseRun, hidden: Float[Tensor, "row pos d_model"], edits: Sequence[Edit]
+) -> list[Hook]:
+    """Hooks that put the edits of one layer into a run, each seen by its receivers alone.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        hidden: The residual stream before the layer, in that run.
+        edits: Of one layer; at most one a slot.
+    """
+    shared = [edit for edit in edits if _is_shared(model, edit)]
+    hooks = [edit.hook(len(base)) for edit in edits if not _is_shared(model, edit)]
+    direct = tuple(hooks)
+    # a shared slot is changed for all heads in a run of its own, of which a receiver's z alone is kept
+    for pattern in itertools.product((False, True), repeat=len(shared)):
+        if not any(pattern):
+            continue
+        agree = [edit.chosen == flag for edit, flag in zip(shared, pattern, strict=True)]
+        chosen = torch.stack(agree).all(0)
+        if bool(chosen.any()):
+            layer, site = shared[0].layer, Site(SiteKind.Z, shared[0].layer)
+            together = [edit.whole_hook() for edit, flag in zip(shared, pattern, strict=True) if flag]
+            z = capture(model, base, layer, hidden, site, [*direct, *together])
+            hooks.append((site, _keep_where(_rows(chosen, len(base), z.ndim), z)))
+    return hooks
+
+
+def _is_shared(model: LensModel, edit: Edit) -> bool:
+    """Whether a slot's value for one head also acts on others: grouped queries, a norm over all heads (OLMo-2)."""
+    if edit.slot not in ("q", "k", "v"):
+        return False
+    norm = getattr(model.bridge.blocks[edit.layer].attn, f"{edit.slot}_norm", None)
+    over_heads = norm is not None and norm.weight.shape[-1] != model.d_head
+    return over_heads or (edit.slot != "q" and model.n_kv_heads != model.n_heads)
+
+
+def frozen_change(
+    model: LensModel, base: BaseRun, edits: Sequence[Edit], norm: str = "recompute"
+) -> Float[Tensor, "variant batch d_model"]:
+    """What the nodes of the edited slots write more at the last column, with everything after them frozen."""
+    n, last = edits[0].chosen.shape[0], slice(base.n_pos - 1, base.n_pos)
+    total = torch.zeros(n, len(base), 1, model.d_model, device=base.resid.device)
+    for layer in sorted({edit.layer for edit in edits}):
+        here = {edit.slot: edit for edit in edits if edit.layer == layer}
+        heads = [edit for slot, edit in here.items() if slot in ("q", "k", "v")]
+        if heads:
+            hidden = expand_rows(base.resid[layer], n)
+            hooks = edit_hooks(model, base, hidden, heads)
+            new = capture(model, base, layer, hidden, Site(SiteKind.Z, layer), hooks)
+            change = (new - expand_rows(base.acts[SiteKind.Z][layer], n))[:, last].float()
+            written = einsum(change, model.W_O(layer).float(), "row pos head k, head k d_model -> row pos d_model")
+            total += behind_norm(model, base, layer, "head", split_rows(written, n), norm, last)
+        if "mlp" in here:
+            mlp_base = base.acts[SiteKind.MLP_OUT][layer]
+            total += split_rows((here["mlp"].values - expand_rows(mlp_base, n))[:, last].float(), n)
+        if "neuron" in here:
+            edit, reads = here["neuron"], mlp_input(model, base, layer)[:, last]
+            before = expand_rows(_mlp_values(model, layer, reads, "neuron"), n)
+            change = torch.where(_rows(edit.chosen, len(base), 3), edit.values[:, last] - before, 0.0).float()
+            written = einsum(change, neuron_weights(model, layer), "row pos neuron, neuron d_model -> row pos d_model")
+            total += behind_norm(model, base, layer, "neuron", split_rows(written, n), norm, last)
+    return total[:, :, 0]
+
+
+def edge_scores(
+    model: LensModel,
+    base: BaseRun,
+    receivers: Sequence[Receiver],
+    delta: Float[Tensor, "variant batch pos d_model"],
+    metric: RefusalLogOdds,
+) -> Float[Tensor, "variant batch"]:
+    """Metric when each variant's ``delta`` is added to what its receiver's slot reads, the rest running live.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        receivers: One a variant; all in one layer and one slot.
+        delta: Change of the receiver's input.
+        metric: What is measured.
+    """
+    if receivers[0][0].kind == "logits":
+        return final_scores(model, base, delta[:, :, -1], metric)
+    edit = slot_edit(model, base, [[receiver] for receiver in receivers], delta)
+    return metric(live_logits(model, base, [edit]))
+
+
+def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_model"], kind: str) -> Tensor:
+    """An MLP's output, or its neurons, when it reads ``reads``."""
+    seen: list[Tensor] = []
+    site = Site(_SITES[kind], layer)
+    if kind == "mlp":
+        return model.mlp(layer, reads)
+    with model.hooks([(site, lambda tensor: seen.append(tensor))]):
+        model.mlp(layer, reads)
+    return seen[0]
+
+
+def _keep_where(rows: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: torch.where(rows, values, tensor)
+
+
+def _rows(chosen: Bool[Tensor, "variant index"], batch: int, ndim: int) -> Tensor:
+    """Lines ``chosen`` up with an activation [(variant batch) pos index ...] of ``ndim`` axes."""
+    return repeat(chosen, f"variant index -> (variant batch) 1 index{' 1' * (ndim - 3)}", batch=batch)

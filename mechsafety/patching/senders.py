@@ -1,0 +1,281 @@
+"""Senders of path patching: what changes, and how the change travels along the residual stream with attention frozen.
+
+A *moment* counts places of the residual stream: ``2 * layer`` before a block, ``2 * layer + 1`` after its attention,
+``2 * n_layers`` before the final norm. A sender's change enters at a moment, a receiver reads at one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun, split_rows
+from mechsafety.nodes import Node
+from mechsafety.patching.activation import column_masks
+from mechsafety.patching.masks import stored
+from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms, through_norm
+from mechsafety.prompts.spans import SPANS
+from mechsafety.results import Result
+from mechsafety.sites import Site, SiteKind
+
+MLP_OPTIONS = ("recompute", "freeze")
+STREAM = (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.RESID_POST)
+
+Part = Node | Site
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A sender that changes at some columns only.
+
+    Attributes:
+        part: A node, or the whole residual stream at a site.
+        columns: A span (``prefix``, ``instruction``, ``suffix``), or columns counted from the end (-1 is the last).
+
+    Example:
+        >>> str(At(Node("head", 0, 1), "instruction")), str(At(Site("resid_pre", 2), (-3, -1)))
+        ('L0.H1 @ instruction', 'L2.resid_pre @ -3,-1')
+    """
+
+    part: Part
+    columns: str | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, str) and self.columns not in SPANS:
+            raise MechsafetyError(f"columns={self.columns!r}", expected=f"one of {SPANS}, or columns from the end")
+
+    def __str__(self) -> str:
+        shown = self.columns if isinstance(self.columns, str) else ",".join(map(str, self.columns))
+        return f"{self.part} @ {shown}"
+
+
+Result.TYPES["At"] = At
+Sender = Node | Site | At
+
+
+def part_of(sender: Sender) -> Part:
+    """The node or site of a sender, without its columns."""
+    return sender.part if isinstance(sender, At) else sender
+
+
+def entry(sender: Sender) -> int:
+    """The moment at which a sender's change enters the residual stream."""
+    part = part_of(sender)
+    layer = part.layer or 0
+    if part.kind == "embed":
+        return 0
+    if part.kind in (SiteKind.RESID_PRE, SiteKind.RESID_MID):
+        return 2 * layer + (part.kind is SiteKind.RESID_MID)
+    return 2 * layer + (1 if part.kind == "head" else 2)
+
+
+def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
+    """Raise a `MechsafetyError` for whatever cannot send in this model."""
+    if not senders:
+        raise MechsafetyError("no senders", expected="at least one")
+    sizes = {"head": model.n_heads, "mlp": 1, "neuron": model.d_mlp}
+    for sender in senders:
+        part = part_of(sender)
+        if (isinstance(part, Node) and part.kind == "logits") or (isinstance(part, Site) and part.kind not in STREAM):
+            raise MechsafetyError(
+                f"{sender} cannot send",
+                expected="the embedding, heads, MLPs, neurons, or a site of the residual stream",
+            )
+        if part.kind is SiteKind.RESID_MID and model.parallel:
+            raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
+        if not 0 <= (part.layer or 0) < model.n_layers or not 0 <= (part.index or 0) < sizes.get(part.kind, 1):
+            raise MechsafetyError(f"{part} does not exist in {model!r}")
+
+
+def extra_kinds(senders: Sequence[Sender]) -> tuple[SiteKind, ...]:
+    """Site kinds that runs must hold for these senders beside heads' and MLPs' outputs."""
+    return (SiteKind.NEURONS,) if any(part_of(sender).kind == "neuron" for sender in senders) else ()
+
+
+def node_outputs(model: LensModel, run: BaseRun, nodes: Sequence[Node]) -> Float[Tensor, "node batch pos d_model"]:
+    """What each head or MLP writes to the residual stream in a stored run, float32 (before a norm after attention)."""
+    rows = []
+    for node in nodes:
+        if node.kind == "head":
+            z = run.acts[SiteKind.Z][node.layer][:, :, node.index].float()
+            weight = model.W_O(node.layer or 0)[node.index].float()
+            rows.append(einsum(z, weight, "batch pos d_head, d_head d_model -> batch pos d_model"))
+        else:
+            rows.append(run.acts[SiteKind.MLP_OUT][node.layer].float())
+    return torch.stack(rows)
+
+
+def sender_changes(
+    model: LensModel,
+    base: BaseRun,
+    source: BaseRun,
+    senders: Sequence[Sender],
+    *,
+    norm: str = "recompute",
+    at: slice = slice(None),
+    positions: Bool[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "sender batch column d_model"]:
+    """What each sender adds to the residual stream when it alone takes its source value; float32.
+
+    Behind a norm after attention or MLP (Gemma-2, OLMo-2) a head's or neuron's change is the norm of the changed sum
+    less the norm of the base's sum.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        source: Where the senders' values come from.
+        senders: In any order.
+        norm: ``recompute`` or ``freeze``, of norms after attention and MLP.
+        at: Columns to compute.
+        positions: Columns in which senders change; all by default.
+    """
+    resid = base.resid[0][:, at]
+    out = torch.zeros(len(senders), *resid.shape, device=resid.device)
+    groups: dict[tuple[str, int], list[int]] = {}
+    for row, sender in enumerate(senders):
+        groups.setdefault((part_of(sender).kind, part_of(sender).layer or 0), []).append(row)
+    for (kind, layer), rows in groups.items():
+        indices = [part_of(senders[row]).index or 0 for row in rows]
+        own = _own_changes(model, base, source, kind, layer, indices, at)
+        for row, change in zip(rows, own, strict=True):
+            out[row] = change
+            for where in _limits(base, senders[row], positions):
+                out[row] *= rearrange(where[:, at], "batch pos -> batch pos 1")
+        if kind in ("head", "neuron"):
+            out[rows] = behind_norm(model, base, layer, kind, out[rows], norm, at)
+    return out
+
+
+def propagate(
+    model: LensModel,
+    base: BaseRun,
+    source: BaseRun,
+    senders: Sequence[Sender],
+    stop: int,
+    *,
+    mlp: str,
+    norm: str = "recompute",
+    at: slice = slice(None),
+    positions: Bool[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "sender batch column d_model"]:
+    """Change of the residual stream at moment ``stop`` when each sender alone takes its source value.
+
+    Attention is frozen. With ``mlp="recompute"`` the MLPs on the way respond to the change, all senders in one batch.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        source: Where the senders' values come from.
+        senders: In any order; those that enter after ``stop`` change nothing.
+        stop: The moment that is asked for.
+        mlp: ``recompute`` or ``freeze``.
+        norm: ``recompute``, or ``freeze`` for norms on the way that keep the base run's scale.
+        at: Columns to compute (everything is local to a column).
+        positions: Columns in which senders change; all by default.
+    """
+    # senders in the order in which they enter, so that those that have entered are the first rows
+    order = sorted(range(len(senders)), key=lambda row: entry(senders[row]))
+    ordered = [senders[row] for row in order]
+    enters = [entry(sender) for sender in ordered]
+    change = sender_changes(model, base, source, ordered, norm=norm, at=at, positions=positions).to(base.resid.dtype)
+    change[sum(moment <= stop for moment in enters) :] = 0
+    if mlp == "recompute":
+        for layer in range(enters[0] // 2, model.n_layers):
+            # in a parallel block the MLP reads the stream before attention, so a head of its layer does not reach it
+            reads = 2 * layer + (0 if model.parallel else 1)
+            live = sum(moment <= reads for moment in enters)
+            if 2 * layer + 2 > stop:
+                break
+            if live:
+                change[:live] += _mlp_response(model, base, layer, change[:live], norm, at)
+    back = torch.empty(len(order), dtype=torch.long, device=change.device)
+    back[torch.tensor(order, device=change.device)] = torch.arange(len(order), device=change.device)
+    return change[back]
+
+
+def mlp_input(model: LensModel, base: BaseRun, layer: int, at: slice = slice(None)) -> Float[Tensor, "batch pos d"]:
+    """The residual stream that a layer's MLP reads in the base run."""
+    if model.parallel:
+        return base.resid[layer][:, at]
+    return base.resid[layer + 1][:, at] - base.acts[SiteKind.MLP_OUT][layer][:, at]
+
+
+def behind_norm(
+    model: LensModel,
+    base: BaseRun,
+    layer: int,
+    kind: str,
+    change: Float[Tensor, "variant batch column d_model"],
+    norm: str,
+    at: slice = slice(None),
+) -> Float[Tensor, "variant batch column d_model"]:
+    """What reaches the residual stream when the sum that all heads (neurons) of a layer write changes; float32.
+
+    The change itself, unless a norm stands behind the sum.
+    """
+    for module in block_norms(model, layer, "ln1_post" if kind == "head" else "ln2_post"):
+        if kind == "head":
+            z, weights, bias = base.acts[SiteKind.Z][layer], model.W_O(layer), model.bridge.blocks[layer].attn.b_O
+            total = einsum(z[:, at].float(), weights.float(), "batch pos head k, head k d_model -> batch pos d_model")
+        else:
+            total = stored(base.acts, SiteKind.NEURONS)[layer][:, at].float() @ neuron_weights(model, layer)
+            bias = model.bridge.blocks[layer].mlp.b_out
+        total = total if bias is None else total + bias.float()
+        change = through_norm(model, module, total.to(base.resid.dtype), change, norm).float()
+    return change
+
+
+def neuron_weights(model: LensModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """What each neuron of a layer writes a unit of; float32."""
+    return model.bridge.blocks[layer].mlp.W_out.float()
+
+
+def _mlp_response(
+    model: LensModel, base: BaseRun, layer: int, change: Float[Tensor, "s batch pos d"], norm: str, at: slice
+) -> Float[Tensor, "s batch pos d"]:
+    """Change of an MLP's output when what it reads changes."""
+    reads = mlp_input(model, base, layer, at)
+    rows = rearrange(reads + change, "sender batch pos d -> (sender batch) pos d")
+    with keep_scales(model, norm, mlp_norms(model, layer), lambda: model.mlp(layer, reads)):
+        new = model.mlp(layer, rows)
+    return split_rows(new, len(change)) - base.acts[SiteKind.MLP_OUT][layer][:, at]
+
+
+def _own_changes(
+    model: LensModel, base: BaseRun, source: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice
+) -> Float[Tensor, "sender batch column d_model"]:
+    """Source less base of what senders of one kind and layer write."""
+    if kind == "head":
+        z = [run.acts[SiteKind.Z][layer][:, at][:, :, indices].float() for run in (base, source)]
+        weights = model.W_O(layer)[indices].float()
+        return einsum(z[1] - z[0], weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
+    if kind == "neuron":
+        values = [stored(run.acts, SiteKind.NEURONS)[layer][:, at][..., indices].float() for run in (base, source)]
+        weights = neuron_weights(model, layer)[indices]
+        return einsum(values[1] - values[0], weights, "batch pos node, node d_model -> node batch pos d_model")
+    whole = [stream(run, kind, layer)[:, at].float() for run in (base, source)]
+    return rearrange(whole[1] - whole[0], "batch pos d -> 1 batch pos d").expand(len(indices), -1, -1, -1)
+
+
+def stream(run: BaseRun, kind: str, layer: int) -> Float[Tensor, "batch pos d_model"]:
+    """Stored output of an MLP, or the residual stream at a site."""
+    if kind == "mlp":
+        return run.acts[SiteKind.MLP_OUT][layer]
+    if kind == SiteKind.RESID_MID:
+        return run.resid[layer + 1] - run.acts[SiteKind.MLP_OUT][layer]
+    return run.resid[layer + (kind == SiteKind.RESID_POST)]
+
+
+def _limits(
+    base: BaseRun, sender: Sender, positions: Bool[Tensor, "batch pos"] | None
+) -> list[Bool[Tensor, "batch pos"]]:
+    """Where a sender may change: the columns of the call, and its own."""
+    masks = [] if positions is None else [positions]
+    if isinstance(sender, At):
+        masks += column_masks(base, base.start, sender.columns)[1]
+    return masks
