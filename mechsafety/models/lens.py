@@ -262,6 +262,10 @@ class LensModel:
         """Output weights of a layer's heads."""
         return self.bridge.blocks[layer].attn.W_O
 
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of a layer's neurons."""
+        return self.bridge.blocks[layer].mlp.W_out
+
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``: norm, MLP, and the norm after it where there is one.
 
