@@ -19,7 +19,7 @@ from mechsafety.circuits.circuit import (
     RoleEvidence,
 )
 from mechsafety.circuits.connect import connect
-from mechsafety.circuits.edges import EMBED, edges_into, estimate_edges, measure_edges
+from mechsafety.circuits.edges import EMBED, edges_into, estimate_edges, exact_edges, measure_edges
 from mechsafety.circuits.roles import assign_roles, role_evidence
 from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
 from mechsafety.models import LensModel
@@ -168,6 +168,9 @@ def _one_way(
     evidence = role_evidence(model, runs, metric, nodes, progress=progress)
     if model.post_norm:
         return [], [], assign_roles(effects, evidence, [])
+    if any(node.kind == "neuron" for node in nodes):
+        known = exact_edges(model, runs, metric, nodes)
+        return known, known[:n_edges], assign_roles(effects, evidence, known)
     every = estimate_edges(model, runs, metric, nodes)
     measured = measure_edges(model, runs, metric, every[: min(n_edges, n_measured)])
     known = [*measured, *every[len(measured) :]]

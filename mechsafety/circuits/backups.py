@@ -42,7 +42,7 @@ def find_backups(
     """Nodes whose single effect is small but whose joint effect with a node of the circuit is large.
 
     For each suspicious node of the circuit: every node is attributed again with it patched; those whose attribution
-    rises most are patched together with it, exactly. Where the group loses at least `MIN_JOINT` more than its members
+    rises most, and that lose little alone, are patched together with it, exactly. Where the group loses at least `MIN_JOINT` more than its members
     lose one by one, members that are not needed for that leave it; what is left, and every other candidate that can
     take the place of one of them, is a backup if alone it loses little. Redundancy of three and more parts is found as
     well as of two, because the group is tested as a whole first.
@@ -69,14 +69,19 @@ def find_backups(
     before: Tensor | None = None
     groups: list[tuple[Node, tuple[Node, ...], tuple[Node, ...]]] = []
     settled: set[Node] = set()
-    for (first,) in budget.within(asked[:n_parts], 1, 0.6, "backups of the circuit's nodes"):
+    batches = budget.within(asked[:n_parts], 1, 0.6, "backups of the circuit's nodes")
+    for first in (node for batch in batches for node in batch):
         if first in settled:
             continue
         before = _attribution(meter, None, steps) if before is None else before
         rise = _attribution(meter, first, steps) - before
         nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
         ranked = sorted(range(len(nodes)), key=lambda k: (-float(rise[k]), k))
-        candidates = [nodes[k] for k in ranked if nodes[k] != first and float(rise[k]) > 0][:n_candidates]
+        rising = [nodes[k] for k in ranked if nodes[k] != first and float(rise[k]) > 0][: 2 * n_candidates]
+        # what matters by itself is on the way of both, and would hide that the others are redundant
+        singles = effects.of([[node] for node in rising])
+        small = [node for node, values in zip(rising, singles, strict=True) if float(values.mean()) <= SMALL]
+        candidates = small[:n_candidates]
         group = _needed(effects, first, candidates)
         if not group:
             continue

@@ -62,9 +62,8 @@ class CircuitComparison(Result):
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.having(change))} {_WORDS[change]}" for change in CHANGES)
-        return (
-            f"CircuitComparison({self.first.model} -> {self.second.model}: nodes {counts}; overlap {self.jaccard:.2f})"
-        )
+        names = f"{self.first.model} -> {self.second.model}"
+        return f"CircuitComparison({names}: nodes {counts}; overlap {self.jaccard:.2f})"
 
     def having(self, change: str) -> tuple[PartChange, ...]:
         """The nodes of one kind of change."""
@@ -79,7 +78,10 @@ class CircuitComparison(Result):
         rows = []
         for row in (*self.nodes, *self.edges):
             values = asdict(row)
-            record = {"part": str(row.part), "kind": "node" if isinstance(row.part, Node) else "edge"}
+            record: dict[str, object] = {
+                "part": str(row.part),
+                "kind": "node" if isinstance(row.part, Node) else "edge",
+            }
             record |= {"change": row.change, "overlap": row.overlap}
             for k, side in enumerate(("first", "second")):
                 low, high = values["intervals"][k] or (None, None)
@@ -113,8 +115,8 @@ def compare_circuits(a: RefusalCircuit, b: RefusalCircuit) -> CircuitComparison:
     """Which parts appear, vanish or change from one circuit to another.
 
     Effects are shares of each circuit's own metric gap, so they compare across prompts and models. A node changes if
-    its role is another one or if the 95 % intervals of its effect do not overlap; non-overlap of two 95 % intervals
-    is a cautious test (p below about 0.006 for independent samples).
+    its role is another one or if the 95 % intervals of its effect do not overlap; that they do not
+    overlap is a stricter demand than a significant difference.
 
     Args:
         a: The first circuit.
@@ -158,16 +160,18 @@ def _node_change(node: Node, a: CircuitNode | None, b: CircuitNode | None) -> Pa
     return PartChange(
         node,
         change,
-        (a and a.role, b and b.role),
-        (a and a.effect, b and b.effect),
-        (a and a.ci, b and b.ci),
+        (None if a is None else a.role, None if b is None else b.role),
+        (None if a is None else a.effect, None if b is None else b.effect),
+        (None if a is None else a.ci, None if b is None else b.ci),
         overlap,
     )
 
 
 def _edge_change(edge: Edge, a: CircuitEdge | None, b: CircuitEdge | None) -> PartChange:
     """Edges have no intervals: they appear, vanish or stay."""
-    return PartChange(edge, _presence(a, b), (None, None), (a and a.effect, b and b.effect))
+    return PartChange(
+        edge, _presence(a, b), (None, None), (None if a is None else a.effect, None if b is None else b.effect)
+    )
 
 
 def _presence(a: object, b: object) -> str:

@@ -77,6 +77,8 @@ def search_parts(
     rounds: int = 4,
     budget: Budget | None = None,
     shares: Sequence[float] = CURVE_SHARES,
+    tidy: Callable[[Sequence[Part]], list[Part]] = list,
+    max_exact: int | None = None,
 ) -> Discovery:
     """The smallest prefix of a ranking that reaches ``target``, less everything whose exact removal does not matter.
 
@@ -94,6 +96,8 @@ def search_parts(
         rounds: Of removal, at most.
         budget: Time to keep.
         shares: Of all parts, at which the curve is measured.
+        tidy: Takes away parts of a set that change nothing.
+        max_exact: Largest set that removal measures part by part; a larger one is left as it is.
     """
     budget = budget or Budget()
     enough = target - 1e-6  # the whole model's faithfulness is 1 up to rounding
@@ -111,11 +115,16 @@ def search_parts(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(ranking[:middle]) else (middle, high)
-    circuit, costs, minimal = _eliminate(found_on, held_out, list(ranking[:high]), enough, reaches, rounds, budget)
+    circuit, costs, minimal = tidy(ranking[:high]), dict[Part, float](), None
+    if max_exact is None or len(circuit) <= max_exact:
+        circuit, costs, minimal = _eliminate(found_on, held_out, circuit, enough, reaches, rounds, budget)
+        circuit = tidy(circuit)
+    else:
+        budget.left_out(f"removal of parts that do not matter: {len(circuit)} are too many to measure one by one")
     if max_parts is not None and len(circuit) > max_parts:
         # what removal would have left last, by the costs it measured
         worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
-        kept = in_order(worth[:max_parts])
+        kept = in_order(tidy(worth[:max_parts]))
         return Discovery(tuple(ranking), curve, kept, marginals(found_on, kept), reaches(kept), high)
     if len(circuit) == len(ranking):
         # nothing but the whole model does: say so, with the smaller set that comes closest

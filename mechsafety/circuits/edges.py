@@ -58,14 +58,26 @@ def measure_edges(
     ]
 
 
+def exact_edges(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node]) -> list[CircuitEdge]:
+    """Every edge between the given nodes and into the logits, each measured, strongest first."""
+    paths = [edge for node in nodes for edge in edges_into(node, [*nodes, LOGITS], parallel=model.parallel)]
+    found = measure_edges(model, runs, metric, [CircuitEdge(edge, 0.0) for edge in paths])
+    return sorted(found, key=lambda member: (-abs(member.effect), str(member.edge)))
+
+
 def edges_into(sender: Node, nodes: Sequence[Node], *, parallel: bool) -> list[Edge]:
     """Every edge from a node to the given ones."""
     return [
         Edge(sender, node, slot)
         for node in nodes
-        if sender.order[:2] < node.order[:2] and reaches(sender, node, parallel=parallel)
+        if sender.order[:2] < node.order[:2] and reaches(_whole(sender), _whole(node), parallel=parallel)
         for slot in SLOTS[node.kind]
     ]
+
+
+def _whole(node: Node) -> Node:
+    """The MLP of a neuron: both read and write the same streams."""
+    return Node("mlp", node.layer) if node.kind == "neuron" else node
 
 
 def output_change(model: LensModel, runs: PairRuns, node: Node) -> Float[Tensor, "batch pos d_model"]:

@@ -18,17 +18,30 @@ from mechsafety.circuits.assemble import (
 from mechsafety.circuits.backups import find_backups
 from mechsafety.circuits.behaviour import MIN_SHARE, check_behaviour
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.circuit import Backup, Behaviour, MapDetails, RefusalCircuit, Search, Shape
+from mechsafety.circuits.circuit import (
+    LEVELS,
+    Backup,
+    Behaviour,
+    CircuitEdge,
+    MapDetails,
+    RefusalCircuit,
+    Search,
+    Shape,
+)
 from mechsafety.circuits.discover import Discovery, discover
-from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.edge_meter import EdgeMeter
+from mechsafety.circuits.edge_search import edge_scores, search_edges
+from mechsafety.circuits.meters import FaithfulnessMeter, in_order
+from mechsafety.circuits.neurons import NeuronMeter, refine
 from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verify import MARGIN, verify
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.prompts import PromptPairs
+from mechsafety.sites import SiteKind
 
 MIN_PAIRS = 2
 
@@ -38,6 +51,7 @@ def map_refusal_circuit(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
+    level: str = "node",
     limit: int = 40,
     target: float = 0.8,
     max_nodes: int | None = None,
@@ -69,9 +83,12 @@ def map_refusal_circuit(
         pairs: Aligned pairs; the built-in ones by default. The split name ``test`` marks pairs to hold out, else half
             of the topics (or of the pairs) is held out.
         metric: What refusal is measured by; detected from the model's own refusals by default.
+        level: ``node``: heads and MLPs. ``neuron``: the MLPs of that circuit are then taken apart into neurons.
+            ``edge``: the smallest set of edges, everything else cut (as `discover_edges`), and the nodes on it.
         limit: Pairs to use at most, half of them held out; pairs the model does not treat as expected drop out.
         target: Faithfulness to reach, in (0, 1].
-        max_nodes: Largest circuit; where the target needs more, the circuit misses it and says so.
+        max_nodes: Largest circuit, in edges at level ``edge``; where the target needs more, the circuit misses it and
+            says so.
         n_random: Random circuits; the smallest possible p is 1 / (1 + n_random).
         n_added: Parts added at random, which minimality is measured against.
         n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
@@ -89,7 +106,9 @@ def map_refusal_circuit(
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
         MechsafetyError: Bad options, too few pairs, or pairs that do not align.
     """
-    _check_options(target=target, limit=limit, seed=seed, max_nodes=max_nodes, budget_seconds=budget_seconds)
+    _check_options(level, target, limit, seed, max_nodes, budget_seconds)
+    if level == "edge" and model.post_norm:
+        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     budget = Budget(budget_seconds)
     chosen = pairs if pairs is not None else PromptPairs.builtin()
     here, there = _two_parts(chosen, limit, seed)
@@ -100,46 +119,69 @@ def map_refusal_circuit(
     metric, behaviour, samples, keep = check_behaviour(model, both, metric, detect_on=len(here), seed=seed)
     here, there = _usable(here, there, keep, behaviour)
     held, fresh = _held_and_fresh(there)
-    found_on, held_out = (FaithfulnessMeter(model, pair_runs(model, part), metric) for part in (here, held))
-    untouched = FaithfulnessMeter(model, pair_runs(model, fresh), metric) if fresh is not None else None
+    kind = EdgeMeter if level == "edge" else FaithfulnessMeter
+
+    def meter(part: PromptPairs, kind: type[FaithfulnessMeter] = kind) -> FaithfulnessMeter:
+        extra = [SiteKind.NEURONS] if level == "neuron" else []
+        return kind(model, pair_runs(model, part, extra=extra), metric)
+
+    found_on, held_out = meter(here), meter(held)
+    untouched = meter(fresh) if fresh is not None else None
+    few, measured_on = meter(there.sample(n_role_pairs, seed), FaithfulnessMeter), meter(there, FaithfulnessMeter).runs
     with _Stage(6, progress) as stage:
         stage("attributing every node")
         attributions = attribute_pairs(model, here, metric)
         attribution = attributions.mean()
         stage("searching the smallest circuit")
-        core = discover(found_on, held_out, attribution, target, max_nodes=max_nodes, budget=budget)
+        if isinstance(found_on, EdgeMeter) and isinstance(held_out, EdgeMeter):
+            scores = edge_scores(found_on)
+            core = search_edges(found_on, held_out, scores, target, max_edges=max_nodes, budget=budget)
+        else:
+            core = discover(found_on, held_out, attribution, target, max_nodes=max_nodes, budget=budget)
         stage("patching the circuit's nodes one by one")
         asked = _to_measure(core, attribution, shortlist)
-        measured_on = pair_runs(model, there)
         effects = single_effects(model, measured_on, metric, asked, budget, progress)
         stage("looking for backups")
-        few = FaithfulnessMeter(model, pair_runs(model, there.sample(n_role_pairs, seed)), metric)
-        backups = find_backups(
-            few, _nodes_of(core), _suspicion(core, effects), n_parts=n_backup_parts, seed=seed, budget=budget
-        )
-        added = _added(core, backups, max_nodes)
-        effects |= single_effects(model, measured_on, metric, [n for n in added if n not in effects], budget, progress)
+        backups: tuple[Backup, ...] = ()
+        stability = None
+        if level != "edge":
+            suspicion = _suspicion(core, effects)
+            backups = find_backups(few, _nodes_of(core), suspicion, n_parts=n_backup_parts, seed=seed, budget=budget)
+            stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
+        final = _with_backups(core, backups, max_nodes)
+        standing_in = [backup for backup in backups if backup.node in final.circuit]
+        if level == "neuron" and not budget.skips("neurons", 0.5):
+            final, (found_on, held_out), attribution = refine(found_on, held_out, final, standing_in, target, budget)
+            if untouched is not None:
+                untouched = NeuronMeter(model, untouched.runs, metric, found_on.layers)
+            standing_in = _taken_apart(standing_in, final)
+        nodes = _nodes_of(final)
+        new = [node for node in nodes if node not in effects]
+        effects |= single_effects(model, measured_on, metric, new, budget, progress)
         measured = with_intervals(effects, seed)
         stage("measuring edges and roles")
-        nodes = sorted([*_nodes_of(core), *added], key=lambda node: node.order)
         wiring = wire(
             model,
             few.runs,
             metric,
             nodes,
-            [backup for backup in backups if backup.node in nodes],
+            standing_in,
             n_edges=n_edges,
             n_measured=n_measured_edges,
             budget=budget,
             progress=progress,
         )
         stage("checking the circuit")
+        if level == "edge":
+            known = {member.edge: member for member in wiring.edges}
+            own = [edge for edge in final.circuit if isinstance(edge, Edge)]
+            edges = [known.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
+            wiring = replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
         final = replace(
-            core,
-            circuit=tuple(node for node in nodes if node not in wiring.dropped),
-            added=tuple(node for node in added if node not in wiring.dropped),
+            final,
+            circuit=tuple(part for part in final.circuit if part not in wiring.dropped),
+            added=tuple(part for part in final.added if part not in wiring.dropped),
         )
-        stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
         check = verify(
             final,
             found_on,
@@ -155,6 +197,7 @@ def map_refusal_circuit(
         )
     options = {
         "pairs": chosen.name,
+        "level": level,
         "limit": limit,
         "found_on": len(here),
         "held_out": len(held),
@@ -175,7 +218,7 @@ def map_refusal_circuit(
         "budget_seconds": budget_seconds,
     }
     members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)
-    every = head_and_mlp_nodes(model.n_layers, model.n_heads)
+    every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *(n for n in nodes if n.kind == "neuron")]
     return RefusalCircuit(
         provenance=model.provenance(seed=seed, options=options),
         metric=metric.to_json(),
@@ -183,7 +226,7 @@ def map_refusal_circuit(
         nodes=members,
         edges=wiring.edges,
         verification=check,
-        n_candidates=len(core.ranking),
+        n_candidates=len(found_on.parts),
         details=MapDetails(
             model.n_layers,
             model.n_heads,
@@ -191,10 +234,11 @@ def map_refusal_circuit(
             samples,
             attention_examples(model, here, members),
         ),
+        level=level,
         search=Search(
-            ranked=core.ranked,
-            removed=core.ranked - len(core.circuit),
-            minimal=core.minimal,
+            ranked=final.ranked,
+            removed=final.ranked - len(final.circuit) + len(final.added) + len(wiring.dropped),
+            minimal=final.minimal,
             backups=backups,
             linked=wiring.linked,
             dropped=wiring.dropped,
@@ -205,8 +249,10 @@ def map_refusal_circuit(
 
 
 def _check_options(
-    *, target: float, limit: int, seed: int, max_nodes: int | None, budget_seconds: float | None
+    level: str, target: float, limit: int, seed: int, max_nodes: int | None, budget_seconds: float | None
 ) -> None:
+    if level not in LEVELS:
+        raise MechsafetyError(f"level {level!r}", expected=f"one of {LEVELS}")
     if not 0 < target <= 1:
         raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
     if limit < 2 * MIN_PAIRS:
@@ -267,7 +313,12 @@ def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:
 
 
 def _nodes_of(discovery: Discovery) -> list[Node]:
-    return [part for part in discovery.circuit if isinstance(part, Node)]
+    """The nodes of a circuit, or those that its edges run between."""
+    nodes = {part for part in discovery.circuit if isinstance(part, Node)}
+    for part in discovery.circuit:
+        if isinstance(part, Edge):
+            nodes |= {part.sender, part.receiver}
+    return sorted((n for n in nodes if n.kind not in ("embed", "logits")), key=lambda node: node.order)
 
 
 def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: int) -> list[Node]:
@@ -286,12 +337,26 @@ def _suspicion(discovery: Discovery, effects: Mapping[Node, np.ndarray]) -> dict
     }
 
 
-def _added(discovery: Discovery, backups: Sequence[Backup], max_nodes: int | None) -> list[Node]:
-    """Backups that the circuit does not have, the strongest first, as many as it may grow to."""
+def _with_backups(discovery: Discovery, backups: Sequence[Backup], max_nodes: int | None) -> Discovery:
+    """The circuit with the backups that it lacks, the strongest first, as many as it may grow to."""
     outside = [backup for backup in backups if backup.node not in discovery.circuit]
     outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
     room = len(outside) if max_nodes is None else max(0, max_nodes - len(discovery.circuit))
-    return [backup.node for backup in outside[:room]]
+    added = tuple(backup.node for backup in outside[:room])
+    return replace(discovery, circuit=in_order([*discovery.circuit, *added]), added=added)
+
+
+def _taken_apart(backups: Sequence[Backup], discovery: Discovery) -> list[Backup]:
+    """The backups of a circuit of neurons: an MLP's role is that of each of its neurons that were added."""
+    found = []
+    for backup in backups:
+        if backup.node.kind == "head":
+            found.append(backup)
+            continue
+        rest = tuple(node for node in backup.group if node != backup.node)
+        own = [part for part in discovery.added if isinstance(part, Node) and part.kind == "neuron"]
+        found += [replace(backup, node=part, group=rest) for part in own if part.layer == backup.node.layer]
+    return [backup for backup in found if backup.node in discovery.circuit]
 
 
 class _Stage:

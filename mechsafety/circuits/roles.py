@@ -104,9 +104,8 @@ def assign_roles(
 
     def paths(node: Node, others: Collection[Node], incoming: bool) -> float:
         ends = ((m.edge.receiver, m.edge.sender) if incoming else (m.edge.sender, m.edge.receiver) for m in edges)
-        return sum(
-            (m.effect for m, (near, far) in zip(edges, ends, strict=True) if near == node and far in others), 0.0
-        )
+        found = (m.effect for m, (near, far) in zip(edges, ends, strict=True) if near == node and far in others)
+        return sum(found, 0.0)
 
     def having(*names: str) -> set[Node]:
         return {node for node, role in roles.items() if role in names}

@@ -114,9 +114,8 @@ def test_roles_do_not_depend_on_depth_or_order():
     """The same evidence in the last layer and in the first gives the same role."""
     for layer in (0, 9):
         head = Node("head", layer, 0)
-        assert roles({head: 0.4}, {head: RoleEvidence(via_instruction=0.3, attention_to_instruction=0.2)}) == {
-            head: "detection"
-        }
+        seen = RoleEvidence(via_instruction=0.3, attention_to_instruction=0.2)
+        assert roles({head: 0.4}, {head: seen}) == {head: "detection"}
     effects = {DETECT: 0.3, EVALUATE: 0.4, DECIDE: 0.4, PRODUCE: 0.2}
     evidence = {
         PRODUCE: RoleEvidence(direct=0.2),
