@@ -42,10 +42,10 @@ def find_backups(
     """Nodes whose single effect is small but whose joint effect with a node of the circuit is large.
 
     For each suspicious node of the circuit: every node is attributed again with it patched; those whose attribution
-    rises most, and that lose little alone, are patched together with it, exactly. Where the group loses at least `MIN_JOINT` more than its members
-    lose one by one, members that are not needed for that leave it; what is left, and every other candidate that can
-    take the place of one of them, is a backup if alone it loses little. Redundancy of three and more parts is found as
-    well as of two, because the group is tested as a whole first.
+    rises most, and that lose little alone, are patched together with it, exactly. Where the group loses at least
+    `MIN_JOINT` more than its members lose one by one, members that are not needed for that leave it; what is left, and
+    every other candidate that can take the place of one of them, is a backup if alone it loses little. Redundancy of
+    three and more parts is found as well as of two, because the group is tested as a whole first.
 
     Args:
         meter: What effects are measured on.

@@ -43,9 +43,10 @@ def test_the_smallest_set_of_edges(planted, metric, found):
     assert found.curve[-1].faithfulness == pytest.approx(1.0, abs=1e-3)
 
 
-def test_same_numbers_twice_and_from_disk(planted, metric, found, tmp_path):
-    assert discover_edges(*planted, metric, progress=False) == found
-    assert EdgeCircuit.load(found.save(tmp_path / "edges")) == found
+def test_from_disk_and_as_a_table(found, tmp_path):
+    back = EdgeCircuit.load(found.save(tmp_path / "edges"))
+    assert (back.edges, back.scores, back.curve, back.reached) == (found.edges, found.scores, found.curve, True)
+    assert back.provenance == found.provenance
     assert repr(found).startswith(
         f"EdgeCircuit(eap-ig: {len(found.edges)} of 262 edges, {len(found.nodes)} nodes, faith"
     )
