@@ -24,6 +24,8 @@ __getattr__, _, _names = lazy_loader.attach(
         ],
         "cache": ["ActivationCache"],
         "circuits.circuit": ["RefusalCircuit"],
+        "circuits.compare": ["CircuitComparison", "compare_circuits"],
+        "circuits.edge_search": ["EdgeCircuit", "acdc", "discover_edges"],
         "circuits.refusal": ["map_refusal_circuit"],
         "directions": [
             "DirectionIO",
@@ -85,7 +87,15 @@ if TYPE_CHECKING:
         node_attribution,
     )
     from mechsafety.cache import ActivationCache
-    from mechsafety.circuits import RefusalCircuit, map_refusal_circuit
+    from mechsafety.circuits import (
+        CircuitComparison,
+        EdgeCircuit,
+        RefusalCircuit,
+        acdc,
+        compare_circuits,
+        discover_edges,
+        map_refusal_circuit,
+    )
     from mechsafety.directions import (
         DirectionIO,
         RefusalDirection,

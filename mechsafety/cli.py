@@ -29,6 +29,9 @@ def map_command(
     out: Path,
     pairs: Path | None = None,
     limit: int = 40,
+    level: str = "node",
+    max_nodes: int | None = None,
+    budget_seconds: float | None = None,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     adapter: Path | None = None,
@@ -50,6 +53,12 @@ def map_command(
         JSON lines with {"harmful": "...", "harmless": "..."}; the built-in pairs by default.
     limit
         Pairs to use at most, half of them held out.
+    level
+        node: heads and MLPs; neuron: the MLPs taken apart; edge: single edges (slow on large models).
+    max_nodes
+        Largest circuit.
+    budget_seconds
+        Time for the map; what does not fit is left out and listed.
     refusal_token
         Tokens that begin a refusal; found from the model's own replies by default.
     comply_token
@@ -86,7 +95,16 @@ def map_command(
     with fresh_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
         lens = load_model(model, adapter=adapter, device=device, dtype=dtype, chat_template=chat_template)
         metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
-        circuit = map_refusal_circuit(lens, prompts, metric, limit=limit, seed=seed)
+        circuit = map_refusal_circuit(
+            lens,
+            prompts,
+            metric,
+            level=level,
+            limit=limit,
+            max_nodes=max_nodes,
+            budget_seconds=budget_seconds,
+            seed=seed,
+        )
         write_all(circuit, scratch)
     print(_summary_json(circuit, out) if as_json else _summary(circuit, out))  # noqa: T201
     return 0
@@ -117,6 +135,8 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "target_reached": check.reached,
             "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
             "random_control_p": check.random_controls.p_value,
+            "claims": {claim.name: claim.passed for claim in check.claims},
+            "left_out": list(circuit.search.cut),
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
         }
     )
@@ -129,10 +149,13 @@ def _summary(circuit: Any, out: Path) -> str:
     for kind, value in circuit.behaviour.items():
         a, b = value.refusal_ci
         rows.append((f"{kind} refused", f"{value.refusal_rate:.0%} of {value.n} (95 % CI {a:.0%} to {b:.0%})"))
-    share = len(circuit.nodes) / circuit.n_candidates
+    size = f"{len(circuit.nodes)} of {circuit.n_candidates} {_PARTS[circuit.level]}"
+    size += f" ({len(circuit.nodes) / circuit.n_candidates:.0%})"
+    if circuit.level == "edge":
+        size = f"{len(circuit.edges)} of {circuit.n_candidates} edges, between {len(circuit.nodes)} nodes"
     rows += [
         ("metric", f"{circuit.metric['name']}, refusal tokens {circuit.metric['refusal_tokens']}"),
-        ("circuit", f"{len(circuit.nodes)} of {circuit.n_candidates} heads and MLPs ({share:.0%})"),
+        ("circuit", size),
         ("faithfulness", f"{check.faithfulness:.2f} on the pairs it was found on"),
         ("  held out", f"{check.held_out_faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}"),
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
@@ -140,12 +163,26 @@ def _summary(circuit: Any, out: Path) -> str:
         ("  removing it", f"loses {check.necessity:.0%} of the gap"),
         ("edges", f"{len(circuit.edges)} kept"),
         ("roles", ", ".join(f"{len(circuit.by_role(r))} {r}" for r in _roles(circuit))),
+        ("claims", _claims(check.claims)),
+        *(("left out", line) for line in circuit.search.cut),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     if not check.reached:
         lines.append(f"No set of nodes short of the whole model reached {check.target:.2f} on held-out pairs.")
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
+
+
+_PARTS = {"node": "heads and MLPs", "neuron": "heads, MLPs and neurons"}
+
+
+def _claims(claims: Any) -> str:
+    """How many claims hold, and which fail or were not measured."""
+    found = f"{sum(claim.passed is True for claim in claims)} of {len(claims)} hold"
+    for word, verdict in (("failed", False), ("not measured", None)):
+        names = [claim.name for claim in claims if claim.passed is verdict]
+        found += f"; {word}: {', '.join(names)}" if names else ""
+    return found
 
 
 def _fresh(fresh: Any) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
+CIRCUITS = ("assemble", "backups", "behaviour", "connect", "discover", "edges", "meters", "refusal", "roles")
+CIRCUITS += ("side_effects", "stability", "statistics", "verify")
 HOOKED = (
     "attribution",
     "cache",
@@ -23,7 +25,7 @@ HOOKED = (
     "probes",
     "prompts.spans",
 )
-HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
+HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
 import hypothesis

@@ -9,15 +9,22 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence", "Verification"],
-        "discover": ["FaithfulnessMeter", "discover"],
+        "discover": ["discover"],
+        "compare": ["CircuitComparison", "compare_circuits"],
+        "edge_meter": ["EdgeMeter"],
+        "edge_search": ["EdgeCircuit", "acdc", "discover_edges"],
+        "meters": ["FaithfulnessMeter"],
+        "neurons": ["NeuronMeter"],
         "edges": ["estimate_edges", "measure_edges"],
-        "refusal": ["check_behaviour", "map_refusal_circuit"],
+        "behaviour": ["check_behaviour"],
+        "refusal": ["map_refusal_circuit"],
         "roles": ["assign_roles", "role_evidence"],
         "verify": ["verify"],
     },
 )
 
 if TYPE_CHECKING:
+    from mechsafety.circuits.behaviour import check_behaviour
     from mechsafety.circuits.circuit import (
         Behaviour,
         CircuitEdge,
@@ -26,8 +33,13 @@ if TYPE_CHECKING:
         RoleEvidence,
         Verification,
     )
-    from mechsafety.circuits.discover import FaithfulnessMeter, discover
+    from mechsafety.circuits.compare import CircuitComparison, compare_circuits
+    from mechsafety.circuits.discover import discover
+    from mechsafety.circuits.edge_meter import EdgeMeter
+    from mechsafety.circuits.edge_search import EdgeCircuit, acdc, discover_edges
     from mechsafety.circuits.edges import estimate_edges, measure_edges
-    from mechsafety.circuits.refusal import check_behaviour, map_refusal_circuit
+    from mechsafety.circuits.meters import FaithfulnessMeter
+    from mechsafety.circuits.neurons import NeuronMeter
+    from mechsafety.circuits.refusal import map_refusal_circuit
     from mechsafety.circuits.roles import assign_roles, role_evidence
     from mechsafety.circuits.verify import verify

@@ -1,57 +1,17 @@
-"""Finding the smallest set of nodes that carries the metric gap."""
+"""Finding the smallest set of parts that carries the metric gap."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mechsafety.attribution.nodes import NodeAttribution
-from mechsafety.circuits.circuit import CurvePoint
-from mechsafety.metrics import RefusalLogOdds
-from mechsafety.models import LensModel
-from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, patched_scores
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, order_of
+from mechsafety.circuits.verification import CurvePoint
+from mechsafety.nodes import head_and_mlp_nodes
 
-# shares of all nodes at which the curve is measured: those of the MIB benchmark, and some between
+# shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
-
-
-@dataclass(frozen=True, slots=True)
-class FaithfulnessMeter:
-    """Measures faithfulness f(C) = (m(C) - m(empty)) / (m(model) - m(empty)) of node sets on stored runs.
-
-    m is the mean metric on the harmful prompts with every node outside C given its value from the harmless twin.
-    """
-
-    model: LensModel
-    runs: PairRuns
-    metric: RefusalLogOdds
-
-    def kept(self, circuits: Sequence[Sequence[Node]]) -> np.ndarray:
-        """Metric [circuit prompt] with everything outside each circuit patched."""
-        nodes = head_and_mlp_nodes(self.model.n_layers, self.model.n_heads)
-        return self._scores([[node for node in nodes if node not in keep] for keep in map(set, circuits)])
-
-    def removed(self, circuits: Sequence[Sequence[Node]]) -> np.ndarray:
-        """Metric [circuit prompt] with each circuit itself patched and everything else alive."""
-        return self._scores(circuits)
-
-    def faithfulness(self, circuits: Sequence[Sequence[Node]]) -> list[float]:
-        """F of each circuit."""
-        harmful, harmless = self.ends()
-        gap = harmful.mean() - harmless.mean()
-        return [float(value) for value in (self.kept(circuits).mean(axis=1) - harmless.mean()) / gap]
-
-    def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """Metric of the whole model on the (harmful, harmless) prompts; the latter is m(empty)."""
-        harmful, harmless = self.runs.scores(self.metric)
-        return harmful.cpu().double().numpy(), harmless.cpu().double().numpy()
-
-    def _scores(self, patched: Sequence[Sequence[Node]]) -> np.ndarray:
-        patch = Patch.of(self.model, patched)
-        scores = patched_scores(self.model, self.runs.harmful, self.runs.harmless.acts, patch, self.metric)
-        return scores.cpu().double().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,42 +19,91 @@ class Discovery:
     """What the search found.
 
     Attributes:
-        ranking: All nodes, largest signed estimate first.
+        ranking: All parts, largest signed estimate first.
         curve: Faithfulness of the best k of the ranking, on the search's pairs and on held-out ones.
         circuit: The smallest set found, in the order of computation.
-        marginals: Faithfulness each of its nodes adds to it, on the search's pairs.
+        marginals: Faithfulness each of its parts adds to it, on the search's pairs; empty where removal was cut short.
         reached: Whether the circuit reaches the target on both sets of pairs.
+        ranked: Size of the prefix of the ranking that removal began with.
+        minimal: Whether no single part more can leave; None where that was not seen to the end.
+        added: Parts of the circuit that stand in for others and were added to the smallest set.
     """
 
-    ranking: tuple[Node, ...]
+    ranking: tuple[Part, ...]
     curve: tuple[CurvePoint, ...]
-    circuit: tuple[Node, ...]
-    marginals: Mapping[Node, float]
+    circuit: tuple[Part, ...]
+    marginals: Mapping[Part, float]
     reached: bool
+    ranked: int = 0
+    minimal: bool | None = None
+    added: tuple[Part, ...] = ()
 
 
 def discover(
-    found_on: FaithfulnessMeter, held_out: FaithfulnessMeter, attribution: NodeAttribution, target: float
+    found_on: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
+    attribution: NodeAttribution,
+    target: float,
+    *,
+    max_nodes: int | None = None,
+    rounds: int = 4,
+    budget: Budget | None = None,
 ) -> Discovery:
     """The smallest set of heads and MLPs found that reaches ``target`` faithfulness, on both sets of pairs.
 
-    The order comes from the attribution on the search's pairs. The smallest prefix of it that reaches the target is
-    found by bisection; then nodes whose exact removal costs least are dropped as long as the target holds. The held-out
-    pairs set the size of the circuit and never the order, so their faithfulness lies just above the target by
-    construction: an unbiased figure needs fresh pairs (`verify`).
+    The order comes from the attribution on the search's pairs; see `search_parts` for what follows.
 
     Args:
         found_on: Meter on the pairs that were attributed.
         held_out: Meter on other pairs.
         attribution: Estimates to rank by, signed: nodes that work against refusal come last.
         target: Faithfulness to reach.
+        max_nodes: Largest size; where the target needs more, the circuit misses it and says so.
+        rounds: Of exact removal, at most.
+        budget: Time to keep.
     """
-    enough = target - 1e-6  # the whole model's faithfulness is 1 up to rounding
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
-    ranking = tuple(sorted(nodes, key=lambda node: (-attribution.of(node), node.order)))
-    curve = faithfulness_curve(found_on, held_out, ranking)
+    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
+    return search_parts(found_on, held_out, ranking, target, max_parts=max_nodes, rounds=rounds, budget=budget)
 
-    def reaches(circuit: Sequence[Node]) -> bool:
+
+def search_parts(
+    found_on: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
+    ranking: Sequence[Part],
+    target: float,
+    *,
+    max_parts: int | None = None,
+    rounds: int = 4,
+    budget: Budget | None = None,
+    shares: Sequence[float] = CURVE_SHARES,
+    tidy: Callable[[Sequence[Part]], list[Part]] = list,
+    max_exact: int | None = None,
+) -> Discovery:
+    """The smallest prefix of a ranking that reaches ``target``, less everything whose exact removal does not matter.
+
+    The prefix is found by bisection; then parts whose exact removal costs least are dropped, as many at once as the
+    target allows, and everything is measured again, until no single part can leave (ACDC's criterion, Conmy et al.
+    2023, with the target in place of a threshold). The held-out pairs set the size of the circuit and never the order,
+    so their faithfulness lies just above the target by construction: an unbiased figure needs fresh pairs (`verify`).
+
+    Args:
+        found_on: Meter on the pairs that the ranking comes from.
+        held_out: Meter on other pairs.
+        ranking: All parts, the most important first.
+        target: Faithfulness to reach.
+        max_parts: Largest size.
+        rounds: Of removal, at most.
+        budget: Time to keep.
+        shares: Of all parts, at which the curve is measured.
+        tidy: Takes away parts of a set that change nothing.
+        max_exact: Largest set that removal measures part by part; a larger one is left as it is.
+    """
+    budget = budget or Budget()
+    enough = target - 1e-6  # the whole model's faithfulness is 1 up to rounding
+    curve = faithfulness_curve(found_on, held_out, ranking, shares)
+
+    def reaches(circuit: Sequence[Part]) -> bool:
         if found_on.faithfulness([circuit])[0] < enough:
             return False
         return held_out.faithfulness([circuit])[0] >= enough
@@ -106,54 +115,102 @@ def discover(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(ranking[:middle]) else (middle, high)
-    circuit, costs = _eliminate(found_on, list(ranking[:high]), reaches)
+    circuit, costs, minimal = tidy(ranking[:high]), dict[Part, float](), None
+    if max_exact is None or len(circuit) <= max_exact:
+        circuit, costs, minimal = _eliminate(found_on, held_out, circuit, enough, reaches, rounds, budget)
+        circuit = tidy(circuit)
+    else:
+        budget.left_out(f"removal of parts that do not matter: {len(circuit)} are too many to measure one by one")
+    if max_parts is not None and len(circuit) > max_parts:
+        # what removal would have left last, by the costs it measured
+        worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
+        kept = in_order(tidy(worth[:max_parts]))
+        return Discovery(tuple(ranking), curve, kept, marginals(found_on, kept), reaches(kept), high)
     if len(circuit) == len(ranking):
         # nothing but the whole model does: say so, with the smaller set that comes closest
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
         best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
-        kept = ranking[: best.n_nodes]
-        return Discovery(ranking, curve, _ordered(kept), marginals(found_on, kept), False)
-    return Discovery(ranking, curve, _ordered(circuit), costs, True)
+        kept = in_order(ranking[: best.n_nodes])
+        return Discovery(tuple(ranking), curve, kept, marginals(found_on, kept), False, best.n_nodes)
+    return Discovery(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal)
 
 
 def faithfulness_curve(
-    found_on: FaithfulnessMeter, held_out: FaithfulnessMeter, ranking: Sequence[Node]
+    found_on: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
+    ranking: Sequence[Part],
+    shares: Sequence[float] = CURVE_SHARES,
 ) -> tuple[CurvePoint, ...]:
-    """Faithfulness of the best k nodes, for `CURVE_SHARES` of all of them."""
-    sizes = sorted({round(share * len(ranking)) for share in CURVE_SHARES} | {min(10, len(ranking))})
+    """Faithfulness of the best k parts, for shares of all of them."""
+    sizes = sorted({round(share * len(ranking)) for share in shares} | {min(10, len(ranking))})
     circuits = [ranking[:size] for size in sizes]
     here, there = found_on.faithfulness(circuits), held_out.faithfulness(circuits)
     return tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True))
 
 
 def _eliminate(
-    meter: FaithfulnessMeter, circuit: list[Node], reaches: Callable[[Sequence[Node]], bool], rounds: int = 3
-) -> tuple[list[Node], dict[Node, float]]:
-    """Drop the nodes that cost least, as many at once as the target allows; measure again; repeat."""
-    costs = marginals(meter, circuit)
+    meter: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
+    circuit: list[Part],
+    enough: float,
+    reaches: Callable[[Sequence[Part]], bool],
+    rounds: int,
+    budget: Budget,
+) -> tuple[list[Part], dict[Part, float], bool | None]:
+    """Drop the parts that cost least, as many at once as the target allows; measure again; repeat.
+
+    Returns:
+        What is left; what each of it costs (empty if not measured); whether no single part more can leave.
+    """
+    costs: dict[Part, float] = {}
     for _ in range(rounds):
-        cheapest = sorted(circuit, key=lambda node: (costs[node], node.order))
-        low, high = 0, len(cheapest)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if reaches(cheapest[middle:]) else (low, middle)
-        if low == 0:
-            break
-        dropped = set(cheapest[:low])
-        circuit = [node for node in circuit if node not in dropped]
+        if budget.over(SEARCH_SHARE):
+            budget.left_out("removal of parts that do not matter: stopped before no part could leave")
+            return circuit, {}, None
         costs = marginals(meter, circuit)
-    return circuit, costs
+        whole = meter.faithfulness([circuit])[0]
+        free = sorted(
+            (part for part in circuit if whole - costs[part] >= enough),
+            key=lambda part: (costs[part], order_of(part)),
+        )
+        if not free:
+            return circuit, costs, True
+        dropped = _largest(free, circuit, reaches)
+        if not dropped:
+            # none of the cheapest may leave on held-out pairs: one of the others may
+            single = [[part for part in circuit if part != gone] for gone in free]
+            values = held_out.faithfulness(single, near=circuit)
+            dropped = next(([gone] for gone, value in zip(free, values, strict=True) if value >= enough), [])
+        if not dropped:
+            return circuit, costs, True
+        circuit = [part for part in circuit if part not in set(dropped)]
+        costs = {}
+    return circuit, costs, None
 
 
-def marginals(meter: FaithfulnessMeter, circuit: Sequence[Node]) -> dict[Node, float]:
-    """Faithfulness lost when each node alone leaves the circuit, exact."""
+# a search may take this share of a time budget
+SEARCH_SHARE = 0.4
+
+
+def _largest(free: Sequence[Part], circuit: Sequence[Part], reaches: Callable[[Sequence[Part]], bool]) -> list[Part]:
+    """The longest run of ``free``, from its start, that may leave together."""
+
+    def fits(n: int) -> bool:
+        gone = set(free[:n])
+        return reaches([part for part in circuit if part not in gone])
+
+    low, high = 0, len(free) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return list(free[:low])
+
+
+def marginals(meter: FaithfulnessMeter, circuit: Sequence[Part]) -> dict[Part, float]:
+    """Faithfulness lost when each part alone leaves the circuit, exact."""
     if not circuit:
         return {}
-    order = sorted(circuit, key=lambda node: node.order)
-    without = [[node for node in order if node != gone] for gone in order]
-    scores = meter.faithfulness([order, *without])
-    return {node: scores[0] - score for node, score in zip(order, scores[1:], strict=True)}
-
-
-def _ordered(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    return tuple(sorted(nodes, key=lambda node: node.order))
+    order = in_order(circuit)
+    without = [[part for part in order if part != gone] for gone in order]
+    scores = meter.faithfulness([order, *without], near=order)
+    return {part: scores[0] - score for part, score in zip(order, scores[1:], strict=True)}

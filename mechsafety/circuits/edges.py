@@ -6,9 +6,12 @@ from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node
+from mechsafety.nodes import Edge, Node
 from mechsafety.patching.masks import PairRuns
-from mechsafety.patching.paths import measured_edges
+from mechsafety.patching.paths import measured_edges, reaches
+from mechsafety.patching.receivers import SLOTS
+
+EMBED, LOGITS = Node("embed"), Node("logits")
 
 
 def estimate_edges(
@@ -36,4 +39,21 @@ def measure_edges(
     return [
         CircuitEdge(member.edge, effect, "measured", member.estimate)
         for member, effect in zip(edges, effects, strict=True)
+    ]
+
+
+def exact_edges(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node]) -> list[CircuitEdge]:
+    """Every edge between the given nodes and into the logits, each measured, strongest first."""
+    paths = [edge for node in nodes for edge in edges_into(node, [*nodes, LOGITS], parallel=model.parallel)]
+    found = measure_edges(model, runs, metric, [CircuitEdge(edge, 0.0) for edge in paths])
+    return sorted(found, key=lambda member: (-abs(member.effect), str(member.edge)))
+
+
+def edges_into(sender: Node, nodes: Sequence[Node], *, parallel: bool) -> list[Edge]:
+    """Every edge from a node to the given ones."""
+    return [
+        Edge(sender, node, slot)
+        for node in nodes
+        if sender.order[:2] < node.order[:2] and reaches(sender, node, parallel=parallel)
+        for slot in SLOTS[node.kind]
     ]

@@ -1,50 +1,49 @@
 """`map_refusal_circuit`: from prompts to a verified circuit."""
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from mechsafety.attribution import NodeAttribution, node_attribution
+from mechsafety.attribution import NodeAttribution
+from mechsafety.circuits.assemble import (
+    attention_examples,
+    circuit_nodes,
+    node_scores,
+    single_effects,
+    wire,
+    with_intervals,
+)
+from mechsafety.circuits.backups import find_backups
+from mechsafety.circuits.behaviour import MIN_SHARE, check_behaviour
+from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import (
-    AttentionExample,
+    LEVELS,
+    Backup,
     Behaviour,
     CircuitEdge,
-    CircuitNode,
     MapDetails,
-    NodeScore,
     RefusalCircuit,
-    RoleEvidence,
-    Sample,
+    Search,
+    Shape,
 )
-from mechsafety.circuits.discover import Discovery, FaithfulnessMeter, discover
-from mechsafety.circuits.edges import estimate_edges, measure_edges
-from mechsafety.circuits.roles import assign_roles, role_evidence
-from mechsafety.circuits.verify import verify
+from mechsafety.circuits.discover import Discovery, discover
+from mechsafety.circuits.edge_meter import EdgeMeter
+from mechsafety.circuits.edge_search import edge_scores, search_edges
+from mechsafety.circuits.meters import FaithfulnessMeter, in_order
+from mechsafety.circuits.neurons import NeuronMeter, refine
+from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
+from mechsafety.circuits.verify import MARGIN, verify
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.metrics import (
-    RefusalLogOdds,
-    bootstrap_interval,
-    is_refusal,
-    wilson_interval,
-)
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching import PatchMap, activation_patching, pair_runs
-from mechsafety.patching.masks import PairRuns
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
 from mechsafety.prompts import PromptPairs
-
-logger = logging.getLogger(__name__)
-
-# exact effect, its interval, its adjusted p
-Measured = tuple[float, tuple[float, float], float]
+from mechsafety.sites import SiteKind
 
 MIN_PAIRS = 2
-# below this share of usable pairs there is no refusal worth mapping
-MIN_SHARE = 0.2
-REPLY_TOKENS = 24
 
 
 def map_refusal_circuit(
@@ -52,21 +51,28 @@ def map_refusal_circuit(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
+    level: str = "node",
     limit: int = 40,
     target: float = 0.8,
-    n_random: int = 120,
+    max_nodes: int | None = None,
+    n_random: int = 100,
+    n_added: int = 40,
+    n_resamples: int = 5,
+    n_backup_parts: int = 4,
     n_edges: int = 60,
     n_measured_edges: int = 30,
     n_role_pairs: int = 8,
     shortlist: int = 30,
+    budget_seconds: float | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> RefusalCircuit:
     """Map which heads and MLPs make the model refuse, how they connect, and verify it.
 
     Behaviour check (does it refuse at all?); gradient attribution ranks every node; the smallest set found that reaches
-    ``target`` faithfulness, measured exactly; every node of it and a shortlist patched one by one; edges and roles;
-    then faithfulness, necessity and size-matched random controls on pairs that played no part in the search.
+    ``target`` faithfulness, measured exactly; every node of it and a shortlist patched one by one; nodes that stand in
+    for others (backups) searched jointly and added; edges and roles; then every check of `verify`, as far as it can be
+    on pairs that played no part in the search.
 
     The pairs fall into three parts: one to rank on; held-out ones, of other topics where pairs have topics, which set
     the circuit's size; and, if the held-out part has at least six, fresh ones taken from it, for the checks alone.
@@ -77,13 +83,22 @@ def map_refusal_circuit(
         pairs: Aligned pairs; the built-in ones by default. The split name ``test`` marks pairs to hold out, else half
             of the topics (or of the pairs) is held out.
         metric: What refusal is measured by; detected from the model's own refusals by default.
+        level: ``node``: heads and MLPs. ``neuron``: the MLPs of that circuit are then taken apart into neurons.
+            ``edge``: the smallest set of edges, everything else cut (as `discover_edges`), and the nodes on it.
         limit: Pairs to use at most, half of them held out; pairs the model does not treat as expected drop out.
         target: Faithfulness to reach, in (0, 1].
+        max_nodes: Largest circuit, in edges at level ``edge``; where the target needs more, the circuit misses it and
+            says so.
         n_random: Random circuits; the smallest possible p is 1 / (1 + n_random).
-        n_edges: Edges to keep, strongest first.
+        n_added: Parts added at random, which minimality is measured against.
+        n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
+        n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
+        n_edges: Edges to keep, strongest first; those that a node needs to be connected come on top.
         n_measured_edges: How many of them to measure exactly; the others stay estimates.
-        n_role_pairs: Pairs on which roles and edges are measured.
+        n_role_pairs: Pairs on which roles, edges and backups are measured.
         shortlist: Nodes outside the circuit to measure as well, largest estimates first.
+        budget_seconds: Time to keep: later stages are cut short, and ``search.cut`` says which. The behaviour check,
+            the attribution and the curve are always run. The same seed gives the same bytes only without it.
         seed: Of sampling, bootstrap and random circuits; at least 0.
         progress: Whether to show bars.
 
@@ -91,12 +106,10 @@ def map_refusal_circuit(
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
         MechsafetyError: Bad options, too few pairs, or pairs that do not align.
     """
-    if not 0 < target <= 1:
-        raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
-    if limit < 2 * MIN_PAIRS:
-        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
-    if seed < 0:
-        raise MechsafetyError(f"seed {seed}", expected="at least 0")
+    _check_options(level, target, limit, seed, max_nodes, budget_seconds)
+    if level == "edge" and model.post_norm:
+        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
+    budget = Budget(budget_seconds)
     chosen = pairs if pairs is not None else PromptPairs.builtin()
     here, there = _two_parts(chosen, limit, seed)
     # alignment is checked before anything slow is run
@@ -106,146 +119,150 @@ def map_refusal_circuit(
     metric, behaviour, samples, keep = check_behaviour(model, both, metric, detect_on=len(here), seed=seed)
     here, there = _usable(here, there, keep, behaviour)
     held, fresh = _held_and_fresh(there)
-    runs = pair_runs(model, here)
-    found_on = FaithfulnessMeter(model, runs, metric)
-    held_out = FaithfulnessMeter(model, pair_runs(model, held), metric)
-    untouched = FaithfulnessMeter(model, pair_runs(model, fresh), metric) if fresh is not None else None
-    with _Stage(5, progress) as stage:
+    kind = EdgeMeter if level == "edge" else FaithfulnessMeter
+
+    def meter(part: PromptPairs, kind: type[FaithfulnessMeter] = kind) -> FaithfulnessMeter:
+        extra = [SiteKind.NEURONS] if level == "neuron" else []
+        return kind(model, pair_runs(model, part, extra=extra), metric)
+
+    found_on, held_out = meter(here), meter(held)
+    untouched = meter(fresh) if fresh is not None else None
+    few, measured_on = meter(there.sample(n_role_pairs, seed), FaithfulnessMeter), meter(there, FaithfulnessMeter).runs
+    with _Stage(6, progress) as stage:
         stage("attributing every node")
-        attribution = node_attribution(model, runs, metric, progress=progress)
+        attributions = attribute_pairs(model, here, metric)
+        attribution = attributions.mean()
         stage("searching the smallest circuit")
-        discovery = discover(found_on, held_out, attribution, target)
+        if isinstance(found_on, EdgeMeter) and isinstance(held_out, EdgeMeter):
+            scores = edge_scores(found_on)
+            core = search_edges(found_on, held_out, scores, target, max_edges=max_nodes, budget=budget)
+        else:
+            core = discover(found_on, held_out, attribution, target, max_nodes=max_nodes, budget=budget)
         stage("patching the circuit's nodes one by one")
-        measured_on = pair_runs(model, there)
-        patched = activation_patching(
-            model, measured_on, metric, nodes=_to_measure(discovery, attribution, shortlist), progress=progress
-        )
+        asked = _to_measure(core, attribution, shortlist)
+        effects = single_effects(model, measured_on, metric, asked, budget, progress)
+        stage("looking for backups")
+        backups: tuple[Backup, ...] = ()
+        stability = None
+        if level != "edge":
+            suspicion = _suspicion(core, effects)
+            backups = find_backups(few, _nodes_of(core), suspicion, n_parts=n_backup_parts, seed=seed, budget=budget)
+            stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
+        final = _with_backups(core, backups, max_nodes)
+        standing_in = [backup for backup in backups if backup.node in final.circuit]
+        if level == "neuron" and not budget.skips("neurons", 0.5):
+            final, (found_on, held_out), attribution = refine(found_on, held_out, final, standing_in, target, budget)
+            if untouched is not None:
+                untouched = NeuronMeter(model, untouched.runs, metric, found_on.layers)
+            standing_in = _taken_apart(standing_in, final)
+        nodes = _nodes_of(final)
+        new = [node for node in nodes if node not in effects]
+        effects |= single_effects(model, measured_on, metric, new, budget, progress)
+        measured = with_intervals(effects, seed)
         stage("measuring edges and roles")
-        few = pair_runs(model, there.sample(n_role_pairs, seed))
-        edges, roles = _edges_and_roles(model, few, metric, discovery, n_edges, n_measured_edges, progress=progress)
-        stage("random control circuits")
+        wiring = wire(
+            model,
+            few.runs,
+            metric,
+            nodes,
+            standing_in,
+            n_edges=n_edges,
+            n_measured=n_measured_edges,
+            budget=budget,
+            progress=progress,
+        )
+        stage("checking the circuit")
+        if level == "edge":
+            known = {member.edge: member for member in wiring.edges}
+            own = [edge for edge in final.circuit if isinstance(edge, Edge)]
+            edges = [known.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
+            wiring = replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
+        final = replace(
+            final,
+            circuit=tuple(part for part in final.circuit if part not in wiring.dropped),
+            added=tuple(part for part in final.added if part not in wiring.dropped),
+        )
         check = verify(
-            discovery,
+            final,
             found_on,
             held_out,
             untouched,
             target=target,
             topics=_unseen_topics(here, there),
             n_random=n_random,
+            n_added=n_added,
+            stability=stability,
+            budget=budget,
             seed=seed,
         )
     options = {
         "pairs": chosen.name,
+        "level": level,
         "limit": limit,
         "found_on": len(here),
         "held_out": len(held),
         "fresh": 0 if fresh is None else len(fresh),
         "target": target,
+        "max_nodes": max_nodes,
         "n_random": n_random,
+        "n_added": n_added,
+        "n_resamples": n_resamples,
+        "n_backup_parts": n_backup_parts,
         "n_edges": n_edges,
         "n_measured_edges": n_measured_edges,
         "edge_mlp": "freeze",
         "edge_downstream": "live",
+        "equivalence_margin": MARGIN,
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
+        "budget_seconds": budget_seconds,
     }
-    measured = _measured(patched, seed)
-    nodes = _circuit_nodes(discovery, measured, roles, check.minimality or {})
+    members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)
+    every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *(n for n in nodes if n.kind == "neuron")]
     return RefusalCircuit(
         provenance=model.provenance(seed=seed, options=options),
         metric=metric.to_json(),
         behaviour=behaviour,
-        nodes=nodes,
-        edges=tuple(edges),
+        nodes=members,
+        edges=wiring.edges,
         verification=check,
-        n_candidates=len(discovery.ranking),
+        n_candidates=len(found_on.parts),
         details=MapDetails(
             model.n_layers,
             model.n_heads,
-            _scores(discovery, attribution, measured),
+            node_scores(every, _nodes_of(final), attribution, measured),
             samples,
-            _attention_examples(model, here, nodes),
+            attention_examples(model, here, members),
         ),
+        level=level,
+        search=Search(
+            ranked=final.ranked,
+            removed=final.ranked - len(final.circuit) + len(final.added) + len(wiring.dropped),
+            minimal=final.minimal,
+            backups=backups,
+            linked=wiring.linked,
+            dropped=wiring.dropped,
+            cut=budget.cut,
+        ),
+        shape=Shape(model.n_layers, model.n_heads, model.d_mlp),
     )
 
 
-def check_behaviour(
-    model: LensModel,
-    pairs: PromptPairs,
-    metric: RefusalLogOdds | None = None,
-    *,
-    detect_on: int | None = None,
-    seed: int = 0,
-) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
-    """Generate replies, judge them, and find the metric where none is given.
-
-    Args:
-        model: The model.
-        pairs: Prompts to look at.
-        metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
-        detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
-        seed: Of the bootstrap.
-
-    Returns:
-        The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and for each pair whether the
-        model treats it as expected (harmful refused, harmless answered, and the metric agrees).
-
-    Raises:
-        NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
-    """
-    harmful = model.generate(pairs.harmful, REPLY_TOKENS)
-    harmless = model.generate(pairs.harmless, REPLY_TOKENS)
-    refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
-    judge = "reply" if metric is None else "score"
-    if metric is None:
-        rates = (
-            f"the model refuses {sum(refused['harmful'])} of {len(pairs)} harmful and {sum(refused['harmless'])} of"
-            f" {len(pairs)} harmless prompts, so there is no refusal to map"
-        )
-        cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
-        if not any(refused["harmful"]):
-            raise NoRefusal(rates, cure=cure)
-        n = detect_on or len(pairs)
-        try:
-            first = PromptPairs(pairs.pairs[:n], pairs.name)
-            metric = RefusalLogOdds.detect(model, first, replies=(harmful[:n], harmless[:n]))
-        except MechsafetyError as error:
-            if sum(refused["harmful"]) < MIN_SHARE * len(pairs):
-                raise NoRefusal(rates, cure=cure) from error
-            raise
-    scores = {kind: _scores_of(model, getattr(pairs, kind), metric) for kind in ("harmful", "harmless")}
-    # with tokens of the user's choice, to begin with one of them is to refuse
-    by_score = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
-    judged = refused if judge == "reply" else by_score
-    behaviour = {
-        kind: Behaviour(
-            n=len(pairs),
-            refusal_rate=sum(judged[kind]) / len(pairs),
-            refusal_ci=wilson_interval(sum(judged[kind]), len(pairs)),
-            score_mean=float(scores[kind].mean()),
-            score_ci=bootstrap_interval(scores[kind], seed),
-            judge=judge,
-        )
-        for kind in ("harmful", "harmless")
-    }
-    keep = [
-        bool(bad and not good and high > low)
-        for bad, good, high, low in zip(
-            judged["harmful"], judged["harmless"], scores["harmful"], scores["harmless"], strict=True
-        )
-    ]
-    replies = {"harmful": harmful, "harmless": harmless}
-    samples = tuple(
-        Sample(getattr(pairs, kind)[k], kind, replies[kind][k], judged[kind][k], float(scores[kind][k]))
-        for k in range(min(len(pairs), 8))
-        for kind in ("harmful", "harmless")
-    )
-    return metric, behaviour, samples, keep
-
-
-def _scores_of(model: LensModel, prompts: Sequence[str], metric: RefusalLogOdds) -> np.ndarray:
-    chunks = [model.logits(prompts[k : k + 16]) for k in range(0, len(prompts), 16)]
-    return np.concatenate([metric(chunk).cpu().double().numpy() for chunk in chunks])
+def _check_options(
+    level: str, target: float, limit: int, seed: int, max_nodes: int | None, budget_seconds: float | None
+) -> None:
+    if level not in LEVELS:
+        raise MechsafetyError(f"level {level!r}", expected=f"one of {LEVELS}")
+    if not 0 < target <= 1:
+        raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
+    if limit < 2 * MIN_PAIRS:
+        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
+    if seed < 0:
+        raise MechsafetyError(f"seed {seed}", expected="at least 0")
+    if max_nodes is not None and max_nodes < 1:
+        raise MechsafetyError(f"max_nodes {max_nodes}", expected="at least 1")
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise MechsafetyError(f"budget_seconds {budget_seconds}", expected="above 0")
 
 
 def _two_parts(pairs: PromptPairs, limit: int, seed: int) -> tuple[PromptPairs, PromptPairs]:
@@ -295,83 +312,51 @@ def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:
     return [] if "" in there.topics or set(here.topics) & set(there.topics) else there.topics
 
 
+def _nodes_of(discovery: Discovery) -> list[Node]:
+    """The nodes of a circuit, or those that its edges run between."""
+    nodes = {part for part in discovery.circuit if isinstance(part, Node)}
+    for part in discovery.circuit:
+        if isinstance(part, Edge):
+            nodes |= {part.sender, part.receiver}
+    return sorted((n for n in nodes if n.kind not in ("embed", "logits")), key=lambda node: node.order)
+
+
 def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: int) -> list[Node]:
-    inside = set(discovery.circuit)
-    outside = [node for node in attribution.ranked() if node not in inside][:shortlist]
-    return sorted([*inside, *outside], key=lambda node: node.order)
+    """The circuit's nodes, then those outside it with the largest estimates."""
+    inside = _nodes_of(discovery)
+    outside = [node for node in attribution.ranked() if node not in set(inside)][:shortlist]
+    return [*inside, *sorted(outside, key=lambda node: node.order)]
 
 
-def _edges_and_roles(
-    model: LensModel,
-    runs: PairRuns,
-    metric: RefusalLogOdds,
-    discovery: Discovery,
-    n_edges: int,
-    n_measured: int,
-    *,
-    progress: bool,
-) -> tuple[list[CircuitEdge], dict[Node, tuple[str, RoleEvidence]]]:
-    nodes = list(discovery.circuit)
-    # on the same pairs as the evidence: roles compare the two
-    whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
-    effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
-    evidence = role_evidence(model, runs, metric, nodes, progress=progress)
-    if model.post_norm:
-        logger.warning("%s has norms after its attention or MLP: edges are left out", model.name)
-        return [], assign_roles(effects, evidence, [])
-    every = estimate_edges(model, runs, metric, nodes)
-    kept = every[:n_edges]
-    measured = measure_edges(model, runs, metric, kept[:n_measured])
-    roles = assign_roles(effects, evidence, [*measured, *every[len(measured) :]])
-    edges = sorted([*measured, *kept[len(measured) :]], key=lambda edge: -abs(edge.effect))
-    return edges, roles
+def _suspicion(discovery: Discovery, effects: Mapping[Node, np.ndarray]) -> dict[Node, float]:
+    """How much more each node is worth in the circuit than patching it in the whole model shows."""
+    return {
+        node: discovery.marginals[node] - float(effects[node].mean())
+        for node in _nodes_of(discovery)
+        if node in effects and node in discovery.marginals
+    }
 
 
-def _circuit_nodes(
-    discovery: Discovery,
-    measured: Mapping[Node, Measured],
-    roles: Mapping[Node, tuple[str, RoleEvidence]],
-    minimality: Mapping[str, float],
-) -> tuple[CircuitNode, ...]:
-    nodes = []
-    for node in discovery.circuit:
-        effect, ci, p_value = measured[node]
-        role, evidence = roles[node]
-        verified = p_value < 0.05 and effect > 0 and minimality[str(node)] > 0
-        nodes.append(CircuitNode(node, role, effect, ci, p_value, "verified" if verified else "measured", evidence))
-    return tuple(nodes)
+def _with_backups(discovery: Discovery, backups: Sequence[Backup], max_nodes: int | None) -> Discovery:
+    """The circuit with the backups that it lacks, the strongest first, as many as it may grow to."""
+    outside = [backup for backup in backups if backup.node not in discovery.circuit]
+    outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
+    room = len(outside) if max_nodes is None else max(0, max_nodes - len(discovery.circuit))
+    added = tuple(backup.node for backup in outside[:room])
+    return replace(discovery, circuit=in_order([*discovery.circuit, *added]), added=added)
 
 
-def _measured(patched: PatchMap, seed: int) -> dict[Node, Measured]:
-    rows = zip(patched.effects.tolist(), patched.intervals(seed), patched.p_values(seed), strict=True)
-    return {node: row for node, row in zip(patched.nodes, rows, strict=True) if isinstance(node, Node)}
-
-
-def _scores(
-    discovery: Discovery, attribution: NodeAttribution, measured: Mapping[Node, Measured]
-) -> tuple[NodeScore, ...]:
-    inside = set(discovery.circuit)
-    rows = []
-    for node in head_and_mlp_nodes(*attribution.heads.shape):
-        effect, ci, p_value = measured.get(node, (None, None, None))
-        rows.append(NodeScore(node, attribution.of(node), effect, ci, p_value, node in inside))
-    return tuple(rows)
-
-
-def _attention_examples(
-    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], n_heads: int = 6
-) -> tuple[AttentionExample, ...]:
-    """Attention of the circuit's strongest heads on the first pair."""
-    heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
-    strongest = sorted((member.node for member in heads[:n_heads]), key=lambda node: node.order)
-    if not strongest:
-        return ()
-    examples = []
-    for prompt in (pairs.harmful[0], pairs.harmless[0]):
-        pattern = model.cache([prompt], sites=["pattern"]).pattern
-        rows = torch.stack([pattern[node.layer, node.index, 0] for node in strongest])
-        examples.append(AttentionExample(prompt, tuple(model.token_strings(prompt)), tuple(strongest), rows))
-    return tuple(examples)
+def _taken_apart(backups: Sequence[Backup], discovery: Discovery) -> list[Backup]:
+    """The backups of a circuit of neurons: an MLP's role is that of each of its neurons that were added."""
+    found = []
+    for backup in backups:
+        if backup.node.kind == "head":
+            found.append(backup)
+            continue
+        rest = tuple(node for node in backup.group if node != backup.node)
+        own = [part for part in discovery.added if isinstance(part, Node) and part.kind == "neuron"]
+        found += [replace(backup, node=part, group=rest) for part in own if part.layer == backup.node.layer]
+    return [backup for backup in found if backup.node in discovery.circuit]
 
 
 class _Stage:

@@ -1,6 +1,6 @@
 """Roles of nodes, from measurements and never from where in the network a node lies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,13 +16,15 @@ from mechsafety.models.engine import unembed
 from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.masks import PairRuns, Patch, patched_scores
-from mechsafety.patching.paths import node_outputs
+from mechsafety.patching.senders import sender_changes
 from mechsafety.sites import SiteKind
 
 # a node has a property when at least this share of its own effect comes that way
 MOST = 0.5
 # and is fed by, or feeds, other nodes when the paths to them carry at least this share of its own effect
 SOME = 0.1
+# a head attends to the instruction if this share of its attention is on it, from the suffix or from inside it
+ATTENDS = 0.1
 
 
 def role_evidence(
@@ -34,7 +36,7 @@ def role_evidence(
         model: The model.
         runs: Stored runs of aligned pairs.
         metric: What is measured.
-        nodes: Heads and MLPs.
+        nodes: Heads, MLPs and neurons (which need runs that hold them).
         progress: Whether to show bars.
 
     Returns:
@@ -49,11 +51,11 @@ def role_evidence(
     heads = [node for node in nodes if node.kind == "head"]
     caches = [model.cache(run.tokens, ["pattern", "v"]) for run in (runs.harmful, runs.harmless)]
     with torch.no_grad():
-        change = (node_outputs(model, runs.harmless, nodes) - node_outputs(model, runs.harmful, nodes))[:, :, -1]
+        change = sender_changes(model, runs.harmful, runs.harmless, nodes, at=slice(-1, None))[:, :, 0]
         final = runs.harmful.resid[-1][:, -1]
         direct = (harmful - metric(unembed(model, final + change.to(final.dtype)))).mean(1) / gap
         via = _via_instruction(model, runs, metric, heads, gap, caches)
-    to_instruction = _mean_attention(runs, caches[0].pattern)
+    to_instruction = {span: _mean_attention(runs, caches[0].pattern, span) for span in ("instruction", "suffix")}
     found = {}
     for k, node in enumerate(nodes):
         is_head = node.kind == "head"
@@ -62,7 +64,10 @@ def role_evidence(
             at_instruction=at["instruction"][k],
             at_suffix=at["suffix"][k],
             via_instruction=via[node] if is_head else None,
-            attention_to_instruction=float(to_instruction[node.layer, node.index]) if is_head else None,
+            attention_to_instruction=float(to_instruction["suffix"][node.layer, node.index]) if is_head else None,
+            attention_within_instruction=(
+                float(to_instruction["instruction"][node.layer, node.index]) if is_head else None
+            ),
         )
     return found
 
@@ -70,12 +75,17 @@ def role_evidence(
 def assign_roles(
     effects: Mapping[Node, float], evidence: Mapping[Node, RoleEvidence], edges: Sequence[CircuitEdge]
 ) -> dict[Node, tuple[str, RoleEvidence]]:
-    """Roles by these rules, in this order; a node without a positive effect, or that fits none, gets ``none``.
+    """Roles by these rules; a node without a positive effect, or that fits none, gets ``none``.
 
-    production: at least half of its effect is direct, through the logits. detection: a head, at least half of whose
-    effect is what it moves from instruction tokens. decision: at least half of its effect arises at suffix positions,
-    and it feeds production nodes. evaluation: fed by detection nodes, and feeds decision or production nodes. "Feeds"
-    means direct paths worth at least a tenth of its own effect.
+    - production: at least half of its effect is direct, through the logits.
+    - detection: a head that attends to the instruction, and at least half of whose effect is what it moves from there.
+    - evaluation: fed by detection nodes, and feeds decision or production nodes.
+    - decision: at least half of its effect arises at suffix positions; fed by evaluation (or detection) nodes, and
+      feeds production nodes.
+
+    "Fed by" and "feeds" mean direct paths worth at least a tenth of its own effect. A node that could be both
+    evaluation and decision is a decision if evaluation nodes feed it at least as much as detection nodes do, or if it
+    feeds no other such node.
 
     Args:
         effects: Exact total effects.
@@ -89,48 +99,72 @@ def assign_roles(
             roles[node] = "none"
         elif (seen.direct or 0.0) >= MOST * effect:
             roles[node] = "production"
-        elif node.kind == "head" and (seen.via_instruction or 0.0) >= MOST * effect:
+        elif node.kind == "head" and _attends(seen) and (seen.via_instruction or 0.0) >= MOST * effect:
             roles[node] = "detection"
 
-    def paths(node: Node, role: set[str], incoming: bool) -> float:
-        total = 0.0
-        for member in edges:
-            near, far = member.edge.sender, member.edge.receiver
-            if incoming:
-                near, far = far, near
-            if near == node and roles.get(far) in role:
-                total += member.effect
-        return total
+    def paths(node: Node, others: Collection[Node], incoming: bool) -> float:
+        ends = ((m.edge.receiver, m.edge.sender) if incoming else (m.edge.sender, m.edge.receiver) for m in edges)
+        found = (m.effect for m, (near, far) in zip(edges, ends, strict=True) if near == node and far in others)
+        return sum(found, 0.0)
 
-    for node, seen in evidence.items():
-        at_suffix = node not in roles and (seen.at_suffix or 0.0) >= MOST * effects[node]
-        if at_suffix and paths(node, {"production"}, incoming=False) >= SOME * effects[node]:
-            roles[node] = "decision"
-    named = {}
-    for node, seen in evidence.items():
-        received = paths(node, {"detection"}, incoming=True)
-        sent = paths(node, {"decision", "production"}, incoming=False)
-        if node not in roles:
-            enough = SOME * effects[node]
-            roles[node] = "evaluation" if received >= enough and sent >= enough else "none"
-        named[node] = (roles[node], replace(seen, from_detection=received, to_decision=sent))
-    return named
+    def having(*names: str) -> set[Node]:
+        return {node for node, role in roles.items() if role in names}
+
+    rest = [node for node in evidence if node not in roles]
+    enough = {node: SOME * effects[node] for node in rest}
+    detection, production = having("detection"), having("production")
+    fed = {node: paths(node, detection, incoming=True) for node in rest}
+    evaluating = {node for node in rest if fed[node] >= enough[node]}
+    deciding = {
+        node
+        for node in rest
+        if (evidence[node].at_suffix or 0.0) >= MOST * effects[node]
+        and paths(node, production, incoming=False) >= enough[node]
+    }
+    both = evaluating & deciding
+    later = {
+        node
+        for node in both
+        if paths(node, evaluating - {node}, incoming=True) >= fed[node]
+        or paths(node, deciding - {node}, incoming=False) < enough[node]
+    }
+    evaluating, deciding = evaluating - later, deciding - (both - later)
+    evaluating = {n for n in evaluating if paths(n, deciding | production, incoming=False) >= enough[n]}
+    deciding = {n for n in deciding if paths(n, evaluating | detection, incoming=True) >= enough[n]}
+    for node in rest:
+        roles[node] = "evaluation" if node in evaluating else "decision" if node in deciding else "none"
+    return {
+        node: (
+            roles[node],
+            replace(
+                seen,
+                from_detection=paths(node, having("detection"), incoming=True),
+                from_evaluation=paths(node, having("evaluation"), incoming=True),
+                to_decision=paths(node, having("decision", "production"), incoming=False),
+            ),
+        )
+        for node, seen in evidence.items()
+    }
+
+
+def _attends(seen: RoleEvidence) -> bool:
+    return max(seen.attention_to_instruction or 0.0, seen.attention_within_instruction or 0.0) >= ATTENDS
 
 
 def _mean_attention(
-    runs: PairRuns, pattern: Float[Tensor, "layer head batch query source"]
+    runs: PairRuns, pattern: Float[Tensor, "layer head batch query source"], span: str
 ) -> Float[Tensor, "layer head"]:
-    """Mean attention from suffix positions to the instruction span in the harmful run."""
+    """Mean attention to the instruction span from positions of ``span``, in the harmful run."""
     tokens = runs.harmful.tokens
     instruction = tokens.span_mask("instruction").float()
-    suffix = tokens.span_mask("suffix")[:, runs.start :].float()
+    queries = tokens.span_mask(span)[:, runs.start :].float()
     mass = einsum(
         pattern[:, :, :, runs.start :].float(),
         instruction,
-        suffix,
+        queries,
         "layer head batch pos source, batch source, batch pos -> layer head",
     )
-    return mass / suffix.sum()
+    return mass / queries.sum()
 
 
 def _via_instruction(

@@ -1,12 +1,23 @@
 """Checks of a circuit, on pairs that set its size and on pairs that played no part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from mechsafety.circuits.circuit import CurvePoint, FreshCheck, RandomControls, Verification
-from mechsafety.circuits.discover import Discovery, FaithfulnessMeter, marginals
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.claims import claims
+from mechsafety.circuits.discover import MIB_SHARES, Discovery, marginals
+from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, stratum
+from mechsafety.circuits.side_effects import side_effects
+from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio, ratio_interval
+from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Stability, Verification
+from mechsafety.metrics import adjust_p
+
+# the mean difference, as a share of the gap, below which circuit and model count as equivalent
+MARGIN = 0.2
+# fewer parts than this outside the circuit cannot give a p below 0.05
+MIN_ADDED = 19
 
 
 def verify(
@@ -17,10 +28,20 @@ def verify(
     *,
     target: float,
     topics: Sequence[str] = (),
-    n_random: int = 120,
+    n_random: int = 100,
+    n_added: int = 40,
+    completeness_steps: int = 3,
+    completeness_tries: int = 6,
+    margin: float = MARGIN,
+    stability: Stability | None = None,
+    budget: Budget | None = None,
     seed: int = 0,
 ) -> Verification:
-    """Faithfulness with interval, necessity, size-matched random controls, minimality, and the areas of the curve.
+    """Every check there is of a circuit, and the list of claims with the verdict on each.
+
+    Faithfulness with interval; sufficiency and necessity, each against size-matched random circuits; minimality against
+    parts added at random; completeness; equivalence; independence of the complement; side effects on harmless prompts;
+    the areas of the curve. What the time budget leaves no room for stays None, and the budget keeps a note of it.
 
     Args:
         discovery: What was found.
@@ -30,88 +51,168 @@ def verify(
             pairs where there are none.
         target: The faithfulness that was asked for.
         topics: Topics of the held-out pairs, if the search saw none of them.
-        n_random: Random circuits with as many heads and as many MLPs as the circuit.
-        seed: Of the random circuits and the bootstrap.
+        n_random: Random circuits with as many parts of each kind as the circuit.
+        n_added: Parts outside the circuit that are added to it, one at a time, for minimality.
+        completeness_steps: Greedy steps towards the least complete subset.
+        completeness_tries: Parts tried at each, those with the largest marginal effect first.
+        margin: Of equivalence, as a share of the gap.
+        stability: From `bootstrap_stability`.
+        budget: Time to keep.
+        seed: Of everything random.
     """
-    circuit = discovery.circuit
-    judge = fresh or held_out
+    budget = budget or Budget()
+    circuit, judge = discovery.circuit, fresh or held_out
     faithful, interval = _faithfulness(held_out, circuit, seed)
     judged, judged_interval = _faithfulness(judge, circuit, seed)
     harmful, harmless = judge.ends()
-    random = random_faithfulness(judge, circuit, n_random, seed)
-    p_value = float((1 + (random >= judged).sum()) / (1 + n_random))
-    cmd, cpr = curve_areas(discovery.curve)
-    return Verification(
+    gap = harmful - harmless
+    kept, removed = judge.kept([circuit])[0], judge.removed([circuit])[0]
+    necessity = ratio(harmful - removed, gap)
+    random = random_circuits(judge, circuit, n_random, seed)
+    sufficient = _random_values(judge.faithfulness, random, budget, 0.8, "random circuits, kept")
+    lost = 1.0 - _random_values(judge.without, random, budget, 0.88, "random circuits, removed")
+    costs = null = complete = None
+    if not budget.skips("minimality", 0.88):
+        # a backup makes what it stands in for superfluous, and is so itself: minimality is of the circuit without them
+        core = [part for part in circuit if part not in discovery.added]
+        costs = marginals(judge, core)
+        null = _added_effects(judge, core, n_added, seed, leave=discovery.added)
+    if costs is not None and not budget.skips("completeness", 0.95):
+        tries = sorted(circuit, key=lambda part: -abs(costs.get(part, 0.0)))
+        complete = completeness(judge, circuit, tries, steps=completeness_steps, width=completeness_tries)
+    effects = None if budget.skips("side effects on harmless prompts", 0.97) else side_effects(judge, circuit, seed)
+    cmd, cpr = curve_areas(mib_points(discovery.curve))
+    check = Verification(
         faithfulness=found_on.faithfulness([circuit])[0],
         held_out_faithfulness=faithful,
         held_out_ci=interval,
         held_out_topics=tuple(topics),
-        necessity=_ratio(harmful - judge.removed([circuit])[0], harmful - harmless),
-        random_controls=RandomControls(n_random, float(random.mean()), float(random.max()), p_value),
+        necessity=necessity,
+        random_controls=_controls(sufficient, judged),
         curve=discovery.curve,
         cmd=cmd,
         cpr=cpr,
         target=target,
         reached=discovery.reached,
-        minimality={str(node): value for node, value in marginals(judge, circuit).items()},
+        completeness=None if complete is None else complete[0],
+        minimality=None if costs is None else {str(part): value for part, value in costs.items()},
         fresh=None if fresh is None else FreshCheck(len(harmful), judged, judged_interval),
+        completeness_without=None if complete is None else tuple(str(part) for part in complete[1]),
+        necessity_controls=_controls(lost, necessity),
+        minimality_p=None if costs is None or null is None else _minimality_p(costs, null),
+        equivalence=equivalence_test((kept - harmful) / gap.mean(), margin),
+        independence=independence_test(harmful, removed, seed),
+        stability=stability,
+        side_effects=effects,
     )
+    return replace(check, claims=claims(check, necessity_ci=ratio_interval(harmful - removed, gap, seed)))
 
 
-def _faithfulness(meter: FaithfulnessMeter, circuit: Sequence[Node], seed: int) -> tuple[float, tuple[float, float]]:
+def _faithfulness(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> tuple[float, tuple[float, float]]:
     harmful, harmless = meter.ends()
-    kept = meter.kept([circuit])[0]
-    part, whole = kept - harmless, harmful - harmless
-    return _ratio(part, whole), _ratio_interval(part, whole, seed)
+    part, whole = meter.kept([circuit])[0] - harmless, harmful - harmless
+    return ratio(part, whole), ratio_interval(part, whole, seed)
 
 
-def random_faithfulness(
-    meter: FaithfulnessMeter,
-    circuit: Sequence[Node],
-    n: int,
-    seed: int,
-) -> np.ndarray:
-    """Faithfulness of ``n`` random circuits with as many heads and as many MLPs as ``circuit``."""
+def random_circuits(meter: FaithfulnessMeter, circuit: Sequence[Part], n: int, seed: int) -> list[list[Part]]:
+    """``n`` random circuits with as many parts of each kind as ``circuit``, drawn without replacement."""
     rng = np.random.default_rng(seed)
-    nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
+    pools: dict[str, list[Part]] = {}
+    for part in meter.parts:
+        pools.setdefault(stratum(part), []).append(part)
+    sizes = {kind: sum(stratum(part) == kind for part in circuit) for kind in pools}
+    return [
+        [pool[k] for kind, pool in pools.items() for k in rng.choice(len(pool), sizes[kind], replace=False)]
+        for _ in range(n)
+    ]
+
+
+def _random_values(
+    measure: Callable[[Sequence[Sequence[Part]]], list[float]],
+    circuits: Sequence[Sequence[Part]],
+    budget: Budget,
+    share: float,
+    what: str,
+) -> np.ndarray:
     found: list[float] = []
-    while len(found) < n:
-        batch = []
-        for _ in range(min(10, n - len(found))):
-            drawn: list[Node] = []
-            for kind in ("head", "mlp"):
-                pool = [node for node in nodes if node.kind == kind]
-                size = sum(node.kind == kind for node in circuit)
-                drawn += [pool[k] for k in rng.choice(len(pool), size, replace=False)]
-            batch.append(drawn)
-        found += meter.faithfulness(batch)
+    for batch in budget.within(circuits, 10, share, what):
+        for first in range(0, len(batch), 10):
+            found += measure(batch[first : first + 10])
     return np.asarray(found)
 
 
-def curve_areas(curve: Sequence[CurvePoint]) -> tuple[float, float]:
-    """CMD, the area between the held-out curve and 1, and CPR, the area under it, over the share of nodes (trapezoid).
+def _controls(values: np.ndarray, observed: float) -> RandomControls:
+    if not len(values):
+        return RandomControls(0, float("nan"), float("nan"), float("nan"))
+    return RandomControls(len(values), float(values.mean()), float(values.max()), rank_p(observed, values))
 
-    Mueller et al. 2025 (MIB), here over nodes where they take edges.
+
+def _added_effects(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], n: int, seed: int, leave: Sequence[Part]
+) -> np.ndarray:
+    """Absolute change of faithfulness when parts outside the circuit are added to it, one at a time."""
+    inside = {*circuit, *leave}
+    outside = [part for part in meter.parts if part not in inside]
+    picked = np.random.default_rng(seed).permutation(len(outside))[:n]
+    added = [[*circuit, outside[k]] for k in sorted(picked.tolist())]
+    values = meter.faithfulness([circuit, *added], near=circuit)
+    return np.abs(np.asarray(values[1:]) - values[0])
+
+
+def _minimality_p(costs: dict[Part, float], null: np.ndarray) -> dict[str, float] | None:
+    """P of each part's marginal effect against parts added at random (Shi et al. 2024), Benjamini-Hochberg adjusted."""
+    if len(null) < MIN_ADDED:
+        return None
+    raw = np.array([rank_p(value, null) for value in costs.values()])
+    return {str(part): float(p) for part, p in zip(costs, adjust_p(raw), strict=True)}
+
+
+def completeness(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], pool: Sequence[Part], *, steps: int, width: int
+) -> tuple[float, tuple[Part, ...]]:
+    """Largest |F(C without K) - F(M without K)| found over subsets K of the circuit (Wang et al. 2022, section 4.1).
+
+    K is empty, the whole circuit, or grown greedily: at each step the part of the ``width`` first in the pool that
+    makes the difference largest is added. A lower bound of the true maximum.
+
+    Args:
+        meter: What to measure on.
+        circuit: C.
+        pool: Its parts, in the order in which they are tried.
+        steps: How many parts K may grow to.
+        width: How many are tried at each step.
+
+    Returns:
+        The difference, and the K that it was found at.
+    """
+
+    def gaps(subsets: Sequence[Sequence[Part]]) -> list[float]:
+        rest = [[part for part in circuit if part not in set(gone)] for gone in subsets]
+        return [abs(a - b) for a, b in zip(meter.faithfulness(rest, near=circuit), meter.without(subsets), strict=True)]
+
+    tried: list[tuple[Part, ...]] = [(), tuple(circuit)]
+    values = gaps(tried)
+    grown: tuple[Part, ...] = ()
+    for _ in range(min(steps, len(circuit) - 1)):
+        further = [(*grown, part) for part in [part for part in pool if part not in grown][:width]]
+        found = gaps(further)
+        tried, values = [*tried, *further], [*values, *found]
+        grown = further[int(np.argmax(found))]
+    best = int(np.argmax(values))
+    return values[best], in_order(tried[best])
+
+
+def mib_points(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The points of a curve that lie on the MIB benchmark's grid of shares."""
+    total = max((point.n_nodes for point in curve), default=0)
+    return [point for point in curve if point.n_nodes in {round(share * total) for share in MIB_SHARES}]
+
+
+def curve_areas(curve: Sequence[CurvePoint]) -> tuple[float, float]:
+    """CMD, the area between the held-out curve and 1, and CPR, the area under it, over the share of parts (trapezoid).
+
+    Mueller et al. 2025 (MIB), who take edges; here over whatever the circuit is made of.
     """
     k = np.array([point.k for point in curve])
     f = np.array([point.held_out for point in curve])
     return float(np.trapezoid(np.abs(1 - f), k)), float(np.trapezoid(f, k))
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> float:
-    return float(part.mean() / whole.mean())
-
-
-def _ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int) -> tuple[float, float]:
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        (part, whole),
-        lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=2000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)

@@ -163,6 +163,7 @@ def patched_logits(
     *,
     positions: Bool[Tensor, "batch pos"] | None = None,
     max_batch_tokens: int | None = None,
+    start: int | None = None,
 ) -> Float[Tensor, "variant batch d_vocab"]:
     """Next-token logits of ``base`` with the patched nodes' values from ``source``, exact, for every variant.
 
@@ -175,6 +176,7 @@ def patched_logits(
         patch: What is replaced.
         positions: Columns at which it is replaced (of those from ``base.start``); all by default.
         max_batch_tokens: Rows x columns of one engine batch.
+        start: Block to start at; the first patched one by default.
     """
     size = max_variants(base, max_batch_tokens)
     columns = torch.ones_like(base.tokens.mask[:, base.start :]) if positions is None else positions
@@ -182,11 +184,11 @@ def patched_logits(
     for first in range(0, len(patch), size):
         part = patch.rows(slice(first, first + size))
         layers = part.layers
-        start = min(layers, default=model.n_layers)
+        begin = min(layers, default=model.n_layers) if start is None else start
         with torch.no_grad():
-            resid = expand_rows(base.resid[start], len(part))
+            resid = expand_rows(base.resid[begin], len(part))
             hooks = _patch_hooks(part, layers, source, columns)
-            done.append(split_rows(run_from(model, base, start, resid, hooks), len(part)))
+            done.append(split_rows(run_from(model, base, begin, resid, hooks), len(part)))
     return torch.cat(done)
 
 
@@ -198,11 +200,12 @@ def patched_scores(
     metric: RefusalLogOdds,
     *,
     positions: Bool[Tensor, "batch pos"] | None = None,
+    start: int | None = None,
 ) -> Float[Tensor, "variant batch"]:
     """`patched_logits` reduced to the metric batch by batch, so that no [variant batch d_vocab] tensor is held."""
     size = max_variants(base)
     parts = [patch.rows(slice(first, first + size)) for first in range(0, len(patch), size)]
-    scores = [metric(patched_logits(model, base, source, part, positions=positions)) for part in parts]
+    scores = [metric(patched_logits(model, base, source, part, positions=positions, start=start)) for part in parts]
     return torch.cat(scores)
 
 

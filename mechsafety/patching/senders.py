@@ -142,8 +142,8 @@ def sender_changes(
     for (kind, layer), rows in groups.items():
         indices = [part_of(senders[row]).index or 0 for row in rows]
         own = _own_changes(model, base, source, kind, layer, indices, at)
-        for row, change in zip(rows, own, strict=True):
-            out[row] = change
+        out[rows] = own
+        for row in rows:
             for where in _limits(base, senders[row], positions):
                 out[row] *= rearrange(where[:, at], "batch pos -> batch pos 1")
         if kind in ("head", "neuron"):
@@ -232,7 +232,7 @@ def behind_norm(
 
 def neuron_weights(model: LensModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """What each neuron of a layer writes a unit of; float32."""
-    return model.bridge.blocks[layer].mlp.W_out.float()
+    return model.W_out(layer).float()
 
 
 def _mlp_response(

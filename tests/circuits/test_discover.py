@@ -7,7 +7,9 @@ from reference import patched_whole
 
 import mechsafety as ms
 from mechsafety.attribution import NodeAttribution, node_attribution
-from mechsafety.circuits.discover import CURVE_SHARES, FaithfulnessMeter, discover, faithfulness_curve, marginals
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.discover import CURVE_SHARES, discover, faithfulness_curve, marginals
+from mechsafety.circuits.meters import FaithfulnessMeter
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 
@@ -56,6 +58,24 @@ def test_faithfulness_by_its_definition(any_model, pairs, log_odds):
     np.testing.assert_allclose(meter.ends()[1], harmless, atol=1e-4)
 
 
+def test_going_on_from_a_near_circuit_changes_nothing(any_model, pairs, log_odds):
+    """What lies before the first difference is run once; the numbers are those of whole runs."""
+    meter = FaithfulnessMeter(any_model, pair_runs(any_model, pairs), log_odds)
+    for near in (TRUE, ALL[:9], ALL, []):
+        smaller = [[node for node in near if node != gone] for gone in near]
+        larger = [[*near, node] for node in ALL if node not in near]
+        circuits = [near, *smaller, *larger[::-1], ALL[4:], []]
+        np.testing.assert_allclose(meter.kept(circuits, near), meter.kept(circuits), atol=1e-4)
+
+
+def test_going_on_from_a_near_circuit_in_small_batches(llama, pairs, log_odds, monkeypatch):
+    meter = FaithfulnessMeter(llama, pair_runs(llama, pairs), log_odds)
+    circuits = [[node for node in TRUE if node != gone] for gone in TRUE]
+    whole = meter.kept(circuits)
+    monkeypatch.setattr("mechsafety.models.engine.MAX_BATCH_TOKENS", 1)
+    np.testing.assert_allclose(meter.kept(circuits, TRUE), whole, atol=1e-5)
+
+
 def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
     meter = FaithfulnessMeter(any_model, pair_runs(any_model, pairs), log_odds)
     rest = [[node for node in ALL if node not in circuit] for circuit in CIRCUITS]
@@ -67,14 +87,48 @@ def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
 def test_the_planted_circuit_is_found(meters, attribution, target):
     found_on, held_out = meters
     found = discover(found_on, held_out, attribution, target)
-    assert found.reached and set(found.circuit) <= set(TRUE)
+    assert found.reached and set(found.circuit) <= set(TRUE) and found.minimal and found.ranked >= len(found.circuit)
     if target == 0.95:
         assert found.circuit == TRUE
     assert found_on.faithfulness([found.circuit])[0] >= target <= held_out.faithfulness([found.circuit])[0]
-    # one node less does not do: the cheapest is the one that the search would have dropped next
-    cheapest = min(found.circuit, key=lambda node: (found.marginals[node], node.order))
-    smaller = [node for node in found.circuit if node != cheapest]
-    assert min(meter.faithfulness([smaller])[0] for meter in meters) < target
+    for gone in found.circuit:
+        smaller = [node for node in found.circuit if node != gone]
+        assert min(meter.faithfulness([smaller])[0] for meter in meters) < target, "no node less does"
+
+
+def test_a_part_that_only_the_held_out_pairs_need_stays(meters, attribution):
+    """Removal looks further where the cheapest part may not leave on held-out pairs."""
+
+    class Needs(FaithfulnessMeter):
+        __slots__ = ()
+
+        def faithfulness(self, circuits, near=None):
+            return [0.9 if TRUE[1] in circuit else 0.1 for circuit in circuits]
+
+    class Free(FaithfulnessMeter):
+        __slots__ = ()
+
+        def faithfulness(self, circuits, near=None):
+            return [0.9 + 0.01 * sum(node != TRUE[1] for node in circuit) / 15 for circuit in circuits]
+
+    made = [kind(meters[0].model, meters[0].runs, meters[0].metric) for kind in (Free, Needs)]
+    found = discover(*made, attribution, 0.8, rounds=20)
+    assert found.circuit == (TRUE[1],) and found.minimal and found.reached
+
+
+def test_a_largest_size(meters, attribution):
+    found = discover(*meters, attribution, 0.95, max_nodes=3)
+    assert len(found.circuit) == 3 and not found.reached and found.minimal is None
+    assert set(found.circuit) < set(TRUE)
+    assert discover(*meters, attribution, 0.95, max_nodes=4).reached
+
+
+def test_removal_that_time_cuts_short(meters, attribution):
+    ticks = iter(range(1000))
+    budget = Budget(1e-9, clock=lambda: float(next(ticks)))
+    found = discover(*meters, attribution, 0.8, budget=budget)
+    assert found.minimal is None and found.marginals == {} and len(found.circuit) == found.ranked < 15
+    assert budget.cut == ("removal of parts that do not matter: stopped before no part could leave",)
 
 
 def test_both_meters_must_reach_the_target(meters, attribution):
@@ -83,10 +137,10 @@ def test_both_meters_must_reach_the_target(meters, attribution):
 
         __slots__ = ()
 
-        def faithfulness(self, circuits):
+        def faithfulness(self, circuits, near=None):
             return [
                 value * len(circuit) / 15
-                for circuit, value in zip(circuits, super().faithfulness(circuits), strict=True)
+                for circuit, value in zip(circuits, super().faithfulness(circuits, near), strict=True)
             ]
 
     found_on, held_out = meters
@@ -111,7 +165,7 @@ def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
     class Steep(FaithfulnessMeter):
         __slots__ = ()
 
-        def faithfulness(self, circuits):
+        def faithfulness(self, circuits, near=None):
             return [0.99999995 if len(circuit) == 15 else 0.9 for circuit in circuits]
 
     found_on, held_out = meters

@@ -1,12 +1,14 @@
 """The whole map: on a planted tiny model, on a model that does not refuse, and on the demo model."""
 
 import json
+import time
 
 import pytest
 
 import mechsafety as ms
 import mechsafety.metrics
-from mechsafety.circuits import check_behaviour
+from mechsafety.circuits import FaithfulnessMeter, check_behaviour
+from mechsafety.circuits.connect import on_a_path
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.nodes import Node
 
@@ -32,7 +34,7 @@ def test_the_planted_circuit(circuit):
     assert circuit.metric["refusal_tokens"] == ["sorry"]
     assert [abs(e.effect) for e in circuit.edges] == sorted((abs(e.effect) for e in circuit.edges), reverse=True)
     assert {e.status for e in circuit.edges} == {"measured"}
-    inside = {*nodes, Node("logits")}
+    inside = {*nodes, Node("embed"), Node("logits")}
     assert all(e.edge.sender in inside and e.edge.receiver in inside for e in circuit.edges)
     assert all(member.p_value is not None and member.ci[0] <= member.effect <= member.ci[1] for member in circuit.nodes)
     assert circuit.provenance.seed == 0 and circuit.provenance.options["limit"] == 8
@@ -41,6 +43,97 @@ def test_the_planted_circuit(circuit):
     assert len(circuit.details.samples) == 16 and circuit.details.samples[0].reply.startswith("sorry")
     example = circuit.details.attention[0]
     assert example.patterns.shape == (len(example.heads), len(example.tokens), len(example.tokens))
+
+
+def test_every_check_is_there_and_has_its_verdict(circuit):
+    claims = {claim.name: claim for claim in circuit.verification.claims}
+    assert list(claims) == [
+        "faithfulness",
+        "fresh pairs",
+        "held-out topics",
+        "sufficiency",
+        "necessity",
+        "minimality",
+        "completeness",
+        "equivalence",
+        "independence",
+        "stability",
+        "harmless prompts",
+        "complement",
+    ]
+    for claim in claims.values():
+        assert claim.passed is not None or claim.reason, claim
+        assert claim.passed is None or claim.value is not None
+    assert claims["faithfulness"].passed and claims["held-out topics"].passed
+    assert claims["fresh pairs"].reason == "too few pairs to set any aside"
+    check = circuit.verification
+    assert check.stability.mean > 0.5 and len(check.stability.jaccards) == 5
+    assert check.side_effects.circuit_ablated >= 0 and check.completeness is not None
+    assert len(circuit.claims_dataframe()) == 12 and "claims hold" in repr(circuit)
+
+
+def test_every_node_lies_on_a_path_from_embed_to_logits(circuit):
+    nodes = {member.node for member in circuit.nodes}
+    assert nodes <= on_a_path([member.edge for member in circuit.edges])
+    assert circuit.search.minimal and circuit.search.dropped == () and circuit.search.cut == ()
+    assert circuit.search.ranked - circuit.search.removed + len(circuit.search.backups) == len(nodes)
+    assert {edge.sender for edge in circuit.search.linked if edge.sender.kind == "embed"} == {Node("embed")}
+
+
+def test_a_circuit_of_neurons(planted):
+    found = ms.map_refusal_circuit(*planted, **SMALL, level="neuron")
+    kinds = {member.node.kind for member in found.nodes}
+    assert found.level == "neuron" and kinds <= {"head", "neuron"} and found.shape.d_mlp == 48
+    check = found.verification
+    assert check.reached and check.held_out_faithfulness >= 0.8
+    mlps = len({member.node.layer for member in found.nodes if member.node.kind == "neuron"})
+    assert found.n_candidates == 15 + mlps * 47 or mlps == 0
+    assert {member.node for member in found.nodes} <= on_a_path([member.edge for member in found.edges])
+    assert ms.RefusalCircuit.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def test_a_circuit_of_edges(planted):
+    options = {**SMALL, "n_random": 3, "n_added": 3}
+    found = ms.map_refusal_circuit(*planted, **options, level="edge")
+    assert found.level == "edge" and found.n_candidates == 262 and 0 < len(found.edges) < 60
+    assert found.verification.reached and found.verification.side_effects is None
+    nodes = {member.node for member in found.nodes}
+    assert nodes | {Node("embed"), Node("logits")} == on_a_path([member.edge for member in found.edges])
+    assert repr(found).startswith(f"RefusalCircuit({found.provenance.model}: {len(nodes)} nodes, {len(found.edges)} of")
+
+
+def test_a_time_budget_is_kept(planted, monkeypatch):
+    """Every run of the meter takes 20 ms more: without a budget this map takes many seconds."""
+    real = FaithfulnessMeter._scores
+
+    def slow(self, patched, near=None):
+        time.sleep(0.02 * len(patched))
+        return real(self, patched, near)
+
+    monkeypatch.setattr(FaithfulnessMeter, "_scores", slow)
+    fast = ms.map_refusal_circuit(*planted, **SMALL, budget_seconds=1e-6)
+    begun = time.monotonic()
+    ms.map_refusal_circuit(*planted, **SMALL, budget_seconds=1e-6)
+    least = time.monotonic() - begun  # what is always run
+    begun = time.monotonic()
+    found = ms.map_refusal_circuit(*planted, **{**SMALL, "n_random": 2000}, budget_seconds=least + 4)
+    assert time.monotonic() - begun < least + 6
+    assert any(line.startswith("random circuits, kept: ") for line in found.search.cut)
+    assert 0 < found.verification.random_controls.n < 2000
+    assert "edges and roles: left out" in fast.search.cut and fast.edges == ()
+    assert {member.status for member in fast.nodes} == {"estimated"}
+    assert fast.verification.held_out_faithfulness >= 0.8 and fast.verification.stability is None
+    unmeasured = {claim.name for claim in fast.verification.claims if claim.passed is None}
+    assert {"sufficiency", "necessity", "minimality", "stability"} <= unmeasured
+    assert ms.RefusalCircuit.from_json(fast.to_json()).search == fast.search
+
+
+def test_behaviour_runs_every_prompt_once(planted, monkeypatch):
+    model, pairs = planted
+    seen, real = [], type(model).logits
+    monkeypatch.setattr(type(model), "logits", lambda self, prompts: (seen.extend(prompts), real(self, prompts))[1])
+    check_behaviour(model, pairs)
+    assert sorted(seen) == sorted([*pairs.harmful, *pairs.harmless])
 
 
 def test_same_seed_same_bytes(planted, circuit):
@@ -60,7 +153,8 @@ def test_round_trip(circuit, tmp_path):
 
 def test_edge_limits(planted):
     few = ms.map_refusal_circuit(*planted, **SMALL, n_edges=3, n_measured_edges=1, shortlist=0)
-    assert [e.status for e in few.edges].count("measured") == 1 and len(few.edges) == 3
+    kept = [e for e in few.edges if e.edge not in few.search.linked]
+    assert [e.status for e in kept].count("measured") == 1 and len(kept) == 3
     measured = [row.node for row in few.details.scores if row.effect is not None]
     assert set(measured) == {member.node for member in few.nodes}
 

@@ -1,0 +1,230 @@
+"""From a set of parts to a circuit: effects, edges and roles of its nodes, all measured."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mechsafety.attribution import NodeAttribution
+from mechsafety.circuits.backups import knocked_out
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.circuit import (
+    AttentionExample,
+    Backup,
+    CircuitEdge,
+    CircuitNode,
+    NodeScore,
+    RoleEvidence,
+)
+from mechsafety.circuits.connect import connect
+from mechsafety.circuits.edges import EMBED, edges_into, estimate_edges, exact_edges, measure_edges
+from mechsafety.circuits.roles import assign_roles, role_evidence
+from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.models import LensModel
+from mechsafety.nodes import Edge, Node
+from mechsafety.patching import activation_patching
+from mechsafety.patching.masks import PairRuns
+from mechsafety.prompts import PromptPairs
+
+logger = logging.getLogger(__name__)
+
+# exact effect, its interval, its adjusted p
+Measured = tuple[float, tuple[float, float], float]
+Roles = dict[Node, tuple[str, RoleEvidence]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How the nodes of a circuit connect, and what each does.
+
+    Attributes:
+        edges: Strongest first.
+        roles: With evidence.
+        linked: Edges that are kept only to connect a node.
+        dropped: Nodes that nothing connects.
+    """
+
+    edges: tuple[CircuitEdge, ...]
+    roles: Mapping[Node, tuple[str, RoleEvidence]]
+    linked: tuple[Edge, ...] = ()
+    dropped: tuple[Node, ...] = ()
+
+
+def single_effects(
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], budget: Budget, progress: bool
+) -> dict[Node, np.ndarray]:
+    """Exact effect of each node alone on every prompt, as a share of the mean gap, as far as time allows.
+
+    Args:
+        model: The model.
+        runs: Pairs to measure on.
+        metric: What is measured.
+        nodes: The most important first.
+        budget: Time to keep.
+        progress: Whether to show a bar.
+    """
+    found: dict[Node, np.ndarray] = {}
+    for some in budget.within(nodes, 12, 0.5, "exact effects of single nodes"):
+        patched = activation_patching(model, runs, metric, nodes=some, progress=progress)
+        rows = (patched.changes / patched.gap).cpu().double().numpy()
+        found |= dict(zip(some, rows, strict=True))
+    return found
+
+
+def with_intervals(effects: Mapping[Node, np.ndarray], seed: int) -> dict[Node, Measured]:
+    """Mean of each node's effect, its bootstrap interval, and its sign-flip p adjusted over all nodes."""
+    if not effects:
+        return {}
+    rows = np.stack(list(effects.values()))
+    p_values = adjust_p(sign_flip_p(rows, seed))
+    return {
+        node: (float(row.mean()), bootstrap_interval(row, seed), float(p_value))
+        for node, row, p_value in zip(effects, rows, p_values, strict=True)
+    }
+
+
+def wire(
+    model: LensModel,
+    runs: PairRuns,
+    metric: RefusalLogOdds,
+    nodes: Sequence[Node],
+    backups: Sequence[Backup],
+    *,
+    n_edges: int,
+    n_measured: int,
+    budget: Budget,
+    progress: bool,
+) -> Wiring:
+    """Edges and roles of a circuit's nodes, connected from ``embed`` to ``logits``.
+
+    Where there are backups, everything is measured with them patched, since what they stand in for shows no effect
+    while they do; the backups' own edges and roles are measured with the nodes that they stand in for patched.
+
+    Args:
+        model: The model.
+        runs: Pairs to measure on.
+        metric: What is measured.
+        nodes: The circuit's, backups included.
+        backups: Those among them.
+        n_edges: Edges to keep, strongest first (links come on top).
+        n_measured: How many of them to measure exactly.
+        budget: Time to keep.
+        progress: Whether to show bars.
+    """
+    no_roles: Roles = {node: ("none", RoleEvidence()) for node in nodes}
+    if budget.skips("edges and roles", 0.6):
+        return Wiring((), no_roles)
+    second = {backup.node: backup for backup in backups}
+    ways: dict[tuple[Node, ...], list[Node]] = {tuple(second): [node for node in nodes if node not in second]}
+    for node, backup in second.items():
+        gone = tuple(sorted((n for n in {backup.behind, *backup.group} if n != node), key=lambda n: n.order))
+        ways.setdefault(gone, []).append(node)
+    every: dict[Edge, CircuitEdge] = {}
+    kept: dict[Edge, CircuitEdge] = {}
+    roles = dict(no_roles)
+    from_embed: dict[Node, list[CircuitEdge]] = {}
+    for gone, asked in ways.items():
+        alive = [node for node in nodes if node not in gone]
+        with knocked_out(model, runs, gone) as here:
+            found, strongest, named = _one_way(model, here, metric, alive, n_edges, n_measured, progress)
+            if not model.post_norm:
+                for node in _unfed(asked, strongest):
+                    paths = [CircuitEdge(edge, 0.0) for edge in edges_into(EMBED, [node], parallel=model.parallel)]
+                    from_embed[node] = measure_edges(model, here, metric, paths)
+        first = not every
+        mine = set(asked)
+        for members, into in ((found, every), (strongest, kept)):
+            for member in members:
+                if first or {member.edge.sender, member.edge.receiver} & mine:
+                    into.setdefault(member.edge, member)
+        roles |= {node: named[node] for node in asked}
+    for node, backup in second.items():
+        role, evidence = roles[node]
+        roles[node] = (role, replace(evidence, backup_of=str(backup.behind), joint=backup.joint))
+    if model.post_norm:
+        logger.warning("%s has norms after its attention or MLP: edges are left out", model.name)
+        return Wiring((), roles)
+    edges, linked, dropped = connect(
+        nodes, list(kept.values()), list(every.values()), lambda node: from_embed.get(node, [])
+    )
+    return Wiring(tuple(edges), roles, linked, dropped)
+
+
+def _one_way(
+    model: LensModel,
+    runs: PairRuns,
+    metric: RefusalLogOdds,
+    nodes: Sequence[Node],
+    n_edges: int,
+    n_measured: int,
+    progress: bool,
+) -> tuple[list[CircuitEdge], list[CircuitEdge], Roles]:
+    """Every edge, the strongest (measured as far as asked), and the roles, in one state of the model."""
+    # on the same pairs as the evidence: roles compare the two
+    whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
+    effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
+    evidence = role_evidence(model, runs, metric, nodes, progress=progress)
+    if model.post_norm:
+        return [], [], assign_roles(effects, evidence, [])
+    if any(node.kind == "neuron" for node in nodes):
+        known = exact_edges(model, runs, metric, nodes)
+        return known, known[:n_edges], assign_roles(effects, evidence, known)
+    every = estimate_edges(model, runs, metric, nodes)
+    measured = measure_edges(model, runs, metric, every[: min(n_edges, n_measured)])
+    known = [*measured, *every[len(measured) :]]
+    return known, known[:n_edges], assign_roles(effects, evidence, known)
+
+
+def _unfed(nodes: Sequence[Node], edges: Sequence[CircuitEdge]) -> list[Node]:
+    fed = {member.edge.receiver for member in edges}
+    return [node for node in nodes if node not in fed]
+
+
+def circuit_nodes(
+    nodes: Sequence[Node],
+    attribution: NodeAttribution,
+    measured: Mapping[Node, Measured],
+    roles: Mapping[Node, tuple[str, RoleEvidence]],
+    minimality: Mapping[str, float] | None,
+) -> tuple[CircuitNode, ...]:
+    """The circuit's nodes with effect, role and status; estimates where there was no time to measure."""
+    rows = []
+    for node in nodes:
+        role, evidence = roles[node]
+        if node not in measured:
+            rows.append(CircuitNode(node, role, attribution.of(node), evidence=evidence))
+            continue
+        effect, ci, p_value = measured[node]
+        verified = p_value < 0.05 and effect > 0 and (minimality or {}).get(str(node), 0.0) > 0
+        rows.append(CircuitNode(node, role, effect, ci, p_value, "verified" if verified else "measured", evidence))
+    return tuple(rows)
+
+
+def node_scores(
+    every: Sequence[Node], inside: Sequence[Node], attribution: NodeAttribution, measured: Mapping[Node, Measured]
+) -> tuple[NodeScore, ...]:
+    """Estimate and, where there is one, exact effect of every candidate."""
+    chosen = set(inside)
+    rows = []
+    for node in every:
+        effect, ci, p_value = measured.get(node, (None, None, None))
+        rows.append(NodeScore(node, attribution.of(node), effect, ci, p_value, node in chosen))
+    return tuple(rows)
+
+
+def attention_examples(
+    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], n_heads: int = 6
+) -> tuple[AttentionExample, ...]:
+    """Attention of the circuit's strongest heads on the first pair."""
+    heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
+    strongest = sorted((member.node for member in heads[:n_heads]), key=lambda node: node.order)
+    if not strongest:
+        return ()
+    examples = []
+    for prompt in (pairs.harmful[0], pairs.harmless[0]):
+        pattern = model.cache([prompt], sites=["pattern"]).pattern
+        rows = torch.stack([pattern[node.layer, node.index, 0] for node in strongest])
+        examples.append(AttentionExample(prompt, tuple(model.token_strings(prompt)), tuple(strongest), rows))
+    return tuple(examples)

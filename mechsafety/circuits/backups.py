@@ -1,0 +1,215 @@
+"""Backups: nodes that hardly matter alone because something else does their work, or that do another's work."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mechsafety.attribution.nodes import mask_gradients
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.circuit import Backup
+from mechsafety.circuits.meters import FaithfulnessMeter, in_order
+from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching.masks import PairRuns
+from mechsafety.sites import Site, SiteKind
+
+# a group is redundant if patched together it loses this share of the gap more than its members do alone
+MIN_JOINT = 0.1
+# and a node of it is a backup if alone it loses no more than this share of what the group does
+SMALL = 0.25
+# a group may become this much less redundant by leaving a member out that is not needed
+SLACK = 0.1
+
+
+def find_backups(
+    meter: FaithfulnessMeter,
+    circuit: Sequence[Node],
+    suspicion: Mapping[Node, float],
+    *,
+    n_parts: int = 4,
+    n_candidates: int = 6,
+    steps: int = 3,
+    seed: int = 0,
+    budget: Budget | None = None,
+) -> tuple[Backup, ...]:
+    """Nodes whose single effect is small but whose joint effect with a node of the circuit is large.
+
+    For each suspicious node of the circuit: every node is attributed again with it patched; those whose attribution
+    rises most, and that lose little alone, are patched together with it, exactly. Where the group loses at least
+    `MIN_JOINT` more than its members lose one by one, members that are not needed for that leave it; what is left, and
+    every other candidate that can take the place of one of them, is a backup if alone it loses little. Redundancy of
+    three and more parts is found as well as of two, because the group is tested as a whole first.
+
+    Args:
+        meter: What effects are measured on.
+        circuit: Nodes whose backups are looked for.
+        suspicion: For each of them how much more it is worth than its single effect shows (its marginal effect in the
+            circuit less the single effect): what a backup outside makes up for.
+        n_parts: How many of the circuit's nodes to examine, the most suspicious first.
+        n_candidates: How many nodes to patch together with each.
+        steps: Points of the integrated gradient.
+        seed: Of the bootstrap.
+        budget: Time to keep.
+
+    Returns:
+        The backups, each with single and joint effects, an interval above 0 and a p value.
+    """
+    budget = budget or Budget()
+    asked = sorted((n for n in circuit if suspicion.get(n, 0.0) >= MIN_JOINT), key=lambda n: (-suspicion[n], n.order))
+    if not asked:
+        return ()
+    effects = _Effects(meter)
+    before: Tensor | None = None
+    groups: list[tuple[Node, tuple[Node, ...], tuple[Node, ...]]] = []
+    settled: set[Node] = set()
+    batches = budget.within(asked[:n_parts], 1, 0.6, "backups of the circuit's nodes")
+    for first in (node for batch in batches for node in batch):
+        if first in settled:
+            continue
+        before = _attribution(meter, None, steps) if before is None else before
+        rise = _attribution(meter, first, steps) - before
+        nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
+        ranked = sorted(range(len(nodes)), key=lambda k: (-float(rise[k]), k))
+        rising = [nodes[k] for k in ranked if nodes[k] != first and float(rise[k]) > 0][: 2 * n_candidates]
+        # what matters by itself is on the way of both, and would hide that the others are redundant
+        singles = effects.of([[node] for node in rising])
+        small = [node for node, values in zip(rising, singles, strict=True) if float(values.mean()) <= SMALL]
+        candidates = small[:n_candidates]
+        group = _needed(effects, first, candidates)
+        if not group:
+            continue
+        others = _stand_ins(effects, first, group, [node for node in candidates if node not in group])
+        groups.append((first, group, others))
+        settled |= {first, *group, *others}
+    return _confirmed(effects, groups, seed)
+
+
+class _Effects:
+    """Exact per-prompt effects of sets of nodes, each measured once."""
+
+    def __init__(self, meter: FaithfulnessMeter) -> None:
+        self.meter = meter
+        harmful, harmless = meter.ends()
+        self.harmful, self.gap = harmful, float((harmful - harmless).mean())
+        self.known: dict[frozenset[Node], np.ndarray] = {}
+
+    def of(self, sets: Sequence[Sequence[Node]]) -> list[np.ndarray]:
+        """Share of the mean gap lost on each prompt when each set is patched."""
+        keys = [frozenset(nodes) for nodes in sets]
+        new = [key for key in dict.fromkeys(keys) if key not in self.known]
+        if new:
+            rows = self.meter.removed([list(in_order(list(key))) for key in new])
+            self.known |= {key: (self.harmful - row) / self.gap for key, row in zip(new, rows, strict=True)}
+        return [self.known[key] for key in keys]
+
+    def excess(self, groups: Sequence[Sequence[Node]]) -> list[np.ndarray]:
+        """How much more each group loses together than its members do one by one."""
+        self.of([*groups, *([node] for group in groups for node in group)])
+        return [self.of([group])[0] - sum(self.of([[node] for node in group])) for group in groups]
+
+
+def _needed(effects: _Effects, first: Node, candidates: Sequence[Node]) -> tuple[Node, ...]:
+    """The candidates that are redundant with ``first``, without those that the redundancy does not need."""
+    if not candidates:
+        return ()
+    group = list(candidates)
+    whole = float(effects.excess([[first, *group]])[0].mean())
+    if whole < MIN_JOINT:
+        return ()
+    for node in reversed(candidates):
+        rest = [other for other in group if other != node]
+        if rest and float(effects.excess([[first, *rest]])[0].mean()) >= (1 - SLACK) * whole:
+            group = rest
+    return tuple(group)
+
+
+def _stand_ins(effects: _Effects, first: Node, group: Sequence[Node], rest: Sequence[Node]) -> tuple[Node, ...]:
+    """Nodes that can take the place of one of the group: further parts of the same second way."""
+    whole = float(effects.excess([[first, *group]])[0].mean())
+    found = []
+    for node in rest:
+        swapped = [[first, node, *(other for other in group if other != gone)] for gone in group]
+        if any(float(values.mean()) >= (1 - SLACK) * whole for values in effects.excess(swapped)):
+            found.append(node)
+    return tuple(found)
+
+
+def _confirmed(
+    effects: _Effects, groups: Sequence[tuple[Node, tuple[Node, ...], tuple[Node, ...]]], seed: int
+) -> tuple[Backup, ...]:
+    if not groups:
+        return ()
+    rows = []
+    for first, group, others in groups:
+        joint = tuple(sorted((first, *group), key=lambda node: node.order))
+        for node in (*group, *others):
+            rows.append((node, first, joint))
+    excess = np.stack([effects.excess([joint])[0] for _, _, joint in rows])
+    p_values = adjust_p(sign_flip_p(excess, seed))
+    found: dict[Node, Backup] = {}
+    for (node, first, joint), values, p_value in zip(rows, excess, p_values, strict=True):
+        single, own, together = (float(v.mean()) for v in effects.of([[node], [first], joint]))
+        interval = bootstrap_interval(values, seed)
+        if interval[0] > 0 and single <= SMALL * together and node not in found:
+            found[node] = Backup(node, first, joint, single, own, together, interval, float(p_value))
+    return tuple(sorted(found.values(), key=lambda backup: backup.node.order))
+
+
+def _attribution(meter: FaithfulnessMeter, gone: Node | None, steps: int) -> Tensor:
+    """Integrated gradient of every head and MLP, as shares of the gap, with one node patched."""
+    model, runs = meter.model, meter.runs
+    heads, mlps = torch.ones(model.n_layers, model.n_heads), torch.ones(model.n_layers)
+    if gone is not None and gone.kind == "head":
+        heads[gone.layer, gone.index] = 0.0
+    elif gone is not None:
+        mlps[gone.layer] = 0.0
+    total = torch.zeros(model.n_layers, model.n_heads + 1)
+    for step in range(steps):
+        grads = mask_gradients(model, runs, meter.metric, (step + 0.5) / steps, live=(heads, mlps))
+        total[:, :-1] += grads[0].cpu() * heads / steps
+        total[:, -1] += grads[1].cpu() * mlps / steps
+    harmful, harmless = meter.ends()
+    return rearrange(total, "layer part -> (layer part)") / float((harmful - harmless).mean())
+
+
+@contextmanager
+def knocked_out(model: LensModel, runs: PairRuns, nodes: Sequence[Node]) -> Iterator[PairRuns]:
+    """Context in which every run has these nodes at their values in the harmless prompts, and the pairs' runs in it.
+
+    The harmless runs are as before, since the values are their own.
+
+    Args:
+        model: The model.
+        runs: Stored runs of the pairs; only prompts of theirs may be run inside.
+        nodes: What is patched.
+    """
+    hooks = [_fixed(runs.harmless, node) for node in nodes]
+    with model.hooks(hooks):
+        kinds = tuple(runs.harmful.acts)
+        harmful = base_run(model, runs.harmful.tokens, runs.start, kinds, runs.harmful)
+        yield replace(runs, harmful=harmful)
+
+
+def _fixed(source: BaseRun, node: Node) -> Hook:
+    """The hook that keeps a node at its stored values, whatever variants of the prompts are run."""
+    kind = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}[node.kind]
+    values = source.acts[kind][node.layer or 0]
+
+    def edit(tensor: Tensor) -> Tensor:
+        new = expand_rows(values, tensor.shape[0] // len(source)).to(tensor.dtype)
+        out = tensor.clone()
+        columns = slice(tensor.shape[1] - source.n_pos, None)
+        if node.kind == "mlp":
+            out[:, columns] = new
+        else:
+            out[:, columns, node.index] = new[:, :, node.index]
+        return out
+
+    return (Site(kind, node.layer), edit)

@@ -1,0 +1,100 @@
+"""Does the model refuse at all? Replies, judgements, and the metric that is found from them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.circuits.circuit import Behaviour, Sample
+from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal, wilson_interval
+from mechsafety.models import LensModel
+from mechsafety.prompts import PromptPairs
+
+KINDS = ("harmful", "harmless")
+# below this share of usable pairs there is no refusal worth mapping
+MIN_SHARE = 0.2
+REPLY_TOKENS = 24
+
+
+def check_behaviour(
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds | None = None,
+    *,
+    detect_on: int | None = None,
+    seed: int = 0,
+) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
+    """Generate replies, judge them, and find the metric where none is given.
+
+    Args:
+        model: The model.
+        pairs: Prompts to look at.
+        metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
+        detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
+        seed: Of the bootstrap.
+
+    Returns:
+        The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and for each pair whether the
+        model treats it as expected (harmful refused, harmless answered, and the metric agrees).
+
+    Raises:
+        NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
+    """
+    harmful = model.generate(pairs.harmful, REPLY_TOKENS)
+    harmless = model.generate(pairs.harmless, REPLY_TOKENS)
+    refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
+    judge = "reply" if metric is None else "score"
+    cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+    rates = (
+        f"the model refuses {sum(refused['harmful'])} of {len(pairs)} harmful and {sum(refused['harmless'])} of"
+        f" {len(pairs)} harmless prompts, so there is no refusal to map"
+    )
+    if metric is None and not any(refused["harmful"]):
+        raise NoRefusal(rates, cure=cure)
+    # the same logits tell the first tokens and, once the metric is known, the scores
+    logits = {kind: _logits(model, getattr(pairs, kind)) for kind in KINDS}
+    if metric is None:
+        n = detect_on or len(pairs)
+        openers = (logits["harmful"][:n].argmax(-1).tolist(), logits["harmless"][:n].argmax(-1).tolist())
+        try:
+            first = PromptPairs(pairs.pairs[:n], pairs.name)
+            metric = RefusalLogOdds.detect(model, first, replies=(harmful[:n], harmless[:n]), openers=openers)
+        except MechsafetyError as error:
+            if sum(refused["harmful"]) < MIN_SHARE * len(pairs):
+                raise NoRefusal(rates, cure=cure) from error
+            raise
+    scores = {kind: metric(values).cpu().double().numpy() for kind, values in logits.items()}
+    # with tokens of the user's choice, to begin with one of them is to refuse
+    by_score = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
+    judged = refused if judge == "reply" else by_score
+    behaviour = {
+        kind: Behaviour(
+            n=len(pairs),
+            refusal_rate=sum(judged[kind]) / len(pairs),
+            refusal_ci=wilson_interval(sum(judged[kind]), len(pairs)),
+            score_mean=float(scores[kind].mean()),
+            score_ci=bootstrap_interval(scores[kind], seed),
+            judge=judge,
+        )
+        for kind in KINDS
+    }
+    keep = [
+        bool(bad and not good and high > low)
+        for bad, good, high, low in zip(
+            judged["harmful"], judged["harmless"], scores["harmful"], scores["harmless"], strict=True
+        )
+    ]
+    replies = {"harmful": harmful, "harmless": harmless}
+    samples = tuple(
+        Sample(getattr(pairs, kind)[k], kind, replies[kind][k], judged[kind][k], float(scores[kind][k]))
+        for k in range(min(len(pairs), 8))
+        for kind in KINDS
+    )
+    return metric, behaviour, samples, keep
+
+
+def _logits(model: LensModel, prompts: Sequence[str]) -> Float[Tensor, "batch d_vocab"]:
+    """Next-token logits, computed a few prompts at a time."""
+    return torch.cat([model.logits(prompts[first : first + 16]) for first in range(0, len(prompts), 16)])

@@ -1,0 +1,181 @@
+"""What should be true of a circuit, and whether what was measured says so. A claim that fails is shown as failed."""
+
+import math
+
+import numpy as np
+
+from mechsafety.circuits.verification import Claim, RandomControls, Verification
+from mechsafety.metrics import adjust_p
+
+# fixed before anything is measured; none is moved until a claim holds
+ALPHA = 0.05
+MAX_KL = 0.1
+MIN_JACCARD = 0.5
+
+UNMEASURED = "left out"
+
+
+def claims(check: Verification, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
+    """The claims about a circuit, each with its figure and the verdict.
+
+    The p of sufficiency, necessity and equivalence are adjusted together (Benjamini-Hochberg), those of minimality
+    over the circuit's parts. Independence is claimed when its test does not reject it, so its p is left as it is.
+
+    Args:
+        check: Everything measured; its own claims are not read.
+        necessity_ci: Interval of the necessity.
+    """
+    adjusted = _adjusted(check)
+    return (
+        _faithfulness(check),
+        _fresh(check),
+        _topics(check),
+        _against_random(
+            "sufficiency",
+            "kept alone, the circuit is more faithful than random circuits of its size",
+            check.held_out_faithfulness if check.fresh is None else check.fresh.faithfulness,
+            check.held_out_ci if check.fresh is None else check.fresh.ci,
+            check.random_controls,
+            adjusted.get("sufficiency"),
+        ),
+        _against_random(
+            "necessity",
+            "removing the circuit loses more of the gap than removing random circuits of its size",
+            check.necessity,
+            necessity_ci,
+            check.necessity_controls,
+            adjusted.get("necessity"),
+        ),
+        _minimality(check),
+        _completeness(check),
+        _equivalence(check, adjusted.get("equivalence")),
+        _independence(check),
+        _stability(check),
+        *_side_effects(check),
+    )
+
+
+def _adjusted(check: Verification) -> dict[str, float]:
+    """Adjusted p of the claims that rest on one."""
+    found: dict[str, float] = {}
+    for name, controls in (("sufficiency", check.random_controls), ("necessity", check.necessity_controls)):
+        if controls is not None and controls.n:
+            found[name] = controls.p_value
+    if check.equivalence is not None:
+        found["equivalence"] = check.equivalence.p_value
+    values = adjust_p(np.array(list(found.values())))
+    return {name: float(value) for name, value in zip(found, values, strict=True)}
+
+
+def _faithfulness(check: Verification) -> Claim:
+    return Claim(
+        "faithfulness",
+        "the circuit reaches the faithfulness that was asked for, on the search's pairs and on held-out ones",
+        check.held_out_faithfulness,
+        check.held_out_ci,
+        None,
+        f"at least {check.target:g} on both",
+        check.reached,
+    )
+
+
+def _fresh(check: Verification) -> Claim:
+    statement, criterion = (
+        "the circuit does so on pairs that played no part in the search",
+        f"at least {check.target:g}",
+    )
+    if check.fresh is None:
+        return Claim("fresh pairs", statement, None, None, None, criterion, None, "too few pairs to set any aside")
+    value = check.fresh.faithfulness
+    return Claim("fresh pairs", statement, value, check.fresh.ci, None, criterion, value >= check.target)
+
+
+def _topics(check: Verification) -> Claim:
+    statement, criterion = "the circuit does so on topics that the search did not see", f"at least {check.target:g}"
+    if not check.held_out_topics:
+        reason = "the pairs name no topics, or too few to hold any out"
+        return Claim("held-out topics", statement, None, None, None, criterion, None, reason)
+    value, interval = check.held_out_faithfulness, check.held_out_ci
+    if check.fresh is not None:
+        value, interval = check.fresh.faithfulness, check.fresh.ci
+    return Claim("held-out topics", statement, value, interval, None, criterion, value >= check.target)
+
+
+def _against_random(
+    name: str,
+    statement: str,
+    value: float,
+    interval: tuple[float, float] | None,
+    controls: RandomControls | None,
+    p_value: float | None,
+) -> Claim:
+    criterion = f"p < {ALPHA:g}"
+    if controls is None or p_value is None:
+        return Claim(name, statement, value, interval, None, criterion, None, UNMEASURED)
+    criterion += f" against {controls.n} random circuits"
+    if 1 / (1 + controls.n) >= ALPHA:
+        reason = f"{controls.n} random circuits cannot give a p below {1 / (1 + controls.n):.2g}"
+        return Claim(name, statement, value, interval, p_value, criterion, None, reason)
+    return Claim(name, statement, value, interval, p_value, criterion, p_value < ALPHA)
+
+
+def _minimality(check: Verification) -> Claim:
+    statement = "every part adds more faithfulness than parts added at random change it"
+    criterion = f"p < {ALPHA:g} for all parts; the figure is the share of them that has it"
+    if not check.minimality_p:
+        reason = UNMEASURED if check.minimality is None else "too few parts outside the circuit for a p below 0.05"
+        return Claim("minimality", statement, None, None, None, criterion, None, reason)
+    values = list(check.minimality_p.values())
+    share = sum(value < ALPHA for value in values) / len(values)
+    return Claim("minimality", statement, share, None, max(values), criterion, share == 1.0)
+
+
+def _completeness(check: Verification) -> Claim:
+    statement = "what the circuit loses without some of its parts, the whole model loses without them too"
+    limit = 1.0 - check.target
+    criterion = f"largest difference found at most {limit:.2g}"
+    if check.completeness is None:
+        return Claim("completeness", statement, None, None, None, criterion, None, UNMEASURED)
+    return Claim("completeness", statement, check.completeness, None, None, criterion, check.completeness <= limit)
+
+
+def _equivalence(check: Verification, p_value: float | None) -> Claim:
+    statement, test = "circuit and model score the same prompts alike", check.equivalence
+    if test is None or p_value is None:
+        return Claim("equivalence", statement, None, None, None, f"p < {ALPHA:g}", None, UNMEASURED)
+    criterion = f"p < {ALPHA:g} that the mean difference is within {test.margin:g} of the gap"
+    return Claim("equivalence", statement, test.difference, test.ci, p_value, criterion, p_value < ALPHA)
+
+
+def _independence(check: Verification) -> Claim:
+    statement, test = "without the circuit, the model's score tells nothing of what it was with it", check.independence
+    criterion = f"p >= {ALPHA:g}: not rejected, which is no proof"
+    if test is None:
+        return Claim("independence", statement, None, None, None, criterion, None, UNMEASURED)
+    return Claim("independence", statement, test.hsic, None, test.p_value, criterion, test.p_value >= ALPHA)
+
+
+def _stability(check: Verification) -> Claim:
+    statement = "the same search on resampled prompts finds the same parts"
+    criterion = f"mean Jaccard overlap at least {MIN_JACCARD:g}"
+    found = check.stability
+    if found is None or not found.jaccards or not math.isfinite(found.mean):
+        return Claim("stability", statement, None, None, None, criterion, None, UNMEASURED)
+    spread = (min(found.jaccards), max(found.jaccards))
+    return Claim("stability", statement, found.mean, spread, None, criterion, found.mean >= MIN_JACCARD)
+
+
+def _side_effects(check: Verification) -> tuple[Claim, Claim]:
+    criterion, found = f"KL at most {MAX_KL:g} nats", check.side_effects
+    rows = (
+        ("harmless prompts", "ablating the circuit leaves the next token of harmless prompts alone", "circuit_ablated"),
+        ("complement", "what is outside the circuit carries nothing from a harmful twin", "complement_patched"),
+    )
+    made = []
+    for name, statement, field in rows:
+        if found is None:
+            made.append(Claim(name, statement, None, None, None, criterion, None, UNMEASURED))
+            continue
+        value = getattr(found, field)
+        made.append(Claim(name, statement, value, getattr(found, f"{field}_ci"), None, criterion, value <= MAX_KL))
+    return made[0], made[1]

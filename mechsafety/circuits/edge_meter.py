@@ -1,0 +1,180 @@
+"""Exact runs of circuits of edges: every slot of every node reads an input of its own.
+
+A kept edge carries what its sender computes in this run, a cut one what the sender computes in the harmless run. So a
+slot reads the harmless run's residual stream plus, over its kept edges, how much their senders differ from it.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.circuits.connect import on_a_path
+from mechsafety.circuits.edges import EMBED, LOGITS, SLOTS
+from mechsafety.circuits.meters import FaithfulnessMeter, Part
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun, capture, max_variants, unembed
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.paths import reaches
+from mechsafety.sites import Site, SiteKind
+
+# bytes of sender outputs held at once
+SENDER_BYTES = 2**29
+_SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeMeter(FaithfulnessMeter):
+    """`FaithfulnessMeter` whose parts are edges: ``embed``, heads and MLPs into the slots of heads, MLPs and logits."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every edge that runs with the order of computation, by receiver."""
+        return all_edges(self.model.n_layers, self.model.n_heads, self.model.parallel)
+
+    def kept(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:
+        """Metric [circuit prompt] with every edge outside each circuit cut; ``near`` saves nothing here."""
+        base = self.runs.harmful
+        size = max(1, max_variants(base) // max(1, self.model.n_heads))
+        done = []
+        for first in range(0, len(circuits), size):
+            some = [[part for part in parts if isinstance(part, Edge)] for parts in circuits[first : first + size]]
+            done.append(self.metric(edge_circuit_logits(self.model, self.runs, some)))
+        return torch.cat(done).cpu().double().numpy() if done else np.zeros((0, len(base)))
+
+    def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
+        """Metric [circuit prompt] with each circuit itself cut and every other edge kept."""
+        return self.kept([self._outside(circuit) for circuit in circuits])
+
+
+@lru_cache(maxsize=4)
+def all_edges(n_layers: int, n_heads: int, parallel: bool) -> tuple[Edge, ...]:
+    """Every edge of a model with so many layers and heads, by receiver, in the order of computation.
+
+    Example:
+        >>> len(all_edges(1, 2, False))  # 6 from embed into q, k, v; 3 into the MLP; 4 into the logits
+        13
+    """
+    nodes = head_and_mlp_nodes(n_layers, n_heads)
+    found = []
+    for receiver in (*nodes, LOGITS):
+        senders = [n for n in (EMBED, *nodes) if n.order[:2] < receiver.order[:2]]
+        senders = [n for n in senders if reaches(n, receiver, parallel=parallel)]
+        found += [Edge(sender, receiver, slot) for slot in SLOTS[receiver.kind] for sender in senders]
+    return tuple(found)
+
+
+def prune(edges: Collection[Edge]) -> list[Edge]:
+    """Only edges on a path from ``embed`` to ``logits``; the others change nothing.
+
+    What no kept path from the embedding reaches computes what it computes in the harmless run, and what reaches no
+    logits is not read.
+    """
+    nodes = on_a_path(list(edges))
+    return [edge for edge in edges if edge.sender in nodes and edge.receiver in nodes]
+
+
+def edge_circuit_logits(
+    model: LensModel, runs: PairRuns, circuits: Sequence[Collection[Edge]]
+) -> Float[Tensor, "variant batch d_vocab"]:
+    """Next-token logits of the harmful prompts when only the edges of each circuit carry them, exact.
+
+    Args:
+        model: The model; head outputs must add up (no norm after attention).
+        runs: Stored runs of the pairs.
+        circuits: Edges that are kept; one collection a variant.
+
+    Raises:
+        MechsafetyError: The model has norms after its attention or MLP.
+    """
+    if model.post_norm:
+        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
+    kept = [prune(circuit) for circuit in circuits]
+    senders = sorted({edge.sender for edges in kept for edge in edges}, key=lambda node: node.order)
+    row_bytes = 4 * runs.harmful.resid[0].numel() * max(1, len(senders))
+    size = max(1, SENDER_BYTES // row_bytes)
+    with torch.no_grad():
+        parts = [_run(model, runs, kept[first : first + size]) for first in range(0, len(kept), size)]
+    return torch.cat(parts)
+
+
+def _run(model: LensModel, runs: PairRuns, kept: Sequence[Collection[Edge]]) -> Float[Tensor, "variant batch d_vocab"]:
+    source, n = runs.harmless, len(kept)
+    senders = sorted({edge.sender for edges in kept for edge in edges}, key=lambda node: node.order)
+    row = {node: k for k, node in enumerate(senders)}
+    masks: dict[tuple[Node, str], Tensor] = {}
+    for variant, edges in enumerate(kept):
+        for edge in edges:
+            place = (edge.receiver, edge.slot)
+            if place not in masks:
+                masks[place] = torch.zeros(len(senders), n, device=model.device)
+            masks[place][row[edge.sender], variant] = 1.0
+    nothing = torch.zeros(len(senders), n, device=model.device)
+    # how much each sender's output in this run differs from the harmless run's, filled in the order of computation
+    change = torch.zeros(len(senders), n, *source.resid[0].shape, device=model.device)
+    done = 0
+    if EMBED in row:
+        change[0], done = (runs.harmful.resid[0] - source.resid[0]).float(), 1
+
+    def read(stream: Tensor, places: Sequence[tuple[Node, str]], at: slice = slice(None)) -> Tensor:
+        """What each slot reads: [place variant batch pos d_model]."""
+        mask = torch.stack([masks.get(place, nothing) for place in places])[:, :done]
+        axes = "place sender variant, sender variant b p d -> place variant b p d"
+        extra = einsum(mask, change[:done, :, :, at], axes)
+        return (stream[:, at].float() + extra).to(stream.dtype)
+
+    for layer in range(model.n_layers):
+        heads = [node for node in senders if node.kind == "head" and node.layer == layer]
+        if heads:
+            inputs = {slot: read(source.resid[layer], [(head, slot) for head in heads]) for slot in _SITES}
+            change[done : done + len(heads)] = _head_changes(model, runs.harmful, source, layer, heads, inputs)
+            done += len(heads)
+        mlp = Node("mlp", layer)
+        if mlp in row:
+            own = source.acts[SiteKind.MLP_OUT][layer]
+            stream = source.resid[layer] if model.parallel else source.resid[layer + 1] - own
+            # a parallel block's MLP reads what its heads read, and no edge from them is kept
+            reads = read(stream, [(mlp, "mlp")])[0]
+            out = model.mlp(layer, rearrange(reads, "variant b p d -> (variant b) p d"))
+            change[done] = (rearrange(out, "(variant b) p d -> variant b p d", variant=n) - own).float()
+            done += 1
+    final = read(source.resid[-1], [(LOGITS, "resid")], slice(-1, None))[0]
+    return unembed(model, final[:, :, 0])
+
+
+def _head_changes(
+    model: LensModel,
+    base: BaseRun,
+    source: BaseRun,
+    layer: int,
+    heads: Sequence[Node],
+    inputs: dict[str, Float[Tensor, "head variant batch pos d_model"]],
+) -> Float[Tensor, "head variant batch pos d_model"]:
+    """What each head writes from inputs of its own to q, k and v, less what it writes in the harmless run; float32."""
+    # each row is one head's: it computes all heads, and only its own is read off
+    rows = {slot: rearrange(x, "head variant b p d -> (head variant b) p d") for slot, x in inputs.items()}
+    # projections need no keys and values of the prefix, attention only those of its own layer
+    bare = replace(base, start=0)
+    here = replace(base, prefix=tuple(_only(pair, k == layer) for k, pair in enumerate(base.prefix)))
+    read = {kind: capture(model, bare, layer, rows[slot], Site(kind, layer)) for slot, kind in _SITES.items()}
+    hooks = [(Site(kind, layer), lambda tensor, value=value: value) for kind, value in read.items()]
+    z = capture(model, here, layer, rows["q"], Site(SiteKind.Z, layer), hooks)
+    per_head = rearrange(z, "(head row) p index d -> head row p index d", head=len(heads))
+    indices = [node.index or 0 for node in heads]
+    own = torch.stack([per_head[k, :, :, index] for k, index in enumerate(indices)])
+    variants = own.shape[1] // len(base)
+    before = repeat(source.acts[SiteKind.Z][layer][:, :, indices], "b p head d -> head (v b) p d", v=variants)
+    weight = model.W_O(layer)[indices].float()
+    out = einsum((own - before).float(), weight, "head row p d_head, head d_head d -> head row p d")
+    return rearrange(out, "head (variant b) p d -> head variant b p d", b=len(base))
+
+
+def _only(pair: tuple[Tensor, Tensor], whole: bool) -> tuple[Tensor, Tensor]:
+    return pair if whole else (pair[0][:, :, :0], pair[1][:, :, :0])

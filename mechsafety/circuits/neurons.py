@@ -1,0 +1,126 @@
+"""Neuron-level circuits: the MLPs of a circuit taken apart into the neurons that carry it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mechsafety.attribution.nodes import NodeAttribution, node_attribution
+from mechsafety.circuits.backups import knocked_out
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.circuit import Backup
+from mechsafety.circuits.discover import CURVE_SHARES, Discovery, search_parts
+from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
+from mechsafety.nodes import Node, head_and_mlp_nodes
+
+# a circuit of more parts than this is not measured part by part
+MAX_EXACT = 300
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronMeter(FaithfulnessMeter):
+    """`FaithfulnessMeter` whose parts are heads, the neurons of some MLPs, and the other MLPs whole.
+
+    Attributes:
+        layers: Layers whose MLP is taken apart; the runs must hold neurons.
+    """
+
+    layers: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Everything that a circuit can be made of, in the order of computation."""
+        found: list[Part] = []
+        for node in head_and_mlp_nodes(self.model.n_layers, self.model.n_heads):
+            if node.kind == "mlp" and node.layer in self.layers:
+                found += [Node("neuron", node.layer, index) for index in range(self.model.d_mlp)]
+            else:
+                found.append(node)
+        return tuple(found)
+
+
+def refine(
+    found_on: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
+    discovery: Discovery,
+    backups: Sequence[Backup],
+    target: float,
+    budget: Budget,
+) -> tuple[Discovery, tuple[NeuronMeter, NeuronMeter], NodeAttribution]:
+    """A circuit of heads and neurons from one of heads and MLPs.
+
+    Every neuron of the circuit's MLPs is attributed (integrated gradients over neuron masks); the parts of the circuit
+    are ranked, the smallest prefix that reaches the target found, and exact removal follows, as in `search_parts`. The
+    rest of the model comes after them in the ranking, so that a circuit whose neurons do not reach the target grows.
+    An MLP that stands in for another node keeps its smallest prefix of neurons that reaches the target in its place.
+
+    Args:
+        found_on: Meter on the search's pairs; its runs must hold neurons.
+        held_out: The same on the pairs that set the size.
+        discovery: The circuit of heads and MLPs, with backups added.
+        backups: Its backups.
+        target: Faithfulness to reach.
+        budget: Time to keep.
+
+    Returns:
+        The circuit found, meters for it, and the attribution with neurons.
+    """
+    nodes = [part for part in discovery.circuit if isinstance(part, Node)]
+    layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
+    here, there = (NeuronMeter(m.model, m.runs, m.metric, layers) for m in (found_on, held_out))
+    attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)
+    core = {node for node in nodes if node not in discovery.added}
+    first = [part for part in here.parts if isinstance(part, Node) and _home(part) in core]
+    rest = [part for part in here.parts if isinstance(part, Node) and _home(part) not in core]
+    # a backup's neurons would stand in for what removal takes away: they come last, and are added by themselves
+    late = {node for node in rest if _home(node) in set(discovery.added)}
+    ranking = _ranked(first, attribution) + _ranked([n for n in rest if n not in late], attribution)
+    ranking += _ranked(sorted(late, key=lambda node: node.order), attribution)
+    found = search_parts(
+        here, there, ranking, target, rounds=8, budget=budget, shares=CURVE_SHARES, max_exact=MAX_EXACT
+    )
+    circuit: list[Part] = list(found.circuit)
+    added: list[Part] = []
+    for backup in backups:
+        if backup.node not in discovery.added or backup.node in circuit:
+            continue
+        if backup.node.kind == "head":
+            added.append(backup.node)
+            continue
+        gone = [node for node in {backup.behind, *backup.group} if node != backup.node]
+        added += _stand_in(here, there, backup, gone, circuit, added, target)
+    return replace(found, circuit=in_order([*circuit, *added]), added=tuple(added)), (here, there), attribution
+
+
+def _home(part: Node) -> Node:
+    """The head or MLP that a part belongs to."""
+    return Node("mlp", part.layer) if part.kind == "neuron" else part
+
+
+def _ranked(parts: Sequence[Node], attribution: NodeAttribution) -> list[Node]:
+    return sorted(parts, key=lambda part: (-attribution.of(part), part.order))
+
+
+def _stand_in(
+    here: NeuronMeter,
+    there: NeuronMeter,
+    backup: Backup,
+    gone: Sequence[Node],
+    circuit: Sequence[Part],
+    added: Sequence[Part],
+    target: float,
+) -> list[Part]:
+    """The fewest neurons of a backup MLP with which the circuit reaches the target without what it stands in for."""
+    with knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order)) as runs:
+        attribution = node_attribution(here.model, runs, here.metric, neurons=True)
+    own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]
+    ranking = _ranked(own, attribution)
+    base = [part for part in (*circuit, *added) if isinstance(part, Node) and _home(part) not in gone]
+
+    def reaches(size: int) -> bool:
+        parts = [*base, *ranking[:size]]
+        return min(meter.faithfulness([parts])[0] for meter in (here, there)) >= target - 1e-6
+
+    low, high = 0, len(ranking)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return [part for part in ranking[:high] if part not in circuit]

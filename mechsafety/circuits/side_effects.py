@@ -1,0 +1,63 @@
+"""What editing a circuit does to harmless prompts."""
+
+from collections.abc import Mapping, Sequence
+
+from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.circuits.meters import FaithfulnessMeter, Part
+from mechsafety.circuits.verification import SideEffects
+from mechsafety.metrics import bootstrap_interval
+from mechsafety.models.engine import BaseRun
+from mechsafety.nodes import Node
+from mechsafety.patching.masks import Patch, patched_logits
+from mechsafety.sites import SiteKind
+
+
+def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> SideEffects | None:
+    """KL(unedited || edited) of the next token on the meter's harmless prompts, for two edits.
+
+    The circuit at its mean over the harmless prompts: what ablating it costs where nothing is to be refused. Everything
+    outside the circuit at its value in the harmful twin: what of the twin's content reaches the output outside it.
+
+    Args:
+        meter: Whose harmless runs are edited.
+        circuit: Heads, MLPs and neurons.
+        seed: Of the bootstrap.
+
+    Returns:
+        None for a circuit of edges, which has no value of its own to replace.
+    """
+    if any(not isinstance(part, Node) for part in circuit):
+        return None
+    base, keep = meter.runs.harmless, set(circuit)
+    inside = [part for part in circuit if isinstance(part, Node)]
+    outside = [part for part in meter.parts if isinstance(part, Node) and part not in keep]
+    found = []
+    for source, nodes in ((mean_acts(base), inside), (meter.runs.harmful.acts, outside)):
+        edited = patched_logits(meter.model, base, source, Patch.of(meter.model, [nodes]))[0]
+        values = next_token_kl(base.logits, edited).cpu().double().numpy()
+        found.append((float(values.mean()), bootstrap_interval(values, seed)))
+    (ablated, ablated_ci), (patched, patched_ci) = found
+    return SideEffects(ablated, ablated_ci, patched, patched_ci)
+
+
+def next_token_kl(
+    unedited: Float[Tensor, "batch d_vocab"], edited: Float[Tensor, "batch d_vocab"]
+) -> Float[Tensor, " batch"]:
+    """KL divergence of each prompt's next-token distribution, in nats."""
+    log_p, log_q = unedited.double().log_softmax(-1), edited.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mean_acts(run: BaseRun) -> Mapping[SiteKind, Tensor]:
+    """Mean over the prompts of each stored activation, column by column from the end, padding left out."""
+    real = run.tokens.mask[:, run.start :]
+    out = {}
+    for kind, values in run.acts.items():
+        weight = rearrange(real.to(values.dtype), f"batch pos -> 1 batch pos{' 1' * (values.ndim - 3)}")
+        total = reduce(values * weight, "layer batch ... -> layer 1 ...", "sum")
+        count = reduce(weight, "layer batch ... -> layer 1 ...", "sum").clamp(min=1)
+        out[kind] = (total / count).expand_as(values)
+    return out

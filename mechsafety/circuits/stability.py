@@ -1,0 +1,140 @@
+"""Attribution pair by pair, and how much a circuit depends on which prompts were drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.attribution.nodes import NodeAttribution, node_attribution
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.verification import Stability
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching.masks import pair_runs
+from mechsafety.prompts import PromptPairs
+
+
+@dataclass(frozen=True, slots=True)
+class PairAttributions:
+    """Node attribution of every pair by itself, in metric units; their sum over the sum of gaps is that of all pairs.
+
+    Attributes:
+        heads, mlps: Integrated gradients.
+        gaps: Metric of the harmful prompt less that of the harmless one.
+        template: Provenance and metric of the whole.
+    """
+
+    heads: Float[Tensor, "pair layer head"]
+    mlps: Float[Tensor, "pair layer"]
+    gaps: Float[Tensor, " pair"]
+    template: NodeAttribution
+
+    def mean(self, weights: Sequence[int] | None = None) -> NodeAttribution:
+        """Attribution over the pairs, each counted ``weights`` times (once by default)."""
+        w = torch.ones_like(self.gaps) if weights is None else torch.tensor(weights).to(self.gaps)
+        gap = (w * self.gaps).sum()
+        heads = einsum(w, self.heads, "pair, pair layer head -> layer head") / gap
+        mlps = einsum(w, self.mlps, "pair, pair layer -> layer") / gap
+        total = float(heads.sum() + mlps.sum())
+        return NodeAttribution(self.template.provenance, self.template.metric, heads, mlps, None, total)
+
+
+def attribute_pairs(
+    model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, *, steps: int = 8
+) -> PairAttributions:
+    """`node_attribution` of each pair alone, from which any resample of the pairs is attributed without a new run."""
+    heads, mlps, gaps = [], [], []
+    for pair in pairs:
+        runs = pair_runs(model, PromptPairs((pair,), pairs.name))
+        found = node_attribution(model, runs, metric, steps=steps, progress=False)
+        harmful, harmless = runs.scores(metric)
+        gap = (harmful - harmless)[0]
+        heads.append(found.heads * gap)
+        mlps.append(found.mlps * gap)
+        gaps.append(gap)
+    return PairAttributions(torch.stack(heads), torch.stack(mlps), torch.stack(gaps), found)
+
+
+def bootstrap_stability(
+    meter: FaithfulnessMeter,
+    attributions: PairAttributions,
+    target: float,
+    *,
+    n: int = 5,
+    seed: int = 0,
+    budget: Budget | None = None,
+) -> Stability | None:
+    """Jaccard overlap of the circuit with those found on bootstrap resamples of the pairs.
+
+    The search is its first half: the smallest prefix of the ranking that reaches the target on the (resampled) pairs.
+    Exact removal is not repeated, which would take as long as the whole map again each time.
+
+    Args:
+        meter: On the pairs that were attributed, in their order.
+        attributions: Of the pairs.
+        target: Faithfulness to reach.
+        n: Resamples.
+        seed: Of the resamples.
+        budget: Time to keep.
+
+    Returns:
+        None if there was time for no resample.
+    """
+    budget = budget or Budget()
+    rng = np.random.default_rng(seed)
+    n_pairs = len(attributions.gaps)
+    whole, guess = _prefix(meter, attributions.mean(), np.ones(n_pairs), target, None)
+    jaccards, sizes = [], []
+    for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
+        for _ in batch:
+            weights = np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs)
+            found, _ = _prefix(meter, attributions.mean(weights.tolist()), weights, target, guess)
+            jaccards.append(len(whole & found) / len(whole | found))
+            sizes.append(len(found))
+    if not jaccards:
+        return None
+    return Stability(tuple(jaccards), float(np.mean(jaccards)), tuple(sizes))
+
+
+def _prefix(
+    meter: FaithfulnessMeter, attribution: NodeAttribution, weights: np.ndarray, target: float, guess: int | None
+) -> tuple[set[Node], int]:
+    """The smallest prefix of the ranking that reaches the target on weighted pairs, and its size.
+
+    The search gallops from a guess, then bisects: resampled circuits are about as large as the first.
+    """
+    nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
+    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
+    harmful, harmless = meter.ends()
+    floor, gap = weights @ harmless, weights @ (harmful - harmless)
+
+    def reaches(size: int) -> bool:
+        if size >= len(ranking):
+            return True
+        return bool((weights @ meter.kept([ranking[:size]])[0] - floor) / gap >= target - 1e-6)
+
+    low, high = 0, len(ranking)
+    if guess is not None:
+        step, at = max(1, guess // 8), guess
+        if reaches(at):
+            high = at
+            while high - step > 0 and reaches(high - step):
+                high -= step
+                step *= 2
+            low = max(0, high - step)
+        else:
+            low = at
+            while low + step < len(ranking) and not reaches(low + step):
+                low += step
+                step *= 2
+            high = min(len(ranking), low + step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return set(ranking[:high]), high

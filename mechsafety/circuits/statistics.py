@@ -1,0 +1,87 @@
+"""Tests that scipy lacks, or has in parts: equivalence, independence, intervals of ratios."""
+
+import numpy as np
+
+from mechsafety.circuits.verification import Equivalence, Independence
+
+
+def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
+    """Two one-sided t-tests (Schuirmann 1987) that the mean difference lies within plus and minus ``margin``.
+
+    That a test finds no difference would not show that there is none; this one shows it.
+
+    Args:
+        differences: One a prompt.
+        margin: Above 0.
+    """
+    from scipy.stats import t, ttest_1samp
+
+    mean, n = float(np.mean(differences)), len(differences)
+    if n < 2 or np.ptp(differences) == 0:
+        # nothing varies: the mean is known, but a t-test has no scale
+        p_value = 1.0 if n < 2 or abs(mean) >= margin else 0.0
+        return Equivalence(margin, mean, (mean, mean), p_value)
+    above = ttest_1samp(differences, -margin, alternative="greater").pvalue
+    below = ttest_1samp(differences, margin, alternative="less").pvalue
+    half = float(t.ppf(0.95, n - 1) * np.std(differences, ddof=1) / np.sqrt(n))
+    return Equivalence(margin, mean, (mean - half, mean + half), float(max(above, below)))
+
+
+def independence_test(x: np.ndarray, y: np.ndarray, seed: int, n_permutations: int = 2000) -> Independence:
+    """HSIC of paired samples (Gretton et al. 2005), and its p under permutations of one of them.
+
+    Gaussian kernels whose width is the median distance between different points; the biased estimate tr(KHLH) / n^2.
+
+    Args:
+        x: One value a prompt.
+        y: Another one a prompt.
+        seed: Of the permutations.
+        n_permutations: The observed order counts as one more.
+    """
+    n = len(x)
+    k, lists = _centred_kernel(x), _kernel(y)
+    rng = np.random.default_rng(seed)
+    observed = float((k * lists).sum()) / n**2
+    hits = 0
+    for _ in range(n_permutations):
+        order = rng.permutation(n)
+        hits += float((k * lists[np.ix_(order, order)]).sum()) / n**2 >= observed * (1 - 1e-12)
+    return Independence(n, observed, (1 + hits) / (1 + n_permutations))
+
+
+def _kernel(values: np.ndarray) -> np.ndarray:
+    distance = np.abs(values[:, None] - values[None, :]).astype(np.float64)
+    apart = distance[np.triu_indices(len(values), 1)]
+    width = float(np.median(apart[apart > 0])) if (apart > 0).any() else 1.0
+    return np.exp(-(distance**2) / (2 * width**2))
+
+
+def _centred_kernel(values: np.ndarray) -> np.ndarray:
+    kernel = _kernel(values)
+    return kernel - kernel.mean(0) - kernel.mean(1)[:, None] + kernel.mean()
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> float:
+    """Ratio of two means."""
+    return float(part.mean() / whole.mean())
+
+
+def ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the ratio of two means over the same prompts."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (part, whole),
+        lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def rank_p(observed: float, null: np.ndarray) -> float:
+    """(1 + number of null values at least as large) / (1 + their number)."""
+    return float((1 + (null >= observed).sum()) / (1 + len(null)))
