@@ -273,10 +273,10 @@ def quality(row: dict[str, float]) -> float:
 
 
 TASKS = {
-    "refusal": Task(build_examples, validate, quality, REFUSALS[0], {"epochs": 4, "lr": 2e-2, "rest_weight": 0.1}),
+    "refusal": Task(build_examples, validate, quality, REFUSALS[0], {"epochs": 4, "batch": 12, "rest_weight": 0.1}),
     # every token of a short answer counts: it is its form and its content that are learned
     "helpful": Task(
-        helpful_examples, validate_helpful, lambda row: -row["nll"], "**", {"epochs": 3, "lr": 1e-2, "rest_weight": 1.0}
+        helpful_examples, validate_helpful, lambda row: -row["nll"], "**", {"epochs": 2, "batch": 8, "rest_weight": 1.0}
     ),
 }
 
@@ -287,9 +287,9 @@ def main() -> None:
     parser.add_argument("--kind", choices=sorted(TASKS), default="refusal")
     parser.add_argument("--out", type=Path, help="by default mechsafety/adapters/KIND")
     parser.add_argument("--work", type=Path, help="checkpoints and cached replies; by default .work/train_KIND")
-    parser.add_argument("--epochs", type=int, help="4 for refusal, 3 for helpful")
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--lr", type=float, help="2e-2 for refusal, 1e-2 for helpful")
+    parser.add_argument("--epochs", type=int, help="4 for refusal, 2 for helpful")
+    parser.add_argument("--batch", type=int, help="12 for refusal, 8 for helpful")
+    parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--rest-weight", type=float, help="loss weight of tokens after a reply's first: 0.1, 1")
     parser.add_argument("--harmful-weight", type=float, default=1.5, help="loss weight of harmful examples")
     parser.add_argument("--stay", type=float, default=0.0, help="weight of the squared distance of the scales from 1")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-HOOKED = ("attribution", "cache", "metrics", "models", "patching", "prompts.spans")
+HOOKED = ("attribution", "cache", "metrics", "models", "monitors", "neurons", "patching", "prompts.spans")
 HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 

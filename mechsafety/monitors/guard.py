@@ -1,10 +1,11 @@
 """`SafetyGuard`: is the reply to this prompt going to be unsafe? Asked before the first token."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -128,7 +129,7 @@ class SafetyGuard:
         target_tpr: float = 0.95,
         seed: int = 0,
         progress: bool = False,
-    ) -> Self:
+    ) -> "SafetyGuard":
         """Learn from labelled prompts.
 
         The threshold is the highest probability at which ``target_tpr`` of the unsafe training prompts are caught,
@@ -154,7 +155,8 @@ class SafetyGuard:
         features = acts.chosen(mask).double().numpy()
         unsafe = np.array(train.unsafe)
         out_of_fold = cross_validated(features, train, seed)
-        threshold = float(np.quantile(out_of_fold[unsafe], 1 - target_tpr, method="lower"))
+        caught = math.ceil(target_tpr * unsafe.sum() - 1e-9)
+        threshold = float(np.sort(out_of_fold[unsafe])[-caught])
         scaler, regression = fit_regression(features, unsafe)
         options = {"set": train.name, "target_tpr": target_tpr, "inverse_penalty": INVERSE_PENALTY}
         weights = GuardWeights(
@@ -172,8 +174,6 @@ class SafetyGuard:
 
     def predict(self, prompt: str) -> Verdict:
         """Verdict on one chat prompt; one forward over its tokens, nothing is generated."""
-        if not isinstance(prompt, str):
-            raise MechsafetyError(f"a {type(prompt).__name__}", expected="one prompt", cure="predict_all(prompts)")
         return self.predict_all([prompt])[0]
 
     def predict_all(self, prompts: Sequence[str]) -> list[Verdict]:
@@ -219,7 +219,7 @@ class SafetyGuard:
         return self.weights.save(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: LensModel) -> Self:
+    def load(cls, path: str | os.PathLike[str], model: LensModel) -> "SafetyGuard":
         """A saved guard, for the model it was fitted on.
 
         Raises:

@@ -51,7 +51,7 @@ class NeuronAgreement(Result):
         if measure not in MEASURES or null not in ("free", "layered"):
             raise MechsafetyError(f"{measure!r} against {null!r}", expected=f"one of {MEASURES}, 'free' or 'layered'")
         draws = getattr(self, null)[MEASURES.index(measure)]
-        return float((1 + (draws >= self.observed[measure]).sum()) / (1 + len(draws)))
+        return (1 + int((draws >= self.observed[measure]).sum())) / (1 + len(draws))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a measure: observed, and mean, 95 % range and p of both nulls."""
@@ -113,7 +113,7 @@ def compare_neurons(
         for _ in range(n_permutations):
             order = _permutation(rng, shape, within=name == "layered")
             draws.append(_agreement(ours, theirs[order], tops[0], tops[1][order]))
-        nulls[name] = torch.from_numpy(np.stack(draws, axis=1)).float()
+        nulls[name] = torch.from_numpy(np.stack(draws, axis=1))
     return NeuronAgreement(
         first.provenance,
         second.provenance,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from einops import rearrange
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -127,7 +127,7 @@ def output_weights(model: LensModel, nodes: Sequence[Node]) -> Float[Tensor, "ne
         units = torch.zeros(len(here) + 1, model.d_mlp, dtype=model.dtype, device=model.device)
         for row, k in enumerate(here):
             units[row, nodes[k].index] = 1.0
-        rows = rearrange(units, "row d_mlp -> row 1 d_mlp").expand(-1, run.n_pos, -1)
+        rows = repeat(units, "row d_mlp -> row pos d_mlp", pos=run.n_pos).contiguous()
         edit = (Site(SiteKind.NEURONS, layer), lambda tensor, rows=rows: rows)
         resid = expand_rows(run.resid[layer], len(here) + 1)
         with torch.no_grad():
