@@ -78,6 +78,10 @@ class GuardReport(Result):
             found.append(fpr[caught >= tpr].min())
         return float(np.mean(found))
 
+    def accuracy(self, test: str, feature: str) -> float:
+        """Share of prompts on the right side of a probability of 0.5; mean over random sets."""
+        return float(((self.predictions(test, feature) >= 0.5) == self.labels[test].numpy()).mean())
+
     def brier(self, test: str, feature: str) -> float:
         """Mean squared error of the probabilities; mean over random sets."""
         unsafe = self.labels[test].numpy()
@@ -135,6 +139,7 @@ class GuardReport(Result):
                     "auroc": found.mean(),
                     "auroc_low": found.min(),
                     "auroc_high": found.max(),
+                    "accuracy": self.accuracy(test, feature),
                     "fpr_at_95_tpr": self.fpr_at_tpr(test, feature),
                     "brier": self.brier(test, feature),
                     "calibration_error": self.calibration_error(test, feature),

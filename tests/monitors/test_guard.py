@@ -230,6 +230,7 @@ def test_figures_by_hand(report):
     assert made.auroc("t", "random") == pytest.approx([roc_auc_score(unsafe, row) for row in theirs])
     cut = np.sort(ours[unsafe])[::-1][int(np.ceil(0.95 * unsafe.sum())) - 1]
     assert made.fpr_at_tpr("t", "neurons") == pytest.approx((ours[~unsafe] >= np.float32(cut)).mean(), abs=0.03)
+    assert made.accuracy("t", "neurons") == pytest.approx(((ours >= 0.5) == unsafe).mean())
     assert made.brier("t", "neurons") == pytest.approx(((ours - unsafe) ** 2).mean(), abs=1e-6)
     table = made.calibration("t", "neurons", bins=2)
     low = ours < 0.5
