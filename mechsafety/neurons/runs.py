@@ -209,14 +209,23 @@ def greedy(
     mask: Bool[Tensor, "layer d_mlp"] | None,
     rows: Rows,
     max_new_tokens: int,
+    keep: int = 1,
 ) -> tuple[list[list[int]], Float[Tensor, "batch step d_vocab"]]:
     """Greedy tokens of ``base`` with the masked neurons replaced (Chen et al. 2024, Algorithm 1).
 
     At every step the aligned model, unpatched and with its own cache, reads the same columns first.
 
+    Args:
+        base: The model that speaks.
+        aligned: The model whose neurons are taken; None for the base model by itself.
+        mask: Neurons taken.
+        rows: The prompts.
+        max_new_tokens: Longest reply.
+        keep: Steps whose logits are returned; those of all would be the largest tensor of a run.
+
     Returns:
-        Token ids of each row up to and with its end token, and the logits after the prompt and of every later step
-        that was run, float32.
+        Token ids of each row up to and with its end token, and the logits of the first ``keep`` steps that were run
+        (the first is the one after the prompt), float32.
     """
     ends = _end_tokens(base)
     replies: list[list[int]] = [[] for _ in range(len(rows))]
@@ -235,7 +244,8 @@ def greedy(
         for ids, real in rows.pieces():
             last = read(ids, real)
         for step in range(max_new_tokens):
-            logits.append(last)
+            if step < keep:
+                logits.append(last)
             chosen = last.argmax(-1)
             for k, chosen_id in enumerate(chosen.tolist()):
                 if not done[k]:

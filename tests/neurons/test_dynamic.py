@@ -40,8 +40,8 @@ def test_none_is_the_base_and_all_the_aligned_model(make_pair, prompts, kind):
         assert list(found.replies) == model.generate(prompts, 8)
         torch.testing.assert_close(found.logits, model.logits(prompts), atol=1e-4, rtol=1e-4)
         batch = lay_out(base, prompt_rows(base, prompts))
-        alone, steps = greedy(model, None, None, batch, 8)
-        patched, logits = greedy(base, aligned, mask, batch, 8)
+        alone, steps = greedy(model, None, None, batch, 8, keep=8)
+        patched, logits = greedy(base, aligned, mask, batch, 8, keep=8)
         assert patched == alone
         for k, reply in enumerate(alone):  # what a finished row goes on to say is read by nobody
             torch.testing.assert_close(logits[k, : len(reply)], steps[k, : len(reply)], atol=1e-4, rtol=1e-4)
@@ -53,7 +53,7 @@ def test_equal_to_the_plain_twin(make_pair, prompts, kind):
     base, aligned = make_pair(kind)
     batch = lay_out(base, prompt_rows(base, prompts))
     assert (batch.shared > 0) == (kind == "llama"), "windows count columns, so nothing is shared there"
-    found, logits = greedy(base, aligned, SOME, batch, 7)
+    found, logits = greedy(base, aligned, SOME, batch, 7, keep=7)
     for k, row in enumerate(prompt_rows(base, prompts)):
         reply, steps = slow_patching(base, aligned, SOME, row, 7)
         assert found[k] == reply
