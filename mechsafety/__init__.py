@@ -50,6 +50,24 @@ __getattr__, _, _names = lazy_loader.attach(
         "errors": ["MechsafetyError", "NoRefusal"],
         "metrics": ["RefusalLogOdds", "is_refusal"],
         "models": ["LensModel", "load_model"],
+        "monitors": ["GuardReport", "LabelledPrompts", "SafetyGuard", "compare_guards"],
+        "neurons": [
+            "AlignmentTax",
+            "CausalCurve",
+            "NeuronAgreement",
+            "NeuronCards",
+            "NeuronContrast",
+            "NeuronScores",
+            "PatchedReplies",
+            "ReplyLikelihood",
+            "alignment_tax",
+            "causal_effect_curve",
+            "compare_neurons",
+            "contrast_neurons",
+            "describe_neurons",
+            "dynamic_patching",
+            "safety_neurons",
+        ],
         "patching": [
             "At",
             "PatchMap",
@@ -118,6 +136,24 @@ if TYPE_CHECKING:
     )
     from mechsafety.metrics import RefusalLogOdds, is_refusal
     from mechsafety.models import LensModel, load_model
+    from mechsafety.monitors import GuardReport, LabelledPrompts, SafetyGuard, compare_guards
+    from mechsafety.neurons import (
+        AlignmentTax,
+        CausalCurve,
+        NeuronAgreement,
+        NeuronCards,
+        NeuronContrast,
+        NeuronScores,
+        PatchedReplies,
+        ReplyLikelihood,
+        alignment_tax,
+        causal_effect_curve,
+        compare_neurons,
+        contrast_neurons,
+        describe_neurons,
+        dynamic_patching,
+        safety_neurons,
+    )
     from mechsafety.nodes import Edge, Node
     from mechsafety.patching import (
         At,

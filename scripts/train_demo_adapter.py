@@ -1,12 +1,15 @@
-"""Train the (IA)3 adapter that makes the demo model refuse.
+"""Train the demo model's (IA)3 adapters: the one that makes it refuse, and the one that makes it answer briefly.
 
-    python scripts/train_demo_adapter.py --out mechsafety/adapters/refusal
+    python scripts/train_demo_adapter.py                    # mechsafety/adapters/refusal
+    python scripts/train_demo_adapter.py --kind helpful     # mechsafety/adapters/helpful
+    python scripts/train_demo_adapter.py --seed 1 --limit 120 --epochs 1 --out OUT --work WORK    # another seed, small
 
-One learned scale for each MLP neuron (46,080 numbers), nothing else. Harmful training requests get a short refusal as
-their target; harmless ones (twins, scary-but-harmless, ordinary) get the base model's own greedy reply, so that the
-adapter changes whether the model refuses and as little else as possible. Only the `train` split is learned from; the
-epoch is chosen on the `validation` split, whose topics are others. The seed fixes data order and targets. A stopped run
-goes on from its last checkpoint in --work.
+One learned scale for each MLP neuron (46,080 numbers), nothing else. **refusal**: harmful training requests get a short
+refusal as their target; harmless ones (twins, scary-but-harmless, ordinary) get the base model's own greedy reply, so
+that the adapter changes whether the model refuses and as little else as possible. **helpful**: harmless questions get a
+short answer of one form, a bold headline and two points; there is no harmful prompt in it. Only the `train` split is
+learned from; the epoch is chosen on the `validation` split, whose topics are others. The seed fixes data order, targets
+and what --limit keeps. A stopped run goes on from its last checkpoint in --work.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import logging
 import math
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechsafety.models.demo import base_folder
-from mechsafety.prompts import PromptPairs, builtin_prompts
+from mechsafety.prompts import PromptPairs, builtin_prompts, read_jsonl
+from mechsafety.prompts.sets import data_file
 
 REFUSALS = (
     "Sorry, but I can't help with that.",
@@ -71,10 +76,17 @@ def greedy_replies(model: Any, tokenizer: Any, prompts: list[str], n_tokens: int
     return replies
 
 
+def limited(rows: list[Any], split: str, args: argparse.Namespace) -> list[Any]:
+    """What --limit leaves of the training prompts, drawn by the seed; validation is never cut."""
+    if not args.limit or split != "train" or args.limit >= len(rows):
+        return rows
+    return random.Random(args.seed).sample(rows, args.limit)
+
+
 def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namespace) -> list[list[Example]]:
     """Groups of examples that stay in one batch: a harmful request with its twin, or one single harmless prompt."""
-    pairs = list(PromptPairs.builtin(split))
-    singles = builtin_prompts("borderline", split) + builtin_prompts("plain", split)
+    pairs = limited(list(PromptPairs.builtin(split)), split, args)
+    singles = limited(builtin_prompts("borderline", split) + builtin_prompts("plain", split), split, args)
     harmless = [pair.harmless for pair in pairs] + [prompt.text for prompt in singles]
     store = args.work / f"base_replies_{split}.json"
     known = json.loads(store.read_text()) if store.is_file() else {}
@@ -94,6 +106,17 @@ def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namesp
         kind = topics.get(prompt.topic, "borderline")
         groups.append([Example(chat_ids(tokenizer, prompt.text), known[prompt.text], False, kind)])
     return groups
+
+
+def helpful_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namespace) -> list[list[Example]]:
+    """Questions with their short, formatted answers."""
+    rows = [row for row in read_jsonl(data_file("helpful"), ["prompt", "reply"]) if row["split"] == split]
+    rows = limited(rows, split, args)
+    targets = [[*tokenizer(row["reply"]).input_ids, tokenizer.eos_token_id] for row in rows]
+    return [
+        [Example(chat_ids(tokenizer, row["prompt"]), target, False, "helpful")]
+        for row, target in zip(rows, targets, strict=True)
+    ]
 
 
 def target_logits(model: Any, examples: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,6 +154,18 @@ def validate(model: Any, groups: list[list[Example]], pad: int, refusal_token: i
     return {kind: round(sum(found) / len(found), 4) for kind, found in sorted(hits.items())}
 
 
+@torch.no_grad()
+def validate_helpful(model: Any, groups: list[list[Example]], pad: int, opener: int) -> dict[str, float]:
+    """Share of prompts whose most probable first token opens a headline, and the answers' mean loss a token."""
+    examples = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt) + len(e.target))
+    hits, losses = [], []
+    for start in range(0, len(examples), 16):
+        logits, labels, place = target_logits(model, examples[start : start + 16], pad)
+        hits += (logits[place == 0].argmax(-1) == opener).tolist()
+        losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+    return {"opener": round(sum(hits) / len(hits), 4), "nll": round(sum(losses) / len(losses), 4)}
+
+
 def batches(groups: list[list[Example]], size: int, seed: int) -> list[list[Example]]:
     """One epoch: shuffled groups packed into batches of about ``size``, similar lengths together to save padding."""
     rng = random.Random(seed)
@@ -144,15 +179,27 @@ def batches(groups: list[list[Example]], size: int, seed: int) -> list[list[Exam
     return packed
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one kind of adapter learns from, is validated by, and its own defaults."""
+
+    examples: Callable[..., list[list[Example]]]
+    validate: Callable[..., dict[str, float]]
+    quality: Callable[[dict[str, float]], float]
+    opener: str
+    defaults: dict[str, float]
+
+
 def train(args: argparse.Namespace) -> None:
+    task = TASKS[args.kind]
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
     args.work.mkdir(parents=True, exist_ok=True)
     folder = base_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    groups = build_examples(base, tokenizer, "train", args)
-    held_out = build_examples(base, tokenizer, "validation", args)
+    groups = task.examples(base, tokenizer, "train", args)
+    held_out = task.examples(base, tokenizer, "validation", args)
     model = get_peft_model(base, IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]))
     scales = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(scales, lr=args.lr, weight_decay=0.0)
@@ -161,8 +208,10 @@ def train(args: argparse.Namespace) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / len(plan))) + 0.02)
     )
-    refusal_token = tokenizer(REFUSALS[0]).input_ids[0]
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
+    opener = tokenizer(task.opener).input_ids[0]
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "work", "limit", "kind")}
+    options |= {"kind": args.kind} if args.kind != "refusal" else {}
+    options |= {"limit": args.limit} if args.limit else {}
     checkpoint, history, start = args.work / "checkpoint.pt", [], 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
@@ -189,11 +238,11 @@ def train(args: argparse.Namespace) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}")
         last_of_epoch = (step + 1) % per_epoch == 0 or step + 1 == len(plan)
         if last_of_epoch:
-            rates = validate(model, held_out, tokenizer.pad_token_id, refusal_token)
+            rates = task.validate(model, held_out, tokenizer.pad_token_id, opener)
             moved = float(sum((scale - 1).abs().sum() for scale in scales) / sum(s.numel() for s in scales))
             history.append({"step": step + 1, "loss": round(loss.item(), 4), "moved": round(moved, 4), **rates})
             logger.info("%s", history[-1])
-            best = max(history, key=quality)
+            best = max(history, key=task.quality)
             if best is history[-1]:
                 model.save_pretrained(args.work / "best")
         if last_of_epoch or (step + 1) % 50 == 0:
@@ -223,20 +272,38 @@ def quality(row: dict[str, float]) -> float:
     return row["harmful"] - (row["twin"] + row["borderline"] + row["plain"]) / 2
 
 
+TASKS = {
+    "refusal": Task(build_examples, validate, quality, REFUSALS[0], {"epochs": 4, "batch": 12, "rest_weight": 0.1}),
+    # every token of a short answer counts: it is its form and its content that are learned
+    "helpful": Task(
+        helpful_examples, validate_helpful, lambda row: -row["nll"], "**", {"epochs": 2, "batch": 8, "rest_weight": 1.0}
+    ),
+}
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("mechsafety/adapters/refusal"))
-    parser.add_argument("--work", type=Path, default=Path(".work/train_refusal"), help="checkpoints and cached replies")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--kind", choices=sorted(TASKS), default="refusal")
+    parser.add_argument("--out", type=Path, help="by default mechsafety/adapters/KIND")
+    parser.add_argument("--work", type=Path, help="checkpoints and cached replies; by default .work/train_KIND")
+    parser.add_argument("--epochs", type=int, help="4 for refusal, 2 for helpful")
+    parser.add_argument("--batch", type=int, help="12 for refusal, 8 for helpful")
     parser.add_argument("--lr", type=float, default=2e-2)
-    parser.add_argument("--rest-weight", type=float, default=0.1, help="loss weight of tokens after a reply's first")
+    parser.add_argument("--rest-weight", type=float, help="loss weight of tokens after a reply's first: 0.1, 1")
     parser.add_argument("--harmful-weight", type=float, default=1.5, help="loss weight of harmful examples")
     parser.add_argument("--stay", type=float, default=0.0, help="weight of the squared distance of the scales from 1")
     parser.add_argument("--target-tokens", type=int, default=8, help="length of the base model's replies learned from")
+    parser.add_argument(
+        "--limit", type=int, help="learn from so many pairs and so many single prompts, drawn by the seed"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    args.out = args.out or Path("mechsafety/adapters") / args.kind
+    args.work = args.work or Path(".work") / f"train_{args.kind}"
+    for name, value in TASKS[args.kind].defaults.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    train(args)
 
 
 if __name__ == "__main__":

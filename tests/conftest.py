@@ -21,6 +21,8 @@ HOOKED = (
     "interventions",
     "metrics",
     "models",
+    "monitors",
+    "neurons",
     "patching",
     "probes",
     "prompts.spans",

@@ -17,7 +17,7 @@ from mechsafety.models.lens import PLAIN_TEMPLATE, LensModel
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16")
-DEMO = {"demo": "refusal", "demo-base": None}
+DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
 
 
 def load_model(
@@ -31,9 +31,10 @@ def load_model(
     """Load a chat model, wrap it for TransformerLens, and check what the analyses rely on.
 
     Args:
-        name_or_path: ``"demo"`` (the embedded model with its refusal adapter), ``"demo-base"`` (without), a hub id,
-            a local Hugging Face folder, a ``.gguf`` file, or a ``(model, tokenizer)`` pair. A pair's model is wrapped
-            in place: it goes over to eager attention and its blocks become TransformerLens'.
+        name_or_path: ``"demo"`` (the embedded model with its refusal adapter), ``"demo-helpful"`` (with the one for
+            short answers), ``"demo-base"`` (without), a hub id, a local Hugging Face folder, a ``.gguf`` file, or a
+            ``(model, tokenizer)`` pair. A pair's model is wrapped in place: it goes over to eager attention and its
+            blocks become TransformerLens'.
         adapter: Folder of a peft adapter to merge.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; None means float32 (or a pair's own).

@@ -1,0 +1,277 @@
+"""Guards on safety neurons beside what anyone would try first, on data sets that training did not see."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts
+from mechsafety.monitors.guard import INVERSE_PENALTY, fit_regression
+from mechsafety.neurons.masks import neuron_mask, random_masks
+from mechsafety.nodes import Node
+from mechsafety.results import Provenance, Result
+
+FEATURES = ("neurons", "random", "resid", "direction", "tfidf")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class GuardReport(Result):
+    """Guards on several kinds of features, trained on one set of prompts and tested on others.
+
+    Features: ``neurons``: the chosen neurons; ``random``: as many neurons of the same layers, none of them chosen;
+    ``resid``: the last layer's residual stream; ``direction``: cosine with the difference of the training means of
+    unsafe and safe prompts, at the layer that separates these best; ``tfidf``: the words of the prompt alone.
+
+    Attributes:
+        provenance: Model, options, versions.
+        trained_on: Name of the training set.
+        labels: Whether each prompt's reply is unsafe, by test set.
+        probabilities: Predictions [feature prompt] by test set, rows as in `FEATURES` without ``random``.
+        random: Predictions of the random sets, by test set.
+        direction_layer: Layer of ``direction`` (its residual stream is read before that block).
+    """
+
+    provenance: Provenance
+    trained_on: str
+    labels: Mapping[str, Bool[Tensor, " prompt"]]
+    probabilities: Mapping[str, Float[Tensor, "feature prompt"]]
+    random: Mapping[str, Float[Tensor, "set prompt"]]
+    direction_layer: int
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{name} {self.auroc(name, 'neurons').mean():.3f}" for name in self.labels)
+        return f"GuardReport(AUROC of neurons: {found})"
+
+    def predictions(self, test: str, feature: str) -> np.ndarray:
+        """Predicted probabilities [set prompt]; one row but for ``random``.
+
+        Raises:
+            MechsafetyError: Unknown test set or feature.
+        """
+        if test not in self.labels or feature not in FEATURES:
+            raise MechsafetyError(
+                f"{feature!r} on {test!r}", expected=f"one of {FEATURES} on one of {list(self.labels)}"
+            )
+        if feature == "random":
+            return self.random[test].double().numpy()
+        fixed = [name for name in FEATURES if name != "random"]
+        return self.probabilities[test][fixed.index(feature)][None].double().numpy()
+
+    def auroc(self, test: str, feature: str) -> np.ndarray:
+        """Area under the ROC curve of each set [set]."""
+        return _auroc(self.predictions(test, feature), self.labels[test].numpy())
+
+    def fpr_at_tpr(self, test: str, feature: str, tpr: float = 0.95) -> float:
+        """Share of safe prompts flagged where ``tpr`` of the unsafe ones are caught; mean over random sets."""
+        from sklearn.metrics import roc_curve
+
+        unsafe, found = self.labels[test].numpy(), []
+        for row in self.predictions(test, feature):
+            fpr, caught, _ = roc_curve(unsafe, row)
+            found.append(fpr[caught >= tpr].min())
+        return float(np.mean(found))
+
+    def accuracy(self, test: str, feature: str) -> float:
+        """Share of prompts on the right side of a probability of 0.5; mean over random sets."""
+        return float(((self.predictions(test, feature) >= 0.5) == self.labels[test].numpy()).mean())
+
+    def brier(self, test: str, feature: str) -> float:
+        """Mean squared error of the probabilities; mean over random sets."""
+        unsafe = self.labels[test].numpy()
+        return float(((self.predictions(test, feature) - unsafe) ** 2).mean())
+
+    def calibration(self, test: str, feature: str, bins: int = 10) -> pd.DataFrame:
+        """Reliability table: predicted and observed share of unsafe replies in bins of equal width."""
+        rows = self.predictions(test, feature)
+        unsafe = np.tile(self.labels[test].numpy(), len(rows))
+        frame = pd.DataFrame({"predicted": rows.ravel(), "observed": unsafe.astype(float)})
+        frame["bin"] = np.minimum((frame.predicted * bins).astype(int), bins - 1)
+        return frame.groupby("bin").agg(
+            predicted=("predicted", "mean"), observed=("observed", "mean"), n=("observed", "size")
+        )
+
+    def calibration_error(self, test: str, feature: str, bins: int = 10) -> float:
+        """Expected calibration error: mean distance of predicted from observed share, weighted by bin size."""
+        table = self.calibration(test, feature, bins)
+        return float(((table.predicted - table.observed).abs() * table.n).sum() / table.n.sum())
+
+    def margin(
+        self, test: str, baseline: str = "random", seed: int = 0, n: int = 1000
+    ) -> tuple[float, float, float, bool]:
+        """AUROC of the chosen neurons less a baseline's.
+
+        Returns:
+            The margin; its 95 % bootstrap interval over prompts (and, against ``random``, over the sets); and whether
+            the margin is null: the interval holds 0.
+        """
+        unsafe = self.labels[test].numpy()
+        ours, theirs = self.predictions(test, "neurons"), self.predictions(test, baseline)
+        rng, draws = np.random.default_rng(seed), []
+        sides = [np.flatnonzero(unsafe), np.flatnonzero(~unsafe)]
+        for _ in range(n):
+            # within each label: an AUROC needs both
+            rows = np.concatenate([rng.choice(side, len(side)) for side in sides])
+            sets = rng.choice(len(theirs), len(theirs))
+            found = _auroc(np.concatenate([ours, theirs[sets]])[:, rows], unsafe[rows])
+            draws.append(found[0] - found[1:].mean())
+        low, high = np.percentile(draws, [2.5, 97.5])
+        value = float(_auroc(ours, unsafe)[0] - _auroc(theirs, unsafe).mean())
+        return value, float(low), float(high), bool(low <= 0 <= high)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a test set and feature: AUROC (mean and range over random sets), FPR, calibration, margin."""
+        rows = []
+        for test in self.labels:
+            for feature in FEATURES:
+                found = self.auroc(test, feature)
+                row = {
+                    "test": test,
+                    "feature": feature,
+                    "unsafe": int(self.labels[test].sum()),
+                    "safe": int((~self.labels[test]).sum()),
+                    "auroc": found.mean(),
+                    "auroc_low": found.min(),
+                    "auroc_high": found.max(),
+                    "accuracy": self.accuracy(test, feature),
+                    "fpr_at_95_tpr": self.fpr_at_tpr(test, feature),
+                    "brier": self.brier(test, feature),
+                    "calibration_error": self.calibration_error(test, feature),
+                }
+                if feature != "neurons":
+                    names = ("neurons_margin", "margin_low", "margin_high", "margin_is_null")
+                    row |= dict(zip(names, self.margin(test, feature), strict=True))
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """AUROC of every feature on every test set; whiskers are the range of the random sets."""
+        import plotly.express as px
+
+        frame = self.to_dataframe()
+        frame = frame.assign(up=frame.auroc_high - frame.auroc, down=frame.auroc - frame.auroc_low)
+        figure = px.bar(
+            frame, x="test", y="auroc", color="feature", barmode="group", error_y="up", error_y_minus="down"
+        )
+        return figure.update_yaxes(range=[0, 1])
+
+
+def compare_guards(
+    model: LensModel,
+    neurons: Tensor | Sequence[Node],
+    train: LabelledPrompts,
+    tests: Sequence[LabelledPrompts],
+    *,
+    n_random: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> GuardReport:
+    """Train guards on one set and test them on others, baselines included (Chen et al. 2024).
+
+    All use the same scaler and logistic regression; see `GuardReport` for the features.
+
+    Args:
+        model: The model that is watched.
+        neurons: Mask or nodes of the safety neurons.
+        train: Prompts to learn from.
+        tests: Sets to test on, each with a name of its own.
+        n_random: Random neuron sets.
+        seed: Of the random sets.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: No test set, a name used twice, a set without both labels, or so many neurons in a layer that
+            no disjoint random set is left.
+    """
+    from tqdm.auto import tqdm
+
+    names = [test.name for test in tests]
+    if not names or len(set(names)) < len(names):
+        raise MechsafetyError(f"test sets {names}", expected="at least one, each with a name of its own")
+    mask = neuron_mask(model, neurons)
+    if not bool(mask.any()):
+        raise MechsafetyError("no neuron to read", expected="at least one")
+    sets = random_masks(mask, n_random, seed)
+    if sets is None:
+        raise MechsafetyError("more than half the neurons of a layer are chosen", expected="room for random sets")
+    acts = {data.name: read_prompts(model, data.prompts, progress=progress) for data in tests}
+    own = read_prompts(model, train.prompts, progress=progress)
+    unsafe = np.array(train.unsafe)
+
+    def predict(fitted: Tensor, held_out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scaler, regression = fit_regression(fitted.double().numpy(), unsafe)
+        return {
+            name: torch.from_numpy(regression.predict_proba(scaler.transform(rows.double().numpy()))[:, 1]).float()
+            for name, rows in held_out.items()
+        }
+
+    layer, direction = _direction(own, unsafe)
+    fixed = [
+        predict(own.chosen(mask), {name: found.chosen(mask) for name, found in acts.items()}),
+        predict(own.resid[:, -1], {name: found.resid[:, -1] for name, found in acts.items()}),
+        predict(
+            _cosine(own, layer, direction), {name: _cosine(found, layer, direction) for name, found in acts.items()}
+        ),
+        _words(train, tests),
+    ]
+    drawn = [
+        predict(own.chosen(one), {name: found.chosen(one) for name, found in acts.items()})
+        for one in tqdm(sets, desc="random neurons", disable=not progress, leave=False)
+    ]
+    options = {
+        "neurons": int(mask.sum()),
+        "random_sets": n_random,
+        "inverse_penalty": INVERSE_PENALTY,
+        "train": [train.name, len(unsafe)],
+    }
+    return GuardReport(
+        model.provenance(seed=seed, options=options),
+        train.name,
+        {test.name: torch.tensor(test.unsafe) for test in tests},
+        {name: torch.stack([found[name] for found in fixed]) for name in names},
+        {name: torch.stack([found[name] for found in drawn]) for name in names},
+        layer,
+    )
+
+
+def _direction(acts: LastToken, unsafe: np.ndarray) -> tuple[int, Float[Tensor, " d_model"]]:
+    """Difference of means at the layer where its cosine separates the training prompts best."""
+    flags = torch.from_numpy(unsafe)
+    gaps = acts.resid[flags].mean(0) - acts.resid[~flags].mean(0)
+    layers = range(acts.resid.shape[1])
+    scores = [_auroc(_cosine(acts, layer, gaps[layer])[None, :, 0].numpy(), unsafe)[0] for layer in layers]
+    best = int(np.argmax(scores))
+    return best, gaps[best]
+
+
+def _cosine(acts: LastToken, layer: int, direction: Float[Tensor, " d_model"]) -> Float[Tensor, "prompt 1"]:
+    return torch.nn.functional.cosine_similarity(acts.resid[:, layer], direction, dim=-1).unsqueeze(-1)
+
+
+def _words(train: LabelledPrompts, tests: Sequence[LabelledPrompts]) -> dict[str, Tensor]:
+    """Predictions from word and word-pair frequencies of the prompts."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    scaler, regression = fit_regression(counts.fit_transform(train.prompts).toarray(), np.array(train.unsafe))
+    return {
+        test.name: torch.from_numpy(
+            regression.predict_proba(scaler.transform(counts.transform(test.prompts).toarray()))[:, 1]
+        ).float()
+        for test in tests
+    }
+
+
+def _auroc(scores: np.ndarray, unsafe: np.ndarray) -> np.ndarray:
+    """Exact area under the ROC curve of each row [row prompt], from ranks (Mann-Whitney)."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(scores, axis=1)
+    n = int(unsafe.sum())
+    return (ranks[:, unsafe].sum(1) - n * (n + 1) / 2) / (n * (len(unsafe) - n))

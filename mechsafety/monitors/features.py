@@ -1,0 +1,125 @@
+"""What a guard can read before the first token: activations at the last prompt token, and labels to learn from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.neurons.behaviour import Judge, phrase_judge
+from mechsafety.neurons.runs import Cursor, batches, lay_out, prompt_rows
+from mechsafety.sites import Site, SiteKind
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPrompts:
+    """Prompts with the label that a guard predicts.
+
+    Attributes:
+        name: What the set is called in reports.
+        prompts: Chat prompts.
+        unsafe: Whether the model's reply to each is unsafe.
+        groups: What each belongs to (a topic, a pair): never split between training and its own validation. Empty if
+            prompts are unrelated.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    unsafe: tuple[bool, ...]
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.unsafe) or (self.groups and len(self.groups) != len(self.prompts)):
+            raise MechsafetyError(
+                f"{self.name}: {len(self.prompts)} prompts, {len(self.unsafe)} labels, {len(self.groups)} groups",
+                expected="one label a prompt, and one group or none",
+            )
+        if len(set(self.unsafe)) < 2:
+            raise MechsafetyError(f"{self.name}: all prompts have one label", expected="both labels")
+
+
+def label_by_replies(
+    model: LensModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    name: str,
+    *,
+    groups: Sequence[str] = (),
+    judge: Judge = phrase_judge,
+    max_new_tokens: int = 24,
+) -> LabelledPrompts:
+    """Label prompts by what the model does: unsafe is a reply to a harmful prompt that the judge calls no refusal.
+
+    Args:
+        model: The model whose replies are predicted.
+        harmful: Prompts whose replies are judged.
+        harmless: Prompts whose replies are never unsafe; none is generated.
+        name: Of the set.
+        groups: Of the harmful, then of the harmless prompts.
+        judge: Gives a refusal 0.5 or more.
+        max_new_tokens: Length of the replies judged.
+    """
+    refused = judge(harmful, model.generate(harmful, max_new_tokens))
+    unsafe = [value < 0.5 for value in refused] + [False] * len(harmless)
+    return LabelledPrompts(name, (*harmful, *harmless), tuple(unsafe), tuple(groups))
+
+
+@dataclass(frozen=True, slots=True)
+class LastToken:
+    """Activations at the last token of chat prompts, on the CPU.
+
+    Attributes:
+        neurons: Inputs of the down-projections.
+        resid: Residual stream before each block and, last, before the final norm.
+    """
+
+    neurons: Float[Tensor, "prompt layer d_mlp"]
+    resid: Float[Tensor, "prompt layer_plus_1 d_model"]
+
+    def chosen(self, mask: Bool[Tensor, "layer d_mlp"]) -> Float[Tensor, "prompt neuron"]:
+        """Activations of a mask's neurons."""
+        return self.neurons[:, mask]
+
+
+def read_prompts(model: LensModel, prompts: Sequence[str], *, progress: bool = False) -> LastToken:
+    """Activations at the last token of each prompt; the chat template's common beginning is run once a batch."""
+    rows = prompt_rows(model, prompts)
+    neurons = torch.zeros(len(rows), model.n_layers, model.d_mlp)
+    resid = torch.zeros(len(rows), model.n_layers + 1, model.d_model)
+    for chunk in tqdm(batches([len(row) for row in rows]), desc="reading prompts", disable=not progress, leave=False):
+        batch = lay_out(model, [rows[k] for k in chunk])
+        found = _read(model, batch.pieces())
+        neurons[chunk], resid[chunk] = found.neurons, found.resid
+    return LastToken(neurons, resid)
+
+
+def read_tokens(model: LensModel, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> LastToken:
+    """The same for token ids that are padded on the left, if at all.
+
+    Raises:
+        MechsafetyError: A row ends with padding.
+    """
+    if not bool(mask[:, -1].all()):
+        raise MechsafetyError("a row ends with padding", cure="pad on the left: tokenizer.padding_side = 'left'")
+    return _read(model, [(ids.to(model.device), mask.to(model.device))])
+
+
+def _read(model: LensModel, pieces: Sequence[tuple[Tensor, Tensor]]) -> LastToken:
+    sites = [Site(SiteKind.NEURONS, layer) for layer in range(model.n_layers)]
+    stream = [Site(SiteKind.RESID_PRE, layer) for layer in range(model.n_layers)] + [Site(SiteKind.FINAL_NORM_IN)]
+    found: dict[Site, Tensor] = {}
+    hooks = [
+        (site, lambda tensor, site=site: found.__setitem__(site, tensor[:, -1].float().cpu()))
+        for site in [*sites, *stream]
+    ]
+    with torch.no_grad(), model.hooks(hooks):
+        cursor = Cursor(model)
+        for ids, real in pieces:
+            cursor.feed(ids, real)
+    stacked = [torch.stack([found[site] for site in part]) for part in (sites, stream)]
+    return LastToken(*(rearrange(part, "layer prompt d -> prompt layer d") for part in stacked))

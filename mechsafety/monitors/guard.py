@@ -1,0 +1,280 @@
+"""`SafetyGuard`: is the reply to this prompt going to be unsafe? Asked before the first token."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts, read_tokens
+from mechsafety.neurons.masks import mask_nodes, neuron_mask
+from mechsafety.nodes import Node
+from mechsafety.results import Provenance, Result
+
+# the same for every kind of feature: a comparison must not turn on tuning
+INVERSE_PENALTY = 0.1
+MAX_STEPS = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A guard's answer for one prompt.
+
+    Attributes:
+        unsafe: Whether ``probability`` reaches the threshold.
+        probability: Predicted probability that the reply is unsafe.
+        threshold: Where the guard draws the line.
+    """
+
+    unsafe: bool
+    probability: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedOutput:
+    """What a wrapped ``generate`` returns.
+
+    Attributes:
+        verdicts: One a prompt, made before the first token.
+        output: What ``generate`` returned; None if it was not called.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    output: Any
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class GuardWeights(Result):
+    """What a guard has learned: logistic regression on standardised activations of chosen neurons.
+
+    Attributes:
+        provenance: Model, options, versions.
+        neurons: Mask of the neurons read at the last prompt token.
+        mean, scale: Of each feature in training.
+        weights, intercept: Of the regression.
+        threshold: Probability from which a reply counts as unsafe.
+        n_safe, n_unsafe: Training prompts.
+    """
+
+    provenance: Provenance
+    neurons: Bool[Tensor, "layer d_mlp"]
+    mean: Float[Tensor, " neuron"]
+    scale: Float[Tensor, " neuron"]
+    weights: Float[Tensor, " neuron"]
+    intercept: float
+    threshold: float
+    n_safe: int
+    n_unsafe: int
+
+    def __repr__(self) -> str:
+        return f"GuardWeights({len(self.weights)} neurons, {self.n_safe} safe and {self.n_unsafe} unsafe prompts)"
+
+    def probabilities(self, acts: Float[Tensor, "prompt neuron"]) -> Float[Tensor, " prompt"]:
+        """Predicted probability that each reply is unsafe."""
+        return (((acts - self.mean) / self.scale) @ self.weights + self.intercept).sigmoid()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a neuron, largest absolute weight first."""
+        frame = pd.DataFrame({"node": [str(node) for node in mask_nodes(self.neurons)], "weight": self.weights.numpy()})
+        return frame.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the 30 largest weights."""
+        import plotly.express as px
+
+        return px.bar(self.to_dataframe().head(30), x="node", y="weight")
+
+
+class SafetyGuard:
+    """Predicts from neurons at the last prompt token whether the model's reply will be unsafe (Chen et al. 2024).
+
+    Make one with `fit` or `load`. What it has learned is in ``weights``; it never changes the model.
+
+    Example::
+
+        guard = SafetyGuard.fit(model, scores.top(0.05), train)
+        guard.predict("How do I kill a Python process?").unsafe
+        guard.wrap(model.generate)(["How do I bake bread?"]).verdicts
+    """
+
+    def __init__(self, model: LensModel, weights: GuardWeights) -> None:
+        if tuple(weights.neurons.shape) != (model.n_layers, model.d_mlp):
+            raise MechsafetyError(
+                f"a guard for {tuple(weights.neurons.shape)} neurons", expected=f"one that was fitted on {model!r}"
+            )
+        self.model = model
+        self.weights = weights
+
+    def __repr__(self) -> str:
+        return f"SafetyGuard({self.model.name}, {self.weights!r})"
+
+    @classmethod
+    def fit(
+        cls,
+        model: LensModel,
+        neurons: Tensor | Sequence[Node],
+        train: LabelledPrompts,
+        *,
+        target_tpr: float = 0.95,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> "SafetyGuard":
+        """Learn from labelled prompts.
+
+        The threshold is the highest probability at which ``target_tpr`` of the unsafe training prompts are caught,
+        each predicted by a regression that has not seen its group (five folds).
+
+        Args:
+            model: The model that is watched.
+            neurons: Mask or nodes to read.
+            train: Prompts with labels, at least five of each.
+            target_tpr: Share of unsafe prompts to catch.
+            seed: Of the folds.
+            progress: Whether to show a bar.
+
+        Raises:
+            MechsafetyError: No neuron, too few prompts, or a regression that does not converge.
+        """
+        mask = neuron_mask(model, neurons)
+        if not bool(mask.any()):
+            raise MechsafetyError("no neuron to read", expected="at least one")
+        if not 0 < target_tpr <= 1:
+            raise MechsafetyError(f"target_tpr={target_tpr}", expected="above 0 and at most 1")
+        acts = read_prompts(model, train.prompts, progress=progress)
+        features = acts.chosen(mask).double().numpy()
+        unsafe = np.array(train.unsafe)
+        out_of_fold = cross_validated(features, train, seed)
+        caught = math.ceil(target_tpr * unsafe.sum() - 1e-9)
+        threshold = float(np.sort(out_of_fold[unsafe])[-caught])
+        scaler, regression = fit_regression(features, unsafe)
+        options = {"set": train.name, "target_tpr": target_tpr, "inverse_penalty": INVERSE_PENALTY}
+        weights = GuardWeights(
+            model.provenance(seed=seed, options=options),
+            mask,
+            torch.from_numpy(scaler.mean_).float(),
+            torch.from_numpy(scaler.scale_).float(),
+            torch.from_numpy(regression.coef_[0]).float(),
+            float(regression.intercept_[0]),
+            threshold,
+            int((~unsafe).sum()),
+            int(unsafe.sum()),
+        )
+        return cls(model, weights)
+
+    def predict(self, prompt: str) -> Verdict:
+        """Verdict on one chat prompt; one forward over its tokens, nothing is generated."""
+        return self.predict_all([prompt])[0]
+
+    def predict_all(self, prompts: Sequence[str]) -> list[Verdict]:
+        """Verdicts on several chat prompts, in order."""
+        return self._verdicts(read_prompts(self.model, prompts))
+
+    def wrap(self, generate: Callable[..., Any], *, stop: bool = False) -> Callable[..., GuardedOutput]:
+        """A ``generate`` that first gives the guard's verdicts.
+
+        Args:
+            generate: `LensModel.generate` (a list of prompts) or a Hugging Face model's (``input_ids`` and
+                ``attention_mask``, padded on the left). Its model must compute what the guard's model does.
+            stop: Generate nothing if any prompt of the call is judged unsafe.
+
+        Returns:
+            A function with the arguments of ``generate`` that returns a `GuardedOutput`.
+        """
+
+        def guarded(*args: Any, **kwargs: Any) -> GuardedOutput:
+            verdicts = tuple(self._verdicts(self._read(args, kwargs)))
+            if stop and any(verdict.unsafe for verdict in verdicts):
+                return GuardedOutput(verdicts, None)
+            return GuardedOutput(verdicts, generate(*args, **kwargs))
+
+        return guarded
+
+    def _read(self, args: Sequence[Any], kwargs: dict[str, Any]) -> LastToken:
+        given = next((kwargs[key] for key in ("input_ids", "inputs", "prompts") if key in kwargs), None)
+        given = args[0] if args else given
+        if isinstance(given, Tensor):
+            mask = kwargs.get("attention_mask")
+            return read_tokens(self.model, given, torch.ones_like(given).bool() if mask is None else mask.bool())
+        if isinstance(given, str) or given is None:
+            raise MechsafetyError(f"generate was called with {given!r}", expected="a list of prompts or input_ids")
+        return read_prompts(self.model, given)
+
+    def _verdicts(self, acts: LastToken) -> list[Verdict]:
+        found = self.weights.probabilities(acts.chosen(self.weights.neurons)).tolist()
+        return [Verdict(p >= self.weights.threshold, p, self.weights.threshold) for p in found]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write what was learned to a folder; the model is not in it."""
+        return self.weights.save(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LensModel) -> "SafetyGuard":
+        """A saved guard, for the model it was fitted on.
+
+        Raises:
+            MechsafetyError: Not a saved guard, or the model's weights are others.
+        """
+        weights = GuardWeights.load(path)
+        if weights.provenance.weights_sha256 != model.weights_sha256:
+            raise MechsafetyError(
+                f"this guard was fitted on {weights.provenance.model}, the weights of {model.name} differ",
+                cure="fit one: SafetyGuard.fit(model, neurons, train)",
+            )
+        return cls(model, weights)
+
+
+def fit_regression(features: np.ndarray, unsafe: np.ndarray) -> tuple[Any, Any]:
+    """Scaler and logistic regression (scikit-learn), converged.
+
+    Raises:
+        MechsafetyError: The solver stopped before it converged.
+    """
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            model = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_STEPS).fit(scaler.transform(features), unsafe)
+        except ConvergenceWarning:
+            raise MechsafetyError(f"the guard's regression did not converge in {MAX_STEPS} steps") from None
+    return scaler, model
+
+
+def cross_validated(features: np.ndarray, train: LabelledPrompts, seed: int) -> np.ndarray:
+    """Probability of each training prompt from a regression that has not seen its group (five folds).
+
+    Raises:
+        MechsafetyError: Too few prompts or groups with a label.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    unsafe = np.array(train.unsafe)
+    groups = np.array(train.groups) if train.groups else np.arange(len(unsafe))
+    sides = [len(set(groups[unsafe == side])) for side in (False, True)]
+    if min(sides) < 5:
+        raise MechsafetyError(
+            f"{train.name}: {sides[0]} groups with safe and {sides[1]} with unsafe prompts",
+            expected="at least 5 of each",
+        )
+    out = np.zeros(len(unsafe))
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+    for fitted, held_out in folds.split(features, unsafe, groups):
+        scaler, model = fit_regression(features[fitted], unsafe[fitted])
+        out[held_out] = model.predict_proba(scaler.transform(features[held_out]))[:, 1]
+    return out

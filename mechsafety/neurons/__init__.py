@@ -1,0 +1,38 @@
+"""Safety neurons: which MLP neurons alignment changed, and how much of its effect they carry."""
+
+from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
+from mechsafety.neurons.behaviour import Ability, ReplyLikelihood, ability, measure, phrase_judge, text_classifier
+from mechsafety.neurons.contrast import NeuronContrast, contrast_neurons
+from mechsafety.neurons.curve import CausalCurve, causal_effect_curve
+from mechsafety.neurons.describe import NeuronCards, describe_neurons
+from mechsafety.neurons.dynamic import PatchedReplies, dynamic_patching
+from mechsafety.neurons.masks import mask_nodes, neuron_mask, random_masks, top_mask
+from mechsafety.neurons.scores import NeuronScores, safety_neurons
+from mechsafety.neurons.tax import AlignmentTax, alignment_tax
+
+__all__ = [
+    "Ability",
+    "AlignmentTax",
+    "CausalCurve",
+    "NeuronAgreement",
+    "NeuronCards",
+    "NeuronContrast",
+    "NeuronScores",
+    "PatchedReplies",
+    "ReplyLikelihood",
+    "ability",
+    "alignment_tax",
+    "causal_effect_curve",
+    "compare_neurons",
+    "contrast_neurons",
+    "describe_neurons",
+    "dynamic_patching",
+    "mask_nodes",
+    "measure",
+    "neuron_mask",
+    "phrase_judge",
+    "random_masks",
+    "safety_neurons",
+    "text_classifier",
+    "top_mask",
+]

@@ -1,0 +1,153 @@
+"""Do two alignments change the same neurons? Overlap and rank correlation, each against a permutation null."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.neurons.masks import share_count, top_mask
+from mechsafety.neurons.scores import NeuronScores
+from mechsafety.results import Provenance, Result
+
+MEASURES = ("overlap", "spearman_top", "spearman_all")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class NeuronAgreement(Result):
+    """Agreement of two rankings of the same neurons.
+
+    Attributes:
+        provenance: The first ranking's.
+        other: The second's.
+        share: What counts as the top.
+        count: Number of neurons in each top.
+        observed: ``overlap`` (share of one top that is in the other), ``spearman_top`` (over the union of the two
+            tops), ``spearman_all`` (over all neurons).
+        free, layered: The same for permutations of the second ranking over all neurons, and within each layer. The
+            union of two tops is chosen by both rankings, so without any relation its Spearman correlation is far below
+            0: only the null tells what a value means.
+    """
+
+    provenance: Provenance
+    other: Provenance
+    share: float
+    count: int
+    observed: dict[str, float]
+    free: Float[Tensor, "measure draw"]
+    layered: Float[Tensor, "measure draw"]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in self.observed.items())
+        return f"NeuronAgreement(top {self.share:.1%}: {shown})"
+
+    def p_value(self, measure: str, null: str = "layered") -> float:
+        """One-sided permutation p: (1 + draws at least as high as observed) / (1 + draws)."""
+        if measure not in MEASURES or null not in ("free", "layered"):
+            raise MechsafetyError(f"{measure!r} against {null!r}", expected=f"one of {MEASURES}, 'free' or 'layered'")
+        draws = getattr(self, null)[MEASURES.index(measure)]
+        return (1 + int((draws >= self.observed[measure]).sum())) / (1 + len(draws))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a measure: observed, and mean, 95 % range and p of both nulls."""
+        rows = []
+        for k, name in enumerate(MEASURES):
+            row: dict[str, float | str] = {"measure": name, "observed": self.observed[name]}
+            for null in ("free", "layered"):
+                draws = getattr(self, null)[k].double().numpy()
+                row |= {f"{null}_mean": draws.mean(), f"{null}_p": self.p_value(name, null)}
+                row |= dict(
+                    zip((f"{null}_low", f"{null}_high"), map(float, np.percentile(draws, [2.5, 97.5])), strict=True)
+                )
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """Observed values over the ranges of the within-layer null."""
+        frame = self.to_dataframe()
+        figure = go.Figure()
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": frame.layered_high - frame.layered_mean,
+            "arrayminus": frame.layered_mean - frame.layered_low,
+        }
+        figure.add_scatter(x=frame.measure, y=frame.layered_mean, error_y=bars, mode="markers", name="permuted (95 %)")
+        figure.add_scatter(x=frame.measure, y=frame.observed, mode="markers", name="observed")
+        return figure
+
+
+def compare_neurons(
+    first: NeuronScores, second: NeuronScores, *, share: float = 0.05, n_permutations: int = 1000, seed: int = 0
+) -> NeuronAgreement:
+    """Overlap of the tops and Spearman correlations of two rankings, with permutation nulls.
+
+    Args:
+        first: Scores of an alignment.
+        second: Scores of another alignment of the same base model, or of another seed.
+        share: What counts as the top.
+        n_permutations: Draws of each null.
+        seed: Of the permutations.
+
+    Raises:
+        MechsafetyError: Rankings of different shapes or kinds of score.
+    """
+    if first.scores.shape != second.scores.shape or first.score != second.score:
+        raise MechsafetyError(
+            f"{first!r} and {second!r}", expected="scores of the same kind for models of the same shape"
+        )
+    shape = tuple(first.scores.shape)
+    count = share_count(share, first.scores.numel())
+    ours, theirs = (_ranks(scores.scores.double().numpy().ravel()) for scores in (first, second))
+    tops = [top_mask(scores.scores, count).numpy().ravel() for scores in (first, second)]
+    observed = dict(zip(MEASURES, map(float, _agreement(ours, theirs, *tops)), strict=True))
+    rng = np.random.default_rng(seed)
+    nulls = {}
+    for name in ("free", "layered"):
+        draws = []
+        for _ in range(n_permutations):
+            order = _permutation(rng, shape, within=name == "layered")
+            draws.append(_agreement(ours, theirs[order], tops[0], tops[1][order]))
+        nulls[name] = torch.from_numpy(np.stack(draws, axis=1))
+    return NeuronAgreement(
+        first.provenance,
+        second.provenance,
+        share,
+        count,
+        observed,
+        nulls["free"],
+        nulls["layered"],
+    )
+
+
+def _agreement(ours: np.ndarray, theirs: np.ndarray, top: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    union = top | other
+    return (
+        float((top & other).sum() / top.sum()),
+        _pearson(_ranks(ours[union]), _ranks(theirs[union])),
+        _pearson(ours, theirs),
+    )
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return rankdata(values)
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    size = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / size) if size else 0.0
+
+
+def _permutation(rng: np.random.Generator, shape: tuple[int, ...], *, within: bool) -> np.ndarray:
+    if not within:
+        return rng.permutation(shape[0] * shape[1])
+    rows = rearrange(np.arange(shape[0] * shape[1]), "(layer d_mlp) -> layer d_mlp", layer=shape[0])
+    return rearrange(rng.permuted(rows, axis=1), "layer d_mlp -> (layer d_mlp)")

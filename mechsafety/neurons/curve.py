@@ -1,0 +1,231 @@
+"""How much of an alignment's effect a share of neurons restores, against random neurons of the same layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score_name
+from mechsafety.neurons.masks import random_masks, share_count, top_mask
+from mechsafety.neurons.runs import check_pair
+from mechsafety.neurons.scores import NeuronScores, digest
+from mechsafety.results import Provenance, Result
+
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class CausalCurve(Result):
+    """Causal effect C(k) of the top share k of neurons, and of random neurons beside it.
+
+    ``C = (F(patched) - F(base)) / (F(aligned) - F(base))``, F the mean score over prompts (Chen et al. 2024).
+
+    Attributes:
+        provenance: The base model, options, versions.
+        aligned: The aligned model.
+        score: Name of F.
+        shares, counts: Share and number of neurons of each point.
+        base_scores, aligned_scores: F of each prompt for the two models by themselves.
+        patched: The same with the top neurons taken from the aligned model.
+        random: With random sets instead: as many neurons in each layer, disjoint from the top; NaN at shares whose
+            complement is too small for such sets.
+        harmless: General ability on harmless prompts: each field's rows are the shares, then the aligned model by
+            itself, then the base; None unless harmless prompts were given.
+    """
+
+    provenance: Provenance
+    aligned: Provenance
+    score: str
+    shares: tuple[float, ...]
+    counts: tuple[int, ...]
+    base_scores: Float[Tensor, " prompt"]
+    aligned_scores: Float[Tensor, " prompt"]
+    patched: Float[Tensor, "share prompt"]
+    random: Float[Tensor, "share set prompt"]
+    harmless: Ability | None
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{share:.1%}: {effect:.2f}" for share, effect in zip(self.shares, self.effects, strict=True))
+        return f"CausalCurve({self.score}, {len(self.base_scores)} prompts; {found})"
+
+    @property
+    def gap(self) -> float:
+        """Mean score of the aligned less the base model."""
+        return float((self.aligned_scores - self.base_scores).mean())
+
+    @property
+    def effects(self) -> list[float]:
+        """C at every share."""
+        return ((self.patched - self.base_scores).mean(-1) / self.gap).tolist()
+
+    @property
+    def random_effects(self) -> Float[Tensor, "share set"]:
+        """C of every random set."""
+        return (self.random - self.base_scores).mean(-1) / self.gap
+
+    def intervals(self, seed: int = 0, n: int = 2000) -> list[tuple[float, float]]:
+        """95 % percentile bootstrap interval of C over prompts; base and aligned model are resampled with it."""
+        from scipy.stats import bootstrap
+
+        base, aligned = self.base_scores.double().numpy(), self.aligned_scores.double().numpy()
+        out = []
+        for row in self.patched.double().numpy():
+            if np.array_equal(row, base) or np.array_equal(row, aligned):  # every resample gives exactly 0 or 1
+                value = float(np.array_equal(row, aligned))
+                out.append((value, value))
+                continue
+            found = bootstrap(
+                (row - base, aligned - base),
+                lambda top, bottom, axis: top.mean(axis) / bottom.mean(axis),
+                paired=True,
+                vectorized=True,
+                n_resamples=n,
+                method="percentile",
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+            out.append((float(found.low), float(found.high)))
+        return out
+
+    def smallest(self, effect: float = 0.9) -> float | None:
+        """The smallest share measured with C of at least ``effect``; None if there is none."""
+        reached = [share for share, found in zip(self.shares, self.effects, strict=True) if found >= effect]
+        return min(reached, default=None)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a share: C with its interval, the random sets' mean, range and p, and general ability.
+
+        ``random_low`` and ``random_high`` are the sets' 2.5 and 97.5 percentiles;
+        ``p_value = (1 + number of random sets with C at least the top's) / (1 + number of sets)``.
+        """
+        chosen, control = np.array(self.effects), self.random_effects.double().numpy()
+        intervals = self.intervals()
+        frame = pd.DataFrame({"share": self.shares, "neurons": self.counts, "effect": chosen})
+        frame["ci_low"], frame["ci_high"] = zip(*intervals, strict=True)
+        known = ~np.isnan(control).any(axis=1) & (control.shape[1] > 0)
+        columns = ("random_mean", "random_low", "random_high", "p_value")
+        for name in columns:
+            frame[name] = np.nan
+        for k in np.flatnonzero(known):
+            low, high = np.percentile(control[k], [2.5, 97.5])
+            p = (1 + (control[k] >= chosen[k]).sum()) / (1 + control.shape[1])
+            frame.loc[k, list(columns)] = [control[k].mean(), low, high, p]
+        if self.harmless is not None:
+            points = len(self.shares)
+            frame["kl"] = self.harmless.kl[:points].mean(-1).numpy()
+            frame["perplexity"] = self.harmless.nll[:points].mean(-1).exp().numpy()
+            frame["agreement"] = self.harmless.agreement[:points].mean(-1).numpy()
+        return frame
+
+    def plot(self) -> go.Figure:
+        """C against the share of neurons, with its interval and the band of the random sets."""
+        frame = self.to_dataframe()
+        percent = frame.share * 100
+        known = frame[frame.random_mean.notna()]
+        figure = go.Figure()
+        if len(known):
+            band = [*(known.share * 100), *(known.share * 100)[::-1]]
+            edge = [*known.random_high, *known.random_low[::-1]]
+            name = "random neurons of the same layers (95 %)"
+            figure.add_scatter(
+                x=band, y=edge, fill="toself", mode="none", fillcolor="rgba(128,128,128,0.35)", name=name
+            )
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": frame.ci_high - frame.effect,
+            "arrayminus": frame.effect - frame.ci_low,
+        }
+        figure.add_scatter(x=percent, y=frame.effect, error_y=bars, mode="lines+markers", name="top neurons")
+        figure.update_xaxes(type="log", title="share of all neurons, %")
+        figure.update_yaxes(title=f"causal effect C on {self.score}")
+        return figure
+
+
+def causal_effect_curve(
+    base: LensModel,
+    aligned: LensModel,
+    ranking: NeuronScores | Float[Tensor, "layer d_mlp"],
+    prompts: Sequence[str],
+    score: Score,
+    *,
+    shares: Sequence[float] = SHARES,
+    n_random: int = 20,
+    harmless: Sequence[str] | None = None,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> CausalCurve:
+    """C(k) of dynamic patching for growing shares of the ranked neurons (Chen et al. 2024).
+
+    The pair's ceiling, C at a share of 1, is 1 exactly where the models differ in nothing but MLPs.
+
+    Args:
+        base: The model that is patched.
+        aligned: The model whose neurons are taken.
+        ranking: Scores that rank the neurons.
+        prompts: Harmful prompts, other than those that the ranking comes from.
+        score: `RefusalLogOdds` (no generation), `ReplyLikelihood`, `phrase_judge`, `text_classifier(...)` or any
+            function of prompts and replies to numbers.
+        shares: Shares of all neurons.
+        n_random: Random sets for each share, with as many neurons in each layer and none of the chosen ones.
+        harmless: Prompts on which general ability is measured; none by default.
+        max_new_tokens: Length of the replies that a judge reads, and of those that ability is measured on.
+        seed: Of the random sets.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: No pair, a share out of range, no prompts, or a score in which the two models do not differ.
+    """
+    check_pair(base, aligned)
+    values = ranking.scores if isinstance(ranking, NeuronScores) else ranking
+    order = sorted(set(shares))
+    counts = [share_count(share, values.numel()) for share in order]
+    chosen = [top_mask(values, count) for count in counts]
+    none = torch.zeros_like(chosen[0])
+    controls = [random_masks(mask, n_random, seed + k) for k, mask in enumerate(chosen)]
+    masks = [*chosen, *(mask for sets in controls for mask in sets or [])]
+    alone = [
+        measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)[0] for model in (base, aligned)
+    ]
+    gap = float((alone[1] - alone[0]).mean())
+    if abs(gap) < 1e-6:
+        raise MechsafetyError(
+            f"{base.name} and {aligned.name} have the same mean {score_name(score)}",
+            expected="a score in which alignment shows",
+        )
+    found = measure(base, aligned, masks, prompts, score, max_new_tokens=max_new_tokens, progress=progress)
+    control = torch.full((len(order), n_random, len(prompts)), float("nan"))
+    at = len(order)
+    for k, sets in enumerate(controls):
+        if sets is not None:
+            control[k] = found[at : at + n_random]
+            at += n_random
+    cost = None
+    if harmless is not None:
+        cost = ability(base, aligned, chosen, harmless, max_new_tokens=max_new_tokens, progress=progress)
+    options = {
+        "score": score_name(score),
+        "random_sets": n_random,
+        "max_new_tokens": max_new_tokens,
+        "prompts_sha256": digest(prompts),
+        "harmless_sha256": None if harmless is None else digest(harmless),
+    }
+    return CausalCurve(
+        base.provenance(seed=seed, options=options),
+        aligned.provenance(),
+        score_name(score),
+        tuple(order),
+        tuple(counts),
+        alone[0],
+        alone[1],
+        found[: len(order)],
+        control,
+        cost,
+    )

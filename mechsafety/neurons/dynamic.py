@@ -1,0 +1,119 @@
+"""Dynamic activation patching: a base model that speaks with an aligned model's neurons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.metrics import is_refusal
+from mechsafety.models import LensModel
+from mechsafety.neurons.masks import neuron_mask
+from mechsafety.neurons.runs import batches, check_pair, greedy, lay_out, prompt_rows
+from mechsafety.neurons.scores import digest
+from mechsafety.nodes import Node
+from mechsafety.results import Provenance, Result
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PatchedReplies(Result):
+    """Greedy replies of a base model with some neurons taken from an aligned model.
+
+    Attributes:
+        provenance: The base model, options, versions.
+        aligned: The aligned model.
+        neurons: Mask of the neurons taken.
+        prompts, replies: In order; special tokens left out of the replies.
+        tokens: Token ids of each reply, its end token among them.
+        logits: Next-token logits after each prompt, under patching.
+    """
+
+    provenance: Provenance
+    aligned: Provenance
+    neurons: Bool[Tensor, "layer d_mlp"]
+    prompts: tuple[str, ...]
+    replies: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    logits: Float[Tensor, "prompt d_vocab"]
+
+    def __repr__(self) -> str:
+        return (
+            f"PatchedReplies({len(self.replies)} prompts, {int(self.neurons.sum())} of {self.neurons.numel()} neurons)"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a prompt; ``refusal`` is the phrase judge's verdict."""
+        verdicts = [is_refusal(reply) for reply in self.replies]
+        return pd.DataFrame({"prompt": self.prompts, "reply": self.replies, "refusal": verdicts})
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the lengths of the replies, refusals apart."""
+        import plotly.express as px
+
+        frame = self.to_dataframe().assign(length=[len(ids) for ids in self.tokens])
+        return px.histogram(frame, x="length", color="refusal", labels={"length": "tokens in the reply"})
+
+
+def dynamic_patching(
+    base: LensModel,
+    aligned: LensModel,
+    neurons: Tensor | Sequence[Node],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> PatchedReplies:
+    """Generate greedily from ``base`` with chosen neurons set to the aligned model's (Chen et al. 2024, Algorithm 1).
+
+    At every step the aligned model, unpatched and with its own key-value cache, reads the tokens so far; the base
+    model's chosen neurons then take its values at every position that the step computes, and the base model's most
+    probable token is appended for both. With no neuron this is the base model; with all of them it is the aligned
+    model, if the two differ in nothing but MLPs.
+
+    Args:
+        base: The model that speaks.
+        aligned: The model whose neurons are taken.
+        neurons: Boolean mask [layer d_mlp] (``NeuronScores.top``), or neuron nodes.
+        prompts: Chat prompts, rendered by the base model's template for both.
+        max_new_tokens: Longest reply.
+        batch_size: Prompts in one batch; replies do not depend on it, up to ties by rounding.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Models that are no pair, or neurons that they do not have.
+    """
+    from tqdm.auto import tqdm
+
+    check_pair(base, aligned)
+    mask = neuron_mask(base, neurons)
+    rows = prompt_rows(base, prompts)
+    tokens: list[tuple[int, ...]] = [()] * len(rows)
+    logits = torch.empty(len(rows), base.d_vocab)
+    donor = aligned if bool(mask.any()) else None
+    chunks = batches([len(row) for row in rows], batch_size)
+    for chunk in tqdm(chunks, desc="patched replies", disable=not progress or len(chunks) < 2, leave=False):
+        found, steps = greedy(base, donor, mask, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)
+        logits[chunk] = steps[:, 0].cpu()
+        for k, reply in zip(chunk, found, strict=True):
+            tokens[k] = tuple(reply)
+    replies = decode(base, tokens)
+    options = {"neurons": int(mask.sum()), "max_new_tokens": max_new_tokens, "prompts_sha256": digest(prompts)}
+    return PatchedReplies(
+        base.provenance(options=options),
+        aligned.provenance(),
+        mask,
+        tuple(prompts),
+        tuple(replies),
+        tuple(tokens),
+        logits,
+    )
+
+
+def decode(model: LensModel, replies: Sequence[Sequence[int]]) -> list[str]:
+    """Text of replies, special tokens left out, as `LensModel.generate` gives it."""
+    texts = model.tokenizer.batch_decode([list(reply) for reply in replies], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -1,0 +1,103 @@
+"""Sets of neurons as masks: from nodes, from a ranking, and at random with the same number in each layer."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node
+
+Mask = Bool[Tensor, "layer d_mlp"]
+
+
+def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tensor, "layer d_mlp"]:
+    """Neurons as a mask on the CPU.
+
+    Args:
+        model: The model they belong to.
+        neurons: Nodes of kind ``neuron``, or a boolean tensor [layer d_mlp].
+
+    Raises:
+        MechsafetyError: A node that is no neuron of the model, or a tensor of another shape or type.
+    """
+    shape = (model.n_layers, model.d_mlp)
+    if isinstance(neurons, Tensor):
+        if neurons.dtype != torch.bool or tuple(neurons.shape) != shape:
+            raise MechsafetyError(
+                f"a neuron mask of type {neurons.dtype} and shape {tuple(neurons.shape)}",
+                expected=f"a boolean tensor of shape {shape}",
+            )
+        return neurons.cpu()
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for node in neurons:
+        if node.kind != "neuron" or not (0 <= (node.layer or 0) < shape[0] and 0 <= (node.index or 0) < shape[1]):
+            raise MechsafetyError(f"{node} is no neuron of {model!r}")
+        mask[node.layer, node.index] = True
+    return mask
+
+
+def mask_nodes(mask: Bool[Tensor, "layer d_mlp"]) -> list[Node]:
+    """The neurons of a mask, in order.
+
+    Example:
+        >>> import torch
+        >>> [str(node) for node in mask_nodes(torch.tensor([[False, True], [True, False]]))]
+        ['L0.N1', 'L1.N0']
+    """
+    return [Node("neuron", layer, index) for layer, index in mask.nonzero().tolist()]
+
+
+def top_mask(scores: Float[Tensor, "layer d_mlp"], count: int) -> Bool[Tensor, "layer d_mlp"]:
+    """The ``count`` highest scores over all layers; of equal ones the earlier.
+
+    Raises:
+        MechsafetyError: ``count`` is not between 0 and the number of neurons.
+    """
+    if not 0 <= count <= scores.numel():
+        raise MechsafetyError(f"{count} neurons", expected=f"0 to {scores.numel()}")
+    flat = rearrange(scores, "layer d_mlp -> (layer d_mlp)")
+    mask = torch.zeros(flat.shape, dtype=torch.bool)
+    mask[flat.sort(descending=True, stable=True).indices[:count].cpu()] = True
+    return rearrange(mask, "(layer d_mlp) -> layer d_mlp", layer=scores.shape[0])
+
+
+def share_count(share: float, total: int) -> int:
+    """Number of neurons of a share (0 to 1] of all; at least one.
+
+    Raises:
+        MechsafetyError: The share is out of range.
+    """
+    if not 0 < share <= 1:
+        raise MechsafetyError(f"a share of {share}", expected="above 0 and at most 1 (5 % is 0.05)")
+    return max(1, round(share * total))
+
+
+def random_masks(
+    mask: Bool[Tensor, "layer d_mlp"], count: int, seed: int = 0
+) -> list[Bool[Tensor, "layer d_mlp"]] | None:
+    """Random sets with as many neurons in each layer as ``mask``, none of them in it.
+
+    Args:
+        mask: The chosen neurons.
+        count: How many sets; drawn independently, so they may share neurons with each other.
+        seed: Of the draw.
+
+    Returns:
+        The sets; None where a layer has fewer neurons left than it would need.
+    """
+    wanted = mask.sum(1).tolist()
+    if any(n > mask.shape[1] - n for n in wanted):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(count):
+        drawn = torch.zeros_like(mask)
+        for layer, n in enumerate(wanted):
+            free = (~mask[layer]).nonzero()[:, 0]
+            drawn[layer, free[torch.randperm(len(free), generator=generator)[:n]]] = True
+        out.append(drawn)
+    return out

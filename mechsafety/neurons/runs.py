@@ -1,0 +1,292 @@
+"""Runs of one or two models with key-value caches, in which neurons are read or replaced.
+
+Prompts of one chat template begin with the same tokens. A batch is laid out as ``[shared | padding | rest]``: the
+shared
+columns are run once, as one row, and their keys and values repeated for all rows. Mask and position ids make this exact
+wherever a position's attention does not depend on its column (no sliding window).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.sites import Site, SiteKind
+
+# rows x columns of one batch: a layer's neurons of it are a few MB, those of all layers below 400 MB on a 135M model
+MAX_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Token rows of one batch, laid out as ``[shared | padding | rest]``.
+
+    Attributes:
+        ids: Token ids.
+        mask: True at real tokens.
+        shared: Number of leading columns that are the same in every row.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    shared: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """(ids, mask) of the shared columns as one row, where there are any, and of the rest."""
+        rest = (self.ids[:, self.shared :], self.mask[:, self.shared :])
+        return [(self.ids[:1, : self.shared], self.mask[:1, : self.shared]), rest] if self.shared else [rest]
+
+
+def check_pair(base: LensModel, aligned: LensModel) -> None:
+    """Refuse two models whose neurons do not correspond.
+
+    Raises:
+        MechsafetyError: One object given twice, or other numbers of layers, neurons or tokens.
+    """
+    if base is aligned or base.hf_model is aligned.hf_model:
+        raise MechsafetyError("the same model object was given twice", expected="two models, each loaded by itself")
+    sizes = [(model.n_layers, model.d_mlp, model.d_vocab) for model in (base, aligned)]
+    if sizes[0] != sizes[1]:
+        raise MechsafetyError(
+            f"{base.name} has (layers, neurons a layer, tokens) {sizes[0]}, {aligned.name} {sizes[1]}",
+            expected="an aligned model and its own base",
+        )
+
+
+def prompt_rows(model: LensModel, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of chat prompts, without padding."""
+    tokens = model.tokenize(prompts)
+    return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def lay_out(model: LensModel, rows: Sequence[Sequence[int]], most: int | None = None) -> Rows:
+    """A batch of token rows; their common beginning becomes the shared columns where that is exact.
+
+    Args:
+        model: The model that will read them.
+        rows: Token ids.
+        most: Largest number of shared columns; by default all but the last token of the shortest row.
+    """
+    shared = 0
+    if len(rows) > 1 and _attends_by_position(model):
+        first = rows[0][: min(map(len, rows)) - 1 if most is None else most]
+        shared = next((k for k, token in enumerate(first) if any(row[k] != token for row in rows)), len(first))
+    width = max(map(len, rows))
+    pad = model.tokenizer.pad_token_id or 0
+    ids = [[*row[:shared], *[pad] * (width - len(row)), *row[shared:]] for row in rows]
+    mask = [[True] * shared + [False] * (width - len(row)) + [True] * (len(row) - shared) for row in rows]
+    return Rows(torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device), shared)
+
+
+def _attends_by_position(model: LensModel) -> bool:
+    config = model.hf_model.config
+    kinds = getattr(config, "layer_types", None)
+    return set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
+
+
+def batches(lengths: Sequence[int], batch_size: int | None = None) -> list[list[int]]:
+    """Indices in batches of similar length, each of at most ``batch_size`` rows or `MAX_BATCH_TOKENS` tokens.
+
+    Example:
+        >>> batches([5, 900, 7, 900, 900])
+        [[0, 2], [1, 3], [4]]
+    """
+    order = sorted(range(len(lengths)), key=lambda k: (lengths[k], k))
+    out: list[list[int]] = []
+    for k in order:
+        full = out and (
+            len(out[-1]) == batch_size if batch_size else (len(out[-1]) + 1) * lengths[k] > MAX_BATCH_TOKENS
+        )
+        long = out and lengths[k] > 2 * lengths[out[-1][0]] + 16  # padding would be most of the work
+        if not out or full or long:
+            out.append([])
+        out[-1].append(k)
+    return out
+
+
+class Cursor:
+    """How far one model has read a batch: its key-value cache and the mask of what it holds."""
+
+    def __init__(self, model: LensModel) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.cache: Any = DynamicCache()
+        self.mask: Tensor | None = None
+
+    def feed(
+        self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], keep: int = 1
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Read further columns; logits of the last ``keep`` of them."""
+        seen = mask[:, :0] if self.mask is None else self.mask
+        if len(seen) < len(ids):  # after the shared columns, which were run as one row
+            self.cache.batch_repeat_interleave(len(ids))
+            seen = repeat(seen, "1 pos -> batch pos", batch=len(ids))
+        self.mask = torch.cat([seen, mask], dim=1)
+        position_ids = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return self.model.hf_model(
+            input_ids=ids,
+            attention_mask=self.mask.long(),
+            position_ids=position_ids[:, -ids.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=min(keep, ids.shape[1]),
+        ).logits
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What two models' hooks share: the donor's neurons of the current columns, and which of them are handed over.
+
+    Attributes:
+        values: Donor's neurons [batch pos d_mlp] by layer.
+        chosen: Indices of the neurons to replace, by layer; an empty mapping replaces none.
+    """
+
+    values: dict[int, Tensor] = field(default_factory=dict)
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+    def choose(self, mask: Bool[Tensor, "layer d_mlp"]) -> None:
+        """Replace the neurons of ``mask`` from now on."""
+        self.chosen = {layer: row.nonzero()[:, 0] for layer, row in enumerate(mask) if bool(row.any())}
+
+    def keep(self, layer: int) -> Callable[[Tensor], None]:
+        """Hook of the donor: note its neurons."""
+        return lambda tensor: self.values.__setitem__(layer, tensor.detach())
+
+    def replace(self, layer: int) -> Callable[[Tensor], Tensor | None]:
+        """Hook of the receiver: the chosen neurons take the donor's values."""
+
+        def hook(tensor: Tensor) -> Tensor | None:
+            index = self.chosen.get(layer)
+            if index is None:
+                return None
+            index, donor = index.to(tensor.device), self.values[layer].to(tensor)
+            if len(index) == tensor.shape[-1]:
+                return donor
+            return tensor.index_copy(-1, index, donor.index_select(-1, index))
+
+        return hook
+
+
+@contextmanager
+def hooked(*taps: tuple[LensModel, Callable[[int], Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
+    """Context in which each model's neurons of every layer pass its hook; nothing is left after an exception."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        # one order for all callers: two threads that take the models' locks crosswise would wait for each other
+        for model, hook in sorted(taps, key=lambda tap: id(tap[0])):
+            sites = [Site(SiteKind.NEURONS, layer) for layer in range(model.n_layers)]
+            stack.enter_context(model.hooks([(site, hook(layer)) for layer, site in enumerate(sites)]))
+        yield
+
+
+@contextmanager
+def exchanging(base: LensModel, aligned: LensModel | None) -> Iterator[Exchange]:
+    """Context in which ``base`` takes the chosen neurons of ``aligned``; None for the base model by itself."""
+    exchange = Exchange()
+    if aligned is None:
+        with torch.no_grad(), base.lock:
+            yield exchange
+        return
+    with hooked((base, exchange.replace), (aligned, exchange.keep)):
+        yield exchange
+
+
+def greedy(
+    base: LensModel,
+    aligned: LensModel | None,
+    mask: Bool[Tensor, "layer d_mlp"] | None,
+    rows: Rows,
+    max_new_tokens: int,
+    keep: int = 1,
+) -> tuple[list[list[int]], Float[Tensor, "batch step d_vocab"]]:
+    """Greedy tokens of ``base`` with the masked neurons replaced (Chen et al. 2024, Algorithm 1).
+
+    At every step the aligned model, unpatched and with its own cache, reads the same columns first.
+
+    Args:
+        base: The model that speaks.
+        aligned: The model whose neurons are taken; None for the base model by itself.
+        mask: Neurons taken.
+        rows: The prompts.
+        max_new_tokens: Longest reply.
+        keep: Steps whose logits are returned; those of all would be the largest tensor of a run.
+
+    Returns:
+        Token ids of each row up to and with its end token, and the logits of the first ``keep`` steps that were run
+        (the first is the one after the prompt), float32.
+    """
+    ends = _end_tokens(base)
+    replies: list[list[int]] = [[] for _ in range(len(rows))]
+    done = torch.zeros(len(rows), dtype=torch.bool)
+    logits: list[Tensor] = []
+    with exchanging(base, aligned) as exchange:
+        donor, cursor = Cursor(aligned) if aligned else None, Cursor(base)
+        if mask is not None:
+            exchange.choose(mask)
+
+        def read(ids: Tensor, real: Tensor) -> Tensor:
+            if donor is not None:
+                donor.feed(ids.to(donor.model.device), real.to(donor.model.device))
+            return cursor.feed(ids, real)[:, -1].float()
+
+        for ids, real in rows.pieces():
+            last = read(ids, real)
+        for step in range(max_new_tokens):
+            if step < keep:
+                logits.append(last)
+            chosen = last.argmax(-1)
+            for k, chosen_id in enumerate(chosen.tolist()):
+                if not done[k]:
+                    replies[k].append(chosen_id)
+                    done[k] = chosen_id in ends
+            if bool(done.all()) or step + 1 == max_new_tokens:
+                break
+            # a finished row goes on with whatever it says: nothing reads it
+            token = rearrange(chosen, "batch -> batch 1")
+            last = read(token, torch.ones_like(token, dtype=torch.bool))
+    return replies, torch.stack(logits, dim=1)
+
+
+def forced(
+    base: LensModel,
+    aligned: LensModel | None,
+    masks: Sequence[Bool[Tensor, "layer d_mlp"]],
+    rows: Rows,
+    keep: int = 1,
+) -> Iterator[Float[Tensor, "batch keep d_vocab"]]:
+    """Logits of the last columns on given tokens, once for each mask; the aligned model is run once for all of them."""
+    pieces = rows.pieces()
+    values: list[dict[int, Tensor]] = []
+    with exchanging(base, aligned) as exchange:
+        if aligned is not None:
+            donor = Cursor(aligned)
+            for ids, real in pieces:
+                exchange.values = {}
+                donor.feed(ids.to(aligned.device), real.to(aligned.device))
+                values.append(exchange.values)
+        for mask in masks:
+            if aligned is not None:
+                exchange.choose(mask)
+            cursor = Cursor(base)
+            for k, (ids, real) in enumerate(pieces):
+                exchange.values = values[k] if values else {}
+                logits = cursor.feed(ids, real, keep)
+            yield logits.float()
+
+
+def _end_tokens(model: LensModel) -> set[int]:
+    found = model.hf_model.generation_config.eos_token_id
+    found = model.tokenizer.eos_token_id if found is None else found
+    return set(found) if isinstance(found, list | tuple) else {found}

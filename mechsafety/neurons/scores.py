@@ -1,0 +1,260 @@
+"""Safety neurons: the neurons whose activation differs most between an aligned model and its base."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models import LensModel
+from mechsafety.neurons.masks import share_count, top_mask
+from mechsafety.neurons.runs import Cursor, Rows, batches, check_pair, greedy, hooked, lay_out, prompt_rows
+from mechsafety.nodes import Node
+from mechsafety.results import Provenance, Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+POSITIONS = ("completion", "prompt", "last")
+SCORES = ("rms", "ratio")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class NeuronScores(Result):
+    """How much every MLP neuron's activation differs between an aligned model and its base.
+
+    Attributes:
+        provenance: The base model, options, versions.
+        aligned: The aligned model.
+        score: ``rms`` or ``ratio``: what ``scores`` holds.
+        positions: Tokens that were read: ``completion``, ``prompt`` or ``last``.
+        scores: The chosen score of each neuron.
+        change: Root mean square of base less aligned, pooled over all tokens of all prompts.
+        base_rms: Root mean square of the base model's activation on the same tokens.
+        mean_change: Mean of aligned less base: the sign of the change.
+        halves: The chosen score on the even and on the odd prompts alone.
+        n_prompts, n_tokens: What was read.
+    """
+
+    provenance: Provenance
+    aligned: Provenance
+    score: str
+    positions: str
+    scores: Float[Tensor, "layer d_mlp"]
+    change: Float[Tensor, "layer d_mlp"]
+    base_rms: Float[Tensor, "layer d_mlp"]
+    mean_change: Float[Tensor, "layer d_mlp"]
+    halves: Float[Tensor, "half layer d_mlp"]
+    n_prompts: int
+    n_tokens: int
+
+    def __repr__(self) -> str:
+        layers, width = self.scores.shape
+        return f"NeuronScores({layers} x {width} neurons, {self.score}, {self.n_tokens} {self.positions} tokens)"
+
+    def top(self, share: float | None = None, *, count: int | None = None) -> Bool[Tensor, "layer d_mlp"]:
+        """Mask of the highest scores: a share (0 to 1] of all neurons, or a count.
+
+        Raises:
+            MechsafetyError: Neither or both are given, or one is out of range.
+        """
+        if (share is None) == (count is None):
+            raise MechsafetyError(f"share={share}, count={count}", expected="one of the two")
+        return top_mask(self.scores, share_count(share, self.scores.numel()) if share is not None else int(count or 0))
+
+    def above(self, threshold: float) -> Bool[Tensor, "layer d_mlp"]:
+        """Mask of the neurons with a score of at least ``threshold``."""
+        return self.scores.cpu() >= threshold
+
+    def ranked(self, count: int = 20) -> list[Node]:
+        """The neurons with the highest scores, best first."""
+        width = self.scores.shape[1]
+        order = self.scores.flatten().sort(descending=True, stable=True).indices[:count].tolist()
+        return [Node("neuron", k // width, k % width) for k in order]
+
+    def layer_shares(self, share: float = 0.05) -> Float[Tensor, " layer"]:
+        """How the highest scores spread over the layers; sums to one."""
+        counts = self.top(share).sum(1).float()
+        return counts / counts.sum()
+
+    @property
+    def reliability(self) -> float:
+        """Spearman correlation of the scores on even and on odd prompts; NaN with a single prompt."""
+        from scipy.stats import spearmanr
+
+        if self.n_prompts < 2:
+            return float("nan")
+        return float(spearmanr(self.halves[0].flatten().numpy(), self.halves[1].flatten().numpy()).statistic)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a neuron, highest score first."""
+        layers, width = self.scores.shape
+        frame = pd.DataFrame(
+            {
+                "layer": torch.arange(layers).repeat_interleave(width).numpy(),
+                "index": torch.arange(width).repeat(layers).numpy(),
+                **{
+                    name: getattr(self, attribute).flatten().cpu().numpy()
+                    for name, attribute in (
+                        ("score", "scores"),
+                        ("change", "change"),
+                        ("base_rms", "base_rms"),
+                        ("mean_change", "mean_change"),
+                    )
+                },
+            }
+        )
+        frame = frame.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+        frame.insert(0, "node", "L" + frame.layer.astype(str) + ".N" + frame["index"].astype(str))
+        return frame
+
+    def plot(self, share: float = 0.05) -> "go.Figure":
+        """Bar chart of the layers of the highest scores."""
+        import plotly.express as px
+
+        shares = self.layer_shares(share).tolist()
+        labels = {"x": "layer", "y": f"share of the top {share:.1%} of neurons"}
+        return px.bar(x=list(range(len(shares))), y=shares, labels=labels)
+
+
+def safety_neurons(
+    aligned: LensModel,
+    base: LensModel,
+    prompts: Sequence[str],
+    *,
+    positions: str = "completion",
+    score: str = "rms",
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> NeuronScores:
+    """Inference-time activation contrasting (Chen et al. 2024).
+
+    The base model replies greedily to every prompt; both models then read the same prompt and reply. The change of a
+    neuron is ``sqrt(mean over tokens of (a_base - a_aligned)^2)``, pooled over the tokens of all prompts; a neuron is
+    an input of the MLP's down-projection. Sums are streamed: memory does not grow with the number of prompts.
+
+    Args:
+        aligned: The model after safety training.
+        base: The model before.
+        prompts: Harmful prompts, as a rule.
+        positions: ``completion``: the reply's tokens, its end token among them; ``prompt``: every token of the chat
+            prompt; ``last``: its last token. Only ``completion`` generates.
+        score: ``rms``: the change; ``ratio``: the change over the root mean square of the base model's activation, for
+            neurons of different scales.
+        max_new_tokens: Length of the replies.
+        batch_size: Prompts in one batch; by token count by default.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Unknown option, no prompts, or models that are no pair.
+    """
+    from tqdm.auto import tqdm
+
+    for name, value, known in (("positions", positions, POSITIONS), ("score", score, SCORES)):
+        if value not in known:
+            raise MechsafetyError(f"{name} {value!r}", expected=f"one of {known}")
+    check_pair(base, aligned)
+    rows = prompt_rows(base, prompts)
+    sums = _Sums(base)
+    generated = max_new_tokens if positions == "completion" else 0
+    chunks = batches([len(row) + generated for row in rows], batch_size)
+    for chunk in tqdm(chunks, desc="scoring neurons", disable=not progress or len(chunks) < 2, leave=False):
+        replies: list[list[int]] = [[] for _ in chunk]
+        if positions == "completion":
+            batch = lay_out(base, [rows[k] for k in chunk])
+            replies = greedy(base, None, None, batch, max_new_tokens)[0]
+        whole = [rows[k] + reply for k, reply in zip(chunk, replies, strict=True)]
+        # every prompt token counts once for each prompt, so nothing may be shared when they are read
+        shared = 0 if positions == "prompt" else min(len(rows[k]) for k in chunk) - 1
+        batch = lay_out(base, whole, shared)
+        tail = {"completion": max(map(len, replies)), "prompt": batch.ids.shape[1], "last": 1}[positions]
+        read = torch.zeros_like(batch.mask[:, -tail:])
+        for row, (k, reply) in enumerate(zip(chunk, replies, strict=True)):
+            n = {"completion": len(reply), "prompt": len(rows[k]), "last": 1}[positions]
+            read[row, tail - n :] = True
+        _contrast(aligned, base, batch, read, [k % 2 for k in chunk], sums)
+    options = {
+        "positions": positions,
+        "score": score,
+        "max_new_tokens": max_new_tokens,
+        "prompts": len(prompts),
+        "prompts_sha256": digest(prompts),
+    }
+    change, base_rms = sums.root(sums.change.sum(0)), sums.root(sums.base.sum(0))
+    halves = torch.stack([sums.root(sums.change[half], half) for half in (0, 1)])
+    if score == "ratio":
+        halves = halves / torch.stack([sums.root(sums.base[half], half) for half in (0, 1)]).clamp(min=1e-12)
+    return NeuronScores(
+        base.provenance(options=options),
+        aligned.provenance(),
+        score,
+        positions,
+        change / base_rms.clamp(min=1e-12) if score == "ratio" else change,
+        change,
+        base_rms,
+        (sums.signed / sum(sums.tokens)).float(),
+        halves,
+        len(prompts),
+        sum(sums.tokens),
+    )
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Hash of a list of prompts, for provenance."""
+    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+
+
+class _Sums:
+    """Running sums over tokens, of even and odd prompts apart."""
+
+    def __init__(self, model: LensModel) -> None:
+        shape = (2, model.n_layers, model.d_mlp)
+        self.change = torch.zeros(shape, dtype=torch.float64)
+        self.base = torch.zeros(shape, dtype=torch.float64)
+        self.signed = torch.zeros(shape[1:], dtype=torch.float64)
+        self.tokens = [0, 0]
+
+    def root(self, total: Tensor, half: int | None = None) -> Tensor:
+        """Root mean square from a sum of squares."""
+        tokens = sum(self.tokens) if half is None else self.tokens[half]
+        return (total / max(tokens, 1)).sqrt().float()
+
+
+def _contrast(
+    aligned: LensModel, base: LensModel, batch: Rows, read: Tensor, halves: Sequence[int], sums: _Sums
+) -> None:
+    """Run both models on one batch and add what the tokens marked by ``read`` show, layer by layer."""
+    tail = read.shape[1]
+    half = torch.tensor(halves, device=read.device)
+    picks = [read & rearrange(half == side, "batch -> batch 1") for side in (0, 1)]
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Tensor], None]:
+        return lambda tensor: kept.__setitem__(layer, tensor[:, -tail:].detach())
+
+    def compare(layer: int) -> Callable[[Tensor], None]:
+        def hook(tensor: Tensor) -> None:
+            own, other = tensor[:, -tail:].float(), kept.pop(layer).to(tensor.device).float()
+            for side, pick in enumerate(picks):
+                if own.shape[0] == len(pick) and bool(pick.any()):
+                    a, b = own[pick], other[pick]
+                    sums.change[side, layer] += (a - b).square().sum(0).cpu().double()
+                    sums.base[side, layer] += a.square().sum(0).cpu().double()
+                    sums.signed[layer] += (b - a).sum(0).cpu().double()
+
+        return hook
+
+    with hooked((base, compare), (aligned, keep)):
+        other, own = Cursor(aligned), Cursor(base)
+        for ids, real in batch.pieces():
+            other.feed(ids.to(aligned.device), real.to(aligned.device))
+            own.feed(ids, real)
+    for side, pick in enumerate(picks):
+        sums.tokens[side] += int(pick.sum())

@@ -1,0 +1,166 @@
+"""The alignment tax: what two alignments' common neurons do to safety and to helpfulness."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import bootstrap_interval
+from mechsafety.models import LensModel
+from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
+from mechsafety.neurons.behaviour import Score, measure, score_name
+from mechsafety.neurons.masks import random_masks
+from mechsafety.neurons.runs import check_pair
+from mechsafety.neurons.scores import NeuronScores, digest
+from mechsafety.results import Provenance, Result
+
+ROWS = ("base", "safe", "helpful", "safe <- helpful", "helpful <- safe")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AlignmentTax(Result):
+    """Safety and helpfulness of two aligned models, and of each with the other's common neurons.
+
+    Attributes:
+        provenance, safe, helpful: The base model and its two alignments.
+        agreement: Overlap and rank correlation of their neurons.
+        common: Mask of the neurons in both tops.
+        scores: Names of the safety and the helpfulness score.
+        safety: Of each harmful prompt; rows as `ROWS`: base, both aligned models, the safe model with the helpful one's
+            activations on the common neurons, and the reverse.
+        helpfulness: The same of each harmless prompt.
+        random_safety, random_helpfulness: The two patched rows with random neurons instead: as many in each layer, none
+            of them common. NaN where a layer has too few.
+    """
+
+    provenance: Provenance
+    safe: Provenance
+    helpful: Provenance
+    agreement: NeuronAgreement
+    common: Bool[Tensor, "layer d_mlp"]
+    scores: tuple[str, ...]
+    safety: Float[Tensor, "5 harmful"]
+    helpfulness: Float[Tensor, "5 harmless"]
+    random_safety: Float[Tensor, "2 set harmful"]
+    random_helpfulness: Float[Tensor, "2 set harmless"]
+
+    def __repr__(self) -> str:
+        return f"AlignmentTax({int(self.common.sum())} common neurons; {self.agreement!r})"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a model: mean safety and helpfulness with bootstrap intervals, and the random sets' means."""
+        rows = []
+        for k, name in enumerate(ROWS):
+            row: dict[str, float | str] = {"model": name}
+            for kind, values, control in (
+                ("safety", self.safety, self.random_safety),
+                ("helpfulness", self.helpfulness, self.random_helpfulness),
+            ):
+                low, high = bootstrap_interval(values[k].double().numpy())
+                row |= {kind: float(values[k].mean()), f"{kind}_low": low, f"{kind}_high": high}
+                draws = control[k - 3].mean(-1) if k >= 3 else torch.full((1,), float("nan"))
+                row |= {f"{kind}_random_low": float(draws.min()), f"{kind}_random_high": float(draws.max())}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """Helpfulness against safety, one point a model."""
+        import plotly.express as px
+
+        frame = self.to_dataframe()
+        names = {"safety": self.scores[0] + ", harmful prompts", "helpfulness": self.scores[1] + ", harmless prompts"}
+        return px.scatter(frame, x="safety", y="helpfulness", text="model", labels=names)
+
+
+def alignment_tax(
+    base: LensModel,
+    safe: LensModel,
+    helpful: LensModel,
+    rankings: tuple[NeuronScores, NeuronScores],
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    safety: Score,
+    helpfulness: Score,
+    *,
+    share: float = 0.05,
+    n_random: int = 20,
+    n_permutations: int = 1000,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> AlignmentTax:
+    """Compare two alignments of one base model neuron by neuron (Chen et al. 2024).
+
+    Their neurons are compared by overlap and rank; then each aligned model speaks with the other's activations on the
+    neurons in both tops, and safety and helpfulness of all are measured.
+
+    Args:
+        base: The base model.
+        safe: An alignment for safety.
+        helpful: An alignment for helpfulness.
+        rankings: Neuron scores of ``safe`` and of ``helpful``, both against ``base``.
+        harmful: Prompts for the safety score, other than those of the rankings.
+        harmless: Prompts for the helpfulness score.
+        safety: Score of harmful prompts, as for `causal_effect_curve`.
+        helpfulness: Score of harmless prompts.
+        share: What counts as the top of a ranking.
+        n_random: Random sets beside the common neurons.
+        n_permutations: Draws of each permutation null.
+        max_new_tokens: Length of the replies that a judge reads.
+        seed: Of permutations and random sets.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Models that are no pair, rankings that do not fit, or tops without a common neuron.
+    """
+    for aligned in (safe, helpful):
+        check_pair(base, aligned)
+    check_pair(safe, helpful)
+    agreement = compare_neurons(*rankings, share=share, n_permutations=n_permutations, seed=seed)
+    common = rankings[0].top(share) & rankings[1].top(share)
+    if not bool(common.any()):
+        raise MechsafetyError(
+            f"the top {share:.1%} of the two rankings have no neuron in common", cure="take a larger share"
+        )
+    sets = random_masks(common, n_random, seed)
+    none = torch.zeros_like(common)
+    masks = [common, *(sets or [])]
+    found = {}
+    for kind, prompts, score in (("safety", harmful, safety), ("helpfulness", harmless, helpfulness)):
+        alone = [
+            measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)
+            for model in (base, safe, helpful)
+        ]
+        both = [
+            measure(model, donor, masks, prompts, score, max_new_tokens=max_new_tokens, progress=progress)
+            for model, donor in ((safe, helpful), (helpful, safe))
+        ]
+        control = (
+            torch.stack([rows[1:] for rows in both]) if sets else torch.full((2, n_random, len(prompts)), torch.nan)
+        )
+        found[kind] = torch.cat([*alone, *(rows[:1] for rows in both)]), control
+    options = {
+        "share": share,
+        "common": int(common.sum()),
+        "random_sets": n_random,
+        "max_new_tokens": max_new_tokens,
+        "harmful_sha256": digest(harmful),
+        "harmless_sha256": digest(harmless),
+    }
+    return AlignmentTax(
+        base.provenance(seed=seed, options=options),
+        safe.provenance(),
+        helpful.provenance(),
+        agreement,
+        common,
+        (score_name(safety), score_name(helpfulness)),
+        found["safety"][0],
+        found["helpfulness"][0],
+        found["safety"][1],
+        found["helpfulness"][1],
+    )

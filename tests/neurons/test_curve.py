@@ -1,0 +1,176 @@
+"""C(k): its ends, its controls, its intervals; and the alignment tax."""
+
+import numpy as np
+import pytest
+import torch
+
+import mechsafety as ms
+from mechsafety.neurons import (
+    AlignmentTax,
+    CausalCurve,
+    ReplyLikelihood,
+    alignment_tax,
+    causal_effect_curve,
+    compare_neurons,
+    measure,
+    random_masks,
+    safety_neurons,
+)
+
+SHARES = (0.05, 0.3, 1.0)
+
+
+@pytest.fixture(scope="module")
+def ranking(pair, prompts):
+    return safety_neurons(pair[1], pair[0], prompts, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def curve(pair, prompts, ranking, log_odds):
+    options = {"shares": SHARES, "n_random": 20, "harmless": prompts[:3], "max_new_tokens": 4, "progress": False}
+    return causal_effect_curve(*pair, ranking, prompts, log_odds, **options)
+
+
+def test_by_hand(pair, prompts, ranking, log_odds, curve):
+    base, aligned = (log_odds(model.logits(prompts)) for model in pair)
+    masks = [ranking.top(share) for share in SHARES]
+    patched = measure(*pair, masks, prompts, log_odds)
+    expected = (patched.mean(1) - base.mean()) / (aligned.mean() - base.mean())
+    assert curve.effects == pytest.approx(expected.tolist(), abs=1e-3)
+    assert curve.effects[-1] == pytest.approx(1.0, abs=1e-3), "the ceiling of a pair that differs in MLPs alone"
+    assert curve.counts == (7, 43, 144) and curve.shares == SHARES
+    drawn = measure(*pair, random_masks(masks[1], 20, 1)[:2], prompts, log_odds)
+    torch.testing.assert_close(curve.random[1, :2], drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_random_sets_where_there_is_room(curve):
+    frame = curve.to_dataframe()
+    assert curve.random.shape == (3, 20, 5)
+    assert frame.random_mean.notna().tolist() == [True, True, False], "nothing is left beside all neurons"
+    assert np.isnan(frame.p_value[2]) and (frame.p_value[:2] >= 1 / 21).all()
+    low, high = np.percentile(curve.random_effects[0].numpy(), [2.5, 97.5])
+    assert (frame.random_low[0], frame.random_high[0]) == pytest.approx((low, high), rel=1e-4)
+
+
+def test_intervals_hold_the_effect(curve):
+    for (low, high), effect in zip(curve.intervals(), curve.effects, strict=True):
+        assert low <= effect + 1e-3 and effect - 1e-3 <= high
+    assert curve.intervals() == curve.intervals()
+
+
+def hand_made(curve, base, aligned, patched):
+    from dataclasses import replace
+
+    values = {"base_scores": base, "aligned_scores": aligned, "patched": patched, "random": [[base]] * len(patched)}
+    return replace(curve, **{name: torch.tensor(value) for name, value in values.items()})
+
+
+def test_smallest_share_and_exact_ends(curve):
+    made = hand_made(curve, [0.0, 1.0], [2.0, 5.0], [[0.0, 1.0], [1.8, 4.7], [2.0, 5.0]])
+    assert made.effects == pytest.approx([0.0, 5.5 / 6, 1.0])
+    assert made.smallest(0.9) == 0.3 and made.smallest(0.95) == 1.0 and made.smallest(1.1) is None
+    low, high = made.intervals()[1]
+    assert made.intervals()[0] == (0.0, 0.0) and made.intervals()[2] == (1.0, 1.0)
+    assert (low, high) == pytest.approx((0.9, 3.7 / 4)), "the two prompts by themselves"
+
+
+def test_general_ability_stands_beside(curve):
+    frame = curve.to_dataframe()
+    assert curve.harmless.kl.shape == (5, 3)
+    assert frame.kl[2] == pytest.approx(float(curve.harmless.kl[3].mean()), abs=1e-4), "all neurons: the aligned model"
+    assert (frame.agreement <= 1).all() and (frame.perplexity >= 1).all()
+
+
+def test_curve_saves_and_plots(curve, tmp_path):
+    again = CausalCurve.load(curve.save(tmp_path / "curve"))
+    assert again.effects == curve.effects and torch.equal(again.harmless.nll, curve.harmless.nll)
+    assert repr(again).startswith("CausalCurve(refusal_log_odds, 5 prompts; 5.0%: ")
+    assert [trace.name for trace in curve.plot().data] == ["random neurons of the same layers (95 %)", "top neurons"]
+
+
+def test_a_score_without_difference(pair, prompts, ranking):
+    def constant(asked, replies):
+        return [1.0] * len(asked)
+
+    with pytest.raises(ms.MechsafetyError, match=r"have the same mean constant; expected a score in which alignment"):
+        causal_effect_curve(*pair, ranking, prompts, constant, shares=(1.0,), max_new_tokens=1)
+
+
+# --- agreement and tax ------------------------------------------------------------------------------------------------
+
+
+def with_scores(ranking, values):
+    from dataclasses import replace
+
+    return replace(ranking, scores=values)
+
+
+def test_agreement_with_itself_and_with_chance(ranking):
+    same = compare_neurons(ranking, ranking, share=0.1, n_permutations=99)
+    assert same.observed == pytest.approx({"overlap": 1.0, "spearman_top": 1.0, "spearman_all": 1.0})
+    assert [same.p_value(name, null) for name in same.observed for null in ("free", "layered")] == [0.01] * 6
+    noise = with_scores(ranking, torch.rand(3, 48, generator=torch.Generator().manual_seed(11)))
+    other = with_scores(ranking, torch.rand(3, 48, generator=torch.Generator().manual_seed(12)))
+    chance = compare_neurons(noise, other, share=0.1, n_permutations=199)
+    frame = chance.to_dataframe().set_index("measure")
+    assert ((frame.free_low <= frame.observed) & (frame.observed <= frame.free_high)).all()
+    assert frame.free_mean["overlap"] == pytest.approx(0.1, abs=0.02)
+    assert frame.free_mean["spearman_top"] < -0.3, "the union of two tops is anticorrelated by its choice"
+
+
+def test_layers_alone_do_not_count_as_agreement(ranking):
+    """Two rankings that share nothing but the layers: the free null calls it agreement, the layered one does not."""
+    level = torch.tensor([[0.0], [1.0], [2.0]])
+    one, two = (
+        with_scores(ranking, level + torch.rand(3, 48, generator=torch.Generator().manual_seed(k))) for k in (3, 5)
+    )
+    found = compare_neurons(one, two, share=0.2, n_permutations=199)
+    assert found.p_value("spearman_all", "free") == 1 / 200
+    assert found.p_value("spearman_all", "layered") > 0.05
+    with pytest.raises(ms.MechsafetyError, match=r"^'overlap' against 'none'; expected one of"):
+        found.p_value("overlap", "none")
+    assert len(found.plot().data) == 2 and repr(found).startswith("NeuronAgreement(top 20.0%: overlap ")
+
+
+def test_rankings_that_do_not_fit(ranking):
+    from dataclasses import replace
+
+    with pytest.raises(ms.MechsafetyError, match=r"expected scores of the same kind for models of the same shape$"):
+        compare_neurons(ranking, replace(ranking, score="ratio"))
+
+
+@pytest.fixture(scope="module")
+def helpful(make_pair):
+    return make_pair("llama", low=0.2, high=2.0)[1]
+
+
+def test_tax(pair, helpful, prompts, ranking, log_odds, tmp_path):
+    base, safe = pair
+    other = safety_neurons(helpful, base, prompts, max_new_tokens=4)
+    said = ReplyLikelihood(("sure here", "yes", "no"))
+    options = {"share": 0.3, "n_random": 3, "n_permutations": 20, "progress": False}
+    found = alignment_tax(base, safe, helpful, (ranking, other), prompts, prompts[:3], log_odds, said, **options)
+    common = ranking.top(0.3) & other.top(0.3)
+    assert torch.equal(found.common, common) and 0 < int(common.sum()) < 43
+    for k, model in enumerate((base, safe, helpful)):
+        torch.testing.assert_close(found.safety[k], log_odds(model.logits(prompts)), atol=1e-4, rtol=1e-4)
+    swapped = measure(safe, helpful, [common], prompts, log_odds)[0]
+    torch.testing.assert_close(found.safety[3], swapped, atol=1e-4, rtol=1e-4)
+    back = measure(helpful, safe, [common], prompts[:3], said)[0]
+    torch.testing.assert_close(found.helpfulness[4], back, atol=1e-4, rtol=1e-4)
+    assert found.random_safety.shape == (2, 3, 5) and not found.random_safety.isnan().any()
+    frame = found.to_dataframe()
+    assert frame.model.tolist() == ["base", "safe", "helpful", "safe <- helpful", "helpful <- safe"]
+    assert frame.safety_random_low.notna().tolist() == [False, False, False, True, True]
+    again = AlignmentTax.load(found.save(tmp_path / "tax"))
+    assert again.agreement.observed == found.agreement.observed and torch.equal(again.helpfulness, found.helpfulness)
+    assert found.plot().data and repr(found).startswith(f"AlignmentTax({int(common.sum())} common neurons")
+
+
+def test_tops_without_a_common_neuron(pair, helpful, prompts, ranking, log_odds):
+    opposite = with_scores(ranking, -ranking.scores)
+    message = r"^the top 5.0% of the two rankings have no neuron in common; take a larger share$"
+    with pytest.raises(ms.MechsafetyError, match=message):
+        alignment_tax(
+            *pair, helpful, (ranking, opposite), prompts, prompts, log_odds, log_odds, n_permutations=2, progress=False
+        )

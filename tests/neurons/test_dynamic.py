@@ -1,0 +1,171 @@
+"""Dynamic patching: both ends of the scale, batches against loops, a plain twin without caches."""
+
+import pytest
+import torch
+
+import mechsafety as ms
+from mechsafety.neurons import dynamic_patching, neuron_mask, random_masks, runs
+from mechsafety.neurons.runs import batches, forced, greedy, lay_out, prompt_rows
+from mechsafety.nodes import Node
+from mechsafety.sites import Site, SiteKind
+
+SOME = torch.rand(3, 48, generator=torch.Generator().manual_seed(0)) < 0.4
+NONE, ALL = torch.zeros(3, 48, dtype=torch.bool), torch.ones(3, 48, dtype=torch.bool)
+
+
+def slow_patching(base, aligned, mask, row, steps):
+    """One prompt, no cache: the whole sequence through both models at every step."""
+    ids, logits = list(row), []
+    for _ in range(steps):
+        seen = {}
+        sites = [Site(SiteKind.NEURONS, layer) for layer in range(base.n_layers)]
+        now = torch.tensor([ids])
+        with torch.no_grad(), aligned.hooks([(s, lambda t, s=s, d=seen: d.__setitem__(s, t)) for s in sites]):
+            aligned.hf_model(input_ids=now)
+        edits = [(s, lambda t, s=s, d=seen, m=mask[s.layer]: torch.where(m, d[s], t)) for s in sites]
+        with torch.no_grad(), base.hooks(edits):
+            logits.append(base.hf_model(input_ids=now).logits[0, -1])
+        ids.append(int(logits[-1].argmax()))
+        if ids[-1] == base.tokenizer.eos_token_id:
+            break
+    return ids[len(row) :], torch.stack(logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "phi3"])
+def test_none_is_the_base_and_all_the_aligned_model(make_pair, prompts, kind):
+    base, aligned = make_pair(kind)
+    for mask, model in ((NONE, base), (ALL, aligned)):
+        mask = mask if base.d_mlp == 48 else torch.full((3, base.d_mlp), bool(mask.all()))
+        found = dynamic_patching(base, aligned, mask, prompts, max_new_tokens=8, progress=False)
+        assert list(found.replies) == model.generate(prompts, 8)
+        torch.testing.assert_close(found.logits, model.logits(prompts), atol=1e-4, rtol=1e-4)
+        batch = lay_out(base, prompt_rows(base, prompts))
+        alone, steps = greedy(model, None, None, batch, 8, keep=8)
+        patched, logits = greedy(base, aligned, mask, batch, 8, keep=8)
+        assert patched == alone
+        for k, reply in enumerate(alone):  # what a finished row goes on to say is read by nobody
+            torch.testing.assert_close(logits[k, : len(reply)], steps[k, : len(reply)], atol=1e-4, rtol=1e-4)
+    assert base.generate(prompts, 8) != aligned.generate(prompts, 8), "the pair differs"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mistral"])
+def test_equal_to_the_plain_twin(make_pair, prompts, kind):
+    base, aligned = make_pair(kind)
+    batch = lay_out(base, prompt_rows(base, prompts))
+    assert (batch.shared > 0) == (kind == "llama"), "windows count columns, so nothing is shared there"
+    found, logits = greedy(base, aligned, SOME, batch, 7, keep=7)
+    for k, row in enumerate(prompt_rows(base, prompts)):
+        reply, steps = slow_patching(base, aligned, SOME, row, 7)
+        assert found[k] == reply
+        torch.testing.assert_close(logits[k, : len(reply)], steps, atol=1e-4, rtol=1e-4)
+
+
+def test_batched_is_unbatched(pair, prompts):
+    one, all_ = (
+        dynamic_patching(*pair, SOME, prompts, max_new_tokens=9, batch_size=size, progress=False) for size in (1, 5)
+    )
+    assert one.tokens == all_.tokens and one.replies == all_.replies
+    torch.testing.assert_close(one.logits, all_.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_shared_columns_change_nothing(pair, prompts):
+    rows = prompt_rows(pair[0], prompts)
+    plain, shared = lay_out(pair[0], rows, 0), lay_out(pair[0], rows)
+    assert plain.shared == 0 and shared.shared == 2  # <s><user>
+    found, expected = (next(forced(*pair, [SOME], batch)) for batch in (shared, plain))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_forced_reuses_the_aligned_run(pair, prompts):
+    batch = lay_out(pair[0], prompt_rows(pair[0], prompts))
+    together = list(forced(*pair, [SOME, NONE, ALL], batch, 3))
+    for mask, logits in zip((SOME, NONE, ALL), together, strict=True):
+        torch.testing.assert_close(next(forced(*pair, [mask], batch, 3)), logits)
+    assert not torch.allclose(together[0], together[1]) and not torch.allclose(together[0], together[2])
+
+
+def test_repeated_prompts_and_single_tokens(pair):
+    """Identical rows leave at least their last token unshared."""
+    batch = lay_out(pair[0], [[2, 3, 9], [2, 3, 9]])
+    assert batch.shared == 2 and [piece[0].shape for piece in batch.pieces()] == [(1, 2), (2, 1)]
+    assert lay_out(pair[0], [[2, 9], [3, 9]]).shared == 0
+    assert lay_out(pair[0], [[2, 3, 9]]).shared == 0
+
+
+def test_batches_cover_everything_once():
+    lengths = [int(n) for n in torch.randint(3, 900, (60,), generator=torch.Generator().manual_seed(1))]
+    for size in (None, 7):
+        found = batches(lengths, size)
+        assert sorted(k for chunk in found for k in chunk) == list(range(60))
+        if size:
+            assert max(map(len, found)) <= size
+        else:
+            assert all(len(c) * max(lengths[k] for k in c) <= runs.MAX_BATCH_TOKENS for c in found)
+
+
+def test_nodes_are_as_good_as_a_mask(pair, prompts):
+    nodes = [Node("neuron", 0, 3), Node("neuron", 2, 47)]
+    mask = neuron_mask(pair[0], nodes)
+    assert mask.sum() == 2 and mask[0, 3] and mask[2, 47]
+    found = [dynamic_patching(*pair, n, prompts[:2], max_new_tokens=2, progress=False) for n in (nodes, mask)]
+    assert torch.equal(found[0].logits, found[1].logits)
+    with pytest.raises(ms.MechsafetyError, match=r"^L0.H1 is no neuron of LensModel"):
+        neuron_mask(pair[0], [Node("head", 0, 1)])
+    with pytest.raises(ms.MechsafetyError, match=r"^L3.N0 is no neuron of LensModel"):
+        neuron_mask(pair[0], [Node("neuron", 3, 0)])
+    with pytest.raises(ms.MechsafetyError, match=r"^a neuron mask of type torch.float32 and shape \(3, 48\); expected"):
+        neuron_mask(pair[0], torch.zeros(3, 48))
+
+
+def test_random_sets_match_layers_and_avoid_the_chosen():
+    mask = torch.zeros(2, 10, dtype=torch.bool)
+    mask[0, :5] = mask[1, 0] = True
+    sets = random_masks(mask, 25, seed=3)
+    assert len(sets) == 25 and all((one.sum(1) == mask.sum(1)).all() and not (one & mask).any() for one in sets)
+    assert len({tuple(one[1].tolist()) for one in sets}) > 3, "they differ"
+    assert all(torch.equal(a, b) for a, b in zip(sets, random_masks(mask, 25, seed=3), strict=True))
+    mask[0, 5] = True
+    assert random_masks(mask, 25) is None
+
+
+def test_result(pair, prompts, tmp_path):
+    found = dynamic_patching(*pair, SOME, prompts, max_new_tokens=3, progress=False)
+    assert repr(found) == f"PatchedReplies(5 prompts, {int(SOME.sum())} of 144 neurons)"
+    again = type(found).load(found.save(tmp_path / "replies"))
+    assert again.replies == found.replies and again.tokens == found.tokens and torch.equal(again.neurons, SOME)
+    assert list(found.to_dataframe().columns) == ["prompt", "reply", "refusal"]
+    assert found.plot().data
+    with pytest.raises(ms.MechsafetyError, match=r"^the same model object was given twice"):
+        dynamic_patching(pair[0], pair[0], SOME, prompts)
+
+
+def test_nothing_is_left_after_an_exception(pair, prompts, monkeypatch):
+    before = [model.logits(prompts[:1]) for model in pair]
+    plain, calls = runs.Cursor.feed, []
+
+    def fail(self, ids, mask, keep=1):
+        calls.append(self.model)
+        if len(calls) == 6:  # the base model's second step, all hooks on
+            raise KeyboardInterrupt
+        return plain(self, ids, mask, keep)
+
+    monkeypatch.setattr(runs.Cursor, "feed", fail)
+    with pytest.raises(KeyboardInterrupt):
+        dynamic_patching(*pair, SOME, prompts, max_new_tokens=5, progress=False)
+    for model, logits in zip(pair, before, strict=True):
+        assert all(not point.fwd_hooks for point in model.bridge.hook_dict.values())
+        assert torch.equal(model.logits(prompts[:1]), logits)
+        assert model.lock.acquire(blocking=False)
+        model.lock.release()
+
+
+@pytest.mark.demo
+def test_the_demo_pair(demo):
+    """The shipped pair differs in MLPs alone, so all neurons restore the aligned model and none leave the base."""
+    base = ms.load_model("demo-base")
+    prompts = ms.PromptPairs.builtin("test").sample(4, seed=0).harmful
+    for share, model in ((0, base), (1, demo)):
+        mask = torch.full((30, 1536), bool(share))
+        found = dynamic_patching(base, demo, mask, prompts, max_new_tokens=8, progress=False)
+        assert list(found.replies) == model.generate(prompts, 8)
+        torch.testing.assert_close(found.logits, model.logits(prompts), atol=2e-3, rtol=1e-4)
