@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 STAMP := $(VENV)/installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format train evaluate bench clean
+.PHONY: demo test lint format train train-certified evaluate bench bench-truth clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -29,12 +29,19 @@ format: $(STAMP)
 train: $(STAMP)
 	$(BIN)/python scripts/train_demo_adapter.py
 
+train-certified: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_certified_model.py
+
 evaluate: $(STAMP)
 	$(BIN)/python scripts/evaluate_demo_model.py
 
 # ours against TransformerLens' own functions, about half an hour on two quiet cores
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# every method on models whose circuit is known, for docs/results/ground-truth.md; goes on where it stopped
+bench-truth: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/truth.py
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

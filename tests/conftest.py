@@ -14,6 +14,7 @@ from jaxtyping import install_import_hook
 
 HOOKED = ("attribution", "cache", "metrics", "models", "patching", "prompts.spans")
 HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
+HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "plant", "split", "weights"))
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
 import hypothesis

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "causal": ["CausalModel", "Variable"],
         "certify": ["Certificate", "Certified", "certified"],
         "plant": ["Planted", "planted"],
-        "scoring": ["TruthScore", "score"],
+        "scoring": ["TruthScore", "ranking_of", "score"],
         "truth": ["Truth"],
     },
 )
@@ -19,5 +19,5 @@ if TYPE_CHECKING:
     from mechsafety.testbed.causal import CausalModel, Variable
     from mechsafety.testbed.certify import Certificate, Certified, certified
     from mechsafety.testbed.plant import Planted, planted
-    from mechsafety.testbed.scoring import TruthScore, score
+    from mechsafety.testbed.scoring import TruthScore, ranking_of, score
     from mechsafety.testbed.truth import Truth

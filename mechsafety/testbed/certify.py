@@ -115,8 +115,12 @@ def certified() -> Certified:
     Raises:
         MechsafetyError: The checkpoint is missing or is no such model.
     """
-    folder = Path(str(resources.files("mechsafety.testbed") / "data" / "certified"))
-    return load_certified(folder)
+    return load_certified(checkpoint_folder())
+
+
+def checkpoint_folder() -> Path:
+    """Folder of the shipped checkpoint and its certificate."""
+    return Path(str(resources.files("mechsafety.testbed") / "data" / "certified"))
 
 
 def load_certified(folder: Path) -> Certified:
@@ -142,7 +146,7 @@ def load_certified(folder: Path) -> Certified:
 def untrained_model(seed: int) -> Any:
     """The certified model's architecture with random weights."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    config: Any = transformers.LlamaConfig(
         vocab_size=len(tokenizer()),
         hidden_size=32,
         intermediate_size=64,
@@ -155,8 +159,8 @@ def untrained_model(seed: int) -> Any:
         bos_token_id=2,
         eos_token_id=5,
         pad_token_id=0,
-        name_or_path="certified",
     )
+    config.name_or_path = "certified"
     return transformers.LlamaForCausalLM(config)
 
 

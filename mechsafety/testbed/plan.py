@@ -1,7 +1,7 @@
 """Where in a model the parts of a planted circuit lie, drawn at random, and the truth that follows from it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,6 +10,12 @@ from mechsafety.nodes import Edge, Node
 from mechsafety.testbed.truth import Truth
 
 STAGES = ("detection", "evaluation", "decision", "production")
+# the stages that can be there twice, by how many are
+DOUBLED: tuple[tuple[tuple[str, ...], ...], ...] = (
+    ((),),
+    (("detection",), ("evaluation",), ("decision",)),
+    (("detection", "evaluation"), ("detection", "decision")),
+)
 # neurons of an MLP that mean nothing
 IDLE_NEURONS = 24
 
@@ -95,12 +101,7 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
             f"layers={layers}, heads={heads}, decoys={decoys}, backups={backups}, neurons={neurons}",
             expected="at least 2 layers, 1 head, 0 decoys, 1 neuron, and 0 to 2 backups",
         )
-    wishes = {
-        0: [()],
-        1: [("detection",), ("evaluation",), ("decision",)],
-        2: [("detection", "evaluation"), ("detection", "decision")],
-    }[backups]
-    fitting = {doubled: found for doubled in wishes if (found := _layouts(layers, heads, doubled))}
+    fitting = {doubled: found for doubled in DOUBLED[backups] if (found := _layouts(layers, heads, doubled))}
     if not fitting:
         raise MechsafetyError(
             f"{backups} backups do not fit into {layers} layers of {heads} heads", cure="a larger model"
@@ -151,7 +152,7 @@ def _layouts(layers: int, heads: int, doubled: Sequence[str]) -> list[tuple[tupl
         # two MLPs lie in two layers; two heads may lie in one
         return [(a, b) for a, b in product(every, every) if a < b or (a == b and stage != "evaluation")]
 
-    found = []
+    found: list[tuple[tuple[int, ...], ...]] = []
     for detect, evaluate, decide, produce in product(*map(choices, STAGES)):
         in_order = max(detect) <= min(evaluate) and max(evaluate) < min(decide) and max(decide) <= min(produce)
         together = [*detect, *decide]
@@ -165,5 +166,5 @@ def _coarse(nodes: Sequence[Node]) -> list[Node]:
     return list(dict.fromkeys(Node("mlp", node.layer) if node.kind == "neuron" else node for node in nodes))
 
 
-def _ordered(nodes: Sequence[Node] | dict[Node, str]) -> tuple[Node, ...]:
+def _ordered(nodes: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(sorted(nodes, key=lambda node: node.order))

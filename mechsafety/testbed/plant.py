@@ -189,15 +189,20 @@ def planted_pairs() -> PromptPairs:
     return PromptPairs(pairs, "planted")
 
 
-def plateau(activation: nn.Module) -> float:
-    """The a > 0 for which an activation function gives the same at -a as at -2a, between which it has its minimum.
+def plateau(activation: nn.Module, growth: float = 1.0, *, gated: bool = False) -> float:
+    """The a > 0 with which a neuron that reads -2a from two writers gives the same when it reads -a from one.
 
-    A neuron whose input is -a with one of two writers and -2a with both gives the same for one as for both, 0 for none.
+    The activation function has its minimum between the two; at 0, from none, it gives 0.
+
+    Args:
+        activation: SiLU or GELU.
+        growth: Factor by which the norm's scale makes all else larger where one writer is silent.
+        gated: Whether the output is multiplied by something that grows so too.
     """
 
     def difference(a: float) -> float:
-        values = activation(torch.tensor([-a, -2 * a], dtype=torch.float64))
-        return float(values[0] - values[1])
+        one, both = activation(torch.tensor([-a * growth, -2 * a], dtype=torch.float64)).tolist()
+        return (growth if gated else 1.0) * one - both
 
     return float(brentq(difference, 0.1, 2.0))
 
@@ -362,7 +367,6 @@ class _Planter:
         norm = block.norms[1]
         at = self._seen(norm)
         constant = self._reader(norm, "constant")
-        a = plateau(self.weights.activation)
         for neuron in self.plan.neurons_of(layer):
             part = self.plan.part(Node("neuron", layer, neuron))
             read, place, direction = NEURONS[part.kind]
@@ -376,6 +380,10 @@ class _Planter:
             jitter = torch.rand(2, generator=self.generator, dtype=torch.float64) - 0.5
             wanted = torch.tensor([ON, OFF], dtype=torch.float64) + jitter
             if part.doubled:
+                # a feature of share s of the squared length leaves a quarter of s when it is halved
+                share = system[0][0] ** 2 / len(reader)
+                growth = (1 - 0.75 * share) ** -0.5
+                a = plateau(self.weights.activation, growth, gated=block.gate is not None)
                 wanted = torch.tensor([-2 * a, 0.0], dtype=torch.float64)
             gain, offset = torch.linalg.solve(torch.tensor(system, dtype=torch.float64), wanted).tolist()
             block.read[neuron] = gain * reader + offset * constant

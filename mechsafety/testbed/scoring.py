@@ -1,7 +1,7 @@
 """How well a found ranking or circuit agrees with a known one."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,9 @@ class RankingScore:
         average_precision: Area under the precision-recall steps.
         auroc_decoys: Chance that a part of the circuit ranks above a decoy; None without decoys.
         auroc_backups: Chance that a backed-up part ranks above a part outside the circuit; None without backups.
+        strength_decoys: Mean absolute score of decoys over that of the circuit's parts that nothing backs up.
+        strength_backups: The same of backed-up parts. Where all else has a score of almost 0, a rank hides how small
+            a part's own is.
         n_true, n: Parts of the circuit; all parts ranked.
     """
 
@@ -40,6 +43,8 @@ class RankingScore:
     average_precision: float
     auroc_decoys: float | None
     auroc_backups: float | None
+    strength_decoys: float | None
+    strength_backups: float | None
     n_true: int
     n: int
 
@@ -108,7 +113,7 @@ class TruthScore(Result):
         for about in ("nodes", "neurons", "edges"):
             ranking = getattr(self, about)
             if ranking is not None:
-                names = ("auroc", "average_precision", "auroc_decoys", "auroc_backups")
+                names = [one.name for one in fields(ranking) if not one.name.startswith("n")]
                 rows += [(about, name, getattr(ranking, name)) for name in names]
         for about in ("found_nodes", "found_edges"):
             found = getattr(self, about)
@@ -158,16 +163,13 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
     if wrong:
         raise MechsafetyError(f"the score of {wrong[0]} is {ranked[wrong[0]]}", expected="numbers")
     strengths = {part: abs(float(value)) for part, value in ranked.items()}
-    nodes = {
-        part: value for part, value in strengths.items() if isinstance(part, Node) and part.kind in ("head", "mlp")
-    }
-    neurons = {part: value for part, value in strengths.items() if isinstance(part, Node) and part.kind == "neuron"}
-    edges = {part: value for part, value in strengths.items() if isinstance(part, Edge)}
+    nodes: dict[Part, float] = {p: v for p, v in strengths.items() if isinstance(p, Node) and p.kind in ("head", "mlp")}
+    neurons: dict[Part, float] = {p: v for p, v in strengths.items() if isinstance(p, Node) and p.kind == "neuron"}
+    edges: dict[Part, float] = {p: v for p, v in strengths.items() if isinstance(p, Edge)}
     backed_up = _backed_up(truth)
-    embeds = any(edge.sender.kind == "embed" for edge in edges)
-    true_edges = [edge for edge in truth.edges if embeds or edge.sender.kind != "embed"]
+    true_edges = _edges(truth, edges)
     # heads alone are a fair ranking of heads: MLPs that were never asked for are not missing
-    kinds = {node.kind for node in nodes}
+    kinds = {part.kind for part in nodes if isinstance(part, Node)}
     true_nodes = [node for node in truth.nodes if node.kind in kinds]
     return TruthScore(
         what,
@@ -230,6 +232,12 @@ def _backed_up(truth: Truth) -> set[Node]:
     return nodes | {neuron for neuron in truth.neurons if Node("mlp", neuron.layer) in nodes}
 
 
+def _edges(truth: Truth, found: Iterable[Part]) -> list[Edge]:
+    """The true edges; the embedding's only where any of it was found or ranked."""
+    embeds = any(isinstance(edge, Edge) and edge.sender.kind == "embed" for edge in found)
+    return [edge for edge in truth.edges if embeds or edge.sender.kind != "embed"]
+
+
 def _ranking(
     strengths: Mapping[Part, float], true: Iterable[Part], decoys: Iterable[Part], backed_up: Iterable[Part]
 ) -> RankingScore | None:
@@ -249,15 +257,23 @@ def _ranking(
         labels = [1] * len(inside) + [0] * len(others)
         return float(roc_auc_score(labels, [every[part] for part in [*inside, *others]]))
 
-    inside = [part for part in every if part in wanted]
+    inside, spared, fake = [part for part in every if part in wanted], set(backed_up), set(decoys)
+
+    def strength(chosen: list[Part]) -> float | None:
+        alone = [strengths[part] for part in inside if part in strengths and part not in spared]
+        scored = [strengths[part] for part in chosen if part in strengths]
+        return float(np.mean(scored) / np.mean(alone)) if scored and any(alone) else None
+
     whole = auroc(inside, outside)
     assert whole is not None
     labels = [part in wanted for part in every]
     return RankingScore(
         whole,
         float(average_precision_score(labels, list(every.values()))),
-        auroc(inside, [part for part in outside if part in set(decoys)]),
-        auroc([part for part in inside if part in set(backed_up)], outside),
+        auroc(inside, [part for part in outside if part in fake]),
+        auroc([part for part in inside if part in spared], outside),
+        strength([part for part in outside if part in fake]),
+        strength([part for part in inside if part in spared]),
         len(inside),
         len(every),
     )
@@ -283,8 +299,7 @@ def _score_set(
         nodes = list(dict.fromkeys(Node("mlp", n.layer) if n.kind == "neuron" else n for n in nodes))
         wanted = list(truth.nodes)
     edges = [part for part in members if isinstance(part, Edge)]
-    embeds = any(edge.sender.kind == "embed" for edge in edges)
-    true_edges = [edge for edge in truth.edges if embeds or edge.sender.kind != "embed"]
+    true_edges = _edges(truth, edges)
     found = set(nodes)
     backed_up = [node for node in wanted if node in _backed_up(truth)]
     judged = [node for node in wanted if node in found and node in roles]

@@ -59,7 +59,7 @@ class Weights:
 
 def llama(d_vocab: int, layers: int, heads: int, kv_heads: int, d_head: int, d_mlp: int, name: str) -> Any:
     """A Llama: RMSNorm, rotary positions, gated neurons, grouped queries."""
-    config = transformers.LlamaConfig(
+    config: Any = transformers.LlamaConfig(
         vocab_size=d_vocab,
         hidden_size=heads * d_head,
         intermediate_size=d_mlp,
@@ -73,14 +73,14 @@ def llama(d_vocab: int, layers: int, heads: int, kv_heads: int, d_head: int, d_m
         bos_token_id=2,
         eos_token_id=5,
         pad_token_id=0,
-        name_or_path=name,
     )
+    config.name_or_path = name
     return transformers.LlamaForCausalLM(config).eval()
 
 
 def gpt2(d_vocab: int, layers: int, heads: int, d_head: int, d_mlp: int, name: str) -> Any:
     """A GPT-2: LayerNorm with biases, learned positions, plain neurons."""
-    config = transformers.GPT2Config(
+    config: Any = transformers.GPT2Config(
         vocab_size=d_vocab,
         n_embd=heads * d_head,
         n_inner=d_mlp,
@@ -91,8 +91,8 @@ def gpt2(d_vocab: int, layers: int, heads: int, d_head: int, d_mlp: int, name: s
         bos_token_id=2,
         eos_token_id=5,
         pad_token_id=0,
-        name_or_path=name,
     )
+    config.name_or_path = name
     return transformers.GPT2LMHeadModel(config).eval()
 
 

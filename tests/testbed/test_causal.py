@@ -58,6 +58,6 @@ def test_truth_follows_from_the_variables():
 def test_errors():
     model = refusal_model()
     with pytest.raises(ms.MechsafetyError, match=r"^no variable is called 'think'; expected one of \['detect'"):
-        model.run(inputs(), {"think": torch.ones(12)})
+        model.run(inputs(), {"think": torch.ones(12, dtype=torch.long)})
     with pytest.raises(ms.MechsafetyError, match=r"^no values of the inputs \['strict'\]"):
         model.run({name: value for name, value in inputs().items() if name != "strict"})

@@ -183,6 +183,9 @@ def test_plateau(function):
     one, two = function(torch.tensor([-a, -2 * a], dtype=torch.float64))
     assert float(one) == pytest.approx(float(two), rel=1e-6)
     assert float(one) < -0.1
+    a = plateau(function, 1.1, gated=True)
+    one, two = function(torch.tensor([-1.1 * a, -2 * a], dtype=torch.float64))
+    assert 1.1 * float(one) == pytest.approx(float(two), rel=1e-6)
 
 
 @pytest.mark.parametrize(

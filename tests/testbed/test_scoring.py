@@ -64,6 +64,7 @@ def test_decoys_and_backups_have_figures_of_their_own(truth):
     found = score({A: 3.0, B: 0.0, M1: 3.0, C: 9.0, D: 1.0, M0: 0.5}, truth).nodes
     assert found.auroc_decoys == 0.0
     assert found.auroc_backups == pytest.approx((2 + 0) / 6)  # A above two of three, B above none
+    assert (found.strength_decoys, found.strength_backups) == (3.0, 0.5)  # against M1, which nothing backs up
 
 
 def test_what_is_left_out_ranks_last(truth):
@@ -173,7 +174,7 @@ def test_a_score_is_a_result(truth, tmp_path):
     found = score({A: 3.0, B: 2.0, M1: 1.0, C: 0.5, D: 0.0}, truth)
     assert repr(found) == "TruthScore(dict: nodes AP 1.000)"
     assert type(found).load(found.save(tmp_path / "score")) == found
-    assert found.to_dataframe().value.tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert found.to_dataframe().value.tolist() == [1.0, 1.0, 1.0, 1.0, 0.5, 2.5]
     assert found.plot().data
 
 
