@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 HOOKED = ("attribution", "cache", "metrics", "models", "patching", "prompts.spans")
 HOOKED += tuple(f"circuits.{name}" for name in ("discover", "edges", "refusal", "roles", "verify"))
-HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "plant", "split", "weights"))
+HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
 import hypothesis

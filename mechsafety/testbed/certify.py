@@ -145,7 +145,6 @@ def load_certified(folder: Path) -> Certified:
 
 def untrained_model(seed: int) -> Any:
     """The certified model's architecture with random weights."""
-    torch.manual_seed(seed)
     config: Any = transformers.LlamaConfig(
         vocab_size=len(tokenizer()),
         hidden_size=32,
@@ -161,7 +160,9 @@ def untrained_model(seed: int) -> Any:
         pad_token_id=0,
     )
     config.name_or_path = "certified"
-    return transformers.LlamaForCausalLM(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config)
 
 
 def tokenizer() -> Any:

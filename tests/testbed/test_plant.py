@@ -8,7 +8,9 @@ import mechsafety as ms
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.paths import measured_edges, node_outputs
-from mechsafety.testbed.plant import planted, plateau
+from mechsafety.testbed.certify import untrained_model
+from mechsafety.testbed.plant import planted
+from mechsafety.testbed.planter import plateau
 
 SHAPES = {
     "plain": {"seed": 0},
@@ -150,6 +152,13 @@ def test_same_seed_same_bytes():
     for (name, a), (_, b) in zip(one.model.named_parameters(), two.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=False))
+
+
+@pytest.mark.parametrize("build", [lambda: planted(0), lambda: untrained_model(0)])
+def test_the_callers_random_state_stays(build):
+    before = torch.random.get_rng_state()
+    build()
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_seeds_differ_in_place_and_in_what_is_backed_up():
