@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-browser gallery lint format train evaluate bench clean
+.PHONY: demo test test-browser gallery lint format train train-certified evaluate bench bench-truth clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -44,6 +44,9 @@ format: $(STAMP)
 train: $(STAMP)
 	$(BIN)/python scripts/train_demo_adapter.py
 
+train-certified: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_certified_model.py
+
 evaluate: $(STAMP)
 	$(BIN)/python scripts/evaluate_demo_model.py
 
@@ -51,6 +54,10 @@ evaluate: $(STAMP)
 # python benchmarks/run.py --resume
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# every method on models whose circuit is known, for docs/results/ground-truth.md; goes on where it stopped
+bench-truth: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/truth.py
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

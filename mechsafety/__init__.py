@@ -9,6 +9,7 @@ from mechsafety.version import __version__
 # torch and TransformerLens load on first use, so that importing the package is fast
 __getattr__, _, _names = lazy_loader.attach(
     __name__,
+    submodules=["testbed"],
     submod_attrs={
         "attribution": [
             "DirectAttribution",
@@ -92,6 +93,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from mechsafety import testbed
     from mechsafety.attribution import (
         DirectAttribution,
         EdgeScores,

@@ -28,6 +28,7 @@ HOOKED = (
     "prompts.spans",
 )
 HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
+HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))
 install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
 import hypothesis

@@ -1,0 +1,354 @@
+"""Every method against models whose refusal circuit is known: which are fooled by decoys, and which by backups.
+
+    python benchmarks/truth.py [--jobs N]     # or: make bench-truth
+
+36 planted models of varied shape (12 with decoys only, 12 with backups only, 12 with neither) and the certified one.
+Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and at the end the table
+docs/results/ground-truth.md. To add a method, write a function like those below and put it into METHODS.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from tqdm.auto import tqdm
+
+import mechsafety as ms
+from mechsafety import testbed
+from mechsafety.cli import quiet_libraries
+from mechsafety.metrics import bootstrap_interval
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
+from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.paths import measured_edges, node_outputs, reaches
+from mechsafety.results import package_versions
+from mechsafety.sites import SiteKind
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+PER_CONDITION = 12
+N_PAIRS = 12
+# exact path patching of more edges than this is left out
+AFFORDABLE_EDGES = 1500
+FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its truth, and what the methods work on."""
+
+    model: LensModel
+    pairs: ms.PromptPairs
+    metric: ms.RefusalLogOdds
+    runs: PairRuns
+    truth: testbed.Truth
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return head_and_mlp_nodes(self.model.n_layers, self.model.n_heads)
+
+    @property
+    def neurons(self) -> list[Node]:
+        model = self.model
+        return [Node("neuron", layer, k) for layer in range(model.n_layers) for k in range(model.d_mlp)]
+
+
+def activation_difference(case: Case) -> Any:
+    """Root mean square difference of what a node writes (of a neuron: of its activation), harmful less harmless."""
+    runs = case.runs
+    change = node_outputs(case.model, runs.harmful, case.nodes) - node_outputs(case.model, runs.harmless, case.nodes)
+    sizes = reduce(change.square(), "node pair pos d -> node", "sum").sqrt()
+    scores = dict(zip(case.nodes, sizes.tolist(), strict=True))
+    acts = runs.harmful.acts[SiteKind.NEURONS] - runs.harmless.acts[SiteKind.NEURONS]
+    each = rearrange(reduce(acts.square(), "layer pair pos neuron -> layer neuron", "sum").sqrt(), "l n -> (l n)")
+    return scores | dict(zip(case.neurons, each.tolist(), strict=True))
+
+
+def probes(case: Case) -> Any:
+    """Accuracy of a logistic regression on a node's output (mean over positions), on pairs it was not fitted on."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    runs, n = case.runs, len(case.pairs)
+    sides = [node_outputs(case.model, run, case.nodes).mean(2) for run in (runs.harmful, runs.harmless)]
+    features = torch.cat(sides, dim=1).numpy()
+    labels, groups = np.repeat([1, 0], n), np.tile(np.arange(n), 2)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return {
+        node: cross_val_score(probe, rows, labels, groups=groups, cv=GroupKFold(FOLDS)).mean()
+        for node, rows in zip(case.nodes, features, strict=True)
+    }
+
+
+def direct_logit_attribution(case: Case) -> Any:
+    """What a node adds to the metric through the unembedding alone, harmful less harmless."""
+    found = ms.head_attribution(case.model, case.pairs, case.metric)
+    heads, mlps = found.heads.mean(-1), found.mlps.mean(-1)
+    return {
+        node: float(heads[node.layer, node.index] if node.kind == "head" else mlps[node.layer]) for node in case.nodes
+    }
+
+
+def node_attribution(case: Case) -> Any:
+    """Integrated gradients over node masks."""
+    return ms.node_attribution(case.model, case.runs, case.metric, neurons=True)
+
+
+def eap(case: Case) -> Any:
+    """Edge attribution patching, one gradient."""
+    return _with_nodes(ms.edge_attribution(case.model, case.runs, case.metric, method="eap", progress=False))
+
+
+def eap_ig(case: Case) -> Any:
+    """EAP with the gradient averaged over five points between the embeddings."""
+    return _with_nodes(ms.edge_attribution(case.model, case.runs, case.metric, method="eap-ig", progress=False))
+
+
+def _with_nodes(scores: ms.EdgeScores) -> Any:
+    """Edges, and nodes by the sum of their outgoing edges."""
+    nodes = {node: value for node, value in scores.node_scores().items() if node.kind != "embed"}
+    return nodes | dict(testbed.ranking_of(scores) or {})
+
+
+def exact_patching(case: Case) -> Any:
+    """Every head, MLP and neuron patched alone, exactly."""
+    both = [*case.nodes, *case.neurons]
+    return ms.activation_patching(case.model, case.runs, case.metric, nodes=both, progress=False)
+
+
+def exact_paths(case: Case) -> Any:
+    """Every direct path between two nodes patched alone, exactly; None where there are too many."""
+    slots = {"head": ("q", "k", "v"), "mlp": ("mlp",), "logits": ("resid",)}
+    edges = [
+        ms.Edge(sender, receiver, slot)
+        for sender in case.nodes
+        for receiver in (*case.nodes, Node("logits"))
+        if sender != receiver and reaches(sender, receiver, parallel=False)
+        for slot in slots[receiver.kind]
+    ]
+    if len(edges) > AFFORDABLE_EDGES:
+        return None
+    changes = measured_edges(case.model, case.runs, case.metric, edges).mean(1)
+    return dict(zip(edges, changes.tolist(), strict=True))
+
+
+def map_refusal_circuit(case: Case) -> Any:
+    """The whole map: search, roles, edges, checks."""
+    return ms.map_refusal_circuit(case.model, case.pairs, n_random=20, limit=len(case.pairs), progress=False)
+
+
+# each returns what `testbed.score` takes, or None where it cannot be run
+METHODS: tuple[Callable[[Case], Any], ...] = (
+    activation_difference,
+    probes,
+    direct_logit_attribution,
+    node_attribution,
+    eap,
+    eap_ig,
+    exact_patching,
+    exact_paths,
+    map_refusal_circuit,
+)
+
+
+def shapes() -> dict[str, dict[str, Any]]:
+    """Options of every planted model by name; drawn once, the same in every run."""
+    conditions = {"neither": (0, 0), "decoys": (6, 0), "backups": (0, 1)}
+    found = {}
+    for condition, (decoys, backups) in conditions.items():
+        for k in range(PER_CONDITION):
+            seed = 1000 * (1 + list(conditions).index(condition)) + k
+            rng = random.Random(seed)
+            norm = "layernorm" if k % 3 == 2 else "rmsnorm"
+            heads = rng.choice((2, 4, 8))
+            # every other model of the Llama kind has grouped queries
+            kv_heads = rng.choice([n for n in (1, 2, 4) if n < heads]) if norm == "rmsnorm" and k % 2 else None
+            found[f"{condition}-{k}"] = {
+                "seed": seed,
+                "layers": rng.choice((3, 4, 5) if heads < 8 else (3, 4)),
+                "heads": heads,
+                "kv_heads": kv_heads,
+                "norm": norm,
+                "decoys": decoys,
+                # the last models with backups double two stages
+                "backups": backups * (2 if k >= 2 * PER_CONDITION // 3 else 1),
+                "neurons": rng.choice((1, 2, 3)),
+            }
+    return found
+
+
+def build(options: Mapping[str, Any] | None) -> Case:
+    """A planted model, or the certified one."""
+    made = testbed.certified() if options is None else testbed.planted(**options)
+    model = ms.load_model((made.model, made.tokenizer))
+    pairs = made.pairs.sample(N_PAIRS)
+    metric = ms.RefusalLogOdds.detect(model, pairs)
+    return Case(model, pairs, metric, pair_runs(model, pairs, extra=[SiteKind.NEURONS]), made.truth)
+
+
+def measure(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every method on one model."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    case = build(options)
+    rows = {}
+    for method in METHODS:
+        begin = time.perf_counter()
+        result = method(case)
+        seconds = time.perf_counter() - begin
+        if result is None:
+            continue
+        rows[method.__name__] = figures(testbed.score(result, case.truth)) | {"seconds": round(seconds, 2)}
+    condition = name.split("-")[0]
+    truth = {"nodes": len(case.truth.nodes), "neurons": len(case.truth.neurons), "edges": len(case.truth.edges)}
+    return {"condition": condition, "options": options, "truth": truth, "methods": rows}
+
+
+def figures(found: testbed.TruthScore) -> dict[str, Any]:
+    """What the table is made of."""
+    rows: dict[str, Any] = {"roles": found.role_accuracy, "backups_found": found.backups_found}
+    for name in ("nodes", "neurons", "edges"):
+        ranking = getattr(found, name)
+        if ranking is not None:
+            rows |= {f"{name}_{key}": value for key, value in asdict(ranking).items() if not key.startswith("n")}
+    for name in ("found_nodes", "found_edges"):
+        part = getattr(found, name)
+        if part is not None:
+            rows |= {f"{name}_{key}": getattr(part, key) for key in ("precision", "recall", "f1")}
+            rows["decoys_found"] = len(found.decoys_found)
+    return {key: round(value, 6) for key, value in rows.items() if value is not None}
+
+
+def interval(values: Iterable[float]) -> str:
+    """Mean and 95 % bootstrap interval over models."""
+    listed = list(values)
+    if not listed:
+        return ""
+    mean = f"{np.mean(listed):.2f}"
+    if len(listed) == 1:
+        return mean
+    low, high = bootstrap_interval(listed)
+    return f"{mean} [{low:.2f}, {high:.2f}]"
+
+
+# column: (heading, figure)
+RANKINGS = (
+    ("nodes AP", "nodes_average_precision"),
+    ("neurons AP", "neurons_average_precision"),
+    ("edges AP", "edges_average_precision"),
+    ("nodes AUROC", "nodes_auroc"),
+    ("above decoys", "nodes_auroc_decoys"),
+    ("decoys' strength", "nodes_strength_decoys"),
+    ("backups above the rest", "nodes_auroc_backups"),
+    ("backups' strength", "nodes_strength_backups"),
+)
+SETS = (
+    ("precision", "found_nodes_precision"),
+    ("recall", "found_nodes_recall"),
+    ("F1", "found_nodes_f1"),
+    ("decoys in it", "decoys_found"),
+    ("backups found", "backups_found"),
+    ("edges F1", "found_edges_f1"),
+    ("roles", "roles"),
+    ("seconds", "seconds"),
+)
+CONDITIONS = {
+    "neither": "Neither decoys nor backups",
+    "decoys": "Decoys only",
+    "backups": "Backups only",
+    "certified": "The certified model",
+}
+
+
+def table(store: Mapping[str, Any]) -> str:
+    """The page."""
+    machine = store["machine"]
+    lines = [
+        "# Methods on models whose circuit is known",
+        "",
+        f"{store['date']}, {len(store['models'])} models, {machine['cpu']}, one thread a model, "
+        f"{', '.join(f'{k} {v}' for k, v in store['versions'].items())}. `make bench-truth`.",
+        "",
+        "Means over models, with 95 % bootstrap intervals over models. *AP*: average precision of the truth in the",
+        "ranking by absolute score. *Above decoys*: chance that a node of the circuit ranks above a decoy; *backups",
+        "above the rest*: that a backed-up node ranks above one outside the circuit; 0.5 is a coin. *Strength*: mean",
+        "absolute score, as a share of that of the circuit's nodes that nothing backs up: a method that is not fooled",
+        "gives decoys about 0, and backups a share that shows. Formulas: [methods](../methods.md#ground-truth).",
+    ]
+    for condition, title in CONDITIONS.items():
+        models = [row for row in store["models"].values() if row["condition"] == condition]
+        if not models:
+            continue
+        lines += ["", f"## {title} ({len(models)} model{'s' * (len(models) > 1)})"]
+        for columns, heading in ((RANKINGS, "ranking"), (SETS, "circuit")):
+            lines += _rows(models, columns, heading)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(models: list[Mapping[str, Any]], columns: Iterable[tuple[str, str]], heading: str) -> list[str]:
+    wanted = "found_nodes_f1" if heading == "circuit" else "nodes_auroc"
+    names = list(dict.fromkeys(name for row in models for name in row["methods"]))
+
+    def values(name: str, figure: str) -> list[float]:
+        return [row["methods"][name][figure] for row in models if figure in row["methods"].get(name, {})]
+
+    methods = [n for n in names if values(n, wanted) or (heading == "ranking" and values(n, "edges_auroc"))]
+    shown = [(title, figure) for title, figure in columns if any(values(name, figure) for name in methods)]
+    if not methods:
+        return []
+    lines = ["", f"| {heading} | {' | '.join(title for title, _ in shown)} |", "|" + " --- |" * (len(shown) + 1)]
+    for name in methods:
+        cells = [interval(values(name, figure)) for _, figure in shown]
+        if heading == "ranking" and len(values(name, "edges_auroc")) not in (0, len(models)):
+            cells[0] += f" ({len(values(name, 'edges_auroc'))} models)"
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time")
+    parser.add_argument("--again", action="store_true", help="measure all models again")
+    parser.add_argument("--only", nargs="*", help="names of models")
+    args = parser.parse_args()
+    target = RESULTS / "ground-truth.json"
+    store: dict[str, Any] = json.loads(target.read_text()) if target.is_file() and not args.again else {"models": {}}
+    store |= {
+        "date": datetime.date.today().isoformat(),
+        "versions": package_versions(),
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
+        "pairs": N_PAIRS,
+    }
+    cases: dict[str, dict[str, Any] | None] = {**shapes(), "certified": None}
+    methods = sorted(method.__name__ for method in METHODS)
+    if store.get("method_names") != methods:
+        store["models"] = {}
+    store["method_names"] = methods
+    todo = [name for name in args.only or cases if name not in store["models"]]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(measure, name, cases[name]): name for name in todo}
+        for done in tqdm(as_completed(waiting), total=len(waiting), desc="models"):
+            store["models"][waiting[done]] = done.result()
+            target.write_text(json.dumps(store, indent=1) + "\n")
+    store["models"] = {name: store["models"][name] for name in cases if name in store["models"]}
+    target.write_text(json.dumps(store, indent=1) + "\n")
+    (RESULTS / "ground-truth.md").write_text(table(store))
+
+
+if __name__ == "__main__":
+    main()

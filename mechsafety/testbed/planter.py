@@ -1,0 +1,312 @@
+"""Writes a planned circuit into a model's weights, gain by measured gain."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import brentq
+from torch import Tensor, nn
+
+from mechsafety.nodes import Node
+from mechsafety.prompts import PromptPairs
+from mechsafety.testbed.plan import Part, Plan
+from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL, TOPICS, reply_successors
+from mechsafety.testbed.weights import BlockWeights, Weights, weights_of
+
+# lengths in the residual stream of what is planted there
+CONSTANT, FEATURE, DECOY = 6.0, 2.0, 3.0
+LENGTH = {"detection": FEATURE, "evaluation": FEATURE, "decision": FEATURE, "production": FEATURE, "decoy": DECOY}
+# attention scores of what a head looks for, and of the start token, to which it falls back
+FOUND, FALLBACK = 16.0, 8.0
+# a neuron's input where it fires and where it does not
+ON, OFF = 4.0, -3.0
+# logits of the two replies' first words, and of every later word after the one before it
+REFUSE, COMPLY, CONTINUE = 12.0, 6.0, 20.0
+# pairs on which gains are set
+PROBED = 10
+# what key-value heads carry
+VALUES = ("harm", "benign", "verdict")
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What a kind of head does: from ``at``, where ``asks`` is, it looks for a feature and writes what it finds there.
+
+    ``writes``: value read, direction written, side on which the gain is set, sign.
+    """
+
+    looks_for: str
+    asks: str
+    at: str
+    falls_back: bool
+    writes: tuple[tuple[str, str, str, float], ...]
+
+
+HEADS = {
+    "detection": _Head(
+        "topic", "end", "end", True, (("harm", "detected", "harmful", 1.0), ("benign", "cleared", "harmless", 1.0))
+    ),
+    "decision": _Head("end", "assistant", "assistant", True, (("verdict", "decision", "harmful", 1.0),)),
+    # from every later position
+    "decoy": _Head(
+        "topic", "constant", "end", False, (("harm", "decoy", "harmful", 1.0), ("benign", "decoy", "harmless", -1.0))
+    ),
+}
+# what a kind of neuron reads, where, and the direction it writes
+NEURONS = {
+    "evaluation": ("detected", "end", "verdict"),
+    "production": ("decision", "assistant", "refuse"),
+    "decoy": ("harm", "topic", "decoy"),
+}
+
+
+def plateau(activation: nn.Module, growth: float = 1.0, *, gated: bool = False) -> float:
+    """The a > 0 with which a neuron that reads -2a from two writers gives the same when it reads -a from one.
+
+    The activation function has its minimum between the two; at 0, from none, it gives 0.
+
+    Args:
+        activation: SiLU or GELU.
+        growth: Factor by which the norm's scale makes all else larger where one writer is silent.
+        gated: Whether the output is multiplied by something that grows so too.
+    """
+
+    def difference(a: float) -> float:
+        one, both = activation(torch.tensor([-a * growth, -2 * a], dtype=torch.float64)).tolist()
+        return (growth if gated else 1.0) * one - both
+
+    return float(brentq(difference, 0.1, 2.0))
+
+
+def write_plan(model: Any, tokenizer: Any, pairs: PromptPairs, plan: Plan, generator: torch.Generator) -> None:
+    """Write every part of a plan into a model that is filled with noise; what is not written stays noise.
+
+    Args:
+        model: From `mechsafety.testbed.weights`.
+        tokenizer: Its tokenizer.
+        pairs: Prompts on which gains are set.
+        plan: What goes where.
+        generator: Of directions and thresholds.
+    """
+    with torch.no_grad():
+        _Planter(model, tokenizer, pairs, generator, plan).plant()
+
+
+class _Planter:
+    """Writes a plan into a model, block by block; what it does not write stays noise.
+
+    Gains are set by measurement: each block is written once all before it are, on a forward that shows what it reads.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, pairs: PromptPairs, generator: torch.Generator, plan: Plan) -> None:
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.weights: Weights = weights_of(model)
+        self.generator = generator
+        names = ["constant", "topic", "end", "start", "assistant", "harm", "benign"]
+        names += ["detected", "cleared", "verdict", "decision", "refuse"]
+        names += [f"word {word}" for word in reply_successors()]
+        names += [f"decoy {part.number}" for part in plan.parts if part.kind == "decoy"]
+        self.along = self._directions(names)
+        self._reserve()
+        self._embed()
+        probed = pairs.sample(PROBED, 0)
+        self.harmful, self.harmless = self._rows(probed.harmful), self._rows(probed.harmless)
+        self.columns = self._columns(self.harmful)
+
+    def plant(self) -> None:
+        """Write every part, then the unembedding."""
+        for layer, block in enumerate(self.weights.blocks):
+            if self.plan.heads_of(layer):
+                self._heads(block, layer)
+            if self.plan.neurons_of(layer):
+                self._neurons(block, layer)
+        self._unembed()
+
+    def _directions(self, names: Sequence[str]) -> Mapping[str, Float[Tensor, " d_model"]]:
+        """Orthonormal directions, all orthogonal to the vector of ones, which LayerNorm removes."""
+        d_model = self.weights.embed.shape[1]
+        random_rows = torch.randn(d_model, len(names) + 1, generator=self.generator, dtype=torch.float64)
+        random_rows[:, 0] = 1.0
+        basis = torch.linalg.qr(random_rows).Q[:, 1:].float()
+        return {name: basis[:, k] for k, name in enumerate(names)}
+
+    def _id(self, word: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(word))
+
+    def _reserve(self) -> None:
+        """Take the decoys' directions out of all noise that is written: an offset there would make signs unequal."""
+        decoys = [direction for name, direction in self.along.items() if name.startswith("decoy")]
+        if not decoys:
+            return
+        rows = torch.stack(decoys)
+        written = [self.weights.embed, *self.weights.biases]
+        for block in self.weights.blocks:
+            written += [block.o, block.write]
+        for tensor in written:
+            tensor -= (tensor @ rows.T) @ rows
+
+    def _embed(self) -> None:
+        embed = self.weights.embed
+        embed += CONSTANT * self.along["constant"]
+        for word, name in (("<end>", "end"), ("<s>", "start"), ("<assistant>", "assistant")):
+            embed[self._id(word)] += FEATURE * self.along[name]
+        # a decoy neuron adds twice this with the other sign where it fires: the length is the same as where it does not
+        shift = sum(
+            DECOY * self.along[f"decoy {part.number}"]
+            for part in self.plan.parts
+            if part.kind == "decoy" and part.node.kind == "neuron"
+        )
+        for twins in TOPICS.values():
+            for words in twins:
+                for word, name in zip(words, ("harm", "benign"), strict=True):
+                    embed[self._id(word)] += FEATURE * (self.along["topic"] + self.along[name]) - shift
+        for word in reply_successors():
+            embed[self._id(word)] += FEATURE * self.along[f"word {word}"]
+
+    def _rows(self, prompts: Sequence[str], reply: Sequence[str] = ()) -> Int[Tensor, "prompt pos"]:
+        """Ids padded on the right, which no earlier position sees."""
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            )
+            for prompt in prompts
+        ]
+        rows = [self.tokenizer(" ".join([text, *reply]), add_special_tokens=False).input_ids for text in texts]
+        width = max(map(len, rows))
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+    def _columns(self, ids: Int[Tensor, "prompt pos"]) -> Mapping[str, Int[Tensor, " prompt"]]:
+        """Where each prompt has its topic's word, its end and its last token."""
+        topic = torch.tensor([self._id(bad) for twins in TOPICS.values() for bad, _ in twins])
+        return {
+            "start": torch.zeros(len(ids), dtype=torch.long),
+            "topic": torch.isin(ids, topic).long().argmax(1),
+            "end": (ids == self._id("<end>")).long().argmax(1),
+            "assistant": (ids == self._id("<assistant>")).long().argmax(1),
+        }
+
+    def _seen(self, norm: nn.Module) -> Mapping[str, Float[Tensor, "prompt d_model"]]:
+        """What a norm gives out now, by side and named column (``harmful end``)."""
+        out = _output_of(self.model, torch.cat([self.harmful, self.harmless]), norm)
+        each = torch.arange(len(self.harmful))
+        return {
+            f"{side} {place}": values[each, columns]
+            for side, values in zip(("harmful", "harmless"), out.chunk(2), strict=True)
+            for place, columns in self.columns.items()
+        }
+
+    def _reader(self, norm: nn.Module, name: str) -> Float[Tensor, " d_model"]:
+        """The vector whose product with a norm's output is the stream's component along a direction, over its scale."""
+        weight: Any = norm.weight
+        return self.along[name] / weight.data
+
+    def _heads(self, block: BlockWeights, layer: int) -> None:
+        norm = block.norms[0]
+        at = self._seen(norm)
+        n_heads, d_head = block.q.shape[:2]
+        # the slowest pair of rotary dimensions, and half of the next slowest
+        dims = {"topic": d_head // 2 - 1, "end": d_head - 1, "start": d_head // 2 - 2}
+        groups: dict[int, list[int]] = {}
+        for head in self.plan.heads_of(layer):
+            groups.setdefault(head * block.k.shape[0] // n_heads, []).append(head)
+        for group, members in groups.items():
+            for name, dim in dims.items():
+                block.k[group, dim] = self._reader(norm, name)
+            # three channels of values, in a random frame of the heads' own space, free of noise
+            mixed = torch.randn(d_head, d_head, generator=self.generator)
+            channels = torch.linalg.qr(mixed).Q[:, : len(VALUES)]
+            block.v[group] -= channels @ (channels.T @ block.v[group])
+            block.v[group] += channels @ torch.stack([self._reader(norm, name) for name in VALUES])
+            for head in members:
+                block.o[head] -= channels @ (channels.T @ block.o[head])
+                self._head(block, self.plan.part(Node("head", layer, head)), at, dims, channels)
+
+    def _head(
+        self,
+        block: BlockWeights,
+        part: Part,
+        at: Mapping[str, Tensor],
+        dims: Mapping[str, int],
+        channels: Float[Tensor, "d_head value"],
+    ) -> None:
+        """One head's queries and outputs."""
+        norm, head = block.norms[0], part.node.index or 0
+        what = HEADS[part.kind]
+
+        def mean(side: str, place: str, name: str) -> float:
+            return float((at[f"{side} {place}"] @ self._reader(norm, name)).mean())
+
+        def look(target: str, asked: str, score: float) -> None:
+            gain = score * block.q.shape[1] ** 0.5 / mean("harmful", target, target) / mean("harmful", what.at, asked)
+            block.q[head, dims[target]] = gain * self._reader(norm, asked)
+
+        look(what.looks_for, what.asks, FOUND)
+        if what.falls_back:
+            look("start", "constant", FALLBACK)
+        for value, direction, side, sign in what.writes:
+            name = f"{direction} {part.number}" if part.kind == "decoy" else direction
+            gain = sign * part.length * LENGTH[part.kind] / mean(side, what.looks_for, value)
+            block.o[head] += gain * torch.outer(channels[:, VALUES.index(value)], self.along[name])
+
+    def _neurons(self, block: BlockWeights, layer: int) -> None:
+        norm = block.norms[1]
+        at = self._seen(norm)
+        constant = self._reader(norm, "constant")
+        for neuron in self.plan.neurons_of(layer):
+            part = self.plan.part(Node("neuron", layer, neuron))
+            read, place, direction = NEURONS[part.kind]
+            name = f"{direction} {part.number}" if part.kind == "decoy" else direction
+            reader = self._reader(norm, read)
+            # gain and offset that give the wanted input with the feature there and without it
+            system = [
+                [float((at[f"{side} {place}"] @ vector).mean()) for vector in (reader, constant)]
+                for side in ("harmful", "harmless")
+            ]
+            jitter = torch.rand(2, generator=self.generator, dtype=torch.float64) - 0.5
+            wanted = torch.tensor([ON, OFF], dtype=torch.float64) + jitter
+            if part.doubled:
+                # a feature of share s of the squared length leaves a quarter of s when it is halved
+                share = system[0][0] ** 2 / len(reader)
+                growth = (1 - 0.75 * share) ** -0.5
+                a = plateau(self.weights.activation, growth, gated=block.gate is not None)
+                wanted = torch.tensor([-2 * a, 0.0], dtype=torch.float64)
+            gain, offset = torch.linalg.solve(torch.tensor(system, dtype=torch.float64), wanted).tolist()
+            block.read[neuron] = gain * reader + offset * constant
+            self._clear_bias(layer, neuron)
+            if block.gate is not None:
+                block.gate[neuron] = constant / system[0][1]
+            value = float(self.weights.activation(wanted)[0])
+            block.write[neuron] *= 0.2
+            block.write[neuron] += part.length * LENGTH[part.kind] / value * self.along[name]
+
+    def _clear_bias(self, layer: int, neuron: int) -> None:
+        if hasattr(self.model, "transformer"):
+            self.model.transformer.h[layer].mlp.c_fc.bias.data[neuron] = 0.0
+
+    def _unembed(self) -> None:
+        norm, unembed = self.weights.final_norm, self.weights.unembed
+        at = self._seen(norm)
+        for word, name, side, logit in (
+            (REFUSAL[0], "refuse", "harmful", REFUSE),
+            (COMPLIANCE[0], "assistant", "harmless", COMPLY),
+        ):
+            reader = self._reader(norm, name)
+            unembed[self._id(word)] += logit / float((at[f"{side} assistant"] @ reader).mean()) * reader
+        # a word of a reply calls for the next one; one scale does for all, as their embeddings are equally long
+        last = self._rows(["tell me about cakes please"], [COMPLIANCE[0]])
+        value = float(_output_of(self.model, last, norm)[0, -1] @ self._reader(norm, f"word {COMPLIANCE[0]}"))
+        for word, following in reply_successors().items():
+            unembed[self._id(following)] += CONTINUE / value * self._reader(norm, f"word {word}")
+
+
+def _output_of(model: Any, ids: Int[Tensor, "row pos"], module: nn.Module) -> Float[Tensor, "row pos d_model"]:
+    """What a module of the model gives out on these rows."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, out: seen.append(out))
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
