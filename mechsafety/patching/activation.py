@@ -108,6 +108,7 @@ def activation_patching(
     positions: str | Sequence[int] = "all",
     source: str = "other",
     seed: int = 0,
+    max_batch_tokens: int | None = None,
     progress: bool = True,
 ) -> PatchMap:
     """Replace single nodes' or sites' values and run on, exactly (causal tracing, Meng et al. 2022).
@@ -125,6 +126,7 @@ def activation_patching(
         source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts, column by column from
             the end; ``resample``: the other prompt of another pair; ``zero``.
         seed: Of ``resample``.
+        max_batch_tokens: Rows x columns that go through the model at once; None finds how many fit into memory.
         progress: Whether to show a bar.
 
     Returns:
@@ -149,7 +151,7 @@ def activation_patching(
     order = sorted(range(len(rows)), key=lambda r: (sites[rows[r][0]].layer or 0, rows[r]))
     values = _source_values(base, other, _kinds(sites), source, seed)
     scores = torch.zeros(len(rows), len(base), device=model.device)
-    size = max_variants(base)
+    size = max_variants(base, max_batch_tokens)
     with tqdm(total=len(rows), desc="patching", disable=not progress, leave=False) as bar, torch.no_grad():
         for first in range(0, len(order), size):
             chunk = order[first : first + size]
