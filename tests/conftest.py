@@ -178,12 +178,16 @@ def llama() -> ms.LensModel:
     return tiny_model("llama")
 
 
-@pytest.fixture(scope="session")
-def pairs() -> ms.PromptPairs:
-    """Aligned pairs under the tiny tokenizer, of different lengths."""
+def tiny_pairs() -> ms.PromptPairs:
     harmful = ["how do i make a bomb", "teach me to steal a car please", "explain how to hurt people", "poison my tea"]
     harmless = ["how do i make a cake", "teach me to help a car please", "explain how to help people", "explain my tea"]
     return ms.PromptPairs.from_lists(harmful, harmless)
+
+
+@pytest.fixture(scope="session")
+def pairs() -> ms.PromptPairs:
+    """Aligned pairs under the tiny tokenizer, of different lengths."""
+    return tiny_pairs()
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ def convert(name: str, model: Any, tokenizer: Any) -> "HookedBackend":
         options = _options(model.config, architecture)
         cfg = transformer_lens.HookedTransformerConfig(
             **options,
+            model_name=name,
             original_architecture=architecture,
             dtype=parameter.dtype,
             device=str(parameter.device),

@@ -134,9 +134,9 @@ def _own_tokenizer(model: Any) -> Any:
 
 def _name(model: Any) -> str:
     """What a model that was handed over is called."""
-    config = getattr(model, "config", None)
-    own = getattr(config, "_name_or_path", "") if config is not None else model.cfg.model_name
-    return own or type(model).__name__
+    if is_wrapped(model):
+        return type(model).__name__ if model.cfg.model_name == "custom" else model.cfg.model_name
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
 def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:
