@@ -162,6 +162,11 @@ def is_wrapped(model: Any) -> bool:
     return bridge.is_mine(model) or hooked.is_mine(model)
 
 
+def wrapped_name(model: Any) -> str:
+    """What a TransformerLens model was loaded as; empty if nobody said."""
+    return "" if model.cfg.model_name == "custom" else model.cfg.model_name
+
+
 def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
     """The backend of a TransformerLens model; a Hugging Face model is made one by the installed TransformerLens.
 

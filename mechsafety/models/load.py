@@ -8,7 +8,7 @@ import torch
 
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.adapters import apply_adapter
-from mechsafety.models.backend import is_wrapped, wrap
+from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
 from mechsafety.models.checks import check_model, reference_logits
 from mechsafety.models.demo import adapter_folder, base_folder, load_gguf
 from mechsafety.models.lens import PLAIN_TEMPLATE, LensModel
@@ -134,9 +134,8 @@ def _own_tokenizer(model: Any) -> Any:
 
 def _name(model: Any) -> str:
     """What a model that was handed over is called."""
-    if is_wrapped(model):
-        return type(model).__name__ if model.cfg.model_name == "custom" else model.cfg.model_name
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+    own = wrapped_name(model) if is_wrapped(model) else getattr(model.config, "_name_or_path", "")
+    return own or type(model).__name__
 
 
 def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:
