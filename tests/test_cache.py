@@ -17,7 +17,7 @@ def cache(any_model):
     return any_model.cache(PROMPTS, SITES)
 
 
-def test_shapes(any_model, cache):
+def test_shapes(any_model, architecture, make_hf_model, cache):
     batch, pos = cache.tokens.ids.shape
     layers, heads, kv_heads = any_model.n_layers, any_model.n_heads, any_model.n_kv_heads
     shapes = {
@@ -35,7 +35,8 @@ def test_shapes(any_model, cache):
     assert set(shapes) == set(SITES)
     for name, shape in shapes.items():
         assert tuple(getattr(cache, name).shape) == shape, name
-    assert (any_model.n_kv_heads == 2) == (any_model.hf_model.config.model_type not in ("gpt2", "gpt_neox"))
+    config = make_hf_model(architecture).config
+    assert kv_heads == getattr(config, "num_key_value_heads", heads)
 
 
 def test_parts_sum_to_the_residual_stream(any_model, cache):
@@ -88,8 +89,8 @@ def test_the_last_residual_is_the_final_norms_input(any_model, cache):
     logits = norm(final) @ any_model.W_U.float()
     bias = getattr(any_model.bridge.unembed, "b_U", None)
     logits = logits if bias is None else logits + bias
-    cap = getattr(any_model.hf_model.config, "final_logit_softcapping", None)
-    logits = cap * torch.tanh(logits / cap) if cap else logits
+    cap = any_model.bridge.cfg.output_logits_soft_cap
+    logits = cap * torch.tanh(logits / cap) if cap > 0 else logits
     torch.testing.assert_close(logits, any_model.logits(PROMPTS), atol=1e-4, rtol=1e-4)
 
 

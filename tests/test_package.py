@@ -259,6 +259,20 @@ def test_only_sites_knows_hook_names():
     assert {name: names for name, names in found.items() if names} == {}
 
 
+def test_only_the_backends_know_transformer_lens():
+    """Its classes and what its models are made of; everything else goes through `Backend` and `LensModel`."""
+    backends = {"models/backend.py", "models/bridge.py", "models/hooked.py", "sites.py"}
+    parts = {"bridge", "blocks", "ln_final", "original_model", "cfg", "hook_dict", "hooked_transformer"}
+    found = {}
+    for name, tree in TREES.items():
+        seen = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} & parts
+        seen |= {target for _, target in imports(tree) if target.startswith("transformer_lens")}
+        if seen:
+            found[name] = seen
+    assert {name for name in found if "blocks" in found[name]} == {"models/bridge.py", "models/hooked.py"}
+    assert set(found) <= backends, {name: found[name] for name in set(found) - backends}
+
+
 def test_only_the_command_prints():
     assert [name for name in MODULES if "print" in calls(TREES[name])] == ["cli.py"]
 
@@ -270,6 +284,7 @@ def test_nothing_is_unpickled():
 
 def test_no_device_is_hard_coded():
     named = {name for name in MODULES for node in strings(TREES[name]) if re.fullmatch(r"cuda(:\d+)?|mps", node.value)}
-    assert named <= {"models/load.py"}  # where the error lists the devices there are
+    # where the error lists the devices there are, and where free memory is asked for
+    assert named <= {"models/load.py", "models/budget.py"}
     assert {name for name in MODULES if any(call.endswith(").cuda") for call in calls(TREES[name]))} == set()
     assert {name for name in MODULES if any(re.search(r"\w\.cuda$", call) for call in calls(TREES[name]))} == set()

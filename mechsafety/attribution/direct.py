@@ -104,8 +104,7 @@ def direct_logit_attribution(
         norm = model.frozen_final_norm(final)
         zero = norm(torch.zeros_like(final))
         weights = model.W_U.float()
-        bias = getattr(model.bridge.unembed, "b_U", None)
-        shift = zero @ weights + (bias.float() if bias is not None else 0.0)
+        shift = zero @ weights + model.b_U.float()
         logits = (norm(final) - zero) @ weights + shift
         reads = _average_gradient(metric, logits, 1 if metric.is_linear else steps)
         direction = reads @ rearrange(weights, "d_model d_vocab -> d_vocab d_model")

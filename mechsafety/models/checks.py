@@ -1,5 +1,6 @@
 """What is checked about every model at load; a check that fails is named in the error."""
 
+import logging
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.engine import check_engine
 from mechsafety.models.lens import LensModel
+from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
+
+logger = logging.getLogger(__name__)
 
 PROBES = ("What is two plus two?", "Name a colour, please.")
 # float64: Llama-like models compute norms and rotary angles in float32 whatever their dtype
@@ -19,33 +23,61 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1
 
 def reference_logits(model: Any, tokenizer: Any) -> Tensor:
     """Logits [pos d_vocab] of the untouched Hugging Face model on one chat prompt, before it is wrapped."""
+    ids = _probe(tokenizer).to(next(model.parameters()).device)
+    with torch.no_grad():
+        return model(ids).logits[0].float()
+
+
+def _probe(tokenizer: Any) -> Tensor:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROBES[0]}], add_generation_prompt=True, tokenize=False
     )
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return model(ids.to(next(model.parameters()).device)).logits[0].float()
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
 
-def check_model(model: LensModel, reference: Tensor) -> None:
-    """Run all checks.
+def check_model(model: LensModel, reference: Tensor | None) -> None:
+    """Run all checks, and leave in ``model.shortcuts`` what is exact on it.
+
+    Args:
+        model: The model.
+        reference: The Hugging Face model's logits on the first probe; without it TransformerLens' own forward is taken.
 
     Raises:
         MechsafetyError: The first check that fails, by name.
     """
     tokens = model.tokenize([PROBES[0]])
     tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
+    if reference is None:
+        reference = model.backend.plain_logits(_probe(model.tokenizer).to(model.device))
     with torch.no_grad():
         _check_start_token(model, tokens)
-        _check_logits(model, tokens, reference, tolerance)
+        _check_logits(model, tokens, reference, tolerance * model.backend.rounding)
         _check_sites(model, tokens)
         _check_edit(model, tokens)
         _check_head_outputs(model, tokens, tolerance)
         _check_mlp(model, tokens, tolerance)
         _check_final_norm(model, tokens, tolerance)
-        gap = check_engine(model, model.tokenize(PROBES))
-        if not gap <= tolerance:
-            raise _fail("forward engine", f"running on from stored activations is off by {gap:.2g} in the logits")
+        model.shortcuts = _exact_shortcuts(model, tolerance)
+
+
+def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
+    """The shortcuts that are exact on this model, measured; one that is not is named in a warning."""
+    tokens = model.tokenize(PROBES)
+    if check_engine(model, tokens, Shortcuts()) <= tolerance:
+        return Shortcuts()
+    gap = check_engine(model, tokens, Shortcuts.none())
+    if not gap <= tolerance:
+        raise _fail("forward engine", f"running on from stored activations is off by {gap:.2g} in the logits")
+    gaps = {name: check_engine(model, tokens, Shortcuts.only(name)) for name in Shortcuts().on}
+    wrong = [name for name, gap in gaps.items() if not gap <= tolerance]
+    left = Shortcuts().without(*wrong)
+    if not check_engine(model, tokens, left) <= tolerance:  # exact alone, not together
+        wrong, left = list(gaps), Shortcuts.none()
+    for name in wrong:
+        logger.warning(
+            "%s runs without the shortcut %r, which is off by %.2g in its logits", model.name, name, gaps[name]
+        )
+    return left
 
 
 def _fail(name: str, problem: str) -> MechsafetyError:
@@ -119,11 +151,9 @@ def _check_head_outputs(model: LensModel, tokens: Tokens, tolerance: float) -> N
     layer = model.n_layers - 1
     z_site, out_site = Site(SiteKind.Z, layer), Site(SiteKind.ATTN_OUT, layer)
     acts = model.read(tokens, [z_site, out_site])
-    block = model.bridge.blocks[layer]
     out = einsum(acts[z_site], model.W_O(layer), "batch pos head d_head, head d_head d_model -> batch pos d_model")
-    out = out if block.attn.b_O is None else out + block.attn.b_O
+    out = out + model.b_O(layer)
     size = max(1.0, float(acts[out_site].abs().max()))
-    model.post_norm = hasattr(block, "ln1_post")
     gap = float((out - acts[out_site]).abs().max())
     if not (model.post_norm or gap <= tolerance * size):
         raise _fail("head outputs", f"z W_O summed over heads is off by {gap:.2g} from what attention writes")

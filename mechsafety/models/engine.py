@@ -1,45 +1,31 @@
 """The forward engine: runs only what an intervention can change.
 
-Three shortcuts, each exact: positions before the first difference of a pair are run once and their keys and values
-kept; blocks before the first edited layer are not run, their output is taken from the stored base run; logits are
-computed at the last position only. Variants of one base run (other heads patched, other circuits) go through as one
-larger batch.
+Its shortcuts, each exact and each with a switch (`Shortcuts`): positions before the first difference of a pair are run
+once, their keys and values kept, and dropped from every variant; blocks before the first edited layer are not run,
+their output is taken from the stored base run; logits are computed at the last position only; variants of one base run
+(other heads patched, other circuits) go through as one larger batch.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.models.backend import BlockCall, Prefix, expand_rows
+from mechsafety.models.budget import CPU_TOKENS, Allocated, batch_tokens
 from mechsafety.models.lens import LensModel
+from mechsafety.models.shortcuts import ALL_ON, Shortcuts
 from mechsafety.prompts import Tokens
-from mechsafety.sites import Site, SiteKind
+from mechsafety.sites import GLOBAL, Site, SiteKind
 
 Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 
-# rows x positions of one engine batch: on a CPU larger ones gain nothing, and activations stay below 100 MB
-MAX_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """What a block was called with besides its input: architectures differ in order and names."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def expand(self, batch: int, variants: int, cache: Any) -> "BlockCall":
-        """The same call for ``variants`` copies of the batch, with ``cache`` in place of the stored call's."""
-
-        def one(value: Any) -> Any:
-            return cache if _is_cache(value) else _expand(value, batch, variants)
-
-        return BlockCall(tuple(map(one, self.args)), {key: one(value) for key, value in self.kwargs.items()})
+# activations with a head axis before their positions
+_HEAD_FIRST = frozenset({SiteKind.SCORES, SiteKind.PATTERN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +34,35 @@ class BaseRun:
 
     Attributes:
         tokens: The prompts.
-        start: First column that is run; ``pos`` in the shapes below counts from here.
+        start: First column that variants can change; ``pos`` in the shapes below counts from here.
         resid: Input of every block, and last the input of the final norm.
         calls: What each block was called with besides its input.
-        prefix: Keys and values of the columns before ``start``, one pair of [batch kv_head pos d_head] a layer.
+        prefix: Keys and values of the columns before ``start``, one pair of [batch kv_head pos d_head] a layer; empty
+            if there are none or they are not kept.
         acts: Stored activations by site kind, each with a leading layer axis.
         logits: Next-token logits of the base run, float32.
+        shortcuts: What its variants leave out.
+        before: Where variants run all columns: the columns of ``resid`` before ``start``. Else None.
+        max_batch_tokens: Rows x columns of one engine batch.
     """
 
     tokens: Tokens
     start: int
     resid: Float[Tensor, "layer_plus_1 batch pos d_model"]
-    calls: tuple["BlockCall", ...]
-    prefix: tuple[tuple[Tensor, Tensor], ...]
+    calls: tuple[BlockCall, ...]
+    prefix: Prefix
     acts: Mapping[SiteKind, Tensor]
     logits: Float[Tensor, "batch d_vocab"]
+    shortcuts: Shortcuts = ALL_ON
+    before: Float[Tensor, "layer_plus_1 batch first d_model"] | None = None
+    max_batch_tokens: int = CPU_TOKENS
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def n_pos(self) -> int:
-        """Number of columns that are run."""
+        """Number of columns that variants can change."""
         return self.tokens.ids.shape[1] - self.start
 
 
@@ -79,6 +72,9 @@ def base_run(
     start: int = 0,
     keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
     prefix: "BaseRun | None" = None,
+    *,
+    shortcuts: Shortcuts | None = None,
+    max_batch_tokens: int | None = None,
 ) -> BaseRun:
     """Run prompts once and store what `run_from` needs, and the activations of the kinds in ``keep``.
 
@@ -88,46 +84,47 @@ def base_run(
         start: First column to run in every variant; the columns before must be common to base and source run.
         keep: Site kinds to store, of all layers, columns from ``start``.
         prefix: A run of other prompts with the same columns before ``start``, whose keys and values are used again.
+        shortcuts: What this run and its variants leave out; the model's by default.
+        max_batch_tokens: Rows x columns of one batch of variants; the model's by default, or what memory allows.
     """
-    inputs: dict[int, Tensor] = {}
-    calls: dict[int, BlockCall] = {}
+    on = model.shortcuts if shortcuts is None else shortcuts
+    first = start if on.drop_positions else 0
     store: dict[Site, Tensor] = {}
-    blocks = list(model.bridge.blocks)
 
-    def note_call(layer: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[layer] = args[0] if args else kwargs["hidden_states"]
-            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls[layer] = BlockCall(tuple(args[1:]), rest)
+    def note(site: Site) -> tuple[Site, Callable[[Tensor], None]]:
+        return site, lambda tensor: store.__setitem__(site, tensor.detach())
 
-        return hook
-
-    def note_site(site: Site) -> Callable[[Tensor], None]:
-        return lambda tensor: store.__setitem__(site, tensor.detach())
-
-    sites = [Site(kind, layer) for kind in keep for layer in range(model.n_layers)]
-    sites.append(Site(SiteKind.FINAL_NORM_IN))
-    with torch.no_grad(), model.hooks([(site, note_site(site)) for site in sites]):
-        kept_prefix = _prefix(model, tokens, start) if prefix is None else prefix.prefix
-        handles: list[Any] = []
-        try:
-            for layer, block in enumerate(blocks):
-                handles.append(block.register_forward_pre_hook(note_call(layer), with_kwargs=True))
-            out = model.hf_model(
-                input_ids=tokens.ids[:, start:],
-                attention_mask=tokens.mask.long(),
-                position_ids=tokens.position_ids[:, start:],
-                past_key_values=_cache(model, kept_prefix) if start else None,
-                use_cache=bool(start),
-                logits_to_keep=1,
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-    resid = torch.stack([inputs[layer] for layer in range(model.n_layers)] + [store[Site(SiteKind.FINAL_NORM_IN)]])
-    acts = {kind: torch.stack([store[Site(kind, layer)] for layer in range(model.n_layers)]) for kind in keep}
-    kept = tuple(calls[layer] for layer in range(model.n_layers))
-    return BaseRun(tokens, start, resid, kept, kept_prefix, acts, out.logits[:, -1].float())
+    kinds = dict.fromkeys((*keep, SiteKind.RESID_PRE))
+    sites = [Site(kind, layer) for kind in kinds for layer in range(model.n_layers)]
+    with torch.no_grad(), model.lock:
+        past: Prefix = ()
+        if first:
+            shared = prefix is not None and on.shared_prefix and len(prefix.prefix) > 0
+            past = prefix.prefix if shared and prefix is not None else model.backend.prefix(tokens, first)
+        with model.hooks([note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]):
+            made = Allocated(model.backend.module.parameters())
+            last = 1 if on.last_logits else tokens.ids.shape[1] - first
+            with made:
+                logits, calls = model.backend.run(tokens, first, past, last)
+        layers = range(model.n_layers)
+        stacks = {kind: torch.stack([store[Site(kind, layer)] for layer in layers]) for kind in keep}
+        inputs = torch.stack(
+            [store[Site(SiteKind.RESID_PRE, k)] for k in layers] + [store[Site(SiteKind.FINAL_NORM_IN)]]
+        )
+    acts = {kind: _from_column(stacks[kind], kind, start - first, axis=1) for kind in keep}
+    given = max_batch_tokens or model.max_batch_tokens
+    return BaseRun(
+        tokens,
+        start,
+        inputs[:, :, start - first :],
+        tuple(calls),
+        past if on.shared_prefix else (),
+        acts,
+        logits[:, -1].float(),
+        on,
+        inputs[:, :, :start] if first < start else None,
+        given or batch_tokens(model.device, _token_bytes(model, made.total, tokens.ids[:, first:], past, acts)),
+    )
 
 
 def run_from(
@@ -146,21 +143,32 @@ def run_from(
         base: The base run; its rows repeat in order, ``row = variant * batch + prompt``.
         layer: First block to run; ``n_layers`` runs the final norm and the unembedding only.
         resid: Input of that block. Gradients flow through it under grad mode.
-        hooks: Edits, as for `LensModel.hooks`.
+        hooks: Edits, as for `LensModel.hooks`, of that block and those after it.
         stop: Block before which to stop, for its input instead of logits.
 
     Returns:
         Logits [row d_vocab] in float32 at the last position; with ``stop`` the residual stream [row pos d_model].
     """
     variants = resid.shape[0] // len(base)
-    hidden = resid
-    with model.hooks(hooks):
-        cache = _cache(model, base.prefix, variants) if base.start else None
-        for index in range(layer, model.n_layers if stop is None else stop):
-            call = base.calls[index].expand(len(base), variants, cache)
-            hidden = model.bridge.blocks[index](hidden, *call.args, **call.kwargs)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return hidden if stop is not None else unembed(model, hidden[:, -1:])[:, 0]
+    end = model.n_layers if stop is None else stop
+    first = layer if base.shortcuts.start_layer else 0
+    dropped = 0 if base.before is None else base.start
+    with model.lock:
+        cache = None
+        if base.start and not dropped:
+            cache = model.backend.cache(base.prefix or _prefix(model, base), variants)
+        with model.hooks([_from_start(hook, dropped, base.shortcuts.last_logits) for hook in hooks]):
+            hidden = resid if first == layer else expand_rows(base.resid[0], variants)
+            if base.before is not None:
+                hidden = torch.cat([expand_rows(base.before[first], variants), hidden], dim=1)
+            for index in range(first, end + 1):
+                if index == layer and first < layer:
+                    hidden = hidden + _change(base, layer, resid, dropped)
+                if index < end:
+                    hidden = model.backend.block(index, hidden, base.calls[index], len(base), cache)
+            if stop is not None:
+                return hidden[:, dropped:]
+            return unembed(model, hidden[:, -1:] if base.shortcuts.last_logits else hidden)[:, -1]
 
 
 class _Captured(Exception):
@@ -197,19 +205,15 @@ def run_block(
 def unembed(model: LensModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
     """Final norm, unembedding and the logit soft cap where there is one; float32."""
     with model.lock:
-        logits = model.bridge.unembed(model.bridge.ln_final(resid)).float()
-    cap = float(model.bridge.cfg.output_logits_soft_cap)
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        return model.backend.unembed(resid)
 
 
 def max_variants(base: BaseRun, max_batch_tokens: int | None = None) -> int:
-    """How many variants of a base run fit into one engine batch."""
-    return max(1, (max_batch_tokens or MAX_BATCH_TOKENS) // (len(base) * base.n_pos))
-
-
-def expand_rows(tensor: Tensor, variants: int) -> Tensor:
-    """Repeat a [batch ...] tensor for each variant: [(variant batch) ...]."""
-    return repeat(tensor, "batch ... -> (variant batch) ...", variant=variants)
+    """How many variants of a base run fit into one engine batch (one, where they may not share one)."""
+    if not base.shortcuts.batch_variants:
+        return 1
+    columns = base.n_pos if base.before is None else base.tokens.ids.shape[1]
+    return max(1, (max_batch_tokens or base.max_batch_tokens) // (len(base) * columns))
 
 
 def split_rows(tensor: Tensor, variants: int) -> Tensor:
@@ -217,64 +221,82 @@ def split_rows(tensor: Tensor, variants: int) -> Tensor:
     return rearrange(tensor, "(variant batch) ... -> variant batch ...", variant=variants)
 
 
-def check_engine(model: LensModel, tokens: Tokens) -> float:
-    """Largest difference between the engine's logits and a whole forward's, from the first and the middle layer."""
-    whole = model.logits(tokens)
-    gaps = []
-    for start in (0, tokens.ids.shape[1] // 2):
-        base = base_run(model, tokens, start, keep=())
-        for layer in (0, model.n_layers // 2, model.n_layers):
-            with torch.no_grad():
-                rows = run_from(model, base, layer, expand_rows(base.resid[layer], 2))
-            gaps.append((split_rows(rows, 2) - whole).abs().max())
+def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None = None) -> float:
+    """Largest difference of the engine's logits from whole forwards', with a layer edited and without.
+
+    Args:
+        model: The model.
+        tokens: Two or more prompts.
+        shortcuts: What the engine leaves out; the model's by default.
+    """
+    on = model.shortcuts if shortcuts is None else shortcuts
+    width, middle = tokens.ids.shape[1], model.n_layers // 2
+    start, site = width // 2, Site(SiteKind.Z, middle)
+
+    def halve(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, :start], tensor[:, start:] / 2], dim=1)
+
+    with torch.no_grad(), model.lock:
+        plain = model.backend.logits(tokens, width)[:, -1].float()
+        with model.hooks([(site, halve)]):
+            edited = model.backend.logits(tokens, width)[:, -1].float()
+        base = base_run(model, tokens, start, (), shortcuts=on)
+        base = base_run(model, tokens, start, (), base, shortcuts=on)
+        # another run in between: what a block remembers of its last run must not matter
+        model.backend.logits(tokens.rows(slice(0, 1)), 1)
+        gaps = [(base.logits - plain).abs().max()]
+        chunks = [[False, True]] if on.batch_variants else [[False], [True]]
+        for layer in (middle, 0, model.n_layers):
+            for chunk in chunks:
+                scale = torch.tensor([0.5 if edit else 1.0 for edit in chunk], device=model.device)
+                rows = repeat(scale, "variant -> (variant batch) 1 1 1", batch=len(tokens))
+                hooks = [(site, _scaled(rows))] if layer <= middle else []
+                found = run_from(model, base, layer, expand_rows(base.resid[layer], len(chunk)), hooks)
+                for logits, edit in zip(split_rows(found, len(chunk)), chunk, strict=True):
+                    gaps.append((logits - (edited if edit and hooks else plain)).abs().max())
     return float(torch.stack(gaps).max())  # NaN if any is: Python's max would lose it
 
 
-def _prefix(model: LensModel, tokens: Tokens, start: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    if not start:
-        return ()
-    from transformers import DynamicCache
-
-    ids, mask = tokens.ids[:, :start], tokens.mask[:, :start]
-    # prompts of one length begin with the same tokens of the chat template: one row is run for all
-    same = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
-    rows = slice(0, 1) if same else slice(None)
-    cache = DynamicCache()
-    model.hf_model(
-        input_ids=ids[rows],
-        attention_mask=mask[rows].long(),
-        position_ids=tokens.position_ids[rows, :start],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    layers: list[Any] = list(cache.layers)
-    return tuple(
-        (layer.keys.expand(len(ids), -1, -1, -1), layer.values.expand(len(ids), -1, -1, -1)) for layer in layers
-    )
+def _token_bytes(model: LensModel, made: int, ids: Tensor, past: Prefix, acts: Mapping[SiteKind, Tensor]) -> float:
+    """What one column of one row of a variant needs at most, from what the base run made of ``ids``."""
+    block = made / model.n_layers
+    replaced = sum(tensor.nbytes for tensor in acts.values())  # every layer's values, where a variant replaces them
+    kept = sum(keys.nbytes + values.nbytes for keys, values in past)
+    joined = 1 + ids.shape[1] / past[0][0].shape[2] if past else 1.0  # the run's own columns join the prefix
+    logits = 4 * len(ids) * model.d_vocab * 4  # float32, and a few copies in the metric
+    return (block + replaced + kept * joined + logits) / ids.numel()
 
 
-def _cache(model: LensModel, prefix: Sequence[tuple[Tensor, Tensor]], variants: int = 1) -> Any:
-    """A fresh key-value cache holding the prefix; running on appends to it, so every run needs its own."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(prefix):
-        cache.update(expand_rows(keys, variants), expand_rows(values, variants), layer)
-    return cache
+def _scaled(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: (tensor * rows).to(tensor.dtype)
 
 
-def _is_cache(value: Any) -> bool:
-    from transformers import Cache
+def _prefix(model: LensModel, base: BaseRun) -> Prefix:
+    with torch.no_grad():
+        return model.backend.prefix(base.tokens, base.start)
 
-    return isinstance(value, Cache)
+
+def _change(base: BaseRun, layer: int, resid: Tensor, dropped: int) -> Tensor:
+    """What a caller's stream differs by from the stored one, for the columns that are run."""
+    change = resid - expand_rows(base.resid[layer], resid.shape[0] // len(base))
+    return torch.nn.functional.pad(change, (0, 0, dropped, 0))
 
 
-def _expand(value: Any, batch: int, variants: int) -> Any:
-    """Repeat whatever has a batch axis of the base run for each variant."""
-    if isinstance(value, torch.Tensor):
-        has_batch = value.ndim > 1 and value.shape[0] == batch and batch > 1
-        return expand_rows(value, variants) if has_batch and variants > 1 else value
-    if isinstance(value, tuple):
-        return tuple(_expand(item, batch, variants) for item in value)
-    return value
+def _from_column(tensor: Tensor, kind: SiteKind, start: int, axis: int = 0) -> Tensor:
+    """The columns from ``start`` on; ``axis`` axes stand before the batch's."""
+    axis += 2 if kind in _HEAD_FIRST else 1
+    return tensor.narrow(axis, start, tensor.shape[axis] - start)
+
+
+def _from_start(hook: Hook, dropped: int, last_only: bool) -> Hook:
+    """The same hook where all columns are run: it sees, and edits, those from the start on."""
+    site, function = hook
+    if not dropped or (site.kind in GLOBAL and last_only):
+        return hook
+    axis = 2 if site.kind in _HEAD_FIRST else 1
+
+    def edit(tensor: Tensor) -> Tensor | None:
+        new = function(_from_column(tensor, site.kind, dropped))
+        return None if new is None else torch.cat([tensor.narrow(axis, 0, dropped), new], dim=axis)
+
+    return (site, edit)

@@ -1,7 +1,6 @@
 """`LensModel`: a chat model with TransformerLens hooks, chat-template tokens and greedy generation."""
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.models.backend import Backend, lock_of
+from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
-from mechsafety.sites import Site, hook_name
+from mechsafety.sites import Site
 
 if TYPE_CHECKING:
     import mechsafety.cache
@@ -37,48 +38,58 @@ class LensModel:
 
     Attributes:
         name: What it was loaded as.
-        bridge: The TransformerLens bridge.
+        backend: The TransformerLens model, of either generation, behind one interface.
         tokenizer: Its tokenizer.
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes.
-        post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2);
-            found at load. Head outputs then do not sum to the residual stream.
+        post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
+            Head outputs then do not sum to the residual stream.
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
+        shortcuts: What the forward engine leaves out; set at load to what is exact on this model.
+        max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.budget`).
+        lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
     """
 
-    def __init__(self, name: str, bridge: Any, tokenizer: Any) -> None:
+    def __init__(self, name: str, backend: Backend, tokenizer: Any) -> None:
         self.name = name
-        self.bridge = bridge
+        self.backend = backend
         self.tokenizer = tokenizer
-        cfg = bridge.cfg
-        self.n_layers: int = cfg.n_layers
-        self.n_heads: int = cfg.n_heads
-        self.n_kv_heads: int = cfg.n_key_value_heads or cfg.n_heads
-        self.d_model: int = cfg.d_model
-        self.d_head: int = cfg.d_head
-        self.d_mlp: int = cfg.d_mlp
-        self.d_vocab: int = cfg.d_vocab
-        self.post_norm = False
-        self.parallel = bool(cfg.parallel_attn_mlp)
-        self.lock = threading.RLock()
+        sizes = backend.sizes
+        self.n_layers = sizes.n_layers
+        self.n_heads = sizes.n_heads
+        self.n_kv_heads = sizes.n_kv_heads
+        self.d_model = sizes.d_model
+        self.d_head = sizes.d_head
+        self.d_mlp = sizes.d_mlp
+        self.d_vocab = sizes.d_vocab
+        self.post_norm = sizes.post_norm
+        self.parallel = sizes.parallel
+        self.shortcuts = Shortcuts()
+        self.max_batch_tokens: int | None = None
+        self.lock = lock_of(backend.module)
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" over {self.n_kv_heads}" if self.n_kv_heads != self.n_heads else "")
         return f"LensModel({self.name}: {self.n_layers} layers, {heads}, d_mlp {self.d_mlp}, {self.dtype_name})"
 
     @property
+    def bridge(self) -> Any:
+        """TransformerLens' own object: a TransformerBridge or a HookedTransformer."""
+        return self.backend.tl_model
+
+    @property
     def hf_model(self) -> Any:
-        """The Hugging Face model underneath (its blocks are the bridge's)."""
-        return self.bridge.original_model
+        """The torch module that holds the weights: the Hugging Face model where one runs, else TransformerLens'."""
+        return self.backend.module
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.hf_model.parameters()).device
+        return next(self.backend.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the weights."""
-        return next(self.hf_model.parameters()).dtype
+        return next(self.backend.module.parameters()).dtype
 
     @property
     def dtype_name(self) -> str:
@@ -118,10 +129,10 @@ class LensModel:
             rows.append(encoded["input_ids"])
             spans.append(Spans((inside[0], inside[-1] + 1), len(rows[-1])))
         width = max(map(len, rows))
-        if width > self.bridge.cfg.n_ctx:
+        if width > self.backend.sizes.n_ctx:
             longest = prompts[max(range(len(rows)), key=lambda k: len(rows[k]))]
             raise MechsafetyError(
-                f"a prompt of {width} tokens ({longest[:40]!r} ...)", expected=f"at most {self.bridge.cfg.n_ctx}"
+                f"a prompt of {width} tokens ({longest[:40]!r} ...)", expected=f"at most {self.backend.sizes.n_ctx}"
             )
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
@@ -181,11 +192,7 @@ class LensModel:
 
         No hook is left behind, also after an exception.
         """
-
-        def adapt(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., Any]:
-            return lambda tensor, hook: function(tensor)
-
-        with self.lock, self.bridge.hooks(fwd_hooks=[(hook_name(site), adapt(fn)) for site, fn in hooks]):
+        with self.lock, self.backend.hooks(hooks):
             yield
 
     def read(self, tokens: Tokens, sites: Sequence[Site]) -> dict[Site, Tensor]:
@@ -211,26 +218,14 @@ class LensModel:
         Gradients follow the caller's grad mode.
         """
         with self.lock:
-            return self.hf_model(
-                input_ids=tokens.ids,
-                attention_mask=tokens.mask.long(),
-                position_ids=tokens.position_ids,
-                logits_to_keep=keep,
-                use_cache=False,
-            ).logits
+            if self.shortcuts.last_logits:
+                return self.backend.logits(tokens, keep)
+            return self.backend.logits(tokens, tokens.ids.shape[1])[:, -keep:]
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
         """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order."""
         from tqdm.auto import tqdm
-        from transformers import GenerationConfig
 
-        # the model's own generation options may hold a repetition penalty, which is not greedy
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            eos_token_id=self.hf_model.generation_config.eos_token_id,
-        )
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies = [""] * len(prompts)
         starts = range(0, len(order), batch_size)
@@ -238,12 +233,8 @@ class LensModel:
             chunk = order[start : start + batch_size]
             tokens = self.tokenize([prompts[k] for k in chunk])
             with self.lock, torch.no_grad():
-                out = self.hf_model.generate(
-                    input_ids=tokens.ids,
-                    attention_mask=tokens.mask.long(),
-                    generation_config=greedy,
-                )
-            texts = self.tokenizer.batch_decode(out[:, tokens.ids.shape[1] :], skip_special_tokens=True)
+                new = self.backend.greedy(tokens, max_new_tokens, self.tokenizer.pad_token_id or 0)
+            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for k, text in zip(chunk, texts, strict=True):
                 replies[k] = text.strip()
         return replies
@@ -260,11 +251,15 @@ class LensModel:
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of a layer's heads."""
-        return self.bridge.blocks[layer].attn.W_O
+        return self.backend.W_O(layer)
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's attention; zeros where there is none."""
+        return self.backend.b_O(layer)
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights of a layer's neurons."""
-        return self.bridge.blocks[layer].mlp.W_out
+        return self.backend.W_out(layer)
 
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``: norm, MLP, and the norm after it where there is one.
@@ -272,20 +267,17 @@ class LensModel:
         ``resid`` is the stream after attention (before it in parallel blocks).
         """
         with self.lock:
-            return self._mlp(self.bridge.blocks[layer], resid)
-
-    def _mlp(self, block: Any, resid: Tensor) -> Tensor:
-        if hasattr(block, "ln2"):
-            resid = block.ln2(resid)
-        elif self.parallel:
-            resid = block.ln1(resid)
-        out = block.mlp(resid)
-        return block.ln2_post(out) if hasattr(block, "ln2_post") else out
+            return self.backend.mlp(layer, resid)
 
     @cached_property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
-        return self.bridge.W_U
+        return self.backend.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias; zeros where there is none."""
+        return self.backend.b_U
 
     def frozen_final_norm(
         self, resid: Float[Tensor, "*rows d_model"]
@@ -295,21 +287,18 @@ class LensModel:
         Parts of a residual stream can be sent through it one by one: their images sum to the norm's output, once the
         bias (LayerNorm only), which the returned function adds each time, is counted once.
         """
-        norm, cfg = self.bridge.ln_final, self.bridge.cfg
-        weight = norm.weight.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
-        x = resid.float()
-        if cfg.uses_rms_norm:
-            scale = (x.square().mean(-1, keepdim=True) + cfg.eps).sqrt()
-            return lambda part: part.float() / scale * weight
-        scale = (x.var(-1, keepdim=True, unbiased=False) + cfg.eps).sqrt()
-        bias = norm.bias.float() if getattr(norm, "bias", None) is not None else torch.zeros_like(weight)
-        return lambda part: (part.float() - part.float().mean(-1, keepdim=True)) / scale * weight + bias
+        norm, x = self.backend.final_norm, resid.float()
+        if not norm.centred:
+            scale = (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+            return lambda part: part.float() / scale * norm.weight
+        scale = (x.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt()
+        return lambda part: (part.float() - part.float().mean(-1, keepdim=True)) / scale * norm.weight + norm.bias
 
     @cached_property
     def weights_sha256(self) -> str:
         """Hash of all parameters, by name."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.hf_model.state_dict().items()):
+        for name, parameter in sorted(self.backend.weights().items()):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()

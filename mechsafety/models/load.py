@@ -1,7 +1,5 @@
 """`load_model`: one call from a name, folder, GGUF file or pair to a checked `LensModel`."""
 
-import copy
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,17 @@ import torch
 
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.adapters import apply_adapter
+from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
 from mechsafety.models.checks import check_model, reference_logits
 from mechsafety.models.demo import adapter_folder, base_folder, load_gguf
 from mechsafety.models.lens import PLAIN_TEMPLATE, LensModel
-
-logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str] | tuple[Any, Any],
+    name_or_path: str | os.PathLike[str] | tuple[Any, Any] | torch.nn.Module,
     adapter: str | os.PathLike[str] | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -34,8 +31,10 @@ def load_model(
         name_or_path: ``"demo"`` (the embedded model with its refusal adapter), ``"demo-helpful"`` (with the one for
             short answers), ``"demo-base"`` (without), a hub id, a local Hugging Face folder, a ``.gguf`` file, or a
             ``(model, tokenizer)`` pair. A pair's model is wrapped in place: it goes over to eager attention and its
-            blocks become TransformerLens'.
-        adapter: Folder of a peft adapter to merge.
+            blocks become TransformerLens'. (Under TransformerLens 3.9 its weights are copied.) It may also be
+            TransformerLens' own, a `TransformerBridge` (4.x) or a `HookedTransformer` (3.9, with norms folded or not),
+            alone if it has its tokenizer.
+        adapter: Folder of a peft adapter to merge; not for TransformerLens' own models.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; None means float32 (or a pair's own).
         chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models that bring none.
@@ -48,11 +47,12 @@ def load_model(
     """
     kind = _dtype(dtype)
     place = _device(device)
-    if isinstance(name_or_path, tuple):
-        name, (model, tokenizer) = "pair", _pair(name_or_path)
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    else:
+    if isinstance(name_or_path, str | os.PathLike):
         name, model, tokenizer = _read(os.fspath(name_or_path), kind or torch.float32)
+    else:
+        pair = name_or_path if isinstance(name_or_path, tuple) else (name_or_path, _own_tokenizer(name_or_path))
+        model, tokenizer = _pair(pair)
+        name = _name(model)
     if adapter is None and isinstance(name_or_path, str) and DEMO.get(name_or_path):
         shown, adapter = name, adapter_folder(str(DEMO[name_or_path]))
     else:
@@ -60,6 +60,10 @@ def load_model(
         shown = "demo-base" if name in DEMO else _public_name(name)
         shown += f"+{Path(adapter).name}" if adapter is not None else ""
     if adapter is not None:
+        if is_wrapped(model):
+            raise MechsafetyError(
+                "an adapter for a wrapped model", cure="merge it before TransformerLens wraps the model"
+            )
         model = apply_adapter(model, adapter)
     if place is not None:
         model = model.to(place)
@@ -68,34 +72,11 @@ def load_model(
     _set_template(tokenizer, chat_template, name)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    reference = reference_logits(model, tokenizer)
-    lens = LensModel(shown, _boot(name, model, tokenizer), tokenizer)
+    # before the model is wrapped
+    reference = None if is_wrapped(model) else reference_logits(model, tokenizer)
+    lens = LensModel(shown, wrap(name, model, tokenizer), tokenizer)
     check_model(lens, reference)
     return lens
-
-
-def _boot(name: str, model: Any, tokenizer: Any) -> Any:
-    logging_level = logging.getLogger().level
-    from transformer_lens.model_bridge import TransformerBridge
-
-    logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
-    device = str(next(model.parameters()).device)
-    # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
-    # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
-    copied = copy.deepcopy(tokenizer)
-    if not model.config.architectures:  # of a model made in memory; TransformerLens goes by this name
-        model.config.architectures = [type(model).__name__]
-    copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
-    try:
-        bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
-    except Exception as error:  # adapters raise whatever they meet; the user needs one line
-        raise MechsafetyError(
-            f"TransformerLens cannot wrap a {type(model).__name__} ({first_line(error)})",
-            expected="an architecture that TransformerBridge knows",
-        ) from error
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)  # analyses differentiate activations, never weights
-    return bridge
 
 
 def _read(name: str, dtype: Any) -> tuple[str, Any, Any]:
@@ -138,9 +119,24 @@ def _pair(pair: tuple[Any, Any]) -> tuple[Any, Any]:
         kinds = tuple(type(item).__name__ for item in pair)
         raise MechsafetyError(f"a tuple of {kinds}", expected="(Hugging Face model, tokenizer)")
     model = pair[0]
+    if is_wrapped(model):
+        return model, pair[1]
     if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
         raise MechsafetyError("this model is wrapped already", cure="pass a fresh model, or copy.deepcopy it first")
     return model.eval(), pair[1]
+
+
+def _own_tokenizer(model: Any) -> Any:
+    """The tokenizer that a TransformerLens model brings."""
+    if not is_wrapped(model) or model.tokenizer is None:
+        raise MechsafetyError(f"a {type(model).__name__} without a tokenizer", cure="pass (model, tokenizer)")
+    return model.tokenizer
+
+
+def _name(model: Any) -> str:
+    """What a model that was handed over is called."""
+    own = wrapped_name(model) if is_wrapped(model) else getattr(model.config, "_name_or_path", "")
+    return own or type(model).__name__
 
 
 def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:

@@ -107,6 +107,7 @@ def activation_patching(
     positions: str | Sequence[int] = "all",
     source: str = "other",
     seed: int = 0,
+    max_batch_tokens: int | None = None,
     progress: bool = True,
 ) -> PatchMap:
     """Replace single nodes' or sites' values and run on, exactly (causal tracing, Meng et al. 2022).
@@ -124,6 +125,7 @@ def activation_patching(
         source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts, column by column from
             the end; ``resample``: the other prompt of another pair; ``zero``.
         seed: Of ``resample``.
+        max_batch_tokens: Rows x columns that go through the model at once; None finds how many fit into memory.
         progress: Whether to show a bar.
 
     Returns:
@@ -158,7 +160,9 @@ def activation_patching(
             rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
             values = _source_values(base, other, _kinds(sites), source, seed)
             bar.total = len(batches) * len(rows)
-            parts.append(_patched(model, base, values, metric, [(sites[k], where[at]) for k, at in rows], bar.update))
+            chosen = [(sites[k], where[at]) for k, at in rows]
+            size = max_variants(base, max_batch_tokens)
+            parts.append(_patched(model, base, values, metric, chosen, size, bar.update))
     scores = torch.cat(parts, 1)
     harmful, harmless = (torch.cat(sides) for sides in zip(*scored, strict=True))
     changes = (harmful - scores) if direction == "noising" else (scores - harmless)
@@ -184,12 +188,13 @@ def _patched(
     values: Mapping[SiteKind, Tensor],
     metric: RefusalLogOdds,
     rows: Sequence[tuple[Site, Tensor]],
+    size: int,
     done: Callable[[int], object],
 ) -> Float[Tensor, "row batch"]:
-    """Metric of the base run for each (site, columns [batch pos]) patched alone."""
+    """Metric of the base run for each (site, columns [batch pos]) patched alone, ``size`` of them at a time."""
     scores = torch.zeros(len(rows), len(base), device=model.device)
     order = sorted(range(len(rows)), key=lambda row: rows[row][0].layer or 0)
-    size, sizes = max_variants(base), _sizes(model)
+    sizes = _sizes(model)
     with torch.no_grad():
         for first in range(0, len(order), size):
             chunk = order[first : first + size]

@@ -52,6 +52,7 @@ def pair_runs(
     *,
     extra: Sequence[SiteKind] = (),
     start: int | None = None,
+    max_batch_tokens: int | None = None,
 ) -> PairRuns:
     """Run both prompts of every pair once.
 
@@ -60,6 +61,7 @@ def pair_runs(
         pairs: Pairs that align.
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; the first difference by default.
+        max_batch_tokens: Rows x columns of variants that go through the model at once; None finds how many fit.
 
     Raises:
         MechsafetyError: A pair does not align.
@@ -67,9 +69,10 @@ def pair_runs(
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
-    harmful = base_run(model, tokens.harmful, first, keep)
+    harmful = base_run(model, tokens.harmful, first, keep, max_batch_tokens=max_batch_tokens)
     shared = harmful if first <= tokens.start else None
-    return PairRuns(harmful, base_run(model, tokens.harmless, first, keep, shared), first)
+    harmless = base_run(model, tokens.harmless, first, keep, shared, max_batch_tokens=max_batch_tokens)
+    return PairRuns(harmful, harmless, first)
 
 
 def pair_batches(

@@ -131,7 +131,7 @@ def path_matrix(
     for name, value, known in (("norm", norm, NORM_OPTIONS), ("direction", direction, DIRECTIONS)):
         if value not in known:
             raise MechsafetyError(f"{name}={value!r}", expected=f"one of {known}")
-    if float(getattr(model.bridge.cfg, "attn_scores_soft_cap", -1.0) or -1.0) > 0:
+    if model.backend.score_cap > 0:
         raise MechsafetyError(
             f"{model.name} caps its attention scores, which are then not linear in queries and keys",
             cure="measure single paths by path_patching(...)",
@@ -278,5 +278,4 @@ def _pull(seen: _Attention, targets: Float[Tensor, "batch head"]) -> Float[Tenso
 
 def _head_norms(model: LensModel, layer: int) -> list[torch.nn.Module]:
     """Norms of queries and keys inside a layer's heads."""
-    attn = model.bridge.blocks[layer].attn
-    return [getattr(attn, name) for name in ("q_norm", "k_norm") if getattr(attn, name, None) is not None]
+    return [norm for norm in (model.backend.head_norm(layer, slot) for slot in ("q", "k")) if norm is not None]

@@ -19,8 +19,7 @@ Module = torch.nn.Module
 
 def block_norms(model: LensModel, layer: int, *names: str) -> list[Module]:
     """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
-    block = model.bridge.blocks[layer]
-    return [getattr(block, name) for name in names if hasattr(block, name)]
+    return model.backend.norms(layer, *names)
 
 
 def mlp_norms(model: LensModel, layer: int) -> list[Module]:
@@ -79,8 +78,7 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
 
     def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         own, kept = _scale(model, args[0]), scales[module]
-        bias: Any = getattr(module, "bias", None)
-        shift = 0.0 if bias is None else bias.float()
+        shift = bias_of(module)
         ratio = own / expand_rows(kept, own.shape[0] // kept.shape[0])
         return ((out.float() - shift) * ratio + shift).to(out.dtype)
 
@@ -91,9 +89,18 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
             yield
 
 
+def bias_of(module: Module) -> Tensor | float:
+    """A norm's bias, which both TransformerLens generations name differently; 0 where there is none."""
+    for name in ("bias", "b"):
+        bias = getattr(module, name, None)
+        if bias is not None:
+            return bias.float()
+    return 0.0
+
+
 def _scale(model: LensModel, x: Tensor) -> Tensor:
     """What the model's norms divide ``x`` by."""
-    cfg, x = model.bridge.cfg, x.float()
-    if not cfg.uses_rms_norm:
+    norm, x = model.backend.final_norm, x.float()
+    if norm.centred:
         x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1, keepdim=True) + cfg.eps).sqrt()
+    return (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()

@@ -43,11 +43,11 @@ def final_scores(
         metric: What is measured.
         norm: ``recompute`` or ``freeze``, of the final norm.
     """
-    final, ln = base.resid[-1][:, -1], model.bridge.ln_final
+    final, ln = base.resid[-1][:, -1], model.backend.last_norm
     rows, n = rearrange(final + change.to(final.dtype), "variant batch d -> (variant batch) d"), len(change)
     with keep_scales(model, norm, [ln], lambda: ln(final)):
         # a soft cap is not linear, and coarser types round every logit
-        if float(model.bridge.cfg.output_logits_soft_cap) > 0 or final.dtype is not torch.float32:
+        if model.backend.logit_cap > 0 or final.dtype is not torch.float32:
             parts = rows.split(max(1, MAX_LOGITS // model.d_vocab))
             return split_rows(torch.cat([metric(unembed(model, part)) for part in parts]), n)
         with model.lock:

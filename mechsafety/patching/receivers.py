@@ -201,8 +201,8 @@ def _is_shared(model: LensModel, edit: Edit) -> bool:
     """Whether a slot's value for one head also acts on others: grouped queries, a norm over all heads (OLMo-2)."""
     if edit.slot not in ("q", "k", "v"):
         return False
-    norm = getattr(model.bridge.blocks[edit.layer].attn, f"{edit.slot}_norm", None)
-    over_heads = norm is not None and norm.weight.shape[-1] != model.d_head
+    norm = model.backend.head_norm(edit.layer, edit.slot)
+    over_heads = norm is not None and next(norm.parameters()).shape[-1] != model.d_head
     return over_heads or (edit.slot != "q" and model.n_kv_heads != model.n_heads)
 
 

@@ -220,12 +220,12 @@ def behind_norm(
     """
     for module in block_norms(model, layer, "ln1_post" if kind == "head" else "ln2_post"):
         if kind == "head":
-            z, weights, bias = base.acts[SiteKind.Z][layer], model.W_O(layer), model.bridge.blocks[layer].attn.b_O
+            z, weights, bias = base.acts[SiteKind.Z][layer], model.W_O(layer), model.backend.b_O(layer)
             total = einsum(z[:, at].float(), weights.float(), "batch pos head k, head k d_model -> batch pos d_model")
         else:
             total = stored(base.acts, SiteKind.NEURONS)[layer][:, at].float() @ neuron_weights(model, layer)
-            bias = model.bridge.blocks[layer].mlp.b_out
-        total = total if bias is None else total + bias.float()
+            bias = model.backend.b_out(layer)
+        total = total + bias.float()
         change = through_norm(model, module, total.to(base.resid.dtype), change, norm).float()
     return change
 

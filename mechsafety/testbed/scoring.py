@@ -210,11 +210,16 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
     if isinstance(result, PathMap):
         if any(len(group) > 1 for group in result.receivers):
             raise MechsafetyError("joint receivers have no truth", expected="path_patching(..., joint=False)")
+        ends = [receiver for ((receiver, _),) in result.receivers]
+        if not all(isinstance(part, Node) for part in (*result.senders, *ends)):
+            raise MechsafetyError(
+                "paths from or to sites or columns have no truth", expected="paths between whole nodes"
+            )
         return {
             Edge(sender, receiver, slot): value
             for sender, row in zip(result.senders, result.effects.tolist(), strict=True)
             for ((receiver, slot),), value in zip(result.receivers, row, strict=True)
-            if reaches(sender, receiver, parallel=False)
+            if isinstance(sender, Node) and isinstance(receiver, Node) and reaches(sender, receiver, parallel=False)
         }
     return None
 

@@ -121,7 +121,8 @@ def test_effects_do_not_depend_on_order_or_batching(llama, pairs, log_odds, monk
     edges = [CircuitEdge(edge, 0.0) for slot in PATHS for edge in edges_of(slot)]
     together = [member.effect for member in measure_edges(llama, runs, log_odds, edges)]
     backward = [member.effect for member in measure_edges(llama, runs, log_odds, edges[::-1])][::-1]
-    monkeypatch.setattr("mechsafety.models.engine.MAX_BATCH_TOKENS", 1)
+    monkeypatch.setattr(llama, "max_batch_tokens", 1)
+    runs = pair_runs(llama, pairs)
     alone = [member.effect for member in measure_edges(llama, runs, log_odds, edges)]
     np.testing.assert_allclose(together, backward, atol=1e-5)
     np.testing.assert_allclose(together, alone, atol=1e-5)

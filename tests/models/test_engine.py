@@ -36,11 +36,8 @@ def test_running_on_from_every_layer_is_the_whole_forward(any_model, pairs, star
 def test_float64_to_ten_digits(kind, make_hf_model, make_tokenizer, pairs):
     model = ms.load_model((make_hf_model(kind).double(), make_tokenizer()))
     tokens = model.tokenize_pairs(pairs)
-    position_ids = tokens.harmful.position_ids
     with torch.no_grad():
-        whole = model.hf_model(
-            input_ids=tokens.harmful.ids, attention_mask=tokens.harmful.mask.long(), position_ids=position_ids
-        ).logits[:, -1]
+        whole = model.backend.logits(tokens.harmful, 1)[:, -1]
     base = base_run(model, tokens.harmful, tokens.start)
     for layer in range(model.n_layers):
         with torch.no_grad():

@@ -1,0 +1,262 @@
+"""What the package needs of a TransformerLens model, whichever generation it is of.
+
+Two files implement it, `bridge` and `hooked`; nothing else (but `sites`, for names) knows TransformerLens.
+"""
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mechsafety.errors import MechsafetyError, first_line
+from mechsafety.prompts import Tokens
+from mechsafety.sites import Site
+
+Edit = tuple[Site, Callable[[Tensor], "Tensor | None"]]
+# keys and values of a layer's first columns, each [batch kv_head pos d_head]; how far they are processed (rotated,
+# normed) is the backend's own business
+Prefix = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes and shape of a model.
+
+    Attributes:
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab, n_ctx: Sizes.
+        parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
+        post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    parallel: bool
+    post_norm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FinalNorm:
+    """The final norm as numbers: ``(x - mean, if centred) / sqrt(mean square + eps) * weight + bias``."""
+
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    eps: float
+    centred: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What a block was called with besides its input; only the backend that made it reads it."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class Backend(ABC):
+    """One TransformerLens model.
+
+    Attributes:
+        tl_model: TransformerLens' own object.
+        module: The torch module that holds the weights.
+        sizes: Sizes.
+        rounding: How many times the usual tolerance its logits may be off from Hugging Face's: 1 where it runs the same
+            code.
+    """
+
+    tl_model: Any
+    module: nn.Module
+    sizes: Sizes
+    rounding: float
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """All parameters by name."""
+
+    @abstractmethod
+    def hooks(self, edits: Sequence[Edit]) -> AbstractContextManager[Any]:
+        """Context in which each function sees its site's activation and may return another."""
+
+    def plain_logits(self, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "pos d_vocab"]:
+        """Logits of TransformerLens' own forward on one unpadded row."""
+        with torch.no_grad():
+            return self.tl_model(ids, attention_mask=torch.ones_like(ids))[0].float()
+
+    @abstractmethod
+    def logits(self, tokens: Tokens, keep: int) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of a whole forward at the last ``keep`` columns."""
+
+    @abstractmethod
+    def prefix(self, tokens: Tokens, stop: int) -> Prefix:
+        """Keys and values of the columns before ``stop``."""
+
+    @abstractmethod
+    def run(
+        self, tokens: Tokens, start: int, prefix: Prefix, keep: int
+    ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
+        """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+
+    @abstractmethod
+    def cache(self, prefix: Prefix, variants: int) -> Any:
+        """A fresh key-value cache that holds the prefix for ``variants`` copies of the batch."""
+
+    @abstractmethod
+    def block(
+        self, layer: int, hidden: Float[Tensor, "row pos d_model"], call: BlockCall, batch: int, cache: Any
+    ) -> Float[Tensor, "row pos d_model"]:
+        """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
+
+    @abstractmethod
+    def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What a layer's MLP adds when it reads ``resid``, norms included."""
+
+    @abstractmethod
+    def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Final norm, unembedding and soft cap; float32."""
+
+    @abstractmethod
+    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+
+    @abstractmethod
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of a layer's heads."""
+
+    @abstractmethod
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's attention; zeros where there is none."""
+
+    @abstractmethod
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of a layer's neurons."""
+
+    @abstractmethod
+    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's MLP; zeros where there is none."""
+
+    @abstractmethod
+    def norms(self, layer: int, *names: str) -> list[nn.Module]:
+        """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
+
+    @abstractmethod
+    def head_norm(self, layer: int, slot: str) -> nn.Module | None:
+        """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
+
+    @property
+    @abstractmethod
+    def last_norm(self) -> nn.Module:
+        """The module of the final norm."""
+
+    @property
+    @abstractmethod
+    def logit_cap(self) -> float:
+        """Soft cap of the logits; 0 where there is none."""
+
+    @property
+    @abstractmethod
+    def score_cap(self) -> float:
+        """Soft cap of attention scores; 0 where there is none."""
+
+    @property
+    @abstractmethod
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding weights."""
+
+    @property
+    @abstractmethod
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias; zeros where there is none."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> FinalNorm:
+        """The final norm."""
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether this is a TransformerLens model of either generation."""
+    from mechsafety.models import bridge, hooked
+
+    return bridge.is_mine(model) or hooked.is_mine(model)
+
+
+def wrapped_name(model: Any) -> str:
+    """What a TransformerLens model was loaded as; empty if nobody said."""
+    return "" if model.cfg.model_name == "custom" else model.cfg.model_name
+
+
+def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
+    """The backend of a TransformerLens model; a Hugging Face model is made one by the installed TransformerLens.
+
+    Raises:
+        MechsafetyError: TransformerLens does not know the architecture, or the model was changed in a way that the
+            analyses cannot work with.
+    """
+    from mechsafety.models import bridge, hooked
+
+    for generation in (bridge, hooked):
+        if generation.is_mine(model):
+            backend = generation.wrap(model)
+            break
+    else:
+        generation = hooked if hooked.installed() else bridge
+        try:
+            backend = generation.convert(name, model, tokenizer)
+        except MechsafetyError:
+            raise
+        except Exception as error:  # TransformerLens raises whatever it meets; the user needs one line
+            raise MechsafetyError(
+                f"TransformerLens cannot wrap a {type(model).__name__} ({first_line(error)})",
+                expected=f"an architecture that {generation.NAME} knows",
+            ) from error
+    for parameter in backend.module.parameters():
+        parameter.requires_grad_(False)  # analyses differentiate activations, never weights
+    return backend
+
+
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def lock_of(module: nn.Module) -> "threading.RLock":
+    """The one lock of a model, however often it is wrapped: hooks live on its shared modules."""
+    with _MAKING:
+        return _LOCKS.setdefault(module, threading.RLock())
+
+
+def expand_rows(tensor: Tensor, variants: int) -> Tensor:
+    """Repeat a [batch ...] tensor for each variant: [(variant batch) ...]."""
+    return repeat(tensor, "batch ... -> (variant batch) ...", variant=variants)
+
+
+def expand_batched(value: Any, batch: int, variants: int) -> Any:
+    """Repeat whatever has the batch axis of a stored run for each variant; tuples item by item."""
+    if isinstance(value, torch.Tensor):
+        has_batch = value.ndim > 1 and value.shape[0] == batch and batch > 1
+        return expand_rows(value, variants) if has_batch and variants > 1 else value
+    if isinstance(value, tuple):
+        return tuple(expand_batched(item, batch, variants) for item in value)
+    return value
+
+
+def adapt(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., "Tensor | None"]:
+    """A function of a tensor as TransformerLens calls it."""
+    return lambda tensor, hook: function(tensor)
+
+
+def is_lens(model: Any, name: str) -> bool:
+    """Whether ``model`` is of TransformerLens' class ``name`` or one derived from it; imports nothing."""
+    return any(kind.__name__ == name and kind.__module__.startswith("transformer_lens") for kind in type(model).__mro__)

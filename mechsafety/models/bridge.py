@@ -1,0 +1,275 @@
+"""TransformerLens 4: a `TransformerBridge` around a Hugging Face model, whose own code runs."""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models.backend import (
+    Backend,
+    BlockCall,
+    Edit,
+    FinalNorm,
+    Prefix,
+    Sizes,
+    adapt,
+    expand_batched,
+    expand_rows,
+    is_lens,
+)
+from mechsafety.prompts import Tokens
+from mechsafety.sites import Generation, hook_name
+
+NAME = "TransformerBridge"
+
+
+def is_mine(model: Any) -> bool:
+    """Whether this is a bridge."""
+    return is_lens(model, NAME)
+
+
+def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
+    """Wrap a Hugging Face model in place: it goes over to eager attention and its blocks become TransformerLens'."""
+    logging_level = logging.getLogger().level
+    from transformer_lens.model_bridge import TransformerBridge
+
+    logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
+    # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
+    # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
+    copied = copy.deepcopy(tokenizer)
+    if not model.config.architectures:  # of a model made in memory; TransformerLens goes by this name
+        model.config.architectures = [type(model).__name__]
+    copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
+    device = str(next(model.parameters()).device)
+    return BridgeBackend(TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device))
+
+
+def wrap(bridge: Any) -> "BridgeBackend":
+    """The backend of a bridge that its owner made.
+
+    Raises:
+        MechsafetyError: It is in compatibility mode, which folds norms into weights.
+    """
+    if getattr(bridge, "compatibility_mode", False):
+        raise MechsafetyError(
+            "a TransformerBridge in compatibility mode",
+            expected="one with its own weights",
+            cure="boot it again and leave enable_compatibility_mode() out",
+        )
+    bridge.original_model.eval()
+    return BridgeBackend(bridge)
+
+
+class BridgeBackend(Backend):
+    """See `Backend`."""
+
+    rounding = 1.0
+
+    def __init__(self, bridge: Any) -> None:
+        self.tl_model = bridge
+        self.module: Any = bridge.original_model
+        cfg = bridge.cfg
+        self.sizes = Sizes(
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            d_mlp=cfg.d_mlp,
+            d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            parallel=bool(cfg.parallel_attn_mlp),
+            post_norm=hasattr(bridge.blocks[0], "ln1_post"),
+        )
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All parameters by name."""
+        return self.module.state_dict()
+
+    def hooks(self, edits: Sequence[Edit]) -> AbstractContextManager[Any]:
+        """Context in which each function sees its site's activation and may return another."""
+        return self.tl_model.hooks(fwd_hooks=[(hook_name(site, Generation.BRIDGE), adapt(fn)) for site, fn in edits])
+
+    def logits(self, tokens: Tokens, keep: int) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of a whole forward at the last ``keep`` columns, padding handled by mask and position ids."""
+        return self.module(
+            input_ids=tokens.ids,
+            attention_mask=tokens.mask.long(),
+            position_ids=tokens.position_ids,
+            logits_to_keep=keep,
+            use_cache=False,
+        ).logits
+
+    def prefix(self, tokens: Tokens, stop: int) -> Prefix:
+        """Keys (rotated) and values of the columns before ``stop``."""
+        from transformers import DynamicCache
+
+        ids, mask = tokens.ids[:, :stop], tokens.mask[:, :stop]
+        # prompts of one length begin with the same tokens of the chat template: one row is run for all
+        same = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
+        rows = slice(0, 1) if same else slice(None)
+        cache = DynamicCache()
+        self.module(
+            input_ids=ids[rows],
+            attention_mask=mask[rows].long(),
+            position_ids=tokens.position_ids[rows, :stop],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers: list[Any] = list(cache.layers)
+        shape = (len(ids), -1, -1, -1)
+        return tuple((layer.keys.expand(shape), layer.values.expand(shape)) for layer in layers)
+
+    def run(
+        self, tokens: Tokens, start: int, prefix: Prefix, keep: int
+    ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
+        """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+        calls: dict[int, BlockCall] = {}
+
+        def note(layer: int) -> Callable[..., None]:
+            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                calls[layer] = BlockCall(tuple(args[1:]), rest)
+
+            return hook
+
+        handles: list[Any] = []
+        try:
+            for layer, block in enumerate(self.tl_model.blocks):
+                handles.append(block.register_forward_pre_hook(note(layer), with_kwargs=True))
+            out = self.module(
+                input_ids=tokens.ids[:, start:],
+                attention_mask=tokens.mask.long(),
+                position_ids=tokens.position_ids[:, start:],
+                past_key_values=self.cache(prefix, 1) if start else None,
+                use_cache=bool(start),
+                logits_to_keep=keep,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return out.logits, [calls[layer] for layer in range(self.sizes.n_layers)]
+
+    def cache(self, prefix: Prefix, variants: int) -> Any:
+        """A fresh key-value cache that holds the prefix; running on appends to it, so every run needs its own."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(prefix):
+            cache.update(expand_rows(keys, variants), expand_rows(values, variants), layer)
+        return cache
+
+    def block(
+        self, layer: int, hidden: Float[Tensor, "row pos d_model"], call: BlockCall, batch: int, cache: Any
+    ) -> Float[Tensor, "row pos d_model"]:
+        """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
+        from transformers import Cache
+
+        variants = hidden.shape[0] // batch
+
+        def again(value: Any) -> Any:
+            return cache if isinstance(value, Cache) else expand_batched(value, batch, variants)
+
+        kwargs = {key: again(value) for key, value in call.kwargs.items()}
+        out = self.tl_model.blocks[layer](hidden, *map(again, call.args), **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What a layer's MLP adds when it reads ``resid``, norms included."""
+        block = self.tl_model.blocks[layer]
+        if hasattr(block, "ln2"):
+            resid = block.ln2(resid)
+        elif self.sizes.parallel:
+            resid = block.ln1(resid)
+        out = block.mlp(resid)
+        return block.ln2_post(out) if hasattr(block, "ln2_post") else out
+
+    def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Final norm, unembedding and soft cap; float32."""
+        logits = self.tl_model.unembed(self.tl_model.ln_final(resid)).float()
+        cap = float(self.tl_model.cfg.output_logits_soft_cap)
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+        from transformers import GenerationConfig
+
+        # the model's own generation options may hold a repetition penalty, which is not greedy
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=self.module.generation_config.eos_token_id,
+        )
+        mask = tokens.mask.long()
+        out = self.module.generate(input_ids=tokens.ids, attention_mask=mask, generation_config=greedy)
+        return out[:, tokens.ids.shape[1] :]
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of a layer's heads."""
+        return self.tl_model.blocks[layer].attn.W_O
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's attention; zeros where there is none."""
+        bias = getattr(self.tl_model.blocks[layer].attn, "b_O", None)
+        return bias if bias is not None else self.W_O(layer).new_zeros(self.sizes.d_model)
+
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of a layer's neurons."""
+        return self.tl_model.blocks[layer].mlp.W_out
+
+    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's MLP; zeros where there is none."""
+        bias = getattr(self.tl_model.blocks[layer].mlp, "b_out", None)
+        return bias if bias is not None else self.W_out(layer).new_zeros(self.sizes.d_model)
+
+    def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
+        """A block's norms of the given names, where it has them."""
+        block = self.tl_model.blocks[layer]
+        return [getattr(block, name) for name in names if hasattr(block, name)]
+
+    def head_norm(self, layer: int, slot: str) -> torch.nn.Module | None:
+        """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
+        return getattr(self.tl_model.blocks[layer].attn, f"{slot}_norm", None)
+
+    @property
+    def logit_cap(self) -> float:
+        """Soft cap of the logits; 0 where there is none."""
+        return max(0.0, float(self.tl_model.cfg.output_logits_soft_cap))
+
+    @property
+    def score_cap(self) -> float:
+        """Soft cap of attention scores; 0 where there is none."""
+        return max(0.0, float(getattr(self.tl_model.cfg, "attn_scores_soft_cap", None) or 0.0))
+
+    @property
+    def last_norm(self) -> torch.nn.Module:
+        """The module of the final norm."""
+        return self.tl_model.ln_final
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding weights."""
+        return self.tl_model.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias; zeros where there is none."""
+        bias = getattr(self.tl_model.unembed, "b_U", None)
+        return bias if bias is not None else self.W_U.new_zeros(self.W_U.shape[1])
+
+    @property
+    def final_norm(self) -> FinalNorm:
+        """The final norm."""
+        norm, cfg = self.tl_model.ln_final, self.tl_model.cfg
+        weight = norm.weight.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
+        bias = getattr(norm, "bias", None) if not cfg.uses_rms_norm else None
+        bias = bias.float() if bias is not None else torch.zeros_like(weight)
+        return FinalNorm(weight, bias, float(cfg.eps), not cfg.uses_rms_norm)

@@ -1,0 +1,82 @@
+"""How many rows x columns of variants the engine runs at once: as many as memory allows, within bounds."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# on a CPU larger batches gain nothing; on a GPU they do
+CPU_TOKENS = 2048
+GPU_TOKENS = 65536
+# of the free memory; on a CPU others need it too, so never more than a gibibyte
+CPU_SHARE, GPU_SHARE = 0.25, 0.5
+CPU_BYTES = 2**30
+
+
+class Allocated(TorchDispatchMode):
+    """Context that counts the bytes of all new tensors, views not counted: what a run would hold if it freed nothing.
+
+    Args:
+        weights: Tensors whose copies are not counted: their size does not depend on the batch.
+
+    Attributes:
+        total: Bytes so far.
+
+    Example:
+        >>> with Allocated() as seen:
+        ...     _ = torch.zeros(10)[:5] + 1
+        >>> seen.total
+        60
+    """
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.total = 0
+        self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        if not given or not given <= self._weights:
+            new = [tensor.untyped_storage() for tensor in _tensors(out)]
+            self.total += sum(storage.nbytes() for storage in new if storage.data_ptr() not in given)
+        return out
+
+
+def batch_tokens(device: torch.device, bytes_per_token: float) -> int:
+    """Rows x columns that fit: the largest power of two within a share of the free memory and the device's bound.
+
+    A power of two, so that a little more or less free memory gives the same batches and thereby the same rounding.
+
+    Args:
+        device: Where the model is.
+        bytes_per_token: What one column of one row needs.
+
+    Example:
+        >>> batch_tokens(torch.device("cpu"), 1.0)
+        2048
+    """
+    most = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+    fit = free_bytes(device) / max(bytes_per_token, 1.0)
+    return int(min(most, 2 ** math.floor(math.log2(max(fit, 1.0)))))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Share of the free memory that a batch may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # torch keeps what it has freed for itself
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(GPU_SHARE * free)
+    import psutil
+
+    return int(min(CPU_SHARE * psutil.virtual_memory().available, CPU_BYTES))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]

@@ -1,0 +1,443 @@
+"""TransformerLens 3.9: a `HookedTransformer`, TransformerLens' own model code on converted weights."""
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models.backend import (
+    Backend,
+    BlockCall,
+    Edit,
+    FinalNorm,
+    Prefix,
+    Sizes,
+    adapt,
+    expand_rows,
+    is_lens,
+)
+from mechsafety.prompts import Tokens
+from mechsafety.sites import Generation, hook_name
+
+NAME = "HookedTransformer"
+
+
+def is_mine(model: Any) -> bool:
+    """Whether this is a HookedTransformer."""
+    return is_lens(model, NAME)
+
+
+def installed() -> bool:
+    """Whether the installed TransformerLens still has it (before 4.0)."""
+    package = importlib.util.find_spec("transformer_lens")  # looks for it without importing it
+    folders = (package.submodule_search_locations or []) if package else []
+    return any((Path(folder) / f"{NAME}.py").is_file() for folder in folders)
+
+
+def convert(name: str, model: Any, tokenizer: Any) -> "HookedBackend":
+    """A HookedTransformer with the weights of a Hugging Face model, which is left as it is.
+
+    TransformerLens' own loader goes by official model names; here the configuration is read from the model's.
+
+    Raises:
+        MechsafetyError: The architecture is not among those that are converted.
+    """
+    logging_level = logging.getLogger().level
+    with _quiet():
+        import transformer_lens
+        from transformer_lens.pretrained import weight_conversions
+
+        architecture = type(model).__name__
+        if architecture not in _CONVERTERS:
+            raise MechsafetyError(
+                f"{NAME} cannot be made from a {architecture}",
+                expected=f"one of {sorted(_CONVERTERS)}",
+                cure="install transformer_lens>=4.3",
+            )
+        parameter = next(model.parameters())
+        options = _options(model.config, architecture)
+        cfg = transformer_lens.HookedTransformerConfig(
+            **options,
+            model_name=name,
+            original_architecture=architecture,
+            dtype=parameter.dtype,
+            device=str(parameter.device),
+            init_weights=False,
+        )
+        lens = transformer_lens.HookedTransformer(cfg, tokenizer=None, move_to_device=False)
+        with torch.no_grad():
+            weights = getattr(weight_conversions, _CONVERTERS[architecture])(model, cfg)
+        # as they are: folding would move the residual stream's basis, the unembedding's zero and the heads' biases
+        lens.load_and_process_state_dict(
+            weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+        )
+    logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    # another implementation of the same model, which rounds differently
+    return HookedBackend(lens.eval().to(parameter.device, print_details=False), ends, rounding=10.0)
+
+
+def wrap(lens: Any) -> "HookedBackend":
+    """The backend of a HookedTransformer that its owner made, with norms folded or not.
+
+    Raises:
+        MechsafetyError: It repeats keys and values for all heads, or lacks parts that the analyses read.
+    """
+    cfg = lens.cfg
+    if cfg.ungroup_grouped_query_attention and cfg.n_key_value_heads:
+        raise MechsafetyError(
+            "a HookedTransformer that repeats its keys and values for all heads",
+            expected="one a key-value head",
+            cure="call set_ungroup_grouped_query_attention(False) on it",
+        )
+    plain = cfg.positional_embedding_type in ("standard", "rotary") and not cfg.num_experts and not cfg.attn_only
+    if not plain or cfg.normalization_type is None:
+        raise MechsafetyError(
+            "a HookedTransformer without norms or plain MLPs, or with other positions",
+            expected="a decoder with norms, MLPs, and standard or rotary positions",
+        )
+    return HookedBackend(lens.eval(), getattr(lens.tokenizer, "eos_token_id", None))
+
+
+class HookedBackend(Backend):
+    """See `Backend`."""
+
+    def __init__(self, lens: Any, ends: int | Sequence[int] | None, rounding: float = 1.0) -> None:
+        self.tl_model = self.module = lens
+        self.rounding = rounding
+        self.ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+        cfg = lens.cfg
+        # after attention and MLP: the block's two norms where there are no others (OLMo-2)
+        self.norms_last = cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+        self.sizes = Sizes(
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            d_mlp=cfg.d_mlp,
+            d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            parallel=bool(cfg.parallel_attn_mlp),
+            post_norm=bool(cfg.use_normalization_before_and_after) or self.norms_last,
+        )
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All parameters by name."""
+        return dict(self.module.named_parameters())  # no buffers: rotary tables grow with use
+
+    @contextlib.contextmanager
+    def hooks(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """Context in which each function sees its site's activation and may return another."""
+        named = [(hook_name(site, Generation.HOOKED), function) for site, function in edits]
+        points = [(name, adapt(function)) for name, function in named if ":" not in name]
+        handles: list[Any] = []
+        try:
+            for name, function in named:
+                module, _, end = name.partition(":")
+                if end == "in":
+                    handles.append(self.tl_model.get_submodule(module).register_forward_pre_hook(_on_input(function)))
+                elif end == "out":
+                    handles.append(self.tl_model.get_submodule(module).register_forward_hook(_on_output(function)))
+            with self.tl_model.hooks(fwd_hooks=points):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, tokens: Tokens, keep: int) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of a whole forward at the last ``keep`` columns."""
+        return self._last(self._stream(tokens.ids, tokens.mask), keep)
+
+    def prefix(self, tokens: Tokens, stop: int) -> Prefix:
+        """Keys (before the rotary embedding) and values of the columns before ``stop``."""
+        cache = self._past(tokens)
+        self._stream(tokens.ids[:, :stop], tokens.mask[:, :stop], cache)
+        order = "batch pos kv_head d_head -> batch kv_head pos d_head"
+        return tuple(
+            (rearrange(entry.past_keys, order), rearrange(entry.past_values, order)) for entry in cache.entries
+        )
+
+    def run(
+        self, tokens: Tokens, start: int, prefix: Prefix, keep: int
+    ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
+        """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+        cache = self._past(tokens, start, prefix) if start else None
+        stream = self._stream(tokens.ids[:, start:], tokens.mask[:, start:], cache)
+        return self._last(stream, keep), [BlockCall((), {"attention_mask": tokens.mask.long()})] * self.sizes.n_layers
+
+    def cache(self, prefix: Prefix, variants: int) -> Any:
+        """A key-value cache that holds the prefix and is not appended to, one entry a layer."""
+        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
+
+        def rows(tensor: Tensor) -> Tensor:
+            return rearrange(expand_rows(tensor, variants), "row kv_head pos d_head -> row pos kv_head d_head")
+
+        return [Entry(rows(keys), rows(values), frozen=True) for keys, values in prefix]
+
+    def block(
+        self, layer: int, hidden: Float[Tensor, "row pos d_model"], call: BlockCall, batch: int, cache: Any
+    ) -> Float[Tensor, "row pos d_model"]:
+        """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
+        mask = expand_rows(call.kwargs["attention_mask"], hidden.shape[0] // batch)
+        entry = None if cache is None else cache[layer]
+        return self.tl_model.blocks[layer](hidden, past_kv_cache_entry=entry, attention_mask=mask)
+
+    def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What a layer's MLP adds when it reads ``resid``, norms included."""
+        block = self.tl_model.blocks[layer]
+        return block.apply_mlp(resid if self.norms_last else block.ln2(resid))
+
+    def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Final norm, unembedding and soft cap; float32."""
+        return self._capped(self.tl_model.unembed(self.tl_model.ln_final(resid))).float()
+
+    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+        cache = self._past(tokens)
+        ids, mask = tokens.ids, tokens.mask
+        ends = torch.tensor(self.ends, device=ids.device)
+        running = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
+        said: list[Tensor] = []
+        while len(said) < max_new_tokens and bool(running.any()):
+            new = self._last(self._stream(ids, mask, cache), 1)[:, -1].argmax(-1)
+            said.append(torch.where(running, new, pad))
+            running = running & ~torch.isin(new, ends)
+            ids = rearrange(said[-1], "batch -> batch 1")
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        return torch.stack(said, dim=1) if said else tokens.ids[:, :0]
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of a layer's heads."""
+        return self.tl_model.blocks[layer].attn.W_O
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's attention; zeros where there is none."""
+        return self.tl_model.blocks[layer].attn.b_O
+
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of a layer's neurons."""
+        return self.tl_model.blocks[layer].mlp.W_out
+
+    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's MLP; zeros where there is none."""
+        bias = getattr(self.tl_model.blocks[layer].mlp, "b_out", None)
+        return bias if bias is not None else self.W_out(layer).new_zeros(self.sizes.d_model)
+
+    def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
+        """A block's norms of the given names, where it has them."""
+        block = self.tl_model.blocks[layer]
+        # where norms stand after attention and MLP alone, TransformerLens calls those ln1 and ln2
+        known = {"ln1_post": "ln1", "ln2_post": "ln2"} if self.norms_last else {name: name for name in names}
+        return [getattr(block, known[name]) for name in names if name in known and hasattr(block, known[name])]
+
+    def head_norm(self, layer: int, slot: str) -> torch.nn.Module | None:
+        """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
+        return getattr(self.tl_model.blocks[layer].attn, f"{slot}_norm", None)
+
+    @property
+    def logit_cap(self) -> float:
+        """Soft cap of the logits; 0 where there is none."""
+        return max(0.0, float(self.tl_model.cfg.output_logits_soft_cap))
+
+    @property
+    def score_cap(self) -> float:
+        """Soft cap of attention scores; 0 where there is none."""
+        return max(0.0, float(getattr(self.tl_model.cfg, "attn_scores_soft_cap", None) or 0.0))
+
+    @property
+    def last_norm(self) -> torch.nn.Module:
+        """The module of the final norm."""
+        return self.tl_model.ln_final
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding weights."""
+        return self.tl_model.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Unembedding bias; zeros where there is none."""
+        return self.tl_model.b_U
+
+    @property
+    def final_norm(self) -> FinalNorm:
+        """The final norm; its weight is 1 and its bias 0 where they were folded into the unembedding."""
+        norm = self.tl_model.ln_final
+        ones = torch.ones(self.sizes.d_model, device=self.W_U.device)
+        weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+        return FinalNorm(
+            ones if weight is None else weight.float(),
+            ones * 0 if bias is None else bias.float(),
+            float(norm.eps),
+            not type(norm).__name__.startswith("RMS"),
+        )
+
+    def _stream(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        """The residual stream behind the last block."""
+        layers = self.sizes.n_layers
+        return self.tl_model(ids, attention_mask=mask.long(), past_kv_cache=cache, stop_at_layer=layers)
+
+    def _last(self, stream: Tensor, keep: int) -> Tensor:
+        # the norm reads all columns, as its site promises; the unembedding is what costs
+        return self._capped(self.tl_model.unembed(self.tl_model.ln_final(stream)[:, -keep:]))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = float(self.tl_model.cfg.output_logits_soft_cap)
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def _past(self, tokens: Tokens, start: int = 0, prefix: Prefix = ()) -> Any:
+        """TransformerLens' cache of all layers: of a prefix, which stays as it is, or empty, to be filled by a run."""
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(self.tl_model.cfg, tokens.ids.device, len(tokens))
+        if prefix:
+            cache.entries = self.cache(prefix, 1)
+            cache.previous_attention_mask = tokens.mask[:, :start].long()
+            cache.freeze()
+        return cache
+
+
+def _on_input(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., Any]:
+    return lambda module, args: function(args[0])
+
+
+def _on_output(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., Any]:
+    return lambda module, args, output: function(output)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TransformerLens' notice that this class goes away in 4.0."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*deprecated and will be removed in 4.0", category=DeprecationWarning
+        )
+        yield
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+_CONVERTERS = {
+    "GPT2LMHeadModel": "convert_gpt2_weights",
+    "GPTNeoXForCausalLM": "convert_neox_weights",
+    "LlamaForCausalLM": "convert_llama_weights",
+    "MistralForCausalLM": "convert_mistral_weights",
+    "Qwen2ForCausalLM": "convert_qwen2_weights",
+    "Qwen3ForCausalLM": "convert_qwen3_weights",
+    "Phi3ForCausalLM": "convert_phi3_weights",
+    "Gemma2ForCausalLM": "convert_gemma_weights",
+    "Olmo2ForCausalLM": "convert_olmo2_weights",
+}
+
+
+def _options(config: Any, architecture: str) -> dict[str, Any]:
+    """HookedTransformerConfig's fields from a Hugging Face configuration."""
+    common = {
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "d_model": config.hidden_size,
+        "d_vocab": config.vocab_size,
+        "n_ctx": config.max_position_embeddings,
+    }
+    if architecture == "GPT2LMHeadModel":
+        return common | _gpt2(config)
+    if architecture == "GPTNeoXForCausalLM":
+        return common | _rotary(config) | _neox(config)
+    options = common | _rotary(config) | _llama(config)
+    if architecture == "Qwen3ForCausalLM":
+        options |= {"use_qk_norm": True}
+    if architecture == "Gemma2ForCausalLM":
+        options |= {
+            "act_fn": config.hidden_activation,
+            "attn_scale": config.query_pre_attn_scalar**0.5,
+            "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
+            "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
+            "use_normalization_before_and_after": True,
+        }
+    if architecture == "Olmo2ForCausalLM" and options["n_key_value_heads"] is not None:
+        raise MechsafetyError(
+            f"{NAME} cannot hold an OLMo-2 model with grouped queries",
+            expected="as many key-value heads as heads",
+            cure="install transformer_lens>=4.3",
+        )
+    return options
+
+
+def _gpt2(config: Any) -> dict[str, Any]:
+    return {
+        "d_head": config.n_embd // config.n_head,
+        "d_mlp": config.n_inner or 4 * config.n_embd,
+        "act_fn": config.activation_function,
+        "eps": config.layer_norm_epsilon,
+        "use_attn_scale": config.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "normalization_type": "LN",
+    }
+
+
+def _neox(config: Any) -> dict[str, Any]:
+    return {
+        "d_mlp": config.intermediate_size,
+        "act_fn": config.hidden_act,
+        "eps": config.layer_norm_eps,
+        "normalization_type": "LN",
+        "parallel_attn_mlp": config.use_parallel_residual,
+    }
+
+
+def _llama(config: Any) -> dict[str, Any]:
+    """Of every architecture that is built like Llama."""
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    # the converters of Mistral, Qwen2 and Gemma-2 name grouped weights even where every head has its own
+    always = config.model_type in ("mistral", "qwen2", "gemma2")
+    options = {
+        "d_mlp": config.intermediate_size,
+        "act_fn": getattr(config, "hidden_act", None),
+        "eps": config.rms_norm_eps,
+        "normalization_type": "RMS",
+        "gated_mlp": True,
+        "final_rms": True,
+        "n_key_value_heads": config.num_key_value_heads if grouped or always else None,
+    }
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    local = ["local" if kind == "sliding_attention" else "global" for kind in kinds]
+    if window and "local" in local and getattr(config, "use_sliding_window", True):
+        options |= {"use_local_attn": True, "window_size": window, "attn_types": local}
+    return options
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """Head size and rotary embedding; transformers 5 keeps the latter in one dictionary."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise MechsafetyError(f"{NAME} has no rotary embedding of type {kind!r}", expected="'default' or 'llama3'")
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    options = {
+        "d_head": d_head,
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": False,
+        "rotary_base": rope.get("rope_theta", 10000.0),
+        "rotary_dim": round(d_head * rope.get("partial_rotary_factor", 1.0)),
+    }
+    if kind == "llama3":
+        options |= {
+            "use_NTK_by_parts_rope": True,
+            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+            "NTK_by_parts_factor": rope["factor"],
+        }
+    return options

@@ -1,0 +1,235 @@
+"""Every shortcut of the engine can be off, does what it says when off, and changes no number; one that would is off."""
+
+import logging
+
+import pytest
+import torch
+from reference import patched_whole, whole_logits
+
+import mechsafety as ms
+from mechsafety.models import checks
+from mechsafety.models.engine import base_run, check_engine, expand_rows, max_variants, run_from
+from mechsafety.models.shortcuts import Shortcuts
+from mechsafety.nodes import Node
+from mechsafety.patching import pair_runs
+from mechsafety.patching.masks import Patch, patched_logits
+from mechsafety.sites import Site, SiteKind
+
+NAMES = Shortcuts().on
+CHOICES = {**{f"no {name}": Shortcuts().without(name) for name in NAMES}, "none": Shortcuts.none()}
+CHOICES |= {f"only {name}": Shortcuts.only(name) for name in NAMES}
+VARIANTS = [[Node("head", 1, 2), Node("neuron", 2, 5)], [Node("mlp", 2)], [Node("head", 0, 0), Node("mlp", 1)]]
+KEEP = [SiteKind.NEURONS, SiteKind.PATTERN]
+
+
+def test_the_five_switches():
+    assert NAMES == ("shared_prefix", "start_layer", "drop_positions", "last_logits", "batch_variants")
+    assert Shortcuts.none().on == () and Shortcuts().without("last_logits", "start_layer").on == NAMES[::2]
+    assert Shortcuts.only("last_logits").on == ("last_logits",)
+    assert Shortcuts.only("shared_prefix").on == ("shared_prefix", "drop_positions")
+
+
+@pytest.mark.parametrize("choice", [f"no {name}" for name in NAMES] + ["none"])
+def test_the_same_numbers(any_model, pairs, choice, monkeypatch):
+    def results():
+        runs = pair_runs(any_model, pairs, extra=KEEP)
+        patch = Patch.of(any_model, VARIANTS)
+        rows = patched_logits(any_model, runs.harmful, runs.harmless.acts, patch)
+        return runs.harmful, rows
+
+    run, rows = results()
+    monkeypatch.setattr(any_model, "shortcuts", CHOICES[choice])
+    other, others = results()
+    torch.testing.assert_close(others, rows, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.logits, run.logits, atol=1e-5, rtol=1e-5)
+    real = run.tokens.mask[:, run.start :]
+    for kind in (SiteKind.Z, SiteKind.MLP_OUT, SiteKind.NEURONS):
+        torch.testing.assert_close(other.acts[kind][:, real], run.acts[kind][:, real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.resid[:, real], run.resid[:, real], atol=1e-5, rtol=1e-5)
+    assert other.acts[SiteKind.PATTERN].shape == run.acts[SiteKind.PATTERN].shape
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_same_analyses(llama, pairs, log_odds, choice, monkeypatch):
+    """Also for sites with other axes, single columns, paths into slots, and gradients."""
+    sites = [Site(SiteKind.PATTERN, 1, 2), Site(SiteKind.K, 1, 0), Site(SiteKind.RESID_MID, 1), Site(SiteKind.Q, 2, 3)]
+    receivers = [(Node("head", 2, 1), "k"), (Node("mlp", 1), "mlp")]
+
+    def results():
+        patched = ms.activation_patching(llama, pairs, log_odds, nodes=sites, positions="each", progress=False)
+        paths = ms.path_patching(llama, pairs, log_odds, receivers=receivers, progress=False)
+        direct = ms.path_patching(llama, pairs, log_odds, progress=False)
+        edges = ms.edge_attribution(llama, pairs, log_odds, steps=2, progress=False)
+        return patched.changes, paths.changes, direct.changes, edges.scores
+
+    before = results()
+    monkeypatch.setattr(llama, "shortcuts", CHOICES[choice])
+    for found, expected in zip(results(), before, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_same_gradients(any_model, pairs, monkeypatch):
+    def gradient():
+        base = base_run(any_model, any_model.tokenize(pairs.harmful), 4)
+        resid = base.resid[1].clone().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(run_from(any_model, base, 1, resid)[:, 20].sum(), resid)[0], base
+
+    (expected, base), size = gradient(), None
+    monkeypatch.setattr(any_model, "shortcuts", Shortcuts.none())
+    found, _ = gradient()
+    real, size = base.tokens.mask[:, 4:], float(expected.abs().max())
+    assert size > 1e-3
+    torch.testing.assert_close(found[real] / size, expected[real] / size, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_off_is_done(llama, pairs, monkeypatch):
+    """Which blocks run on how many columns, how often the prefix is run, and what is unembedded."""
+    tokens = llama.tokenize_pairs(pairs).harmful
+    width, start = tokens.ids.shape[1], 4
+    blocks, prefixes, unembedded = [], [], []
+    real = llama.backend
+    kind = type(real)
+
+    def block(self, layer, hidden, *rest):
+        blocks.append((layer, hidden.shape[1]))
+        return kind_block(self, layer, hidden, *rest)
+
+    def prefix(self, *args):
+        prefixes.append(1)
+        return kind_prefix(self, *args)
+
+    def unembed(self, resid):
+        unembedded.append(resid.shape[1])
+        return kind_unembed(self, resid)
+
+    kind_block, kind_prefix, kind_unembed = kind.block, kind.prefix, kind.unembed
+    for name, function in (("block", block), ("prefix", prefix), ("unembed", unembed)):
+        monkeypatch.setattr(kind, name, function)
+
+    def seen(shortcuts):
+        for noted in (blocks, prefixes, unembedded):
+            noted.clear()
+        first = base_run(llama, tokens, start, shortcuts=shortcuts)
+        base = base_run(llama, tokens, start, prefix=first, shortcuts=shortcuts)
+        run_from(llama, base, 2, expand_rows(base.resid[2], 2))
+        return list(blocks), len(prefixes), unembedded[0], max_variants(base)
+
+    part = width - start
+    assert seen(Shortcuts()) == ([(2, part)], 1, 1, 2048 // (4 * part))
+    assert seen(Shortcuts().without("start_layer"))[0] == [(0, part), (1, part), (2, part)]
+    assert seen(Shortcuts().without("drop_positions"))[:2] == ([(2, width)], 0)
+    assert seen(Shortcuts().without("shared_prefix"))[1] == 3
+    assert seen(Shortcuts().without("last_logits"))[2] == part
+    assert seen(Shortcuts().without("batch_variants"))[3] == 1
+    assert seen(Shortcuts.none()) == ([(0, width), (1, width), (2, width)], 0, width - start, 1)
+
+
+# --- architectures on which a shortcut is not exact ------------------------------------------------------------------
+
+
+def other_columns(mlp, x):
+    return 0.1 * x.mean(1, keepdim=True)
+
+
+def other_rows(mlp, x):
+    return 0.1 * x.mean(0, keepdim=True)
+
+
+def an_earlier_block(mlp, x, state={}):  # noqa: B006
+    """What the first block saw in its last run: whether that was of one prompt."""
+    number = mlp.number if hasattr(mlp, "number") else int(mlp.name.split(".")[1])
+    if number == 0:
+        state["single"] = x.shape[0] == 1
+    return torch.full_like(x, 0.5 * (number > 0 and state["single"]))
+
+
+PLANTED = {
+    other_columns: ["shared_prefix", "drop_positions"],
+    # what stands at padding depends on how many columns there are, and leaks from row to row
+    other_rows: ["shared_prefix", "drop_positions", "batch_variants"],
+    an_earlier_block: ["start_layer"],
+}
+
+
+def plant(monkeypatch, odd):
+    """MLPs of Llama that also depend on something they should not, in Hugging Face's code and TransformerLens'."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    classes = [LlamaMLP]
+    try:
+        from transformer_lens.components.mlps.gated_mlp import GatedMLP
+    except ImportError:
+        pass
+    else:
+        classes.append(GatedMLP)
+    for kind in classes:
+        real = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, x, real=real: real(self, x) + odd(self, x))
+
+
+def warned(caplog):
+    records = [record for record in caplog.records if record.name == checks.__name__]
+    assert all(record.levelno == logging.WARNING for record in records)
+    return [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize("odd", PLANTED, ids=lambda function: function.__name__)
+def test_an_inexact_shortcut_is_off_from_the_start(odd, make_hf_model, make_tokenizer, pairs, monkeypatch, caplog):
+    plant(monkeypatch, odd)
+    hf = make_hf_model("llama")
+    for number, layer in enumerate(hf.model.layers):
+        layer.mlp.number = number
+    model = ms.load_model((hf, make_tokenizer()))
+    assert model.shortcuts == Shortcuts().without(*PLANTED[odd])
+    messages = warned(caplog)
+    assert len(messages) == len(PLANTED[odd])
+    for name, message in zip(PLANTED[odd], messages, strict=True):
+        assert message.startswith(f"LlamaForCausalLM runs without the shortcut '{name}', which is off by ")
+    tokens = model.tokenize_pairs(pairs)
+    caplog.clear()
+    runs = pair_runs(model, tokens)
+    found = patched_logits(model, runs.harmful, runs.harmless.acts, Patch.of(model, [VARIANTS[1], VARIANTS[2]]))
+    # in a model that looks ahead the two prompts' first columns differ too: they are not patched
+    where = (torch.arange(tokens.harmful.ids.shape[1]) >= tokens.start).expand(len(tokens), -1)
+    whole = [patched_whole(model, tokens.harmful, tokens.harmless, nodes, where) for nodes in VARIANTS[1:]]
+    torch.testing.assert_close(found, torch.stack(whole), atol=1e-4, rtol=1e-4)
+    assert warned(caplog) == [], "it is said once, at load"
+    # with the shortcut on the numbers would be wrong
+    assert check_engine(model, tokens.harmful, Shortcuts()) > 1e-3
+
+
+def test_an_inexact_unembedding(make_hf_model, make_tokenizer, pairs, monkeypatch, caplog):
+    class Odd(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * x.mean(1, keepdim=True).sum(-1, keepdim=True)
+
+    hf = make_hf_model("llama")
+    odd = Odd(32, hf.lm_head.out_features, bias=False)
+    odd.weight = hf.lm_head.weight
+    hf.lm_head = odd
+    try:
+        from transformer_lens.components import Unembed
+    except ImportError:
+        pass
+    else:
+        real = Unembed.forward
+        add = lambda x: 0.1 * x.mean(1, keepdim=True).sum(-1, keepdim=True)  # noqa: E731
+        monkeypatch.setattr(Unembed, "forward", lambda self, x: real(self, x) + add(x))
+    model = ms.load_model((hf, make_tokenizer()))
+    assert model.shortcuts.on == ("start_layer", "batch_variants") and len(warned(caplog)) == 3
+    tokens = model.tokenize(pairs.harmful[:1])
+    torch.testing.assert_close(model.logits(tokens), whole_logits(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_shortcuts_that_are_exact_alone_but_not_together(make_hf_model, make_tokenizer, monkeypatch, caplog):
+    real = checks.check_engine
+    pretend = lambda model, tokens, on: 1.0 if len(on.on) > 2 else real(model, tokens, on)  # noqa: E731
+    monkeypatch.setattr(checks, "check_engine", pretend)
+    model = ms.load_model((make_hf_model("llama"), make_tokenizer()))
+    assert model.shortcuts == Shortcuts.none() and len(warned(caplog)) == 5
+
+
+def test_exact_architectures_keep_all_and_say_nothing(make_hf_model, make_tokenizer, caplog):
+    model = ms.load_model((make_hf_model("llama"), make_tokenizer()))
+    assert model.shortcuts == Shortcuts() and warned(caplog) == []
