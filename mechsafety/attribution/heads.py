@@ -224,7 +224,7 @@ def path_to_direction(model: LensModel, runs: PairRuns, direction: DirectionAt) 
     difference = (base.resid - source.resid)[direction.layer][:, at].float() @ unit
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     with torch.no_grad():
-        change = propagate(model, base, source, heads, direction.layer, mlp="recompute", at=slice(at, at + 1))[
+        change = propagate(model, base, source, heads, 2 * direction.layer, mlp="recompute", at=slice(at, at + 1))[
             :, :, 0
         ].float()
     shares = -einsum(change, unit, "sender prompt d_model, d_model -> sender prompt") / difference.mean()

@@ -110,22 +110,17 @@ class BridgeBackend(Backend):
         """Keys (rotated) and values of the columns before ``stop``."""
         from transformers import DynamicCache
 
-        ids, mask = tokens.ids[:, :stop], tokens.mask[:, :stop]
-        # prompts of one length begin with the same tokens of the chat template: one row is run for all
-        same = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
-        rows = slice(0, 1) if same else slice(None)
         cache = DynamicCache()
         self.module(
-            input_ids=ids[rows],
-            attention_mask=mask[rows].long(),
-            position_ids=tokens.position_ids[rows, :stop],
+            input_ids=tokens.ids[:, :stop],
+            attention_mask=tokens.mask[:, :stop].long(),
+            position_ids=tokens.position_ids[:, :stop],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         layers: list[Any] = list(cache.layers)
-        shape = (len(ids), -1, -1, -1)
-        return tuple((layer.keys.expand(shape), layer.values.expand(shape)) for layer in layers)
+        return tuple((layer.keys, layer.values) for layer in layers)
 
     def run(
         self, tokens: Tokens, start: int, prefix: Prefix, keep: int

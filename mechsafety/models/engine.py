@@ -100,7 +100,7 @@ def base_run(
         past: Prefix = ()
         if first:
             shared = prefix is not None and on.shared_prefix and len(prefix.prefix) > 0
-            past = prefix.prefix if shared and prefix is not None else model.backend.prefix(tokens, first)
+            past = prefix.prefix if shared and prefix is not None else _past(model, tokens, first)
         with model.hooks([note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]):
             made = Allocated(model.backend.module.parameters())
             last = 1 if on.last_logits else tokens.ids.shape[1] - first
@@ -273,7 +273,17 @@ def _scaled(rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _prefix(model: LensModel, base: BaseRun) -> Prefix:
     with torch.no_grad():
-        return model.backend.prefix(base.tokens, base.start)
+        return _past(model, base.tokens, base.start)
+
+
+def _past(model: LensModel, tokens: Tokens, stop: int) -> Prefix:
+    """Keys and values of the columns before ``stop``; prompts of one length begin alike: one row is run for all."""
+    ids, mask = tokens.ids[:, :stop], tokens.mask[:, :stop]
+    alike = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
+    if model.edited or not alike:  # an edit may tell rows apart
+        return model.backend.prefix(tokens, stop)
+    past = model.backend.prefix(tokens.rows(slice(0, 1)), stop)
+    return tuple((keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1)) for keys, values in past)
 
 
 def _change(base: BaseRun, layer: int, resid: Tensor, dropped: int) -> Tensor:

@@ -64,6 +64,7 @@ class LensModel:
         self.post_norm = sizes.post_norm
         self.parallel = sizes.parallel
         self.shortcuts = Shortcuts()
+        self._open_hooks = 0
         self.max_batch_tokens: int | None = None
         self.lock = lock_of(backend.module)
 
@@ -193,7 +194,16 @@ class LensModel:
         No hook is left behind, also after an exception.
         """
         with self.lock, self.backend.hooks(hooks):
-            yield
+            self._open_hooks += len(hooks)
+            try:
+                yield
+            finally:
+                self._open_hooks -= len(hooks)
+
+    @property
+    def edited(self) -> bool:
+        """Whether some hook of `hooks` sees this model's activations now."""
+        return self._open_hooks > 0
 
     def read(self, tokens: Tokens, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Run prompts once and return copies of the activations at ``sites``, detached."""
