@@ -1,9 +1,12 @@
 """Direct logit attribution against sums, a closed form by hand, and TransformerLens' own."""
 
+import copy
+
 import pytest
 import torch
 from reference import PlainModel
 
+import mechsafety as ms
 from mechsafety.attribution import direct_logit_attribution
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
@@ -29,19 +32,17 @@ def test_parts_sum_to_the_metric(any_model, metric):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_closed_form(kind, make_hf_model, make_model, logit_difference):
+def test_closed_form(kind, make_hf_model, make_tokenizer, logit_difference):
     """A part, centred if the norm centres, over the final scale, times the norm's and the unembedding's weights."""
-    model, plain = make_model(kind), PlainModel(make_hf_model(kind))
+    hf, generator = make_hf_model(kind), torch.Generator().manual_seed(3)
+    final = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}[kind]
+    norm = hf.get_submodule(final)
     with torch.no_grad():  # a norm whose weight is not all ones
-        generator = torch.Generator().manual_seed(3)
-        weight = 1 + torch.rand(model.d_model, generator=generator)
-        final = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}[kind]
-        model.bridge.ln_final.weight.copy_(weight)
-        plain.w[f"{final}.weight"] = weight
+        norm.weight.copy_(weight := 1 + torch.rand(32, generator=generator))
         if kind != "llama":
-            bias = torch.randn(model.d_model, generator=generator)
-            model.bridge.ln_final.bias.copy_(bias)
-            plain.w[f"{final}.bias"] = bias
+            norm.bias.copy_(torch.randn(32, generator=generator))
+    plain = PlainModel(copy.deepcopy(hf))
+    model = ms.load_model((hf, make_tokenizer()))
     found = direct_logit_attribution(model, PROMPTS, logit_difference)
     unembed = next(plain.w[name] for name in ("lm_head.weight", "embed_out.weight") if name in plain.w)
     read = unembed[[20, 21]].mean(0) - unembed[30]
