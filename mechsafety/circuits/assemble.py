@@ -121,8 +121,8 @@ def wire(
     for node, backup in second.items():
         # one way at each doubled stage: this one here, the first one at the others
         elsewhere = {other for other, its in second.items() if its.behind != backup.behind}
-        gone = {backup.behind, *backup.group, *elsewhere} - {node}
-        ways.setdefault(tuple(sorted(gone, key=lambda n: n.order)), []).append(node)
+        others = {backup.behind, *backup.group, *elsewhere} - {node}
+        ways.setdefault(tuple(sorted(others, key=lambda n: n.order)), []).append(node)
     every: dict[Edge, CircuitEdge] = {}
     kept: dict[Edge, CircuitEdge] = {}
     roles = dict(no_roles)
