@@ -346,6 +346,8 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert summary["out"] == str(one)
     assert summary["model"] == circuit.provenance.model == "tiny-llama"
     assert summary["nodes"] == len(circuit.nodes) > 0
+    assert summary["claims"] == {claim.name: claim.passed for claim in circuit.verification.claims}
+    assert len(summary["claims"]) == 12 and summary["left_out"] == []
     assert summary["candidates"] == circuit.n_candidates == 3 * 4 + 3
     assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
     assert circuit.metric == {

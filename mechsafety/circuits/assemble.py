@@ -100,7 +100,7 @@ def wire(
     """Edges and roles of a circuit's nodes, connected from ``embed`` to ``logits``.
 
     Where there are backups, everything is measured with them patched, since what they stand in for shows no effect
-    while they do; the backups' own edges and roles are measured with the nodes that they stand in for patched.
+    while they do; a backup's own edges and roles with what it stands in for, and the backups of other nodes, patched.
 
     Args:
         model: The model.
@@ -119,8 +119,10 @@ def wire(
     second = {backup.node: backup for backup in backups}
     ways: dict[tuple[Node, ...], list[Node]] = {tuple(second): [node for node in nodes if node not in second]}
     for node, backup in second.items():
-        gone = tuple(sorted((n for n in {backup.behind, *backup.group} if n != node), key=lambda n: n.order))
-        ways.setdefault(gone, []).append(node)
+        # one way at each doubled stage: this one here, the first one at the others
+        elsewhere = {other for other, its in second.items() if its.behind != backup.behind}
+        others = {backup.behind, *backup.group, *elsewhere} - {node}
+        ways.setdefault(tuple(sorted(others, key=lambda n: n.order)), []).append(node)
     every: dict[Edge, CircuitEdge] = {}
     kept: dict[Edge, CircuitEdge] = {}
     roles = dict(no_roles)
