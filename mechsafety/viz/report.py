@@ -67,7 +67,10 @@ def render_report(circuit: RefusalCircuit) -> str:
         heatmap=figures[1],
         effects=figures[2],
         roles=_roles(circuit),
-        nodes=[_node(member) for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))],
+        nodes=[
+            _node(member, (check.minimality or {}).get(str(member.node)))
+            for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))
+        ],
         edges=[_edge(member) for member in circuit.edges],
         n_measured=sum(member.status != "estimated" for member in circuit.edges),
         attention=attention_html(details.attention) if details and details.attention else None,
@@ -75,7 +78,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         glossary=GLOSSARY,
         provenance=_provenance(circuit),
         unmeasured=unmeasured(circuit),
-        minimality=sorted((check.minimality or {}).items()),
+        minimality=bool(check.minimality),
         completeness=words.number(check.completeness) if check.completeness is not None else None,
         no_scores=details is None,
         missing=_missing(circuit),
@@ -209,7 +212,7 @@ def _roles(circuit: RefusalCircuit) -> list[dict[str, Any]]:
     return rows
 
 
-def _node(member: CircuitNode) -> dict[str, Any]:
+def _node(member: CircuitNode, lost: float | None) -> dict[str, Any]:
     layer, part, index = member.node.order
     return {
         "name": str(member.node),
@@ -223,6 +226,8 @@ def _node(member: CircuitNode) -> dict[str, Any]:
         "p_raw": _sortable(member.p_value, empty=2.0),
         "status": member.status,
         "evidence": words.evidence(member),
+        "lost": words.number(lost, 4),
+        "lost_raw": _sortable(lost),
     }
 
 

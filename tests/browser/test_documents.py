@@ -7,6 +7,7 @@ from pathlib import Path
 import circuits_drawn as drawn
 import numpy as np
 import pytest
+from chromium import browser, show
 
 from mechsafety.viz import (
     attention_html,

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from chromium import browser, show
 from circuits_drawn import HOSTILE, build, large_circuit, small_circuit
 
 from mechsafety.circuits.circuit import Node

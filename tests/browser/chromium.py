@@ -2,15 +2,11 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# the synthetic circuits of tests/viz; no model is needed to draw
-sys.path.insert(0, str(Path(__file__).parents[1] / "viz"))
 
 FLAGS = [
     "--no-sandbox",
@@ -28,7 +24,8 @@ def chromium() -> str | None:
     return os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+# once a module: the driver allows one of its kind at a time
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     path = chromium()
     if path is None:
