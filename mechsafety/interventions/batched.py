@@ -99,7 +99,7 @@ class EditedRun:
 def run_removed(
     model: LensModel,
     prompts: PromptBatches,
-    bases: Sequence[Float[Tensor, "rank d_model"]],
+    bases: Sequence[Tensor],
     strength: float = 1.0,
 ) -> Iterator[EditedRun]:
     """Runs with the span of each of ``bases`` removed from all that is written to the residual stream.
@@ -107,7 +107,7 @@ def run_removed(
     Args:
         model: The model.
         prompts: What is run.
-        bases: Linearly independent rows, of one rank for all; removed as by `project_out`.
+        bases: Linearly independent rows [rank d_model], of one rank for all; removed as by `project_out`.
         strength: Share that is removed.
 
     Yields:
