@@ -128,7 +128,23 @@ def paths_to_logits(model: LensModel) -> dict[str, Any]:
                 out.append(before - metric(model.logits(tokens.harmful)).mean())
         return torch.stack(out)
 
-    return compare(ours, peer, 1) | {"repeats_note": "one repeat of the peer, which takes minutes"}
+    result = compare(ours, peer, 1) | {"repeats_note": "one repeat of the peer, which takes minutes"}
+    # what any exact method must do, in columns x blocks: both runs of every pair; every head's change through all MLPs
+    # from its layer on (three quarters of a block), at the last column; its unembedding, which the log-odds read whole
+    width, layers, vocabulary = tokens.harmful.ids.shape[1], model.n_layers, model.d_vocab * model.d_model
+    block = 3 * model.d_model * model.d_mlp / 0.75
+    runs = (tokens.start + 2 * (width - tokens.start)) * layers
+    changes = 0.75 * sum(model.n_heads * (layer + 1) for layer in range(layers)) + len(heads) * vocabulary / block
+    floor = len(heads) * width * layers / (runs + changes)
+    return result | {"tokens": width, "shared": tokens.start, "floor_ratio": floor}
+
+
+def path_matrix(model: LensModel) -> dict[str, Any]:
+    """Every sender -> every head, changes of score and value in closed form, 4 pairs."""
+    pairs = equal_length_pairs(model, 4)
+    seconds, found = timed(lambda: ms.path_matrix(model, pairs, progress=False))
+    paths = int((found.q != 0).any(-1).sum())
+    return {"ours_s": seconds, "paths": paths, "peer": "none"}
 
 
 def head_to_query(model: LensModel) -> dict[str, Any]:
@@ -215,11 +231,13 @@ def neurons(model: LensModel) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[LensModel], dict[str, Any]]] = {
-    case.__name__: case for case in (eap_ig, head_to_query, node_attribution, neurons, head_sweep, paths_to_logits)
+    case.__name__: case
+    for case in (eap_ig, head_to_query, node_attribution, neurons, head_sweep, paths_to_logits, path_matrix)
 }
 TARGETS = {
     "head_sweep": "at least 6x, within 1e-4",
     "paths_to_logits": "at least 100x, within 1e-4",
+    "path_matrix": "none set",
     "head_to_query": "at least 8x",
     "eap_ig": "under 240 s and 3 GiB",
     "node_attribution": "at least 3x",
