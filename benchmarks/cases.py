@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flops import Shape, floor_ratio, forward
+from flops import Shape, floor_ratio, floor_ratio_of_paths, forward
 from measure import alone, compare, timed
 from models import equal_length_pairs, metric_of
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,7 +77,16 @@ def paths_to_logits(model: LensModel) -> dict[str, Any]:
                 out.append(before - metric(model.logits(tokens.harmful)).mean())
         return torch.stack(out)
 
-    return compare(ours, peer, 1) | {"repeats_note": "one repeat of the peer, which takes minutes"}
+    result = compare(ours, peer, 1) | {"repeats_note": "one repeat of the peer, which takes minutes"}
+    shape, width, first = Shape.of(model), tokens.harmful.ids.shape[1], tokens.start
+    return result | {"tokens": width, "shared": first, "floor_ratio": floor_ratio_of_paths(shape, width, first)}
+
+
+def path_matrix(model: LensModel) -> dict[str, Any]:
+    """Every sender -> every head, changes of score and value in closed form, 4 pairs."""
+    pairs = equal_length_pairs(model, 4)
+    result, found = alone(lambda: ms.path_matrix(model, pairs, progress=False))
+    return result | {"paths": int((found.q != 0).any(-1).sum()), "peer": "none"}
 
 
 def head_to_query(model: LensModel) -> dict[str, Any]:
@@ -164,6 +173,7 @@ PEER_CASES: dict[str, tuple[Callable[[LensModel], dict[str, Any]], str]] = {
     "eap_ig": (eap_ig, "under 240 s and 3 GiB"),
     "node_attribution": (node_attribution, "at least 3x"),
     "paths_to_logits": (paths_to_logits, "at least 100x, within 1e-4"),
+    "path_matrix": (path_matrix, "none set"),
     "head_to_query": (head_to_query, "at least 8x"),
     "neurons": (neurons, "none set"),
     "head_sweep": (head_sweep, "at least 6x, within 1e-4"),

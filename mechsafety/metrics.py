@@ -82,9 +82,8 @@ class RefusalLogOdds:
         chosen = logits[..., list(self.refusal_ids)]
         if self.comply_ids:
             return chosen.mean(-1) - logits[..., list(self.comply_ids)].mean(-1)
-        rest = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        rest[list(self.refusal_ids)] = False
-        return chosen.logsumexp(-1) - logits[..., rest].logsumexp(-1)
+        ids = torch.tensor(self.refusal_ids, device=logits.device)
+        return chosen.logsumexp(-1) - logits.index_fill(-1, ids, -torch.inf).logsumexp(-1)
 
     @property
     def name(self) -> str:

@@ -164,7 +164,8 @@ def live_logits(model: LensModel, base: BaseRun, edits: Sequence[Edit]) -> Float
     n = edits[0].chosen.shape[0]
     hidden, hooks = expand_rows(base.resid[layers[0]], n), list[Hook]()
     for layer, before in zip(layers, [layers[0], *layers], strict=False):
-        hidden = run_from(model, base, before, hidden, hooks, stop=layer)
+        if before < layer:
+            hidden = run_from(model, base, before, hidden, hooks, stop=layer)
         hooks = edit_hooks(model, base, hidden, [edit for edit in edits if edit.layer == layer])
     return split_rows(run_from(model, base, layers[-1], hidden, hooks), n)
 
