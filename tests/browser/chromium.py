@@ -63,6 +63,9 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
         path = tmp_path / f"page{len(pages)}.html"
         path.write_text(text, encoding="utf-8")
         context = browser.new_context(offline=True, viewport={"width": width, "height": height}, **options)
+        context.set_default_timeout(
+            120_000
+        )  # a report has 6 MB of scripts, and machines are busy; speed has its own test
         contexts.append(context)
         one = Opened(context.new_page())
         pages.append(one)
