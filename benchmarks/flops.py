@@ -73,8 +73,8 @@ def floor_ratio(shape: Shape, width: int, first: int) -> float:
 def floor_ratio_of_paths(shape: Shape, width: int, first: int) -> float:
     """How many times fewer operations all heads' paths to the logits need than one plain forward for each.
 
-    The least: both runs of a pair, the columns before ``first`` once; each head's change through the MLPs from its layer
-    on, at the last column; and its logits, all of which the log-odds read.
+    The least: both runs of a pair, the columns before ``first`` once; each head's change through the MLPs from its
+    layer on, at the last column; and its logits, all of which the log-odds read.
     """
     runs = forward(shape, width) + (width - first) * forward(shape, width) // width
     through = [(shape.n_layers - layer) * shape.mlp(1) for layer in range(shape.n_layers)]
