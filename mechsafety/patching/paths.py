@@ -31,7 +31,6 @@ from mechsafety.patching.receivers import (
     Projection,
     Receiver,
     check_receivers,
-    edge_scores,
     frozen_change,
     live_logits,
     reaches,
@@ -389,7 +388,7 @@ def _paths(
             change = frozen_change(model, base, edits, task.norm)
             yield rows, final_scores(model, base, change, metric, task.norm)
         else:
-            yield rows, metric(live_logits(model, base, edits))
+            yield rows, metric(live_logits(model, base, [edits]))
 
 
 def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
@@ -415,18 +414,32 @@ def measured_edges(
     """Change of the metric along single edges, MLPs frozen between the ends, everything after the receiver live."""
     harmful, _ = runs.scores(metric)
     base, source = runs.harmful, runs.harmless
-    order: dict[tuple[int, str, str], list[int]] = {}
-    for index, edge in enumerate(edges):
-        order.setdefault((read_moment(model, edge.receiver), edge.receiver.kind, edge.slot), []).append(index)
-    changes = torch.zeros(len(edges), len(base), device=harmful.device)
-    size = max_variants(base)
+    order = sorted(range(len(edges)), key=lambda k: edges[k].receiver.order)
+    scores = torch.zeros(len(edges), len(base), device=harmful.device)
     with torch.no_grad(), tqdm(total=len(edges), desc="edges", disable=not progress, leave=False) as bar:
-        for (moment, _, _), members in order.items():
-            for first in range(0, len(members), size):
-                chunk = members[first : first + size]
-                senders = [edges[k].sender for k in chunk]
-                delta = propagate(model, base, source, senders, moment, mlp="freeze")
-                receivers = [(edges[k].receiver, edges[k].slot) for k in chunk]
-                changes[chunk] = harmful - edge_scores(model, base, receivers, delta, metric)
-                bar.update(len(chunk))
-    return changes
+        for first in range(0, len(order), max_variants(base)):
+            chunk = order[first : first + max_variants(base)]
+            for members, found in _edge_scores(model, base, source, metric, [(k, edges[k]) for k in chunk]):
+                scores[members] = found
+            bar.update(len(chunk))
+    return harmful - scores
+
+
+def _edge_scores(
+    model: LensModel, base: BaseRun, source: BaseRun, metric: RefusalLogOdds, edges: Sequence[tuple[int, Edge]]
+) -> Iterator[tuple[list[int], Float[Tensor, "edge batch"]]]:
+    """Numbers of edges and the metric when each alone is patched; the edges into blocks run as one batch."""
+    groups: dict[tuple[int, str, str], list[int]] = {}
+    of = dict(edges)
+    for k, edge in edges:
+        groups.setdefault((read_moment(model, edge.receiver), edge.receiver.kind, edge.slot), []).append(k)
+    edits, members = [], list[int]()
+    for (moment, kind, _), numbers in groups.items():
+        delta = propagate(model, base, source, [of[k].sender for k in numbers], moment, mlp="freeze")
+        if kind == "logits":
+            yield numbers, final_scores(model, base, delta[:, :, -1], metric)
+            continue
+        edits.append([slot_edit(model, base, [[(of[k].receiver, of[k].slot)] for k in numbers], delta)])
+        members += numbers
+    if edits:
+        yield members, metric(live_logits(model, base, edits))

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
     BaseRun,
@@ -22,7 +21,6 @@ from mechsafety.models.engine import (
 )
 from mechsafety.nodes import Node
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms
-from mechsafety.patching.readout import final_scores
 from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
 from mechsafety.sites import Site, SiteKind
 
@@ -158,16 +156,33 @@ def slot_edit(
     return Edit(layer, kind, values, chosen.to(values.device))
 
 
-def live_logits(model: LensModel, base: BaseRun, edits: Sequence[Edit]) -> Float[Tensor, "variant batch d_vocab"]:
-    """Logits when every edited slot holds its value and everything else runs live."""
-    layers = sorted({edit.layer for edit in edits})
-    n = edits[0].chosen.shape[0]
-    hidden, hooks = expand_rows(base.resid[layers[0]], n), list[Hook]()
-    for layer, before in zip(layers, [layers[0], *layers], strict=False):
-        if before < layer:
-            hidden = run_from(model, base, before, hidden, hooks, stop=layer)
-        hooks = edit_hooks(model, base, hidden, [edit for edit in edits if edit.layer == layer])
-    return split_rows(run_from(model, base, layers[-1], hidden, hooks), n)
+def live_logits(
+    model: LensModel, base: BaseRun, groups: Sequence[Sequence[Edit]]
+) -> Float[Tensor, "variant batch d_vocab"]:
+    """Logits when every edited slot holds its value and everything else runs live.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        groups: Edits of some variants each; a group joins the batch at its first edited layer.
+
+    Returns:
+        Logits of the variants of the first group, of the second, and so on.
+    """
+    layers = sorted({edit.layer for group in groups for edit in group})
+    hidden, spans = base.resid[layers[0]][:0], dict[int, slice]()
+    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+        for k, group in enumerate(groups):
+            if min(edit.layer for edit in group) == layer:
+                own = expand_rows(base.resid[layer], len(group[0].chosen))
+                spans[k] = slice(len(hidden), len(hidden) + len(own))
+                hidden = torch.cat([hidden, own])
+        hooks = []
+        for k, span in spans.items():
+            edits = [edit for edit in groups[k] if edit.layer == layer]
+            hooks += [_at_rows(hook, span) for hook in edit_hooks(model, base, hidden[span], edits)]
+        hidden = run_from(model, base, layer, hidden, hooks, stop=after)
+    return torch.cat([split_rows(hidden[spans[k]], len(group[0].chosen)) for k, group in enumerate(groups)])
 
 
 def edit_hooks(
@@ -235,28 +250,6 @@ def frozen_change(
     return total[:, :, 0]
 
 
-def edge_scores(
-    model: LensModel,
-    base: BaseRun,
-    receivers: Sequence[Receiver],
-    delta: Float[Tensor, "variant batch pos d_model"],
-    metric: RefusalLogOdds,
-) -> Float[Tensor, "variant batch"]:
-    """Metric when each variant's ``delta`` is added to what its receiver's slot reads, the rest running live.
-
-    Args:
-        model: The model.
-        base: The run that is edited.
-        receivers: One a variant; all in one layer and one slot.
-        delta: Change of the receiver's input.
-        metric: What is measured.
-    """
-    if receivers[0][0].kind == "logits":
-        return final_scores(model, base, delta[:, :, -1], metric)
-    edit = slot_edit(model, base, [[receiver] for receiver in receivers], delta)
-    return metric(live_logits(model, base, [edit]))
-
-
 def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_model"], kind: str) -> Tensor:
     """An MLP's output, or its neurons, when it reads ``reads``."""
     seen: list[Tensor] = []
@@ -266,6 +259,18 @@ def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_mo
     with model.hooks([(site, lambda tensor: seen.append(tensor))]):
         model.mlp(layer, reads)
     return seen[0]
+
+
+def _at_rows(hook: Hook, rows: slice) -> Hook:
+    """The hook on some rows of the batch alone."""
+    site, function = hook
+
+    def edit(tensor: Tensor) -> Tensor:
+        out = tensor.clone()
+        out[rows] = function(tensor[rows])
+        return out
+
+    return (site, edit)
 
 
 def _keep_where(rows: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:

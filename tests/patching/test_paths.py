@@ -5,7 +5,7 @@ import torch
 from reference import frozen_run, hook_count, path_whole
 
 import mechsafety as ms
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import At, Projection, pair_runs, path_patching, path_projection
 from mechsafety.patching.paths import measured_edges
 from mechsafety.sites import Site, SiteKind
@@ -204,7 +204,7 @@ def test_bar_shows_time_left(llama, pairs, log_odds, capsys):
     path_patching(llama, pairs, log_odds)
     assert "paths" in (shown := capsys.readouterr().err) and "<" in shown
     runs = pair_runs(llama, pairs)
-    edges = [ms.Edge(Node("head", 0, 1), Node("head", 2, 1), "q")]
+    edges = [Edge(Node("head", 0, 1), Node("head", 2, 1), "q")]
     measured_edges(llama, runs, log_odds, edges, progress=True)
     assert "edges" in capsys.readouterr().err
 
@@ -228,3 +228,20 @@ def test_projection_errors(llama, gpt_neox, pairs):
 def test_neurons_need_runs_that_hold_them(llama, pairs, log_odds):
     with pytest.raises(ms.MechsafetyError, match=r"these runs hold no neurons; .*extra=\[SiteKind\.NEURONS\]"):
         path_patching(llama, pair_runs(llama, pairs), log_odds, senders=[Node("neuron", 0, 1)], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "olmo2"])
+def test_measured_edges_of_many_layers_and_slots_in_one_batch(kind, make_model, pairs, log_odds):
+    """Edges join the batch at their receivers' layers; each is as if it were alone."""
+    model = make_model(kind)
+    base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
+    head, mlp, logits = Node("head", 0, 1), Node("mlp", 0), Node("logits")
+    edges = [Edge(mlp, logits, "resid"), Edge(head, Node("head", 2, 3), "k"), Edge(head, Node("mlp", 1), "mlp")]
+    edges += [Edge(mlp, Node("head", 1, 0), slot) for slot in "qkv"] + [Edge(Node("head", 1, 2), logits, "resid")]
+    edges += [Edge(Node("head", 1, 1), Node("head", 2, 2), "q"), Edge(mlp, Node("mlp", 2), "mlp")]
+    runs = pair_runs(model, pairs)
+    found = measured_edges(model, runs, log_odds, edges)
+    before = runs.scores(log_odds)[0]
+    for edge, change in zip(edges, found, strict=True):
+        whole = path_whole(model, base, source, edge.sender, [(edge.receiver, edge.slot)], mlp="freeze")
+        torch.testing.assert_close(before - change, log_odds(whole), atol=1e-4, rtol=0, msg=str(edge))
