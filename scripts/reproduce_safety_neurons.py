@@ -139,22 +139,24 @@ class Run:
     def curve(self, ranking: str) -> CausalCurve:
         scores = self.scores()
         values = scores.change if ranking == "rms" else scores.change / scores.base_rms.clamp(min=1e-12)
-        harmless = self.plain if ranking == "rms" else None
+        harmless, metric = self.plain if ranking == "rms" else None, self.metric
 
         def make() -> CausalCurve:
             pair = self.model("demo-base"), self.model("demo")
             options = {"n_random": self.size.random_sets, "harmless": harmless, "max_new_tokens": 16}
-            return causal_effect_curve(*pair, values, self.test.harmful, self.metric, **options)
+            return causal_effect_curve(*pair, values, self.test.harmful, metric, **options)
 
         return self.step(f"curve-log-odds-{ranking}", CausalCurve, make)
 
     def judged_curve(self) -> CausalCurve:
+        scores = self.scores()
+
         def make() -> CausalCurve:
             prompts = self.test.sample(self.size.judged, seed=1).harmful
             return causal_effect_curve(
                 self.model("demo-base"),
                 self.model("demo"),
-                self.scores(),
+                scores,
                 prompts,
                 phrase_judge,
                 shares=self.size.judged_shares,
@@ -166,6 +168,7 @@ class Run:
 
     def cost(self) -> dict[str, float]:
         """Dynamic patching against plain generation of both models, interleaved, best of three."""
+        top = self.scores().top(TOP)
 
         def make() -> dict[str, float]:
             base, demo = self.model("demo-base"), self.model("demo")
@@ -173,9 +176,7 @@ class Run:
             jobs = {
                 "base": lambda: base.generate(prompts, new),
                 "aligned": lambda: demo.generate(prompts, new),
-                "patched": lambda: dynamic_patching(
-                    base, demo, self.scores().top(TOP), prompts, max_new_tokens=new, progress=False
-                ),
+                "patched": lambda: dynamic_patching(base, demo, top, prompts, max_new_tokens=new, progress=False),
             }
             for _ in range(3):
                 for name, job in jobs.items():
@@ -205,16 +206,18 @@ class Run:
         )
 
     def tax(self) -> AlignmentTax:
+        rankings, metric = (self.mixed_scores("demo"), self.mixed_scores("demo-helpful")), self.metric
+
         def make() -> AlignmentTax:
             rows = [row for row in self.answers if row["split"] == "test"][: self.size.taxed]
             return alignment_tax(
                 self.model("demo-base"),
                 self.model("demo"),
                 self.model("demo-helpful"),
-                (self.mixed_scores("demo"), self.mixed_scores("demo-helpful")),
+                rankings,
                 self.test.harmful[: self.size.taxed],
                 [row["prompt"] for row in rows],
-                self.metric,
+                metric,
                 ReplyLikelihood(tuple(row["reply"] for row in rows)),
                 share=TOP,
                 n_random=self.size.random_sets,
@@ -248,15 +251,18 @@ class Run:
         return self.step(f"refusals-seed-{seed}", dict, make)
 
     def agreement(self, a: int, b: int) -> NeuronAgreement:
+        one, two = self.seed_scores(a), self.seed_scores(b)
         return self.step(
             f"agreement-{a}-{b}",
             NeuronAgreement,
-            lambda: compare_neurons(self.seed_scores(a), self.seed_scores(b), share=TOP, n_permutations=200),
+            lambda: compare_neurons(one, two, share=TOP, n_permutations=200),
         )
 
     # --- the guard ------------------------------------------------------------------------------------------------
 
     def guard(self) -> GuardReport:
+        top = self.scores().top(TOP)
+
         def pairs(split: str, n: int, name: str) -> LabelledPrompts:
             rows = ms.PromptPairs.builtin(split).sample(n, seed=2)
             groups = [str(k) for k in range(len(rows))] * 2
@@ -278,7 +284,7 @@ class Run:
                 n = self.size.benchmark
                 bad, good = ms.load_instructions(str(path)), ms.load_instructions(str(alpaca))
                 tests.append(label_by_replies(base, bad[:n], good[k * n : (k + 1) * n], f"{name}, Alpaca"))
-            return compare_guards(base, self.scores().top(TOP), train, tests, n_random=self.size.random_sets)
+            return compare_guards(base, top, train, tests, n_random=self.size.random_sets)
 
         return self.step("guard", GuardReport, make)
 
@@ -359,9 +365,10 @@ def findings(run: Run) -> list[str]:
             out.append(f"C never reaches 0.9 on {one.score}.")
         else:
             row = frame[frame.share == reached].iloc[0]
-            band = "no disjoint random set of these layers exists at that size"
+            band = "nothing is left for random sets there"
             if not np.isnan(row.random_mean):
                 band = f"random sets there: {row.random_low:.2f} to {row.random_high:.2f}, p = {row.p_value:.3f}"
+                band += f" (they share {row.random_overlap:.0%} of their neurons with the top)"
             out.append(f"The smallest share measured with C of at least 0.9 on {one.score} is {reached:.1%}; {band}.")
     random = guard[guard.feature == "random"]
     null = int(random.margin_is_null.sum())
@@ -377,6 +384,7 @@ def report(run: Run) -> str:
     scores, curve, cost = run.scores(), run.curve("rms"), run.cost()
     ratio = run.curve("ratio").to_dataframe()[["share", "effect", "ci_low", "ci_high", "random_low", "random_high"]]
     shown = ["share", "neurons", "effect", "ci_low", "ci_high", "random_mean", "random_low", "random_high", "p_value"]
+    shown.append("random_overlap")
     ability = curve.to_dataframe()[["share", "kl", "perplexity", "agreement"]]
     ends = curve.harmless
     for name, row in (("aligned model", -2), ("base model", -1)):

@@ -34,8 +34,10 @@ class CausalCurve(Result):
         shares, counts: Share and number of neurons of each point.
         base_scores, aligned_scores: F of each prompt for the two models by themselves.
         patched: The same with the top neurons taken from the aligned model.
-        random: With random sets instead: as many neurons in each layer, disjoint from the top; NaN at shares whose
-            complement is too small for such sets.
+        random: With random sets instead: as many neurons in each layer, disjoint from the top where every layer has
+            room for that; NaN at a share of 1.
+        overlaps: Share of the random neurons that are in the top: 0 where the sets are disjoint. Above it a random set
+            holds all neurons of a crowded layer that are not in the top, and as few of the top as possible.
         harmless: General ability on harmless prompts: each field's rows are the shares, then the aligned model by
             itself, then the base; None unless harmless prompts were given.
     """
@@ -49,6 +51,7 @@ class CausalCurve(Result):
     aligned_scores: Float[Tensor, " prompt"]
     patched: Float[Tensor, "share prompt"]
     random: Float[Tensor, "share set prompt"]
+    overlaps: tuple[float, ...]
     harmless: Ability | None
 
     def __repr__(self) -> str:
@@ -116,6 +119,7 @@ class CausalCurve(Result):
             low, high = np.percentile(control[k], [2.5, 97.5])
             p = (1 + (control[k] >= chosen[k]).sum()) / (1 + control.shape[1])
             frame.loc[k, list(columns)] = [control[k].mean(), low, high, p]
+        frame["random_overlap"] = self.overlaps
         if self.harmless is not None:
             points = len(self.shares)
             frame["kl"] = self.harmless.kl[:points].mean(-1).numpy()
@@ -174,7 +178,8 @@ def causal_effect_curve(
         score: `RefusalLogOdds` (no generation), `ReplyLikelihood`, `phrase_judge`, `text_classifier(...)` or any
             function of prompts and replies to numbers.
         shares: Shares of all neurons.
-        n_random: Random sets for each share, with as many neurons in each layer and none of the chosen ones.
+        n_random: Random sets for each share, with as many neurons in each layer and none of the chosen ones; where
+            more than half of a layer is chosen, as few of them as possible.
         harmless: Prompts on which general ability is measured; none by default.
         max_new_tokens: Length of the replies that a judge reads, and of those that ability is measured on.
         seed: Of the random sets.
@@ -189,7 +194,11 @@ def causal_effect_curve(
     counts = [share_count(share, values.numel()) for share in order]
     chosen = [top_mask(values, count) for count in counts]
     none = torch.zeros_like(chosen[0])
-    controls = [random_masks(mask, n_random, seed + k) for k, mask in enumerate(chosen)]
+    controls = [random_masks(mask, n_random, seed + k, fill=True) for k, mask in enumerate(chosen)]
+    overlaps = [
+        float((sets[0] & mask).sum() / mask.sum()) if sets else 1.0
+        for sets, mask in zip(controls, chosen, strict=True)
+    ]
     masks = [*chosen, *(mask for sets in controls for mask in sets or [])]
     alone = [
         measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)[0] for model in (base, aligned)
@@ -227,5 +236,6 @@ def causal_effect_curve(
         alone[1],
         found[: len(order)],
         control,
+        tuple(overlaps),
         cost,
     )

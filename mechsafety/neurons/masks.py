@@ -77,7 +77,7 @@ def share_count(share: float, total: int) -> int:
 
 
 def random_masks(
-    mask: Bool[Tensor, "layer d_mlp"], count: int, seed: int = 0
+    mask: Bool[Tensor, "layer d_mlp"], count: int, seed: int = 0, *, fill: bool = False
 ) -> list[Bool[Tensor, "layer d_mlp"]] | None:
     """Random sets with as many neurons in each layer as ``mask``, none of them in it.
 
@@ -85,19 +85,23 @@ def random_masks(
         mask: The chosen neurons.
         count: How many sets; drawn independently, so they may share neurons with each other.
         seed: Of the draw.
+        fill: Where more than half of a layer is chosen: take all others and fill up with random chosen ones.
 
     Returns:
-        The sets; None where a layer has fewer neurons left than it would need.
+        The sets; None where a layer has fewer neurons left than it would need (with ``fill``: where all neurons are
+        chosen).
     """
     wanted = mask.sum(1).tolist()
-    if any(n > mask.shape[1] - n for n in wanted):
+    if bool(mask.all()) if fill else any(n > mask.shape[1] - n for n in wanted):
         return None
     generator = torch.Generator().manual_seed(seed)
     out = []
     for _ in range(count):
         drawn = torch.zeros_like(mask)
         for layer, n in enumerate(wanted):
-            free = (~mask[layer]).nonzero()[:, 0]
+            free, taken = (side.nonzero()[:, 0] for side in (~mask[layer], mask[layer]))
             drawn[layer, free[torch.randperm(len(free), generator=generator)[:n]]] = True
+            if n > len(free):
+                drawn[layer, taken[torch.randperm(len(taken), generator=generator)[: n - len(free)]]] = True
         out.append(drawn)
     return out

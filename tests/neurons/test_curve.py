@@ -47,6 +47,7 @@ def test_random_sets_where_there_is_room(curve):
     frame = curve.to_dataframe()
     assert curve.random.shape == (3, 20, 5)
     assert frame.random_mean.notna().tolist() == [True, True, False], "nothing is left beside all neurons"
+    assert frame.random_overlap[0] == 0 and frame.random_overlap[2] == 1
     assert np.isnan(frame.p_value[2]) and (frame.p_value[:2] >= 1 / 21).all()
     low, high = np.percentile(curve.random_effects[0].numpy(), [2.5, 97.5])
     assert (frame.random_low[0], frame.random_high[0]) == pytest.approx((low, high), rel=1e-4)

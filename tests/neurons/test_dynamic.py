@@ -126,6 +126,10 @@ def test_random_sets_match_layers_and_avoid_the_chosen():
     assert all(torch.equal(a, b) for a, b in zip(sets, random_masks(mask, 25, seed=3), strict=True))
     mask[0, 5] = True
     assert random_masks(mask, 25) is None
+    filled = random_masks(mask, 25, fill=True)
+    assert all((one.sum(1) == mask.sum(1)).all() and (one & mask).sum(1).tolist() == [2, 0] for one in filled)
+    assert len({tuple((one & mask)[0].tolist()) for one in filled}) > 3, "what fills up is random"
+    assert random_masks(torch.ones_like(mask), 3, fill=True) is None
 
 
 def test_result(pair, prompts, tmp_path):
