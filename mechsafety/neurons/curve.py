@@ -196,8 +196,7 @@ def causal_effect_curve(
     none = torch.zeros_like(chosen[0])
     controls = [random_masks(mask, n_random, seed + k, fill=True) for k, mask in enumerate(chosen)]
     overlaps = [
-        float((sets[0] & mask).sum() / mask.sum()) if sets else 1.0
-        for sets, mask in zip(controls, chosen, strict=True)
+        float((sets[0] & mask).sum() / mask.sum()) if sets else 1.0 for sets, mask in zip(controls, chosen, strict=True)
     ]
     masks = [*chosen, *(mask for sets in controls for mask in sets or [])]
     alone = [

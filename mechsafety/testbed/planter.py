@@ -117,7 +117,7 @@ class _Planter:
 
     def plant(self) -> None:
         """Write every part, then the unembedding."""
-        for layer, block in enumerate(self.weights.blocks):
+        for layer, block in enumerate(self.weights.layers):
             if self.plan.heads_of(layer):
                 self._heads(block, layer)
             if self.plan.neurons_of(layer):
@@ -142,7 +142,7 @@ class _Planter:
             return
         rows = torch.stack(decoys)
         written = [self.weights.embed, *self.weights.biases]
-        for block in self.weights.blocks:
+        for block in self.weights.layers:
             written += [block.o, block.write]
         for tensor in written:
             tensor -= (tensor @ rows.T) @ rows

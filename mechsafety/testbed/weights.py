@@ -43,7 +43,7 @@ class Weights:
 
     Attributes:
         embed, unembed: Token embedding and unembedding.
-        blocks: The blocks.
+        layers: The blocks.
         biases: What is written besides: output biases, and position embeddings.
         final_norm: The norm before the unembedding.
         activation: The neurons' activation function.
@@ -51,7 +51,7 @@ class Weights:
 
     embed: Float[Tensor, "d_vocab d_model"]
     unembed: Float[Tensor, "d_vocab d_model"]
-    blocks: tuple[BlockWeights, ...]
+    layers: tuple[BlockWeights, ...]
     biases: tuple[Tensor, ...]
     final_norm: nn.Module
     activation: nn.Module

@@ -104,9 +104,9 @@ def test_batches_do_not_matter(llama, pairs, log_odds, monkeypatch):
     meter = EdgeMeter(llama, pair_runs(llama, pairs), log_odds)
     circuits = some_circuits(False, seed=1)
     together = meter.kept(circuits)
-    monkeypatch.setattr("mechsafety.models.engine.MAX_BATCH_TOKENS", 1)
+    small = EdgeMeter(llama, pair_runs(llama, pairs, max_batch_tokens=1), log_odds)
     monkeypatch.setattr("mechsafety.circuits.edge_meter.SENDER_BYTES", 1)
-    np.testing.assert_allclose(meter.kept(circuits), together, atol=1e-4)
+    np.testing.assert_allclose(small.kept(circuits), together, atol=1e-4)
     assert meter.kept([]).shape == (0, len(pairs))
 
 

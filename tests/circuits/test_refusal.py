@@ -239,7 +239,7 @@ def test_the_demo_model(demo, tmp_path):
     check = found.verification
     assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.25
     assert check.random_controls.n == 20 and check.random_controls.mean < check.held_out_faithfulness
-    assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) == 10
+    assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) >= 10
     assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()
     assert set(check.held_out_topics) <= set(ms.PromptPairs.builtin("test").topics)
     assert found.behaviour["harmful"].refusal_rate > 0.5 > found.behaviour["harmless"].refusal_rate

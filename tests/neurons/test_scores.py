@@ -55,10 +55,9 @@ def test_batches_do_not_matter(pair, prompts):
     assert torch.equal(again.scores, all_.scores), "the same call gives the same bytes"
 
 
-def test_any_architecture(any_model, make_hf_model, make_tokenizer, prompts):
+def test_any_architecture(architecture, any_model, make_hf_model, make_tokenizer, prompts):
     """The base against itself changes nothing; its neurons have a size."""
-    kind = any_model.hf_model.config.model_type
-    twin = ms.load_model((make_hf_model(kind), make_tokenizer()))
+    twin = ms.load_model((make_hf_model(architecture), make_tokenizer()))
     found = safety_neurons(twin, any_model, prompts[:3], max_new_tokens=4)
     assert float(found.scores.max()) == 0.0 and float(found.base_rms.min()) > 0
 
