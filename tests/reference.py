@@ -137,11 +137,11 @@ def frozen_run(model, base, source, part, *, mlp, norm="recompute", where=None, 
     if str(part.kind) == "neuron" and mlp == "freeze":  # else its own MLP's output is put back
         names.remove(f"blocks.{part.layer}.hook_mlp_out")
     own, seen = record(model, base, names), {}
-    edits = [(name, lambda t, name=name: seen.update({name: t.clone()})) for name in read]
+    # norms first: an MLP's output may be the very hook of the norm behind it
+    edits = norm_edits(model, base) if norm == "freeze" else []
+    edits += [(name, lambda t, name=name: seen.update({name: t.clone()})) for name in read]
     edits += [(name, lambda tensor, name=name: own[name]) for name in names]
     edits.append(sender_edit(model, base, source, part, where))
-    if norm == "freeze":
-        edits += norm_edits(model, base)
     return whole_logits(model, base, edits), seen
 
 
@@ -186,7 +186,7 @@ def path_whole(model, base, source, part, receivers, *, mlp, norm="recompute", d
             names.remove(f"blocks.{node.layer}.hook_mlp_out")
         own = record(model, base, names)
         edits = [(name, lambda tensor, name=name: own[name]) for name in names] + edits
-        edits += norm_edits(model, base) if norm == "freeze" else []
+        edits = (norm_edits(model, base) if norm == "freeze" else []) + edits
     return whole_logits(model, base, edits)
 
 

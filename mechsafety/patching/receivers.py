@@ -266,8 +266,9 @@ def _at_rows(hook: Hook, rows: slice) -> Hook:
     site, function = hook
 
     def edit(tensor: Tensor) -> Tensor:
-        out = tensor.clone()
-        out[rows] = function(tensor[rows])
+        out, new = tensor.clone(), function(tensor[rows])
+        if new is not None:
+            out[rows] = new
         return out
 
     return (site, edit)
