@@ -218,7 +218,7 @@ def _reads(
                 chunk = members[first : first + size]
                 rows = repeat(delta, "pair pos d -> variant pair pos d", variant=len(chunk))
                 edit = slot_edit(model, base, [[(nodes[k], SLOTS[place])] for k in chunk], rows)
-                reads[chunk, place] = harmful - metric(live_logits(model, base, [edit]))
+                reads[chunk, place] = harmful - metric(live_logits(model, base, [[edit]]))
     return reads / (harmful - harmless).mean()
 
 

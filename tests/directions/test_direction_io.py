@@ -87,7 +87,7 @@ def test_the_neurons_estimate_is_the_first_order_of_the_mlps_exact_reading(make_
         middle = [run.resid[layer + 1] - run.acts[SiteKind.MLP_OUT][layer] for run in (base, small)]
         delta = -((middle[0] - middle[1]) @ unit)[..., None] * unit
         edit = slot_edit(model, base, [[(Node("mlp", layer), "mlp")]], delta[None])
-        logits = live_logits(model, base, [edit])[0]
+        logits = live_logits(model, base, [[edit]])[0]
         exact = (logit_difference(base.logits) - logit_difference(logits)).mean() / gap
         assert float(estimate[layer]) == pytest.approx(float(exact), rel=0.05, abs=1e-5)
 
