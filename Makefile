@@ -9,7 +9,11 @@ STAMP := $(VENV)/installed
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
 STAMP3 := $(VENV3)/installed
-CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patching tests/attribution tests/circuits
+# the slow twins of paths and edges are written on a bridge's own hook names and run on 4.x alone; test_generations compares
+# patching, path and edge results of both
+CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patching/test_activation.py \
+	tests/patching/test_sites.py tests/attribution/test_nodes.py tests/attribution/test_direct.py \
+	tests/circuits/test_discover.py tests/circuits/test_edges.py tests/circuits/test_verify.py
 export HF_HUB_OFFLINE := 1
 
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing

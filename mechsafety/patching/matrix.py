@@ -225,7 +225,9 @@ def _attend(model: LensModel, run: BaseRun, layer: int, live: str = "") -> _Atte
         return hook
 
     def leaf(tensor: Tensor) -> Tensor:
-        seen["reads"] = tensor.detach().requires_grad_()
+        # TransformerLens 3.9 norms the same input once for each of queries, keys and values
+        if "reads" not in seen:
+            seen["reads"] = tensor.detach().requires_grad_()
         return seen["reads"]
 
     def stop(tensor: Tensor) -> None:

@@ -132,7 +132,7 @@ def test_folding_changes_no_effect(kind, options, make_hf_model, make_tokenizer,
     edges = [ms.edge_attribution(m, pairs, logit_difference, steps=2, progress=False).scores for m in (model, expected)]
     scale = float(edges[1].abs().max())
     torch.testing.assert_close(edges[0][1:] / scale, edges[1][1:] / scale, atol=1e-4, rtol=1e-3)
-    direct = [ms.head_attribution(m, PROMPTS, logit_difference).total for m in (model, expected)]
+    direct = [ms.direct_logit_attribution(m, PROMPTS, logit_difference).total for m in (model, expected)]
     torch.testing.assert_close(*direct, atol=1e-4, rtol=1e-4)
 
 
