@@ -115,8 +115,9 @@ def eap(case: Case) -> Any:
 
 
 def eap_ig(case: Case) -> Any:
-    """EAP with the gradient averaged over five points between the embeddings."""
-    return _with_nodes(ms.edge_attribution(case.model, case.runs, case.metric, method="eap-ig", progress=False))
+    """EAP with the gradient averaged over ten points between the embeddings."""
+    found = ms.edge_attribution(case.model, case.runs, case.metric, method="eap-ig", steps=10, progress=False)
+    return _with_nodes(found)
 
 
 def _with_nodes(scores: ms.EdgeScores) -> Any:

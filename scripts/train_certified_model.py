@@ -1,10 +1,12 @@
-"""Train the certified model of `mechsafety.testbed.certified`: strict interchange training, nodes first, then edges.
+"""Train the certified model of `mechsafety.testbed.certified`: nodes first, then edges, then single ones.
 
     python scripts/train_certified_model.py --out mechsafety/testbed/data/certified
 
 The loss (Gupta et al. 2024, InterpBench, with an edge term besides) sums the task; interchange of each aligned node,
 whose target is the causal model's answer with that variable from the other prompt; resampling of everything that is no
-part of the circuit, whose target stays; and, in the second half, resampling of every direct path that is no part of it.
+part of the circuit, whose target stays; in the second stage, resampling of every direct path that is no part of it; and
+in the third, swaps of single paths: without it a path beside the declared one can carry the same, and be cancelled only
+when all are resampled together (after two stages, one such path carried 96 % of the policy's effect).
 The seed fixes the weights and all draws. A stopped run goes on from its last checkpoint in --work, to the same bytes.
 """
 
@@ -23,18 +25,20 @@ from tqdm.auto import tqdm
 from mechsafety.testbed.causal import BORDERLINE, refusal_model
 from mechsafety.testbed.certify import (
     answer_ids,
+    carried_by,
     certificate_json,
     certify,
     every_prompt,
     is_held_out,
     prompt_ids,
+    single_edge_mask,
     swapped_edges,
     swapped_nodes,
     tokenizer,
     untrained_model,
     values,
 )
-from mechsafety.testbed.split import split_forward
+from mechsafety.testbed.split import edge_mask, possible_edges, split_forward
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
 
 logger = logging.getLogger("train_certified_model")
@@ -63,13 +67,19 @@ def train(args: argparse.Namespace) -> None:
     outside, paths = swapped_nodes(config, causal_model, length), swapped_edges(config, causal_model, length)
     single = {v.name: swapped_nodes(config, causal_model, length, [v.name]) for v in causal_model.variables}
     answer = torch.tensor(answer_ids())
-    total = args.node_steps + args.edge_steps
+    stages = (args.node_steps, args.edge_steps, args.single_steps)
+    total = sum(stages)
+    circuit = causal_model.truth().edges
+    possible = edge_mask(config, possible_edges(config))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 
     def rate(step: int) -> float:
-        # each half warms up and cools down by itself: the edge term is a new loss
-        place, size = (step, args.node_steps) if step < args.node_steps else (step - args.node_steps, args.edge_steps)
-        return min((place + 1) / 50, 0.5 * (1 + math.cos(math.pi * place / size)) + 0.02)
+        # each stage warms up and cools down by itself: it brings a new loss
+        for size in stages:
+            if step < size:
+                return min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / size)) + 0.02)
+            step -= size
+        return 0.02
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     options = {k: v for k, v in vars(args).items() if k not in ("out", "work")}
@@ -109,6 +119,16 @@ def train(args: argparse.Namespace) -> None:
             drawn = torch.rand(paths.shape[:2], generator=generator) < (1.0 if step % 2 else 0.5)
             mask = paths & drawn[:, :, None]
             loss = loss + args.edge_weight * loss_of(split_forward(model, ids[base], source, mask), expected["produce"])
+        if step >= args.node_steps + args.edge_steps:
+            # a handful of the paths outside the circuit, often one; and two of the circuit's, each alone
+            share = 10 ** (-2.5 * float(torch.rand((), generator=generator)))
+            mask = paths & (possible & (torch.rand(paths.shape[:2], generator=generator) < share))[:, :, None]
+            loss = loss + args.edge_weight * loss_of(split_forward(model, ids[base], source, mask), expected["produce"])
+            for k in torch.randperm(len(circuit), generator=generator)[:2].tolist():
+                name = carried_by(causal_model, circuit[k])
+                changed = causal_model.run(mine, {name: elsewhere[name]})["produce"]
+                mask = single_edge_mask(config, circuit[k], length)
+                loss = loss + loss_of(split_forward(model, ids[base], source, mask), changed)
         rows, labels = reply_rows(ids[base[:32]], expected["produce"][:32])
         replied = split_forward(model, rows).logits[:, length:]
         loss = loss + args.reply_weight * torch.nn.functional.cross_entropy(
@@ -120,8 +140,9 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0 or step + 1 == total:
-            found = certify(model, causal_model, fresh[:: args.check_every], seed=1)
+            found = certify(model, causal_model, fresh[:: args.check_every], n_single=24, seed=1)
             row = {"accuracy": found.accuracy, **found.interchange, "strict": found.strict, "edges": found.edges_only}
+            row |= {"edge_interchange": min(found.edge_interchange.values()), "single_edge": found.single_edge}
             history.append({"step": step + 1, "loss": loss.item()} | row)
             logger.info("%s", json.dumps({key: round(value, 4) for key, value in history[-1].items()}))
             scratch = checkpoint.with_suffix(".tmp")
@@ -150,6 +171,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/train_certified"), help="checkpoint of a stopped run")
     parser.add_argument("--node-steps", type=int, default=500)
     parser.add_argument("--edge-steps", type=int, default=1000)
+    parser.add_argument("--single-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--strict-weight", type=float, default=0.4)

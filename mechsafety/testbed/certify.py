@@ -14,9 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Edge
 from mechsafety.prompts import PromptPair, PromptPairs
 from mechsafety.testbed.causal import BORDERLINE, HARMFUL, HARMLESS, CausalModel, refusal_model
-from mechsafety.testbed.split import SplitRun, edge_mask, receiver_slots, sender_nodes, split_forward
+from mechsafety.testbed.split import (
+    SplitRun,
+    edge_mask,
+    possible_edges,
+    receiver_slots,
+    sender_nodes,
+    split_forward,
+)
 from mechsafety.testbed.truth import Truth
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL, word_tokenizer
 
@@ -62,19 +70,27 @@ class Certificate:
             their variable, take their values from another prompt's run; the answer should not change.
         edges_only: Every direct path outside the circuit carries the other prompt's values, the embedding's paths
             included; the answer should not change.
-        n: Prompts, each with one other prompt.
+        edge_interchange: For each edge of the circuit, swapped alone: the answer against the causal model's with the
+            value that the edge carries from the other prompt. Without this a path beside it may carry the same.
+        single_edge: Each edge outside the circuit swapped alone; the answer should not change. The lowest share over
+            those edges, on ``n_single`` prompts. All of them at once can cancel where one alone does not.
+        n, n_single: Prompts, each with one other prompt.
     """
 
     accuracy: float
     interchange: dict[str, float]
     strict: float
     edges_only: float
+    edge_interchange: dict[str, float]
+    single_edge: float
     n: int
+    n_single: int
 
     @property
     def lowest(self) -> float:
         """The smallest of all figures, single variables included."""
-        return min(self.accuracy, self.strict, self.edges_only, *self.interchange.values())
+        whole = (self.accuracy, self.strict, self.edges_only, self.single_edge)
+        return min(*whole, *self.interchange.values(), *self.edge_interchange.values())
 
     @property
     def holds(self) -> bool:
@@ -243,6 +259,11 @@ def swapped_edges(config: Any, causal_model: CausalModel, length: int) -> Bool[T
     return ~live
 
 
+def single_edge_mask(config: Any, edge: Edge, length: int) -> Bool[Tensor, "sender receiver pos"]:
+    """Mask for `split_forward`: one edge, at every position."""
+    return edge_mask(config, [edge])[:, :, None].expand(-1, -1, length)
+
+
 def answers(run: SplitRun) -> Int[Tensor, " prompt"]:
     """1 where the most probable next token begins a refusal, 0 where it begins compliance, -1 elsewhere."""
     best = run.logits[:, -1].argmax(-1)
@@ -252,7 +273,13 @@ def answers(run: SplitRun) -> Int[Tensor, " prompt"]:
 
 @torch.no_grad()
 def certify(
-    model: Any, causal_model: CausalModel, prompts: Sequence[CausalPrompt], *, seed: int = 0, batch: int = 512
+    model: Any,
+    causal_model: CausalModel,
+    prompts: Sequence[CausalPrompt],
+    *,
+    n_single: int = 100,
+    seed: int = 0,
+    batch: int = 512,
 ) -> Certificate:
     """Measure the certificate of a model on ``prompts``, each with another of them drawn at random.
 
@@ -260,6 +287,7 @@ def certify(
         model: A Hugging Face Llama that is not wrapped.
         causal_model: What it should compute, where.
         prompts: Base prompts.
+        n_single: How many of them, drawn at random, each edge outside the circuit is swapped on alone.
         seed: Of the draw of the other prompts.
         batch: Prompts run at once.
     """
@@ -287,9 +315,40 @@ def certify(
             mask = swapped_nodes(model.config, causal_model, length, [variable.name])
             changed = causal_model.run(mine, {variable.name: elsewhere[variable.name]})
             count(variable.name, split_forward(model, ids[base], source, mask), changed["produce"])
+        for edge in causal_model.truth().edges:
+            mask = single_edge_mask(model.config, edge, length)
+            name = carried_by(causal_model, edge)
+            changed = causal_model.run(mine, {name: elsewhere[name]})
+            count(str(edge), split_forward(model, ids[base], source, mask), changed["produce"])
     shares = {name: hit / len(prompts) for name, hit in hits.items()}
-    interchange = {variable.name: shares[variable.name] for variable in causal_model.variables}
-    return Certificate(shares["accuracy"], interchange, shares["strict"], shares["edges_only"], len(prompts))
+    few = torch.randperm(len(prompts), generator=generator)[:n_single]
+    source = split_forward(model, ids[order[few]]).senders
+    expected = causal_model.run({name: value[few] for name, value in inputs.items()})
+    outside_edges = set(possible_edges(model.config)) - set(causal_model.truth().edges)
+    single = []
+    for edge in sorted(outside_edges, key=str):
+        run = split_forward(model, ids[few], source, single_edge_mask(model.config, edge, length))
+        single.append(float((answers(run) == expected["produce"]).float().mean()))
+    return Certificate(
+        shares["accuracy"],
+        {variable.name: shares[variable.name] for variable in causal_model.variables},
+        shares["strict"],
+        shares["edges_only"],
+        {str(edge): shares[str(edge)] for edge in causal_model.truth().edges},
+        min(single),
+        len(prompts),
+        len(few),
+    )
+
+
+def carried_by(causal_model: CausalModel, edge: Edge) -> str:
+    """Name of the variable that changes when an edge of the circuit alone carries another prompt's value.
+
+    Each variable has one reader, so that to swap the path to it is to swap the variable; to swap what the embedding
+    sends is to swap the variable that is read off it.
+    """
+    end = edge.receiver if edge.sender.kind == "embed" else edge.sender
+    return next(variable.name for variable in causal_model.variables if variable.node == end)
 
 
 def twins(per_topic: int = 16) -> PromptPairs:

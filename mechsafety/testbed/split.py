@@ -88,9 +88,10 @@ def split_forward(
         own = torch.stack(written)
         total = repeat(own.sum(0), "batch pos d -> receiver batch pos d", receiver=width)
         if source is not None and swapped is not None:
-            where = swapped[: len(written), column : column + width].to(own.dtype)
-            difference = source[: len(written)] - own
-            total = total + einsum(where, difference, "sender receiver pos, sender batch pos d -> receiver batch pos d")
+            where = swapped[: len(written), column : column + width]
+            if bool(where.any()):
+                shape = "sender receiver pos, sender batch pos d -> receiver batch pos d"
+                total = total + einsum(where.to(own.dtype), source[: len(written)] - own, shape)
         column += width
         return total
 

@@ -17,12 +17,13 @@ from mechsafety.testbed.certify import (
     is_held_out,
     load_certified,
     prompt_ids,
+    single_edge_mask,
     swapped_edges,
     swapped_nodes,
     tokenizer,
-    untrained_model,
     values,
 )
+from mechsafety.testbed.split import possible_edges, split_forward
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,36 @@ def test_the_certificate_holds_and_is_measured_again(made, fresh):
 
 
 def test_the_certificate_can_fail(made, fresh):
-    """Untrained weights, and the trained ones with one node of the circuit silenced."""
-    assert certify(untrained_model(1), made.causal_model, fresh[:64]).lowest < 0.6
+    """The trained weights with one node of the circuit silenced."""
     broken = certified().model
     with torch.no_grad():
         broken.model.layers[2].self_attn.o_proj.weight[:, 24:] = 0.0
-    found = certify(broken, made.causal_model, fresh[::16])
+    found = certify(broken, made.causal_model, fresh[::32], n_single=1)
     assert found.accuracy < 0.9
     assert not found.holds
+
+
+def test_no_other_path_carries_the_effect(made):
+    """Share of the log-odds gap along each path alone: the circuit's carry it, no other does, and together they do."""
+    ids = [
+        torch.tensor([made.tokenizer(f"<s> <user> {t} <end> <assistant>").input_ids for t in side])
+        for side in (made.pairs.harmful, made.pairs.harmless)
+    ]
+    metric = ms.RefusalLogOdds((answer_ids()[1],), ("Sorry",))
+    config, length = made.model.config, ids[0].shape[1]
+    with torch.no_grad():
+        harmful, harmless = (split_forward(made.model, side) for side in ids)
+        high, low = (metric(run.logits[:, -1]) for run in (harmful, harmless))
+
+        def lost(mask):
+            run = split_forward(made.model, ids[0], harmless.senders, mask)
+            return float((high - metric(run.logits[:, -1])).mean() / (high - low).mean())
+
+        assert abs(lost(swapped_edges(config, made.causal_model, length))) < 0.1
+        for edge in possible_edges(config):
+            share = lost(single_edge_mask(config, edge, length))
+            # detect, context and policy decide a third of the pairs each
+            assert share > 0.25 if edge in made.truth.edges else abs(share) < 0.1, edge
 
 
 def test_interchange_by_hooks_agrees(made, wrapped, fresh):
