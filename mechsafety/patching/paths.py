@@ -8,22 +8,21 @@ local to a position.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-import plotly.graph_objects as go
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
 from mechsafety.nodes import Edge, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS, column_masks
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS
+from mechsafety.patching.path_map import PathMap
 from mechsafety.patching.readout import final_scores
 from mechsafety.patching.receivers import (
     DOWNSTREAM,
@@ -50,7 +49,6 @@ from mechsafety.patching.senders import (
     stream,
 )
 from mechsafety.prompts import PromptPairs
-from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
 
 __all__ = [
@@ -64,76 +62,6 @@ __all__ = [
     "propagate",
     "reaches",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class PathMap(Result):
-    """Exact effects along direct paths from senders to receivers.
-
-    Attributes:
-        provenance: Model, options, versions.
-        metric: Name and tokens of the metric; for `path_projection` where the projection was taken.
-        senders: Where the changes start.
-        receivers: (node, slot) pairs where they end; one entry of several receivers when patched jointly.
-        changes: Change of the metric towards the source run, in metric units.
-        harmful, harmless: Metric of the unpatched runs.
-        direction: ``noising`` or ``denoising``.
-        mlp: What MLPs between sender and receiver do: ``recompute`` or ``freeze``. Two different quantities.
-        downstream: What happens after the receiver: ``live`` or ``frozen``.
-        norm: Norms that read the change: ``recompute`` (exact) or ``freeze`` (at the base run's scale).
-        positions: Columns in which the senders' changes enter.
-    """
-
-    provenance: Provenance
-    metric: dict[str, object]
-    senders: tuple[Sender, ...]
-    receivers: tuple[tuple[tuple[Part, str], ...], ...]
-    changes: Float[Tensor, "sender receiver prompt"]
-    harmful: Float[Tensor, " prompt"]
-    harmless: Float[Tensor, " prompt"]
-    direction: str
-    mlp: str
-    downstream: str
-    norm: str = "recompute"
-    positions: str = "all"
-
-    def __repr__(self) -> str:
-        options = f"mlp={self.mlp}, norm={self.norm}"
-        return f"PathMap({len(self.senders)} senders -> {len(self.receivers)} receivers, {options})"
-
-    @property
-    def gap(self) -> float:
-        """Mean metric on harmful less on harmless prompts."""
-        return float((self.harmful - self.harmless).mean())
-
-    @property
-    def effects(self) -> Float[Tensor, "sender receiver"]:
-        """Share of the gap along each path; 0 where a sender comes after the receiver."""
-        return self.changes.mean(-1) / self.gap
-
-    def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
-        """One row a path, largest absolute effect first, with interval and adjusted p."""
-        flat = rearrange(self.changes.cpu().double(), "sender receiver prompt -> (sender receiver) prompt").numpy()
-        names = [" + ".join(f"{node}.{slot}" for node, slot in group) for group in self.receivers]
-        p_values = adjust_p(sign_flip_p(flat, seed))
-        intervals = [bootstrap_interval(row / self.gap, seed) for row in flat]
-        frame = pd.DataFrame(
-            {
-                "sender": [str(sender) for sender in self.senders for _ in names],
-                "receiver": [name for _ in self.senders for name in names],
-                "effect": flat.mean(1) / self.gap,
-                "ci_low": [low for low, _ in intervals],
-                "ci_high": [high for _, high in intervals],
-                "p_value": p_values,
-            }
-        )
-        return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
-
-    def plot(self) -> go.Figure:
-        """Bar chart of the 30 strongest paths with intervals."""
-        frame = self.to_dataframe()
-        frame["path"] = frame.sender + " -> " + frame.receiver
-        return bars(frame, "path", "effect", "share of the harmful-harmless gap")
 
 
 def path_patching(

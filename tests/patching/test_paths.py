@@ -10,7 +10,7 @@ from mechsafety.patching import At, Projection, pair_runs, path_patching, path_p
 from mechsafety.patching.paths import measured_edges
 from mechsafety.sites import Site, SiteKind
 
-KINDS = ["llama", "gpt_neox", "gemma2"]
+KINDS = ["llama", "gemma2"]
 
 
 @pytest.mark.parametrize("mlp", ["freeze", "recompute"])

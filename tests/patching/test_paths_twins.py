@@ -67,7 +67,7 @@ def moment_out(model, node):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_closed_form_is_the_hook_based_twin(kind, make_hf_model, make_tokenizer, log_odds, data):
     layers = data.draw(st.integers(2, 3))

@@ -1,0 +1,83 @@
+"""`PathMap`: what path patching measured."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.patching.senders import Part, Sender
+from mechsafety.results import Provenance, Result, bars
+
+
+@dataclass(frozen=True, slots=True)
+class PathMap(Result):
+    """Exact effects along direct paths from senders to receivers.
+
+    Attributes:
+        provenance: Model, options, versions.
+        metric: Name and tokens of the metric; for `path_projection` where the projection was taken.
+        senders: Where the changes start.
+        receivers: (node, slot) pairs where they end; one entry of several receivers when patched jointly.
+        changes: Change of the metric towards the source run, in metric units.
+        harmful, harmless: Metric of the unpatched runs.
+        direction: ``noising`` or ``denoising``.
+        mlp: What MLPs between sender and receiver do: ``recompute`` or ``freeze``. Two different quantities.
+        downstream: What happens after the receiver: ``live`` or ``frozen``.
+        norm: Norms that read the change: ``recompute`` (exact) or ``freeze`` (at the base run's scale).
+        positions: Columns in which the senders' changes enter.
+    """
+
+    provenance: Provenance
+    metric: dict[str, object]
+    senders: tuple[Sender, ...]
+    receivers: tuple[tuple[tuple[Part, str], ...], ...]
+    changes: Float[Tensor, "sender receiver prompt"]
+    harmful: Float[Tensor, " prompt"]
+    harmless: Float[Tensor, " prompt"]
+    direction: str
+    mlp: str
+    downstream: str
+    norm: str = "recompute"
+    positions: str = "all"
+
+    def __repr__(self) -> str:
+        options = f"mlp={self.mlp}, norm={self.norm}"
+        return f"PathMap({len(self.senders)} senders -> {len(self.receivers)} receivers, {options})"
+
+    @property
+    def gap(self) -> float:
+        """Mean metric on harmful less on harmless prompts."""
+        return float((self.harmful - self.harmless).mean())
+
+    @property
+    def effects(self) -> Float[Tensor, "sender receiver"]:
+        """Share of the gap along each path; 0 where a sender comes after the receiver."""
+        return self.changes.mean(-1) / self.gap
+
+    def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
+        """One row a path, largest absolute effect first, with interval and adjusted p."""
+        flat = rearrange(self.changes.cpu().double(), "sender receiver prompt -> (sender receiver) prompt").numpy()
+        names = [" + ".join(f"{node}.{slot}" for node, slot in group) for group in self.receivers]
+        p_values = adjust_p(sign_flip_p(flat, seed))
+        intervals = [bootstrap_interval(row / self.gap, seed) for row in flat]
+        frame = pd.DataFrame(
+            {
+                "sender": [str(sender) for sender in self.senders for _ in names],
+                "receiver": [name for _ in self.senders for name in names],
+                "effect": flat.mean(1) / self.gap,
+                "ci_low": [low for low, _ in intervals],
+                "ci_high": [high for _, high in intervals],
+                "p_value": p_values,
+            }
+        )
+        return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
+
+    def plot(self) -> go.Figure:
+        """Bar chart of the 30 strongest paths with intervals."""
+        frame = self.to_dataframe()
+        frame["path"] = frame.sender + " -> " + frame.receiver
+        return bars(frame, "path", "effect", "share of the harmful-harmless gap")
