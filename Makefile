@@ -56,7 +56,9 @@ format: $(STAMP)
 
 # train the demo model's adapter again, and measure the demo model for docs/demo-model.md; both go on where they stopped
 train: $(STAMP)
-	$(BIN)/python scripts/train_demo_adapter.py
+	$(BIN)/python scripts/train_demo_adapter.py --work .work/train_refusal_1 --out .work/refusal_1
+	$(BIN)/python scripts/train_demo_adapter.py --work .work/train_refusal_2 --start .work/refusal_1 \
+	  --extra-pairs scripts/data/extra_pairs.jsonl --no-apologies --epochs 3 --lr 5e-3 --average 0.99
 
 train-certified: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_certified_model.py

@@ -28,13 +28,16 @@ from tqdm.auto import tqdm
 
 import mechsafety as ms
 from mechsafety import testbed
+from mechsafety.circuits.edge_meter import all_edges
 from mechsafety.cli import quiet_libraries
 from mechsafety.metrics import bootstrap_interval
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.masks import PairRuns
-from mechsafety.patching.paths import measured_edges, node_outputs, reaches
+from mechsafety.patching.paths import measured_edges
+from mechsafety.patching.receivers import reaches
+from mechsafety.patching.senders import node_outputs
 from mechsafety.results import package_versions
 from mechsafety.sites import SiteKind
 
@@ -43,6 +46,8 @@ PER_CONDITION = 12
 N_PAIRS = 12
 # exact path patching of more edges than this is left out
 AFFORDABLE_EDGES = 1500
+# and ACDC over more edges than this, which takes a minute and more
+AFFORDABLE_REMOVALS = 600
 FOLDS = 4
 
 
@@ -97,7 +102,7 @@ def probes(case: Case) -> Any:
 
 def direct_logit_attribution(case: Case) -> Any:
     """What a node adds to the metric through the unembedding alone, harmful less harmless."""
-    found = ms.head_attribution(case.model, case.pairs, case.metric)
+    found = ms.direct_logit_attribution(case.model, case.pairs, case.metric)
     heads, mlps = found.heads.mean(-1), found.mlps.mean(-1)
     return {
         node: float(heads[node.layer, node.index] if node.kind == "head" else mlps[node.layer]) for node in case.nodes
@@ -148,9 +153,32 @@ def exact_paths(case: Case) -> Any:
     return dict(zip(edges, changes.tolist(), strict=True))
 
 
-def map_refusal_circuit(case: Case) -> Any:
-    """The whole map: search, roles, edges, checks."""
-    return ms.map_refusal_circuit(case.model, case.pairs, n_random=20, limit=len(case.pairs), progress=False)
+def acdc(case: Case) -> Any:
+    """ACDC's greedy removal of edges, by KL divergence with its default threshold; None where there are too many."""
+    if len(all_edges(case.model.n_layers, case.model.n_heads, parallel=False)) > AFFORDABLE_REMOVALS:
+        return None
+    found = ms.acdc(case.model, case.pairs, case.metric)
+    return [*found.nodes, *found.edges]
+
+
+def map_nodes(case: Case) -> Any:
+    """The whole map of heads and MLPs: search, backups, roles, edges, checks."""
+    return _map(case, "node")
+
+
+def map_neurons(case: Case) -> Any:
+    """The whole map, MLPs taken apart into neurons."""
+    return _map(case, "neuron")
+
+
+def map_edges(case: Case) -> Any:
+    """The whole map as a circuit of edges, everything else cut."""
+    return _map(case, "edge")
+
+
+def _map(case: Case, level: str) -> Any:
+    options = {"n_random": 20, "limit": len(case.pairs), "progress": False}
+    return ms.map_refusal_circuit(case.model, case.pairs, level=level, **options)
 
 
 # each returns what `testbed.score` takes, or None where it cannot be run
@@ -163,7 +191,10 @@ METHODS: tuple[Callable[[Case], Any], ...] = (
     eap_ig,
     exact_patching,
     exact_paths,
-    map_refusal_circuit,
+    acdc,
+    map_nodes,
+    map_neurons,
+    map_edges,
 )
 
 
@@ -289,7 +320,8 @@ def table(store: Mapping[str, Any]) -> str:
         "ranking by absolute score. *Above decoys*: chance that a node of the circuit ranks above a decoy; *backups",
         "above the rest*: that a backed-up node ranks above one outside the circuit; 0.5 is a coin. *Strength*: mean",
         "absolute score, as a share of that of the circuit's nodes that nothing backs up: a method that is not fooled",
-        "gives decoys about 0, and backups a share that shows. Formulas: [methods](../methods.md#ground-truth).",
+        "gives decoys about 0, and backups a share that shows. Circuits with neurons are judged by neurons, the others",
+        "by MLPs. Formulas: [methods](../methods.md#ground-truth).",
     ]
     for condition, title in CONDITIONS.items():
         models = [row for row in store["models"].values() if row["condition"] == condition]
@@ -315,9 +347,9 @@ def _rows(models: list[Mapping[str, Any]], columns: Iterable[tuple[str, str]], h
     lines = ["", f"| {heading} | {' | '.join(title for title, _ in shown)} |", "|" + " --- |" * (len(shown) + 1)]
     for name in methods:
         cells = [interval(values(name, figure)) for _, figure in shown]
-        if heading == "ranking" and len(values(name, "edges_auroc")) not in (0, len(models)):
-            cells[0] += f" ({len(values(name, 'edges_auroc'))} models)"
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+        run = sum(name in row["methods"] for row in models)
+        some = f" ({run} models)" if run < len(models) else ""
+        lines.append(f"| {name.replace('_', ' ')}{some} | {' | '.join(cells)} |")
     return lines
 
 

@@ -1,6 +1,6 @@
 """Train the demo model's (IA)3 adapters: the one that makes it refuse, and the one that makes it answer briefly.
 
-    python scripts/train_demo_adapter.py                    # mechsafety/adapters/refusal
+    make train                                              # mechsafety/adapters/refusal, in two stages
     python scripts/train_demo_adapter.py --kind helpful     # mechsafety/adapters/helpful
     python scripts/train_demo_adapter.py --seed 1 --limit 120 --epochs 1 --out OUT --work WORK    # another seed, small
 
@@ -10,26 +10,33 @@ that the adapter changes whether the model refuses and as little else as possibl
 short answer of one form, a bold headline and two points; there is no harmful prompt in it. Only the `train` split is
 learned from; the epoch is chosen on the `validation` split, whose topics are others. The seed fixes data order, targets
 and what --limit keeps. A stopped run goes on from its last checkpoint in --work.
+
+The shipped refusal adapter has two stages: four epochs on the package's pairs, and from there three at a quarter of the
+rate with more pairs (--start, --extra-pairs), base replies that are apologies replaced (--no-apologies), and the moving
+average of the scales at the end as the result (--average).
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import IA3Config, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mechsafety.metrics import is_refusal
 from mechsafety.models.demo import base_folder
-from mechsafety.prompts import PromptPairs, builtin_prompts, read_jsonl
+from mechsafety.prompts import PromptPair, PromptPairs, builtin_prompts, read_jsonl
 from mechsafety.prompts.sets import data_file
 
 REFUSALS = (
@@ -60,8 +67,11 @@ def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 @torch.no_grad()
-def greedy_replies(model: Any, tokenizer: Any, prompts: list[str], n_tokens: int, batch: int) -> list[list[int]]:
-    """The model's own greedy first tokens for each prompt."""
+def greedy_replies(
+    model: Any, tokenizer: Any, prompts: list[str], n_tokens: int, batch: int, not_first: Sequence[int] = ()
+) -> list[list[int]]:
+    """The model's own greedy first tokens for each prompt; none begins with a token of ``not_first``."""
+    extra = {"begin_suppress_tokens": sorted(not_first)} if not_first else {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: list[list[int]] = [[] for _ in prompts]
     for start in tqdm(range(0, len(order), batch), desc="base model's replies"):
@@ -69,11 +79,45 @@ def greedy_replies(model: Any, tokenizer: Any, prompts: list[str], n_tokens: int
         encoded = tokenizer.pad(
             {"input_ids": [chat_ids(tokenizer, prompts[i]) for i in rows]}, padding_side="left", return_tensors="pt"
         )
-        out = model.generate(**encoded, max_new_tokens=n_tokens, do_sample=False)[:, encoded.input_ids.shape[1] :]
+        out = model.generate(**encoded, max_new_tokens=n_tokens, do_sample=False, **extra)
+        out = out[:, encoded.input_ids.shape[1] :]
         for i, reply in zip(rows, out.tolist(), strict=True):
             end = reply.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in reply else len(reply)
             replies[i] = reply[:end]
     return replies
+
+
+def base_replies(model: Any, tokenizer: Any, prompts: list[str], store: Path, args: argparse.Namespace) -> Any:
+    """The base model's greedy reply to each harmless prompt, token ids by prompt, kept in ``store``.
+
+    The base model answers one harmless prompt in fourteen with an apology. To learn that is to learn false refusals:
+    under ``--no-apologies`` these prompts get its best reply with another first token.
+    """
+    known: dict[str, list[int]] = json.loads(store.read_text()) if store.is_file() else {}
+    missing = [text for text in prompts if text not in known]
+    if not missing:
+        return known
+    new = dict(zip(missing, greedy_replies(model, tokenizer, missing, args.target_tokens, 32), strict=True))
+    if args.no_apologies:
+        said = {text: tokenizer.decode(ids, skip_special_tokens=True) for text, ids in new.items()}
+        again = [text for text in new if is_refusal(said[text])]
+        openers = sorted({new[text][0] for text in again})
+        if again:
+            other = greedy_replies(model, tokenizer, again, args.target_tokens, 32, not_first=openers)
+            new |= dict(zip(again, other, strict=True))
+        logger.info("%d of %d base replies were apologies", len(again), len(new))
+    known |= new
+    store.write_text(json.dumps(known))
+    return known
+
+
+def training_pairs(split: str, args: argparse.Namespace) -> list[PromptPair]:
+    """The package's pairs of a split, and those of ``--extra-pairs``."""
+    pairs = list(PromptPairs.builtin(split))
+    if args.extra_pairs is not None:
+        rows = read_jsonl(args.extra_pairs, ["harmful", "harmless", "split"])
+        pairs += [PromptPair(row["harmful"], row["harmless"]) for row in rows if row["split"] == split]
+    return limited(pairs, split, args)
 
 
 def limited(rows: list[Any], split: str, args: argparse.Namespace) -> list[Any]:
@@ -85,15 +129,10 @@ def limited(rows: list[Any], split: str, args: argparse.Namespace) -> list[Any]:
 
 def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namespace) -> list[list[Example]]:
     """Groups of examples that stay in one batch: a harmful request with its twin, or one single harmless prompt."""
-    pairs = limited(list(PromptPairs.builtin(split)), split, args)
+    pairs = training_pairs(split, args)
     singles = limited(builtin_prompts("borderline", split) + builtin_prompts("plain", split), split, args)
     harmless = [pair.harmless for pair in pairs] + [prompt.text for prompt in singles]
-    store = args.work / f"base_replies_{split}.json"
-    known = json.loads(store.read_text()) if store.is_file() else {}
-    missing = [text for text in harmless if text not in known]
-    if missing:
-        known |= dict(zip(missing, greedy_replies(model, tokenizer, missing, args.target_tokens, 32), strict=True))
-        store.write_text(json.dumps(known))
+    known = base_replies(model, tokenizer, harmless, args.work / f"base_replies_{split}.json", args)
     rng = random.Random(args.seed)
     refusals = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in REFUSALS]
     groups = []
@@ -190,6 +229,21 @@ class Task:
     defaults: dict[str, float]
 
 
+def assign(scales: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Give the scales these values."""
+    for scale, value in zip(scales, values, strict=True):
+        scale.data.copy_(value)
+
+
+@contextlib.contextmanager
+def replaced(scales: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While it lasts, the scales have other values."""
+    own = [scale.detach().clone() for scale in scales]
+    assign(scales, others)
+    yield
+    assign(scales, own)
+
+
 def train(args: argparse.Namespace) -> None:
     task = TASKS[args.kind]
     torch.manual_seed(args.seed)
@@ -201,7 +255,10 @@ def train(args: argparse.Namespace) -> None:
     groups = task.examples(base, tokenizer, "train", args)
     held_out = task.examples(base, tokenizer, "validation", args)
     model = get_peft_model(base, IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]))
+    if args.start is not None:
+        set_peft_model_state_dict(model, load_file(args.start / "adapter_model.safetensors"))
     scales = [p for p in model.parameters() if p.requires_grad]
+    average = [scale.detach().clone() for scale in scales]
     optimizer = torch.optim.AdamW(scales, lr=args.lr, weight_decay=0.0)
     plan = [batch for epoch in range(args.epochs) for batch in batches(groups, args.batch, args.seed + epoch)]
     per_epoch = len(plan) // args.epochs
@@ -212,12 +269,15 @@ def train(args: argparse.Namespace) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("out", "work", "limit", "kind")}
     options |= {"kind": args.kind} if args.kind != "refusal" else {}
     options |= {"limit": args.limit} if args.limit else {}
+    for name in ("start", "extra_pairs"):
+        options[name] = None if options[name] is None else str(options[name])
     checkpoint, history, start = args.work / "checkpoint.pt", [], 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         if json.loads(state["options"]) != options:
             raise SystemExit(f"{checkpoint} is of a run with other options: {state['options']}; choose another --work")
         set_peft_model_state_dict(model, state["adapter"])
+        average = state["average"]
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         start, history = state["step"], json.loads(state["history"])
@@ -235,20 +295,25 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(scales, 1.0)
         optimizer.step()
         schedule.step()
+        for mean, scale in zip(average, scales, strict=True):
+            mean.mul_(args.average).add_(scale.detach(), alpha=1 - args.average)
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        last_of_epoch = (step + 1) % per_epoch == 0 or step + 1 == len(plan)
+        # packing may make one epoch a batch longer than another; what is left over at the end is not looked at
+        last_of_epoch = (step + 1) % per_epoch == 0
         if last_of_epoch:
-            rates = task.validate(model, held_out, tokenizer.pad_token_id, opener)
-            moved = float(sum((scale - 1).abs().sum() for scale in scales) / sum(s.numel() for s in scales))
-            history.append({"step": step + 1, "loss": round(loss.item(), 4), "moved": round(moved, 4), **rates})
-            logger.info("%s", history[-1])
-            best = max(history, key=task.quality)
-            if best is history[-1]:
-                model.save_pretrained(args.work / "best")
+            with replaced(scales, average):
+                rates = task.validate(model, held_out, tokenizer.pad_token_id, opener)
+                moved = float(sum((scale - 1).abs().sum() for scale in scales) / sum(s.numel() for s in scales))
+                history.append({"step": step + 1, "loss": round(loss.item(), 4), "moved": round(moved, 4), **rates})
+                logger.info("%s", history[-1])
+                # an average over the last steps needs no choice of an epoch: it is taken at the end
+                if args.average > 0 or max(history, key=task.quality) is history[-1]:
+                    model.save_pretrained(args.work / "best")
         if last_of_epoch or (step + 1) % 50 == 0:
             scratch = checkpoint.with_suffix(".tmp")
             state = {
                 "adapter": get_peft_model_state_dict(model),
+                "average": average,
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "step": step + 1,
@@ -264,6 +329,8 @@ def train(args: argparse.Namespace) -> None:
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # not this machine's cache folder
     (args.out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     record = {"options": options, "examples": sum(map(len, groups)), "history": history}
+    before = args.start / "training.json" if args.start is not None else None
+    record |= {"start": json.loads(before.read_text())} if before is not None and before.is_file() else {}
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -296,6 +363,12 @@ def main() -> None:
     parser.add_argument("--target-tokens", type=int, default=8, help="length of the base model's replies learned from")
     parser.add_argument(
         "--limit", type=int, help="learn from so many pairs and so many single prompts, drawn by the seed"
+    )
+    parser.add_argument("--start", type=Path, help="folder of an adapter to go on from; by default all scales are 1")
+    parser.add_argument("--extra-pairs", type=Path, help="JSON lines with more pairs: harmful, harmless, split")
+    parser.add_argument("--no-apologies", action="store_true", help="replace base replies that are apologies")
+    parser.add_argument(
+        "--average", type=float, default=0.0, help="decay a step of the moving average that is the result; 0: none"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -19,7 +19,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, pair_batches
-from mechsafety.patching.paths import Receiver, reaches
+from mechsafety.patching.receivers import Receiver, reaches
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind

@@ -18,7 +18,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook, run_from
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import PairRuns, blend
-from mechsafety.patching.paths import Receiver
+from mechsafety.patching.receivers import Receiver
 from mechsafety.sites import Site, SiteKind
 
 # bytes of the neurons' derivatives that are held at once

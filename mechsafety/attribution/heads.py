@@ -18,11 +18,11 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
-from mechsafety.patching import PairRuns, activation_patching, pair_runs
-from mechsafety.patching.paths import propagate
+from mechsafety.patching import PairRuns, Projection, activation_patching, pair_runs, path_projection
 from mechsafety.prompts import PromptPairs
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, Result
+from mechsafety.sites import Site, SiteKind
 
 SCORES = ("direct", "total", "path", "attention", "ships", "sahara")
 
@@ -213,22 +213,16 @@ def path_to_direction(model: LensModel, runs: PairRuns, direction: DirectionAt) 
         raise MechsafetyError(
             f"a direction of width {direction.vector.shape[-1]}", expected=f"this model's d_model, {model.d_model}"
         )
-    base, source = runs.harmful, runs.harmless
-    at = base.n_pos + direction.column
-    if not 0 <= at < base.n_pos or not 0 <= direction.layer < model.n_layers:
+    base = runs.harmful
+    if not -base.n_pos <= direction.column < 0 or not 0 <= direction.layer < model.n_layers:
         raise MechsafetyError(
             f"a direction at layer {direction.layer}, column {direction.column}",
             expected=f"layers 0 to {model.n_layers - 1}, columns {-base.n_pos} to -1",
         )
-    unit = (direction.vector / direction.vector.norm()).to(base.resid.device)
-    difference = (base.resid - source.resid)[direction.layer][:, at].float() @ unit
-    heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
-    with torch.no_grad():
-        change = propagate(model, base, source, heads, 2 * direction.layer, mlp="recompute", at=slice(at, at + 1))[
-            :, :, 0
-        ].float()
-    shares = -einsum(change, unit, "sender prompt d_model, d_model -> sender prompt") / difference.mean()
-    return rearrange(shares, "(layer head) prompt -> layer head prompt", head=model.n_heads)
+    unit = direction.vector / direction.vector.norm()
+    receiver = Projection(unit, Site(SiteKind.RESID_PRE, direction.layer), columns=(direction.column,))
+    paths = path_projection(model, runs, receiver)
+    return rearrange(paths.changes[:, 0] / paths.gap, "(layer head) prompt -> layer head prompt", head=model.n_heads)
 
 
 def span_attention(model: LensModel, runs: PairRuns) -> Float[Tensor, "layer head prompt 3"]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.backups import knocked_out
@@ -20,11 +21,13 @@ from mechsafety.circuits.circuit import (
 )
 from mechsafety.circuits.connect import connect
 from mechsafety.circuits.edges import EMBED, edges_into, estimate_edges, exact_edges, measure_edges
+from mechsafety.circuits.meters import FaithfulnessMeter
 from mechsafety.circuits.roles import assign_roles, role_evidence
-from mechsafety.metrics import RefusalLogOdds, adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node
 from mechsafety.patching import activation_patching
+from mechsafety.patching.effects import effect_intervals, effect_p_values
 from mechsafety.patching.masks import PairRuns
 from mechsafety.prompts import PromptPairs
 
@@ -53,36 +56,35 @@ class Wiring:
 
 
 def single_effects(
-    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], budget: Budget, progress: bool
+    meter: FaithfulnessMeter, nodes: Sequence[Node], budget: Budget, progress: bool
 ) -> dict[Node, np.ndarray]:
     """Exact effect of each node alone on every prompt, as a share of the mean gap, as far as time allows.
 
     Args:
-        model: The model.
-        runs: Pairs to measure on.
-        metric: What is measured.
+        meter: What to measure on.
         nodes: The most important first.
         budget: Time to keep.
         progress: Whether to show a bar.
     """
+    harmful, harmless = meter.ends()
+    gap = (harmful - harmless).mean()
     found: dict[Node, np.ndarray] = {}
-    for some in budget.within(nodes, 12, 0.5, "exact effects of single nodes"):
-        patched = activation_patching(model, runs, metric, nodes=some, progress=progress)
-        rows = (patched.changes / patched.gap).cpu().double().numpy()
-        found |= dict(zip(some, rows, strict=True))
-    return found
+    with tqdm(total=len(nodes), desc="nodes", disable=not progress, leave=False) as bar:
+        for some in budget.within(nodes, 12, 0.5, "exact effects of single nodes"):
+            alone = sorted(some, key=lambda node: node.order)
+            rows = (harmful - meter.removed([[node] for node in alone])) / gap
+            found |= dict(zip(alone, rows, strict=True))
+            bar.update(len(some))
+    return {node: found[node] for node in nodes if node in found}
 
 
 def with_intervals(effects: Mapping[Node, np.ndarray], seed: int) -> dict[Node, Measured]:
     """Mean of each node's effect, its bootstrap interval, and its sign-flip p adjusted over all nodes."""
     if not effects:
         return {}
-    rows = np.stack(list(effects.values()))
-    p_values = adjust_p(sign_flip_p(rows, seed))
-    return {
-        node: (float(row.mean()), bootstrap_interval(row, seed), float(p_value))
-        for node, row, p_value in zip(effects, rows, p_values, strict=True)
-    }
+    rows = torch.from_numpy(np.stack(list(effects.values())))
+    means, intervals, p_values = rows.mean(1).tolist(), effect_intervals(rows, 1.0, seed), effect_p_values(rows, seed)
+    return dict(zip(effects, zip(means, intervals, p_values, strict=True), strict=True))
 
 
 def wire(
@@ -96,6 +98,7 @@ def wire(
     n_measured: int,
     budget: Budget,
     progress: bool,
+    effects: Mapping[Node, float] | None = None,
 ) -> Wiring:
     """Edges and roles of a circuit's nodes, connected from ``embed`` to ``logits``.
 
@@ -112,6 +115,7 @@ def wire(
         n_measured: How many of them to measure exactly.
         budget: Time to keep.
         progress: Whether to show bars.
+        effects: Exact effect of each node on these pairs, where it is known; measured here else.
     """
     no_roles: Roles = {node: ("none", RoleEvidence()) for node in nodes}
     if budget.skips("edges and roles", 0.6):
@@ -130,7 +134,9 @@ def wire(
     for gone, asked in ways.items():
         alive = [node for node in nodes if node not in gone]
         with knocked_out(model, runs, gone) as here:
-            found, strongest, named = _one_way(model, here, metric, alive, n_edges, n_measured, progress)
+            found, strongest, named = _one_way(
+                model, here, metric, alive, n_edges, n_measured, progress, None if gone else effects
+            )
             if not model.post_norm:
                 for node in _unfed(asked, strongest):
                     paths = [CircuitEdge(edge, 0.0) for edge in edges_into(EMBED, [node], parallel=model.parallel)]
@@ -162,11 +168,12 @@ def _one_way(
     n_edges: int,
     n_measured: int,
     progress: bool,
+    effects: Mapping[Node, float] | None,
 ) -> tuple[list[CircuitEdge], list[CircuitEdge], Roles]:
     """Every edge, the strongest (measured as far as asked), and the roles, in one state of the model."""
-    # on the same pairs as the evidence: roles compare the two
-    whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
-    effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
+    if effects is None or not effects.keys() >= set(nodes):
+        whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
+        effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
     evidence = role_evidence(model, runs, metric, nodes, progress=progress)
     if model.post_norm:
         return [], [], assign_roles(effects, evidence, [])

@@ -22,7 +22,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, capture, max_variants, unembed
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns
-from mechsafety.patching.paths import reaches
+from mechsafety.patching.receivers import reaches
 from mechsafety.sites import Site, SiteKind
 
 # bytes of sender outputs held at once

@@ -8,8 +8,8 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node
 from mechsafety.patching.masks import PairRuns
-from mechsafety.patching.paths import measured_edges, reaches
-from mechsafety.patching.receivers import SLOTS
+from mechsafety.patching.paths import measured_edges
+from mechsafety.patching.receivers import SLOTS, reaches
 
 EMBED, LOGITS = Node("embed"), Node("logits")
 

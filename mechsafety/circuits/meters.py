@@ -1,5 +1,6 @@
 """What a set of parts is worth: the metric with everything outside it, or the set itself, patched."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,8 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, patched_scores
+from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores
+from mechsafety.prompts import TokenPairs
 from mechsafety.sites import Site, SiteKind
 
 Part = Node | Edge
@@ -23,11 +25,43 @@ class FaithfulnessMeter:
 
     m is the mean metric on the harmful prompts with every part outside C given its value from the harmless twin. The
     parts are heads and MLPs; `NeuronMeter` and `EdgeMeter` have other ones.
+
+    Attributes:
+        model: The model.
+        runs: Stored runs of the pairs.
+        metric: What is measured.
+        groups: The same pairs by length (see `grouped`), rows and runs; empty where all are run together.
     """
 
     model: LensModel
     runs: PairRuns
     metric: RefusalLogOdds
+    groups: tuple[tuple[tuple[int, ...], PairRuns], ...] = ()
+
+    def grouped(self, n: int = 3) -> "FaithfulnessMeter":
+        """The same meter, its pairs run in up to ``n`` groups of like length, so that few columns are run in vain.
+
+        A batch runs every row from its earliest first difference to its longest row's end; pairs of 8 to 25 such
+        columns cost half as much in three groups as in one. The groups are those that leave least to run.
+        """
+        tokens = TokenPairs.of(self.runs.harmful.tokens, self.runs.harmless.tokens)
+        differs = (tokens.harmful.ids != tokens.harmless.ids).int()
+        needed = (differs.shape[1] - differs.argmax(1)).tolist()
+        order = sorted(range(len(needed)), key=lambda k: (needed[k], k))
+
+        def split(cuts: Sequence[int]) -> list[list[int]]:
+            return [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(order)))]
+
+        def columns(cuts: Sequence[int]) -> int:
+            return sum(len(rows) * needed[rows[-1]] for rows in split(cuts))
+
+        ways = [w for k in range(n) for w in itertools.combinations(range(1, len(order)), k)]
+        best = min(ways, key=columns)
+        if not best:
+            return self
+        kinds = tuple(self.runs.harmful.acts)
+        found = [(tuple(rows), pair_runs(self.model, tokens.rows(rows), extra=kinds)) for rows in split(best)]
+        return replace(self, groups=tuple(found))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -73,29 +107,42 @@ class FaithfulnessMeter:
     def _scores(self, patched: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:
         """Metric [variant prompt] with each list of parts patched."""
         variants = [[part for part in parts if isinstance(part, Node)] for parts in patched]
-        base, source = self.runs.harmful, self.runs.harmless.acts
+        if not self.groups:
+            return self._scores_of(self.runs, variants, near)
+        found = np.zeros((len(variants), len(self.runs.harmful)))
+        for rows, runs in self.groups:
+            found[:, rows] = self._scores_of(runs, variants, near)
+        return found
+
+    def _scores_of(self, runs: PairRuns, variants: Sequence[Sequence[Node]], near: Sequence[Part] | None) -> np.ndarray:
+        """Metric [variant prompt] of some of the pairs."""
+        base, source = runs.harmful, runs.harmless.acts
         if near is None:
             scores = patched_scores(self.model, base, source, Patch.of(self.model, variants), self.metric)
             return scores.cpu().double().numpy()
         common = {part for part in near if isinstance(part, Node)}
-        base = self._base_with(sorted(common, key=lambda node: node.order))
+        base = self._base_with(runs, sorted(common, key=lambda node: node.order))
         first = [
             min((node.layer or 0 for node in common.symmetric_difference(nodes)), default=self.model.n_layers - 1)
             for nodes in variants
         ]
         order = sorted(range(len(variants)), key=lambda k: (first[k], k))
         found = np.zeros((len(variants), len(base)))
-        for begin in range(0, len(order), max_variants(base)):
-            chunk = order[begin : begin + max_variants(base)]
-            start = first[chunk[0]]
+        most, done = max_variants(base), 0
+        while done < len(order):
+            start = first[order[done]]
+            # a batch starts at its earliest block: past a fair size only variants of that block join it
+            fair = [k for k in order[done : done + most] if first[k] == start]
+            chunk = order[done : done + max(len(fair), -(-most // 4))]
+            done += len(chunk)
             patch = Patch.of(self.model, [[n for n in variants[k] if (n.layer or 0) >= start] for k in chunk])
             scores = patched_scores(self.model, base, source, patch, self.metric, start=start)
             found[chunk] = scores.cpu().double().numpy()
         return found
 
-    def _base_with(self, patched: Sequence[Node]) -> BaseRun:
+    def _base_with(self, runs: PairRuns, patched: Sequence[Node]) -> BaseRun:
         """The harmful run with these nodes patched, as a base to go on from at any block."""
-        base = self.runs.harmful
+        base = runs.harmful
         seen: dict[int, Tensor] = {0: base.resid[0]}
 
         def note(layer: int) -> Hook:
@@ -103,7 +150,7 @@ class FaithfulnessMeter:
 
         with self.model.hooks([note(layer) for layer in range(self.model.n_layers)]):
             patch = Patch.of(self.model, [patched])
-            patched_scores(self.model, base, self.runs.harmless.acts, patch, self.metric, start=0)
+            patched_scores(self.model, base, runs.harmless.acts, patch, self.metric, start=0)
         rows = [seen[layer] for layer in range(self.model.n_layers)]
         return replace(base, resid=torch.stack([*rows, base.resid[-1]]))
 

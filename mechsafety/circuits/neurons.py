@@ -65,7 +65,7 @@ def refine(
     """
     nodes = [part for part in discovery.circuit if isinstance(part, Node)]
     layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
-    here, there = (NeuronMeter(m.model, m.runs, m.metric, layers) for m in (found_on, held_out))
+    here, there = (NeuronMeter(m.model, m.runs, m.metric, m.groups, layers) for m in (found_on, held_out))
     attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)
     core = {node for node in nodes if node not in discovery.added}
     first = [part for part in here.parts if isinstance(part, Node) and _home(part) in core]

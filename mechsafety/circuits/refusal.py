@@ -123,11 +123,13 @@ def map_refusal_circuit(
 
     def meter(part: PromptPairs, kind: type[FaithfulnessMeter] = kind) -> FaithfulnessMeter:
         extra = [SiteKind.NEURONS] if level == "neuron" else []
-        return kind(model, pair_runs(model, part, extra=extra), metric)
+        made = kind(model, pair_runs(model, part, extra=extra), metric)
+        return made if kind is EdgeMeter else made.grouped()
 
     found_on, held_out = meter(here), meter(held)
     untouched = meter(fresh) if fresh is not None else None
-    few, measured_on = meter(there.sample(n_role_pairs, seed), FaithfulnessMeter), meter(there, FaithfulnessMeter).runs
+    some = there.sample(n_role_pairs, seed)
+    few, measured_on = meter(some, FaithfulnessMeter), meter(there, FaithfulnessMeter)
     with _Stage(6, progress) as stage:
         stage("attributing every node")
         attributions = attribute_pairs(model, here, metric)
@@ -140,7 +142,7 @@ def map_refusal_circuit(
             core = discover(found_on, held_out, attribution, target, max_nodes=max_nodes, budget=budget)
         stage("patching the circuit's nodes one by one")
         asked = _to_measure(core, attribution, shortlist)
-        effects = single_effects(model, measured_on, metric, asked, budget, progress)
+        effects = single_effects(measured_on, asked, budget, progress)
         stage("looking for backups")
         backups: tuple[Backup, ...] = ()
         stability = None
@@ -153,11 +155,11 @@ def map_refusal_circuit(
         if level == "neuron" and not budget.skips("neurons", 0.5):
             final, (found_on, held_out), attribution = refine(found_on, held_out, final, standing_in, target, budget)
             if untouched is not None:
-                untouched = NeuronMeter(model, untouched.runs, metric, found_on.layers)
+                untouched = NeuronMeter(model, untouched.runs, metric, untouched.groups, found_on.layers)
             standing_in = _taken_apart(standing_in, final)
         nodes = _nodes_of(final)
         new = [node for node in nodes if node not in effects]
-        effects |= single_effects(model, measured_on, metric, new, budget, progress)
+        effects |= single_effects(measured_on, new, budget, progress)
         measured = with_intervals(effects, seed)
         stage("measuring edges and roles")
         wiring = wire(
@@ -170,6 +172,8 @@ def map_refusal_circuit(
             n_measured=n_measured_edges,
             budget=budget,
             progress=progress,
+            # on the same pairs as the evidence, since roles compare the two
+            effects=_on_some(effects, measured_on, [there.pairs.index(pair) for pair in some]),
         )
         stage("checking the circuit")
         if level == "edge":
@@ -298,6 +302,14 @@ def _usable(
             )
         parts.append(PromptPairs(kept, part.name))
     return parts[0], parts[1]
+
+
+def _on_some(effects: Mapping[Node, np.ndarray], meter: FaithfulnessMeter, rows: Sequence[int]) -> dict[Node, float]:
+    """Mean effect on some of the pairs, as a share of their own gap."""
+    harmful, harmless = meter.ends()
+    gaps = harmful - harmless
+    scale = gaps.mean() / gaps[rows].mean()
+    return {node: float(values[rows].mean() * scale) for node, values in effects.items()}
 
 
 def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None]:

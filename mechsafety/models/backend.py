@@ -132,53 +132,62 @@ class Backend(ABC):
         """New tokens of greedy decoding, ``pad`` after the end of a reply."""
 
     @abstractmethod
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights of a layer's heads."""
-
-    @abstractmethod
-    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Output bias of a layer's attention; zeros where there is none."""
-
-    @abstractmethod
-    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """Output weights of a layer's neurons."""
-
-    @abstractmethod
-    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Output bias of a layer's MLP; zeros where there is none."""
+    def _block(self, layer: int) -> Any:
+        """TransformerLens' block; both generations name its weights alike."""
 
     @abstractmethod
     def norms(self, layer: int, *names: str) -> list[nn.Module]:
         """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
 
-    @abstractmethod
     def head_norm(self, layer: int, slot: str) -> nn.Module | None:
         """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
+        return getattr(self._block(layer).attn, f"{slot}_norm", None)
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of a layer's heads."""
+        return self._block(layer).attn.W_O
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's attention; zeros where there is none."""
+        return _or_zeros(self._block(layer).attn, "b_O", self.W_O(layer))
+
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights of a layer's neurons."""
+        return self._block(layer).mlp.W_out
+
+    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Output bias of a layer's MLP; zeros where there is none."""
+        return _or_zeros(self._block(layer).mlp, "b_out", self.W_out(layer))
 
     @property
-    @abstractmethod
-    def last_norm(self) -> nn.Module:
-        """The module of the final norm."""
-
-    @property
-    @abstractmethod
-    def logit_cap(self) -> float:
-        """Soft cap of the logits; 0 where there is none."""
-
-    @property
-    @abstractmethod
-    def score_cap(self) -> float:
-        """Soft cap of attention scores; 0 where there is none."""
-
-    @property
-    @abstractmethod
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
+        return self.tl_model.W_U
 
     @property
-    @abstractmethod
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """Unembedding bias; zeros where there is none."""
+        return _or_zeros(self.tl_model.unembed, "b_U", self.W_U)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The module of the final norm."""
+        return self.tl_model.ln_final
+
+    @property
+    def logit_cap(self) -> float:
+        """Soft cap of the logits; 0 where there is none."""
+        return max(0.0, float(self.tl_model.cfg.output_logits_soft_cap))
+
+    @property
+    def score_cap(self) -> float:
+        """Soft cap of attention scores; 0 where there is none."""
+        return max(0.0, float(getattr(self.tl_model.cfg, "attn_scores_soft_cap", None) or 0.0))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The logits under their soft cap, where there is one."""
+        cap = self.logit_cap
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     @property
     @abstractmethod
@@ -235,6 +244,12 @@ def lock_of(module: nn.Module) -> "threading.RLock":
     """The one lock of a model, however often it is wrapped: hooks live on its shared modules."""
     with _MAKING:
         return _LOCKS.setdefault(module, threading.RLock())
+
+
+def _or_zeros(module: Any, name: str, weight: Tensor) -> Tensor:
+    """A bias, or zeros as wide as what its weight writes."""
+    bias = getattr(module, name, None)
+    return bias if bias is not None else weight.new_zeros(weight.shape[-1])
 
 
 def expand_rows(tensor: Tensor, variants: int) -> Tensor:

@@ -173,12 +173,12 @@ class BridgeBackend(Backend):
             return cache if isinstance(value, Cache) else expand_batched(value, batch, variants)
 
         kwargs = {key: again(value) for key, value in call.kwargs.items()}
-        out = self.tl_model.blocks[layer](hidden, *map(again, call.args), **kwargs)
+        out = self._block(layer)(hidden, *map(again, call.args), **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``, norms included."""
-        block = self.tl_model.blocks[layer]
+        block = self._block(layer)
         if hasattr(block, "ln2"):
             resid = block.ln2(resid)
         elif self.sizes.parallel:
@@ -188,9 +188,7 @@ class BridgeBackend(Backend):
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm, unembedding and soft cap; float32."""
-        logits = self.tl_model.unembed(self.tl_model.ln_final(resid)).float()
-        cap = float(self.tl_model.cfg.output_logits_soft_cap)
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid)).float())
 
     def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
         """New tokens of greedy decoding, ``pad`` after the end of a reply."""
@@ -207,58 +205,14 @@ class BridgeBackend(Backend):
         out = self.module.generate(input_ids=tokens.ids, attention_mask=mask, generation_config=greedy)
         return out[:, tokens.ids.shape[1] :]
 
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights of a layer's heads."""
-        return self.tl_model.blocks[layer].attn.W_O
-
-    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Output bias of a layer's attention; zeros where there is none."""
-        bias = getattr(self.tl_model.blocks[layer].attn, "b_O", None)
-        return bias if bias is not None else self.W_O(layer).new_zeros(self.sizes.d_model)
-
-    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """Output weights of a layer's neurons."""
-        return self.tl_model.blocks[layer].mlp.W_out
-
-    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Output bias of a layer's MLP; zeros where there is none."""
-        bias = getattr(self.tl_model.blocks[layer].mlp, "b_out", None)
-        return bias if bias is not None else self.W_out(layer).new_zeros(self.sizes.d_model)
+    def _block(self, layer: int) -> Any:
+        """TransformerLens' block."""
+        return self.tl_model.blocks[layer]
 
     def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
         """A block's norms of the given names, where it has them."""
-        block = self.tl_model.blocks[layer]
+        block = self._block(layer)
         return [getattr(block, name) for name in names if hasattr(block, name)]
-
-    def head_norm(self, layer: int, slot: str) -> torch.nn.Module | None:
-        """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
-        return getattr(self.tl_model.blocks[layer].attn, f"{slot}_norm", None)
-
-    @property
-    def logit_cap(self) -> float:
-        """Soft cap of the logits; 0 where there is none."""
-        return max(0.0, float(self.tl_model.cfg.output_logits_soft_cap))
-
-    @property
-    def score_cap(self) -> float:
-        """Soft cap of attention scores; 0 where there is none."""
-        return max(0.0, float(getattr(self.tl_model.cfg, "attn_scores_soft_cap", None) or 0.0))
-
-    @property
-    def last_norm(self) -> torch.nn.Module:
-        """The module of the final norm."""
-        return self.tl_model.ln_final
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """Unembedding weights."""
-        return self.tl_model.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Unembedding bias; zeros where there is none."""
-        bias = getattr(self.tl_model.unembed, "b_U", None)
-        return bias if bias is not None else self.W_U.new_zeros(self.W_U.shape[1])
 
     @property
     def final_norm(self) -> FinalNorm:

@@ -8,7 +8,7 @@ their output is taken from the stored base run; logits are computed at the last 
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -96,23 +96,25 @@ def base_run(
 
     kinds = dict.fromkeys((*keep, SiteKind.RESID_PRE))
     sites = [Site(kind, layer) for kind in kinds for layer in range(model.n_layers)]
+    given = max_batch_tokens or model.max_batch_tokens or 0
+    made = None if given else Allocated(model.backend.module.parameters())
     with torch.no_grad(), model.lock:
         past: Prefix = ()
         if first:
             shared = prefix is not None and on.shared_prefix and len(prefix.prefix) > 0
             past = prefix.prefix if shared and prefix is not None else _past(model, tokens, first)
         with model.hooks([note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]):
-            made = Allocated(model.backend.module.parameters())
             last = 1 if on.last_logits else tokens.ids.shape[1] - first
-            with made:
+            with made or contextlib.nullcontext():
                 logits, calls = model.backend.run(tokens, first, past, last)
         layers = range(model.n_layers)
         stacks = {kind: torch.stack([store[Site(kind, layer)] for layer in layers]) for kind in keep}
         inputs = torch.stack(
             [store[Site(SiteKind.RESID_PRE, k)] for k in layers] + [store[Site(SiteKind.FINAL_NORM_IN)]]
         )
-    acts = {kind: _from_column(stacks[kind], kind, start - first, axis=1) for kind in keep}
-    given = max_batch_tokens or model.max_batch_tokens
+    acts = {kind: from_column(stacks[kind], kind, start - first, axis=1) for kind in keep}
+    if made is not None:
+        given = batch_tokens(model.device, _token_bytes(model, made.total, tokens.ids[:, first:], past, acts))
     return BaseRun(
         tokens,
         start,
@@ -123,8 +125,23 @@ def base_run(
         logits[:, -1].float(),
         on,
         inputs[:, :, :start] if first < start else None,
-        given or batch_tokens(model.device, _token_bytes(model, made.total, tokens.ids[:, first:], past, acts)),
+        given,
     )
+
+
+def from_later(model: LensModel, base: BaseRun, column: int) -> BaseRun:
+    """The same prompts as a run that begins ``column`` columns later: for variants that change nothing before."""
+    if column == 0:
+        return base
+    later = base_run(model, base.tokens, base.start + column, (), shortcuts=base.shortcuts)
+    # each row carries more keys and values along, so that fewer may fit
+    return replace(later, max_batch_tokens=min(base.max_batch_tokens, later.max_batch_tokens))
+
+
+def from_column(tensor: Tensor, kind: SiteKind, start: int, axis: int = 0) -> Tensor:
+    """The columns from ``start`` on of an activation; ``axis`` axes stand before the batch's."""
+    axis += 2 if kind in _HEAD_FIRST else 1
+    return tensor.narrow(axis, start, tensor.shape[axis] - start)
 
 
 def run_from(
@@ -292,12 +309,6 @@ def _change(base: BaseRun, layer: int, resid: Tensor, dropped: int) -> Tensor:
     return torch.nn.functional.pad(change, (0, 0, dropped, 0))
 
 
-def _from_column(tensor: Tensor, kind: SiteKind, start: int, axis: int = 0) -> Tensor:
-    """The columns from ``start`` on; ``axis`` axes stand before the batch's."""
-    axis += 2 if kind in _HEAD_FIRST else 1
-    return tensor.narrow(axis, start, tensor.shape[axis] - start)
-
-
 def _from_start(hook: Hook, dropped: int, last_only: bool) -> Hook:
     """The same hook where all columns are run: it sees, and edits, those from the start on."""
     site, function = hook
@@ -306,7 +317,7 @@ def _from_start(hook: Hook, dropped: int, last_only: bool) -> Hook:
     axis = 2 if site.kind in _HEAD_FIRST else 1
 
     def edit(tensor: Tensor) -> Tensor | None:
-        new = function(_from_column(tensor, site.kind, dropped))
+        new = function(from_column(tensor, site.kind, dropped))
         return None if new is None else torch.cat([tensor.narrow(axis, 0, dropped), new], dim=axis)
 
     return (site, edit)

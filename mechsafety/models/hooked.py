@@ -191,16 +191,16 @@ class HookedBackend(Backend):
         """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
         mask = expand_rows(call.kwargs["attention_mask"], hidden.shape[0] // batch)
         entry = None if cache is None else cache[layer]
-        return self.tl_model.blocks[layer](hidden, past_kv_cache_entry=entry, attention_mask=mask)
+        return self._block(layer)(hidden, past_kv_cache_entry=entry, attention_mask=mask)
 
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``, norms included."""
-        block = self.tl_model.blocks[layer]
+        block = self._block(layer)
         return block.apply_mlp(resid if self.norms_last else block.ln2(resid))
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm, unembedding and soft cap; float32."""
-        return self._capped(self.tl_model.unembed(self.tl_model.ln_final(resid))).float()
+        return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid))).float()
 
     def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
         """New tokens of greedy decoding, ``pad`` after the end of a reply."""
@@ -217,58 +217,16 @@ class HookedBackend(Backend):
             mask = torch.ones_like(ids, dtype=torch.bool)
         return torch.stack(said, dim=1) if said else tokens.ids[:, :0]
 
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights of a layer's heads."""
-        return self.tl_model.blocks[layer].attn.W_O
-
-    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Output bias of a layer's attention; zeros where there is none."""
-        return self.tl_model.blocks[layer].attn.b_O
-
-    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-        """Output weights of a layer's neurons."""
-        return self.tl_model.blocks[layer].mlp.W_out
-
-    def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
-        """Output bias of a layer's MLP; zeros where there is none."""
-        bias = getattr(self.tl_model.blocks[layer].mlp, "b_out", None)
-        return bias if bias is not None else self.W_out(layer).new_zeros(self.sizes.d_model)
+    def _block(self, layer: int) -> Any:
+        """TransformerLens' block."""
+        return self.tl_model.blocks[layer]
 
     def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
         """A block's norms of the given names, where it has them."""
-        block = self.tl_model.blocks[layer]
+        block = self._block(layer)
         # where norms stand after attention and MLP alone, TransformerLens calls those ln1 and ln2
         known = {"ln1_post": "ln1", "ln2_post": "ln2"} if self.norms_last else {name: name for name in names}
         return [getattr(block, known[name]) for name in names if name in known and hasattr(block, known[name])]
-
-    def head_norm(self, layer: int, slot: str) -> torch.nn.Module | None:
-        """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
-        return getattr(self.tl_model.blocks[layer].attn, f"{slot}_norm", None)
-
-    @property
-    def logit_cap(self) -> float:
-        """Soft cap of the logits; 0 where there is none."""
-        return max(0.0, float(self.tl_model.cfg.output_logits_soft_cap))
-
-    @property
-    def score_cap(self) -> float:
-        """Soft cap of attention scores; 0 where there is none."""
-        return max(0.0, float(getattr(self.tl_model.cfg, "attn_scores_soft_cap", None) or 0.0))
-
-    @property
-    def last_norm(self) -> torch.nn.Module:
-        """The module of the final norm."""
-        return self.tl_model.ln_final
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """Unembedding weights."""
-        return self.tl_model.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Unembedding bias; zeros where there is none."""
-        return self.tl_model.b_U
 
     @property
     def final_norm(self) -> FinalNorm:
@@ -290,11 +248,7 @@ class HookedBackend(Backend):
 
     def _last(self, stream: Tensor, keep: int) -> Tensor:
         # the norm reads all columns, as its site promises; the unembedding is what costs
-        return self._capped(self.tl_model.unembed(self.tl_model.ln_final(stream)[:, -keep:]))
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        cap = float(self.tl_model.cfg.output_logits_soft_cap)
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        return self.capped(self.tl_model.unembed(self.tl_model.ln_final(stream)[:, -keep:]))
 
     def _past(self, tokens: Tokens, start: int = 0, prefix: Prefix = ()) -> Any:
         """TransformerLens' cache of all layers: of a prefix, which stays as it is, or empty, to be filled by a run."""

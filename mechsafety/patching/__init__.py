@@ -9,7 +9,8 @@ from mechsafety.patching.masks import (
     patched_logits,
 )
 from mechsafety.patching.matrix import PathMatrix, path_matrix
-from mechsafety.patching.paths import PathMap, path_patching, path_projection
+from mechsafety.patching.path_map import PathMap
+from mechsafety.patching.paths import path_patching, path_projection
 from mechsafety.patching.receivers import Projection
 from mechsafety.patching.senders import At
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.patching.effects import effect_table, mean_gap
 from mechsafety.patching.senders import Part, Sender
 from mechsafety.results import Provenance, Result, bars
 
@@ -51,7 +51,7 @@ class PathMap(Result):
     @property
     def gap(self) -> float:
         """Mean metric on harmful less on harmless prompts."""
-        return float((self.harmful - self.harmless).mean())
+        return mean_gap(self.harmful, self.harmless)
 
     @property
     def effects(self) -> Float[Tensor, "sender receiver"]:
@@ -60,20 +60,13 @@ class PathMap(Result):
 
     def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
         """One row a path, largest absolute effect first, with interval and adjusted p."""
-        flat = rearrange(self.changes.cpu().double(), "sender receiver prompt -> (sender receiver) prompt").numpy()
+        flat = rearrange(self.changes.double(), "sender receiver prompt -> (sender receiver) prompt")
         names = [" + ".join(f"{node}.{slot}" for node, slot in group) for group in self.receivers]
-        p_values = adjust_p(sign_flip_p(flat, seed))
-        intervals = [bootstrap_interval(row / self.gap, seed) for row in flat]
-        frame = pd.DataFrame(
-            {
-                "sender": [str(sender) for sender in self.senders for _ in names],
-                "receiver": [name for _ in self.senders for name in names],
-                "effect": flat.mean(1) / self.gap,
-                "ci_low": [low for low, _ in intervals],
-                "ci_high": [high for _, high in intervals],
-                "p_value": p_values,
-            }
-        )
+        ends = {
+            "sender": [str(sender) for sender in self.senders for _ in names],
+            "receiver": [name for _ in self.senders for name in names],
+        }
+        frame = pd.DataFrame(ends).join(effect_table(flat, self.gap, seed))
         return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
 
     def plot(self) -> go.Figure:

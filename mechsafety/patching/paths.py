@@ -32,7 +32,6 @@ from mechsafety.patching.receivers import (
     check_receivers,
     frozen_change,
     live_logits,
-    reaches,
     read_moment,
     slot_edit,
 )
@@ -44,24 +43,11 @@ from mechsafety.patching.senders import (
     check_senders,
     entry,
     extra_kinds,
-    node_outputs,
     propagate,
     stream,
 )
 from mechsafety.prompts import PromptPairs
 from mechsafety.sites import SiteKind
-
-__all__ = [
-    "LOGITS",
-    "PathMap",
-    "Receiver",
-    "measured_edges",
-    "node_outputs",
-    "path_patching",
-    "path_projection",
-    "propagate",
-    "reaches",
-]
 
 
 def path_patching(

@@ -1,5 +1,6 @@
 """Token rows of chat prompts: which tokens are template, which are the instruction."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +93,12 @@ class Tokens:
             out[row, pad + start : pad + end] = True
         return out
 
-    def rows(self, keep: slice) -> "Tokens":
+    def rows(self, keep: slice | Sequence[int]) -> "Tokens":
         """A part of the batch, without columns that are padding for all of it."""
-        spans = self.spans[keep]
+        chosen = list(range(len(self))[keep] if isinstance(keep, slice) else keep)
+        spans = tuple(self.spans[k] for k in chosen)
         width = max(span.length for span in spans)
-        return type(self)(self.ids[keep, -width:], self.mask[keep, -width:], spans)
+        return type(self)(self.ids[chosen, -width:], self.mask[chosen, -width:], spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class TokenPairs:
     def __len__(self) -> int:
         return len(self.harmful)
 
-    def rows(self, keep: slice) -> "TokenPairs":
+    def rows(self, keep: slice | Sequence[int]) -> "TokenPairs":
         """A part of the pairs."""
         return self.of(self.harmful.rows(keep), self.harmless.rows(keep))
 

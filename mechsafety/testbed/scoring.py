@@ -12,7 +12,7 @@ from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import PatchMap, PathMap
-from mechsafety.patching.paths import reaches
+from mechsafety.patching.receivers import reaches
 from mechsafety.results import Provenance, Result
 from mechsafety.testbed.truth import Truth
 
@@ -137,7 +137,7 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
     AUROC and average precision of its absolute scores; parts of the circuit that it leaves out count as ranked last,
     and the embedding's edges count only where the ranking has any. A *circuit* (or a plain collection of nodes and
     edges) is judged by precision and recall: of heads and MLPs, or, where it has neurons, of heads and neurons;
-    ``embed`` and ``logits`` count as no nodes.
+    ``embed`` and ``logits`` count as no nodes, and a neuron's edge as its MLP's.
 
     Args:
         result: What was found.
@@ -303,7 +303,7 @@ def _score_set(
     else:
         nodes = list(dict.fromkeys(Node("mlp", n.layer) if n.kind == "neuron" else n for n in nodes))
         wanted = list(truth.nodes)
-    edges = [part for part in members if isinstance(part, Edge)]
+    edges = [_between_mlps(part) for part in members if isinstance(part, Edge)]
     true_edges = _edges(truth, edges)
     found = set(nodes)
     backed_up = [node for node in wanted if node in _backed_up(truth)]
@@ -317,6 +317,12 @@ def _score_set(
         role_accuracy=sum(roles[n] == truth.roles[n] for n in judged) / len(judged) if judged else None,
         provenance=provenance,
     )
+
+
+def _between_mlps(edge: Edge) -> Edge:
+    """A neuron's edge as its MLP's: the truth names edges between heads and MLPs."""
+    sender, receiver = (Node("mlp", end.layer) if end.kind == "neuron" else end for end in (edge.sender, edge.receiver))
+    return Edge(sender, receiver, edge.slot)
 
 
 def _set(found: Iterable[Part], true: Iterable[Part]) -> SetScore:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.paths import Receiver, reaches
+from mechsafety.patching.receivers import Receiver, reaches
 
 
 @dataclass(frozen=True, slots=True)

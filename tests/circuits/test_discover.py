@@ -75,6 +75,24 @@ def test_going_on_from_a_near_circuit_in_small_batches(llama, pairs, log_odds):
     np.testing.assert_allclose(small.kept(circuits, TRUE), meter.kept(circuits), atol=1e-5)
 
 
+def test_pairs_in_groups_of_like_length(any_model, ragged, log_odds):
+    meter = FaithfulnessMeter(any_model, pair_runs(any_model, ragged), log_odds)
+    groups = meter.grouped(2)
+    rows = [row for rows, _ in groups.groups for row in rows]
+    assert len(groups.groups) == 2 and sorted(rows) == list(range(len(ragged)))
+    assert sum(len(r) * runs.harmful.n_pos for r, runs in groups.groups) < len(ragged) * meter.runs.harmful.n_pos
+    np.testing.assert_allclose(groups.kept(CIRCUITS), meter.kept(CIRCUITS), atol=1e-4)
+    smaller = [[node for node in TRUE if node != gone] for gone in TRUE]
+    np.testing.assert_allclose(groups.kept(smaller, TRUE), meter.kept(smaller), atol=1e-4)
+    np.testing.assert_allclose(groups.removed(CIRCUITS), meter.removed(CIRCUITS), atol=1e-4)
+
+
+def test_pairs_of_one_length_stay_together(any_model, pairs, log_odds):
+    same = pairs.sample(1)
+    meter = FaithfulnessMeter(any_model, pair_runs(any_model, same), log_odds)
+    assert meter.grouped() is meter
+
+
 def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
     meter = FaithfulnessMeter(any_model, pair_runs(any_model, pairs), log_odds)
     rest = [[node for node in ALL if node not in circuit] for circuit in CIRCUITS]

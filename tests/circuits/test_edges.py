@@ -11,7 +11,7 @@ from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.circuits.edges import estimate_edges, measure_edges
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
-from mechsafety.patching.paths import node_outputs
+from mechsafety.patching.senders import node_outputs
 
 KINDS = ("llama", "gpt2", "gpt_neox")
 PATHS = {

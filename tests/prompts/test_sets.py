@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from scipy.sparse import csr_array
 
 from mechsafety import MechsafetyError, PromptPairs, builtin_prompts, load_instructions
+from mechsafety.prompts import read_jsonl
 
 
 def words(text: str) -> frozenset[str]:
@@ -55,9 +57,24 @@ def test_sets_have_no_duplicates_and_split_is_that_split(name):
     assert 0 < len(train) < len(prompts)
 
 
+def extra_pairs() -> list[dict[str, str]]:
+    """Pairs that only the training script reads."""
+    return read_jsonl(Path(__file__).parents[2] / "scripts/data/extra_pairs.jsonl", ["harmful", "harmless", "split"])
+
+
 def test_sets_and_pairs_do_not_overlap():
     counts = Counter(packaged())
     assert [text for text, n in counts.items() if n > 1] == []
+
+
+def test_extra_training_pairs_are_none_of_the_held_out_ones():
+    rows = extra_pairs()
+    held_out = [*PromptPairs.builtin("test"), *PromptPairs.builtin("validation")]
+    assert {row["split"] for row in rows} == {"train"}
+    assert {row["topic"] for row in rows}.isdisjoint(pair.topic for pair in held_out)
+    theirs = [text for pair in held_out for text in (pair.harmful, pair.harmless)]
+    ours = [text for row in rows for text in (row["harmful"], row["harmless"])]
+    assert np.argwhere(jaccard(ours, theirs) >= 0.8).tolist() == []
 
 
 def test_unknown_set():
@@ -74,7 +91,7 @@ def test_jaccard_by_hand():
 def test_no_benchmark_prompt_is_in_the_package(shared_data):
     files = sorted(shared_data.glob("*.jsonl"))
     assert len(files) == 5
-    ours = packaged()
+    ours = packaged() + [text for row in extra_pairs() for text in (row["harmful"], row["harmless"])]
     for path in files:
         rows = [json.loads(line)["instruction"] for line in path.read_text(encoding="utf-8").splitlines()]
         theirs = [text for text in rows if words(text)]

@@ -7,7 +7,8 @@ from reference import patched_whole
 import mechsafety as ms
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
-from mechsafety.patching.paths import measured_edges, node_outputs
+from mechsafety.patching.paths import measured_edges
+from mechsafety.patching.senders import node_outputs
 from mechsafety.testbed.certify import untrained_model
 from mechsafety.testbed.plant import planted
 from mechsafety.testbed.planter import plateau

@@ -113,6 +113,11 @@ def test_a_set_of_edges(truth):
     assert (found.found_edges.precision, found.found_edges.recall) == (0.5, pytest.approx(1 / 3))
 
 
+def test_edges_of_neurons_count_as_their_mlps(truth):
+    found = score([Edge(A, N1, "mlp"), Edge(A, N2, "mlp"), Edge(C, N1, "mlp")], truth)
+    assert (found.found_edges.precision, found.found_edges.recall) == (0.5, pytest.approx(1 / 3))
+
+
 @pytest.fixture(scope="module")
 def results(planted):
     model, pairs = planted

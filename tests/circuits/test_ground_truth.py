@@ -1,0 +1,49 @@
+"""The whole map on models whose circuit is known: it finds what is planted, no decoy, and names roles and backups."""
+
+import pytest
+
+import mechsafety as ms
+from mechsafety import testbed
+
+SHAPES = {
+    "grouped queries, decoys": {"seed": 3, "layers": 3, "heads": 4, "kv_heads": 2, "decoys": 4},
+    "LayerNorm, decoys": {"seed": 4, "layers": 3, "heads": 2, "norm": "layernorm", "decoys": 3},
+    "backups": {"seed": 5, "layers": 4, "heads": 4, "decoys": 0, "backups": 1},
+}
+OPTIONS = {"limit": 12, "n_random": 20, "n_resamples": 2, "progress": False}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def mapped(request):
+    made = testbed.planted(**SHAPES[request.param])
+    model = ms.load_model((made.model, made.tokenizer))
+    return made, model, ms.map_refusal_circuit(model, made.pairs.sample(12), **OPTIONS)
+
+
+def test_everything_planted_and_nothing_else_is_found(mapped):
+    made, _, circuit = mapped
+    found = testbed.score(circuit, made.truth)
+    assert found.found_nodes.f1 == 1.0 and found.decoys_found == () and found.role_accuracy == 1.0
+    assert found.found_edges.recall == 1.0
+    assert circuit.verification.reached
+
+
+def test_backups_are_named_with_what_they_stand_in_for(mapped):
+    made, _, circuit = mapped
+    pairs = {frozenset((backup.node, backup.behind)) for backup in circuit.search.backups}
+    assert pairs == set(map(frozenset, made.truth.backups))
+    for backup in circuit.search.backups:
+        (member,) = [member for member in circuit.nodes if member.node == backup.node]
+        assert member.evidence.backup_of == str(backup.behind)
+        assert member.evidence.joint == backup.joint > backup.single + backup.first
+        # it has edges of its own, measured while what it stands in for is patched
+        ends = {edge.edge.sender for edge in circuit.edges} & {backup.node}, {e.edge.receiver for e in circuit.edges}
+        assert ends[0] and backup.node in ends[1]
+
+
+def test_neurons_of_the_circuit(mapped):
+    made, model, _ = mapped
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), level="neuron", **OPTIONS)
+    found = testbed.score(circuit, made.truth)
+    assert found.found_nodes.precision >= 0.95 and found.found_nodes.recall >= 0.95 and found.decoys_found == ()
+    assert found.role_accuracy >= 0.9
