@@ -133,7 +133,7 @@ class FaithfulnessMeter:
             start = first[order[done]]
             # a batch starts at its earliest block: past a fair size only variants of that block join it
             fair = [k for k in order[done : done + most] if first[k] == start]
-            chunk = order[done : done + max(len(fair), -(-most // 4))]
+            chunk = order[done : done + max(len(fair), -(-most // 2))]
             done += len(chunk)
             patch = Patch.of(self.model, [[n for n in variants[k] if (n.layer or 0) >= start] for k in chunk])
             scores = patched_scores(self.model, base, source, patch, self.metric, start=start)
