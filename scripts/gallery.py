@@ -2,8 +2,9 @@
 
 python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
 
-Maps given as arguments are drawn by role, by part and as role diagram. The other pictures are of synthetic circuits
-(those of tests/viz), whose numbers mean nothing. With a Chromium, the interactive page is photographed too.
+Maps given as arguments are drawn by role, by part and as role diagram; so is a test-bed model whose circuit is known,
+mapped here. The other pictures are of synthetic circuits (those of tests/viz), whose numbers mean nothing. With a
+Chromium, the interactive page is photographed too.
 """
 
 import argparse
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "viz"))  # the synthetic circuits
 # ruff: noqa: E402
 from circuits_drawn import build, large_circuit, neuron_circuit, small_circuit
 
+import mechsafety as ms
+from mechsafety import testbed
 from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.viz import (
     Style,
@@ -48,6 +51,9 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
         folded = Style(fold=("detection",), caption=False)
         yield f"{name}-folded", f"{model}: detection heads folded", layout_circuit(circuit, folded), None
         yield f"{name}-diagram", f"{model}: role diagram, made from the circuit", role_diagram(circuit), None
+    for level in ("node", "neuron"):
+        text = f"A test-bed model with decoys and a backup, mapped by {level}s: what was planted, and no decoy"
+        yield f"planted-{level}s", text, layout_circuit(planted_circuit(level), Style(caption=False)), None
     small, large = small_circuit(), large_circuit()
     yield "small", f"Twelve nodes: slots, statuses, signs. {NOTE}", layout_circuit(small), None
     paper = Style(width_mm=85, font_pt=7, grayscale=True, caption=False)
@@ -64,6 +70,16 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
     )
     comparison = compare_layouts(small, changed(), ("aligned", "base"), Style(caption=False))
     yield "difference", f"Two circuits: what is new, gone, stronger. {NOTE}", comparison.difference, None
+
+
+def planted_circuit(level: str) -> RefusalCircuit:
+    """The map of a test-bed model; an error if it is not what was planted."""
+    made = testbed.planted(seed=5, layers=4, heads=4, decoys=3, backups=1)
+    model = ms.load_model((made.model, made.tokenizer))
+    found = ms.map_refusal_circuit(model, made.pairs, level=level, limit=12, n_random=100, progress=False)
+    score = testbed.score(found, made.truth)
+    assert score.found_nodes is not None and score.found_nodes.f1 == 1.0 and not score.decoys_found
+    return found
 
 
 def changed() -> RefusalCircuit:

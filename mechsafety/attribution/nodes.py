@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -119,6 +120,7 @@ def mask_gradients(
     *,
     neurons: bool = False,
     live: tuple[Tensor, Tensor] | None = None,
+    each: bool = False,
 ) -> Sequence[Tensor]:
     """Gradient of the mean metric in every node's mask, with all live nodes at ``alpha``.
 
@@ -129,20 +131,23 @@ def mask_gradients(
         alpha: How much of each live node is its own value.
         neurons: Masks on neurons instead of MLP outputs.
         live: Masks ([layer head], [layer] or [layer d_mlp]) of nodes that are live; the others stay at 0.
+        each: Masks, and gradients of its own metric, for each pair.
 
     Returns:
-        Gradients [layer head] and [layer] (or [layer d_mlp]).
+        Gradients [layer head] and [layer] (or [layer d_mlp]); with a first axis of pairs under ``each``.
     """
     shapes = _zero_grads(model, neurons)
     masks = []
     for index, zeros in enumerate(shapes):
         on = torch.ones_like(zeros) if live is None else live[index].to(zeros)
+        on = repeat(on, "... -> pair ...", pair=len(runs.harmful)) if each else on
         masks.append((alpha * on).requires_grad_())
     whole = torch.ones(model.n_layers, device=model.device)
     mask = SoftMask(masks[0], whole, masks[1]) if neurons else SoftMask(masks[0], masks[1])
     with torch.enable_grad():
         logits = masked_logits(model, runs.harmful, runs.harmless.acts, mask)
-        return torch.autograd.grad(metric(logits).mean(), masks)
+        scores = metric(logits)
+        return torch.autograd.grad(scores.sum() if each else scores.mean(), masks)
 
 
 def _zero_grads(model: LensModel, neurons: bool) -> list[Tensor]:

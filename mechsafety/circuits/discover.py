@@ -162,30 +162,42 @@ def _eliminate(
     Returns:
         What is left; what each of it costs (empty if not measured); whether no single part more can leave.
     """
-    costs: dict[Part, float] = {}
-    for _ in range(rounds):
-        if budget.over(SEARCH_SHARE):
-            budget.left_out("removal of parts that do not matter: stopped before no part could leave")
+    asked: list[Part] | None = None
+    n_full = 0
+    while not budget.over(SEARCH_SHARE):
+        if asked is None and n_full == rounds:
             return circuit, {}, None
-        costs = marginals(meter, circuit)
-        whole = meter.faithfulness([circuit])[0]
+        n_full += asked is None
+        costs, whole = marginals(meter, circuit, asked), meter.faithfulness([circuit])[0]
         free = sorted(
-            (part for part in circuit if whole - costs[part] >= enough),
+            (part for part in costs if whole - costs[part] >= enough),
             key=lambda part: (costs[part], order_of(part)),
         )
-        if not free:
+        dropped = set(_droppable(free, circuit, held_out, enough, reaches))
+        if not dropped and asked is None:
             return circuit, costs, True
-        dropped = _largest(free, circuit, reaches)
-        if not dropped:
-            # none of the cheapest may leave on held-out pairs: one of the others may
-            single = [[part for part in circuit if part != gone] for gone in free]
-            values = held_out.faithfulness(single, near=circuit)
-            dropped = next(([gone] for gone, value in zip(free, values, strict=True) if value >= enough), [])
-        if not dropped:
-            return circuit, costs, True
-        circuit = [part for part in circuit if part not in set(dropped)]
-        costs = {}
-    return circuit, costs, None
+        circuit = [part for part in circuit if part not in dropped]
+        # what could not leave a moment ago hardly can now: all are measured again once none of the others can
+        asked = [part for part in free if part not in dropped] if dropped else None
+    budget.left_out("removal of parts that do not matter: stopped before no part could leave")
+    return circuit, {}, None
+
+
+def _droppable(
+    free: Sequence[Part],
+    circuit: Sequence[Part],
+    held_out: FaithfulnessMeter,
+    enough: float,
+    reaches: Callable[[Sequence[Part]], bool],
+) -> list[Part]:
+    """As many of ``free`` as may leave together, the cheapest first; else the first single one that may."""
+    dropped = _largest(free, circuit, reaches)
+    if dropped or not free:
+        return dropped
+    # none of the cheapest may leave on held-out pairs: one of the others may
+    single = [[part for part in circuit if part != gone] for gone in free]
+    values = held_out.faithfulness(single, near=circuit)
+    return next(([gone] for gone, value in zip(free, values, strict=True) if value >= enough), [])
 
 
 # a search may take this share of a time budget
@@ -206,11 +218,13 @@ def _largest(free: Sequence[Part], circuit: Sequence[Part], reaches: Callable[[S
     return list(free[:low])
 
 
-def marginals(meter: FaithfulnessMeter, circuit: Sequence[Part]) -> dict[Part, float]:
-    """Faithfulness lost when each part alone leaves the circuit, exact."""
-    if not circuit:
+def marginals(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], parts: Sequence[Part] | None = None
+) -> dict[Part, float]:
+    """Faithfulness lost when each part alone (of ``parts``; by default of all) leaves the circuit, exact."""
+    order = in_order(circuit if parts is None else parts)
+    if not order:
         return {}
-    order = in_order(circuit)
-    without = [[part for part in order if part != gone] for gone in order]
-    scores = meter.faithfulness([order, *without], near=order)
+    without = [[part for part in circuit if part != gone] for gone in order]
+    scores = meter.faithfulness([circuit, *without], near=circuit)
     return {part: scores[0] - score for part, score in zip(order, scores[1:], strict=True)}

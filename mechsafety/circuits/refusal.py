@@ -132,7 +132,7 @@ def map_refusal_circuit(
     few, measured_on = meter(some, FaithfulnessMeter), meter(there, FaithfulnessMeter)
     with _Stage(6, progress) as stage:
         stage("attributing every node")
-        attributions = attribute_pairs(model, here, metric)
+        attributions = attribute_pairs(found_on)
         attribution = attributions.mean()
         stage("searching the smallest circuit")
         if isinstance(found_on, EdgeMeter) and isinstance(held_out, EdgeMeter):

@@ -9,15 +9,13 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.attribution.nodes import NodeAttribution, node_attribution
+from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.meters import FaithfulnessMeter
 from mechsafety.circuits.verification import Stability
-from mechsafety.metrics import RefusalLogOdds
-from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import pair_runs
-from mechsafety.prompts import PromptPairs
+from mechsafety.patching.masks import pair_batches
+from mechsafety.results import Provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +25,14 @@ class PairAttributions:
     Attributes:
         heads, mlps: Integrated gradients.
         gaps: Metric of the harmful prompt less that of the harmless one.
-        template: Provenance and metric of the whole.
+        provenance, metric: Of the whole.
     """
 
     heads: Float[Tensor, "pair layer head"]
     mlps: Float[Tensor, "pair layer"]
     gaps: Float[Tensor, " pair"]
-    template: NodeAttribution
+    provenance: Provenance
+    metric: dict[str, object]
 
     def mean(self, weights: Sequence[int] | None = None) -> NodeAttribution:
         """Attribution over the pairs, each counted ``weights`` times (once by default)."""
@@ -42,23 +41,32 @@ class PairAttributions:
         heads = einsum(w, self.heads, "pair, pair layer head -> layer head") / gap
         mlps = einsum(w, self.mlps, "pair, pair layer -> layer") / gap
         total = float(heads.sum() + mlps.sum())
-        return NodeAttribution(self.template.provenance, self.template.metric, heads, mlps, None, total)
+        return NodeAttribution(self.provenance, self.metric, heads, mlps, None, total)
 
 
-def attribute_pairs(
-    model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, *, steps: int = 8
-) -> PairAttributions:
-    """`node_attribution` of each pair alone, from which any resample of the pairs is attributed without a new run."""
-    heads, mlps, gaps = [], [], []
-    for pair in pairs:
-        runs = pair_runs(model, PromptPairs((pair,), pairs.name))
-        found = node_attribution(model, runs, metric, steps=steps, progress=False)
-        harmful, harmless = runs.scores(metric)
-        gap = (harmful - harmless)[0]
-        heads.append(found.heads * gap)
-        mlps.append(found.mlps * gap)
-        gaps.append(gap)
-    return PairAttributions(torch.stack(heads), torch.stack(mlps), torch.stack(gaps), found)
+def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttributions:
+    """`node_attribution` of each pair alone, from which any resample of the pairs is attributed without a new run.
+
+    Args:
+        meter: On the pairs.
+        steps: Midpoints of the integral.
+    """
+    model, n_pairs = meter.model, len(meter.runs.harmful)
+    heads = torch.zeros(n_pairs, model.n_layers, model.n_heads, device=model.device)
+    mlps = torch.zeros(n_pairs, model.n_layers, device=model.device)
+    for rows, runs in meter.groups or ((tuple(range(n_pairs)), meter.runs),):
+        done = 0
+        for batch in pair_batches(model, runs, BATCH_TOKENS):
+            some = batch()
+            chosen = list(rows[done : done + len(some.harmful)])
+            done += len(chosen)
+            for step in range(steps):
+                grads = mask_gradients(model, some, meter.metric, (step + 0.5) / steps, each=True)
+                heads[chosen] += grads[0] / steps
+                mlps[chosen] += grads[1] / steps
+    harmful, harmless = meter.runs.scores(meter.metric)
+    provenance = model.provenance(options={"steps": steps, "neurons": False, "pairs": n_pairs})
+    return PairAttributions(heads, mlps, harmful - harmless, provenance, meter.metric.to_json())
 
 
 def bootstrap_stability(

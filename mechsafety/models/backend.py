@@ -65,6 +65,10 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    def rows(self, batch: int, rows: slice) -> "BlockCall":
+        """The call as it is for some rows of a run of ``batch`` prompts."""
+        return BlockCall(rows_of(self.args, batch, rows), {k: rows_of(v, batch, rows) for k, v in self.kwargs.items()})
+
 
 class Backend(ABC):
     """One TransformerLens model.
@@ -264,6 +268,15 @@ def expand_batched(value: Any, batch: int, variants: int) -> Any:
         return expand_rows(value, variants) if has_batch and variants > 1 else value
     if isinstance(value, tuple):
         return tuple(expand_batched(item, batch, variants) for item in value)
+    return value
+
+
+def rows_of(value: Any, batch: int, rows: slice) -> Any:
+    """Some rows of whatever has the batch axis of a stored run; tuples item by item."""
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.ndim > 1 and value.shape[0] == batch else value
+    if isinstance(value, tuple):
+        return tuple(rows_of(item, batch, rows) for item in value)
     return value
 
 

@@ -19,7 +19,7 @@ from mechsafety.models.backend import BlockCall, Prefix, expand_rows
 from mechsafety.models.budget import CPU_TOKENS, Allocated, batch_tokens
 from mechsafety.models.lens import LensModel
 from mechsafety.models.shortcuts import ALL_ON, Shortcuts
-from mechsafety.prompts import Tokens
+from mechsafety.prompts import TokenPairs, Tokens
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
 Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
@@ -71,7 +71,7 @@ def base_run(
     tokens: Tokens,
     start: int = 0,
     keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
-    prefix: "BaseRun | None" = None,
+    prefix: "BaseRun | Prefix | None" = None,
     *,
     shortcuts: Shortcuts | None = None,
     max_batch_tokens: int | None = None,
@@ -83,7 +83,7 @@ def base_run(
         tokens: The prompts.
         start: First column to run in every variant; the columns before must be common to base and source run.
         keep: Site kinds to store, of all layers, columns from ``start``.
-        prefix: A run of other prompts with the same columns before ``start``, whose keys and values are used again.
+        prefix: Keys and values of the columns before ``start``, or a run of other prompts with the same such columns.
         shortcuts: What this run and its variants leave out; the model's by default.
         max_batch_tokens: Rows x columns of one batch of variants; the model's by default, or what memory allows.
     """
@@ -101,8 +101,8 @@ def base_run(
     with torch.no_grad(), model.lock:
         past: Prefix = ()
         if first:
-            shared = prefix is not None and on.shared_prefix and len(prefix.prefix) > 0
-            past = prefix.prefix if shared and prefix is not None else _past(model, tokens, first)
+            given_past = prefix.prefix if isinstance(prefix, BaseRun) else prefix or ()
+            past = given_past if on.shared_prefix and given_past else _past(model, tokens, first)
         with model.hooks([note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]):
             last = 1 if on.last_logits else tokens.ids.shape[1] - first
             with made or contextlib.nullcontext():
@@ -127,6 +127,61 @@ def base_run(
         inputs[:, :, :start] if first < start else None,
         given,
     )
+
+
+def twin_runs(
+    model: LensModel,
+    pairs: TokenPairs,
+    start: int,
+    keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
+    *,
+    max_batch_tokens: int | None = None,
+) -> tuple[BaseRun, BaseRun]:
+    """`base_run` of the harmful and of the harmless prompts of aligned pairs, in one batch where nothing forbids it.
+
+    Args:
+        model: The model.
+        pairs: The prompts.
+        start: As for `base_run`.
+        keep: As for `base_run`.
+        max_batch_tokens: As for `base_run`.
+    """
+    on, n = model.shortcuts, len(pairs)
+    one_batch = on.batch_variants and on.drop_positions and on.shared_prefix
+    if not one_batch or model.edited or start > pairs.start:  # an edit may tell rows apart
+        harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens)
+        shared = harmful if start <= pairs.start else None
+        return harmful, base_run(model, pairs.harmless, start, keep, shared, max_batch_tokens=max_batch_tokens)
+    with torch.no_grad(), model.lock:
+        past = _past(model, pairs.harmful, start) if start else ()
+    whole = base_run(
+        model,
+        pairs.harmful.joined(pairs.harmless),
+        start,
+        keep,
+        tuple((_twice(keys), _twice(values)) for keys, values in past),
+        max_batch_tokens=max_batch_tokens,
+    )
+    harmful, harmless = (
+        replace(
+            whole,
+            tokens=tokens,
+            resid=whole.resid[:, rows],
+            calls=tuple(call.rows(2 * n, rows) for call in whole.calls),
+            prefix=past,
+            acts={kind: tensor[:, rows] for kind, tensor in whole.acts.items()},
+            logits=whole.logits[rows],
+        )
+        for tokens, rows in ((pairs.harmful, slice(0, n)), (pairs.harmless, slice(n, None)))
+    )
+    return harmful, harmless
+
+
+def _twice(tensor: Tensor) -> Tensor:
+    """The rows, and the same rows again; no copy where all of them are one row."""
+    if tensor.stride(0) == 0:
+        return tensor[:1].expand(2 * len(tensor), *tensor.shape[1:])
+    return torch.cat([tensor, tensor])
 
 
 def from_later(model: LensModel, base: BaseRun, column: int) -> BaseRun:

@@ -15,11 +15,11 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import (
     BaseRun,
     Hook,
-    base_run,
     expand_rows,
     max_variants,
     run_from,
     split_rows,
+    twin_runs,
 )
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs, TokenPairs
@@ -69,9 +69,7 @@ def pair_runs(
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
-    harmful = base_run(model, tokens.harmful, first, keep, max_batch_tokens=max_batch_tokens)
-    shared = harmful if first <= tokens.start else None
-    harmless = base_run(model, tokens.harmless, first, keep, shared, max_batch_tokens=max_batch_tokens)
+    harmful, harmless = twin_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens)
     return PairRuns(harmful, harmless, first)
 
 
@@ -280,12 +278,13 @@ class SoftMask:
     """How much of each node is live: 1 keeps the run's own value, 0 takes the other prompt's, between is a blend.
 
     Attributes:
-        heads, mlps, neurons: Weights, shared by all prompts; neurons None leaves them alone.
+        heads, mlps, neurons: Weights, shared by all prompts or (with a first axis) of each; neurons None leaves them
+            alone.
     """
 
-    heads: Float[Tensor, "layer head"]
-    mlps: Float[Tensor, " layer"]
-    neurons: Float[Tensor, "layer d_mlp"] | None = None
+    heads: Float[Tensor, "*batch layer head"]
+    mlps: Float[Tensor, "*batch layer"]
+    neurons: Float[Tensor, "*batch layer d_mlp"] | None = None
 
 
 def masked_logits(
@@ -294,10 +293,10 @@ def masked_logits(
     """Next-token logits of ``base`` with every node blended by ``mask``; differentiable in the mask."""
     hooks: list[Hook] = []
     for layer in range(model.n_layers):
-        weights = {SiteKind.Z: rearrange(mask.heads[layer], "head -> head 1")}
+        weights = {SiteKind.Z: rearrange(mask.heads[..., layer, :], "... head -> ... 1 head 1")}
         if mask.neurons is not None:
-            weights[SiteKind.NEURONS] = mask.neurons[layer]
-        weights[SiteKind.MLP_OUT] = mask.mlps[layer]
+            weights[SiteKind.NEURONS] = rearrange(mask.neurons[..., layer, :], "... neuron -> ... 1 neuron")
+        weights[SiteKind.MLP_OUT] = rearrange(mask.mlps[..., layer], "... -> ... 1 1")
         hooks += [(Site(kind, layer), blend(stored(source, kind)[layer], w)) for kind, w in weights.items()]
     return run_from(model, base, 0, base.resid[0], hooks)
 

@@ -100,6 +100,11 @@ class Tokens:
         width = max(span.length for span in spans)
         return type(self)(self.ids[chosen, -width:], self.mask[chosen, -width:], spans)
 
+    def joined(self, other: "Tokens") -> "Tokens":
+        """The prompts of both batches, which are equally wide."""
+        masks = torch.cat([self.mask, other.mask])
+        return type(self)(torch.cat([self.ids, other.ids]), masks, (*self.spans, *other.spans))
+
 
 @dataclass(frozen=True, slots=True)
 class TokenPairs:

@@ -20,7 +20,8 @@ def setting(planted):
     model, pairs = planted
     metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
     some = ms.PromptPairs(pairs.pairs[:4])
-    return FaithfulnessMeter(model, pair_runs(model, some), metric), some, attribute_pairs(model, some, metric)
+    meter = FaithfulnessMeter(model, pair_runs(model, some), metric).grouped(2)
+    return meter, some, attribute_pairs(meter)
 
 
 def test_pairs_add_up_to_the_whole(setting):
@@ -76,7 +77,7 @@ def test_unlike_rankings_overlap_little(setting):
             harmful, harmless = self.ends()
             return np.stack([harmful if len(circuit) else harmless for circuit in circuits])
 
-    made = type(found)(nodes, torch.zeros(4, 3), found.gaps, found.template)
+    made = type(found)(nodes, torch.zeros(4, 3), found.gaps, found.provenance, found.metric)
     stability = bootstrap_stability(Kept(meter.model, meter.runs, meter.metric), made, 0.8, n=8, seed=0)
     assert stability.mean < 1.0 and set(stability.n_nodes) == {1}
     assert set(stability.jaccards) <= {0.0, 1.0} and 0.0 in stability.jaccards
