@@ -173,12 +173,12 @@ def _eliminate(
             (part for part in costs if whole - costs[part] >= enough),
             key=lambda part: (costs[part], order_of(part)),
         )
-        dropped = set(_droppable(free, circuit, held_out, enough, reaches))
+        dropped, others = _droppable(free, circuit, held_out, enough, reaches)
         if not dropped and asked is None:
             return circuit, costs, True
-        circuit = [part for part in circuit if part not in dropped]
+        circuit = [part for part in circuit if part not in set(dropped)]
         # what could not leave a moment ago hardly can now: all are measured again once none of the others can
-        asked = [part for part in free if part not in dropped] if dropped else None
+        asked = others if dropped else None
     budget.left_out("removal of parts that do not matter: stopped before no part could leave")
     return circuit, {}, None
 
@@ -189,15 +189,16 @@ def _droppable(
     held_out: FaithfulnessMeter,
     enough: float,
     reaches: Callable[[Sequence[Part]], bool],
-) -> list[Part]:
-    """As many of ``free`` as may leave together, the cheapest first; else the first single one that may."""
+) -> tuple[list[Part], list[Part]]:
+    """As many of ``free`` as may leave together, the cheapest first; and those of the others that may leave alone."""
     dropped = _largest(free, circuit, reaches)
-    if dropped or not free:
-        return dropped
-    # none of the cheapest may leave on held-out pairs: one of the others may
-    single = [[part for part in circuit if part != gone] for gone in free]
-    values = held_out.faithfulness(single, near=circuit)
-    return next(([gone] for gone, value in zip(free, values, strict=True) if value >= enough), [])
+    if not dropped and free:
+        # the cheapest may not leave on held-out pairs: only those that may alone are tried together
+        single = [[part for part in circuit if part != gone] for gone in free]
+        values = held_out.faithfulness(single, near=circuit)
+        free = [gone for gone, value in zip(free, values, strict=True) if value >= enough]
+        dropped = _largest(free, circuit, reaches)
+    return dropped, list(free[len(dropped) :])
 
 
 # a search may take this share of a time budget
