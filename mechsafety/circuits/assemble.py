@@ -88,9 +88,7 @@ def with_intervals(effects: Mapping[Node, np.ndarray], seed: int) -> dict[Node, 
 
 
 def wire(
-    model: LensModel,
-    runs: PairRuns,
-    metric: RefusalLogOdds,
+    meter: FaithfulnessMeter,
     nodes: Sequence[Node],
     backups: Sequence[Backup],
     *,
@@ -106,9 +104,7 @@ def wire(
     while they do; a backup's own edges and roles with what it stands in for, and the backups of other nodes, patched.
 
     Args:
-        model: The model.
-        runs: Pairs to measure on.
-        metric: What is measured.
+        meter: What to measure on.
         nodes: The circuit's, backups included.
         backups: Those among them.
         n_edges: Edges to keep, strongest first (links come on top).
@@ -131,16 +127,19 @@ def wire(
     kept: dict[Edge, CircuitEdge] = {}
     roles = dict(no_roles)
     from_embed: dict[Node, list[CircuitEdge]] = {}
+    model, metric = meter.model, meter.metric
     for gone, asked in ways.items():
         alive = [node for node in nodes if node not in gone]
-        with knocked_out(model, runs, gone) as here:
+        with knocked_out(model, meter.runs, gone) as here:
+            # the runs by length are of the model as it is
+            groups = [here] if gone or not meter.groups else [group for _, group in meter.groups]
             found, strongest, named = _one_way(
-                model, here, metric, alive, n_edges, n_measured, progress, None if gone else effects
+                model, here, groups, metric, alive, n_edges, n_measured, progress, None if gone else effects
             )
             if not model.post_norm:
-                for node in _unfed(asked, strongest):
-                    paths = [CircuitEdge(edge, 0.0) for edge in edges_into(EMBED, [node], parallel=model.parallel)]
-                    from_embed[node] = measure_edges(model, here, metric, paths)
+                paths = edges_into(EMBED, _unfed(asked, strongest), parallel=model.parallel)
+                for member in measure_edges(model, groups, metric, [CircuitEdge(edge, 0.0) for edge in paths]):
+                    from_embed.setdefault(member.edge.receiver, []).append(member)
         first = not every
         mine = set(asked)
         for members, into in ((found, every), (strongest, kept)):
@@ -163,6 +162,7 @@ def wire(
 def _one_way(
     model: LensModel,
     runs: PairRuns,
+    groups: Sequence[PairRuns],
     metric: RefusalLogOdds,
     nodes: Sequence[Node],
     n_edges: int,
@@ -174,14 +174,14 @@ def _one_way(
     if effects is None or not effects.keys() >= set(nodes):
         whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
         effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
-    evidence = role_evidence(model, runs, metric, nodes, progress=progress)
+    evidence = role_evidence(model, runs, metric, nodes, groups=groups, progress=progress)
     if model.post_norm:
         return [], [], assign_roles(effects, evidence, [])
     if any(node.kind == "neuron" for node in nodes):
-        known = exact_edges(model, runs, metric, nodes)
+        known = exact_edges(model, groups, metric, nodes)
         return known, known[:n_edges], assign_roles(effects, evidence, known)
     every = estimate_edges(model, runs, metric, nodes)
-    measured = measure_edges(model, runs, metric, every[: min(n_edges, n_measured)])
+    measured = measure_edges(model, groups, metric, every[: min(n_edges, n_measured)])
     known = [*measured, *every[len(measured) :]]
     return known, known[:n_edges], assign_roles(effects, evidence, known)
 

@@ -46,7 +46,7 @@ def discover(
     target: float,
     *,
     max_nodes: int | None = None,
-    rounds: int = 4,
+    rounds: int = 6,
     budget: Budget | None = None,
 ) -> Discovery:
     """The smallest set of heads and MLPs found that reaches ``target`` faithfulness, on both sets of pairs.
@@ -74,7 +74,7 @@ def search_parts(
     target: float,
     *,
     max_parts: int | None = None,
-    rounds: int = 4,
+    rounds: int = 6,
     budget: Budget | None = None,
     shares: Sequence[float] = CURVE_SHARES,
     tidy: Callable[[Sequence[Part]], list[Part]] = list,
@@ -163,11 +163,10 @@ def _eliminate(
         What is left; what each of it costs (empty if not measured); whether no single part more can leave.
     """
     asked: list[Part] | None = None
-    n_full = 0
-    while not budget.over(SEARCH_SHARE):
-        if asked is None and n_full == rounds:
-            return circuit, {}, None
-        n_full += asked is None
+    for _ in range(rounds):
+        if budget.over(SEARCH_SHARE):
+            budget.left_out("removal of parts that do not matter: stopped before no part could leave")
+            break
         costs, whole = marginals(meter, circuit, asked), meter.faithfulness([circuit])[0]
         free = sorted(
             (part for part in costs if whole - costs[part] >= enough),
@@ -178,8 +177,7 @@ def _eliminate(
             return circuit, costs, True
         circuit = [part for part in circuit if part not in set(dropped)]
         # what could not leave a moment ago hardly can now: all are measured again once none of the others can
-        asked = others if dropped else None
-    budget.left_out("removal of parts that do not matter: stopped before no part could leave")
+        asked = others if others else None
     return circuit, {}, None
 
 
@@ -212,7 +210,11 @@ def _largest(free: Sequence[Part], circuit: Sequence[Part], reaches: Callable[[S
         gone = set(free[:n])
         return reaches([part for part in circuit if part not in gone])
 
-    low, high = 0, len(free) + 1
+    # few may leave: the search gallops from one, then bisects
+    low, high = 0, 1
+    while high <= len(free) and fits(high):
+        low, high = high, 2 * high
+    high = min(high, len(free) + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

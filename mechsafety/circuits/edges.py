@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.metrics import RefusalLogOdds
@@ -26,23 +28,32 @@ def estimate_edges(
 
 
 def measure_edges(
-    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, edges: Sequence[CircuitEdge]
+    model: LensModel, runs: Sequence[PairRuns], metric: RefusalLogOdds, edges: Sequence[CircuitEdge]
 ) -> list[CircuitEdge]:
     """Exact effect of single edges (path patching, Wang et al. 2022, with everything else frozen up to the receiver).
 
     Sender u's change (harmless less harmful) is added to the input of receiver v's slot alone; v's output is recomputed
     from it; the rest of the model runs on live. The effect is the share of the gap lost.
+
+    Args:
+        model: The model.
+        runs: Stored runs of the pairs, in one or several groups.
+        metric: What is measured.
+        edges: What to measure.
     """
-    harmful, harmless = runs.scores(metric)
-    gap = float((harmful - harmless).mean())
-    effects = (measured_edges(model, runs, metric, [member.edge for member in edges]).mean(1) / gap).tolist()
+    paths = [member.edge for member in edges]
+    gap = torch.cat([harmful - harmless for harmful, harmless in (group.scores(metric) for group in runs)]).mean()
+    changes = torch.cat([measured_edges(model, group, metric, paths) for group in runs], dim=1)
+    effects = (changes.mean(1) / gap).tolist()
     return [
         CircuitEdge(member.edge, effect, "measured", member.estimate)
         for member, effect in zip(edges, effects, strict=True)
     ]
 
 
-def exact_edges(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node]) -> list[CircuitEdge]:
+def exact_edges(
+    model: LensModel, runs: Sequence[PairRuns], metric: RefusalLogOdds, nodes: Sequence[Node]
+) -> list[CircuitEdge]:
     """Every edge between the given nodes and into the logits, each measured, strongest first."""
     paths = [edge for node in nodes for edge in edges_into(node, [*nodes, LOGITS], parallel=model.parallel)]
     found = measure_edges(model, runs, metric, [CircuitEdge(edge, 0.0) for edge in paths])

@@ -163,9 +163,7 @@ def map_refusal_circuit(
         measured = with_intervals(effects, seed)
         stage("measuring edges and roles")
         wiring = wire(
-            model,
-            few.runs,
-            metric,
+            few,
             nodes,
             standing_in,
             n_edges=n_edges,

@@ -28,7 +28,13 @@ ATTENDS = 0.1
 
 
 def role_evidence(
-    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], *, progress: bool = True
+    model: LensModel,
+    runs: PairRuns,
+    metric: RefusalLogOdds,
+    nodes: Sequence[Node],
+    *,
+    groups: Sequence[PairRuns] = (),
+    progress: bool = True,
 ) -> dict[Node, RoleEvidence]:
     """Measure for each node where its effect arises and how it reaches the metric.
 
@@ -37,17 +43,21 @@ def role_evidence(
         runs: Stored runs of aligned pairs.
         metric: What is measured.
         nodes: Heads, MLPs and neurons (which need runs that hold them).
+        groups: The same pairs by length (see `FaithfulnessMeter.grouped`): what is patched runs fewer columns.
         progress: Whether to show bars.
 
     Returns:
         Evidence without the path sums, which `assign_roles` adds.
     """
-    at = {
-        span: activation_patching(model, runs, metric, nodes=nodes, positions=span, progress=progress).effects.tolist()
-        for span in ("instruction", "suffix")
-    }
     harmful, harmless = runs.scores(metric)
     gap = float((harmful - harmless).mean())
+    at = {}
+    for span in ("instruction", "suffix"):
+        found_at = [
+            activation_patching(model, group, metric, nodes=nodes, positions=span, progress=progress)
+            for group in groups or [runs]
+        ]
+        at[span] = (torch.cat([one.changes for one in found_at], dim=1).mean(1) / gap).tolist()
     heads = [node for node in nodes if node.kind == "head"]
     caches = [model.cache(run.tokens, ["pattern", "v"]) for run in (runs.harmful, runs.harmless)]
     with torch.no_grad():

@@ -96,7 +96,7 @@ def test_one_edge_cut_is_the_measured_edge_where_nothing_follows(both, pairs, lo
     edges = [edge for edge in meter.parts if edge.receiver == LOGITS and edge.sender != EMBED]
     harmful, harmless = meter.ends()
     lost = (harmful - meter.removed([[edge] for edge in edges])).mean(1) / (harmful - harmless).mean()
-    measured = measure_edges(model, runs, log_odds, [CircuitEdge(edge, 0.0) for edge in edges])
+    measured = measure_edges(model, [runs], log_odds, [CircuitEdge(edge, 0.0) for edge in edges])
     np.testing.assert_allclose(lost, [member.effect for member in measured], atol=1e-3)
 
 

@@ -85,7 +85,7 @@ def test_measured_edges_equal_the_slow_reference(both, pairs, log_odds, slot):
     edges = edges_of(slot)
     clean = hook_count(model)
     found = measure_edges(
-        model, pair_runs(model, pairs), log_odds, [CircuitEdge(e, 0.5, "estimated", 0.25) for e in edges]
+        model, [pair_runs(model, pairs)], log_odds, [CircuitEdge(e, 0.5, "estimated", 0.25) for e in edges]
     )
     slow = slow_effects(plain, model, pairs, log_odds, edges)
     assert np.abs(slow).max() > 1e-3, "the edges must matter"
@@ -98,7 +98,7 @@ def test_measured_edges_equal_the_slow_reference(both, pairs, log_odds, slot):
 def test_rows_of_very_different_lengths(both, ragged, logit_difference):
     model, plain = both
     edges = [edge for slot in PATHS for edge in edges_of(slot)[:2]]
-    found = measure_edges(model, pair_runs(model, ragged), logit_difference, [CircuitEdge(e, 0.0) for e in edges])
+    found = measure_edges(model, [pair_runs(model, ragged)], logit_difference, [CircuitEdge(e, 0.0) for e in edges])
     slow = slow_effects(plain, model, ragged, logit_difference, edges)
     np.testing.assert_allclose([member.effect for member in found], slow, atol=1e-4)
 
@@ -111,7 +111,7 @@ def test_same_layer_paths(both, pairs, log_odds):
     own = [member for member in found if str(member.edge) == "L1.H0 -> L1.MLP (mlp)"]
     assert len(own) == (0 if plain.parallel else 1)
     if own:
-        (measured,) = measure_edges(model, runs, log_odds, own)
+        (measured,) = measure_edges(model, [runs], log_odds, own)
         slow = slow_effects(plain, model, pairs, log_odds, [own[0].edge])
         assert measured.effect == pytest.approx(float(slow[0]), abs=1e-4) and abs(slow[0]) > 1e-4
 
@@ -119,11 +119,14 @@ def test_same_layer_paths(both, pairs, log_odds):
 def test_effects_do_not_depend_on_order_or_batching(llama, pairs, log_odds, monkeypatch):
     runs = pair_runs(llama, pairs)
     edges = [CircuitEdge(edge, 0.0) for slot in PATHS for edge in edges_of(slot)]
-    together = [member.effect for member in measure_edges(llama, runs, log_odds, edges)]
-    backward = [member.effect for member in measure_edges(llama, runs, log_odds, edges[::-1])][::-1]
+    together = [member.effect for member in measure_edges(llama, [runs], log_odds, edges)]
+    pieces = [pair_runs(llama, ms.PromptPairs((pair,))) for pair in pairs]
+    apart = [member.effect for member in measure_edges(llama, pieces, log_odds, edges)]
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+    backward = [member.effect for member in measure_edges(llama, [runs], log_odds, edges[::-1])][::-1]
     monkeypatch.setattr(llama, "max_batch_tokens", 1)
     runs = pair_runs(llama, pairs)
-    alone = [member.effect for member in measure_edges(llama, runs, log_odds, edges)]
+    alone = [member.effect for member in measure_edges(llama, [runs], log_odds, edges)]
     np.testing.assert_allclose(together, backward, atol=1e-5)
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
@@ -160,7 +163,7 @@ def test_estimates_agree_with_measurements_of_small_changes(close_pair, logit_di
     model, pairs = close_pair
     runs = pair_runs(model, pairs)
     found = estimate_edges(model, runs, logit_difference, list(head_and_mlp_nodes(3, 4)))
-    measured = measure_edges(model, runs, logit_difference, found)
+    measured = measure_edges(model, [runs], logit_difference, found)
     assert {member.edge.slot for member in found} == {"q", "k", "v", "mlp", "resid"}
     pair = np.array([(m.estimate, m.effect) for m in measured])
     assert np.corrcoef(pair.T)[0, 1] > 0.9
@@ -178,7 +181,7 @@ def test_gradients_at_the_harmful_run_are_the_first_order_of_every_edge(close_pa
         model, runs, logit_difference, method="eap", nodes=list(head_and_mlp_nodes(3, 4)), progress=False
     )
     found = [CircuitEdge(edge, score, "estimated", score) for edge, score in scores.top()]
-    measured = measure_edges(model, runs, logit_difference, found)
+    measured = measure_edges(model, [runs], logit_difference, found)
     for slot in ("q", "k", "v", "mlp", "resid"):
         some = np.array([(m.estimate, m.effect) for m in measured if m.edge.slot == slot])
         assert len(some) >= 14  # 15, less the first MLP of a parallel model, which says nothing at the last token
