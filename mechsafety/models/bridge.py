@@ -126,12 +126,18 @@ class BridgeBackend(Backend):
         self, tokens: Tokens, start: int, prefix: Prefix, keep: int
     ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
         """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+        from transformers import Cache, DynamicCache
+
         calls: dict[int, BlockCall] = {}
+
+        def without_cache(value: Any) -> Any:
+            # only its place is kept: every run has a cache of its own, and this one's keys and values are many
+            return DynamicCache() if isinstance(value, Cache) else value
 
         def note(layer: int) -> Callable[..., None]:
             def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-                calls[layer] = BlockCall(tuple(args[1:]), rest)
+                rest = {key: without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
+                calls[layer] = BlockCall(tuple(map(without_cache, args[1:])), rest)
 
             return hook
 
