@@ -78,7 +78,14 @@ def page(found: RefusalDirection, parts: dict[str, Any], took: float | None) -> 
     ]
     if found.controls is not None:
         lines += [_score_row(row.control, row) for _, row in found.controls.to_dataframe().iterrows()]
-    lines += ["", "## What it does to replies", "", *rate_table(parts["rates"]), "", *verdicts(parts["rates"])]
+    lines += [
+        "",
+        "## What it does to replies",
+        "",
+        *rate_table(parts["rates"]),
+        "",
+        *verdicts(parts["rates"], parts["added"]),
+    ]
     gaps = parts["equality"]
     lines += [
         "",
@@ -130,8 +137,8 @@ def rate_table(found: dict[str, dict[str, list[bool]]]) -> list[str]:
     return lines + [f"| {name} | {c} | {share(hits)} |" for name, row in found.items() for c, hits in row.items()]
 
 
-def verdicts(found: dict[str, dict[str, list[bool]]]) -> list[str]:
-    """The three claims, with the figures that decide them."""
+def verdicts(found: dict[str, dict[str, list[bool]]], added: DoseResponse) -> list[str]:
+    """The three claims, with the figures that decide them, and the strength at which the second holds if it fails."""
 
     def rate(name: str, condition: str) -> float:
         return float(np.mean(found[name][condition]))
@@ -144,7 +151,16 @@ def verdicts(found: dict[str, dict[str, list[bool]]]) -> list[str]:
         ("adding it makes at least 80 % of Alpaca prompts refused", rate(alpaca, "direction added") >= 0.8),
         (f"random directions change neither by more than 10 points (at most {max(moved):.0%})", max(moved) <= 0.1),
     ]
-    return [f"- {claim}: {'yes' if held else '**no**'}" for claim, held in claims]
+    lines = [f"- {claim}: {'yes' if held else '**no**'}" for claim, held in claims]
+    if not claims[1][1]:
+        frame = added.to_dataframe()
+        doses = frame[frame.measure == "refusal rate, harmless"].set_index("strength")["value"]
+        said = ", ".join(f"{value:.0%} at {strength:g}" for strength, value in doses.items())
+        lines[1] += (
+            f": {rate(alpaca, 'direction added'):.0%} at strength 1, the length of the mean difference. It is a"
+            f" matter of strength: on the dose-response's prompts {said}, at the cost in KL and perplexity shown below"
+        )
+    return lines
 
 
 def dose_table(*found: DoseResponse) -> list[str]:
@@ -276,6 +292,8 @@ def curves(removed: DoseResponse, added: DoseResponse, path: Path) -> None:
             axis.set(title=panel, xlabel=f"strength ({response.name})")
             if panel == "perplexity":
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter("{x:g}")
         line[0].legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
