@@ -234,7 +234,7 @@ def test_behaviour(planted):
 @pytest.mark.demo
 def test_the_demo_model(demo, tmp_path):
     # a low target: fewer nodes to measure one by one; `make demo` runs the whole thing
-    options = {"limit": 6, "n_random": 20, "n_role_pairs": 2, "shortlist": 2, "n_edges": 10, "n_measured_edges": 5}
+    options = {"limit": 8, "n_random": 20, "n_role_pairs": 2, "shortlist": 2, "n_edges": 10, "n_measured_edges": 5}
     found = ms.map_refusal_circuit(demo, **options, target=0.25, progress=False)
     check = found.verification
     assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.25
