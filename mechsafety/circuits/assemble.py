@@ -55,25 +55,29 @@ class Wiring:
     dropped: tuple[Node, ...] = ()
 
 
+def pair_gaps(meters: Sequence[FaithfulnessMeter]) -> np.ndarray:
+    """Metric of the harmful prompt less that of the harmless one, pair by pair, one meter's after the other's."""
+    return np.concatenate([harmful - harmless for harmful, harmless in (meter.ends() for meter in meters)])
+
+
 def single_effects(
-    meter: FaithfulnessMeter, nodes: Sequence[Node], budget: Budget, progress: bool
+    meters: Sequence[FaithfulnessMeter], nodes: Sequence[Node], budget: Budget, progress: bool
 ) -> dict[Node, np.ndarray]:
     """Exact effect of each node alone on every prompt, as a share of the mean gap, as far as time allows.
 
     Args:
-        meter: What to measure on.
+        meters: What to measure on; their prompts follow each other.
         nodes: The most important first.
         budget: Time to keep.
         progress: Whether to show a bar.
     """
-    harmful, harmless = meter.ends()
-    gap = (harmful - harmless).mean()
+    gap = pair_gaps(meters).mean()
     found: dict[Node, np.ndarray] = {}
     with tqdm(total=len(nodes), desc="nodes", disable=not progress, leave=False) as bar:
         for some in budget.within(nodes, 12, 0.5, "exact effects of single nodes"):
             alone = sorted(some, key=lambda node: node.order)
-            rows = (harmful - meter.removed([[node] for node in alone])) / gap
-            found |= dict(zip(alone, rows, strict=True))
+            lost = [meter.ends()[0] - meter.removed([[node] for node in alone]) for meter in meters]
+            found |= dict(zip(alone, np.concatenate(lost, axis=1) / gap, strict=True))
             bar.update(len(some))
     return {node: found[node] for node in nodes if node in found}
 

@@ -22,7 +22,7 @@ class Discovery:
         ranking: All parts, largest signed estimate first.
         curve: Faithfulness of the best k of the ranking, on the search's pairs and on held-out ones.
         circuit: The smallest set found, in the order of computation.
-        marginals: Faithfulness each of its parts adds to it, on the search's pairs; empty where removal was cut short.
+        marginals: Faithfulness each of its parts adds to it, on held-out pairs; empty where removal was cut short.
         reached: Whether the circuit reaches the target on both sets of pairs.
         ranked: Size of the prefix of the ranking that removal began with.
         minimal: Whether no single part more can leave; None where that was not seen to the end.
@@ -46,7 +46,7 @@ def discover(
     target: float,
     *,
     max_nodes: int | None = None,
-    rounds: int = 6,
+    rounds: int = 3,
     budget: Budget | None = None,
 ) -> Discovery:
     """The smallest set of heads and MLPs found that reaches ``target`` faithfulness, on both sets of pairs.
@@ -59,7 +59,7 @@ def discover(
         attribution: Estimates to rank by, signed: nodes that work against refusal come last.
         target: Faithfulness to reach.
         max_nodes: Largest size; where the target needs more, the circuit misses it and says so.
-        rounds: Of exact removal, at most.
+        rounds: Exact measurements of all parts for removal, at most.
         budget: Time to keep.
     """
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
@@ -74,7 +74,7 @@ def search_parts(
     target: float,
     *,
     max_parts: int | None = None,
-    rounds: int = 6,
+    rounds: int = 3,
     budget: Budget | None = None,
     shares: Sequence[float] = CURVE_SHARES,
     tidy: Callable[[Sequence[Part]], list[Part]] = list,
@@ -82,10 +82,11 @@ def search_parts(
 ) -> Discovery:
     """The smallest prefix of a ranking that reaches ``target``, less everything whose exact removal does not matter.
 
-    The prefix is found by bisection; then parts whose exact removal costs least are dropped, as many at once as the
-    target allows, and everything is measured again, until no single part can leave (ACDC's criterion, Conmy et al.
-    2023, with the target in place of a threshold). The held-out pairs set the size of the circuit and never the order,
-    so their faithfulness lies just above the target by construction: an unbiased figure needs fresh pairs (`verify`).
+    The prefix is found by bisection; then, of the parts that may leave on both sets of pairs, those whose exact removal
+    costs least on the search's pairs are dropped, as many at once as the target allows, and everything is measured
+    again, until no single part can leave (ACDC's criterion, Conmy et al. 2023, with the target in place of a
+    threshold). The held-out pairs set the size of the circuit, so their faithfulness lies just above the target by
+    construction: an unbiased figure needs fresh pairs (`verify`).
 
     Args:
         found_on: Meter on the pairs that the ranking comes from.
@@ -93,7 +94,7 @@ def search_parts(
         ranking: All parts, the most important first.
         target: Faithfulness to reach.
         max_parts: Largest size.
-        rounds: Of removal, at most.
+        rounds: Exact measurements of all parts for removal, at most.
         budget: Time to keep.
         shares: Of all parts, at which the curve is measured.
         tidy: Takes away parts of a set that change nothing.
@@ -125,13 +126,13 @@ def search_parts(
         # what removal would have left last, by the costs it measured
         worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
-        return Discovery(tuple(ranking), curve, kept, marginals(found_on, kept), reaches(kept), high)
+        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high)
     if len(circuit) == len(ranking):
         # nothing but the whole model does: say so, with the smaller set that comes closest
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
         best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
-        return Discovery(tuple(ranking), curve, kept, marginals(found_on, kept), False, best.n_nodes)
+        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes)
     return Discovery(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal)
 
 
@@ -159,48 +160,42 @@ def _eliminate(
 ) -> tuple[list[Part], dict[Part, float], bool | None]:
     """Drop the parts that cost least, as many at once as the target allows; measure again; repeat.
 
+    Only parts that may leave on the held-out pairs, which are fewer, are measured on the others. Between two
+    measurements of all parts only those are measured that seem able to leave still.
+
     Returns:
-        What is left; what each of it costs (empty if not measured); whether no single part more can leave.
+        What is left; what each of it costs on held-out pairs (empty if not measured); whether no single part more can
+        leave.
     """
     asked: list[Part] | None = None
-    for _ in range(rounds):
+    while rounds or asked:
         if budget.over(SEARCH_SHARE):
             budget.left_out("removal of parts that do not matter: stopped before no part could leave")
             break
-        costs, whole = marginals(meter, circuit, asked), meter.faithfulness([circuit])[0]
+        rounds -= asked is None
+        spare = held_out.faithfulness([circuit])[0] - enough
+        lost = marginals(held_out, circuit, asked)
+        may = [part for part, value in lost.items() if value <= spare]
+        costs, whole = marginals(meter, circuit, may), meter.faithfulness([circuit])[0]
         free = sorted(
-            (part for part in costs if whole - costs[part] >= enough),
+            (part for part in may if whole - costs[part] >= enough),
             key=lambda part: (costs[part], order_of(part)),
         )
-        dropped, others = _droppable(free, circuit, held_out, enough, reaches)
-        if not dropped and asked is None:
-            return circuit, costs, True
-        circuit = [part for part in circuit if part not in set(dropped)]
-        # what could not leave a moment ago hardly can now: all are measured again once none of the others can
-        asked = others if others else None
-    return circuit, {}, None
-
-
-def _droppable(
-    free: Sequence[Part],
-    circuit: Sequence[Part],
-    held_out: FaithfulnessMeter,
-    enough: float,
-    reaches: Callable[[Sequence[Part]], bool],
-) -> tuple[list[Part], list[Part]]:
-    """As many of ``free`` as may leave together, the cheapest first; and those of the others that may leave alone."""
-    dropped = _largest(free, circuit, reaches)
-    if not dropped and free:
-        # the cheapest may not leave on held-out pairs: only those that may alone are tried together
-        single = [[part for part in circuit if part != gone] for gone in free]
-        values = held_out.faithfulness(single, near=circuit)
-        free = [gone for gone, value in zip(free, values, strict=True) if value >= enough]
         dropped = _largest(free, circuit, reaches)
-    return dropped, list(free[len(dropped) :])
+        if not dropped and asked is None:
+            return circuit, lost, True
+        circuit = [part for part in circuit if part not in set(dropped)]
+        # what cost more than is left hardly can leave now: it waits until none of the others can
+        spare = held_out.faithfulness([circuit])[0] - enough
+        asked = [part for part in free[len(dropped) :] if lost[part] <= NEAR * spare] if dropped else None
+        asked = asked or None
+    return circuit, {}, None
 
 
 # a search may take this share of a time budget
 SEARCH_SHARE = 0.4
+# parts that cost up to this multiple of what the circuit can still lose are measured again at once
+NEAR = 2.0
 
 
 def _largest(free: Sequence[Part], circuit: Sequence[Part], reaches: Callable[[Sequence[Part]], bool]) -> list[Part]:

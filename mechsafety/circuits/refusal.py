@@ -11,6 +11,7 @@ from mechsafety.circuits.assemble import (
     attention_examples,
     circuit_nodes,
     node_scores,
+    pair_gaps,
     single_effects,
     wire,
     with_intervals,
@@ -31,7 +32,7 @@ from mechsafety.circuits.circuit import (
 from mechsafety.circuits.discover import Discovery, discover, marginals
 from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
-from mechsafety.circuits.meters import FaithfulnessMeter, in_order
+from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
 from mechsafety.circuits.neurons import NeuronMeter, refine
 from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verify import MARGIN, verify
@@ -128,10 +129,14 @@ def map_refusal_circuit(
 
     found_on, held_out = meter(here), meter(held)
     untouched = meter(fresh) if fresh is not None else None
-    # what decides which nodes are in the circuit may not see the fresh pairs
+    # single nodes are patched on all of these; what decides who is in the circuit may not see the fresh ones
+    plain = held_out if kind is FaithfulnessMeter else meter(held, FaithfulnessMeter)
+    alone_on = [plain]
+    if fresh is not None and untouched is not None:
+        alone_on.append(untouched if kind is FaithfulnessMeter else meter(fresh, FaithfulnessMeter))
     some = held.sample(n_role_pairs, seed)
-    few, measured_on = meter(some, FaithfulnessMeter), meter(there, FaithfulnessMeter)
-    rows_of_some = [there.pairs.index(pair) for pair in some]
+    few = plain if len(some) == len(held) else meter(some, FaithfulnessMeter)
+    rows_of_some = [held.pairs.index(pair) for pair in some]
     with _Stage(6, progress) as stage:
         stage("attributing every node")
         attributions = attribute_pairs(found_on)
@@ -144,12 +149,14 @@ def map_refusal_circuit(
             core = discover(found_on, held_out, attribution, target, max_nodes=max_nodes, budget=budget)
         stage("patching the circuit's nodes one by one")
         asked = _to_measure(core, attribution, shortlist)
-        effects = single_effects(measured_on, asked, budget, progress)
+        effects = single_effects(alone_on, asked, budget, progress)
         stage("looking for backups")
         backups: tuple[Backup, ...] = ()
         stability = None
         if level != "edge":
-            backups = _backups(few, core, _on_some(effects, measured_on, rows_of_some), n_backup_parts, seed, budget)
+            known = core.marginals if few is held_out else {}
+            on_some = _on_some(effects, alone_on, rows_of_some)
+            backups = _backups(few, core, known, on_some, n_backup_parts, seed, budget)
             stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
         final = _with_backups(core, backups, max_nodes)
         standing_in = [backup for backup in backups if backup.node in final.circuit]
@@ -160,7 +167,7 @@ def map_refusal_circuit(
             standing_in = _taken_apart(standing_in, final)
         nodes = _nodes_of(final)
         new = [node for node in nodes if node not in effects]
-        effects |= single_effects(measured_on, new, budget, progress)
+        effects |= single_effects(alone_on, new, budget, progress)
         measured = with_intervals(effects, seed)
         stage("measuring edges and roles")
         wiring = wire(
@@ -172,13 +179,13 @@ def map_refusal_circuit(
             budget=budget,
             progress=progress,
             # on the same pairs as the evidence, since roles compare the two
-            effects=_on_some(effects, measured_on, rows_of_some),
+            effects=_on_some(effects, alone_on, rows_of_some),
         )
         stage("checking the circuit")
         if level == "edge":
-            known = {member.edge: member for member in wiring.edges}
+            wired = {member.edge: member for member in wiring.edges}
             own = [edge for edge in final.circuit if isinstance(edge, Edge)]
-            edges = [known.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
+            edges = [wired.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
             wiring = replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
         final = replace(
             final,
@@ -303,10 +310,11 @@ def _usable(
     return parts[0], parts[1]
 
 
-def _on_some(effects: Mapping[Node, np.ndarray], meter: FaithfulnessMeter, rows: Sequence[int]) -> dict[Node, float]:
+def _on_some(
+    effects: Mapping[Node, np.ndarray], meters: Sequence[FaithfulnessMeter], rows: Sequence[int]
+) -> dict[Node, float]:
     """Mean effect on some of the pairs, as a share of their own gap."""
-    harmful, harmless = meter.ends()
-    gaps = harmful - harmless
+    gaps = pair_gaps(meters)
     scale = gaps.mean() / gaps[rows].mean()
     return {node: float(values[rows].mean() * scale) for node, values in effects.items()}
 
@@ -340,13 +348,20 @@ def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: i
 
 
 def _backups(
-    meter: FaithfulnessMeter, core: Discovery, effects: Mapping[Node, float], n_parts: int, seed: int, budget: Budget
+    meter: FaithfulnessMeter,
+    core: Discovery,
+    known: Mapping[Part, float],
+    effects: Mapping[Node, float],
+    n_parts: int,
+    seed: int,
+    budget: Budget,
 ) -> tuple[Backup, ...]:
     """Backups of the nodes that are worth more in the circuit than patching them alone in the whole model shows.
 
     Args:
         meter: On the pairs of the effects.
         core: The circuit.
+        known: What each node adds to it, on the same pairs; measured here where it is empty.
         effects: Effect of each node alone, as far as there was time.
         n_parts: How many nodes to examine.
         seed: Of the bootstrap.
@@ -355,7 +370,7 @@ def _backups(
     nodes = _nodes_of(core)
     if not n_parts or budget.skips("backups of the circuit's nodes", 0.5):
         return ()
-    worth = marginals(meter, nodes)
+    worth = known or marginals(meter, nodes)
     suspicion = {node: worth[node] - effects[node] for node in nodes if node in effects}
     return find_backups(meter, nodes, suspicion, n_parts=n_parts, seed=seed, budget=budget)
 

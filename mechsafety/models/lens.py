@@ -232,7 +232,7 @@ class LensModel:
                 return self.backend.logits(tokens, keep)
             return self.backend.logits(tokens, tokens.ids.shape[1])[:, -keep:]
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 48) -> list[str]:
         """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order."""
         from tqdm.auto import tqdm
 
