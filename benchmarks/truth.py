@@ -2,7 +2,7 @@
 
     python benchmarks/truth.py [--jobs N]     # or: make bench-truth
 
-36 planted models of varied shape (12 with decoys only, 12 with backups only, 12 with neither) and the certified one.
+36 planted models of varied shape (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one.
 Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and at the end the table
 docs/results/ground-truth.md. To add a method, write a function like those below and put it into METHODS.
 """
@@ -42,7 +42,8 @@ from mechsafety.results import package_versions
 from mechsafety.sites import SiteKind
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-PER_CONDITION = 12
+# name: (decoys, stages doubled, models)
+PLANTED = {"neither": (0, 0, 10), "decoys": (6, 0, 10), "backups": (0, 1, 10), "both": (4, 1, 6)}
 N_PAIRS = 12
 # exact path patching of more edges than this is left out
 AFFORDABLE_EDGES = 1500
@@ -177,8 +178,8 @@ def map_edges(case: Case) -> Any:
 
 
 def _map(case: Case, level: str) -> Any:
-    options = {"n_random": 20, "limit": len(case.pairs), "progress": False}
-    return ms.map_refusal_circuit(case.model, case.pairs, level=level, **options)
+    # every other option is the default: the times are those of a user's map
+    return ms.map_refusal_circuit(case.model, case.pairs, level=level, limit=len(case.pairs), progress=False)
 
 
 # each returns what `testbed.score` takes, or None where it cannot be run
@@ -200,11 +201,10 @@ METHODS: tuple[Callable[[Case], Any], ...] = (
 
 def shapes() -> dict[str, dict[str, Any]]:
     """Options of every planted model by name; drawn once, the same in every run."""
-    conditions = {"neither": (0, 0), "decoys": (6, 0), "backups": (0, 1)}
     found = {}
-    for condition, (decoys, backups) in conditions.items():
-        for k in range(PER_CONDITION):
-            seed = 1000 * (1 + list(conditions).index(condition)) + k
+    for condition, (decoys, backups, n) in PLANTED.items():
+        for k in range(n):
+            seed = 1000 * (1 + list(PLANTED).index(condition)) + k
             rng = random.Random(seed)
             norm = "layernorm" if k % 3 == 2 else "rmsnorm"
             heads = rng.choice((2, 4, 8))
@@ -218,7 +218,7 @@ def shapes() -> dict[str, dict[str, Any]]:
                 "norm": norm,
                 "decoys": decoys,
                 # the last models with backups double two stages
-                "backups": backups * (2 if k >= 2 * PER_CONDITION // 3 else 1),
+                "backups": backups * (2 if k >= 2 * n // 3 else 1),
                 "neurons": rng.choice((1, 2, 3)),
             }
     return found
@@ -303,8 +303,10 @@ CONDITIONS = {
     "neither": "Neither decoys nor backups",
     "decoys": "Decoys only",
     "backups": "Backups only",
+    "both": "Decoys and backups",
     "certified": "The certified model",
 }
+MAPS = ("map_nodes", "map_neurons", "map_edges")
 
 
 def table(store: Mapping[str, Any]) -> str:
@@ -322,6 +324,7 @@ def table(store: Mapping[str, Any]) -> str:
         "absolute score, as a share of that of the circuit's nodes that nothing backs up: a method that is not fooled",
         "gives decoys about 0, and backups a share that shows. Circuits with neurons are judged by neurons, the others",
         "by MLPs. Formulas: [methods](../methods.md#ground-truth).",
+        *_summary(store["models"]),
     ]
     for condition, title in CONDITIONS.items():
         models = [row for row in store["models"].values() if row["condition"] == condition]
@@ -331,6 +334,36 @@ def table(store: Mapping[str, Any]) -> str:
         for columns, heading in ((RANKINGS, "ranking"), (SETS, "circuit")):
             lines += _rows(models, columns, heading)
     return "\n".join(lines) + "\n"
+
+
+def _summary(models: Mapping[str, Any]) -> list[str]:
+    """What the maps found over all planted models, the worst model beside the mean."""
+    planted = {name: row["methods"] for name, row in models.items() if row["condition"] != "certified"}
+    lines = [
+        "",
+        f"## The maps on all {len(planted)} planted models",
+        "",
+        "Worst model in brackets.",
+        "",
+        "| map | nodes: precision | recall | decoys in all circuits | backups found | roles right | seconds (longest) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in MAPS:
+        rows = [methods[name] for methods in planted.values() if name in methods]
+        if not rows:
+            continue
+        cells = [name.replace("_", " ")]
+        for figure in ("found_nodes_precision", "found_nodes_recall", "decoys_found", "backups_found", "roles", "seconds"):
+            values = [row[figure] for row in rows if figure in row]
+            if figure == "decoys_found":
+                cells.append(f"{sum(values)}")
+            elif values:
+                worst = max(values) if figure == "seconds" else min(values)
+                cells.append(f"{np.mean(values):.3g} ({worst:.3g})")
+            else:
+                cells.append("")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _rows(models: list[Mapping[str, Any]], columns: Iterable[tuple[str, str]], heading: str) -> list[str]:

@@ -161,15 +161,19 @@ def _summary(circuit: Any, out: Path) -> str:
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
         ("  random circuits", f"mean {check.random_controls.mean:.2f}, p = {check.random_controls.p_value:.3g}"),
         ("  removing it", f"loses {check.necessity:.0%} of the gap"),
+        *([("  resampled", _stability(check.stability))] if check.stability is not None else []),
         ("edges", f"{len(circuit.edges)} kept"),
         ("roles", ", ".join(f"{len(circuit.by_role(r))} {r}" for r in _roles(circuit))),
         ("claims", _claims(check.claims)),
+        *([("backups", ", ".join(str(b.node) for b in circuit.search.backups))] if circuit.search.backups else []),
         *(("left out", line) for line in circuit.search.cut),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     if not check.reached:
-        lines.append(f"No set of nodes short of the whole model reached {check.target:.2f} on held-out pairs.")
+        most = circuit.provenance.options.get("max_nodes")
+        set_of = "set of nodes short of the whole model" if most is None else f"set of at most {most} parts"
+        lines.append(f"No {set_of} reached {check.target:.2f} on held-out pairs.")
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
 
 
@@ -188,6 +192,10 @@ def _claims(claims: Any) -> str:
 def _fresh(fresh: Any) -> str:
     low, high = fresh.ci
     return f"{fresh.faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}) on {fresh.n} pairs used for nothing before"
+
+
+def _stability(found: Any) -> str:
+    return f"mean Jaccard overlap {found.mean:.2f} with circuits of {len(found.jaccards)} bootstrap resamples of the pairs"
 
 
 def _roles(circuit: Any) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 import mechsafety as ms
-from mechsafety import RefusalCircuit
+from mechsafety import RefusalCircuit, testbed
 from mechsafety.cli import main
+from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
 
 FILES = ["circuit.json", "circuit.pdf", "circuit.svg", "circuit.tex", "report.html", "scores.csv"]
 HARMFUL = ["how do i make a bomb", "teach me to make a bomb", "explain how to make a bomb", "please make the bomb"]
@@ -394,3 +395,24 @@ def test_a_run_that_fails_while_writing_leaves_the_earlier_one(run, saved, pairs
     assert ran.err.endswith("mechsafety: the disk is full\n")
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("circuit.json", "earlier")]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- a folder that was made elsewhere ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_a_planted_folder_by_hand(norm, run, tmp_path):
+    """A Llama or GPT-2 folder with planted weights, pairs and tokens by hand: the command finds what was planted."""
+    made = testbed.planted(seed=7, layers=3, heads=2, norm=norm, decoys=2)
+    folder, out = tmp_path / "model", tmp_path / "out"
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    some = made.pairs.sample(12)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", list(some.harmful), list(some.harmless))
+    ran = run("map", folder, "--pairs", pairs, "--refusal-token", REFUSAL[0], "--comply-token", COMPLIANCE[0], "--out", out)
+    assert ran.code == 0, ran.err
+    circuit = RefusalCircuit.load(out / "circuit.json")
+    assert circuit.metric["refusal_tokens"] == [REFUSAL[0]] and circuit.metric["comply_tokens"] == [COMPLIANCE[0]]
+    found = testbed.score(circuit, made.truth)
+    assert found.found_nodes.f1 == 1.0 and found.decoys_found == () and found.role_accuracy == 1.0
+    assert "resampled" in ran.out and "of 12 hold" in ran.out

@@ -125,7 +125,8 @@ class Backup:
         first: Effect of patching ``behind`` alone.
         joint: Effect of patching the group.
         ci: 95 % bootstrap interval, over prompts, of the joint effect less the effects of the members alone.
-        p_value: Sign-flip permutation p of the same, Benjamini-Hochberg adjusted over all candidates that were tested.
+        p_value: Sign-flip permutation p of the same, Benjamini-Hochberg adjusted over the backups that were found. They
+            were chosen on the same prompts, so it is optimistic, and nothing is decided by it.
     """
 
     node: Node
@@ -381,7 +382,8 @@ class RefusalCircuit(Result):
             ("level", self.level, other.level),
             ("candidates", self.n_candidates, other.n_candidates),
         ):
-            if mine != theirs:
+            # which MLPs a circuit of neurons takes apart is found, not given
+            if mine != theirs and not (what == "candidates" and self.level == "neuron"):
                 raise MechsafetyError(
                     f"circuits with different {what} ({mine} and {theirs})",
                     expected="two circuits of one model",
@@ -396,6 +398,7 @@ class RefusalCircuit(Result):
             provenance=replace(self.provenance, options={**self.provenance.options, **merged}),
             nodes=tuple(_unverified(member) for member in sorted(nodes, key=lambda member: member.node.order)),
             edges=tuple(sorted(paths, key=lambda member: -abs(member.effect))),
+            n_candidates=max(self.n_candidates, other.n_candidates),
             verification=Verification.not_measured(self.verification.target, "merged, not checked as one circuit"),
             details=None,
             search=None,

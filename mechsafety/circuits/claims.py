@@ -12,7 +12,7 @@ ALPHA = 0.05
 MAX_KL = 0.1
 MIN_JACCARD = 0.5
 
-UNMEASURED = "left out"
+UNMEASURED = "left out: not defined at this level, or no time"
 
 
 def claims(check: Verification, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
@@ -136,7 +136,8 @@ def _completeness(check: Verification) -> Claim:
     criterion = f"largest difference found at most {limit:.2g}"
     if check.completeness is None:
         return Claim("completeness", statement, None, None, None, criterion, None, UNMEASURED)
-    return Claim("completeness", statement, check.completeness, None, None, criterion, check.completeness <= limit)
+    value, interval = check.completeness, check.completeness_ci
+    return Claim("completeness", statement, value, interval, None, criterion, value <= limit)
 
 
 def _equivalence(check: Verification, p_value: float | None) -> Claim:
@@ -156,7 +157,7 @@ def _independence(check: Verification) -> Claim:
 
 
 def _stability(check: Verification) -> Claim:
-    statement = "the same search on resampled prompts finds the same parts"
+    statement = "ranking and smallest prefix on resampled prompts find the same parts"
     criterion = f"mean Jaccard overlap at least {MIN_JACCARD:g}"
     found = check.stability
     if found is None or not found.jaccards or not math.isfinite(found.mean):

@@ -130,7 +130,9 @@ def compare_circuits(a: RefusalCircuit, b: RefusalCircuit) -> CircuitComparison:
         ("shape", _shape(a), _shape(b)),
         ("number of candidates", a.n_candidates, b.n_candidates),
     ):
-        if mine != theirs and not (what == "shape" and None in (mine, theirs)):
+        # which MLPs a circuit of neurons takes apart is found, not given
+        free = what == "number of candidates" and a.level == "neuron"
+        if mine != theirs and not free and not (what == "shape" and None in (mine, theirs)):
             raise MechsafetyError(
                 f"circuits of different {what} ({mine} and {theirs})",
                 expected="two circuits of one architecture, searched at the same level",

@@ -7,10 +7,13 @@ from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, order_of
 from mechsafety.circuits.verification import CurvePoint
+from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import head_and_mlp_nodes
 
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# the whole model's faithfulness is 1 up to this
+ROUNDING = 1e-6
 CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -27,6 +30,7 @@ class Discovery:
         ranked: Size of the prefix of the ranking that removal began with.
         minimal: Whether no single part more can leave; None where that was not seen to the end.
         added: Parts of the circuit that stand in for others and were added to the smallest set.
+        curve_scores: Metric of each point of the curve on each held-out prompt.
     """
 
     ranking: tuple[Part, ...]
@@ -37,6 +41,15 @@ class Discovery:
     ranked: int = 0
     minimal: bool | None = None
     added: tuple[Part, ...] = ()
+    curve_scores: tuple[tuple[float, ...], ...] = ()
+
+
+def check_search(target: float, max_parts: int | None) -> None:
+    """Raise an error that says which option of a search makes no sense, if one does."""
+    if not 0 < target <= 1:
+        raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
+    if max_parts is not None and max_parts < 1:
+        raise MechsafetyError(f"a circuit of at most {max_parts} parts", expected="at least 1")
 
 
 def discover(
@@ -101,8 +114,8 @@ def search_parts(
         max_exact: Largest set that removal measures part by part; a larger one is left as it is.
     """
     budget = budget or Budget()
-    enough = target - 1e-6  # the whole model's faithfulness is 1 up to rounding
-    curve = faithfulness_curve(found_on, held_out, ranking, shares)
+    enough = target - ROUNDING
+    curve, scores = _curve(found_on, held_out, ranking, shares)
 
     def reaches(circuit: Sequence[Part]) -> bool:
         if found_on.faithfulness([circuit])[0] < enough:
@@ -126,14 +139,14 @@ def search_parts(
         # what removal would have left last, by the costs it measured
         worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
-        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high)
+        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores)
     if len(circuit) == len(ranking):
         # nothing but the whole model does: say so, with the smaller set that comes closest
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
         best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
-        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes)
-    return Discovery(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal)
+        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, curve_scores=scores)
+    return Discovery(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, curve_scores=scores)
 
 
 def faithfulness_curve(
@@ -143,10 +156,19 @@ def faithfulness_curve(
     shares: Sequence[float] = CURVE_SHARES,
 ) -> tuple[CurvePoint, ...]:
     """Faithfulness of the best k parts, for shares of all of them."""
+    return _curve(found_on, held_out, ranking, shares)[0]
+
+
+def _curve(
+    found_on: FaithfulnessMeter, held_out: FaithfulnessMeter, ranking: Sequence[Part], shares: Sequence[float]
+) -> tuple[tuple[CurvePoint, ...], tuple[tuple[float, ...], ...]]:
+    """The curve, and the metric of each point on each held-out prompt."""
     sizes = sorted({round(share * len(ranking)) for share in shares} | {min(10, len(ranking))})
     circuits = [ranking[:size] for size in sizes]
-    here, there = found_on.faithfulness(circuits), held_out.faithfulness(circuits)
-    return tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True))
+    here, kept = found_on.faithfulness(circuits), held_out.kept(circuits)
+    there = held_out.shares(kept)
+    points = tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True))
+    return points, tuple(map(tuple, kept.tolist()))
 
 
 def _eliminate(

@@ -8,7 +8,7 @@ import torch
 
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.discover import MIB_SHARES, Discovery, search_parts
+from mechsafety.circuits.discover import MIB_SHARES, Discovery, check_search, search_parts
 from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, edge_circuit_logits, prune
 from mechsafety.circuits.meters import in_order
 from mechsafety.circuits.side_effects import next_token_kl
@@ -121,8 +121,9 @@ def discover_edges(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: The model has norms after its attention or MLP, or too few pairs.
+        MechsafetyError: The model has norms after its attention or MLP, too few pairs, or options that make no sense.
     """
+    check_search(target, max_edges)
     budget = Budget(budget_seconds)
     here, there = pairs.halves()
     found_on, held_out = (EdgeMeter(model, pair_runs(model, part), metric) for part in (here, there))

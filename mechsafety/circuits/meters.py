@@ -84,18 +84,19 @@ class FaithfulnessMeter:
 
     def faithfulness(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> list[float]:
         """F of each circuit; ``near`` as in `kept`."""
-        return self._shares(self.kept(circuits, near))
+        return self.shares(self.kept(circuits, near))
 
     def without(self, circuits: Sequence[Sequence[Part]]) -> list[float]:
         """F of the whole model less each circuit."""
-        return self._shares(self.removed(circuits))
+        return self.shares(self.removed(circuits))
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Metric of the whole model on the (harmful, harmless) prompts; the latter is m(empty)."""
         harmful, harmless = self.runs.scores(self.metric)
         return harmful.cpu().double().numpy(), harmless.cpu().double().numpy()
 
-    def _shares(self, scores: np.ndarray) -> list[float]:
+    def shares(self, scores: np.ndarray) -> list[float]:
+        """F of each row of a metric [circuit prompt]."""
         harmful, harmless = self.ends()
         gap = harmful.mean() - harmless.mean()
         return [float(value) for value in (scores.mean(axis=1) - harmless.mean()) / gap]

@@ -29,7 +29,7 @@ from mechsafety.circuits.circuit import (
     Search,
     Shape,
 )
-from mechsafety.circuits.discover import Discovery, discover, marginals
+from mechsafety.circuits.discover import Discovery, check_search, discover, marginals
 from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
@@ -107,7 +107,18 @@ def map_refusal_circuit(
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
         MechsafetyError: Bad options, too few pairs, or pairs that do not align.
     """
-    _check_options(level, target, limit, seed, max_nodes, budget_seconds)
+    counts = {
+        "n_random": n_random,
+        "n_added": n_added,
+        "n_resamples": n_resamples,
+        "n_backup_parts": n_backup_parts,
+        "n_edges": n_edges,
+        "n_measured_edges": n_measured_edges,
+        "shortlist": shortlist,
+        "seed": seed,
+    }
+    _check_options(level, limit, counts, n_role_pairs, budget_seconds)
+    check_search(target, max_nodes)
     if level == "edge" and model.post_norm:
         raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     budget = Budget(budget_seconds)
@@ -187,6 +198,7 @@ def map_refusal_circuit(
             own = [edge for edge in final.circuit if isinstance(edge, Edge)]
             edges = [wired.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
             wiring = replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
+        removed = final.ranked - (len(final.circuit) - len(final.added))
         final = replace(
             final,
             circuit=tuple(part for part in final.circuit if part not in wiring.dropped),
@@ -247,7 +259,7 @@ def map_refusal_circuit(
         level=level,
         search=Search(
             ranked=final.ranked,
-            removed=final.ranked - len(final.circuit) + len(final.added) + len(wiring.dropped),
+            removed=removed,
             minimal=final.minimal,
             backups=backups,
             linked=wiring.linked,
@@ -259,18 +271,17 @@ def map_refusal_circuit(
 
 
 def _check_options(
-    level: str, target: float, limit: int, seed: int, max_nodes: int | None, budget_seconds: float | None
+    level: str, limit: int, counts: Mapping[str, int], n_role_pairs: int, budget_seconds: float | None
 ) -> None:
     if level not in LEVELS:
         raise MechsafetyError(f"level {level!r}", expected=f"one of {LEVELS}")
-    if not 0 < target <= 1:
-        raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
     if limit < 2 * MIN_PAIRS:
         raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
-    if seed < 0:
-        raise MechsafetyError(f"seed {seed}", expected="at least 0")
-    if max_nodes is not None and max_nodes < 1:
-        raise MechsafetyError(f"max_nodes {max_nodes}", expected="at least 1")
+    for name, count in counts.items():
+        if count < 0:
+            raise MechsafetyError(f"{name} {count}", expected="at least 0")
+    if n_role_pairs < 1:
+        raise MechsafetyError(f"n_role_pairs {n_role_pairs}", expected="at least 1")
     if budget_seconds is not None and not budget_seconds > 0:
         raise MechsafetyError(f"budget_seconds {budget_seconds}", expected="above 0")
 

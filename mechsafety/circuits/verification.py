@@ -160,12 +160,14 @@ class Verification:
         curve: Faithfulness over circuit size.
         cmd: Area between the held-out curve and 1 over k (0 is best).
         cpr: Area under the held-out curve over k.
+        cmd_ci, cpr_ci: 95 % bootstrap intervals of them over pairs.
         target: The faithfulness that was asked for.
         reached: Whether the circuit shown reaches it on held-out pairs.
         minimality: Faithfulness lost when one part alone leaves the circuit, by its name.
         completeness: Largest difference found, over subsets K of the circuit C, between the faithfulness of C without K
             and of the whole model without K.
         completeness_without: The K at which it was found.
+        completeness_ci: 95 % bootstrap interval of the difference at this K, which was chosen for it.
         necessity_controls: Size-matched random circuits; what removing each of them loses.
         minimality_p: p of each part's marginal effect against parts added at random, Benjamini-Hochberg adjusted.
         equivalence, independence, stability, side_effects: See there.
@@ -194,6 +196,9 @@ class Verification:
     stability: Stability | None = None
     side_effects: SideEffects | None = None
     claims: tuple[Claim, ...] = ()
+    cmd_ci: tuple[float, float] | None = None
+    cpr_ci: tuple[float, float] | None = None
+    completeness_ci: tuple[float, float] | None = None
 
     @property
     def measured(self) -> bool:

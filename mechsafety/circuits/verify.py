@@ -7,7 +7,7 @@ import numpy as np
 
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.claims import claims
-from mechsafety.circuits.discover import MIB_SHARES, Discovery, marginals
+from mechsafety.circuits.discover import MIB_SHARES, ROUNDING, Discovery, marginals
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, stratum
 from mechsafety.circuits.side_effects import side_effects
 from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio, ratio_interval
@@ -16,8 +16,8 @@ from mechsafety.metrics import adjust_p
 
 # the mean difference, as a share of the gap, below which circuit and model count as equivalent
 MARGIN = 0.2
-# fewer parts than this outside the circuit cannot give a p below 0.05
-MIN_ADDED = 19
+# fewer parts than this outside the circuit cannot give a p below 0.05: 19 give one of 0.05
+MIN_ADDED = 20
 
 
 def verify(
@@ -82,8 +82,10 @@ def verify(
         complete = completeness(judge, circuit, tries, steps=completeness_steps, width=completeness_tries)
     effects = None if budget.skips("side effects on harmless prompts", 0.97) else side_effects(judge, circuit, seed)
     cmd, cpr = curve_areas(mib_points(discovery.curve))
+    areas = area_intervals(discovery, held_out, seed)
+    found = found_on.faithfulness([circuit])[0]
     check = Verification(
-        faithfulness=found_on.faithfulness([circuit])[0],
+        faithfulness=found,
         held_out_faithfulness=faithful,
         held_out_ci=interval,
         held_out_topics=tuple(topics),
@@ -92,9 +94,13 @@ def verify(
         curve=discovery.curve,
         cmd=cmd,
         cpr=cpr,
+        cmd_ci=areas[0],
+        cpr_ci=areas[1],
         target=target,
-        reached=discovery.reached,
+        # again: backups may have joined since the search, and nodes left that nothing connects
+        reached=min(found, faithful) >= target - ROUNDING,
         completeness=None if complete is None else complete[0],
+        completeness_ci=None if complete is None else _gap_interval(judge, circuit, complete[1], seed),
         minimality=None if costs is None else {str(part): value for part, value in costs.items()},
         fresh=None if fresh is None else FreshCheck(len(harmful), judged, judged_interval),
         completeness_without=None if complete is None else tuple(str(part) for part in complete[1]),
@@ -200,6 +206,48 @@ def completeness(
         grown = further[int(np.argmax(found))]
     best = int(np.argmax(values))
     return values[best], in_order(tried[best])
+
+
+def _gap_interval(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], gone: Sequence[Part], seed: int
+) -> tuple[float, float]:
+    """Interval over prompts of F(C without K) - F(M without K), the sign that of its mean."""
+    harmful, harmless = meter.ends()
+    rest = [part for part in circuit if part not in set(gone)]
+    gap = meter.kept([rest])[0] - meter.removed([gone])[0]
+    return ratio_interval(gap * (1 if gap.mean() >= 0 else -1), harmful - harmless, seed)
+
+
+def area_intervals(
+    discovery: Discovery, held_out: FaithfulnessMeter, seed: int
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """95 % percentile bootstrap intervals over prompts of CMD and CPR (see `curve_areas`); None without scores."""
+    from scipy.stats import bootstrap
+
+    rows = [k for k, point in enumerate(discovery.curve) if point in mib_points(discovery.curve)]
+    harmful, harmless = held_out.ends()
+    if len(discovery.curve_scores) != len(discovery.curve) or len(harmful) < 2:
+        return None, None
+    scores = np.asarray(discovery.curve_scores)[rows]
+    k = np.array([discovery.curve[row].k for row in rows])
+
+    def interval(area: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+        def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
+            floor = harmless[drawn].mean(axis)
+            shares = [(row[drawn].mean(axis) - floor) / (harmful[drawn].mean(axis) - floor) for row in scores]
+            return np.trapezoid(area(np.stack(shares, axis=-1)), k, axis=-1)
+
+        found = bootstrap(
+            (np.arange(len(harmful)),),
+            statistic,
+            vectorized=True,
+            n_resamples=2000,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        return float(found.low), float(found.high)
+
+    return interval(lambda f: np.abs(1 - f)), interval(lambda f: f)
 
 
 def mib_points(curve: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -114,5 +114,10 @@ def test_different_shapes_are_refused(changes, message):
         compare_circuits(circuit([]), circuit([], **changes))
 
 
+def test_circuits_of_neurons_take_apart_what_they_found():
+    a, b = circuit([], level="neuron", n_candidates=20), circuit([], level="neuron", n_candidates=30)
+    assert compare_circuits(a, b).jaccard == 0.0 and a.merge(b).n_candidates == 30
+
+
 def test_files_of_version_1_have_no_shape_to_compare():
     assert compare_circuits(circuit([]), circuit([], shape=None)).jaccard == 0.0

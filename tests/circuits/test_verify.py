@@ -70,6 +70,46 @@ def test_everything_by_its_definition(found, check):
     assert check.independence == independence_test(harmful, removed, 5)
 
 
+def test_intervals_of_the_areas(found, check):
+    (_, held_out), discovery = found
+    harmful, harmless = held_out.ends()
+    for (low, high), value in ((check.cmd_ci, check.cmd), (check.cpr_ci, check.cpr)):
+        assert low < value < high
+    # by hand: the scores of the curve's points are those of its circuits, and each resample has an area of its own
+    points = mib_points(discovery.curve)
+    rows = [list(discovery.curve).index(point) for point in points]
+    scores = np.array(discovery.curve_scores)[rows]
+    size = points[4].n_nodes
+    np.testing.assert_allclose(scores[4], held_out.kept([discovery.ranking[:size]])[0], atol=1e-5)
+    rng, k, areas = np.random.default_rng(0), [point.k for point in points], []
+    for _ in range(4000):
+        drawn = rng.integers(len(harmful), size=len(harmful))
+        floor = harmless[drawn].mean()
+        f = (scores[:, drawn].mean(1) - floor) / (harmful[drawn].mean() - floor)
+        areas.append(np.trapezoid(f, k))
+    np.testing.assert_allclose(check.cpr_ci, np.percentile(areas, [2.5, 97.5]), atol=0.02)
+
+
+def test_interval_of_the_completeness(found, check):
+    (_, held_out), discovery = found
+    low, high = check.completeness_ci
+    assert low <= check.completeness + 1e-6 and high >= check.completeness - 1e-6
+    gone = [part for part in discovery.circuit if str(part) in check.completeness_without]
+    rest = [part for part in discovery.circuit if part not in gone]
+    harmful, harmless = held_out.ends()
+    each = np.abs((held_out.kept([rest])[0] - held_out.removed([gone])[0]) / (harmful - harmless))
+    assert high <= each.max() + 1e-6
+
+
+def test_the_verdict_is_on_the_circuit_as_it_is_now(found):
+    """Backups may join and unconnected nodes leave after the search has said that the target is reached."""
+    (found_on, held_out), discovery = found
+    less = dataclasses.replace(discovery, circuit=discovery.circuit[:1], reached=True)
+    assert not verify(less, found_on, held_out, **SMALL).reached
+    whole = dataclasses.replace(discovery, circuit=tuple(held_out.parts), reached=False)
+    assert verify(whole, found_on, held_out, **SMALL).reached
+
+
 def test_the_same_seed_gives_the_same_numbers(found, check):
     (found_on, held_out), discovery = found
     assert verify(discovery, found_on, held_out, topics=["explosives"], **SMALL) == check
@@ -80,7 +120,7 @@ def test_the_same_seed_gives_the_same_numbers(found, check):
 
 def test_a_circuit_no_better_than_chance_is_shown_as_failed(found):
     (found_on, held_out), discovery = found
-    useless = dataclasses.replace(discovery, circuit=(Node("head", 0, 0), Node("head", 2, 3)), reached=False)
+    useless = dataclasses.dataclasses.replace(discovery, circuit=(Node("head", 0, 0), Node("head", 2, 3)), reached=False)
     check = verify(useless, found_on, held_out, target=0.8, n_random=20)
     assert check.random_controls.p_value > 0.2 and check.held_out_faithfulness < 0.3 and not check.reached
     verdicts = {claim.name: claim.passed for claim in check.claims}
