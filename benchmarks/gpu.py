@@ -1,9 +1,10 @@
 """Random-weight Llamas on a CUDA device: seconds and peak device memory. Rows are "not run" where there is none."""
 
+import statistics
 from typing import Any
 
 import torch
-from measure import median_time, timed
+from measure import timed, times
 from models import equal_length_pairs, metric_of, random_llama
 
 import mechsafety as ms
@@ -40,7 +41,8 @@ def gpu(shape: str, dtype: str, device: str = "cuda") -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     for name, call in calls.items():
         timed(call)  # kernels are chosen on the first call
-        result[name] = median_time(call)
+        seconds = times(call)
+        result |= {name: statistics.median(seconds), name.replace("_s", "_repeats"): len(seconds)}
     if device == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result

@@ -1,5 +1,6 @@
 """Times, peak memory and the comparison of two ways to the same numbers."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -7,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from targets import TOLERANCE
+
+# a call is timed so often, unless one run takes longer than LONG_S
+REPEATS = 3
+LONG_S = 20.0
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -17,12 +23,12 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, out
 
 
-def median_time(function: Callable[[], Any], budget: float = 5.0) -> float:
-    """Median of up to five runs, no more than fit into ``budget`` seconds after the first."""
+def times(function: Callable[[], Any], budget: float = 5.0) -> list[float]:
+    """Seconds of up to five runs, no more than fit into ``budget`` seconds after the first."""
     seconds = [timed(function)[0]]
     while len(seconds) < 5 and sum(seconds) < budget:
         seconds.append(timed(function)[0])
-    return statistics.median(seconds)
+    return seconds
 
 
 def reset_peak() -> None:
@@ -36,9 +42,33 @@ def memory_gib(field: str = "VmHWM") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
-def compare(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Interleaved repeats of both; medians, all times, our own peak, and the largest difference of what they return."""
-    mine, theirs, gaps, peaks = [], [], [], []
+def difference(a: Any, b: Any) -> dict[str, Any]:
+    """Largest difference of two tensors (None if a value is not finite), and whether it is within ``TOLERANCE``.
+
+    Raises:
+        ValueError: Their shapes differ.
+    """
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if a.shape != b.shape:
+        raise ValueError(f"values of shape {tuple(a.shape)} against {tuple(b.shape)}")
+    gap = float((a - b).abs().max())
+    return {"max_difference": gap if math.isfinite(gap) else None, "equal": gap <= TOLERANCE}
+
+
+def compare(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    repeats: int = REPEATS,
+    value: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """Interleaved repeats of both; medians, all times, our own peak, and the largest difference of what they return.
+
+    Args:
+        ours, peer: What is timed.
+        repeats: How often.
+        value: What is compared with the peer's values instead of ``ours``' own, made once and not timed.
+    """
+    mine, theirs, values, peaks = [], [], [], []
     for _ in range(repeats):
         reset_peak()
         seconds, a = timed(ours)
@@ -46,12 +76,19 @@ def compare(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> d
         peaks.append(memory_gib())
         seconds, b = timed(peer)
         theirs.append(seconds)
-        gaps.append(float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max()))
+        values.append((a, b))
+    if value:
+        once = value()
+        values = [(once, b) for _, b in values]
+    compared = [difference(a, b) for a, b in values]
+    sizes = [found["max_difference"] for found in compared]
     return {
         "ours_s": statistics.median(mine),
         "peer_s": statistics.median(theirs),
         "ratio": statistics.median(theirs) / statistics.median(mine),
-        "max_difference": max(gaps),
+        "repeats": repeats,
+        "max_difference": None if None in sizes else max(sizes),
+        "equal": all(found["equal"] for found in compared),
         "peak_gib": peaks[0],
         "ours_all_s": mine,
         "peer_all_s": theirs,
@@ -59,7 +96,11 @@ def compare(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> d
 
 
 def alone(ours: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
-    """Time and peak of one call without a peer, and what it returns."""
+    """Median time of a call without a peer (of one run if that is long), peak memory and value of the first run."""
     reset_peak()
     seconds, out = timed(ours)
-    return {"ours_s": seconds, "peak_gib": memory_gib()}, out
+    peak, mine = memory_gib(), [seconds]
+    while len(mine) < REPEATS and seconds < LONG_S:
+        mine.append(timed(ours)[0])
+    result = {"ours_s": statistics.median(mine), "repeats": len(mine), "peak_gib": peak, "ours_all_s": mine}
+    return result, out

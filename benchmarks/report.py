@@ -4,6 +4,7 @@ from typing import Any
 
 from gpu import gpu_cases
 from growth import ANALYSES, AT_COLUMNS, AT_PROMPTS, growth_cases
+from targets import Target
 
 GPU_COLUMNS = {
     "forward_s": "forward",
@@ -14,7 +15,7 @@ GPU_COLUMNS = {
 }
 
 
-def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, str]) -> str:
+def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, Target]) -> str:
     """The whole file.
 
     Args:
@@ -25,10 +26,12 @@ def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, s
     cases, machine = results["cases"], results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     head = (
-        f"# Benchmarks\n\n{results['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"# Benchmarks\n\n{results['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, "
+        f"{machine['threads']} threads, "
         f"{versions}. Demo model, float32. `make bench`.\n"
         "Every case runs in a process of its own; peak memory is the process' during our own calls, the loaded model "
-        "(0.5 GiB and the libraries) included.\n"
+        "(0.5 GiB and the libraries) included. Times are medians of so many repeats as the row says, a peer's "
+        "interleaved with ours; a case whose values differ from the peer's by more than 1e-4 has failed.\n"
     )
     other = sorted({case["date"] for case in cases.values()} - {results["date"]})
     if other:
@@ -45,27 +48,31 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
     return _row(columns) + _row(["---"] * len(columns)) + "".join(map(_row, rows))
 
 
-def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, str]) -> str:
+def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, Target]) -> str:
     rows = []
     for name, doc in docs.items():
         if name not in cases:
-            rows.append([doc, *["not run"] * 2, *[""] * 3, targets[name]])
+            rows.append([doc, *["not run"] * 2, *[""] * 4, str(targets[name]), "not run"])
             continue
         case = cases[name]
         peer = f"{case['peer_s']:.1f} s" if "peer_s" in case else case.get("peer", "")
-        gap = case.get("max_difference")
+        gap = ""
+        if "equal" in case:
+            gap = "not finite" if case["max_difference"] is None else f"{case['max_difference']:.1e}"
         rows.append(
             [
                 doc,
                 f"{case['ours_s']:.2f} s",
                 peer,
                 f"{case['ratio']:.1f}x" if "ratio" in case else "",
-                "" if gap is None else f"{gap:.1e}",
+                gap,
                 f"{case['peak_gib']:.2f} GiB",
-                targets[name],
+                str(case.get("repeats", "")),
+                str(targets[name]),
+                targets[name].verdict(case),
             ]
         )
-    columns = ["case", "ours", "peer", "ratio", "largest difference", "peak memory", "target"]
+    columns = ["case", "ours", "peer", "ratio", "largest difference", "peak memory", "repeats", "target", "verdict"]
     text = "## Against TransformerLens\n\n" + _table(columns, rows)
     if "neurons" in cases:
         case = cases["neurons"]
@@ -105,10 +112,11 @@ def _growth(cases: dict[str, Any]) -> str:
             f"{1000 * case['ours_s'] / (case['prompts'] * case['columns']):.1f} ms",
             f"{case['before_gib']:.2f} GiB",
             f"{case['peak_gib']:.2f} GiB",
+            str(case.get("repeats", "")),
         ]
         for case in done.values()
     ]
-    columns = ["analysis", "pairs", "columns", "time", "a pair and column", "memory before", "peak memory"]
+    columns = ["analysis", "pairs", "columns", "time", "a pair and column", "memory before", "peak memory", "repeats"]
     return (
         f"## Growth\n\nPairs grow at {AT_COLUMNS} columns; columns (tokens from the first difference on) grow at "
         f"{AT_PROMPTS} pairs. Stored runs, graphs and senders are those of a few prompts at a time.\n\n"
@@ -120,9 +128,11 @@ def _gpu(cases: dict[str, Any]) -> str:
     rows = []
     for name, (shape, dtype) in gpu_cases().items():
         case = cases.get(name, {"status": "not run"})
-        cells = ["not run"] * (len(GPU_COLUMNS) + 1)
+        cells = ["not run"] * (len(GPU_COLUMNS) + 2)
         if case["status"] == "run":
             cells = [f"{1000 * case[key]:.0f} ms" for key in GPU_COLUMNS] + [f"{case.get('peak_gib', 0):.1f} GiB"]
+            counts = [case[key.replace("_s", "_repeats")] for key in GPU_COLUMNS]
+            cells.append(f"{min(counts)}-{max(counts)}" if min(counts) < max(counts) else str(counts[0]))
         rows.append([shape, dtype, *cells, case.get("device", "")])
-    columns = ["shape", "dtype", *GPU_COLUMNS.values(), "peak device memory", "device"]
+    columns = ["shape", "dtype", *GPU_COLUMNS.values(), "peak device memory", "repeats", "device"]
     return "## GPU\n\nRandom-weight Llamas, 8 pairs; attribution with 1 step.\n\n" + _table(columns, rows)

@@ -3,8 +3,9 @@
     python benchmarks/run.py [--only CASE ...] [--resume]     # or: make bench
 
 After every case its result is merged into benchmarks/results.json, and benchmarks/RESULTS.md and growth.svg are written
-from that. `--resume` leaves out what was measured with these versions on this machine; `--tiny` runs a random model of
-two layers, to try the code (with `--out`).
+from that. The exit status is not zero if a case failed or its values differ from the peer's. `--resume` leaves out what
+was measured with these versions on this machine; `--tiny` runs a random model of two layers, to try the code (with
+`--out`).
 """
 
 import argparse
@@ -14,9 +15,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from cases import PEER_CASES
 from gpu import gpu, gpu_cases
@@ -57,9 +60,22 @@ def measure_apart(name: str, tiny: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def cpu_model() -> str:
+    """The processor's name, from Linux' list of them; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def here() -> dict[str, Any]:
     """What the figures of a case depend on besides the code."""
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {
+        "cpu": f"{cpu_model()} ({platform.machine()})",
+        "cores": os.cpu_count(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30),
+        "threads": torch.get_num_threads(),
+    }
     return {"date": datetime.date.today().isoformat(), "versions": package_versions(), "machine": machine}
 
 
@@ -67,6 +83,11 @@ def same_place(case: dict[str, Any]) -> bool:
     """Whether a stored case was measured with these versions on such a machine."""
     now = here()
     return all(case.get(key) == now[key] for key in ("versions", "machine"))
+
+
+def unequal_cases(cases: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Which of the named cases have values that differ from the peer's."""
+    return [name for name in names if cases.get(name, {}).get("equal") is False]
 
 
 def write(results: dict[str, Any], out: Path) -> None:
@@ -111,8 +132,12 @@ def main() -> None:
             tqdm.write(str(error))
         write(results | here(), args.out)
     write(results | here(), args.out)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    problems = [f"failed: {', '.join(failed)}"] if failed else []
+    unequal = unequal_cases(results["cases"], args.only)
+    if unequal:
+        problems.append(f"values differ from the peer's: {', '.join(unequal)}")
+    if problems:
+        sys.exit("; ".join(problems))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ from mechsafety.patching import activation_patching, pair_runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import run
+from cases import PEER_CASES
 from flops import Shape, floor_ratio, forward, least_for_head
 from growth import grow, growth_cases, plot
+from measure import alone, compare
 from report import markdown
+from targets import Target
 
 from mechsafety.nodes import Node
+from mechsafety.prompts import PromptPairs
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -69,8 +74,10 @@ def test_growth_is_plotted_with_the_same_bytes_again(tmp_path):
 
 
 def test_results_say_what_was_not_run():
-    place = {"date": "2026-01-01", "versions": {"torch": "2"}, "machine": {"cpu": "x", "cores": 2, "threads": 2}}
+    place = {"date": "2026-01-01", "versions": {"torch": "2"}, "machine": {"cpu": "x", "cores": 2, "ram_gib": 8}}
+    place["machine"]["threads"] = 2
     peer = place | {"ours_s": 2.0, "peer_s": 14.0, "ratio": 7.0, "max_difference": 1e-6, "peak_gib": 1.5}
+    peer |= {"equal": True, "repeats": 3}
     floor = {"tokens": 43, "shared": 27, "floor_ratio": 10.0, "operations_over_floor": 1.25}
     grown = place | {
         "analysis": "heads",
@@ -79,16 +86,20 @@ def test_results_say_what_was_not_run():
         "ours_s": 1.28,
         "before_gib": 1.0,
         "peak_gib": 1.1,
+        "repeats": 2,
     }
     gpu = place | {"status": "not run", "shape": "1B", "dtype": "float32"}
     cases = {"head_sweep": peer | floor, "heads_prompts_4": grown, "gpu_1B_float32": gpu}
-    text = markdown(
-        place | {"cases": cases}, {"head_sweep": "Sweep.", "other": "Other."}, {"head_sweep": "6x", "other": "-"}
-    )
-    assert "| Sweep. | 2.00 s | 14.0 s | 7.0x | 1.0e-06 | 1.50 GiB | 6x |" in text
+    docs, targets = {"head_sweep": "Sweep.", "other": "Other."}, {"head_sweep": Target(ratio=6), "other": Target()}
+    text = markdown(place | {"cases": cases}, docs, targets)
+    assert "| Sweep. | 2.00 s | 14.0 s | 7.0x | 1.0e-06 | 1.50 GiB | 3 | at least 6x, within 0.0001 | met |" in text
+    cases["head_sweep"] = peer | floor | {"equal": False, "max_difference": None}
+    failed = markdown(place | {"cases": cases}, docs, targets)
+    assert "| 7.0x | not finite | 1.50 GiB | 3 | at least 6x, within 0.0001 | FAILED: values differ |" in failed
+    assert "x, 2 cores, 8 GiB, 2 threads" in text
     assert "| Other. | not run | not run |" in text
     assert "takes 10.0 times as many. We do 1.25 times the floor" in text and "70 % of what the floor allows" in text
-    assert "| 4 | 32 | 1.3 s | 10.0 ms | 1.00 GiB | 1.10 GiB |" in text
+    assert "| 4 | 32 | 1.3 s | 10.0 ms | 1.00 GiB | 1.10 GiB | 2 |" in text
     assert "| 8B | bfloat16 | not run |" in text and "| 1B | float32 | not run |" in text
 
 
@@ -96,3 +107,55 @@ def test_every_growth_case_names_its_size():
     assert growth_cases()["edges_prompts_256"] == ("edges", 256, 32)
     assert growth_cases()["heads_columns_512"] == ("heads", 2, 512)
     assert callable(grow) and len(growth_cases()) == 18
+
+
+def test_targets_are_met_or_missed():
+    case = {"ours_s": 100.0, "peak_gib": 2.0, "ratio": 3.0}
+    assert Target(ratio=3).verdict(case | {"equal": True}) == "met"
+    assert Target(ratio=3.1).verdict(case | {"equal": True}) == "missed"
+    assert Target(seconds=240, gib=3).verdict(case) == "met"
+    assert Target(seconds=240, gib=1).verdict(case) == Target(seconds=99, gib=3).verdict(case) == "missed"
+    assert Target().verdict(case) == "-" and str(Target()) == "none set"
+    assert Target().verdict(case | {"equal": False}) == "FAILED: values differ"
+    assert str(Target(seconds=240, gib=3)) == "under 240 s, under 3 GiB"
+
+
+def test_values_that_differ_are_found_in_every_repeat():
+    def values(*rows):
+        rows = iter(rows)
+        return lambda: torch.tensor(next(rows))
+
+    same = compare(values([1.0], [1.0]), values([1.0], [1.00005]), 2)
+    assert same["equal"] and same["max_difference"] == pytest.approx(5e-5, rel=0.01) and same["repeats"] == 2
+    assert not compare(values([1.0], [1.0]), values([1.001], [1.0]), 2)["equal"]
+    lost = compare(values([1.0], [float("nan")], [1.0]), lambda: torch.tensor([1.0]), 3)  # max() of floats loses it
+    assert not lost["equal"] and lost["max_difference"] is None
+    with pytest.raises(ValueError, match=r"shape \(2,\) against \(1,\)"):
+        compare(lambda: torch.zeros(2), lambda: torch.zeros(1), 1)
+    assert compare(lambda: None, lambda: torch.ones(1), 2, lambda: torch.ones(1))["equal"]
+    assert not compare(lambda: None, lambda: torch.ones(1), 2, lambda: torch.zeros(1))["equal"]
+    assert alone(lambda: 7)[1] == 7 and alone(lambda: 7)[0]["repeats"] == 3
+
+
+def test_exit_status_of_a_case_whose_values_differ(monkeypatch, tmp_path):
+    found = {"ours_s": 1.0, "peer_s": 9.0, "ratio": 9.0, "peak_gib": 1.0, "repeats": 3, "max_difference": 0.01}
+    monkeypatch.setattr(run, "measure_apart", lambda name, tiny: found | {"equal": equal})
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "head_to_query", "--out", str(tmp_path)])
+    equal = True
+    run.main()
+    equal = False
+    with pytest.raises(SystemExit, match="values differ from the peer's: head_to_query"):
+        run.main()
+    assert "FAILED: values differ" in (tmp_path / "RESULTS.md").read_text()
+    place = run.here()["machine"]
+    assert set(place) == {"cpu", "cores", "ram_gib", "threads"} and place["ram_gib"] > 0 and place["cpu"]
+
+
+@pytest.mark.parametrize("name", ["node_attribution", "paths_to_logits"])
+def test_cases_agree_with_the_peer_on_a_tiny_model(name, make_model, log_odds, monkeypatch):
+    harmful, harmless = ["explain how to hurt people", "teach me to steal cake"], ["explain how to help people"]
+    pairs = PromptPairs.from_lists(harmful, [*harmless, "teach me to bake cake"])
+    monkeypatch.setattr("cases.metric_of", lambda model: log_odds)
+    monkeypatch.setattr("cases.equal_length_pairs", lambda model, n: pairs)
+    found = PEER_CASES[name][0](make_model("llama"))
+    assert found["equal"] and found["max_difference"] < 1e-4 and found["repeats"] >= 3
