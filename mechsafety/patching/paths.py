@@ -19,7 +19,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
 from mechsafety.nodes import Edge, head_and_mlp_nodes
-from mechsafety.patching.activation import DIRECTIONS, column_masks
+from mechsafety.patching.activation import DIRECTIONS
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS
 from mechsafety.patching.path_map import PathMap
@@ -46,6 +46,7 @@ from mechsafety.patching.senders import (
     propagate,
     stream,
 )
+from mechsafety.patching.sources import column_masks
 from mechsafety.prompts import PromptPairs
 from mechsafety.sites import SiteKind
 
