@@ -21,6 +21,7 @@ from mechsafety.models.backend import (
     adapt,
     expand_batched,
     expand_rows,
+    forward_hooks,
     is_lens,
 )
 from mechsafety.prompts import Tokens
@@ -219,6 +220,15 @@ class BridgeBackend(Backend):
         """A block's norms of the given names, where it has them."""
         block = self._block(layer)
         return [getattr(block, name) for name in names if hasattr(block, name)]
+
+    def norm_bias(self, norm: torch.nn.Module) -> Tensor | float:
+        """A norm's bias, float32; 0 where it has none."""
+        bias = getattr(norm, "bias", None)
+        return 0.0 if bias is None else bias.float()
+
+    def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
+        return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: edit(out))
 
     @property
     def final_norm(self) -> FinalNorm:

@@ -23,6 +23,7 @@ from mechsafety.models.backend import (
     Sizes,
     adapt,
     expand_rows,
+    forward_hooks,
     is_lens,
 )
 from mechsafety.prompts import Tokens
@@ -227,6 +228,23 @@ class HookedBackend(Backend):
         # where norms stand after attention and MLP alone, TransformerLens calls those ln1 and ln2
         known = {"ln1_post": "ln1", "ln2_post": "ln2"} if self.norms_last else {name: name for name in names}
         return [getattr(block, known[name]) for name in names if name in known and hasattr(block, known[name])]
+
+    def norm_bias(self, norm: torch.nn.Module) -> Tensor | float:
+        """A norm's bias, float32; 0 where it has none."""
+        bias = getattr(norm, "b", None)
+        return 0.0 if bias is None else bias.float()
+
+    def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
+        made: list[Tensor] = []
+
+        def once(module: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            # the norm runs once for each of queries, keys and values, on the same input
+            if not made:
+                made.append(edit(out))
+            return made[0]
+
+        return forward_hooks(self.norms(layer, "ln1"), once)
 
     @property
     def final_norm(self) -> FinalNorm:
