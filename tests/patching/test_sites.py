@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import random_model
 
 import mechsafety as ms
 from mechsafety.patching import activation_patching, pair_runs
@@ -183,6 +186,53 @@ def test_stored_runs_that_begin_too_late(llama, log_odds, positions):
     late = activation_patching(llama, runs, log_odds, **options | {"positions": "suffix"})
     expected = activation_patching(llama, TWO_LENGTHS, log_odds, **options | {"positions": "suffix"})
     torch.testing.assert_close(late.changes, expected.changes, atol=1e-4, rtol=0)
+
+
+VALUES = {
+    "other": lambda t: t,
+    "mean": mean_of_same_length,
+    "resample": lambda t: t[[2, 3, 0, 1]],  # of two, the other one
+    "zero": torch.zeros_like,
+}
+SITES = st.tuples(st.sampled_from(KINDS), st.integers(0, 2), st.none() | st.integers(0, 3))
+
+
+@settings(max_examples=15)
+@given(
+    architecture=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    seed=st.integers(0, 99),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    drawn=st.lists(SITES, min_size=1, max_size=4, unique=True),
+    direction=st.sampled_from(["noising", "denoising"]),
+    positions=st.sampled_from(["all", "instruction", "prefix", "suffix", "each"])
+    | st.sets(st.integers(-6, -1), min_size=1),
+    source=st.sampled_from(sorted(VALUES)),
+)
+def test_any_patch_equals_the_twin(
+    make_hf_model, make_tokenizer, log_odds, architecture, seed, kv_heads, drawn, direction, positions, source
+):
+    model = ms.load_model((random_model(architecture, seed, kv_heads, make_hf_model), make_tokenizer()))
+    tokens, swap = model.tokenize_pairs(TWO_LENGTHS), direction == "denoising"
+    parts = dict.fromkeys(("z", "q", "pattern", "neurons"), 4) | dict.fromkeys(("k", "v"), model.n_kv_heads)
+    sites = []
+    for kind, layer, index in drawn:
+        kind = "resid_post" if kind == "resid_mid" and model.parallel else kind
+        sites.append(Site(SiteKind(kind), layer, None if index is None or kind not in parts else index % parts[kind]))
+    named = positions if isinstance(positions, str) else sorted(positions)
+    options = {"direction": direction, "positions": named, "source": source}
+    result = activation_patching(model, TWO_LENGTHS, log_odds, nodes=sites, progress=False, **options)
+    before, sign = (result.harmless, 1) if swap else (result.harmful, -1)
+    columns = result.columns or [None] * len(sites)
+    assert len(result.nodes) == (len(sites) if named != "each" else len(sites) * len(set(columns)))
+    for k in range(0, len(result.nodes), 5 if named == "each" else 1):
+        if isinstance(named, list) or named == "each":
+            at = [columns[k]] if named == "each" else named
+            where = torch.zeros_like(tokens.harmful.mask)
+            where[:, at] = tokens.harmful.mask[:, at]
+        else:
+            where = tokens.harmful.span_mask(named)
+        expected = slow(model, TWO_LENGTHS, log_odds, result.nodes[k], where, swap=swap, values=VALUES[source])
+        torch.testing.assert_close(before + sign * result.changes[k], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_resid_mid_reaches_both_branches(llama, pairs, log_odds):
