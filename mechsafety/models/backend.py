@@ -132,8 +132,10 @@ class Backend(ABC):
         """Final norm, unembedding and soft cap; float32."""
 
     @abstractmethod
-    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+    def greedy(
+        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
+    ) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
 
     @abstractmethod
     def _block(self, layer: int) -> Any:

@@ -203,20 +203,23 @@ class HookedBackend(Backend):
         """Final norm, unembedding and soft cap; float32."""
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid))).float()
 
-    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+    def greedy(
+        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
+    ) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
         cache = self._past(tokens)
         ids, mask = tokens.ids, tokens.mask
         ends = torch.tensor(self.ends, device=ids.device)
         running = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
-        said: list[Tensor] = []
-        while len(said) < max_new_tokens and bool(running.any()):
+        new_ids: list[Tensor] = []
+        while len(new_ids) < max_new_tokens and bool(running.any()):
             new = self._last(self._stream(ids, mask, cache), 1)[:, -1].argmax(-1)
-            said.append(torch.where(running, new, pad))
+            new_ids.append(torch.where(running, new, pad))
+            said()
             running = running & ~torch.isin(new, ends)
-            ids = rearrange(said[-1], "batch -> batch 1")
+            ids = rearrange(new_ids[-1], "batch -> batch 1")
             mask = torch.ones_like(ids, dtype=torch.bool)
-        return torch.stack(said, dim=1) if said else tokens.ids[:, :0]
+        return torch.stack(new_ids, dim=1) if new_ids else tokens.ids[:, :0]
 
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""

@@ -80,6 +80,7 @@ def path_patching(
         senders: The embedding, heads, MLPs and neurons (`Node`), the whole residual stream at a layer (`Site` of kind
             ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some columns; every head by default.
         receivers: ``"logits"``, or (node, slot) pairs: a head's ``q``, ``k`` or ``v``, an MLP's or neuron's ``mlp``.
+            For a direction (`Projection`) see `path_projection`, which needs no metric.
         mlp: ``recompute`` or ``freeze``.
         norm: Norms that read the change on its way, the receiver's included, and norms after attention and MLP:
             ``recompute`` takes the exact norm of the changed input, ``freeze`` keeps the scale of the base run, which
@@ -311,6 +312,10 @@ def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Rec
         if receivers != "logits":
             raise MechsafetyError(f"receivers={receivers!r}", expected="'logits' or (node, slot) pairs")
         return ((LOGITS,),)
+    if isinstance(receivers, Projection) or any(isinstance(receiver, Projection) for receiver in receivers):
+        raise MechsafetyError(
+            "a direction as the receiver, which has no metric", cure="use path_projection(model, pairs, projection)"
+        )
     listed = tuple((node, slot) for node, slot in receivers)
     if not listed:
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
