@@ -312,10 +312,6 @@ def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Rec
         if receivers != "logits":
             raise MechsafetyError(f"receivers={receivers!r}", expected="'logits' or (node, slot) pairs")
         return ((LOGITS,),)
-    if isinstance(receivers, Projection) or any(isinstance(receiver, Projection) for receiver in receivers):
-        raise MechsafetyError(
-            "a direction as the receiver, which has no metric", cure="use path_projection(model, pairs, projection)"
-        )
     listed = tuple((node, slot) for node, slot in receivers)
     if not listed:
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
