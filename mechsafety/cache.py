@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from einops import einsum, rearrange
@@ -79,7 +80,7 @@ class ActivationCache:
             with torch.inference_mode():  # its tensors refuse to be written to: torch's only read-only ones
                 acts[name] = torch.stack(layers)
         weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]) if "head_out" in sites else None
-        return cls(tokens, acts, weights)
+        return cls(tokens, MappingProxyType(acts), weights)
 
     def _get(self, name: str) -> Tensor:
         if name not in self.acts:

@@ -6,6 +6,17 @@ Also a transformer in plain torch, with a separate residual input for every slot
 import math
 
 import torch
+import transformers
+
+
+def random_model(kind, seed, kv_heads, make_hf_model):
+    """An unwrapped tiny model; ``kv_heads`` key-value heads where the architecture groups queries."""
+    if kind != "llama":
+        return make_hf_model(kind, seed)
+    config = make_hf_model("llama").config
+    config.num_key_value_heads = kv_heads
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def whole_logits(model, tokens, edits=(), grad=False):

@@ -131,3 +131,9 @@ def test_stored_tensors_share_nothing_with_the_model(any_model):
     assert torch.equal(any_model.logits(PROMPTS), before)
     again = any_model.cache(PROMPTS, SITES)
     assert not any(bool((getattr(again, name) == 3.0).all()) for name in SITES)
+
+
+def test_nothing_can_be_put_into_a_cache(llama):
+    cache = llama.cache(["help"], sites=["z"])
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        cache.acts["z"] = torch.zeros(1)

@@ -209,6 +209,7 @@ def test_importing_is_light(record_property):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds, loaded = json.loads(out)
     record_property("import_seconds", seconds)
+    assert seconds < 0.5
     heavy = {"torch", "transformers", "transformer_lens", "numpy", "pandas", "scipy", "plotly", "matplotlib", "peft"}
     assert "mechsafety" in loaded
     assert heavy.isdisjoint(loaded)

@@ -9,6 +9,7 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mechsafety.cache import ActivationCache
 from mechsafety.errors import MechsafetyError
@@ -17,6 +18,10 @@ from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs, Tokens
 from mechsafety.results import Provenance, Result
+
+# prompts at a time: their cached activations are what takes memory
+_BATCH = 32
+_PARTS = ("heads", "mlps", "embed", "rest", "total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,12 @@ class DirectAttribution(Result):
 
 
 def direct_logit_attribution(
-    model: LensModel, prompts: PromptPairs | Sequence[str] | Tokens, metric: RefusalLogOdds, *, steps: int = 64
+    model: LensModel,
+    prompts: PromptPairs | Sequence[str] | Tokens,
+    metric: RefusalLogOdds,
+    *,
+    steps: int = 64,
+    progress: bool = True,
 ) -> DirectAttribution:
     """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.
 
@@ -83,6 +93,7 @@ def direct_logit_attribution(
             to each pair's gap.
         metric: What is attributed.
         steps: Gauss-Legendre nodes of that average.
+        progress: Whether to show a bar.
 
     Raises:
         MechsafetyError: The model has norms after its attention or MLP, so that heads do not add up.
@@ -94,10 +105,21 @@ def direct_logit_attribution(
         )
     if isinstance(prompts, PromptPairs):
         bad, good = (
-            direct_logit_attribution(model, side, metric, steps=steps) for side in (prompts.harmful, prompts.harmless)
+            direct_logit_attribution(model, side, metric, steps=steps, progress=progress)
+            for side in (prompts.harmful, prompts.harmless)
         )
-        names = ("heads", "mlps", "embed", "rest", "total")
-        return replace(bad, **{name: getattr(bad, name) - getattr(good, name) for name in names})
+        return replace(bad, **{name: getattr(bad, name) - getattr(good, name) for name in _PARTS})
+    tokens = prompts if isinstance(prompts, Tokens) else model.tokenize(prompts)
+    done = []
+    for first in tqdm(range(0, len(tokens), _BATCH), desc="direct", disable=not progress, leave=False):
+        done.append(_parts(model, tokens.rows(slice(first, first + _BATCH)), metric, steps))
+    parts = {name: torch.cat(tensors, -1) for name, tensors in zip(_PARTS, zip(*done, strict=True), strict=True)}
+    provenance = model.provenance(options={"steps": steps, "prompts": len(tokens)})
+    return DirectAttribution(provenance, metric.to_json(), **parts)
+
+
+def _parts(model: LensModel, prompts: Tokens, metric: RefusalLogOdds, steps: int) -> tuple[Tensor, ...]:
+    """Heads, MLPs, embedding, rest and total, prompts last."""
     cache = model.cache(prompts, sites=["resid", "z", "attn_out", "mlp_out"])
     final = cache.resid[-1, :, -1]
     with torch.no_grad():
@@ -118,8 +140,7 @@ def direct_logit_attribution(
         total = metric(logits)
         biases = through(cache.attn_out[:, :, -1].float() - _heads_out(model, cache).sum(1)).sum(0)
         rest = biases + (reads * shift).sum(-1) + metric(torch.zeros_like(logits))
-    provenance = model.provenance(options={"steps": steps, "prompts": len(total)})
-    return DirectAttribution(provenance, metric.to_json(), heads, mlps, embed, rest, total)
+    return heads, mlps, embed, rest, total
 
 
 def _heads_out(model: LensModel, cache: ActivationCache) -> Float[Tensor, "layer head prompt d_model"]:

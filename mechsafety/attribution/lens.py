@@ -1,5 +1,6 @@
 """Logit lens for the refusal metric: what the residual stream already says at each layer and position."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -8,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mechsafety.attribution.direct import direct_logit_attribution
 from mechsafety.errors import MechsafetyError
@@ -78,7 +80,12 @@ class LogitLens(Result):
 
 
 def logit_lens(
-    model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, *, n_columns: int | None = None
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds,
+    *,
+    n_columns: int | None = None,
+    progress: bool = True,
 ) -> LogitLens:
     """Read the metric from the residual stream at every layer and the last columns (nostalgebraist 2020).
 
@@ -90,6 +97,7 @@ def logit_lens(
         metric: What is read.
         n_columns: How many last columns; by default the template's tokens after the instruction and the shortest
             instruction.
+        progress: Whether to show a bar.
 
     Raises:
         MechsafetyError: Fewer than one column.
@@ -100,11 +108,12 @@ def logit_lens(
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)
     width = n_columns if n_columns is not None else shortest
     width = min(width, *(tokens.ids.shape[1] for tokens in sides))
-    read = [_read(model, tokens, metric, width) for tokens in sides]
+    with tqdm(total=2 * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
+        read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
     parts: list[Tensor | None] = [None, None]
     if not model.post_norm:
         # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
-        direct = direct_logit_attribution(model, pairs, metric)
+        direct = direct_logit_attribution(model, pairs, metric, progress=progress)
         gap = direct.total.mean()
         parts = [direct.heads.sum(1) / gap, direct.mlps / gap]
     options = {"pairs": len(pairs), "n_columns": width}
@@ -113,7 +122,7 @@ def logit_lens(
 
 
 def _read(
-    model: LensModel, tokens: Tokens, metric: RefusalLogOdds, width: int
+    model: LensModel, tokens: Tokens, metric: RefusalLogOdds, width: int, read: Callable[[int], object]
 ) -> Float[Tensor, "layer_plus_1 column prompt"]:
     done = []
     with torch.no_grad():
@@ -125,4 +134,5 @@ def _read(
             real = rearrange(part.mask[:, -width:], "prompt column -> 1 prompt column")
             scores = torch.where(real, scores, torch.nan)
             done.append(rearrange(scores, "layer prompt column -> layer column prompt"))
+            read(len(part))
     return torch.cat(done, dim=-1)

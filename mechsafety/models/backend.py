@@ -6,8 +6,8 @@ Two files implement it, `bridge` and `hooked`; nothing else (but `sites`, for na
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,8 +132,10 @@ class Backend(ABC):
         """Final norm, unembedding and soft cap; float32."""
 
     @abstractmethod
-    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+    def greedy(
+        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
+    ) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
 
     @abstractmethod
     def _block(self, layer: int) -> Any:
@@ -142,6 +144,17 @@ class Backend(ABC):
     @abstractmethod
     def norms(self, layer: int, *names: str) -> list[nn.Module]:
         """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
+
+    @abstractmethod
+    def norm_bias(self, norm: nn.Module) -> Tensor | float:
+        """A norm's bias, float32; 0 where it has none."""
+
+    @abstractmethod
+    def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output.
+
+        It is called once; not at all where no norm stands before the heads.
+        """
 
     def head_norm(self, layer: int, slot: str) -> nn.Module | None:
         """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
@@ -288,3 +301,16 @@ def adapt(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., "Tenso
 def is_lens(model: Any, name: str) -> bool:
     """Whether ``model`` is of TransformerLens' class ``name`` or one derived from it; imports nothing."""
     return any(kind.__name__ == name and kind.__module__.startswith("transformer_lens") for kind in type(model).__mro__)
+
+
+@contextmanager
+def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Context in which ``hook(module, args, out)`` sees each module's output and may return another in its place."""
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

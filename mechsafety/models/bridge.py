@@ -21,6 +21,7 @@ from mechsafety.models.backend import (
     adapt,
     expand_batched,
     expand_rows,
+    forward_hooks,
     is_lens,
 )
 from mechsafety.prompts import Tokens
@@ -196,8 +197,10 @@ class BridgeBackend(Backend):
         """Final norm, unembedding and soft cap; float32."""
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid)).float())
 
-    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+    def greedy(
+        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
+    ) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
         from transformers import GenerationConfig
 
         # the model's own generation options may hold a repetition penalty, which is not greedy
@@ -207,8 +210,17 @@ class BridgeBackend(Backend):
             pad_token_id=pad,
             eos_token_id=self.module.generation_config.eos_token_id,
         )
-        mask = tokens.mask.long()
-        out = self.module.generate(input_ids=tokens.ids, attention_mask=mask, generation_config=greedy)
+
+        def go_on(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            said()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        out = self.module.generate(
+            input_ids=tokens.ids,
+            attention_mask=tokens.mask.long(),
+            generation_config=greedy,
+            stopping_criteria=[go_on],
+        )
         return out[:, tokens.ids.shape[1] :]
 
     def _block(self, layer: int) -> Any:
@@ -219,6 +231,15 @@ class BridgeBackend(Backend):
         """A block's norms of the given names, where it has them."""
         block = self._block(layer)
         return [getattr(block, name) for name in names if hasattr(block, name)]
+
+    def norm_bias(self, norm: torch.nn.Module) -> Tensor | float:
+        """A norm's bias, float32; 0 where it has none."""
+        bias = getattr(norm, "bias", None)
+        return 0.0 if bias is None else bias.float()
+
+    def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
+        return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: edit(out))
 
     @property
     def final_norm(self) -> FinalNorm:

@@ -1,5 +1,11 @@
-"""How many rows x columns of variants the engine runs at once: as many as memory allows, within bounds."""
+"""How many rows x columns of variants the engine runs at once: as many as the machine's memory allows, within bounds.
 
+What else runs on the machine has no say in it, so that the same call rounds alike every time; only where too little is
+free for that are batches smaller.
+"""
+
+import functools
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # on a CPU larger batches gain nothing; on a GPU they do
 CPU_TOKENS = 2048
 GPU_TOKENS = 65536
-# of the free memory; on a CPU others need it too, so never more than a gibibyte
-CPU_SHARE, GPU_SHARE = 0.25, 0.5
+# of the whole memory; on a CPU others need it too, so never more than a gibibyte
+SHARE = 0.25
 CPU_BYTES = 2**30
+# of the free memory, where that share is not free
+FREE_SHARE = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 class Allocated(TorchDispatchMode):
@@ -49,9 +59,7 @@ class Allocated(TorchDispatchMode):
 
 
 def batch_tokens(device: torch.device, bytes_per_token: float) -> int:
-    """Rows x columns that fit: the largest power of two within a share of the free memory and the device's bound.
-
-    A power of two, so that a little more or less free memory gives the same batches and thereby the same rounding.
+    """Rows x columns that fit: the largest power of two within `batch_bytes` and the device's bound.
 
     Args:
         device: Where the model is.
@@ -62,20 +70,35 @@ def batch_tokens(device: torch.device, bytes_per_token: float) -> int:
         2048
     """
     most = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
-    fit = free_bytes(device) / max(bytes_per_token, 1.0)
+    fit = batch_bytes(device) / max(bytes_per_token, 1.0)
     return int(min(most, 2 ** math.floor(math.log2(max(fit, 1.0)))))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Share of the free memory that a batch may take."""
+def batch_bytes(device: torch.device) -> int:
+    """Memory that a batch may take: a share of the device's, or of what is free where that share is not."""
+    total, free = _memory(device)
+    wanted = SHARE * total if device.type == "cuda" else min(SHARE * total, CPU_BYTES)
+    if wanted <= free:
+        return int(wanted)
+    _warn(device.type)
+    return int(FREE_SHARE * free)
+
+
+@functools.cache
+def _warn(device: str) -> None:
+    logger.warning("little memory is free on the %s: batches are smaller, last digits may differ between runs", device)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that the device has, and how many of them are free."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
         # torch keeps what it has freed for itself
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(GPU_SHARE * free)
+        return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil
 
-    return int(min(CPU_SHARE * psutil.virtual_memory().available, CPU_BYTES))
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
 
 
 def _tensors(tree: Any) -> list[Tensor]:

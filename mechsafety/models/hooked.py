@@ -23,6 +23,7 @@ from mechsafety.models.backend import (
     Sizes,
     adapt,
     expand_rows,
+    forward_hooks,
     is_lens,
 )
 from mechsafety.prompts import Tokens
@@ -202,20 +203,23 @@ class HookedBackend(Backend):
         """Final norm, unembedding and soft cap; float32."""
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid))).float()
 
-    def greedy(self, tokens: Tokens, max_new_tokens: int, pad: int) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply."""
+    def greedy(
+        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
+    ) -> Int[Tensor, "batch new"]:
+        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
         cache = self._past(tokens)
         ids, mask = tokens.ids, tokens.mask
         ends = torch.tensor(self.ends, device=ids.device)
         running = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
-        said: list[Tensor] = []
-        while len(said) < max_new_tokens and bool(running.any()):
+        new_ids: list[Tensor] = []
+        while len(new_ids) < max_new_tokens and bool(running.any()):
             new = self._last(self._stream(ids, mask, cache), 1)[:, -1].argmax(-1)
-            said.append(torch.where(running, new, pad))
+            new_ids.append(torch.where(running, new, pad))
+            said()
             running = running & ~torch.isin(new, ends)
-            ids = rearrange(said[-1], "batch -> batch 1")
+            ids = rearrange(new_ids[-1], "batch -> batch 1")
             mask = torch.ones_like(ids, dtype=torch.bool)
-        return torch.stack(said, dim=1) if said else tokens.ids[:, :0]
+        return torch.stack(new_ids, dim=1) if new_ids else tokens.ids[:, :0]
 
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""
@@ -227,6 +231,23 @@ class HookedBackend(Backend):
         # where norms stand after attention and MLP alone, TransformerLens calls those ln1 and ln2
         known = {"ln1_post": "ln1", "ln2_post": "ln2"} if self.norms_last else {name: name for name in names}
         return [getattr(block, known[name]) for name in names if name in known and hasattr(block, known[name])]
+
+    def norm_bias(self, norm: torch.nn.Module) -> Tensor | float:
+        """A norm's bias, float32; 0 where it has none."""
+        bias = getattr(norm, "b", None)
+        return 0.0 if bias is None else bias.float()
+
+    def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
+        made: list[Tensor] = []
+
+        def once(module: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            # the norm runs once for each of queries, keys and values, on the same input
+            if not made:
+                made.append(edit(out))
+            return made[0]
+
+        return forward_hooks(self.norms(layer, "ln1"), once)
 
     @property
     def final_norm(self) -> FinalNorm:

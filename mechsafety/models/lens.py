@@ -232,21 +232,33 @@ class LensModel:
                 return self.backend.logits(tokens, keep)
             return self.backend.logits(tokens, tokens.ids.shape[1])[:, -keep:]
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 48) -> list[str]:
-        """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order."""
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 48, *, progress: bool = True
+    ) -> list[str]:
+        """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order.
+
+        Args:
+            prompts: Requests.
+            max_new_tokens: Length of a reply at most.
+            batch_size: Prompts at once.
+            progress: Whether to show a bar, after two seconds.
+        """
         from tqdm.auto import tqdm
 
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies = [""] * len(prompts)
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="generating", leave=False, disable=len(starts) < 2):
-            chunk = order[start : start + batch_size]
-            tokens = self.tokenize([prompts[k] for k in chunk])
-            with self.lock, torch.no_grad():
-                new = self.backend.greedy(tokens, max_new_tokens, self.tokenizer.pad_token_id or 0)
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for k, text in zip(chunk, texts, strict=True):
-                replies[k] = text.strip()
+        total = len(starts) * max_new_tokens
+        with tqdm(total=total, desc="generating", leave=False, delay=2, disable=not progress) as bar:
+            for number, start in enumerate(starts, 1):
+                chunk = order[start : start + batch_size]
+                tokens = self.tokenize([prompts[k] for k in chunk])
+                with self.lock, torch.no_grad():
+                    new = self.backend.greedy(tokens, max_new_tokens, self.tokenizer.pad_token_id or 0, bar.update)
+                bar.update(number * max_new_tokens - bar.n)  # replies may end early
+                texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+                for k, text in zip(chunk, texts, strict=True):
+                    replies[k] = text.strip()
         return replies
 
     def cache(

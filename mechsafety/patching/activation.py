@@ -26,7 +26,8 @@ from mechsafety.models.engine import (
 )
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
-from mechsafety.patching.masks import PairRuns, pair_batches, replacement, stored
+from mechsafety.patching.masks import PairRuns, pair_batches, replacement
+from mechsafety.patching.sources import SOURCES, check_start, column_masks, source_values
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
@@ -34,7 +35,6 @@ from mechsafety.sites import GLOBAL, Site, SiteKind
 # pairs x columns that are patched at once, so that many pairs need no more memory than these
 BATCH_TOKENS = 1024
 DIRECTIONS = ("noising", "denoising")
-SOURCES = ("other", "mean", "resample", "zero")
 
 Target = Node | Site
 
@@ -50,7 +50,7 @@ class PatchMap(Result):
         changes: Change of the metric towards the source run when the node is patched, in metric units (nats).
         harmful, harmless: Metric of the unpatched runs.
         direction: ``noising`` (the harmful run gets harmless values) or ``denoising`` (the reverse).
-        positions: Where: ``all``, ``instruction``, ``suffix``, ``each`` or a list of columns.
+        positions: Where: ``all``, a span, ``each`` or a list of columns.
         columns: For ``each``: the column of each row, counted from the end (-1 is the last token); else None.
         source: Where replacement values come from: ``other``, ``mean``, ``resample`` or ``zero``.
     """
@@ -129,10 +129,12 @@ def activation_patching(
             after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head), ``pattern``,
             ``neurons``; with an index one head or neuron of it. Every head and MLP by default.
         direction: ``noising``: the harmful run is edited with the harmless run's values; ``denoising``: the reverse.
-        positions: ``all``, ``instruction``, ``suffix``, ``each`` (one row for each column from the first difference
-            on), or columns counted from the end (negative).
-        source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts, column by column from
-            the end; ``resample``: the other prompt of another pair; ``zero``.
+        positions: ``all`` (every token), a span (``prefix``, ``instruction``, ``suffix``), ``each`` (one row for each
+            column), or columns counted from the end (negative), patched together. With ``source="other"`` ``each``
+            and listed columns begin at the first difference: before it both prompts have the same values.
+        source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts of all pairs of the
+            same token length, column by column; ``resample``: the other prompt of another pair of the same length;
+            ``zero``. All but ``other`` replace the shared tokens' values too.
         seed: Of ``resample``.
         max_batch_tokens: Rows x columns that go through the model at once; None finds how many fit into memory.
         progress: Whether to show a bar.
@@ -141,7 +143,8 @@ def activation_patching(
         Changes per prompt; a positive effect moves the metric towards the source run.
 
     Raises:
-        MechsafetyError: Unknown option, a target that the model lacks, pairs that do not align.
+        MechsafetyError: Unknown option, a target that the model lacks, pairs that do not align, a pair without another
+            of its length (``mean``, ``resample``), stored runs that begin after a column to be patched.
     """
     from tqdm.auto import tqdm
 
@@ -152,13 +155,16 @@ def activation_patching(
     sites = [_checked_site(model, target) for target in targets]
     if not sites:
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
-    # only the other prompt's values, at named positions, are the same whatever else is in the batch
-    alone = source == "other" and positions in ("all", "instruction", "suffix")
+    # at named positions, the other prompt's values and zeros are the same whatever else is in the batch
+    alone = source in ("other", "zero") and isinstance(positions, str) and positions != "each"
     batches: list[Callable[[], PairRuns]]
     if isinstance(pairs, PairRuns):
+        check_start(pairs, positions, source)
         batches = [lambda: pairs]
     else:
-        batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites))
+        # columns before the first difference are the same in both prompts of a pair, but not in other pairs, nor zero
+        start = None if source == "other" else 0
+        batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites), start)
     parts, scored = [], []
     with tqdm(total=len(batches) * len(sites), desc="patching", disable=not progress, leave=False) as bar:
         for batch in batches:
@@ -167,7 +173,7 @@ def activation_patching(
             base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
             columns, where = column_masks(base, runs.start, positions)
             rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
-            values = _source_values(base, other, _kinds(sites), source, seed)
+            values = source_values(other, _kinds(sites), source, seed)
             bar.total = len(batches) * len(rows)
             chosen = [(sites[k], where[at]) for k, at in rows]
             parts.append(_patched(model, base, values, metric, chosen, max_batch_tokens, bar.update))
@@ -265,61 +271,6 @@ def _kinds(sites: Sequence[Site]) -> tuple[SiteKind, ...]:
     return tuple(dict.fromkeys(site.kind for site in sites))
 
 
-def column_masks(
-    base: BaseRun, start: int, positions: str | Sequence[int]
-) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
-    """Columns (from the end) and, for each variant, where in the run columns it patches."""
-    real = base.tokens.mask[:, start:]
-    if isinstance(positions, str) and positions != "each":
-        return [], [base.tokens.span_mask(positions)[:, start:]]
-    every = list(range(-real.shape[1], 0))
-    if not isinstance(positions, str):
-        wrong = [at for at in positions if at not in every]
-        if wrong or not positions:
-            raise MechsafetyError(
-                f"positions {wrong or positions}",
-                expected=f"columns from the end, {every[0]} to -1 (earlier ones are the same in both prompts)",
-            )
-    masks = []
-    for at in every:
-        mask = torch.zeros_like(real)
-        mask[:, at] = real[:, at]
-        masks.append(mask)
-    if positions == "each":
-        return every, masks
-    return [], [torch.stack([masks[at] for at in positions]).any(0)]  # type: ignore[index]
-
-
-def _source_values(
-    base: BaseRun, other: BaseRun, kinds: Sequence[SiteKind], source: str, seed: int
-) -> Mapping[SiteKind, Tensor]:
-    """Replacement activations of each kind [layer batch pos ...]; for resid_mid the change to add at attn_out."""
-    out = {}
-    for kind in kinds:
-        values = stored(other.acts, kind)
-        if source == "zero":
-            values = torch.zeros_like(values)
-        elif source == "mean":
-            real = other.tokens.mask[:, other.start :].to(values.dtype)
-            axes = "1 batch 1 pos 1" if kind is SiteKind.PATTERN else "1 batch pos" + " 1" * (values.ndim - 3)
-            weight = rearrange(real, f"batch pos -> {axes}")
-            mean = (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-            values = mean.expand_as(values)
-        elif source == "resample":
-            values = values[:, _derangement(values.shape[1], seed)]
-        out[kind] = values - base.acts[kind] if kind is SiteKind.RESID_MID else values
-    return out
-
-
-def _derangement(n: int, seed: int) -> list[int]:
-    """A random order in which no prompt keeps its place."""
-    if n < 2:
-        raise MechsafetyError("resampling from one pair", expected="at least 2 pairs")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    follows = {order[k]: order[(k + 1) % n] for k in range(n)}
-    return [follows[k] for k in range(n)]
-
-
 def _site_hooks(
     sites: Sequence[Site],
     masks: Bool[Tensor, "variant batch pos"],
@@ -341,5 +292,5 @@ def _site_hooks(
                 index = sites[variant].index
                 parts[variant, slice(None) if index is None else index] = True
         where = masks & rearrange(picked, "variant -> variant 1 1")
-        hooks.append(replacement(kind, layer, values[kind][layer], where, parts))
+        hooks += replacement(kind, layer, values[kind][layer], where, parts)
     return hooks

@@ -74,7 +74,11 @@ def pair_runs(
 
 
 def pair_batches(
-    model: LensModel, pairs: PromptPairs | PairRuns, max_tokens: int, extra: Sequence[SiteKind] = ()
+    model: LensModel,
+    pairs: PromptPairs | PairRuns,
+    max_tokens: int,
+    extra: Sequence[SiteKind] = (),
+    start: int | None = None,
 ) -> list[Callable[[], PairRuns]]:
     """The runs of a few pairs at a time, each made when it is called, so that many pairs need no more memory than few.
 
@@ -83,8 +87,9 @@ def pair_batches(
     Args:
         model: The model.
         pairs: Pairs that align, or their stored runs.
-        max_tokens: Pairs x columns (from the first difference on) of a batch.
+        max_tokens: Pairs x columns (those that variants run) of a batch.
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
+        start: First column to run in variants; each batch's first difference by default.
 
     Raises:
         MechsafetyError: A pair does not align.
@@ -96,17 +101,21 @@ def pair_batches(
         tokens = TokenPairs.of(pairs.harmful.tokens, pairs.harmless.tokens)
     else:
         tokens = model.tokenize_pairs(pairs)
-    size = max(1, max_tokens // (tokens.harmful.ids.shape[1] - tokens.start))
-    firsts = range(0, len(tokens), size)
-    return [partial(_run_rows, model, tokens, slice(first, first + size), extra) for first in firsts]
+    first = tokens.start if start is None else start
+    size = max(1, max_tokens // (tokens.harmful.ids.shape[1] - first))
+    return [
+        partial(_run_rows, model, tokens, slice(row, row + size), extra, start) for row in range(0, len(tokens), size)
+    ]
 
 
 def _same(runs: PairRuns) -> PairRuns:
     return runs
 
 
-def _run_rows(model: LensModel, tokens: TokenPairs, rows: slice, extra: Sequence[SiteKind]) -> PairRuns:
-    return pair_runs(model, tokens.rows(rows), extra=extra)
+def _run_rows(
+    model: LensModel, tokens: TokenPairs, rows: slice, extra: Sequence[SiteKind], start: int | None
+) -> PairRuns:
+    return pair_runs(model, tokens.rows(rows), extra=extra, start=start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +234,11 @@ def replacement(
     values: Tensor,
     where: Bool[Tensor, "variant batch pos"],
     parts: Bool[Tensor, "variant part"] | None = None,
-) -> Hook:
-    """The hook that gives a site other values, in the variants, prompts and columns where it is asked to.
+) -> list[Hook]:
+    """The hooks that give a site other values, in the variants, prompts and columns where it is asked to.
 
     Args:
-        kind: What is replaced. At ``resid_mid`` the values are not put in place but added.
+        kind: What is replaced.
         layer: Where.
         values: New activations [batch pos ...], the same for all variants ([batch head pos key] for ``pattern``).
         where: Columns that are replaced.
@@ -240,10 +249,14 @@ def replacement(
     if parts is not None:
         rows = rows & repeat(parts, f"variant part -> (variant batch) {part}", batch=where.shape[1])
     new = expand_rows(values, len(where))
-    if kind is SiteKind.RESID_MID:
-        # an edit at TransformerLens' resid_mid would miss the skip branch: the change enters with attention's output
-        return (Site(SiteKind.ATTN_OUT, layer), lambda tensor: tensor + torch.where(rows, new, torch.zeros_like(new)))
-    return (Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))
+    if kind is not SiteKind.RESID_MID:
+        return [(Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))]
+    # an edit at TransformerLens' resid_mid would miss the skip branch: attention's output makes up the stream instead
+    before: list[Tensor] = []
+    return [
+        (Site(SiteKind.RESID_PRE, layer), before.append),
+        (Site(SiteKind.ATTN_OUT, layer), lambda tensor: torch.where(rows, new - before.pop(), tensor)),
+    ]
 
 
 # how columns and parts line up with an activation after its batch axis; others are [pos d_model]
@@ -266,10 +279,10 @@ def _patch_hooks(
     for layer in layers:
         for kind, chosen in ((SiteKind.Z, patch.heads), (SiteKind.NEURONS, patch.neurons)):
             if chosen is not None and bool(chosen[:, layer].any()):
-                hooks.append(replacement(kind, layer, stored(source, kind)[layer], every, chosen[:, layer]))
+                hooks += replacement(kind, layer, stored(source, kind)[layer], every, chosen[:, layer])
         if bool(patch.mlps[:, layer].any()):
             where = every & rearrange(patch.mlps[:, layer], "variant -> variant 1 1")
-            hooks.append(replacement(SiteKind.MLP_OUT, layer, stored(source, SiteKind.MLP_OUT)[layer], where))
+            hooks += replacement(SiteKind.MLP_OUT, layer, stored(source, SiteKind.MLP_OUT)[layer], where)
     return hooks
 
 

@@ -23,7 +23,7 @@ from mechsafety.models.engine import BaseRun, run_block
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS
 from mechsafety.patching.masks import PairRuns, pair_runs
-from mechsafety.patching.norms import NORM_OPTIONS, block_norms, forward_hooks, keep_scales, through_norm
+from mechsafety.patching.norms import NORM_OPTIONS, block_norms, keep_scales, through_norm
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import sender_changes
 from mechsafety.prompts import PromptPairs
@@ -225,9 +225,7 @@ def _attend(model: LensModel, run: BaseRun, layer: int, live: str = "") -> _Atte
         return hook
 
     def leaf(tensor: Tensor) -> Tensor:
-        # TransformerLens 3.9 norms the same input once for each of queries, keys and values
-        if "reads" not in seen:
-            seen["reads"] = tensor.detach().requires_grad_()
+        seen["reads"] = tensor.detach().requires_grad_()
         return seen["reads"]
 
     def stop(tensor: Tensor) -> None:
@@ -238,7 +236,7 @@ def _attend(model: LensModel, run: BaseRun, layer: int, live: str = "") -> _Atte
     hooks: list[Any] = [(Site(kind, layer), note(name)) for name, kind in kinds.items()]
     hooks.append((Site(SiteKind.PATTERN, layer), stop))
     norms, resid = block_norms(model, layer, "ln1"), run.resid[layer]
-    with forward_hooks(norms, lambda module, args, out: leaf(out)), contextlib.suppress(_Enough):
+    with model.backend.reads(layer, leaf), contextlib.suppress(_Enough):
         run_block(model, run, layer, resid if norms else leaf(resid), hooks)
     return _Attention(seen["reads"], seen["scores"], seen["pattern"], seen["v"])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -10,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.models import LensModel
+from mechsafety.models.backend import forward_hooks
 from mechsafety.models.engine import expand_rows, split_rows
 
 NORM_OPTIONS = ("recompute", "freeze")
@@ -57,19 +57,6 @@ def through_norm(
 
 
 @contextmanager
-def forward_hooks(modules: Sequence[Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """Context in which ``hook(module, args, out)`` sees each module's output and may return another in its place."""
-    handles: list[Any] = []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], object]) -> Iterator[None]:
     scales: dict[Module, Tensor] = {}
 
@@ -78,7 +65,7 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
 
     def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         own, kept = _scale(model, args[0]), scales[module]
-        shift = bias_of(module)
+        shift = model.backend.norm_bias(module)
         ratio = own / expand_rows(kept, own.shape[0] // kept.shape[0])
         return ((out.float() - shift) * ratio + shift).to(out.dtype)
 
@@ -87,15 +74,6 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
             base()
         with forward_hooks(modules, rescale):
             yield
-
-
-def bias_of(module: Module) -> Tensor | float:
-    """A norm's bias, which both TransformerLens generations name differently; 0 where there is none."""
-    for name in ("bias", "b"):
-        bias = getattr(module, name, None)
-        if bias is not None:
-            return bias.float()
-    return 0.0
 
 
 def _scale(model: LensModel, x: Tensor) -> Tensor:

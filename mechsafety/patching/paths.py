@@ -19,7 +19,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
 from mechsafety.nodes import Edge, head_and_mlp_nodes
-from mechsafety.patching.activation import DIRECTIONS, column_masks
+from mechsafety.patching.activation import DIRECTIONS
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS
 from mechsafety.patching.path_map import PathMap
@@ -46,6 +46,7 @@ from mechsafety.patching.senders import (
     propagate,
     stream,
 )
+from mechsafety.patching.sources import column_masks
 from mechsafety.prompts import PromptPairs
 from mechsafety.sites import SiteKind
 
@@ -79,6 +80,7 @@ def path_patching(
         senders: The embedding, heads, MLPs and neurons (`Node`), the whole residual stream at a layer (`Site` of kind
             ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some columns; every head by default.
         receivers: ``"logits"``, or (node, slot) pairs: a head's ``q``, ``k`` or ``v``, an MLP's or neuron's ``mlp``.
+            For a direction (`Projection`) see `path_projection`, which needs no metric.
         mlp: ``recompute`` or ``freeze``.
         norm: Norms that read the change on its way, the receiver's included, and norms after attention and MLP:
             ``recompute`` takes the exact norm of the changed input, ``freeze`` keeps the scale of the base run, which

@@ -16,9 +16,9 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, split_rows
 from mechsafety.nodes import Node
-from mechsafety.patching.activation import column_masks
 from mechsafety.patching.masks import stored
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms, through_norm
+from mechsafety.patching.sources import column_masks
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Result
 from mechsafety.sites import Site, SiteKind

@@ -11,7 +11,8 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.prompts.sets import data_file, load_instructions, read_jsonl
 
 # hub id, configuration and split of each public benchmark, and of its own harmless half where it has one
-HUB = {
+HubSet = tuple[str, str | None, str]
+HUB: dict[str, tuple[HubSet, HubSet | None]] = {
     "advbench": (("walledai/AdvBench", None, "train"), None),
     "harmbench": (("walledai/HarmBench", "standard", "train"), None),
     "jailbreakbench": (
@@ -216,25 +217,19 @@ class PromptPairs:
         """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.
 
         Args:
-            name: Benchmark name, hub id (its ``train`` split) or local file of harmful instructions.
-            harmless: Harmless prompts, or where to read them; JailbreakBench brings its own.
+            name: Benchmark, by its name or hub id; any other hub id (its ``train`` split); or local file of harmful
+                instructions.
+            harmless: Harmless prompts, or where to read them, likewise; JailbreakBench brings its own.
             length: Pairs by equal length when given (see `matched`), in file order otherwise.
 
         Raises:
             MechsafetyError: A source cannot be read, or there are no harmless prompts.
         """
-        source, own = HUB.get(name.lower(), ((name, None, "train"), None))
-        bad = load_instructions(source[0], config=source[1], split=source[2])
-        if harmless is None and own is not None:
-            good = load_instructions(own[0], config=own[1], split=own[2])
-        elif isinstance(harmless, str):
-            good = load_instructions(harmless)
-        elif harmless is not None:
-            good = list(harmless)
+        bad = _read(_benchmark(name)[0])
+        if harmless is None or isinstance(harmless, str):
+            good = _read(_harmless_half(name if harmless is None else harmless, required=harmless is None))
         else:
-            raise MechsafetyError(
-                f"{name} has no harmless half", cure="pass harmless=[...] or harmless='tatsu-lab/alpaca'"
-            )
+            good = list(harmless)
         if length is not None:
             return cls.matched(bad, good, length, name)
         n = min(len(bad), len(good))
@@ -248,3 +243,22 @@ class PromptPairs:
                 expected=f"topics {self.topics}, splits {sorted({pair.split for pair in self.pairs})}",
             )
         return type(self)(kept, self.name)
+
+
+def _benchmark(name: str) -> tuple[HubSet, HubSet | None]:
+    """What `HUB` says of a benchmark by its name or hub id; of any other source, that it has a ``train`` split."""
+    known = (sets for short, sets in HUB.items() if name.lower() in (short, sets[0][0].lower()))
+    return next(known, ((name, None, "train"), None))
+
+
+def _harmless_half(name: str, *, required: bool) -> HubSet:
+    """A benchmark's own harmless half; a source that is no benchmark is all harmless, unless a half is required."""
+    source, own = _benchmark(name)
+    if own is None and (required or source in [sets[0] for sets in HUB.values()]):
+        raise MechsafetyError(f"{name} has no harmless half", cure="pass harmless=[...] or harmless='tatsu-lab/alpaca'")
+    return own or source
+
+
+def _read(source: HubSet) -> list[str]:
+    name, config, split = source
+    return load_instructions(name, config=config, split=split)

@@ -31,6 +31,16 @@ def test_parts_sum_to_the_metric(any_model, metric):
     torch.testing.assert_close(found.heads, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_prompts_in_batches_are_prompts_at_once(llama, metric, monkeypatch, capsys):
+    whole = direct_logit_attribution(llama, PROMPTS, metric, progress=False)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("mechsafety.attribution.direct._BATCH", 2)
+    parts = direct_logit_attribution(llama, PROMPTS, metric)
+    assert "direct" in capsys.readouterr().err and parts.provenance.options == whole.provenance.options
+    for name in ("heads", "mlps", "embed", "rest", "total"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
 def test_closed_form(kind, make_hf_model, make_tokenizer, logit_difference):
     """A part, centred if the norm centres, over the final scale, times the norm's and the unembedding's weights."""

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import PlainModel
+from reference import PlainModel, random_model
 
 import mechsafety as ms
 import mechsafety.attribution.edges as edges_module
@@ -129,15 +128,6 @@ def reach(senders, receivers, parallel):
         return node.layer if parallel else 2 * node.layer + (node.kind != "head")
 
     return torch.tensor([[place(a) < place(b) for b, _ in receivers] for a in senders])
-
-
-def random_model(kind, seed, kv_heads, make_hf_model):
-    if kind != "llama":
-        return make_hf_model(kind, seed)
-    config = make_hf_model("llama").config
-    config.num_key_value_heads = kv_heads
-    torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @settings(max_examples=6)

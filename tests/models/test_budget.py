@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def with_free(monkeypatch, n_bytes):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=n_bytes))
+def with_memory(monkeypatch, total, free):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(total=int(total), available=int(free)))
 
 
 def test_allocations_are_counted_once_and_weights_not():
@@ -34,28 +34,55 @@ def test_allocations_are_counted_once_and_weights_not():
 
 
 @pytest.mark.parametrize(
-    ("free", "per_token", "expected"),
-    [(64 * GIB, 1e3, 2048), (64 * GIB, 1e6, 1024), (GIB, 1e6, 256), (GIB, 1.1e6, 128), (1e6, 1e6, 1), (0, 1e6, 1)],
+    ("total", "free", "per_token", "expected"),
+    [
+        (64 * GIB, 60 * GIB, 1e3, 2048),
+        (24 * GIB, 14 * GIB, 1e6, 1024),
+        (24 * GIB, 1.5 * GIB, 1e6, 1024),  # the same, however little others leave
+        (24 * GIB, GIB, 1e6, 1024),
+        (24 * GIB, GIB - 1, 1e6, 512),  # it does not fit
+        (2 * GIB, 2 * GIB, 1e6, 512),
+        (2 * GIB, GIB, 1.1e6, 256),
+        (2 * GIB, 1e6, 1e6, 1),
+        (2 * GIB, 0, 1e6, 1),
+    ],
 )
-def test_a_power_of_two_within_the_free_memory(free, per_token, expected, monkeypatch):
-    """At most a quarter of what is free, a gibibyte, and 2,048 columns."""
-    with_free(monkeypatch, free)
+def test_a_power_of_two_within_the_memory(total, free, per_token, expected, monkeypatch):
+    """A quarter of what the machine has, at most a gibibyte, and 2,048 columns; half of what is free if that is not."""
+    with_memory(monkeypatch, total, free)
     assert batch_tokens(CPU, per_token) == expected
 
 
+def test_smaller_batches_are_said_once(monkeypatch, caplog):
+    budget._warn.cache_clear()
+    with_memory(monkeypatch, 24 * GIB, 4 * GIB)
+    batch_tokens(CPU, 1e6)
+    assert not caplog.records
+    with_memory(monkeypatch, 24 * GIB, 2**20)
+    batch_tokens(CPU, 1e6)
+    batch_tokens(CPU, 1e6)
+    assert [record.message for record in caplog.records] == [
+        "little memory is free on the cpu: batches are smaller, last digits may differ between runs"
+    ]
+
+
 def test_on_a_gpu(monkeypatch):
-    """Half of what is free to this process, with what torch holds back; no gibibyte's bound."""
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * GIB, 80 * GIB))
+    """A quarter of the device; of what is free, with what torch holds back, where that is less. No gibibyte's bound."""
+    gpu, free = torch.device("cuda"), 8 * GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * GIB)
-    assert budget.free_bytes(gpu) == 8 * GIB
+    assert budget.batch_bytes(gpu) == 8 * GIB
     assert batch_tokens(gpu, 2.0**20) == 8192 and batch_tokens(gpu, 1.0) == budget.GPU_TOKENS
+    free = 40 * GIB
+    assert budget.batch_bytes(gpu) == 20 * GIB
+    free = 12 * GIB
+    assert budget.batch_bytes(gpu) == 20 * GIB, "12 free and 8 held back"
 
 
 def test_a_run_needs_no_more_than_was_foreseen(any_model, pairs, monkeypatch):
     """Everything that a block makes, and every layer's values replaced, for as many variants as are allowed."""
-    with_free(monkeypatch, 40 * 2**20)
+    with_memory(monkeypatch, 40 * 2**20, 40 * 2**20)
     runs = pair_runs(any_model, pairs, extra=[SiteKind.NEURONS])
     base, variants = runs.harmful, max_variants(runs.harmful)
     assert variants > 4
@@ -75,10 +102,20 @@ def test_batches_shrink_with_the_free_memory_and_numbers_stay(llama, pairs, log_
         return ms.activation_patching(llama, pairs, log_odds, progress=False).changes
 
     plenty, wide = changes(), pair_runs(llama, pairs).harmful.max_batch_tokens
-    with_free(monkeypatch, 2**20)
+    with_memory(monkeypatch, 2**20, 2**20)
     narrow = pair_runs(llama, pairs).harmful.max_batch_tokens
     assert wide == 2048 and 1 <= narrow < 64
     torch.testing.assert_close(changes(), plenty, atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_bytes_however_much_is_free(llama, pairs, log_odds, monkeypatch):
+    monkeypatch.setattr(budget, "CPU_BYTES", 2**20)  # so that memory decides on a tiny model too
+    found, sizes = [], []
+    for free in (20 * GIB, 1.1 * 2**20):
+        with_memory(monkeypatch, 24 * GIB, free)
+        sizes.append(pair_runs(llama, pairs).harmful.max_batch_tokens)
+        found.append(ms.activation_patching(llama, pairs, log_odds, progress=False).changes)
+    assert torch.equal(*found) and sizes[0] == sizes[1] < 256
 
 
 def test_an_explicit_budget(llama, pairs, log_odds, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import hook_count, patched_whole, whole_logits
+from reference import hook_count, patched_whole, random_model, whole_logits
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
@@ -101,15 +101,24 @@ SUBSETS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(variants=st.lists(SUBSETS, min_size=1, max_size=3), noising=st.booleans())
-def test_any_node_sets_equal_the_slow_reference(gpt2, ragged, variants, noising):
-    runs = pair_runs(gpt2, ragged, extra=[SiteKind.NEURONS])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    seed=st.integers(0, 99),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    variants=st.lists(SUBSETS, min_size=1, max_size=3),
+    noising=st.booleans(),
+)
+def test_any_node_sets_equal_the_slow_reference(
+    make_hf_model, make_tokenizer, ragged, kind, seed, kv_heads, variants, noising
+):
+    model = ms.load_model((random_model(kind, seed, kv_heads, make_hf_model), make_tokenizer()))
+    runs = pair_runs(model, ragged, extra=[SiteKind.NEURONS])
     base, source = (runs.harmful, runs.harmless) if noising else (runs.harmless, runs.harmful)
-    found = patched_logits(gpt2, base, source.acts, Patch.of(gpt2, variants))
+    found = patched_logits(model, base, source.acts, Patch.of(model, variants))
     for row, nodes in enumerate(variants):
         # a patched MLP output hides its layer's neurons, in the reference as well as here
-        slow = patched_whole(gpt2, base.tokens, source.tokens, nodes)
+        slow = patched_whole(model, base.tokens, source.tokens, nodes)
         torch.testing.assert_close(found[row], slow, atol=1e-4, rtol=1e-4)
 
 

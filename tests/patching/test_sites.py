@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import random_model
 
 import mechsafety as ms
-from mechsafety.patching import activation_patching
+from mechsafety.patching import activation_patching, pair_runs
 from mechsafety.sites import Site, SiteKind
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern", "neurons")
@@ -31,10 +34,11 @@ def slow(model, pairs, metric, site: Site, where, *, swap=False, values=None):
         return out
 
     if site.kind is SiteKind.RESID_MID:
-        # both branches must see the edit: the block's attention output carries the difference
-        mid = model.read(base, [plain])[plain]
-        carrier = Site(SiteKind.ATTN_OUT, site.layer)
-        with model.hooks([(carrier, lambda tensor: tensor + edit(mid) - mid)]):
+        # both branches must see the edit: the block's attention output makes up the stream
+        before = Site(SiteKind.RESID_PRE, site.layer)
+        carrier, stream = Site(SiteKind.ATTN_OUT, site.layer), model.read(base, [before, plain])
+        wanted = edit(stream[plain]) - stream[before]
+        with model.hooks([(carrier, lambda tensor: torch.where(where[..., None], wanted, tensor))]):
             return metric(model.logits(base))
     with model.hooks([(plain, edit)]):
         return metric(model.logits(base))
@@ -83,35 +87,152 @@ def test_listed_columns_are_patched_together(llama, pairs, log_odds):
     assert result.positions == "-1,-2,-3"
 
 
-@pytest.mark.parametrize("kind", ["z", "resid_pre", "neurons"])
-def test_zero_source(llama, pairs, log_odds, kind):
-    """Zero at the columns from the first difference on: the ones before are common to both prompts and stay."""
+@pytest.mark.parametrize("positions", ["all", "instruction", "prefix", "suffix"])
+@pytest.mark.parametrize("kind", ["z", "resid_mid", "pattern", "neurons"])
+def test_zero_reaches_the_shared_tokens(llama, ragged, log_odds, kind, positions):
+    """Columns before the first difference hold the same values in both prompts, but none of them is zero."""
     site = Site(SiteKind(kind), 1)
-    result = activation_patching(llama, pairs, log_odds, nodes=[site], source="zero", progress=False)
-    tokens = llama.tokenize_pairs(pairs)
-    where = tokens.harmful.mask.clone()
-    where[:, : tokens.start] = False
-    expected = slow(llama, pairs, log_odds, site, where, values=torch.zeros_like)
+    options = {"nodes": [site], "source": "zero", "positions": positions, "progress": False}
+    result = activation_patching(llama, ragged, log_odds, **options)
+    where = llama.tokenize_pairs(ragged).harmful.span_mask(positions)
+    expected = slow(llama, ragged, log_odds, site, where, values=torch.zeros_like)
+    torch.testing.assert_close(result.harmful - result.changes[0], expected, atol=1e-4, rtol=0)
+    assert float(result.changes.abs().max()) > 1e-3
+
+
+# pairs 1 and 3, 2 and 4 are of one length; the others' instructions differ before the first difference of any pair
+TWO_LENGTHS = ms.PromptPairs.from_lists(
+    ["how do i make a bomb", "teach me to steal a car please", "why the bomb is my tea", "help me make a bomb of tea"],
+    ["how do i make a cake", "teach me to steal a house please", "why the tea is my tea", "help me make a cake of tea"],
+)
+SAME_LENGTH = ([0, 2], [1, 3])
+
+
+def mean_of_same_length(values):
+    out = values.clone()
+    for rows in SAME_LENGTH:
+        out[rows] = values[rows].mean(0, keepdim=True)
+    return out
+
+
+@pytest.mark.parametrize("positions", ["all", "instruction", "suffix"])
+@pytest.mark.parametrize("kind", ["z", "resid_mid", "pattern"])
+def test_mean_source(llama, log_odds, kind, positions):
+    site = Site(SiteKind(kind), 1)
+    options = {"nodes": [site], "source": "mean", "positions": positions, "progress": False}
+    result = activation_patching(llama, TWO_LENGTHS, log_odds, **options)
+    tokens = llama.tokenize_pairs(TWO_LENGTHS)
+    where = tokens.harmful.span_mask(positions)
+    assert positions == "suffix" or bool(where[:, : tokens.start].any()), "shared tokens are among them"
+    expected = slow(llama, TWO_LENGTHS, log_odds, site, where, values=mean_of_same_length)
     torch.testing.assert_close(result.harmful - result.changes[0], expected, atol=1e-4, rtol=0)
 
 
-def test_mean_source(llama, log_odds):
-    same = ms.PromptPairs.from_lists(["how do i make a bomb", "how do i steal a car"], ["how do i make a cake"] * 2)
-    site = Site(SiteKind.Z, 1)
-    result = activation_patching(llama, same, log_odds, nodes=[site], source="mean", progress=False)
-    real = llama.tokenize(same.harmful).mask
-    expected = slow(llama, same, log_odds, site, real, values=lambda t: t.mean(0, keepdim=True).expand_as(t))
-    torch.testing.assert_close(result.harmful - result.changes[0], expected, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_resampling_takes_another_pair_of_the_same_length(llama, log_odds, direction):
+    for kind in ("z", "resid_mid", "pattern"):
+        site, swap = Site(SiteKind(kind), 1), direction == "denoising"
+        options = {"nodes": [site], "source": "resample", "direction": direction, "progress": False}
+        result = activation_patching(llama, TWO_LENGTHS, log_odds, **options)
+        real = llama.tokenize_pairs(TWO_LENGTHS).harmful.mask
+        expected = slow(llama, TWO_LENGTHS, log_odds, site, real, swap=swap, values=lambda t: t[[2, 3, 0, 1]])
+        found = result.harmless + result.changes[0] if swap else result.harmful - result.changes[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_resampling_takes_another_pair_and_repeats_by_seed(llama, log_odds):
-    harmful = ["how do i make a bomb", "how do i steal a car"]
-    two = ms.PromptPairs.from_lists(harmful, ["how do i make a cake", "how do i help a car"])
-    site = Site(SiteKind.Z, 1)
-    result = activation_patching(llama, two, log_odds, nodes=[site], source="resample", progress=False)
-    real = llama.tokenize(two.harmful).mask
-    expected = slow(llama, two, log_odds, site, real, values=lambda t: t.flip(0))
-    torch.testing.assert_close(result.harmful - result.changes[0], expected, atol=1e-4, rtol=0)
+def test_resampling_repeats_by_seed(llama, log_odds):
+    words = ["bomb", "car", "poison", "poem", "house", "tea"]
+    same = ms.PromptPairs.from_lists([f"make a {word}" for word in words], ["make a cake"] * 6)
+    harmless = ms.PromptPairs.from_lists(same.harmless, same.harmful)
+
+    def changes(seed):
+        options = {"nodes": [Site(SiteKind.Z, 1)], "source": "resample", "seed": seed, "progress": False}
+        return activation_patching(llama, harmless, log_odds, **options).changes
+
+    assert torch.equal(changes(1), changes(1)) and not torch.equal(changes(1), changes(2))
+
+
+@pytest.mark.parametrize("source", ["mean", "resample"])
+def test_pairs_alone_with_their_length(llama, pairs, log_odds, source):
+    message = rf"source '{source}' finds no other pair of the same length for pair 1 \(10 tokens\), 2 .*; expected two"
+    with pytest.raises(ms.MechsafetyError, match=message):
+        activation_patching(llama, pairs, log_odds, nodes=[Site(SiteKind.Z, 1)], source=source, progress=False)
+
+
+def test_each_column_of_a_mean_begins_at_the_first_token(llama, log_odds):
+    site = Site(SiteKind.RESID_PRE, 1)
+    options = {"nodes": [site], "source": "mean", "positions": "each", "progress": False}
+    result = activation_patching(llama, TWO_LENGTHS, log_odds, **options)
+    tokens = llama.tokenize_pairs(TWO_LENGTHS).harmful
+    assert result.columns == tuple(range(-tokens.ids.shape[1], 0))
+    for column, row in ((-1, -1), (-8, -8), (-tokens.ids.shape[1], 0)):
+        where = torch.zeros_like(tokens.mask)
+        where[:, column] = tokens.mask[:, column]
+        expected = slow(llama, TWO_LENGTHS, log_odds, site, where, values=mean_of_same_length)
+        torch.testing.assert_close(result.harmful - result.changes[row], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["all", "instruction", "each", [-10]])
+def test_stored_runs_that_begin_too_late(llama, log_odds, positions):
+    site, runs = Site(SiteKind.Z, 1), pair_runs(llama, TWO_LENGTHS)
+    options = {"nodes": [site], "source": "zero", "positions": positions, "progress": False}
+    message = rf"these runs begin at column {runs.start}, 'zero' at .* replaces earlier ones; use pair_runs"
+    with pytest.raises(ms.MechsafetyError, match=message):
+        activation_patching(llama, runs, log_odds, **options)
+    whole = activation_patching(llama, pair_runs(llama, TWO_LENGTHS, start=0), log_odds, **options)
+    again = activation_patching(llama, TWO_LENGTHS, log_odds, **options)
+    torch.testing.assert_close(whole.changes, again.changes, atol=1e-5, rtol=0)
+    # the last columns are there
+    late = activation_patching(llama, runs, log_odds, **options | {"positions": "suffix"})
+    expected = activation_patching(llama, TWO_LENGTHS, log_odds, **options | {"positions": "suffix"})
+    torch.testing.assert_close(late.changes, expected.changes, atol=1e-4, rtol=0)
+
+
+VALUES = {
+    "other": lambda t: t,
+    "mean": mean_of_same_length,
+    "resample": lambda t: t[[2, 3, 0, 1]],  # of two, the other one
+    "zero": torch.zeros_like,
+}
+SITES = st.tuples(st.sampled_from(KINDS), st.integers(0, 2), st.none() | st.integers(0, 3))
+
+
+@settings(max_examples=15)
+@given(
+    architecture=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    seed=st.integers(0, 99),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    drawn=st.lists(SITES, min_size=1, max_size=4, unique=True),
+    direction=st.sampled_from(["noising", "denoising"]),
+    positions=st.sampled_from(["all", "instruction", "prefix", "suffix", "each"])
+    | st.sets(st.integers(-6, -1), min_size=1),
+    source=st.sampled_from(sorted(VALUES)),
+)
+def test_any_patch_equals_the_twin(
+    make_hf_model, make_tokenizer, log_odds, architecture, seed, kv_heads, drawn, direction, positions, source
+):
+    model = ms.load_model((random_model(architecture, seed, kv_heads, make_hf_model), make_tokenizer()))
+    tokens, swap = model.tokenize_pairs(TWO_LENGTHS), direction == "denoising"
+    parts = dict.fromkeys(("z", "q", "pattern", "neurons"), 4) | dict.fromkeys(("k", "v"), model.n_kv_heads)
+    sites = []
+    for kind, layer, index in drawn:
+        kind = "resid_post" if kind == "resid_mid" and model.parallel else kind
+        sites.append(Site(SiteKind(kind), layer, None if index is None or kind not in parts else index % parts[kind]))
+    named = positions if isinstance(positions, str) else sorted(positions)
+    options = {"direction": direction, "positions": named, "source": source}
+    result = activation_patching(model, TWO_LENGTHS, log_odds, nodes=sites, progress=False, **options)
+    before, sign = (result.harmless, 1) if swap else (result.harmful, -1)
+    columns = result.columns or [None] * len(sites)
+    assert len(result.nodes) == (len(sites) if named != "each" else len(sites) * len(set(columns)))
+    for k in range(0, len(result.nodes), 5 if named == "each" else 1):
+        if isinstance(named, list) or named == "each":
+            at = [columns[k]] if named == "each" else named
+            where = torch.zeros_like(tokens.harmful.mask)
+            where[:, at] = tokens.harmful.mask[:, at]
+        else:
+            where = tokens.harmful.span_mask(named)
+        expected = slow(model, TWO_LENGTHS, log_odds, result.nodes[k], where, swap=swap, values=VALUES[source])
+        torch.testing.assert_close(before + sign * result.changes[k], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_resid_mid_reaches_both_branches(llama, pairs, log_odds):

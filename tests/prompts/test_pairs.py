@@ -280,6 +280,38 @@ def test_hub_ids():
     }
 
 
+JBB = "JailbreakBench/JBB-Behaviors"
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless", "harmful_set", "harmless_set"),
+    [
+        ("jailbreakbench", None, (JBB, "behaviors", "harmful"), (JBB, "behaviors", "benign")),
+        (JBB, None, (JBB, "behaviors", "harmful"), (JBB, "behaviors", "benign")),
+        ("walledai/HarmBench", JBB, ("walledai/HarmBench", "standard", "train"), (JBB, "behaviors", "benign")),
+        ("walledai/harmbench", "x/y", ("walledai/HarmBench", "standard", "train"), ("x/y", None, "train")),
+        ("x/y", "jailbreakbench", ("x/y", None, "train"), (JBB, "behaviors", "benign")),
+    ],
+)
+def test_benchmarks_are_known_by_name_and_by_hub_id(monkeypatch, name, harmless, harmful_set, harmless_set):
+    def read(name, *, config, split):
+        return [f"{name} {config} {split}"]
+
+    monkeypatch.setattr("mechsafety.prompts.pairs.load_instructions", read)
+    pairs = PromptPairs.from_hub(name, harmless=harmless)
+    assert pairs.harmful == ["{} {} {}".format(*harmful_set)]
+    assert pairs.harmless == ["{} {} {}".format(*harmless_set)]
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless"), [("walledai/AdvBench", None), ("x/y", "walledai/HarmBench"), ("x/y", None)]
+)
+def test_benchmarks_without_a_harmless_half(monkeypatch, name, harmless):
+    monkeypatch.setattr("mechsafety.prompts.pairs.load_instructions", lambda name, config, split: ["text"])
+    with pytest.raises(MechsafetyError, match=f"^{harmless or name} has no harmless half; pass harmless="):
+        PromptPairs.from_hub(name, harmless=harmless)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_from_hub_reads_local_files(tmp_path, suffix):
     frame = pd.DataFrame({"Goal": ["make a bomb", " hurt, people "], "category": ["x", "y"]})

@@ -1,0 +1,108 @@
+"""What a patch puts in place of a run's own values, and at which columns."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models.engine import BaseRun
+from mechsafety.patching.masks import PairRuns, stored
+from mechsafety.prompts import Tokens
+from mechsafety.sites import SiteKind
+
+SOURCES = ("other", "mean", "resample", "zero")
+
+
+def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> None:
+    """Stored runs hold every column whose values a source other than the pair's own replaces."""
+    if source == "other" or runs.start == 0:
+        return
+    tokens = runs.harmful.tokens
+    if positions == "each":
+        early = True
+    elif isinstance(positions, str):
+        early = bool(tokens.span_mask(positions)[:, : runs.start].any())
+    else:
+        early = min(positions, default=0) < runs.start - tokens.ids.shape[1]
+    if early:
+        raise MechsafetyError(
+            f"these runs begin at column {runs.start}, {source!r} at {positions!r} replaces earlier ones",
+            cure="use pair_runs(model, pairs, start=0)",
+        )
+
+
+def column_masks(
+    base: BaseRun, start: int, positions: str | Sequence[int]
+) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
+    """Columns (from the end) and, for each variant, where in the run columns it patches."""
+    real = base.tokens.mask[:, start:]
+    if isinstance(positions, str) and positions != "each":
+        return [], [base.tokens.span_mask(positions)[:, start:]]
+    every = list(range(-real.shape[1], 0))
+    if not isinstance(positions, str):
+        wrong = [at for at in positions if at not in every]
+        if wrong or not positions:
+            raise MechsafetyError(
+                f"positions {wrong or positions}",
+                expected=f"columns from the end, {every[0]} to -1"
+                + (" (earlier ones are the same in both prompts)" if start else ""),
+            )
+    masks = []
+    for at in every:
+        mask = torch.zeros_like(real)
+        mask[:, at] = real[:, at]
+        masks.append(mask)
+    if positions == "each":
+        return every, masks
+    return [], [torch.stack([masks[at] for at in positions]).any(0)]  # type: ignore[index]
+
+
+def source_values(other: BaseRun, kinds: Sequence[SiteKind], source: str, seed: int) -> Mapping[SiteKind, Tensor]:
+    """Replacement activations of each kind [layer batch pos ...]."""
+    out = {}
+    groups = _same_length(other.tokens, source) if source in ("mean", "resample") else []
+    for kind in kinds:
+        values = stored(other.acts, kind)
+        if source == "zero":
+            values = torch.zeros_like(values)
+        elif source == "mean":
+            mean = values.clone()
+            for rows in groups:
+                mean[:, rows] = values[:, rows].mean(1, keepdim=True)
+            values = mean
+        elif source == "resample":
+            values = values[:, _derangement(groups, seed)]
+        out[kind] = values
+    return out
+
+
+def _same_length(tokens: Tokens, source: str) -> list[list[int]]:
+    """Rows by their number of tokens: only in prompts of one length do columns correspond, and padding with padding.
+
+    Raises:
+        MechsafetyError: A prompt is alone with its length.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, spans in enumerate(tokens.spans):
+        groups.setdefault(spans.length, []).append(row)
+    alone = {length: rows[0] + 1 for length, rows in groups.items() if len(rows) == 1}
+    if alone:
+        named = ", ".join(f"{row} ({length} tokens)" for length, row in alone.items())
+        raise MechsafetyError(
+            f"source {source!r} finds no other pair of the same length for pair {named}",
+            expected="two or more pairs of each token length",
+            cure="leave such pairs out, or use source='other' or 'zero'",
+        )
+    return list(groups.values())
+
+
+def _derangement(groups: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """A random order of all rows in which none keeps its place and none leaves its group."""
+    generator = torch.Generator().manual_seed(seed)
+    follows: dict[int, int] = {}
+    for rows in groups:
+        order = [rows[k] for k in torch.randperm(len(rows), generator=generator).tolist()]
+        follows |= {order[k]: order[(k + 1) % len(order)] for k in range(len(order))}
+    return [follows[row] for row in sorted(follows)]
