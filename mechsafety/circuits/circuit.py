@@ -83,7 +83,7 @@ class CircuitNode:
         ci: 95 % bootstrap interval of ``effect`` over prompts; None where only estimated.
         p_value: Sign-flip permutation p over prompts, Benjamini-Hochberg adjusted over all measured nodes.
         status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, significant, and the circuit
-            without it is less faithful on pairs that played no part), ``rejected``.
+            without it is less faithful on pairs that played no part); ``rejected`` only in files made elsewhere.
         evidence: What the role rests on.
     """
 

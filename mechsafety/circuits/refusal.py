@@ -180,6 +180,7 @@ def map_refusal_circuit(
             own = [edge for edge in final.circuit if isinstance(edge, Edge)]
             edges = [known.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
             wiring = replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
+        removed = final.ranked - len(final.circuit) + len(final.added)
         final = replace(
             final,
             circuit=tuple(part for part in final.circuit if part not in wiring.dropped),
@@ -240,7 +241,7 @@ def map_refusal_circuit(
         level=level,
         search=Search(
             ranked=final.ranked,
-            removed=final.ranked - len(final.circuit) + len(final.added) + len(wiring.dropped),
+            removed=removed,
             minimal=final.minimal,
             backups=backups,
             linked=wiring.linked,

@@ -13,6 +13,7 @@ from mechsafety.viz.glossary import GLOSSARY, METHODS
 from mechsafety.viz.html import circuit_fragment, template
 from mechsafety.viz.marks import ROLE_COLOURS, magnitude
 from mechsafety.viz.role_diagram import role_diagram
+from mechsafety.viz.search import search_section
 from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
 
@@ -63,6 +64,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         downloads=_downloads(circuit),
         steps=METHODS,
         options=[(key, _shown(value)) for key, value in circuit.provenance.options.items()],
+        search=search_section(circuit),
         curve=figures[0],
         heatmap=figures[1],
         effects=figures[2],
@@ -160,7 +162,6 @@ def _missing(circuit: RefusalCircuit) -> list[str]:
 
 def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
     check = circuit.verification
-    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
     target = "reaches" if check.reached else "misses"
     return [
         (
@@ -170,14 +171,27 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
             f" {target} the target {words.number(check.target, 2)}",
         ),
         *_fresh_card(circuit),
-        ("Size", f"{len(circuit.nodes)} of {circuit.n_candidates}", f"{words.percent(share)} of the candidate parts"),
+        ("Size", f"{words.size(circuit)} of {circuit.n_candidates}", _size_note(circuit)),
         (
             "Random circuits",
             words.number(check.random_controls.mean, 2),
             f"mean of {check.random_controls.n} of the same size; {words.p_value(check.random_controls.p_value)}",
         ),
-        ("Necessity", words.number(check.necessity, 2), "share of the gap lost without the circuit"),
+        ("Necessity", words.number(check.necessity, 2), _necessity_note(circuit)),
     ]
+
+
+def _size_note(circuit: RefusalCircuit) -> str:
+    share = words.percent(words.size_share(circuit))
+    if circuit.level == "edge":
+        return f"{share} of the candidate edges; they join {len(circuit.nodes)} nodes"
+    return f"{share} of the candidate parts"
+
+
+def _necessity_note(circuit: RefusalCircuit) -> str:
+    controls = circuit.verification.necessity_controls
+    note = "share of the gap lost without the circuit"
+    return note if controls is None else f"{note}; without random ones {words.number(controls.mean, 2)} on average"
 
 
 def _fresh_card(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
