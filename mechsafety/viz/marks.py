@@ -1,7 +1,7 @@
 """What a picture is made of: shapes, labels, and the fixed colours and outlines of roles and statuses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode
@@ -106,7 +106,10 @@ class NodeMark:
 
 @dataclass(frozen=True, slots=True)
 class EdgeMark:
-    """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks."""
+    """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks.
+
+    ``n_edges`` is how many edges of the circuit it sums.
+    """
 
     sender: str
     receiver: str
@@ -117,6 +120,24 @@ class EdgeMark:
     title: str
     labels: tuple[Label, ...] = ()
     member: CircuitEdge | None = None
+    n_edges: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where nothing but edges may run, for those that are routed after the layout (folded groups').
+
+    Attributes:
+        unit: Pixels that a length of 1 at the 12-pixel font takes.
+        channels: Where the channel left of each column begins, and its width; the last is right of all columns.
+        gaps: Lower rim and height of the channel below each line, from the bottom up; the last is above all lines.
+        cells: Line and column of each node by its key; a supernode has its anchor's.
+    """
+
+    unit: float
+    channels: tuple[tuple[float, float], ...]
+    gaps: tuple[tuple[float, float], ...]
+    cells: Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +154,7 @@ class Layout:
         title, description: In words, for readers that cannot see the picture.
         folded: Supernodes that an interactive page shows in place of a group's members; no other medium draws them.
         map_height: Height of the picture without legend and caption.
+        grid: Of a circuit's picture; a role diagram has none.
     """
 
     width: float
@@ -146,6 +168,7 @@ class Layout:
     description: str
     folded: tuple[NodeMark, ...] = ()
     map_height: float = 0.0
+    grid: Grid | None = None
 
 
 def magnitude(effect: float | None) -> float:

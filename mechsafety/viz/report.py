@@ -3,9 +3,10 @@
 import base64
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from mechsafety.circuits.circuit import ROLES, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
@@ -24,6 +25,7 @@ ROLE_WORDS = {
     "production": "acts on the logits directly",
     "none": "matters, but no rule for a role fitted",
 }
+HEADS_IN_TEXT = 6
 # An explicit list: plotly's default buttons include one that sends the data to its maker's cloud.
 PLOT = {
     "displaylogo": False,
@@ -75,7 +77,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         ],
         edges=[_edge(member) for member in circuit.edges],
         n_measured=sum(member.status != "estimated" for member in circuit.edges),
-        attention=attention_html(details.attention) if details and details.attention else None,
+        attention=attention_html(_strongest_heads(circuit)) if details and details.attention else None,
         samples=_samples(circuit),
         glossary=GLOSSARY,
         provenance=_provenance(circuit),
@@ -85,6 +87,18 @@ def render_report(circuit: RefusalCircuit) -> str:
         no_scores=details is None,
         missing=_missing(circuit),
     )
+
+
+def _strongest_heads(circuit: RefusalCircuit) -> list[AttentionExample]:
+    """Attention of the six strongest heads that have it: CircuitsVis shows no more at a time; cards have the others."""
+    sizes = {member.node: magnitude(member.effect) for member in circuit.nodes}
+    examples = []
+    for example in circuit.details.attention if circuit.details else ():
+        order = sorted(range(len(example.heads)), key=lambda k: -sizes.get(example.heads[k], 0.0))[:HEADS_IN_TEXT]
+        kept = sorted(order)
+        heads = tuple(example.heads[k] for k in kept)
+        examples.append(replace(example, heads=heads, patterns=example.patterns[kept]))
+    return examples
 
 
 def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:

@@ -44,7 +44,8 @@ class Style:
         font_pt: Size of node labels in points; None is 9 on a screen and 7 with a ``width_mm``.
         grayscale: Whether to draw in greys; shapes, dashes and marks tell everything without colour.
         legend, caption: Whether they stand under the picture.
-        max_edges: Draw only so many of the strongest edges; None draws all.
+        max_edges: Draw only so many of the strongest edges, and the strongest of each node where it is weaker; 0 draws
+            none, None all.
         groups: Nodes by the name of their group, for folding; None makes a group of each role.
         fold: Names of groups drawn as one supernode.
         positions: For ``columns="position"``; None takes each node's span from its role evidence.

@@ -95,7 +95,7 @@ def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
     check = circuit.verification
     controls = check.random_controls
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
-    edges += " (the strongest)" if drawn < len(circuit.edges) else ""
+    edges += " (the strongest in all and of each node)" if drawn < len(circuit.edges) else ""
     model = plain(circuit.provenance.model, 60)
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
