@@ -17,6 +17,7 @@ from mechsafety.viz.words import (
     number,
     p_value,
     percent,
+    role_name,
     visible,
 )
 
@@ -97,7 +98,7 @@ def _card(member: CircuitNode, notes: Notes) -> dict[str, Any]:
             f"{number(member.effect)} ({percent(member.effect)})",
             interval(member.ci) if member.ci else "not measured",
             p_value(member.p_value).removeprefix("p "),
-            "none assigned" if member.role == "none" else member.role,
+            role_name(member.role),
             list(STATUS_WORDS).index(member.status),
         ],
         "evidence": evidence_values(member),

@@ -194,7 +194,7 @@ def effect_distribution(circuit: RefusalCircuit) -> "Figure":
         )
     _style(figure, 130 + 74 * len(roles))
     figure.update_xaxes(title_text="effect (share of the gap), 95 % interval", zeroline=True, zerolinecolor="#C8CDD4")
-    names = ["no role" if role == "none" else role for role in reversed(roles)]
+    names = [words.role_name(role) for role in reversed(roles)]
     figure.update_yaxes(tickvals=[*range(len(roles))], ticktext=names, showgrid=False, range=[-0.6, len(roles) - 0.4])
     figure.update_layout(showlegend=False)
     return figure

@@ -9,12 +9,14 @@ from mechsafety.viz.legend import keys
 from mechsafety.viz.marks import (
     INK,
     PAPER,
+    ROLE_OUTLINES,
     EdgeMark,
     Layout,
     NodeMark,
     Shape,
     blend,
     edge_shapes,
+    label_room,
     magnitude,
     readable_on,
     text_width,
@@ -131,7 +133,8 @@ def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, large
     shape = Shape(base.commands, fill, INK if a and b else (SECOND if b else FIRST), 1.3, () if b else DASHED)
     label = mark.labels[0]
     words = label.text if a and b else (ONLY_SECOND if b else ONLY_FIRST).format(label.text)
-    size = label.size * min(1.0, 0.84 * mark.width / text_width(words, label.size))
+    room = 0.96 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
+    size = label.size * min(1.0, room / text_width(words, label.size))
     text = replace(label, text=words, size=size, colour=readable_on(fill), bold=True)
     values = [number(part.member.effect) if part and part.member else "not in it" for part in (a, b)]
     title = f"{key}: effect {values[0]} in {names[0]}, {values[1]} in {names[1]}"
@@ -145,12 +148,16 @@ def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, 
     assert mark is not None
     change = (b.effect if b else 0.0) - (a.effect if a else 0.0)
     strength = magnitude(change) / largest
-    colour = SECOND if change > 0 else FIRST
     if a and b:
-        colour = blend(colour, 0.25 + 0.75 * strength, BOTH)
+        stronger = SECOND if magnitude(b.effect) >= magnitude(a.effect) else FIRST
+        colour = blend(stronger, 0.25 + 0.75 * strength, BOTH)
+    else:
+        colour = SECOND if b else FIRST
     # the slot's dashes and mark, filled where measured in each circuit that has it; its width is the change
     guessed = any(part is not None and part.status == "estimated" for part in (a, b))
-    drawn = edge_shapes(0.0, "estimated" if guessed else "measured", mark.slot, strength, mark.shapes[0].commands, unit)
+    drawn = edge_shapes(
+        mark.effect, "estimated" if guessed else "measured", mark.slot, strength, mark.shapes[0].commands, unit
+    )
     shapes = tuple(
         replace(one, stroke=colour if one.stroke else None, fill=one.fill and (PAPER if one.fill == PAPER else colour))
         for one in drawn

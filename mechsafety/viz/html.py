@@ -140,6 +140,16 @@ def template(name: str) -> "jinja2.Template":
 
 
 @cache
+def _lean(name: str) -> str:
+    """A packaged script without indentation and lines of comment: a page is to be small."""
+    environment = _environment()
+    assert environment.loader is not None
+    source = environment.loader.get_source(environment, name)[0]
+    lines = (line.strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
+
+
+@cache
 def _environment() -> "jinja2.Environment":
     import jinja2
 
@@ -173,6 +183,7 @@ def _page(
         groups=[mark.group for mark in panes[0][1].folded],
         roles=[(role, ROLE_COLOURS[role], roles.count(role)) for role in ROLES],
         legend=legend,
+        script=_lean("circuit.js"),
         measure="change" if len(panes) > 1 else "effect",
         dark=_dark_rules(),
     )
@@ -184,7 +195,7 @@ def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
     limit = style.max_edges
     return {
         # as rounded as in the SVG, so that the last of the strongest edges is not lost
-        "edgeThreshold": float(f"{sizes[limit - 1]:.5g}") if limit and len(sizes) > limit else 0,
+        "edgeThreshold": float(f"{sizes[limit - 1]:.4g}") if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "fold": list(style.fold),
         "colours": ROLE_COLOURS,
@@ -201,7 +212,6 @@ def _grid(layout: Layout) -> dict[str, Any] | None:
     return {
         "unit": layout.grid.unit,
         **{name: [[round(part, 2) for part in pair] for pair in pairs] for name, pairs in rows.items()},
-        "cells": {key: list(cell) for key, cell in layout.grid.cells.items()},
     }
 
 

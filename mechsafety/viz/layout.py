@@ -16,6 +16,7 @@ from mechsafety.viz.marks import (
     INK,
     MUTED,
     PORTS,
+    ROLE_OUTLINES,
     EdgeMark,
     Grid,
     Label,
@@ -26,6 +27,7 @@ from mechsafety.viz.marks import (
     centred,
     edge_shapes,
     grey,
+    label_room,
     line,
     magnitude,
     node_shape,
@@ -40,7 +42,7 @@ from mechsafety.viz.style import Style, groups, lane_of, lane_order
 from mechsafety.viz.words import caption, edge_title, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
-TRACK, LEVEL, CHANNEL = 4.4, 3.4, 30.0  # distances of tracks, and the most that they take together
+TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks, and the most that they take together
 BARS = {"embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
@@ -308,7 +310,8 @@ def _node(
     shape = node_shape(member.role, member.status, strength, x, y, width, height)
     colour = {"rejected": MUTED, "estimated": INK}.get(member.status) or readable_on(shape.fill or BAR)
     text = _name(member.node)
-    size = min(style.font, 0.84 * style.font * width / text_width(text, style.font))
+    room = 0.96 * label_room(ROLE_OUTLINES[member.role], width, height, style.font)
+    size = style.font * min(1.0, 0.84 * width / text_width(text, style.font), room / text_width(text, style.font))
     label = centred(x, y, text, size, colour, bold=True)
     return NodeMark(
         str(member.node), x, y, width, height, (shape,), (label,), node_title(member), member, "", member.node.kind

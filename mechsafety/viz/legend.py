@@ -19,6 +19,7 @@ from mechsafety.viz.marks import (
     text_width,
 )
 from mechsafety.viz.style import Style
+from mechsafety.viz.words import role_name
 
 # a title, and (kind of swatch, its key, text) an item
 Row = tuple[str, list[tuple[str, str, str]]]
@@ -143,7 +144,7 @@ def _caption(style: Style, font: float, sentences: Sequence[str], width: float, 
 def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
     roles, statuses = {member.role for member in nodes}, {member.status for member in nodes}
     return [
-        ("role", [("role", role, "none assigned" if role == "none" else role) for role in ROLES if role in roles]),
+        ("role", [("role", role, role_name(role)) for role in ROLES if role in roles]),
         (
             "node",
             [*(("status", key, key) for key in STATUSES if key in statuses), ("", "", "depth of colour: |effect|")],

@@ -259,6 +259,19 @@ def outline(kind: str, x: float, y: float, width: float, height: float, most: fl
     )
 
 
+def label_room(kind: str, width: float, height: float, size: float) -> float:
+    """How wide a text of this size may be that stands in the middle of an outline."""
+    # letters reach about a third of their size above and below the middle
+    reach = min(1.0, 2 * 0.36 * size / height)
+    if kind == "ellipse":
+        return width * math.sqrt(1 - reach**2)
+    if kind == "hexagon":
+        return width - 2 * min(height / 2, width / 4) * reach
+    if kind == "slanted":
+        return width - min(height * 0.4, width / 5) * (1 + reach)
+    return width
+
+
 def polygon(*points: tuple[float, float]) -> tuple[Command, ...]:
     """A closed path through ``points``."""
     return (("M", points[0]), *(("L", point) for point in points[1:]), ("Z", ()))
@@ -300,7 +313,7 @@ def edge_shapes(
     """
     colour = edge_colour(effect, status)
     # estimates are drawn thinner than measurements of the same size
-    width = unit * (0.8 + (3.2 if status == "measured" or status == "verified" else 2.0) * strength)
+    width = unit * (0.8 + (2.4 if status in ("measured", "verified") else 1.6) * strength)
     dashes = tuple(round(part * max(width, 1.2 * unit), 2) for part in DASHES[slot])
     x, y = commands[0][1]
     size = unit * 2.6 + 0.45 * width

@@ -245,7 +245,7 @@ def _node(member: CircuitNode, lost: float | None) -> dict[str, Any]:
     return {
         "name": str(member.node),
         "order": layer * 1_000_000 + part * 100_000 + index,
-        "role": member.role,
+        "role": words.role_name(member.role),
         "colour": ROLE_COLOURS[member.role],
         "effect": words.number(member.effect, 4),
         "raw": _sortable(member.effect),

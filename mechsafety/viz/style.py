@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mechsafety.circuits.circuit import ROLES, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
+from mechsafety.viz.words import role_name
 
 COLUMNS = ("role", "part", "position")
 PIXELS_PER_MM, PIXELS_PER_PT = 96 / 25.4, 96 / 72
@@ -131,7 +132,7 @@ def lane_of(style: Style, member: CircuitNode) -> str:
 def lane_order(style: Style) -> list[tuple[str, str]]:
     """Keys and titles of the possible lanes from left to right."""
     if style.columns == "role":
-        return [("none", "no role"), *((role, role) for role in ROLES if role != "none")]
+        return [(role, role_name(role)) for role in ("none", *(role for role in ROLES if role != "none"))]
     if style.columns == "part":
         return list(PART_TITLES.items())
     if style.positions is not None:

@@ -29,6 +29,11 @@ STATUS_WORDS = {
 }
 
 
+def role_name(role: str) -> str:
+    """What a role is called in pictures, pages and reports."""
+    return "no role" if role == "none" else role
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people; an en dash where there is none.
 
@@ -130,7 +135,9 @@ def node_title(member: CircuitNode) -> str:
     parts = [f"{member.node}: effect {number(member.effect)}"]
     parts += [f"95 % interval {interval(member.ci)}"] if member.ci else []
     parts += [p_value(member.p_value)] if member.p_value is not None else []
-    return "; ".join([*parts, f"role {member.role}", STATUS_WORDS[member.status]])
+    return "; ".join(
+        [*parts, "no role" if member.role == "none" else f"role {member.role}", STATUS_WORDS[member.status]]
+    )
 
 
 def edge_title(member: CircuitEdge) -> str:

@@ -135,7 +135,7 @@
     for (const sum of sums.sort((a, b) => Math.abs(a.effect) - Math.abs(b.effect))) {
       for (const edge of sum.edges) edge.kept = true;
       const points = paths.get(sum.id), [x, y] = points[0];
-      const width = unit * (0.8 + ((sum.guessed ? 2 : 3.2) * Math.abs(sum.effect)) / scale);
+      const width = unit * (0.8 + ((sum.guessed ? 1.6 : 2.4) * Math.abs(sum.effect)) / scale);
       const guessed = sum.guessed, negative = sum.effect < 0, tip = 2.6 * unit + 0.45 * width;
       const colour = guessed ? (negative ? "#C78BAC" : "#8D96A2") : negative ? "#9C2F6B" : "#3F4956";
       const group = make("g", { class: "edge summed", "data-from": sum.from.key, "data-to": sum.to.key });
@@ -165,14 +165,18 @@
 
   // ways in the channels between nodes alone: the same as mechsafety.viz.groups.detours
   function detours(list) {
-    const { channels, gaps, cells } = data.grid, ports = { q: -0.3, v: 0.3 };
+    const { channels, gaps } = data.grid, ports = { q: -0.3, v: 0.3 };
+    // line and column, by the channels that lie below and left
+    const cell = (node) => (node.bar ? null : [
+      gaps.filter(([low, height]) => low - height / 2 > node.y).length - 1, channels.filter(([left]) => left < node.x).length - 1,
+    ]);
     const rails = new Map(), levels = new Map(), ways = new Map();
     const enter = (map, place, into) => {
       if (!map.has(place)) map.set(place, []);
       if (!map.get(place).includes(into)) map.get(place).push(into);
     };
     for (const sum of [...list].sort((a, b) => (a.id < b.id ? -1 : 1))) {
-      const sender = cells[sum.from.key], receiver = cells[sum.to.key];
+      const sender = cell(sum.from), receiver = cell(sum.to);
       const above = sender ? sender[0] + 1 : null, below = receiver ? receiver[0] : null;
       let into = `${sum.to.key} ${sum.slot}`, rail = null;
       if (above === null || above !== below) {
