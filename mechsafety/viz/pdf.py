@@ -113,7 +113,7 @@ def _draw(axes: Any, shape: Shape) -> None:
 def _room(mark: NodeMark, label: Label) -> float:
     """How wide a name may be in its outline."""
     if mark.member is None:
-        return 0.98 * mark.width
+        return (0.88 if mark.kind == "role" else 0.98) * mark.width
     return 0.98 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
 
 

@@ -182,7 +182,8 @@ def _draw(
         for arrow in reversed(arrows)
     ]
     edges = _spread_labels(edges)
-    sentences = [*caption(circuit, sum(len(arrow.members) for arrow in arrows) + sum(map(len, inside.values())))]
+    drawn = sum(len(arrow.members) for arrow in arrows) + sum(map(len, inside.values()))
+    sentences = [*caption(circuit, drawn, "those of the strongest arrows")]
     sentences.append(
         "An arrow sums the effects of the edges from one role to another into one slot; in brackets, how many. "
         "Filled: at least half of what is summed was measured."

@@ -95,12 +95,14 @@ def visible(token: str) -> str:
     return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
 
 
-def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
-    """The sentences under the picture; ``drawn`` is how many edges are drawn."""
+def caption(
+    circuit: RefusalCircuit, drawn: int, which: str = "the strongest in all and of each node"
+) -> tuple[str, ...]:
+    """The sentences under the picture; ``drawn`` is how many edges are drawn, ``which`` says which where not all."""
     check = circuit.verification
     controls = check.random_controls
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
-    edges += " (the strongest in all and of each node)" if drawn < len(circuit.edges) else ""
+    edges += f" ({which})" if drawn < len(circuit.edges) else ""
     model = plain(circuit.provenance.model, 60)
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
