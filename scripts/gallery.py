@@ -38,6 +38,7 @@ from mechsafety.viz import (
 from mechsafety.viz.marks import Layout
 
 WIDTH = 1200  # of a PNG: labels can be read at the width of a page
+LARGE = 600_000  # bytes of a PNG
 DEMO = ROOT / "docs" / "gallery" / "demo.json"
 INTRODUCTION = (
     "Made by `make gallery`. Each picture of a circuit is an SVG, with a PNG beside it; those of the interactive page "
@@ -95,13 +96,16 @@ def changed() -> RefusalCircuit:
 
 
 def shrink(path: Path) -> None:
-    """At most `WIDTH` wide; in true colours, because a palette merges the lanes' tints."""
+    """At most `WIDTH` wide; in true colours, unless that makes a large file."""
     from PIL import Image
 
     with Image.open(path) as image:
         height = round(image.height * min(1.0, WIDTH / image.width))
         small = image.convert("RGB").resize((min(WIDTH, image.width), height), Image.Resampling.LANCZOS)
     small.save(path, optimize=True)
+    if path.stat().st_size > LARGE:
+        # the median cut keeps the lanes' tints apart, which other palettes merge
+        small.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
