@@ -38,7 +38,7 @@ test-browser: $(DEV)
 	  else echo "no Chromium: install it (apt-get install chromium) or set CHROMIUM to its path" >&2; exit 1; fi; fi
 	$(BIN)/python -m pytest tests/browser
 
-# pictures for the README and the docs; CIRCUITS="a.json b.json" adds maps of your own
+# pictures for the README and the docs; CIRCUITS="a.json b.json" draws maps of your own in place of docs/gallery/demo.json
 gallery: $(DEV)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
 

@@ -2,9 +2,10 @@
 
 python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
 
-Maps given as arguments are drawn by role, by part and as role diagram; so is a test-bed model whose circuit is known,
-mapped here. The other pictures are of synthetic circuits (those of tests/viz), whose numbers mean nothing. With a
-Chromium, the interactive page is photographed too.
+The map docs/gallery/demo.json of the demo model, or the maps given as arguments in its place, are drawn by role, by
+part and as role diagram; so is a test-bed model whose circuit is known, mapped here. The other pictures are of
+synthetic circuits (those of tests/viz), whose numbers mean nothing. With a Chromium, the interactive page is
+photographed too.
 """
 
 import argparse
@@ -36,7 +37,13 @@ from mechsafety.viz import (
 )
 from mechsafety.viz.marks import Layout
 
-WIDTH = 640  # of a PNG
+WIDTH = 1200  # of a PNG: labels can be read at the width of a page
+LARGE = 600_000  # bytes of a PNG
+DEMO = ROOT / "docs" / "gallery" / "demo.json"
+INTRODUCTION = (
+    "Made by `make gallery`. Each picture of a circuit is an SVG, with a PNG beside it; those of the interactive page "
+    "are photographs, PNG alone. The demo model's circuit is [demo.json](demo.json)."
+)
 NOTE = "Synthetic: drawn to show the figure; its numbers mean nothing."
 
 
@@ -64,7 +71,7 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
     yield "neurons", f"Single neurons beside heads and MLPs. {NOTE}", layout_circuit(neuron_circuit(), by_part), None
     yield (
         "large",
-        f"200 nodes, the 60 strongest of 120 edges. {NOTE}",
+        f"200 nodes, the 60 strongest of 120 edges and the strongest of each node. {NOTE}",
         layout_circuit(large, Style(caption=False)),
         None,
     )
@@ -89,13 +96,16 @@ def changed() -> RefusalCircuit:
 
 
 def shrink(path: Path) -> None:
-    """At most `WIDTH` wide; in true colours, because a palette merges the lanes' tints."""
+    """At most `WIDTH` wide; in true colours, unless that makes a large file."""
     from PIL import Image
 
     with Image.open(path) as image:
         height = round(image.height * min(1.0, WIDTH / image.width))
         small = image.convert("RGB").resize((min(WIDTH, image.width), height), Image.Resampling.LANCZOS)
     small.save(path, optimize=True)
+    if path.stat().st_size > LARGE:
+        # the median cut keeps the lanes' tints apart, which other palettes merge
+        small.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
@@ -106,24 +116,27 @@ def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
         return
     from playwright.sync_api import sync_playwright
 
-    first = RefusalCircuit.load(paths[0]) if paths else small_circuit()
+    first = RefusalCircuit.load(paths[0])
+    strongest = max((m for m in first.nodes if m.role != "none"), key=lambda member: abs(member.effect))
     small = small_circuit()
     dark = circuit_html(small, theme="dark")
     sides = compare_html(small, changed(), ("aligned", "base"), theme="light")
     shots = (
-        ("page", "The interactive page", circuit_html(first, theme="light"), ""),
+        ("page", "The interactive page, a node's paths and card", circuit_html(first, theme="light"), strongest.node),
         ("page-dark", f"A head's card with its attention, on a dark page. {NOTE}", dark, "L4.H3"),
         ("page-compare", f"Two circuits side by side. {NOTE}", sides, "both"),
     )
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1200, "height": 840})
+        page = browser.new_page(viewport={"width": 960, "height": 700}, device_scale_factor=1.25)
         for name, text, html, action in shots:
             page.set_content(html)
             if action == "both":
                 page.check("#views input[value='1']")
             elif action:
-                page.click(f'.node[data-node="{action}"]')
+                page.fill("#search", str(action))
+                page.press("#search", "Enter")  # goes to it and shows its paths
+                page.fill("#search", "")
             page.screenshot(path=out / f"{name}.png")
             shrink(out / f"{name}.png")
             yield name, text
@@ -136,13 +149,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gallery")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    lines = ["# Gallery", "", "Made by `make gallery`; each picture is an SVG, with a PNG beside it.", ""]
-    for name, text, layout, width in pictures(options.circuits):
+    paths = options.circuits or [DEMO]
+    lines = ["# Gallery", "", INTRODUCTION, ""]
+    for name, text, layout, width in pictures(paths):
         (options.out / f"{name}.svg").write_text(layout_svg(layout, width_mm=width), encoding="utf-8", newline="\n")
-        layout_png(layout, options.out / f"{name}.png", dpi=130)
+        layout_png(layout, options.out / f"{name}.png", dpi=max(110.0, 96 * WIDTH / layout.width))
         shrink(options.out / f"{name}.png")
         lines += [f"## {text}", "", f"[![{text}]({name}.png)]({name}.svg)", ""]
-    for name, text in photographs(options.circuits, options.out):
+    for name, text in photographs(paths, options.out):
         lines += [f"## {text}", "", f"![{text}]({name}.png)", ""]
     (options.out / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 

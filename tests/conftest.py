@@ -12,7 +12,19 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-CIRCUITS = ("assemble", "backups", "behaviour", "connect", "discover", "edges", "meters", "refusal", "roles")
+CIRCUITS = (
+    "ablations",
+    "assemble",
+    "backups",
+    "behaviour",
+    "connect",
+    "discover",
+    "edges",
+    "meters",
+    "notes",
+    "refusal",
+    "roles",
+)
 CIRCUITS += ("side_effects", "stability", "statistics", "verify")
 HOOKED = (
     "attribution",

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence", "Verification"],
+        "ablations": ["measure_ablation"],
         "discover": ["discover"],
         "compare": ["CircuitComparison", "compare_circuits"],
         "edge_meter": ["EdgeMeter"],
@@ -24,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
+    from mechsafety.circuits.ablations import measure_ablation
     from mechsafety.circuits.behaviour import check_behaviour
     from mechsafety.circuits.circuit import (
         Behaviour,

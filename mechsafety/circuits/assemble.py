@@ -33,6 +33,8 @@ from mechsafety.prompts import PromptPairs
 
 logger = logging.getLogger(__name__)
 
+# entries of attention patterns that a map keeps: a report stays well below 8 MB with a megabyte of them
+ATTENTION_ENTRIES = 750_000
 # exact effect, its interval, its adjusted p
 Measured = tuple[float, tuple[float, float], float]
 Roles = dict[Node, tuple[str, RoleEvidence]]
@@ -228,16 +230,26 @@ def node_scores(
 
 
 def attention_examples(
-    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], n_heads: int = 6
+    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], max_entries: int = ATTENTION_ENTRIES
 ) -> tuple[AttentionExample, ...]:
-    """Attention of the circuit's strongest heads on the first pair."""
+    """Attention of the circuit's heads on the first pair: of all of them, or of the strongest where that is too much.
+
+    Args:
+        model: The model.
+        pairs: Whose first pair is shown.
+        nodes: The circuit's.
+        max_entries: Entries of patterns to keep in all; a page needs a little over one byte for each.
+    """
+    prompts = (pairs.harmful[0], pairs.harmless[0])
+    words = [tuple(model.token_strings(prompt)) for prompt in prompts]
+    room = max_entries // sum(len(tokens) ** 2 for tokens in words)
     heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
-    strongest = sorted((member.node for member in heads[:n_heads]), key=lambda node: node.order)
+    strongest = sorted((member.node for member in heads[:room]), key=lambda node: node.order)
     if not strongest:
         return ()
     examples = []
-    for prompt in (pairs.harmful[0], pairs.harmless[0]):
+    for prompt, tokens in zip(prompts, words, strict=True):
         pattern = model.cache([prompt], sites=["pattern"]).pattern
         rows = torch.stack([pattern[node.layer, node.index, 0] for node in strongest])
-        examples.append(AttentionExample(prompt, tuple(model.token_strings(prompt)), tuple(strongest), rows))
+        examples.append(AttentionExample(prompt, tokens, tuple(strongest), rows))
     return tuple(examples)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from torch import Tensor
 
+    from mechsafety.models import LensModel
+    from mechsafety.prompts import PromptPairs
+
 __all__ = [
+    "Ablation",
     "AttentionExample",
     "Backup",
     "Behaviour",
@@ -27,6 +31,7 @@ __all__ = [
     "FreshCheck",
     "MapDetails",
     "NodeScore",
+    "Notes",
     "RandomControls",
     "RefusalCircuit",
     "RoleEvidence",
@@ -83,7 +88,7 @@ class CircuitNode:
         ci: 95 % bootstrap interval of ``effect`` over prompts; None where only estimated.
         p_value: Sign-flip permutation p over prompts, Benjamini-Hochberg adjusted over all measured nodes.
         status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, significant, and the circuit
-            without it is less faithful on pairs that played no part), ``rejected``.
+            without it is less faithful on pairs that played no part); ``rejected`` only in files made elsewhere.
         evidence: What the role rests on.
     """
 
@@ -215,6 +220,47 @@ class AttentionExample:
 
 
 @dataclass(frozen=True, slots=True)
+class Notes:
+    """What a node writes and reads, for its card.
+
+    Attributes:
+        promotes, suppresses: Tokens that its output raises and lowers most, strongest first (see
+            `mechsafety.circuits.notes.measure_notes`).
+        spans: Mean attention to each span of the prompt, 0 to 1, by the span's name (heads).
+        texts: Tokens and, for each, the activation there (neurons).
+    """
+
+    promotes: tuple[str, ...] = ()
+    suppresses: tuple[str, ...] = ()
+    spans: Mapping[str, float] | None = None
+    texts: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for tokens, values in self.texts:
+            if len(tokens) != len(values):
+                raise MechsafetyError(f"{len(values)} activations of {len(tokens)} tokens", expected="one a token")
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """A measured before and after.
+
+    Attributes:
+        name: What was done, in words.
+        nodes: What was ablated.
+        score: Mean metric on harmful prompts before and after.
+        effects: Effect of each node measured again in the ablated model; nodes left out show as not measured again.
+        refusal_rate: Share of harmful prompts refused before and after, where measured.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    score: tuple[float, float]
+    effects: Mapping[Node, float]
+    refusal_rate: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeScore:
     """One candidate node: the gradient estimate and, where it was measured, the exact effect."""
 
@@ -235,6 +281,7 @@ class MapDetails:
         scores: Every candidate node.
         samples: Generated replies.
         attention: Attention of found heads on example prompts.
+        notes: What the circuit's nodes write and read.
     """
 
     n_layers: int
@@ -242,6 +289,7 @@ class MapDetails:
     scores: tuple[NodeScore, ...]
     samples: tuple[Sample, ...] = ()
     attention: tuple[AttentionExample, ...] = ()
+    notes: Mapping[Node, Notes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,10 +504,31 @@ class RefusalCircuit(Result):
 
         return mimebundle(self)
 
-    def widget(self, **options: Any) -> Any:
-        """The picture as a notebook widget (see `mechsafety.viz.circuit_widget`)."""
+    def widget(
+        self,
+        model: "LensModel | None" = None,
+        pairs: "PromptPairs | None" = None,
+        *,
+        replies: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The picture as a notebook widget (see `mechsafety.viz.circuit_widget`).
+
+        Args:
+            model: The model that was mapped. With it the cards get boxes "ablate", which rerun it.
+            pairs: What to run it on; eight of the built-in pairs by default. Each adds to the time that a box takes.
+            replies: Whether a box also generates replies, to count refusals.
+            options: As `mechsafety.viz.circuit_widget`.
+
+        Raises:
+            MechsafetyError: ``model`` is not the one that was mapped; else as `mechsafety.viz.circuit_widget`.
+        """
         from mechsafety.viz.widget import circuit_widget
 
+        if model is not None:
+            from mechsafety.circuits.ablations import rerun
+
+            options["on_ablate"] = rerun(self, model, pairs, replies=replies)
         return circuit_widget(self, **options)
 
     def without_details(self) -> Self:

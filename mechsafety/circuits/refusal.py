@@ -34,6 +34,7 @@ from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
 from mechsafety.circuits.neurons import NeuronMeter, refine
+from mechsafety.circuits.notes import measure_notes
 from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verify import MARGIN, verify
 from mechsafety.errors import MechsafetyError, NoRefusal
@@ -255,6 +256,7 @@ def map_refusal_circuit(
             node_scores(every, _nodes_of(final), attribution, measured),
             samples,
             attention_examples(model, here, members),
+            measure_notes(model, few.runs, some, [member.node for member in members]),
         ),
         level=level,
         search=Search(

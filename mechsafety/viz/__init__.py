@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mechsafety.circuits.circuit import Ablation, Notes
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz.attention import attention_html, figures_page, neurons_html, tokens_html
-from mechsafety.viz.cards import Ablation, Notes
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.compare import Comparison, compare_layouts
 from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle

@@ -2,12 +2,11 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mechsafety.circuits.circuit import AttentionExample, CircuitNode, RefusalCircuit
+from mechsafety.circuits.circuit import Ablation, AttentionExample, CircuitNode, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.words import (
@@ -18,6 +17,7 @@ from mechsafety.viz.words import (
     number,
     p_value,
     percent,
+    role_name,
     visible,
 )
 
@@ -28,46 +28,6 @@ ROWS = ("effect, of the gap", "95 % interval", "p, adjusted", "role", "status")
 def card_words() -> dict[str, list[str]]:
     """The words that all cards share, so that a page holds them once."""
     return {"rows": list(ROWS), "status": list(STATUS_WORDS.values()), "evidence": list(EVIDENCE_WORDS.values())}
-
-
-@dataclass(frozen=True, slots=True)
-class Notes:
-    """What other analyses found out about a node; shown on its card.
-
-    Attributes:
-        promotes, suppresses: Tokens that its output raises and lowers most, strongest first.
-        spans: Mean attention to each span of the prompt, 0 to 1, by the span's name (heads).
-        texts: Tokens and, for each, the activation there (neurons).
-    """
-
-    promotes: tuple[str, ...] = ()
-    suppresses: tuple[str, ...] = ()
-    spans: Mapping[str, float] | None = None
-    texts: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = ()
-
-    def __post_init__(self) -> None:
-        for tokens, values in self.texts:
-            if len(tokens) != len(values):
-                raise MechsafetyError(f"{len(values)} activations of {len(tokens)} tokens", expected="one a token")
-
-
-@dataclass(frozen=True, slots=True)
-class Ablation:
-    """A measured before and after.
-
-    Attributes:
-        name: What was done, in words.
-        nodes: What was ablated.
-        score: Mean metric before and after.
-        effects: Effect of each node measured again in the ablated model; nodes left out show as not measured again.
-        refusal_rate: Share of harmful prompts refused before and after, where measured.
-    """
-
-    name: str
-    nodes: tuple[Node, ...]
-    score: tuple[float, float]
-    effects: Mapping[Node, float]
-    refusal_rate: tuple[float, float] | None = None
 
 
 def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes]) -> dict[str, dict[str, Any]]:
@@ -138,7 +98,7 @@ def _card(member: CircuitNode, notes: Notes) -> dict[str, Any]:
             f"{number(member.effect)} ({percent(member.effect)})",
             interval(member.ci) if member.ci else "not measured",
             p_value(member.p_value).removeprefix("p "),
-            "none assigned" if member.role == "none" else member.role,
+            role_name(member.role),
             list(STATUS_WORDS).index(member.status),
         ],
         "evidence": evidence_values(member),

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from mechsafety.circuits.circuit import ROLES, NodeScore, RefusalCircuit
 from mechsafety.errors import MechsafetyError
+from mechsafety.viz import words
 from mechsafety.viz.marks import INK, MUTED, ROLE_COLOURS, magnitude
-from mechsafety.viz.words import interval, node_title, number, p_value, percent
+from mechsafety.viz.words import interval, node_title, number, p_value, percent, units
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -84,7 +85,7 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
 
 
 def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
-    """Faithfulness over the number of best nodes kept, on discovery and held-out pairs.
+    """Faithfulness over the number of best nodes (or edges) kept, on discovery and held-out pairs.
 
     Returns:
         A figure, not shown; with the target, the size chosen and the random controls at that size.
@@ -112,12 +113,12 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
             line={"color": colour, "width": 2.4, "dash": dash},
             marker={"size": 7, "symbol": "circle" if dash == "solid" else "square"},
             customdata=shares,
-            hovertemplate="%{x} nodes (%{customdata}): %{y:.3f}<extra>" + name + "</extra>",
+            hovertemplate=f"%{{x}} {units(circuit)} (%{{customdata}}): %{{y:.3f}}<extra>{name}</extra>",
         )
-    size, controls = max(len(circuit.nodes), 1), check.random_controls
+    held, controls = max(words.size(circuit), 1), check.random_controls
     low, high = check.held_out_ci
     figure.add_scatter(
-        x=[size],
+        x=[held],
         y=[check.held_out_faithfulness],
         error_y={
             "type": "data",
@@ -131,7 +132,7 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
         hovertemplate=f"circuit shown: %{{y:.3f}} {interval(check.held_out_ci, 2)}<extra></extra>",
     )
     figure.add_scatter(
-        x=[size],
+        x=[held],
         y=[controls.mean],
         error_y={"type": "data", "symmetric": False, "array": [max(0.0, controls.highest - controls.mean)]},
         mode="markers",
@@ -139,10 +140,10 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
         marker={"size": 10, "symbol": "x-thin", "color": MUTED, "line": {"width": 2.4, "color": MUTED}},
         hovertemplate=f"random: mean {number(controls.mean)}, highest {number(controls.highest)}<extra></extra>",
     )
-    ends = [point.n_nodes for point in points] + [size]
+    ends = [point.n_nodes for point in points] + [held]
     wide = [math.log10(min(ends) * 0.85), math.log10(max(ends) * 1.2)]
     figure.add_hline(y=check.target, line={"color": MUTED, "width": 1.2, "dash": "dash"})
-    figure.add_vline(x=size, line={"color": MUTED, "width": 1, "dash": "dot"})
+    figure.add_vline(x=held, line={"color": MUTED, "width": 1, "dash": "dot"})
     figure.add_annotation(
         x=0.0, xref="paper", y=check.target, text=f"target {percent(check.target)}", showarrow=False, xanchor="left",
         yanchor="bottom", xshift=6, font={"size": 12, "color": MUTED},
@@ -150,7 +151,7 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
     ticks = _ticks(sorted(set(ends)))
     _style(figure, 460)
     figure.update_xaxes(
-        title_text="best nodes kept (share of all candidates), log scale",
+        title_text=f"best {units(circuit)} kept (share of all candidates), log scale",
         type="log",
         range=wide,
         tickvals=ticks,
@@ -193,7 +194,7 @@ def effect_distribution(circuit: RefusalCircuit) -> "Figure":
         )
     _style(figure, 130 + 74 * len(roles))
     figure.update_xaxes(title_text="effect (share of the gap), 95 % interval", zeroline=True, zerolinecolor="#C8CDD4")
-    names = ["no role" if role == "none" else role for role in reversed(roles)]
+    names = [words.role_name(role) for role in reversed(roles)]
     figure.update_yaxes(tickvals=[*range(len(roles))], ticktext=names, showgrid=False, range=[-0.6, len(roles) - 0.4])
     figure.update_layout(showlegend=False)
     return figure

@@ -4,92 +4,113 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mechsafety.circuits.circuit import RefusalCircuit
-from mechsafety.viz.layout import in_grey, layout_circuits
+from mechsafety.viz.layout import in_grey, layout_circuits, strongest_edges
 from mechsafety.viz.legend import keys
 from mechsafety.viz.marks import (
     INK,
-    MUTED,
     PAPER,
+    ROLE_OUTLINES,
     EdgeMark,
-    Label,
     Layout,
     NodeMark,
     Shape,
     blend,
+    edge_shapes,
+    label_room,
     magnitude,
     readable_on,
+    text_width,
 )
 from mechsafety.viz.style import Style
 from mechsafety.viz.words import number, plain
 
 FIRST, SECOND, BOTH = "#D55E00", "#0072B2", "#8A919C"
+DASHED = (4.0, 2.4)
+# how the names of nodes that one circuit lacks are written: a sign before a number would look like part of it
+ONLY_FIRST, ONLY_SECOND = "({})", "[{}]"
+Names = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Layouts of two circuits and of their difference; what they share stands in the same place in all three."""
 
-    names: tuple[str, str]
+    names: Names
     first: Layout
     second: Layout
     difference: Layout
 
 
 def compare_layouts(
-    first: RefusalCircuit, second: RefusalCircuit, names: tuple[str, str], style: Style | None = None
+    first: RefusalCircuit, second: RefusalCircuit, names: Names, style: Style | None = None
 ) -> Comparison:
     """Lay out two circuits and their difference.
 
     In the difference a node's fill is the change of its effect: blue where it is larger in the second circuit, orange
-    where smaller. A name with ``+`` is in the second circuit only, one with a minus sign in the first only.
+    where smaller. A name in square brackets is in the second circuit only, one in round brackets in the first only. An
+    edge is as wide as its effect's change. What the marks hold as ``effect`` is the change.
 
     Raises:
         MechsafetyError: As `layout_circuit`.
     """
     style = style or Style()
     # greys come last, so that the difference is drawn from the colours
-    a, b = layout_circuits((first, second), replace(style, grayscale=False))
+    coloured = replace(style, grayscale=False)
+    a, b = layout_circuits((first, second), coloured)
     names = (plain(names[0], 40), plain(names[1], 40))
-    difference = _difference(a, b, names, style)
+    # an edge that is too weak to be drawn in one of them is not for that only in the other
+    whole = layout_circuits((first, second), replace(coloured, max_edges=None))
+    difference = _difference(*whole, names, style)
     done = [in_grey(layout) if style.grayscale else layout for layout in (a, b, difference)]
     return Comparison(names, done[0], done[1], done[2])
 
 
-def _difference(a: Layout, b: Layout, names: tuple[str, str], style: Style) -> Layout:
+def _difference(a: Layout, b: Layout, names: Names, style: Style) -> Layout:
     in_a, in_b = ({mark.key: mark for mark in layout.nodes} for layout in (a, b))
     order = [*in_a, *(key for key in in_b if key not in in_a)]
     changes = {key: _effect(in_b, key) - _effect(in_a, key) for key in order}
     largest = max(map(magnitude, changes.values()), default=0.0) or 1.0
-    nodes = [_node(key, in_a.get(key), in_b.get(key), changes[key] / largest, names) for key in order]
+    nodes = [_node(key, in_a.get(key), in_b.get(key), changes[key], largest, names) for key in order]
     edges_a, edges_b = ({(e.sender, e.receiver, e.slot): e for e in layout.edges} for layout in (a, b))
-    edges = [_edge(edges_a.get(key), edges_b.get(key), names) for key in {**edges_a, **edges_b}]
+    pairs = [(edges_a.get(key), edges_b.get(key)) for key in {**edges_a, **edges_b}]
+    widest = max((magnitude((y.effect if y else 0.0) - (x.effect if x else 0.0)) for x, y in pairs), default=0.0)
+    edges = [_edge(x, y, widest or 1.0, names, style.font / 12) for x, y in pairs]
+    edges.sort(key=lambda mark: (magnitude(mark.effect), mark.title))
+    shown = edges if style.max_edges is None else strongest_edges(edges, style.max_edges)
     only_a = sum(key not in in_b for key in order)
     only_b = sum(key not in in_a for key in order)
     shared = len(order) - only_a - only_b - sum(mark.member is None for mark in b.nodes)
     title = f"{names[0]} against {names[1]}"
     sentence = (
-        f"{title}: {shared} nodes in both, {only_a} only in {names[0]} (orange, \u2212), {only_b} only in {names[1]} "
-        "(blue, +)."
+        f"{title}: {shared} nodes in both, {only_a} only in {names[0]} (orange, in round brackets), {only_b} only in "
+        f"{names[1]} (blue, in square brackets)."
     )
     items = [
-        (blend(SECOND, 0.75), f"+ only in {names[1]}, or larger there"),
-        (blend(FIRST, 0.75), f"\u2212 only in {names[0]}, or larger there"),
-        (blend(BOTH, 0.3), "the same in both"),
+        (SECOND, (), f"{ONLY_SECOND.format('4.3')} only in {names[1]}"),
+        (FIRST, DASHED, f"{ONLY_FIRST.format('4.3')} only in {names[0]}"),
+        (blend(SECOND, 0.75, blend(BOTH, 0.3)), (), f"in both, larger effect in {names[1]}"),
+        (blend(FIRST, 0.75, blend(BOTH, 0.3)), (), f"in both, larger effect in {names[0]}"),
+        (blend(BOTH, 0.3), (), "the same in both"),
     ]
-    swatches, texts, height = keys(style, items, (sentence,), b.width, b.map_height)
-    backdrop = tuple(shape for shape in b.backdrop if _top(shape) < b.map_height)
-    labels = tuple(label for label in b.labels if label.y < b.map_height)
+    lines = [
+        (SECOND, f"edge only in {names[1]}, or stronger there"),
+        (FIRST, f"edge only in {names[0]}, or stronger there"),
+        (blend(SECOND, 0.25, BOTH), "in both, little changed; width: |change|"),
+    ]
+    swatches, texts, height = keys(style, items, lines, (sentence,), b.width, b.map_height)
+    bare = without_legend(b)
     return replace(
-        b,
+        bare,
         height=height,
         nodes=tuple(nodes),
-        edges=tuple(sorted(edges, key=lambda mark: magnitude(mark.effect))),
+        edges=tuple(shown),
         n_edges=len(edges),
-        backdrop=backdrop + swatches,
-        labels=labels + texts,
+        backdrop=bare.backdrop + swatches,
+        labels=bare.labels + texts,
         title=title,
         description=sentence,
         folded=(),
+        grid=None,
     )
 
 
@@ -99,41 +120,61 @@ def _effect(marks: Mapping[str, NodeMark], key: str) -> float:
     return effect if magnitude(effect) and effect is not None else 0.0
 
 
-def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, names: tuple[str, str]) -> NodeMark:
+def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, largest: float, names: Names) -> NodeMark:
     mark = b or a
     assert mark is not None
     if mark.member is None:
         return mark
-    base = mark.shapes[0]
+    base, strength = mark.shapes[0], magnitude(change) / largest
     if a is None or b is None:
-        fill = blend(SECOND if a is None else FIRST, 0.2 + 0.8 * magnitude(change))
+        fill = blend(SECOND if a is None else FIRST, 0.2 + 0.8 * strength)
     else:
-        fill = blend(SECOND if change > 0 else FIRST, 0.75 * magnitude(change), blend(BOTH, 0.3))
-    shape = Shape(base.commands, fill, INK if a and b else (SECOND if b else FIRST), 1.3, () if b else (4.0, 2.4))
-    sign = "" if a and b else ("+" if b else "\u2212")
+        fill = blend(SECOND if change > 0 else FIRST, 0.75 * strength, blend(BOTH, 0.3))
+    shape = Shape(base.commands, fill, INK if a and b else (SECOND if b else FIRST), 1.3, () if b else DASHED)
     label = mark.labels[0]
-    size = label.size * (len(label.text) / len(sign + label.text) if sign else 1.0) ** 0.8
-    text = Label(label.x, label.y, sign + label.text, size, label.anchor, readable_on(fill), bold=True)
+    words = label.text if a and b else (ONLY_SECOND if b else ONLY_FIRST).format(label.text)
+    room = 0.96 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
+    size = label.size * min(1.0, room / text_width(words, label.size))
+    text = replace(label, text=words, size=size, colour=readable_on(fill), bold=True)
     values = [number(part.member.effect) if part and part.member else "not in it" for part in (a, b)]
     title = f"{key}: effect {values[0]} in {names[0]}, {values[1]} in {names[1]}"
-    return replace(mark, shapes=(shape,), labels=(text,), title=title, group="")
+    # what the page filters by is the change
+    member = replace(mark.member, effect=change)
+    return replace(mark, shapes=(shape,), labels=(text,), title=title, group="", member=member)
 
 
-def _edge(a: EdgeMark | None, b: EdgeMark | None, names: tuple[str, str]) -> EdgeMark:
+def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, unit: float) -> EdgeMark:
     mark = b or a
     assert mark is not None
-    colour = MUTED if a and b else (SECOND if b else FIRST)
+    change = (b.effect if b else 0.0) - (a.effect if a else 0.0)
+    strength = magnitude(change) / largest
+    if a and b:
+        stronger = SECOND if magnitude(b.effect) >= magnitude(a.effect) else FIRST
+        colour = blend(stronger, 0.25 + 0.75 * strength, BOTH)
+    else:
+        colour = SECOND if b else FIRST
+    # the slot's dashes and mark, filled where measured in each circuit that has it; its width is the change
+    guessed = any(part is not None and part.status == "estimated" for part in (a, b))
+    drawn = edge_shapes(
+        mark.effect, "estimated" if guessed else "measured", mark.slot, strength, mark.shapes[0].commands, unit
+    )
     shapes = tuple(
-        replace(
-            shape,
-            stroke=colour if shape.stroke else None,
-            fill=shape.fill and (PAPER if shape.fill == PAPER else colour),
-        )
-        for shape in mark.shapes
+        replace(one, stroke=colour if one.stroke else None, fill=one.fill and (PAPER if one.fill == PAPER else colour))
+        for one in drawn
     )
     values = [number(part.effect) if part else "not in it" for part in (a, b)]
     title = f"{mark.sender} → {mark.receiver}, slot {mark.slot}: {values[0]} in {names[0]}, {values[1]} in {names[1]}"
-    return replace(mark, shapes=shapes, title=title)
+    return replace(mark, shapes=shapes, title=title, effect=change, member=None)
+
+
+def without_legend(layout: Layout) -> Layout:
+    """The map alone."""
+    return replace(
+        layout,
+        height=layout.map_height,
+        backdrop=tuple(shape for shape in layout.backdrop if _top(shape) < layout.map_height),
+        labels=tuple(label for label in layout.labels if label.y < layout.map_height),
+    )
 
 
 def _top(shape: Shape) -> float:

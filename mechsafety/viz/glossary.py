@@ -64,8 +64,8 @@ GLOSSARY = (
     Entry(
         "Status",
         "estimated: gradient only. measured: exact. verified: measured, positive with adjusted p below 0.05, and "
-        "without it the circuit's faithfulness on fresh pairs falls. rejected: the measurement did not bear the "
-        "estimate out.",
+        "without it the circuit's faithfulness on fresh pairs falls. rejected: only in files made elsewhere, a part "
+        "whose measurement did not bear its estimate out; a map never assigns it.",
     ),
     Entry(
         "Role",
@@ -131,6 +131,12 @@ GLOSSARY = (
     Entry(
         "Minimality",
         "Whether nothing superfluous is in it: the faithfulness lost by removing each single node.",
+    ),
+    Entry(
+        "Backup",
+        "A part that stands in for another: patched alone it hardly matters, patched together with the other it does. "
+        "The interval and p are of the joint effect less the effects of the members alone.",
+        "excess = effect(all together) - sum of effect(each alone)",
     ),
     Entry(
         "Attention",

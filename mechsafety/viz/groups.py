@@ -1,16 +1,16 @@
 """Groups of nodes folded into one supernode, with the edges between them summed."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 
 from mechsafety.circuits.circuit import CircuitNode
 from mechsafety.viz.marks import (
     EDGE,
     PAPER,
+    PORTS,
     Command,
     EdgeMark,
-    Layout,
+    Grid,
     NodeMark,
     Shape,
     centred,
@@ -19,21 +19,25 @@ from mechsafety.viz.marks import (
     node_shape,
     outline,
     readable_on,
+    rounded,
     text_width,
 )
 from mechsafety.viz.words import number
 
+# sender, receiver, slot
+Ends = tuple[str, str, str]
 
-def supernodes(layout: Layout, names: Iterable[str], cell: float) -> tuple[NodeMark, ...]:
-    """One mark a group, ``cell`` wide, at the place of the member nearest to their weighted mean height."""
+
+def supernodes(nodes: Sequence[NodeMark], names: Iterable[str], cell: float) -> tuple[tuple[NodeMark, str], ...]:
+    """One mark a group, ``cell`` wide, and its anchor's key: it stands at the member nearest their weighted mean."""
     members: dict[str, list[tuple[NodeMark, CircuitNode]]] = {name: [] for name in names}
-    for mark in layout.nodes:
+    for mark in nodes:
         if mark.group and mark.member is not None:
             members[mark.group].append((mark, mark.member))
     return tuple(_supernode(name, found, cell) for name, found in members.items() if found)
 
 
-def _supernode(name: str, members: Sequence[tuple[NodeMark, CircuitNode]], cell: float) -> NodeMark:
+def _supernode(name: str, members: Sequence[tuple[NodeMark, CircuitNode]], cell: float) -> tuple[NodeMark, str]:
     weights = [magnitude(member.effect) + 1e-9 for _, member in members]
     mean = sum(weight * mark.y for weight, (mark, _) in zip(weights, members, strict=True)) / sum(weights)
     anchor = min((mark for mark, _ in members), key=lambda mark: (abs(mark.y - mean), mark.key))
@@ -48,47 +52,100 @@ def _supernode(name: str, members: Sequence[tuple[NodeMark, CircuitNode]], cell:
     listed = ", ".join(mark.key for mark, _ in members)
     title = f"{name}: {len(members)} nodes folded, effects sum to {total}: {listed}"
     shapes = (*behind, shape)
-    return NodeMark(f"group:{name}", x, y, cell, height, shapes, (label,), title, None, name, "group")
+    return NodeMark(f"group:{name}", x, y, cell, height, shapes, (label,), title, None, name, "group"), anchor.key
 
 
-def fold(layout: Layout, names: Collection[str]) -> Layout:
-    """The layout with these groups folded; nothing else moves."""
-    stands_for = {mark.key: f"group:{mark.group}" for mark in layout.nodes if mark.group in names}
-    shown = [mark for mark in layout.folded if mark.group in names]
-    nodes = tuple(mark for mark in layout.nodes if mark.key not in stands_for) + tuple(shown)
-    places = {mark.key: mark for mark in nodes}
+def folded_edges(
+    edges: Sequence[EdgeMark], stands_for: Mapping[str, str], places: Mapping[str, NodeMark], grid: Grid
+) -> list[EdgeMark]:
+    """The edges with those of folded groups summed by ends and slot, and led round the nodes; weakest first.
+
+    Args:
+        edges: All edges, also those that are too weak to be drawn: many weak ones may sum to a strong one.
+        stands_for: The supernode of each hidden node.
+        places: Marks of what is drawn.
+        grid: Where edges may run.
+    """
     kept: list[EdgeMark] = []
-    sums: dict[tuple[str, str, str], list[EdgeMark]] = defaultdict(list)
-    for mark in layout.edges:
+    sums: dict[Ends, list[EdgeMark]] = defaultdict(list)
+    for mark in edges:
         sender, receiver = stands_for.get(mark.sender, mark.sender), stands_for.get(mark.receiver, mark.receiver)
         if (sender, receiver) == (mark.sender, mark.receiver):
             kept.append(mark)
         elif sender != receiver:
             sums[sender, receiver, mark.slot].append(mark)
-    largest = max((magnitude(mark.effect) for mark in layout.edges), default=0.0)
-    totals = {key: sum(mark.effect for mark in marks) for key, marks in sums.items()}
-    largest = max([largest, *(magnitude(total) for total in totals.values())]) or 1.0
-    for (sender, receiver, slot), marks in sums.items():
-        total = totals[sender, receiver, slot]
+    totals = {ends: sum(mark.effect for mark in marks) for ends, marks in sums.items()}
+    largest = max((magnitude(effect) for effect in (*(mark.effect for mark in edges), *totals.values())), default=0.0)
+    paths = detours(list(sums), places, grid)
+    for ends, marks in sums.items():
+        total = totals[ends]
         status = "measured" if all(mark.status != "estimated" for mark in marks) else "estimated"
-        path = bow(places[sender], places[receiver])
-        title = f"{sender} to {receiver}, slot {slot}: {len(marks)} edges, effects sum to {number(total)}"
-        shapes = edge_shapes(total, status, slot, magnitude(total) / largest, path)
-        kept.append(EdgeMark(sender, receiver, slot, total, status, shapes, title))
-    folded = tuple(mark for mark in layout.folded if mark.group not in names)
-    return replace(layout, nodes=nodes, edges=tuple(kept), folded=folded)
+        shapes = edge_shapes(total, status, ends[2], magnitude(total) / (largest or 1.0), paths[ends], grid.unit)
+        words = (
+            f"{count_of(len(marks), 'edge')}, effects sum to {number(total)}" if len(marks) > 1 else "1 edge, effect "
+        )
+        words += number(total) if len(marks) == 1 else ""
+        title = f"{ends[0]} to {ends[1]}, slot {ends[2]}: {words}"
+        kept.append(EdgeMark(*ends, total, status, shapes, title, n_edges=len(marks)))
+    return sorted(kept, key=lambda mark: (magnitude(mark.effect), mark.title))
 
 
-def bow(sender: NodeMark, receiver: NodeMark) -> tuple[Command, ...]:
-    """The curve of a summed edge, from the receiver's lower rim to the sender's upper one."""
-    x, y = _near(receiver, sender.x), receiver.y + receiver.height / 2
-    start_x, start_y = _near(sender, receiver.x), sender.y - sender.height / 2
-    reach = max(14.0, 0.4 * abs(start_y - y))
-    return (("M", (x, y)), ("C", (x, y + reach, start_x, start_y - reach, start_x, start_y)))
+def detours(ends: Sequence[Ends], places: Mapping[str, NodeMark], grid: Grid) -> dict[Ends, tuple[Command, ...]]:
+    """Paths of edges in the channels alone, upward or downward, so that none runs under a node.
+
+    Each leaves its sender upward, runs level above it, rises (or falls) in the channel beside its receiver, runs level
+    below that and enters it from below. Those into one slot share the way; what shares a channel is spread over it.
+
+    The page's script does the same (``detours`` in ``circuit.js``); the two are kept alike by a test.
+    """
+    rails: dict[int, list[str]] = defaultdict(list)
+    levels: dict[int, list[str]] = defaultdict(list)
+    ways: dict[Ends, tuple[str, int | None, int | None, int | None]] = {}
+    for one in sorted(ends):
+        sender, receiver = (grid.cells.get(key) for key in one[:2])
+        into = f"{one[1]} {one[2]}"
+        above = None if sender is None else sender[0] + 1
+        below = None if receiver is None else receiver[0]
+        rail: int | None
+        if above is not None and above == below:
+            rail = None
+        elif receiver is None:
+            # the bar of the logits is as wide as the picture: the way there is beside the sender
+            rail = 0 if sender is None else sender[1] + 1
+            into += f" {rail}"
+        else:
+            rail = receiver[1] if sender is not None and sender[1] < receiver[1] else receiver[1] + 1
+            into += f" {rail}"
+        ways[one] = (into, rail, above, below)
+        if rail is not None and into not in rails[rail]:
+            rails[rail].append(into)
+        for gap in (above, below):
+            if gap is not None and into not in levels[gap]:
+                levels[gap].append(into)
+
+    def rail_at(rail: int, into: str) -> float:
+        start, width = grid.channels[rail]
+        return start + width * (rails[rail].index(into) + 1) / (len(rails[rail]) + 1)
+
+    def level_at(gap: int, into: str) -> float:
+        low, height = grid.gaps[gap]
+        return low - height * (0.25 + 0.7 * (levels[gap].index(into) + 1) / (len(levels[gap]) + 1))
+
+    paths = {}
+    for one, (into, rail, above, below) in ways.items():
+        sender, receiver = places[one[0]], places[one[1]]
+        end = receiver.x + PORTS[one[2]] * receiver.width
+        foot, head = receiver.y + receiver.height / 2, sender.y - sender.height / 2
+        x = end if rail is None else rail_at(rail, into)
+        points = (
+            [(x, foot)] if below is None else [(end, foot), (end, level_at(below, into)), (x, level_at(below, into))]
+        )
+        points += [(x, head)] if above is None else [(x, level_at(above, into)), (sender.x, level_at(above, into))]
+        points += [] if above is None else [(sender.x, head)]
+        paths[one] = rounded(points, 5 * grid.unit)
+    return paths
 
 
-def _near(mark: NodeMark, x: float) -> float:
-    """Where a curve meets a bar: above or below its other end."""
-    if mark.kind not in ("embed", "logits"):
-        return mark.x
-    return min(max(x, mark.x - mark.width / 2 + 8), mark.x + mark.width / 2 - 8)
+def count_of(n: int, what: str) -> str:
+    """A number of things, in the plural where there are several."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mechsafety.circuits.circuit import ROLES, RefusalCircuit
+from mechsafety.circuits.circuit import ROLES, Ablation, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.cards import Ablation, Notes, ablation_data, attention_data, card_words, node_cards
-from mechsafety.viz.compare import Comparison, compare_layouts
+from mechsafety.viz.cards import ablation_data, attention_data, card_words, node_cards
+from mechsafety.viz.compare import Comparison, compare_layouts, without_legend
 from mechsafety.viz.layout import layout_circuit
+from mechsafety.viz.legend import legend_alone
 from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend, magnitude
 from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import jinja2
 
 TALLEST, SHORTEST = 1000, 560
+KEY_WIDTH = 264.0  # the page's column
 THEMES = ("auto", "light", "dark")
 
 
@@ -41,7 +43,7 @@ def circuit_html(
     Args:
         circuit: What to show.
         style: How; legend and caption are on the page in any case.
-        notes: What else is known of nodes.
+        notes: What is known of nodes, in place of what the map measured (``circuit.details.notes``).
         ablations: Measured before and after; the page has a switch for each.
         theme: ``auto`` follows the reader's system; ``light`` or ``dark``.
         ablate: Whether cards get a box "ablate" that tells the page around it (see `mechsafety.viz.widget`).
@@ -51,13 +53,14 @@ def circuit_html(
     """
     style = style or Style()
     layout = layout_circuit(circuit, _every_edge(style))
+    known = {**(circuit.details.notes if circuit.details else {}), **(notes or {})}
     data = _data([layout], style) | {
-        "nodes": node_cards(circuit, notes or {}),
+        "nodes": node_cards(circuit, known),
         "attention": attention_data(circuit.details.attention if circuit.details else ()),
         "ablations": ablation_data(ablations),
         "ablate": ablate,
     }
-    return _page(layout.title, [("", layout)], data, theme, circuit)
+    return _page(layout.title, [("", layout)], data, theme, [member.role for member in circuit.nodes])
 
 
 def compare_html(
@@ -75,16 +78,20 @@ def compare_html(
     """
     style = style or Style()
     comparison: Comparison = compare_layouts(first, second, names, _every_edge(style))
+    # side by side the legend stands once, in the page's column
     panes = [
         ("difference", comparison.difference),
-        (comparison.names[0], comparison.first),
-        (comparison.names[1], comparison.second),
+        (comparison.names[0], without_legend(comparison.first)),
+        (comparison.names[1], without_legend(comparison.second)),
     ]
     cards = [node_cards(circuit, {}) for circuit in (first, second)]
     both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
     data = _data([layout for _, layout in panes], style)
     data |= {"nodes": both, "names": comparison.names, "attention": [], "ablations": [], "ablate": False}
-    return _page(comparison.difference.title, panes, data, theme, second)
+    # where a node has another role in the second circuit, the page goes by that one
+    roles = {member.node: member.role for circuit in (first, second) for member in circuit.nodes}
+    legend = layout_svg(legend_alone(style, (first, second), KEY_WIDTH))
+    return _page(comparison.difference.title, panes, data, theme, list(roles.values()), legend)
 
 
 def circuit_fragment(circuit: RefusalCircuit, style: Style | None = None, **options: Any) -> str:
@@ -133,6 +140,16 @@ def template(name: str) -> "jinja2.Template":
 
 
 @cache
+def _lean(name: str) -> str:
+    """A packaged script without indentation and lines of comment: a page is to be small."""
+    environment = _environment()
+    assert environment.loader is not None
+    source = environment.loader.get_source(environment, name)[0]
+    lines = (line.strip() for line in source.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
+
+
+@cache
 def _environment() -> "jinja2.Environment":
     import jinja2
 
@@ -148,7 +165,12 @@ def _every_edge(style: Style) -> Style:
 
 
 def _page(
-    title: str, panes: Sequence[tuple[str, Layout]], data: Mapping[str, Any], theme: str, circuit: RefusalCircuit
+    title: str,
+    panes: Sequence[tuple[str, Layout]],
+    data: Mapping[str, Any],
+    theme: str,
+    roles: Sequence[str],
+    legend: str = "",
 ) -> str:
     if theme not in THEMES:
         raise MechsafetyError(f"theme={theme!r}", expected=f"one of {THEMES}")
@@ -157,8 +179,12 @@ def _page(
         panes=[(name, layout_svg(layout, interactive=True)) for name, layout in panes],
         data=safe_json(data),
         theme=theme,
+        tokens=any(card.get("promotes") or card.get("texts") for card in data["nodes"].values()),
         groups=[mark.group for mark in panes[0][1].folded],
-        roles=[(role, ROLE_COLOURS[role], len(circuit.by_role(role))) for role in ROLES],
+        roles=[(role, ROLE_COLOURS[role], roles.count(role)) for role in ROLES],
+        legend=legend,
+        script=_lean("circuit.js"),
+        measure="change" if len(panes) > 1 else "effect",
         dark=_dark_rules(),
     )
 
@@ -169,11 +195,23 @@ def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
     limit = style.max_edges
     return {
         # as rounded as in the SVG, so that the last of the strongest edges is not lost
-        "edgeThreshold": float(f"{sizes[limit - 1]:.5g}") if limit and len(sizes) > limit else 0,
+        "edgeThreshold": float(f"{sizes[limit - 1]:.4g}") if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "fold": list(style.fold),
         "colours": ROLE_COLOURS,
         "words": card_words(),
+        "grid": _grid(layouts[0]),
+    }
+
+
+def _grid(layout: Layout) -> dict[str, Any] | None:
+    """Where the script may lead the edges of folded groups."""
+    if layout.grid is None:
+        return None
+    rows = {"channels": layout.grid.channels, "gaps": layout.grid.gaps}
+    return {
+        "unit": layout.grid.unit,
+        **{name: [[round(part, 2) for part in pair] for pair in pairs] for name, pairs in rows.items()},
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
-from mechsafety.viz.groups import fold, supernodes
+from mechsafety.viz.groups import folded_edges, supernodes
 from mechsafety.viz.legend import legend_and_caption
 from mechsafety.viz.marks import (
     BAR,
@@ -16,7 +16,9 @@ from mechsafety.viz.marks import (
     INK,
     MUTED,
     PORTS,
+    ROLE_OUTLINES,
     EdgeMark,
+    Grid,
     Label,
     Layout,
     NodeMark,
@@ -25,6 +27,7 @@ from mechsafety.viz.marks import (
     centred,
     edge_shapes,
     grey,
+    label_room,
     line,
     magnitude,
     node_shape,
@@ -39,7 +42,7 @@ from mechsafety.viz.style import Style, groups, lane_of, lane_order
 from mechsafety.viz.words import caption, edge_title, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
-TRACK, LEVEL, CHANNEL = 4.4, 3.4, 30.0  # distances of tracks, and the most that they take together
+TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks, and the most that they take together
 BARS = {"embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
@@ -122,11 +125,6 @@ def _ranked(edges: Iterable[CircuitEdge]) -> list[CircuitEdge]:
 
 def _finish(circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame) -> Layout:
     layout = _draw(circuit, style, placement, routes, frame)
-    named = groups(circuit, style)
-    group_of = {str(node): name for name, nodes in named.items() for node in nodes}
-    layout = replace(layout, nodes=tuple(replace(mark, group=group_of.get(mark.key, "")) for mark in layout.nodes))
-    layout = replace(layout, folded=supernodes(layout, named, frame.cell[0]))
-    layout = fold(layout, style.fold) if style.fold else layout
     return in_grey(layout) if style.grayscale else layout
 
 
@@ -235,35 +233,64 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
 def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame) -> Layout:
     members = {member.node: member for member in circuit.nodes}
     edges = _ranked(circuit.edges)
-    nodes = sorted(
-        (_node(frame, style, placement, member, members) for node, member in members.items() if node in placement.cell),
-        key=lambda mark: mark.member.node.order if mark.member else (0, 0, 0),
-    )
+    named = groups(circuit, style)
+    group_of = {node: name for name, nodes in named.items() for node in nodes}
+    nodes = [
+        replace(_node(frame, style, placement, member, members), group=group_of.get(member.node, ""))
+        for member in sorted(members.values(), key=lambda member: member.node.order)
+        if member.node in placement.cell
+    ]
+    supers = supernodes(nodes, named, frame.cell[0])
+    cells = {str(node): cell for node, cell in placement.cell.items()}
+    cells |= {mark.key: cells[anchor] for mark, anchor in supers}
+    channels, gaps = (tuple((a, b) for a, b, _ in rows) for rows in (frame.channels, frame.gaps))
+    grid = Grid(frame.unit, channels, gaps, cells)
     bars = [_bar(frame, style, kind, members.get(Node(kind))) for kind in ("embed", "logits")]
     places = {mark.key: mark for mark in [*bars, *nodes]}
     # an edge of one circuit may end at a node that only another has
     known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
-    drawn = [member for member in known if member.edge in routes.bundle][: style.max_edges]
+    drawn = [member for member in known if member.edge in routes.bundle]
     largest = max((magnitude(member.effect) for member in edges), default=0.0) or 1.0
-    curves = tuple(
+    # the weakest first; what is folded is summed before the weak ones are left out
+    curves = [
         _edge(frame, places, member, routes.bundle[member.edge], largest, placement) for member in reversed(drawn)
-    )
+    ]
+    if style.fold:
+        shown = [mark for mark, _ in supers if mark.group in style.fold]
+        stands_for = {mark.key: f"group:{mark.group}" for mark in nodes if mark.group in style.fold}
+        nodes = [*(mark for mark in nodes if mark.key not in stands_for), *shown]
+        places = {mark.key: mark for mark in [*bars, *nodes]}
+        curves = folded_edges(curves, stands_for, places, grid)
+    curves = curves if style.max_edges is None else strongest_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
-    sentences = caption(circuit, len(curves))
+    sentences = caption(circuit, sum(mark.n_edges for mark in curves))
     swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom)
     return Layout(
         width,
         height,
         (bars[0], *nodes, bars[1]),
-        curves,
+        tuple(curves),
         len(circuit.edges),
         backdrop + swatches,
         labels + texts,
         f"Refusal circuit of {plain(circuit.provenance.model)}",
         " ".join(sentences),
+        folded=tuple(mark for mark, _ in supers if mark.group not in style.fold),
         map_height=frame.bottom,
+        grid=grid,
     )
+
+
+def strongest_edges(curves: Sequence[EdgeMark], count: int) -> list[EdgeMark]:
+    """The ``count`` strongest edges (the last) and the strongest of every node, so that none stands unconnected."""
+    if not count:
+        return []
+    best: dict[str, int] = {}
+    for k, mark in enumerate(curves):
+        best |= {mark.sender: k, mark.receiver: k}
+    kept = {*best.values(), *range(max(0, len(curves) - count), len(curves))}
+    return [curves[k] for k in sorted(kept)]
 
 
 def _name(node: Node) -> str:
@@ -283,7 +310,8 @@ def _node(
     shape = node_shape(member.role, member.status, strength, x, y, width, height)
     colour = {"rejected": MUTED, "estimated": INK}.get(member.status) or readable_on(shape.fill or BAR)
     text = _name(member.node)
-    size = min(style.font, 0.84 * style.font * width / text_width(text, style.font))
+    room = 0.96 * label_room(ROLE_OUTLINES[member.role], width, height, style.font)
+    size = style.font * min(1.0, 0.84 * width / text_width(text, style.font), room / text_width(text, style.font))
     label = centred(x, y, text, size, colour, bold=True)
     return NodeMark(
         str(member.node), x, y, width, height, (shape,), (label,), node_title(member), member, "", member.node.kind

@@ -2,13 +2,15 @@
 
 import textwrap
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode
+from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.viz.marks import (
     FAINT,
     INK,
     MUTED,
     Label,
+    Layout,
     Shape,
     edge_shapes,
     line,
@@ -17,6 +19,7 @@ from mechsafety.viz.marks import (
     text_width,
 )
 from mechsafety.viz.style import Style
+from mechsafety.viz.words import role_name
 
 # a title, and (kind of swatch, its key, text) an item
 Row = tuple[str, list[tuple[str, str, str]]]
@@ -35,6 +38,15 @@ def legend_and_caption(
     """Shapes, texts and the picture's full height; the legend names only what the circuit has."""
     rows = [*_node_rows(nodes), *_edge_rows(edges)] if nodes else []
     return _under(style, style.font, rows, sentences, width, top)
+
+
+def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float) -> Layout:
+    """The legend of several circuits as a picture of its own."""
+    nodes = [member for circuit in circuits for member in circuit.nodes]
+    edges = [member for circuit in circuits for member in circuit.edges]
+    shown = replace(style, legend=True, caption=False)
+    shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0)
+    return Layout(width, height, (), (), 0, shapes, labels, "Legend", "What shapes, colours and lines mean.")
 
 
 def edge_legend(
@@ -78,19 +90,41 @@ def _under(
 
 
 def keys(
-    style: Style, items: Sequence[tuple[str, str]], sentences: Sequence[str], width: float, top: float
+    style: Style,
+    items: Sequence[tuple[str, tuple[float, ...], str]],
+    lines: Sequence[tuple[str, str]],
+    sentences: Sequence[str],
+    width: float,
+    top: float,
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
-    """A legend of plain colours, each with its text, and a caption."""
+    """A legend of plain colours (fill, dashes of the rim, text) and of lines (colour, text), and a caption."""
     unit, size = style.font / 12, 0.86 * style.font
     margin = 12 * unit
     shapes, labels = [], []
     y = top + 6 * unit
-    for colour, text in items if style.legend else ():
-        y += 1.75 * size
-        shapes.append(Shape(outline("rounded", margin + 12 * unit, y, 24 * unit, 13 * unit), colour, INK, 1.0))
-        labels.append(Label(margin + 32 * unit, y + 0.35 * size, text, size))
+    x, rows = margin, []
+    for colour, dashes, text in items:
+        body = outline("rounded", 0, 0, 24 * unit, 13 * unit)
+        rows.append((Shape(body, colour, INK, 1.0, dashes), text))
+    rows += [(Shape(line((-12 * unit, 0), (12 * unit, 0)), None, colour, 2.0 * unit), text) for colour, text in lines]
+    for k, (shape, text) in enumerate(rows if style.legend else ()):
+        room = 32 * unit + text_width(text, size) + 14 * unit
+        if k == 0 or k == len(items) or x + room > width - margin:
+            x, y = margin, y + 1.75 * size
+        shapes.append(moved(shape, x + 12 * unit, y))
+        labels.append(Label(x + 32 * unit, y + 0.35 * size, text, size))
+        x += room
     captions, height = _caption(style, style.font, sentences, width, y + (1.75 * size if style.legend else 0.0))
     return tuple(shapes), (*labels, *captions), height
+
+
+def moved(shape: Shape, x: float, y: float) -> Shape:
+    """The shape with its origin at (x, y)."""
+    steps = (x, y)
+    commands = tuple(
+        (letter, tuple(value + steps[k % 2] for k, value in enumerate(values))) for letter, values in shape.commands
+    )
+    return replace(shape, commands=commands)
 
 
 def _caption(style: Style, font: float, sentences: Sequence[str], width: float, y: float) -> tuple[list[Label], float]:
@@ -110,7 +144,7 @@ def _caption(style: Style, font: float, sentences: Sequence[str], width: float, 
 def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
     roles, statuses = {member.role for member in nodes}, {member.status for member in nodes}
     return [
-        ("role", [("role", role, "none assigned" if role == "none" else role) for role in ROLES if role in roles]),
+        ("role", [("role", role, role_name(role)) for role in ROLES if role in roles]),
         (
             "node",
             [*(("status", key, key) for key in STATUSES if key in statuses), ("", "", "depth of colour: |effect|")],

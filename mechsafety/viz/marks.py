@@ -1,7 +1,7 @@
 """What a picture is made of: shapes, labels, and the fixed colours and outlines of roles and statuses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode
@@ -106,7 +106,10 @@ class NodeMark:
 
 @dataclass(frozen=True, slots=True)
 class EdgeMark:
-    """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks."""
+    """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks.
+
+    ``n_edges`` is how many edges of the circuit it sums.
+    """
 
     sender: str
     receiver: str
@@ -117,6 +120,24 @@ class EdgeMark:
     title: str
     labels: tuple[Label, ...] = ()
     member: CircuitEdge | None = None
+    n_edges: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where nothing but edges may run, for those that are routed after the layout (folded groups').
+
+    Attributes:
+        unit: Pixels that a length of 1 at the 12-pixel font takes.
+        channels: Where the channel left of each column begins, and its width; the last is right of all columns.
+        gaps: Lower rim and height of the channel below each line, from the bottom up; the last is above all lines.
+        cells: Line and column of each node by its key; a supernode has its anchor's.
+    """
+
+    unit: float
+    channels: tuple[tuple[float, float], ...]
+    gaps: tuple[tuple[float, float], ...]
+    cells: Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +154,7 @@ class Layout:
         title, description: In words, for readers that cannot see the picture.
         folded: Supernodes that an interactive page shows in place of a group's members; no other medium draws them.
         map_height: Height of the picture without legend and caption.
+        grid: Of a circuit's picture; a role diagram has none.
     """
 
     width: float
@@ -146,6 +168,7 @@ class Layout:
     description: str
     folded: tuple[NodeMark, ...] = ()
     map_height: float = 0.0
+    grid: Grid | None = None
 
 
 def magnitude(effect: float | None) -> float:
@@ -236,6 +259,19 @@ def outline(kind: str, x: float, y: float, width: float, height: float, most: fl
     )
 
 
+def label_room(kind: str, width: float, height: float, size: float) -> float:
+    """How wide a text of this size may be that stands in the middle of an outline."""
+    # letters reach about a third of their size above and below the middle
+    reach = min(1.0, 2 * 0.36 * size / height)
+    if kind == "ellipse":
+        return width * math.sqrt(1 - reach**2)
+    if kind == "hexagon":
+        return width - 2 * min(height / 2, width / 4) * reach
+    if kind == "slanted":
+        return width - min(height * 0.4, width / 5) * (1 + reach)
+    return width
+
+
 def polygon(*points: tuple[float, float]) -> tuple[Command, ...]:
     """A closed path through ``points``."""
     return (("M", points[0]), *(("L", point) for point in points[1:]), ("Z", ()))
@@ -277,7 +313,7 @@ def edge_shapes(
     """
     colour = edge_colour(effect, status)
     # estimates are drawn thinner than measurements of the same size
-    width = unit * (0.8 + (3.2 if status == "measured" or status == "verified" else 2.0) * strength)
+    width = unit * (0.8 + (2.4 if status in ("measured", "verified") else 1.6) * strength)
     dashes = tuple(round(part * max(width, 1.2 * unit), 2) for part in DASHES[slot])
     x, y = commands[0][1]
     size = unit * 2.6 + 0.45 * width

@@ -1,20 +1,21 @@
 """A layout as a vector PDF or a PNG, drawn by matplotlib: no browser, no global figure state."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.marks import EdgeMark, Label, Layout, NodeMark, Shape
+from mechsafety.viz.marks import ROLE_OUTLINES, EdgeMark, Label, Layout, NodeMark, Shape, label_room
 from mechsafety.viz.style import Style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WEIGHTS = {False: "normal", True: "bold"}
 INCH, POINT = 96.0, 0.75  # pixels an inch, points a pixel
-NARROWER = 0.9  # DejaVu Sans runs wider than the fonts the layout reckons with
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 
@@ -69,8 +70,12 @@ def layout_figure(layout: Layout) -> "Figure":
     marks: list[EdgeMark | NodeMark] = [*layout.edges, *layout.nodes]
     for shape in [*layout.backdrop, *(shape for mark in marks for shape in mark.shapes)]:
         _draw(axes, shape)
-    for label in [*layout.labels, *(label for mark in marks for label in mark.labels)]:
-        _write(axes, label)
+    outside = [*layout.labels, *(label for mark in layout.edges for label in mark.labels)]
+    inside = [(label, _room(mark, label)) for mark in layout.nodes for label in mark.labels]
+    rooms = [label.box[2] - label.box[0] for label in outside]
+    for texts, widths in ((outside, rooms), ([label for label, _ in inside], [room for _, room in inside])):
+        for label, shrink in zip(texts, _shrink(texts, widths), strict=True):
+            _write(axes, label, shrink)
     return figure
 
 
@@ -105,15 +110,44 @@ def _draw(axes: Any, shape: Shape) -> None:
     )
 
 
-def _write(axes: Any, label: Label) -> None:
+def _room(mark: NodeMark, label: Label) -> float:
+    """How wide a name may be in its outline."""
+    if mark.member is None:
+        return (0.88 if mark.kind == "role" else 0.98) * mark.width
+    return 0.98 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
+
+
+def _shrink(labels: Sequence[Label], rooms: Sequence[float]) -> list[float]:
+    """What each text is scaled by to keep to its room: DejaVu Sans runs wider than the fonts the layout reckons with.
+
+    Texts of one size keep one size, so that a caption's lines match.
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    measure, fonts = (
+        TextToPath(),
+        {bold: FontProperties(family="DejaVu Sans", weight=_WEIGHTS[bold]) for bold in _WEIGHTS},
+    )
+    least: dict[tuple[float, bool], float] = {}
+    for label, room in zip(labels, rooms, strict=True):
+        # paths are measured at the size 100
+        width = measure.get_text_width_height_descent(_drawable(label.text), fonts[label.bold], False)[0]
+        share = room / (width * label.size / fonts[label.bold].get_size_in_points()) if width else 1.0
+        key = (round(label.size, 2), label.bold)
+        least[key] = min(least.get(key, 1.0), share)
+    return [least[round(label.size, 2), label.bold] for label in labels]
+
+
+def _write(axes: Any, label: Label, shrink: float) -> None:
     anchors = {"start": "left", "middle": "center", "end": "right"}
     axes.text(
         label.x,
         label.y,
         _drawable(label.text),
-        fontsize=label.size * POINT * NARROWER,
+        fontsize=label.size * POINT * shrink,
         color=label.colour,
-        fontweight="bold" if label.bold else "normal",
+        fontweight=_WEIGHTS[label.bold],
         family="DejaVu Sans",
         ha=anchors[label.anchor],
         va="baseline",

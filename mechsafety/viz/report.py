@@ -3,9 +3,10 @@
 import base64
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from mechsafety.circuits.circuit import ROLES, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
@@ -13,6 +14,7 @@ from mechsafety.viz.glossary import GLOSSARY, METHODS
 from mechsafety.viz.html import circuit_fragment, template
 from mechsafety.viz.marks import ROLE_COLOURS, magnitude
 from mechsafety.viz.role_diagram import role_diagram
+from mechsafety.viz.search import search_section
 from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
 
@@ -23,6 +25,7 @@ ROLE_WORDS = {
     "production": "acts on the logits directly",
     "none": "matters, but no rule for a role fitted",
 }
+HEADS_IN_TEXT = 6
 # An explicit list: plotly's default buttons include one that sends the data to its maker's cloud.
 PLOT = {
     "displaylogo": False,
@@ -63,6 +66,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         downloads=_downloads(circuit),
         steps=METHODS,
         options=[(key, _shown(value)) for key, value in circuit.provenance.options.items()],
+        search=search_section(circuit),
         curve=figures[0],
         heatmap=figures[1],
         effects=figures[2],
@@ -73,7 +77,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         ],
         edges=[_edge(member) for member in circuit.edges],
         n_measured=sum(member.status != "estimated" for member in circuit.edges),
-        attention=attention_html(details.attention) if details and details.attention else None,
+        attention=attention_html(_strongest_heads(circuit)) if details and details.attention else None,
         samples=_samples(circuit),
         glossary=GLOSSARY,
         provenance=_provenance(circuit),
@@ -83,6 +87,18 @@ def render_report(circuit: RefusalCircuit) -> str:
         no_scores=details is None,
         missing=_missing(circuit),
     )
+
+
+def _strongest_heads(circuit: RefusalCircuit) -> list[AttentionExample]:
+    """Attention of the six strongest heads that have it: CircuitsVis shows no more at a time; cards have the others."""
+    sizes = {member.node: magnitude(member.effect) for member in circuit.nodes}
+    examples = []
+    for example in circuit.details.attention if circuit.details else ():
+        order = sorted(range(len(example.heads)), key=lambda k: -sizes.get(example.heads[k], 0.0))[:HEADS_IN_TEXT]
+        kept = sorted(order)
+        heads = tuple(example.heads[k] for k in kept)
+        examples.append(replace(example, heads=heads, patterns=example.patterns[kept]))
+    return examples
 
 
 def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
@@ -160,7 +176,6 @@ def _missing(circuit: RefusalCircuit) -> list[str]:
 
 def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
     check = circuit.verification
-    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
     target = "reaches" if check.reached else "misses"
     return [
         (
@@ -170,14 +185,27 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
             f" {target} the target {words.number(check.target, 2)}",
         ),
         *_fresh_card(circuit),
-        ("Size", f"{len(circuit.nodes)} of {circuit.n_candidates}", f"{words.percent(share)} of the candidate parts"),
+        ("Size", f"{words.size(circuit)} of {circuit.n_candidates}", _size_note(circuit)),
         (
             "Random circuits",
             words.number(check.random_controls.mean, 2),
             f"mean of {check.random_controls.n} of the same size; {words.p_value(check.random_controls.p_value)}",
         ),
-        ("Necessity", words.number(check.necessity, 2), "share of the gap lost without the circuit"),
+        ("Necessity", words.number(check.necessity, 2), _necessity_note(circuit)),
     ]
+
+
+def _size_note(circuit: RefusalCircuit) -> str:
+    share = words.percent(words.size_share(circuit))
+    if circuit.level == "edge":
+        return f"{share} of the candidate edges; they join {len(circuit.nodes)} nodes"
+    return f"{share} of the candidate parts"
+
+
+def _necessity_note(circuit: RefusalCircuit) -> str:
+    controls = circuit.verification.necessity_controls
+    note = "share of the gap lost without the circuit"
+    return note if controls is None else f"{note}; without random ones {words.number(controls.mean, 2)} on average"
 
 
 def _fresh_card(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
@@ -217,7 +245,7 @@ def _node(member: CircuitNode, lost: float | None) -> dict[str, Any]:
     return {
         "name": str(member.node),
         "order": layer * 1_000_000 + part * 100_000 + index,
-        "role": member.role,
+        "role": words.role_name(member.role),
         "colour": ROLE_COLOURS[member.role],
         "effect": words.number(member.effect, 4),
         "raw": _sortable(member.effect),

@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from mechsafety.circuits.circuit import ROLES, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.layout import in_grey
 from mechsafety.viz.legend import edge_legend
@@ -30,12 +31,12 @@ from mechsafety.viz.marks import (
     text_width,
 )
 from mechsafety.viz.style import Style
-from mechsafety.viz.words import caption, number, plain
+from mechsafety.viz.words import caption, number, plain, role_name
 
 ORDER = ("embed", "none", "detection", "evaluation", "decision", "production", "logits")
 NAMED = 6  # members named in a box
 ARROWS = 18  # the strongest, at most
-TITLES = {"none": "no role", "embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
+TITLES = {"none": role_name("none"), "embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
 @dataclass(slots=True)
@@ -66,15 +67,19 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
 
     Args:
         circuit: With roles and edges.
-        style: ``columns``, ``groups``, ``fold`` and ``max_edges`` do not apply; with a ``width_mm`` the whole diagram
-            is scaled, so that ``font_pt`` holds only without it.
+        style: ``columns``, ``groups``, ``fold`` and ``max_edges`` do not apply. With a ``width_mm`` and no ``font_pt``
+            the whole diagram is scaled to the width; with both, it is widened to the width at that font.
 
     Returns:
         A layout for `layout_svg`, `layout_pdf`, `layout_png` and `layout_tikz`. Arrows beyond the 18 strongest are left
         out; the caption counts them.
+
+    Raises:
+        MechsafetyError: The width is too small for the font that was asked for.
     """
     style = style or Style()
-    font = style.font if style.width is None else 12.0
+    fixed = style.width is None or style.font_pt is not None
+    font = style.font if fixed else 12.0
     members = {role: sorted(circuit.by_role(role), key=_strength) for role in ROLES}
     levels = [name for name in ORDER if name in ("embed", "logits") or members[name]]
     role_of = {member.node: member.role for member in circuit.nodes}
@@ -82,8 +87,14 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     kept = arrows[:ARROWS]
     _choose_sides(kept, levels)
     layout = _draw(circuit, style, font, levels, members, kept, inside, len(arrows) - len(kept))
-    if style.width is not None:
+    if style.width is not None and not fixed:
         layout = scaled(layout, style.width / layout.width)
+    elif style.width is not None and layout.width > style.width + 0.01:
+        raise MechsafetyError(
+            f"width_mm={style.width_mm:g} with {font * 0.75:g} pt text",
+            expected=f"at least {layout.width * 25.4 / 96:.0f} mm for this diagram",
+            cure="a smaller font_pt, or none, which scales the diagram to the width",
+        )
     return in_grey(layout) if style.grayscale else layout
 
 
@@ -141,6 +152,9 @@ def _draw(
     box = max(270 * unit, *(pitch * (len(some) + 1) for some in straight.values()))
     left = 14 * unit + pitch * tracks[-1] + (10 * unit if tracks[-1] else 0)
     width = max(left + box + pitch * tracks[1] + 24 * unit, 360 * unit)
+    if style.width is not None and style.font_pt is not None and style.width > width:
+        # what is to spare goes to both sides
+        left, width = left + (style.width - width) / 2, style.width
     middle = left + box / 2
     # heights, from the top down
     marks: dict[str, NodeMark] = {}
@@ -168,7 +182,8 @@ def _draw(
         for arrow in reversed(arrows)
     ]
     edges = _spread_labels(edges)
-    sentences = [*caption(circuit, sum(len(arrow.members) for arrow in arrows) + sum(map(len, inside.values())))]
+    drawn = sum(len(arrow.members) for arrow in arrows) + sum(map(len, inside.values()))
+    sentences = [*caption(circuit, drawn, "those of the strongest arrows")]
     sentences.append(
         "An arrow sums the effects of the edges from one role to another into one slot; in brackets, how many. "
         "Filled: at least half of what is summed was measured."

@@ -155,6 +155,9 @@ def _levels(bundles: Sequence[Bundle], n_lines: int) -> tuple[int, ...]:
                 points[gap].add(float(sender[1]))
                 if rise is not None:
                     points[gap].add(rise)
+                if bundle.trunk is not None and not bundle.in_channel:
+                    # the trunk goes up from here in a column that another node below may leave
+                    into[gap].add(float(bundle.trunk))
         if bundle.receiver is not None:
             gap, port = bundle.receiver[0], bundle.receiver[1] + {"q": -0.2, "v": 0.2}.get(bundle.slot, 0.0)
             into[gap].add(float(bundle.receiver[1]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mechsafety.circuits.circuit import ROLES, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
+from mechsafety.viz.words import role_name
 
 COLUMNS = ("role", "part", "position")
 PIXELS_PER_MM, PIXELS_PER_PT = 96 / 25.4, 96 / 72
@@ -44,7 +45,8 @@ class Style:
         font_pt: Size of node labels in points; None is 9 on a screen and 7 with a ``width_mm``.
         grayscale: Whether to draw in greys; shapes, dashes and marks tell everything without colour.
         legend, caption: Whether they stand under the picture.
-        max_edges: Draw only so many of the strongest edges; None draws all.
+        max_edges: Draw only so many of the strongest edges, and the strongest of each node where it is weaker; 0 draws
+            none, None all.
         groups: Nodes by the name of their group, for folding; None makes a group of each role.
         fold: Names of groups drawn as one supernode.
         positions: For ``columns="position"``; None takes each node's span from its role evidence.
@@ -130,7 +132,7 @@ def lane_of(style: Style, member: CircuitNode) -> str:
 def lane_order(style: Style) -> list[tuple[str, str]]:
     """Keys and titles of the possible lanes from left to right."""
     if style.columns == "role":
-        return [("none", "no role"), *((role, role) for role in ROLES if role != "none")]
+        return [(role, role_name(role)) for role in ("none", *(role for role in ROLES if role != "none"))]
     if style.columns == "part":
         return list(PART_TITLES.items())
     if style.positions is not None:

@@ -126,7 +126,7 @@ def _node(mark: NodeMark, interactive: bool, size: float) -> str:
     if interactive:
         # a script takes what has no kind for a part of the model
         data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
-        data += f' data-box="{mark.x:.5g} {mark.y:.5g} {mark.width:.4g} {mark.height:.3g}"'
+        data += f' data-box="{" ".join(f"{round(part, 1):g}" for part in (mark.x, mark.y, mark.width, mark.height))}"'
         data += f" data-group={quoteattr(mark.group)}" if mark.group else ""
         if mark.member is not None:
             member = mark.member
@@ -142,4 +142,4 @@ def _title(text: str, usual: bool) -> str:
 
 
 def _raw(effect: float | None) -> str:
-    return "" if effect is None else f"{effect:.5g}"
+    return "" if effect is None else f"{effect:.4g}"

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.circuits.circuit import Ablation, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.cards import Ablation, ablation_data
+from mechsafety.viz.cards import ablation_data
 from mechsafety.viz.html import circuit_html, template
 from mechsafety.viz.style import Style
 
@@ -28,7 +28,8 @@ def circuit_widget(
 
     Args:
         circuit: What to show.
-        on_ablate: Runs the model without these nodes (see `mechsafety.interventions`); None leaves the boxes out.
+        on_ablate: Runs the model without these nodes; `RefusalCircuit.widget` makes it of a model. None leaves the
+            boxes out.
         style: How.
         options: As `mechsafety.viz.circuit_html`.
 

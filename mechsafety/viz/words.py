@@ -29,6 +29,11 @@ STATUS_WORDS = {
 }
 
 
+def role_name(role: str) -> str:
+    """What a role is called in pictures, pages and reports."""
+    return "no role" if role == "none" else role
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people; an en dash where there is none.
 
@@ -90,19 +95,21 @@ def visible(token: str) -> str:
     return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
 
 
-def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
-    """The sentences under the picture; ``drawn`` is how many edges are drawn."""
+def caption(
+    circuit: RefusalCircuit, drawn: int, which: str = "the strongest in all and of each node"
+) -> tuple[str, ...]:
+    """The sentences under the picture; ``drawn`` is how many edges are drawn, ``which`` says which where not all."""
     check = circuit.verification
     controls = check.random_controls
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
-    edges += " (the strongest)" if drawn < len(circuit.edges) else ""
+    edges += f" ({which})" if drawn < len(circuit.edges) else ""
     model = plain(circuit.provenance.model, 60)
-    size = f"{len(circuit.nodes)} of {circuit.n_candidates} candidate nodes"
-    if getattr(circuit, "level", "node") == "edge":
-        size = f"{len(circuit.nodes)} nodes, {len(circuit.edges)} of {circuit.n_candidates} candidate edges"
+    held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
+    if circuit.level == "edge":
+        held = f"{len(circuit.nodes)} nodes, {held}"
     if not math.isfinite(check.faithfulness):
         return (
-            f"{model}: {size}; {edges}.",
+            f"{model}: {held}; {edges}.",
             "Not verified: nothing was measured on this circuit as a whole.",
             _metric(circuit),
         )
@@ -110,7 +117,7 @@ def caption(circuit: RefusalCircuit, drawn: int) -> tuple[str, ...]:
     if check.fresh is not None:
         fresh = f"; on fresh pairs {number(check.fresh.faithfulness, 2)} {interval(check.fresh.ci, 2)}"
     return (
-        f"{model}: {size}; {edges}.",
+        f"{model}: {held}; {edges}.",
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
         f"{interval(check.held_out_ci, 2)}{fresh}; {controls.n} random circuits of this size reach "
         f"{number(controls.mean, 2)} on average ({p_value(controls.p_value).replace(' ', NO_BREAK)}).",
@@ -130,7 +137,9 @@ def node_title(member: CircuitNode) -> str:
     parts = [f"{member.node}: effect {number(member.effect)}"]
     parts += [f"95 % interval {interval(member.ci)}"] if member.ci else []
     parts += [p_value(member.p_value)] if member.p_value is not None else []
-    return "; ".join([*parts, f"role {member.role}", STATUS_WORDS[member.status]])
+    return "; ".join(
+        [*parts, "no role" if member.role == "none" else f"role {member.role}", STATUS_WORDS[member.status]]
+    )
 
 
 def edge_title(member: CircuitEdge) -> str:
@@ -157,11 +166,25 @@ def evidence_values(member: CircuitNode) -> list[tuple[int, str]]:
     ]
 
 
+def size(circuit: RefusalCircuit) -> int:
+    """How many of the candidates the circuit holds: its edges where the search chose edges, else its nodes."""
+    return len(circuit.edges if circuit.level == "edge" else circuit.nodes)
+
+
+def size_share(circuit: RefusalCircuit) -> float:
+    """The same as a share of the candidates."""
+    return size(circuit) / circuit.n_candidates if circuit.n_candidates else math.nan
+
+
+def units(circuit: RefusalCircuit, n: int = 2) -> str:
+    """What the candidates are called: edges or nodes."""
+    return ("edge" if circuit.level == "edge" else "node") + ("" if n == 1 else "s")
+
+
 def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:
     """The curve's points and the circuit shown, by size."""
     check = circuit.verification
-    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
-    shown = CurvePoint(share, len(circuit.nodes), check.faithfulness, check.held_out_faithfulness)
+    shown = CurvePoint(size_share(circuit), size(circuit), check.faithfulness, check.held_out_faithfulness)
     points = [point for point in check.curve if point.held_out is not None and math.isfinite(point.held_out)]
     known = {point.n_nodes for point in points}
     return sorted(points + ([shown] if shown.n_nodes not in known else []), key=lambda point: point.n_nodes)
@@ -196,23 +219,25 @@ def verdict(circuit: RefusalCircuit) -> str:
     if not any(math.isfinite(point.held_out) for point in points):
         return "Not measured: there is no curve of faithfulness over size."
     small = next((point for point in points if point.n_nodes >= 10), points[-1])
-    best_ones = f"{small.n_nodes} best nodes restore" if small.n_nodes > 1 else "best node restores"
+    unit = units(circuit, small.n_nodes)
+    best_ones = f"{small.n_nodes} best {unit} restore" if small.n_nodes > 1 else f"best {unit} restores"
     opening = f"The {best_ones} {percent(small.held_out)} of the gap on held-out pairs"
     if needed is None:
         best = max(points, key=lambda point: (point.held_out, -point.n_nodes))
         return (
             f"{opening}. The target of {percent(target)} is never reached: the most faithful size tried, "
-            f"{best.n_nodes} of {total} nodes, restores {percent(best.held_out)}. These nodes do not explain the "
-            "refusal; read the picture as a partial account."
+            f"{best.n_nodes} of {total} {units(circuit)}, restores {percent(best.held_out)}. These {units(circuit)} do "
+            "not explain the refusal; read the picture as a partial account."
         )
     amount = f"{needed.n_nodes} of {total} ({percent(needed.k)}) are enough for {percent(target)}"
+    parts = "edges" if circuit.level == "edge" else "parts"
     if needed.k < CONCENTRATED_BELOW:
-        close = "this refusal mechanism is concentrated in a small set of parts."
+        close = f"this refusal mechanism is concentrated in a small set of {parts}."
     elif needed.k <= MODERATE_BELOW:
-        close = "this refusal mechanism is moderately spread: a sizeable minority of the parts carries it."
+        close = f"this refusal mechanism is moderately spread: a sizeable minority of the {parts} carries it."
     else:
         amount = amount.replace("are enough", "are needed")
-        close = "this refusal mechanism is spread out; the circuit is no small set of parts."
+        close = f"this refusal mechanism is spread out; the circuit is no small set of {parts}."
     return f"{opening}; {amount}: {close}"
 
 
@@ -239,7 +264,8 @@ def chance(circuit: RefusalCircuit) -> str:
     )
     if controls.p_value < 0.05:
         return f"{text} The circuit is better than chance."
-    return f"{text} By the usual 0.05 rule the circuit is not better than chance: its choice of nodes is not supported."
+    chosen = f"its choice of {units(circuit)} is not supported."
+    return f"{text} By the usual 0.05 rule the circuit is not better than chance: {chosen}"
 
 
 def necessity(circuit: RefusalCircuit) -> str:
@@ -251,23 +277,40 @@ def necessity(circuit: RefusalCircuit) -> str:
         f"When the whole circuit gets its harmless-run values and every other part keeps its own, {percent(lost)} of "
         f"the gap is lost on {checked_on(circuit)}."
     )
+    text += f" {_against_random_removal(circuit)}"
     if lost >= 0.8:
-        return f"{text} So the refusal depends on it."
+        return text
     if lost >= 0.3:
-        return f"{text} So parts outside the circuit can keep up some of the refusal."
-    return f"{text} So the refusal largely survives without it: other parts can stand in."
+        return f"{text} Parts outside the circuit can keep up some of the refusal."
+    return f"{text} The refusal largely survives without it: other parts can stand in."
+
+
+def _against_random_removal(circuit: RefusalCircuit) -> str:
+    """The verdict of the claim that this circuit is needed more than a random one of its size."""
+    check = circuit.verification
+    claim = next((claim for claim in check.claims if claim.name == "necessity"), None)
+    controls = check.necessity_controls
+    if controls is None or claim is None or claim.passed is None:
+        return "Whether removing random circuits of its size loses as much was not measured."
+    text = (
+        f"Removing one of {controls.n} random circuits of its size loses {percent(controls.mean)} on average "
+        f"({p_value(claim.p_value)})"
+    )
+    if claim.passed:
+        return f"{text}: the refusal depends on this circuit more than on such a set."
+    return f"{text}: this does not show that the refusal depends on this circuit more than on any such set."
 
 
 def finding(circuit: RefusalCircuit) -> str:
     """The result in one sentence."""
     check = circuit.verification
-    share = len(circuit.nodes) / circuit.n_candidates if circuit.n_candidates else math.nan
+    what = "edges" if circuit.level == "edge" else "parts"
     if not math.isfinite(check.held_out_faithfulness):
-        return f"{len(circuit.nodes)} of {circuit.n_candidates} candidate parts; not verified as a whole."
+        return f"{size(circuit)} of {circuit.n_candidates} candidate {what}; not verified as a whole."
     reached = "which reaches" if check.reached else "which misses"
     where = "held-out topics" if any(check.held_out_topics) else "held-out pairs"
     text = (
-        f"{len(circuit.nodes)} of {circuit.n_candidates} candidate parts ({percent(share)}) restore "
+        f"{size(circuit)} of {circuit.n_candidates} candidate {what} ({percent(size_share(circuit))}) restore "
         f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on {where}, "
         f"{reached} the target of {percent(check.target)} that set their number"
     )

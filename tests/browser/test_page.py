@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,9 +13,10 @@ import pytest
 from chromium import browser, show
 from circuits_drawn import HOSTILE, build, large_circuit, small_circuit
 
-from mechsafety.circuits.circuit import Node
+from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.viz import Ablation, Notes, Style, circuit_html, circuit_svg, circuit_tikz, compare_html, layout_circuit
 
+DEMO = Path(__file__).parents[2] / "docs" / "gallery" / "demo.json"
 VISIBLE = ".node:not(.gone)"
 
 
@@ -52,15 +54,22 @@ def set_slider(page, name: str, value: int) -> None:
     page.eval_on_selector(f"#{name}", f"el => {{ el.value = {value}; el.dispatchEvent(new Event('input')); }}")
 
 
-@pytest.mark.parametrize(("nodes", "edges", "seconds"), [(69, 60, 1.0), (300, 200, 3.0)])
-def test_is_interactive_in_time(show, nodes: int, edges: int, seconds: float) -> None:
+def of_300_nodes():
     rng = random.Random(2)
     every = [Node("head", layer, head) for layer in range(24) for head in range(16)] + [
         Node("mlp", k) for k in range(24)
     ]
-    page = show(circuit_html(build(rng.sample(every, nodes), edges, n_layers=24, n_heads=16))).page
+    return build(rng.sample(every, 300), 200, n_layers=24, n_heads=16)
+
+
+@pytest.mark.parametrize(
+    ("circuit", "seconds"), [(lambda: RefusalCircuit.load(DEMO), 1.0), (of_300_nodes, 3.0)], ids=["demo", "300"]
+)
+def test_is_interactive_in_time(show, circuit, seconds: float) -> None:
+    drawn = circuit()
+    page = show(circuit_html(drawn)).page
     took = page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") / 1000
-    assert count(page, ".node[data-role]") == nodes
+    assert count(page, ".node[data-role]") == len(drawn.nodes)
     assert took < seconds
     start = page.evaluate("performance.now()")
     page.evaluate("document.querySelector('.node[data-role]').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
@@ -76,7 +85,7 @@ def test_hovering_shows_a_card(show, small) -> None:
         str(member.node),
         "95 % interval",
         "p, adjusted",
-        member.role.replace("none", "none assigned"),
+        member.role.replace("none", "no role"),
         "what the role rests on",
     ):
         assert part in text
@@ -156,20 +165,75 @@ def test_groups_fold_and_unfold(show, large) -> None:
     set_slider(page, "edgeSlider", 0)
     drawn = page.eval_on_selector_all(
         ".edge.summed",
-        "all => all.map(el => [...el.children].slice(1).map(p => [p.getAttribute('d'), p.getAttribute('stroke')]))",
+        """all => all.map(el => [el.querySelector('title').textContent,
+        [...el.children].slice(1).map(p => [p.getAttribute('d'), p.getAttribute('stroke')])])""",
     )
-    folded = [mark for mark in python.edges if "group:detection" in (mark.sender, mark.receiver)]
-    assert len(drawn) == len(folded) > 0
-    for mark in folded:
+    paths = dict(drawn)
+    folded = {mark.title: mark for mark in python.edges if "group:detection" in (mark.sender, mark.receiver)}
+    assert paths.keys() == folded.keys() and len(drawn) == len(folded) > 0
+    for title, mark in folded.items():
         values = np.array([value for _, part in mark.shapes[0].commands for value in part])
-        curve = min(drawn, key=lambda paths: np.abs(numbers(paths[0][0]) - values).max())
-        assert np.abs(numbers(curve[0][0]) - values).max() < 0.11
+        assert np.abs(numbers(paths[title][0][0]) - values).max() < 0.11
         # the same number of marks, and the same colour
-        same = [paths for paths in drawn if np.abs(numbers(paths[0][0]) - values).max() < 0.11]
-        assert (len(mark.shapes), mark.shapes[0].stroke) in [(len(paths), paths[0][1]) for paths in same]
+        assert (len(mark.shapes), mark.shapes[0].stroke) == (len(paths[title]), paths[title][0][1])
     group.focus()
     page.keyboard.press("f")
     assert not group.is_visible() and count(page, ".edge.summed") == 0
+
+
+def test_paths_go_through_folded_groups(show, small) -> None:
+    page = show(circuit_html(small)).page
+    set_slider(page, "edgeSlider", 0)
+    role_of = {str(member.node): member.role for member in small.nodes}
+    group = "evaluation"
+    stands = {key: f"group:{group}" if role == group else key for key, role in role_of.items()}
+    page.click(f'[data-fold="{group}"]')
+    for key in ("embed", f"group:{group}"):
+        reached = {key}
+        for forward in (True, False):
+            seen, waiting = {key}, [key]
+            while waiting:
+                at = waiting.pop()
+                for member in small.edges:
+                    ends = [stands.get(str(n), str(n)) for n in (member.edge.sender, member.edge.receiver)]
+                    start, end = ends if forward else ends[::-1]
+                    if start == at and end not in seen:
+                        seen.add(end)
+                        waiting.append(end)
+            reached |= seen
+        page.evaluate(
+            f"""document.querySelector('.node[data-node="{key}"]')
+            .dispatchEvent(new MouseEvent('click', {{bubbles: true}}))"""
+        )
+        bright = page.eval_on_selector_all(".node:not(.dim):not(.gone)", "all => all.map(el => el.dataset.node)")
+        assert set(bright) == reached
+        assert f"group:{group}" in reached and len(reached) > 3
+        sums = page.eval_on_selector_all(
+            ".edge.summed", "all => all.map(el => [el.dataset.from, el.dataset.to, el.classList.contains('dim')])"
+        )
+        assert sums and all(dim == ((a not in reached) or (b not in reached)) for a, b, dim in sums)
+        page.keyboard.press("Escape")
+        assert count(page, ".dim") == 0
+
+
+def test_folded_sums_hold_weak_edges_too(show, large) -> None:
+    page = show(circuit_html(large)).page
+    page.click('[data-fold="detection"]')
+    hidden = {str(member.node) for member in large.by_role("detection")}
+    sums: dict[tuple[str, ...], list[float]] = {}
+    for member in large.edges:
+        ends = [str(node) for node in (member.edge.sender, member.edge.receiver)]
+        if len(hidden & set(ends)) == 1:
+            key = tuple("group:detection" if end in hidden else end for end in ends)
+            sums.setdefault((*key, member.edge.slot), []).append(member.effect)
+    threshold = sorted((abs(member.effect) for member in large.edges), reverse=True)[59]
+    expected = {key: values for key, values in sums.items() if abs(sum(values)) >= threshold * 0.9999}
+    titles = page.eval_on_selector_all(".edge.summed title", "all => all.map(el => el.textContent)")
+    assert len(titles) == len(expected)
+    for (start, end, slot), values in expected.items():
+        many = f"{len(values)} edges, effects sum to" if len(values) > 1 else "1 edge, effect"
+        total = f"{sum(values):.3f}".replace("-", "\u2212")
+        assert f"{start} to {end}, slot {slot}: {many} {total}" in titles
 
 
 def test_pins_keep_cards(show, small) -> None:
@@ -317,6 +381,16 @@ def test_attention_opens_over_the_prompt(show, small) -> None:
     assert "melon" in page.inner_text("#card select option:checked")
 
 
+def test_heads_without_attention_say_so(show, small) -> None:
+    page = show(circuit_html(small)).page
+    recorded = {str(head) for head in small.details.attention[0].heads}
+    other = next(str(m.node) for m in small.nodes if m.node.kind == "head" and str(m.node) not in recorded)
+    mlp = next(str(m.node) for m in small.nodes if m.node.kind == "mlp")
+    for key, said in ((other, True), (next(iter(recorded)), False), (mlp, False)):
+        node(page, key).dispatch_event("pointerenter")
+        assert ("attention not recorded for this head" in card(page)) is said
+
+
 def test_notes_show_tokens_spans_and_activations(show, small) -> None:
     member = small.nodes[0].node
     notes = {member: Notes((" Sorry", HOSTILE), ("Sure",), {"instruction": 0.31}, (((" kill", "x"), (0.5, -0.1)),))}
@@ -349,7 +423,7 @@ def test_comparison_switches_between_difference_and_sides(show, small) -> None:
     page = show(compare_html(small, other, ("aligned", "base"))).page
     assert page.locator('[data-pane="difference"]').is_visible()
     labels = page.eval_on_selector_all('[data-pane="difference"] .node text', "all => all.map(el => el.textContent)")
-    assert "+9.1" in labels and sum(label.startswith("\u2212") for label in labels) == 2
+    assert "[9.1]" in labels and sum(label.startswith("(") for label in labels) == 2
     page.check("#views input[value='1']")
     assert not page.locator('[data-pane="difference"]').is_visible()
     assert page.locator('[data-pane="aligned"]').is_visible() and page.locator('[data-pane="base"]').is_visible()
@@ -366,6 +440,67 @@ def test_comparison_switches_between_difference_and_sides(show, small) -> None:
     assert len(set(boxes)) == 1
     node(page, "L9.H1").hover()
     assert "in aligned\nnot in it" in card(page)
+
+
+def test_comparison_shows_every_role_and_filters_by_the_change(show, small) -> None:
+    first = replace(small, nodes=small.nodes[:8], edges=edges_among(small, small.nodes[:8]))
+    gone = [replace(m, role="none" if m.role == "evaluation" else m.role) for m in small.nodes[4:]]
+    second = replace(small, nodes=tuple(gone), edges=edges_among(small, gone))
+    page = show(compare_html(first, second, ("one", "two"))).page
+    roles = {m.node: m.role for circuit in (first, second) for m in circuit.nodes}
+    only_first = set(roles.values()) - {m.role for m in second.nodes}
+    assert only_first
+    shown = page.eval_on_selector_all(
+        "#roles .role",
+        "all => all.map(el => [el.querySelector('input').value, Number(el.lastElementChild.textContent)])",
+    )
+    assert sorted(shown) == sorted([role, list(roles.values()).count(role)] for role in set(roles.values()))
+    assert sum(n for _, n in shown) == len(roles)
+    pane = '[data-pane="difference"] .node[data-role]:not(.gone)'
+    assert count(page, pane) == len(roles)
+    assert page.inner_text("label[for=nodeSlider]").startswith("nodes with |change|")
+    effects = [{m.node: m.effect for m in circuit.nodes} for circuit in (first, second)]
+    changes = {str(node): abs(effects[1].get(node, 0) - effects[0].get(node, 0)) for node in roles}
+    assert min(changes.values()) == 0 < max(changes.values())
+    set_slider(page, "nodeSlider", 60)
+    kept = page.eval_on_selector_all(pane, "all => all.map(el => el.dataset.node)")
+    limit = max(changes.values()) * 0.09
+    assert set(kept) == {key for key, change in changes.items() if change >= limit} and len(kept) < len(roles)
+
+
+def edges_among(circuit, members) -> tuple:
+    ends = {m.node for m in members} | {Node("embed"), Node("logits")}
+    return tuple(e for e in circuit.edges if {e.edge.sender, e.edge.receiver} <= ends)
+
+
+def test_comparison_side_by_side_is_exported_whole(show, small, tmp_path: Path) -> None:
+    other = build([member.node for member in small.nodes[2:]] + [Node("head", 9, 1)], 14, seed=4)
+    page = show(compare_html(small, other, ("aligned & co", "base"))).page
+    assert not page.locator("#key").is_visible()
+    page.check("#views input[value='1']")
+    assert page.locator("#key").is_visible() and "verified" in page.text_content("#key svg")
+    name, picture = page.locator('[data-pane="base"] .name'), page.locator('[data-pane="base"] svg')
+    assert name.bounding_box()["y"] + name.bounding_box()["height"] <= picture.bounding_box()["y"] + 1
+    with page.expect_download() as waiting:
+        page.click("#saveSvg")
+    waiting.value.save_as(tmp_path / "both.svg")
+    root = ElementTree.parse(tmp_path / "both.svg").getroot()
+    inner = root.findall("{http://www.w3.org/2000/svg}svg")
+    names = [len([el for el in one.iter() if el.get("data-role")]) for one in inner]
+    assert names == [12, 11]
+    assert float(inner[1].get("x")) >= float(inner[0].get("width"))
+    assert [el.text for el in root.findall("{http://www.w3.org/2000/svg}text")] == ["aligned & co", "base"]
+    page.click("#copyTikz")
+    text = page.input_value("#dialogArea")
+    assert text.count("\\begin{scope}") == text.count("\\end{scope}") == 2 and "aligned \\& co" in text
+    assert "{9.1}" in text and "{4.3}" in text
+    if shutil.which("pdflatex"):
+        (tmp_path / "a.tex").write_text(
+            "\\documentclass{article}\\usepackage{tikz}\\begin{document}\n" + text + "\\end{document}"
+        )
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout[-1500:].decode(errors="replace")
 
 
 def test_hostile_text_stays_text(show) -> None:

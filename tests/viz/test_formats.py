@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 from circuits_drawn import HOSTILE, build
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.errors import MechsafetyError
@@ -35,6 +36,7 @@ from mechsafety.viz import (
     role_diagram,
 )
 from mechsafety.viz.html import safe_json
+from mechsafety.viz.pdf import layout_figure
 from mechsafety.viz.tikz import tex
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -112,7 +114,7 @@ def test_svg_is_well_formed_and_names_every_part(circuit: RefusalCircuit) -> Non
     assert nodes == {str(member.node) for member in circuit.nodes} | {"embed", "logits"}
     groups = [group for group in root.iter(f"{SVG}g") if group.get("class") in ("node", "edge")]
     assert all(group.find(f"{SVG}title").text for group in groups)
-    assert len(groups) - len(nodes) == min(60, len(circuit.edges))
+    assert len(groups) - len(nodes) == len(layout_circuit(circuit).edges)
     assert "data-effect" not in circuit_svg(circuit)
     assert not [el.tag for el in root.iter() if el.tag in (f"{SVG}image", f"{SVG}script", f"{SVG}use", f"{SVG}style")]
 
@@ -314,19 +316,55 @@ def test_role_diagram_keeps_to_a_width_and_says_what_it_leaves_out(large: Refusa
     assert len(layout.edges) == 18 and f"{layout.n_edges - 18} weaker arrows are left out." in layout.description
 
 
+def short(key: str) -> str:
+    layer, part = key.removeprefix("L").split(".")
+    return f"M{layer}" if part == "MLP" else f"{layer}.{part.removeprefix('H')}"
+
+
+@pytest.mark.parametrize("width", [200.0, 260.0])
+def test_role_diagram_keeps_the_font_that_was_asked_for(small: RefusalCircuit, width: float) -> None:
+    style = Style(width_mm=width, font_pt=6)
+    layout = role_diagram(small, style)
+    assert layout.width == pytest.approx(width * 96 / 25.4)
+    biggest = max(label.size for mark in layout.nodes for label in mark.labels)
+    assert biggest * 72 / 96 == pytest.approx(6)
+    boxes = [mark for mark in layout.nodes if mark.kind == "role"]
+    assert all(mark.x - mark.width / 2 > 0 and mark.x + mark.width / 2 < layout.width for mark in boxes)
+    with pytest.raises(MechsafetyError, match=r"width_mm=60 with 9 pt text; expected at least \d+ mm for this diagram"):
+        role_diagram(small, Style(width_mm=60, font_pt=9))
+
+
+@pytest.mark.parametrize("points", [7.0, 10.0])
+def test_pdf_text_has_the_size_that_was_asked_for(small: RefusalCircuit, points: float) -> None:
+    layout = layout_circuit(small, Style(width_mm=178, font_pt=points))
+    figure = layout_figure(layout)
+    sizes = {text.get_text(): text.get_fontsize() for text in figure.axes[0].texts}
+    names = [(mark, label) for mark in layout.nodes if mark.member for label in mark.labels]
+    assert max(sizes[label.text] for _, label in names) == pytest.approx(points)
+    # no text is wider than its room
+    FigureCanvasAgg(figure)
+    renderer = figure.canvas.get_renderer()
+    by_text = {text.get_text(): text.get_window_extent(renderer) for text in figure.axes[0].texts}
+    scale = figure.dpi / 96
+    for mark, label in names:
+        assert by_text[label.text].width <= mark.width * scale
+    for label in layout.labels:
+        assert by_text[label.text].width <= (label.box[2] - label.box[0]) * scale * 1.02 + 1
+
+
 def test_difference_tells_what_is_new_gone_and_changed(small: RefusalCircuit) -> None:
     fewer = replace(small, nodes=small.nodes[2:], edges=small.edges[3:])
     changed = replace(fewer.nodes[0], effect=fewer.nodes[0].effect + 0.3)
     comparison = compare_layouts(small, replace(fewer, nodes=(changed, *fewer.nodes[1:])), ("aligned", "base"))
     marks = {mark.key: mark for mark in comparison.difference.nodes}
     gone = marks[str(small.nodes[0].node)]
-    assert gone.labels[0].text.startswith("\u2212") and gone.shapes[0].dashes and "not in it in base" in gone.title
+    assert gone.labels[0].text == f"({short(gone.key)})" and gone.shapes[0].dashes and "not in it in base" in gone.title
     more = marks[str(changed.node)]
     same = marks[str(small.nodes[5].node)]
     assert not more.shapes[0].dashes and more.shapes[0].fill != same.shapes[0].fill
     assert "10 nodes in both, 2 only in aligned" in comparison.difference.description
     back = compare_layouts(fewer, small, ("base", "aligned")).difference
-    assert next(m for m in back.nodes if m.key == gone.key).labels[0].text.startswith("+")
+    assert next(m for m in back.nodes if m.key == gone.key).labels[0].text == f"[{short(gone.key)}]"
     places = {mark.key: (mark.x, mark.y) for mark in comparison.difference.nodes}
     for layout in (comparison.first, comparison.second):
         assert all(places[mark.key] == (mark.x, mark.y) for mark in layout.nodes)
@@ -334,7 +372,7 @@ def test_difference_tells_what_is_new_gone_and_changed(small: RefusalCircuit) ->
 
 def test_compared_pages_are_inert(hostile: RefusalCircuit, small: RefusalCircuit) -> None:
     page = assert_inert(compare_html(hostile, small, ("a<b>", "c")), scripts=2)
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4  # three pictures and a legend
 
 
 def test_layouts_of_every_kind_can_be_written(small: RefusalCircuit, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ def test_every_picture_is_named_once_and_drawn(small: RefusalCircuit, tmp_path: 
     spec = importlib.util.spec_from_file_location("gallery", SCRIPT)
     gallery = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gallery)
+    assert RefusalCircuit.load(gallery.DEMO).provenance.model == "demo"
     path = small.save(tmp_path / "circuit.json")
     found = list(gallery.pictures([path]))
     names = [name for name, *_ in found]
@@ -30,4 +31,8 @@ def test_committed_pictures_are_listed_and_small() -> None:
     listed = (folder / "README.md").read_text()
     pictures = [path for path in folder.iterdir() if path.suffix in (".svg", ".png")]
     assert len(pictures) > 20
-    assert all(f"({path.name})" in listed and path.stat().st_size < 500_000 for path in pictures)
+    assert all(f"({path.name})" in listed and path.stat().st_size < 700_000 for path in pictures)
+    assert {f"demo-{kind}.svg" for kind in ("roles", "parts", "folded", "diagram")} <= {path.name for path in pictures}
+    every = {path.stem for path in pictures if path.suffix == ".svg"}
+    assert all((folder / f"{name}.png").is_file() for name in every)
+    assert "are photographs, PNG alone" in listed and "demo.json" in listed

@@ -78,17 +78,22 @@ def assert_edges_run_beside_nodes(layout: Layout) -> None:
     seed=st.integers(0, 10**6),
     columns=st.sampled_from(["role", "part", "position"]),
     n_heads=st.sampled_from([4, 12, 32]),
+    max_edges=st.sampled_from([60, None]),
+    fold=st.sampled_from([(), ("detection",), ("evaluation", "production")]),
 )
-@settings(max_examples=14)
-def test_nothing_ever_overlaps(count: int, seed: int, columns: str, n_heads: int) -> None:
+@settings(max_examples=18)
+def test_nothing_ever_overlaps(
+    count: int, seed: int, columns: str, n_heads: int, max_edges: int | None, fold: tuple[str, ...]
+) -> None:
     rng = random.Random(seed)
     n_layers = rng.choice([2, 12, 40])
     every = [Node("head", layer, head) for layer in range(n_layers) for head in range(n_heads)]
     every += [Node("mlp", layer) for layer in range(n_layers)]
     every += [Node("neuron", rng.randrange(n_layers), index) for index in rng.sample(range(14336), count)]
-    circuit = build(rng.sample(every, count), min(count, 60), n_layers=n_layers, n_heads=n_heads, seed=seed)
-    layout = layout_circuit(circuit, Style(columns=columns))
-    assert len(layout.nodes) == count + 2
+    circuit = build(rng.sample(every, count), min(count, 150), n_layers=n_layers, n_heads=n_heads, seed=seed)
+    layout = layout_circuit(circuit, Style(columns=columns, max_edges=max_edges, fold=fold))
+    folded = [n for n in (len(circuit.by_role(role)) for role in fold) if n > 1]
+    assert len(layout.nodes) == count + 2 - sum(folded) + len(folded)
     assert_nothing_overlaps(layout)
     assert_edges_run_beside_nodes(layout)
 
@@ -248,13 +253,18 @@ def test_estimated_measured_rejected_and_negative_edges_differ(small: RefusalCir
 
 def test_static_pictures_draw_the_strongest_edges_at_the_same_places(large: RefusalCircuit) -> None:
     some, every = layout_circuit(large), layout_circuit(large, Style(max_edges=None))
-    assert len(some.edges) == 60 < some.n_edges == len(every.edges) == 120
-    weakest = min(abs(mark.effect) for mark in some.edges)
-    assert sum(abs(mark.effect) >= weakest for mark in every.edges) == 60
+    assert len(some.edges) < some.n_edges == len(every.edges) == 120
+    # the 60 strongest, and the strongest of each node that would else have none
+    ranked = sorted(every.edges, key=lambda mark: -abs(mark.effect))
+    ends = {key for mark in every.edges for key in (mark.sender, mark.receiver)}
+    best = {next(mark.title for mark in ranked if key in (mark.sender, mark.receiver)) for key in ends}
+    assert {mark.title for mark in some.edges} == {mark.title for mark in ranked[:60]} | best
+    assert len(some.edges) > 60 and layout_circuit(large, Style(max_edges=0)).edges == ()
     assert [(m.key, m.x, m.y) for m in some.nodes] == [(m.key, m.x, m.y) for m in every.nodes]
     paths = {mark.title: mark.shapes for mark in every.edges}
     assert all(paths[mark.title] == mark.shapes for mark in some.edges)
-    assert any("60\xa0of\xa0120\xa0edges\xa0drawn" in label.text for label in some.labels)
+    said = f"{len(some.edges)}\xa0of\xa0120\xa0edges\xa0drawn"
+    assert any(said in label.text for label in some.labels)
 
 
 def test_two_circuits_share_places(small: RefusalCircuit, neurons: RefusalCircuit) -> None:
@@ -275,16 +285,43 @@ def test_folding_moves_nothing_and_sums_edges(large: RefusalCircuit) -> None:
     assert not hidden & {mark.key for mark in folded.nodes}
     assert {mark.key for mark in folded.nodes if mark.kind == "group"} == {"group:detection", "group:decision"}
     assert overlaps([node_box(mark) for mark in folded.nodes]) == []
-    drawn = {(mark.sender, mark.receiver, mark.slot): mark.effect for mark in folded.edges}
-    assert not any(end in hidden for key in drawn for end in key[:2])
     group = {key: "group:" + next(m.role for m in large.nodes if str(m.node) == key) for key in hidden}
-    expected: dict[tuple[str, str, str], float] = {}
-    for mark in plain.edges:
-        ends = group.get(mark.sender, mark.sender), group.get(mark.receiver, mark.receiver)
+    expected: dict[tuple[str, str, str], list[float]] = {}
+    for member in large.edges:
+        keys = str(member.edge.sender), str(member.edge.receiver)
+        ends = group.get(keys[0], keys[0]), group.get(keys[1], keys[1])
         if ends[0] != ends[1]:
-            expected[(*ends, mark.slot)] = expected.get((*ends, mark.slot), 0.0) + mark.effect
-    assert drawn.keys() == expected.keys()
-    assert all(drawn[key] == pytest.approx(expected[key]) for key in drawn)
+            expected.setdefault((*ends, member.edge.slot), []).append(member.effect)
+    every = layout_circuit(large, Style(fold=("detection", "decision"), max_edges=None))
+    drawn = {(mark.sender, mark.receiver, mark.slot): mark.effect for mark in every.edges}
+    assert drawn == pytest.approx({key: sum(values) for key, values in expected.items()})
+    assert {m.n_edges for m in every.edges} == {len(values) for values in expected.values()}
+    # what is left out is left out after summing
+    shown = {(mark.sender, mark.receiver, mark.slot): mark for mark in folded.edges}
+    assert 60 <= len(shown) < len(drawn) and all(drawn[key] == mark.effect for key, mark in shown.items())
+    weakest = sorted(map(abs, drawn.values()))[-60]
+    assert {key for key, value in drawn.items() if abs(value) >= weakest} <= shown.keys()
+    single = next(mark for mark in every.edges if mark.n_edges == 1 and "group:" in mark.sender + mark.receiver)
+    assert "1 edge, effect" in single.title and "1 edges" not in single.title
+    total = sum(mark.n_edges for mark in folded.edges)
+    assert any(f"{total}\xa0of\xa0120\xa0edges" in label.text for label in folded.labels)
+
+
+@pytest.mark.parametrize("columns", ["role", "part"])
+def test_folded_edges_run_beside_nodes(large: RefusalCircuit, neurons: RefusalCircuit, columns: str) -> None:
+    downward = 0
+    for circuit in (large, neurons):
+        roles = [role for role in ("detection", "evaluation", "decision", "production") if circuit.by_role(role)]
+        for fold in [*((role,) for role in roles), tuple(roles)]:
+            layout = layout_circuit(circuit, Style(columns=columns, fold=fold, max_edges=None))
+            assert_edges_run_beside_nodes(layout)
+            y = {mark.key: mark.y for mark in layout.nodes}
+            downward += sum(y[mark.receiver] > y[mark.sender] for mark in layout.edges)
+            for mark in layout.edges:
+                assert mark.shapes[0].commands[0][1][1] == pytest.approx(
+                    y[mark.receiver] + next(n.height for n in layout.nodes if n.key == mark.receiver) / 2
+                )
+    assert downward > 0  # a group's members stand above and below it
 
 
 def test_own_groups_are_checked(small: RefusalCircuit) -> None:

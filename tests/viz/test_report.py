@@ -13,7 +13,7 @@ import pytest
 from circuits_drawn import HOSTILE, build
 from test_formats import Tags, assert_inert
 
-from mechsafety.circuits.circuit import CurvePoint, Node, RandomControls, RefusalCircuit, Verification
+from mechsafety.circuits.circuit import Backup, CurvePoint, Node, RandomControls, RefusalCircuit, Search, Verification
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz import (
     attention_html,
@@ -27,7 +27,7 @@ from mechsafety.viz import (
     tokens_html,
     write_all,
 )
-from mechsafety.viz.words import chance, concentration, number, p_value, percent, plain, verdict, visible
+from mechsafety.viz.words import chance, concentration, necessity, number, p_value, percent, plain, verdict, visible
 
 
 def with_curve(circuit: RefusalCircuit, *points: tuple[int, float], own: float = 0.0) -> RefusalCircuit:
@@ -295,3 +295,75 @@ def test_write_all_writes_six_files(small: RefusalCircuit, loaded: RefusalCircui
 
 def test_hostile_string_is_hostile() -> None:
     assert set(Tags(f"<p>{HOSTILE}</p>").handlers) == {"onerror"}
+
+
+def test_report_tells_how_the_circuit_was_found(small: RefusalCircuit) -> None:
+    first, second = (member.node for member in small.nodes[:2])
+    gone = Node("head", 2, 7)
+    search = Search(
+        ranked=17,
+        removed=5,
+        minimal=True,
+        backups=(Backup(first, second, (first, second), 0.011, 0.122, 0.333, (0.144, 0.255), 0.0166),),
+        linked=(small.edges[0].edge,),
+        dropped=(gone,),
+        cut=("stability: 2 of 5 resamples",),
+    )
+    section = search_text(replace(small, search=search))
+    for part in (
+        "best 17 of the ranking of 300 candidate nodes", "took 5 of them away", "No single node more can leave",
+        "1 edge of 16 stand only for connection", f"anything: {gone}.",
+        f"{first}{second}0.0110.1220.333[0.144, 0.255]0.017yes",
+        "1 backup was found", "Left out to save time", "stability: 2 of 5 resamples",
+    ):  # fmt: skip
+        assert part in section, part
+    assert "cut short" not in section
+    bare = search_text(replace(small, search=Search(3, 0)))
+    assert "No backups" in bare and "not seen to the end" in bare and "Nothing was cut short" in bare
+    assert "connection" not in bare and "left the circuit" not in bare and "Left out" not in bare
+    assert "does not say how it was found" in search_text(replace(small, search=None))
+
+
+def search_text(circuit: RefusalCircuit) -> str:
+    text = Tags(render_report(circuit)).text
+    return text[text.index("How the circuit was found") : text.index("The same circuit by role")].replace("\n", "")
+
+
+def test_at_edge_level_edges_are_counted(small: RefusalCircuit) -> None:
+    check = replace(
+        small.verification,
+        held_out_faithfulness=0.85,
+        reached=True,
+        curve=(CurvePoint(0.01, 10, 0.1, 0.1), CurvePoint(1.0, 1000, 1.0, 1.0)),
+    )
+    circuit = replace(small, level="edge", n_candidates=1000, verification=check)
+    text = Tags(render_report(circuit)).text
+    n = len(circuit.edges)
+    assert n != len(circuit.nodes)
+    for part in (
+        f"{n} of 1000 candidate edges ({percent(n / 1000)}) restore", f"Size{n} of 1000", "they join 12 nodes",
+        "10 best edges restore", f"{n} of 1000 (1.6 %) are enough", "small set of edges",
+    ):  # fmt: skip
+        assert part in text.replace("\n", ""), part
+    assert "12 of 1000" not in text
+    shown = faithfulness_curve(circuit).data[2]
+    assert shown.x[0] == n
+
+
+@pytest.mark.parametrize(
+    ("passed", "said"),
+    [
+        (True, "depends on this circuit more than on such a set"),
+        (False, "does not show that the refusal depends on this circuit more"),
+        (None, "loses as much was not measured"),
+    ],
+)
+def test_necessity_is_said_by_the_verdict_against_random_circuits(passed, said, small: RefusalCircuit) -> None:
+    found = Claim("necessity", "", 1.0, None, 0.63, "", passed)
+    values = {field.name: getattr(small.verification, field.name) for field in fields(Verification)}
+    controls = RandomControls(100, 0.97, 1.0, 0.63)
+    check = Claimed(**{**values, "necessity": 1.0, "necessity_controls": controls, "claims": (found,)})
+    text = necessity(replace(small, verification=check))
+    assert said in text and "100 % of the gap is lost" in text
+    assert ("random circuits of its size loses 97 %" in text) == (passed is not None)
+    assert sum(words in text for words in ("more than on such", "does not show", "not measured")) == 1

@@ -9,7 +9,10 @@
   const NS = "http://www.w3.org/2000/svg";
   const size = (text) => Math.abs(Number(text || 0));
   // what the cards and tooltips say; words that all share come once
-  const numbers = (value) => Number(value).toFixed(3).replace("-", "\u2212");
+  const numbers = (value) => {
+    const text = Number(value).toFixed(3);
+    return Number(text) ? text.replace("-", "\u2212") : text.replace("-", "");
+  };
   const status = (card) => data.words.status[card.rows[4]];
   function rowsOf(info) {
     if (!info.pair) return info.rows.map((text, i) => [data.words.rows[i], i === 4 ? status(info) : text]);
@@ -88,8 +91,9 @@
       toggle(group, "gone", !group.shown);
     }
     for (const edge of edges) {
-      edge.kept = edge.size >= threshold.edge && nodes.get(edge.from).kept && nodes.get(edge.to).kept;
-      edge.shown = edge.kept && anchor(edge.from).key === edge.from && anchor(edge.to).key === edge.to;
+      edge.ends = nodes.get(edge.from).kept && nodes.get(edge.to).kept;
+      edge.summed = anchor(edge.from).key !== edge.from || anchor(edge.to).key !== edge.to;
+      edge.kept = edge.shown = edge.ends && !edge.summed && edge.size >= threshold.edge;
       toggle(edge, "gone", !edge.shown);
     }
     drawSummed();
@@ -101,43 +105,45 @@
       const text = [...pane.svg.querySelectorAll("text")].find((el) => /edges\sdrawn/.test(el.textContent));
       if (text) {
         const counts = `${count(edges)} of ${edges.length} edges drawn`;
-        text.textContent = text.textContent.replace(/\d+\sof\s\d+\sedges\sdrawn( \(the strongest\))?/, counts);
+        text.textContent = text.textContent.replace(/\d+\sof\s\d+\sedges\sdrawn( \(the strongest[^)]*\))?/, counts);
       }
     }
     if (picked && !picked.shown) picked = null;
     trace();
   }
 
-  // edges of folded groups: summed by pair and slot, drawn as the same curve as in the exports
+  // edges of folded groups: summed by pair and slot before weak ones are hidden, drawn as in the exports
+  let sums = [];
   function drawSummed() {
     for (const old of document.querySelectorAll(".edge.summed")) old.remove();
+    sums = [];
     if (!folded.size) return;
-    const sums = new Map();
-    for (const edge of edges.filter((edge) => edge.kept && !edge.shown)) {
+    const found = new Map();
+    for (const edge of edges.filter((edge) => edge.ends && edge.summed)) {
       const from = anchor(edge.from), to = anchor(edge.to);
       if (from === to) continue;
-      const id = `${from.key}>${to.key}>${edge.slot}`;
-      const sum = sums.get(id) || { from, to, slot: edge.slot, effect: 0, count: 0, guessed: false };
+      const id = [from.key, to.key, edge.slot].join("\0");
+      const sum = found.get(id) || { id, from, to, slot: edge.slot, effect: 0, edges: [], guessed: false };
       sum.effect += edge.effect;
-      sum.count += 1;
+      sum.edges.push(edge);
       sum.guessed ||= edge.status === "estimated";
-      sums.set(id, sum);
+      found.set(id, sum);
     }
-    const scale = Math.max(most.edge, ...[...sums.values()].map((sum) => Math.abs(sum.effect)));
-    const dashes = { q: [1, 1.6], k: [4, 2] };
-    for (const sum of sums.values()) {
-      const [x, y] = [meet(sum.to, sum.from.x), sum.to.y + sum.to.height / 2];
-      const [x0, y0] = [meet(sum.from, sum.to.x), sum.from.y - sum.from.height / 2];
-      const reach = Math.max(14, 0.4 * Math.abs(y0 - y)), width = 0.8 + ((sum.guessed ? 2 : 3.2) * Math.abs(sum.effect)) / scale;
-      const guessed = sum.guessed, negative = sum.effect < 0, tip = 2.6 + 0.45 * width;
+    const scale = Math.max(most.edge, ...[...found.values()].map((sum) => Math.abs(sum.effect)));
+    sums = [...found.values()].filter((sum) => Math.abs(sum.effect) >= threshold.edge);
+    const paths = detours(sums), dashes = { q: [1, 1.6], k: [4, 2] }, { unit } = data.grid;
+    for (const sum of sums.sort((a, b) => Math.abs(a.effect) - Math.abs(b.effect))) {
+      for (const edge of sum.edges) edge.kept = true;
+      const points = paths.get(sum.id), [x, y] = points[0];
+      const width = unit * (0.8 + ((sum.guessed ? 1.6 : 2.4) * Math.abs(sum.effect)) / scale);
+      const guessed = sum.guessed, negative = sum.effect < 0, tip = 2.6 * unit + 0.45 * width;
       const colour = guessed ? (negative ? "#C78BAC" : "#8D96A2") : negative ? "#9C2F6B" : "#3F4956";
       const group = make("g", { class: "edge summed", "data-from": sum.from.key, "data-to": sum.to.key });
-      const words = `${sum.from.key} to ${sum.to.key}, slot ${sum.slot}: ${sum.count} edges, effects sum to ${numbers(sum.effect)}`;
+      const many = sum.edges.length > 1 ? `${sum.edges.length} edges, effects sum to` : "1 edge, effect";
+      const words = `${sum.from.key} to ${sum.to.key}, slot ${sum.slot}: ${many} ${numbers(sum.effect)}`;
       group.append(make("title", {}, words));
-      const curve = make("path", {
-        d: `M${x} ${y}C${x} ${y + reach} ${x0} ${y0 - reach} ${x0} ${y0}`, fill: "none", stroke: colour, "stroke-width": width,
-      });
-      if (dashes[sum.slot]) curve.setAttribute("stroke-dasharray", dashes[sum.slot].map((part) => part * Math.max(width, 1.2)).join(" "));
+      const curve = make("path", { d: rounded(points, 5 * unit), fill: "none", stroke: colour, "stroke-width": width });
+      if (dashes[sum.slot]) curve.setAttribute("stroke-dasharray", dashes[sum.slot].map((part) => part * Math.max(width, 1.2 * unit)).join(" "));
       const r = 0.95 * tip, k = 0.5523 * r, low = y + 0.8 * tip, s = 0.85 * tip;
       const marks = {
         q: `M${x} ${low - r}C${x + k} ${low - r} ${x + r} ${low - k} ${x + r} ${low}C${x + r} ${low + k} ${x + k} ${low + r} ${x} ${low + r}`
@@ -145,17 +151,70 @@
         k: `M${x - s} ${low - s}L${x + s} ${low - s}L${x + s} ${low + s}L${x - s} ${low + s}Z`,
       };
       const form = marks[sum.slot] || `M${x} ${y}L${x + tip} ${y + 1.7 * tip}L${x - tip} ${y + 1.7 * tip}Z`;
-      group.append(curve, make("path", { d: form, fill: guessed ? "#FFFFFF" : colour, stroke: colour, "stroke-width": 1 }));
+      group.append(curve, make("path", { d: form, fill: guessed ? "#FFFFFF" : colour, stroke: colour, "stroke-width": unit }));
       if (negative) {
-        const bar = y + 1.8 * tip + 1.6;
-        group.append(make("path", { d: `M${x - 1.5 * tip} ${bar}L${x + 1.5 * tip} ${bar}`, fill: "none", stroke: colour, "stroke-width": 1.5 }));
+        const bar = y + 1.8 * tip + 1.6 * unit;
+        group.append(make("path", { d: `M${x - 1.5 * tip} ${bar}L${x + 1.5 * tip} ${bar}`, fill: "none", stroke: colour, "stroke-width": 1.5 * unit }));
       }
       group.addEventListener("pointerenter", () => showText(`${sum.from.key} → ${sum.to.key}`, words));
       group.addEventListener("pointerleave", leave);
       panes[0].svg.querySelector(".edges").append(group);
+      sum.el = group;
     }
   }
-  const meet = (node, x) => (node.bar ? Math.min(Math.max(x, node.x - node.width / 2 + 8), node.x + node.width / 2 - 8) : node.x);
+
+  // ways in the channels between nodes alone: the same as mechsafety.viz.groups.detours
+  function detours(list) {
+    const { channels, gaps } = data.grid, ports = { q: -0.3, v: 0.3 };
+    // line and column, by the channels that lie below and left
+    const cell = (node) => (node.bar ? null : [
+      gaps.filter(([low, height]) => low - height / 2 > node.y).length - 1, channels.filter(([left]) => left < node.x).length - 1,
+    ]);
+    const rails = new Map(), levels = new Map(), ways = new Map();
+    const enter = (map, place, into) => {
+      if (!map.has(place)) map.set(place, []);
+      if (!map.get(place).includes(into)) map.get(place).push(into);
+    };
+    for (const sum of [...list].sort((a, b) => (a.id < b.id ? -1 : 1))) {
+      const sender = cell(sum.from), receiver = cell(sum.to);
+      const above = sender ? sender[0] + 1 : null, below = receiver ? receiver[0] : null;
+      let into = `${sum.to.key} ${sum.slot}`, rail = null;
+      if (above === null || above !== below) {
+        if (!receiver) rail = sender ? sender[1] + 1 : 0;
+        else rail = sender && sender[1] < receiver[1] ? receiver[1] : receiver[1] + 1;
+        into += ` ${rail}`;
+        enter(rails, rail, into);
+      }
+      for (const gap of [above, below]) if (gap !== null) enter(levels, gap, into);
+      ways.set(sum.id, { sum, into, rail, above, below });
+    }
+    const share = (map, place, into) => (map.get(place).indexOf(into) + 1) / (map.get(place).length + 1);
+    const paths = new Map();
+    for (const [id, { sum, into, rail, above, below }] of ways) {
+      const level = (gap) => gaps[gap][0] - gaps[gap][1] * (0.25 + 0.7 * share(levels, gap, into));
+      const end = sum.to.x + (ports[sum.slot] || 0) * sum.to.width;
+      const foot = sum.to.y + sum.to.height / 2, head = sum.from.y - sum.from.height / 2;
+      const x = rail === null ? end : channels[rail][0] + channels[rail][1] * share(rails, rail, into);
+      const points = below === null ? [[x, foot]] : [[end, foot], [end, level(below)], [x, level(below)]];
+      points.push(...(above === null ? [[x, head]] : [[x, level(above)], [sum.from.x, level(above)], [sum.from.x, head]]));
+      paths.set(id, points);
+    }
+    return paths;
+  }
+  function rounded(points, radius) {
+    const far = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1]);
+    const towards = (a, b, length) => [0, 1].map((i) => a[i] + (length / (far(a, b) || 1)) * (b[i] - a[i]));
+    const kept = points.slice(0, 1), parts = [`M${points[0].join(" ")}`];
+    for (const point of points.slice(1)) if (far(point, kept[kept.length - 1]) > 0.05) kept.push(point);
+    for (let i = 1; i + 1 < kept.length; i++) {
+      const [before, corner, after] = kept.slice(i - 1, i + 2);
+      const turn = Math.min(radius, far(before, corner) / 2, far(corner, after) / 2);
+      const curve = [towards(corner, before, 0.4477 * turn), towards(corner, after, 0.4477 * turn), towards(corner, after, turn)];
+      parts.push(`L${towards(corner, before, turn).join(" ")}`, `C${curve.flat().join(" ")}`);
+    }
+    if (kept.length > 1) parts.push(`L${kept[kept.length - 1].join(" ")}`);
+    return parts.join("");
+  }
   function make(tag, attributes, text) {
     const el = document.createElementNS(NS, tag);
     for (const [name, part] of Object.entries(attributes)) el.setAttribute(name, part);
@@ -171,28 +230,35 @@
     update();
   }
 
-  // ---- paths ----
+  // ---- paths: along what is shown, through folded groups too ----
   function reach(origin, from, to) {
     const seen = new Set([origin]), used = new Set(), queue = [origin];
     while (queue.length) {
       const key = queue.pop();
       for (const edge of edges) {
-        if (!edge.shown || edge[from] !== key) continue;
+        if (!edge.kept || anchor(edge[from]).key !== key) continue;
+        const next = anchor(edge[to]).key;
         used.add(edge);
-        if (!seen.has(edge[to])) { seen.add(edge[to]); queue.push(edge[to]); }
+        if (!seen.has(next)) { seen.add(next); queue.push(next); }
       }
     }
     return { seen, used };
+  }
+  // nodes of the model among what was reached; a folded group counts as its members
+  function reached(keys) {
+    return all.filter((node) => node.kept && anchor(node.key) !== picked && keys.has(anchor(node.key).key)).length;
   }
 
   function trace() {
     for (const pane of panes) pane.svg.classList.toggle("traced", picked !== null);
     const up = picked && reach(picked.key, "to", "from"), down = picked && reach(picked.key, "from", "to");
-    for (const node of all) {
+    for (const node of [...all, ...supers.values()]) {
       toggle(node, "dim", Boolean(picked) && !up.seen.has(node.key) && !down.seen.has(node.key));
       toggle(node, "picked", node === picked);
     }
-    for (const edge of edges) toggle(edge, "dim", Boolean(picked) && !up.used.has(edge) && !down.used.has(edge));
+    const off = (edge) => Boolean(picked) && !up.used.has(edge) && !down.used.has(edge);
+    for (const edge of edges) toggle(edge, "dim", off(edge));
+    for (const sum of sums) sum.el.classList.toggle("dim", sum.edges.every(off));
     rest();
     tell();
   }
@@ -212,7 +278,7 @@
   const leave = () => { if (!picked || current !== picked) rest(); };
   function rest() {
     if (picked) {
-      const up = reach(picked.key, "to", "from").seen.size - 1, down = reach(picked.key, "from", "to").seen.size - 1;
+      const up = reached(reach(picked.key, "to", "from").seen), down = reached(reach(picked.key, "from", "to").seen);
       showNode(picked, `${up} nodes upstream, ${down} downstream`);
     } else showText("Nothing selected", "Point at a part or an edge for its numbers. Click a part for every path into and out of it.");
   }
@@ -239,6 +305,7 @@
     const info = data.nodes[node.key], title = add(panel, "h2", node.key);
     if (!info) {
       add(panel, "p", node.els[0].el.querySelector("title").textContent);
+      if (note) add(panel, "p", note);
       if (node.kind === "group") {
         const button = add(title, "button", "unfold");
         button.type = "button";
@@ -274,14 +341,14 @@
       const facts = add(panel, "ul");
       for (const [place, text] of info.evidence) add(facts, "li", `${data.words.evidence[place]}: ${text}`);
     }
-    for (const [name, words] of [["promotes", "raises these tokens"], ["suppresses", "lowers these tokens"]]) {
+    for (const [name, words] of [["promotes", "raises these tokens, directly"], ["suppresses", "lowers these tokens, directly"]]) {
       if (!info[name]) continue;
       add(panel, "h3", words);
       const row = add(panel, "div", undefined, "tokens");
       for (const token of info[name]) add(row, "span", token);
     }
     if (info.spans) {
-      add(panel, "h3", "mean attention to spans");
+      add(panel, "h3", "mean attention of the last token to spans");
       for (const [name, share] of info.spans) {
         const row = add(panel, "div", undefined, "meter");
         add(row, "span", name);
@@ -312,7 +379,10 @@
   let chosenPrompt = 0;
   function attention(panel, key) {
     const examples = data.attention.filter((example) => example.heads[key]);
-    if (!examples.length) return;
+    if (!examples.length) {
+      if (!data.names && /\.H\d+$/.test(key)) add(panel, "p", "attention not recorded for this head", "small");
+      return;
+    }
     const example = examples[Math.min(chosenPrompt, examples.length - 1)], count = example.tokens.length;
     add(panel, "h3", "attention over the prompt");
     const select = add(panel, "select");
@@ -426,8 +496,11 @@
 
   function nodeKey(event, node) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const go = (key) => key && nodes.get(key).els[0].el.focus();
-    const strongest = (end, other) => (edges.filter((edge) => edge.shown && edge[end] === node.key).sort((a, b) => b.size - a.size)[0] || {})[other];
+    const go = (key) => key && (nodes.get(key) || supers.get(key)).els[0].el.focus();
+    const strongest = (end, other) => {
+      const some = edges.filter((edge) => edge.kept && anchor(edge[end]) === node && anchor(edge[other]) !== node);
+      return some.length && anchor(some.sort((a, b) => b.size - a.size)[0][other]).key;
+    };
     const row = all.filter((other) => other.shown && Math.abs(other.y - node.y) < 1).sort((a, b) => a.x - b.x);
     const beside = (step) => (row[row.indexOf(node) + step] || {}).key;
     const actions = {
@@ -448,7 +521,8 @@
 
   // ---- pan and zoom: all panes move together ----
   const boxOf = (svg) => svg.viewBox.baseVal;
-  const full = [boxOf(panes[0].svg).width, boxOf(panes[0].svg).height];
+  for (const pane of panes) pane.full = [boxOf(pane.svg).width, boxOf(pane.svg).height];
+  const { full } = panes[0];
   const home = [0, 0, panes[0].map[0], panes[0].map[1]];
   let view = [...home];
   const apply = () => panes.forEach((pane) => pane.svg.setAttribute("viewBox", view.map((part) => part.toFixed(2)).join(" ")));
@@ -467,7 +541,7 @@
   }
   // the whole map, at the top; a tall one begins larger, with labels of at least nine pixels
   function first() {
-    const box = panes.find((pane) => !pane.el.hidden).el.getBoundingClientRect();
+    const box = panes.find((pane) => !pane.el.hidden).svg.getBoundingClientRect();
     view = [...home];
     if (box.width && box.height) {
       const wide = home[2] / box.width, scale = Math.max(wide, Math.min(home[3] / box.height, 4 / 3));
@@ -531,14 +605,35 @@
   function switchTheme() { setDark(!root.classList.contains("dark")); }
 
   // ---- exports: what is shown now, in the light colours ----
-  function shownSvg() {
-    const pane = panes.find((one) => !one.el.hidden), copy = pane.svg.cloneNode(true);
-    copy.setAttribute("viewBox", `0 0 ${full.join(" ")}`);
+  // panes that are shown stand side by side, each under its name
+  const GAP = 20, HEAD = 24;
+  function shownPanes() {
+    const shown = panes.filter((pane) => !pane.el.hidden);
+    if (shown.length === 1) return { places: [{ pane: shown[0], x: 0, y: 0 }], size: shown[0].full };
+    let x = 0;
+    const places = shown.map((pane) => { const place = { pane, x, y: HEAD }; x += pane.full[0] + GAP; return place; });
+    return { places, size: [x - GAP, HEAD + Math.max(...shown.map((pane) => pane.full[1]))] };
+  }
+  function cleaned(pane) {
+    const copy = pane.svg.cloneNode(true);
+    copy.setAttribute("viewBox", `0 0 ${pane.full.join(" ")}`);
     for (const el of copy.querySelectorAll(".gone")) el.remove();
     for (const el of [copy, ...copy.querySelectorAll("[class],[tabindex]")]) {
       for (const name of ["tabindex", "role", "aria-label", "class", "data-tex"]) el.removeAttribute(name);
     }
     return copy;
+  }
+  function shownSvg() {
+    const { places, size } = shownPanes();
+    if (places.length === 1) return cleaned(places[0].pane);
+    const whole = make("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size.join(" ")}` });
+    whole.append(make("rect", { width: size[0], height: size[1], fill: "#FFFFFF" }));
+    for (const { pane, x, y } of places) {
+      const copy = cleaned(pane), font = copy.getAttribute("font-family");
+      for (const [name, part] of Object.entries({ x, y, width: pane.full[0], height: pane.full[1] })) copy.setAttribute(name, part);
+      whole.append(make("text", { x: x + 12, y: 16, "font-family": font, "font-size": 13, "font-weight": 600, fill: "#1B1F24" }, pane.name), copy);
+    }
+    return whole;
   }
   function saveSvg() {
     const link = document.createElement("a");
@@ -549,7 +644,7 @@
   }
 
   function tikz() {
-    const pane = panes.find((one) => !one.el.hidden), lines = [], colours = new Set();
+    const { places, size } = shownPanes(), lines = [], colours = new Set();
     const name = (colour) => { colours.add(colour.slice(1).toLowerCase()); return "c" + colour.slice(1).toLowerCase(); };
     const pt = (pixels) => `${Number((0.75 * pixels).toPrecision(4))}bp`;
     const anchors = { start: "base west", middle: "base", end: "base east" };
@@ -584,14 +679,21 @@
     }
     const latex = (words) => words.replace(/[^\x20-\x7e]/g, " ").replace(/[\\{}$&#_%~^]/g, (char) =>
       ({ "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" })[char] || "\\" + char);
-    for (const el of pane.svg.querySelectorAll("path, text")) {
-      if (!el.closest(".gone")) lines.push(el.tagName === "text" ? text(el) : path(el));
+    for (const { pane, x, y } of places) {
+      if (places.length > 1) {
+        lines.push(`\\begin{scope}[xshift=${pt(x)}, yshift=-${pt(y)}]`);
+        lines.push(`\\node[anchor=base west, text=${name("#1b1f24")}, font=\\sffamily\\bfseries] at (12,-8) {${latex(pane.name)}};`);
+      }
+      for (const el of pane.svg.querySelectorAll("path, text")) {
+        if (!el.closest(".gone")) lines.push(el.tagName === "text" ? text(el) : path(el));
+      }
+      if (places.length > 1) lines.push("\\end{scope}");
     }
     return [
       "\\begingroup",
       ...[...colours].sort().map((colour) => `\\definecolor{c${colour}}{HTML}{${colour.toUpperCase()}}`),
       "\\begin{tikzpicture}[x=0.75bp, y=-0.75bp, inner sep=0pt]",
-      `\\path[use as bounding box] (0,0) rectangle (${full.join(",")});`,
+      `\\path[use as bounding box] (0,0) rectangle (${size.join(",")});`,
       ...lines, "\\end{tikzpicture}\\endgroup", "",
     ].join("\n");
   }
@@ -620,6 +722,7 @@
   // ---- views of a comparison ----
   function setView(both) {
     panes.forEach((pane, i) => { pane.el.hidden = panes.length > 1 && (both ? i === 0 : i > 0); });
+    if (find("key")) find("key").hidden = !both;
     first();
   }
   for (const box of document.querySelectorAll("#views input")) box.addEventListener("change", () => setView(box.value === "1"));

@@ -1,0 +1,102 @@
+"""Before and after: what a circuit's nodes do once some of them are ablated."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mechsafety.circuits.circuit import Ablation, RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions import ablate
+from mechsafety.metrics import RefusalLogOdds, is_refusal
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node
+from mechsafety.patching import activation_patching
+from mechsafety.prompts import PromptPairs
+
+REPLY_TOKENS = 24
+PAIRS = 8
+
+
+def measure_ablation(
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds,
+    nodes: Sequence[Node],
+    *,
+    watched: Sequence[Node] = (),
+    replies: bool = False,
+) -> Ablation:
+    """Ablate nodes (`mechsafety.ablate`, mean over the pairs' harmless prompts) and measure again.
+
+    Args:
+        model: The model; unedited again afterwards, also after an exception.
+        pairs: Pairs that align.
+        metric: What is measured.
+        nodes: What to ablate.
+        watched: Nodes whose effects to measure again: in the ablated model, each gets the values that it has there on
+            the harmless prompt. What is lost is given as a share of the unedited model's gap, so that effects before
+            and after compare. Those among ``nodes`` are left out.
+        replies: Whether to generate replies too, to count refusals.
+
+    Raises:
+        MechsafetyError: Pairs that do not align, no gap to take shares of, or a node that the model lacks.
+    """
+    before = _scores(model, pairs, metric)
+    gap = before[0] - before[1]
+    if not abs(gap) > 0:
+        raise MechsafetyError("no gap between harmful and harmless prompts", expected="a metric that differs")
+    others = [node for node in watched if node not in set(nodes)]
+    rates = [_refused(model, pairs)] if replies else []
+    with ablate(model, nodes, prompts=pairs.harmless):
+        after = _scores(model, pairs, metric)
+        effects = {}
+        if others:
+            found = activation_patching(model, pairs, metric, nodes=others, progress=False)
+            effects = dict(zip(others, (found.changes.double().mean(1) / gap).tolist(), strict=True))
+        rates += [_refused(model, pairs)] if replies else []
+    names = ", ".join(map(str, nodes[:4])) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
+    rate = (rates[0], rates[1]) if replies else None
+    return Ablation(f"without {names}", tuple(nodes), (before[0], after[0]), effects, rate)
+
+
+def rerun(
+    circuit: RefusalCircuit, model: LensModel, pairs: PromptPairs | None = None, *, replies: bool = False
+) -> Callable[[tuple[Node, ...]], Ablation]:
+    """A function that ablates nodes of a circuit in its model and measures all others again; for a widget's boxes.
+
+    Args:
+        circuit: Whose metric is used and whose nodes are watched.
+        model: The model that was mapped.
+        pairs: What to run it on; eight of the built-in pairs by default.
+        replies: Whether to generate replies too.
+
+    Raises:
+        MechsafetyError: Another model.
+    """
+    if model.weights_sha256 != circuit.provenance.weights_sha256:
+        raise MechsafetyError(
+            f"{model.name} has other weights than the model that was mapped",
+            expected=f"{circuit.provenance.model}, SHA-256 {circuit.provenance.weights_sha256[:12]}",
+        )
+    chosen = pairs if pairs is not None else PromptPairs.builtin().sample(PAIRS, 0)
+    metric = RefusalLogOdds.of(model, circuit.metric["refusal_tokens"], circuit.metric["comply_tokens"])
+    watched = [member.node for member in circuit.nodes]
+
+    def on_ablate(nodes: tuple[Node, ...]) -> Ablation:
+        return measure_ablation(model, chosen, metric, nodes, watched=watched, replies=replies)
+
+    return on_ablate
+
+
+def _scores(model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> tuple[float, float]:
+    """Mean metric on the harmful and on the harmless prompts."""
+    sides = []
+    for prompts in (pairs.harmful, pairs.harmless):
+        rows = [metric(model.logits(prompts[first : first + 16])) for first in range(0, len(prompts), 16)]
+        sides.append(float(torch.cat(rows).double().mean()))
+    return sides[0], sides[1]
+
+
+def _refused(model: LensModel, pairs: PromptPairs) -> float:
+    replies = model.generate(pairs.harmful, REPLY_TOKENS)
+    return sum(map(is_refusal, replies)) / len(replies)

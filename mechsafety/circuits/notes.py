@@ -1,0 +1,116 @@
+"""What each node of a circuit writes and reads: the tokens it raises, the spans it looks at, where it is active."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.attribution.heads import span_attention
+from mechsafety.circuits.circuit import Notes
+from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun
+from mechsafety.nodes import Node
+from mechsafety.patching.masks import PairRuns, stored
+from mechsafety.prompts import PromptPairs
+from mechsafety.prompts.spans import SPANS
+from mechsafety.sites import Site, SiteKind
+
+# nodes whose logits are held at a time
+_BATCH = 64
+
+
+def measure_notes(
+    model: LensModel, runs: PairRuns, pairs: PromptPairs, nodes: Sequence[Node], *, n_tokens: int = 8
+) -> dict[Node, Notes]:
+    """Notes of heads, MLPs and neurons, from stored runs and one forward more.
+
+    Tokens: what the node writes at the last token, on harmful less on harmless prompts, through the final norm (its
+    scale as in each run) and the unembedding, mean over pairs, less the mean over the vocabulary (direct logit
+    attribution, Elhage et al. 2021, of all tokens instead of a few). It is the direct effect alone: an early node may
+    act through later ones and raise other tokens by way of them. Heads of models that normalise the heads' sum
+    (`LensModel.post_norm`) write nothing of their own there and get no tokens.
+
+    Args:
+        model: The model.
+        runs: Stored runs of the pairs; with neurons among the nodes they must hold ``neurons``.
+        pairs: The pairs that were run.
+        nodes: Which nodes.
+        n_tokens: Tokens raised, and as many lowered, at most.
+
+    Returns:
+        Notes by node. Heads have spans (mean attention of the last token on harmful prompts), neurons their activations
+        over the first pair's two prompts.
+    """
+    written = {node: _contrast(model, runs, node) for node in nodes if not (model.post_norm and node.kind == "head")}
+    tokens = _tokens(model, written, n_tokens)
+    spans = span_attention(model, runs).mean(2) if any(node.kind == "head" for node in nodes) else None
+    texts = _texts(model, pairs, [node for node in nodes if node.kind == "neuron"])
+    found = {}
+    for node in nodes:
+        looks = None
+        if node.kind == "head" and spans is not None:
+            looks = dict(zip(SPANS, spans[node.layer, node.index].tolist(), strict=True))
+        found[node] = Notes(*tokens.get(node, ((), ())), looks, texts.get(node, ()))
+    return found
+
+
+def _contrast(model: LensModel, runs: PairRuns, node: Node) -> Float[Tensor, " d_model"]:
+    """What the node adds to the final norm's output at the last token, harmful less harmless, mean over pairs."""
+    found = []
+    for run in (runs.harmful, runs.harmless):
+        norm = model.frozen_final_norm(run.resid[-1][:, -1])
+        written = _written(model, run, node)
+        found.append((norm(written) - norm(torch.zeros_like(written))).mean(0))
+    return found[0] - found[1]
+
+
+def _written(model: LensModel, run: BaseRun, node: Node) -> Float[Tensor, "batch d_model"]:
+    layer = node.layer or 0
+    if node.kind == "head":
+        z = stored(run.acts, SiteKind.Z)[layer][:, -1, node.index].float()
+        return einsum(z, model.W_O(layer)[node.index].float(), "batch d_head, d_head d_model -> batch d_model")
+    if node.kind == "mlp":
+        return stored(run.acts, SiteKind.MLP_OUT)[layer][:, -1].float()
+    activation = stored(run.acts, SiteKind.NEURONS)[layer][:, -1, node.index].float()
+    return einsum(activation, model.W_out(layer)[node.index].float(), "batch, d_model -> batch d_model")
+
+
+def _tokens(
+    model: LensModel, written: dict[Node, Tensor], n_tokens: int
+) -> dict[Node, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Tokens that each vector raises, and those that it lowers, strongest first."""
+    found = {}
+    nodes = list(written)
+    weights = model.W_U.float()
+    for first in range(0, len(nodes), _BATCH):
+        some = nodes[first : first + _BATCH]
+        logits = torch.stack([written[node] for node in some]) @ weights
+        logits = logits - logits.mean(-1, keepdim=True)
+        for node, row in zip(some, logits, strict=True):
+            found[node] = (_strongest(model, row, n_tokens), _strongest(model, -row, n_tokens))
+    return found
+
+
+def _strongest(model: LensModel, row: Float[Tensor, " d_vocab"], n_tokens: int) -> tuple[str, ...]:
+    values, ids = row.topk(min(n_tokens, len(row)))
+    kept = [token for token, value in zip(ids.tolist(), values.tolist(), strict=True) if value > 0]
+    return tuple(model.tokenizer.decode([token]) for token in kept)
+
+
+def _texts(
+    model: LensModel, pairs: PromptPairs, neurons: Sequence[Node]
+) -> dict[Node, tuple[tuple[tuple[str, ...], tuple[float, ...]], ...]]:
+    """Activations of neurons over the tokens of the first pair's two prompts."""
+    if not neurons:
+        return {}
+    sites = {node: Site(SiteKind.NEURONS, node.layer) for node in neurons}
+    rows: dict[Node, list[tuple[tuple[str, ...], tuple[float, ...]]]] = {node: [] for node in neurons}
+    for prompt in (pairs.harmful[0], pairs.harmless[0]):
+        words = tuple(model.token_strings(prompt))
+        acts = model.read(model.tokenize([prompt]), list(dict.fromkeys(sites.values())))
+        for node in neurons:
+            values = acts[sites[node]][0, :, node.index].float()
+            rows[node].append((words, tuple(float(f"{value:.4g}") for value in values.tolist())))
+    return {node: tuple(found) for node, found in rows.items()}
