@@ -102,7 +102,7 @@ class CausalCurve(Result):
         return min(reached, default=None)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a share: C with its interval, the random sets' mean, range and p, and general ability.
+        """One row a share: C with its interval, the random sets' mean, range and p, and general ability with intervals.
 
         ``random_low`` and ``random_high`` are the sets' 2.5 and 97.5 percentiles;
         ``p_value = (1 + number of random sets with C at least the top's) / (1 + number of sets)``.
@@ -121,10 +121,7 @@ class CausalCurve(Result):
             frame.loc[k, list(columns)] = [control[k].mean(), low, high, p]
         frame["random_overlap"] = self.overlaps
         if self.harmless is not None:
-            points = len(self.shares)
-            frame["kl"] = self.harmless.kl[:points].mean(-1).numpy()
-            frame["perplexity"] = self.harmless.nll[:points].mean(-1).exp().numpy()
-            frame["agreement"] = self.harmless.agreement[:points].mean(-1).numpy()
+            frame = frame.join(self.harmless.to_dataframe().iloc[: len(self.shares)])
         return frame
 
     def plot(self) -> go.Figure:

@@ -259,6 +259,19 @@ def greedy(
     return replies, torch.stack(logits, dim=1)
 
 
+def greedy_replies(
+    model: LensModel, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 16
+) -> list[list[int]]:
+    """Token ids of a model's own greedy reply to each chat prompt, in order."""
+    rows = prompt_rows(model, prompts)
+    replies: list[list[int]] = [[] for _ in rows]
+    for chunk in batches([len(row) for row in rows], batch_size):
+        found, _ = greedy(model, None, None, lay_out(model, [rows[k] for k in chunk]), max_new_tokens)
+        for k, ids in zip(chunk, found, strict=True):
+            replies[k] = ids
+    return replies
+
+
 def forced(
     base: LensModel,
     aligned: LensModel | None,
