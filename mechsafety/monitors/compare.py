@@ -14,7 +14,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts
 from mechsafety.monitors.guard import INVERSE_PENALTY, fit_regression
-from mechsafety.neurons.masks import neuron_mask, random_masks
+from mechsafety.neurons.masks import check_random_sets, neuron_mask, random_masks
 from mechsafety.nodes import Node
 from mechsafety.results import Provenance, Result
 
@@ -202,13 +202,15 @@ def compare_guards(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No test set, a name used twice, a set without both labels, no neuron or all of them.
+        MechsafetyError: No test set, a name used twice, a set without both labels, no random sets, no neuron or all of
+            them.
     """
     from tqdm.auto import tqdm
 
     names = [test.name for test in tests]
     if not names or len(set(names)) < len(names):
         raise MechsafetyError(f"test sets {names}", expected="at least one, each with a name of its own")
+    check_random_sets(n_random)
     mask = neuron_mask(model, neurons)
     if not bool(mask.any()):
         raise MechsafetyError("no neuron to read", expected="at least one")

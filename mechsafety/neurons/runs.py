@@ -226,7 +226,12 @@ def greedy(
     Returns:
         Token ids of each row up to and with its end token, and the logits of the first ``keep`` steps that were run
         (the first is the one after the prompt), float32.
+
+    Raises:
+        MechsafetyError: ``max_new_tokens`` below 1.
     """
+    if max_new_tokens < 1:
+        raise MechsafetyError(f"max_new_tokens={max_new_tokens}", expected="at least 1")
     ends = _end_tokens(base)
     replies: list[list[int]] = [[] for _ in range(len(rows))]
     done = torch.zeros(len(rows), dtype=torch.bool)

@@ -14,7 +14,7 @@ from mechsafety.metrics import bootstrap_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
 from mechsafety.neurons.behaviour import Score, measure, score_name
-from mechsafety.neurons.masks import random_masks
+from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.results import Provenance, Result
@@ -119,11 +119,15 @@ def alignment_tax(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Models that are no pair, rankings that do not fit, or tops without a common neuron.
+        MechsafetyError: Models that are no pair, rankings that do not fit, no random sets, or tops without a common
+            neuron.
     """
     for aligned in (safe, helpful):
         check_pair(base, aligned)
     check_pair(safe, helpful)
+    check_random_sets(n_random)
+    for ranking in rankings:
+        check_ranking(base, ranking.scores)
     agreement = compare_neurons(*rankings, share=share, n_permutations=n_permutations, seed=seed)
     common = rankings[0].top(share) & rankings[1].top(share)
     if not bool(common.any()):

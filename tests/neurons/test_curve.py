@@ -104,6 +104,18 @@ def test_a_score_without_difference(pair, prompts, ranking):
         causal_effect_curve(*pair, ranking, prompts, constant, shares=(1.0,), max_new_tokens=1)
 
 
+def test_what_a_curve_cannot_be_drawn_from(pair, prompts, ranking, log_odds):
+    wrong = [
+        ({"ranking": ranking.scores.T}, r"^a ranking of shape \(48, 3\); expected \(3, 48\), as LensModel\("),
+        ({"shares": []}, r"^no shares; expected at least one, above 0 and at most 1$"),
+        ({"n_random": 0}, r"^n_random=0; expected at least 1 random set$"),
+    ]
+    for given, message in wrong:
+        options = {"ranking": ranking, "prompts": prompts, "score": log_odds, **given}
+        with pytest.raises(ms.MechsafetyError, match=message):
+            causal_effect_curve(*pair, **options)
+
+
 # --- agreement and tax ------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +208,19 @@ def test_tax_of_tops_that_fill_a_layer(pair, helpful, prompts, ranking, log_odds
     )
     assert int(found.common.sum()) == 40 and found.random_overlap == pytest.approx(32 / 40)
     assert not found.random_safety.isnan().any()
+
+
+def test_a_tax_that_cannot_be_measured(pair, helpful, prompts, ranking, log_odds):
+    from dataclasses import replace
+
+    names = ("scores", "change", "base_rms", "mean_change")
+    turned = replace(ranking, halves=ranking.halves.mT, **{name: getattr(ranking, name).T for name in names})
+    for rankings, n_random, message in (
+        ((turned, turned), 2, r"^a ranking of shape \(48, 3\); expected \(3, 48\)"),
+        ((ranking, ranking), 0, r"^n_random=0; expected at least 1 random set$"),
+    ):
+        with pytest.raises(ms.MechsafetyError, match=message):
+            alignment_tax(*pair, helpful, rankings, prompts, prompts, log_odds, log_odds, n_random=n_random)
 
 
 def test_tops_without_a_common_neuron(pair, helpful, prompts, ranking, log_odds):
