@@ -254,8 +254,8 @@ def probe_table(found: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Out-of-topic accuracy; the change of 16 harmful prompts' log-odds, of topics that no probe saw, when the "
         "probe's weights, or its pattern, are erased everywhere. For comparison the mean over eight random directions "
-        "with its interval over prompts, and the one that changes most. *Shuffled* lies below one half because labels are "
-        "swapped within pairs of nearly the same text: where a held-out topic has more swaps of one kind, the "
+        "with its interval over prompts, and the one that changes most. *Shuffled* lies below one half because labels "
+        "are swapped within pairs of nearly the same text: where a held-out topic has more swaps of one kind, the "
         "topics that are left to learn from have fewer, so that the probe leans the wrong way. It shows that no "
         "accuracy comes from the folds; it is no estimate of chance.",
         "",

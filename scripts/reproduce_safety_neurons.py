@@ -26,27 +26,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
+from jaxtyping import Bool
 from safety_neurons_page import TOP, write
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import mechsafety as ms
 from mechsafety.cli import quiet_libraries
-from mechsafety.models.demo import adapter_folder
+from mechsafety.models.demo import adapter_folder, base_folder
 from mechsafety.monitors import GuardReport, LabelledPrompts, compare_guards, label_by_replies
 from mechsafety.neurons import (
     AlignmentTax,
     CausalCurve,
     NeuronAgreement,
     NeuronCards,
+    NeuronContrast,
     NeuronScores,
     ReplyLikelihood,
     alignment_tax,
     causal_effect_curve,
     compare_neurons,
+    contrast_neurons,
     describe_neurons,
     dynamic_patching,
     greedy_replies,
     phrase_judge,
     safety_neurons,
+    top_mask,
 )
 from mechsafety.prompts import read_jsonl
 from mechsafety.prompts.sets import data_file
@@ -54,6 +61,8 @@ from mechsafety.prompts.sets import data_file
 TRAIN = Path(__file__).with_name("train_demo_adapter.py")
 BENCHMARKS = ("jailbreakbench", "advbench", "harmbench_test")
 ALPACA = "alpaca_harmless"
+# neurons of a copy of the base whose activation is scaled, and by how much
+PLANTED, FACTOR = 200, 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +221,42 @@ class Run:
         return self.step(
             "curve-judge", CausalCurve, lambda: causal_effect_curve(*pair, scores, prompts, phrase_judge, **options)
         )
+
+    def contrast(self) -> NeuronContrast:
+        """Harmful against harmless prompts in the aligned model alone."""
+        return self.step("contrast", NeuronContrast, lambda: contrast_neurons(self.model("demo"), self.test))
+
+    def planted(self) -> dict[str, Any]:
+        """Share of planted neurons among as many of the highest scores, by both scores."""
+
+        def make() -> dict[str, Any]:
+            base, (changed, chosen) = self.model("demo-base"), planted_copy(self.model("demo-base"))
+            n, tokens = (4, 4) if self.args.small else (24, 32)
+            prompts = ms.PromptPairs.builtin("test").sample(n, seed=0).harmful
+            found = safety_neurons(changed, base, prompts, score="ratio", max_new_tokens=tokens)
+            recalls = {
+                name: float((top_mask(values, PLANTED) & chosen).sum()) / PLANTED
+                for name, values in (("ratio", found.scores), ("rms", found.change))
+            }
+            return {**recalls, "neurons": PLANTED, "factor": FACTOR, "prompts": n, "tokens": tokens}
+
+        return self.step("planted", dict, make)
+
+    def ends(self) -> dict[str, Any]:
+        """No neuron patched against the base model, all of them against the aligned one: replies and logits."""
+
+        def make() -> dict[str, Any]:
+            base, demo = self.model("demo-base"), self.model("demo")
+            prompts, found = self.test.sample(4 if self.args.small else 16, seed=7).harmful, {}
+            for name, all_of_them, model in (("0 %", False, base), ("100 %", True, demo)):
+                mask = torch.full((base.n_layers, base.d_mlp), all_of_them)
+                patched = dynamic_patching(base, demo, mask, prompts, max_new_tokens=16, progress=False)
+                same = [a == b for a, b in zip(patched.replies, model.generate(prompts, 16), strict=True)]
+                off = float((patched.logits - model.logits(prompts)).abs().max())
+                found[name] = {"same_replies": sum(same), "prompts": len(prompts), "largest_logit_difference": off}
+            return found
+
+        return self.step("ends", dict, make)
 
     def cost(self) -> dict[str, float]:
         """Dynamic patching against plain generation of both models, interleaved, best of three."""
@@ -380,6 +425,20 @@ class Run:
             GuardReport,
             lambda: compare_guards(self.model("demo-base"), top, rows[0], rows[1:], n_random=self.size.random_sets),
         )
+
+
+def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer d_mlp"]]:
+    """A copy of the base with some neurons' activations scaled, and which."""
+    folder = base_folder()
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    order = torch.randperm(base.n_layers * base.d_mlp, generator=torch.Generator().manual_seed(0))
+    flat = torch.zeros(len(order), dtype=torch.bool)
+    flat[order[:PLANTED]] = True
+    chosen = rearrange(flat, "(layer d_mlp) -> layer d_mlp", layer=base.n_layers)
+    with torch.no_grad():
+        for layer, block in enumerate(hf.model.layers):
+            block.mlp.up_proj.weight[chosen[layer]] *= FACTOR
+    return ms.load_model((hf, base.tokenizer)), chosen
 
 
 def drawn(rows: Sequence[Any], n: int, seed: int) -> list[Any]:

@@ -38,6 +38,8 @@ def write(out: Path, run: Any) -> None:
         "seed_refusals": seed_refusals(run).to_dict("records"),
         "tax": run.tax().to_dataframe().to_dict("records") if run.has_helpful() else None,
         "tax_agreement": run.tax().agreement.to_dataframe().to_dict("records") if run.has_helpful() else None,
+        "planted": run.planted(),
+        "ends": run.ends(),
         "cost": {**run.cost(), **run.clock()},
     }
     (out / "safety-neurons.json").write_text(json.dumps(plain(record), indent=1) + "\n")
@@ -60,6 +62,13 @@ def page(run: Any) -> str:
     scores = run.scores()
     lines += ["", "## Neurons", "", f"{scores!r}; split-half rank correlation {scores.reliability:.3f}.", ""]
     lines += ["![layers of the top 5 %](safety-neurons/layers.svg)", "", table(cards(run))]
+    lines += ["", *checks(run)]
+    lines += [
+        "",
+        "Neurons of `demo` alone that tell harmful from harmless prompts (Cohen's d over held-out pairs):",
+        "",
+    ]
+    lines += [table(contrast(run))]
     lines += ["", "## Causal effect", *effect(run)]
     lines += ["", "## Alignment tax", "", *tax_section(run)]
     lines += ["", "## Seeds", "", *seeds_section(run)]
@@ -135,29 +144,33 @@ def tax_findings(run: Any) -> list[str]:
         f"within layers (p = {overlap.layered_p:.3f}); this {verdict} the paper's significant overlap of safety and "
         "helpfulness neurons."
     ]
-    for model, own, other in (
-        ("safe <- helpful", "safe", "the paper: safety falls, helpfulness rises"),
-        ("helpful <- safe", "helpful", "the paper: the reverse"),
+    for model, own, wanted, other in (
+        ("safe <- helpful", "safe", [False, True], "the paper, where safety falls and helpfulness rises"),
+        ("helpful <- safe", "helpful", [True, False], "the paper, where safety rises and helpfulness falls"),
     ):
-        parts = []
+        parts, moved = [], []
         for kind in ("safety", "helpfulness"):
             row, before = frame.loc[model], frame.loc[own, kind]
+            moved.append(bool(row[kind] > before))
             beyond = not row[f"{kind}_random_low"] <= row[kind] <= row[f"{kind}_random_high"]
             parts.append(
                 f"{kind} from {before:.2f} to {row[kind]:.2f} ({'outside' if beyond else 'inside'} the random sets' "
                 f"{row[f'{kind}_random_low']:.2f} to {row[f'{kind}_random_high']:.2f})"
             )
-        out.append(f"With the common neurons of the other ({model}): {parts[0]}, {parts[1]}; {other}.")
+        verdict = "as in" if moved == wanted else "not as in"
+        out.append(f"With the common neurons of the other ({model}): {parts[0]}, {parts[1]}; {verdict} {other}.")
     return out
 
 
 def seed_findings(run: Any) -> list[str]:
     frame, refused = seeds(run), seed_refusals(run)
     overlap, permuted = frame.overlap, frame["overlap, permuted in layers"]
+    rates = {side: refused[side].sum() / refused.of.sum() for side in ("harmful", "harmless")}
     out = [
         f"Seeds: any two of {run.size.seeds} share {overlap.mean():.1%} of their top 5 % on average "
         f"({overlap.min():.1%} to {overlap.max():.1%}; permuted within layers {permuted.mean():.1%}; largest p "
-        f"{frame['overlap, p'].max():.3f}). In the paper different training runs give largely the same neurons."
+        f"{frame['overlap, p'].max():.3f}). In the paper different training runs give largely the same neurons. "
+        f"The seeds refuse {rates['harmful']:.0%} of harmful prompts and {rates['harmless']:.0%} of their twins."
     ]
     weak = refused[refused.harmful < 0.1 * refused.of].seed.tolist()
     if weak:
@@ -177,6 +190,32 @@ def cards(run: Any) -> pd.DataFrame:
         frame[column] = [", ".join(map(code, row)) for row in frame[column]]
     frame["active"] = [", ".join(f"{code(text)} {value:.1f}" for text, value in row[:4]) for row in frame.active]
     return frame
+
+
+def checks(run: Any) -> list[str]:
+    """What must hold on this pair whatever the paper says."""
+    planted, ends = run.planted(), run.ends()
+    done = f"{planted['prompts']} prompts x {planted['tokens']} tokens"
+    lines = [
+        f"Planted: of {planted['neurons']} neurons scaled by {planted['factor']:g} in a copy of the base, "
+        f"{planted['ratio']:.1%} are among as many of the highest ratio scores and {planted['rms']:.1%} of the highest "
+        f"rms scores ({done}; asked for: at least 95 % by the ratio). A raw difference is as large as the neuron's own "
+        "scale."
+    ]
+    for name, whose in (("0 %", "base"), ("100 %", "aligned")):
+        found = ends[name]
+        off = found["largest_logit_difference"]
+        lines.append(
+            f"Dynamic patching with {name} of the neurons is the {whose} model: {found['same_replies']} of "
+            f"{found['prompts']} replies are the same, logits differ by at most {off:.0e}."
+        )
+    return [lines[0], "", " ".join(lines[1:])]
+
+
+def contrast(run: Any) -> pd.DataFrame:
+    """The strongest neurons of each span."""
+    frame = run.contrast().to_dataframe()
+    return frame.groupby("span", sort=False).head(5).sort_values("span", kind="stable")
 
 
 def effect(run: Any) -> list[str]:
@@ -307,7 +346,7 @@ def cost(run: Any) -> pd.DataFrame:
         ("whole script, min", whole, WHOLE),
     ]
     frame = pd.DataFrame(
-        [(name, f"{value:.3g}", limit, "yes" if value <= limit else "**no**") for name, value, limit in rows],
+        [(name, f"{value:.3g}", f"{limit:g}", "yes" if value <= limit else "**no**") for name, value, limit in rows],
         columns=["", "measured", "at most", "met"],
     )
     frame.loc[len(frame)] = ["peak memory, MiB", spent["peak_mib"], "", ""]

@@ -147,7 +147,8 @@ def _shares(
     model: LensModel, tokens: Tokens, metric: RefusalLogOdds, columns: Sequence[int]
 ) -> list[Float[Tensor, "layer column prompt"]]:
     """What each layer's heads together, and its MLP, add to the metric read at each column."""
-    attention, mlps = [], []
+    attention: list[Tensor] = []
+    mlps: list[Tensor] = []
     for part in _batches(tokens):
         cache = model.cache(part, sites=DIRECT_SITES)
         found = [direct_parts(model, cache, metric, column=column) for column in columns]

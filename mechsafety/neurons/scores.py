@@ -171,13 +171,13 @@ def safety_neurons(
     check_pair(base, aligned)
     rows = prompt_rows(base, prompts)
     sums = _Sums(base)
-    known = [list(reply) for reply in replies] if replies is not None else None
+    given = [list(reply) for reply in replies] if replies is not None else None
     generated = max_new_tokens if positions == "completion" else 0
-    lengths = [len(row) + (len(known[k]) if known else generated) for k, row in enumerate(rows)]
+    lengths = [len(row) + (len(given[k]) if given else generated) for k, row in enumerate(rows)]
     chunks = batches(lengths, batch_size)
     for chunk in tqdm(chunks, desc="scoring neurons", disable=not progress or len(chunks) < 2, leave=False):
-        said: list[list[int]] = [known[k] if known else [] for k in chunk]
-        if positions == "completion" and known is None:
+        said: list[list[int]] = [given[k] if given else [] for k in chunk]
+        if positions == "completion" and given is None:
             said = greedy(base, None, None, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)[0]
         whole = [rows[k] + reply for k, reply in zip(chunk, said, strict=True)]
         # every prompt token counts once for each prompt, so nothing may be shared when they are read
@@ -192,7 +192,7 @@ def safety_neurons(
     options = {
         "positions": positions,
         "score": score,
-        "max_new_tokens": max(map(len, known)) if known else max_new_tokens,
+        "max_new_tokens": max(map(len, given)) if given else max_new_tokens,
         "prompts": len(prompts),
         "prompts_sha256": digest(prompts),
     }
