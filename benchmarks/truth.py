@@ -353,7 +353,14 @@ def _summary(models: Mapping[str, Any]) -> list[str]:
         if not rows:
             continue
         cells = [name.replace("_", " ")]
-        for figure in ("found_nodes_precision", "found_nodes_recall", "decoys_found", "backups_found", "roles", "seconds"):
+        for figure in (
+            "found_nodes_precision",
+            "found_nodes_recall",
+            "decoys_found",
+            "backups_found",
+            "roles",
+            "seconds",
+        ):
             values = [row[figure] for row in rows if figure in row]
             if figure == "decoys_found":
                 cells.append(f"{sum(values)}")

@@ -195,7 +195,9 @@ def _fresh(fresh: Any) -> str:
 
 
 def _stability(found: Any) -> str:
-    return f"mean Jaccard overlap {found.mean:.2f} with circuits of {len(found.jaccards)} bootstrap resamples of the pairs"
+    return (
+        f"mean Jaccard overlap {found.mean:.2f} with circuits of {len(found.jaccards)} bootstrap resamples of the pairs"
+    )
 
 
 def _roles(circuit: Any) -> list[str]:

@@ -25,6 +25,7 @@ PROBE_SPANS = ("instruction", "suffix", "last")
 # inverse regularisation strengths among which the inner cross-validation chooses
 COSTS = (1e-3, 1e-2, 1e-1, 1.0)
 MIN_GROUPS = 3
+N_ERASE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class ProbeReport(Result):
         directions: The fitted probes' weights in the residual stream, at length 1; 0 where no prompts differ.
         patterns: How activations move with the probe's value, their covariance times the weights, at length 1 (Haufe et
             al. 2014): weights also cancel noise, so that the two can be far apart.
-        unedited: Metric of harmful prompts; None without a metric.
+        unedited: Metric of the harmful prompts that erasing is measured on; None without a metric.
         erased: The same when the probe's weights' direction is removed from all that is written to the residual stream.
         pattern_erased: The same with the pattern.
         random_erased: The same for random directions.
@@ -80,8 +81,8 @@ class ProbeReport(Result):
 
         Accuracy with Wilson interval, AUROC, accuracy with shuffled labels, the text classifier's accuracy, false
         positives among hard negatives, and the mean change of the metric when weights or pattern are erased, with
-        intervals. With few prompts, accuracy with shuffled labels lies below one half: what a fold leaves out tips the
-        rest the other way.
+        intervals; of random directions the mean over all, and that of the one that changes most. With few prompts,
+        accuracy with shuffled labels lies below one half: what a fold leaves out tips the rest the other way.
         """
         from sklearn.metrics import roc_auc_score
 
@@ -99,8 +100,7 @@ class ProbeReport(Result):
                 row |= {"lexical_hard_flagged": float((self.lexical_hard > 0).float().mean())}
                 for name in ("erased", "pattern_erased"):
                     row |= self._change(name, (k, s))
-                if self.random_erased is not None and self.unedited is not None:
-                    row |= {"random_erased": float((self.random_erased - self.unedited).mean())}
+                row |= self._random_change()
                 rows.append(row)
         return pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
@@ -123,6 +123,16 @@ class ProbeReport(Result):
         ends = bootstrap_interval(change) if not np.isnan(change).any() else (np.nan, np.nan)
         return {name: float(change.mean()), f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
+    def _random_change(self) -> dict[str, float]:
+        """Mean over random directions with its interval over prompts, and the direction that changes most."""
+        if self.random_erased is None or self.unedited is None:
+            return {}
+        change = self.random_erased - self.unedited
+        low, high = bootstrap_interval(change.mean(0).numpy())
+        means = change.mean(1)
+        found = {"random_erased": float(means.mean()), "random_erased_low": low, "random_erased_high": high}
+        return {**found, "random_erased_most": float(means[means.abs().argmax()])}
+
     def _accuracy(self, values: Tensor) -> float:
         return float(((values > 0) == (self.labels > 0)).float().mean())
 
@@ -137,7 +147,7 @@ def probe_layers(
     hard: Sequence[str] | None = None,
     outer: int = 5,
     inner: int = 3,
-    n_erase: int = 16,
+    erase_on: Sequence[str] | None = None,
     n_random: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -157,7 +167,8 @@ def probe_layers(
         hard: Scary but harmless prompts; the built-in ones of the test split by default.
         outer: Folds of the outer cross-validation.
         inner: Folds of the inner one.
-        n_erase: Harmful prompts on which erasing is measured.
+        erase_on: Harmful prompts on which erasing is measured, better held out; by default 16 of the pairs' own, spread
+            over their topics.
         n_random: Random directions to compare erasing with.
         seed: Of the shuffled labels and the random directions.
         progress: Whether to show bars.
@@ -196,16 +207,17 @@ def probe_layers(
     lexical = folds.out_of_fold(_lexical(), texts, labels)
     lexical_hard = torch.from_numpy(folds.fit(_lexical(), texts, labels).decision_function(scary)).float()
     unedited, random_erased = None, None
+    texts_erased = pairs.sample(N_ERASE, seed).harmful if erase_on is None else list(erase_on)
     erased: list[Tensor | None] = [None, None]
     if metric is not None:
         flat = rearrange(directions, "kind layer span d -> (kind layer span) d")
         noise = torch.randn(n_random, model.d_model, generator=torch.Generator().manual_seed(seed))
-        before, after = _erase(model, metric, pairs.harmful[:n_erase], torch.cat([flat, noise]))
+        before, after = _erase(model, metric, texts_erased, torch.cat([flat, noise]))
         unedited, random_erased = before, after[len(flat) :]
         grid = {"kind": 2, "span": len(spans)}
         erased = list(rearrange(after[: len(flat)], "(kind layer span) prompt -> kind layer span prompt", **grid))
     options = {"outer": outer, "inner": inner, "pairs": len(pairs), "hard": len(scary), "spans": list(spans)}
-    options |= {"n_erase": n_erase, "groups": len(set(groups))}
+    options |= {"n_erase": len(texts_erased), "held_out": erase_on is not None, "groups": len(set(groups))}
     return ProbeReport(
         model.provenance(seed=seed, options=options),
         chosen,

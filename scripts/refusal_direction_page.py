@@ -96,11 +96,14 @@ def page(found: RefusalDirection, parts: dict[str, Any], took: float | None) -> 
         "",
         "![Doses](refusal-direction-doses.png)",
         "",
+        f"{parts['removed'].harmful.shape[1]} harmful prompts: the first of JailbreakBench in its own order, so that "
+        "only its first categories are among them; as many of Alpaca.",
+        "",
         *dose_table(parts["removed"], parts["added"]),
         "",
         "## More than one direction?",
         "",
-        *subspace_table(parts["subspace"]),
+        *subspace_table(parts["subspace"], parts["rates"]),
         "",
         "## Who writes it, who reads it",
         "",
@@ -173,10 +176,19 @@ def dose_table(*found: DoseResponse) -> list[str]:
     return lines
 
 
-def subspace_table(found: RefusalSubspace) -> list[str]:
+def subspace_table(found: RefusalSubspace, rates: dict[str, dict[str, list[bool]]]) -> list[str]:
+    left = rates["JailbreakBench"]["direction removed"]
     lines = [
         "Directions found one after the other, each in what is left when those before are removed; chosen on half of "
-        "the harmful validation prompts, judged on the others against random directions.",
+        "the harmful validation prompts, judged on the others against random directions. The search goes on "
+        f"although the mean log-odds are below 0 once the first is gone, as {share(left)} of JailbreakBench is refused "
+        "even then, and ends at the first direction that does no more than random ones. "
+        + (
+            f"**{found.dimension} of {len(found.layers)} directions looked at are causal**."
+            if found.dimension != 1
+            else f"The first is the only causal one of {len(found.layers)} looked at: what is still refused hangs on "
+            "no single further direction that this search finds."
+        ),
         "",
         "| direction | layer, column | change of log-odds | beyond random | induce beyond random | causal |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -207,9 +219,23 @@ def writer_tables(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {row['node']} | {row['writes']:.3f} ({ends}) | {row['cosine']:.3f} | {inside} |")
     lines += ["", "| reader | q | k | v | mlp |", "| --- | --- | --- | --- | --- |"]
     for row in found["readers"]:
-        cells = [row[f"reads_{slot}"] for slot in ("q", "k", "v", "mlp")]
-        lines.append(f"| {row['node']} | " + " | ".join("" if c is None else f"{c:.3f}" for c in cells) + " |")
-    return lines
+        cells = [_reads(row, slot) for slot in ("q", "k", "v", "mlp")]
+        lines.append(f"| {row['node']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Neurons that write most of it, and those that read most (writing is exact, reading an estimate):",
+        "",
+    ]
+    lines += [
+        "| neuron | writes (share of the gap along it) | reads (share of the metric's gap) |",
+        "| --- | --- | --- |",
+    ]
+    return lines + [f"| {n['node']} | {n['writes']:.3f} | {n['reads_estimate']:.3f} |" for n in found["neurons"]]
+
+
+def _reads(row: dict[str, Any], slot: str) -> str:
+    value, low, high = (row[f"reads_{slot}{end}"] for end in ("", "_low", "_high"))
+    return "" if value is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def head_tables(found: dict[str, Any]) -> list[str]:
@@ -226,11 +252,15 @@ def head_tables(found: dict[str, Any]) -> list[str]:
 
 def probe_table(found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "Out-of-topic accuracy; the change of harmful prompts' log-odds when the probe's weights, or its pattern, "
-        "are erased everywhere (a random direction's for comparison).",
+        "Out-of-topic accuracy; the change of 16 harmful prompts' log-odds, of topics that no probe saw, when the "
+        "probe's weights, or its pattern, are erased everywhere. For comparison the mean over eight random directions "
+        "with its interval over prompts, and the one that changes most. *Shuffled* lies below one half because labels "
+        "are swapped within pairs of nearly the same text: where a held-out topic has more swaps of one kind, the "
+        "topics that are left to learn from have fewer, so that the probe leans the wrong way. It shows that no "
+        "accuracy comes from the folds; it is no estimate of chance.",
         "",
         "| layer | span | accuracy | text alone | shuffled | hard negatives flagged (text alone) | weights erased "
-        "| pattern erased | random erased |",
+        "| pattern erased | random erased (most) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(found, key=lambda row: (row["span"], row["layer"])):
@@ -241,7 +271,8 @@ def probe_table(found: list[dict[str, Any]]) -> list[str]:
             value = row[name]
             ends = "" if value is None else f" ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
             cells.append("" if value is None else f"{value:.2f}{ends}")
-        cells.append(f"{row['random_erased']:.2f}")
+        low, high = row["random_erased_low"], row["random_erased_high"]
+        cells.append(f"{row['random_erased']:.2f} ({low:.2f} to {high:.2f}; {row['random_erased_most']:.2f})")
         lines.append(f"| {row['layer']} | {row['span']} | " + " | ".join(cells) + " |")
     return lines
 

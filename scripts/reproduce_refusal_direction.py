@@ -197,10 +197,10 @@ def doses(study: Study, found: RefusalDirection, way: str) -> DoseResponse:
 
 
 def subspace(study: Study, found: RefusalDirection) -> RefusalSubspace:
-    """Further directions, looked for at every third layer."""
+    """Further directions, looked for at every third layer, also when the mean log-odds are below 0."""
     train, held = prompt_sets(study)
     layers = study.args.layers or list(range(2, int(0.8 * study.model.n_layers), 3))
-    return ms.refusal_subspace(study.model, found, train, study.metric, held, layers=layers)
+    return ms.refusal_subspace(study.model, found, train, study.metric, held, layers=layers, stop_below=None)
 
 
 def expected_pairs(study: Study, n: int) -> ms.PromptPairs:
@@ -251,7 +251,8 @@ def heads(study: Study, found: RefusalDirection) -> dict[str, Any]:
 def probes(study: Study) -> list[dict[str, Any]]:
     pairs = ms.PromptPairs.builtin("train").sample(study.args.n_probe)
     layers = study.args.layers or list(range(0, study.model.n_layers + 1, 3))
-    report = ms.probe_layers(study.model, pairs, study.metric, layers=layers)
+    held_out = ms.PromptPairs.builtin("test").sample(16).harmful
+    report = ms.probe_layers(study.model, pairs, study.metric, layers=layers, erase_on=held_out)
     return json.loads(report.to_dataframe().to_json(orient="records"))
 
 

@@ -1,95 +1,143 @@
 """Safety neurons of the demo pair, with every control; writes docs/results/safety-neurons.md, .json and figures.
 
     python scripts/reproduce_safety_neurons.py               # about half an hour on two cores
-    python scripts/reproduce_safety_neurons.py --small --work .work/small --out OUT      # minutes: does it run?
+    python scripts/reproduce_safety_neurons.py --small --out OUT                 # minutes: does it run?
 
-Every step is saved in --work and skipped when it is there, so that a stopped run goes on. Public benchmarks are read
-from --data (JSON lines with an "instruction" each) and are left out, by name, where they are missing. Neurons are
-ranked and guards trained on the `train` split; all figures come from the `test` split, whose topics are others, or from
-public data.
+Every step is saved in --work and skipped when it is there, so that a stopped run goes on; a store of other sizes,
+weights or data is refused. Public benchmarks are read from --data (JSON lines with an "instruction" each) and are left
+out, by name, where they are missing. Neurons are ranked and guards trained on the `train` split; all figures come from
+the `test` split, whose topics are others, or from public data.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import random
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
+from einops import rearrange
+from jaxtyping import Bool
+from safety_neurons_page import TOP, write
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import mechsafety as ms
 from mechsafety.cli import quiet_libraries
-from mechsafety.metrics import wilson_interval
-from mechsafety.models.demo import adapter_folder
+from mechsafety.models.demo import adapter_folder, base_folder
 from mechsafety.monitors import GuardReport, LabelledPrompts, compare_guards, label_by_replies
 from mechsafety.neurons import (
     AlignmentTax,
     CausalCurve,
     NeuronAgreement,
     NeuronCards,
+    NeuronContrast,
     NeuronScores,
     ReplyLikelihood,
     alignment_tax,
     causal_effect_curve,
     compare_neurons,
+    contrast_neurons,
     describe_neurons,
     dynamic_patching,
+    greedy_replies,
     phrase_judge,
     safety_neurons,
+    top_mask,
 )
 from mechsafety.prompts import read_jsonl
 from mechsafety.prompts.sets import data_file
 
-TOP = 0.05
 TRAIN = Path(__file__).with_name("train_demo_adapter.py")
+BENCHMARKS = ("jailbreakbench", "advbench", "harmbench_test")
+ALPACA = "alpaca_harmless"
+# neurons of a copy of the base whose activation is scaled, and by how much
+PLANTED, FACTOR = 200, 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """How much of everything: prompts, unless the name says otherwise."""
 
     ranked: int = 200
-    reply: int = 64
-    curve: int = 64
-    judged: int = 24
-    judged_reply: int = 12
-    judged_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
-    harmless: int = 40
+    reply_tokens: int = 64
+    curve: int = 48
+    ratio_shares: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
+    judged: int = 20
+    judged_tokens: int = 10
+    judged_shares: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
+    harmless: int = 36
     random_sets: int = 20
-    taxed: int = 32
-    mixed: int = 60
-    guard: int = 150
-    benchmark: int = 100
+    taxed: int = 24
+    tax_random_sets: int = 10
+    mixed: int = 40
+    guard: int = 120
+    guard_test: int = 80
+    benchmark: int = 60
+    timed: int = 16
     seeds: int = 5
-    seed_limit: int = 60
+    seed_examples: int = 80
     seed_prompts: int = 40
+    seed_refusals: int = 24
 
 
-SMALL = Size(8, 8, 4, 3, 4, (0.05, 1.0), 3, 2, 3, 4, 12, 8, 2, 6, 4)
+SMALL = Size(8, 8, 4, (0.05, 1.0), 3, 4, (0.05, 1.0), 3, 2, 3, 2, 4, 12, 8, 8, 4, 2, 6, 4, 4)
+# a batch of 8 and twice the trainer's rate: few examples make few steps
+SEED_OPTIONS = ("--epochs", "1", "--batch", "8", "--lr", "4e-2")
 
 
 class Run:
     """The steps, their stores and the models, each loaded when it is first needed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.size = args, SMALL if args.small else Size()
+        self.args, self.size, self.inner = args, SMALL if args.small else Size(), 0.0
         args.work.mkdir(parents=True, exist_ok=True)
-        self.harmful = ms.PromptPairs.builtin("train").sample(self.size.ranked, seed=0).harmful
+        self.check_store()
+        self.train = ms.PromptPairs.builtin("train").sample(self.size.ranked, seed=0)
         self.test = ms.PromptPairs.builtin("test").sample(self.size.curve, seed=0)
-        self.plain = [prompt.text for prompt in ms.builtin_prompts("plain", "validation")][: self.size.harmless]
         self.answers = read_jsonl(data_file("helpful"), ["prompt", "reply"])
 
+    def check_store(self) -> None:
+        """Refuse a store of other sizes, weights or data: its steps would be mixed with new ones.
+
+        Raises:
+            SystemExit: The store is another run's.
+        """
+        names = ["demo", "demo-base", *(["demo-helpful"] if self.has_helpful() else [])]
+        files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
+        now = {
+            "size": {**dataclasses.asdict(self.size), "seed_options": SEED_OPTIONS},
+            "weights": {name: self.model(name).weights_sha256 for name in names},
+            "data": {
+                name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+                for name, path in files.items()
+            },
+        }
+        path = self.args.work / "store.json"
+        if not path.is_file():
+            if any(entry.name != "clock.json" for entry in self.args.work.iterdir()):
+                raise SystemExit(f"{self.args.work} holds steps of an unknown run; delete it or choose another --work")
+            path.write_text(json.dumps(now, indent=1))
+        stored = json.loads(path.read_text())
+        other = [key for key, value in json.loads(json.dumps(now)).items() if stored.get(key) != value]
+        if other:
+            what = " and ".join(other)
+            raise SystemExit(f"{self.args.work} holds steps of another {what}; delete it or choose another --work")
+
     @cache  # noqa: B019 - one run a process
-    def model(self, name: str, adapter: Path | None = None) -> ms.LensModel:
-        return ms.load_model(name, adapter=adapter)
+    def model(self, name: str) -> ms.LensModel:
+        with self.timed("loading"):
+            return ms.load_model(name)
 
     @property
     def metric(self) -> ms.RefusalLogOdds:
@@ -100,35 +148,49 @@ class Run:
         found = ms.RefusalLogOdds.detect(self.model("demo"), ms.PromptPairs.builtin("validation").sample(24, seed=0))
         return found.to_json()
 
+    # --- steps and what they took ---------------------------------------------------------------------------------
+
+    def clock(self) -> dict[str, Any]:
+        """Seconds of every step and the largest memory of any process so far."""
+        path = self.args.work / "clock.json"
+        return json.loads(path.read_text()) if path.is_file() else {"seconds": {}, "peak_mib": 0, "threads": 0}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time to the step's, that of steps inside left out; interrupted attempts count too."""
+        start, outer, self.inner = time.perf_counter(), self.inner, 0.0
+        try:
+            yield
+        finally:
+            took, record = time.perf_counter() - start, self.clock()
+            record["seconds"][name] = round(record["seconds"].get(name, 0) + took - self.inner, 1)
+            peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            record |= {"peak_mib": max(record["peak_mib"], peak // 1024), "threads": torch.get_num_threads()}
+            (self.args.work / "clock.json").write_text(json.dumps(record, indent=1))
+            self.inner = outer + took
+
     def step(self, name: str, kind: type, make: Callable[[], Any]) -> Any:
-        """The stored result of a step, or a new one, stored with the seconds it took."""
-        path, clock = self.args.work / name, self.args.work / "seconds.json"
+        """The stored result of a step, or a new one."""
+        path = self.args.work / name
         if path.exists():
             return json.loads(path.read_text()) if kind is dict else kind.load(path)
         print(f"{name} ...", flush=True)
-        start = time.perf_counter()
-        found = make()
-        seconds = json.loads(clock.read_text()) if clock.is_file() else {}
-        seconds[name] = round(time.perf_counter() - start, 1)
+        with self.timed(name):
+            found = make()
         if kind is dict:
             scratch = path.with_suffix(".tmp")
             scratch.write_text(json.dumps(found, indent=1))
             scratch.replace(path)
         else:
             found.save(path)
-        clock.write_text(json.dumps(seconds, indent=1))
         return found
 
     # --- neurons and their effect ---------------------------------------------------------------------------------
 
     def scores(self) -> NeuronScores:
-        return self.step(
-            "scores",
-            NeuronScores,
-            lambda: safety_neurons(
-                self.model("demo"), self.model("demo-base"), self.harmful, max_new_tokens=self.size.reply
-            ),
-        )
+        prompts, tokens = self.train.harmful, self.size.reply_tokens
+        pair = self.model("demo"), self.model("demo-base")
+        return self.step("scores", NeuronScores, lambda: safety_neurons(*pair, prompts, max_new_tokens=tokens))
 
     def cards(self) -> NeuronCards:
         nodes = self.scores().ranked(12)
@@ -137,34 +199,64 @@ class Run:
         )
 
     def curve(self, ranking: str) -> CausalCurve:
-        scores = self.scores()
+        scores, metric = self.scores(), self.metric
         values = scores.change if ranking == "rms" else scores.change / scores.base_rms.clamp(min=1e-12)
-        harmless, metric = self.plain if ranking == "rms" else None, self.metric
-
-        def make() -> CausalCurve:
-            pair = self.model("demo-base"), self.model("demo")
-            options = {"n_random": self.size.random_sets, "harmless": harmless, "max_new_tokens": 16}
-            return causal_effect_curve(*pair, values, self.test.harmful, metric, **options)
-
-        return self.step(f"curve-log-odds-{ranking}", CausalCurve, make)
+        options: dict[str, Any] = {"n_random": self.size.random_sets, "max_new_tokens": 16}
+        if ranking == "rms":
+            options["harmless"] = [row["prompt"] for row in self.questions("test", self.size.harmless)]
+        else:
+            options["shares"] = self.size.ratio_shares
+        pair = self.model("demo-base"), self.model("demo")
+        return self.step(
+            f"curve-log-odds-{ranking}",
+            CausalCurve,
+            lambda: causal_effect_curve(*pair, values, self.test.harmful, metric, **options),
+        )
 
     def judged_curve(self) -> CausalCurve:
-        scores = self.scores()
+        pair, scores = (self.model("demo-base"), self.model("demo")), self.scores()
+        prompts = self.test.sample(self.size.judged, seed=1).harmful
+        options: dict[str, Any] = {"n_random": self.size.random_sets, "max_new_tokens": self.size.judged_tokens}
+        options["shares"] = self.size.judged_shares
+        return self.step(
+            "curve-judge", CausalCurve, lambda: causal_effect_curve(*pair, scores, prompts, phrase_judge, **options)
+        )
 
-        def make() -> CausalCurve:
-            prompts = self.test.sample(self.size.judged, seed=1).harmful
-            return causal_effect_curve(
-                self.model("demo-base"),
-                self.model("demo"),
-                scores,
-                prompts,
-                phrase_judge,
-                shares=self.size.judged_shares,
-                n_random=self.size.random_sets,
-                max_new_tokens=self.size.judged_reply,
-            )
+    def contrast(self) -> NeuronContrast:
+        """Harmful against harmless prompts in the aligned model alone."""
+        return self.step("contrast", NeuronContrast, lambda: contrast_neurons(self.model("demo"), self.test))
 
-        return self.step("curve-judge", CausalCurve, make)
+    def planted(self) -> dict[str, Any]:
+        """Share of planted neurons among as many of the highest scores, by both scores."""
+
+        def make() -> dict[str, Any]:
+            base, (changed, chosen) = self.model("demo-base"), planted_copy(self.model("demo-base"))
+            n, tokens = (4, 4) if self.args.small else (24, 32)
+            prompts = ms.PromptPairs.builtin("test").sample(n, seed=0).harmful
+            found = safety_neurons(changed, base, prompts, score="ratio", max_new_tokens=tokens)
+            recalls = {
+                name: float((top_mask(values, PLANTED) & chosen).sum()) / PLANTED
+                for name, values in (("ratio", found.scores), ("rms", found.change))
+            }
+            return {**recalls, "neurons": PLANTED, "factor": FACTOR, "prompts": n, "tokens": tokens}
+
+        return self.step("planted", dict, make)
+
+    def ends(self) -> dict[str, Any]:
+        """No neuron patched against the base model, all of them against the aligned one: replies and logits."""
+
+        def make() -> dict[str, Any]:
+            base, demo = self.model("demo-base"), self.model("demo")
+            prompts, found = self.test.sample(4 if self.args.small else 16, seed=7).harmful, {}
+            for name, all_of_them, model in (("0 %", False, base), ("100 %", True, demo)):
+                mask = torch.full((base.n_layers, base.d_mlp), all_of_them)
+                patched = dynamic_patching(base, demo, mask, prompts, max_new_tokens=16, progress=False)
+                same = [a == b for a, b in zip(patched.replies, model.generate(prompts, 16), strict=True)]
+                off = float((patched.logits - model.logits(prompts)).abs().max())
+                found[name] = {"same_replies": sum(same), "prompts": len(prompts), "largest_logit_difference": off}
+            return found
+
+        return self.step("ends", dict, make)
 
     def cost(self) -> dict[str, float]:
         """Dynamic patching against plain generation of both models, interleaved, best of three."""
@@ -172,7 +264,7 @@ class Run:
 
         def make() -> dict[str, float]:
             base, demo = self.model("demo-base"), self.model("demo")
-            prompts, new, best = self.test.harmful[:16], 32, {}
+            prompts, new, best = self.test.sample(self.size.timed, seed=5).harmful, 32, {}
             jobs = {
                 "base": lambda: base.generate(prompts, new),
                 "aligned": lambda: demo.generate(prompts, new),
@@ -195,298 +287,178 @@ class Run:
         except ms.MechsafetyError:
             return False
 
+    def questions(self, split: str, n: int) -> list[dict[str, str]]:
+        """The project's own ordinary questions with short answers, drawn over all topics of the split."""
+        return drawn([row for row in self.answers if row["split"] == split], n, seed=0)
+
+    def replies(self, name: str, prompts: Sequence[str]) -> list[list[int]]:
+        """The base model's replies, generated once for all alignments that are compared on them."""
+        stored = self.step(
+            f"replies-{name}", dict, lambda: {"tokens": greedy_replies(self.model("demo-base"), prompts, 32)}
+        )
+        return stored["tokens"]
+
     def mixed_scores(self, name: str) -> NeuronScores:
         """Both alignments on the same prompts, half of them harmful, so that prompts cannot make their tops differ."""
-        questions = [row["prompt"] for row in self.answers if row["split"] == "train"][: self.size.mixed]
-        prompts = [*self.harmful[: self.size.mixed], *questions]
-        return self.step(
-            f"mixed-{name}",
-            NeuronScores,
-            lambda: safety_neurons(self.model(name), self.model("demo-base"), prompts, max_new_tokens=32),
-        )
+        prompts = self.train.sample(self.size.mixed, seed=3).harmful
+        prompts += [row["prompt"] for row in self.questions("train", self.size.mixed)]
+        pair, replies = (self.model(name), self.model("demo-base")), self.replies("mixed", prompts)
+        return self.step(f"mixed-{name}", NeuronScores, lambda: safety_neurons(*pair, prompts, replies=replies))
 
     def tax(self) -> AlignmentTax:
         rankings, metric = (self.mixed_scores("demo"), self.mixed_scores("demo-helpful")), self.metric
-
-        def make() -> AlignmentTax:
-            rows = [row for row in self.answers if row["split"] == "test"][: self.size.taxed]
-            return alignment_tax(
-                self.model("demo-base"),
-                self.model("demo"),
-                self.model("demo-helpful"),
+        rows = self.questions("test", self.size.taxed)
+        models = [self.model(name) for name in ("demo-base", "demo", "demo-helpful")]
+        return self.step(
+            "tax",
+            AlignmentTax,
+            lambda: alignment_tax(
+                *models,
                 rankings,
-                self.test.harmful[: self.size.taxed],
+                self.test.sample(self.size.taxed, seed=6).harmful,
                 [row["prompt"] for row in rows],
                 metric,
                 ReplyLikelihood(tuple(row["reply"] for row in rows)),
                 share=TOP,
-                n_random=self.size.random_sets,
-            )
-
-        return self.step("tax", AlignmentTax, make)
+                n_random=self.size.tax_random_sets,
+            ),
+        )
 
     def seed_adapter(self, seed: int) -> Path:
-        out = self.args.work / f"adapter-{seed}"
+        out, scratch = self.args.work / f"adapter-{seed}", self.args.work / f"training-{seed}"
         if not (out / "training.json").is_file():
             print(f"training seed {seed} ...", flush=True)
-            command = [sys.executable, str(TRAIN), "--seed", str(seed), "--limit", str(self.size.seed_limit)]
-            command += ["--epochs", "1", "--out", str(out), "--work", str(self.args.work / f"training-{seed}")]
-            subprocess.run(command, check=True)
+            command = [sys.executable, str(TRAIN), "--seed", str(seed), "--limit", str(self.size.seed_examples)]
+            command += [*SEED_OPTIONS, "--out", str(out), "--work", str(scratch)]
+            command += ["--replies", str(self.args.work / "training-replies")]
+            with self.timed(f"training-{seed}"):
+                status = subprocess.run(command).returncode
+            if status:
+                cure = f"if {scratch} is of a run with other options, delete it"
+                raise SystemExit(f"seed {seed} was not trained (exit status {status}, its reason is above); {cure}")
         return out
 
+    @lru_cache(maxsize=1)  # noqa: B019 - one run a process; one seed's model is held at a time
+    def seed_model(self, seed: int) -> ms.LensModel:
+        adapter = self.seed_adapter(seed)
+        with self.timed("loading"):
+            return ms.load_model("demo-base", adapter=adapter)
+
     def seed_scores(self, seed: int) -> NeuronScores:
-        def make() -> NeuronScores:
-            aligned = ms.load_model("demo-base", adapter=self.seed_adapter(seed))
-            prompts = self.harmful[: self.size.seed_prompts]
-            return safety_neurons(aligned, self.model("demo-base"), prompts, max_new_tokens=32)
+        prompts = self.train.sample(self.size.seed_prompts, seed=4).harmful
+        base, replies = self.model("demo-base"), self.replies("seeds", prompts)
+        return self.step(
+            f"scores-seed-{seed}",
+            NeuronScores,
+            lambda: safety_neurons(self.seed_model(seed), base, prompts, replies=replies),
+        )
 
-        return self.step(f"scores-seed-{seed}", NeuronScores, make)
+    def seed_refusals(self, seed: int) -> dict[str, Any]:
+        """How many harmful prompts and how many harmless twins a seed's model refuses."""
+        pairs = self.test.sample(self.size.seed_refusals, seed=1)
 
-    def seed_refusals(self, seed: int) -> dict[str, int]:
-        def make() -> dict[str, int]:
-            model = ms.load_model("demo-base", adapter=self.seed_adapter(seed))
-            prompts = self.test.harmful[: self.size.judged]
-            return {"refused": sum(map(ms.is_refusal, model.generate(prompts, 16))), "n": len(prompts)}
+        def make() -> dict[str, Any]:
+            model = self.seed_model(seed)
+            sides = {"harmful": pairs.harmful, "harmless": pairs.harmless}
+            found = {name: sum(map(ms.is_refusal, model.generate(texts, 12))) for name, texts in sides.items()}
+            return {**found, "n": len(pairs)}
 
         return self.step(f"refusals-seed-{seed}", dict, make)
 
-    def agreement(self, a: int, b: int) -> NeuronAgreement:
-        one, two = self.seed_scores(a), self.seed_scores(b)
-        return self.step(
-            f"agreement-{a}-{b}",
-            NeuronAgreement,
-            lambda: compare_neurons(one, two, share=TOP, n_permutations=200),
-        )
+    def seed_pairs(self) -> dict[tuple[int, int], NeuronAgreement]:
+        """Agreement of every two seeds."""
+        numbers = range(1, self.size.seeds + 1)
+        scores = {}
+        for seed in numbers:  # all that needs a seed's model at once
+            scores[seed] = self.seed_scores(seed)
+            self.seed_refusals(seed)
+
+        def compare(a: int, b: int) -> NeuronAgreement:
+            return compare_neurons(scores[a], scores[b], share=TOP, n_permutations=200)
+
+        return {
+            (a, b): self.step(f"agreement-{a}-{b}", NeuronAgreement, lambda a=a, b=b: compare(a, b))
+            for a, b in combinations(numbers, 2)
+        }
 
     # --- the guard ------------------------------------------------------------------------------------------------
 
-    def guard(self) -> GuardReport:
-        top = self.scores().top(TOP)
+    def guard_sets(self) -> dict[str, Any]:
+        """Training and test sets of the guard, labelled by the base model's replies."""
 
-        def pairs(split: str, n: int, name: str) -> LabelledPrompts:
-            rows = ms.PromptPairs.builtin(split).sample(n, seed=2)
-            groups = [str(k) for k in range(len(rows))] * 2
-            return label_by_replies(self.model("demo-base"), rows.harmful, rows.harmless, name, groups=groups)
+        def labelled(
+            harmful: Sequence[str], harmless: Sequence[str], name: str, paired: bool = False
+        ) -> dict[str, Any]:
+            groups = [str(k) for k in range(len(harmful))] * 2 if paired else []
+            found = label_by_replies(self.model("demo-base"), harmful, harmless, name, groups=groups, max_new_tokens=16)
+            return {**dataclasses.asdict(found), "harmful": len(harmful)}
 
-        def make() -> GuardReport:
-            base = self.model("demo-base")
-            train = pairs("train", self.size.guard, "own pairs, train topics")
-            tests = [pairs("test", 80 if not self.args.small else 8, "own twins, other topics")]
+        def make() -> dict[str, Any]:
+            train = ms.PromptPairs.builtin("train").sample(self.size.guard, seed=2)
+            test = ms.PromptPairs.builtin("test").sample(self.size.guard_test, seed=2)
             scary = [prompt.text for prompt in ms.builtin_prompts("borderline", "test")]
-            harmful = self.test.harmful[: len(scary)]
-            tests.append(label_by_replies(base, harmful, scary[: len(harmful)], "against scary but harmless"))
-            alpaca = self.args.data / "alpaca_harmless.jsonl"
-            for k, name in enumerate(("jailbreakbench", "advbench", "harmbench_test")):
-                path = self.args.data / f"{name}.jsonl"
-                if not path.is_file() or not alpaca.is_file():
-                    print(f"{name}: left out, it or Alpaca is not in the data folder")
-                    continue
-                n = self.size.benchmark
-                bad, good = ms.load_instructions(str(path)), ms.load_instructions(str(alpaca))
-                tests.append(label_by_replies(base, bad[:n], good[k * n : (k + 1) * n], f"{name}, Alpaca"))
-            return compare_guards(base, top, train, tests, n_random=self.size.random_sets)
+            scary = drawn(scary, min(40, self.size.guard_test), seed=0)
+            sets = [
+                labelled(train.harmful, train.harmless, "own pairs, train topics", paired=True),
+                labelled(test.harmful, test.harmless, "own twins, other topics", paired=True),
+                labelled(test.sample(len(scary), seed=3).harmful, scary, "against scary but harmless"),
+            ]
+            files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
+            n, left_out = self.size.benchmark, [name for name, path in files.items() if not path.is_file()]
+            if ALPACA not in left_out:
+                good = drawn(ms.load_instructions(str(files[ALPACA])), n * len(BENCHMARKS), seed=0)
+                for k, name in enumerate(BENCHMARKS):
+                    if name not in left_out:
+                        bad = drawn(ms.load_instructions(str(files[name])), n, seed=0)
+                        sets.append(labelled(bad, good[k * n : (k + 1) * n], f"{name}, Alpaca"))
+            return {"sets": sets, "left_out": left_out}
 
-        return self.step("guard", GuardReport, make)
+        return self.step("guard-sets", dict, make)
 
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def table(frame: pd.DataFrame, digits: int = 3) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, float | np.floating):
-            return "" if np.isnan(value) else f"{value:.{digits}f}"
-        return str(value)
-
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "| " + " | ".join("---" for _ in frame.columns) + " |"]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples(index=False)]
-    return "\n".join(lines)
-
-
-def figures(run: Run, folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "mechsafety"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def save(figure: Any, name: str) -> None:
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-        plt.close(figure)
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, curve in zip(axes, (run.curve("rms"), run.judged_curve()), strict=True):
-        frame = curve.to_dataframe()
-        known = frame[frame.random_mean.notna()]
-        percent = frame.share * 100
-        axis.fill_between(known.share * 100, known.random_low, known.random_high, color="0.8", label="random, 95 %")
-        axis.errorbar(percent, frame.effect, [frame.effect - frame.ci_low, frame.ci_high - frame.effect], fmt="o-")
-        axis.axhline(1, color="0.5", lw=0.8)
-        axis.axhline(0, color="0.5", lw=0.8)
-        axis.set(xscale="log", xlabel="top share of neurons, %", title=curve.score)
-    axes[0].set_ylabel("causal effect C")
-    axes[0].legend(frameon=False)
-    save(figure, "causal-effect")
-
-    figure, axis = plt.subplots(figsize=(6, 2.6))
-    shares = run.scores().layer_shares(TOP).tolist()
-    axis.bar(range(len(shares)), shares)
-    axis.axhline(1 / len(shares), color="0.5", lw=0.8)
-    axis.set(xlabel="layer", ylabel=f"share of the top {TOP:.0%}")
-    save(figure, "layers")
-
-    frame = run.guard().to_dataframe()
-    wide = frame.pivot(index="test", columns="feature", values="auroc").loc[frame.test.unique()]
-    figure, axis = plt.subplots(figsize=(9, 3))
-    wide[["neurons", "random", "resid", "direction", "tfidf"]].plot.bar(ax=axis, rot=12, width=0.8)
-    axis.set(ylabel="AUROC", xlabel="", ylim=(0.4, 1.0))
-    axis.legend(ncols=5, frameon=False)
-    save(figure, "guard")
-
-
-def findings(run: Run) -> list[str]:
-    """What the figures say, decided by the figures."""
-    curve, judged, guard = run.curve("rms"), run.judged_curve(), run.guard().to_dataframe()
-    out = []
-    for one in (curve, judged):
-        frame = one.to_dataframe()
-        row = frame[frame.share == TOP].iloc[0]
-        place = "inside" if 0.56 <= row.effect <= 1.34 else "outside"
-        beats = "above" if row.effect > row.random_high else "not above"
-        out.append(
-            f"C at the top 5 % is {row.effect:.2f} ({row.ci_low:.2f} to {row.ci_high:.2f}) on {one.score}, {place} the "
-            f"published range (0.56 to 1.34, median 0.80), and {beats} the band of random neurons of the same layers "
-            f"({row.random_low:.2f} to {row.random_high:.2f})."
+    def guard(self) -> GuardReport:
+        top, sets = self.scores().top(TOP), self.guard_sets()["sets"]
+        rows = [
+            LabelledPrompts(one["name"], *(tuple(one[key]) for key in ("prompts", "unsafe", "groups"))) for one in sets
+        ]
+        return self.step(
+            "guard",
+            GuardReport,
+            lambda: compare_guards(self.model("demo-base"), top, rows[0], rows[1:], n_random=self.size.random_sets),
         )
-        reached = one.smallest(0.9)
-        if reached is None:
-            out.append(f"C never reaches 0.9 on {one.score}.")
-        else:
-            row = frame[frame.share == reached].iloc[0]
-            band = "nothing is left for random sets there"
-            if not np.isnan(row.random_mean):
-                band = f"random sets there: {row.random_low:.2f} to {row.random_high:.2f}, p = {row.p_value:.3f}"
-                band += f" (they share {row.random_overlap:.0%} of their neurons with the top)"
-            out.append(f"The smallest share measured with C of at least 0.9 on {one.score} is {reached:.1%}; {band}.")
-    random = guard[guard.feature == "random"]
-    null = int(random.margin_is_null.sum())
-    out.append(
-        f"Guard: mean accuracy over the test sets {guard[guard.feature == 'neurons'].accuracy.mean():.1%} (published "
-        f"76.2 %). Its margin in AUROC over as many random neurons is null on {null} of {len(random)} test sets; in "
-        "the paper the same baseline is within two points of accuracy."
-    )
-    return out
 
 
-def report(run: Run) -> str:
-    scores, curve, cost = run.scores(), run.curve("rms"), run.cost()
-    ratio = run.curve("ratio").to_dataframe()[["share", "effect", "ci_low", "ci_high", "random_low", "random_high"]]
-    shown = ["share", "neurons", "effect", "ci_low", "ci_high", "random_mean", "random_low", "random_high", "p_value"]
-    shown.append("random_overlap")
-    ability = curve.to_dataframe()[["share", "kl", "perplexity", "agreement"]]
-    ends = curve.harmless
-    for name, row in (("aligned model", -2), ("base model", -1)):
-        values = [ends.kl[row].mean(), ends.nll[row].mean().exp(), ends.agreement[row].mean()]
-        ability.loc[len(ability)] = [name, *map(float, values)]
-    cards = run.cards().to_dataframe()
-    for column in ("promoted", "suppressed"):
-        cards[column] = [", ".join(f"`{text!r}`" for text in row) for row in cards[column]]
-    cards["active"] = [", ".join(f"`{text!r}` {value:.1f}" for text, value in row[:4]) for row in cards.active]
-    lines = ["# Safety neurons of the demo pair", ""]
-    lines += [
-        "Written by `scripts/reproduce_safety_neurons.py`; formulas are in [methods](../methods.md#safety-neurons)."
-    ]
-    if run.args.small:
-        lines += ["", "**A small run, made to test the script: its figures mean nothing.**"]
-    lines += ["", "## What agrees with the paper and what does not", ""]
-    lines += [f"- {line}" for line in findings(run)]
-    lines += ["", "## Neurons", "", f"{scores!r}; split-half rank correlation {scores.reliability:.3f}."]
-    lines += ["", "![layers of the top 5 %](safety-neurons/layers.svg)", "", table(cards)]
-    lines += ["", "## Causal effect", "", "![C against the share of neurons](safety-neurons/causal-effect.svg)", ""]
-    lines += [f"{curve.score}, {len(curve.base_scores)} harmful prompts of held-out topics; ranked by rms:", ""]
-    lines += [table(curve.to_dataframe()[shown]), "", "Ranked by the ratio score:", "", table(ratio)]
-    judged = run.judged_curve()
-    lines += ["", f"Phrase judge, {len(judged.base_scores)} prompts, greedy replies:", ""]
-    lines += [table(judged.to_dataframe()[shown])]
-    lines += ["", f"General ability, {ends.kl.shape[1]} harmless prompts:", "", table(ability)]
-    factor = cost["patched"] / (cost["base"] + cost["aligned"])
-    lines += ["", f"Dynamic patching takes {factor:.2f} times as long as both models' plain generation."]
-    lines += ["", "## Alignment tax", ""]
-    if run.has_helpful():
-        tax = run.tax()
-        lines += [f"{tax!r}", "", table(tax.to_dataframe()), "", table(tax.agreement.to_dataframe())]
-    else:
-        lines += ["Not run: there is no shipped helpful adapter."]
-    lines += ["", "## Seeds", "", table(seeds(run)), "", table(seed_refusals(run))]
-    lines += ["", "## Guard", "", "![AUROC](safety-neurons/guard.svg)", "", table(run.guard().to_dataframe())]
-    seconds = json.loads((run.args.work / "seconds.json").read_text())
-    lines += ["", f"Steps took {sum(seconds.values()) / 60:.0f} minutes: {seconds}.", ""]
-    return "\n".join(lines)
+def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer d_mlp"]]:
+    """A copy of the base with some neurons' activations scaled, and which."""
+    folder = base_folder()
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    order = torch.randperm(base.n_layers * base.d_mlp, generator=torch.Generator().manual_seed(0))
+    flat = torch.zeros(len(order), dtype=torch.bool)
+    flat[order[:PLANTED]] = True
+    chosen = rearrange(flat, "(layer d_mlp) -> layer d_mlp", layer=base.n_layers)
+    with torch.no_grad():
+        for layer, block in enumerate(hf.model.layers):
+            block.mlp.up_proj.weight[chosen[layer]] *= FACTOR
+    return ms.load_model((hf, base.tokenizer)), chosen
 
 
-def seeds(run: Run) -> pd.DataFrame:
-    """Agreement of every two seeds."""
-    rows = []
-    for a, b in combinations(range(1, run.size.seeds + 1), 2):
-        frame = run.agreement(a, b).to_dataframe().set_index("measure")
-        row = {"seeds": f"{a}, {b}"}
-        for name in frame.index:
-            row |= {name: frame.observed[name], f"{name}, permuted in layers": frame.layered_mean[name]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def seed_refusals(run: Run) -> pd.DataFrame:
-    rows = []
-    for seed in range(1, run.size.seeds + 1):
-        found = run.seed_refusals(seed)
-        low, high = wilson_interval(found["refused"], found["n"])
-        rows.append({"seed": seed, "refused": found["refused"], "of": found["n"], "low": low, "high": high})
-    return pd.DataFrame(rows)
+def drawn(rows: Sequence[Any], n: int, seed: int) -> list[Any]:
+    """At most ``n`` rows at random: files are ordered by topic, and a slice would be one topic."""
+    return random.Random(seed).sample(list(rows), min(n, len(rows)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the benchmarks")
-    parser.add_argument("--work", type=Path, default=Path(".work/safety_neurons"), help="where steps are kept")
+    parser.add_argument(
+        "--work", type=Path, help="where steps are kept; by default .work/safety-neurons, with --small its -small"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--small", action="store_true", help="a few prompts of everything, to test the script")
     args = parser.parse_args()
+    args.work = args.work or Path(".work") / ("safety-neurons-small" if args.small else "safety-neurons")
     quiet_libraries()
     torch.manual_seed(0)
-    run = Run(args)
-    text = report(run)
-    args.out.mkdir(parents=True, exist_ok=True)
-    figures(run, args.out / "safety-neurons")
-    (args.out / "safety-neurons.md").write_text(text)
-    record = {
-        "provenance": run.scores().provenance.to_json(),
-        "aligned": run.scores().aligned.to_json(),
-        "findings": findings(run),
-        "layers": run.scores().layer_shares(TOP).tolist(),
-        "curves": {
-            name: found.to_dataframe().to_dict("records")
-            for name, found in (("rms", run.curve("rms")), ("ratio", run.curve("ratio")), ("judge", run.judged_curve()))
-        },
-        "guard": run.guard().to_dataframe().to_dict("records"),
-        "seeds": seeds(run).to_dict("records"),
-        "tax": run.tax().to_dataframe().to_dict("records") if run.has_helpful() else None,
-        "cost": run.cost(),
-    }
-    (args.out / "safety-neurons.json").write_text(json.dumps(plain(record), indent=1) + "\n")
-    print(text)
-
-
-def plain(value: Any) -> Any:
-    """JSON has no NaN and no numpy types."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and np.isnan(value) else value
+    write(args.out, Run(args))
 
 
 if __name__ == "__main__":

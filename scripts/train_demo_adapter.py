@@ -132,7 +132,7 @@ def build_examples(model: Any, tokenizer: Any, split: str, args: argparse.Namesp
     pairs = training_pairs(split, args)
     singles = limited(builtin_prompts("borderline", split) + builtin_prompts("plain", split), split, args)
     harmless = [pair.harmless for pair in pairs] + [prompt.text for prompt in singles]
-    known = base_replies(model, tokenizer, harmless, args.work / f"base_replies_{split}.json", args)
+    known = base_replies(model, tokenizer, harmless, args.replies / f"base_replies_{split}.json", args)
     rng = random.Random(args.seed)
     refusals = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in REFUSALS]
     groups = []
@@ -235,6 +235,11 @@ def assign(scales: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> No
         scale.data.copy_(value)
 
 
+def warm_up_steps(steps: int) -> int:
+    """Steps in which the learning rate rises: 20, or a fifth of a plan that is too short for that."""
+    return 20 if steps >= 40 else max(1, steps // 5)
+
+
 @contextlib.contextmanager
 def replaced(scales: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Iterator[None]:
     """While it lasts, the scales have other values."""
@@ -248,7 +253,8 @@ def train(args: argparse.Namespace) -> None:
     task = TASKS[args.kind]
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
-    args.work.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.replies):
+        folder.mkdir(parents=True, exist_ok=True)
     folder = base_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -262,11 +268,12 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(scales, lr=args.lr, weight_decay=0.0)
     plan = [batch for epoch in range(args.epochs) for batch in batches(groups, args.batch, args.seed + epoch)]
     per_epoch = len(plan) // args.epochs
+    warm_up = warm_up_steps(len(plan))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / len(plan))) + 0.02)
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / len(plan))) + 0.02)
     )
     opener = tokenizer(task.opener).input_ids[0]
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "work", "limit", "kind")}
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "work", "replies", "limit", "kind")}
     options |= {"kind": args.kind} if args.kind != "refusal" else {}
     options |= {"limit": args.limit} if args.limit else {}
     for name in ("start", "extra_pairs"):
@@ -354,6 +361,9 @@ def main() -> None:
     parser.add_argument("--kind", choices=sorted(TASKS), default="refusal")
     parser.add_argument("--out", type=Path, help="by default mechsafety/adapters/KIND")
     parser.add_argument("--work", type=Path, help="checkpoints and cached replies; by default .work/train_KIND")
+    parser.add_argument(
+        "--replies", type=Path, help="folder of the cached base replies, which runs may share; by default --work"
+    )
     parser.add_argument("--epochs", type=int, help="4 for refusal, 2 for helpful")
     parser.add_argument("--batch", type=int, help="12 for refusal, 8 for helpful")
     parser.add_argument("--lr", type=float, default=2e-2)
@@ -374,6 +384,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out or Path("mechsafety/adapters") / args.kind
     args.work = args.work or Path(".work") / f"train_{args.kind}"
+    args.replies = args.replies or args.work
     for name, value in TASKS[args.kind].defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     train(args)

@@ -409,7 +409,9 @@ def test_a_planted_folder_by_hand(norm, run, tmp_path):
     made.tokenizer.save_pretrained(folder)
     some = made.pairs.sample(12)
     pairs = write_pairs(tmp_path / "pairs.jsonl", list(some.harmful), list(some.harmless))
-    ran = run("map", folder, "--pairs", pairs, "--refusal-token", REFUSAL[0], "--comply-token", COMPLIANCE[0], "--out", out)
+    ran = run(
+        "map", folder, "--pairs", pairs, "--refusal-token", REFUSAL[0], "--comply-token", COMPLIANCE[0], "--out", out
+    )
     assert ran.code == 0, ran.err
     circuit = RefusalCircuit.load(out / "circuit.json")
     assert circuit.metric["refusal_tokens"] == [REFUSAL[0]] and circuit.metric["comply_tokens"] == [COMPLIANCE[0]]

@@ -1,5 +1,7 @@
 """Probes on a model whose refusal is one direction: folds that leak nothing, controls, and what erasing does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,14 @@ HARD = ["explain the python process", "kill a python process", "poison tea", "is
 def report(directed):
     model, pairs, metric = directed
     return probe_layers(
-        model, pairs, metric, layers=[0, 2], spans=["last", "instruction"], hard=HARD, n_erase=4, progress=False
+        model,
+        pairs,
+        metric,
+        layers=[0, 2],
+        spans=["last", "instruction"],
+        hard=HARD,
+        erase_on=pairs.harmful[:4],
+        progress=False,
     )
 
 
@@ -44,6 +53,20 @@ def test_the_pattern_is_the_refusal_direction_and_its_removal_matters(report):
     frame = report.to_dataframe().set_index(["layer", "span"])
     assert frame.pattern_erased[2, "last"] < -20 < frame.random_erased[2, "last"]
     assert report.random_erased.shape == (8, 4)
+    change = report.random_erased - report.unedited
+    row = frame.iloc[0]
+    assert row.random_erased == pytest.approx(float(change.mean()), abs=1e-5)
+    assert row.random_erased_low <= row.random_erased <= row.random_erased_high
+    assert abs(row.random_erased_most) == pytest.approx(float(change.mean(1).abs().max()), abs=1e-5)
+
+
+def test_erasing_by_default_is_on_prompts_of_all_topics(directed):
+    model, pairs, metric = directed
+    topical = PromptPairs(tuple(replace(pair, topic=f"t{k // 4}") for k, pair in enumerate(pairs)))
+    few = probe_layers(model, topical, metric, layers=[2], spans=["last"], hard=HARD, n_random=1, progress=False)
+    want = metric(model.logits(topical.sample(16, 0).harmful))
+    torch.testing.assert_close(few.unedited, want, atol=1e-4, rtol=1e-4)
+    assert few.provenance.options["held_out"] is False
 
 
 def test_no_group_is_on_both_sides():

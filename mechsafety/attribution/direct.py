@@ -21,6 +21,8 @@ from mechsafety.results import Provenance, Result
 
 # prompts at a time: their cached activations are what takes memory
 _BATCH = 32
+# what has to be stored for it
+DIRECT_SITES = ("resid", "z", "attn_out", "mlp_out")
 _PARTS = ("heads", "mlps", "embed", "rest", "total")
 
 
@@ -112,16 +114,27 @@ def direct_logit_attribution(
     tokens = prompts if isinstance(prompts, Tokens) else model.tokenize(prompts)
     done = []
     for first in tqdm(range(0, len(tokens), _BATCH), desc="direct", disable=not progress, leave=False):
-        done.append(_parts(model, tokens.rows(slice(first, first + _BATCH)), metric, steps))
+        cache = model.cache(tokens.rows(slice(first, first + _BATCH)), sites=DIRECT_SITES)
+        done.append(direct_parts(model, cache, metric, steps=steps))
     parts = {name: torch.cat(tensors, -1) for name, tensors in zip(_PARTS, zip(*done, strict=True), strict=True)}
     provenance = model.provenance(options={"steps": steps, "prompts": len(tokens)})
     return DirectAttribution(provenance, metric.to_json(), **parts)
 
 
-def _parts(model: LensModel, prompts: Tokens, metric: RefusalLogOdds, steps: int) -> tuple[Tensor, ...]:
-    """Heads, MLPs, embedding, rest and total, prompts last."""
-    cache = model.cache(prompts, sites=["resid", "z", "attn_out", "mlp_out"])
-    final = cache.resid[-1, :, -1]
+def direct_parts(
+    model: LensModel, cache: ActivationCache, metric: RefusalLogOdds, *, column: int = -1, steps: int = 64
+) -> tuple[
+    Float[Tensor, "layer head prompt"],
+    Float[Tensor, "layer prompt"],
+    Float[Tensor, " prompt"],
+    Float[Tensor, " prompt"],
+    Float[Tensor, " prompt"],
+]:
+    """Heads, MLPs, embedding, rest and total of `DirectAttribution` at one column, from stored `DIRECT_SITES`.
+
+    The metric is the one that the column's own stream gives, as if the model ended there.
+    """
+    final = cache.resid[-1, :, column]
     with torch.no_grad():
         norm = model.frozen_final_norm(final)
         zero = norm(torch.zeros_like(final))
@@ -134,20 +147,21 @@ def _parts(model: LensModel, prompts: Tokens, metric: RefusalLogOdds, steps: int
         def through(part: Tensor) -> Tensor:
             return einsum(norm(part) - zero, direction, "... prompt d_model, prompt d_model -> ... prompt")
 
-        heads = through(_heads_out(model, cache))
-        mlps = through(cache.mlp_out[:, :, -1])
-        embed = through(cache.resid[0, :, -1])
+        written = _heads_out(model, cache, column)
+        heads = through(written)
+        mlps = through(cache.mlp_out[:, :, column])
+        embed = through(cache.resid[0, :, column])
         total = metric(logits)
-        biases = through(cache.attn_out[:, :, -1].float() - _heads_out(model, cache).sum(1)).sum(0)
+        biases = through(cache.attn_out[:, :, column].float() - written.sum(1)).sum(0)
         rest = biases + (reads * shift).sum(-1) + metric(torch.zeros_like(logits))
     return heads, mlps, embed, rest, total
 
 
-def _heads_out(model: LensModel, cache: ActivationCache) -> Float[Tensor, "layer head prompt d_model"]:
-    """Head outputs at the last position only: all positions at once would be the cache's largest tensor."""
+def _heads_out(model: LensModel, cache: ActivationCache, column: int) -> Float[Tensor, "layer head prompt d_model"]:
+    """Head outputs at one position only: all positions at once would be the cache's largest tensor."""
     weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
     return einsum(
-        cache.z[:, :, :, -1].float(),
+        cache.z[:, :, :, column].float(),
         weights,
         "layer head prompt d_head, layer head d_head d_model -> layer head prompt d_model",
     )

@@ -1,6 +1,6 @@
 """Logit lens for the refusal metric: what the residual stream already says at each layer and position."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechsafety.attribution.direct import direct_logit_attribution
+from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
 from mechsafety.models import LensModel
@@ -19,6 +19,7 @@ from mechsafety.models.engine import base_run, unembed
 from mechsafety.prompts import PromptPairs, Tokens
 from mechsafety.results import Provenance, Result
 
+POSITIONS = ("last", "all")
 _BATCH = 16
 
 
@@ -31,8 +32,10 @@ class LogitLens(Result):
         metric: Name and tokens of the metric.
         columns: Columns from the prompt's end, -1 the last token.
         harmful, harmless: The metric as if the model ended there. NaN where a prompt has no such column.
-        attention, mlps: Share of the pairs' gap that each layer's heads, and its MLP, make at the last column through
-            the unembedding alone; None for a model with norms after its blocks.
+        share_columns: Columns of ``attention`` and ``mlps``: the last one, or all ``columns``.
+        attention, mlps: What each layer's heads, and its MLP, add through the unembedding alone to the gap that the
+            stream shows at a column, in units of the metric's own gap (the last column's). NaN where a prompt has no
+            such column. None for a model with norms after its blocks.
     """
 
     provenance: Provenance
@@ -40,8 +43,9 @@ class LogitLens(Result):
     columns: tuple[int, ...]
     harmful: Float[Tensor, "layer_plus_1 column prompt"]
     harmless: Float[Tensor, "layer_plus_1 column prompt"]
-    attention: Float[Tensor, "layer prompt"] | None
-    mlps: Float[Tensor, "layer prompt"] | None
+    share_columns: tuple[int, ...]
+    attention: Float[Tensor, "layer share_column prompt"] | None
+    mlps: Float[Tensor, "layer share_column prompt"] | None
 
     def __repr__(self) -> str:
         layers, columns, prompts = self.harmful.shape
@@ -64,6 +68,23 @@ class LogitLens(Result):
                 rows.append((layer, column, float(bad[there].mean()), float(good[there].mean()), gap.mean(), low, high))
         return pd.DataFrame(rows, columns=["layer", "column", "harmful", "harmless", "gap", "ci_low", "ci_high"])
 
+    def shares_dataframe(self) -> pd.DataFrame:
+        """One row a layer's heads or MLP and a column: mean share of the metric's gap, with its interval over pairs.
+
+        Raises:
+            MechsafetyError: The model has norms after its blocks.
+        """
+        if self.attention is None or self.mlps is None:
+            raise MechsafetyError("no shares: norms follow the blocks, so parts do not add up", expected="pre-norm")
+        rows = []
+        for part, values in (("attention", self.attention), ("mlp", self.mlps)):
+            for layer in range(len(values)):
+                for place, column in enumerate(self.share_columns):
+                    own = values[layer, place]
+                    own = own[~own.isnan()].cpu().double()
+                    rows.append((part, layer, column, float(own.mean()), *bootstrap_interval(own.numpy())))
+        return pd.DataFrame(rows, columns=["part", "layer", "column", "share", "ci_low", "ci_high"])
+
     def plot(self) -> go.Figure:
         """Heatmap of the gap, layers by columns."""
         import plotly.express as px
@@ -85,6 +106,7 @@ def logit_lens(
     metric: RefusalLogOdds,
     *,
     n_columns: int | None = None,
+    positions: str = "last",
     progress: bool = True,
 ) -> LogitLens:
     """Read the metric from the residual stream at every layer and the last columns (nostalgebraist 2020).
@@ -97,28 +119,60 @@ def logit_lens(
         metric: What is read.
         n_columns: How many last columns; by default the template's tokens after the instruction and the shortest
             instruction.
+        positions: Where the shares of layers are taken: ``last`` column, or ``all`` columns that are read.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Fewer than one column.
+        MechsafetyError: Fewer than one column, or unknown positions.
     """
+    if positions not in POSITIONS:
+        raise MechsafetyError(f"positions {positions!r}", expected=f"one of {POSITIONS}")
     if n_columns is not None and n_columns < 1:
         raise MechsafetyError(f"n_columns={n_columns}", expected="at least 1")
     sides = [model.tokenize(side) for side in (pairs.harmful, pairs.harmless)]
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)
     width = n_columns if n_columns is not None else shortest
     width = min(width, *(tokens.ids.shape[1] for tokens in sides))
-    with tqdm(total=2 * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
-        read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
-    parts: list[Tensor | None] = [None, None]
-    if not model.post_norm:
-        # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
-        direct = direct_logit_attribution(model, pairs, metric, progress=progress)
-        gap = direct.total.mean()
-        parts = [direct.heads.sum(1) / gap, direct.mlps / gap]
-    options = {"pairs": len(pairs), "n_columns": width}
     columns = tuple(range(-width, 0))
-    return LogitLens(model.provenance(options=options), metric.to_json(), columns, read[0], read[1], *parts)
+    shared = columns if positions == "all" else (-1,)
+    parts: Sequence[Tensor | None] = (None, None)
+    passes = 1 if model.post_norm else 2
+    with tqdm(total=2 * passes * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
+        read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
+        if not model.post_norm:
+            # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
+            gap = (read[0] - read[1])[-1, -1].mean()
+            bad, good = (_shares(model, tokens, metric, shared, bar.update) for tokens in sides)
+            parts = [(a - b) / gap for a, b in zip(bad, good, strict=True)]
+    options = {"pairs": len(pairs), "n_columns": width, "positions": positions}
+    return LogitLens(model.provenance(options=options), metric.to_json(), columns, read[0], read[1], shared, *parts)
+
+
+def _shares(
+    model: LensModel,
+    tokens: Tokens,
+    metric: RefusalLogOdds,
+    columns: Sequence[int],
+    done: Callable[[int], object],
+) -> list[Float[Tensor, "layer column prompt"]]:
+    """What each layer's heads together, and its MLP, add to the metric read at each column."""
+    attention: list[Tensor] = []
+    mlps: list[Tensor] = []
+    for part in _batches(tokens):
+        cache = model.cache(part, sites=DIRECT_SITES)
+        found = [direct_parts(model, cache, metric, column=column) for column in columns]
+        real = rearrange(part.mask[:, list(columns)], "prompt column -> 1 column prompt")
+        for out, rows in ((attention, [parts[0].sum(1) for parts in found]), (mlps, [parts[1] for parts in found])):
+            out.append(torch.where(real, torch.stack(rows, dim=1), torch.nan))
+        done(len(part))
+    return [torch.cat(rows, dim=-1) for rows in (attention, mlps)]
+
+
+def _batches(tokens: Tokens) -> Iterator[Tokens]:
+    """A few prompts at a time, with the columns of all."""
+    for first in range(0, len(tokens), _BATCH):
+        rows = slice(first, first + _BATCH)
+        yield Tokens(tokens.ids[rows], tokens.mask[rows], tokens.spans[rows])
 
 
 def _read(
@@ -126,9 +180,7 @@ def _read(
 ) -> Float[Tensor, "layer_plus_1 column prompt"]:
     done = []
     with torch.no_grad():
-        for first in range(0, len(tokens), _BATCH):
-            rows = slice(first, first + _BATCH)
-            part = Tokens(tokens.ids[rows], tokens.mask[rows], tokens.spans[rows])
+        for part in _batches(tokens):
             run = base_run(model, part, keep=())
             scores = torch.stack([metric(unembed(model, layer[:, -width:])) for layer in run.resid])
             real = rearrange(part.mask[:, -width:], "prompt column -> 1 prompt column")

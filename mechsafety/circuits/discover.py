@@ -139,13 +139,17 @@ def search_parts(
         # what removal would have left last, by the costs it measured
         worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
-        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores)
+        return Discovery(
+            tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores
+        )
     if len(circuit) == len(ranking):
         # nothing but the whole model does: say so, with the smaller set that comes closest
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
         best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
-        return Discovery(tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, curve_scores=scores)
+        return Discovery(
+            tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, curve_scores=scores
+        )
     return Discovery(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, curve_scores=scores)
 
 

@@ -104,6 +104,7 @@ def refusal_subspace(
     n_directions: int = 3,
     layers: Sequence[int] | None = None,
     max_depth: float = MAX_DEPTH,
+    stop_below: float | None = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> RefusalSubspace:
@@ -112,7 +113,8 @@ def refusal_subspace(
     Each round removes the directions found so far, takes mean differences of what the model computes then (they are
     orthogonal to what is removed), and chooses on every other validation prompt the one whose removal besides the
     others lowers refusal most. On the prompts between, it is compared with random directions; the search ends at the
-    first that does not do more, and when no refusal is left (mean metric below 0).
+    first that does not do more, and when no refusal is left: when the mean metric of the choosing prompts is below
+    ``stop_below``. A mean below 0 can hide prompts that are refused all the same.
 
     Args:
         model: The model.
@@ -123,6 +125,7 @@ def refusal_subspace(
         n_directions: At most this many, the first included.
         layers: Blocks whose input is looked at; the first direction's by default.
         max_depth: Only layers below this share of the model.
+        stop_below: Mean metric below which no refusal counts as left; None to go on whatever is left.
         seed: Of the random directions.
         progress: Whether to show bars.
 
@@ -172,11 +175,13 @@ def refusal_subspace(
         lower, raised = bootstrap_interval(lost.cpu().numpy())[1] < 0, bootstrap_interval(gained.cpu().numpy())[0] > 0
         causal.append(lower and raised)
         before = scores.bypass[cell]
-        if not causal[-1] or float(before[pick].mean()) < 0:
+        ended = stop_below is not None and float(before[pick].mean()) < stop_below
+        if not causal[-1] or ended:
             break
         basis = orthonormal(torch.cat([basis, vector[None]]))
     vectors, before, bypass, control, kl, induce, added = (torch.stack(part) for part in zip(*rounds, strict=True))
     options = {"n_directions": n_directions, "layers": list(rows), "max_depth": max_depth, "train": len(pairs)}
+    options["stop_below"] = stop_below
     return RefusalSubspace(
         model.provenance(seed=seed, options=options),
         metric.to_json(),

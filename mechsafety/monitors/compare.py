@@ -1,6 +1,6 @@
 """Guards on safety neurons beside what anyone would try first, on data sets that training did not see."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts
 from mechsafety.monitors.guard import INVERSE_PENALTY, fit_regression
-from mechsafety.neurons.masks import neuron_mask, random_masks
+from mechsafety.neurons.masks import check_random_sets, neuron_mask, random_masks
 from mechsafety.nodes import Node
 from mechsafety.results import Provenance, Result
 
@@ -25,7 +25,8 @@ FEATURES = ("neurons", "random", "resid", "direction", "tfidf")
 class GuardReport(Result):
     """Guards on several kinds of features, trained on one set of prompts and tested on others.
 
-    Features: ``neurons``: the chosen neurons; ``random``: as many neurons of the same layers, none of them chosen;
+    Features: ``neurons``: the chosen neurons; ``random``: as many neurons of the same layers, none of them chosen
+    (where more than half of a layer is chosen: all its others, and as few chosen ones as possible);
     ``resid``: the last layer's residual stream; ``direction``: cosine with the difference of the training means of
     unsafe and safe prompts, at the layer that separates these best; ``tfidf``: the words of the prompt alone.
 
@@ -36,6 +37,7 @@ class GuardReport(Result):
         probabilities: Predictions [feature prompt] by test set, rows as in `FEATURES` without ``random``.
         random: Predictions of the random sets, by test set.
         direction_layer: Layer of ``direction`` (its residual stream is read before that block).
+        random_overlap: Share of the random neurons that are among the chosen: 0 where every layer had room.
     """
 
     provenance: Provenance
@@ -44,6 +46,7 @@ class GuardReport(Result):
     probabilities: Mapping[str, Float[Tensor, "feature prompt"]]
     random: Mapping[str, Float[Tensor, "set prompt"]]
     direction_layer: int
+    random_overlap: float
 
     def __repr__(self) -> str:
         found = ", ".join(f"{name} {self.auroc(name, 'neurons').mean():.3f}" for name in self.labels)
@@ -70,13 +73,7 @@ class GuardReport(Result):
 
     def fpr_at_tpr(self, test: str, feature: str, tpr: float = 0.95) -> float:
         """Share of safe prompts flagged where ``tpr`` of the unsafe ones are caught; mean over random sets."""
-        from sklearn.metrics import roc_curve
-
-        unsafe, found = self.labels[test].numpy(), []
-        for row in self.predictions(test, feature):
-            fpr, caught, _ = roc_curve(unsafe, row)
-            found.append(fpr[caught >= tpr].min())
-        return float(np.mean(found))
+        return float(_false_alarms(self.predictions(test, feature), self.labels[test].numpy(), tpr).mean())
 
     def accuracy(self, test: str, feature: str) -> float:
         """Share of prompts on the right side of a probability of 0.5; mean over random sets."""
@@ -111,36 +108,55 @@ class GuardReport(Result):
             The margin; its 95 % bootstrap interval over prompts (and, against ``random``, over the sets); and whether
             the margin is null: the interval holds 0.
         """
-        unsafe = self.labels[test].numpy()
+        unsafe, draws = self.labels[test].numpy(), []
         ours, theirs = self.predictions(test, "neurons"), self.predictions(test, baseline)
-        rng, draws = np.random.default_rng(seed), []
-        sides = [np.flatnonzero(unsafe), np.flatnonzero(~unsafe)]
-        for _ in range(n):
-            # within each label: an AUROC needs both
-            rows = np.concatenate([rng.choice(side, len(side)) for side in sides])
-            sets = rng.choice(len(theirs), len(theirs))
+        for rows, sets in _resamples(unsafe, len(theirs), seed, n):
             found = _auroc(np.concatenate([ours, theirs[sets]])[:, rows], unsafe[rows])
             draws.append(found[0] - found[1:].mean())
         low, high = np.percentile(draws, [2.5, 97.5])
         value = float(_auroc(ours, unsafe)[0] - _auroc(theirs, unsafe).mean())
         return value, float(low), float(high), bool(low <= 0 <= high)
 
+    def intervals(self, test: str, feature: str, seed: int = 0, n: int = 1000) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap intervals over prompts (of ``random``, over the sets too) of AUROC, accuracy and FPR.
+
+        Prompts are resampled within each label, as an AUROC needs both.
+        """
+        unsafe, values = self.labels[test].numpy(), self.predictions(test, feature)
+        draws = []
+        for rows, sets in _resamples(unsafe, len(values), seed, n):
+            drawn, right = values[sets][:, rows], unsafe[rows]
+            found = _auroc(drawn, right), (drawn >= 0.5) == right, _false_alarms(drawn, right, 0.95)
+            draws.append([float(np.mean(part)) for part in found])
+        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        names = ("auroc", "accuracy", "fpr_at_95_tpr")
+        return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a test set and feature: AUROC (mean and range over random sets), FPR, calibration, margin."""
+        """One row a test set and feature: AUROC, accuracy and FPR with intervals, calibration, margin.
+
+        ``set_min`` and ``set_max`` are the lowest and highest AUROC of the random sets.
+        """
         rows = []
         for test in self.labels:
             for feature in FEATURES:
-                found = self.auroc(test, feature)
+                found, bounds = self.auroc(test, feature), self.intervals(test, feature)
                 row = {
                     "test": test,
                     "feature": feature,
                     "unsafe": int(self.labels[test].sum()),
                     "safe": int((~self.labels[test]).sum()),
                     "auroc": found.mean(),
-                    "auroc_low": found.min(),
-                    "auroc_high": found.max(),
+                    "auroc_low": bounds["auroc"][0],
+                    "auroc_high": bounds["auroc"][1],
+                    "set_min": found.min(),
+                    "set_max": found.max(),
                     "accuracy": self.accuracy(test, feature),
+                    "accuracy_low": bounds["accuracy"][0],
+                    "accuracy_high": bounds["accuracy"][1],
                     "fpr_at_95_tpr": self.fpr_at_tpr(test, feature),
+                    "fpr_low": bounds["fpr_at_95_tpr"][0],
+                    "fpr_high": bounds["fpr_at_95_tpr"][1],
                     "brier": self.brier(test, feature),
                     "calibration_error": self.calibration_error(test, feature),
                 }
@@ -151,7 +167,7 @@ class GuardReport(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """AUROC of every feature on every test set; whiskers are the range of the random sets."""
+        """AUROC of every feature on every test set; whiskers are 95 % intervals."""
         import plotly.express as px
 
         frame = self.to_dataframe()
@@ -186,20 +202,21 @@ def compare_guards(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No test set, a name used twice, a set without both labels, or so many neurons in a layer that
-            no disjoint random set is left.
+        MechsafetyError: No test set, a name used twice, a set without both labels, no random sets, no neuron or all of
+            them.
     """
     from tqdm.auto import tqdm
 
     names = [test.name for test in tests]
     if not names or len(set(names)) < len(names):
         raise MechsafetyError(f"test sets {names}", expected="at least one, each with a name of its own")
+    check_random_sets(n_random)
     mask = neuron_mask(model, neurons)
     if not bool(mask.any()):
         raise MechsafetyError("no neuron to read", expected="at least one")
-    sets = random_masks(mask, n_random, seed)
+    sets = random_masks(mask, n_random, seed, fill=True)
     if sets is None:
-        raise MechsafetyError("more than half the neurons of a layer are chosen", expected="room for random sets")
+        raise MechsafetyError("all neurons are chosen", expected="room for random sets")
     acts = {data.name: read_prompts(model, data.prompts, progress=progress) for data in tests}
     own = read_prompts(model, train.prompts, progress=progress)
     unsafe = np.array(train.unsafe)
@@ -237,6 +254,7 @@ def compare_guards(
         {name: torch.stack([found[name] for found in fixed]) for name in names},
         {name: torch.stack([found[name] for found in drawn]) for name in names},
         layer,
+        float((sets[0] & mask).sum() / mask.sum()),
     )
 
 
@@ -266,6 +284,21 @@ def _words(train: LabelledPrompts, tests: Sequence[LabelledPrompts]) -> dict[str
         ).float()
         for test in tests
     }
+
+
+def _resamples(unsafe: np.ndarray, n_sets: int, seed: int, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Bootstrap draws: prompts, within each label because an AUROC needs both, and random sets."""
+    rng = np.random.default_rng(seed)
+    sides = [np.flatnonzero(unsafe), np.flatnonzero(~unsafe)]
+    for _ in range(n):
+        yield np.concatenate([rng.choice(side, len(side)) for side in sides]), rng.choice(n_sets, n_sets)
+
+
+def _false_alarms(scores: np.ndarray, unsafe: np.ndarray, tpr: float) -> np.ndarray:
+    """Share of safe prompts at or above the highest threshold that catches ``tpr`` of the unsafe, of each row."""
+    caught = int(np.ceil(tpr * unsafe.sum() - 1e-9))
+    cut = np.sort(scores[:, unsafe], axis=1)[:, -caught]
+    return (scores[:, ~unsafe] >= cut[:, None]).mean(1)
 
 
 def _auroc(scores: np.ndarray, unsafe: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from mechsafety.neurons.curve import CausalCurve, causal_effect_curve
 from mechsafety.neurons.describe import NeuronCards, describe_neurons
 from mechsafety.neurons.dynamic import PatchedReplies, dynamic_patching
 from mechsafety.neurons.masks import mask_nodes, neuron_mask, random_masks, top_mask
+from mechsafety.neurons.runs import greedy_replies
 from mechsafety.neurons.scores import NeuronScores, safety_neurons
 from mechsafety.neurons.tax import AlignmentTax, alignment_tax
 
@@ -27,6 +28,7 @@ __all__ = [
     "contrast_neurons",
     "describe_neurons",
     "dynamic_patching",
+    "greedy_replies",
     "mask_nodes",
     "measure",
     "neuron_mask",

@@ -1,11 +1,13 @@
 """What patching is judged by: safety scores of prompts, and what it costs on harmless ones."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -13,10 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.metrics import RefusalLogOdds, is_refusal
+from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal
 from mechsafety.models import LensModel
 from mechsafety.neurons.dynamic import decode
-from mechsafety.neurons.runs import Rows, batches, forced, greedy, lay_out, prompt_rows
+from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
 from mechsafety.results import Result
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -148,6 +150,18 @@ class Ability:
     nll: Float[Tensor, "row prompt"]
     agreement: Float[Tensor, "row prompt"]
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a mask, then the aligned model, then the base: means over prompts with bootstrap intervals."""
+        rows = []
+        for kl, nll, agreement in zip(self.kl, self.nll, self.agreement, strict=True):
+            row: dict[str, float] = {}
+            for name, values in (("kl", kl), ("perplexity", nll), ("agreement", agreement)):
+                found = [float(values.double().mean()), *bootstrap_interval(values.double().numpy())]
+                found = [math.exp(value) for value in found] if name == "perplexity" else found
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+            rows.append(row)
+        return pd.DataFrame(rows)
+
 
 Result.TYPES[Ability.__name__] = Ability
 
@@ -162,14 +176,9 @@ def ability(
     progress: bool = False,
 ) -> Ability:
     """General ability on harmless prompts under dynamic patching with each mask."""
-    rows = prompt_rows(base, prompts)
-    replies: list[list[int]] = [[] for _ in rows]
-    for chunk in batches([len(row) for row in rows], 16):
-        found, _ = greedy(base, None, None, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)
-        for k, ids in zip(chunk, found, strict=True):
-            replies[k] = ids
+    replies = greedy_replies(base, prompts, max_new_tokens)
     none = torch.zeros(base.n_layers, base.d_mlp, dtype=torch.bool)
-    kl, nll, agreement = (torch.zeros(len(masks) + 2, len(rows)) for _ in range(3))
+    kl, nll, agreement = (torch.zeros(len(masks) + 2, len(prompts)) for _ in range(3))
     batch_rows = _reply_batches(base, prompts, replies)
     for chunk, batch, labels, real in tqdm(batch_rows, desc="general ability", disable=not progress, leave=False):
         keep = labels.shape[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score_name
-from mechsafety.neurons.masks import random_masks, share_count, top_mask
+from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks, share_count, top_mask
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.results import Provenance, Result
@@ -102,7 +102,7 @@ class CausalCurve(Result):
         return min(reached, default=None)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a share: C with its interval, the random sets' mean, range and p, and general ability.
+        """One row a share: C with its interval, the random sets' mean, range and p, and general ability with intervals.
 
         ``random_low`` and ``random_high`` are the sets' 2.5 and 97.5 percentiles;
         ``p_value = (1 + number of random sets with C at least the top's) / (1 + number of sets)``.
@@ -111,7 +111,7 @@ class CausalCurve(Result):
         intervals = self.intervals()
         frame = pd.DataFrame({"share": self.shares, "neurons": self.counts, "effect": chosen})
         frame["ci_low"], frame["ci_high"] = zip(*intervals, strict=True)
-        known = ~np.isnan(control).any(axis=1) & (control.shape[1] > 0)
+        known = ~np.isnan(control).any(axis=1)
         columns = ("random_mean", "random_low", "random_high", "p_value")
         for name in columns:
             frame[name] = np.nan
@@ -121,10 +121,7 @@ class CausalCurve(Result):
             frame.loc[k, list(columns)] = [control[k].mean(), low, high, p]
         frame["random_overlap"] = self.overlaps
         if self.harmless is not None:
-            points = len(self.shares)
-            frame["kl"] = self.harmless.kl[:points].mean(-1).numpy()
-            frame["perplexity"] = self.harmless.nll[:points].mean(-1).exp().numpy()
-            frame["agreement"] = self.harmless.agreement[:points].mean(-1).numpy()
+            frame = frame.join(self.harmless.to_dataframe().iloc[: len(self.shares)])
         return frame
 
     def plot(self) -> go.Figure:
@@ -186,10 +183,14 @@ def causal_effect_curve(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No pair, a share out of range, no prompts, or a score in which the two models do not differ.
+        MechsafetyError: No pair, a ranking of another shape, no share or one out of range, no random sets, no prompts,
+            or a score in which the two models do not differ.
     """
     check_pair(base, aligned)
-    values = ranking.scores if isinstance(ranking, NeuronScores) else ranking
+    check_random_sets(n_random)
+    if not shares:
+        raise MechsafetyError("no shares", expected="at least one, above 0 and at most 1")
+    values = check_ranking(base, ranking.scores if isinstance(ranking, NeuronScores) else ranking)
     order = sorted(set(shares))
     counts = [share_count(share, values.numel()) for share in order]
     chosen = [top_mask(values, count) for count in counts]

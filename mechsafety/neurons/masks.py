@@ -34,6 +34,8 @@ def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tens
         return neurons.cpu()
     mask = torch.zeros(shape, dtype=torch.bool)
     for node in neurons:
+        if not isinstance(node, Node):
+            raise MechsafetyError(f"{node!r} among the neurons", expected="nodes: Node('neuron', layer, index)")
         if node.kind != "neuron" or not (0 <= (node.layer or 0) < shape[0] and 0 <= (node.index or 0) < shape[1]):
             raise MechsafetyError(f"{node} is no neuron of {model!r}")
         mask[node.layer, node.index] = True
@@ -49,6 +51,28 @@ def mask_nodes(mask: Bool[Tensor, "layer d_mlp"]) -> list[Node]:
         ['L0.N1', 'L1.N0']
     """
     return [Node("neuron", layer, index) for layer, index in mask.nonzero().tolist()]
+
+
+def check_ranking(model: LensModel, ranking: Float[Tensor, "layer d_mlp"]) -> Float[Tensor, "layer d_mlp"]:
+    """A ranking of a model's neurons, or one clear line.
+
+    Raises:
+        MechsafetyError: Another shape than the model's neurons have.
+    """
+    shape = (model.n_layers, model.d_mlp)
+    if tuple(ranking.shape) != shape:
+        raise MechsafetyError(f"a ranking of shape {tuple(ranking.shape)}", expected=f"{shape}, as {model!r} has them")
+    return ranking
+
+
+def check_random_sets(count: int) -> None:
+    """Refuse a comparison with no random sets.
+
+    Raises:
+        MechsafetyError: ``count`` below 1.
+    """
+    if count < 1:
+        raise MechsafetyError(f"n_random={count}", expected="at least 1 random set")
 
 
 def top_mask(scores: Float[Tensor, "layer d_mlp"], count: int) -> Bool[Tensor, "layer d_mlp"]:

@@ -226,7 +226,12 @@ def greedy(
     Returns:
         Token ids of each row up to and with its end token, and the logits of the first ``keep`` steps that were run
         (the first is the one after the prompt), float32.
+
+    Raises:
+        MechsafetyError: ``max_new_tokens`` below 1.
     """
+    if max_new_tokens < 1:
+        raise MechsafetyError(f"max_new_tokens={max_new_tokens}", expected="at least 1")
     ends = _end_tokens(base)
     replies: list[list[int]] = [[] for _ in range(len(rows))]
     done = torch.zeros(len(rows), dtype=torch.bool)
@@ -257,6 +262,19 @@ def greedy(
             token = rearrange(chosen, "batch -> batch 1")
             last = read(token, torch.ones_like(token, dtype=torch.bool))
     return replies, torch.stack(logits, dim=1)
+
+
+def greedy_replies(
+    model: LensModel, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 16
+) -> list[list[int]]:
+    """Token ids of a model's own greedy reply to each chat prompt, in order."""
+    rows = prompt_rows(model, prompts)
+    replies: list[list[int]] = [[] for _ in rows]
+    for chunk in batches([len(row) for row in rows], batch_size):
+        found, _ = greedy(model, None, None, lay_out(model, [rows[k] for k in chunk]), max_new_tokens)
+        for k, ids in zip(chunk, found, strict=True):
+            replies[k] = ids
+    return replies
 
 
 def forced(

@@ -131,6 +131,7 @@ def safety_neurons(
     positions: str = "completion",
     score: str = "rms",
     max_new_tokens: int = 64,
+    replies: Sequence[Sequence[int]] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> NeuronScores:
@@ -149,41 +150,49 @@ def safety_neurons(
         score: ``rms``: the change; ``ratio``: the change over the root mean square of the base model's activation, for
             neurons of different scales.
         max_new_tokens: Length of the replies.
+        replies: Token ids of the base model's replies (`greedy_replies`), where several aligned models are compared
+            with one base: nothing is generated then. For ``completion`` alone.
         batch_size: Prompts in one batch; by token count by default.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown option, no prompts, or models that are no pair.
+        MechsafetyError: Unknown option, no prompts, replies that do not fit, or models that are no pair.
     """
     from tqdm.auto import tqdm
 
     for name, value, known in (("positions", positions, POSITIONS), ("score", score, SCORES)):
         if value not in known:
             raise MechsafetyError(f"{name} {value!r}", expected=f"one of {known}")
+    if replies is not None and (positions != "completion" or len(replies) != len(prompts) or not all(replies)):
+        raise MechsafetyError(
+            f"{len(replies)} replies to {len(prompts)} prompts, positions {positions!r}",
+            expected="one reply of at least one token a prompt, positions 'completion'",
+        )
     check_pair(base, aligned)
     rows = prompt_rows(base, prompts)
     sums = _Sums(base)
+    given = [list(reply) for reply in replies] if replies is not None else None
     generated = max_new_tokens if positions == "completion" else 0
-    chunks = batches([len(row) + generated for row in rows], batch_size)
+    lengths = [len(row) + (len(given[k]) if given else generated) for k, row in enumerate(rows)]
+    chunks = batches(lengths, batch_size)
     for chunk in tqdm(chunks, desc="scoring neurons", disable=not progress or len(chunks) < 2, leave=False):
-        replies: list[list[int]] = [[] for _ in chunk]
-        if positions == "completion":
-            batch = lay_out(base, [rows[k] for k in chunk])
-            replies = greedy(base, None, None, batch, max_new_tokens)[0]
-        whole = [rows[k] + reply for k, reply in zip(chunk, replies, strict=True)]
+        said: list[list[int]] = [given[k] if given else [] for k in chunk]
+        if positions == "completion" and given is None:
+            said = greedy(base, None, None, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)[0]
+        whole = [rows[k] + reply for k, reply in zip(chunk, said, strict=True)]
         # every prompt token counts once for each prompt, so nothing may be shared when they are read
         shared = 0 if positions == "prompt" else min(len(rows[k]) for k in chunk) - 1
         batch = lay_out(base, whole, shared)
-        tail = {"completion": max(map(len, replies)), "prompt": batch.ids.shape[1], "last": 1}[positions]
+        tail = {"completion": max(map(len, said)), "prompt": batch.ids.shape[1], "last": 1}[positions]
         read = torch.zeros_like(batch.mask[:, -tail:])
-        for row, (k, reply) in enumerate(zip(chunk, replies, strict=True)):
+        for row, (k, reply) in enumerate(zip(chunk, said, strict=True)):
             n = {"completion": len(reply), "prompt": len(rows[k]), "last": 1}[positions]
             read[row, tail - n :] = True
         _contrast(aligned, base, batch, read, [k % 2 for k in chunk], sums)
     options = {
         "positions": positions,
         "score": score,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": max(map(len, given)) if given else max_new_tokens,
         "prompts": len(prompts),
         "prompts_sha256": digest(prompts),
     }

@@ -14,7 +14,7 @@ from mechsafety.metrics import bootstrap_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
 from mechsafety.neurons.behaviour import Score, measure, score_name
-from mechsafety.neurons.masks import random_masks
+from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.results import Provenance, Result
@@ -35,7 +35,8 @@ class AlignmentTax(Result):
             activations on the common neurons, and the reverse.
         helpfulness: The same of each harmless prompt.
         random_safety, random_helpfulness: The two patched rows with random neurons instead: as many in each layer, none
-            of them common. NaN where a layer has too few.
+            of them common where every layer has room for that; NaN if all neurons are common.
+        random_overlap: Share of the random neurons that are common all the same: 0 where there was room.
     """
 
     provenance: Provenance
@@ -48,6 +49,7 @@ class AlignmentTax(Result):
     helpfulness: Float[Tensor, "5 harmless"]
     random_safety: Float[Tensor, "2 set harmful"]
     random_helpfulness: Float[Tensor, "2 set harmless"]
+    random_overlap: float
 
     def __repr__(self) -> str:
         return f"AlignmentTax({int(self.common.sum())} common neurons; {self.agreement!r})"
@@ -109,25 +111,31 @@ def alignment_tax(
         safety: Score of harmful prompts, as for `causal_effect_curve`.
         helpfulness: Score of harmless prompts.
         share: What counts as the top of a ranking.
-        n_random: Random sets beside the common neurons.
+        n_random: Random sets beside the common neurons; where more than half of a layer is common, all its other
+            neurons and as few common ones as possible.
         n_permutations: Draws of each permutation null.
         max_new_tokens: Length of the replies that a judge reads.
         seed: Of permutations and random sets.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Models that are no pair, rankings that do not fit, or tops without a common neuron.
+        MechsafetyError: Models that are no pair, rankings that do not fit, no random sets, or tops without a common
+            neuron.
     """
     for aligned in (safe, helpful):
         check_pair(base, aligned)
     check_pair(safe, helpful)
+    check_random_sets(n_random)
+    for ranking in rankings:
+        check_ranking(base, ranking.scores)
     agreement = compare_neurons(*rankings, share=share, n_permutations=n_permutations, seed=seed)
     common = rankings[0].top(share) & rankings[1].top(share)
     if not bool(common.any()):
         raise MechsafetyError(
             f"the top {share:.1%} of the two rankings have no neuron in common", cure="take a larger share"
         )
-    sets = random_masks(common, n_random, seed)
+    sets = random_masks(common, n_random, seed, fill=True)
+    overlap = float((sets[0] & common).sum() / common.sum()) if sets else 1.0
     none = torch.zeros_like(common)
     masks = [common, *(sets or [])]
     found = {}
@@ -163,4 +171,5 @@ def alignment_tax(
         found["helpfulness"][0],
         found["safety"][1],
         found["helpfulness"][1],
+        overlap,
     )

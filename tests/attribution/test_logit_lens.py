@@ -5,6 +5,7 @@ import torch
 from reference import record
 
 from mechsafety.attribution import LogitLens, direct_logit_attribution, logit_lens
+from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.engine import unembed
 
@@ -35,9 +36,35 @@ def test_columns_before_a_prompt_are_missing_and_left_out(llama, ragged, log_odd
 def test_layers_shares_are_the_direct_attribution(llama, pairs, log_odds):
     found = logit_lens(llama, pairs, log_odds)
     direct = direct_logit_attribution(llama, pairs, log_odds)
-    torch.testing.assert_close(found.mlps, direct.mlps / direct.total.mean())
+    assert found.share_columns == (-1,)
+    torch.testing.assert_close(found.mlps[:, 0], direct.mlps / direct.total.mean(), atol=1e-5, rtol=1e-4)
     rest = (direct.embed + direct.rest).mean() / direct.total.mean()
     assert float((found.attention + found.mlps).sum(0).mean() + rest) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_shares_at_all_columns_sum_to_what_the_lens_shows_there(llama, ragged, log_odds):
+    """At every column: the layers, the embedding and the rest make the gap that the last row of the lens has there."""
+    found = logit_lens(llama, ragged, log_odds, n_columns=8, positions="all")
+    assert found.share_columns == found.columns and found.attention.shape == (3, 8, len(ragged))
+    last = logit_lens(llama, ragged, log_odds, n_columns=8)
+    torch.testing.assert_close(found.mlps[:, -1:], last.mlps)
+    gap = found.gap[-1, -1]
+    caches = [llama.cache(side, DIRECT_SITES) for side in (ragged.harmful, ragged.harmless)]
+    for column in (-1, -3, -5):
+        bad, good = (direct_parts(llama, cache, log_odds, column=column) for cache in caches)
+        embed, rest = ((bad[k] - good[k]) / gap for k in (2, 3))
+        whole = (found.attention + found.mlps)[:, column].sum(0) + embed + rest
+        shown = (found.harmful - found.harmless)[-1, column] / gap
+        there = ~shown.isnan()
+        torch.testing.assert_close(whole[there], shown[there], atol=1e-4, rtol=1e-3)
+    short = llama.n_tokens("kill")
+    assert bool(found.mlps[:, : 8 - short, 1].isnan().all()) and not found.mlps[:, 8 - short :, 1].isnan().any()
+    frame = found.shares_dataframe()
+    assert len(frame) == 2 * 3 * 8 and not frame.share.isna().any()
+    row = frame[(frame.part == "mlp") & (frame.layer == 2) & (frame.column == -1)].iloc[0]
+    assert (
+        row.share == pytest.approx(float(found.mlps[2, -1].mean()), abs=1e-5) and row.ci_low <= row.share <= row.ci_high
+    )
 
 
 def test_the_planted_direction_arrives_with_block_0(directed):
@@ -49,6 +76,8 @@ def test_the_planted_direction_arrives_with_block_0(directed):
 def test_post_norm_has_no_shares_and_round_trip(make_model, pairs, log_odds, tmp_path):
     found = logit_lens(make_model("gemma2"), pairs, log_odds)
     assert found.attention is None and found.mlps is None
+    with pytest.raises(MechsafetyError, match=r"^no shares: norms follow the blocks, so parts do not add up; expected"):
+        found.shares_dataframe()
     again = LogitLens.load(found.save(tmp_path / "lens"))
     assert torch.equal(again.harmful, found.harmful) and again.columns == found.columns
     assert repr(again).startswith("LogitLens(4 layers x ") and again.plot().data[0].z.shape[0] == 4
@@ -57,3 +86,5 @@ def test_post_norm_has_no_shares_and_round_trip(make_model, pairs, log_odds, tmp
 def test_refusal(llama, pairs, log_odds):
     with pytest.raises(MechsafetyError, match=r"^n_columns=0; expected at least 1$"):
         logit_lens(llama, pairs, log_odds, n_columns=0)
+    with pytest.raises(MechsafetyError, match=r"^positions 'first'; expected one of \('last', 'all'\)$"):
+        logit_lens(llama, pairs, log_odds, positions="first")

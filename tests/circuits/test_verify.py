@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_numbers(found, check):
 
 def test_a_circuit_no_better_than_chance_is_shown_as_failed(found):
     (found_on, held_out), discovery = found
-    useless = dataclasses.dataclasses.replace(discovery, circuit=(Node("head", 0, 0), Node("head", 2, 3)), reached=False)
+    useless = dataclasses.replace(discovery, circuit=(Node("head", 0, 0), Node("head", 2, 3)), reached=False)
     check = verify(useless, found_on, held_out, target=0.8, n_random=20)
     assert check.random_controls.p_value > 0.2 and check.held_out_faithfulness < 0.3 and not check.reached
     verdicts = {claim.name: claim.passed for claim in check.claims}

@@ -106,7 +106,8 @@ def test_two_layers(make_hf_model, make_tokenizer):
     metric = ms.RefusalLogOdds.of(model, ["sorry"])
     found = refusal_direction(model, pairs, metric, max_depth=1.0, progress=False)
     assert found.layer == 1 and found.passes
-    assert found.choose(max_depth=0.9).layer == 1 if int(0.9 * 2) == 2 else True
+    with pytest.raises(MechsafetyError, match=r"^no direction among layers 0 to 1; expected layers below 1$"):
+        found.choose(max_depth=0.9)  # int(0.9 * 2) is 1, and layer 0 has no direction
     with pytest.raises(MechsafetyError, match=r"^no direction among layers 0 to 1; expected layers below 1$"):
         found.choose()
 

@@ -26,6 +26,16 @@ def test_one_direction_is_all_there_is(directed, directed_found, fresh, tmp_path
     assert again.to_dataframe().change[0] < -20
 
 
+def test_going_on_when_the_mean_says_that_no_refusal_is_left(directed, directed_found, fresh):
+    """By default a mean below 0 ends the search, so that a second direction is never looked at."""
+    model, pairs, metric = directed
+    found = refusal_subspace(model, directed_found, pairs, metric, fresh, stop_below=None, progress=False)
+    assert len(found.layers) == 2 and found.causal == (True, False) and found.dimension == 1
+    assert float(found.before[1].mean()) < 0, "there was nothing left by the mean"
+    strict = refusal_subspace(model, directed_found, pairs, metric, fresh, stop_below=-1e3, progress=False)
+    assert strict.causal == (True, False)
+
+
 def test_what_a_bad_first_direction_misses_is_found_next(directed, directed_found, fresh):
     """A vector that holds half of the refusal direction: a second, orthogonal one holds the rest."""
     model, pairs, metric = directed

@@ -229,7 +229,9 @@ def test_figures_by_hand(report):
     assert made.auroc("t", "neurons")[0] == pytest.approx(roc_auc_score(unsafe, ours))
     assert made.auroc("t", "random") == pytest.approx([roc_auc_score(unsafe, row) for row in theirs])
     cut = np.sort(ours[unsafe])[::-1][int(np.ceil(0.95 * unsafe.sum())) - 1]
-    assert made.fpr_at_tpr("t", "neurons") == pytest.approx((ours[~unsafe] >= np.float32(cut)).mean(), abs=0.03)
+    assert made.fpr_at_tpr("t", "neurons") == pytest.approx(
+        (ours[~unsafe].astype(np.float32) >= np.float32(cut)).mean()
+    )
     assert made.accuracy("t", "neurons") == pytest.approx(((ours >= 0.5) == unsafe).mean())
     assert made.brier("t", "neurons") == pytest.approx(((ours - unsafe) ** 2).mean(), abs=1e-6)
     table = made.calibration("t", "neurons", bins=2)
@@ -238,6 +240,33 @@ def test_figures_by_hand(report):
     assert table.observed.tolist() == pytest.approx([unsafe[low].mean(), unsafe[~low].mean()])
     expected = sum(abs(ours[s].mean() - unsafe[s].mean()) * s.sum() for s in (low, ~low)) / 60
     assert made.calibration_error("t", "neurons", bins=2) == pytest.approx(expected, abs=1e-6)
+
+
+def test_intervals_over_prompts(report):
+    """They hold the value, shrink with more prompts and are points where the guard is never wrong."""
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (40, 360):
+        unsafe = np.arange(n) < n // 2
+        ours = np.clip(0.25 * unsafe + 0.7 * rng.random(n), 0, 1)
+        made = with_predictions(report, unsafe.tolist(), ours.tolist(), rng.random((3, n)).astype(np.float32).tolist())
+        found = made.intervals("t", "neurons", n=200)
+        values = made.auroc("t", "neurons")[0], made.accuracy("t", "neurons"), made.fpr_at_tpr("t", "neurons")
+        for value, (low, high) in zip(values, found.values(), strict=True):
+            assert low < value < high
+        widths.append(found["auroc"][1] - found["auroc"][0])
+    assert widths[1] < widths[0] / 2
+    row = made.to_dataframe().iloc[1]
+    assert row.auroc_low < row.set_min < row.set_max < row.auroc_high, "over prompts too, not over the sets alone"
+    sure = with_predictions(report, unsafe.tolist(), unsafe.astype(float).tolist(), made.random["t"].tolist())
+    assert list(sure.intervals("t", "neurons", n=20).values()) == [(1.0, 1.0), (1.0, 1.0), (0.0, 0.0)]
+
+
+def test_a_crowded_layer_shares_as_few_neurons_as_it_must(llama):
+    mask = torch.zeros(3, 48, dtype=torch.bool)
+    mask[0, :36] = True
+    found = compare_guards(llama, mask, labelled("train"), [labelled("a")], n_random=2, progress=False)
+    assert found.random_overlap == pytest.approx(24 / 36) and not found.random["a"].isnan().any()
 
 
 def test_margins_null_and_not(report):
@@ -268,5 +297,7 @@ def test_comparisons_that_cannot_be_made(llama, mask):
         compare_guards(llama, mask, train, [])
     with pytest.raises(ms.MechsafetyError, match=r"^test sets \['a', 'a'\]; expected"):
         compare_guards(llama, mask, train, [labelled("a"), labelled("a")])
-    with pytest.raises(ms.MechsafetyError, match=r"^more than half the neurons of a layer are chosen; expected room"):
+    with pytest.raises(ms.MechsafetyError, match=r"^n_random=0; expected at least 1 random set$"):
+        compare_guards(llama, mask, train, [labelled("a")], n_random=0)
+    with pytest.raises(ms.MechsafetyError, match=r"^all neurons are chosen; expected room for random sets$"):
         compare_guards(llama, torch.ones(3, 48, dtype=torch.bool), train, [labelled("a")])

@@ -80,6 +80,13 @@ def test_general_ability_stands_beside(curve):
     assert curve.harmless.kl.shape == (5, 3)
     assert frame.kl[2] == pytest.approx(float(curve.harmless.kl[3].mean()), abs=1e-4), "all neurons: the aligned model"
     assert (frame.agreement <= 1).all() and (frame.perplexity >= 1).all()
+    whole = curve.harmless.to_dataframe()
+    assert len(whole) == 5 and whole.kl[4] == pytest.approx(0, abs=1e-6), "last is the base against itself"
+    for name in ("kl", "perplexity", "agreement"):
+        assert (frame[f"{name}_low"] <= frame[name]).all() and (frame[name] <= frame[f"{name}_high"]).all()
+    nll = curve.harmless.nll[0].double()
+    assert frame.perplexity[0] == pytest.approx(float(nll.mean().exp()))
+    assert frame.perplexity_low[0] >= float(nll.min().exp()) and frame.perplexity_high[0] <= float(nll.max().exp())
 
 
 def test_curve_saves_and_plots(curve, tmp_path):
@@ -95,6 +102,18 @@ def test_a_score_without_difference(pair, prompts, ranking):
 
     with pytest.raises(ms.MechsafetyError, match=r"have the same mean constant; expected a score in which alignment"):
         causal_effect_curve(*pair, ranking, prompts, constant, shares=(1.0,), max_new_tokens=1)
+
+
+def test_what_a_curve_cannot_be_drawn_from(pair, prompts, ranking, log_odds):
+    wrong = [
+        ({"ranking": ranking.scores.T}, r"^a ranking of shape \(48, 3\); expected \(3, 48\), as LensModel\("),
+        ({"shares": []}, r"^no shares; expected at least one, above 0 and at most 1$"),
+        ({"n_random": 0}, r"^n_random=0; expected at least 1 random set$"),
+    ]
+    for given, message in wrong:
+        options = {"ranking": ranking, "prompts": prompts, "score": log_odds, **given}
+        with pytest.raises(ms.MechsafetyError, match=message):
+            causal_effect_curve(*pair, **options)
 
 
 # --- agreement and tax ------------------------------------------------------------------------------------------------
@@ -163,9 +182,45 @@ def test_tax(pair, helpful, prompts, ranking, log_odds, tmp_path):
     frame = found.to_dataframe()
     assert frame.model.tolist() == ["base", "safe", "helpful", "safe <- helpful", "helpful <- safe"]
     assert frame.safety_random_low.notna().tolist() == [False, False, False, True, True]
+    assert found.random_overlap == 0
     again = AlignmentTax.load(found.save(tmp_path / "tax"))
     assert again.agreement.observed == found.agreement.observed and torch.equal(again.helpfulness, found.helpfulness)
     assert found.plot().data and repr(found).startswith(f"AlignmentTax({int(common.sum())} common neurons")
+
+
+def test_tax_of_tops_that_fill_a_layer(pair, helpful, prompts, ranking, log_odds):
+    """Random sets share what they must, and say how much; they are not left blank."""
+    scores = torch.zeros(3, 48)
+    scores[0, :40] = 1 + torch.arange(40.0)
+    full = with_scores(ranking, scores)
+    found = alignment_tax(
+        *pair,
+        helpful,
+        (full, full),
+        prompts,
+        prompts,
+        log_odds,
+        log_odds,
+        share=40 / 144,
+        n_random=2,
+        n_permutations=2,
+        progress=False,
+    )
+    assert int(found.common.sum()) == 40 and found.random_overlap == pytest.approx(32 / 40)
+    assert not found.random_safety.isnan().any()
+
+
+def test_a_tax_that_cannot_be_measured(pair, helpful, prompts, ranking, log_odds):
+    from dataclasses import replace
+
+    names = ("scores", "change", "base_rms", "mean_change")
+    turned = replace(ranking, halves=ranking.halves.mT, **{name: getattr(ranking, name).T for name in names})
+    for rankings, n_random, message in (
+        ((turned, turned), 2, r"^a ranking of shape \(48, 3\); expected \(3, 48\)"),
+        ((ranking, ranking), 0, r"^n_random=0; expected at least 1 random set$"),
+    ):
+        with pytest.raises(ms.MechsafetyError, match=message):
+            alignment_tax(*pair, helpful, rankings, prompts, prompts, log_odds, log_odds, n_random=n_random)
 
 
 def test_tops_without_a_common_neuron(pair, helpful, prompts, ranking, log_odds):

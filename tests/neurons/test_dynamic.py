@@ -1,5 +1,7 @@
 """Dynamic patching: both ends of the scale, batches against loops, a plain twin without caches."""
 
+from inspect import unwrap
+
 import pytest
 import torch
 
@@ -115,6 +117,10 @@ def test_nodes_are_as_good_as_a_mask(pair, prompts):
         neuron_mask(pair[0], [Node("neuron", 3, 0)])
     with pytest.raises(ms.MechsafetyError, match=r"^a neuron mask of type torch.float32 and shape \(3, 48\); expected"):
         neuron_mask(pair[0], torch.zeros(3, 48))
+    with pytest.raises(ms.MechsafetyError, match=r"^'L0.N3' among the neurons; expected nodes: Node\('neuron', layer,"):
+        unwrap(neuron_mask)(pair[0], ["L0.N3"])  # without the type checks that tests alone have
+    with pytest.raises(ms.MechsafetyError, match=r"^max_new_tokens=0; expected at least 1$"):
+        dynamic_patching(*pair, nodes, prompts[:1], max_new_tokens=0, progress=False)
 
 
 def test_random_sets_match_layers_and_avoid_the_chosen():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mechsafety as ms
-from mechsafety.neurons import NeuronScores, safety_neurons, scores, top_mask
+from mechsafety.neurons import NeuronScores, greedy_replies, safety_neurons, scores, top_mask
 from mechsafety.neurons.runs import greedy, lay_out, prompt_rows
 from mechsafety.sites import Site, SiteKind
 
@@ -44,6 +44,21 @@ def test_equal_to_stored_activations(pair, prompts, positions):
     assert found.n_tokens == own.shape[1] and found.n_prompts == len(prompts)
     ratio = safety_neurons(aligned, base, prompts, positions=positions, score="ratio", max_new_tokens=6)
     torch.testing.assert_close(ratio.scores, found.change / found.base_rms, atol=1e-4, rtol=1e-3)
+
+
+def test_given_replies_are_the_own_ones(pair, prompts):
+    """Replies generated once serve any number of aligned models."""
+    base, aligned = pair
+    replies = greedy_replies(base, prompts, 6)
+    found = safety_neurons(aligned, base, prompts, replies=replies)
+    own = safety_neurons(aligned, base, prompts, max_new_tokens=6)
+    torch.testing.assert_close(found.scores, own.scores, atol=1e-5, rtol=1e-4)
+    assert found.n_tokens == own.n_tokens == sum(map(len, replies))
+    message = r"^1 replies to 5 prompts, positions 'completion'; expected one reply of at least one token a prompt"
+    with pytest.raises(ms.MechsafetyError, match=message):
+        safety_neurons(aligned, base, prompts, replies=replies[:1])
+    with pytest.raises(ms.MechsafetyError, match=r"^5 replies to 5 prompts, positions 'last'; expected one reply"):
+        safety_neurons(aligned, base, prompts, replies=replies, positions="last")
 
 
 def test_batches_do_not_matter(pair, prompts):

@@ -1,0 +1,113 @@
+"""The steps of the reproduction script that are not calls of the library, on tiny models."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import mechsafety as ms
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import reproduce_safety_neurons
+
+        yield reproduce_safety_neurons
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def make_run(script, pair, prompts, tmp_path, monkeypatch):
+    """Builder of a small run whose models are tiny."""
+    models = dict(zip(("demo-base", "demo"), pair, strict=True))
+    monkeypatch.setattr(script.Run, "model", lambda self, name: models[name])
+    monkeypatch.setattr(script.Run, "has_helpful", lambda self: False)
+    work = tmp_path / "work"
+
+    def build(small=True):
+        run = script.Run(argparse.Namespace(work=work, small=small, data=tmp_path / "data"))
+        run.test = ms.PromptPairs.from_lists(prompts, prompts[1:] + prompts[:1])
+        return run
+
+    return build
+
+
+def test_a_store_of_another_run_is_refused(make_run, script, tmp_path):
+    make_run()
+    make_run()  # the same again goes on
+    with pytest.raises(SystemExit, match=r"work holds steps of another size; delete it or choose another --work$"):
+        make_run(small=False)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "advbench.jsonl").write_text('{"instruction": "a"}\n')
+    with pytest.raises(SystemExit, match=r"work holds steps of another data; delete it"):
+        make_run()
+    (tmp_path / "work" / "store.json").unlink()
+    (tmp_path / "work" / "metric").write_text("{}")
+    with pytest.raises(SystemExit, match=r"work holds steps of an unknown run; delete it"):
+        make_run()
+
+
+def test_steps_are_stored_and_their_time_added_up(make_run):
+    run, made = make_run(), []
+
+    def fails():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.step("one", dict, fails)
+    assert run.clock()["seconds"].keys() == {"one"}, "an interrupted attempt counts"
+    for _ in range(2):
+        assert run.step("one", dict, lambda: made.append(1) or {"found": 2}) == {"found": 2}
+    assert made == [1]
+    with run.timed("outer"), run.timed("inner"):
+        sum(range(10**6))
+    seconds = run.clock()["seconds"]
+    assert seconds["outer"] <= 0.1, "the time of steps inside is theirs"
+
+
+def test_ends_and_contrast(make_run):
+    run = make_run()
+    for found in run.ends().values():
+        assert found["same_replies"] == found["prompts"] and found["largest_logit_difference"] < 1e-3
+    assert run.contrast().effects.shape == (2, 3, 48)
+
+
+def test_planted_neurons(make_run, script, monkeypatch, make_hf_model):
+    class Loader:
+        @staticmethod
+        def from_pretrained(folder, dtype):
+            return make_hf_model("llama")
+
+    monkeypatch.setattr(script, "AutoModelForCausalLM", Loader)
+    monkeypatch.setattr(script, "base_folder", lambda: None)
+    monkeypatch.setattr(script, "PLANTED", 4)
+    found = make_run().planted()
+    assert found["ratio"] == 1.0 and found["neurons"] == 4
+
+
+def test_tables_survive_bars_and_backticks(script):
+    from safety_neurons_page import code, table
+
+    assert code("a`") == "`` 'a`' ``" and code("a|") == "`'a|'`"
+    text = table(pd.DataFrame({"token": [code("||")], "x": [0.5], "y": [float("nan")]}))
+    assert text.splitlines()[-1] == "| `'\\|\\|'` | 0.500 |  |"
+
+
+def test_drawn_prompts_spread(script):
+    rows = [topic for topic in "abcd" for _ in range(25)]
+    assert set(script.drawn(rows, 40, seed=0)) == set("abcd") and len(script.drawn(rows, 200, seed=0)) == 100
+    assert script.drawn(rows, 5, seed=1) == script.drawn(rows, 5, seed=1)
+
+
+def test_short_plans_warm_up_in_a_share_of_their_steps(script):
+    import train_demo_adapter
+
+    found = {steps: train_demo_adapter.warm_up_steps(steps) for steps in (3, 16, 39, 40, 46, 720)}
+    assert found == {3: 1, 16: 3, 39: 7, 40: 20, 46: 20, 720: 20}
