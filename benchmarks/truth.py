@@ -345,7 +345,7 @@ def _summary(models: Mapping[str, Any]) -> list[str]:
         "",
         "Worst model in brackets.",
         "",
-        "| map | nodes: precision | recall | decoys in all circuits | backups found | roles right | seconds (longest) |",
+        "| map | precision | recall | decoys in all circuits | backups found | roles right | seconds (longest) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in MAPS:
