@@ -122,7 +122,7 @@ def _room(mark: NodeMark, label: Label) -> float:
 
 
 def _shrink(labels: Sequence[Label], rooms: Sequence[float]) -> list[float]:
-    """What each text is scaled by to keep to its room: DejaVu Sans runs wider than the fonts the layout reckons with."""
+    """What each text is scaled by to keep to its room: DejaVu Sans runs wider than the layout reckons with."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
 
