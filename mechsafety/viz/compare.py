@@ -59,8 +59,8 @@ def compare_layouts(
     a, b = layout_circuits((first, second), coloured)
     names = (plain(names[0], 40), plain(names[1], 40))
     # an edge that is too weak to be drawn in one of them is not for that only in the other
-    whole = layout_circuits((first, second), replace(coloured, max_edges=None))
-    difference = _difference(*whole, names, style)
+    every_a, every_b = layout_circuits((first, second), replace(coloured, max_edges=None))
+    difference = _difference(every_a, every_b, names, style)
     done = [in_grey(layout) if style.grayscale else layout for layout in (a, b, difference)]
     return Comparison(names, done[0], done[1], done[2])
 

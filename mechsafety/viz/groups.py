@@ -133,15 +133,15 @@ def detours(ends: Sequence[Ends], places: Mapping[str, NodeMark], grid: Grid) ->
 
     paths = {}
     for one, (into, rail, above, below) in ways.items():
-        sender, receiver = places[one[0]], places[one[1]]
-        end = receiver.x + PORTS[one[2]] * receiver.width
-        foot, head = receiver.y + receiver.height / 2, sender.y - sender.height / 2
+        start, stop = places[one[0]], places[one[1]]
+        end = stop.x + PORTS[one[2]] * stop.width
+        foot, head = stop.y + stop.height / 2, start.y - start.height / 2
         x = end if rail is None else rail_at(rail, into)
         points = (
             [(x, foot)] if below is None else [(end, foot), (end, level_at(below, into)), (x, level_at(below, into))]
         )
-        points += [(x, head)] if above is None else [(x, level_at(above, into)), (sender.x, level_at(above, into))]
-        points += [] if above is None else [(sender.x, head)]
+        points += [(x, head)] if above is None else [(x, level_at(above, into)), (start.x, level_at(above, into))]
+        points += [] if above is None else [(start.x, head)]
         paths[one] = rounded(points, 5 * grid.unit)
     return paths
 

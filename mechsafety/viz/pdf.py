@@ -71,11 +71,15 @@ def layout_figure(layout: Layout) -> "Figure":
     for shape in [*layout.backdrop, *(shape for mark in marks for shape in mark.shapes)]:
         _draw(axes, shape)
     outside = [*layout.labels, *(label for mark in layout.edges for label in mark.labels)]
+    shares = _shrink(outside, [label.box[2] - label.box[0] for label in outside])
+    # texts of one size keep one size, so that a caption's lines match; a node's name has its outline for itself
+    least: dict[float, float] = {}
+    for label, share in zip(outside, shares, strict=True):
+        least[label.size] = min(least.get(label.size, 1.0), share)
     inside = [(label, _room(mark, label)) for mark in layout.nodes for label in mark.labels]
-    rooms = [label.box[2] - label.box[0] for label in outside]
-    for texts, widths in ((outside, rooms), ([label for label, _ in inside], [room for _, room in inside])):
-        for label, shrink in zip(texts, _shrink(texts, widths), strict=True):
-            _write(axes, label, shrink)
+    own = _shrink([label for label, _ in inside], [room for _, room in inside])
+    for label, share in [*((one, least[one.size]) for one in outside), *zip((x for x, _ in inside), own, strict=True)]:
+        _write(axes, label, share)
     return figure
 
 
@@ -118,25 +122,17 @@ def _room(mark: NodeMark, label: Label) -> float:
 
 
 def _shrink(labels: Sequence[Label], rooms: Sequence[float]) -> list[float]:
-    """What each text is scaled by to keep to its room: DejaVu Sans runs wider than the fonts the layout reckons with.
-
-    Texts of one size keep one size, so that a caption's lines match.
-    """
+    """What each text is scaled by to keep to its room: DejaVu Sans runs wider than the layout reckons with."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
 
-    measure, fonts = (
-        TextToPath(),
-        {bold: FontProperties(family="DejaVu Sans", weight=_WEIGHTS[bold]) for bold in _WEIGHTS},
-    )
-    least: dict[tuple[float, bool], float] = {}
+    measure = TextToPath()
+    fonts = {bold: FontProperties(family="DejaVu Sans", weight=weight, size=100) for bold, weight in _WEIGHTS.items()}
+    shares = []
     for label, room in zip(labels, rooms, strict=True):
-        # paths are measured at the size 100
         width = measure.get_text_width_height_descent(_drawable(label.text), fonts[label.bold], False)[0]
-        share = room / (width * label.size / fonts[label.bold].get_size_in_points()) if width else 1.0
-        key = (round(label.size, 2), label.bold)
-        least[key] = min(least.get(key, 1.0), share)
-    return [least[round(label.size, 2), label.bold] for label in labels]
+        shares.append(min(1.0, room / (width * label.size / 100)) if width else 1.0)
+    return shares
 
 
 def _write(axes: Any, label: Label, shrink: float) -> None:
