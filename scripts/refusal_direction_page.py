@@ -184,7 +184,8 @@ def subspace_table(found: RefusalSubspace, rates: dict[str, dict[str, list[bool]
         f"although the mean log-odds are below 0 once the first is gone, as {share(left)} of JailbreakBench is refused "
         "even then, and ends at the first direction that does no more than random ones. "
         + (
-            f"**{found.dimension} of {len(found.layers)} directions looked at are causal**."
+            f"**{found.dimension} of {len(found.layers)} directions looked at are causal**; that is a matter of "
+            "significance, and the column of changes says how much each does."
             if found.dimension != 1
             else f"The first is the only causal one of {len(found.layers)} looked at: what is still refused hangs on "
             "no single further direction that this search finds."
