@@ -177,18 +177,10 @@ def dose_table(*found: DoseResponse) -> list[str]:
 
 
 def subspace_table(found: RefusalSubspace, rates: dict[str, dict[str, list[bool]]]) -> list[str]:
-    left = rates["JailbreakBench"]["direction removed"]
+    left = f"{share(rates['JailbreakBench']['direction removed'])} of JailbreakBench is refused even then"
     lines = [
         "Directions found one after the other, each in what is left when those before are removed; chosen on half of "
-        "the harmful validation prompts, judged on the others against random directions. The search goes on "
-        f"although the mean log-odds are below 0 once the first is gone, as {share(left)} of JailbreakBench is refused "
-        "even then, and ends at the first direction that does no more than random ones. "
-        + (
-            f"**{found.dimension} of {len(found.layers)} directions looked at are causal**."
-            if found.dimension != 1
-            else f"The first is the only causal one of {len(found.layers)} looked at: what is still refused hangs on "
-            "no single further direction that this search finds."
-        ),
+        "the harmful validation prompts, judged on the others against random directions. " + searched(found, left),
         "",
         "| direction | layer, column | change of log-odds | beyond random | induce beyond random | causal |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -201,6 +193,21 @@ def subspace_table(found: RefusalSubspace, rates: dict[str, dict[str, list[bool]
         name = f"{row.layer}, {row.column}"
         lines.append(f"| {row.direction} | {name} | " + " | ".join(cells) + f" | {'yes' if row.causal else 'no'} |")
     return lines
+
+
+def searched(found: RefusalSubspace, left: str) -> str:
+    """How far the search went, and what that means."""
+    n, held = len(found.layers), found.dimension
+    if found.provenance.options.get("stop_below", 0.0) is not None and all(found.causal):
+        return (
+            f"The search ended when the mean log-odds were below 0, although {left}: **no further direction was "
+            "judged**, so that this is no evidence that there is only one."
+        )
+    return (
+        f"The search goes on below mean log-odds of 0, as {left}, and ends at the first direction that does no more "
+        f"than random ones. **{held} of {n} looked at are causal**; that is a matter of significance, and the column "
+        "of changes says how much each does."
+    )
 
 
 def writer_tables(found: dict[str, Any]) -> list[str]:

@@ -125,7 +125,8 @@ def refusal_subspace(
         n_directions: At most this many, the first included.
         layers: Blocks whose input is looked at; the first direction's by default.
         max_depth: Only layers below this share of the model.
-        stop_below: Mean metric below which no refusal counts as left; None to go on whatever is left.
+        stop_below: Mean metric below which no refusal counts as left; None to go on whatever is left. What is found
+            then may be causal and yet change next to nothing: look at the size.
         seed: Of the random directions.
         progress: Whether to show bars.
 

@@ -29,11 +29,14 @@ def test_one_direction_is_all_there_is(directed, directed_found, fresh, tmp_path
 def test_going_on_when_the_mean_says_that_no_refusal_is_left(directed, directed_found, fresh):
     """By default a mean below 0 ends the search, so that a second direction is never looked at."""
     model, pairs, metric = directed
-    found = refusal_subspace(model, directed_found, pairs, metric, fresh, stop_below=None, progress=False)
-    assert len(found.layers) == 2 and found.causal == (True, False) and found.dimension == 1
-    assert float(found.before[1].mean()) < 0, "there was nothing left by the mean"
-    strict = refusal_subspace(model, directed_found, pairs, metric, fresh, stop_below=-1e3, progress=False)
-    assert strict.causal == (True, False)
+    options = {"n_directions": 6, "progress": False}
+    found = refusal_subspace(model, directed_found, pairs, metric, fresh, stop_below=None, **options)
+    assert 1 < len(found.layers) < 6 and found.causal == (True,) * found.dimension + (False,)
+    assert float(found.before[1].mean()) < 0, "nothing was left by the mean"
+    changes = found.to_dataframe().change.abs()
+    assert changes[1:].max() < 0.1 * changes[0], "sure, but next to nothing: one direction was planted"
+    stopped = refusal_subspace(model, directed_found, pairs, metric, fresh, stop_below=-18.5, **options)
+    assert len(stopped.layers) == 2, "the second brings the mean below that"
 
 
 def test_what_a_bad_first_direction_misses_is_found_next(directed, directed_found, fresh):
