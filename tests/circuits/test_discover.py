@@ -154,11 +154,10 @@ def test_both_meters_must_reach_the_target(meters, attribution):
 
         __slots__ = ()
 
-        def faithfulness(self, circuits, near=None):
-            return [
-                value * len(circuit) / 15
-                for circuit, value in zip(circuits, super().faithfulness(circuits, near), strict=True)
-            ]
+        def kept(self, circuits, near=None):
+            harmless = self.ends()[1]
+            shares = np.array([[len(circuit) / 15] for circuit in circuits])
+            return harmless + (super().kept(circuits, near) - harmless) * shares
 
     found_on, held_out = meters
     weak = Weak(held_out.model, held_out.runs, held_out.metric)
@@ -182,8 +181,9 @@ def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
     class Steep(FaithfulnessMeter):
         __slots__ = ()
 
-        def faithfulness(self, circuits, near=None):
-            return [0.99999995 if len(circuit) == 15 else 0.9 for circuit in circuits]
+        def kept(self, circuits, near=None):
+            harmful, harmless = self.ends()
+            return harmless + (harmful - harmless) * np.array([[0.99999995 if len(c) == 15 else 0.9] for c in circuits])
 
     found_on, held_out = meters
     steep = Steep(held_out.model, held_out.runs, held_out.metric)
