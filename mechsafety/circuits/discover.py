@@ -111,7 +111,8 @@ def search_parts(
         budget: Time to keep.
         shares: Of all parts, at which the curve is measured.
         tidy: Takes away parts of a set that change nothing.
-        max_exact: Largest set that removal measures part by part; a larger one is left as it is.
+        max_exact: Largest set that removal measures part by part; of a larger one whole blocks are tried first, and
+            one that stays larger is left so.
     """
     budget = budget or Budget()
     enough = target - ROUNDING
@@ -130,6 +131,8 @@ def search_parts(
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(ranking[:middle]) else (middle, high)
     circuit, costs, minimal = tidy(ranking[:high]), dict[Part, float](), None
+    if max_exact is not None and len(circuit) > max_exact:
+        circuit = tidy(_without_blocks(circuit, reaches, max_exact, budget))
     if max_exact is None or len(circuit) <= max_exact:
         circuit, costs, minimal = _eliminate(found_on, held_out, circuit, enough, reaches, rounds, budget)
         circuit = tidy(circuit)
@@ -173,6 +176,30 @@ def _curve(
     there = held_out.shares(kept)
     points = tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True))
     return points, tuple(map(tuple, kept.tolist()))
+
+
+def _without_blocks(
+    circuit: Sequence[Part], reaches: Callable[[Sequence[Part]], bool], most: int, budget: Budget
+) -> list[Part]:
+    """Drop blocks of a ranked set, the last first, halving their size, until ``most`` parts are left.
+
+    Delta debugging (Zeller and Hildebrandt 2002): one part that a gradient cannot see, because something backs it up,
+    stands at the end of the ranking and would bring everything before it along.
+    """
+    left, size = list(circuit), len(circuit) // 2
+    smallest = max(1, len(circuit) // BLOCKS)
+    while len(left) > most and size >= smallest:
+        end = len(left)
+        while end > 0:
+            if budget.over(SEARCH_SHARE):
+                return left
+            first = max(0, end - size)
+            rest = left[:first] + left[end:]
+            if rest and reaches(rest):
+                left = rest
+            end = first
+        size //= 2
+    return left
 
 
 def _eliminate(
@@ -220,6 +247,8 @@ def _eliminate(
 
 # a search may take this share of a time budget
 SEARCH_SHARE = 0.4
+# the smallest blocks that are tried are this share of a set too large to measure part by part
+BLOCKS = 32
 # parts that cost up to this multiple of what the circuit can still lose are measured again at once
 NEAR = 2.0
 

@@ -8,7 +8,7 @@ from reference import patched_whole
 import mechsafety as ms
 from mechsafety.attribution import NodeAttribution, node_attribution
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.discover import CURVE_SHARES, discover, faithfulness_curve, marginals
+from mechsafety.circuits.discover import CURVE_SHARES, _without_blocks, discover, faithfulness_curve, marginals
 from mechsafety.circuits.meters import FaithfulnessMeter
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -230,3 +230,20 @@ def test_duplicates_and_order_do_not_matter(meters):
     shuffled = [*TRUE[::-1], TRUE[0]]
     np.testing.assert_allclose(meters[0].kept([shuffled]), meters[0].kept([TRUE]), atol=1e-6)
     assert torch.is_tensor(meters[0].runs.harmful.logits)
+
+
+def test_blocks_leave_what_matters():
+    """Of 100 parts 7 matter, one of them ranked last: few measurements take away nearly everything else."""
+    parts = [Node("head", k // 10, k % 10) for k in range(100)]
+    needed, asked = {parts[k] for k in (3, 17, 18, 40, 55, 77, 99)}, []
+
+    def reaches(some):
+        asked.append(len(some))
+        return needed <= set(some)
+
+    left = _without_blocks(parts, reaches, 30, Budget())
+    assert needed <= set(left) and len(left) <= 30 and left == sorted(left, key=parts.index)
+    assert len(asked) < 60
+    assert _without_blocks(parts[:20], reaches, 30, Budget()) == parts[:20]
+    spent = Budget(1.0, clock=iter([0.0, *[2.0] * 10]).__next__)
+    assert _without_blocks(parts, reaches, 30, spent) == parts

@@ -47,3 +47,12 @@ def test_neurons_of_the_circuit(mapped):
     found = testbed.score(circuit, made.truth)
     assert found.found_nodes.precision >= 0.95 and found.found_nodes.recall >= 0.95 and found.decoys_found == ()
     assert found.role_accuracy >= 0.9
+
+
+def test_edges_behind_two_backups():
+    """A gradient does not see one edge of this model, which stands last in the ranking: the rest must not come along."""
+    made = testbed.planted(seed=3008, layers=4, heads=4, norm="layernorm", decoys=0, backups=2, neurons=1)
+    model = ms.load_model((made.model, made.tokenizer))
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), level="edge", **OPTIONS)
+    found = testbed.score(circuit, made.truth)
+    assert circuit.search.minimal and found.found_nodes.precision == 1.0 and found.found_edges.precision >= 0.8
