@@ -50,7 +50,7 @@ def test_neurons_of_the_circuit(mapped):
 
 
 def test_edges_behind_two_backups():
-    """A gradient does not see one edge of this model, which stands last in the ranking: the rest must not come along."""
+    """A gradient does not see one edge of this model, ranked last: the rest must not come along."""
     made = testbed.planted(seed=3008, layers=4, heads=4, norm="layernorm", decoys=0, backups=2, neurons=1)
     model = ms.load_model((made.model, made.tokenizer))
     circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), level="edge", **OPTIONS)
