@@ -4,6 +4,7 @@ from typing import Any
 
 from gpu import gpu_cases
 from growth import ANALYSES, AT_COLUMNS, AT_PROMPTS, growth_cases
+from memory import LIMIT_GIB, NAME, PAIRS
 from targets import Target
 
 GPU_COLUMNS = {
@@ -36,7 +37,7 @@ def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, T
     other = sorted({case["date"] for case in cases.values()} - {results["date"]})
     if other:
         head += f"Some cases were measured on {', '.join(other)} (see results.json).\n"
-    parts = [head, _peers(cases, docs, targets), _floor(cases), _growth(cases), _gpu(cases)]
+    parts = [head, _peers(cases, docs, targets), _floor(cases), _memory(cases), _growth(cases), _gpu(cases)]
     return "\n".join(part for part in parts if part)
 
 
@@ -96,6 +97,22 @@ def _floor(cases: dict[str, Any]) -> str:
         "matrix products of the call counted, both base runs included) and are "
         f"{case['ratio']:.1f} times as fast as the peer: {100 * case['ratio'] / case['floor_ratio']:.0f} % of what the "
         "floor allows.\n"
+    )
+
+
+def _memory(cases: dict[str, Any]) -> str:
+    if NAME not in cases:
+        return "## Memory of the analyses\n\nNot run.\n"
+    case = cases[NAME]
+    rows = [
+        [name, f"{row['seconds']:.1f} s", f"{row['peak_gib']:.2f} GiB"]
+        for name, row in sorted(case["calls"].items(), key=lambda item: -item[1]["peak_gib"])
+    ]
+    verdict = "met" if case["largest_gib"] < LIMIT_GIB else "missed"
+    return (
+        f"## Memory of the analyses\n\nPeak of one process, the loaded model included, on {PAIRS} pairs unless said "
+        f"otherwise. Asked: no call over {LIMIT_GIB:g} GiB; {verdict}, the largest takes {case['largest_gib']:.2f} GiB."
+        "\n\n" + _table(["call", "time", "peak memory"], rows)
     )
 
 

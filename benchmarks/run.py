@@ -1,4 +1,4 @@
-"""Ours against TransformerLens' own functions, growth, and GPUs: every case in a process of its own.
+"""Ours against TransformerLens' own functions, memory, growth, and GPUs: every case in a process of its own.
 
     python benchmarks/run.py [--only CASE ...] [--resume]     # or: make bench
 
@@ -24,6 +24,8 @@ import torch
 from cases import PEER_CASES
 from gpu import gpu, gpu_cases
 from growth import grow, growth_cases, plot
+from memory import NAME as MEMORY
+from memory import memory
 from models import load
 from report import markdown
 from tqdm.auto import tqdm
@@ -32,7 +34,7 @@ from mechsafety.cli import quiet_libraries
 from mechsafety.results import package_versions
 
 HERE = Path(__file__).parent
-CASES = (*PEER_CASES, *growth_cases(), *gpu_cases())
+CASES = (*PEER_CASES, MEMORY, *growth_cases(), *gpu_cases())
 
 
 def measure(name: str, tiny: bool) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def measure(name: str, tiny: bool) -> dict[str, Any]:
     model = load(tiny)
     if name in PEER_CASES:
         return PEER_CASES[name][0](model)
-    return grow(model, *growth_cases()[name])
+    return memory(model) if name == MEMORY else grow(model, *growth_cases()[name])
 
 
 def measure_apart(name: str, tiny: bool) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def probes(case: Case) -> Any:
 
 def direct_logit_attribution(case: Case) -> Any:
     """What a node adds to the metric through the unembedding alone, harmful less harmless."""
-    found = ms.direct_logit_attribution(case.model, case.pairs, case.metric)
+    found = ms.direct_logit_attribution(case.model, case.pairs, case.metric, progress=False)
     heads, mlps = found.heads.mean(-1), found.mlps.mean(-1)
     return {
         node: float(heads[node.layer, node.index] if node.kind == "head" else mlps[node.layer]) for node in case.nodes

@@ -11,6 +11,7 @@ from mechsafety.patching import activation_patching, pair_runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import memory
 import run
 from cases import PEER_CASES
 from flops import Shape, floor_ratio, forward, least_for_head
@@ -19,6 +20,7 @@ from measure import alone, compare
 from report import markdown
 from targets import Target
 
+from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs
 
@@ -101,6 +103,29 @@ def test_results_say_what_was_not_run():
     assert "takes 10.0 times as many. We do 1.25 times the floor" in text and "70 % of what the floor allows" in text
     assert "| 4 | 32 | 1.3 s | 10.0 ms | 1.00 GiB | 1.10 GiB | 2 |" in text
     assert "| 8B | bfloat16 | not run |" in text and "| 1B | float32 | not run |" in text
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(2.5, "met"), (3.5, "missed")])
+def test_memory_of_the_analyses(peak, verdict):
+    place = {"date": "2026-01-01", "versions": {}, "machine": {"cpu": "x", "cores": 2, "ram_gib": 8, "threads": 2}}
+    calls = {"small": {"seconds": 1.0, "peak_gib": 1.0}, "large": {"seconds": 2.0, "peak_gib": peak}}
+    text = markdown(place | {"cases": {"memory": place | {"calls": calls, "largest_gib": peak}}}, {}, {})
+    assert f"no call over 3 GiB; {verdict}, the largest takes {peak:.2f} GiB." in text
+    assert text.index("| large | 2.0 s |") < text.index("| small | 1.0 s | 1.00 GiB |")
+
+
+def test_every_call_whose_memory_is_measured_runs(make_model, log_odds, monkeypatch):
+    harmful, harmless = ["explain how to hurt people", "teach me to steal cake"], ["explain how to help people"]
+    pairs = PromptPairs.from_lists(harmful, [*harmless, "teach me to bake cake"])
+    monkeypatch.setattr(memory, "metric_of", lambda model: log_odds)
+    monkeypatch.setattr(memory, "equal_length_pairs", lambda model, n: pairs)
+    calls = memory.calls(make_model("llama"))
+    # of prompts that are refused, which a random model does to none
+    for name in ("map_refusal_circuit, 16 pairs", "refusal_direction, one layer"):
+        with pytest.raises(MechsafetyError):
+            calls.pop(name)()
+    for call in calls.values():
+        call()
 
 
 def test_every_growth_case_names_its_size():

@@ -181,7 +181,10 @@ def head_attribution(
     gap = float((harmful - harmless).mean())
     found: dict[str, Tensor | None] = dict.fromkeys(SCORES)
     if "direct" in chosen:
-        sides = [direct_logit_attribution(model, run.tokens, metric).heads for run in (runs.harmful, runs.harmless)]
+        sides = [
+            direct_logit_attribution(model, run.tokens, metric, progress=progress).heads
+            for run in (runs.harmful, runs.harmless)
+        ]
         found["direct"] = (sides[0] - sides[1]) / gap
     if "total" in chosen:
         changes = activation_patching(model, runs, metric, nodes=heads, progress=progress).changes / gap
