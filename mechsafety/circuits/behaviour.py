@@ -25,6 +25,7 @@ def check_behaviour(
     *,
     detect_on: int | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
     """Generate replies, judge them, and find the metric where none is given.
 
@@ -34,6 +35,7 @@ def check_behaviour(
         metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
         detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
         seed: Of the bootstrap.
+        progress: Whether to show a bar.
 
     Returns:
         The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and for each pair whether the
@@ -42,8 +44,8 @@ def check_behaviour(
     Raises:
         NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
     """
-    harmful = model.generate(pairs.harmful, REPLY_TOKENS)
-    harmless = model.generate(pairs.harmless, REPLY_TOKENS)
+    harmful = model.generate(pairs.harmful, REPLY_TOKENS, progress=progress)
+    harmless = model.generate(pairs.harmless, REPLY_TOKENS, progress=progress)
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
     cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"

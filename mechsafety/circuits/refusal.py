@@ -129,7 +129,9 @@ def map_refusal_circuit(
     model.tokenize_pairs(here)
     model.tokenize_pairs(there)
     both = PromptPairs((*here.pairs, *there.pairs), chosen.name)
-    metric, behaviour, samples, keep = check_behaviour(model, both, metric, detect_on=len(here), seed=seed)
+    metric, behaviour, samples, keep = check_behaviour(
+        model, both, metric, detect_on=len(here), seed=seed, progress=progress
+    )
     here, there = _usable(here, there, keep, behaviour)
     held, fresh = _held_and_fresh(there)
     kind = EdgeMeter if level == "edge" else FaithfulnessMeter
