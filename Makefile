@@ -68,7 +68,7 @@ train-certified: $(DEV)
 evaluate: $(STAMP)
 	$(BIN)/python scripts/evaluate_demo_model.py
 
-# ours against TransformerLens' own functions, growth and GPUs, about half an hour on two quiet cores; to go on after a stop:
+# ours against TransformerLens' own functions, memory, growth and GPUs, about an hour on two quiet cores; to go on after a stop:
 # python benchmarks/run.py --resume
 bench: $(DEV)
 	$(BIN)/python benchmarks/run.py

@@ -158,7 +158,7 @@ def acdc(case: Case) -> Any:
     """ACDC's greedy removal of edges, by KL divergence with its default threshold; None where there are too many."""
     if len(all_edges(case.model.n_layers, case.model.n_heads, parallel=False)) > AFFORDABLE_REMOVALS:
         return None
-    found = ms.acdc(case.model, case.pairs, case.metric)
+    found = ms.acdc(case.model, case.pairs, case.metric, progress=False)
     return [*found.nodes, *found.edges]
 
 

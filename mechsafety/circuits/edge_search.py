@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
@@ -186,6 +187,7 @@ def acdc(
     *,
     threshold: float = 0.01,
     measure: str = "kl",
+    progress: bool = True,
 ) -> EdgeCircuit:
     """Automatic circuit discovery (Conmy et al. 2023, algorithm 1), with the harmless twins as corrupted prompts.
 
@@ -202,6 +204,7 @@ def acdc(
         metric: What is measured.
         threshold: Largest loss at which an edge may leave; above 0.
         measure: ``kl`` or ``metric``.
+        progress: Whether to show a bar.
 
     Raises:
         MechsafetyError: Unknown measure, a threshold that is not above 0, or a model whose heads do not add up.
@@ -217,18 +220,20 @@ def acdc(
     (now,) = _measured(meter, [kept], measure)
     saved: dict[Edge, float] = {}
     size, place = max(1, max_variants(meter.runs.harmful) // model.n_heads), 0
-    while place < len(order):
-        chunk = order[place : place + size]
-        tried = [kept - set(chunk[: k + 1]) for k in range(len(chunk))]
-        values = _measured(meter, tried, measure)
-        for edge, value in zip(chunk, values, strict=True):
-            place += 1
-            loss = value - now if measure == "kl" else abs(value - now)
-            if loss >= threshold:
-                saved[edge] = loss
-                break
-            kept.discard(edge)
-            now = value
+    with tqdm(total=len(order), desc="edges", disable=not progress, leave=False) as bar:
+        while place < len(order):
+            chunk = order[place : place + size]
+            tried = [kept - set(chunk[: k + 1]) for k in range(len(chunk))]
+            values = _measured(meter, tried, measure)
+            for edge, value in zip(chunk, values, strict=True):
+                place += 1
+                loss = value - now if measure == "kl" else abs(value - now)
+                if loss >= threshold:
+                    saved[edge] = loss
+                    break
+                kept.discard(edge)
+                now = value
+            bar.update(place - bar.n)
     edges = in_order(prune(kept))
     options = {"threshold": threshold, "measure": measure, "pairs": pairs.name, "n_pairs": len(pairs)}
     found = tuple(edge for edge in edges if isinstance(edge, Edge))
