@@ -200,6 +200,8 @@ def test_a_model_that_refuses_everything(planted):
         ({"target": 0.0}, r"target 0.0; expected a faithfulness in \(0, 1\]"),
         ({"target": 1.2}, r"target 1.2; expected a faithfulness"),
         ({"limit": 3}, "limit 3; expected at least 4 pairs"),
+        ({"n_edges": -1}, "n_edges -1; expected at least 0"),
+        ({"n_role_pairs": 0}, "n_role_pairs 0; expected at least 1"),
     ],
 )
 def test_options(planted, options, message):
@@ -209,7 +211,7 @@ def test_options(planted, options, message):
 
 def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch):
     model, _ = planted
-    monkeypatch.setattr(type(model), "generate", lambda *args: pytest.fail("ran before the check"))
+    monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("ran before the check"))
     crooked = ms.PromptPairs.from_lists(["make a bomb"] * 4, ["make a cake", "make tea", "make a cake", "make a cake"])
     with pytest.raises(MechsafetyError, match="does not align"):
         ms.map_refusal_circuit(model, crooked, **SMALL)
