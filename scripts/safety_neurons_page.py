@@ -18,6 +18,8 @@ TOP = 0.05
 # what the issue of cost asks for: seconds, times, minutes
 SCORING, PATCHING, WHOLE = 480, 2.5, 40
 CURVE = ["share", "neurons", "effect", "ci_low", "ci_high", "random_mean", "random_low", "random_high", "p_value"]
+# what the alignment tax is measured by
+KINDS = ("safety", "helpfulness")
 
 
 def write(out: Path, run: Any) -> None:
@@ -52,8 +54,9 @@ def page(run: Any) -> str:
     lines = ["# Safety neurons of the demo pair", ""]
     lines += [
         "Written by `scripts/reproduce_safety_neurons.py`; formulas are in [methods](../methods.md#safety-neurons). "
-        "The pair: `demo` (aligned) and `demo-base`, which differ in learned scales of MLP neurons alone. Neurons are "
-        "ranked on train topics and judged on others. Intervals are 95 % over prompts."
+        "The pair: `demo` (aligned) and `demo-base`, which differ in learned scales of MLP neurons alone: of every "
+        "MLP neuron, where the paper's models were fine-tuned. Neurons are ranked on train topics and judged on "
+        "others. Intervals are 95 % over prompts."
     ]
     if run.args.small:
         lines += ["", "**A small run, made to test the script: its figures mean nothing.**"]
@@ -123,15 +126,20 @@ def curve_findings(one: Any) -> list[str]:
         f"published range (0.56 to 1.34, median 0.80), and {beats} the band of random neurons of the same layers "
         f"({row.random_low:.2f} to {row.random_high:.2f})."
     )
+    out = [first]
+    against = frame[frame.ci_high < 0].share
+    if len(against):
+        shares = ", ".join(f"{share:.1%}" for share in against)
+        out.append(f"With the top {shares} alone, {one.score} **falls** below the base model's: C is negative.")
     reached = one.smallest(0.9)
     if reached is None:
-        return [first, f"C never reaches 0.9 on {one.score}."]
+        return [*out, f"C never reaches 0.9 on {one.score}."]
     row = frame[frame.share == reached].iloc[0]
     band = "nothing is left for random sets there"
     if not np.isnan(row.random_mean):
         band = f"random sets there: {row.random_low:.2f} to {row.random_high:.2f}, p = {row.p_value:.3f}"
         band += f" (they share {row.random_overlap:.0%} of their neurons with the top)"
-    return [first, f"The smallest share measured with C of at least 0.9 on {one.score} is {reached:.1%}; {band}."]
+    return [*out, f"The smallest share measured with C of at least 0.9 on {one.score} is {reached:.1%}; {band}."]
 
 
 def tax_findings(run: Any) -> list[str]:
@@ -148,17 +156,23 @@ def tax_findings(run: Any) -> list[str]:
         ("safe <- helpful", "safe", [False, True], "the paper, where safety falls and helpfulness rises"),
         ("helpful <- safe", "helpful", [True, False], "the paper, where safety rises and helpfulness falls"),
     ):
-        parts, moved = [], []
-        for kind in ("safety", "helpfulness"):
+        parts, moved, apart = [], [], []
+        for kind in KINDS:
             row, before = frame.loc[model], frame.loc[own, kind]
             moved.append(bool(row[kind] > before))
-            beyond = not row[f"{kind}_random_low"] <= row[kind] <= row[f"{kind}_random_high"]
+            apart.append(not row[f"{kind}_random_low"] <= row[kind] <= row[f"{kind}_random_high"])
             parts.append(
-                f"{kind} from {before:.2f} to {row[kind]:.2f} ({'outside' if beyond else 'inside'} the random sets' "
+                f"{kind} from {before:.2f} to {row[kind]:.2f} ({'outside' if apart[-1] else 'inside'} the random sets' "
                 f"{row[f'{kind}_random_low']:.2f} to {row[f'{kind}_random_high']:.2f})"
             )
-        verdict = "as in" if moved == wanted else "not as in"
-        out.append(f"With the common neurons of the other ({model}): {parts[0]}, {parts[1]}; {verdict} {other}.")
+        verdict = "not as in" if moved != wanted else "as in" if all(apart) else "in the directions of"
+        weak = [
+            f"{kind} moves no further than with random neurons"
+            for kind, far in zip(KINDS, apart, strict=True)
+            if not far
+        ]
+        said = "; ".join([*parts, f"{verdict} {other}", *weak])
+        out.append(f"With the common neurons of the other ({model}): {said}.")
     return out
 
 
@@ -177,6 +191,11 @@ def seed_findings(run: Any) -> list[str]:
         out.append(
             f"**Seeds {weak} refuse less than a tenth of harmful prompts**: what they agree on is not what makes a "
             "model refuse."
+        )
+    if rates["harmless"] > 0.5 * rates["harmful"]:
+        out.append(
+            "**The seeds refuse many of the harmless twins too**: few examples taught them to refuse rather than to "
+            "tell harmful from harmless, so what they agree on are the neurons of refusing."
         )
     return out
 
@@ -349,15 +368,21 @@ def cost(run: Any) -> pd.DataFrame:
         [(name, f"{value:.3g}", f"{limit:g}", "yes" if value <= limit else "**no**") for name, value, limit in rows],
         columns=["", "measured", "at most", "met"],
     )
-    frame.loc[len(frame)] = ["peak memory, MiB", spent["peak_mib"], "", ""]
+    frame.loc[len(frame)] = [
+        "peak memory of the largest process (a seed's training is one), MiB",
+        spent["peak_mib"],
+        "",
+        "",
+    ]
     return frame
 
 
 def taken(run: Any) -> str:
     spent = run.clock()
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in spent["seconds"].items())
     return (
         f"Measured with {spent['threads']} torch threads, models loaded before. Attempts that were interrupted are "
-        f"counted, those that were killed are not. Seconds: {spent['seconds']}."
+        f"counted, those that were killed are not. Seconds: {seconds}."
     )
 
 
@@ -384,6 +409,7 @@ def figures(run: Any, folder: Path) -> None:
         axis.axhline(1, color="0.5", lw=0.8)
         axis.axhline(0, color="0.5", lw=0.8)
         axis.set(xscale="log", xlabel="top share of neurons, %", title=curve.score)
+        axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("causal effect C")
     axes[0].legend(frameon=False)
     save(figure, "causal-effect")
