@@ -69,8 +69,9 @@ def find_backups(
     before: Tensor | None = None
     groups: list[tuple[Node, tuple[Node, ...], tuple[Node, ...]]] = []
     settled: set[Node] = set()
-    batches = budget.within(asked[:n_parts], 1, 0.6, "backups of the circuit's nodes")
-    for first in (node for batch in batches for node in batch):
+    asked = asked[:n_parts]
+    batches = budget.within(asked, 1, 0.6, "backups of the circuit's nodes")
+    for first in meter.bar(len(asked), "backups", (node for batch in batches for node in batch)):
         if first in settled:
             continue
         before = _attribution(meter, None, steps) if before is None else before

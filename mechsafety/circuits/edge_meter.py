@@ -44,9 +44,11 @@ class EdgeMeter(FaithfulnessMeter):
         base = self.runs.harmful
         size = max(1, max_variants(base) // max(1, self.model.n_heads))
         done = []
-        for first in range(0, len(circuits), size):
-            some = [[part for part in parts if isinstance(part, Edge)] for parts in circuits[first : first + size]]
-            done.append(self.metric(edge_circuit_logits(self.model, self.runs, some)))
+        with self.bar(len(circuits)) as bar:
+            for first in range(0, len(circuits), size):
+                some = [[part for part in parts if isinstance(part, Edge)] for parts in circuits[first : first + size]]
+                done.append(self.metric(edge_circuit_logits(self.model, self.runs, some)))
+                bar.update(len(some))
         return torch.cat(done).cpu().double().numpy() if done else np.zeros((0, len(base)))
 
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:

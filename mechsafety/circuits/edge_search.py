@@ -127,7 +127,7 @@ def discover_edges(
     check_search(target, max_edges)
     budget = Budget(budget_seconds)
     here, there = pairs.halves()
-    found_on, held_out = (EdgeMeter(model, pair_runs(model, part), metric) for part in (here, there))
+    found_on, held_out = (EdgeMeter(model, pair_runs(model, part), metric, progress=progress) for part in (here, there))
     scores = edge_scores(found_on, steps=steps, progress=progress)
     found = search_edges(found_on, held_out, scores, target, max_edges=max_edges, budget=budget)
     edges = [part for part in found.circuit if isinstance(part, Edge)]

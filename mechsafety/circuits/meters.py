@@ -1,12 +1,14 @@
 """What a set of parts is worth: the metric with everything outside it, or the set itself, patched."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -31,12 +33,14 @@ class FaithfulnessMeter:
         runs: Stored runs of the pairs.
         metric: What is measured.
         groups: The same pairs by length (see `grouped`), rows and runs; empty where all are run together.
+        progress: Whether to show bars.
     """
 
     model: LensModel
     runs: PairRuns
     metric: RefusalLogOdds
     groups: tuple[tuple[tuple[int, ...], PairRuns], ...] = ()
+    progress: bool = False
 
     def grouped(self, n: int = 3) -> "FaithfulnessMeter":
         """The same meter, its pairs run in up to ``n`` groups of like length, so that few columns are run in vain.
@@ -90,6 +94,10 @@ class FaithfulnessMeter:
         """F of the whole model less each circuit."""
         return self.shares(self.removed(circuits))
 
+    def bar(self, total: int, what: str = "circuits", over: Iterable[Any] | None = None) -> Any:
+        """A bar over so many things, shown after two seconds if the meter shows any; an iterator where one is given."""
+        return tqdm(over, total=total, desc=what, disable=not self.progress, leave=False, delay=2)
+
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Metric of the whole model on the (harmful, harmless) prompts; the latter is m(empty)."""
         harmful, harmless = self.runs.scores(self.metric)
@@ -108,18 +116,26 @@ class FaithfulnessMeter:
     def _scores(self, patched: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:
         """Metric [variant prompt] with each list of parts patched."""
         variants = [[part for part in parts if isinstance(part, Node)] for parts in patched]
-        if not self.groups:
-            return self._scores_of(self.runs, variants, near)
-        found = np.zeros((len(variants), len(self.runs.harmful)))
-        for rows, runs in self.groups:
-            found[:, rows] = self._scores_of(runs, variants, near)
+        with self.bar(len(variants) * max(1, len(self.groups))) as bar:
+            if not self.groups:
+                return self._scores_of(self.runs, variants, near, bar.update)
+            found = np.zeros((len(variants), len(self.runs.harmful)))
+            for rows, runs in self.groups:
+                found[:, rows] = self._scores_of(runs, variants, near, bar.update)
         return found
 
-    def _scores_of(self, runs: PairRuns, variants: Sequence[Sequence[Node]], near: Sequence[Part] | None) -> np.ndarray:
+    def _scores_of(
+        self,
+        runs: PairRuns,
+        variants: Sequence[Sequence[Node]],
+        near: Sequence[Part] | None,
+        report: Callable[[int], object],
+    ) -> np.ndarray:
         """Metric [variant prompt] of some of the pairs."""
         base, source = runs.harmful, runs.harmless.acts
         if near is None:
-            scores = patched_scores(self.model, base, source, Patch.of(self.model, variants), self.metric)
+            patch = Patch.of(self.model, variants)
+            scores = patched_scores(self.model, base, source, patch, self.metric, report=report)
             return scores.cpu().double().numpy()
         common = {part for part in near if isinstance(part, Node)}
         base = self._base_with(runs, sorted(common, key=lambda node: node.order))
@@ -139,6 +155,7 @@ class FaithfulnessMeter:
             patch = Patch.of(self.model, [[n for n in variants[k] if (n.layer or 0) >= start] for k in chunk])
             scores = patched_scores(self.model, base, source, patch, self.metric, start=start)
             found[chunk] = scores.cpu().double().numpy()
+            report(len(chunk))
         return found
 
     def _base_with(self, runs: PairRuns, patched: Sequence[Node]) -> BaseRun:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions import Direction
@@ -19,7 +20,12 @@ MIN_PAIRS = 4
 
 
 def repe_direction(
-    model: LensModel, pairs: PromptPairs, *, layers: Sequence[int] | None = None, seed: int = 0
+    model: LensModel,
+    pairs: PromptPairs,
+    *,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Direction:
     """Representation reading (Zou et al. 2023, section 3.1): first principal component of pair differences.
 
@@ -32,6 +38,7 @@ def repe_direction(
         pairs: Harmful prompts and harmless ones; they need not align.
         layers: Blocks; all but the first (whose input is the same token for all prompts) by default.
         seed: Of the turning.
+        progress: Whether to show a bar, after two seconds.
 
     Raises:
         MechsafetyError: Fewer than four pairs, or a layer where pairs do not differ.
@@ -39,7 +46,7 @@ def repe_direction(
     _enough(pairs)
     chosen = check_layers(model, layers) if layers is not None else tuple(range(1, model.n_layers))
     sites = [Site(SiteKind.RESID_PRE, layer) for layer in chosen]
-    harmful, harmless = (_last(model, side, sites) for side in (pairs.harmful, pairs.harmless))
+    harmful, harmless = (_last(model, side, sites, progress) for side in (pairs.harmful, pairs.harmless))
     signs = torch.randint(2, (len(pairs), 1), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
     rows = []
     for site in sites:
@@ -56,7 +63,13 @@ def repe_direction(
 
 
 def iti_direction(
-    model: LensModel, pairs: PromptPairs, *, n_heads: int = 16, folds: int = 4, seed: int = 0
+    model: LensModel,
+    pairs: PromptPairs,
+    *,
+    n_heads: int = 16,
+    folds: int = 4,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Direction:
     """Inference-time intervention (Li et al. 2023): mean shifts of the heads from which refusal is read best.
 
@@ -70,6 +83,7 @@ def iti_direction(
         n_heads: How many heads.
         folds: Of the cross-validation.
         seed: Of the probes.
+        progress: Whether to show bars, after two seconds.
 
     Raises:
         MechsafetyError: Fewer than four pairs, or more heads asked for than differ between the prompts.
@@ -81,12 +95,12 @@ def iti_direction(
 
     _enough(pairs)
     sites = [Site(SiteKind.Z, layer) for layer in range(model.n_layers)]
-    harmful, harmless = (_last(model, side, sites) for side in (pairs.harmful, pairs.harmless))
+    harmful, harmless = (_last(model, side, sites, progress) for side in (pairs.harmful, pairs.harmless))
     labels = np.repeat([1, 0], len(pairs))
     groups = np.tile(np.arange(len(pairs)), 2)
     splits = GroupKFold(min(folds, len(pairs)))
     found: list[tuple[float, Site, Tensor]] = []
-    for site in sites:
+    for site in tqdm(sites, desc="probes", delay=2, disable=not progress, leave=False):
         for head in range(model.n_heads):
             bad, good = (side[site][:, head].double().cpu() for side in (harmful, harmless))
             shift = bad.mean(0) - good.mean(0)
@@ -119,10 +133,14 @@ def _enough(pairs: PromptPairs) -> None:
         raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_PAIRS}")
 
 
-def _last(model: LensModel, prompts: Sequence[str], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "prompt ..."]]:
+def _last(
+    model: LensModel, prompts: Sequence[str], sites: Sequence[Site], progress: bool
+) -> dict[Site, Float[Tensor, "prompt ..."]]:
     """Activations at the last token of each prompt."""
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for tokens in token_batches(model, prompts):
-        for site, found in model.read(tokens, sites).items():
-            rows[site].append(found[:, -1].float())
+    with tqdm(total=len(prompts), desc="reading prompts", delay=2, disable=not progress, leave=False) as bar:
+        for tokens in token_batches(model, prompts):
+            for site, found in model.read(tokens, sites).items():
+                rows[site].append(found[:, -1].float())
+            bar.update(len(tokens))
     return {site: torch.cat(parts) for site, parts in rows.items()}

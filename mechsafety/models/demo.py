@@ -73,9 +73,13 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def _dequantise(source: Path, folder: Path) -> None:
+    from transformers.utils import logging as hf_logging
+
     logger.info("de-quantising %s once into %s", source.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.enable_progress_bar()  # it takes a quarter of a minute, and happens once
     try:
         model, tokenizer = load_gguf(source)
         model.save_pretrained(scratch)
@@ -86,4 +90,6 @@ def _dequantise(source: Path, folder: Path) -> None:
             if not (folder / "config.json").is_file():  # another process may have made it meanwhile
                 raise
     finally:
+        if not shown:
+            hf_logging.disable_progress_bar()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -9,6 +9,7 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
@@ -90,6 +91,7 @@ def contrast_neurons(
     *,
     spans: Sequence[str] = ("instruction", "suffix"),
     batch_size: int = 16,
+    progress: bool = True,
 ) -> NeuronContrast:
     """Contrast of one model's neurons between harmful and harmless prompts, as an effect size with sign.
 
@@ -102,6 +104,7 @@ def contrast_neurons(
         pairs: At least two.
         spans: Some of ``prefix instruction suffix``; the suffix is where the reply is decided.
         batch_size: Prompts in one batch.
+        progress: Whether to show a bar, after two seconds.
 
     Raises:
         MechsafetyError: Fewer than two pairs, or an unknown span.
@@ -111,8 +114,9 @@ def contrast_neurons(
         raise MechsafetyError(f"spans {unknown or spans!r}", expected=f"some of {SPANS}")
     if len(pairs) < 2:
         raise MechsafetyError("one pair", expected="at least 2: an effect size needs variances")
-    moments = [_moments(model, prompts, spans, batch_size) for prompts in (pairs.harmful, pairs.harmless)]
-    n = len(pairs)
+    n, sides = len(pairs), (pairs.harmful, pairs.harmless)
+    with tqdm(total=2 * n, desc="reading prompts", delay=2, disable=not progress, leave=False) as bar:
+        moments = [_moments(model, prompts, spans, batch_size, bar.update) for prompts in sides]
     means = [first / n for first, _ in moments]
     variances = [
         (second - n * mean**2).clamp(min=0) / (n - 1) for (_, second), mean in zip(moments, means, strict=True)
@@ -134,7 +138,7 @@ def contrast_neurons(
 
 
 def _moments(
-    model: LensModel, prompts: Sequence[str], spans: Sequence[str], batch_size: int
+    model: LensModel, prompts: Sequence[str], spans: Sequence[str], batch_size: int, report: Callable[[int], object]
 ) -> tuple[Float[Tensor, "span layer d_mlp"], Float[Tensor, "span layer d_mlp"]]:
     """Sum and sum of squares over prompts of the span means, in float64."""
     first = torch.zeros(len(spans), model.n_layers, model.d_mlp, dtype=torch.float64)
@@ -157,4 +161,5 @@ def _moments(
 
         with hooked((model, add)):
             model.forward(tokens)
+        report(len(chunk))
     return first, second

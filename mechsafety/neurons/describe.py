@@ -9,6 +9,7 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
@@ -80,6 +81,7 @@ def describe_neurons(
     *,
     n_tokens: int = 8,
     batch_size: int = 16,
+    progress: bool = True,
 ) -> NeuronCards:
     """Tokens that neurons promote, suppress and are active on.
 
@@ -92,6 +94,7 @@ def describe_neurons(
         prompts: Chat prompts on whose tokens activations are read.
         n_tokens: How many tokens of each list.
         batch_size: Prompts in one batch.
+        progress: Whether to show a bar, after two seconds.
 
     Raises:
         MechsafetyError: No neuron, more than 1,000, or one that the model does not have.
@@ -109,7 +112,10 @@ def describe_neurons(
     promoted, suppressed = (
         tuple(tuple(model.tokenizer.decode([token]) for token in row) for row in rows) for rows in ends
     )
-    active = _most_active(model, nodes, prompts, n_tokens, batch_size) if prompts else tuple(() for _ in nodes)
+    active: tuple[tuple[ActiveToken, ...], ...] = tuple(() for _ in nodes)
+    if prompts:
+        with tqdm(total=len(prompts), desc="reading prompts", delay=2, disable=not progress, leave=False) as bar:
+            active = _most_active(model, nodes, prompts, n_tokens, batch_size, bar.update)
     options = {"prompts": len(prompts), "n_tokens": n_tokens}
     return NeuronCards(model.provenance(options=options), tuple(nodes), promoted, suppressed, active)
 
@@ -137,7 +143,12 @@ def output_weights(model: LensModel, nodes: Sequence[Node]) -> Float[Tensor, "ne
 
 
 def _most_active(
-    model: LensModel, nodes: Sequence[Node], prompts: Sequence[str], count: int, batch_size: int
+    model: LensModel,
+    nodes: Sequence[Node],
+    prompts: Sequence[str],
+    count: int,
+    batch_size: int,
+    report: Callable[[int], object],
 ) -> tuple[tuple[ActiveToken, ...], ...]:
     """The ``count`` tokens of the instructions with the largest absolute activation, streamed over batches."""
     best: list[list[tuple[float, int, int]]] = [[] for _ in nodes]
@@ -164,6 +175,7 @@ def _most_active(
 
         with hooked((model, look)):
             model.forward(tokens)
+        report(len(chunk))
     return tuple(tuple(_active_token(model, prompts[p], column, value) for value, p, column in rows) for rows in best)
 
 

@@ -211,11 +211,19 @@ def patched_scores(
     *,
     positions: Bool[Tensor, "batch pos"] | None = None,
     start: int | None = None,
+    report: Callable[[int], object] | None = None,
 ) -> Float[Tensor, "variant batch"]:
-    """`patched_logits` reduced to the metric batch by batch, so that no [variant batch d_vocab] tensor is held."""
+    """`patched_logits` reduced to the metric batch by batch, so that no [variant batch d_vocab] tensor is held.
+
+    ``report`` is told after each batch how many variants it had.
+    """
     size = max_variants(base)
     parts = [patch.rows(slice(first, first + size)) for first in range(0, len(patch), size)]
-    scores = [metric(patched_logits(model, base, source, part, positions=positions, start=start)) for part in parts]
+    scores = []
+    for part in parts:
+        scores.append(metric(patched_logits(model, base, source, part, positions=positions, start=start)))
+        if report is not None:
+            report(len(part))
     return torch.cat(scores)
 
 

@@ -24,6 +24,7 @@ class Formula(FaithfulnessMeter):
     def __init__(self, formula):
         object.__setattr__(self, "formula", formula)
         object.__setattr__(self, "model", type("Sizes", (), {"n_layers": 3, "n_heads": 4})())
+        object.__setattr__(self, "progress", False)
 
     def ends(self):
         return self.removed([[]])[0], self.removed([ALL])[0]

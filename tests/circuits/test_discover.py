@@ -1,15 +1,20 @@
 """Faithfulness against slow whole forwards, and the search on a model whose circuit is known."""
 
+from io import StringIO
+
 import numpy as np
 import pytest
 import torch
 from reference import patched_whole
+from tqdm import tqdm
 
 import mechsafety as ms
 from mechsafety.attribution import NodeAttribution, node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.discover import CURVE_SHARES, _without_blocks, discover, faithfulness_curve, marginals
+from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.stability import attribute_pairs
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 
@@ -98,6 +103,25 @@ def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
     rest = [[node for node in ALL if node not in circuit] for circuit in CIRCUITS]
     np.testing.assert_allclose(meter.removed(CIRCUITS), meter.kept(rest), atol=1e-5)
     np.testing.assert_allclose(meter.removed([ALL])[0], meter.ends()[1], atol=1e-4)
+
+
+def test_bars_count_what_is_measured(llama, ragged, log_odds, monkeypatch):
+    shown = []
+
+    def bar(*args, **options):
+        shown.append(tqdm(*args, **options | {"delay": 0, "file": StringIO()}))
+        return shown[-1]
+
+    monkeypatch.setattr("mechsafety.circuits.meters.tqdm", bar)
+    runs = pair_runs(llama, ragged)
+    meter = FaithfulnessMeter(llama, runs, log_odds, progress=True).grouped(2)
+    meter.kept(CIRCUITS)
+    meter.kept(CIRCUITS, TRUE)
+    attribute_pairs(meter, steps=2)
+    EdgeMeter(llama, runs, log_odds, progress=True).kept([[], []])
+    totals = [2 * len(CIRCUITS), 2 * len(CIRCUITS), 2 * len(ragged), 2]
+    assert [bar.n for bar in shown] == [bar.total for bar in shown] == totals
+    assert FaithfulnessMeter(llama, runs, log_odds).bar(1).disable, "a meter shows none unless it is told to"
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95])
