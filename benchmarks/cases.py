@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from flops import Shape, floor_ratio, floor_ratio_of_paths, forward
 from measure import alone, compare, timed
-from models import equal_length_pairs, metric_of
+from models import difference_of, equal_length_pairs, metric_of
 from targets import Target
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import patching as tl_patching
@@ -54,34 +54,53 @@ def head_sweep(model: LensModel) -> dict[str, Any]:
 
 
 def paths_to_logits(model: LensModel) -> dict[str, Any]:
-    """All heads -> logits, MLPs recomputed, 4 pairs; the peer freezes all other heads by hooks, one forward a head."""
-    pairs, metric = equal_length_pairs(model, 4), metric_of(model)
+    """All heads -> logits, MLPs recomputed, 4 pairs, log-odds; the peer freezes other heads by hooks, one by one."""
+    return paths(model, metric_of(model))
+
+
+def paths_to_two_logits(model: LensModel) -> dict[str, Any]:
+    """All heads -> the difference of two logits, MLPs recomputed, 4 pairs; the peer as above."""
+    return paths(model, difference_of(model))
+
+
+def direct_paths(model: LensModel) -> dict[str, Any]:
+    """All heads -> the difference of two logits, MLPs frozen, 4 pairs; the peer as above, with MLPs frozen too."""
+    return paths(model, difference_of(model), "freeze")
+
+
+def paths(model: LensModel, metric: ms.RefusalLogOdds, mlp: str = "recompute") -> dict[str, Any]:
+    """Ours, both base runs included, against one hooked forward a head."""
+    pairs = equal_length_pairs(model, 4)
     tokens = model.tokenize_pairs(pairs)
     heads = [node for node in head_and_mlp_nodes(model.n_layers, model.n_heads) if node.kind == "head"]
 
     def ours() -> torch.Tensor:
-        return ms.path_patching(model, pairs, metric, senders=heads, progress=False).changes[:, 0].mean(1)
+        found = ms.path_patching(model, pairs, metric, senders=heads, mlp=mlp, progress=False)
+        return found.changes[:, 0].mean(1)
 
     def peer() -> torch.Tensor:
-        sites = [Site(SiteKind.Z, layer) for layer in range(model.n_layers)]
-        base, source = model.read(tokens.harmful, sites), model.read(tokens.harmless, sites)
+        heads_at = [Site(SiteKind.Z, layer) for layer in range(model.n_layers)]
+        mlps_at = [Site(SiteKind.MLP_OUT, layer) for layer in range(model.n_layers)] if mlp == "freeze" else []
+        base, source = model.read(tokens.harmful, heads_at + mlps_at), model.read(tokens.harmless, heads_at)
         before = metric(model.logits(tokens.harmful)).mean()
         out = []
         for head in heads:
 
             def freeze(site: Site, head: Node = head) -> Callable[[torch.Tensor], torch.Tensor]:
                 frozen = base[site].clone()
-                if site.layer == head.layer:
+                if site.kind is SiteKind.Z and site.layer == head.layer:
                     frozen[:, :, head.index] = source[site][:, :, head.index]
                 return lambda tensor: frozen
 
-            with model.hooks([(site, freeze(site)) for site in sites]):
+            with model.hooks([(site, freeze(site)) for site in heads_at + mlps_at]):
                 out.append(before - metric(model.logits(tokens.harmful)).mean())
         return torch.stack(out)
 
     result = compare(ours, peer)
     shape, width, first = Shape.of(model), tokens.harmful.ids.shape[1], tokens.start
-    return result | {"tokens": width, "shared": first, "floor_ratio": floor_ratio_of_paths(shape, width, first)}
+    read = 2 if metric.is_linear else model.d_vocab
+    floor = floor_ratio_of_paths(shape, width, first, read, mlps=mlp == "recompute")
+    return result | {"tokens": width, "shared": first, "floor_ratio": floor}
 
 
 def path_matrix(model: LensModel) -> dict[str, Any]:
@@ -185,6 +204,8 @@ PEER_CASES: dict[str, tuple[Callable[[LensModel], dict[str, Any]], Target]] = {
     "eap_ig": (eap_ig, Target(seconds=240, gib=3)),
     "node_attribution": (node_attribution, Target(ratio=3)),
     "paths_to_logits": (paths_to_logits, Target(ratio=100)),
+    "paths_to_two_logits": (paths_to_two_logits, Target(ratio=100)),
+    "direct_paths": (direct_paths, Target(ratio=100)),
     "path_matrix": (path_matrix, Target()),
     "head_to_query": (head_to_query, Target(ratio=8)),
     "neurons": (neurons, Target()),

@@ -70,13 +70,21 @@ def floor_ratio(shape: Shape, width: int, first: int) -> float:
     return shape.n_layers * forward(shape, width) / least
 
 
-def floor_ratio_of_paths(shape: Shape, width: int, first: int) -> float:
+def floor_ratio_of_paths(shape: Shape, width: int, first: int, read: int, *, mlps: bool = True) -> float:
     """How many times fewer operations all heads' paths to the logits need than one plain forward for each.
 
-    The least: both runs of a pair, the columns before ``first`` once; each head's change through the MLPs from its
-    layer on, at the last column; and its logits, all of which the log-odds read.
+    The least: both runs of a pair, the columns before ``first`` once; each head's change through its output weights and
+    through the MLPs from its layer on, at the last column; and the ``read`` logits that the metric reads.
+
+    Args:
+        shape: The model's.
+        width: Tokens of a prompt.
+        first: Tokens that the prompts of a pair share.
+        read: Logits; log-odds read all of them.
+        mlps: Whether MLPs respond to the change.
     """
     runs = forward(shape, width) + (width - first) * forward(shape, width) // width
-    through = [(shape.n_layers - layer) * shape.mlp(1) for layer in range(shape.n_layers)]
-    changes = shape.n_heads * sum(through) + shape.n_layers * shape.n_heads * shape.unembed(1)
+    through = sum((shape.n_layers - layer) * shape.mlp(1) for layer in range(shape.n_layers)) if mlps else 0
+    own = 2 * shape.d_head * shape.d_model + 2 * shape.d_model * read
+    changes = shape.n_heads * (through + shape.n_layers * own)
     return shape.n_layers * shape.n_heads * forward(shape, width) / (runs + changes)

@@ -23,7 +23,7 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
     last, some = model.n_layers - 1, {"progress": False}
     heads = [Node("head", 0, k) for k in range(model.n_heads)]
     every = [Site(kind, 0) for kind in (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.NEURONS, SiteKind.PATTERN)]
-    queries = [(Node("head", last, k), "q") for k in range(model.n_heads)]
+    query = [(Node("head", last, 0), "q")]
 
     def patching(**options: Any) -> Callable[[], Any]:
         given = {"nodes": heads} | options
@@ -38,9 +38,10 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
         "activation_patching, each position": patching(positions="each"),
         **{f"activation_patching, source={name}": patching(source=name) for name in ("mean", "resample", "zero")},
         "path_patching, to logits": lambda: ms.path_patching(model, pairs, metric, **some),
-        "path_patching, to queries": lambda: ms.path_patching(model, pairs, metric, receivers=queries, **some),
+        "path_patching, to a query": lambda: ms.path_patching(model, pairs, metric, receivers=query, **some),
         "path_matrix": lambda: ms.path_matrix(model, pairs, **some),
-        **{f"edge_attribution, {name}": edges(method=name) for name in ("eap", "eap-ig", "ig-activations")},
+        **{f"edge_attribution, {name}": edges(method=name) for name in ("eap", "eap-ig")},
+        "edge_attribution, ig-activations, 1 step": edges(method="ig-activations", steps=1),
         "edge_attribution, neurons of a layer": edges(neurons=[last], steps=1),
         "node_attribution": lambda: ms.node_attribution(model, pairs, metric, **some),
         "node_attribution, neurons": lambda: ms.node_attribution(model, pairs, metric, neurons=True, **some),

@@ -49,6 +49,11 @@ def metric_of(model: LensModel) -> ms.RefusalLogOdds:
     return ms.RefusalLogOdds.of(model, ["Sorry"])
 
 
+def difference_of(model: LensModel) -> ms.RefusalLogOdds:
+    """A metric that reads two logits alone."""
+    return ms.RefusalLogOdds.of(model, ["Sorry"], ["Sure"])
+
+
 def equal_length_pairs(model: LensModel, n: int) -> PromptPairs:
     """Built-in pairs of one token length (TransformerLens' functions take no mask), the commonest."""
     by_length: dict[int, list[PromptPair]] = {}

@@ -14,6 +14,11 @@ GPU_COLUMNS = {
     "nodes_s": "node attribution",
     "edges_s": "edge attribution",
 }
+PATHS = {
+    "paths_to_logits": "all of them, MLPs recomputed",
+    "paths_to_two_logits": "two of them, MLPs recomputed",
+    "direct_paths": "two of them, MLPs frozen",
+}
 
 
 def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, Target]) -> str:
@@ -85,19 +90,30 @@ def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, Targe
 
 
 def _floor(cases: dict[str, Any]) -> str:
+    parts = []
     case = cases.get("head_sweep", {})
-    if "operations_over_floor" not in case:
-        return ""
-    return (
-        "## The floor of the head sweep\n\n"
-        "Operations that any exact method must do for a head: its output weights, its layer's MLP, the later blocks at "
-        f"the columns from the first difference on ({case['shared']} of {case['tokens']} tokens are shared), in the "
-        "last block queries and MLP at the last column alone, and that column's logits. One plain forward a head takes "
-        f"{case['floor_ratio']:.1f} times as many. We do {case['operations_over_floor']:.2f} times the floor (all "
-        "matrix products of the call counted, both base runs included) and are "
-        f"{case['ratio']:.1f} times as fast as the peer: {100 * case['ratio'] / case['floor_ratio']:.0f} % of what the "
-        "floor allows.\n"
-    )
+    if "operations_over_floor" in case:
+        parts.append(
+            "Operations that any exact method must do to patch a head: its output weights, its layer's MLP, the later "
+            f"blocks at the columns from the first difference on ({case['shared']} of {case['tokens']} tokens are "
+            "shared), in the last block queries and MLP at the last column alone, and that column's logits. One plain "
+            f"forward a head takes {case['floor_ratio']:.1f} times as many. We do {case['operations_over_floor']:.2f} "
+            "times the floor (all matrix products of the call counted, both base runs included) and are "
+            f"{case['ratio']:.1f} times as fast as the peer: {100 * case['ratio'] / case['floor_ratio']:.0f} % of what "
+            "the floor allows.\n"
+        )
+    rows = [
+        [what, f"{cases[name]['floor_ratio']:.0f}x", f"{cases[name]['ratio']:.0f}x"]
+        for name, what in PATHS.items()
+        if name in cases
+    ]
+    if rows:
+        parts.append(
+            "Paths from all heads to the logits need both base runs, each head's output weights, the MLPs that respond "
+            "at the last column, and the logits that the metric reads: log-odds read all of them.\n\n"
+            + _table(["logits read", "at most", "measured"], rows)
+        )
+    return "## Floors\n\n" + "\n".join(parts) if parts else ""
 
 
 def _memory(cases: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from report import markdown
 from targets import Target
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs
 
@@ -91,7 +92,8 @@ def test_results_say_what_was_not_run():
         "repeats": 2,
     }
     gpu = place | {"status": "not run", "shape": "1B", "dtype": "float32"}
-    cases = {"head_sweep": peer | floor, "heads_prompts_4": grown, "gpu_1B_float32": gpu}
+    paths = peer | {"floor_ratio": 49.4}
+    cases = {"head_sweep": peer | floor, "paths_to_logits": paths, "heads_prompts_4": grown, "gpu_1B_float32": gpu}
     docs, targets = {"head_sweep": "Sweep.", "other": "Other."}, {"head_sweep": Target(ratio=6), "other": Target()}
     text = markdown(place | {"cases": cases}, docs, targets)
     assert "| Sweep. | 2.00 s | 14.0 s | 7.0x | 1.0e-06 | 1.50 GiB | 3 | at least 6x, within 0.0001 | met |" in text
@@ -101,6 +103,7 @@ def test_results_say_what_was_not_run():
     assert "x, 2 cores, 8 GiB, 2 threads" in text
     assert "| Other. | not run | not run |" in text
     assert "takes 10.0 times as many. We do 1.25 times the floor" in text and "70 % of what the floor allows" in text
+    assert "| all of them, MLPs recomputed | 49x | 7x |" in text
     assert "| 4 | 32 | 1.3 s | 10.0 ms | 1.00 GiB | 1.10 GiB | 2 |" in text
     assert "| 8B | bfloat16 | not run |" in text and "| 1B | float32 | not run |" in text
 
@@ -176,11 +179,13 @@ def test_exit_status_of_a_case_whose_values_differ(monkeypatch, tmp_path):
     assert set(place) == {"cpu", "cores", "ram_gib", "threads"} and place["ram_gib"] > 0 and place["cpu"]
 
 
-@pytest.mark.parametrize("name", ["node_attribution", "paths_to_logits"])
+@pytest.mark.parametrize("name", ["node_attribution", "paths_to_logits", "paths_to_two_logits", "direct_paths"])
 def test_cases_agree_with_the_peer_on_a_tiny_model(name, make_model, log_odds, monkeypatch):
     harmful, harmless = ["explain how to hurt people", "teach me to steal cake"], ["explain how to help people"]
     pairs = PromptPairs.from_lists(harmful, [*harmless, "teach me to bake cake"])
     monkeypatch.setattr("cases.metric_of", lambda model: log_odds)
+    two = RefusalLogOdds(log_odds.refusal_ids[:1], ("a",), (log_odds.refusal_ids[0] + 1,), ("b",))
+    monkeypatch.setattr("cases.difference_of", lambda model: two)
     monkeypatch.setattr("cases.equal_length_pairs", lambda model, n: pairs)
     found = PEER_CASES[name][0](make_model("llama"))
     assert found["equal"] and found["max_difference"] < 1e-4 and found["repeats"] >= 3
