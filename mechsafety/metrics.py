@@ -170,8 +170,7 @@ def _single_token(model: LensModel, text: str) -> int:
 
 
 def _first_tokens(model: LensModel, prompts: Sequence[str]) -> list[int]:
-    chunks = [model.logits(prompts[k : k + 16]).argmax(-1).tolist() for k in range(0, len(prompts), 16)]
-    return [int(token) for chunk in chunks for token in chunk]
+    return [int(token) for token in model.logits(prompts).argmax(-1).tolist()]
 
 
 def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

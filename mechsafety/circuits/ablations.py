@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
-
+from mechsafety.circuits.behaviour import REPLY_TOKENS
 from mechsafety.circuits.circuit import Ablation, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions import ablate
@@ -13,7 +12,6 @@ from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.prompts import PromptPairs
 
-REPLY_TOKENS = 24
 PAIRS = 8
 
 
@@ -25,6 +23,7 @@ def measure_ablation(
     *,
     watched: Sequence[Node] = (),
     replies: bool = False,
+    progress: bool = True,
 ) -> Ablation:
     """Ablate nodes (`mechsafety.ablate`, mean over the pairs' harmless prompts) and measure again.
 
@@ -37,6 +36,7 @@ def measure_ablation(
             the harmless prompt. What is lost is given as a share of the unedited model's gap, so that effects before
             and after compare. Those among ``nodes`` are left out.
         replies: Whether to generate replies too, to count refusals.
+        progress: Whether to show bars.
 
     Raises:
         MechsafetyError: Pairs that do not align, no gap to take shares of, or a node that the model lacks.
@@ -46,14 +46,14 @@ def measure_ablation(
     if not abs(gap) > 0:
         raise MechsafetyError("no gap between harmful and harmless prompts", expected="a metric that differs")
     others = [node for node in watched if node not in set(nodes)]
-    rates = [_refused(model, pairs)] if replies else []
+    rates = [_refused(model, pairs, progress)] if replies else []
     with ablate(model, nodes, prompts=pairs.harmless):
         after = _scores(model, pairs, metric)
         effects = {}
         if others:
-            found = activation_patching(model, pairs, metric, nodes=others, progress=False)
+            found = activation_patching(model, pairs, metric, nodes=others, progress=progress)
             effects = dict(zip(others, (found.changes.double().mean(1) / gap).tolist(), strict=True))
-        rates += [_refused(model, pairs)] if replies else []
+        rates += [_refused(model, pairs, progress)] if replies else []
     names = ", ".join(map(str, nodes[:4])) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
     rate = (rates[0], rates[1]) if replies else None
     return Ablation(f"without {names}", tuple(nodes), (before[0], after[0]), effects, rate)
@@ -83,20 +83,17 @@ def rerun(
     watched = [member.node for member in circuit.nodes]
 
     def on_ablate(nodes: tuple[Node, ...]) -> Ablation:
-        return measure_ablation(model, chosen, metric, nodes, watched=watched, replies=replies)
+        return measure_ablation(model, chosen, metric, nodes, watched=watched, replies=replies, progress=False)
 
     return on_ablate
 
 
 def _scores(model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> tuple[float, float]:
     """Mean metric on the harmful and on the harmless prompts."""
-    sides = []
-    for prompts in (pairs.harmful, pairs.harmless):
-        rows = [metric(model.logits(prompts[first : first + 16])) for first in range(0, len(prompts), 16)]
-        sides.append(float(torch.cat(rows).double().mean()))
-    return sides[0], sides[1]
+    harmful, harmless = (metric(model.logits(side)).double().mean() for side in (pairs.harmful, pairs.harmless))
+    return float(harmful), float(harmless)
 
 
-def _refused(model: LensModel, pairs: PromptPairs) -> float:
-    replies = model.generate(pairs.harmful, REPLY_TOKENS)
+def _refused(model: LensModel, pairs: PromptPairs, progress: bool) -> float:
+    replies = model.generate(pairs.harmful, REPLY_TOKENS, progress=progress)
     return sum(map(is_refusal, replies)) / len(replies)

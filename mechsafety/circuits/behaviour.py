@@ -1,10 +1,6 @@
 """Does the model refuse at all? Replies, judgements, and the metric that is found from them."""
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Mapping
 
 from mechsafety.circuits.circuit import Behaviour, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
@@ -56,7 +52,7 @@ def check_behaviour(
     if metric is None and not any(refused["harmful"]):
         raise NoRefusal(rates, cure=cure)
     # the same logits tell the first tokens and, once the metric is known, the scores
-    logits = {kind: _logits(model, getattr(pairs, kind)) for kind in KINDS}
+    logits = {kind: model.logits(getattr(pairs, kind)) for kind in KINDS}
     if metric is None:
         n = detect_on or len(pairs)
         openers = (logits["harmful"][:n].argmax(-1).tolist(), logits["harmless"][:n].argmax(-1).tolist())
@@ -95,8 +91,3 @@ def check_behaviour(
         for kind in KINDS
     )
     return metric, behaviour, samples, keep
-
-
-def _logits(model: LensModel, prompts: Sequence[str]) -> Float[Tensor, "batch d_vocab"]:
-    """Next-token logits, computed a few prompts at a time."""
-    return torch.cat([model.logits(prompts[first : first + 16]) for first in range(0, len(prompts), 16)])

@@ -12,9 +12,9 @@ from mechsafety.nodes import head_and_mlp_nodes
 
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
 # the whole model's faithfulness is 1 up to this
 ROUNDING = 1e-6
-CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +221,12 @@ def _eliminate(
         leave.
     """
     asked: list[Part] | None = None
+    spare = held_out.faithfulness([circuit])[0] - enough
     while rounds or asked:
         if budget.over(SEARCH_SHARE):
             budget.left_out("removal of parts that do not matter: stopped before no part could leave")
             break
         rounds -= asked is None
-        spare = held_out.faithfulness([circuit])[0] - enough
         lost = marginals(held_out, circuit, asked)
         may = [part for part, value in lost.items() if value <= spare]
         costs, whole = marginals(meter, circuit, may), meter.faithfulness([circuit])[0]

@@ -7,7 +7,7 @@ from mechsafety.attribution.nodes import NodeAttribution, node_attribution
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
-from mechsafety.circuits.discover import CURVE_SHARES, Discovery, search_parts
+from mechsafety.circuits.discover import CURVE_SHARES, ROUNDING, Discovery, search_parts
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
 from mechsafety.nodes import Node, head_and_mlp_nodes
 
@@ -24,6 +24,11 @@ class NeuronMeter(FaithfulnessMeter):
     """
 
     layers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, meter: FaithfulnessMeter, layers: tuple[int, ...]) -> "NeuronMeter":
+        """The same pairs with the MLPs of these layers taken apart."""
+        return cls(meter.model, meter.runs, meter.metric, meter.groups, meter.progress, layers)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -65,7 +70,7 @@ def refine(
     """
     nodes = [part for part in discovery.circuit if isinstance(part, Node)]
     layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
-    here, there = (NeuronMeter(m.model, m.runs, m.metric, m.groups, layers) for m in (found_on, held_out))
+    here, there = (NeuronMeter.of(meter, layers) for meter in (found_on, held_out))
     attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)
     core = {node for node in nodes if node not in discovery.added}
     first = [part for part in here.parts if isinstance(part, Node) and _home(part) in core]
@@ -117,7 +122,7 @@ def _stand_in(
 
     def reaches(size: int) -> bool:
         parts = [*base, *ranking[:size]]
-        return min(meter.faithfulness([parts])[0] for meter in (here, there)) >= target - 1e-6
+        return min(meter.faithfulness([parts])[0] for meter in (here, there)) >= target - ROUNDING
 
     low, high = 0, len(ranking)
     while high - low > 1:

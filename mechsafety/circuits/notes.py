@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.attribution.heads import span_attention
 from mechsafety.circuits.circuit import Notes
 from mechsafety.models import LensModel
-from mechsafety.models.engine import BaseRun
 from mechsafety.nodes import Node
-from mechsafety.patching.masks import PairRuns, stored
+from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.senders import node_outputs
 from mechsafety.prompts import PromptPairs
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
@@ -61,20 +60,9 @@ def _contrast(model: LensModel, runs: PairRuns, node: Node) -> Float[Tensor, " d
     found = []
     for run in (runs.harmful, runs.harmless):
         norm = model.frozen_final_norm(run.resid[-1][:, -1])
-        written = _written(model, run, node)
+        written = node_outputs(model, run, [node], at=slice(-1, None))[0, :, 0]
         found.append((norm(written) - norm(torch.zeros_like(written))).mean(0))
     return found[0] - found[1]
-
-
-def _written(model: LensModel, run: BaseRun, node: Node) -> Float[Tensor, "batch d_model"]:
-    layer = node.layer or 0
-    if node.kind == "head":
-        z = stored(run.acts, SiteKind.Z)[layer][:, -1, node.index].float()
-        return einsum(z, model.W_O(layer)[node.index].float(), "batch d_head, d_head d_model -> batch d_model")
-    if node.kind == "mlp":
-        return stored(run.acts, SiteKind.MLP_OUT)[layer][:, -1].float()
-    activation = stored(run.acts, SiteKind.NEURONS)[layer][:, -1, node.index].float()
-    return einsum(activation, model.W_out(layer)[node.index].float(), "batch, d_model -> batch d_model")
 
 
 def _tokens(

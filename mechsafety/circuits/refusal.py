@@ -115,10 +115,8 @@ def map_refusal_circuit(
         "n_backup_parts": n_backup_parts,
         "n_edges": n_edges,
         "n_measured_edges": n_measured_edges,
-        "shortlist": shortlist,
-        "seed": seed,
     }
-    _check_options(level, limit, counts, n_role_pairs, budget_seconds)
+    _check_options(level, limit, counts | {"shortlist": shortlist, "seed": seed}, n_role_pairs, budget_seconds)
     check_search(target, max_nodes)
     if level == "edge" and model.post_norm:
         raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
@@ -138,18 +136,16 @@ def map_refusal_circuit(
 
     def meter(part: PromptPairs, kind: type[FaithfulnessMeter] = kind) -> FaithfulnessMeter:
         extra = [SiteKind.NEURONS] if level == "neuron" else []
-        made = kind(model, pair_runs(model, part, extra=extra), metric)
+        made = kind(model, pair_runs(model, part, extra=extra), metric, progress=progress)
         return made if kind is EdgeMeter else made.grouped()
 
-    found_on, held_out = meter(here), meter(held)
-    untouched = meter(fresh) if fresh is not None else None
+    checked_on = [held] if fresh is None else [held, fresh]
+    found_on, judges = meter(here), [meter(part) for part in checked_on]
+    held_out, untouched = judges[0], judges[1] if fresh is not None else None
     # single nodes are patched on all of these; what decides who is in the circuit may not see the fresh ones
-    plain = held_out if kind is FaithfulnessMeter else meter(held, FaithfulnessMeter)
-    alone_on = [plain]
-    if fresh is not None and untouched is not None:
-        alone_on.append(untouched if kind is FaithfulnessMeter else meter(fresh, FaithfulnessMeter))
+    alone_on = judges if kind is FaithfulnessMeter else [meter(part, FaithfulnessMeter) for part in checked_on]
     some = held.sample(n_role_pairs, seed)
-    few = plain if len(some) == len(held) else meter(some, FaithfulnessMeter)
+    few = alone_on[0] if len(some) == len(held) else meter(some, FaithfulnessMeter)
     rows_of_some = [held.pairs.index(pair) for pair in some]
     with _Stage(6, progress) as stage:
         stage("attributing every node")
@@ -177,7 +173,7 @@ def map_refusal_circuit(
         if level == "neuron" and not budget.skips("neurons", 0.5):
             final, (found_on, held_out), attribution = refine(found_on, held_out, final, standing_in, target, budget)
             if untouched is not None:
-                untouched = NeuronMeter(model, untouched.runs, metric, untouched.groups, found_on.layers)
+                untouched = NeuronMeter.of(untouched, found_on.layers)
             standing_in = _taken_apart(standing_in, final)
         nodes = _nodes_of(final)
         new = [node for node in nodes if node not in effects]
@@ -229,12 +225,7 @@ def map_refusal_circuit(
         "fresh": 0 if fresh is None else len(fresh),
         "target": target,
         "max_nodes": max_nodes,
-        "n_random": n_random,
-        "n_added": n_added,
-        "n_resamples": n_resamples,
-        "n_backup_parts": n_backup_parts,
-        "n_edges": n_edges,
-        "n_measured_edges": n_measured_edges,
+        **counts,
         "edge_mlp": "freeze",
         "edge_downstream": "live",
         "equivalence_margin": MARGIN,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gradients
 from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.discover import ROUNDING
 from mechsafety.circuits.meters import FaithfulnessMeter
 from mechsafety.circuits.verification import Stability
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -54,16 +55,18 @@ def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttribut
     model, n_pairs = meter.model, len(meter.runs.harmful)
     heads = torch.zeros(n_pairs, model.n_layers, model.n_heads, device=model.device)
     mlps = torch.zeros(n_pairs, model.n_layers, device=model.device)
-    for rows, runs in meter.groups or ((tuple(range(n_pairs)), meter.runs),):
-        done = 0
-        for batch in pair_batches(model, runs, BATCH_TOKENS):
-            some = batch()
-            chosen = list(rows[done : done + len(some.harmful)])
-            done += len(chosen)
-            for step in range(steps):
-                grads = mask_gradients(model, some, meter.metric, (step + 0.5) / steps, each=True)
-                heads[chosen] += grads[0] / steps
-                mlps[chosen] += grads[1] / steps
+    with meter.bar(n_pairs * steps, "nodes") as bar:
+        for rows, runs in meter.groups or ((tuple(range(n_pairs)), meter.runs),):
+            done = 0
+            for batch in pair_batches(model, runs, BATCH_TOKENS):
+                some = batch()
+                chosen = list(rows[done : done + len(some.harmful)])
+                done += len(chosen)
+                for step in range(steps):
+                    grads = mask_gradients(model, some, meter.metric, (step + 0.5) / steps, each=True)
+                    heads[chosen] += grads[0] / steps
+                    mlps[chosen] += grads[1] / steps
+                    bar.update(len(chosen))
     harmful, harmless = meter.runs.scores(meter.metric)
     provenance = model.provenance(options={"steps": steps, "neurons": False, "pairs": n_pairs})
     return PairAttributions(heads, mlps, harmful - harmless, provenance, meter.metric.to_json())
@@ -99,12 +102,14 @@ def bootstrap_stability(
     n_pairs = len(attributions.gaps)
     whole, guess = _prefix(meter, attributions.mean(), np.ones(n_pairs), target, None)
     jaccards, sizes = [], []
-    for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
-        for _ in batch:
-            weights = np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs)
-            found, _ = _prefix(meter, attributions.mean(weights.tolist()), weights, target, guess)
-            jaccards.append(len(whole & found) / len(whole | found))
-            sizes.append(len(found))
+    with meter.bar(n, "resamples") as bar:
+        for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
+            for _ in batch:
+                weights = np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs)
+                found, _ = _prefix(meter, attributions.mean(weights.tolist()), weights, target, guess)
+                jaccards.append(len(whole & found) / len(whole | found))
+                sizes.append(len(found))
+                bar.update()
     if not jaccards:
         return None
     return Stability(tuple(jaccards), float(np.mean(jaccards)), tuple(sizes))
@@ -125,7 +130,7 @@ def _prefix(
     def reaches(size: int) -> bool:
         if size >= len(ranking):
             return True
-        return bool((weights @ meter.kept([ranking[:size]])[0] - floor) / gap >= target - 1e-6)
+        return bool((weights @ meter.kept([ranking[:size]])[0] - floor) / gap >= target - ROUNDING)
 
     low, high = 0, len(ranking)
     if guess is not None:

@@ -1,5 +1,7 @@
 """Tests that scipy lacks, or has in parts: equivalence, independence, intervals of ratios."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from mechsafety.circuits.verification import Equivalence, Independence
@@ -68,11 +70,24 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> float:
 
 def ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the ratio of two means over the same prompts."""
+    return statistic_interval((part, whole), lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed)
+
+
+def statistic_interval(
+    samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], seed: int
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval over prompts (scipy, 2,000 resamples).
+
+    Args:
+        samples: One value a prompt each, of the same prompts.
+        statistic: Of resampled samples, along its argument ``axis``.
+        seed: Of the resampling.
+    """
     from scipy.stats import bootstrap
 
     found = bootstrap(
-        (part, whole),
-        lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis),
+        tuple(samples),
+        statistic,
         paired=True,
         vectorized=True,
         n_resamples=2000,

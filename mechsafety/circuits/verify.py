@@ -10,7 +10,14 @@ from mechsafety.circuits.claims import claims
 from mechsafety.circuits.discover import MIB_SHARES, ROUNDING, Discovery, marginals
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, stratum
 from mechsafety.circuits.side_effects import side_effects
-from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio, ratio_interval
+from mechsafety.circuits.statistics import (
+    equivalence_test,
+    independence_test,
+    rank_p,
+    ratio,
+    ratio_interval,
+    statistic_interval,
+)
 from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Stability, Verification
 from mechsafety.metrics import adjust_p
 
@@ -69,8 +76,8 @@ def verify(
     kept, removed = judge.kept([circuit])[0], judge.removed([circuit])[0]
     necessity = ratio(harmful - removed, gap)
     random = random_circuits(judge, circuit, n_random, seed)
-    sufficient = _random_values(judge.faithfulness, random, budget, 0.8, "random circuits, kept")
-    lost = 1.0 - _random_values(judge.without, random, budget, 0.88, "random circuits, removed")
+    sufficient = _random_values(judge, judge.faithfulness, random, budget, 0.8, "random circuits, kept")
+    lost = 1.0 - _random_values(judge, judge.without, random, budget, 0.88, "random circuits, removed")
     costs = null = complete = None
     if not budget.skips("minimality", 0.88):
         # a backup makes what it stands in for superfluous, and is so itself: minimality is of the circuit without them
@@ -134,6 +141,7 @@ def random_circuits(meter: FaithfulnessMeter, circuit: Sequence[Part], n: int, s
 
 
 def _random_values(
+    meter: FaithfulnessMeter,
     measure: Callable[[Sequence[Sequence[Part]]], list[float]],
     circuits: Sequence[Sequence[Part]],
     budget: Budget,
@@ -141,9 +149,11 @@ def _random_values(
     what: str,
 ) -> np.ndarray:
     found: list[float] = []
-    for batch in budget.within(circuits, 10, share, what):
-        for first in range(0, len(batch), 10):
-            found += measure(batch[first : first + 10])
+    with meter.bar(len(circuits), what) as bar:
+        for batch in budget.within(circuits, 10, share, what):
+            for first in range(0, len(batch), 10):
+                found += measure(batch[first : first + 10])
+                bar.update(len(found) - bar.n)
     return np.asarray(found)
 
 
@@ -222,14 +232,14 @@ def area_intervals(
     discovery: Discovery, held_out: FaithfulnessMeter, seed: int
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
     """95 % percentile bootstrap intervals over prompts of CMD and CPR (see `curve_areas`); None without scores."""
-    from scipy.stats import bootstrap
-
-    rows = [k for k, point in enumerate(discovery.curve) if point in mib_points(discovery.curve)]
+    grid = mib_points(discovery.curve)
     harmful, harmless = held_out.ends()
     if len(discovery.curve_scores) != len(discovery.curve) or len(harmful) < 2:
         return None, None
-    scores = np.asarray(discovery.curve_scores)[rows]
-    k = np.array([discovery.curve[row].k for row in rows])
+    scores = [
+        row for point, row in zip(discovery.curve, np.asarray(discovery.curve_scores), strict=True) if point in grid
+    ]
+    k = np.array([point.k for point in grid])
 
     def interval(area: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
         def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
@@ -237,15 +247,7 @@ def area_intervals(
             shares = [(row[drawn].mean(axis) - floor) / (harmful[drawn].mean(axis) - floor) for row in scores]
             return np.trapezoid(area(np.stack(shares, axis=-1)), k, axis=-1)
 
-        found = bootstrap(
-            (np.arange(len(harmful)),),
-            statistic,
-            vectorized=True,
-            n_resamples=2000,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        return float(found.low), float(found.high)
+        return statistic_interval([np.arange(len(harmful))], statistic, seed)
 
     return interval(lambda f: np.abs(1 - f)), interval(lambda f: f)
 

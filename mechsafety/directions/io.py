@@ -167,7 +167,9 @@ def direction_io(
 
 def _change(model: LensModel, runs: PairRuns, node: Node, at: int) -> Float[Tensor, "pair d_model"]:
     """Harmful less harmless output of a node at one column."""
-    return (node_outputs(model, runs.harmful, [node]) - node_outputs(model, runs.harmless, [node]))[0, :, at]
+    column = slice(at, at + 1 or None)
+    harmful, harmless = (node_outputs(model, run, [node], column) for run in (runs.harmful, runs.harmless))
+    return (harmful - harmless)[0, :, 0]
 
 
 def _neuron_shares(

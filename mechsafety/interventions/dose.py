@@ -20,7 +20,6 @@ from mechsafety.prompts import Tokens
 from mechsafety.results import Provenance, Result
 
 REPLY_TOKENS = 24
-_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +139,12 @@ def dose_response(
     if references is not None and len(references) != len(harmless):
         raise MechsafetyError(f"{len(references)} references", expected=f"one for each of {len(harmless)} prompts")
     known = list(references) if references is not None else model.generate(harmless, reply_tokens)
-    before = batch_logits(model, harmless).log_softmax(-1)
+    before = model.logits(harmless).log_softmax(-1)
     columns: dict[str, list[Tensor]] = {key: [] for key in ("bad", "good", "harmful", "harmless", "kl", "loss")}
     for dose in tqdm(doses, desc=name, disable=not progress, leave=False):
         with intervene(dose):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
-            logits = [batch_logits(model, side) for side in (harmful, harmless)]
+            logits = [model.logits(side) for side in (harmful, harmless)]
             columns["loss"].append(reply_loss(model, harmless, known))
         for key, texts in zip(("bad", "good"), replies, strict=True):
             columns[key].append(torch.tensor([bool(judge(text)) for text in texts]))
@@ -166,11 +165,6 @@ def dose_response(
         stacked["kl"],
         stacked["loss"],
     )
-
-
-def batch_logits(model: LensModel, prompts: Sequence[str]) -> Float[Tensor, "prompt d_vocab"]:
-    """Next-token logits after each prompt, a few prompts at a time."""
-    return torch.cat([model.logits(prompts[k : k + _BATCH]) for k in range(0, len(prompts), _BATCH)])
 
 
 def reply_loss(model: LensModel, prompts: Sequence[str], replies: Sequence[str]) -> Float[Tensor, " prompt"]:

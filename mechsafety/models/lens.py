@@ -216,11 +216,19 @@ class LensModel:
             self.forward(tokens)
         return found
 
-    def logits(self, prompts: Sequence[str] | Tokens) -> Float[Tensor, "batch d_vocab"]:
-        """Next-token logits after each prompt, float32."""
-        tokens = prompts if isinstance(prompts, Tokens) else self.tokenize(prompts)
+    def logits(self, prompts: Sequence[str] | Tokens, batch_size: int = 16) -> Float[Tensor, "batch d_vocab"]:
+        """Next-token logits after each prompt, float32.
+
+        Args:
+            prompts: Requests, run ``batch_size`` at a time; or tokens, run at once.
+            batch_size: Prompts at once.
+        """
+        if isinstance(prompts, Tokens):
+            batches = [prompts]
+        else:  # no prompts are an error of tokenize
+            batches = [self.tokenize(prompts[k : k + batch_size]) for k in range(0, len(prompts) or 1, batch_size)]
         with torch.no_grad(), self.lock:
-            return self.forward(tokens)[:, -1].float()
+            return torch.cat([self.forward(tokens)[:, -1].float() for tokens in batches])
 
     def forward(self, tokens: Tokens, keep: int = 1) -> Float[Tensor, "batch keep d_vocab"]:
         """Logits of the last ``keep`` positions, padding handled by mask and position ids.

@@ -97,16 +97,30 @@ def extra_kinds(senders: Sequence[Sender]) -> tuple[SiteKind, ...]:
     return (SiteKind.NEURONS,) if any(part_of(sender).kind == "neuron" for sender in senders) else ()
 
 
-def node_outputs(model: LensModel, run: BaseRun, nodes: Sequence[Node]) -> Float[Tensor, "node batch pos d_model"]:
-    """What each head or MLP writes to the residual stream in a stored run, float32 (before a norm after attention)."""
+def node_outputs(
+    model: LensModel, run: BaseRun, nodes: Sequence[Node], at: slice = slice(None)
+) -> Float[Tensor, "node batch column d_model"]:
+    """What each head, MLP or neuron writes to the residual stream in a stored run, float32 (before a norm behind it).
+
+    Args:
+        model: The model.
+        run: A run that holds what the nodes need; for neurons, ``neurons``.
+        nodes: In any order.
+        at: Columns to compute.
+    """
     rows = []
     for node in nodes:
+        layer = node.layer or 0
         if node.kind == "head":
-            z = run.acts[SiteKind.Z][node.layer][:, :, node.index].float()
-            weight = model.W_O(node.layer or 0)[node.index].float()
+            z = run.acts[SiteKind.Z][layer][:, at, node.index].float()
+            weight = model.W_O(layer)[node.index].float()
             rows.append(einsum(z, weight, "batch pos d_head, d_head d_model -> batch pos d_model"))
+        elif node.kind == "neuron":
+            activation = stored(run.acts, SiteKind.NEURONS)[layer][:, at, node.index].float()
+            weight = neuron_weights(model, layer)[node.index]
+            rows.append(einsum(activation, weight, "batch pos, d_model -> batch pos d_model"))
         else:
-            rows.append(run.acts[SiteKind.MLP_OUT][node.layer].float())
+            rows.append(run.acts[SiteKind.MLP_OUT][layer][:, at].float())
     return torch.stack(rows)
 
 

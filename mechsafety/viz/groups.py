@@ -81,10 +81,8 @@ def folded_edges(
         total = totals[ends]
         status = "measured" if all(mark.status != "estimated" for mark in marks) else "estimated"
         shapes = edge_shapes(total, status, ends[2], magnitude(total) / (largest or 1.0), paths[ends], grid.unit)
-        words = (
-            f"{count_of(len(marks), 'edge')}, effects sum to {number(total)}" if len(marks) > 1 else "1 edge, effect "
-        )
-        words += number(total) if len(marks) == 1 else ""
+        effect = "effects sum to" if len(marks) > 1 else "effect"
+        words = f"{count_of(len(marks), 'edge')}, {effect} {number(total)}"
         title = f"{ends[0]} to {ends[1]}, slot {ends[2]}: {words}"
         kept.append(EdgeMark(*ends, total, status, shapes, title, n_edges=len(marks)))
     return sorted(kept, key=lambda mark: (magnitude(mark.effect), mark.title))

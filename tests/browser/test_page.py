@@ -54,6 +54,16 @@ def set_slider(page, name: str, value: int) -> None:
     page.eval_on_selector(f"#{name}", f"el => {{ el.value = {value}; el.dispatchEvent(new Event('input')); }}")
 
 
+def check_compiles(drawing: str, folder: Path) -> None:
+    """pdflatex, where there is one, takes a TikZ drawing."""
+    if shutil.which("pdflatex"):
+        page = "\\documentclass{article}\\usepackage{tikz}\\begin{document}\n" + drawing + "\\end{document}"
+        (folder / "a.tex").write_text(page)
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout[-1500:].decode(errors="replace")
+
+
 def of_300_nodes():
     rng = random.Random(2)
     every = [Node("head", layer, head) for layer in range(24) for head in range(16)] + [
@@ -358,13 +368,7 @@ def test_copied_tikz_compiles(show, tmp_path: Path) -> None:
     page.click("#copyTikz")
     text = page.input_value("#dialogArea")
     assert text.startswith("\\begingroup") and text.isascii() and "tikzpicture" in page.inner_text("#dialog") + text
-    if shutil.which("pdflatex"):
-        (tmp_path / "a.tex").write_text(
-            "\\documentclass{article}\\usepackage{tikz}\\begin{document}\n" + text + "\\end{document}"
-        )
-        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-        assert done.returncode == 0, done.stdout[-1500:].decode(errors="replace")
+    check_compiles(text, tmp_path)
 
 
 def test_attention_opens_over_the_prompt(show, small) -> None:
@@ -497,13 +501,7 @@ def test_comparison_side_by_side_is_exported_whole(show, small, tmp_path: Path) 
     text = page.input_value("#dialogArea")
     assert text.count("\\begin{scope}") == text.count("\\end{scope}") == 2 and "aligned \\& co" in text
     assert "{9.1}" in text and "{4.3}" in text
-    if shutil.which("pdflatex"):
-        (tmp_path / "a.tex").write_text(
-            "\\documentclass{article}\\usepackage{tikz}\\begin{document}\n" + text + "\\end{document}"
-        )
-        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-        assert done.returncode == 0, done.stdout[-1500:].decode(errors="replace")
+    check_compiles(text, tmp_path)
 
 
 def test_hostile_text_stays_text(show) -> None:
