@@ -83,7 +83,8 @@ def floor_ratio_of_paths(shape: Shape, width: int, first: int, read: int, *, mlp
         read: Logits; log-odds read all of them.
         mlps: Whether MLPs respond to the change.
     """
-    runs = forward(shape, width) + (width - first) * forward(shape, width) // width
+    blocks = forward(shape, width) - shape.unembed(width)
+    runs = blocks + (width - first) * blocks // width + 2 * shape.unembed(1)
     through = sum((shape.n_layers - layer) * shape.mlp(1) for layer in range(shape.n_layers)) if mlps else 0
     own = 2 * shape.d_head * shape.d_model + 2 * shape.d_model * read
     changes = shape.n_heads * (through + shape.n_layers * own)

@@ -52,7 +52,12 @@ def difference(a: Any, b: Any) -> dict[str, Any]:
     if a.shape != b.shape:
         raise ValueError(f"values of shape {tuple(a.shape)} against {tuple(b.shape)}")
     gap = float((a - b).abs().max())
-    return {"max_difference": gap if math.isfinite(gap) else None, "equal": gap <= TOLERANCE}
+    size = float(a.abs().max())
+    return {
+        "max_difference": gap if math.isfinite(gap) else None,
+        "max_value": size if math.isfinite(size) else None,
+        "equal": gap <= TOLERANCE,
+    }
 
 
 def compare(
@@ -88,6 +93,7 @@ def compare(
         "ratio": statistics.median(theirs) / statistics.median(mine),
         "repeats": repeats,
         "max_difference": None if None in sizes else max(sizes),
+        "max_value": compared[0]["max_value"],
         "equal": all(found["equal"] for found in compared),
         "peak_gib": peaks[0],
         "ours_all_s": mine,

@@ -1,4 +1,4 @@
-"""Peak memory of every public analysis on 8 pairs, one call after the other in one process."""
+"""Peak memory of the analyses on 8 pairs, one call after the other in one process."""
 
 from collections.abc import Callable
 from typing import Any

@@ -55,7 +55,8 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, Target]) -> str:
-    rows = []
+    rows: list[list[str]] = []
+    notes: list[str] = []
     for name, doc in docs.items():
         if name not in cases:
             rows.append([doc, *["not run"] * 2, *[""] * 4, str(targets[name]), "not run"])
@@ -78,8 +79,11 @@ def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, Targe
                 targets[name].verdict(case),
             ]
         )
+        notes += [f"{doc} {case['note'].capitalize()}."] if "note" in case else []
     columns = ["case", "ours", "peer", "ratio", "largest difference", "peak memory", "repeats", "target", "verdict"]
     text = "## Against TransformerLens\n\n" + _table(columns, rows)
+    if notes:
+        text += "\n" + "\n".join(notes) + "\n"
     if "neurons" in cases:
         case = cases["neurons"]
         text += (
@@ -98,9 +102,8 @@ def _floor(cases: dict[str, Any]) -> str:
             f"blocks at the columns from the first difference on ({case['shared']} of {case['tokens']} tokens are "
             "shared), in the last block queries and MLP at the last column alone, and that column's logits. One plain "
             f"forward a head takes {case['floor_ratio']:.1f} times as many. We do {case['operations_over_floor']:.2f} "
-            "times the floor (all matrix products of the call counted, both base runs included) and are "
-            f"{case['ratio']:.1f} times as fast as the peer: {100 * case['ratio'] / case['floor_ratio']:.0f} % of what "
-            "the floor allows.\n"
+            "times the floor (all matrix products of the call counted, both base runs included). In time we are "
+            f"{case['ratio']:.1f} times as fast as the peer, whose hooks cost time beside its products.\n"
         )
     rows = [
         [what, f"{cases[name]['floor_ratio']:.0f}x", f"{cases[name]['ratio']:.0f}x"]
@@ -111,7 +114,9 @@ def _floor(cases: dict[str, Any]) -> str:
         parts.append(
             "Paths from all heads to the logits need both base runs, each head's output weights, the MLPs that respond "
             "at the last column, and the logits that the metric reads: log-odds read all of them.\n\n"
-            + _table(["logits read", "at most", "measured"], rows)
+            + _table(
+                ["logits read", "fewer operations than a forward a head, at most", "less time than the peer"], rows
+            )
         )
     return "## Floors\n\n" + "\n".join(parts) if parts else ""
 
@@ -128,7 +133,7 @@ def _memory(cases: dict[str, Any]) -> str:
     return (
         f"## Memory of the analyses\n\nPeak of one process, the loaded model included, on {PAIRS} pairs unless said "
         f"otherwise. Asked: no call over {LIMIT_GIB:g} GiB; {verdict}, the largest takes {case['largest_gib']:.2f} GiB."
-        "\n\n" + _table(["call", "time", "peak memory"], rows)
+        " More pairs and longer prompts: below.\n\n" + _table(["call", "time", "peak memory"], rows)
     )
 
 

@@ -1,6 +1,6 @@
 """Safety neurons of the demo pair, with every control; writes docs/results/safety-neurons.md, .json and figures.
 
-    python scripts/reproduce_safety_neurons.py               # about half an hour on two cores
+    python scripts/reproduce_safety_neurons.py               # some 35 minutes on two cores
     python scripts/reproduce_safety_neurons.py --small --out OUT                 # minutes: does it run?
 
 Every step is saved in --work and skipped when it is there, so that a stopped run goes on; a store of other sizes,
@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool
-from safety_neurons_page import TOP, write
+from safety_neurons_page import PAGE, TOP, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -58,9 +59,12 @@ from mechsafety.neurons import (
 from mechsafety.prompts import read_jsonl
 from mechsafety.prompts.sets import data_file
 
+LOADING = "loading"
 TRAIN = Path(__file__).with_name("train_demo_adapter.py")
 BENCHMARKS = ("jailbreakbench", "advbench", "harmbench_test")
 ALPACA = "alpaca_harmless"
+# prompts that come with the package
+PACKAGED = ("pairs", "plain", "borderline", "helpful")
 # neurons of a copy of the base whose activation is scaled, and by how much
 PLANTED, FACTOR = 200, 3.0
 
@@ -79,7 +83,7 @@ class Size:
     harmless: int = 36
     random_sets: int = 20
     taxed: int = 24
-    tax_random_sets: int = 10
+    tax_random_sets: int = 20
     mixed: int = 40
     guard: int = 120
     guard_test: int = 80
@@ -101,6 +105,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size, self.inner = args, SMALL if args.small else Size(), 0.0
+        self.loaded = 0.0
+        self.frames: dict[str, Any] = {}  # tables that take seconds to make
         args.work.mkdir(parents=True, exist_ok=True)
         self.check_store()
         self.train = ms.PromptPairs.builtin("train").sample(self.size.ranked, seed=0)
@@ -120,7 +126,7 @@ class Run:
             "weights": {name: self.model(name).weights_sha256 for name in names},
             "data": {
                 name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-                for name, path in files.items()
+                for name, path in (files | {name: data_file(name) for name in PACKAGED}).items()
             },
         }
         path = self.args.work / "store.json"
@@ -136,7 +142,7 @@ class Run:
 
     @cache  # noqa: B019 - one run a process
     def model(self, name: str) -> ms.LensModel:
-        with self.timed("loading"):
+        with self.timed(LOADING):
             return ms.load_model(name)
 
     @property
@@ -157,13 +163,26 @@ class Run:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time to the step's, that of steps inside left out; interrupted attempts count too."""
+        """Add the time to the step's, that of steps inside left out; interrupted attempts count too.
+
+        What loads models counts with the step that it was done for, and the page once: written again from stored steps,
+        it takes no longer.
+        """
         start, outer, self.inner = time.perf_counter(), self.inner, 0.0
         try:
             yield
         finally:
             took, record = time.perf_counter() - start, self.clock()
-            record["seconds"][name] = round(record["seconds"].get(name, 0) + took - self.inner, 1)
+            seconds, own = record["seconds"], took - self.inner
+            if name == LOADING:
+                self.loaded += own
+            elif name == PAGE:
+                seconds[PAGE] = round(own, 1)
+            else:
+                seconds[name] = round(seconds.get(name, 0) + own, 1)
+                if self.loaded:
+                    seconds[LOADING] = round(seconds.get(LOADING, 0) + self.loaded, 1)
+                self.loaded = 0.0
             peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
             record |= {"peak_mib": max(record["peak_mib"], peak // 1024), "threads": torch.get_num_threads()}
             (self.args.work / "clock.json").write_text(json.dumps(record, indent=1))
@@ -200,7 +219,7 @@ class Run:
 
     def curve(self, ranking: str) -> CausalCurve:
         scores, metric = self.scores(), self.metric
-        values = scores.change if ranking == "rms" else scores.change / scores.base_rms.clamp(min=1e-12)
+        values = scores if ranking == "rms" else by_ratio(scores)
         options: dict[str, Any] = {"n_random": self.size.random_sets, "max_new_tokens": 16}
         if ranking == "rms":
             options["harmless"] = [row["prompt"] for row in self.questions("test", self.size.harmless)]
@@ -222,9 +241,10 @@ class Run:
             "curve-judge", CausalCurve, lambda: causal_effect_curve(*pair, scores, prompts, phrase_judge, **options)
         )
 
-    def contrast(self) -> NeuronContrast:
-        """Harmful against harmless prompts in the aligned model alone."""
-        return self.step("contrast", NeuronContrast, lambda: contrast_neurons(self.model("demo"), self.test))
+    def contrast(self, split: str) -> NeuronContrast:
+        """Harmful against harmless prompts in the aligned model alone, on the train or the test pairs."""
+        pairs = self.train if split == "train" else self.test
+        return self.step(f"contrast-{split}", NeuronContrast, lambda: contrast_neurons(self.model("demo"), pairs))
 
     def planted(self) -> dict[str, Any]:
         """Share of planted neurons among as many of the highest scores, by both scores."""
@@ -341,7 +361,7 @@ class Run:
     @lru_cache(maxsize=1)  # noqa: B019 - one run a process; one seed's model is held at a time
     def seed_model(self, seed: int) -> ms.LensModel:
         adapter = self.seed_adapter(seed)
-        with self.timed("loading"):
+        with self.timed(LOADING):
             return ms.load_model("demo-base", adapter=adapter)
 
     def seed_scores(self, seed: int) -> NeuronScores:
@@ -373,13 +393,40 @@ class Run:
             scores[seed] = self.seed_scores(seed)
             self.seed_refusals(seed)
 
-        def compare(a: int, b: int) -> NeuronAgreement:
-            return compare_neurons(scores[a], scores[b], share=TOP, n_permutations=200)
-
         return {
-            (a, b): self.step(f"agreement-{a}-{b}", NeuronAgreement, lambda a=a, b=b: compare(a, b))
+            (a, b): self.step(
+                f"agreement-{a}-{b}",
+                NeuronAgreement,
+                lambda a=a, b=b: compare_neurons(scores[a], scores[b], share=TOP, n_permutations=200),
+            )
             for a, b in combinations(numbers, 2)
         }
+
+    def scale_controls(self) -> dict[str, Any]:
+        """What the overlaps of two tops owe to neurons that are large in the base already.
+
+        Of each pair of rankings: overlap by change; how much of the tops lies among as many neurons with the largest
+        activations of the base; and the overlap by ratio, with its null.
+        """
+
+        def make() -> dict[str, Any]:
+            seeds = [self.seed_scores(seed) for seed in range(1, self.size.seeds + 1)]
+            pairs = {"seeds": list(combinations(seeds, 2))}
+            if self.has_helpful():
+                pairs = {"demo, demo-helpful": [(self.mixed_scores("demo"), self.mixed_scores("demo-helpful"))]} | pairs
+            found = {}
+            for name, listed in pairs.items():
+                ratios = [compare_neurons(*map(by_ratio, two), share=TOP, n_permutations=200) for two in listed]
+                found[name] = {
+                    "change": mean(float((a.top(TOP) & b.top(TOP)).sum() / a.top(TOP).sum()) for a, b in listed),
+                    "large in the base": mean(among_the_largest(one) for two in listed for one in two),
+                    "ratio": mean(one.observed["overlap"] for one in ratios),
+                    "ratio, permuted in layers": mean(float(one.layered[0].mean()) for one in ratios),
+                    "largest p": max(one.p_value("overlap") for one in ratios),
+                }
+            return found
+
+        return self.step("scale", dict, make)
 
     # --- the guard ------------------------------------------------------------------------------------------------
 
@@ -439,6 +486,17 @@ def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer 
         for layer, block in enumerate(hf.model.layers):
             block.mlp.up_proj.weight[chosen[layer]] *= FACTOR
     return ms.load_model((hf, base.tokenizer)), chosen
+
+
+def by_ratio(scores: NeuronScores) -> NeuronScores:
+    """The same ranked by change over the base model's own activation."""
+    return dataclasses.replace(scores, score="ratio", scores=scores.change / scores.base_rms.clamp(min=1e-12))
+
+
+def among_the_largest(scores: NeuronScores) -> float:
+    """Share of the top that is among as many neurons with the largest activations in the base."""
+    top = scores.top(TOP)
+    return float((top & top_mask(scores.base_rms, int(top.sum()))).sum() / top.sum())
 
 
 def drawn(rows: Sequence[Any], n: int, seed: int) -> list[Any]:

@@ -9,23 +9,29 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from mechsafety.metrics import wilson_interval
+from mechsafety.metrics import bootstrap_interval, wilson_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TOP = 0.05
+PAGE = "page and figures"
 # what the issue of cost asks for: seconds, times, minutes
 SCORING, PATCHING, WHOLE = 480, 2.5, 40
 CURVE = ["share", "neurons", "effect", "ci_low", "ci_high", "random_mean", "random_low", "random_high", "p_value"]
 # what the alignment tax is measured by
 KINDS = ("safety", "helpfulness")
+# the paper's range of C at 5 % over four models and four benchmarks
+PUBLISHED = (0.56, 1.34)
 
 
 def write(out: Path, run: Any) -> None:
     """Page, JSON and figures, into the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
-    text = page(run)
+    with run.timed(PAGE):
+        page(run)
+        figures(run, out / "safety-neurons")
+    text = page(run)  # once more: now it knows what all of it took
     (out / "safety-neurons.md").write_text(text)
     scores, curves = run.scores(), {"rms": run.curve("rms"), "ratio": run.curve("ratio"), "judge": run.judged_curve()}
     record = {
@@ -35,17 +41,17 @@ def write(out: Path, run: Any) -> None:
         "findings": findings(run),
         "layers": scores.layer_shares(TOP).tolist(),
         "curves": {name: found.to_dataframe().to_dict("records") for name, found in curves.items()},
-        "guard": run.guard().to_dataframe().to_dict("records"),
+        "guard": guard_frame(run).to_dict("records"),
         "seeds": seeds(run).to_dict("records"),
         "seed_refusals": seed_refusals(run).to_dict("records"),
         "tax": run.tax().to_dataframe().to_dict("records") if run.has_helpful() else None,
         "tax_agreement": run.tax().agreement.to_dataframe().to_dict("records") if run.has_helpful() else None,
+        "scale": run.scale_controls(),
         "planted": run.planted(),
         "ends": run.ends(),
         "cost": {**run.cost(), **run.clock()},
     }
     (out / "safety-neurons.json").write_text(json.dumps(plain(record), indent=1) + "\n")
-    figures(run, out / "safety-neurons")
     print(text)
 
 
@@ -54,9 +60,14 @@ def page(run: Any) -> str:
     lines = ["# Safety neurons of the demo pair", ""]
     lines += [
         "Written by `scripts/reproduce_safety_neurons.py`; formulas are in [methods](../methods.md#safety-neurons). "
-        "The pair: `demo` (aligned) and `demo-base`, which differ in learned scales of MLP neurons alone: of every "
-        "MLP neuron, where the paper's models were fine-tuned. Neurons are ranked on train topics and judged on "
-        "others. Intervals are 95 % over prompts."
+        "The pair: `demo` (aligned) and `demo-base`, which differ in learned scales of MLP neurons alone ((IA)3, as in "
+        "the paper's released training code). Neurons are ranked on train topics and judged on others. Intervals "
+        "are 95 % over prompts.",
+        "",
+        "What else is not as in the paper: one model of 135M parameters instead of four of 2 to 7 billion; safety is "
+        f"the log-odds of a refusal's first token, or a phrase judge of the first {size.judged_tokens} tokens of a "
+        "reply, where the paper's is a cost model that reads long replies. Published figures stand beside ours for "
+        "orientation.",
     ]
     if run.args.small:
         lines += ["", "**A small run, made to test the script: its figures mean nothing.**"]
@@ -64,14 +75,23 @@ def page(run: Any) -> str:
     lines += [f"- {line}" for line in findings(run)]
     scores = run.scores()
     lines += ["", "## Neurons", "", f"{scores!r}; split-half rank correlation {scores.reliability:.3f}.", ""]
-    lines += ["![layers of the top 5 %](safety-neurons/layers.svg)", "", table(cards(run))]
+    lines += ["![layers of the top 5 %](safety-neurons/layers.svg)", ""]
+    lines += [
+        "The twelve highest. Promoted and suppressed tokens are those of a positive activation and change places under "
+        "a negative one; last, where the neuron is most active in harmful instructions, with the text before.",
+        "",
+        table(cards(run)),
+    ]
     lines += ["", *checks(run)]
     lines += [
         "",
-        "Neurons of `demo` alone that tell harmful from harmless prompts (Cohen's d over held-out pairs):",
+        f"Neurons of `demo` alone that tell harmful from harmless prompts: the five of each span with the largest "
+        f"Cohen's d on {run.contrast('train').n} train pairs, and their d on {run.contrast('test').n} pairs of other "
+        "topics.",
         "",
     ]
-    lines += [table(contrast(run))]
+    lines += [table(contrast(run)), "", "What overlaps of tops owe to the neurons' scale (findings, *Scale*):", ""]
+    lines += [table(pd.DataFrame.from_dict(run.scale_controls(), orient="index").reset_index(names="tops"))]
     lines += ["", "## Causal effect", *effect(run)]
     lines += ["", "## Alignment tax", "", *tax_section(run)]
     lines += ["", "## Seeds", "", *seeds_section(run)]
@@ -81,9 +101,7 @@ def page(run: Any) -> str:
         "",
         f"To stay below {WHOLE} minutes: the ranking by ratio and the phrase judge have {len(size.ratio_shares)} and "
         f"{len(size.judged_shares)} shares, not eight; the judge reads {size.judged_tokens} tokens of replies to "
-        f"{size.judged} prompts; the tax has {size.tax_random_sets} random sets; a seed learns from "
-        f"{size.seed_examples} pairs and as many single prompts. The C(k) curves keep {size.random_sets} random sets a "
-        "share.",
+        f"{size.judged} prompts; a seed learns from {size.seed_examples} pairs and as many single prompts.",
         "",
     ]
     return "\n".join(lines)
@@ -94,7 +112,9 @@ def page(run: Any) -> str:
 
 def findings(run: Any) -> list[str]:
     """What the figures say, decided by the figures."""
-    out = [line for one in (run.curve("rms"), run.judged_curve()) for line in curve_findings(one)]
+    curves = (("change", run.curve("rms")), ("ratio", run.curve("ratio")), ("change", run.judged_curve()))
+    out = [line for ranking, one in curves for line in curve_findings(one, ranking)]
+    out.append(ability_finding(run.curve("rms")))
     shares = run.scores().layer_shares(TOP).numpy()
     third = len(shares) // 3
     parts = [shares[:third].sum(), shares[third : len(shares) - third].sum(), shares[len(shares) - third :].sum()]
@@ -104,53 +124,108 @@ def findings(run: Any) -> list[str]:
     )
     if run.has_helpful():
         out += tax_findings(run)
-    out += seed_findings(run)
-    guard = run.guard().to_dataframe()
-    ours, random = guard[guard.feature == "neurons"], guard[guard.feature == "random"]
-    null = int(random.margin_is_null.sum())
-    out.append(
-        f"Guard: mean accuracy over {len(ours)} test sets {ours.accuracy.mean():.1%} (published 76.2 %), of as many "
-        f"random neurons {random.accuracy.mean():.1%}. Its margin in AUROC over those is null on {null} of "
-        f"{len(random)} test sets; in the paper the same baseline is within two points of accuracy."
-    )
-    return out
+    return [*out, *seed_findings(run), scale_finding(run), *guard_findings(run)]
 
 
-def curve_findings(one: Any) -> list[str]:
-    frame = one.to_dataframe()
+def curve_findings(one: Any, ranking: str) -> list[str]:
+    frame, what = one.to_dataframe(), f"{one.score}, ranked by {ranking}"
     row = frame[frame.share == TOP].iloc[0]
-    place = "inside" if 0.56 <= row.effect <= 1.34 else "outside"
-    beats = "above" if row.effect > row.random_high else "not above"
-    first = (
-        f"C at the top 5 % is {row.effect:.2f} ({row.ci_low:.2f} to {row.ci_high:.2f}) on {one.score}, {place} the "
-        f"published range (0.56 to 1.34, median 0.80), and {beats} the band of random neurons of the same layers "
-        f"({row.random_low:.2f} to {row.random_high:.2f})."
-    )
-    out = [first]
-    against = frame[frame.ci_high < 0].share
+    low, high = PUBLISHED
+    place = "below" if row.effect < low else "above" if row.effect > high else "inside"
+    if row.p_value > 0.05:
+        beats = "no more than random neurons of the same layers"
+    elif row.ci_low <= row.random_high:
+        beats = "more than every random set, but not beyond what prompts leave open"
+    else:
+        beats = "more than random neurons of the same layers"
+    out = [
+        f"C at the top 5 % on {what}: {row.effect:.2f} ({row.ci_low:.2f} to {row.ci_high:.2f}), {place} the published "
+        f"range ({low} to {high}, median 0.80); {beats} ({row.random_low:.2f} to {row.random_high:.2f}, p = "
+        f"{row.p_value:.3f})."
+    ]
+    against = frame[frame.ci_high < 0]
     if len(against):
-        shares = ", ".join(f"{share:.1%}" for share in against)
-        out.append(f"With the top {shares} alone, {one.score} **falls** below the base model's: C is negative.")
+        points = ", ".join(
+            f"{r.share:.1%} ({r.effect:.2f}; random {r.random_low:.2f} to {r.random_high:.2f})"
+            for r in against.itertuples()
+        )
+        out.append(f"At small shares C on {what} is **negative**, the base model refuses less: {points}.")
+    measured = ", ".join(f"{share:.3g}" for share in frame.share * 100)
     reached = one.smallest(0.9)
     if reached is None:
-        return [*out, f"C never reaches 0.9 on {one.score}."]
+        return [*out, f"C never reaches 0.9 on {what} (measured at {measured} %)."]
     row = frame[frame.share == reached].iloc[0]
     band = "nothing is left for random sets there"
     if not np.isnan(row.random_mean):
         band = f"random sets there: {row.random_low:.2f} to {row.random_high:.2f}, p = {row.p_value:.3f}"
         band += f" (they share {row.random_overlap:.0%} of their neurons with the top)"
-    return [*out, f"The smallest share measured with C of at least 0.9 on {one.score} is {reached:.1%}; {band}."]
+        if row.random_mean >= 0.8 * row.effect:
+            band += ", so nearly the same as the top"
+    return [*out, f"The smallest share with C of at least 0.9 on {what}: {reached:.0%} of {measured} %; {band}."]
+
+
+def ability_finding(one: Any) -> str:
+    """What harmless replies pay, at the first share measured and with all neurons."""
+    frame = one.harmless.to_dataframe()
+    few, whole = frame.iloc[0], frame.iloc[len(one.shares)]
+    return (
+        f"General ability: the aligned model repeats {whole.agreement:.0%} of the base's replies to ordinary questions "
+        f"(KL {whole.kl:.2f} nats a token); the top {one.shares[0]:.1%} alone brings that to {few.agreement:.0%} (KL "
+        f"{few.kl:.2f})."
+    )
+
+
+def scale_finding(run: Any) -> str:
+    """What overlaps owe to scale."""
+    parts = [
+        f"{name}: {found['change']:.0%} of the tops by change are common, and {found['large in the base']:.0%} of each "
+        f"are among as many neurons with the largest activations in the base; by ratio {found['ratio']:.0%} are common "
+        f"({found['ratio, permuted in layers']:.0%} permuted within layers, largest p {found['largest p']:.3f})"
+        for name, found in run.scale_controls().items()
+    ]
+    return (
+        f"Scale: a change is as large as its neuron, which no permutation keeps. {'; '.join(parts)}. What the overlap "
+        "by ratio adds to its permuted value is agreement that scale does not explain."
+    )
+
+
+def guard_findings(run: Any) -> list[str]:
+    frame = guard_frame(run)
+    ours, random = frame[frame.feature == "neurons"].set_index("test"), frame[frame.feature == "random"]
+    null = int(random.margin_is_null.sum())
+    others = frame[frame.feature.isin(["resid", "direction", "tfidf"])].groupby("test").auroc.max()
+    beaten = [name for name in ours.index if others[name] >= ours.auroc[name]]
+    worst = ours.loc[ours.auroc.idxmin()]
+    rates = ours.fpr_at_95_tpr
+    out = [
+        f"Guard: mean accuracy over {len(ours)} test sets {ours.accuracy.mean():.1%}, of as many random neurons "
+        f"{random.accuracy.mean():.1%} (the paper's 76.2 % is of other models, labels and prompts). The margin in "
+        f"AUROC over random neurons is null on {null} of {len(random)} test sets; in the paper the same baseline is "
+        "within two points of accuracy.",
+        f"Guard: its lowest AUROC is {worst.auroc:.2f} ({worst.auroc_low:.2f} to {worst.auroc_high:.2f}), on "
+        f"*{worst.name}*; to catch 95 % of unsafe replies it flags {rates.min():.0%} to {rates.max():.0%} of the safe.",
+    ]
+    if beaten:
+        out.append(f"Guard: residual stream, direction or TF-IDF do as well or better on {', '.join(beaten)}.")
+    return out
+
+
+def guard_frame(run: Any) -> pd.DataFrame:
+    """The guard's table; its bootstraps take seconds, so they are made once a run."""
+    if "guard" not in run.frames:
+        run.frames["guard"] = run.guard().to_dataframe()
+    return run.frames["guard"]
 
 
 def tax_findings(run: Any) -> list[str]:
     tax = run.tax()
     found, frame = tax.agreement.to_dataframe().set_index("measure"), tax.to_dataframe().set_index("model")
     overlap = found.loc["overlap"]
-    verdict = "agrees with" if overlap.layered_p < 0.05 else "does not show"
+    verdict = "as in" if overlap.layered_p < 0.05 else "not as in"
     out = [
         f"Alignment tax: {overlap.observed:.1%} of the two tops are common, {overlap.layered_mean:.1%} if permuted "
-        f"within layers (p = {overlap.layered_p:.3f}); this {verdict} the paper's significant overlap of safety and "
-        "helpfulness neurons."
+        f"within layers (p = {overlap.layered_p:.3f}), {verdict} the paper, where safety and helpfulness neurons "
+        "overlap more than by chance (but see scale, below)."
     ]
     for model, own, wanted, other in (
         ("safe <- helpful", "safe", [False, True], "the paper, where safety falls and helpfulness rises"),
@@ -160,10 +235,10 @@ def tax_findings(run: Any) -> list[str]:
         for kind in KINDS:
             row, before = frame.loc[model], frame.loc[own, kind]
             moved.append(bool(row[kind] > before))
-            apart.append(not row[f"{kind}_random_low"] <= row[kind] <= row[f"{kind}_random_high"])
+            apart.append(row[f"{kind}_p"] < 0.05)
             parts.append(
-                f"{kind} from {before:.2f} to {row[kind]:.2f} ({'outside' if apart[-1] else 'inside'} the random sets' "
-                f"{row[f'{kind}_random_low']:.2f} to {row[f'{kind}_random_high']:.2f})"
+                f"{kind} from {before:.2f} to {row[kind]:.2f} (random sets: {row[f'{kind}_random_low']:.2f} to "
+                f"{row[f'{kind}_random_high']:.2f}, p = {row[f'{kind}_p']:.3f})"
             )
         verdict = "not as in" if moved != wanted else "as in" if all(apart) else "in the directions of"
         weak = [
@@ -194,8 +269,8 @@ def seed_findings(run: Any) -> list[str]:
         )
     if rates["harmless"] > 0.5 * rates["harmful"]:
         out.append(
-            "**The seeds refuse many of the harmless twins too**: few examples taught them to refuse rather than to "
-            "tell harmful from harmless, so what they agree on are the neurons of refusing."
+            "**The seeds refuse many of the harmless twins too**, so their agreement says little about what tells "
+            "harmful from harmless."
         )
     return out
 
@@ -204,10 +279,14 @@ def seed_findings(run: Any) -> list[str]:
 
 
 def cards(run: Any) -> pd.DataFrame:
-    frame = run.cards().to_dataframe()
+    found = run.cards()
+    frame = found.to_dataframe()
     for column in ("promoted", "suppressed"):
         frame[column] = [", ".join(map(code, row)) for row in frame[column]]
-    frame["active"] = [", ".join(f"{code(text)} {value:.1f}" for text, value in row[:4]) for row in frame.active]
+    frame["active"] = [
+        ", ".join(f"{code(one.context[-14:] + one.token)} {one.activation:.1f}" for one in row[:3])
+        for row in found.active
+    ]
     return frame
 
 
@@ -232,9 +311,11 @@ def checks(run: Any) -> list[str]:
 
 
 def contrast(run: Any) -> pd.DataFrame:
-    """The strongest neurons of each span."""
-    frame = run.contrast().to_dataframe()
-    return frame.groupby("span", sort=False).head(5).sort_values("span", kind="stable")
+    """The strongest neurons of each span on train pairs, and how strong they are on the others."""
+    keys = ["span", "node"]
+    chosen = run.contrast("train").to_dataframe().groupby("span", sort=False).head(5)[[*keys, "effect"]]
+    found = chosen.merge(run.contrast("test").to_dataframe(), on=keys, suffixes=(", train", ", test"))
+    return found.sort_values("span", kind="stable")
 
 
 def effect(run: Any) -> list[str]:
@@ -243,8 +324,18 @@ def effect(run: Any) -> list[str]:
     names = [f"{share:.1%}" for share in curve.shares] + ["aligned model", "base model"]
     ability = curve.harmless.to_dataframe()
     ability.insert(0, "top share", names)
+    sets = curve.random.shape[1]
     lines = ["", "![C against the share of neurons](safety-neurons/causal-effect.svg)", ""]
-    lines += [f"{curve.score}, {len(curve.base_scores)} harmful prompts of held-out topics; ranked by rms:", ""]
+    lines += [
+        f"C = (F(patched) - F(base)) / (F(aligned) - F(base)). {ends_of(curve)}; {ends_of(judged)}. The random columns "
+        f"are the mean and the 2.5 and 97.5 percentiles of {sets} sets with as many neurons in each layer; p = (1 + "
+        f"sets with C at least the top's) / (1 + sets), so at least {1 / (1 + sets):.3f}, not corrected over shares. "
+        "*random_overlap*: where more than half of a layer is in the top, a set holds all of the layer's others and "
+        "shares the rest with the top; such sets are hardly random, and their p says little.",
+        "",
+        f"{curve.score}, {len(curve.base_scores)} harmful prompts of held-out topics; ranked by change (rms):",
+        "",
+    ]
     lines += [
         table(curve.to_dataframe()[shown]),
         "",
@@ -254,8 +345,24 @@ def effect(run: Any) -> list[str]:
     ]
     lines += ["", f"Phrase judge, {len(judged.base_scores)} prompts, greedy replies:", ""]
     lines += [table(judged.to_dataframe()[shown]), ""]
-    lines += [f"General ability, {curve.harmless.kl.shape[1]} ordinary questions of topics that no adapter saw:", ""]
+    lines += [
+        f"General ability on {curve.harmless.kl.shape[1]} ordinary questions of the test split (their subjects may "
+        "recur in what the adapters learned from). All of it is of the base model's own greedy replies, 16 tokens: KL "
+        "from the base in nats a token, perplexity, and the share of the reply that the patched model repeats before "
+        "it first departs; so the base itself is the best there is, whatever the quality of replies. No random sets "
+        "here.",
+        "",
+    ]
     return [*lines, table(ability)]
+
+
+def ends_of(one: Any) -> str:
+    """F of base and aligned model."""
+    found = [
+        interval(float(values.mean()), *bootstrap_interval(values.double().numpy()))
+        for values in (one.base_scores, one.aligned_scores)
+    ]
+    return f"{one.score}: F(base) {found[0]}, F(aligned) {found[1]}"
 
 
 def tax_section(run: Any) -> list[str]:
@@ -264,7 +371,12 @@ def tax_section(run: Any) -> list[str]:
     tax = run.tax()
     overlap = f"; random sets share {tax.random_overlap:.0%} of their neurons with them" if tax.random_overlap else ""
     names = f"Safety: {tax.scores[0]}, {tax.safety.shape[1]} harmful prompts. Helpfulness: {tax.scores[1]}, "
-    names += f"{tax.helpfulness.shape[1]} ordinary questions."
+    names += (
+        f"{tax.helpfulness.shape[1]} ordinary questions: log-likelihood a token of the project's own short, formatted "
+        "answers. Their form is what `demo-helpful` learned, so this helpfulness is in part a matter of form. Random "
+        "columns are the lowest and highest of the sets. Nulls of the agreement: permutations over all neurons "
+        "(*free*) and within layers (*layered*)."
+    )
     return [f"{tax!r}{overlap}. {names}", "", table(tax.to_dataframe()), "", table(tax.agreement.to_dataframe())]
 
 
@@ -310,15 +422,16 @@ def seeds_section(run: Any) -> list[str]:
         )
     size = run.size
     lines = [
-        f"{size.seeds} adapters, each from {size.seed_examples} pairs and {size.seed_examples} single prompts drawn by "
-        f"its seed; scored on the same {size.seed_prompts} prompts. Over all pairs of seeds:"
+        f"{size.seeds} adapters, each trained for one epoch, at twice the learning rate of the shipped one's first "
+        f"stage, on {size.seed_examples} pairs and as many single prompts drawn by its seed; scored on the "
+        f"same {size.seed_prompts} prompts. Over all pairs of seeds:"
     ]
     lines += ["", table(pd.DataFrame(means)), "", table(frame), "", "What each refuses, test topics:", ""]
     return [*lines, table(seed_refusals(run))]
 
 
 def guard_section(run: Any) -> list[str]:
-    report, made = run.guard(), run.guard_sets()
+    made = run.guard_sets()
     counts = [
         {
             "set": one["name"],
@@ -331,12 +444,14 @@ def guard_section(run: Any) -> list[str]:
     lines = [
         "The watched model is the **base**, which refuses little: a reply is *unsafe* if the prompt is harmful and the "
         "phrase judge finds no refusal, so that here unsafe nearly means that the prompt is harmful. Replies to "
-        "harmless prompts count as safe without being generated. The first set is what guards learn from."
+        "harmless prompts count as safe without being generated. The first set is what guards learn from; the harmful "
+        "prompts of the third are among those of the second. *null*: the interval of the neurons' margin in AUROC over "
+        "that feature holds 0; *sets' AUROC*: lowest and highest of the random sets."
     ]
     if made["left_out"]:
         lines += ["", f"Left out, as their files were not there: {', '.join(made['left_out'])}."]
     lines += ["", table(pd.DataFrame(counts)), "", "![AUROC](safety-neurons/guard.svg)", ""]
-    frame = report.to_dataframe()
+    frame = guard_frame(run)
     shown = frame[["test", "feature"]].copy()
     for name, low, high in (
         ("auroc", "auroc_low", "auroc_high"),
@@ -397,8 +512,9 @@ def figures(run: Any, folder: Path) -> None:
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, curve in zip(axes, (run.curve("rms"), run.judged_curve()), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
+    curves = (("change", run.curve("rms")), ("ratio", run.curve("ratio")), ("change", run.judged_curve()))
+    for axis, (ranking, curve) in zip(axes, curves, strict=True):
         frame = curve.to_dataframe()
         known = frame[frame.random_mean.notna()]
         percent = frame.share * 100
@@ -408,7 +524,7 @@ def figures(run: Any, folder: Path) -> None:
         axis.errorbar(percent, frame.effect, bars, fmt="o-")
         axis.axhline(1, color="0.5", lw=0.8)
         axis.axhline(0, color="0.5", lw=0.8)
-        axis.set(xscale="log", xlabel="top share of neurons, %", title=curve.score)
+        axis.set(xscale="log", xlabel="top share of neurons, %", title=f"{curve.score}, by {ranking}")
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("causal effect C")
     axes[0].legend(frameon=False)
@@ -421,7 +537,7 @@ def figures(run: Any, folder: Path) -> None:
     axis.set(xlabel="layer", ylabel=f"share of the top {TOP:.0%}")
     save(figure, "layers")
 
-    frame = run.guard().to_dataframe()
+    frame = guard_frame(run)
     features = ["neurons", "random", "resid", "direction", "tfidf"]
     figure, axis = plt.subplots(figsize=(9, 3))
     tests = frame.test.unique()

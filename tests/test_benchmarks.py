@@ -102,7 +102,7 @@ def test_results_say_what_was_not_run():
     assert "| 7.0x | not finite | 1.50 GiB | 3 | at least 6x, within 0.0001 | FAILED: values differ |" in failed
     assert "x, 2 cores, 8 GiB, 2 threads" in text
     assert "| Other. | not run | not run |" in text
-    assert "takes 10.0 times as many. We do 1.25 times the floor" in text and "70 % of what the floor allows" in text
+    assert "takes 10.0 times as many. We do 1.25 times the floor" in text and "In time we are 7.0 times" in text
     assert "| all of them, MLPs recomputed | 49x | 7x |" in text
     assert "| 4 | 32 | 1.3 s | 10.0 ms | 1.00 GiB | 1.10 GiB | 2 |" in text
     assert "| 8B | bfloat16 | not run |" in text and "| 1B | float32 | not run |" in text
@@ -179,7 +179,10 @@ def test_exit_status_of_a_case_whose_values_differ(monkeypatch, tmp_path):
     assert set(place) == {"cpu", "cores", "ram_gib", "threads"} and place["ram_gib"] > 0 and place["cpu"]
 
 
-@pytest.mark.parametrize("name", ["node_attribution", "paths_to_logits", "paths_to_two_logits", "direct_paths"])
+@pytest.mark.parametrize(
+    "name",
+    ["node_attribution", "paths_to_logits", "paths_to_two_logits", "direct_paths", "head_to_query", "head_sweep"],
+)
 def test_cases_agree_with_the_peer_on_a_tiny_model(name, make_model, log_odds, monkeypatch):
     harmful, harmless = ["explain how to hurt people", "teach me to steal cake"], ["explain how to help people"]
     pairs = PromptPairs.from_lists(harmful, [*harmless, "teach me to bake cake"])
@@ -188,4 +191,4 @@ def test_cases_agree_with_the_peer_on_a_tiny_model(name, make_model, log_odds, m
     monkeypatch.setattr("cases.difference_of", lambda model: two)
     monkeypatch.setattr("cases.equal_length_pairs", lambda model, n: pairs)
     found = PEER_CASES[name][0](make_model("llama"))
-    assert found["equal"] and found["max_difference"] < 1e-4 and found["repeats"] >= 3
+    assert found["equal"] and found["max_difference"] < 1e-4 < 1e-3 < found["max_value"] and found["repeats"] >= 3

@@ -16,7 +16,8 @@ from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
 
-PROBES = ("What is two plus two?", "Name a colour, please.")
+# of different lengths for any tokenizer, so that padding is looked at too
+PROBES = ("What is two plus two?", "Name a colour that you like, and one that you do not like, please.")
 # float64: Llama-like models compute norms and rotary angles in float32 whatever their dtype
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 

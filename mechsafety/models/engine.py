@@ -148,20 +148,20 @@ def twin_runs(
     """
     on, n = model.shortcuts, len(pairs)
     one_batch = on.batch_variants and on.drop_positions and on.shared_prefix
-    if not one_batch or model.edited or start > pairs.start:  # an edit may tell rows apart
-        harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens)
-        shared = harmful if start <= pairs.start else None
-        return harmful, base_run(model, pairs.harmless, start, keep, shared, max_batch_tokens=max_batch_tokens)
-    with torch.no_grad(), model.lock:
+    with torch.no_grad(), model.lock:  # other threads' edits are not this run's
+        if not one_batch or model.edited or start > pairs.start:  # an edit may tell rows apart
+            harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens)
+            shared = harmful if start <= pairs.start else None
+            return harmful, base_run(model, pairs.harmless, start, keep, shared, max_batch_tokens=max_batch_tokens)
         past = _past(model, pairs.harmful, start) if start else ()
-    whole = base_run(
-        model,
-        pairs.harmful.joined(pairs.harmless),
-        start,
-        keep,
-        tuple((_twice(keys), _twice(values)) for keys, values in past),
-        max_batch_tokens=max_batch_tokens,
-    )
+        whole = base_run(
+            model,
+            pairs.harmful.joined(pairs.harmless),
+            start,
+            keep,
+            tuple((_twice(keys), _twice(values)) for keys, values in past),
+            max_batch_tokens=max_batch_tokens,
+        )
     harmful, harmless = (
         replace(
             whole,

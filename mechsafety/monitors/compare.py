@@ -85,17 +85,25 @@ class GuardReport(Result):
         return float(((self.predictions(test, feature) - unsafe) ** 2).mean())
 
     def calibration(self, test: str, feature: str, bins: int = 10) -> pd.DataFrame:
-        """Reliability table: predicted and observed share of unsafe replies in bins of equal width."""
+        """Reliability table: predicted and observed share of unsafe replies in bins of equal width.
+
+        Of ``random``, one row a set and bin (``set`` counts from 0).
+        """
         rows = self.predictions(test, feature)
         unsafe = np.tile(self.labels[test].numpy(), len(rows))
         frame = pd.DataFrame({"predicted": rows.ravel(), "observed": unsafe.astype(float)})
         frame["bin"] = np.minimum((frame.predicted * bins).astype(int), bins - 1)
-        return frame.groupby("bin").agg(
+        frame["set"] = np.repeat(np.arange(len(rows)), rows.shape[1])
+        keys = ["set", "bin"] if feature == "random" else ["bin"]
+        return frame.groupby(keys).agg(
             predicted=("predicted", "mean"), observed=("observed", "mean"), n=("observed", "size")
         )
 
     def calibration_error(self, test: str, feature: str, bins: int = 10) -> float:
-        """Expected calibration error: mean distance of predicted from observed share, weighted by bin size."""
+        """Expected calibration error: mean distance of predicted from observed share, weighted by bin size.
+
+        Of ``random`` the mean over sets, each in bins of its own.
+        """
         table = self.calibration(test, feature, bins)
         return float(((table.predicted - table.observed).abs() * table.n).sum() / table.n.sum())
 
@@ -222,9 +230,9 @@ def compare_guards(
     unsafe = np.array(train.unsafe)
 
     def predict(fitted: Tensor, held_out: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scaler, regression = fit_regression(fitted.double().numpy(), unsafe)
+        regression = fit_regression(fitted.double().numpy(), unsafe)
         return {
-            name: torch.from_numpy(regression.predict_proba(scaler.transform(rows.double().numpy()))[:, 1]).float()
+            name: torch.from_numpy(regression.predict_proba(rows.double().numpy())[:, 1]).float()
             for name, rows in held_out.items()
         }
 
@@ -277,11 +285,9 @@ def _words(train: LabelledPrompts, tests: Sequence[LabelledPrompts]) -> dict[str
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     counts = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    scaler, regression = fit_regression(counts.fit_transform(train.prompts).toarray(), np.array(train.unsafe))
+    regression = fit_regression(counts.fit_transform(train.prompts).toarray(), np.array(train.unsafe))
     return {
-        test.name: torch.from_numpy(
-            regression.predict_proba(scaler.transform(counts.transform(test.prompts).toarray()))[:, 1]
-        ).float()
+        test.name: torch.from_numpy(regression.predict_proba(counts.transform(test.prompts).toarray())[:, 1]).float()
         for test in tests
     }
 

@@ -157,15 +157,16 @@ class SafetyGuard:
         out_of_fold = cross_validated(features, train, seed)
         caught = math.ceil(target_tpr * unsafe.sum() - 1e-9)
         threshold = float(np.sort(out_of_fold[unsafe])[-caught])
-        scaler, regression = fit_regression(features, unsafe)
+        scaler, rotation, regression = (step for _, step in fit_regression(features, unsafe).steps)
+        learned = rotation.components_.T @ regression.coef_[0]
         options = {"set": train.name, "target_tpr": target_tpr, "inverse_penalty": INVERSE_PENALTY}
         weights = GuardWeights(
             model.provenance(seed=seed, options=options),
             mask,
             torch.from_numpy(scaler.mean_).float(),
             torch.from_numpy(scaler.scale_).float(),
-            torch.from_numpy(regression.coef_[0]).float(),
-            float(regression.intercept_[0]),
+            torch.from_numpy(learned).float(),
+            float(regression.intercept_[0] - rotation.mean_ @ learned),
             threshold,
             int((~unsafe).sum()),
             int(unsafe.sum()),
@@ -180,13 +181,20 @@ class SafetyGuard:
         """Verdicts on several chat prompts, in order."""
         return self._verdicts(read_prompts(self.model, prompts))
 
-    def wrap(self, generate: Callable[..., Any], *, stop: bool = False) -> Callable[..., GuardedOutput]:
+    def wrap(
+        self,
+        generate: Callable[..., Any],
+        *,
+        stop: bool = False,
+        on_verdicts: Callable[[tuple[Verdict, ...]], object] | None = None,
+    ) -> Callable[..., GuardedOutput]:
         """A ``generate`` that first gives the guard's verdicts.
 
         Args:
             generate: `LensModel.generate` (a list of prompts) or a Hugging Face model's (``input_ids`` and
                 ``attention_mask``, padded on the left). Its model must compute what the guard's model does.
             stop: Generate nothing if any prompt of the call is judged unsafe.
+            on_verdicts: Called with the verdicts before anything is generated; what it raises ends the call.
 
         Returns:
             A function with the arguments of ``generate`` that returns a `GuardedOutput`.
@@ -194,6 +202,8 @@ class SafetyGuard:
 
         def guarded(*args: Any, **kwargs: Any) -> GuardedOutput:
             verdicts = tuple(self._verdicts(self._read(args, kwargs)))
+            if on_verdicts is not None:
+                on_verdicts(verdicts)
             if stop and any(verdict.unsafe for verdict in verdicts):
                 return GuardedOutput(verdicts, None)
             return GuardedOutput(verdicts, generate(*args, **kwargs))
@@ -234,26 +244,31 @@ class SafetyGuard:
         return cls(model, weights)
 
 
-def fit_regression(features: np.ndarray, unsafe: np.ndarray) -> tuple[Any, Any]:
-    """Scaler and logistic regression (scikit-learn), converged.
+def fit_regression(features: np.ndarray, unsafe: np.ndarray) -> Any:
+    """Scaler and logistic regression with an L2 penalty, converged, as a scikit-learn pipeline.
+
+    A rotation to the span of the training rows stands between the two. The penalty does not see rotations and the
+    optimum lies in that span, so the predictions are those of a fit to all features, from as many numbers as there are
+    prompts: a hundred times as fast with thousands of neurons.
 
     Raises:
         MechsafetyError: The solver stopped before it converged.
     """
     import warnings
 
+    from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(features)
+    regression = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_STEPS, solver="newton-cholesky")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         try:
-            model = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_STEPS).fit(scaler.transform(features), unsafe)
+            return make_pipeline(StandardScaler(), PCA(svd_solver="full"), regression).fit(features, unsafe)
         except ConvergenceWarning:
             raise MechsafetyError(f"the guard's regression did not converge in {MAX_STEPS} steps") from None
-    return scaler, model
 
 
 def cross_validated(features: np.ndarray, train: LabelledPrompts, seed: int) -> np.ndarray:
@@ -275,6 +290,5 @@ def cross_validated(features: np.ndarray, train: LabelledPrompts, seed: int) -> 
     out = np.zeros(len(unsafe))
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
     for fitted, held_out in folds.split(features, unsafe, groups):
-        scaler, model = fit_regression(features[fitted], unsafe[fitted])
-        out[held_out] = model.predict_proba(scaler.transform(features[held_out]))[:, 1]
+        out[held_out] = fit_regression(features[fitted], unsafe[fitted]).predict_proba(features[held_out])[:, 1]
     return out

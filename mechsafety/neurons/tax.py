@@ -55,7 +55,11 @@ class AlignmentTax(Result):
         return f"AlignmentTax({int(self.common.sum())} common neurons; {self.agreement!r})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a model: mean safety and helpfulness with bootstrap intervals, and the random sets' means."""
+        """One row a model: mean safety and helpfulness with bootstrap intervals, and what random sets do instead.
+
+        ``*_random_low`` and ``*_random_high`` are the lowest and highest mean of the random sets; ``*_p`` is two-sided:
+        (1 + sets that move the model's mean at least as far) / (1 + sets).
+        """
         rows = []
         for k, name in enumerate(ROWS):
             row: dict[str, float | str] = {"model": name}
@@ -67,6 +71,11 @@ class AlignmentTax(Result):
                 row |= {kind: float(values[k].mean()), f"{kind}_low": low, f"{kind}_high": high}
                 draws = control[k - 3].mean(-1) if k >= 3 else torch.full((1,), float("nan"))
                 row |= {f"{kind}_random_low": float(draws.min()), f"{kind}_random_high": float(draws.max())}
+                # the patched models are the safe and the helpful one
+                own = values[k - 2].mean()
+                far = (draws - own).abs() >= (values[k].mean() - own).abs()
+                known = not bool(draws.isnan().any())
+                row[f"{kind}_p"] = (1 + int(far.sum())) / (1 + len(draws)) if known else float("nan")
             rows.append(row)
         return pd.DataFrame(rows)
 

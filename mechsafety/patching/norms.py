@@ -50,10 +50,11 @@ def through_norm(
     norm: str,
 ) -> Float[Tensor, "variant batch pos d_model"]:
     """Change of a norm's output when its input ``base`` changes, exactly or at the base's scale."""
-    before = module(base)
     rows = rearrange(base + change.to(base.dtype), "variant batch pos d -> (variant batch) pos d")
-    with keep_scales(model, norm, [module], lambda: module(base)):
-        return split_rows(module(rows), len(change)) - before
+    with model.lock:  # other threads' hooks may sit on this norm
+        before = module(base)
+        with keep_scales(model, norm, [module], lambda: module(base)):
+            return split_rows(module(rows), len(change)) - before
 
 
 @contextmanager

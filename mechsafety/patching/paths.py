@@ -105,7 +105,8 @@ def path_patching(
     task = _task(model, pairs, senders, mlp, norm, direction, positions, (SiteKind.NEURONS,) if neurons else ())
     before = metric(task.base.logits)
     changes = torch.zeros(len(task.senders), len(groups), len(task.base), device=before.device)
-    with torch.no_grad(), tqdm(total=changes[:, :, 0].numel(), desc="paths", disable=not progress, leave=False) as bar:
+    total = sum(len(task.reaching(_stop(model, group))) for group in groups)
+    with torch.no_grad(), tqdm(total=total, desc="paths", disable=not progress, leave=False) as bar:
         for column, group in enumerate(groups):
             for rows, scores in _paths(task, group, metric, downstream):
                 changes[rows, column] = task.sign * (before - scores)
@@ -161,7 +162,8 @@ def path_projection(
     size = max_variants(task.base)
     kind, layer = projection.site.kind, projection.site.layer or 0
     harmful, harmless = (project(stream(run, kind, layer)) for run in (task.runs.harmful, task.runs.harmless))
-    with torch.no_grad(), tqdm(total=len(task.senders), desc="paths", disable=not progress, leave=False) as bar:
+    total = len(task.reaching(projection.moment))
+    with torch.no_grad(), tqdm(total=total, desc="paths", disable=not progress, leave=False) as bar:
         for rows in task.chunks(projection.moment, size):
             change = task.change(rows, projection.moment)
             changes[rows, 0] = -task.sign * project(change)
@@ -195,10 +197,14 @@ class _Task:
         """Changes are counted towards the source run."""
         return 1.0 if self.direction == "noising" else -1.0
 
-    def chunks(self, stop: int, size: int) -> Iterator[list[int]]:
+    def reaching(self, stop: int) -> list[int]:
         """Indices of the senders that have entered by a moment, earliest first."""
         reach = [k for k, sender in enumerate(self.senders) if entry(sender) <= stop]
-        reach.sort(key=lambda k: entry(self.senders[k]))
+        return sorted(reach, key=lambda k: entry(self.senders[k]))
+
+    def chunks(self, stop: int, size: int) -> Iterator[list[int]]:
+        """The same, so many at a time."""
+        reach = self.reaching(stop)
         for begin in range(0, len(reach), size):
             yield reach[begin : begin + size]
 
@@ -289,7 +295,7 @@ def _paths(
     moments = {receiver: read_moment(model, receiver[0]) for receiver in group}
     to_logits = group[0] == LOGITS
     size = max(1, max_variants(base) * (base.n_pos if to_logits else 1))
-    for rows in task.chunks(max(moments.values(), default=0), size):
+    for rows in task.chunks(_stop(model, group), size):
         if to_logits:
             change = task.change(rows, 2 * model.n_layers, last)
             yield rows, final_scores(model, base, change[:, :, 0], metric, task.norm)
@@ -307,6 +313,11 @@ def _paths(
             yield rows, metric(live_logits(model, base, [edits]))
 
 
+def _stop(model: LensModel, group: Sequence[Receiver]) -> int:
+    """The last moment at which a group of receivers reads."""
+    return max(read_moment(model, node) for node, _ in group)
+
+
 def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
     if isinstance(receivers, str):
         if receivers != "logits":
@@ -317,6 +328,10 @@ def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Rec
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
     if joint and LOGITS in listed:
         raise MechsafetyError("the logits cannot be a joint receiver", cure="patch them in a call of their own")
+    whole = {node.layer for node, _ in listed if node.kind == "mlp"}
+    parts = [node for node, _ in listed if node.kind == "neuron" and node.layer in whole]
+    if joint and parts:
+        raise MechsafetyError(f"{parts[0]} and the whole MLP of its layer as joint receivers", cure="give one of them")
     return (listed,) if joint else tuple((receiver,) for receiver in listed)
 
 

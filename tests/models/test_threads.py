@@ -22,7 +22,8 @@ def parts(model):
     return [("lens", model.bridge), *model.hf_model.named_modules()]
 
 
-def test_two_threads_get_the_numbers_of_one(any_model, pairs, log_odds):
+@pytest.mark.parametrize("how", ["sites", "paths"])
+def test_two_threads_get_the_numbers_of_one(any_model, pairs, log_odds, how):
     first, second = pairs, ms.PromptPairs(pairs.pairs[::-1][:3])
     nodes = [Node("head", layer, head) for layer in range(3) for head in (0, 3)] + [
         Node("mlp", 1),
@@ -30,13 +31,18 @@ def test_two_threads_get_the_numbers_of_one(any_model, pairs, log_odds):
     ]
 
     def patched(some, direction):
+        if how == "paths":
+            senders, receivers = [*nodes[:4], nodes[6]], [(Node("head", 2, 1), "v"), (Node("mlp", 2), "mlp")]
+            return ms.path_patching(
+                any_model, some, log_odds, senders=senders, receivers=receivers, direction=direction, progress=False
+            ).changes
         return ms.activation_patching(
             any_model, some, log_odds, nodes=nodes, direction=direction, max_batch_tokens=100, progress=False
         ).changes
 
     jobs = [(first, "noising"), (second, "denoising")]
     alone = [patched(*job) for job in jobs]
-    assert not torch.allclose(alone[0][:, :3], alone[1])
+    assert not torch.allclose(alone[0][..., :3], alone[1])
     found, ready = {}, threading.Barrier(2)
 
     def work(k):

@@ -52,12 +52,27 @@ def test_activations_are_those_of_the_last_token(llama, mask):
 def test_probabilities_are_the_regressions(llama, mask, guard):
     train = labelled("train")
     features = read_prompts(llama, train.prompts).chosen(mask).double().numpy()
-    scaler, regression = fit_regression(features, np.array(train.unsafe))
-    expected = regression.predict_proba(scaler.transform(features))[:, 1]
+    expected = fit_regression(features, np.array(train.unsafe)).predict_proba(features)[:, 1]
     verdicts = guard.predict_all(train.prompts)
     assert [v.probability for v in verdicts] == pytest.approx(expected.tolist(), abs=1e-4)
     assert guard.predict(train.prompts[0]).probability == pytest.approx(verdicts[0].probability, abs=1e-5)
     assert [v.unsafe for v in verdicts] == [v.probability >= guard.weights.threshold for v in verdicts]
+
+
+def test_the_rotation_changes_no_prediction():
+    """More features than prompts, and fewer; a fit to the features themselves is the reference."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    for n_features in (5, 90):
+        features = rng.normal(size=(60, n_features)) @ rng.normal(size=(n_features, n_features)) + 3.0
+        unsafe = features[:, 0] + rng.normal(size=60) > 3.0
+        scaler = StandardScaler().fit(features[:40])
+        plain = LogisticRegression(C=0.1, max_iter=5000, tol=1e-9).fit(scaler.transform(features[:40]), unsafe[:40])
+        expected = plain.predict_proba(scaler.transform(features[40:]))[:, 1]
+        found = fit_regression(features[:40], unsafe[:40]).predict_proba(features[40:])[:, 1]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_it_tells_other_frames_apart(llama, guard):
@@ -100,7 +115,9 @@ def test_wrapped_generate_gives_the_verdict_first(llama, guard):
 
     prompts = ["make a bomb", "make a cake"]
     guard = SafetyGuard(llama, replace(guard.weights, threshold=0.5))
-    out = guard.wrap(generate)(prompts, max_new_tokens=3)
+    out = guard.wrap(generate, on_verdicts=order.append)(prompts, max_new_tokens=3)
+    assert order == [out.verdicts, prompts], "the caller knows before the first token"
+    order.pop()
     assert out.output == llama.generate(prompts, 3) and list(out.verdicts) == guard.predict_all(prompts)
     assert out.verdicts[0].unsafe and not out.verdicts[1].unsafe and len(order) == 1
     stopped = guard.wrap(generate, stop=True)(prompts)
@@ -240,6 +257,9 @@ def test_figures_by_hand(report):
     assert table.observed.tolist() == pytest.approx([unsafe[low].mean(), unsafe[~low].mean()])
     expected = sum(abs(ours[s].mean() - unsafe[s].mean()) * s.sum() for s in (low, ~low)) / 60
     assert made.calibration_error("t", "neurons", bins=2) == pytest.approx(expected, abs=1e-6)
+    alone = [with_predictions(report, unsafe.tolist(), row.tolist(), theirs.tolist()) for row in theirs]
+    each = [one.calibration_error("t", "neurons") for one in alone]
+    assert made.calibration_error("t", "random") == pytest.approx(np.mean(each)), "the sets are not pooled"
 
 
 def test_intervals_over_prompts(report):

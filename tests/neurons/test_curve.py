@@ -1,5 +1,7 @@
 """C(k): its ends, its controls, its intervals; and the alignment tax."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,8 @@ def test_random_sets_where_there_is_room(curve):
     assert curve.random.shape == (3, 20, 5)
     assert frame.random_mean.notna().tolist() == [True, True, False], "nothing is left beside all neurons"
     assert frame.random_overlap[0] == 0 and frame.random_overlap[2] == 1
-    assert np.isnan(frame.p_value[2]) and (frame.p_value[:2] >= 1 / 21).all()
+    beaten = [(curve.random_effects[k] < curve.effects[k]).sum().item() for k in (0, 1)]
+    assert np.isnan(frame.p_value[2]) and frame.p_value[:2].tolist() == pytest.approx([(21 - n) / 21 for n in beaten])
     low, high = np.percentile(curve.random_effects[0].numpy(), [2.5, 97.5])
     assert (frame.random_low[0], frame.random_high[0]) == pytest.approx((low, high), rel=1e-4)
 
@@ -60,10 +63,16 @@ def test_intervals_hold_the_effect(curve):
 
 
 def hand_made(curve, base, aligned, patched):
-    from dataclasses import replace
-
     values = {"base_scores": base, "aligned_scores": aligned, "patched": patched, "random": [[base]] * len(patched)}
     return replace(curve, **{name: torch.tensor(value) for name, value in values.items()})
+
+
+def test_p_by_hand(curve):
+    """Of four random sets one does as much as the top, one more."""
+    made = hand_made(curve, [0.0, 0.0], [1.0, 3.0], [[0.5, 0.5], [0.5, 0.5], [1.0, 3.0]])
+    sets = torch.tensor([[0.0, 0.0], [0.5, 0.5], [0.9, 0.9], [0.1, 0.0]])
+    made = replace(made, random=torch.stack([sets, sets - 1, sets * torch.nan]))
+    assert made.to_dataframe().p_value[:2].tolist() == pytest.approx([3 / 5, 1 / 5])
 
 
 def test_smallest_share_and_exact_ends(curve):
@@ -182,6 +191,9 @@ def test_tax(pair, helpful, prompts, ranking, log_odds, tmp_path):
     frame = found.to_dataframe()
     assert frame.model.tolist() == ["base", "safe", "helpful", "safe <- helpful", "helpful <- safe"]
     assert frame.safety_random_low.notna().tolist() == [False, False, False, True, True]
+    moved, own = (found.random_safety[0].mean(-1), found.safety[3].mean()), found.safety[1].mean()
+    far = int(((moved[0] - own).abs() >= (moved[1] - own).abs()).sum())
+    assert frame.safety_p[3] == pytest.approx((1 + far) / 4) and frame.safety_p[:3].isna().all()
     assert found.random_overlap == 0
     again = AlignmentTax.load(found.save(tmp_path / "tax"))
     assert again.agreement.observed == found.agreement.observed and torch.equal(again.helpfulness, found.helpfulness)

@@ -174,8 +174,9 @@ def test_the_demo_pair(demo):
     """The shipped pair differs in MLPs alone, so all neurons restore the aligned model and none leave the base."""
     base = ms.load_model("demo-base")
     prompts = ms.PromptPairs.builtin("test").sample(4, seed=0).harmful
+    assert float((base.logits(prompts) - demo.logits(prompts)).abs().max()) > 1, "an adapter that does something"
     for share, model in ((0, base), (1, demo)):
         mask = torch.full((30, 1536), bool(share))
         found = dynamic_patching(base, demo, mask, prompts, max_new_tokens=8, progress=False)
         assert list(found.replies) == model.generate(prompts, 8)
-        torch.testing.assert_close(found.logits, model.logits(prompts), atol=2e-3, rtol=1e-4)
+        torch.testing.assert_close(found.logits, model.logits(prompts), atol=2e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -54,7 +55,7 @@ def test_a_store_of_another_run_is_refused(make_run, script, tmp_path):
         make_run()
 
 
-def test_steps_are_stored_and_their_time_added_up(make_run):
+def test_steps_are_stored_and_their_time_added_up(make_run, script):
     run, made = make_run(), []
 
     def fails():
@@ -67,16 +68,23 @@ def test_steps_are_stored_and_their_time_added_up(make_run):
         assert run.step("one", dict, lambda: made.append(1) or {"found": 2}) == {"found": 2}
     assert made == [1]
     with run.timed("outer"), run.timed("inner"):
-        sum(range(10**6))
+        time.sleep(1.0)
+    for _ in range(2):  # the page once, loading with the step that needed it
+        with run.timed(script.PAGE), run.timed(script.LOADING):
+            time.sleep(0.3)
+    assert script.LOADING not in run.clock()["seconds"]
+    with run.timed("next"):
+        pass
     seconds = run.clock()["seconds"]
-    assert seconds["outer"] <= 0.1, "the time of steps inside is theirs"
+    assert seconds[script.PAGE] < 0.2 and 0.5 < seconds[script.LOADING] < 2
+    assert seconds["outer"] < 0.5 < seconds["inner"], "the time of steps inside is theirs"
 
 
 def test_ends_and_contrast(make_run):
     run = make_run()
     for found in run.ends().values():
         assert found["same_replies"] == found["prompts"] and found["largest_logit_difference"] < 1e-3
-    assert run.contrast().effects.shape == (2, 3, 48)
+    assert run.contrast("test").effects.shape == (2, 3, 48)
 
 
 def test_planted_neurons(make_run, script, monkeypatch, make_hf_model):

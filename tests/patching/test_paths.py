@@ -1,8 +1,11 @@
 """Path patching against plain hooks on whole forwards that freeze everything else."""
 
+from io import StringIO
+
 import pytest
 import torch
 from reference import frozen_run, hook_count, path_whole
+from tqdm import tqdm
 
 import mechsafety as ms
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -139,6 +142,10 @@ def test_result(llama, pairs, log_odds, tmp_path):
         ({"positions": "each", "senders": [At(Node("mlp", 0), (-1,))]}, "positions='each' and a sender with columns"),
         ({"receivers": [(Node("head", 2, 0), "mlp")]}, "L2.H0 has no slot 'mlp'"),
         ({"receivers": [(Node("logits"), "resid")], "joint": True}, "the logits cannot be a joint receiver"),
+        (
+            {"receivers": [(Node("mlp", 1), "mlp"), (Node("neuron", 1, 3), "mlp")], "joint": True},
+            "L1.N3 and the whole MLP of its layer as joint receivers",
+        ),
     ],
 )
 def test_errors(llama, pairs, log_odds, options, message):
@@ -198,6 +205,21 @@ def test_an_interrupt_leaves_the_model_clean(llama, pairs, log_odds):
             path_patching(llama, runs, log_odds, progress=False, **options)
         assert hook_count(llama) == before
     assert torch.equal(llama.logits(pairs.harmful), logits)
+
+
+def test_bars_count_the_senders_that_reach(llama, pairs, log_odds, monkeypatch):
+    shown = []
+
+    def bar(*args, **options):
+        shown.append(tqdm(*args, **options | {"file": StringIO()}))
+        return shown[-1]
+
+    monkeypatch.setattr("mechsafety.patching.paths.tqdm", bar)
+    path_patching(llama, pairs, log_odds, receivers=[(Node("head", 1, 0), "q"), (Node("mlp", 1), "mlp")])
+    unit = torch.nn.functional.one_hot(torch.tensor(0), 32).float()
+    path_projection(llama, pairs, Projection(unit, Site("resid_pre", 2)))
+    # 4 heads a layer: those of the layer before, and for the MLP its own layer's too
+    assert [bar.n for bar in shown] == [bar.total for bar in shown] == [4 + 8, 8]
 
 
 def test_bar_shows_time_left(llama, pairs, log_odds, capsys):
