@@ -76,10 +76,10 @@ class Size:
     ranked: int = 200
     reply_tokens: int = 64
     curve: int = 48
-    ratio_shares: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
+    ratio_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
     judged: int = 20
     judged_tokens: int = 10
-    judged_shares: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
+    judged_shares: tuple[float, ...] = (0.01, 0.05, 0.2, 0.5, 1.0)
     harmless: int = 36
     random_sets: int = 20
     taxed: int = 24

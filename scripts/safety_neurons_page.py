@@ -64,7 +64,7 @@ def page(run: Any) -> str:
         "the paper's released training code). Neurons are ranked on train topics and judged on others. Intervals "
         "are 95 % over prompts.",
         "",
-        "What else is not as in the paper: one model of 135M parameters instead of four of 2 to 7 billion; safety is "
+        "What else is not as in the paper: one model of 135M parameters instead of four much larger ones; safety is "
         f"the log-odds of a refusal's first token, or a phrase judge of the first {size.judged_tokens} tokens of a "
         "reply, where the paper's is a cost model that reads long replies. Published figures stand beside ours for "
         "orientation.",
@@ -161,7 +161,10 @@ def curve_findings(one: Any, ranking: str) -> list[str]:
         band += f" (they share {row.random_overlap:.0%} of their neurons with the top)"
         if row.random_mean >= 0.8 * row.effect:
             band += ", so nearly the same as the top"
-    return [*out, f"The smallest share with C of at least 0.9 on {what}: {reached:.0%} of {measured} %; {band}."]
+    return [
+        *out,
+        f"The smallest share measured ({measured} %) with C of at least 0.9 on {what}: {reached:.0%}; {band}.",
+    ]
 
 
 def ability_finding(one: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 
 import mechsafety as ms
 from mechsafety.nodes import Node
-from mechsafety.patching import pair_runs
+from mechsafety.patching import Projection, pair_runs
 from mechsafety.sites import Site, SiteKind
 
 FILE = Path(__file__).parent / "data" / "generations.safetensors"
@@ -50,8 +50,15 @@ def tiny_results(model, pairs, metric):
     for mlp in ("recompute", "freeze"):
         calls[f"paths_{mlp}"] = ms.path_patching(model, pairs, metric, mlp=mlp, progress=False)
         calls[f"slots_{mlp}"] = ms.path_patching(model, pairs, metric, receivers=slots, mlp=mlp, progress=False)
+    calls["paths_frozen_norms"] = ms.path_patching(model, pairs, metric, norm="freeze", progress=False)
+    unit = torch.nn.functional.one_hot(torch.tensor(3), model.d_model).float()
+    calls["projection"] = ms.path_projection(
+        model, pairs, Projection(unit, Site(SiteKind.RESID_PRE, 2)), progress=False
+    )
     out |= {name: result.changes for name, result in calls.items()}
-    for method in ("eap", "eap-ig"):
+    matrix = ms.path_matrix(model, pairs, progress=False)
+    out |= {f"matrix_{slot}": getattr(matrix, slot) for slot in "qkv"}
+    for method in ("eap", "eap-ig", "ig-activations", "mask-ig"):
         out[f"edges_{method}"] = ms.edge_attribution(model, pairs, metric, method=method, progress=False).scores
     return {name: tensor.float().cpu().contiguous() for name, tensor in out.items()}
 

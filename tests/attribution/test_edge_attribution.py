@@ -18,6 +18,7 @@ from mechsafety.patching import pair_runs
 from mechsafety.patching.paths import measured_edges
 from mechsafety.sites import Site, SiteKind
 
+bridge_only = pytest.mark.generation("TransformerBridge", reason="hooks and weights by a bridge's own names")
 LOGITS = Node("logits")
 
 
@@ -133,6 +134,7 @@ def test_table_plot_and_file(llama, pairs, log_odds, tmp_path):
     assert torch.equal(ms.EdgeScores.load(tmp_path / "edges").scores, scores.scores)
 
 
+@bridge_only
 def test_only_the_planted_path_scores(make_model, pairs, logit_difference):
     """One head of layer 0 and one of layer 1 write; every other edge is dead, and signs are those of exact patching."""
     model = make_model("llama")  # of its own, as its weights are changed after the load checks, which refuse dead MLPs

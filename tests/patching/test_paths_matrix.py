@@ -8,6 +8,7 @@ import mechsafety as ms
 from mechsafety.nodes import Node
 from mechsafety.patching import pair_runs, path_matrix
 
+bridge_only = pytest.mark.generation("TransformerBridge", reason="hooks and weights by a bridge's own names")
 KINDS = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "phi3", "olmo2")
 SENDERS = (Node("embed"), Node("head", 1, 3), Node("mlp", 0))
 
@@ -57,6 +58,7 @@ def brute(model, base, source, change, layer, norm):
     return found
 
 
+@bridge_only
 @pytest.mark.parametrize("norm", ["freeze", "recompute"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_recomputation_by_hooks(kind, norm, make_model, pairs):
@@ -88,6 +90,7 @@ def test_is_the_recomputation_by_hooks(kind, norm, make_model, pairs):
                 torch.testing.assert_close(got, expected[slot], atol=1e-4, rtol=0, msg=f"{sender} {slot}")
 
 
+@bridge_only
 def test_changes_of_all_senders_sum_to_the_whole(make_hf_model, make_tokenizer, pairs):
     """With the norm's scale frozen, what all senders of a head do is what the whole difference of the runs does."""
     config = make_hf_model("llama").config
@@ -137,6 +140,7 @@ def test_refusals(llama, make_model, pairs):
         path_matrix(make_model("gemma2"), pairs)
 
 
+@bridge_only
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_an_interrupt_leaves_the_model_clean(kind, make_model, pairs):
     model = make_model(kind)
