@@ -50,6 +50,7 @@ def plot(cases: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     rc = {"svg.hashsalt": "mechsafety", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(rc):
@@ -65,11 +66,14 @@ def plot(cases: dict[str, Any], path: Path) -> None:
                     continue
                 for row, key in enumerate(("ours_s", "peak_gib")):
                     axes[row, column].plot([p[size] for p in points], [p[key] for p in points], style, label=kind)
-            axes[0, column].set_title(f"{fixed}: {at}")
+            axes[0, column].set_title(f"{"pairs" if fixed == "prompts" else fixed}: {at}")
             axes[1, column].set_xlabel(label)
             if not axes[0, column].lines:  # nothing measured: a log axis would fail
                 continue
             axes[0, column].set(xscale="log", yscale="log")
+            axes[0, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[0, column].yaxis.set_major_formatter("{x:g}")
+            axes[0, column].minorticks_off()
             axes[1, column].set(xscale="log", ylim=(0, None))
             ticks = PROMPTS if size == "prompts" else COLUMNS
             axes[1, column].set_xticks(ticks, [str(n) for n in ticks])

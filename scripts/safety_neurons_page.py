@@ -530,7 +530,7 @@ def figures(run: Any, folder: Path) -> None:
         axis.set(xscale="log", xlabel="top share of neurons, %", title=f"{curve.score}, by {ranking}")
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("causal effect C")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
     save(figure, "causal-effect")
 
     figure, axis = plt.subplots(figsize=(6, 2.6))
