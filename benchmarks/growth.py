@@ -66,7 +66,7 @@ def plot(cases: dict[str, Any], path: Path) -> None:
                     continue
                 for row, key in enumerate(("ours_s", "peak_gib")):
                     axes[row, column].plot([p[size] for p in points], [p[key] for p in points], style, label=kind)
-            axes[0, column].set_title(f"{"pairs" if fixed == "prompts" else fixed}: {at}")
+            axes[0, column].set_title(f"{'pairs' if fixed == 'prompts' else fixed}: {at}")
             axes[1, column].set_xlabel(label)
             if not axes[0, column].lines:  # nothing measured: a log axis would fail
                 continue
