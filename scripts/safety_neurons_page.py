@@ -149,7 +149,7 @@ def curve_findings(one: Any, ranking: str) -> list[str]:
             f"{r.share:.1%} ({r.effect:.2f}; random {r.random_low:.2f} to {r.random_high:.2f})"
             for r in against.itertuples()
         )
-        out.append(f"At small shares C on {what} is **negative**, the base model refuses less: {points}.")
+        out.append(f"At small shares C on {what}, is **negative**: with them the base model refuses less. {points}.")
     measured = ", ".join(f"{share:.3g}" for share in frame.share * 100)
     reached = one.smallest(0.9)
     if reached is None:
