@@ -73,7 +73,7 @@ def test_growth_is_plotted_with_the_same_bytes_again(tmp_path):
     plot(cases, tmp_path / "c.svg")
     assert (tmp_path / "c.svg").read_bytes() != pictures[0]
     plot({"heads_columns_64": cases["heads_columns_64"]}, tmp_path / "d.svg")
-    assert b"prompts: 2" in (tmp_path / "d.svg").read_bytes(), "a single size, as after a stop"
+    assert b"pairs: 2" in (tmp_path / "d.svg").read_bytes(), "a single size, as after a stop"
 
 
 def test_results_say_what_was_not_run():
