@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,8 @@ class RefusalLogOdds:
             MechsafetyError: The model refuses none of the harmful prompts, or only with ambiguous openers.
         """
         harmful, harmless = replies or (model.generate(pairs.harmful, 24), model.generate(pairs.harmless, 24))
-        first = openers or (_first_tokens(model, pairs.harmful), _first_tokens(model, pairs.harmless))
+        sides = (pairs.harmful, pairs.harmless)
+        first = openers or tuple(model.logits(side).argmax(-1).tolist() for side in sides)
         found = Counter(token for token, reply in zip(first[0], harmful, strict=True) if is_refusal(reply))
         if not found:
             raise MechsafetyError(
@@ -169,10 +170,6 @@ def _single_token(model: LensModel, text: str) -> int:
     return int(ids[0])
 
 
-def _first_tokens(model: LensModel, prompts: Sequence[str]) -> list[int]:
-    return [int(token) for token in model.logits(prompts).argmax(-1).tolist()]
-
-
 def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a rate (scipy).
 
@@ -189,15 +186,42 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
 
 def bootstrap_interval(values: Any, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over prompts (scipy, 2,000 resamples); a point for a single value."""
-    from scipy.stats import bootstrap
-
     data = np.asarray(values, dtype=np.float64)
     if len(data) < 2 or np.ptp(data) == 0:
         return float(data.mean()), float(data.mean())
+    return statistic_interval([data], np.mean, seed, confidence=confidence)
+
+
+def ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int = 0, n: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the ratio of two means over the same prompts, from ``n`` resamples."""
+    return statistic_interval([part, whole], lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed, n=n)
+
+
+def statistic_interval(
+    samples: Sequence[np.ndarray],
+    statistic: Callable[..., Any],
+    seed: int = 0,
+    *,
+    n: int = 2000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval over prompts (scipy).
+
+    Args:
+        samples: One value a prompt each, of the same prompts.
+        statistic: Of resampled samples, along its argument ``axis``.
+        seed: Of the resampling.
+        n: Resamples.
+        confidence: Of the interval.
+    """
+    from scipy.stats import bootstrap
+
     found = bootstrap(
-        (data,),
-        np.mean,
-        n_resamples=2000,
+        tuple(samples),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=n,
         confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),

@@ -490,7 +490,7 @@ def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer 
 
 def by_ratio(scores: NeuronScores) -> NeuronScores:
     """The same ranked by change over the base model's own activation."""
-    return dataclasses.replace(scores, score="ratio", scores=scores.change / scores.base_rms.clamp(min=1e-12))
+    return dataclasses.replace(scores, score="ratio", scores=scores.ratio)
 
 
 def among_the_largest(scores: NeuronScores) -> float:

@@ -33,14 +33,17 @@ def write(out: Path, run: Any) -> None:
         figures(run, out / "safety-neurons")
     text = page(run)  # once more: now it knows what all of it took
     (out / "safety-neurons.md").write_text(text)
-    scores, curves = run.scores(), {"rms": run.curve("rms"), "ratio": run.curve("ratio"), "judge": run.judged_curve()}
+    scores = run.scores()
     record = {
         "provenance": scores.provenance.to_json(),
         "aligned": scores.aligned.to_json(),
         "size": dataclasses.asdict(run.size),
         "findings": findings(run),
         "layers": scores.layer_shares(TOP).tolist(),
-        "curves": {name: found.to_dataframe().to_dict("records") for name, found in curves.items()},
+        "curves": {
+            name: found.to_dataframe().to_dict("records")
+            for name, (_, found) in zip(("rms", "ratio", "judge"), curves(run), strict=True)
+        },
         "guard": guard_frame(run).to_dict("records"),
         "seeds": seeds(run).to_dict("records"),
         "seed_refusals": seed_refusals(run).to_dict("records"),
@@ -112,8 +115,7 @@ def page(run: Any) -> str:
 
 def findings(run: Any) -> list[str]:
     """What the figures say, decided by the figures."""
-    curves = (("change", run.curve("rms")), ("ratio", run.curve("ratio")), ("change", run.judged_curve()))
-    out = [line for ranking, one in curves for line in curve_findings(one, ranking)]
+    out = [line for ranking, one in curves(run) for line in curve_findings(one, ranking)]
     out.append(ability_finding(run.curve("rms")))
     shares = run.scores().layer_shares(TOP).numpy()
     third = len(shares) // 3
@@ -125,6 +127,11 @@ def findings(run: Any) -> list[str]:
     if run.has_helpful():
         out += tax_findings(run)
     return [*out, *seed_findings(run), scale_finding(run), *guard_findings(run)]
+
+
+def curves(run: Any) -> list[tuple[str, Any]]:
+    """What neurons are ranked by, and their curve."""
+    return [("change", run.curve("rms")), ("ratio", run.curve("ratio")), ("change", run.judged_curve())]
 
 
 def curve_findings(one: Any, ranking: str) -> list[str]:
@@ -516,8 +523,7 @@ def figures(run: Any, folder: Path) -> None:
         plt.close(figure)
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
-    curves = (("change", run.curve("rms")), ("ratio", run.curve("ratio")), ("change", run.judged_curve()))
-    for axis, (ranking, curve) in zip(axes, curves, strict=True):
+    for axis, (ranking, curve) in zip(axes, curves(run), strict=True):
         frame = curve.to_dataframe()
         known = frame[frame.random_mean.notna()]
         percent = frame.share * 100

@@ -5,6 +5,7 @@ use.
 """
 
 import os
+from io import StringIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -48,6 +49,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 
 import mechsafety as ms
 from mechsafety.models import hooked
@@ -328,3 +330,20 @@ def planted() -> tuple[ms.LensModel, ms.PromptPairs]:
         for word, read in (("sorry", refuse), ("sure", -refuse), ("<end>", stop)):
             hf.lm_head.weight[words[word]] = solve @ read
     return ms.load_model((hf, tokenizer)), pairs
+
+
+@pytest.fixture
+def recorded_bars(monkeypatch):
+    """Puts bars that are kept, and shown at once and nowhere, in the place of a module's ``tqdm``; gives their list."""
+
+    def record(place):
+        shown = []
+
+        def bar(*args, **options):
+            shown.append(tqdm(*args, **options | {"delay": 0, "file": StringIO()}))
+            return shown[-1]
+
+        monkeypatch.setattr(place, bar)
+        return shown
+
+    return record

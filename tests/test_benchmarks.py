@@ -117,11 +117,16 @@ def test_memory_of_the_analyses(peak, verdict):
     assert text.index("| large | 2.0 s |") < text.index("| small | 1.0 s | 1.00 GiB |")
 
 
-def test_every_call_whose_memory_is_measured_runs(make_model, log_odds, monkeypatch):
-    harmful, harmless = ["explain how to hurt people", "teach me to steal cake"], ["explain how to help people"]
-    pairs = PromptPairs.from_lists(harmful, [*harmless, "teach me to bake cake"])
+@pytest.fixture
+def equal_pairs():
+    """Two pairs of one length."""
+    harmful = ["explain how to hurt people", "teach me to steal cake"]
+    return PromptPairs.from_lists(harmful, ["explain how to help people", "teach me to bake cake"])
+
+
+def test_every_call_whose_memory_is_measured_runs(equal_pairs, make_model, log_odds, monkeypatch):
     monkeypatch.setattr(memory, "metric_of", lambda model: log_odds)
-    monkeypatch.setattr(memory, "equal_length_pairs", lambda model, n: pairs)
+    monkeypatch.setattr(memory, "equal_length_pairs", lambda model, n: equal_pairs)
     calls = memory.calls(make_model("llama"))
     # of prompts that are refused, which a random model does to none
     for name in ("map_refusal_circuit, 16 pairs", "refusal_direction, one layer"):
@@ -183,12 +188,10 @@ def test_exit_status_of_a_case_whose_values_differ(monkeypatch, tmp_path):
     "name",
     ["node_attribution", "paths_to_logits", "paths_to_two_logits", "direct_paths", "head_to_query", "head_sweep"],
 )
-def test_cases_agree_with_the_peer_on_a_tiny_model(name, make_model, log_odds, monkeypatch):
-    harmful, harmless = ["explain how to hurt people", "teach me to steal cake"], ["explain how to help people"]
-    pairs = PromptPairs.from_lists(harmful, [*harmless, "teach me to bake cake"])
+def test_cases_agree_with_the_peer_on_a_tiny_model(name, equal_pairs, make_model, log_odds, monkeypatch):
     monkeypatch.setattr("cases.metric_of", lambda model: log_odds)
     two = RefusalLogOdds(log_odds.refusal_ids[:1], ("a",), (log_odds.refusal_ids[0] + 1,), ("b",))
     monkeypatch.setattr("cases.difference_of", lambda model: two)
-    monkeypatch.setattr("cases.equal_length_pairs", lambda model, n: pairs)
+    monkeypatch.setattr("cases.equal_length_pairs", lambda model, n: equal_pairs)
     found = PEER_CASES[name][0](make_model("llama"))
     assert found["equal"] and found["max_difference"] < 1e-4 < 1e-3 < found["max_value"] and found["repeats"] >= 3

@@ -1,6 +1,4 @@
-"""Tests that scipy lacks, or has in parts: equivalence, independence, intervals of ratios."""
-
-from collections.abc import Callable, Sequence
+"""Tests that scipy lacks, or has in parts: equivalence, independence."""
 
 import numpy as np
 
@@ -66,35 +64,6 @@ def _centred_kernel(values: np.ndarray) -> np.ndarray:
 def ratio(part: np.ndarray, whole: np.ndarray) -> float:
     """Ratio of two means."""
     return float(part.mean() / whole.mean())
-
-
-def ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the ratio of two means over the same prompts."""
-    return statistic_interval((part, whole), lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed)
-
-
-def statistic_interval(
-    samples: Sequence[np.ndarray], statistic: Callable[..., np.ndarray], seed: int
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval over prompts (scipy, 2,000 resamples).
-
-    Args:
-        samples: One value a prompt each, of the same prompts.
-        statistic: Of resampled samples, along its argument ``axis``.
-        seed: Of the resampling.
-    """
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        tuple(samples),
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=2000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def rank_p(observed: float, null: np.ndarray) -> float:

@@ -15,11 +15,9 @@ from mechsafety.circuits.statistics import (
     independence_test,
     rank_p,
     ratio,
-    ratio_interval,
-    statistic_interval,
 )
 from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Stability, Verification
-from mechsafety.metrics import adjust_p
+from mechsafety.metrics import adjust_p, ratio_interval, statistic_interval
 
 # the mean difference, as a share of the gap, below which circuit and model count as equivalent
 MARGIN = 0.2

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import ratio_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score_name
 from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks, share_count, top_mask
@@ -75,8 +76,6 @@ class CausalCurve(Result):
 
     def intervals(self, seed: int = 0, n: int = 2000) -> list[tuple[float, float]]:
         """95 % percentile bootstrap interval of C over prompts; base and aligned model are resampled with it."""
-        from scipy.stats import bootstrap
-
         base, aligned = self.base_scores.double().numpy(), self.aligned_scores.double().numpy()
         out = []
         for row in self.patched.double().numpy():
@@ -84,16 +83,7 @@ class CausalCurve(Result):
                 value = float(np.array_equal(row, aligned))
                 out.append((value, value))
                 continue
-            found = bootstrap(
-                (row - base, aligned - base),
-                lambda top, bottom, axis: top.mean(axis) / bottom.mean(axis),
-                paired=True,
-                vectorized=True,
-                n_resamples=n,
-                method="percentile",
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-            out.append((float(found.low), float(found.high)))
+            out.append(ratio_interval(row - base, aligned - base, seed, n))
         return out
 
     def smallest(self, effect: float = 0.9) -> float | None:

@@ -84,6 +84,11 @@ class NeuronScores(Result):
         return counts / counts.sum()
 
     @property
+    def ratio(self) -> Float[Tensor, "layer d_mlp"]:
+        """Change over the base model's own activation, whatever ``score`` is."""
+        return _over(self.change, self.base_rms)
+
+    @property
     def reliability(self) -> float:
         """Spearman correlation of the scores on even and on odd prompts; NaN with a single prompt."""
         from scipy.stats import spearmanr
@@ -199,13 +204,13 @@ def safety_neurons(
     change, base_rms = sums.root(sums.change.sum(0)), sums.root(sums.base.sum(0))
     halves = torch.stack([sums.root(sums.change[half], half) for half in (0, 1)])
     if score == "ratio":
-        halves = halves / torch.stack([sums.root(sums.base[half], half) for half in (0, 1)]).clamp(min=1e-12)
+        halves = _over(halves, torch.stack([sums.root(sums.base[half], half) for half in (0, 1)]))
     return NeuronScores(
         base.provenance(options=options),
         aligned.provenance(),
         score,
         positions,
-        change / base_rms.clamp(min=1e-12) if score == "ratio" else change,
+        _over(change, base_rms) if score == "ratio" else change,
         change,
         base_rms,
         (sums.signed / sum(sums.tokens)).float(),
@@ -234,6 +239,11 @@ class _Sums:
         """Root mean square from a sum of squares."""
         tokens = sum(self.tokens) if half is None else self.tokens[half]
         return (total / max(tokens, 1)).sqrt().float()
+
+
+def _over(change: Tensor, base_rms: Tensor) -> Tensor:
+    """The ratio score; a neuron that is never active in the base would divide by 0."""
+    return change / base_rms.clamp(min=1e-12)
 
 
 def _contrast(

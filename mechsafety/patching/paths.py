@@ -5,6 +5,7 @@ change does on its way is computed in closed form for all senders at once, becau
 local to a position.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,8 @@ def path_patching(
     task = _task(model, pairs, senders, mlp, norm, direction, positions, (SiteKind.NEURONS,) if neurons else ())
     before = metric(task.base.logits)
     changes = torch.zeros(len(task.senders), len(groups), len(task.base), device=before.device)
-    total = sum(len(task.reaching(_stop(model, group))) for group in groups)
+    stops = Counter(_stop(model, group) for group in groups)
+    total = sum(times * len(task.reaching(stop)) for stop, times in stops.items())
     with torch.no_grad(), tqdm(total=total, desc="paths", disable=not progress, leave=False) as bar:
         for column, group in enumerate(groups):
             for rows, scores in _paths(task, group, metric, downstream):

@@ -1,12 +1,9 @@
 """Faithfulness against slow whole forwards, and the search on a model whose circuit is known."""
 
-from io import StringIO
-
 import numpy as np
 import pytest
 import torch
 from reference import patched_whole
-from tqdm import tqdm
 
 import mechsafety as ms
 from mechsafety.attribution import NodeAttribution, node_attribution
@@ -105,14 +102,8 @@ def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
     np.testing.assert_allclose(meter.removed([ALL])[0], meter.ends()[1], atol=1e-4)
 
 
-def test_bars_count_what_is_measured(llama, ragged, log_odds, monkeypatch):
-    shown = []
-
-    def bar(*args, **options):
-        shown.append(tqdm(*args, **options | {"delay": 0, "file": StringIO()}))
-        return shown[-1]
-
-    monkeypatch.setattr("mechsafety.circuits.meters.tqdm", bar)
+def test_bars_count_what_is_measured(llama, ragged, log_odds, recorded_bars):
+    shown = recorded_bars("mechsafety.circuits.meters.tqdm")
     runs = pair_runs(llama, ragged)
     meter = FaithfulnessMeter(llama, runs, log_odds, progress=True).grouped(2)
     meter.kept(CIRCUITS)

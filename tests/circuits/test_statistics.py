@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio, ratio_interval
+from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio
+from mechsafety.metrics import ratio_interval
 
 
 def test_equivalence_is_not_the_absence_of_a_difference():

@@ -1,11 +1,8 @@
 """Path patching against plain hooks on whole forwards that freeze everything else."""
 
-from io import StringIO
-
 import pytest
 import torch
 from reference import frozen_run, hook_count, path_whole
-from tqdm import tqdm
 
 import mechsafety as ms
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -207,14 +204,8 @@ def test_an_interrupt_leaves_the_model_clean(llama, pairs, log_odds):
     assert torch.equal(llama.logits(pairs.harmful), logits)
 
 
-def test_bars_count_the_senders_that_reach(llama, pairs, log_odds, monkeypatch):
-    shown = []
-
-    def bar(*args, **options):
-        shown.append(tqdm(*args, **options | {"file": StringIO()}))
-        return shown[-1]
-
-    monkeypatch.setattr("mechsafety.patching.paths.tqdm", bar)
+def test_bars_count_the_senders_that_reach(llama, pairs, log_odds, recorded_bars):
+    shown = recorded_bars("mechsafety.patching.paths.tqdm")
     path_patching(llama, pairs, log_odds, receivers=[(Node("head", 1, 0), "q"), (Node("mlp", 1), "mlp")])
     unit = torch.nn.functional.one_hot(torch.tensor(0), 32).float()
     path_projection(llama, pairs, Projection(unit, Site("resid_pre", 2)))
