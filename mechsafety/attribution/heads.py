@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.attribution.direct import direct_logit_attribution
-from mechsafety.attribution.ships import ships
+from mechsafety.attribution.ships import RANK, divergences, masked_heads, rotations
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
 from mechsafety.models import LensModel
@@ -57,7 +57,8 @@ class HeadAttribution(Result):
             and attention frozen; 0 for heads at or after the direction's block.
         attention: Attention of the last token to prefix, instruction and suffix in the harmful prompts.
         ships: KL(p || p with the head masked) of the next token on the harmful prompts, nats.
-        sahara: Rotation of the harmful prompts' activation subspace when the head is masked, radians.
+        sahara: Generalised Ships: rotation, in degrees, of the harmful prompts' leading left singular vectors when the
+            head is masked.
     """
 
     provenance: Provenance
@@ -146,7 +147,7 @@ def head_attribution(
     direction: DirectionAt | None = None,
     scores: Sequence[str] | None = None,
     mask: str = "uniform",
-    rank: int = 4,
+    rank: int = RANK,
     n_masked: int = 8,
     progress: bool = True,
 ) -> HeadAttribution:
@@ -158,9 +159,10 @@ def head_attribution(
         metric: What the effects are on.
         direction: A `RefusalDirection`, needed for ``path``.
         scores: Some of ``direct total path attention ships sahara``; by default all that can be computed: ``path``
-            needs a direction, ``direct`` and ``path`` a model without norms after its blocks.
+            needs a direction, ``direct`` and ``path`` a model without norms after its blocks, ``sahara`` more prompts
+            than its rank.
         mask: What masking a head is in Ships and Sahara: ``uniform`` or ``zero``.
-        rank: Of Sahara's subspaces; at most the number of prompts used.
+        rank: Left singular vectors that Sahara compares, fewer than the prompts used; 1 in the published code.
         n_masked: Ships and Sahara use this many of the harmful prompts.
         progress: Whether to show bars.
 
@@ -169,6 +171,8 @@ def head_attribution(
             asked of a model whose heads do not add up.
     """
     impossible = {"direct", "path"} if model.post_norm else {"path"} if direction is None else set()
+    if n_masked <= rank or len(pairs.harmful) <= rank:
+        impossible = impossible | {"sahara"}
     chosen = tuple(scores) if scores is not None else tuple(name for name in SCORES if name not in impossible)
     unknown = [name for name in chosen if name not in SCORES]
     if unknown or not chosen:
@@ -195,8 +199,10 @@ def head_attribution(
         found["attention"] = span_attention(model, runs)
     if {"ships", "sahara"} & set(chosen):
         tokens = runs.harmful.tokens.rows(slice(0, n_masked))
-        size = min(rank, len(tokens))
-        found["ships"], found["sahara"] = ships(model, tokens, mask=mask, rank=size, progress=progress)
+        states, plain = masked_heads(model, tokens, mask, rank if "sahara" in chosen else None, progress)
+        found["ships"] = divergences(model, plain, states)
+        if "sahara" in chosen:
+            found["sahara"] = rotations(model, plain, states, rank)
     options = {"scores": list(chosen), "mask": mask, "rank": rank, "n_masked": n_masked, "pairs": len(runs.harmful)}
     if direction is not None:
         options |= {"direction": [direction.layer, direction.column]}

@@ -1,4 +1,10 @@
-"""Safety-head baselines of Zhou et al. 2024: Ships (KL of a masked head) and Sahara (rotation of a subspace)."""
+"""Safety-head baselines of Zhou et al. 2024: Ships (KL of a masked head) and Sahara (rotation of a subspace).
+
+Generalised Ships is equation 11 of the paper: principal angles between the leading left singular vectors of two
+matrices [prompt d_model], so that it compares how the prompts lie to each other, and not which directions of the stream
+they use. The paper leaves the number of vectors open; its code takes one, reads the last token after the final norm,
+and gives degrees. So does this module, with the number as an option.
+"""
 
 from collections.abc import Sequence
 
@@ -16,34 +22,46 @@ from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
 MASKS = ("uniform", "zero")
+# left singular vectors that are compared: as in the published code
+RANK = 1
 
 
 def ships(
-    model: LensModel, prompts: Sequence[str] | Tokens, *, mask: str = "uniform", rank: int = 4, progress: bool = True
+    model: LensModel, prompts: Sequence[str] | Tokens, *, mask: str = "uniform", rank: int = RANK, progress: bool = True
 ) -> tuple[Float[Tensor, "layer head prompt"], Float[Tensor, "layer head"]]:
     """Every head's Ships and generalised Ships when it alone is masked, at all positions.
 
-    Ships: KL(p || p without the head) of the next token, in nats. Generalised Ships, which Sahara searches by: sum of
-    the principal angles, in radians, between the spans of the first ``rank`` right singular vectors of the matrix of
-    last-token activations [prompt d_model] before the final norm, with and without the head (Zhou et al. 2024).
+    Ships (Zhou et al. 2024, equation 6): KL(p || p without the head) of the next token, in nats. Generalised Ships
+    (equation 11), which Sahara searches by: sum of the principal angles, in degrees, between the spans of the first
+    ``rank`` left singular vectors of the last token's states after the final norm [prompt d_model], with and without
+    the head.
 
     Args:
         model: The model.
         prompts: Harmful prompts.
-        mask: ``uniform``: the head attends to all visible positions alike (the paper's undifferentiated attention);
-            ``zero``: it writes nothing (scaling its contribution to 0).
-        rank: Of the subspaces.
+        mask: ``uniform``: the head attends to all visible positions alike (the paper's undifferentiated attention with
+            epsilon = 0); ``zero``: it writes nothing (scaling contribution with epsilon = 0).
+        rank: Left singular vectors that are compared. The paper's code takes 1. As many as there are prompts span the
+            same space whatever is masked.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown mask, or a rank above the number of prompts.
+        MechsafetyError: Unknown mask, or no more prompts than the rank.
+    """
+    found, base = masked_heads(model, prompts, mask, rank, progress)
+    return divergences(model, base, found), rotations(model, base, found, rank)
+
+
+def masked_heads(
+    model: LensModel, prompts: Sequence[str] | Tokens, mask: str, rank: int | None, progress: bool
+) -> tuple[Float[Tensor, "layer head prompt d_model"], BaseRun]:
+    """The final norm's input at the last token with each head masked alone, and the unmasked run.
+
+    With a ``rank`` there must be more prompts than that.
     """
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
-    found, base, spans = _masked(model, prompts, [[head] for head in heads], mask, rank, progress)
-    kl = _divergence(model, base, found)
-    shape = {"layer": model.n_layers, "head": model.n_heads}
-    by_head = rearrange(kl, "(layer head) prompt -> layer head prompt", **shape)
-    return by_head, rearrange(spans, "(layer head) -> layer head", **shape)
+    found, base = _masked(model, prompts, [[head] for head in heads], mask, rank, progress)
+    return rearrange(found, "(layer head) prompt d -> layer head prompt d", layer=model.n_layers), base
 
 
 def sahara(
@@ -52,10 +70,12 @@ def sahara(
     size: int = 3,
     *,
     mask: str = "uniform",
-    rank: int = 4,
+    rank: int = RANK,
     progress: bool = True,
 ) -> list[tuple[Node, float]]:
     """Sahara's greedy group of safety heads: at each step the head that rotates the subspace most, those before masked.
+
+    Zhou et al. 2024, algorithm 1.
 
     Args:
         model: The model.
@@ -66,7 +86,7 @@ def sahara(
         progress: Whether to show bars.
 
     Returns:
-        Heads in the order found, with the group's generalised Ships so far.
+        Heads in the order found, with the group's generalised Ships so far, in degrees.
 
     Raises:
         MechsafetyError: As `ships`, or a size that is no number of heads.
@@ -77,7 +97,8 @@ def sahara(
     group: list[tuple[Node, float]] = []
     for _ in range(size):
         chosen = [node for node, _ in group]
-        _, _, angles = _masked(model, prompts, [[*chosen, node] for node in left], mask, rank, progress)
+        found, base = _masked(model, prompts, [[*chosen, node] for node in left], mask, rank, progress)
+        angles = rotations(model, base, found, rank)
         best = int(angles.argmax())
         group.append((left.pop(best), float(angles[best])))
     return group
@@ -88,15 +109,17 @@ def _masked(
     prompts: Sequence[str] | Tokens,
     groups: Sequence[Sequence[Node]],
     mask: str,
-    rank: int,
+    rank: int | None,
     progress: bool,
-) -> tuple[Float[Tensor, "group prompt d_model"], BaseRun, Float[Tensor, " group"]]:
-    """Last-token activations with each group of heads masked, the unmasked run, and the rotation of the subspace."""
+) -> tuple[Float[Tensor, "group prompt d_model"], BaseRun]:
+    """The final norm's input at the last token with each group of heads masked, and the unmasked run."""
     if mask not in MASKS:
         raise MechsafetyError(f"mask={mask!r}", expected=f"one of {MASKS}")
     tokens = prompts if isinstance(prompts, Tokens) else model.tokenize(prompts)
-    if not 1 <= rank <= min(len(tokens), model.d_model):
-        raise MechsafetyError(f"rank={rank}", expected=f"1 to {min(len(tokens), model.d_model)}, one for each prompt")
+    if rank is not None and not 1 <= rank <= min(len(tokens) - 1, model.d_model):
+        raise MechsafetyError(
+            f"rank={rank} of {len(tokens)} prompts", expected=f"a rank of 1 to {model.d_model} and more prompts than that"
+        )
     base = base_run(model, tokens, keep=(SiteKind.Z,))
     values = _uniform(model, tokens) if mask == "uniform" else torch.zeros_like(base.acts[SiteKind.Z])
     out = torch.zeros(len(groups), len(tokens), model.d_model, device=model.device)
@@ -111,28 +134,39 @@ def _masked(
             final = run_from(model, base, start, resid, hooks, stop=model.n_layers)[:, -1].float()
             out[chunk] = rearrange(final, "(group prompt) d -> group prompt d", group=len(chunk))
             bar.update(len(chunk))
-    before = base.resid[-1][:, -1].float()
-    return out, base, principal_angles(before, out, rank).sum(-1)
+    return out, base
+
+
+def rotations(
+    model: LensModel, base: BaseRun, found: Float[Tensor, "*rows prompt d_model"], rank: int
+) -> Float[Tensor, "*rows"]:
+    """Sum of the principal angles, in degrees, between the unmasked states after the final norm and the masked ones."""
+    plain = base.resid[-1][:, -1].float()
+    before, after = (model.frozen_final_norm(states)(states) for states in (plain, found))
+    return principal_angles(before, after, rank).sum(-1)
 
 
 def principal_angles(
     before: Float[Tensor, "prompt d_model"], after: Float[Tensor, "*rows prompt d_model"], rank: int
 ) -> Float[Tensor, "*rows rank"]:
-    """Principal angles, in radians, between the spans of the first right singular vectors of two matrices."""
-    first = torch.linalg.svd(before.double(), full_matrices=False).Vh[:rank]
-    second = torch.linalg.svd(after.double(), full_matrices=False).Vh[..., :rank, :]
-    overlap = einsum(first, second, "i d, ... j d -> ... i j")
-    return torch.linalg.svdvals(overlap).clamp(max=1).arccos().float()
+    """Principal angles, in degrees, between the spans of the first left singular vectors of two matrices."""
+    first = torch.linalg.svd(before.double(), full_matrices=False).U[:, :rank]
+    second = torch.linalg.svd(after.double(), full_matrices=False).U[..., :rank]
+    overlap = einsum(first, second, "prompt i, ... prompt j -> ... i j")
+    return torch.linalg.svdvals(overlap).clamp(max=1).arccos().rad2deg().float()
 
 
-def _divergence(model: LensModel, base: BaseRun, final: Tensor) -> Float[Tensor, "group prompt"]:
+def divergences(
+    model: LensModel, base: BaseRun, found: Float[Tensor, "layer head prompt d_model"]
+) -> Float[Tensor, "layer head prompt"]:
+    """KL(p || p of the masked run) of the next token, in nats."""
     log_p = base.logits.log_softmax(-1)
     rows = []
     with torch.no_grad():
-        for row in final:
+        for row in rearrange(found, "layer head prompt d -> (layer head) prompt d"):
             log_q = unembed(model, row.to(base.resid.dtype)).log_softmax(-1)
             rows.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
-    return torch.stack(rows)
+    return rearrange(torch.stack(rows), "(layer head) prompt -> layer head prompt", layer=model.n_layers)
 
 
 def _uniform(model: LensModel, tokens: Tokens) -> Float[Tensor, "layer batch pos head d_head"]:

@@ -97,6 +97,14 @@ def test_post_norm_models_have_the_scores_that_make_sense(make_model, pairs, log
         head_attribution(model, pairs, log_odds, scores=["path"], direction=random_direction(), progress=False)
 
 
+def test_sahara_needs_more_prompts_than_its_rank(llama, pairs, log_odds):
+    found = head_attribution(llama, pairs, log_odds, n_masked=1, progress=False)
+    assert found.sahara is None and found.ships.shape == (3, 4, 1)
+    with pytest.raises(MechsafetyError, match="rank=1 of 1 prompts; expected a rank of 1 to 32 and more prompts"):
+        head_attribution(llama, pairs, log_odds, scores=["sahara"], n_masked=1, progress=False)
+    assert head_attribution(llama, pairs, log_odds, scores=["total"], rank=99, progress=False).sahara is None
+
+
 def test_a_constant_score_has_no_ranks(llama, pairs, log_odds):
     direction = random_direction(layer=0)  # nothing comes before block 0
     found = head_attribution(llama, pairs, log_odds, scores=["total"], progress=False)
