@@ -118,7 +118,8 @@ def _masked(
     tokens = prompts if isinstance(prompts, Tokens) else model.tokenize(prompts)
     if rank is not None and not 1 <= rank <= min(len(tokens) - 1, model.d_model):
         raise MechsafetyError(
-            f"rank={rank} of {len(tokens)} prompts", expected=f"a rank of 1 to {model.d_model} and more prompts than that"
+            f"rank={rank} of {len(tokens)} prompts",
+            expected=f"a rank of 1 to {model.d_model} and more prompts than that",
         )
     base = base_run(model, tokens, keep=(SiteKind.Z,))
     values = _uniform(model, tokens) if mask == "uniform" else torch.zeros_like(base.acts[SiteKind.Z])
