@@ -498,7 +498,7 @@ class RefusalCircuit(Result):
 
         return node_heatmap(self)
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:  # noqa: ARG002 (Jupyter gives both)
         # the one result that reaches up to viz: Jupyter asks the object itself
         from mechsafety.viz.html import mimebundle
 

@@ -39,7 +39,7 @@ class EdgeMeter(FaithfulnessMeter):
         """Every edge that runs with the order of computation, by receiver."""
         return all_edges(self.model.n_layers, self.model.n_heads, self.model.parallel)
 
-    def kept(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:
+    def kept(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:  # noqa: ARG002
         """Metric [circuit prompt] with every edge outside each circuit cut; ``near`` saves nothing here."""
         base = self.runs.harmful
         size = max(1, max_variants(base) // max(1, self.model.n_heads))

@@ -22,21 +22,24 @@ def passing(
     *,
     max_kl: float = MAX_KL,
     max_depth: float = MAX_DEPTH,
+    keep_missing_kl: bool = False,
 ) -> Tensor:
-    """True where a candidate may be chosen: induce > 0, KL at most ``max_kl`` (a missing one passes), not too deep.
+    """True where a candidate may be chosen: no score is missing, induce > 0, KL at most ``max_kl``, not too deep.
 
     Args:
         bypass: Mean bypass score; NaN where missing.
-        induce: Mean induce score.
+        induce: Mean induce score; NaN where missing.
         kl: Mean KL; NaN where missing.
         layers: Layer of each row.
         n_layers: Of the model.
-        max_kl: Largest KL on harmless prompts.
+        max_kl: Largest KL on harmless prompts; infinity for no limit.
         max_depth: Only layers below ``int(max_depth * n_layers)``: later ones act on the output tokens themselves.
+        keep_missing_kl: Let candidates pass whose KL was not measured; the published code drops them.
     """
     shallow = torch.tensor([layer < int(max_depth * n_layers) for layer in layers], device=bypass.device)
-    # a comparison with NaN is false: a missing KL passes, a missing induce or bypass does not
-    return shallow[:, None] & (induce > 0) & ~(kl > max_kl) & ~bypass.isnan()
+    # a comparison with NaN is false: what is missing does not pass
+    quiet = (kl <= max_kl) | (kl.isnan() if keep_missing_kl else False)
+    return shallow[:, None] & (induce > 0) & quiet & ~bypass.isnan()
 
 
 def select_published(
@@ -48,17 +51,19 @@ def select_published(
     *,
     max_kl: float = MAX_KL,
     max_depth: float = MAX_DEPTH,
+    keep_missing_kl: bool = False,
 ) -> tuple[int, int] | None:
     """(row, column) of the smallest bypass score among the candidates that pass (Arditi et al. 2024, section 2.3).
 
     Args:
         bypass: Mean refusal log-odds on harmful prompts, the direction removed.
         induce: Mean refusal log-odds on harmless prompts, the direction added.
-        kl: Mean KL on harmless prompts, the direction removed; a missing one (NaN) passes.
+        kl: Mean KL on harmless prompts, the direction removed; NaN where missing.
         layers: Layer of each row.
         n_layers: Of the model.
-        max_kl: Largest KL.
-        max_depth: Only layers below ``int(max_depth * n_layers)``.
+        max_kl: As for `passing`.
+        max_depth: As for `passing`.
+        keep_missing_kl: As for `passing`.
 
     Returns:
         None if no candidate passes. Ties go to the lower layer, then to the earlier column.
@@ -70,7 +75,8 @@ def select_published(
         >>> select_published(bypass, induce, kl, [0, 1], n_layers=4)
         (1, 1)
     """
-    allowed = passing(bypass, induce, kl, layers, n_layers, max_kl=max_kl, max_depth=max_depth)
+    limits = {"max_kl": max_kl, "max_depth": max_depth}
+    allowed = passing(bypass, induce, kl, layers, n_layers, **limits, keep_missing_kl=keep_missing_kl)
     return smallest(bypass, allowed)
 
 

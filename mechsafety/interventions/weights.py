@@ -71,7 +71,7 @@ def orthogonalized(
         yield model
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise MechsafetyError("a model with a direction removed from its weights is not saved", cure="use it in memory")
 
 

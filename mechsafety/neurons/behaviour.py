@@ -38,7 +38,7 @@ class ReplyLikelihood:
 Score = RefusalLogOdds | ReplyLikelihood | Judge
 
 
-def phrase_judge(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
+def phrase_judge(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:  # noqa: ARG001 (a judge gets both)
     """1 where `is_refusal` calls the reply a refusal, else 0.
 
     Example:
@@ -72,7 +72,7 @@ def text_classifier(name_or_path: str | os.PathLike[str], label: str, *, batch_s
     if label not in known:
         raise MechsafetyError(f"the classifier has no label {label!r}", expected=f"one of {known}")
 
-    def judge(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
+    def judge(_: Sequence[str], replies: Sequence[str]) -> list[float]:
         found = pipe([reply or " " for reply in replies], batch_size=batch_size, truncation=True)
         return [next(row["score"] for row in rows if row["label"] == label) for rows in found]
 

@@ -61,7 +61,7 @@ def through_norm(
 def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], object]) -> Iterator[None]:
     scales: dict[Module, Tensor] = {}
 
-    def note(module: Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def note(module: Module, args: tuple[Tensor, ...], _: Tensor) -> None:
         scales[module] = _scale(model, args[0])
 
     def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

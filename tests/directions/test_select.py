@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from mechsafety.directions.select import cosmic_layers, joint_cosine, passing, select_cosmic, select_published
 
 RUNS = ("gemma-2b-it", "qwen-1_8b-chat", "yi-6b-chat")
+LATER = "gemma-3-1b-it"
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_published_choice(shared_data, name):
+def published_scores(shared_data, name):
+    """What a published run says: its own JSON, columns, and scores [3 layer column]."""
     path = shared_data / "direction_runs" / f"{name}.json"
     if not path.is_file():
         pytest.skip(f"no {path.name} in the folder with evaluation data")
@@ -26,17 +27,34 @@ def test_the_published_choice(shared_data, name):
         scores[:, row["layer"], columns.index(row["position"])] = torch.tensor(
             [math.nan if value is None else value for value in values]
         )
+    return run, columns, scores
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_published_choice(shared_data, name):
+    run, columns, scores = published_scores(shared_data, name)
     layer, column = select_published(*scores, range(run["n_layers"]), run["n_layers"])
     assert {"pos": columns[column], "layer": layer} == run["chosen"]
     # each condition matters: without the depth limit or the KL another candidate would be chosen for some model
     assert (layer, column) != divmod(int(scores[0].nan_to_num(math.inf).argmin()), len(columns)) or name == RUNS[1]
 
 
+def test_a_later_run_whose_publishers_dropped_the_kl_condition(shared_data):
+    run, columns, scores = published_scores(shared_data, LATER)
+    assert select_published(*scores, range(run["n_layers"]), run["n_layers"]) is None
+    unlimited = select_published(*scores, range(run["n_layers"]), run["n_layers"], max_kl=math.inf)
+    # many bypass scores sit on that metric's floor, so that the smallest is not unique
+    allowed = passing(*scores, range(run["n_layers"]), run["n_layers"], max_kl=math.inf)
+    chosen = (run["chosen"]["layer"], columns.index(run["chosen"]["pos"]))
+    assert allowed[chosen] and unlimited is not None
+    assert float(scores[0][chosen]) == pytest.approx(float(scores[0][unlimited]), abs=1e-3)
+
+
 def test_every_published_run_is_tested(shared_data):
     folder = shared_data / "direction_runs"
     if not folder.is_dir():
         pytest.skip("the folder with evaluation data has no direction_runs")
-    assert {path.stem for path in folder.glob("*.json")} == set(RUNS)
+    assert {path.stem for path in folder.glob("*.json")} == {*RUNS, LATER}
 
 
 GOOD = {"bypass": -5.0, "induce": 1.0, "kl": 0.05}
@@ -59,12 +77,21 @@ def grid(**changed):
         ({"induce": math.nan}, (0, 0)),
         ({"kl": 0.11}, (0, 0)),
         ({"kl": 0.1}, (1, 0)),
-        ({"kl": math.nan}, (1, 0)),
+        ({"kl": math.nan}, (0, 0)),
         ({"bypass": math.nan}, (0, 0)),
     ],
 )
 def test_each_condition(changed, chosen):
     assert select_published(**grid(**changed), layers=range(4), n_layers=5) == chosen
+
+
+def test_a_missing_kl_passes_only_when_asked_for():
+    scores = grid(kl=math.nan)
+    assert select_published(**scores, layers=range(4), n_layers=5, keep_missing_kl=True) == (1, 0)
+    assert select_published(**grid(kl=0.11), layers=range(4), n_layers=5, keep_missing_kl=True) == (0, 0)
+    scores["kl"][:] = math.nan
+    assert select_published(**scores, layers=range(4), n_layers=5) is None
+    assert select_published(**scores, layers=range(4), n_layers=5, max_kl=math.inf) is None
 
 
 def test_the_depth_limit_is_a_layer_of_the_model_not_a_row():

@@ -88,6 +88,16 @@ def test_representation_reading(directed):
         assert model.generate(pairs.harmful[:2], 3) == ["sure"] * 2
     with repe_direction(model, pairs, layers=[1]).add(model):
         assert model.generate(pairs.harmless[:2], 3) == ["sorry"] * 2
+    # the published way, pairs shuffled and centred: by any shuffle nearly the same direction
+    sites = [site.layer for site in found.sites]
+    rows = model.cache([*pairs.harmful, *pairs.harmless], ["resid"]).resid[sites, :, -1].double()
+    signs = torch.tensor([1.0, -1.0]).double().repeat(6)[:, None]
+    for vector, (bad, good) in zip(found.unit, rows.unflatten(1, (2, 12)).unbind(0), strict=True):
+        whole = torch.linalg.svd(bad - good, full_matrices=False).Vh[0]
+        assert abs(float(vector.double() @ whole)) == pytest.approx(1.0, abs=1e-6)
+        shuffled = (bad - good) * signs
+        centred = torch.linalg.svd(shuffled - shuffled.mean(0), full_matrices=False).Vh[0]
+        assert abs(float(vector.double() @ centred)) > 0.99
     turned = repe_direction(model, PromptPairs.from_lists(pairs.harmless, pairs.harmful))
     torch.testing.assert_close(turned.vectors, -found.vectors, atol=1e-4, rtol=1e-4)
     with pytest.raises(MechsafetyError, match=r"^the pairs do not differ at L0.resid_pre; expected a later layer$"):
