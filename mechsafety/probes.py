@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechsafety.directions.scores import divergence
 from mechsafety.errors import MechsafetyError
-from mechsafety.interventions.batched import PromptBatches, run_removed, run_unedited
+from mechsafety.interventions.batched import EditedRun, PromptBatches, run_removed, run_unedited
 from mechsafety.interventions.steering import token_batches
 from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, wilson_interval
 from mechsafety.models import LensModel
@@ -40,7 +41,8 @@ class ProbeReport(Result):
         spans: Mean over the ``instruction``'s or the ``suffix``'s tokens, or the ``last`` token.
         labels: 1 harmful, 0 harmless.
         values: Out-of-fold decision values, above 0 for harmful: no probe has seen the topic that it judges.
-        shuffled: The same when the labels within each pair are swapped at random.
+        shuffled: The same of probes whose labels were swapped at random within pairs, draw by draw.
+        shuffled_labels: The labels of each draw: what its probes were fitted on, and what they are scored against.
         lexical: The same of a TF-IDF classifier of the prompts' text.
         hard: Decision values, of probes fitted on all pairs, on scary but harmless prompts.
         lexical_hard: The same of the TF-IDF classifier.
@@ -51,6 +53,10 @@ class ProbeReport(Result):
         erased: The same when the probe's weights' direction is removed from all that is written to the residual stream.
         pattern_erased: The same with the pattern.
         random_erased: The same for random directions.
+        erased_kl: What erasing the weights costs: KL(unedited || erased) of the next token on harmless prompts, in
+            nats; None without a metric.
+        pattern_erased_kl: The same of the pattern.
+        random_erased_kl: The same of the random directions.
     """
 
     provenance: Provenance
@@ -58,7 +64,8 @@ class ProbeReport(Result):
     spans: tuple[str, ...]
     labels: Float[Tensor, " prompt"]
     values: Float[Tensor, "layer span prompt"]
-    shuffled: Float[Tensor, "layer span prompt"]
+    shuffled: Float[Tensor, "draw layer span prompt"]
+    shuffled_labels: Float[Tensor, "draw prompt"]
     lexical: Float[Tensor, " prompt"]
     hard: Float[Tensor, "layer span hard"]
     lexical_hard: Float[Tensor, " hard"]
@@ -68,21 +75,25 @@ class ProbeReport(Result):
     erased: Float[Tensor, "layer span harmful"] | None
     pattern_erased: Float[Tensor, "layer span harmful"] | None
     random_erased: Float[Tensor, "random harmful"] | None
+    erased_kl: Float[Tensor, "layer span harmless"] | None
+    pattern_erased_kl: Float[Tensor, "layer span harmless"] | None
+    random_erased_kl: Float[Tensor, "random harmless"] | None
 
     def __repr__(self) -> str:
         best = self.to_dataframe().iloc[0]
         return (
             f"ProbeReport({len(self.layers)} layers x {len(self.spans)} spans, best accuracy {best.accuracy:.2f} at "
-            f"layer {best.layer}, {best.span}; text alone {self._accuracy(self.lexical):.2f})"
+            f"layer {best.layer}, {best.span}; text alone {_accuracy(self.lexical, self.labels):.2f})"
         )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a layer and span, most accurate first.
 
-        Accuracy with Wilson interval, AUROC, accuracy with shuffled labels, the text classifier's accuracy, false
-        positives among hard negatives, and the mean change of the metric when weights or pattern are erased, with
-        intervals; of random directions the mean over all, and that of the one that changes most. With few prompts,
-        accuracy with shuffled labels lies below one half: what a fold leaves out tips the rest the other way.
+        Accuracy with Wilson interval; AUROC; with shuffled labels, scored against these same labels, the mean accuracy
+        over draws with its interval over draws; the text classifier's accuracy; false positives among hard negatives.
+        When weights or pattern are erased: the mean change of the metric on harmful prompts and, beside it, the mean KL
+        on harmless ones, with intervals over prompts. Of random directions the mean over all, and that of the one that
+        changes the metric most.
         """
         from sklearn.metrics import roc_auc_score
 
@@ -95,7 +106,7 @@ class ProbeReport(Result):
                 row: dict[str, Any] = {"layer": layer, "span": span, "accuracy": hits / len(values)}
                 row |= {"accuracy_low": low, "accuracy_high": high}
                 row |= {"auroc": float(roc_auc_score(self.labels.numpy(), values.numpy()))}
-                row |= {"shuffled": self._accuracy(self.shuffled[k, s]), "lexical": self._accuracy(self.lexical)}
+                row |= self._shuffled_accuracy(k, s) | {"lexical": _accuracy(self.lexical, self.labels)}
                 row |= {"hard_flagged": float((self.hard[k, s] > 0).float().mean())}
                 row |= {"lexical_hard_flagged": float((self.lexical_hard > 0).float().mean())}
                 for name in ("erased", "pattern_erased"):
@@ -111,30 +122,40 @@ class ProbeReport(Result):
         frame = self.to_dataframe().sort_values(["span", "layer"])
         frame["up"], frame["down"] = frame.accuracy_high - frame.accuracy, frame.accuracy - frame.accuracy_low
         figure = px.line(frame, x="layer", y="accuracy", color="span", error_y="up", error_y_minus="down")
-        figure.add_hline(y=self._accuracy(self.lexical), line_dash="dash", annotation_text="text alone")
+        figure.add_hline(y=_accuracy(self.lexical, self.labels), line_dash="dash", annotation_text="text alone")
         return figure
 
+    def shuffled_accuracies(self, layer: int, span: str) -> list[float]:
+        """Accuracy of the probes with shuffled labels against these labels, draw by draw.
+
+        Raises:
+            MechsafetyError: A layer or span that was not probed.
+        """
+        if layer not in self.layers or span not in self.spans:
+            raise MechsafetyError(f"layer {layer}, {span!r}", expected=f"one of {self.layers} and of {self.spans}")
+        cell = self.shuffled[:, self.layers.index(layer), self.spans.index(span)]
+        return [_accuracy(*draw) for draw in zip(cell, self.shuffled_labels, strict=True)]
+
+    def _shuffled_accuracy(self, k: int, s: int) -> dict[str, float]:
+        draws = self.shuffled_accuracies(self.layers[k], self.spans[s])
+        low, high = bootstrap_interval(draws)
+        return {"shuffled": float(np.mean(draws)), "shuffled_low": low, "shuffled_high": high}
+
     def _change(self, name: str, cell: tuple[int, int]) -> dict[str, float]:
-        """Mean change of the metric with its interval, as columns; none where erasing was not measured."""
-        values = getattr(self, name)
+        """Mean change of the metric and mean KL, with intervals, as columns; none where erasing was not measured."""
+        values, kl = getattr(self, name), getattr(self, f"{name}_kl")
         if values is None or self.unedited is None:
             return {}
-        change = (values[cell] - self.unedited).numpy()
-        ends = bootstrap_interval(change) if not np.isnan(change).any() else (np.nan, np.nan)
-        return {name: float(change.mean()), f"{name}_low": ends[0], f"{name}_high": ends[1]}
+        return _mean(name, values[cell] - self.unedited) | _mean(f"{name}_kl", kl[cell])
 
     def _random_change(self) -> dict[str, float]:
         """Mean over random directions with its interval over prompts, and the direction that changes most."""
-        if self.random_erased is None or self.unedited is None:
+        if self.random_erased is None or self.random_erased_kl is None or self.unedited is None:
             return {}
         change = self.random_erased - self.unedited
-        low, high = bootstrap_interval(change.mean(0).numpy())
         means = change.mean(1)
-        found = {"random_erased": float(means.mean()), "random_erased_low": low, "random_erased_high": high}
+        found = _mean("random_erased", change.mean(0)) | _mean("random_erased_kl", self.random_erased_kl.mean(0))
         return {**found, "random_erased_most": float(means[means.abs().argmax()])}
-
-    def _accuracy(self, values: Tensor) -> float:
-        return float(((values > 0) == (self.labels > 0)).float().mean())
 
 
 def probe_layers(
@@ -148,7 +169,9 @@ def probe_layers(
     outer: int = 5,
     inner: int = 3,
     erase_on: Sequence[str] | None = None,
+    harmless_on: Sequence[str] | None = None,
     n_random: int = 8,
+    n_shuffled: int = 5,
     seed: int = 0,
     progress: bool = True,
 ) -> ProbeReport:
@@ -169,12 +192,14 @@ def probe_layers(
         inner: Folds of the inner one.
         erase_on: Harmful prompts on which erasing is measured, better held out; by default 16 of the pairs' own, spread
             over their topics.
+        harmless_on: Harmless prompts on which the cost of erasing is measured; by default the pairs' own, as many.
         n_random: Random directions to compare erasing with.
+        n_shuffled: Draws of shuffled labels.
         seed: Of the shuffled labels and the random directions.
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: Unknown span, a layer that is not there, or too few pairs.
+        MechsafetyError: Unknown span, a layer that is not there, too few pairs, or fewer than two draws.
     """
     wrong = [span for span in spans if span not in PROBE_SPANS]
     if wrong or not spans:
@@ -185,39 +210,45 @@ def probe_layers(
     groups = _groups(pairs)
     if len(set(groups)) < MIN_GROUPS:
         raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_GROUPS}, so that some can be held out")
+    if n_shuffled < 2:
+        raise MechsafetyError(f"n_shuffled={n_shuffled}", expected="at least 2 draws, so that there is an interval")
     scary = list(hard) if hard is not None else [prompt.text for prompt in builtin_prompts("borderline", "test")]
     texts = [*pairs.harmful, *pairs.harmless]
     labels = np.repeat([1, 0], len(pairs))
-    swap = np.tile(np.random.default_rng(seed).integers(0, 2, len(pairs)), 2)
+    swaps = np.tile(np.random.default_rng(seed).integers(0, 2, (n_shuffled, len(pairs))), 2)
+    swapped = np.where(swaps == 1, 1 - labels, labels)
     seen, seen_hard = (span_means(model, prompts, chosen, spans) for prompts in (texts, scary))
     folds = _Folds(np.tile(groups, 2), outer, inner)
     shape = (len(chosen), len(spans))
-    values, shuffled = torch.zeros(*shape, len(texts)), torch.zeros(*shape, len(texts))
+    values, shuffled = torch.zeros(*shape, len(texts)), torch.zeros(n_shuffled, *shape, len(texts))
     on_hard, directions = torch.zeros(*shape, len(scary)), torch.zeros(2, *shape, model.d_model)
     with tqdm(total=shape[0] * shape[1], desc="probes", disable=not progress, leave=False) as bar:
         for k in range(shape[0]):
             for s in range(shape[1]):
                 data = seen[k, s].numpy()
                 values[k, s] = folds.out_of_fold(_linear(), data, labels)
-                shuffled[k, s] = folds.out_of_fold(_linear(), data, np.where(swap == 1, 1 - labels, labels))
+                for draw, own in enumerate(swapped):
+                    shuffled[draw, k, s] = folds.out_of_fold(_linear(), data, own)
                 probe = folds.fit(_linear(), data, labels)
                 on_hard[k, s] = torch.from_numpy(probe.decision_function(seen_hard[k, s].numpy()))
                 directions[:, k, s] = _directions(probe, data)
                 bar.update()
     lexical = folds.out_of_fold(_lexical(), texts, labels)
     lexical_hard = torch.from_numpy(folds.fit(_lexical(), texts, labels).decision_function(scary)).float()
-    unedited, random_erased = None, None
-    texts_erased = pairs.sample(N_ERASE, seed).harmful if erase_on is None else list(erase_on)
-    erased: list[Tensor | None] = [None, None]
+    chosen_prompts = pairs.sample(N_ERASE, seed)
+    texts_erased = chosen_prompts.harmful if erase_on is None else list(erase_on)
+    texts_harmless = chosen_prompts.harmless if harmless_on is None else list(harmless_on)
+    unedited: Tensor | None = None
+    erased: list[Tensor | None] = [None] * 3
+    cost: list[Tensor | None] = [None] * 3
     if metric is not None:
         flat = rearrange(directions, "kind layer span d -> (kind layer span) d")
         noise = torch.randn(n_random, model.d_model, generator=torch.Generator().manual_seed(seed))
-        before, after = _erase(model, metric, texts_erased, torch.cat([flat, noise]))
-        unedited, random_erased = before, after[len(flat) :]
-        grid = {"kind": 2, "span": len(spans)}
-        erased = list(rearrange(after[: len(flat)], "(kind layer span) prompt -> kind layer span prompt", **grid))
+        unedited, after, harm = _erase(model, metric, texts_erased, texts_harmless, torch.cat([flat, noise]))
+        erased, cost = (_by_cell(rows, len(flat), len(spans)) for rows in (after, harm))
     options = {"outer": outer, "inner": inner, "pairs": len(pairs), "hard": len(scary), "spans": list(spans)}
     options |= {"n_erase": len(texts_erased), "held_out": erase_on is not None, "groups": len(set(groups))}
+    options |= {"n_harmless": len(texts_harmless), "n_shuffled": n_shuffled}
     return ProbeReport(
         model.provenance(seed=seed, options=options),
         chosen,
@@ -225,15 +256,15 @@ def probe_layers(
         torch.from_numpy(labels).float(),
         values,
         shuffled,
+        torch.from_numpy(swapped).float(),
         lexical,
         on_hard,
         lexical_hard,
         directions[0],
         directions[1],
         unedited,
-        erased[0],
-        erased[1],
-        random_erased,
+        *erased,
+        *cost,
     )
 
 
@@ -321,14 +352,44 @@ def _directions(probe: Any, data: np.ndarray) -> Float[Tensor, "2 d_model"]:
 
 
 def _erase(
-    model: LensModel, metric: RefusalLogOdds, prompts: Sequence[str], directions: Float[Tensor, "row d_model"]
-) -> tuple[Float[Tensor, " prompt"], Float[Tensor, "row prompt"]]:
-    """Metric as it is, and with each direction removed (NaN for zero ones)."""
-    batches = PromptBatches.of(model, prompts)
-    before = metric(run_unedited(model, batches).logits[0]).cpu()
-    after = torch.full((len(directions), len(prompts)), torch.nan)
+    model: LensModel,
+    metric: RefusalLogOdds,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    directions: Float[Tensor, "row d_model"],
+) -> tuple[Float[Tensor, " harmful"], Float[Tensor, "row harmful"], Float[Tensor, "row harmless"]]:
+    """Metric as it is, with each direction removed, and KL on harmless prompts (NaN for directions that are zero)."""
+    bad, good = PromptBatches.of(model, harmful), PromptBatches.of(model, harmless)
+    before = metric(run_unedited(model, bad).logits[0]).cpu()
+    log_probs = run_unedited(model, good).logits[0].log_softmax(-1)
+    after = torch.full((len(directions), len(harmful)), torch.nan)
+    cost = torch.full((len(directions), len(harmless)), torch.nan)
     real = (directions.norm(dim=-1) > 0).nonzero().flatten().tolist()
-    for run in run_removed(model, batches, [directions[[k]].to(model.device) for k in real]):
-        rows = torch.tensor([real[k] for k in run.variants])
-        after[rows[:, None], torch.tensor(run.index)] = metric(run.logits).cpu()
-    return before, after
+    bases = [directions[[k]].to(model.device) for k in real]
+    for run in run_removed(model, bad, bases):
+        after[_cells(real, run)] = metric(run.logits).cpu()
+    for run in run_removed(model, good, bases):
+        cost[_cells(real, run)] = divergence(log_probs[list(run.index)], run.logits).cpu()
+    return before, after, cost
+
+
+def _cells(real: Sequence[int], run: EditedRun) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a run's directions and prompts."""
+    return torch.tensor([real[k] for k in run.variants])[:, None], torch.tensor(run.index)
+
+
+def _by_cell(rows: Float[Tensor, "row prompt"], n_flat: int, n_spans: int) -> list[Tensor | None]:
+    """Rows of weights and of patterns by layer and span, and those of the random directions."""
+    grid = rearrange(rows[:n_flat], "(kind layer span) prompt -> kind layer span prompt", kind=2, span=n_spans)
+    return [grid[0], grid[1], rows[n_flat:]]
+
+
+def _accuracy(values: Float[Tensor, " prompt"], labels: Float[Tensor, " prompt"]) -> float:
+    return float(((values > 0) == (labels > 0)).float().mean())
+
+
+def _mean(name: str, values: Tensor) -> dict[str, float]:
+    """Mean over prompts with its interval, as columns; NaN where there is none."""
+    seen = values.double().numpy()
+    ends = bootstrap_interval(seen) if not np.isnan(seen).any() else (np.nan, np.nan)
+    return {name: float(seen.mean()), f"{name}_low": ends[0], f"{name}_high": ends[1]}

@@ -11,18 +11,24 @@ a step's file or folder there to do it again. Of replies only whether they refus
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from refusal_direction_page import write
+from torch import Tensor
 
 import mechsafety as ms
 from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection, RefusalSubspace
+from mechsafety.directions.scores import mean_differences
 from mechsafety.interventions import Direction, DoseResponse, orthogonalized, project_out, steer
+from mechsafety.probes import N_ERASE, ProbeReport
+from mechsafety.sites import Site, SiteKind
 
 REPLY_TOKENS = 24
 ADDED = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -249,35 +255,71 @@ def heads(study: Study, found: RefusalDirection) -> dict[str, Any]:
 
 
 def probes(study: Study) -> list[dict[str, Any]]:
-    pairs = ms.PromptPairs.builtin("train").sample(study.args.n_probe)
-    layers = study.args.layers or list(range(0, study.model.n_layers + 1, 3))
-    held_out = ms.PromptPairs.builtin("test").sample(16).harmful
-    report = ms.probe_layers(study.model, pairs, study.metric, layers=layers, erase_on=held_out)
-    return json.loads(report.to_dataframe().to_json(orient="records"))
+    """Probes with their controls; erased on harmful prompts of topics that no probe saw, its cost on Alpaca prompts."""
+    args, model = study.args, study.model
+
+    def measure() -> ProbeReport:
+        return ms.probe_layers(
+            model,
+            ms.PromptPairs.builtin("train").sample(args.n_probe),
+            study.metric,
+            layers=args.layers or list(range(0, model.n_layers + 1, 3)),
+            erase_on=ms.PromptPairs.builtin("test").sample(N_ERASE).harmful,
+            harmless_on=study.prompts("alpaca_harmless", N_ERASE, skip=400),
+            progress=False,
+        )
+
+    report = study.result("probe-report", ProbeReport, measure)
+    rows = json.loads(report.to_dataframe().to_json(orient="records"))
+    return [{**row, "shuffled_draws": report.shuffled_accuracies(row["layer"], row["span"])} for row in rows]
 
 
-def others(study: Study, found: RefusalDirection) -> dict[str, Any]:
-    """Representation reading at the same layer, and inference-time intervention, by the same measure."""
-    model = study.model
-    pairs = ms.PromptPairs.builtin("train").sample(study.args.n_train)
-    ways: dict[str, tuple[Direction, float]] = {
-        "representation reading": (ms.repe_direction(model, pairs, layers=[found.layer]), 1.0),
-        "inference-time intervention": (
-            ms.iti_direction(model, pairs, n_heads=min(16, model.n_layers * model.n_heads // 2)),
-            5.0,
-        ),
-    }
+def others(study: Study) -> list[dict[str, Any]]:
+    """Three methods, each fitted on either kind of contrast data, removed and added in the same places.
+
+    Vectors of the residual stream are removed everywhere, as the chosen direction is, and, apart from that, at their
+    own layer alone; heads' vectors have no place but their heads. The mean difference is read where the chosen
+    direction is, so that on the first data it is that direction.
+    """
     sets = test_sets(study)
-    out = {}
-    for name, (direction, strength) in ways.items():
-        removed = refusals(study, sets["JailbreakBench"], direction.ablate(model))
-        added = refusals(study, sets["Alpaca (rest)"], direction.add(model, strength))
-        out[name] = {"removed": removed, "added": added, "strength": strength}
-    reading = ways["representation reading"][0].unit[0]
-    out["cosine of representation reading with the direction"] = float(
-        reading @ (found.vector / found.vector.norm()).to(reading)
-    )
-    return out
+    bad, good = sets["JailbreakBench"], sets["Alpaca (rest)"]
+    rows: list[dict[str, Any]] = []
+    chosen: Tensor | None = None
+    for name, pairs in contrast_data(study).items():
+        for method, direction, strength in fitted(study, pairs):
+            everywhere = replace(direction, everywhere=True) if len(direction.sites) == 1 else None
+            vector = None if everywhere is None else direction.vectors[0]
+            chosen = vector if chosen is None else chosen
+            runs = {
+                "removed": everywhere and (bad, partial(everywhere.ablate, study.model)),
+                "removed_at_site": (bad, partial(direction.ablate, study.model)),
+                "added": (good, partial(direction.add, study.model, strength)),
+            }
+            row = {"data": name, "method": method, "strength": strength}
+            row["cosine"] = None if vector is None else float(torch.cosine_similarity(vector, chosen, dim=0))
+            for way, task in runs.items():
+                key = f"others {name} {method} {way}".replace(" ", "-").lower()
+                hits = task and study.json(key, lambda t=task: refusals(study, t[0], t[1]()))
+                row[way] = hits and [sum(hits), len(hits)]
+            rows.append(row)
+    return rows
+
+
+def contrast_data(study: Study) -> dict[str, ms.PromptPairs]:
+    """What directions are fitted on: the chosen one's prompts, and built-in pairs of near-equal texts."""
+    built_in = ms.PromptPairs.builtin("train").sample(study.args.n_train)
+    return {"AdvBench and Alpaca": prompt_sets(study)[0], "built-in pairs": built_in}
+
+
+def fitted(study: Study, pairs: ms.PromptPairs) -> Iterator[tuple[str, Direction, float]]:
+    """Method, direction, and the strength at which it is added."""
+    model, layer = study.model, study.layer
+    means, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_columns=1)
+    site = (Site(SiteKind.RESID_PRE, layer),)
+    yield "mean difference", Direction(model.provenance(), "mean difference", site, means[layer].cpu()), 1.0
+    yield "representation reading", ms.repe_direction(model, pairs, layers=[layer], progress=False), 1.0
+    n_heads = min(16, model.n_layers * model.n_heads // 2)
+    yield "inference-time intervention", ms.iti_direction(model, pairs, n_heads=n_heads, progress=False), 5.0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from einops import rearrange, repeat
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions import project_out
@@ -25,6 +26,10 @@ def report(directed):
         spans=["last", "instruction"],
         hard=HARD,
         erase_on=pairs.harmful[:4],
+        harmless_on=pairs.harmless[:3],
+        n_shuffled=2,
+        outer=3,
+        inner=2,
         progress=False,
     )
 
@@ -35,8 +40,52 @@ def test_what_is_there_is_found_and_what_is_not_is_not(report):
     # the last token before block 0 is the same in all prompts
     assert frame.accuracy[0, "last"] == 0.5 and frame.auroc[0, "last"] == 0.5
     assert not report.directions[0, 0].any() and report.erased[0, 0].isnan().all()
-    assert frame.shuffled.max() <= 0.6 and (frame.accuracy_low <= frame.accuracy).all()
+    assert (frame.accuracy_low <= frame.accuracy).all()
     assert frame.lexical.iloc[0] == 1.0  # one word tells these prompts apart: text alone does as well
+
+
+def test_shuffled_probes_are_scored_against_their_own_labels(report):
+    """Not against the true ones, which they were never shown: those give an artefact in place of chance."""
+    own = report.shuffled_labels
+    assert own.shape == (2, len(report.labels)) and not torch.equal(own[0], own[1])
+    pairs = rearrange(own, "draw (side pair) -> draw side pair", side=2)
+    assert bool((pairs.sum(1) == 1).all()), "swapped within pairs"
+    perfect = repeat(2 * own - 1, "draw prompt -> draw 2 2 prompt")
+    learned = replace(report, shuffled=perfect)
+    assert learned.shuffled_accuracies(2, "last") == [1.0, 1.0]
+    frame = learned.to_dataframe()
+    assert (frame.shuffled == 1.0).all() and (frame.shuffled_low == 1.0).all()
+    half = replace(report, shuffled=torch.stack([perfect[0], -perfect[1]]))
+    row = half.to_dataframe().iloc[0]
+    assert row.shuffled == 0.5 and row.shuffled_low < 0.5 < row.shuffled_high
+    with pytest.raises(MechsafetyError, match=r"^layer 1, 'last'; expected one of \(0, 2\) and of \('last', 'inst"):
+        report.shuffled_accuracies(1, "last")
+
+
+def test_labels_without_meaning_are_read_at_chance(directed):
+    """Six draws: their interval holds one half, though the texts alone tell the true labels without a mistake."""
+    model, pairs, _ = directed
+    plain = PromptPairs.from_lists(pairs.harmful, pairs.harmless)
+    found = probe_layers(
+        model, plain, layers=[2], spans=["last"], hard=HARD, n_shuffled=6, outer=3, inner=2, progress=False
+    )
+    row = found.to_dataframe().iloc[0]
+    assert row.accuracy == 1.0 and row.shuffled_low <= 0.5 <= row.shuffled_high
+
+
+def test_erasing_costs_what_it_does_to_harmless_prompts(report, directed):
+    model, pairs, _ = directed
+    texts = pairs.harmless[:3]
+    before = model.logits(texts).log_softmax(-1)
+    with project_out(model, report.patterns[1, 0]):
+        after = model.logits(texts).log_softmax(-1)
+    want = (before.exp() * (before - after)).sum(-1)
+    torch.testing.assert_close(report.pattern_erased_kl[1, 0], want, atol=1e-3, rtol=1e-3)
+    assert report.erased_kl[0, 0].isnan().all(), "no direction was found there"
+    frame = report.to_dataframe().set_index(["layer", "span"])
+    assert frame.pattern_erased_kl[2, "last"] == pytest.approx(float(want.mean()), rel=1e-3)
+    assert frame.random_erased_kl.iloc[0] == pytest.approx(float(report.random_erased_kl.mean()), rel=1e-5)
+    assert report.random_erased_kl.shape == (8, 3)
 
 
 def test_erasing_is_the_removal_of_the_stored_direction(report, directed):
@@ -63,7 +112,9 @@ def test_the_pattern_is_the_refusal_direction_and_its_removal_matters(report):
 def test_erasing_by_default_is_on_prompts_of_all_topics(directed):
     model, pairs, metric = directed
     topical = PromptPairs(tuple(replace(pair, topic=f"t{k // 4}") for k, pair in enumerate(pairs)))
-    few = probe_layers(model, topical, metric, layers=[2], spans=["last"], hard=HARD, n_random=1, progress=False)
+    few = probe_layers(
+        model, topical, metric, layers=[2], spans=["last"], hard=HARD, n_random=1, n_shuffled=2, progress=False
+    )
     want = metric(model.logits(topical.sample(16, 0).harmful))
     torch.testing.assert_close(few.unedited, want, atol=1e-4, rtol=1e-4)
     assert few.provenance.options["held_out"] is False
@@ -116,7 +167,7 @@ def test_round_trip_and_picture(report, tmp_path):
 
 def test_without_a_metric_nothing_is_erased(directed):
     model, pairs, _ = directed
-    found = probe_layers(model, pairs, layers=[1], spans=["last"], hard=HARD, progress=False)
+    found = probe_layers(model, pairs, layers=[1], spans=["last"], hard=HARD, n_shuffled=2, progress=False)
     assert found.erased is None and "erased" not in found.to_dataframe()
 
 
@@ -126,6 +177,7 @@ def test_without_a_metric_nothing_is_erased(directed):
         ({"spans": ["middle"]}, "spans ['middle']; expected some of ('instruction', 'suffix', 'last')"),
         ({"layers": [4]}, "layers [4]; expected some of 0 to 3"),
         ({"layers": []}, "layers []; expected some of 0 to 3"),
+        ({"n_shuffled": 1}, "n_shuffled=1; expected at least 2 draws, so that there is an interval"),
     ],
 )
 def test_refusals(directed, options, message):

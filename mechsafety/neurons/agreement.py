@@ -16,6 +16,7 @@ from mechsafety.neurons.scores import NeuronScores
 from mechsafety.results import Provenance, Result
 
 MEASURES = ("overlap", "spearman_top", "spearman_all")
+NULLS = ("free", "layered", "sized")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,9 +30,12 @@ class NeuronAgreement(Result):
         count: Number of neurons in each top.
         observed: ``overlap`` (share of one top that is in the other), ``spearman_top`` (over the union of the two
             tops), ``spearman_all`` (over all neurons).
-        free, layered: The same for permutations of the second ranking over all neurons, and within each layer. The
-            union of two tops is chosen by both rankings, so without any relation its Spearman correlation is far below
-            0: only the null tells what a value means.
+        free, layered, sized: The same for permutations of the second ranking over all neurons, within each layer, and
+            within each layer among neurons whose activations in the base are of like size. A change of activation
+            grows with the neuron's activation, so two rankings by change share large neurons whatever the alignments
+            did: only ``sized`` leaves that out. The union of two tops is chosen by both rankings, so without any
+            relation its Spearman correlation is far below 0: only the null tells what a value means.
+        bins: Number of groups of like size in each layer.
     """
 
     provenance: Provenance
@@ -41,24 +45,26 @@ class NeuronAgreement(Result):
     observed: dict[str, float]
     free: Float[Tensor, "measure draw"]
     layered: Float[Tensor, "measure draw"]
+    sized: Float[Tensor, "measure draw"]
+    bins: int
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {value:.3f}" for name, value in self.observed.items())
         return f"NeuronAgreement(top {self.share:.1%}: {shown})"
 
-    def p_value(self, measure: str, null: str = "layered") -> float:
+    def p_value(self, measure: str, null: str = "sized") -> float:
         """One-sided permutation p: (1 + draws at least as high as observed) / (1 + draws)."""
-        if measure not in MEASURES or null not in ("free", "layered"):
-            raise MechsafetyError(f"{measure!r} against {null!r}", expected=f"one of {MEASURES}, 'free' or 'layered'")
+        if measure not in MEASURES or null not in NULLS:
+            raise MechsafetyError(f"{measure!r} against {null!r}", expected=f"one of {MEASURES} against one of {NULLS}")
         draws = getattr(self, null)[MEASURES.index(measure)]
         return (1 + int((draws >= self.observed[measure]).sum())) / (1 + len(draws))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a measure: observed, and mean, 95 % range and p of both nulls."""
+        """One row a measure: observed, and mean, 95 % range and p of each null."""
         rows = []
         for k, name in enumerate(MEASURES):
             row: dict[str, float | str] = {"measure": name, "observed": self.observed[name]}
-            for null in ("free", "layered"):
+            for null in NULLS:
                 draws = getattr(self, null)[k].double().numpy()
                 row |= {f"{null}_mean": draws.mean(), f"{null}_p": self.p_value(name, null)}
                 row |= dict(
@@ -68,22 +74,28 @@ class NeuronAgreement(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """Observed values over the ranges of the within-layer null."""
+        """Observed values over the ranges of the null within layers and sizes."""
         frame = self.to_dataframe()
         figure = go.Figure()
         bars = {
             "type": "data",
             "symmetric": False,
-            "array": frame.layered_high - frame.layered_mean,
-            "arrayminus": frame.layered_mean - frame.layered_low,
+            "array": frame.sized_high - frame.sized_mean,
+            "arrayminus": frame.sized_mean - frame.sized_low,
         }
-        figure.add_scatter(x=frame.measure, y=frame.layered_mean, error_y=bars, mode="markers", name="permuted (95 %)")
+        figure.add_scatter(x=frame.measure, y=frame.sized_mean, error_y=bars, mode="markers", name="permuted (95 %)")
         figure.add_scatter(x=frame.measure, y=frame.observed, mode="markers", name="observed")
         return figure
 
 
 def compare_neurons(
-    first: NeuronScores, second: NeuronScores, *, share: float = 0.05, n_permutations: int = 1000, seed: int = 0
+    first: NeuronScores,
+    second: NeuronScores,
+    *,
+    share: float = 0.05,
+    bins: int = 20,
+    n_permutations: int = 1000,
+    seed: int = 0,
 ) -> NeuronAgreement:
     """Overlap of the tops and Spearman correlations of two rankings, with permutation nulls.
 
@@ -91,27 +103,33 @@ def compare_neurons(
         first: Scores of an alignment.
         second: Scores of another alignment of the same base model, or of another seed.
         share: What counts as the top.
+        bins: Groups of like base activation in each layer, of equal counts, for the null within sizes; 1 is the null
+            within layers. With more groups less of the size is left in the null's difference, and fewer orders are.
         n_permutations: Draws of each null.
         seed: Of the permutations.
 
     Raises:
-        MechsafetyError: Rankings of different shapes or kinds of score.
+        MechsafetyError: Rankings of different shapes or kinds of score, or a number of groups that is not from 1 to
+            half of a layer's neurons (single neurons cannot be permuted).
     """
     if first.scores.shape != second.scores.shape or first.score != second.score:
         raise MechsafetyError(
             f"{first!r} and {second!r}", expected="scores of the same kind for models of the same shape"
         )
     shape = tuple(first.scores.shape)
+    if not 1 <= bins <= shape[1] // 2:
+        raise MechsafetyError(f"bins={bins}", expected=f"1 to {shape[1] // 2}, half of a layer's neurons")
     count = share_count(share, first.scores.numel())
     ours, theirs = (_ranks(scores.scores.double().numpy().ravel()) for scores in (first, second))
     tops = [top_mask(scores.scores, count).numpy().ravel() for scores in (first, second)]
     observed = dict(zip(MEASURES, map(float, _agreement(ours, theirs, *tops)), strict=True))
     rng = np.random.default_rng(seed)
+    groups = _size_groups(first, second, bins)
     nulls = {}
-    for name in ("free", "layered"):
+    for name in NULLS:
         draws = []
         for _ in range(n_permutations):
-            order = _permutation(rng, shape, within=name == "layered")
+            order = _within(rng, groups) if name == "sized" else _permutation(rng, shape, within=name == "layered")
             draws.append(_agreement(ours, theirs[order], tops[0], tops[1][order]))
         nulls[name] = torch.from_numpy(np.stack(draws, axis=1))
     return NeuronAgreement(
@@ -120,8 +138,8 @@ def compare_neurons(
         share,
         count,
         observed,
-        nulls["free"],
-        nulls["layered"],
+        *(nulls[name] for name in NULLS),
+        bins,
     )
 
 
@@ -151,3 +169,18 @@ def _permutation(rng: np.random.Generator, shape: tuple[int, ...], *, within: bo
         return rng.permutation(shape[0] * shape[1])
     rows = rearrange(np.arange(shape[0] * shape[1]), "(layer d_mlp) -> layer d_mlp", layer=shape[0])
     return rearrange(rng.permuted(rows, axis=1), "layer d_mlp -> (layer d_mlp)")
+
+
+def _size_groups(first: NeuronScores, second: NeuronScores, bins: int) -> np.ndarray:
+    """Group of each neuron [neuron]: its layer, and its place by the base model's activation in it."""
+    size = (first.base_rms.double() ** 2 + second.base_rms.double() ** 2).numpy()
+    layers, width = size.shape
+    place = size.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable") * bins // width
+    return rearrange(place + bins * np.arange(layers)[:, None], "layer d_mlp -> (layer d_mlp)")
+
+
+def _within(rng: np.random.Generator, groups: np.ndarray) -> np.ndarray:
+    """A random order of all items in which each group keeps its places."""
+    order = np.empty(len(groups), dtype=np.int64)
+    order[groups.argsort(kind="stable")] = np.lexsort((rng.random(len(groups)), groups))
+    return order

@@ -99,6 +99,7 @@ def alignment_tax(
     helpfulness: Score,
     *,
     share: float = 0.05,
+    bins: int = 20,
     n_random: int = 20,
     n_permutations: int = 1000,
     max_new_tokens: int = 32,
@@ -120,6 +121,7 @@ def alignment_tax(
         safety: Score of harmful prompts, as for `causal_effect_curve`.
         helpfulness: Score of harmless prompts.
         share: What counts as the top of a ranking.
+        bins: Groups of like base activation in each layer, as for `compare_neurons`.
         n_random: Random sets beside the common neurons; where more than half of a layer is common, all its other
             neurons and as few common ones as possible.
         n_permutations: Draws of each permutation null.
@@ -137,7 +139,7 @@ def alignment_tax(
     check_random_sets(n_random)
     for ranking in rankings:
         check_ranking(base, ranking.scores)
-    agreement = compare_neurons(*rankings, share=share, n_permutations=n_permutations, seed=seed)
+    agreement = compare_neurons(*rankings, share=share, bins=bins, n_permutations=n_permutations, seed=seed)
     common = rankings[0].top(share) & rankings[1].top(share)
     if not bool(common.any()):
         raise MechsafetyError(

@@ -18,6 +18,7 @@ from mechsafety.neurons import (
     random_masks,
     safety_neurons,
 )
+from mechsafety.neurons.agreement import _size_groups, _within
 
 SHARES = (0.05, 0.3, 1.0)
 
@@ -129,15 +130,13 @@ def test_what_a_curve_cannot_be_drawn_from(pair, prompts, ranking, log_odds):
 
 
 def with_scores(ranking, values):
-    from dataclasses import replace
-
     return replace(ranking, scores=values)
 
 
 def test_agreement_with_itself_and_with_chance(ranking):
     same = compare_neurons(ranking, ranking, share=0.1, n_permutations=99)
     assert same.observed == pytest.approx({"overlap": 1.0, "spearman_top": 1.0, "spearman_all": 1.0})
-    assert [same.p_value(name, null) for name in same.observed for null in ("free", "layered")] == [0.01] * 6
+    assert [same.p_value(name, null) for name in same.observed for null in ("free", "layered", "sized")] == [0.01] * 9
     noise = with_scores(ranking, torch.rand(3, 48, generator=torch.Generator().manual_seed(11)))
     other = with_scores(ranking, torch.rand(3, 48, generator=torch.Generator().manual_seed(12)))
     chance = compare_neurons(noise, other, share=0.1, n_permutations=199)
@@ -161,8 +160,40 @@ def test_layers_alone_do_not_count_as_agreement(ranking):
     assert len(found.plot().data) == 2 and repr(found).startswith("NeuronAgreement(top 20.0%: overlap ")
 
 
+def test_size_alone_does_not_count_as_agreement(ranking):
+    """Two changes that share nothing but the neurons' size, which no null but that within sizes leaves out."""
+    size = torch.rand(3, 48, generator=torch.Generator().manual_seed(2)) ** 4 * 100
+
+    def changed(seed):
+        change = size * (0.5 + torch.rand(3, 48, generator=torch.Generator().manual_seed(seed)))
+        return replace(ranking, scores=change, base_rms=size)
+
+    found = compare_neurons(changed(3), changed(4), share=0.2, bins=16, n_permutations=199)
+    assert found.p_value("overlap", "layered") == 1 / 200
+    assert found.p_value("overlap") == found.p_value("overlap", "sized") > 0.05
+    frame = found.to_dataframe().set_index("measure")
+    assert frame.sized_low["overlap"] <= frame.observed["overlap"] <= frame.sized_high["overlap"]
+    # beyond size: the same neurons of each size are changed most
+    same = compare_neurons(changed(3), changed(3), share=0.2, bins=16, n_permutations=199)
+    assert same.p_value("overlap") == 1 / 200
+    for bins in (0, 25):
+        with pytest.raises(ms.MechsafetyError, match=rf"^bins={bins}; expected 1 to 24, half of a layer's neurons$"):
+            compare_neurons(ranking, ranking, bins=bins)
+
+
+def test_orders_within_sizes(ranking):
+    """Every neuron stays in its layer and among as many of like size; one group is the whole layer."""
+    rng = np.random.default_rng(0)
+    for bins in (1, 6):
+        groups = _size_groups(ranking, ranking, bins)
+        assert np.unique(groups, return_counts=True)[1].tolist() == [48 // bins] * (3 * bins)
+        order = _within(rng, groups)
+        assert (groups[order] == groups).all() and sorted(order) == list(range(144)) and (order != range(144)).any()
+    sizes = ranking.base_rms.numpy().ravel()
+    assert all(sizes[groups == k].max() <= sizes[groups == k + 1].min() for k in range(5)), "of the first layer"
+
+
 def test_rankings_that_do_not_fit(ranking):
-    from dataclasses import replace
 
     with pytest.raises(ms.MechsafetyError, match=r"expected scores of the same kind for models of the same shape$"):
         compare_neurons(ranking, replace(ranking, score="ratio"))
