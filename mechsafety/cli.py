@@ -38,6 +38,7 @@ def map_command(
     device: str | None = None,
     dtype: str | None = None,
     chat_template: str | None = None,
+    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -71,6 +72,8 @@ def map_command(
         float32, bfloat16, float16.
     chat_template
         "plain" for models without a chat template of their own.
+    template_option
+        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, enable_thinking=false.
     seed
         Seed of everything random.
     as_json
@@ -87,13 +90,21 @@ def map_command(
         prompts = PromptPairs.from_jsonl(pairs)
     if comply_token and not refusal_token:
         raise MechsafetyError("--comply-token without --refusal-token", expected="both, or neither")
+    options = dict(map(_option, template_option))
     quiet_libraries()
     from mechsafety.circuits import map_refusal_circuit
     from mechsafety.metrics import RefusalLogOdds
     from mechsafety.models import load_model
 
     with fresh_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
-        lens = load_model(model, adapter=adapter, device=device, dtype=dtype, chat_template=chat_template)
+        lens = load_model(
+            model,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            chat_template=chat_template,
+            template_options=options,
+        )
         metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
         circuit = map_refusal_circuit(
             lens,
@@ -108,6 +119,17 @@ def map_command(
         write_all(circuit, scratch)
     print(_summary_json(circuit, out) if as_json else _summary(circuit, out))  # noqa: T201
     return 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A template option from ``NAME=VALUE``; the value is JSON where it can be read as JSON, otherwise text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise MechsafetyError(f"--template-option {text!r}", expected="NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def quiet_libraries() -> None:

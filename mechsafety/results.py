@@ -36,6 +36,7 @@ class Provenance:
         seed: Seed of everything random in the analysis.
         options: The analysis' own options.
         versions: Versions of the packages that the numbers depend on.
+        template_options: What the chat template was given besides the prompts.
     """
 
     model: str
@@ -46,10 +47,21 @@ class Provenance:
     seed: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return dataclasses.asdict(self)
+        """A JSON-ready mapping; without template options where none were given."""
+        row = dataclasses.asdict(self)
+        return row if self.template_options else {k: v for k, v in row.items() if k != "template_options"}
+
+    def difference(self, other: "Provenance") -> tuple[str, str, str] | None:
+        """What of two models is not the same, and what each has; None where prompts give both the same numbers."""
+        pairs = {
+            "weights": (self.weights_sha256[:12], other.weights_sha256[:12]),
+            "chat template": (self.template_sha256[:12], other.template_sha256[:12]),
+            "template options": (json.dumps(dict(self.template_options)), json.dumps(dict(other.template_options))),
+        }
+        return next(((what, mine, theirs) for what, (mine, theirs) in pairs.items() if mine != theirs), None)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechsafety.metrics import is_refusal
 from mechsafety.models.demo import base_folder
+from mechsafety.models.template import render
 from mechsafety.prompts import PromptPair, PromptPairs, builtin_prompts, read_jsonl
 from mechsafety.prompts.sets import data_file
 
@@ -60,10 +61,7 @@ class Example:
 
 def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of one user turn in the chat template."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(render(tokenizer, prompt, {})[0], add_special_tokens=False).input_ids
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import mechsafety as ms
-from mechsafety import RefusalCircuit, testbed
+from mechsafety import RefusalCircuit, cli, testbed
 from mechsafety.cli import main
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
 
@@ -203,6 +203,19 @@ def test_model_without_chat_template(fails, untemplated, pairs_file):
     )
     # past that, the next thing that is wrong with this model is that it refuses nothing
     assert "refuses 0 of 4" in fails(untemplated, "--pairs", pairs_file, "--chat-template", "plain", code=3)
+
+
+def test_template_options(fails, saved, pairs_file):
+    assert fails(saved.folder, "--template-option", "system") == "--template-option 'system'; expected NAME=VALUE"
+    given = ["--template-option", "depth=3", "system=you help"]
+    line = "the chat template reads no option 'depth'; expected one of ['system']"
+    assert fails(saved.folder, "--pairs", pairs_file, *given) == line
+
+
+def test_template_option_values_are_json_or_text():
+    given = ["think=false", "date=2024-07-26", "system=a = b", 'name="3"', "n=3"]
+    found = {"think": False, "date": "2024-07-26", "system": "a = b", "name": "3", "n": 3}
+    assert dict(map(cli._option, given)) == found
 
 
 def test_unknown_device_and_dtype(fails, saved):

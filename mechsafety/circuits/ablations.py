@@ -73,10 +73,12 @@ def rerun(
     Raises:
         MechsafetyError: Another model.
     """
-    if model.weights_sha256 != circuit.provenance.weights_sha256:
+    other = circuit.provenance.difference(model.provenance())
+    if other is not None:
+        what, mapped, _ = other
         raise MechsafetyError(
-            f"{model.name} has other weights than the model that was mapped",
-            expected=f"{circuit.provenance.model}, SHA-256 {circuit.provenance.weights_sha256[:12]}",
+            f"{model.name} has other {what} than the model that was mapped",
+            expected=f"{circuit.provenance.model}, {what} {mapped}",
         )
     chosen = pairs if pairs is not None else PromptPairs.builtin().sample(PAIRS, 0)
     metric = RefusalLogOdds.of(model, circuit.metric["refusal_tokens"], circuit.metric["comply_tokens"])

@@ -425,7 +425,7 @@ class RefusalCircuit(Result):
             MechsafetyError: The circuits are of different models, metrics or levels.
         """
         for what, mine, theirs in (
-            ("weights", self.provenance.weights_sha256[:12], other.provenance.weights_sha256[:12]),
+            self.provenance.difference(other.provenance) or ("weights", "", ""),
             ("metric", dict(self.metric), dict(other.metric)),
             ("level", self.level, other.level),
             ("candidates", self.n_candidates, other.n_candidates),

@@ -1,6 +1,7 @@
 """What is checked about every model at load; a check that fails is named in the error."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models.engine import check_engine
 from mechsafety.models.lens import LensModel
 from mechsafety.models.shortcuts import Shortcuts
+from mechsafety.models.template import render
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -22,12 +24,13 @@ PROBES = ("What is two plus two?", "Name a colour that you like, and one that yo
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 
 
-def reference_logits(model: Any, tokenizer: Any) -> Tensor:
+def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, Any]) -> Tensor:
     """Logits [pos d_vocab] of the untouched Hugging Face model on one chat prompt, before it is wrapped.
 
     With eager attention, which the wrapped model has too: rounding alone sets it 1e-4 apart from the other kinds.
     """
-    ids, kind = _probe(tokenizer).to(next(model.parameters()).device), model.config._attn_implementation
+    ids = _probe(tokenizer, template_options).to(next(model.parameters()).device)
+    kind = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
@@ -36,10 +39,8 @@ def reference_logits(model: Any, tokenizer: Any) -> Tensor:
         model.set_attn_implementation(kind)
 
 
-def _probe(tokenizer: Any) -> Tensor:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROBES[0]}], add_generation_prompt=True, tokenize=False
-    )
+def _probe(tokenizer: Any, template_options: Mapping[str, Any]) -> Tensor:
+    text, _, _ = render(tokenizer, PROBES[0], template_options)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
 
@@ -56,7 +57,7 @@ def check_model(model: LensModel, reference: Tensor | None) -> None:
     tokens = model.tokenize([PROBES[0]])
     tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
     if reference is None:
-        reference = model.backend.plain_logits(_probe(model.tokenizer).to(model.device))
+        reference = model.backend.plain_logits(_probe(model.tokenizer, model.template_options).to(model.device))
     with torch.no_grad():
         _check_start_token(model, tokens)
         _check_logits(model, tokens, reference, tolerance * model.backend.rounding)

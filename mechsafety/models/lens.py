@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import Backend, lock_of
 from mechsafety.models.shortcuts import Shortcuts
+from mechsafety.models.template import checked_options, render
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
@@ -20,14 +22,6 @@ from mechsafety.sites import Site
 
 if TYPE_CHECKING:
     import mechsafety.cache
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-TEMPLATE_DATE = "26 Jul 2024"
-# a marker that no template adds by itself, to find where the instruction stands in the rendered text
-_MARK = "\u2042instruction\u2042"
 
 
 class LensModel:
@@ -40,6 +34,7 @@ class LensModel:
         name: What it was loaded as.
         backend: The TransformerLens model, of either generation, behind one interface.
         tokenizer: Its tokenizer.
+        template_options: What the chat template was given besides the prompt (see `load_model`).
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes.
         post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
             Head outputs then do not sum to the residual stream.
@@ -49,10 +44,13 @@ class LensModel:
         lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
     """
 
-    def __init__(self, name: str, backend: Backend, tokenizer: Any) -> None:
+    def __init__(
+        self, name: str, backend: Backend, tokenizer: Any, template_options: Mapping[str, Any] | None = None
+    ) -> None:
         self.name = name
         self.backend = backend
         self.tokenizer = tokenizer
+        self.template_options = MappingProxyType(checked_options(tokenizer, template_options))
         sizes = backend.sizes
         self.n_layers = sizes.n_layers
         self.n_heads = sizes.n_heads
@@ -103,12 +101,7 @@ class LensModel:
         """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise MechsafetyError("an empty prompt", expected="text")
-        text = self._template(prompt)
-        start = self._template(_MARK).find(_MARK)
-        content = prompt if text.startswith(prompt, start) else prompt.strip()
-        if start < 0 or not text.startswith(content, start):
-            raise MechsafetyError("the chat template rewrites the instruction", expected="a template that quotes it")
-        return text, start, start + len(content)
+        return render(self.tokenizer, prompt, self.template_options)
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Token rows of chat prompts, padded on the left, with spans.
@@ -173,16 +166,6 @@ class LensModel:
         ids = tokens.ids[0].tolist()
         return TokenTable(
             tuple(TokenRow(k, token, names[k], self.tokenizer.decode([token])) for k, token in enumerate(ids))
-        )
-
-    def _template(self, content: str) -> str:
-        # some templates write today's date: a fixed one, or the same seed would give other numbers tomorrow
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=False,
-            date_string=TEMPLATE_DATE,
-            strftime_now=lambda form: TEMPLATE_DATE,
         )
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -345,6 +328,7 @@ class LensModel:
             seed=seed,
             options=dict(options or {}),
             versions=package_versions(),
+            template_options=dict(self.template_options),
         )
 
 

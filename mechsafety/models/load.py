@@ -1,6 +1,7 @@
 """`load_model`: one call from a name, folder, GGUF file or pair to a checked `LensModel`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from mechsafety.models.adapters import apply_adapter
 from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
 from mechsafety.models.checks import check_model, reference_logits
 from mechsafety.models.demo import adapter_folder, base_folder, load_gguf
-from mechsafety.models.lens import PLAIN_TEMPLATE, LensModel
+from mechsafety.models.lens import LensModel
+from mechsafety.models.template import PLAIN_TEMPLATE, checked_options
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
@@ -24,6 +26,7 @@ def load_model(
     dtype: str | None = None,
     *,
     chat_template: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> LensModel:
     """Load a chat model, wrap it for TransformerLens, and check what the analyses rely on.
 
@@ -38,12 +41,16 @@ def load_model(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; None means float32 (or a pair's own).
         chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models that bring none.
+        template_options: What the chat template is given besides the prompt: ``system``, text of a system turn;
+            ``date``, what a template that writes the date takes for today (26 July 2024 by default, so that results
+            repeat); and any variable that the template reads, such as ``enable_thinking``. Provenance keeps them.
 
     Returns:
         The model; never a tuple.
 
     Raises:
-        MechsafetyError: Unknown name, device or dtype; no chat template; or a check that failed, by its name.
+        MechsafetyError: Unknown name, device or dtype; no chat template, or options that it does not take; or a check
+            that failed, by its name.
     """
     kind = _dtype(dtype)
     place = _device(device)
@@ -73,8 +80,9 @@ def load_model(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     # before the model is wrapped
-    reference = None if is_wrapped(model) else reference_logits(model, tokenizer)
-    lens = LensModel(shown, wrap(name, model, tokenizer), tokenizer)
+    options = checked_options(tokenizer, template_options)
+    reference = None if is_wrapped(model) else reference_logits(model, tokenizer, options)
+    lens = LensModel(shown, wrap(name, model, tokenizer), tokenizer, options)
     check_model(lens, reference)
     return lens
 

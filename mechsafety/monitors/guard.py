@@ -233,12 +233,13 @@ class SafetyGuard:
         """A saved guard, for the model it was fitted on.
 
         Raises:
-            MechsafetyError: Not a saved guard, or the model's weights are others.
+            MechsafetyError: Not a saved guard, or the model's weights, chat template or template options are others.
         """
         weights = GuardWeights.load(path)
-        if weights.provenance.weights_sha256 != model.weights_sha256:
+        other = weights.provenance.difference(model.provenance())
+        if other is not None:
             raise MechsafetyError(
-                f"this guard was fitted on {weights.provenance.model}, the weights of {model.name} differ",
+                f"this guard was fitted on {weights.provenance.model}, the {other[0]} of {model.name} differ",
                 cure="fit one: SafetyGuard.fit(model, neurons, train)",
             )
         return cls(model, weights)

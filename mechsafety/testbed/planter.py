@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from mechsafety.models.template import render
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs
 from mechsafety.testbed.plan import Part, Plan
@@ -167,12 +168,7 @@ class _Planter:
 
     def _rows(self, prompts: Sequence[str], reply: Sequence[str] = ()) -> Int[Tensor, "prompt pos"]:
         """Ids padded on the right, which no earlier position sees."""
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for prompt in prompts
-        ]
+        texts = [render(self.tokenizer, prompt, {})[0] for prompt in prompts]
         rows = [self.tokenizer(" ".join([text, *reply]), add_special_tokens=False).input_ids for text in texts]
         width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])

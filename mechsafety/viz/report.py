@@ -286,6 +286,7 @@ def _provenance(circuit: RefusalCircuit) -> list[tuple[str, str]]:
         ("weights, SHA-256", origin.weights_sha256),
         ("data type, device", f"{origin.dtype}, {origin.device}"),
         ("chat template, SHA-256", origin.template_sha256),
+        *((f"template option: {key}", value) for key, value in origin.template_options.items()),
         ("seed", origin.seed),
         *((f"metric: {key.replace('_', ' ')}", value) for key, value in circuit.metric.items()),
         ("held-out topics", check.held_out_topics),

@@ -561,6 +561,17 @@ def test_merge(circuit):
     )
 
 
+def test_circuits_under_two_system_texts_are_two_models(circuit):
+    options = {"system": "you help", "enable_thinking": False}
+    prompted = dataclasses.replace(
+        circuit, provenance=dataclasses.replace(circuit.provenance, template_options=options)
+    )
+    assert RefusalCircuit.from_json(prompted.to_json()).provenance == prompted.provenance
+    assert prompted.to_json() != circuit.to_json() and '"template_options"' not in circuit.to_json()
+    with pytest.raises(MechsafetyError, match=r"^circuits with different template options \({} and {\"system\""):
+        circuit.merge(prompted)
+
+
 @pytest.mark.parametrize("text", ["[]", '"mechsafety.circuit"', "null"])
 def test_json_that_is_no_object(text):
     with pytest.raises(MechsafetyError, match=r'^not a circuit file; expected "format": "mechsafety.circuit"$'):

@@ -279,10 +279,10 @@ def test_logits_are_compared_under_one_kind_of_attention(make_hf_model, make_tok
     """Rounding sets the kinds apart, by more than the check allows on a model of 135M parameters."""
     hf, tokenizer = make_hf_model("llama"), make_tokenizer()
     hf.set_attn_implementation("sdpa")
-    reference = checks.reference_logits(hf, tokenizer)
+    reference = checks.reference_logits(hf, tokenizer, {})
     assert hf.config._attn_implementation == "sdpa"
     hf.set_attn_implementation("eager")
-    assert torch.equal(reference, hf(checks._probe(tokenizer)).logits[0])
+    assert torch.equal(reference, hf(checks._probe(tokenizer, {})).logits[0])
 
 
 def test_check_sites(make_hf_model, make_tokenizer, monkeypatch):
