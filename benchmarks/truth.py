@@ -30,7 +30,7 @@ import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits.edge_meter import all_edges
 from mechsafety.cli import quiet_libraries
-from mechsafety.metrics import bootstrap_interval
+from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -274,7 +274,7 @@ def interval(values: Iterable[float]) -> str:
     mean = f"{np.mean(listed):.2f}"
     if len(listed) == 1:
         return mean
-    low, high = bootstrap_interval(listed)
+    low, high = mean_interval(listed)
     return f"{mean} [{low:.2f}, {high:.2f}]"
 
 

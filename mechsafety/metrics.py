@@ -1,8 +1,8 @@
-"""Logits to one score a prompt, judges of generated text, and intervals for both."""
+"""Logits to one score a prompt, judges of generated text, and p values over prompts."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,65 +168,6 @@ def _single_token(model: LensModel, text: str) -> int:
         parts = [model.tokenizer.decode([token]) for token in ids]
         raise MechsafetyError(f"{text!r} is {len(ids)} tokens {parts}", expected="one token", cure="pass its first one")
     return int(ids[0])
-
-
-def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a rate (scipy).
-
-    Example:
-        >>> low, high = wilson_interval(9, 10)
-        >>> round(low, 3), round(high, 3)
-        (0.596, 0.982)
-    """
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def bootstrap_interval(values: Any, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over prompts (scipy, 2,000 resamples); a point for a single value."""
-    data = np.asarray(values, dtype=np.float64)
-    if len(data) < 2 or np.ptp(data) == 0:
-        return float(data.mean()), float(data.mean())
-    return statistic_interval([data], np.mean, seed, confidence=confidence)
-
-
-def ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int = 0, n: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the ratio of two means over the same prompts, from ``n`` resamples."""
-    return statistic_interval([part, whole], lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), seed, n=n)
-
-
-def statistic_interval(
-    samples: Sequence[np.ndarray],
-    statistic: Callable[..., Any],
-    seed: int = 0,
-    *,
-    n: int = 2000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval over prompts (scipy).
-
-    Args:
-        samples: One value a prompt each, of the same prompts.
-        statistic: Of resampled samples, along its argument ``axis``.
-        seed: Of the resampling.
-        n: Resamples.
-        confidence: Of the interval.
-    """
-    from scipy.stats import bootstrap
-
-    found = bootstrap(
-        tuple(samples),
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=n,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarray:

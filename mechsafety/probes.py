@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from mechsafety.directions.scores import divergence
 from mechsafety.errors import MechsafetyError
+from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.batched import EditedRun, PromptBatches, run_removed, run_unedited
 from mechsafety.interventions.steering import token_batches
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, wilson_interval
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs, builtin_prompts
 from mechsafety.results import Provenance, Result
@@ -138,7 +139,7 @@ class ProbeReport(Result):
 
     def _shuffled_accuracy(self, k: int, s: int) -> dict[str, float]:
         draws = self.shuffled_accuracies(self.layers[k], self.spans[s])
-        low, high = bootstrap_interval(draws)
+        low, high = mean_interval(draws)
         return {"shuffled": float(np.mean(draws)), "shuffled_low": low, "shuffled_high": high}
 
     def _change(self, name: str, cell: tuple[int, int]) -> dict[str, float]:
@@ -391,5 +392,5 @@ def _accuracy(values: Float[Tensor, " prompt"], labels: Float[Tensor, " prompt"]
 def _mean(name: str, values: Tensor) -> dict[str, float]:
     """Mean over prompts with its interval, as columns; NaN where there is none."""
     seen = values.double().numpy()
-    ends = bootstrap_interval(seen) if not np.isnan(seen).any() else (np.nan, np.nan)
+    ends = mean_interval(seen) if not np.isnan(seen).any() else (np.nan, np.nan)
     return {name: float(seen.mean()), f"{name}_low": ends[0], f"{name}_high": ends[1]}

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import mechsafety as ms
 from mechsafety.cli import quiet_libraries
-from mechsafety.metrics import wilson_interval
+from mechsafety.intervals import wilson_interval
 from mechsafety.models.demo import adapter_folder
 from mechsafety.prompts.pairs import HUB
 

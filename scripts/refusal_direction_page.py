@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 
 from mechsafety.directions import RefusalDirection, RefusalSubspace
+from mechsafety.intervals import wilson_interval
 from mechsafety.interventions import DoseResponse
-from mechsafety.metrics import wilson_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from mechsafety.metrics import bootstrap_interval, wilson_interval
+from mechsafety.intervals import mean_interval, wilson_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -369,7 +369,7 @@ def effect(run: Any) -> list[str]:
 def ends_of(one: Any) -> str:
     """F of base and aligned model."""
     found = [
-        interval(float(values.mean()), *bootstrap_interval(values.double().numpy()))
+        interval(float(values.mean()), *mean_interval(values.double().numpy()))
         for values in (one.base_scores, one.aligned_scores)
     ]
     return f"{one.score}: F(base) {found[0]}, F(aligned) {found[1]}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mechsafety import MechsafetyError, PromptPairs, RefusalLogOdds, is_refusal
-from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p, wilson_interval
+from mechsafety.metrics import adjust_p, sign_flip_p
 
 VOCAB = 7
 ONE = RefusalLogOdds((2,), ("I",))
@@ -252,34 +252,6 @@ def test_detect_on_a_model_that_does_not_refuse(llama, four):
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_is_the_closed_formula(case):
-    hits, n = case
-    z, p = 1.959963984540054, hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = wilson_interval(hits, n)
-    assert low == pytest.approx(max(0, centre - half), abs=1e-9)
-    assert high == pytest.approx(min(1, centre + half), abs=1e-9)
-
-
-def test_bootstrap_is_deterministic_and_near_the_normal_interval():
-    values = np.random.default_rng(5).normal(3.0, 2.0, size=200)
-    low, high = bootstrap_interval(values, seed=1)
-    assert (low, high) == bootstrap_interval(values, seed=1)
-    assert (low, high) != bootstrap_interval(values, seed=2)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    wider = bootstrap_interval(values, seed=1, confidence=0.99)
-    assert wider[0] < low < high < wider[1]
-
-
-@pytest.mark.parametrize("values", [[2.5], [2.5, 2.5, 2.5]])
-def test_bootstrap_without_spread_is_a_point(values):
-    assert bootstrap_interval(values) == (2.5, 2.5)
 
 
 @given(hnp.arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 7)), elements=st.integers(-9, 9)))

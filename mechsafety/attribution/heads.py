@@ -15,7 +15,8 @@ from torch import Tensor
 from mechsafety.attribution.direct import direct_logit_attribution
 from mechsafety.attribution.ships import RANK, divergences, masked_heads, rotations
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.intervals import mean_interval
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import PairRuns, Projection, activation_patching, pair_runs, path_projection
@@ -91,7 +92,7 @@ class HeadAttribution(Result):
             values = getattr(self, name)
             if values is not None:
                 flat = rearrange(values, "layer head prompt -> (layer head) prompt").cpu().double().numpy()
-                ends = [bootstrap_interval(row, seed) for row in flat]
+                ends = [mean_interval(row, seed) for row in flat]
                 frame[f"{name}_low"], frame[f"{name}_high"] = zip(*ends, strict=True)
         order = "total" if "total" in frame else next(iter(names))
         return frame.reindex(frame[order].abs().sort_values(ascending=False, kind="stable").index)

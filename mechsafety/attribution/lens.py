@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.intervals import mean_interval
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, unembed
 from mechsafety.prompts import PromptPairs, Tokens
@@ -64,7 +65,7 @@ class LogitLens(Result):
                 bad, good = (side[layer, place] for side in (self.harmful, self.harmless))
                 there = ~(bad.isnan() | good.isnan())
                 gap = (bad - good)[there].cpu().double().numpy()
-                low, high = bootstrap_interval(gap)
+                low, high = mean_interval(gap)
                 rows.append((layer, column, float(bad[there].mean()), float(good[there].mean()), gap.mean(), low, high))
         return pd.DataFrame(rows, columns=["layer", "column", "harmful", "harmless", "gap", "ci_low", "ci_high"])
 
@@ -82,7 +83,7 @@ class LogitLens(Result):
                 for place, column in enumerate(self.share_columns):
                     own = values[layer, place]
                     own = own[~own.isnan()].cpu().double()
-                    rows.append((part, layer, column, float(own.mean()), *bootstrap_interval(own.numpy())))
+                    rows.append((part, layer, column, float(own.mean()), *mean_interval(own.numpy())))
         return pd.DataFrame(rows, columns=["part", "layer", "column", "share", "ci_low", "ci_high"])
 
     def plot(self) -> go.Figure:

@@ -84,12 +84,19 @@ def single_effects(
     return {node: found[node] for node in nodes if node in found}
 
 
-def with_intervals(effects: Mapping[Node, np.ndarray], seed: int) -> dict[Node, Measured]:
-    """Mean of each node's effect, its bootstrap interval, and its sign-flip p adjusted over all nodes."""
+def with_intervals(effects: Mapping[Node, np.ndarray], gaps: np.ndarray, seed: int) -> dict[Node, Measured]:
+    """Mean of each node's effect, its interval, and its sign-flip p adjusted over all nodes.
+
+    Args:
+        effects: On every prompt, as shares of the mean gap.
+        gaps: Gap of every prompt, in units of the metric.
+        seed: Of the resampling.
+    """
     if not effects:
         return {}
     rows = torch.from_numpy(np.stack(list(effects.values())))
-    means, intervals, p_values = rows.mean(1).tolist(), effect_intervals(rows, 1.0, seed), effect_p_values(rows, seed)
+    intervals = effect_intervals(rows, torch.from_numpy(gaps / gaps.mean()), seed)
+    means, p_values = rows.mean(1).tolist(), effect_p_values(rows, seed)
     return dict(zip(effects, zip(means, intervals, p_values, strict=True), strict=True))
 
 

@@ -13,7 +13,8 @@ from mechsafety.attribution.nodes import mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.meters import FaithfulnessMeter, in_order
-from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.intervals import mean_interval
+from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -55,7 +56,7 @@ def find_backups(
         n_parts: How many of the circuit's nodes to examine, the most suspicious first.
         n_candidates: How many nodes to patch together with each.
         steps: Points of the integrated gradient.
-        seed: Of the bootstrap.
+        seed: Of the resampling.
         budget: Time to keep.
 
     Returns:
@@ -157,7 +158,7 @@ def _confirmed(
     found: dict[Node, Backup] = {}
     for (node, first, joint), values, p_value in zip(rows, excess, p_values, strict=True):
         single, own, together = (float(v.mean()) for v in effects.of([[node], [first], joint]))
-        interval = bootstrap_interval(values, seed)
+        interval = mean_interval(values, seed)
         if interval[0] > 0 and single <= SMALL * together and node not in found:
             found[node] = Backup(node, first, joint, single, own, together, interval, float(p_value))
     return tuple(sorted(found.values(), key=lambda backup: backup.node.order))

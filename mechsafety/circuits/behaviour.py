@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from mechsafety.circuits.circuit import Behaviour, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal, wilson_interval
+from mechsafety.intervals import mean_interval, wilson_interval
+from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
 
@@ -30,7 +31,7 @@ def check_behaviour(
         pairs: Prompts to look at.
         metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
         detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
-        seed: Of the bootstrap.
+        seed: Of the resampling.
         progress: Whether to show a bar.
 
     Returns:
@@ -73,7 +74,7 @@ def check_behaviour(
             refusal_rate=sum(judged[kind]) / len(pairs),
             refusal_ci=wilson_interval(sum(judged[kind]), len(pairs)),
             score_mean=float(scores[kind].mean()),
-            score_ci=bootstrap_interval(scores[kind], seed),
+            score_ci=mean_interval(scores[kind], seed),
             judge=judge,
         )
         for kind in KINDS

@@ -85,7 +85,7 @@ class CircuitNode:
         node: Which part.
         role: One of `ROLES`.
         effect: Share of the metric gap that is lost when this node alone is given its harmless-run values.
-        ci: 95 % bootstrap interval of ``effect`` over prompts; None where only estimated.
+        ci: 95 % interval of ``effect`` over prompts; None where only estimated.
         p_value: Sign-flip permutation p over prompts, Benjamini-Hochberg adjusted over all measured nodes.
         status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, significant, and the circuit
             without it is less faithful on pairs that played no part); ``rejected`` only in files made elsewhere.
@@ -129,7 +129,7 @@ class Backup:
         single: Effect of patching the backup alone (share of the gap).
         first: Effect of patching ``behind`` alone.
         joint: Effect of patching the group.
-        ci: 95 % bootstrap interval, over prompts, of the joint effect less the effects of the members alone.
+        ci: 95 % interval, over prompts, of the joint effect less the effects of the members alone.
         p_value: Sign-flip permutation p of the same, Benjamini-Hochberg adjusted over the backups that were found. They
             were chosen on the same prompts, so it is optimistic, and nothing is decided by it.
     """
@@ -185,7 +185,7 @@ class Behaviour:
         refusal_rate: Share of prompts judged refused.
         refusal_ci: Wilson 95 % interval of it.
         score_mean: Mean metric.
-        score_ci: 95 % bootstrap interval of it.
+        score_ci: 95 % interval of it.
         judge: ``reply`` (a refusal phrase in the greedy reply's first sentence) or ``score`` (metric above 0, where the
             user chose the refusal tokens).
     """

@@ -124,6 +124,12 @@ def decode(kind: Any, value: Any, where: str) -> Any:
             return tuple(decode(inner[0], row, f"{where}[{k}]") for k, row in enumerate(rows))
         if len(rows) != len(inner):
             raise MechsafetyError(f"{where}: {len(rows)} values", expected=f"{len(inner)}")
+        if inner == (float, float):
+            # an interval: null is an end without a bound
+            ends = zip(rows, (-math.inf, math.inf), strict=True)
+            return tuple(
+                end if row is None else decode(float, row, f"{where}[{k}]") for k, (row, end) in enumerate(ends)
+            )
         return tuple(decode(part, row, f"{where}[{k}]") for k, (part, row) in enumerate(zip(inner, rows, strict=True)))
     if origin is Mapping:
         return {key: decode(inner[1], item, f"{where}.{key}") for key, item in _object(value, where).items()}

@@ -178,7 +178,7 @@ def map_refusal_circuit(
         nodes = _nodes_of(final)
         new = [node for node in nodes if node not in effects]
         effects |= single_effects(alone_on, new, budget, progress)
-        measured = with_intervals(effects, seed)
+        measured = with_intervals(effects, pair_gaps(alone_on), seed)
         stage("measuring edges and roles")
         wiring = wire(
             few,
@@ -370,7 +370,7 @@ def _backups(
         known: What each node adds to it, on the same pairs; measured here where it is empty.
         effects: Effect of each node alone, as far as there was time.
         n_parts: How many nodes to examine.
-        seed: Of the bootstrap.
+        seed: Of the resampling.
         budget: Time to keep.
     """
     nodes = _nodes_of(core)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechsafety.circuits.meters import FaithfulnessMeter, Part
 from mechsafety.circuits.verification import SideEffects
-from mechsafety.metrics import bootstrap_interval
+from mechsafety.intervals import mean_interval
 from mechsafety.models.engine import BaseRun
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import Patch, patched_logits
@@ -24,7 +24,7 @@ def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -
     Args:
         meter: Whose harmless runs are edited.
         circuit: Heads, MLPs and neurons.
-        seed: Of the bootstrap.
+        seed: Of the resampling.
 
     Returns:
         None for a circuit of edges, which has no value of its own to replace.
@@ -38,7 +38,7 @@ def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -
     for source, nodes in ((mean_acts(base), inside), (meter.runs.harmful.acts, outside)):
         edited = patched_logits(meter.model, base, source, Patch.of(meter.model, [nodes]))[0]
         values = next_token_kl(base.logits, edited).cpu().double().numpy()
-        found.append((float(values.mean()), bootstrap_interval(values, seed)))
+        found.append((float(values.mean()), mean_interval(values, seed)))
     (ablated, ablated_ci), (patched, patched_ci) = found
     return SideEffects(ablated, ablated_ci, patched, patched_ci)
 

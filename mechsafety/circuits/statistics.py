@@ -1,8 +1,10 @@
-"""Tests that scipy lacks, or has in parts: equivalence, independence."""
+"""Statistics of a circuit: tests that scipy lacks or has in parts (equivalence, independence), areas of a curve."""
 
 import numpy as np
+from jaxtyping import Float
 
 from mechsafety.circuits.verification import Equivalence, Independence
+from mechsafety.intervals import ratio_interval
 
 
 def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
@@ -64,6 +66,31 @@ def _centred_kernel(values: np.ndarray) -> np.ndarray:
 def ratio(part: np.ndarray, whole: np.ndarray) -> float:
     """Ratio of two means."""
     return float(part.mean() / whole.mean())
+
+
+def area_intervals_of(
+    k: Float[np.ndarray, " point"],
+    scores: Float[np.ndarray, "point prompt"],
+    harmful: Float[np.ndarray, " prompt"],
+    harmless: Float[np.ndarray, " prompt"],
+    seed: int = 0,
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """95 % intervals over prompts of the areas CMD and CPR of a faithfulness curve (trapezoid).
+
+    An area is a ratio of two means: that of each prompt's own area, in units of the metric, over that of the gaps. CMD
+    counts the distance from 1 at each point with the sign that the mean curve has there.
+
+    Args:
+        k: Share of all parts at each point.
+        scores: Metric with the circuit of each point kept.
+        harmful: Metric of the harmful prompts, unedited.
+        harmless: Of the harmless ones.
+        seed: Of the resampling.
+    """
+    gap, kept, missing = harmful - harmless, scores - harmless, harmful - scores
+    sides = np.sign(missing.mean(axis=1, keepdims=True))
+    low, high = ratio_interval(np.trapezoid(sides * missing, k, axis=0), gap, seed)
+    return (max(low, 0.0), high), ratio_interval(np.trapezoid(kept, k, axis=0), gap, seed)
 
 
 def rank_p(observed: float, null: np.ndarray) -> float:

@@ -40,7 +40,7 @@ class FreshCheck:
     Attributes:
         n: Pairs.
         faithfulness: On them.
-        ci: 95 % bootstrap interval of it over pairs.
+        ci: 95 % interval of it over pairs.
     """
 
     n: int
@@ -101,9 +101,9 @@ class SideEffects:
 
     Attributes:
         circuit_ablated: Mean over prompts, every part of the circuit at its mean over harmless prompts.
-        circuit_ablated_ci: 95 % bootstrap interval of it.
+        circuit_ablated_ci: 95 % interval of it.
         complement_patched: The same, everything outside the circuit at its value in the harmful twin.
-        complement_patched_ci: 95 % bootstrap interval of it.
+        complement_patched_ci: 95 % interval of it.
     """
 
     circuit_ablated: float
@@ -151,7 +151,7 @@ class Verification:
     Attributes:
         faithfulness: On the pairs it was found on: (m(C) - m(empty)) / (m(model) - m(empty)).
         held_out_faithfulness: The same on held-out pairs, which set the size of the circuit and nothing else.
-        held_out_ci: 95 % bootstrap interval of it over pairs.
+        held_out_ci: 95 % interval of it over pairs.
         held_out_topics: Their topics, where none of them is among the search's; else empty.
         fresh: The same on pairs that played no part at all; None where there were too few pairs to set any aside.
         necessity: Share of the gap lost when the whole circuit gets its harmless-run values, on fresh pairs (on
@@ -160,14 +160,14 @@ class Verification:
         curve: Faithfulness over circuit size.
         cmd: Area between the held-out curve and 1 over k (0 is best).
         cpr: Area under the held-out curve over k.
-        cmd_ci, cpr_ci: 95 % bootstrap intervals of them over pairs.
+        cmd_ci, cpr_ci: 95 % intervals of them over pairs.
         target: The faithfulness that was asked for.
         reached: Whether the circuit shown reaches it on held-out pairs.
         minimality: Faithfulness lost when one part alone leaves the circuit, by its name.
         completeness: Largest difference found, over subsets K of the circuit C, between the faithfulness of C without K
             and of the whole model without K.
         completeness_without: The K at which it was found.
-        completeness_ci: 95 % bootstrap interval of the difference at this K, which was chosen for it.
+        completeness_ci: 95 % interval of the difference at this K, which was chosen for it.
         necessity_controls: Size-matched random circuits; what removing each of them loses.
         minimality_p: p of each part's marginal effect against parts added at random, Benjamini-Hochberg adjusted.
         equivalence, independence, stability, side_effects: See there.

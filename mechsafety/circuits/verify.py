@@ -11,13 +11,15 @@ from mechsafety.circuits.discover import MIB_SHARES, ROUNDING, Discovery, margin
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, stratum
 from mechsafety.circuits.side_effects import side_effects
 from mechsafety.circuits.statistics import (
+    area_intervals_of,
     equivalence_test,
     independence_test,
     rank_p,
     ratio,
 )
 from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Stability, Verification
-from mechsafety.metrics import adjust_p, ratio_interval, statistic_interval
+from mechsafety.intervals import ratio_interval
+from mechsafety.metrics import adjust_p
 
 # the mean difference, as a share of the gap, below which circuit and model count as equivalent
 MARGIN = 0.2
@@ -229,25 +231,14 @@ def _gap_interval(
 def area_intervals(
     discovery: Discovery, held_out: FaithfulnessMeter, seed: int
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-    """95 % percentile bootstrap intervals over prompts of CMD and CPR (see `curve_areas`); None without scores."""
+    """95 % intervals over prompts of CMD and CPR (see `curve_areas`); None without scores."""
     grid = mib_points(discovery.curve)
     harmful, harmless = held_out.ends()
     if len(discovery.curve_scores) != len(discovery.curve) or len(harmful) < 2:
         return None, None
-    scores = [
-        row for point, row in zip(discovery.curve, np.asarray(discovery.curve_scores), strict=True) if point in grid
-    ]
-    k = np.array([point.k for point in grid])
-
-    def interval(area: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-        def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
-            floor = harmless[drawn].mean(axis)
-            shares = [(row[drawn].mean(axis) - floor) / (harmful[drawn].mean(axis) - floor) for row in scores]
-            return np.trapezoid(area(np.stack(shares, axis=-1)), k, axis=-1)
-
-        return statistic_interval([np.arange(len(harmful))], statistic, seed)
-
-    return interval(lambda f: np.abs(1 - f)), interval(lambda f: f)
+    rows = zip(discovery.curve, discovery.curve_scores, strict=True)
+    scores = np.array([row for point, row in rows if point in grid])
+    return area_intervals_of(np.array([point.k for point in grid]), scores, harmful, harmless, seed)
 
 
 def mib_points(curve: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from mechsafety.directions.refusal import RefusalDirection
 from mechsafety.errors import MechsafetyError
+from mechsafety.intervals import mean_interval
 from mechsafety.interventions.checks import check_nodes, check_vector
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -69,12 +70,12 @@ class DirectionIO(Result):
         """One row a node, largest writer first: shares with intervals over pairs, cosine, reads slot by slot."""
         rows = []
         for k, node in enumerate(self.nodes):
-            low, high = bootstrap_interval(self.writes[k].cpu().numpy())
+            low, high = mean_interval(self.writes[k].cpu().numpy())
             row: dict[str, Any] = {"node": str(node), "kind": node.kind, "layer": node.layer, "index": node.index}
             row |= {"writes": float(self.writes[k].mean()), "writes_low": low, "writes_high": high}
             row |= {"cosine": float(self.cosine[k])}
             for slot, values in zip(SLOTS, self.reads[k], strict=True):
-                ends = bootstrap_interval(values.cpu().numpy()) if not values.isnan().any() else (np.nan, np.nan)
+                ends = mean_interval(values.cpu().numpy()) if not values.isnan().any() else (np.nan, np.nan)
                 row |= {f"reads_{slot}": float(values.mean())}
                 row |= {f"reads_{slot}_low": ends[0], f"reads_{slot}_high": ends[1]}
             rows.append(row)

@@ -22,9 +22,10 @@ from mechsafety.directions.scores import (
 )
 from mechsafety.directions.select import MAX_DEPTH, MAX_KL, passing, select_cosmic, select_published, smallest
 from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.intervals import mean_interval
 from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs, Tokens
 from mechsafety.results import Provenance, Result
@@ -360,6 +361,6 @@ def _row(start: dict, scores: "RefusalDirection | ControlScores", at: "int | tup
     row = dict(start)
     for name in ("bypass", "induce", "kl"):
         values = getattr(scores, name)[at].cpu().double().numpy()
-        low, high = bootstrap_interval(values)
+        low, high = mean_interval(values)
         row |= {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
     return row

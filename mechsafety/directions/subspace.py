@@ -14,9 +14,10 @@ from mechsafety.directions.refusal import RefusalDirection, usable_validation
 from mechsafety.directions.scores import mean_differences, score_directions
 from mechsafety.directions.select import MAX_DEPTH, smallest
 from mechsafety.errors import MechsafetyError
+from mechsafety.intervals import mean_interval
 from mechsafety.interventions import project_out
 from mechsafety.interventions.steering import orthonormal
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
@@ -42,7 +43,7 @@ class RefusalSubspace(Result):
         kl: KL on harmless prompts with this and the ones before removed.
         induce: Metric of harmless prompts with this direction alone added, at its layer.
         causal: Whether its removal lowers refusal, and its addition raises it, more than a random one's: the 95 %
-            bootstrap intervals of the mean differences over prompts lie on that side of 0.
+            intervals of the mean differences over prompts lie on that side of 0.
     """
 
     provenance: Provenance
@@ -88,7 +89,7 @@ class RefusalSubspace(Result):
             parts = {"change": change, "beyond_random": beyond, "induce": self.induce[k]}
             parts |= {"induce_beyond_random": gain, "kl": self.kl[k]}
             for name, values in parts.items():
-                low, high = bootstrap_interval(values.cpu().numpy())
+                low, high = mean_interval(values.cpu().numpy())
                 row |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
         return pd.DataFrame(rows)
@@ -173,7 +174,7 @@ def refusal_subspace(
         found_at.append((layer, columns[cell[1]]))
         parts = (before[judge], scores.bypass[cell][judge], control[judge], scores.kl[cell], scores.induce[cell], added)
         rounds.append((vector, *parts))
-        lower, raised = bootstrap_interval(lost.cpu().numpy())[1] < 0, bootstrap_interval(gained.cpu().numpy())[0] > 0
+        lower, raised = mean_interval(lost.cpu().numpy())[1] < 0, mean_interval(gained.cpu().numpy())[0] > 0
         causal.append(lower and raised)
         before = scores.bypass[cell]
         ended = stop_below is not None and float(before[pick].mean()) < stop_below

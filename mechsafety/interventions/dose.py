@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.checks import check_strength
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal, wilson_interval
+from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.results import Provenance, Result
@@ -56,7 +57,7 @@ class DoseResponse(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a strength and measure: value and 95 % interval (Wilson for rates, bootstrap for means)."""
+        """One row a strength and measure: value and 95 % interval (`mechsafety.intervals`)."""
         rows = []
         for k, strength in enumerate(self.strengths):
             for side in ("harmful", "harmless"):
@@ -190,4 +191,4 @@ def _mean(values: Tensor) -> tuple[float, float, float]:
     seen = values[~values.isnan()].double().numpy()
     if not len(seen):
         return (float("nan"),) * 3
-    return (float(seen.mean()), *bootstrap_interval(seen))
+    return (float(seen.mean()), *mean_interval(seen))

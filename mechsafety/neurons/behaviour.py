@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.metrics import RefusalLogOdds, bootstrap_interval, is_refusal
+from mechsafety.intervals import mean_interval
+from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
 from mechsafety.neurons.dynamic import decode
 from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
@@ -151,12 +152,12 @@ class Ability:
     agreement: Float[Tensor, "row prompt"]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a mask, then the aligned model, then the base: means over prompts with bootstrap intervals."""
+        """One row a mask, then the aligned model, then the base: means over prompts with intervals."""
         rows = []
         for kl, nll, agreement in zip(self.kl, self.nll, self.agreement, strict=True):
             row: dict[str, float] = {}
             for name, values in (("kl", kl), ("perplexity", nll), ("agreement", agreement)):
-                found = [float(values.double().mean()), *bootstrap_interval(values.double().numpy())]
+                found = [float(values.double().mean()), *mean_interval(values.double().numpy())]
                 found = [math.exp(value) for value in found] if name == "perplexity" else found
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
             rows.append(row)

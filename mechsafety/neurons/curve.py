@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import ratio_interval
+from mechsafety.intervals import ratio_intervals
 from mechsafety.models import LensModel
 from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score_name
 from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks, share_count, top_mask
@@ -75,16 +75,9 @@ class CausalCurve(Result):
         return (self.random - self.base_scores).mean(-1) / self.gap
 
     def intervals(self, seed: int = 0, n: int = 2000) -> list[tuple[float, float]]:
-        """95 % percentile bootstrap interval of C over prompts; base and aligned model are resampled with it."""
+        """95 % interval of C over prompts (`ratio_intervals`); base and aligned model vary with it."""
         base, aligned = self.base_scores.double().numpy(), self.aligned_scores.double().numpy()
-        out = []
-        for row in self.patched.double().numpy():
-            if np.array_equal(row, base) or np.array_equal(row, aligned):  # every resample gives exactly 0 or 1
-                value = float(np.array_equal(row, aligned))
-                out.append((value, value))
-                continue
-            out.append(ratio_interval(row - base, aligned - base, seed, n))
-        return out
+        return ratio_intervals(self.patched.double().numpy() - base, aligned - base, seed, n)
 
     def smallest(self, effect: float = 0.9) -> float | None:
         """The smallest share measured with C of at least ``effect``; None if there is none."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import bootstrap_interval
+from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
 from mechsafety.neurons.behaviour import Score, measure, score_name
@@ -55,7 +55,7 @@ class AlignmentTax(Result):
         return f"AlignmentTax({int(self.common.sum())} common neurons; {self.agreement!r})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a model: mean safety and helpfulness with bootstrap intervals, and what random sets do instead.
+        """One row a model: mean safety and helpfulness with intervals, and what random sets do instead.
 
         ``*_random_low`` and ``*_random_high`` are the lowest and highest mean of the random sets; ``*_p`` is two-sided:
         (1 + sets that move the model's mean at least as far) / (1 + sets).
@@ -67,7 +67,7 @@ class AlignmentTax(Result):
                 ("safety", self.safety, self.random_safety),
                 ("helpfulness", self.helpfulness, self.random_helpfulness),
             ):
-                low, high = bootstrap_interval(values[k].double().numpy())
+                low, high = mean_interval(values[k].double().numpy())
                 row |= {kind: float(values[k].mean()), f"{kind}_low": low, f"{kind}_high": high}
                 draws = control[k - 3].mean(-1) if k >= 3 else torch.full((1,), float("nan"))
                 row |= {f"{kind}_random_low": float(draws.min()), f"{kind}_random_high": float(draws.max())}

@@ -80,8 +80,8 @@ class PatchMap(Result):
         return self.changes.mean(dim=1) / self.gap
 
     def intervals(self, seed: int = 0) -> list[tuple[float, float]]:
-        """95 % bootstrap interval of each effect over prompts (the gap held fixed)."""
-        return effect_intervals(self.changes, self.gap, seed)
+        """95 % interval of each effect over prompts; the gap varies with it (`ratio_intervals`)."""
+        return effect_intervals(self.changes, self.harmful - self.harmless, seed)
 
     def p_values(self, seed: int = 0) -> list[float]:
         """Sign-flip permutation p of each effect, Benjamini-Hochberg adjusted over all nodes."""
@@ -96,7 +96,7 @@ class PatchMap(Result):
             "index": [node.index for node in self.nodes],
             "column": self.columns if self.columns is not None else [None] * len(self.nodes),
         }
-        return pd.DataFrame(rows).join(effect_table(self.changes, self.gap))
+        return pd.DataFrame(rows).join(effect_table(self.changes, self.harmful - self.harmless))
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest effects with intervals."""

@@ -4,7 +4,8 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.metrics import adjust_p, bootstrap_interval, sign_flip_p
+from mechsafety.intervals import ratio_intervals
+from mechsafety.metrics import adjust_p, sign_flip_p
 
 
 def mean_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> float:
@@ -12,9 +13,11 @@ def mean_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt
     return float((harmful - harmless).mean())
 
 
-def effect_intervals(changes: Float[Tensor, "row prompt"], gap: float, seed: int = 0) -> list[tuple[float, float]]:
-    """95 % bootstrap interval over prompts of each row's share of the gap (the gap held fixed)."""
-    return [bootstrap_interval(row / gap, seed) for row in changes.cpu().double().numpy()]
+def effect_intervals(
+    changes: Float[Tensor, "row prompt"], gaps: Float[Tensor, " prompt"], seed: int = 0
+) -> list[tuple[float, float]]:
+    """95 % interval over prompts of each row's share of the gap, a ratio of two means (`ratio_intervals`)."""
+    return ratio_intervals(changes.cpu().double().numpy(), gaps.cpu().double().numpy(), seed)
 
 
 def effect_p_values(changes: Float[Tensor, "row prompt"], seed: int = 0) -> list[float]:
@@ -22,16 +25,21 @@ def effect_p_values(changes: Float[Tensor, "row prompt"], seed: int = 0) -> list
     return [float(p) for p in adjust_p(sign_flip_p(changes.cpu().double().numpy(), seed))]
 
 
-def effect_table(changes: Float[Tensor, "row prompt"], gap: float, seed: int = 0) -> pd.DataFrame:
+def effect_table(changes: Float[Tensor, "row prompt"], gaps: Float[Tensor, " prompt"], seed: int = 0) -> pd.DataFrame:
     """``effect``, ``ci_low``, ``ci_high`` and ``p_value`` of each row.
+
+    Args:
+        changes: Change of the metric on each prompt.
+        gaps: Metric of each harmful less that of its harmless prompt.
+        seed: Of the resampling.
 
     Example:
         >>> import torch
-        >>> effect_table(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), 2.0)
+        >>> effect_table(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([2.0, 4.0]))
            effect  ci_low  ci_high  p_value
         0     0.5     0.5      0.5      1.0
         1     0.0     0.0      0.0      1.0
     """
-    low, high = zip(*effect_intervals(changes, gap, seed), strict=True)
-    effects = (changes.mean(1) / gap).tolist()
+    low, high = zip(*effect_intervals(changes, gaps, seed), strict=True)
+    effects = (changes.mean(1) / gaps.mean()).tolist()
     return pd.DataFrame({"effect": effects, "ci_low": low, "ci_high": high, "p_value": effect_p_values(changes, seed)})

@@ -66,7 +66,7 @@ class PathMap(Result):
             "sender": [str(sender) for sender in self.senders for _ in names],
             "receiver": [name for _ in self.senders for name in names],
         }
-        frame = pd.DataFrame(ends).join(effect_table(flat, self.gap, seed))
+        frame = pd.DataFrame(ends).join(effect_table(flat, self.harmful - self.harmless, seed))
         return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
 
     def plot(self) -> go.Figure:

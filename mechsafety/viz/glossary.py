@@ -53,7 +53,7 @@ GLOSSARY = (
     ),
     Entry(
         "95 % interval",
-        "Bootstrap interval over prompts (or pairs): what the number would range over with other prompts of this "
+        "Interval over prompts (or pairs): what the number would range over with other prompts of this "
         "kind. It says nothing about other kinds of prompts.",
     ),
     Entry(
@@ -167,8 +167,8 @@ METHODS = (
     ),
     Entry(
         "Node effects",
-        "Exact activation patching: the part alone gets its harmless-run values, everything after it runs. Bootstrap "
-        "intervals over prompts; sign-flip permutation p, adjusted by Benjamini and Hochberg.",
+        "Exact activation patching: the part alone gets its harmless-run values, everything after it runs. "
+        "Intervals over prompts; sign-flip permutation p, adjusted by Benjamini and Hochberg.",
         "effect(node) = (m(harmful) - m(patched)) / gap",
     ),
     Entry(

@@ -225,7 +225,7 @@ def test_behaviour(planted):
     assert not any("sorry" in reply for reply in replies[1]) and metric.refusal_tokens == ("sorry",)
     scores = metric(model.logits(pairs.harmful))
     assert behaviour["harmful"].score_mean == pytest.approx(float(scores.mean()), abs=1e-4)
-    assert behaviour["harmful"].refusal_ci == pytest.approx(ms.metrics.wilson_interval(7, 8))
+    assert behaviour["harmful"].refusal_ci == pytest.approx(ms.intervals.wilson_interval(7, 8))
     assert samples[0].prompt == pairs.harmful[0] and samples[1].prompt == pairs.harmless[0]
     assert samples[0].refused and not samples[1].refused
     turned = ms.PromptPairs.from_lists(pairs.harmless, pairs.harmful)

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio
-from mechsafety.metrics import ratio_interval
+from mechsafety.intervals import ratio_interval
 
 
 def test_equivalence_is_not_the_absence_of_a_difference():

@@ -15,6 +15,7 @@ from mechsafety.circuits.discover import discover, marginals
 from mechsafety.circuits.meters import FaithfulnessMeter
 from mechsafety.circuits.statistics import independence_test
 from mechsafety.circuits.verify import completeness, curve_areas, mib_points, random_circuits, verify
+from mechsafety.intervals import ratio_interval
 from mechsafety.metrics import adjust_p
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -48,8 +49,8 @@ def test_everything_by_its_definition(found, check):
     assert check.necessity == pytest.approx((harmful.mean() - removed.mean()) / gap, abs=1e-6)
     low, high = check.held_out_ci
     assert low < check.held_out_faithfulness < high
-    per_prompt = (held_out.kept([circuit])[0] - harmless) / (harmful - harmless)
-    assert min(per_prompt) - 1e-6 <= low and high <= max(per_prompt) + 1e-6
+    kept = held_out.kept([circuit])[0] - harmless
+    assert check.held_out_ci == pytest.approx(ratio_interval(kept, harmful - harmless, 5), abs=1e-5)
     drawn = random_circuits(held_out, circuit, 40, 5)
     for controls, values, own in (
         (check.random_controls, held_out.faithfulness(drawn), check.held_out_faithfulness),
@@ -75,19 +76,23 @@ def test_intervals_of_the_areas(found, check):
     harmful, harmless = held_out.ends()
     for (low, high), value in ((check.cmd_ci, check.cmd), (check.cpr_ci, check.cpr)):
         assert low < value < high
-    # by hand: the scores of the curve's points are those of its circuits, and each resample has an area of its own
+    # by hand: the scores of the curve's points are those of its circuits, and each prompt has an area of its own
     points = mib_points(discovery.curve)
     rows = [list(discovery.curve).index(point) for point in points]
     scores = np.array(discovery.curve_scores)[rows]
     size = points[4].n_nodes
     np.testing.assert_allclose(scores[4], held_out.kept([discovery.ranking[:size]])[0], atol=1e-5)
-    rng, k, areas = np.random.default_rng(0), [point.k for point in points], []
-    for _ in range(4000):
-        drawn = rng.integers(len(harmful), size=len(harmful))
-        floor = harmless[drawn].mean()
-        f = (scores[:, drawn].mean(1) - floor) / (harmful[drawn].mean() - floor)
-        areas.append(np.trapezoid(f, k))
-    np.testing.assert_allclose(check.cpr_ci, np.percentile(areas, [2.5, 97.5]), atol=0.02)
+    steps, gap = np.diff([point.k for point in points]), harmful - harmless
+
+    def area(values):
+        return ((values[1:] + values[:-1]) / 2 * steps[:, None]).sum(0)
+
+    under, missing = area(scores - harmless), harmful - scores
+    assert check.cpr == pytest.approx(under.mean() / gap.mean(), abs=1e-5)
+    assert check.cpr_ci == pytest.approx(ratio_interval(under, gap, 5), abs=1e-5)
+    beside = area(missing * np.sign(missing.mean(1, keepdims=True)))
+    assert check.cmd == pytest.approx(beside.mean() / gap.mean(), abs=1e-5)
+    assert check.cmd_ci == pytest.approx(ratio_interval(beside, gap, 5), abs=1e-5)
 
 
 def test_interval_of_the_completeness(found, check):
@@ -97,8 +102,8 @@ def test_interval_of_the_completeness(found, check):
     gone = [part for part in discovery.circuit if str(part) in check.completeness_without]
     rest = [part for part in discovery.circuit if part not in gone]
     harmful, harmless = held_out.ends()
-    each = np.abs((held_out.kept([rest])[0] - held_out.removed([gone])[0]) / (harmful - harmless))
-    assert high <= each.max() + 1e-6
+    gap = held_out.kept([rest])[0] - held_out.removed([gone])[0]
+    assert (low, high) == pytest.approx(ratio_interval(gap * np.sign(gap.mean()), harmful - harmless, 5), abs=1e-5)
 
 
 def test_the_verdict_is_on_the_circuit_as_it_is_now(found):

@@ -1,5 +1,6 @@
 """C(k): its ends, its controls, its intervals; and the alignment tax."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import mechsafety as ms
+from mechsafety.intervals import mean_interval, ratio_interval
 from mechsafety.neurons import (
     AlignmentTax,
     CausalCurve,
@@ -80,9 +82,10 @@ def test_smallest_share_and_exact_ends(curve):
     made = hand_made(curve, [0.0, 1.0], [2.0, 5.0], [[0.0, 1.0], [1.8, 4.7], [2.0, 5.0]])
     assert made.effects == pytest.approx([0.0, 5.5 / 6, 1.0])
     assert made.smallest(0.9) == 0.3 and made.smallest(0.95) == 1.0 and made.smallest(1.1) is None
-    low, high = made.intervals()[1]
     assert made.intervals()[0] == (0.0, 0.0) and made.intervals()[2] == (1.0, 1.0)
-    assert (low, high) == pytest.approx((0.9, 3.7 / 4)), "the two prompts by themselves"
+    assert made.intervals()[1] == (-math.inf, math.inf), "two prompts whose gaps are 2 and 4 bound no ratio"
+    more = hand_made(curve, [0.0, 1.0] * 4, [2.0, 5.0] * 4, [[0.0, 1.0] * 4, [1.8, 4.7] * 4, [2.0, 5.0] * 4])
+    assert more.intervals()[1] == pytest.approx(ratio_interval([1.8, 3.7] * 4, [2.0, 4.0] * 4), abs=1e-6)
 
 
 def test_general_ability_stands_beside(curve):
@@ -96,7 +99,8 @@ def test_general_ability_stands_beside(curve):
         assert (frame[f"{name}_low"] <= frame[name]).all() and (frame[name] <= frame[f"{name}_high"]).all()
     nll = curve.harmless.nll[0].double()
     assert frame.perplexity[0] == pytest.approx(float(nll.mean().exp()))
-    assert frame.perplexity_low[0] >= float(nll.min().exp()) and frame.perplexity_high[0] <= float(nll.max().exp())
+    low, high = mean_interval(nll.numpy())
+    assert (frame.perplexity_low[0], frame.perplexity_high[0]) == pytest.approx((math.exp(low), math.exp(high)))
 
 
 def test_curve_saves_and_plots(curve, tmp_path):
