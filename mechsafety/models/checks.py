@@ -29,7 +29,7 @@ def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, 
 
     With eager attention, which the wrapped model has too: rounding alone sets it 1e-4 apart from the other kinds.
     """
-    ids = _probe(tokenizer, template_options).to(next(model.parameters()).device)
+    ids = probe_rows(tokenizer, template_options)[0].to(next(model.parameters()).device)
     kind = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -39,9 +39,10 @@ def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, 
         model.set_attn_implementation(kind)
 
 
-def _probe(tokenizer: Any, template_options: Mapping[str, Any]) -> Tensor:
-    text, _, _ = render(tokenizer, PROBES[0], template_options)
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+def probe_rows(tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tensor]:
+    """Token ids [1 pos] of each chat prompt that models are compared on."""
+    texts = [render(tokenizer, prompt, template_options)[0] for prompt in PROBES]
+    return [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
 
 
 def check_model(model: LensModel, reference: Tensor | None) -> None:
@@ -57,7 +58,7 @@ def check_model(model: LensModel, reference: Tensor | None) -> None:
     tokens = model.tokenize([PROBES[0]])
     tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
     if reference is None:
-        reference = model.backend.plain_logits(_probe(model.tokenizer, model.template_options).to(model.device))
+        reference = model.backend.plain_logits(probe_rows(model.tokenizer, model.template_options)[0].to(model.device))
     with torch.no_grad():
         _check_start_token(model, tokens)
         _check_logits(model, tokens, reference, tolerance * model.backend.rounding)

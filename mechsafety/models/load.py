@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.models.adapters import apply_adapter
+from mechsafety.models.adapters import apply_adapter, base_and_adapter, check_no_adapter, is_peft, merged_copy
 from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
-from mechsafety.models.checks import check_model, reference_logits
+from mechsafety.models.checks import check_model, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder, base_folder, load_gguf
 from mechsafety.models.lens import LensModel
 from mechsafety.models.template import PLAIN_TEMPLATE, checked_options
@@ -32,9 +32,10 @@ def load_model(
 
     Args:
         name_or_path: ``"demo"`` (the embedded model with its refusal adapter), ``"demo-helpful"`` (with the one for
-            short answers), ``"demo-base"`` (without), a hub id, a local Hugging Face folder, a ``.gguf`` file, or a
-            ``(model, tokenizer)`` pair. A pair's model is wrapped in place: it goes over to eager attention and its
-            blocks become TransformerLens'. (Under TransformerLens 3.9 its weights are copied.) It may also be
+            short answers), ``"demo-base"`` (without), a hub id, a local Hugging Face folder, a ``.gguf`` file, the
+            folder of a peft adapter (which names its base model), or a ``(model, tokenizer)`` pair. A pair's model is
+            wrapped in place: it goes over to eager attention and its blocks become TransformerLens'. (Under
+            TransformerLens 3.9 its weights are copied.) Of a `PeftModel` a copy is merged. It may also be
             TransformerLens' own, a `TransformerBridge` (4.x) or a `HookedTransformer` (3.9, with norms folded or not),
             alone if it has its tokenizer.
         adapter: Folder of a peft adapter to merge; not for TransformerLens' own models.
@@ -54,37 +55,61 @@ def load_model(
     """
     kind = _dtype(dtype)
     place = _device(device)
-    if isinstance(name_or_path, str | os.PathLike):
+    own = base_and_adapter(name_or_path) if isinstance(name_or_path, str | os.PathLike) else None
+    if own is not None:
+        name, model, tokenizer, adapter = _read_adapted(own, adapter, kind or torch.float32)
+    elif isinstance(name_or_path, str | os.PathLike):
         name, model, tokenizer = _read(os.fspath(name_or_path), kind or torch.float32)
     else:
         pair = name_or_path if isinstance(name_or_path, tuple) else (name_or_path, _own_tokenizer(name_or_path))
         model, tokenizer = _pair(pair)
-        name = _name(model)
+        name = _name(model.get_base_model() if is_peft(model) else model)
+    _set_template(tokenizer, chat_template, name)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    options = checked_options(tokenizer, template_options)
     if adapter is None and isinstance(name_or_path, str) and DEMO.get(name_or_path):
         shown, adapter = name, adapter_folder(str(DEMO[name_or_path]))
     else:
         # the demo model with another adapter is the base model with it
         shown = "demo-base" if name in DEMO else _public_name(name)
         shown += f"+{Path(adapter).name}" if adapter is not None else ""
-    if adapter is not None:
-        if is_wrapped(model):
+    if adapter is not None or is_peft(model):
+        if adapter is not None and (is_wrapped(model) or is_peft(model)):
             raise MechsafetyError(
-                "an adapter for a wrapped model", cure="merge it before TransformerLens wraps the model"
+                f"an adapter for a {type(model).__name__}", cure="merge it before the model is wrapped"
             )
-        model = apply_adapter(model, adapter)
+        shown += "" if adapter is not None else "+" + "+".join(model.active_adapters)
+        rows = [row.to(model.device) for row in probe_rows(tokenizer, options)]
+        model = merged_copy(model, rows) if adapter is None else apply_adapter(model, adapter, rows)
+    check_no_adapter(model)
     if place is not None:
         model = model.to(place)
     if kind is not None:
         model = model.to(kind)
-    _set_template(tokenizer, chat_template, name)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
     # before the model is wrapped
-    options = checked_options(tokenizer, template_options)
     reference = None if is_wrapped(model) else reference_logits(model, tokenizer, options)
     lens = LensModel(shown, wrap(name, model, tokenizer), tokenizer, options)
     check_model(lens, reference)
     return lens
+
+
+def _read_adapted(own: tuple[str, Path], adapter: Any, dtype: Any) -> tuple[str, Any, Any, Path]:
+    """Base model, tokenizer and folder of an adapter that was given as the model."""
+    from transformers import AutoTokenizer
+
+    base, folder = own
+    cure = f"pass the base model and adapter={folder.name!r}"
+    if adapter is not None:
+        raise MechsafetyError(f"the model {folder.name!r} is an adapter, and adapter={adapter!r} was given", cure=cure)
+    try:
+        name, model, tokenizer = _read(base, dtype)
+        if (folder / "tokenizer_config.json").is_file():  # what it was trained with
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except MechsafetyError as error:
+        problem = f"the base model of the adapter {folder.name!r}: {error.problem}"
+        raise MechsafetyError(problem, expected=error.expected, cure=error.cure or cure) from error
+    return name, model, tokenizer, folder
 
 
 def _read(name: str, dtype: Any) -> tuple[str, Any, Any]:
