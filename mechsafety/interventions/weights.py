@@ -1,7 +1,6 @@
 """Weights that cannot write a direction: the equivalent of removing it by hooks, in memory and for a while."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,11 +14,6 @@ from mechsafety.interventions.checks import check_strength, check_vector
 from mechsafety.interventions.steering import orthonormal, project_out
 from mechsafety.models import LensModel
 
-# names under which Hugging Face models keep what writes to the residual stream
-_ATTENTION = re.compile(r"(?:self_attn|attention|attn)\.(?:o_proj|out_proj|c_proj|dense|o)$")
-_MLP = re.compile(r"mlp\.(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|out)$")
-_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings)$")
-_WRAPPER = "._original_component"
 _PROBES = ("What is two plus two?", "Name a colour, please.")
 # largest difference in logits from the hooks that is rounding; norms compute in float32 whatever the weights' type
 TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "float16": 2e-1, "bfloat16": 5e-1}
@@ -60,7 +54,8 @@ def orthogonalized(
         expected = model.logits(list(_PROBES))
     _ = model.weights_sha256  # of the original weights: it is computed once and kept
     with model.lock, ExitStack() as restore:
-        _swap_all(model, lambda weight, axis: _without(weight, basis, share, axis), restore)
+        for module, name, axis in model.backend.writers():
+            _swap(module, name, _without(getattr(module, name), basis, share, axis), restore)
         model.hf_model.save_pretrained = _refuse_to_save
         restore.callback(delattr, model.hf_model, "save_pretrained")
         gap = float((model.logits(list(_PROBES)) - expected).abs().max())
@@ -86,36 +81,7 @@ def _without(weight: Tensor, basis: Tensor, share: float, axis: int) -> Tensor:
     return (w - share * part).to(weight.dtype)
 
 
-def _swap_all(model: LensModel, change: Callable[[Tensor, int], Tensor], restore: ExitStack) -> None:
-    """Replace every parameter that writes to the residual stream; ``restore`` puts the old objects back."""
-    modules = {name.replace(_WRAPPER, ""): module for name, module in _plain_modules(model.hf_model)}
-    embedding = model.hf_model.get_input_embeddings().weight
-    tables = [m for m in modules.values() if isinstance(m, torch.nn.Embedding) and m.weight is embedding]
-    tables += [module for name, module in modules.items() if _POSITIONS.search(name)]
-    writers = [m for name, m in modules.items() if _ATTENTION.search(name) or _MLP.search(name)]
-    if len(writers) != 2 * model.n_layers or not tables:
-        raise MechsafetyError(
-            f"found {len(writers)} output weights and {len(tables)} embeddings in {model.name}",
-            expected=f"{2 * model.n_layers} and at least 1, under known names",
-            cure="use project_out",
-        )
-    for module in tables:
-        _swap(module, "weight", change(module.weight, -1), restore)
-    for module in writers:
-        # Hugging Face's Conv1D stores [in, out], torch's Linear [out, in]
-        _swap(module, "weight", change(module.weight, 0 if isinstance(module, torch.nn.Linear) else -1), restore)
-        if getattr(module, "bias", None) is not None:
-            _swap(module, "bias", change(module.bias, -1), restore)
-
-
 def _swap(module: Any, name: str, new: Tensor, restore: ExitStack) -> None:
     old = getattr(module, name)
     restore.callback(setattr, module, name, old)
     setattr(module, name, torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad))
-
-
-def _plain_modules(root: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Named modules that hold a weight themselves, wrappers left out."""
-    for name, module in root.named_modules():
-        if "weight" in module._parameters:
-            yield name, module

@@ -24,6 +24,8 @@ Edit = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 # keys and values of a layer's first columns, each [batch kv_head pos d_head]; how far they are processed (rotated,
 # normed) is the backend's own business
 Prefix = tuple[tuple[Tensor, Tensor], ...]
+# a module, the name of a parameter of it, and which of that parameter's axes (0 or -1) is the residual stream's
+Writer = tuple[nn.Module, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,14 @@ class Backend(ABC):
         """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output.
 
         It is called once; not at all where no norm stands before the heads.
+        """
+
+    @abstractmethod
+    def writers(self) -> list[Writer]:
+        """All parameters that write to the residual stream: embeddings, and output weights and biases of the blocks.
+
+        Raises:
+            MechsafetyError: They are not found under any known name.
         """
 
     def head_norm(self, layer: int, slot: str) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,7 @@ from mechsafety.models.backend import (
     FinalNorm,
     Prefix,
     Sizes,
+    Writer,
     adapt,
     expand_batched,
     expand_rows,
@@ -28,6 +30,11 @@ from mechsafety.prompts import Tokens
 from mechsafety.sites import Generation, hook_name
 
 NAME = "TransformerBridge"
+# names under which Hugging Face models keep what writes to the residual stream
+_ATTENTION = re.compile(r"(?:self_attn|attention|attn)\.(?:o_proj|out_proj|c_proj|dense|o)$")
+_MLP = re.compile(r"mlp\.(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|out)$")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings)$")
+_WRAPPER = "._original_component"
 
 
 def is_mine(model: Any) -> bool:
@@ -240,6 +247,28 @@ class BridgeBackend(Backend):
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
         return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: edit(out))
+
+    def writers(self) -> list[Writer]:
+        """All parameters that write to the residual stream; a tied unembedding keeps its weights."""
+        # modules that hold a weight themselves, TransformerLens' wrappers left out
+        plain = {k.replace(_WRAPPER, ""): m for k, m in self.module.named_modules() if "weight" in m._parameters}
+        embedding = self.module.get_input_embeddings().weight
+        tables = [m for m in plain.values() if isinstance(m, torch.nn.Embedding) and m.weight is embedding]
+        tables += [module for name, module in plain.items() if _POSITIONS.search(name)]
+        outputs = [m for name, m in plain.items() if _ATTENTION.search(name) or _MLP.search(name)]
+        if len(outputs) != 2 * self.sizes.n_layers or not tables:
+            raise MechsafetyError(
+                f"found {len(outputs)} output weights and {len(tables)} embeddings in {type(self.module).__name__}",
+                expected=f"{2 * self.sizes.n_layers} and at least 1, under known names",
+                cure="use project_out",
+            )
+        found: list[Writer] = [(module, "weight", -1) for module in tables]
+        for module in outputs:
+            # Hugging Face's Conv1D stores [in, out], torch's Linear [out, in]
+            found.append((module, "weight", 0 if isinstance(module, torch.nn.Linear) else -1))
+            if getattr(module, "bias", None) is not None:
+                found.append((module, "bias", -1))
+        return found
 
     @property
     def final_norm(self) -> FinalNorm:

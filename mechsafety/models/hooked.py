@@ -21,6 +21,7 @@ from mechsafety.models.backend import (
     FinalNorm,
     Prefix,
     Sizes,
+    Writer,
     adapt,
     expand_rows,
     forward_hooks,
@@ -248,6 +249,15 @@ class HookedBackend(Backend):
             return made[0]
 
         return forward_hooks(self.norms(layer, "ln1"), once)
+
+    def writers(self) -> list[Writer]:
+        """All parameters that write to the residual stream."""
+        tables: list[Writer] = [(self.tl_model.embed, "W_E", -1)]
+        if self.tl_model.cfg.positional_embedding_type == "standard":
+            tables.append((self.tl_model.pos_embed, "W_pos", -1))
+        parts = [(block.attn, "O") for block in self.tl_model.blocks]
+        parts += [(block.mlp, "out") for block in self.tl_model.blocks]
+        return tables + [(part, f"{kind}_{end}", -1) for part, end in parts for kind in ("W", "b")]
 
     @property
     def final_norm(self) -> FinalNorm:
