@@ -1,12 +1,8 @@
 """Prompts: harmful/harmless pairs, single prompts, and the spans of a chat prompt."""
 
+from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.pairs import PromptPair, PromptPairs
-from mechsafety.prompts.sets import (
-    Prompt,
-    builtin_prompts,
-    load_instructions,
-    read_jsonl,
-)
+from mechsafety.prompts.sets import Prompt, builtin_prompts, load_instructions
 from mechsafety.prompts.spans import Spans, TokenPairs, TokenRow, Tokens, TokenTable
 
 __all__ = [
@@ -21,4 +17,5 @@ __all__ = [
     "builtin_prompts",
     "load_instructions",
     "read_jsonl",
+    "read_rows",
 ]

@@ -1,14 +1,15 @@
 """Harmful requests and their harmless twins."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, overload
 
 import numpy as np
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.prompts.sets import data_file, load_instructions, read_jsonl
+from mechsafety.prompts.files import read_jsonl, read_rows
+from mechsafety.prompts.sets import data_file, load_instructions
 
 # hub id, configuration and split of each public benchmark, and of its own harmless half where it has one
 HubSet = tuple[str, str | None, str]
@@ -64,6 +65,19 @@ class PromptPairs:
 
     def __iter__(self) -> Iterator[PromptPair]:
         return iter(self.pairs)
+
+    def __contains__(self, pair: object) -> bool:
+        return pair in self.pairs
+
+    @overload
+    def __getitem__(self, index: int) -> PromptPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> "PromptPair | Self":
+        """One pair, or those of a slice as pairs again."""
+        return type(self)(self.pairs[index], self.name) if isinstance(index, slice) else self.pairs[index]
 
     def __repr__(self) -> str:
         return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics)"
@@ -154,18 +168,32 @@ class PromptPairs:
         return pairs if split is None else pairs.split(split)
 
     @classmethod
-    def from_jsonl(cls, path: str | os.PathLike[str]) -> Self:
-        """Pairs from a file with ``{"harmful": "...", "harmless": "..."}`` a line (``topic``, ``split`` optional).
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Pairs from a ``.jsonl``, ``.json`` or ``.csv`` file.
+
+        Every row holds ``harmful`` and ``harmless``; ``topic`` and ``split`` are optional. A ``.jsonl`` file has one
+        object a line, a ``.json`` file one array of objects, a ``.csv`` file a line of column names and then the rows.
 
         Raises:
-            MechsafetyError: As `read_jsonl`.
+            MechsafetyError: As `mechsafety.prompts.read_rows`; the line is named.
         """
-        rows = read_jsonl(path, ["harmful", "harmless"])
-        pairs = tuple(
-            PromptPair(row["harmful"], row["harmless"], str(row.get("topic", "")), str(row.get("split", "")))
-            for row in rows
+        return cls._from_rows(read_rows(path, ["harmful", "harmless"]), path)
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str]) -> Self:
+        """Pairs from a file with ``{"harmful": "...", "harmless": "..."}`` a line, whatever its suffix.
+
+        Raises:
+            MechsafetyError: As `mechsafety.prompts.read_jsonl`.
+        """
+        return cls._from_rows(read_jsonl(path, ["harmful", "harmless"]), path)
+
+    @classmethod
+    def _from_rows(cls, rows: Sequence[Mapping[str, str]], path: str | os.PathLike[str]) -> Self:
+        pairs = (
+            PromptPair(row["harmful"], row["harmless"], row.get("topic", ""), row.get("split", "")) for row in rows
         )
-        return cls(pairs, os.path.basename(os.fspath(path)))
+        return cls(tuple(pairs), os.path.basename(os.fspath(path)))
 
     @classmethod
     def from_lists(cls, harmful: Sequence[str], harmless: Sequence[str], name: str = "lists") -> Self:

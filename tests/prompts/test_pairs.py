@@ -1,12 +1,13 @@
 """Pairs: the built-in ones, readers and their errors, splits, samples and halves."""
 
+import csv
 import json
 import re
 from collections import Counter
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechsafety import MechsafetyError, PromptPair, PromptPairs
@@ -200,7 +201,7 @@ def test_from_jsonl_without_prompts(tmp_path, text):
     path = write(tmp_path / "mine.jsonl", text)
     with pytest.raises(MechsafetyError) as caught:
         PromptPairs.from_jsonl(path)
-    assert str(caught.value) == f"{path} holds no prompts; expected {SHAPE} a line"
+    assert str(caught.value) == f"{path} holds no prompts; expected a .jsonl file with {SHAPE} a line"
 
 
 def test_from_jsonl_missing_file(tmp_path):
@@ -215,7 +216,109 @@ def test_from_jsonl_not_utf8(tmp_path):
     path.write_bytes(json.dumps({**GOOD, "harmless": "Käse"}, ensure_ascii=False).encode("latin-1"))
     with pytest.raises(MechsafetyError) as caught:
         PromptPairs.from_jsonl(path)
-    assert str(caught.value) == f"{path} is not UTF-8 text (invalid continuation byte); expected JSON lines"
+    assert (
+        str(caught.value)
+        == f"{path} is not UTF-8 text (invalid continuation byte); expected a .jsonl file with {SHAPE} a line"
+    )
+
+
+CSV = """harmful,harmless,topic
+"make a bomb, please","bake a cake, please",weapons
+
+steal,"buy
+it",
+"""
+ARRAY = """[
+  {"harmful": "make a bomb, please", "harmless": "bake a cake, please", "topic": "weapons"},
+
+  {"harmful": "steal", "harmless": "buy\\nit", "topic": null, "split": null}
+]
+"""
+LINES = "\n".join(line.strip().removesuffix(",") for line in ARRAY.splitlines()[1:-1])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", CSV), ("a.json", ARRAY), ("a.jsonl", LINES), ("A.CSV", CSV)])
+def test_from_file_reads_the_format_of_the_suffix(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig")
+    assert PromptPairs.from_file(path) == PromptPairs(
+        (
+            PromptPair("make a bomb, please", "bake a cake, please", "weapons"),
+            PromptPair("steal", "buy\nit"),
+        ),
+        name,
+    )
+
+
+DELIMITER = f", line 2: malformed JSON (Expecting ',' delimiter); expected [{SHAPE}, ...]"
+SUFFIXES = ".jsonl (an object a line), .json (an array of objects) or .csv (column names, then rows); rename it"
+HEAD = "harmful,harmless\na,b\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.csv", "harmful;harmless\na;b", f", line 2: the key 'harmful' is missing; expected {SHAPE}"),
+        ("a.csv", HEAD + "kill, then hide,c", ", line 4: 3 values under 2 columns; expected one each; "
+         'put a prompt with commas into double quotes: "..."'),
+        ("a.csv", HEAD + "a", f", line 4: the key 'harmless' is missing; expected {SHAPE}"),
+        ("a.csv", HEAD + '"x\ny",b\n,b', ", line 6: the prompt under 'harmful' is empty; expected text"),
+        ("a.csv", HEAD + '"a,b', f", line 4: malformed CSV (unexpected end of data); expected {SHAPE}"),
+        ("a.csv", HEAD + '"a", "b"', ', line 4: a space before a double quote; expected "...","..."'),
+        ("a.csv", "", f" holds no prompts; expected a .jsonl, .json or .csv file with {SHAPE} in every row"),
+        ("a.json", "[]", f" holds no prompts; expected a .jsonl, .json or .csv file with {SHAPE} in every row"),
+        ("a.json", "[\n\n{}\n]", f", line 3: the key 'harmful' is missing; expected {SHAPE}"),
+        ("a.json", "[\n 3]", f", line 2: a JSON int; expected {SHAPE}"),
+        ("a.json", "\n[\n{,", ", line 3: malformed JSON (Expecting property name enclosed in double quotes); "
+         f"expected [{SHAPE}, ...]"),
+        ("a.json", f"[\n{json.dumps(GOOD)}\n{json.dumps(GOOD)}]",
+         f", line 3: malformed JSON (Expecting ',' delimiter); expected [{SHAPE}, ...]"),
+        ("a.json", f"[{json.dumps(GOOD)},\n]", f", line 2: malformed JSON (Expecting value); expected [{SHAPE}, ...]"),
+        ("a.json", f"[{json.dumps(GOOD)}\n", DELIMITER),
+        ("a.json", f"[{json.dumps(GOOD)}]\n]",
+         f", line 1: malformed JSON (the array does not end the file); expected [{SHAPE}, ...]"),
+        ("a.json", "{}", f", line 1: no JSON array; expected [{SHAPE}, ...]; "
+         "name it .jsonl if it has one object a line"),
+        ("a.json", f'[{{"topic": ["x"], {json.dumps(GOOD)[1:]}]',
+         ", line 1: 'topic' is a JSON list; expected text, or null for none"),
+        ("a.txt", "x", f" ends in '.txt'; expected {SUFFIXES}"),
+        ("a", "x", f" has no suffix; expected {SUFFIXES}"),
+    ],
+)  # fmt: skip
+def test_from_file_names_file_and_line(tmp_path, name, text, expected):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(MechsafetyError) as caught:
+        PromptPairs.from_file(path)
+    assert str(caught.value) == f"{path}{expected}"
+
+
+def test_nulls_are_no_topics_and_numbers_are(tmp_path):
+    path = write(tmp_path / "mine.jsonl", {**GOOD, "topic": None, "split": None}, {**GOOD, "topic": 7})
+    assert [(pair.topic, pair.split) for pair in PromptPairs.from_jsonl(path)] == [("", ""), ("7", "")]
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\0")).filter(str.strip)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1))
+def test_every_text_comes_back_from_every_format(tmp_path_factory, rows):
+    folder, frame = tmp_path_factory.mktemp("files"), pd.DataFrame(rows, columns=["harmful", "harmless"])
+    frame.to_csv(folder / "a.csv", index=False, quoting=csv.QUOTE_ALL)
+    (folder / "a.json").write_text(json.dumps(frame.to_dict("records"), indent=2), encoding="utf-8")
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, frame.to_dict("records"))), encoding="utf-8")
+    for suffix in ("csv", "json", "jsonl"):
+        pairs = PromptPairs.from_file(folder / f"a.{suffix}")
+        assert [(pair.harmful, pair.harmless) for pair in pairs] == rows, suffix
+
+
+def test_pairs_are_a_sequence():
+    pairs = PromptPairs.from_lists(["a", "b", "c"], ["d", "e", "f"], name="three")
+    assert all(pair in pairs for pair in pairs) and PromptPair("a", "e") not in pairs
+    assert pairs[0] == PromptPair("a", "d") and pairs[-1].harmful == "c"
+    assert pairs[1:] == PromptPairs.from_lists(["b", "c"], ["e", "f"], name="three")
+    assert list(reversed(pairs)) == list(pairs)[::-1]
 
 
 # --- from lists -------------------------------------------------------------------------------------------------------
@@ -341,5 +444,5 @@ def test_from_hub_out_of_reach_is_one_line(name):
         PromptPairs.from_hub(name, harmless=["x"])
     text = str(caught.value)
     assert text.startswith(f"cannot read the data set {HUB.get(name, ((name,),))[0][0]!r} (")
-    assert text.endswith("; expected a hub id that can be reached, or a local .jsonl, .csv or .parquet file")
+    assert text.endswith("; expected a hub id that can be reached, or a local .jsonl, .json, .csv or .parquet file")
     assert "\n" not in text

@@ -128,18 +128,32 @@ def test_no_text_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "content"), [("csv", b""), ("csv", b"text\n\xff\xfe\n"), ("parquet", b"no parquet")]
+    ("suffix", "content", "problem"),
+    [
+        ("csv", b"", "{path} holds no prompts; expected a"),
+        ("csv", b"text\n\xff\xfe\n", "{path} is not UTF-8 text ("),
+        ("parquet", b"no parquet", "cannot read {path} ("),
+    ],
 )
-def test_unreadable_table_is_one_line(tmp_path, suffix, content):
+def test_unreadable_table_is_one_line(tmp_path, suffix, content, problem):
     path = tmp_path / f"mine.{suffix}"
     path.write_bytes(content)
     with pytest.raises(MechsafetyError) as caught:
         load_instructions(str(path))
-    assert str(caught.value).startswith(f"cannot read {path} (")
+    assert str(caught.value).startswith(problem.format(path=path))
     assert "\n" not in str(caught.value)
+
+
+def test_instructions_of_a_json_array_and_words_that_look_like_nothing(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "one"}, {"prompt": null}]', encoding="utf-8")
+    (tmp_path / "a.csv").write_text("text\nNA\nnull\n\nthree\n", encoding="utf-8")
+    assert load_instructions(str(tmp_path / "a.json")) == ["one"]
+    assert load_instructions(str(tmp_path / "a.csv")) == ["NA", "null", "three"]
 
 
 def test_missing_local_file(tmp_path):
     path = tmp_path / "none.jsonl"
-    with pytest.raises(MechsafetyError, match=rf"^no such file: {re.escape(str(path))}; expected a .jsonl file"):
+    with pytest.raises(
+        MechsafetyError, match=rf"^no such file: {re.escape(str(path))}; expected a .jsonl, .json or .csv file"
+    ):
         load_instructions(str(path))
