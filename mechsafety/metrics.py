@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,35 @@ class RefusalLogOdds:
         return bool(self.comply_ids)
 
     def to_json(self) -> dict[str, Any]:
-        """Name and token texts, as stored in results."""
+        """Name, token texts and token ids, as stored in results."""
         return {
             "name": self.name,
             "refusal_tokens": list(self.refusal_tokens),
             "comply_tokens": list(self.comply_tokens),
+            "refusal_ids": list(self.refusal_ids),
+            "comply_ids": list(self.comply_ids),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], model: LensModel) -> "RefusalLogOdds":
+        """Inverse of `to_json`, for the model that the metric was made for.
+
+        A token's text does not always lead back to it (decoding may drop a space, or join bytes), so the ids count.
+        Results stored without ids are read by the texts.
+
+        Raises:
+            MechsafetyError: Another kind of metric, ids beyond the model's vocabulary, or as `of`.
+        """
+        if data.get("name") not in ("refusal_log_odds", "logit_difference"):
+            raise MechsafetyError(f"the metric {data.get('name')!r}", expected="one that a RefusalLogOdds stored")
+        refusal, comply = tuple(data["refusal_tokens"]), tuple(data["comply_tokens"])
+        if "refusal_ids" not in data:
+            return cls.of(model, refusal, comply)
+        ids = tuple(data["refusal_ids"]), tuple(data["comply_ids"])
+        strange = [token for token in (*ids[0], *ids[1]) if not 0 <= token < model.d_vocab]
+        if strange:
+            raise MechsafetyError(f"token {strange[0]}", expected=f"ids of {model.name}, below {model.d_vocab}")
+        return cls(ids[0], refusal, ids[1], comply)
 
     @classmethod
     def of(cls, model: LensModel, refusal_tokens: Sequence[str], comply_tokens: Sequence[str] = ()) -> "RefusalLogOdds":

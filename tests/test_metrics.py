@@ -1,6 +1,7 @@
 """Scores, judges and statistics, against formulas written out by hand."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -25,6 +26,31 @@ def naive_log_odds(values: np.ndarray, ids: tuple[int, ...]) -> np.ndarray:
     p = np.exp(values.astype(np.float64))
     p = (p / p.sum(-1, keepdims=True))[:, list(ids)].sum(-1)
     return np.log(p / (1 - p))
+
+
+def test_a_stored_metric_comes_back_by_its_ids(llama):
+    """Two tokens may read the same: the ids decide; results of old hold the texts alone."""
+    word, spaced = llama.tokenizer("sorry").input_ids[0], llama.tokenizer(" sorry").input_ids[0]
+    assert word != spaced
+    metric = RefusalLogOdds((spaced,), ("sorry",), (word,), ("sorry",))
+    data = json.loads(json.dumps(metric.to_json()))
+    assert data == {
+        "name": "logit_difference",
+        "refusal_tokens": ["sorry"],
+        "comply_tokens": ["sorry"],
+        "refusal_ids": [spaced],
+        "comply_ids": [word],
+    }
+    assert RefusalLogOdds.from_json(data, llama) == metric
+    old = {"name": "refusal_log_odds", "refusal_tokens": ["sorry"], "comply_tokens": []}
+    assert RefusalLogOdds.from_json(old, llama) == RefusalLogOdds.of(llama, ["sorry"])
+    for wrong, message in (
+        ({"name": "projection"}, "the metric 'projection'; expected one that a RefusalLogOdds stored"),
+        (data | {"comply_ids": [99999]}, f"token 99999; expected ids of {llama.name}, below {llama.d_vocab}"),
+    ):
+        with pytest.raises(MechsafetyError) as caught:
+            RefusalLogOdds.from_json(wrong, llama)
+        assert str(caught.value) == message
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
@@ -147,6 +173,8 @@ def test_name_linearity_and_json():
         "name": "logit_difference",
         "refusal_tokens": ["I", "Sorry"],
         "comply_tokens": ["Sure", "Here", "The"],
+        "refusal_ids": [2, 5],
+        "comply_ids": [0, 1, 6],
     }
 
 

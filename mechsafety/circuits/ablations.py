@@ -81,7 +81,7 @@ def rerun(
             expected=f"{circuit.provenance.model}, {what} {mapped}",
         )
     chosen = pairs if pairs is not None else PromptPairs.builtin().sample(PAIRS, 0)
-    metric = RefusalLogOdds.of(model, circuit.metric["refusal_tokens"], circuit.metric["comply_tokens"])
+    metric = RefusalLogOdds.from_json(circuit.metric, model)
     watched = [member.node for member in circuit.nodes]
 
     def on_ablate(nodes: tuple[Node, ...]) -> Ablation:

@@ -185,10 +185,18 @@ def _provenance(value: Any) -> Provenance:
 
 def _metric(value: Any) -> dict[str, Any]:
     row = _object(value, "metric")
-    for name, kind in (("name", str), ("refusal_tokens", tuple[str, ...]), ("comply_tokens", tuple[str, ...])):
+    texts, ids = ("refusal_tokens", "comply_tokens"), ("refusal_ids", "comply_ids")
+    kinds: dict[str, Any] = {"name": str} | dict.fromkeys(texts, tuple[str, ...]) | dict.fromkeys(ids, tuple[int, ...])
+    for name, kind in kinds.items():
         if name in row:
             decode(kind, row[name], f"metric.{name}")
-    _keys(row, {"name", "refusal_tokens", "comply_tokens"}, set(), "metric")
+    # files of mechsafety before ids were stored have none
+    _keys(row, {"name", *texts, *(ids if set(ids) & set(row) else ())}, set(ids), "metric")
+    for text, number in zip(texts, ids, strict=True):
+        if number in row and len(row[number]) != len(row[text]):
+            raise MechsafetyError(
+                f"metric.{number}: {len(row[number])} ids of {len(row[text])} tokens", expected="one each"
+            )
     return dict(row)
 
 
