@@ -175,7 +175,7 @@ def test_no_hook_is_left_after_an_exception(any_model):
     assert hook_count(any_model) == clean
     # the lock is free again for other threads
     free = []
-    thread = threading.Thread(target=lambda: free.append(any_model.lock.acquire(timeout=5)))
+    thread = threading.Thread(target=lambda: free.append(any_model.lock.acquire(blocking=False)))
     thread.start()
     thread.join()
     assert free == [True]

@@ -13,6 +13,21 @@ from mechsafety.patching import pair_runs
 from mechsafety.sites import Site, SiteKind
 
 
+def free_elsewhere(lock):
+    """Whether another thread gets the lock at once."""
+    found = []
+
+    def ask():
+        found.append(lock.acquire(blocking=False))
+        if found[0]:
+            lock.release()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def own_methods(model):
     """What instances carry besides what their classes give them: a patched method would be there."""
     return {name: sorted(key for key in vars(part) if callable(vars(part)[key])) for name, part in parts(model)}
@@ -61,14 +76,15 @@ def test_two_threads_get_the_numbers_of_one(any_model, pairs, log_odds, how):
 def test_a_model_wrapped_twice_has_one_lock(llama):
     again = ms.load_model((llama.bridge, llama.tokenizer))
     assert again.lock is llama.lock and again.backend is not llama.backend
+    plain = again.logits(["make tea"])
     edit = [(Site(SiteKind.MLP_OUT, 0), lambda tensor: tensor * 0)]
-    done = threading.Event()
-    thread = threading.Thread(target=lambda: (again.logits(["make tea"]), done.set()))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(again.logits(["make tea"])))
     with llama.hooks(edit):
         thread.start()
-        assert not done.wait(0.3), "it must wait: the hook would be in its run too"
+        assert free_elsewhere(llama.lock) is False, "the thread must wait: the hook would be in its run too"
     thread.join()
-    assert done.is_set()
+    assert torch.equal(found[0], plain)
 
 
 def in_a_base_run(model, tokens, runs, metric, edit, patch, stop):
@@ -117,8 +133,4 @@ def test_nothing_is_left(any_model, pairs, log_odds, place, kind):
         place(any_model, tokens, runs, log_odds, [(Site(SiteKind.Z, 1), stop)], patch, stop)
     assert hook_count(any_model) == hooks and own_methods(any_model) == methods
     assert torch.equal(any_model.logits(tokens.harmful), before)
-    free = []
-    thread = threading.Thread(target=lambda: (free.append(any_model.lock.acquire(timeout=5)), any_model.lock.release()))
-    thread.start()
-    thread.join()
-    assert free == [True]
+    assert free_elsewhere(any_model.lock)

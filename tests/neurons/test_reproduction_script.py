@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-import time
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -55,7 +55,7 @@ def test_a_store_of_another_run_is_refused(make_run, script, tmp_path):
         make_run()
 
 
-def test_steps_are_stored_and_their_time_added_up(make_run, script):
+def test_steps_are_stored_and_their_time_added_up(make_run, script, monkeypatch):
     run, made = make_run(), []
 
     def fails():
@@ -67,17 +67,29 @@ def test_steps_are_stored_and_their_time_added_up(make_run, script):
     for _ in range(2):
         assert run.step("one", dict, lambda: made.append(1) or {"found": 2}) == {"found": 2}
     assert made == [1]
-    with run.timed("outer"), run.timed("inner"):
-        time.sleep(1.0)
+    now = [0.0]
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def passes(seconds):
+        now[0] += seconds
+
+    with run.timed("outer"):
+        passes(0.5)
+        with run.timed("inner"):
+            passes(2.0)
     for _ in range(2):  # the page once, loading with the step that needed it
-        with run.timed(script.PAGE), run.timed(script.LOADING):
-            time.sleep(0.3)
+        with run.timed(script.PAGE):
+            passes(0.2)
+            with run.timed(script.LOADING):
+                passes(0.3)
     assert script.LOADING not in run.clock()["seconds"]
     with run.timed("next"):
-        pass
+        passes(1.0)
     seconds = run.clock()["seconds"]
-    assert seconds[script.PAGE] < 0.2 and 0.5 < seconds[script.LOADING] < 2
-    assert seconds["outer"] < 0.5 < seconds["inner"], "the time of steps inside is theirs"
+    assert seconds[script.PAGE] == 0.2 and seconds[script.LOADING] == 0.6
+    assert (seconds["outer"], seconds["inner"], seconds["next"]) == (0.5, 2.0, 1.0), (
+        "the time of steps inside is theirs"
+    )
 
 
 def test_ends_and_contrast(make_run):
