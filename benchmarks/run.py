@@ -31,6 +31,7 @@ from report import markdown
 from tqdm.auto import tqdm
 
 from mechsafety.cli import quiet_libraries
+from mechsafety.output import json_text
 from mechsafety.results import package_versions
 
 HERE = Path(__file__).parent
@@ -96,7 +97,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     """results.json, RESULTS.md and growth.svg, whole or not at all."""
     docs = {name: (case.__doc__ or "").split("\n")[0] for name, (case, _) in PEER_CASES.items()}
     texts = {
-        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.json": json_text(results) + "\n",
         "RESULTS.md": markdown(results, docs, {name: target for name, (_, target) in PEER_CASES.items()}),
     }
     for name, text in texts.items():
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(measure(args.worker, args.tiny)))
+        print(json.dumps(measure(args.worker, args.tiny), allow_nan=False))
         return
     if args.tiny and args.out == HERE:
         parser.error("--tiny needs --out: its figures are no results")

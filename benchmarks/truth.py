@@ -33,6 +33,7 @@ from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.output import json_text
 from mechsafety.patching import pair_runs
 from mechsafety.patching.masks import PairRuns
 from mechsafety.patching.paths import measured_edges
@@ -418,9 +419,9 @@ def main() -> None:
         waiting = {pool.submit(measure, name, cases[name]): name for name in todo}
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="models"):
             store["models"][waiting[done]] = done.result()
-            target.write_text(json.dumps(store, indent=1) + "\n")
+            target.write_text(json_text(store) + "\n")
     store["models"] = {name: store["models"][name] for name in cases if name in store["models"]}
-    target.write_text(json.dumps(store, indent=1) + "\n")
+    target.write_text(json_text(store) + "\n")
     (RESULTS / "ground-truth.md").write_text(table(store))
 
 

@@ -1,23 +1,33 @@
 """The command `mechsafety`."""
 
 import json
+import math
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.output import check_free_space, json_text, output_folder, writing
 from mechsafety.version import __version__
 
-MISTAKE, NOTHING_TO_MAP = 2, 3
+# as shells count them: 128 and the number of the signal
+MISTAKE, NOTHING_TO_MAP, INTERRUPTED, CLOSED, STOPPED = 2, 3, 130, 141, 143
+NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts, the pictures of a large map a few more
 
 app = App(
     name="mechsafety",
     help="Map which parts of a chat model make it refuse.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -29,7 +39,7 @@ def map_command(
     out: Path,
     pairs: Path | None = None,
     limit: int = 40,
-    level: str = "node",
+    level: Literal["node", "edge", "neuron"] = "node",
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
@@ -51,7 +61,8 @@ def map_command(
     out
         Folder to write; a new one, or that of an earlier map.
     pairs
-        JSON lines with {"harmful": "...", "harmless": "..."}; the built-in pairs by default.
+        File of pairs, "harmful" and "harmless": .jsonl (an object a line), .json (an array of objects) or .csv; the
+        built-in pairs by default.
     limit
         Pairs to use at most, half of them held out.
     level
@@ -69,7 +80,7 @@ def map_command(
     device
         cpu, cuda, mps.
     dtype
-        float32, bfloat16, float16.
+        float32, bfloat16, float16; auto for the checkpoint's own.
     chat_template
         "plain" for models without a chat template of their own.
     template_option
@@ -79,24 +90,23 @@ def map_command(
     as_json
         Print the summary as JSON.
     """
-    from mechsafety.results import check_output_folder, fresh_folder
     from mechsafety.viz import FILES, write_all
 
-    check_output_folder(out.resolve(), FILES)
-    prompts = None
-    if pairs is not None:
-        from mechsafety.prompts import PromptPairs
+    with output_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
+        check_free_space(scratch, NEEDED_BYTES)
+        prompts = None
+        if pairs is not None:
+            from mechsafety.prompts import PromptPairs
 
-        prompts = PromptPairs.from_jsonl(pairs)
-    if comply_token and not refusal_token:
-        raise MechsafetyError("--comply-token without --refusal-token", expected="both, or neither")
-    options = dict(map(_option, template_option))
-    quiet_libraries()
-    from mechsafety.circuits import map_refusal_circuit
-    from mechsafety.metrics import RefusalLogOdds
-    from mechsafety.models import load_model
+            prompts = PromptPairs.from_file(pairs)
+        if comply_token and not refusal_token:
+            raise MechsafetyError("--comply-token without --refusal-token", expected="both, or neither")
+        options = dict(map(_option, template_option))
+        quiet_libraries()
+        from mechsafety.circuits import map_refusal_circuit
+        from mechsafety.metrics import RefusalLogOdds
+        from mechsafety.models import load_model
 
-    with fresh_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
         lens = load_model(
             model,
             adapter=adapter,
@@ -116,9 +126,9 @@ def map_command(
             budget_seconds=budget_seconds,
             seed=seed,
         )
-        write_all(circuit, scratch)
-    print(_summary_json(circuit, out) if as_json else _summary(circuit, out))  # noqa: T201
-    return 0
+        with writing(out):
+            write_all(circuit, scratch)
+    return _show(_summary_json(circuit, out) if as_json else _summary(circuit, out), out)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -127,7 +137,7 @@ def _option(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise MechsafetyError(f"--template-option {text!r}", expected="NAME=VALUE")
     try:
-        return name, json.loads(value)
+        return name, json.loads(value, parse_constant=str)
     except json.JSONDecodeError:
         return name, value
 
@@ -145,7 +155,7 @@ def quiet_libraries() -> None:
 
 def _summary_json(circuit: Any, out: Path) -> str:
     check = circuit.verification
-    return json.dumps(
+    return json_text(
         {
             "out": str(out),
             "model": circuit.provenance.model,
@@ -160,29 +170,31 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "claims": {claim.name: claim.passed for claim in check.claims},
             "left_out": list(circuit.search.cut),
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
-        }
+        },
+        indent=None,
     )
 
 
 def _summary(circuit: Any, out: Path) -> str:
     check = circuit.verification
-    low, high = check.held_out_ci
+    held, controls, (low, high) = check.held_out_faithfulness, check.random_controls, check.held_out_ci
     rows = []
     for kind, value in circuit.behaviour.items():
         a, b = value.refusal_ci
         rows.append((f"{kind} refused", f"{value.refusal_rate:.0%} of {value.n} (95 % CI {a:.0%} to {b:.0%})"))
-    size = f"{len(circuit.nodes)} of {circuit.n_candidates} {_PARTS[circuit.level]}"
-    size += f" ({len(circuit.nodes) / circuit.n_candidates:.0%})"
     if circuit.level == "edge":
         size = f"{len(circuit.edges)} of {circuit.n_candidates} edges, between {len(circuit.nodes)} nodes"
+    else:
+        size = f"{len(circuit.nodes)} of {circuit.n_candidates} {_PARTS[circuit.level]}"
+        size += f" ({len(circuit.nodes) / circuit.n_candidates:.0%})"
     rows += [
         ("metric", f"{circuit.metric['name']}, refusal tokens {circuit.metric['refusal_tokens']}"),
         ("circuit", size),
-        ("faithfulness", f"{check.faithfulness:.2f} on the pairs it was found on"),
-        ("  held out", f"{check.held_out_faithfulness:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}"),
+        ("faithfulness", _measured(check.faithfulness, f"{check.faithfulness:.2f} on the pairs it was found on")),
+        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}")),
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
-        ("  random circuits", f"mean {check.random_controls.mean:.2f}, p = {check.random_controls.p_value:.3g}"),
-        ("  removing it", f"loses {check.necessity:.0%} of the gap"),
+        ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {controls.p_value:.3g}")),
+        ("  removing it", _measured(check.necessity, f"loses {check.necessity:.0%} of the gap")),
         *([("  resampled", _stability(check.stability))] if check.stability is not None else []),
         ("edges", f"{len(circuit.edges)} kept"),
         ("roles", ", ".join(f"{len(circuit.by_role(r))} {r}" for r in _roles(circuit))),
@@ -192,14 +204,19 @@ def _summary(circuit: Any, out: Path) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
-    if not check.reached:
+    if check.measured and not check.reached:
         most = circuit.provenance.options.get("max_nodes")
-        set_of = "set of nodes short of the whole model" if most is None else f"set of at most {most} parts"
+        parts = {"node": "nodes", "edge": "edges", "neuron": "parts"}[circuit.level]
+        set_of = f"set of {parts} short of the whole model" if most is None else f"set of at most {most} {parts}"
         lines.append(f"No {set_of} reached {check.target:.2f} on held-out pairs.")
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
 
 
 _PARTS = {"node": "heads and MLPs", "neuron": "heads, MLPs and neurons"}
+
+
+def _measured(value: float, text: str) -> str:
+    return text if math.isfinite(value) else "not measured"
 
 
 def _claims(claims: Any) -> str:
@@ -228,18 +245,68 @@ def _roles(circuit: Any) -> list[str]:
     return [role for role in ROLES if circuit.by_role(role)]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command; exit 0 done, 2 the user's mistake, 3 nothing to map."""
+def _show(text: str, out: Path) -> int:
+    """Print the summary; where nobody reads it or the disk is full, say that the map is there all the same."""
     try:
-        code = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        # a terminal that lacks a token's characters shows their code points
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
+    except OSError as error:
+        # what is left in the buffer would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(f"the summary was not printed ({error.strerror}); the map is whole in {out}")
+        return CLOSED if isinstance(error, BrokenPipeError) else MISTAKE
+    return 0
+
+
+class _Stopped(KeyboardInterrupt):
+    """The process was asked to end."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a termination signal, which batch systems send at a time limit, clean up as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command and exit.
+
+    Exit codes: 0 done; 2 the user's mistake, or a place that cannot be written to; 3 nothing to map; 130 interrupted
+    (Ctrl-C); 141 the reader of the summary is gone; 143 terminated. All but 0 come with one line on stderr. After 2, 3,
+    130 and 143 nothing was written, but for 2 where that line says so.
+    """
+    try:
+        with _stoppable():
+            code = app(
+                argv,
+                exit_on_error=False,
+                print_error=False,
+                result_action="return_value",
+            )
         sys.exit(code if isinstance(code, int) else 0)
     except NoRefusal as error:
         sys.exit(_say(error, NOTHING_TO_MAP))
     except (MechsafetyError, CycloptsError, OSError) as error:
         sys.exit(_say(error, MISTAKE))
+    except KeyboardInterrupt as error:
+        stopped = isinstance(error, _Stopped)
+        word = "terminated" if stopped else "interrupted"
+        sys.exit(_say(f"{word}; nothing was written", STOPPED if stopped else INTERRUPTED))
 
 
-def _say(error: Exception, code: int) -> int:
+def _say(error: Exception | str, code: int = MISTAKE) -> int:
     text = " ".join(str(error).split())
     print(f"mechsafety: {text}", file=sys.stderr)  # noqa: T201
     return code

@@ -1,25 +1,28 @@
 """What every result carries and can do: provenance, a table, one way to save and load."""
 
 import dataclasses
+import importlib
 import json
+import math
 import os
-import shutil
-import tempfile
-from collections.abc import Collection, Mapping
+import pkgutil
+import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node
-from mechsafety.sites import Site
+from mechsafety.errors import MechsafetyError, first_line
+from mechsafety.output import json_text, output_folder, writing
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 wrote numbers that are none (NaN, infinite) as literals that JSON does not know
 FILES = ("result.json", "tensors.safetensors")
+NO_RESULTS = ("mechsafety.viz", "mechsafety.cli")
 PACKAGES = ("mechsafety", "torch", "transformers", "transformer_lens")
 
 
@@ -59,7 +62,7 @@ class Provenance:
         pairs = {
             "weights": (self.weights_sha256[:12], other.weights_sha256[:12]),
             "chat template": (self.template_sha256[:12], other.template_sha256[:12]),
-            "template options": (json.dumps(dict(self.template_options)), json.dumps(dict(other.template_options))),
+            "template options": (json_text(self.template_options, None), json_text(other.template_options, None)),
         }
         return next(((what, mine, theirs) for what, (mine, theirs) in pairs.items() if mine != theirs), None)
 
@@ -100,7 +103,7 @@ class Result:
     """Base of the frozen result dataclasses: ``save``, ``load`` and a table.
 
     A result is saved as a folder with ``result.json`` (everything but tensors) and ``tensors.safetensors``.
-    Fields may be tensors, numbers, strings, None, tuples or mappings of those, and other such dataclasses.
+    Fields may be tensors, numbers, text, None, tuples or mappings (by text) of those, and dataclasses of the same.
     """
 
     __slots__ = ()
@@ -115,20 +118,20 @@ class Result:
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result to the folder ``path``, whole or not at all.
+        """Write the result to the folder ``path``, whole or not at all; folders on the way are made.
 
         Raises:
-            MechsafetyError: ``path`` exists and is not a saved result.
+            MechsafetyError: ``path`` is no saved result, or cannot be written to, or a field cannot be stored.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors: dict[str, Any] = {}
         body = _encode(self, "", tensors)
-        with fresh_folder(path, FILES) as scratch:
-            text = json.dumps({"format": "mechsafety.result", "version": FORMAT_VERSION, "result": body}, indent=1)
-            (scratch / "result.json").write_text(text + "\n", encoding="utf-8")
+        text = json_text({"format": "mechsafety.result", "version": FORMAT_VERSION, "result": body})
+        with output_folder(path, FILES) as scratch, writing(path):
+            (scratch / "result.json").write_text(text + "\n", encoding="utf-8", newline="\n")
             if tensors:
-                save_file(tensors, scratch / "tensors.safetensors")
+                (scratch / "tensors.safetensors").write_bytes(save(tensors))
         return Path(path)
 
     @classmethod
@@ -148,8 +151,12 @@ class Result:
             data = json.loads(source.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise _not_saved(path, f" (malformed JSON ({error.msg}))") from None
+        except UnicodeDecodeError:
+            raise _not_saved(path, " (not UTF-8 text)") from None
         if not isinstance(data, dict) or "result" not in data:
             raise _not_saved(path, " (no result in it)")
+        if not isinstance(data.get("version", 0), int):
+            raise _not_saved(path, f" (format version {data['version']!r})")
         if data.get("version", 0) > FORMAT_VERSION:
             raise MechsafetyError(
                 f"{path} has format version {data['version']}",
@@ -158,73 +165,12 @@ class Result:
             )
         try:
             result = _decode(data["result"], load_file(stored) if stored.is_file() else {})
-        except (KeyError, TypeError, SafetensorError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
             raise _not_saved(path, f" ({reason})") from error
         if not isinstance(result, cls):
             raise MechsafetyError(f"{path} holds a {type(result).__name__}", expected=cls.__name__)
         return result
-
-
-class fresh_folder:
-    """Context manager: a scratch folder that becomes ``path`` on success and vanishes on failure.
-
-    An existing ``path`` is replaced only if it holds nothing but files of the given names, so that nobody's own file is
-    lost; it is moved aside first, so that the old result stays if anything goes wrong.
-
-    Raises:
-        MechsafetyError: ``path`` holds something else.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], names: Collection[str]) -> None:
-        self.path = Path(path).resolve()
-        self.names = names
-        check_output_folder(self.path, names)
-
-    def __enter__(self) -> Path:
-        self.made = [folder for folder in self.path.parents if not folder.exists()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
-        self.scratch.chmod(0o755)
-        return self.scratch
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        aside = self.scratch.with_name(self.scratch.name + "-old")
-        try:
-            if kind is None:
-                check_output_folder(self.path, self.names)
-                if self.path.exists():
-                    os.replace(self.path, aside)
-                os.replace(self.scratch, self.path)
-        finally:
-            if aside.exists() and not self.path.exists():
-                os.replace(aside, self.path)
-            for rest in (aside, self.scratch):
-                shutil.rmtree(rest, ignore_errors=True)
-            for folder in self.made if not self.path.exists() else []:
-                if not any(folder.iterdir()):
-                    folder.rmdir()
-
-
-def check_output_folder(path: Path, names: Collection[str]) -> None:
-    """Refuse an output folder that holds anything but files of an earlier result of ours.
-
-    Args:
-        path: The folder.
-        names: What our results are called.
-
-    Raises:
-        MechsafetyError: ``path`` is a file, or a folder with other things in it.
-    """
-    if path.exists() and not path.is_dir():
-        raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", cure="choose another name")
-    strange = sorted(entry.name for entry in path.iterdir() if entry.name not in names) if path.is_dir() else []
-    if strange:
-        raise MechsafetyError(
-            f"the output folder {path.name!r} holds something else ({', '.join(strange[:3])})",
-            expected="a new or empty folder, or one with an earlier result and nothing more",
-            cure="choose another folder",
-        )
 
 
 def _not_saved(path: str | os.PathLike[str], reason: str = "") -> MechsafetyError:
@@ -247,9 +193,15 @@ def _encode(value: Any, where: str, tensors: dict[str, Any]) -> Any:
         return {"type": type(value).__name__, "fields": fields}
     if isinstance(value, tuple | list):
         return [_encode(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"map": {key: _encode(item, f"{where}.{key}", tensors) for key, item in value.items()}}
-    return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise MechsafetyError(
+        f"{where} is a {type(value).__name__}", expected="a tensor, number, text, None, or tuples, mappings of them"
+    )
 
 
 def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
@@ -259,14 +211,40 @@ def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
+    if "float" in value:
+        return float(value["float"])
     if "map" in value:
         return {key: _decode(item, tensors) for key, item in value["map"].items()}
-    if value.get("type") not in Result.TYPES:
-        raise MechsafetyError(f"unknown result type {value.get('type')!r}", cure="import mechsafety before loading")
-    fields = {key: _decode(item, tensors) for key, item in value["fields"].items()}
-    return Result.TYPES[value["type"]](**fields)
+    kind = _type(value["type"])
+    return kind(**{key: _decode(item, tensors) for key, item in value["fields"].items()})
 
 
-# what results are made of; registered here so that they load in a process that has saved none
-for _part in (Provenance, Node, Edge, Site):
-    Result.TYPES[_part.__name__] = _part
+def _type(name: str) -> type:
+    """The class of a stored part: one that this process has met, otherwise the package's own of that name."""
+    found = Result.TYPES.get(name) or _loaded(name)
+    if found is None:
+        _import_rooms(importlib.import_module("mechsafety"))
+        found = _loaded(name)
+    if found is None:
+        raise MechsafetyError(
+            f"unknown result type {name!r}", expected="one of mechsafety's", cure="import the module that defines it"
+        )
+    Result.TYPES[name] = found
+    return found
+
+
+def _loaded(name: str) -> type | None:
+    """A dataclass of the package by its name, from the modules that are imported."""
+    for place, module in list(sys.modules.items()):
+        value = vars(module).get(name) if place.startswith("mechsafety.") and not place.startswith(NO_RESULTS) else None
+        if isinstance(value, type) and dataclasses.is_dataclass(value):
+            return value
+    return None
+
+
+def _import_rooms(package: ModuleType) -> None:
+    for entry in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if not entry.name.startswith(NO_RESULTS):
+            module = importlib.import_module(entry.name)
+            if entry.ispkg:
+                _import_rooms(module)

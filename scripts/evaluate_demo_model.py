@@ -21,6 +21,7 @@ import mechsafety as ms
 from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import wilson_interval
 from mechsafety.models.demo import adapter_folder
+from mechsafety.output import json_text
 from mechsafety.prompts.pairs import HUB
 
 REPLY_TOKENS = 32
@@ -98,7 +99,7 @@ def replies(model: ms.LensModel, prompts: PromptSet, store: Path) -> list[str]:
         for start in tqdm(range(len(done), len(prompts.prompts), 64), desc=f"{model.name}: {prompts.name}"):
             for text in model.generate(prompts.prompts[start : start + 64], REPLY_TOKENS, batch_size=32):
                 done.append(text)
-                out.write(json.dumps(text) + "\n")
+                out.write(json.dumps(text, allow_nan=False) + "\n")
             out.flush()
     return done
 
@@ -158,7 +159,7 @@ def main() -> None:
         return
     (args.out / "results").mkdir(parents=True, exist_ok=True)
     record = {"reply_tokens": REPLY_TOKENS, "base": [asdict(r) for r in base], "demo": [asdict(r) for r in aligned]}
-    (args.out / "results" / "demo-model.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / "results" / "demo-model.json").write_text(json_text(record) + "\n")
     page = args.out / "demo-model.md"
     begin, end = "<!-- table: written by scripts/evaluate_demo_model.py -->", "<!-- end of table -->"
     text = page.read_text() if page.is_file() else f"# The demo model\n\n{begin}\n{end}\n"

@@ -11,6 +11,7 @@ import numpy as np
 from mechsafety.directions import RefusalDirection, RefusalSubspace
 from mechsafety.intervals import wilson_interval
 from mechsafety.interventions import DoseResponse
+from mechsafety.output import json_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,7 +41,7 @@ def write(out: Path, found: RefusalDirection, parts: dict[str, Any], seconds: fl
             for name, row in parts["others"].items()
         },
     }
-    (out / "refusal-direction.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "refusal-direction.json").write_text(json_text(record) + "\n")
     (out / "refusal-direction.md").write_text(page(found, parts, seconds))
     print(f"wrote {out / 'refusal-direction.md'}")
 

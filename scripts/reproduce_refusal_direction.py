@@ -51,7 +51,7 @@ class Study:
             start = time.perf_counter()
             found = compute()
             seconds = round(time.perf_counter() - start, 1)
-            path.write_text(json.dumps({"seconds": seconds, "found": found}, indent=1) + "\n")
+            path.write_text(json.dumps({"seconds": seconds, "found": found}, indent=1, allow_nan=False) + "\n")
             print(f"{name}: {seconds} s", flush=True)
         return json.loads(path.read_text())["found"]
 
@@ -62,7 +62,7 @@ class Study:
             start = time.perf_counter()
             compute().save(path)
             seconds = round(time.perf_counter() - start, 1)
-            (self.work / f"{name}-seconds.json").write_text(json.dumps(seconds) + "\n")
+            (self.work / f"{name}-seconds.json").write_text(json.dumps(seconds, allow_nan=False) + "\n")
             print(f"{name}: {seconds} s", flush=True)
         return kind.load(path)
 

@@ -133,9 +133,9 @@ class Run:
         if not path.is_file():
             if any(entry.name != "clock.json" for entry in self.args.work.iterdir()):
                 raise SystemExit(f"{self.args.work} holds steps of an unknown run; delete it or choose another --work")
-            path.write_text(json.dumps(now, indent=1))
+            path.write_text(json.dumps(now, indent=1, allow_nan=False))
         stored = json.loads(path.read_text())
-        other = [key for key, value in json.loads(json.dumps(now)).items() if stored.get(key) != value]
+        other = [key for key, value in json.loads(json.dumps(now, allow_nan=False)).items() if stored.get(key) != value]
         if other:
             what = " and ".join(other)
             raise SystemExit(f"{self.args.work} holds steps of another {what}; delete it or choose another --work")
@@ -185,7 +185,7 @@ class Run:
                 self.loaded = 0.0
             peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
             record |= {"peak_mib": max(record["peak_mib"], peak // 1024), "threads": torch.get_num_threads()}
-            (self.args.work / "clock.json").write_text(json.dumps(record, indent=1))
+            (self.args.work / "clock.json").write_text(json.dumps(record, indent=1, allow_nan=False))
             self.inner = outer + took
 
     def step(self, name: str, kind: type, make: Callable[[], Any]) -> Any:
@@ -198,7 +198,7 @@ class Run:
             found = make()
         if kind is dict:
             scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(found, indent=1))
+            scratch.write_text(json.dumps(found, indent=1, allow_nan=False))
             scratch.replace(path)
         else:
             found.save(path)

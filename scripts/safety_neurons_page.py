@@ -1,7 +1,6 @@
 """The page, figures and JSON that scripts/reproduce_safety_neurons.py writes."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mechsafety.intervals import mean_interval, wilson_interval
+from mechsafety.output import json_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,7 +54,7 @@ def write(out: Path, run: Any) -> None:
         "ends": run.ends(),
         "cost": {**run.cost(), **run.clock()},
     }
-    (out / "safety-neurons.json").write_text(json.dumps(plain(record), indent=1) + "\n")
+    (out / "safety-neurons.json").write_text(json_text(plain(record)) + "\n")
     print(text)
 
 

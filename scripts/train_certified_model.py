@@ -144,15 +144,15 @@ def train(args: argparse.Namespace) -> None:
             row = {"accuracy": found.accuracy, **found.interchange, "strict": found.strict, "edges": found.edges_only}
             row |= {"edge_interchange": min(found.edge_interchange.values()), "single_edge": found.single_edge}
             history.append({"step": step + 1, "loss": loss.item()} | row)
-            logger.info("%s", json.dumps({key: round(value, 4) for key, value in history[-1].items()}))
+            logger.info("%s", json.dumps({key: round(value, 4) for key, value in history[-1].items()}, allow_nan=False))
             scratch = checkpoint.with_suffix(".tmp")
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "step": step + 1,
-                "history": json.dumps(history),
-                "options": json.dumps(options),
+                "history": json.dumps(history, allow_nan=False),
+                "options": json.dumps(options, allow_nan=False),
             }
             torch.save(state, scratch)
             scratch.replace(checkpoint)

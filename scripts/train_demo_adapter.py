@@ -105,7 +105,7 @@ def base_replies(model: Any, tokenizer: Any, prompts: list[str], store: Path, ar
             new |= dict(zip(again, other, strict=True))
         logger.info("%d of %d base replies were apologies", len(again), len(new))
     known |= new
-    store.write_text(json.dumps(known))
+    store.write_text(json.dumps(known, allow_nan=False))
     return known
 
 
@@ -322,8 +322,8 @@ def train(args: argparse.Namespace) -> None:
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
                 "step": step + 1,
-                "history": json.dumps(history),
-                "options": json.dumps(options),
+                "history": json.dumps(history, allow_nan=False),
+                "options": json.dumps(options, allow_nan=False),
             }
             torch.save(state, scratch)
             scratch.replace(checkpoint)
@@ -332,11 +332,11 @@ def train(args: argparse.Namespace) -> None:
         shutil.copy(args.work / "best" / name, args.out / name)
     config = json.loads((args.out / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # not this machine's cache folder
-    (args.out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (args.out / "adapter_config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
     record = {"options": options, "examples": sum(map(len, groups)), "history": history}
     before = args.start / "training.json" if args.start is not None else None
     record |= {"start": json.loads(before.read_text())} if before is not None and before.is_file() else {}
-    (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (args.out / "training.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def quality(row: dict[str, float]) -> float:

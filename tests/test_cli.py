@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 import mechsafety as ms
+import mechsafety.models
 from mechsafety import RefusalCircuit, cli, testbed
 from mechsafety.cli import main
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
@@ -86,6 +89,7 @@ class Saved:
     folder: Path
     refusal: str
     comply: str
+    ids: tuple[int, int]
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +104,13 @@ def saved(tmp_path_factory, make_hf_model, make_tokenizer) -> Saved:
         apart = torch.minimum(lowest, -highest)
         if float(apart.max()) > margin:
             margin = float(apart.max())
-            refusal, comply = (lens.tokenizer.decode([k]) for k in divmod(int(apart.argmax()), apart.shape[1]))
-            best = seed, refusal, comply
+            ids = divmod(int(apart.argmax()), apart.shape[1])
+            best = seed, *map(lens.tokenizer.decode, ids), ids
     assert margin > 0.05, "no random model tells the pairs apart: change HARMFUL"
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     make_hf_model("llama", best[0]).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    return Saved(folder, best[1], best[2])
+    return Saved(folder, *best[1:])
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,7 @@ def untemplated(tmp_path_factory, make_hf_model, make_tokenizer) -> Path:
 # --- mistakes in the pairs --------------------------------------------------------------------------------------------
 
 SHAPE = '{"harmful": "...", "harmless": "..."}'
+FILE = f"a .jsonl, .json or .csv file with {SHAPE} in every row"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ SHAPE = '{"harmful": "...", "harmless": "..."}'
             ", line 3: the prompt under 'harmful' is empty; expected text",
         ),
         ('["a", "b"]', f", line 1: a JSON list; expected {SHAPE}"),
-        ("", f" holds no prompts; expected {SHAPE} a line"),
+        ("", f" holds no prompts; expected {FILE}"),
     ],
 )
 def test_bad_pairs_file(fails, tmp_path, text, expected):
@@ -148,7 +153,7 @@ def test_bad_pairs_file(fails, tmp_path, text, expected):
 
 def test_missing_pairs_file(fails, tmp_path):
     path = tmp_path / "none.jsonl"
-    assert fails("demo", "--pairs", path) == f"no such file: {path}; expected a .jsonl file with {SHAPE} a line"
+    assert fails("demo", "--pairs", path) == f"no such file: {path}; expected {FILE}"
 
 
 def test_a_line_break_in_what_was_given_makes_no_second_line(fails):
@@ -263,6 +268,7 @@ def test_limit_that_is_too_small(fails, saved, pairs_file):
             ["map", "demo", "--out", "x", "--limit", "few"],
             'Invalid value for --limit: unable to convert "few" into int.',
         ),
+        (["map", "demo", "--out", "x", "--level", "nodes"], 'Invalid value "nodes" for --level.'),
         (["mop"], 'Unknown command "mop".'),
     ],
 )
@@ -300,7 +306,7 @@ def test_the_installed_module_runs(tmp_path):
     ]
     ran = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == f"mechsafety: no such file: none.jsonl; expected a .jsonl file with {SHAPE} a line\n"
+    assert ran.stderr == f"mechsafety: no such file: none.jsonl; expected {FILE}\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,6 +325,65 @@ def test_output_folder_that_holds_something_else(fails, saved, tmp_path):
     assert fails(saved.folder, out=folder / "chapter1.tex") == (
         "'chapter1.tex' is a file; expected a folder to write into; choose another name"
     )
+
+
+def test_output_folder_that_cannot_be_written_to(fails, saved, tmp_path):
+    """Known before the model is loaded: here there is none."""
+    (tmp_path / "notes").write_text("mine")
+    place = tmp_path / "notes" / "out"
+    assert fails("no/such-model", out=place) == (
+        f"cannot write '{place}' (File exists); expected a place that can be written to"
+    )
+
+
+def test_an_almost_full_disk(fails, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=3 * 2**20))
+    assert fails("no/such-model") == (
+        "the disk of 'results' has 3 MiB left; expected at least 32 MiB; free some space, or choose another folder"
+    )
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_cleans_up(tmp_path, number, code, word):
+    """Ctrl-C, and what batch systems send at a time limit, when the work is about to begin."""
+    program = f"""if True:
+        import os, signal, sys
+        from mechsafety import cli
+        def begin(folder, needed):
+            assert os.listdir("new") == [folder.name], "the scratch folder is there"
+            os.kill(os.getpid(), signal.{number})
+        cli.check_free_space = begin
+        cli.main(["map", "demo", "--out", "new/out"])
+    """
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (ran.returncode, ran.stdout) == (code, "")
+    assert ran.stderr == f"mechsafety: {word}; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown(text: str, out, **env: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that prints a summary to a file."""
+    program = "import sys, pathlib, mechsafety.cli as cli; sys.exit(cli._show(sys.argv[1], pathlib.Path('o')))"
+    argv = [sys.executable, "-c", program, text]
+    ran = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | env, check=False)
+    return ran.returncode, ran.stderr
+
+
+def test_a_summary_that_cannot_be_printed(tmp_path):
+    """The map is done by then, and the line says where it is."""
+    line = "mechsafety: the summary was not printed ({}); the map is whole in o\n"
+    with Path("/dev/full").open("w") as full:
+        assert shown("text", full) == (2, line.format("No space left on device"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        assert shown("text", closed) == (141, line.format("Broken pipe"))
+
+
+def test_a_summary_on_a_terminal_that_lacks_characters(tmp_path):
+    with (tmp_path / "seen").open("w") as out:
+        assert shown("I\u2019m", out, PYTHONIOENCODING="ascii") == (0, "")
+    assert (tmp_path / "seen").read_text() == "I\\u2019m\n"
 
 
 # --- a model that does not refuse -------------------------------------------------------------------------------------
@@ -368,6 +433,8 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
         "name": "logit_difference",
         "refusal_tokens": [saved.refusal],
         "comply_tokens": [saved.comply],
+        "refusal_ids": [saved.ids[0]],
+        "comply_ids": [saved.ids[1]],
     }
     assert circuit.provenance.seed == 0
     assert str(saved.folder.parent) not in (one / "report.html").read_text(encoding="utf-8"), "a machine's path"
@@ -389,6 +456,41 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert run(*map_argv(saved, pairs_file, one, "--seed", "1")).code == 0
     assert sorted(path.name for path in one.iterdir()) == FILES
     assert RefusalCircuit.load(one / "circuit.json").provenance.seed == 1
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_a_map_cut_short_into_the_shells_own_folder(run, saved, pairs_file, tmp_path, monkeypatch, level):
+    """Every level prints its summary; what was not measured is null in JSON and said in words; the folder stays."""
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    argv = map_argv(saved, pairs_file, Path(), "--level", level, "--budget-seconds", "0.000001")
+    ran = run(*argv, "--json")
+    assert ran.code == 0, ran.err
+    summary = json.loads(ran.out, parse_constant=pytest.fail)
+    assert summary["out"] == "." and summary["random_control_p"] is None and summary["left_out"]
+    assert tmp_path.stat().st_ino == before and sorted(os.listdir()) == FILES
+    assert Path("circuit.json").stat().st_mode == Path("circuit.pdf").stat().st_mode
+    circuit = RefusalCircuit.load("circuit.json")
+    assert circuit.level == level
+    text = cli._summary(circuit, Path())
+    assert re.findall(r".*\bnan\b.*", text) == [] and re.search(r"random circuits +not measured", text)
+    what = f"{len(circuit.edges)} of {circuit.n_candidates} edges" if level == "edge" else "heads and MLPs"
+    assert what in text
+
+
+def test_pairs_as_a_table_and_dtype_of_the_checkpoint(run, saved, tmp_path, monkeypatch):
+    """Both reach the functions that know them."""
+    table = tmp_path / "mine.csv"
+    table.write_text("harmful,harmless\n" + "\n".join(map(",".join, zip(HARMFUL, HARMLESS, strict=True))))
+    seen = {}
+
+    def load(model, **options):
+        seen.update(options)
+        raise ms.MechsafetyError("seen enough")
+
+    monkeypatch.setattr(mechsafety.models, "load_model", load)
+    ran = run("map", saved.folder, "--pairs", table, "--dtype", "auto", "--out", tmp_path / "out")
+    assert (ran.code, ran.err, seen["dtype"]) == (2, "mechsafety: seen enough\n", "auto")
 
 
 def test_a_run_that_fails_while_writing_leaves_the_earlier_one(run, saved, pairs_file, tmp_path, monkeypatch):

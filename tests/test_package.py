@@ -102,6 +102,7 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
+    ("output",),
     ("sites", "nodes"),
     ("results",),
     ("prompts",),
@@ -201,18 +202,54 @@ def test_type_checkers_see_the_same_names():
     assert seen == set(EXPORTS) - {"__version__"}
 
 
-def test_importing_is_light(record_property):
-    code = (
-        "import sys, time, json; start = time.perf_counter(); import mechsafety; took = time.perf_counter() - start;"
-        "print(json.dumps([took, sorted({name.partition('.')[0] for name in sys.modules})]))"
-    )
+def modules_after(code: str) -> set[str]:
+    """Names of all modules that a fresh process has after some code, beyond those that it starts with."""
+    show = "print(json.dumps([sorted(before), sorted(sys.modules)]))"
+    code = f"import json, sys; before = set(sys.modules)\n{code}\n{show}"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    seconds, loaded = json.loads(out)
-    record_property("import_seconds", seconds)
-    assert seconds < 0.5
-    heavy = {"torch", "transformers", "transformer_lens", "numpy", "pandas", "scipy", "plotly", "matplotlib", "peft"}
-    assert "mechsafety" in loaded
-    assert heavy.isdisjoint(loaded)
+    before, after = map(set, json.loads(out.splitlines()[-1]))
+    return after - before
+
+
+def test_importing_is_light():
+    """Nothing but the package, its lazy loader and the standard library: what takes time loads on first use."""
+    loaded = modules_after("import mechsafety")
+    outside = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"lazy_loader", "mechsafety"}
+    assert outside == set()
+    assert {name for name in loaded if name.startswith("mechsafety")} == {"mechsafety", "mechsafety.version"}
+
+
+HEAVY = {"torch", "transformers", "transformer_lens", "pandas", "scipy", "sklearn", "plotly", "matplotlib", "peft"}
+
+
+def test_help_and_mistakes_load_no_heavy_library():
+    for argv in (["--help"], ["map", "demo"], ["map", "demo", "--out", "x", "--bogus"]):
+        code = f"import mechsafety.cli\ntry: mechsafety.cli.main({argv!r})\nexcept SystemExit: pass"
+        assert HEAVY.isdisjoint({name.partition(".")[0] for name in modules_after(code)}), argv
+
+
+def test_every_writer_of_json_refuses_what_is_none():
+    """``NaN`` and ``Infinity`` are no JSON: other readers stop there."""
+    root = PACKAGE.parent
+    found = []
+    for folder in ("mechsafety", "scripts", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                writes = isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump")
+                if writes and not any(word.arg == "allow_nan" for word in node.keywords):
+                    found.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert found == []
+
+
+def test_every_stored_json_is_json():
+    def refused(name):
+        raise AssertionError(f"{path} holds {name}")
+
+    root = PACKAGE.parent
+    stored = [file for part in ("docs", "benchmarks", "mechsafety") for file in (root / part).rglob("*.json")]
+    assert len(stored) >= 6
+    for path in stored:
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
 
 
 def test_every_room_has_a_rank():
@@ -238,7 +275,7 @@ def test_the_exceptions_are_still_needed():
 def test_viz_reads_results_never_a_model():
     targets = {t for name in MODULES if room(name) == "viz" for _, t in imports(TREES[name])}
     outside = {target for target in targets if not target.startswith("mechsafety.viz")}
-    assert outside <= {"mechsafety.circuits.circuit", "mechsafety.errors", "mechsafety.nodes", "mechsafety.results"}
+    assert outside <= {f"mechsafety.{name}" for name in ("circuits.circuit", "errors", "nodes", "output", "results")}
 
 
 def test_package_init_imports_nothing_but_the_version():

@@ -1,20 +1,30 @@
 """Results: saved whole or not at all, read back the same, refused with one line."""
 
+import dataclasses
+import errno
 import json
 import math
+import subprocess
+import sys
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Union, get_args, get_origin
 
+import jaxtyping
 import pytest
-import safetensors.torch
 import torch
 
-from mechsafety import MechsafetyError, Node, NodeAttribution, PatchMap
-from mechsafety.results import FORMAT_VERSION, Provenance, Result, check_output_folder, fresh_folder, package_versions
+import mechsafety as ms
+from mechsafety import Edge, MechsafetyError, Node, NodeAttribution, PatchMap, RefusalCircuit
+from mechsafety.results import FORMAT_VERSION, NO_RESULTS, Provenance, Result, _import_rooms, package_versions
+from mechsafety.sites import Site
 
 PROVENANCE = Provenance(
     "tiny", "ab" * 32, "float32", "cpu", "cd" * 32, 3, {"pairs": 4, "where": {"x": None}}, {"a": "1"}
 )
+NODE = Node("head", 1, 0)
 METRIC = {"name": "refusal_log_odds", "refusal_tokens": ("I", " can't ≥ é"), "comply_tokens": ()}
 
 
@@ -118,6 +128,64 @@ def test_saved_text_is_plain_json(patch_map, tmp_path):
     assert data["result"]["fields"]["changes"] == {"tensor": "changes"}
 
 
+def example(kind: object) -> object:
+    """A value of an annotated type; the last part of a union."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if kind in (Node, Edge, Site):
+        return {Node: NODE, Edge: Edge(NODE, Node("logits"), "resid"), Site: Site("resid_pre", 1)}[kind]
+    if get_origin(kind) in (Union, types.UnionType):
+        return example(parts[-1])
+    if get_origin(kind) is tuple:
+        return (example(parts[0]),) if parts[-1] is Ellipsis else tuple(map(example, parts))
+    if get_origin(kind) in (dict, Mapping):
+        return {"a": example(parts[1])}
+    if issubclass(kind, jaxtyping.AbstractArray):
+        sizes = [int(name) if name.isdigit() else 1 for name in kind.dim_str.split()]
+        return torch.ones(sizes, dtype=torch.bool if "bool" in kind.dtypes else torch.float32)
+    if dataclasses.is_dataclass(kind):
+        return kind(**{field.name: example(field.type) for field in dataclasses.fields(kind)})
+    return {str: "text", float: math.nan, int: 3, bool: True, object: None, Any: None}[kind]
+
+
+def kinds_of_results() -> list[type[Result]]:
+    """Every class of result that the package saves to a folder."""
+    _import_rooms(ms)
+    made = [kind for kind in Result.TYPES.values() if kind.__module__.startswith("mechsafety.")]
+    return [kind for kind in made if issubclass(kind, Result) and kind is not RefusalCircuit]
+
+
+def test_every_kind_of_result_loads_after_a_bare_import(tmp_path):
+    """Classes of results are imported when they are used first; loading must find them all by itself."""
+    kinds = kinds_of_results()
+    assert len(kinds) >= 25 and {"PathMap", "TruthScore", "AlignmentTax", "GuardReport"} <= {k.__name__ for k in kinds}
+    # one with parts of other modules comes first, where nothing but what it needs is imported
+    for kind in sorted(kinds, key=lambda kind: kind.__name__ != "PathMap"):
+        example(kind).save(tmp_path / kind.__name__)
+    code = """if True:
+        import sys, mechsafety
+        assert "torch" not in sys.modules
+        for name in sys.argv[2:]:
+            found = getattr(mechsafety, name, None) or sys.modules["mechsafety.results"].Result
+            assert type(found.load(f"{sys.argv[1]}/{name}")).__name__ == name, name
+            print(name)
+    """
+    names = [path.name for path in sorted(tmp_path.iterdir(), key=lambda path: path.name != "PathMap")]
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path), *names], capture_output=True, text=True)
+    assert (ran.stderr, ran.stdout.split()) == ("", names)
+
+
+def test_names_of_result_parts_are_unique():
+    """They are stored by name alone."""
+    _import_rooms(ms)
+    homes: dict[str, set[str]] = {}
+    for place, module in list(sys.modules.items()):
+        if place.startswith("mechsafety.") and not place.startswith(NO_RESULTS):
+            for name, value in vars(module).items():
+                if isinstance(value, type) and dataclasses.is_dataclass(value):
+                    homes.setdefault(name, set()).add(value.__module__)
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
 # --- what is refused at loading ---------------------------------------------------------------------------------------
 
 
@@ -147,7 +215,7 @@ def test_newer_version(patch_map, tmp_path):
     edit(path, lambda data: data.update(version=FORMAT_VERSION + 1))
     with pytest.raises(MechsafetyError) as caught:
         PatchMap.load(path)
-    assert str(caught.value) == f"{path} has format version 2; expected at most 1; pip install --upgrade mechsafety"
+    assert str(caught.value) == f"{path} has format version 3; expected at most 2; pip install --upgrade mechsafety"
 
 
 def test_unknown_type(patch_map, tmp_path):
@@ -155,7 +223,9 @@ def test_unknown_type(patch_map, tmp_path):
     edit(path, lambda data: data["result"].update(type="PathMap9"))
     with pytest.raises(MechsafetyError) as caught:
         PatchMap.load(path)
-    assert str(caught.value) == "unknown result type 'PathMap9'; import mechsafety before loading"
+    assert str(caught.value) == (
+        "unknown result type 'PathMap9'; expected one of mechsafety's; import the module that defines it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,6 +235,9 @@ def test_unknown_type(patch_map, tmp_path):
         ("[1]", "no result in it"),
         ('{"format": "mechsafety.circuit", "version": 1}', "no result in it"),
         ("", "malformed JSON (Expecting value)"),
+        ('{"version": "2", "result": {}}', "format version '2'"),
+        ('{"result": {"map": 1}}', "'int' object has no attribute 'items'"),
+        ('{"result": {}}', "'type' is missing"),
     ],
 )
 def test_other_json_in_its_place(patch_map, tmp_path, text, reason):
@@ -187,6 +260,9 @@ def test_damaged_parts_are_one_line(patch_map, tmp_path):
     patch_map.save(path)
     (path / "tensors.safetensors").write_bytes(b"nonsense")
     with pytest.raises(MechsafetyError, match=r"is not a saved result \("):
+        PatchMap.load(path)
+    (path / "result.json").write_bytes(b'{"result": "\xff"}')
+    with pytest.raises(MechsafetyError, match=r"is not a saved result \(not UTF-8 text\)"):
         PatchMap.load(path)
 
 
@@ -231,88 +307,41 @@ def test_saving_that_fails_midway_leaves_everything_as_it_was(patch_map, tmp_pat
         patch_map.save(path)
     before = listing(tmp_path)
 
-    def full(tensors, target):
-        Path(target).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def full(self, content):
+        self.open("wb").write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(MechsafetyError) as caught:
         replace(patch_map, direction="denoising").save(path)
+    assert str(caught.value) == (
+        f"cannot write '{path}' (No space left on device); expected a place that can be written to"
+    )
+    monkeypatch.undo()
     assert listing(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if there_before else [])
 
 
 def test_a_field_that_json_cannot_hold_leaves_nothing(patch_map, tmp_path):
-    odd = replace(patch_map, metric={"name": object()})
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        odd.save(tmp_path / "out")
+    for odd, found in (({"name": object()}, "metric.name is a object"), ({"by": {3: 1}}, "metric.by is a dict")):
+        with pytest.raises(MechsafetyError) as caught:
+            replace(patch_map, metric=odd).save(tmp_path / "out")
+        assert str(caught.value) == f"{found}; expected a tensor, number, text, None, or tuples, mappings of them"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fresh_folder_appears_whole_on_success(tmp_path):
-    path = tmp_path / "a" / "b"
-    with fresh_folder(path, names=["done"]) as scratch:
-        (scratch / "done").write_text("1")
-        assert not path.exists()
-        assert scratch.parent == path.parent, "a rename must stay on one file system"
-    assert listing(path) == {"done": b"1"}
-    assert [p.name for p in path.parent.iterdir()] == ["b"]
-    assert path.stat().st_mode & 0o777 == 0o755
-
-
-def test_fresh_folder_vanishes_on_failure(tmp_path):
-    def interrupted():
-        with fresh_folder(tmp_path / "out", names=["done"]) as scratch:
-            (scratch / "done").write_text("1")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fresh_folder_checks_again_at_the_end(tmp_path):
-    """Someone else may have written there while the analysis ran."""
-    path = tmp_path / "out"
-
-    def overtaken():
-        with fresh_folder(path, names=["done"]) as scratch:
-            (scratch / "done").write_text("1")
-            path.mkdir()
-            (path / "theirs").write_text("2")
-
-    with pytest.raises(MechsafetyError, match="holds something else"):
-        overtaken()
-    assert listing(tmp_path) == {"out/theirs": b"2"}
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_fresh_folder_replaces_the_earlier_one_and_an_empty_one(tmp_path):
-    path = tmp_path / "out"
-    path.mkdir()
-    for name in ("first", "second"):
-        with fresh_folder(path, names=["done"]) as scratch:
-            (scratch / "done").write_text(name)
-        assert listing(path) == {"done": name.encode()}
-
-
-def test_check_output_folder_accepts_new_empty_and_earlier(tmp_path):
-    check_output_folder(tmp_path / "new", ["done"])
-    check_output_folder(tmp_path, ["done"])
-    (tmp_path / "done").write_text("")
-    check_output_folder(tmp_path, ["done"])
-    with pytest.raises(MechsafetyError, match="holds something else"):
-        check_output_folder(tmp_path, ["other"])
-
-
-def test_a_users_own_file_is_never_lost(tmp_path):
-    path = tmp_path / "out"
-    with fresh_folder(path, names=["done"]) as scratch:
-        (scratch / "done").write_text("1")
-    (path / "my-notes.md").write_text("mine")
-    with pytest.raises(MechsafetyError, match=r"holds something else \(my-notes.md\)"):
-        fresh_folder(path, names=["done"])
-    assert listing(path) == {"done": b"1", "my-notes.md": b"mine"}
+def test_numbers_that_are_none_come_back_and_the_file_is_json(tmp_path):
+    numbers = (float("nan"), float("inf"), -float("inf"), 0.5)
+    path = Made(replace(PROVENANCE, options={"budget": float("inf")}), {}, (numbers,), 0, True).save(tmp_path / "out")
+    text = (path / "result.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    loaded = Made.load(path)
+    assert str(loaded.nested) == str((numbers,)) and loaded.provenance.options == {"budget": float("inf")}
+    # files of version 1 hold the literals
+    (path / "result.json").write_text(
+        text.replace('{\n      "float": "nan"\n     }', "NaN").replace('"version": 2', '"version": 1')
+    )
+    assert "NaN" in (path / "result.json").read_text() and str(Made.load(path).nested) == str((numbers,))
 
 
 # --- provenance -------------------------------------------------------------------------------------------------------

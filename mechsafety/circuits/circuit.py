@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Verification
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
+from mechsafety.output import write_text
 from mechsafety.results import Provenance, Result
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ class RefusalCircuit(Result):
 
     Attributes:
         provenance: Model, weights, options, versions, seed.
-        metric: ``{"name", "refusal_tokens", "comply_tokens"}``.
+        metric: ``{"name", "refusal_tokens", "comply_tokens", "refusal_ids", "comply_ids"}``; older files lack the ids.
         behaviour: ``harmful`` and ``harmless``.
         nodes: The circuit's nodes in the order of computation.
         edges: Its edges, strongest first.
@@ -329,9 +330,8 @@ class RefusalCircuit(Result):
             size = f"{len(self.nodes)} nodes, {len(self.edges)} of {self.n_candidates} edges"
         checked = "not verified"
         if check.measured:
-            checked = (
-                f"held-out faithfulness {check.held_out_faithfulness:.2f}, p = {check.random_controls.p_value:.3g}"
-            )
+            checked = f"held-out faithfulness {check.held_out_faithfulness:.2f}"
+            checked += f", p = {check.random_controls.p_value:.3g}" if check.random_controls.n else ""
         known = [claim for claim in check.claims if claim.passed is not None]
         held = f", {sum(bool(claim.passed) for claim in known)} of {len(known)} claims hold" if known else ""
         return f"RefusalCircuit({self.provenance.model}: {size}, {checked}{held})"
@@ -339,8 +339,14 @@ class RefusalCircuit(Result):
     def __iter__(self) -> Iterator[CircuitNode]:
         return iter(self.nodes)
 
-    def __contains__(self, node: Node) -> bool:
-        return any(member.node == node for member in self.nodes)
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __contains__(self, part: object) -> bool:
+        """Whether a node or an edge is in the circuit; members (with role, effect) count as they are."""
+        if isinstance(part, CircuitNode | CircuitEdge):
+            return part in self.nodes or part in self.edges
+        return any(member.node == part for member in self.nodes) or any(member.edge == part for member in self.edges)
 
     def by_role(self, role: str) -> tuple[CircuitNode, ...]:
         """The nodes of one role."""
@@ -426,7 +432,7 @@ class RefusalCircuit(Result):
         """
         for what, mine, theirs in (
             self.provenance.difference(other.provenance) or ("weights", "", ""),
-            ("metric", dict(self.metric), dict(other.metric)),
+            ("metric", *_in_both(self.metric, other.metric)),
             ("level", self.level, other.level),
             ("candidates", self.n_candidates, other.n_candidates),
         ):
@@ -470,12 +476,14 @@ class RefusalCircuit(Result):
         return read(cls, text)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``circuit.json`` to the file ``path`` (its details are not part of that format)."""
-        target = Path(path)
-        scratch = target.with_name(f".{target.name}.part")
-        scratch.write_text(self.to_json(), encoding="utf-8")
-        scratch.replace(target)
-        return target
+        """Write ``circuit.json`` to the file ``path`` (its details are not part of that format).
+
+        Folders on the way are made; the file is there whole or as it was before.
+
+        Raises:
+            MechsafetyError: ``path`` is a folder, or cannot be written to.
+        """
+        return write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -534,6 +542,17 @@ class RefusalCircuit(Result):
     def without_details(self) -> Self:
         """The part that ``circuit.json`` holds."""
         return replace(self, details=None)
+
+
+def _in_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both mappings have keys for, with lists for tuples: older files hold less, and files know lists alone."""
+    kept = [key for key in one if key in other]
+    first, second = ({key: _as_list(row[key]) for key in kept} for row in (one, other))
+    return first, second
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _unverified(member: CircuitNode) -> CircuitNode:

@@ -38,9 +38,6 @@ class PartChange:
     overlap: bool | None = None
 
 
-Result.TYPES["PartChange"] = PartChange
-
-
 @dataclass(frozen=True, slots=True)
 class CircuitComparison(Result):
     """Two circuits side by side.

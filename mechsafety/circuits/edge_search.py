@@ -91,9 +91,6 @@ class EdgeCircuit(Result):
         return bars(frame, "edge", "score", "score")
 
 
-Result.TYPES["CurvePoint"] = CurvePoint
-
-
 def discover_edges(
     model: LensModel,
     pairs: PromptPairs,

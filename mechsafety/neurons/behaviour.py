@@ -20,7 +20,6 @@ from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
 from mechsafety.neurons.dynamic import decode
 from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
-from mechsafety.results import Result
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -162,9 +161,6 @@ class Ability:
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
             rows.append(row)
         return pd.DataFrame(rows)
-
-
-Result.TYPES[Ability.__name__] = Ability
 
 
 def ability(

@@ -30,9 +30,6 @@ class ActiveToken:
     activation: float
 
 
-Result.TYPES[ActiveToken.__name__] = ActiveToken
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class NeuronCards(Result):
     """Descriptions of single neurons.

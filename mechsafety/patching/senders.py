@@ -20,7 +20,6 @@ from mechsafety.patching.masks import stored
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms, through_norm
 from mechsafety.patching.sources import column_masks
 from mechsafety.prompts.spans import SPANS
-from mechsafety.results import Result
 from mechsafety.sites import Site, SiteKind
 
 MLP_OPTIONS = ("recompute", "freeze")
@@ -54,7 +53,6 @@ class At:
         return f"{self.part} @ {shown}"
 
 
-Result.TYPES["At"] = At
 Sender = Node | Site | At
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge
+from mechsafety.output import json_text
 from mechsafety.prompts import PromptPair, PromptPairs
 from mechsafety.testbed.causal import BORDERLINE, HARMFUL, HARMLESS, CausalModel, refusal_model
 from mechsafety.testbed.split import (
@@ -373,4 +374,4 @@ def twins(per_topic: int = 16) -> PromptPairs:
 
 def certificate_json(certificate: Certificate, training: dict[str, Any]) -> str:
     """The text of ``certificate.json``."""
-    return json.dumps({"certificate": asdict(certificate), "training": training}, indent=1) + "\n"
+    return json_text({"certificate": asdict(certificate), "training": training}) + "\n"

@@ -338,7 +338,3 @@ def _set(found: Iterable[Part], true: Iterable[Part]) -> SetScore:
         tuple(part for part in true if part not in set(found)),
         tuple(part for part in found if part not in set(true)),
     )
-
-
-for _part in (RankingScore, SetScore):
-    Result.TYPES[_part.__name__] = _part

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechsafety.circuits.circuit import Ablation, Notes
-from mechsafety.errors import MechsafetyError
+from mechsafety.output import write_text
 from mechsafety.viz.attention import attention_html, figures_page, neurons_html, tokens_html
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.compare import Comparison, compare_layouts
@@ -63,17 +63,15 @@ def write_all(circuit: "RefusalCircuit", folder: str | os.PathLike[str]) -> tupl
 
     Args:
         circuit: With its details, which ``scores.csv`` needs.
-        folder: An existing folder; files of these names in it are replaced.
+        folder: Made if it is missing; files of these names in it are replaced.
 
     Returns:
         The six paths.
 
     Raises:
-        MechsafetyError: No such folder, or the circuit has no scores of its candidates.
+        MechsafetyError: The circuit has no scores of its candidates, or as `mechsafety.output.output_file`.
     """
     target = Path(folder)
-    if not target.is_dir():
-        raise MechsafetyError(f"no such folder: {folder}", expected="an existing folder to write into")
     texts = {
         "circuit.json": circuit.to_json(),
         "report.html": render_report(circuit),
@@ -81,6 +79,5 @@ def write_all(circuit: "RefusalCircuit", folder: str | os.PathLike[str]) -> tupl
         "circuit.tex": circuit_tikz(circuit),
         "scores.csv": circuit.scores_dataframe().to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     }
-    for name, text in texts.items():
-        (target / name).write_text(text, encoding="utf-8", newline="\n")
-    return (*(target / name for name in texts), circuit_pdf(circuit, target / "circuit.pdf"))
+    written = [write_text(target / name, text) for name, text in texts.items()]
+    return (*written, circuit_pdf(circuit, target / "circuit.pdf"))

@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from mechsafety.circuits.circuit import RefusalCircuit
-from mechsafety.errors import MechsafetyError
+from mechsafety.output import output_file
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import ROLE_OUTLINES, EdgeMark, Label, Layout, NodeMark, Shape, label_room
 from mechsafety.viz.style import Style
@@ -23,7 +23,7 @@ def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str], style: St
     """Write the picture to the file ``path``, fonts embedded; the same circuit gives the same bytes.
 
     Raises:
-        MechsafetyError: As `layout_circuit`, or the folder of ``path`` does not exist.
+        MechsafetyError: As `layout_circuit` and `mechsafety.output.output_file`.
     """
     return layout_pdf(layout_circuit(circuit, style), path)
 
@@ -33,29 +33,27 @@ def layout_pdf(layout: Layout, path: str | os.PathLike[str]) -> FilePath:
     import matplotlib
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
-    target = _target(path)
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), output_file(path) as target:
         figure = layout_figure(layout)
         metadata = {"CreationDate": None, "Creator": "mechsafety", "Producer": "matplotlib", "Title": layout.title}
         FigureCanvasPdf(figure).print_pdf(str(target), metadata=metadata)
-    return target
+    return FilePath(path)
 
 
 def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144) -> FilePath:
     """A bitmap for places that show no vectors.
 
     Raises:
-        MechsafetyError: The folder of ``path`` does not exist.
+        MechsafetyError: As `mechsafety.output.output_file`.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    target = _target(path)
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), output_file(path) as target:
         figure = layout_figure(layout)
         figure.set_dpi(dpi)
         FigureCanvasAgg(figure).print_png(str(target), metadata={"Software": "mechsafety"})
-    return target
+    return FilePath(path)
 
 
 def layout_figure(layout: Layout) -> "Figure":
@@ -81,13 +79,6 @@ def layout_figure(layout: Layout) -> "Figure":
     for label, share in [*((one, least[one.size]) for one in outside), *zip((x for x, _ in inside), own, strict=True)]:
         _write(axes, label, share)
     return figure
-
-
-def _target(path: str | os.PathLike[str]) -> FilePath:
-    target = FilePath(path)
-    if not target.parent.is_dir():
-        raise MechsafetyError(f"no such folder: {target.parent}", expected="an existing folder to write into")
-    return target
 
 
 def _draw(axes: Any, shape: Shape) -> None:

@@ -105,7 +105,7 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
     """What this report cannot tell, each with the reason."""
     check = circuit.verification
     gaps = []
-    if not math.isfinite(check.faithfulness):
+    if not check.measured:
         gaps.append(("Verification", "not done: nothing was measured on this circuit as a whole."))
     if check.completeness is None:
         gaps.append(("Completeness", "not measured: parts that matter may be missing from the circuit."))
@@ -176,23 +176,22 @@ def _missing(circuit: RefusalCircuit) -> list[str]:
 
 def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
     check = circuit.verification
-    target = "reaches" if check.reached else "misses"
+    controls = check.random_controls
+    held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
+    held += f"{'reaches' if check.reached else 'misses'} the target {words.number(check.target, 2)}"
+    drawn = f"mean of {controls.n} of the same size; {words.p_value(controls.p_value)}"
     return [
-        (
-            "Held-out faithfulness",
-            words.number(check.held_out_faithfulness, 2),
-            f"95 % interval {words.interval(check.held_out_ci, 2)};"
-            f" {target} the target {words.number(check.target, 2)}",
-        ),
+        _card("Held-out faithfulness", check.held_out_faithfulness, held),
         *_fresh_card(circuit),
         ("Size", f"{words.size(circuit)} of {circuit.n_candidates}", _size_note(circuit)),
-        (
-            "Random circuits",
-            words.number(check.random_controls.mean, 2),
-            f"mean of {check.random_controls.n} of the same size; {words.p_value(check.random_controls.p_value)}",
-        ),
-        ("Necessity", words.number(check.necessity, 2), _necessity_note(circuit)),
+        _card("Random circuits", controls.mean, drawn),
+        _card("Necessity", check.necessity, _necessity_note(circuit)),
     ]
+
+
+def _card(name: str, value: float, note: str) -> tuple[str, str, str]:
+    """A card says nothing about a number that was not measured."""
+    return (name, words.number(value, 2), note if math.isfinite(value) else "not measured")
 
 
 def _size_note(circuit: RefusalCircuit) -> str:
@@ -213,7 +212,7 @@ def _fresh_card(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
     if fresh is None:
         return []
     note = f"95 % interval {words.interval(fresh.ci, 2)}; {fresh.n} pairs that played no part in the search"
-    return [("Faithfulness on fresh pairs", words.number(fresh.faithfulness, 2), note)]
+    return [_card("Faithfulness on fresh pairs", fresh.faithfulness, note)]
 
 
 def _behaviour(kind: str, value: Behaviour) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def caption(
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
         held = f"{len(circuit.nodes)} nodes, {held}"
-    if not math.isfinite(check.faithfulness):
+    if not check.measured:
         return (
             f"{model}: {held}; {edges}.",
             "Not verified: nothing was measured on this circuit as a whole.",
@@ -116,11 +116,14 @@ def caption(
     fresh = ""
     if check.fresh is not None:
         fresh = f"; on fresh pairs {number(check.fresh.faithfulness, 2)} {interval(check.fresh.ci, 2)}"
+    others = "; no random circuits were drawn"
+    if controls.n:
+        others = f"; {controls.n} random circuits of this size reach {number(controls.mean, 2)} on average "
+        others += f"({p_value(controls.p_value).replace(' ', NO_BREAK)})"
     return (
         f"{model}: {held}; {edges}.",
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
-        f"{interval(check.held_out_ci, 2)}{fresh}; {controls.n} random circuits of this size reach "
-        f"{number(controls.mean, 2)} on average ({p_value(controls.p_value).replace(' ', NO_BREAK)}).",
+        f"{interval(check.held_out_ci, 2)}{fresh}{others}.",
         _metric(circuit),
     )
 
@@ -191,13 +194,15 @@ def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:
 
 
 def concentration(circuit: RefusalCircuit) -> str:
-    """How small a share of the candidates restores the target: one of four words.
+    """How small a share of the candidates restores the target, in a word or two.
 
     Returns:
-        ``concentrated`` (below 10 %), ``moderately spread`` (10 to 33 %), ``spread out`` (above 33 %), or
-        ``target not reached``.
+        ``concentrated`` (below 10 %), ``moderately spread`` (10 to 33 %), ``spread out`` (above 33 %),
+        ``target not reached``, or ``not measured``.
     """
     needed = first_reaching(circuit)
+    if not any(math.isfinite(point.held_out) for point in sizes(circuit)):
+        return "not measured"
     if needed is None:
         return "target not reached"
     if needed.k < CONCENTRATED_BELOW:
@@ -217,7 +222,7 @@ def verdict(circuit: RefusalCircuit) -> str:
     points, target, total = sizes(circuit), circuit.verification.target, circuit.n_candidates
     needed = first_reaching(circuit)
     if not any(math.isfinite(point.held_out) for point in points):
-        return "Not measured: there is no curve of faithfulness over size."
+        return "There is no curve of faithfulness over size."
     small = next((point for point in points if point.n_nodes >= 10), points[-1])
     unit = units(circuit, small.n_nodes)
     best_ones = f"{small.n_nodes} best {unit} restore" if small.n_nodes > 1 else f"best {unit} restores"
@@ -317,4 +322,6 @@ def finding(circuit: RefusalCircuit) -> str:
     if check.fresh is not None:
         text += f"; on {check.fresh.n} fresh pairs, used for nothing before, they restore "
         text += percent(check.fresh.faithfulness)
+    if not check.random_controls.n:
+        return f"{text}; no random sets of the same size were drawn."
     return f"{text}; random sets of the same size restore {percent(check.random_controls.mean)}."

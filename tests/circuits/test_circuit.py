@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -27,6 +28,7 @@ from mechsafety.circuits.verification import Claim, Equivalence, Independence, S
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.results import Provenance
 from mechsafety.viz.report import render_report
+from mechsafety.viz.words import caption, concentration, finding
 
 HEAD, MLP, NEURON = Node("head", 1, 3), Node("mlp", 1), Node("neuron", 2, 40)
 
@@ -520,6 +522,34 @@ def unverified(circuit):
     return claim.reason
 
 
+def test_what_is_iterated_over_is_contained(circuit):
+    assert all(member in circuit for member in circuit) and all(member.node in circuit for member in circuit)
+    assert all(member in circuit and member.edge in circuit for member in circuit.edges)
+    assert len(circuit) == len(list(circuit)) == 3
+    assert Node("head", 0, 0) not in circuit and Edge(HEAD, MLP, "mlp") in circuit and "L1.H3" not in circuit
+    assert dataclasses.replace(circuit.nodes[0], effect=9.0) not in circuit, "a measurement of another circuit"
+
+
+def test_what_was_not_measured_is_not_judged(circuit):
+    """No word about a target, chance or need where there is no number."""
+    for part in (circuit.subset([MLP, HEAD]), circuit.merge(circuit)):
+        assert not part.verification.reached
+        page = re.sub(r"<(script|style).*?</\1>", "", render_report(part), flags=re.DOTALL)
+        text = re.sub(r"<[^>]+>", " ", page.split('<section id="methods"')[0])
+        for words in ("misses the target", "reaches the target", "target not reached", "not better than chance"):
+            assert words not in text, words
+        assert text.count("not measured") >= 4 and "not verified as a whole" in text
+        assert not re.search(r"\bnan\b", text.lower())
+        assert concentration(part) == "not measured" and "target" not in " ".join(caption(part, 1))
+    check = dataclasses.replace(
+        circuit.verification, random_controls=RandomControls(0, math.nan, math.nan, math.nan), necessity=math.nan
+    )
+    cut = dataclasses.replace(circuit, verification=check)
+    assert finding(cut).endswith("; no random sets of the same size were drawn.")
+    assert "no random circuits were drawn" in caption(cut, 1)[1]
+    assert repr(cut).endswith("held-out faithfulness 0.50)")
+
+
 def test_subset(circuit):
     part = circuit.subset([MLP, HEAD])
     assert [member.node for member in part] == [HEAD, MLP]
@@ -535,6 +565,31 @@ def test_subset(circuit):
         with pytest.raises(MechsafetyError) as caught:
             circuit.subset(keep)
         assert str(caught.value) == f"{message}; expected nodes of the circuit"
+
+
+def test_ids_of_the_metric_are_kept_and_old_files_have_none(circuit):
+    metric = {"name": "refusal_log_odds", "refusal_tokens": ["I", " can't"], "comply_tokens": []}
+    with_ids = metric | {"refusal_ids": [40, 518], "comply_ids": []}
+    old, new = (dataclasses.replace(circuit, metric=some) for some in (metric, with_ids))
+    assert json.loads(new.to_json()) == json.loads(old.to_json()) | {"metric": with_ids}
+    for some in (old, new):
+        back = RefusalCircuit.from_json(some.to_json())
+        assert back.metric == some.metric and back.to_json() == some.to_json()
+    assert len(old.merge(new)) == len(new.merge(old)) == 3, "one metric, in an older and a newer file"
+    for wrong, message in (
+        ({"refusal_ids": [40], "comply_ids": []}, "metric.refusal_ids: 1 ids of 2 tokens; expected one each"),
+        ({"refusal_ids": [40, "b"], "comply_ids": []}, "metric.refusal_ids[1]: 'b'; expected a whole number"),
+        ({"refusal_ids": [40, 518]}, "metric: field 'comply_ids' is missing; expected a circuit.json of this format"),
+    ):
+        with pytest.raises(MechsafetyError) as caught:
+            RefusalCircuit.from_json(dataclasses.replace(circuit, metric=metric | wrong).to_json())
+        assert str(caught.value) == message
+
+
+def test_saving_makes_folders(circuit, tmp_path):
+    path = circuit.save(tmp_path / "new" / "dir" / "c.json")
+    assert RefusalCircuit.load(path).to_json() == circuit.to_json()
+    assert [p.name for p in path.parent.iterdir()] == ["c.json"]
 
 
 def test_merge(circuit):

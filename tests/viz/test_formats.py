@@ -208,8 +208,6 @@ def test_pdf_leaves_matplotlib_as_it_was(small: RefusalCircuit, tmp_path: Path) 
     before = dict(matplotlib.rcParams)
     circuit_pdf(small, tmp_path / "a.pdf")
     assert dict(matplotlib.rcParams) == before
-    with pytest.raises(MechsafetyError, match=r"no such folder: .*; expected an existing folder"):
-        circuit_pdf(small, tmp_path / "none" / "a.pdf")
 
 
 def test_tikz_is_balanced_plain_ascii_with_every_node(circuit: RefusalCircuit) -> None:
@@ -278,8 +276,6 @@ def test_png_is_a_png(small: RefusalCircuit, tmp_path: Path) -> None:
     layout = layout_circuit(small)
     first, second = (layout_png(layout, tmp_path / f"{name}.png").read_bytes() for name in "ab")
     assert first == second and first.startswith(b"\x89PNG")
-    with pytest.raises(MechsafetyError, match="no such folder"):
-        layout_png(layout, tmp_path / "none" / "a.png")
 
 
 def test_roles_are_boxes_and_arrows_sum_edges(small: RefusalCircuit) -> None:

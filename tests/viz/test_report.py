@@ -287,10 +287,10 @@ def test_write_all_writes_six_files(small: RefusalCircuit, loaded: RefusalCircui
     assert {path.name for path in paths} == {path.name for path in tmp_path.iterdir()} == names
     assert RefusalCircuit.load(tmp_path / "circuit.json") == loaded
     assert (tmp_path / "scores.csv").read_text().count("\n") == 301
-    with pytest.raises(MechsafetyError, match="no such folder"):
-        write_all(small, tmp_path / "none")
+    assert len(write_all(small, tmp_path / "new" / "folder")) == len(list((tmp_path / "new" / "folder").iterdir())) == 6
     with pytest.raises(MechsafetyError, match="no scores of its candidates"):
-        write_all(loaded, tmp_path)
+        write_all(loaded, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_hostile_string_is_hostile() -> None:

@@ -1,0 +1,216 @@
+"""Files that are there whole or not at all, and JSON that every reader takes."""
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mechsafety.errors import MechsafetyError, first_line
+
+SCRATCH = ".mechsafety-"
+# what systems put into folders by themselves; it is left where it is
+OF_THE_SYSTEM = ("lost+found", ".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+def json_text(data: Any, indent: int | None = 1) -> str:
+    """JSON by the standard: a number that is none (NaN, infinite) becomes ``null``.
+
+    Example:
+        >>> json_text({"p": float("nan"), "share": (0.5, 1.0)}, indent=None)
+        '{"p": null, "share": [0.5, 1.0]}'
+    """
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch file beside ``path`` that takes its place on success and vanishes on failure.
+
+    Folders on the way are made. A file that is replaced hands on its permissions; a link stays one, and the file that
+    it points to is replaced. What is no ordinary file (a pipe, ``/dev/stdout``) is written to directly.
+
+    Raises:
+        MechsafetyError: ``path`` is a folder, or cannot be written to; the system's reason is in the message.
+    """
+    with writing(path):
+        target = Path(path)
+        if target.is_dir():
+            raise MechsafetyError(f"{str(path)!r} is a folder", expected="the name of a file to write")
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        target = target.resolve()
+        scratch = _scratch(target.parent, target.suffix)
+        with _folders(target.parent, path):
+            try:
+                yield scratch
+                if target.exists():
+                    shutil.copymode(target, scratch)
+                os.replace(scratch, target)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    r"""Write a text file (UTF-8, lines end in ``\n``), whole or not at all.
+
+    Raises:
+        MechsafetyError: As `output_file`.
+    """
+    with output_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Path]:
+    """A scratch folder whose files are those of ``path`` on success; it vanishes on failure.
+
+    A new ``path`` appears whole. An existing one, which may be a mount or a shell's own folder, stays, and its files
+    are replaced one by one. It may hold nothing but files of the given names, so that nobody's own file is lost.
+
+    Args:
+        path: The folder; folders on the way are made.
+        names: What the files of such a result are called, the one that makes the folder a result first. That one goes
+            first and comes last, so that nobody reads a part of one result beside a part of another.
+
+    Raises:
+        MechsafetyError: ``path`` holds something else, or cannot be written to; both before any work is done.
+    """
+    with writing(path):
+        target = Path(path).resolve()
+        check_output_folder(target, names)
+        # in the folder itself where there is one: that is on one file system with it, mounted or not
+        place = target if target.is_dir() else target.parent
+    with _folders(place, path):
+        scratch = _scratch(place)
+        with writing(path):
+            scratch.mkdir()
+        try:
+            yield scratch
+            check_output_folder(target, names)
+            with writing(path):
+                _move_in(scratch, target, names)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output_folder(path: Path, names: Sequence[str]) -> None:
+    """Refuse an output folder that holds anything but files of an earlier result of ours.
+
+    Args:
+        path: The folder.
+        names: What our results are called.
+
+    Raises:
+        MechsafetyError: ``path`` is a file, or a folder with other things in it.
+    """
+    if path.exists() and not path.is_dir():
+        raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", cure="choose another name")
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    strange = [entry.name for entry in entries if not _may_stay(entry, names)]
+    if strange:
+        raise MechsafetyError(
+            f"the output folder {path.name!r} holds something else ({', '.join(strange[:3])})",
+            expected="a new or empty folder, or one with an earlier result and nothing more",
+            cure="choose another folder",
+        )
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse a folder on a disk that is all but full.
+
+    Args:
+        folder: An existing folder.
+        needed: Bytes.
+
+    Raises:
+        MechsafetyError: The disk has fewer bytes left; systems that do not tell pass.
+    """
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < needed:
+        raise MechsafetyError(
+            f"the disk of {folder.parent.name!r} has {disk.free / 2**20:.0f} MiB left",
+            expected=f"at least {needed // 2**20} MiB",
+            cure="free some space, or choose another folder",
+        )
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the system says against writing into one line that names what the user asked for, no scratch file.
+
+    Raises:
+        MechsafetyError: An OSError was raised inside; its reason is in the message.
+    """
+    try:
+        yield
+    except (OSError, MechsafetyError) as error:
+        # nested: the outermost path is the one that the user gave
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or first_line(cause)
+        raise MechsafetyError(
+            f"cannot write {str(path)!r} ({reason})", expected="a place that can be written to"
+        ) from cause
+
+
+def _scratch(folder: Path, suffix: str = "") -> Path:
+    return folder / f"{SCRATCH}{uuid.uuid4().hex[:12]}{suffix}"
+
+
+def _may_stay(entry: Path, names: Sequence[str]) -> bool:
+    """Whether an entry is a file of ours, scratch that a killed process left, or the system's."""
+    known = entry.name.startswith(SCRATCH) or entry.name in OF_THE_SYSTEM
+    return known or (entry.name in names and not entry.is_dir())
+
+
+@contextmanager
+def _folders(path: Path, asked: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder and its parents for what was ``asked``; take those away again on failure."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with writing(asked):
+            path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _move_in(scratch: Path, target: Path, names: Sequence[str]) -> None:
+    if not target.exists():
+        os.replace(scratch, target)
+        return
+    made, earlier = ([name for name in names if (place / name).exists()] for place in (scratch, target))
+    aside = scratch / "earlier"
+    aside.mkdir()
+    try:
+        for name in earlier:
+            os.replace(target / name, aside / name)
+        for name in reversed(made):
+            os.replace(scratch / name, target / name)
+    except BaseException:
+        for name in made:
+            if not (scratch / name).exists():
+                (target / name).unlink(missing_ok=True)
+        for name in earlier:
+            if (aside / name).exists():
+                os.replace(aside / name, target / name)
+        raise
