@@ -102,7 +102,7 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
-    ("output",),
+    ("output", "intervals"),
     ("sites", "nodes"),
     ("results",),
     ("prompts",),
@@ -111,7 +111,8 @@ ROOMS = (
     ("patching",),
     ("attribution",),
     ("interventions",),
-    ("neurons", "directions", "probes"),
+    ("neurons", "directions"),
+    ("probes",),
     ("circuits",),
     ("monitors",),
     ("testbed",),

@@ -63,7 +63,7 @@ def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[s
         given[_DATE] = given[_DATE].isoformat()
     try:
         kept: dict[str, Any] = json.loads(json.dumps(given, allow_nan=False))
-        json.dumps(kept, ensure_ascii=False, allow_nan=True).encode()  # hashed, not written
+        json.dumps(kept, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise MechsafetyError(
             f"template options {given!r} ({first_line(error)})", expected="texts, numbers, True, False, lists and dicts"
