@@ -1,5 +1,6 @@
 """`load_model`: one call from a name, folder, GGUF file or pair to a checked `LensModel`."""
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,9 +65,7 @@ def load_model(
         pair = name_or_path if isinstance(name_or_path, tuple) else (name_or_path, _own_tokenizer(name_or_path))
         model, tokenizer = _pair(pair)
         name = _name(model.get_base_model() if is_peft(model) else model)
-    _set_template(tokenizer, chat_template, name)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
+    tokenizer = _ready(tokenizer, chat_template, name)
     options = checked_options(tokenizer, template_options)
     if adapter is None and isinstance(name_or_path, str) and DEMO.get(name_or_path):
         shown, adapter = name, adapter_folder(str(DEMO[name_or_path]))
@@ -172,7 +171,15 @@ def _name(model: Any) -> str:
     return own or type(model).__name__
 
 
-def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:
+def _ready(tokenizer: Any, chat_template: str | None, name: str) -> Any:
+    """The tokenizer with a chat template and a padding token.
+
+    A copy where either is set: the caller's own, and the models that were loaded with it, keep theirs.
+    """
+    if not tokenizer.is_fast:
+        raise MechsafetyError("a slow tokenizer", expected="a fast one (spans need character offsets)")
+    if chat_template is not None or (tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None):
+        tokenizer = copy.deepcopy(tokenizer)
     if chat_template is not None:
         # a start token that the tokenizer would add by itself is not in a rendered text
         start = "{{ bos_token }}" if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
@@ -183,8 +190,9 @@ def _set_template(tokenizer: Any, chat_template: str | None, name: str) -> None:
             expected="a chat model",
             cure="pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'",
         )
-    if not tokenizer.is_fast:
-        raise MechsafetyError("a slow tokenizer", expected="a fast one (spans need character offsets)")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
 
 
 def _dtype(dtype: str | None) -> Any:

@@ -51,7 +51,7 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
     """Refuse two models whose neurons do not correspond.
 
     Raises:
-        MechsafetyError: One object given twice, or other numbers of layers, neurons or tokens.
+        MechsafetyError: One object given twice, other numbers of layers, neurons or tokens, or other template options.
     """
     if base is aligned or base.hf_model is aligned.hf_model:
         raise MechsafetyError("the same model object was given twice", expected="two models, each loaded by itself")
@@ -60,6 +60,12 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
         raise MechsafetyError(
             f"{base.name} has (layers, neurons a layer, tokens) {sizes[0]}, {aligned.name} {sizes[1]}",
             expected="an aligned model and its own base",
+        )
+    options = [dict(model.template_options) for model in (base, aligned)]
+    if options[0] != options[1]:  # both read the prompts as the base renders them
+        raise MechsafetyError(
+            f"{base.name} has the template options {options[0]}, {aligned.name} {options[1]}",
+            expected="the same for both",
         )
 
 

@@ -53,7 +53,7 @@ def test_no_padding_token(make_hf_model, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     model = ms.load_model((make_hf_model("llama"), tokenizer))
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert model.tokenizer.pad_token_id == tokenizer.eos_token_id and tokenizer.pad_token_id is None
     torch.testing.assert_close(
         model.logits(LENGTHS), torch.cat([model.logits([p]) for p in LENGTHS]), atol=1e-4, rtol=1e-4
     )

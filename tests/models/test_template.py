@@ -117,6 +117,22 @@ def test_what_follows_the_prompt_may_depend_on_it(rendered):
         assert found == prompt and text.endswith("please") == ("tea" in prompt)
 
 
+def test_a_template_is_one_models_own(make_hf_model, make_tokenizer):
+    """Two models of one tokenizer: the second's template is not the first's, nor the caller's."""
+    tokenizer = make_tokenizer()
+    before = tokenizer.chat_template
+    first = ms.load_model((make_hf_model("llama", layers=1), tokenizer), chat_template="plain")
+    second = ms.load_model((make_hf_model("llama", layers=1), tokenizer), template_options={"system": "you help"})
+    assert first.render("tea")[0] == "User: tea\nAssistant:" and tokenizer.chat_template == before
+    assert second.render("tea")[0] == "<s><system>you help<end><user>tea<end><assistant>"
+    with pytest.raises(MechsafetyError) as caught:
+        ms.safety_neurons(second, first, ["tea"])
+    assert str(caught.value) == (
+        "LlamaForCausalLM has the template options {}, LlamaForCausalLM {'system': 'you help'}; "
+        "expected the same for both"
+    )
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
