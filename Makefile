@@ -18,6 +18,8 @@ CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patchin
 	tests/patching/test_paths_matrix.py tests/attribution/test_nodes.py tests/attribution/test_direct.py \
 	tests/attribution/test_edge_attribution.py tests/attribution/test_edge_twins.py \
 	tests/circuits/test_discover.py tests/circuits/test_edges.py tests/circuits/test_verify.py
+# tests of one file stay in one process: they share what it has built
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export HF_HUB_OFFLINE := 1
 
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
@@ -30,7 +32,7 @@ demo: $(STAMP)
 	@echo "open out/report.html in a browser"
 
 test: $(DEV)
-	$(BIN)/python -m pytest --ignore=tests/browser
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser
 
 # the interactive pages in a real browser, headless and without network
 test-browser: $(DEV)
@@ -46,7 +48,7 @@ gallery: $(DEV)
 
 # the core on TransformerLens 3.9: tiny models, and the demo model where its numbers are compared with those of 4.3
 test-tl3: $(STAMP3)
-	$(VENV3)/bin/python -m pytest $(CORE) -m "not demo"
+	$(VENV3)/bin/python -m pytest $(PARALLEL) $(CORE) -m "not demo"
 	$(VENV3)/bin/python -m pytest tests/test_generations.py -m demo
 
 lint: $(DEV)
