@@ -1,11 +1,17 @@
 """RESULTS.md from results.json."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from gpu import gpu_cases
-from growth import ANALYSES, AT_COLUMNS, AT_PROMPTS, growth_cases
+from growth import ANALYSES, AT_COLUMNS, AT_PROMPTS, COLUMNS, PROMPTS, growth_cases
 from memory import LIMIT_GIB, NAME, PAIRS
 from targets import Target
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from statements import Sentence, say
 
 GPU_COLUMNS = {
     "forward_s": "forward",
@@ -129,12 +135,76 @@ def _memory(cases: dict[str, Any]) -> str:
         [name, f"{row['seconds']:.1f} s", f"{row['peak_gib']:.2f} GiB"]
         for name, row in sorted(case["calls"].items(), key=lambda item: -item[1]["peak_gib"])
     ]
-    verdict = "met" if case["largest_gib"] < LIMIT_GIB else "missed"
     return (
         f"## Memory of the analyses\n\nPeak of one process, the loaded model included, on {PAIRS} pairs unless said "
-        f"otherwise. Asked: no call over {LIMIT_GIB:g} GiB; {verdict}, the largest takes {case['largest_gib']:.2f} GiB."
-        " More pairs and longer prompts: below.\n\n" + _table(["call", "time", "peak memory"], rows)
+        f"otherwise. {say(cases, LIMIT)}\n\n" + _table(["call", "time", "peak memory"], rows)
     )
+
+
+def _over(cases: dict[str, Any]) -> list[str]:
+    """Growth cases that take more than the limit."""
+    found = [cases[name] for name in growth_cases() if name in cases and cases[name]["peak_gib"] > LIMIT_GIB]
+    return [
+        f"{ANALYSES[one['analysis']]} at {one['prompts']} pairs and {one['columns']} columns "
+        f"({one['peak_gib']:.2f} GiB)"
+        for one in found
+    ]
+
+
+MISSED = Sentence(
+    "Asked: no call over {limit:g} GiB; **missed**: the largest of these takes {largest:.2f} GiB, and of the sizes "
+    "below {n} take more ({over}).",
+    {
+        "limit": lambda cases: LIMIT_GIB,
+        "largest": f"{NAME}/largest_gib",
+        "n": lambda cases: len(_over(cases)),
+        "over": lambda cases: "; ".join(_over(cases)) or "none",
+    },
+    lambda limit, largest, n: largest > limit or n > 0,
+)
+LIMIT = Sentence(
+    "Asked: no call over {limit:g} GiB; met, here (the largest takes {largest:.2f} GiB) and at every size below ({n} "
+    "take more).",
+    {"limit": lambda cases: LIMIT_GIB, "largest": f"{NAME}/largest_gib", "n": lambda cases: len(_over(cases))},
+    lambda limit, largest, n: largest <= limit and n == 0,
+    MISSED,
+)
+
+
+def _peaks(kind: str) -> dict[str, Any]:
+    """Where the peaks of an analysis stand at the fewest, the third and the most pairs."""
+    return {name: f"{kind}_prompts_{n}/peak_gib" for name, n in zip(("few", "many", "most"), GROWN, strict=True)}
+
+
+GROWN = (PROMPTS[0], PROMPTS[2], PROMPTS[3])
+GROWTH = (
+    Sentence(
+        f"Exact patching takes more memory with more pairs until its batches are full: {{few:.2f}} GiB at {GROWN[0]} "
+        f"pairs, {{many:.2f}} at {GROWN[1]}, and no more at {GROWN[2]} ({{most:.2f}}).",
+        _peaks("heads"),
+        lambda few, many, most: many > 1.2 * few and most < 1.1 * many,
+        f"Exact patching: {{few:.2f}} GiB at {GROWN[0]} pairs, {{many:.2f}} at {GROWN[1]}, {{most:.2f}} at {GROWN[2]}.",
+    ),
+    Sentence(
+        f"Edge attribution takes the same at any number of pairs: {{few:.2f}} GiB at {GROWN[0]}, {{many:.2f}} at "
+        f"{GROWN[1]}, {{most:.2f}} at {GROWN[2]}.",
+        _peaks("edges"),
+        lambda few, many, most: max(few, many, most) < 1.1 * min(few, many, most),
+        f"Edge attribution: {{few:.2f}} GiB at {GROWN[0]} pairs, {{many:.2f}} at {GROWN[1]}, {{most:.2f}} at "
+        f"{GROWN[2]}.",
+    ),
+    Sentence(
+        f"Both take more with longer prompts: from {COLUMNS[0]} to {COLUMNS[-1]} columns exact patching goes from "
+        "{heads:.2f} to {heads_long:.2f} GiB, edge attribution from {edges:.2f} to {edges_long:.2f}.",
+        {
+            **{name: f"{name}_columns_{COLUMNS[0]}/peak_gib" for name in ("heads", "edges")},
+            **{f"{name}_long": f"{name}_columns_{COLUMNS[-1]}/peak_gib" for name in ("heads", "edges")},
+        },
+        lambda heads, heads_long, edges, edges_long: heads_long > heads and edges_long > edges,
+        f"From {COLUMNS[0]} to {COLUMNS[-1]} columns exact patching goes from {{heads:.2f}} to {{heads_long:.2f}} GiB, "
+        "edge attribution from {edges:.2f} to {edges_long:.2f}.",
+    ),
+)
 
 
 def _growth(cases: dict[str, Any]) -> str:
@@ -154,10 +224,11 @@ def _growth(cases: dict[str, Any]) -> str:
         ]
         for case in done.values()
     ]
+    said = " ".join(say(cases, one) for one in GROWTH) if len(done) == len(growth_cases()) else "Not all were run."
     columns = ["analysis", "pairs", "columns", "time", "a pair and column", "memory before", "peak memory", "repeats"]
     return (
         f"## Growth\n\nPairs grow at {AT_COLUMNS} columns; columns (tokens from the first difference on) grow at "
-        f"{AT_PROMPTS} pairs. Stored runs, graphs and senders are those of a few prompts at a time.\n\n"
+        f"{AT_PROMPTS} pairs. Stored runs, graphs and senders are those of a few prompts at a time. {said}\n\n"
         "![growth](growth.svg)\n\n" + _table(columns, rows)
     )
 

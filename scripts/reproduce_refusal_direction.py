@@ -5,7 +5,8 @@
 Directions come from 64 AdvBench and 64 Alpaca prompts, are chosen on 32 HarmBench (validation) and 32 other Alpaca
 prompts, and are judged on 100 JailbreakBench, 100 other AdvBench and 100 other Alpaca prompts: read from --data (JSON
 lines with an "instruction" each). Each step is kept in --work and not done again, so that a stopped run goes on; delete
-a step's file or folder there to do it again. Of replies only whether they refuse is kept, never their text.
+a step's file or folder there to do it again. Of replies only whether they refuse is kept, never their text. The page is
+drawn from the JSON alone, by refusal_direction_page.py.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from mechsafety.probes import N_ERASE, ProbeReport
 from mechsafety.sites import Site, SiteKind
 
 REPLY_TOKENS = 24
+N_RANDOM = 8
 ADDED = (0.0, 0.5, 1.0, 1.5, 2.0)
 REMOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -40,6 +42,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work, self.model = args, args.work, ms.load_model(args.model)
+        self.layer = 0  # where the chosen direction was read, once it is known
         self.work.mkdir(parents=True, exist_ok=True)
         tokens = self.json("metric", lambda: list(self._detect().refusal_tokens))
         self.metric = ms.RefusalLogOdds.of(self.model, tokens)
@@ -108,18 +111,50 @@ def main() -> None:
     study = Study(args)
     found = study.result("direction", RefusalDirection, lambda: find(study))
     print(found, flush=True)
-    parts = {
-        "rates": study.json("rates", lambda: rates(study, found)),
+    study.layer = found.layer
+    write(args.out, record(study, found))
+
+
+def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
+    """All that the page is drawn from."""
+    cosmic = found.choose("cosmic")
+    doses_of = {
+        way: study.result(way, DoseResponse, lambda w=way: doses(study, found, w)) for way in ("removed", "added")
+    }
+    measured = study.json("rates", lambda: rates(study, found))
+    further = study.result("subspace", RefusalSubspace, lambda: subspace(study, found))
+    return {
+        "provenance": found.provenance.to_json(),
+        "metric": found.metric,
+        "sizes": {
+            "train": list(found.n_train),
+            "validation": [len(found.harmful), len(found.harmless)],
+            "dose": doses_of["removed"].harmful.shape[1],
+            "erased": N_ERASE,
+            "harmless": N_ERASE,
+            "random": N_RANDOM,
+            "subspace_stop_below": further.provenance.options.get("stop_below", 0.0),
+        },
+        "unedited": {"bypass": float(found.harmful.mean()), "induce": float(found.harmless.mean())},
+        "chosen": {"layer": found.layer, "column": found.column, "passes": found.passes},
+        "cosmic": {"layer": cosmic.layer, "column": cosmic.column},
+        "seconds": study.seconds("direction"),
+        "candidates": rows_of(found.to_dataframe()),
+        "controls": rows_of(found.controls.to_dataframe()) if found.controls else [],
+        "rates": {s: {c: [sum(hits), len(hits)] for c, hits in row.items()} for s, row in measured.items()},
+        "doses": {way: rows_of(one.to_dataframe()) for way, one in doses_of.items()},
+        "subspace": rows_of(further.to_dataframe()),
         "equality": study.json("equality", lambda: equality(study, found)),
-        "removed": study.result("removed", DoseResponse, lambda: doses(study, found, "removed")),
-        "added": study.result("added", DoseResponse, lambda: doses(study, found, "added")),
-        "subspace": study.result("subspace", RefusalSubspace, lambda: subspace(study, found)),
         "writers": study.json("writers", lambda: writers(study, found)),
         "heads": study.json("heads", lambda: heads(study, found)),
         "probes": study.json("probes", lambda: probes(study)),
-        "others": study.json("others", lambda: others(study, found)),
+        "others": study.json("others", lambda: others(study)),
     }
-    write(args.out, found, parts, study.seconds("direction"))
+
+
+def rows_of(frame: Any) -> list[dict[str, Any]]:
+    """A table as plain data, NaN as None."""
+    return json.loads(frame.to_json(orient="records"))
 
 
 def find(study: Study) -> RefusalDirection:
@@ -266,11 +301,12 @@ def probes(study: Study) -> list[dict[str, Any]]:
             layers=args.layers or list(range(0, model.n_layers + 1, 3)),
             erase_on=ms.PromptPairs.builtin("test").sample(N_ERASE).harmful,
             harmless_on=study.prompts("alpaca_harmless", N_ERASE, skip=400),
+            n_random=N_RANDOM,
             progress=False,
         )
 
     report = study.result("probe-report", ProbeReport, measure)
-    rows = json.loads(report.to_dataframe().to_json(orient="records"))
+    rows = rows_of(report.to_dataframe())
     return [{**row, "shuffled_draws": report.shuffled_accuracies(row["layer"], row["span"])} for row in rows]
 
 

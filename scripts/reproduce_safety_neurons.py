@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Bool
-from safety_neurons_page import PAGE, TOP, write
+from safety_neurons_page import NAME, PAGE, TOP, code, figures, page, plain, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mechsafety as ms
 from mechsafety.cli import quiet_libraries
+from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.models.demo import adapter_folder, base_folder
 from mechsafety.monitors import GuardReport, LabelledPrompts, compare_guards, label_by_replies
 from mechsafety.neurons import (
@@ -504,6 +505,145 @@ def drawn(rows: Sequence[Any], n: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(list(rows), min(n, len(rows)))
 
 
+def record(run: Run) -> dict[str, Any]:
+    """All that the page is drawn from."""
+    scores, curves = run.scores(), {name: run.curve(name) for name in ("rms", "ratio")} | {"judge": run.judged_curve()}
+    made, tax = run.guard_sets(), run.tax() if run.has_helpful() else None
+    return {
+        "provenance": scores.provenance.to_json(),
+        "aligned": scores.aligned.to_json(),
+        "size": dataclasses.asdict(run.size),
+        "small": run.args.small,
+        "layers": scores.layer_shares(TOP).tolist(),
+        "neurons": {
+            "tokens": scores.n_tokens,
+            "reliability": scores.reliability,
+            "contrast_train": run.contrast("train").n,
+            "contrast_test": run.contrast("test").n,
+        },
+        "cards": card_rows(run.cards()),
+        "contrast": contrast_rows(run),
+        "curves": {name: found.to_dataframe().to_dict("records") for name, found in curves.items()},
+        "ends_of": {name: ends_of(found) for name, found in curves.items()},
+        "ability": ability_rows(curves["rms"]),
+        "guard": run.guard().to_dataframe().to_dict("records"),
+        "guard_sets": [guard_counts(one) for one in made["sets"]],
+        "guard_left_out": made["left_out"],
+        "seeds": seed_rows(run),
+        "seed_refusals": refusal_rows(run),
+        "tax": tax and tax.to_dataframe().to_dict("records"),
+        "tax_counts": tax and tax_counts(tax),
+        "tax_agreement": tax and agreement_rows(tax.agreement, sized=False),
+        "tax_agreement_sized": tax and sized_null(run, tax.agreement),
+        "scale": run.scale_controls(),
+        "planted": run.planted(),
+        "ends": run.ends(),
+        "cost": {**run.cost(), **run.clock()},
+    }
+
+
+def card_rows(found: NeuronCards) -> list[dict[str, Any]]:
+    """Cells of the table of the strongest neurons, as Markdown."""
+    frame = found.to_dataframe()
+    for column in ("promoted", "suppressed"):
+        frame[column] = [", ".join(map(code, row)) for row in frame[column]]
+    frame["active"] = [
+        ", ".join(f"{code(one.context[-14:] + one.token)} {one.activation:.1f}" for one in row[:3])
+        for row in found.active
+    ]
+    return frame.to_dict("records")
+
+
+def contrast_rows(run: Run) -> list[dict[str, Any]]:
+    """The strongest neurons of each span on train pairs, and how strong they are on the others."""
+    keys = ["span", "node"]
+    chosen = run.contrast("train").to_dataframe().groupby("span", sort=False).head(5)[[*keys, "effect"]]
+    found = chosen.merge(run.contrast("test").to_dataframe(), on=keys, suffixes=(", train", ", test"))
+    return found.sort_values("span", kind="stable").to_dict("records")
+
+
+def ends_of(one: CausalCurve) -> dict[str, Any]:
+    """Name of the score, number of prompts, and F of base and aligned model with intervals."""
+    ends = {"base": one.base_scores, "aligned": one.aligned_scores}
+    found = {name: [float(v.mean()), *mean_interval(v.double().numpy())] for name, v in ends.items()}
+    return {"score": one.score, "n": len(one.base_scores), **found}
+
+
+def ability_rows(one: CausalCurve) -> list[dict[str, Any]]:
+    """General ability at each share, of the aligned and of the base model."""
+    assert one.harmless is not None
+    names = [f"{share:.1%}" for share in one.shares] + ["aligned model", "base model"]
+    rows = one.harmless.to_dataframe().to_dict("records")
+    return [{"top share": name, **row} for name, row in zip(names, rows, strict=True)]
+
+
+def guard_counts(one: dict[str, Any]) -> dict[str, Any]:
+    unsafe = sum(one["unsafe"])
+    row = {"set": one["name"], "harmful prompts": one["harmful"], "refused by the base": one["harmful"] - unsafe}
+    return row | {"unsafe": unsafe, "safe": len(one["unsafe"]) - unsafe}
+
+
+def seed_rows(run: Run) -> list[dict[str, Any]]:
+    """Agreement of every two seeds."""
+    rows = []
+    for (a, b), found in run.seed_pairs().items():
+        frame = found.to_dataframe().set_index("measure")
+        row: dict[str, Any] = {"seeds": f"{a}, {b}"}
+        for name in frame.index:
+            row |= {name: frame.observed[name], f"{name}, permuted in layers": frame.layered_mean[name]}
+            row |= {f"{name}, permuted in sizes": frame.sized_mean[name], f"{name}, p": frame.sized_p[name]}
+        rows.append(row)
+    return rows
+
+
+def refusal_rows(run: Run) -> list[dict[str, Any]]:
+    """How many harmful prompts and harmless twins every seed refuses."""
+    rows = []
+    for seed in range(1, run.size.seeds + 1):
+        found = run.seed_refusals(seed)
+        row = {"seed": seed, "of": found["n"]}
+        for side in ("harmful", "harmless"):
+            low, high = wilson_interval(found[side], found["n"])
+            row |= {side: found[side], f"{side} rate": f"{found[side] / found['n']:.2f} ({low:.2f} to {high:.2f})"}
+        rows.append(row)
+    return rows
+
+
+def tax_counts(tax: AlignmentTax) -> dict[str, Any]:
+    return {
+        "common": int(tax.common.sum()),
+        "random_overlap": tax.random_overlap,
+        "scores": list(tax.scores),
+        "harmful": tax.safety.shape[1],
+        "harmless": tax.helpfulness.shape[1],
+    }
+
+
+def agreement_rows(found: NeuronAgreement, *, sized: bool) -> list[dict[str, Any]]:
+    """Rows of an agreement, with the null within sizes alone or with the others."""
+    frame = found.to_dataframe()
+    columns = [name for name in frame.columns if name.startswith("sized") == sized and name != "measure"]
+    return frame[["measure", *columns]].to_dict("records")
+
+
+def sized_null(run: Run, found: NeuronAgreement) -> dict[str, Any]:
+    """The null within sizes, and how the overlap of permutations depends on the number of groups."""
+    both = run.mixed_scores("demo"), run.mixed_scores("demo-helpful")
+
+    def make() -> dict[str, Any]:
+        by_bins = {}
+        for bins in (1, 5, 10, 20, 50, 100):
+            one = compare_neurons(*both, share=TOP, bins=bins, n_permutations=200)
+            by_bins[str(bins)] = float(one.sized[0].mean())
+        return by_bins
+
+    return {
+        "bins": found.bins,
+        "rows": agreement_rows(found, sized=True),
+        "by_bins": run.step("sized", dict, make),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the benchmarks")
@@ -516,7 +656,12 @@ def main() -> None:
     args.work = args.work or Path(".work") / ("safety-neurons-small" if args.small else "safety-neurons")
     quiet_libraries()
     torch.manual_seed(0)
-    write(args.out, Run(args))
+    run = Run(args)
+    with run.timed(PAGE):  # drawn once to know what all of it took
+        found = plain(record(run))
+        page(found)
+        figures(found, args.out / NAME)
+    write(args.out, record(run))
 
 
 if __name__ == "__main__":

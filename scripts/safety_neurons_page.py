@@ -1,456 +1,641 @@
-"""The page, figures and JSON that scripts/reproduce_safety_neurons.py writes."""
+"""The page of the safety neurons, drawn from docs/results/safety-neurons.json alone, and its figures.
 
-import dataclasses
+python scripts/safety_neurons_page.py                # draw page and figures again
+"""
+
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from statements import Interval, Sentence, look_up, say
 
-from mechsafety.intervals import mean_interval, wilson_interval
+from mechsafety.metrics import adjust_p
 from mechsafety.output import json_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "results"
+NAME = "safety-neurons"
+Record = Mapping[str, Any]
 
 TOP = 0.05
 PAGE = "page and figures"
 # what the issue of cost asks for: seconds, times, minutes
 SCORING, PATCHING, WHOLE = 480, 2.5, 40
 CURVE = ["share", "neurons", "effect", "ci_low", "ci_high", "random_mean", "random_low", "random_high", "p_value"]
+# a curve's name, and what its neurons are ranked by
+CURVES = {"rms": "change", "ratio": "ratio", "judge": "change"}
 # what the alignment tax is measured by
 KINDS = ("safety", "helpfulness")
 # the paper's range of C at 5 % over four models and four benchmarks
 PUBLISHED = (0.56, 1.34)
+SIGNIFICANT = 0.05
 
 
-def write(out: Path, run: Any) -> None:
-    """Page, JSON and figures, into the folder ``out``."""
+def write(out: Path, record: Record) -> None:
+    """JSON, page and figures, into the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
-    with run.timed(PAGE):
-        page(run)
-        figures(run, out / "safety-neurons")
-    text = page(run)  # once more: now it knows what all of it took
-    (out / "safety-neurons.md").write_text(text)
-    scores = run.scores()
-    record = {
-        "provenance": scores.provenance.to_json(),
-        "aligned": scores.aligned.to_json(),
-        "size": dataclasses.asdict(run.size),
-        "findings": findings(run),
-        "layers": scores.layer_shares(TOP).tolist(),
-        "curves": {
-            name: found.to_dataframe().to_dict("records")
-            for name, (_, found) in zip(("rms", "ratio", "judge"), curves(run), strict=True)
-        },
-        "guard": guard_frame(run).to_dict("records"),
-        "seeds": seeds(run).to_dict("records"),
-        "seed_refusals": seed_refusals(run).to_dict("records"),
-        "tax": run.tax().to_dataframe().to_dict("records") if run.has_helpful() else None,
-        "tax_agreement": run.tax().agreement.to_dataframe().to_dict("records") if run.has_helpful() else None,
-        "scale": run.scale_controls(),
-        "planted": run.planted(),
-        "ends": run.ends(),
-        "cost": {**run.cost(), **run.clock()},
+    (out / f"{NAME}.json").write_text(json_text(plain(record)) + "\n")
+    figures(record, out / NAME)
+    (out / f"{NAME}.md").write_text(page(record))
+    print(f"wrote {out / NAME}.md")
+
+
+# --- what the page says, and the numbers that carry it ------------------------------------------------------------
+
+
+def row_of(record: Record, curve: str, share: float = TOP) -> dict[str, Any]:
+    return look_up(record, f"curves/{curve}/share={share}")
+
+
+def adjusted(record: Record) -> dict[tuple[str, float], float]:
+    """Benjamini-Hochberg adjusted p of every point of all curves: the sentences look at all of them."""
+    keys = [(name, row["share"]) for name in CURVES for row in record["curves"][name] if row["p_value"] is not None]
+    return dict(zip(keys, adjust_p(np.array([row_of(record, *key)["p_value"] for key in keys])), strict=True))
+
+
+def tax_adjusted(record: Record) -> dict[tuple[str, str], float]:
+    """The same of the alignment tax: both models, safety and helpfulness."""
+    rows = {row["model"]: row for row in record["tax"] if row["safety_p"] is not None}
+    keys = [(model, kind) for model in rows for kind in KINDS]
+    return dict(zip(keys, adjust_p(np.array([rows[model][f"{kind}_p"] for model, kind in keys])), strict=True))
+
+
+def of_curve(curve: str) -> dict[str, Any]:
+    """Numbers of the sentence on the top 5 % of a curve."""
+    return {
+        "what": lambda r: f"{r['ends_of'][curve]['score']}, ranked by {CURVES[curve]}",
+        "c": lambda r: Interval.of(row_of(r, curve), "effect", "ci_low", "ci_high"),
+        "low": lambda r: PUBLISHED[0],
+        "high": lambda r: PUBLISHED[1],
+        "random": lambda r: Interval.of(row_of(r, curve), "random_mean", "random_low", "random_high"),
+        "p": lambda r: adjusted(r)[curve, TOP],
+        "points": lambda r: len(adjusted(r)),
+        "sets": "size/random_sets",
     }
-    (out / "safety-neurons.json").write_text(json_text(plain(record)) + "\n")
-    print(text)
 
 
-def page(run: Any) -> str:
-    size = run.size
+def curve_sentence(curve: str) -> Sentence:
+    """C at the top 5 %: its place beside the published range, and beside random neurons."""
+    start = "C at the top 5 % on {what}: {c}, {place} the published range ({low} to {high}, median 0.80). "
+    more = (
+        "That is more than random neurons of the same layers ({random}; p = {p:.3f}, adjusted over the {points} points "
+        "of all curves, {sets} sets each)."
+    )
+    same = (
+        "Random neurons of the same layers: {random}. No difference is claimed: with {sets} sets a p, "
+        "adjusted over the "
+        "{points} points of all curves, is {p:.3f}."
+    )
+
+    def wording(place: str, rest: str) -> str:
+        return start.replace("{place}", place) + rest
+
+    numbers = of_curve(curve)
+    outside = "not wholly outside"
+    inside = Sentence(wording(outside, same), numbers, lambda c, p, random: not beats(c, p, random))
+    above = Sentence(wording(outside, more), numbers, lambda c, p, random: beats(c, p, random), inside)
+    below = Sentence(
+        wording("below", same), numbers, lambda c, p, random, low: c.high < low and not beats(c, p, random), above
+    )
+    return Sentence(
+        wording("below", more), numbers, lambda c, p, random, low: c.high < low and beats(c, p, random), below
+    )
+
+
+def beats(c: Interval, p: float, random: Interval) -> bool:
+    """Whether C is beyond random sets: by the adjusted p, and beyond what prompts leave open."""
+    return p < SIGNIFICANT and c.low > random.high
+
+
+def negative(record: Record, curve: str) -> list[dict[str, Any]]:
+    return [row for row in record["curves"][curve] if row["ci_high"] < 0]
+
+
+def negative_sentence(curve: str) -> Sentence:
+    def points(record: Record) -> str:
+        rows = negative(record, curve)
+        return ", ".join(
+            f"{row['effect']:.2f} ({row['ci_low']:.2f} to {row['ci_high']:.2f}) at {row['share']:.1%}" for row in rows
+        )
+
+    return Sentence(
+        "At {n} small shares C on {what} is **negative**: with them the base model refuses less. {points}.",
+        {"n": lambda r: len(negative(r, curve)), "what": of_curve(curve)["what"], "points": points},
+        lambda n: n > 0,
+    )
+
+
+def smallest_sentence(curve: str) -> Sentence:
+    """The first share with C of at least 0.9."""
+
+    def first(record: Record) -> dict[str, Any]:
+        rows = [row for row in record["curves"][curve] if row["effect"] >= 0.9]
+        return rows[0] if rows else {"share": float("nan"), "random_mean": None, "random_overlap": float("nan")}
+
+    def band(record: Record) -> str:
+        row = first(record)
+        if row["random_mean"] is None:
+            return "nothing is left for random sets there"
+        return (
+            f"random sets reach {Interval.of(row, 'random_mean', 'random_low', 'random_high')} there, which share "
+            f"{row['random_overlap']:.0%} of their neurons with the top"
+        )
+
+    numbers = {
+        "what": of_curve(curve)["what"],
+        "measured": lambda r: ", ".join(f"{100 * row['share']:.3g}" for row in r["curves"][curve]),
+        "share": lambda r: first(r)["share"],
+        "band": band,
+    }
+    return Sentence(
+        "The smallest share measured ({measured} %) with C of at least 0.9 on {what} is {share:.0%}; {band}.",
+        numbers,
+        lambda share: 0 < share <= 1,
+        "C never reaches 0.9 on {what} (measured at {measured} %; share {share}; {band}).",
+    )
+
+
+def thirds(record: Record) -> list[float]:
+    shares = record["layers"]
+    third = len(shares) // 3
+    return [sum(shares[:third]), sum(shares[third : len(shares) - third]), sum(shares[len(shares) - third :])]
+
+
+def sized(record: Record, name: str) -> Any:
+    return look_up(record, f"tax_agreement_sized/rows/measure=overlap/{name}")
+
+
+OVERLAP = {
+    "observed": "tax_agreement/measure=overlap/observed",
+    "null": lambda r: Interval(sized(r, "sized_mean"), sized(r, "sized_low"), sized(r, "sized_high")),
+    "bins": "tax_agreement_sized/bins",
+    "p": lambda r: sized(r, "sized_p"),
+    "layered": "tax_agreement/measure=overlap/layered_mean",
+    "large": "scale/demo, demo-helpful/large in the base",
+}
+
+
+def patched_sentence(model: str, own: str, wanted: tuple[bool, bool], paper: str) -> Sentence:
+    """One aligned model with the other's common neurons."""
+
+    def moves(record: Record) -> str:
+        row, before = (look_up(record, f"tax/model={name}") for name in (model, own))
+        parts = [
+            f"{kind} from {before[kind]:.2f} to {row[kind]:.2f} (random sets: {row[f'{kind}_random_low']:.2f} to "
+            f"{row[f'{kind}_random_high']:.2f}, adjusted p = {tax_adjusted(record)[model, kind]:.3f})"
+            for kind in KINDS
+        ]
+        return "; ".join(parts)
+
+    def same(record: Record) -> str:
+        row, before = (look_up(record, f"tax/model={name}") for name in (model, own))
+        moved = tuple(bool(row[kind] > before[kind]) for kind in KINDS)
+        return "both" if moved == wanted else "not both"
+
+    numbers = {
+        "moves": moves,
+        "same": same,
+        "largest": lambda r: max(tax_adjusted(r)[model, kind] for kind in KINDS),
+        "smallest": lambda r: min(tax_adjusted(r)[model, kind] for kind in KINDS),
+        "sets": "size/tax_random_sets",
+    }
+    start = (
+        f"With the common neurons of the other ({model}): {{moves}}; {{same}} in the direction of the paper, {paper}. "
+    )
+    mixed = Sentence(
+        start + "One of the two moves beyond random neurons of the same layers (adjusted p {smallest:.3f} and "
+        "{largest:.3f}, {sets} sets).",
+        numbers,
+        lambda smallest, largest: smallest < SIGNIFICANT <= largest,
+    )
+    none = Sentence(
+        start + "No difference from random neurons of the same layers is claimed: with {sets} sets the adjusted p are "
+        "{smallest:.3f} and {largest:.3f}.",
+        numbers,
+        lambda smallest, largest: smallest >= SIGNIFICANT,
+        mixed,
+    )
+    return Sentence(
+        start + "Both move beyond random neurons of the same layers (adjusted p {smallest:.3f} and {largest:.3f}, "
+        "{sets} sets).",
+        numbers,
+        lambda largest, smallest: largest < SIGNIFICANT,
+        none,
+    )
+
+
+def guard_frame(record: Record) -> pd.DataFrame:
+    return pd.DataFrame(record["guard"])
+
+
+def mean_accuracy(feature: str) -> Any:
+    def mean(record: Record) -> float:
+        found = guard_frame(record)
+        return float(found[found.feature == feature].accuracy.mean())
+
+    return mean
+
+
+def nulls(record: Record, features: tuple[str, ...]) -> list[str]:
+    """Test sets, with the feature, on which the neurons' margin over it holds 0."""
+    found = guard_frame(record)
+    found = found[found.feature.isin(features) & found.margin_is_null.eq(True)]
+    return [f"{row.test} ({row.feature})" for row in found.itertuples()]
+
+
+def sets_with_null(record: Record, features: tuple[str, ...]) -> int:
+    found = guard_frame(record)
+    return found[found.feature.isin(features) & found.margin_is_null.eq(True)].test.nunique()
+
+
+PLAIN = ("resid", "direction", "tfidf")
+
+
+def worst(record: Record) -> dict[str, Any]:
+    return min((row for row in record["guard"] if row["feature"] == "neurons"), key=lambda row: row["auroc"])
+
+
+def false_alarms(record: Record) -> list[float]:
+    return [row["fpr_at_95_tpr"] for row in record["guard"] if row["feature"] == "neurons"]
+
+
+def of_seeds(column: str, how: str) -> Any:
+    return lambda r: getattr(pd.DataFrame(r["seeds"])[column], how)()
+
+
+def refused(side: str) -> Any:
+    return lambda r: sum(row[side] for row in r["seed_refusals"]) / sum(row["of"] for row in r["seed_refusals"])
+
+
+SEEDS = {
+    "n": "size/seeds",
+    "mean": of_seeds("overlap", "mean"),
+    "low": of_seeds("overlap", "min"),
+    "high": of_seeds("overlap", "max"),
+    "large": "scale/seeds/large in the base",
+}
+SENTENCES = {
+    "ability": Sentence(
+        "General ability: the aligned model repeats {whole:.0%} of the base's replies to ordinary questions (KL "
+        "{whole_kl:.2f} nats a token); the top {share:.1%} alone already brings that to {few:.0%} (KL {few_kl:.2f}).",
+        {
+            "whole": "ability/top share=aligned model/agreement",
+            "whole_kl": "ability/top share=aligned model/kl",
+            "share": "curves/rms/0/share",
+            "few": "ability/0/agreement",
+            "few_kl": "ability/0/kl",
+        },
+        lambda few, whole: few < 0.5 and whole < 0.5,
+    ),
+    "layers": Sentence(
+        "Layers: of the top 5 % of neurons {first:.0%} are in the first third of the layers, {middle:.0%} in the "
+        "middle, {last:.0%} in the last: most are late (the paper's distributions are of its own, larger models).",
+        {
+            "first": lambda r: thirds(r)[0],
+            "middle": lambda r: thirds(r)[1],
+            "last": lambda r: thirds(r)[2],
+        },
+        lambda last: last > 0.5,
+    ),
+    "overlap": Sentence(
+        "Alignment tax: {observed:.1%} of the two tops are common. A change is as large as its neuron, so that much of "
+        "this is size: permuted within layers and, in each, among {bins} groups of like activation in the base, "
+        "{null:.1%} are common (p = {p:.3f}); within layers alone, which leaves size in, it would be {layered:.1%}. "
+        "{large:.0%} of each top is among as many neurons with the largest activations. Beyond size the overlap is "
+        "small, and more than chance, as in the paper, where safety and helpfulness neurons overlap.",
+        OVERLAP,
+        lambda observed, null, p: p < SIGNIFICANT and null.high < observed < null.value + 0.1,
+        "Alignment tax: {observed:.1%} of the two tops are common; permuted within layers and, in each, among {bins} "
+        "groups of like activation in the base, {null:.1%} are (p = {p:.3f}; within layers alone {layered:.1%}; "
+        "{large:.0%} of each top is among the largest).",
+    ),
+    "overlap_open": Sentence(
+        "Alignment tax: {observed:.1%} of the two tops are common, but a change is as large as its neuron "
+        "and {large:.0%} "
+        "of each top is among as many neurons with the largest activations in the base. Permutations within "
+        "layers have "
+        "{layered:.1%}, which leaves size in; the null within sizes was not measured, so that no overlap beyond chance "
+        "is claimed.",
+        {name: OVERLAP[name] for name in ("observed", "large", "layered")},
+        lambda observed, large, layered: large > layered and observed > layered,
+    ),
+    "by_ratio": Sentence(
+        "By ratio, which divides the size out, {ratio:.1%} of the tops of `demo` and `demo-helpful` are common, where "
+        "permutations within layers have {null:.1%} (p = {p:.3f}): little is left.",
+        {
+            "ratio": "scale/demo, demo-helpful/ratio",
+            "null": "scale/demo, demo-helpful/ratio, permuted in layers",
+            "p": "scale/demo, demo-helpful/largest p",
+        },
+        lambda ratio, null, p: p < SIGNIFICANT and ratio - null < 0.1,
+    ),
+    "safe": patched_sentence("safe <- helpful", "safe", (False, True), "where safety falls and helpfulness rises"),
+    "helpful": patched_sentence(
+        "helpful <- safe", "helpful", (True, False), "where safety rises and helpfulness falls"
+    ),
+    "seeds": Sentence(
+        "Seeds: any two of {n} share {mean:.1%} of their top 5 % on average ({low:.1%} to {high:.1%}). {large:.0%} of "
+        "each top is among as many neurons with the largest activations in the base, and the null within sizes was not "
+        "measured for seeds: how much of the {mean:.1%} is size is open. In the paper different training runs give "
+        "largely the same neurons.",
+        SEEDS,
+        lambda large, mean: large > 0.5 and mean > 0.5,
+    ),
+    "seeds_ratio": Sentence(
+        "By ratio any two seeds share {ratio:.0%} of their tops, where permutations within layers have {null:.0%} "
+        "(largest p {p:.3f}): the ratio divides size out, so this much of "
+        "their agreement is not size.",
+        {
+            "ratio": "scale/seeds/ratio",
+            "null": "scale/seeds/ratio, permuted in layers",
+            "p": "scale/seeds/largest p",
+        },
+        lambda ratio, null, p: p < SIGNIFICANT and ratio > 2 * null,
+    ),
+    "twins": Sentence(
+        "**The seeds refuse many of the harmless twins too**: {harmful:.0%} of harmful prompts and {harmless:.0%} of "
+        "their twins; their agreement says little about what tells harmful from harmless.",
+        {"harmful": refused("harmful"), "harmless": refused("harmless")},
+        lambda harmful, harmless: harmless > 0.5 * harmful > 0.25,
+        "The seeds refuse {harmful:.0%} of harmful prompts and {harmless:.0%} of their twins.",
+    ),
+    "guard": Sentence(
+        "Guard: mean accuracy over {n} test sets {ours:.1%}, of as many random neurons {random:.1%} (the "
+        "paper's 76.2 % "
+        "is of other models, labels and prompts). The margin in AUROC over random neurons is null, its "
+        "interval holding "
+        "0, on {null} of {n} test sets: which neurons they are hardly matters.",
+        {
+            "n": lambda r: guard_frame(r).test.nunique(),
+            "ours": mean_accuracy("neurons"),
+            "random": mean_accuracy("random"),
+            "null": lambda r: sets_with_null(r, ("random",)),
+        },
+        lambda null, n: null > n / 2,
+    ),
+    "plain": Sentence(
+        "Guard: by the same rule, on {null} of {n} test sets at least one of residual stream, direction and "
+        "TF-IDF does "
+        "as well as the neurons: {where}.",
+        {
+            "null": lambda r: sets_with_null(r, PLAIN),
+            "n": lambda r: guard_frame(r).test.nunique(),
+            "where": lambda r: ", ".join(nulls(r, PLAIN)),
+        },
+        lambda null: null > 0,
+        "Guard: by the same rule, on {null} of {n} test sets one of residual stream, direction and TF-IDF does as well "
+        "as the neurons{where}.",
+    ),
+    "worst": Sentence(
+        "Guard: its lowest AUROC is {auroc}, on *{name}*, where chance lies in the interval; to catch 95 % of unsafe "
+        "replies it flags {least:.0%} to {most:.0%} of the safe.",
+        {
+            "auroc": lambda r: Interval.of(worst(r), "auroc"),
+            "name": lambda r: worst(r)["test"],
+            "least": lambda r: min(false_alarms(r)),
+            "most": lambda r: max(false_alarms(r)),
+        },
+        lambda auroc: auroc.holds(0.5),
+        "Guard: its lowest AUROC is {auroc}, on *{name}*; to catch 95 % of unsafe replies it flags {least:.0%} to "
+        "{most:.0%} of the safe.",
+    ),
+    "planted": Sentence(
+        "Planted: of {neurons} neurons scaled by {factor:g} in a copy of the base, {ratio:.1%} are among as "
+        "many of the "
+        "highest ratio scores, as asked for (at least 95 %), and {rms:.1%} of the highest rms scores "
+        "({prompts} prompts "
+        "x {tokens} tokens). A raw difference is as large as the neuron's own scale.",
+        {name: f"planted/{name}" for name in ("neurons", "factor", "ratio", "rms", "prompts", "tokens")},
+        lambda ratio, rms: ratio >= 0.95 > rms,
+    ),
+    "ends": Sentence(
+        "Dynamic patching with 0 % of the neurons is the base model and with 100 % the aligned one: {none} "
+        "and {all} of "
+        "{n} replies are the same, logits differ by at most {off:.0e}.",
+        {
+            "none": "ends/0 %/same_replies",
+            "all": "ends/100 %/same_replies",
+            "n": "ends/0 %/prompts",
+            "off": lambda r: max(found["largest_logit_difference"] for found in r["ends"].values()),
+        },
+        lambda none, all, n, off: none == all == n and off < 1e-3,
+    ),
+}
+
+
+def findings(record: Record) -> list[str]:
+    """What the figures say, in order."""
+    out = []
+    for curve in CURVES:
+        out.append(say(record, curve_sentence(curve)))
+        if negative(record, curve):
+            out.append(say(record, negative_sentence(curve)))
+        out.append(say(record, smallest_sentence(curve)))
+    checks = ("planted", "ends")  # these stand beside what they check
+    return [*out, *(say(record, SENTENCES[name]) for name in told(record) if name not in checks)]
+
+
+def told(record: Record) -> list[str]:
+    """Names of the sentences of this record: those on what was not measured stand in for those on what was."""
+    left_out = {"overlap_open" if record["tax_agreement_sized"] else "overlap"}
+    if record["tax"] is None:
+        left_out |= {"overlap", "overlap_open", "by_ratio", "safe", "helpful"}
+    return [name for name in SENTENCES if name not in left_out]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def page(record: Record) -> str:
+    """The page's text."""
+    size = record["size"]
     lines = ["# Safety neurons of the demo pair", ""]
     lines += [
-        "Written by `scripts/reproduce_safety_neurons.py`; formulas are in [methods](../methods.md#safety-neurons). "
-        "The pair: `demo` (aligned) and `demo-base`, which differ in learned scales of MLP neurons alone ((IA)3, as in "
-        "the paper's released training code). Neurons are ranked on train topics and judged on others. Intervals "
-        "are 95 % over prompts.",
+        "Measured by `scripts/reproduce_safety_neurons.py`, drawn from [safety-neurons.json](safety-neurons.json) by "
+        "`scripts/safety_neurons_page.py`; formulas are in [methods](../methods.md#safety-neurons). The pair: `demo` "
+        "(aligned) and `demo-base`, which differ in learned scales of MLP neurons alone ((IA)3, as in the paper's "
+        "released training code). Neurons are ranked on train topics and judged on others. Intervals are 95 % over "
+        "prompts.",
         "",
         "What else is not as in the paper: one model of 135M parameters instead of four much larger ones; safety is "
-        f"the log-odds of a refusal's first token, or a phrase judge of the first {size.judged_tokens} tokens of a "
+        f"the log-odds of a refusal's first token, or a phrase judge of the first {size['judged_tokens']} tokens of a "
         "reply, where the paper's is a cost model that reads long replies. Published figures stand beside ours for "
         "orientation.",
     ]
-    if run.args.small:
+    if record.get("small"):
         lines += ["", "**A small run, made to test the script: its figures mean nothing.**"]
+    lines += [*(f"{line}" for line in later(record))]
     lines += ["", "## What agrees with the paper and what does not", ""]
-    lines += [f"- {line}" for line in findings(run)]
-    scores = run.scores()
-    lines += ["", "## Neurons", "", f"{scores!r}; split-half rank correlation {scores.reliability:.3f}.", ""]
-    lines += ["![layers of the top 5 %](safety-neurons/layers.svg)", ""]
+    lines += [f"- {line}" for line in findings(record)]
+    neurons = record["neurons"]
+    lines += ["", "## Neurons", ""]
     lines += [
+        f"{neurons['tokens']} reply tokens of {size['ranked']} prompts; split-half rank correlation "
+        f"{neurons['reliability']:.3f}.",
+        "",
+        "![layers of the top 5 %](safety-neurons/layers.svg)",
+        "",
         "The twelve highest. Promoted and suppressed tokens are those of a positive activation and change places under "
         "a negative one; last, where the neuron is most active in harmful instructions, with the text before.",
         "",
-        table(cards(run)),
-    ]
-    lines += ["", *checks(run)]
-    lines += [
+        table(pd.DataFrame(record["cards"])),
         "",
-        f"Neurons of `demo` alone that tell harmful from harmless prompts: the five of each span with the largest "
-        f"Cohen's d on {run.contrast('train').n} train pairs, and their d on {run.contrast('test').n} pairs of other "
+        say(record, SENTENCES["planted"]),
+        "",
+        say(record, SENTENCES["ends"]),
+        "",
+        "Neurons of `demo` alone that tell harmful from harmless prompts: the five of each span with the largest "
+        f"Cohen's d on {neurons['contrast_train']} train pairs, and their d on {neurons['contrast_test']} "
+        "pairs of other "
         "topics.",
         "",
+        table(pd.DataFrame(record["contrast"])),
+        "",
+        "What overlaps of tops owe to the neurons' size (findings, *Alignment tax* and *Seeds*):",
+        "",
+        table(pd.DataFrame.from_dict(record["scale"], orient="index").reset_index(names="tops")),
     ]
-    lines += [table(contrast(run)), "", "What overlaps of tops owe to the neurons' scale (findings, *Scale*):", ""]
-    lines += [table(pd.DataFrame.from_dict(run.scale_controls(), orient="index").reset_index(names="tops"))]
-    lines += ["", "## Causal effect", *effect(run)]
-    lines += ["", "## Alignment tax", "", *tax_section(run)]
-    lines += ["", "## Seeds", "", *seeds_section(run)]
-    lines += ["", "## Guard", "", *guard_section(run)]
-    lines += ["", "## Cost", "", table(cost(run)), "", taken(run)]
+    lines += ["", "## Causal effect", *effect(record)]
+    lines += ["", "## Alignment tax", "", *tax_section(record)]
+    lines += ["", "## Seeds", "", *seeds_section(record)]
+    lines += ["", "## Guard", "", *guard_section(record)]
+    lines += ["", "## Cost", "", table(cost(record)), "", taken(record)]
     lines += [
         "",
-        f"To stay below {WHOLE} minutes: the ranking by ratio and the phrase judge have {len(size.ratio_shares)} and "
-        f"{len(size.judged_shares)} shares, not eight; the judge reads {size.judged_tokens} tokens of replies to "
-        f"{size.judged} prompts; a seed learns from {size.seed_examples} pairs and as many single prompts.",
+        f"To stay below {WHOLE} minutes: the ranking by ratio and the phrase judge have "
+        f"{len(size['ratio_shares'])} and "
+        f"{len(size['judged_shares'])} shares, not eight; the judge reads {size['judged_tokens']} tokens of replies to "
+        f"{size['judged']} prompts; a seed learns from {size['seed_examples']} pairs and as many single prompts.",
         "",
     ]
     return "\n".join(lines)
 
 
-# --- what the figures say ------------------------------------------------------------------------------------------
-
-
-def findings(run: Any) -> list[str]:
-    """What the figures say, decided by the figures."""
-    out = [line for ranking, one in curves(run) for line in curve_findings(one, ranking)]
-    out.append(ability_finding(run.curve("rms")))
-    shares = run.scores().layer_shares(TOP).numpy()
-    third = len(shares) // 3
-    parts = [shares[:third].sum(), shares[third : len(shares) - third].sum(), shares[len(shares) - third :].sum()]
-    out.append(
-        f"Layers: of the top 5 % of neurons {parts[0]:.0%} are in the first third of the layers, {parts[1]:.0%} in the "
-        f"middle, {parts[2]:.0%} in the last (the paper's distributions are of its own, larger models)."
-    )
-    if run.has_helpful():
-        out += tax_findings(run)
-    return [*out, *seed_findings(run), scale_finding(run), *guard_findings(run)]
-
-
-def curves(run: Any) -> list[tuple[str, Any]]:
-    """What neurons are ranked by, and their curve."""
-    return [("change", run.curve("rms")), ("ratio", run.curve("ratio")), ("change", run.judged_curve())]
-
-
-def curve_findings(one: Any, ranking: str) -> list[str]:
-    frame, what = one.to_dataframe(), f"{one.score}, ranked by {ranking}"
-    row = frame[frame.share == TOP].iloc[0]
-    low, high = PUBLISHED
-    place = "below" if row.effect < low else "above" if row.effect > high else "inside"
-    if row.p_value > 0.05:
-        beats = "no more than random neurons of the same layers"
-    elif row.ci_low <= row.random_high:
-        beats = "more than every random set, but not beyond what prompts leave open"
-    else:
-        beats = "more than random neurons of the same layers"
-    out = [
-        f"C at the top 5 % on {what}: {row.effect:.2f} ({row.ci_low:.2f} to {row.ci_high:.2f}), {place} the published "
-        f"range ({low} to {high}, median 0.80); {beats} ({row.random_low:.2f} to {row.random_high:.2f}, p = "
-        f"{row.p_value:.3f})."
-    ]
-    against = frame[frame.ci_high < 0]
-    if len(against):
-        points = ", ".join(
-            f"{r.share:.1%} ({r.effect:.2f}; random {r.random_low:.2f} to {r.random_high:.2f})"
-            for r in against.itertuples()
-        )
-        out.append(f"At small shares C on {what}, is **negative**: with them the base model refuses less. {points}.")
-    measured = ", ".join(f"{share:.3g}" for share in frame.share * 100)
-    reached = one.smallest(0.9)
-    if reached is None:
-        return [*out, f"C never reaches 0.9 on {what} (measured at {measured} %)."]
-    row = frame[frame.share == reached].iloc[0]
-    band = "nothing is left for random sets there"
-    if not np.isnan(row.random_mean):
-        band = f"random sets there: {row.random_low:.2f} to {row.random_high:.2f}, p = {row.p_value:.3f}"
-        band += f" (they share {row.random_overlap:.0%} of their neurons with the top)"
-        if row.random_mean >= 0.8 * row.effect:
-            band += ", so nearly the same as the top"
-    return [
-        *out,
-        f"The smallest share measured ({measured} %) with C of at least 0.9 on {what}: {reached:.0%}; {band}.",
-    ]
-
-
-def ability_finding(one: Any) -> str:
-    """What harmless replies pay, at the first share measured and with all neurons."""
-    frame = one.harmless.to_dataframe()
-    few, whole = frame.iloc[0], frame.iloc[len(one.shares)]
+def later(record: Record) -> list[str]:
+    """Parts that were measured after the others."""
+    found = record.get("later", {}).values()
     return (
-        f"General ability: the aligned model repeats {whole.agreement:.0%} of the base's replies to ordinary questions "
-        f"(KL {whole.kl:.2f} nats a token); the top {one.shares[0]:.1%} alone brings that to {few.agreement:.0%} (KL "
-        f"{few.kl:.2f})."
+        ["", *(f"*{what['section']}* was measured on {what['date']}, {what['how']}." for what in found)]
+        if found
+        else []
     )
 
 
-def scale_finding(run: Any) -> str:
-    """What overlaps owe to scale."""
-    parts = [
-        f"{name}: {found['change']:.0%} of the tops by change are common, and {found['large in the base']:.0%} of each "
-        f"are among as many neurons with the largest activations in the base; by ratio {found['ratio']:.0%} are common "
-        f"({found['ratio, permuted in layers']:.0%} permuted within layers, largest p {found['largest p']:.3f})"
-        for name, found in run.scale_controls().items()
-    ]
-    return (
-        f"Scale: a change is as large as its neuron, which no permutation keeps. {'; '.join(parts)}. What the overlap "
-        "by ratio adds to its permuted value is agreement that scale does not explain."
-    )
-
-
-def guard_findings(run: Any) -> list[str]:
-    frame = guard_frame(run)
-    ours, random = frame[frame.feature == "neurons"].set_index("test"), frame[frame.feature == "random"]
-    null = int(random.margin_is_null.sum())
-    others = frame[frame.feature.isin(["resid", "direction", "tfidf"])].groupby("test").auroc.max()
-    beaten = [name for name in ours.index if others[name] >= ours.auroc[name]]
-    worst = ours.loc[ours.auroc.idxmin()]
-    rates = ours.fpr_at_95_tpr
-    out = [
-        f"Guard: mean accuracy over {len(ours)} test sets {ours.accuracy.mean():.1%}, of as many random neurons "
-        f"{random.accuracy.mean():.1%} (the paper's 76.2 % is of other models, labels and prompts). The margin in "
-        f"AUROC over random neurons is null on {null} of {len(random)} test sets; in the paper the same baseline is "
-        "within two points of accuracy.",
-        f"Guard: its lowest AUROC is {worst.auroc:.2f} ({worst.auroc_low:.2f} to {worst.auroc_high:.2f}), on "
-        f"*{worst.name}*; to catch 95 % of unsafe replies it flags {rates.min():.0%} to {rates.max():.0%} of the safe.",
-    ]
-    if beaten:
-        out.append(f"Guard: residual stream, direction or TF-IDF do as well or better on {', '.join(beaten)}.")
-    return out
-
-
-def guard_frame(run: Any) -> pd.DataFrame:
-    """The guard's table; its bootstraps take seconds, so they are made once a run."""
-    if "guard" not in run.frames:
-        run.frames["guard"] = run.guard().to_dataframe()
-    return run.frames["guard"]
-
-
-def tax_findings(run: Any) -> list[str]:
-    tax = run.tax()
-    found, frame = tax.agreement.to_dataframe().set_index("measure"), tax.to_dataframe().set_index("model")
-    overlap = found.loc["overlap"]
-    verdict = "as in" if overlap.layered_p < 0.05 else "not as in"
-    out = [
-        f"Alignment tax: {overlap.observed:.1%} of the two tops are common, {overlap.layered_mean:.1%} if permuted "
-        f"within layers (p = {overlap.layered_p:.3f}), {verdict} the paper, where safety and helpfulness neurons "
-        "overlap more than by chance (but see scale, below)."
-    ]
-    for model, own, wanted, other in (
-        ("safe <- helpful", "safe", [False, True], "the paper, where safety falls and helpfulness rises"),
-        ("helpful <- safe", "helpful", [True, False], "the paper, where safety rises and helpfulness falls"),
-    ):
-        parts, moved, apart = [], [], []
-        for kind in KINDS:
-            row, before = frame.loc[model], frame.loc[own, kind]
-            moved.append(bool(row[kind] > before))
-            apart.append(row[f"{kind}_p"] < 0.05)
-            parts.append(
-                f"{kind} from {before:.2f} to {row[kind]:.2f} (random sets: {row[f'{kind}_random_low']:.2f} to "
-                f"{row[f'{kind}_random_high']:.2f}, p = {row[f'{kind}_p']:.3f})"
-            )
-        verdict = "not as in" if moved != wanted else "as in" if all(apart) else "in the directions of"
-        weak = [
-            f"{kind} moves no further than with random neurons"
-            for kind, far in zip(KINDS, apart, strict=True)
-            if not far
-        ]
-        said = "; ".join([*parts, f"{verdict} {other}", *weak])
-        out.append(f"With the common neurons of the other ({model}): {said}.")
-    return out
-
-
-def seed_findings(run: Any) -> list[str]:
-    frame, refused = seeds(run), seed_refusals(run)
-    overlap, permuted = frame.overlap, frame["overlap, permuted in layers"]
-    rates = {side: refused[side].sum() / refused.of.sum() for side in ("harmful", "harmless")}
-    out = [
-        f"Seeds: any two of {run.size.seeds} share {overlap.mean():.1%} of their top 5 % on average "
-        f"({overlap.min():.1%} to {overlap.max():.1%}; permuted within layers {permuted.mean():.1%}; largest p "
-        f"{frame['overlap, p'].max():.3f}). In the paper different training runs give largely the same neurons. "
-        f"The seeds refuse {rates['harmful']:.0%} of harmful prompts and {rates['harmless']:.0%} of their twins."
-    ]
-    weak = refused[refused.harmful < 0.1 * refused.of].seed.tolist()
-    if weak:
-        out.append(
-            f"**Seeds {weak} refuse less than a tenth of harmful prompts**: what they agree on is not what makes a "
-            "model refuse."
-        )
-    if rates["harmless"] > 0.5 * rates["harmful"]:
-        out.append(
-            "**The seeds refuse many of the harmless twins too**, so their agreement says little about what tells "
-            "harmful from harmless."
-        )
-    return out
-
-
-# --- sections ------------------------------------------------------------------------------------------------------
-
-
-def cards(run: Any) -> pd.DataFrame:
-    found = run.cards()
-    frame = found.to_dataframe()
-    for column in ("promoted", "suppressed"):
-        frame[column] = [", ".join(map(code, row)) for row in frame[column]]
-    frame["active"] = [
-        ", ".join(f"{code(one.context[-14:] + one.token)} {one.activation:.1f}" for one in row[:3])
-        for row in found.active
-    ]
-    return frame
-
-
-def checks(run: Any) -> list[str]:
-    """What must hold on this pair whatever the paper says."""
-    planted, ends = run.planted(), run.ends()
-    done = f"{planted['prompts']} prompts x {planted['tokens']} tokens"
-    lines = [
-        f"Planted: of {planted['neurons']} neurons scaled by {planted['factor']:g} in a copy of the base, "
-        f"{planted['ratio']:.1%} are among as many of the highest ratio scores and {planted['rms']:.1%} of the highest "
-        f"rms scores ({done}; asked for: at least 95 % by the ratio). A raw difference is as large as the neuron's own "
-        "scale."
-    ]
-    for name, whose in (("0 %", "base"), ("100 %", "aligned")):
-        found = ends[name]
-        off = found["largest_logit_difference"]
-        lines.append(
-            f"Dynamic patching with {name} of the neurons is the {whose} model: {found['same_replies']} of "
-            f"{found['prompts']} replies are the same, logits differ by at most {off:.0e}."
-        )
-    return [lines[0], "", " ".join(lines[1:])]
-
-
-def contrast(run: Any) -> pd.DataFrame:
-    """The strongest neurons of each span on train pairs, and how strong they are on the others."""
-    keys = ["span", "node"]
-    chosen = run.contrast("train").to_dataframe().groupby("span", sort=False).head(5)[[*keys, "effect"]]
-    found = chosen.merge(run.contrast("test").to_dataframe(), on=keys, suffixes=(", train", ", test"))
-    return found.sort_values("span", kind="stable")
-
-
-def effect(run: Any) -> list[str]:
-    curve, judged, ratio = run.curve("rms"), run.judged_curve(), run.curve("ratio")
+def effect(record: Record) -> list[str]:
     shown = [*CURVE, "random_overlap"]
-    names = [f"{share:.1%}" for share in curve.shares] + ["aligned model", "base model"]
-    ability = curve.harmless.to_dataframe()
-    ability.insert(0, "top share", names)
-    sets = curve.random.shape[1]
+    sets = record["size"]["random_sets"]
+    said = "; ".join(
+        f"{found['score']}: F(base) {Interval(*found['base'])}, F(aligned) {Interval(*found['aligned'])}"
+        for found in (record["ends_of"][name] for name in ("rms", "judge"))
+    )
     lines = ["", "![C against the share of neurons](safety-neurons/causal-effect.svg)", ""]
     lines += [
-        f"C = (F(patched) - F(base)) / (F(aligned) - F(base)). {ends_of(curve)}; {ends_of(judged)}. The random columns "
-        f"are the mean and the 2.5 and 97.5 percentiles of {sets} sets with as many neurons in each layer; p = (1 + "
-        f"sets with C at least the top's) / (1 + sets), so at least {1 / (1 + sets):.3f}, not corrected over shares. "
+        f"C = (F(patched) - F(base)) / (F(aligned) - F(base)). {said}. The random columns are the mean and the 2.5 and "
+        f"97.5 percentiles of {sets} sets with as many neurons in each layer; p = (1 + sets with C at least "
+        "the top's) / "
+        f"(1 + sets), so at least {1 / (1 + sets):.3f}; in the tables it is not adjusted, in the findings it is. "
         "*random_overlap*: where more than half of a layer is in the top, a set holds all of the layer's others and "
         "shares the rest with the top; such sets are hardly random, and their p says little.",
         "",
-        f"{curve.score}, {len(curve.base_scores)} harmful prompts of held-out topics; ranked by change (rms):",
-        "",
     ]
+    for name, what in (
+        ("rms", "{score}, {n} harmful prompts of held-out topics; ranked by change (rms):"),
+        ("ratio", "Ranked by the ratio score:"),
+        ("judge", "Phrase judge, {n} prompts, greedy replies:"),
+    ):
+        lines += [what.format(**record["ends_of"][name]), ""]
+        lines += [
+            table(pd.DataFrame(record["curves"][name])[shown].astype({"p_value": float, "random_mean": float})),
+            "",
+        ]
     lines += [
-        table(curve.to_dataframe()[shown]),
-        "",
-        "Ranked by the ratio score:",
-        "",
-        table(ratio.to_dataframe()[shown]),
-    ]
-    lines += ["", f"Phrase judge, {len(judged.base_scores)} prompts, greedy replies:", ""]
-    lines += [table(judged.to_dataframe()[shown]), ""]
-    lines += [
-        f"General ability on {curve.harmless.kl.shape[1]} ordinary questions of the test split (their subjects may "
+        f"General ability on {record['size']['harmless']} ordinary questions of the test split (their subjects may "
         "recur in what the adapters learned from). All of it is of the base model's own greedy replies, 16 tokens: KL "
         "from the base in nats a token, perplexity, and the share of the reply that the patched model repeats before "
         "it first departs; so the base itself is the best there is, whatever the quality of replies. No random sets "
         "here.",
         "",
     ]
-    return [*lines, table(ability)]
+    return [*lines, table(pd.DataFrame(record["ability"]))]
 
 
-def ends_of(one: Any) -> str:
-    """F of base and aligned model."""
-    found = [
-        interval(float(values.mean()), *mean_interval(values.double().numpy()))
-        for values in (one.base_scores, one.aligned_scores)
-    ]
-    return f"{one.score}: F(base) {found[0]}, F(aligned) {found[1]}"
-
-
-def tax_section(run: Any) -> list[str]:
-    if not run.has_helpful():
+def tax_section(record: Record) -> list[str]:
+    if record["tax"] is None:
         return ["Not run: there is no shipped helpful adapter."]
-    tax = run.tax()
-    overlap = f"; random sets share {tax.random_overlap:.0%} of their neurons with them" if tax.random_overlap else ""
-    names = f"Safety: {tax.scores[0]}, {tax.safety.shape[1]} harmful prompts. Helpfulness: {tax.scores[1]}, "
-    names += (
-        f"{tax.helpfulness.shape[1]} ordinary questions: log-likelihood a token of the project's own short, formatted "
-        "answers. Their form is what `demo-helpful` learned, so this helpfulness is in part a matter of form. Random "
-        "columns are the lowest and highest of the sets. Nulls of the agreement: permutations over all neurons "
-        "(*free*) and within layers (*layered*)."
-    )
-    return [f"{tax!r}{overlap}. {names}", "", table(tax.to_dataframe()), "", table(tax.agreement.to_dataframe())]
-
-
-def seeds(run: Any) -> pd.DataFrame:
-    """Agreement of every two seeds."""
-    rows = []
-    for (a, b), found in run.seed_pairs().items():
-        frame = found.to_dataframe().set_index("measure")
-        row: dict[str, Any] = {"seeds": f"{a}, {b}"}
-        for name in frame.index:
-            row |= {name: frame.observed[name], f"{name}, permuted in layers": frame.layered_mean[name]}
-            row |= {f"{name}, p": frame.layered_p[name]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def seed_refusals(run: Any) -> pd.DataFrame:
-    """How many harmful prompts and harmless twins every seed refuses."""
-    rows = []
-    for seed in range(1, run.size.seeds + 1):
-        found = run.seed_refusals(seed)
-        row = {"seed": seed, "of": found["n"]}
-        for side in ("harmful", "harmless"):
-            low, high = wilson_interval(found[side], found["n"])
-            row |= {side: found[side], f"{side} rate": interval(found[side] / found["n"], low, high)}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def seeds_section(run: Any) -> list[str]:
-    frame = seeds(run)
-    means = []
-    for name in ("overlap", "spearman_top", "spearman_all"):
-        means.append(
-            {
-                "measure": name,
-                "mean": frame[name].mean(),
-                "lowest": frame[name].min(),
-                "highest": frame[name].max(),
-                "permuted in layers": frame[f"{name}, permuted in layers"].mean(),
-                "largest p": frame[f"{name}, p"].max(),
-            }
+    found, null = record["tax_counts"], record["tax_agreement_sized"]
+    overlap = found["random_overlap"]
+    shared = f"; random sets share {overlap:.0%} of their neurons with them" if overlap else ""
+    text = (
+        f"{found['common']} neurons are in both tops{shared}. Safety: {found['scores'][0]}, {found['harmful']} harmful "
+        f"prompts. Helpfulness: {found['scores'][1]}, {found['harmless']} ordinary questions: log-likelihood "
+        "a token of "
+        "the project's own short, formatted answers. Their form is what `demo-helpful` learned, so this helpfulness is "
+        "in part a matter of form. Random columns are the lowest and highest of the sets; p as above, not adjusted. "
+        "Nulls of the agreement: permutations over all neurons (*free*), within layers (*layered*)"
+        + (
+            f", and within layers and {null['bins']} groups of like activation in the base (*sized*), the only "
+            "one that "
+            "keeps the neurons' size."
+            if null
+            else "; neither keeps the neurons' size."
         )
-    size = run.size
+    )
+    agreement = pd.DataFrame(record["tax_agreement"])
     lines = [
-        f"{size.seeds} adapters, each trained for one epoch, at twice the learning rate of the shipped one's first "
-        f"stage, on {size.seed_examples} pairs and as many single prompts drawn by its seed; scored on the "
-        f"same {size.seed_prompts} prompts. Over all pairs of seeds:"
+        text,
+        "",
+        table(pd.DataFrame(record["tax"]).astype({name: float for name in numbers_of(record["tax"])})),
+        "",
     ]
-    lines += ["", table(pd.DataFrame(means)), "", table(frame), "", "What each refuses, test topics:", ""]
-    return [*lines, table(seed_refusals(run))]
+    if null is None:
+        return [*lines, table(agreement)]
+    bins = pd.DataFrame([{"groups": int(k), "overlap, permuted": v} for k, v in null["by_bins"].items()])
+    return [
+        *lines,
+        table(agreement.merge(pd.DataFrame(null["rows"]), on="measure")),
+        "",
+        "The overlap that permutations have, against the number of groups in each layer (1 is *layered*):",
+        "",
+        table(bins),
+    ]
 
 
-def guard_section(run: Any) -> list[str]:
-    made = run.guard_sets()
-    counts = [
+def numbers_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Columns that hold numbers, with None where there is none."""
+    return [name for name in rows[0] if not isinstance(rows[0][name], str)]
+
+
+def seeds_section(record: Record) -> list[str]:
+    frame = pd.DataFrame(record["seeds"])
+    means = [
         {
-            "set": one["name"],
-            "harmful prompts": one["harmful"],
-            "refused by the base": one["harmful"] - sum(one["unsafe"]),
+            "measure": name,
+            "mean": frame[name].mean(),
+            "lowest": frame[name].min(),
+            "highest": frame[name].max(),
+            "permuted in layers": frame[f"{name}, permuted in layers"].mean(),
         }
-        | {"unsafe": sum(one["unsafe"]), "safe": len(one["unsafe"]) - sum(one["unsafe"])}
-        for one in made["sets"]
+        for name in ("overlap", "spearman_top", "spearman_all")
     ]
+    size = record["size"]
+    lines = [
+        f"{size['seeds']} adapters, each trained for one epoch, at twice the learning rate of the shipped one's first "
+        f"stage, on {size['seed_examples']} pairs and as many single prompts drawn by its seed; scored on the "
+        f"same {size['seed_prompts']} prompts. Over all pairs of seeds (permutations within layers leave the neurons' "
+        "size in, so their p is not shown):"
+    ]
+    kept = [name for name in frame.columns if not name.endswith(", p")]
+    lines += ["", table(pd.DataFrame(means)), "", table(frame[kept]), "", "What each refuses, test topics:", ""]
+    return [*lines, table(pd.DataFrame(record["seed_refusals"]))]
+
+
+def guard_section(record: Record) -> list[str]:
     lines = [
         "The watched model is the **base**, which refuses little: a reply is *unsafe* if the prompt is harmful and the "
         "phrase judge finds no refusal, so that here unsafe nearly means that the prompt is harmful. Replies to "
@@ -458,10 +643,10 @@ def guard_section(run: Any) -> list[str]:
         "prompts of the third are among those of the second. *null*: the interval of the neurons' margin in AUROC over "
         "that feature holds 0; *sets' AUROC*: lowest and highest of the random sets."
     ]
-    if made["left_out"]:
-        lines += ["", f"Left out, as their files were not there: {', '.join(made['left_out'])}."]
-    lines += ["", table(pd.DataFrame(counts)), "", "![AUROC](safety-neurons/guard.svg)", ""]
-    frame = guard_frame(run)
+    if record["guard_left_out"]:
+        lines += ["", f"Left out, as their files were not there: {', '.join(record['guard_left_out'])}."]
+    lines += ["", table(pd.DataFrame(record["guard_sets"])), "", "![AUROC](safety-neurons/guard.svg)", ""]
+    frame = guard_frame(record)
     shown = frame[["test", "feature"]].copy()
     for name, low, high in (
         ("auroc", "auroc_low", "auroc_high"),
@@ -469,7 +654,10 @@ def guard_section(run: Any) -> list[str]:
         ("fpr_at_95_tpr", "fpr_low", "fpr_high"),
         ("neurons_margin", "margin_low", "margin_high"),
     ):
-        shown[name] = [interval(*row) for row in frame[[name, low, high]].itertuples(index=False)]
+        shown[name] = [
+            "" if row[0] is None or np.isnan(row[0]) else f"{Interval(*row)}"
+            for row in frame[[name, low, high]].itertuples(index=False, name=None)
+        ]
     shown["null"] = ["" if value is None or value != value else str(bool(value)) for value in frame.margin_is_null]
     shown[["brier", "calibration_error"]] = frame[["brier", "calibration_error"]]
     shown["sets' AUROC"] = [
@@ -478,14 +666,14 @@ def guard_section(run: Any) -> list[str]:
     return [*lines, table(shown)]
 
 
-def cost(run: Any) -> pd.DataFrame:
+def cost(record: Record) -> pd.DataFrame:
     """Measured against asked."""
-    spent, plain_runs = run.clock(), run.cost()
-    seconds = spent["seconds"]
-    factor = plain_runs["patched"] / (plain_runs["base"] + plain_runs["aligned"])
-    whole = sum(seconds.values()) / 60
+    spent = record["cost"]
+    factor = spent["patched"] / (spent["base"] + spent["aligned"])
+    size, whole = record["size"], sum(spent["seconds"].values()) / 60
+    scoring = f"scoring {size['ranked']} prompts x {size['reply_tokens']} new tokens, s"
     rows = [
-        (f"scoring {run.size.ranked} prompts x {run.size.reply_tokens} new tokens, s", seconds["scores"], SCORING),
+        (scoring, spent["seconds"]["scores"], SCORING),
         ("dynamic patching / plain generation of both models", factor, PATCHING),
         ("whole script, min", whole, WHOLE),
     ]
@@ -502,8 +690,8 @@ def cost(run: Any) -> pd.DataFrame:
     return frame
 
 
-def taken(run: Any) -> str:
-    spent = run.clock()
+def taken(record: Record) -> str:
+    spent = record["cost"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in spent["seconds"].items())
     return (
         f"Measured with {spent['threads']} torch threads, models loaded before. Attempts that were interrupted are "
@@ -514,7 +702,7 @@ def taken(run: Any) -> str:
 # --- figures and tables --------------------------------------------------------------------------------------------
 
 
-def figures(run: Any, folder: Path) -> None:
+def figures(record: Record, folder: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "mechsafety"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -523,8 +711,8 @@ def figures(run: Any, folder: Path) -> None:
         plt.close(figure)
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
-    for axis, (ranking, curve) in zip(axes, curves(run), strict=True):
-        frame = curve.to_dataframe()
+    for axis, name in zip(axes, CURVES, strict=True):
+        frame = pd.DataFrame(record["curves"][name]).astype(float)
         known = frame[frame.random_mean.notna()]
         percent = frame.share * 100
         axis.fill_between(known.share * 100, known.random_low, known.random_high, color="0.8", label="random, 95 %")
@@ -533,20 +721,24 @@ def figures(run: Any, folder: Path) -> None:
         axis.errorbar(percent, frame.effect, bars, fmt="o-")
         axis.axhline(1, color="0.5", lw=0.8)
         axis.axhline(0, color="0.5", lw=0.8)
-        axis.set(xscale="log", xlabel="top share of neurons, %", title=f"{curve.score}, by {ranking}")
+        axis.set(
+            xscale="log",
+            xlabel="top share of neurons, %",
+            title=f"{record['ends_of'][name]['score']}, by {CURVES[name]}",
+        )
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("causal effect C")
     axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
     save(figure, "causal-effect")
 
     figure, axis = plt.subplots(figsize=(6, 2.6))
-    shares = run.scores().layer_shares(TOP).tolist()
+    shares = record["layers"]
     axis.bar(range(len(shares)), shares)
     axis.axhline(1 / len(shares), color="0.5", lw=0.8)
     axis.set(xlabel="layer", ylabel=f"share of the top {TOP:.0%}")
     save(figure, "layers")
 
-    frame = guard_frame(run)
+    frame = pd.DataFrame(record["guard"])
     features = ["neurons", "random", "resid", "direction", "tfidf"]
     figure, axis = plt.subplots(figsize=(9, 3))
     tests = frame.test.unique()
@@ -581,10 +773,6 @@ def code(text: str) -> str:
     return f"`` {shown} ``" if "`" in shown else f"`{shown}`"
 
 
-def interval(value: float, low: float, high: float) -> str:
-    return "" if np.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
-
-
 def plain(value: Any) -> Any:
     """JSON has no NaN and no numpy types."""
     if isinstance(value, dict):
@@ -593,3 +781,11 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def main() -> None:
+    write(OUT, json.loads((OUT / f"{NAME}.json").read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """What the benchmarks count and write; their cases are run by `make bench`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from mechsafety.patching import activation_patching, pair_runs
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import memory
+import report
 import run
 from cases import PEER_CASES
 from flops import Shape, floor_ratio, forward, least_for_head
 from growth import grow, growth_cases, plot
 from measure import alone, compare
 from report import markdown
+from statements import say
 from targets import Target
 
 from mechsafety.errors import MechsafetyError
@@ -108,13 +111,49 @@ def test_results_say_what_was_not_run():
     assert "| 8B | bfloat16 | not run |" in text and "| 1B | float32 | not run |" in text
 
 
-@pytest.mark.parametrize(("peak", "verdict"), [(2.5, "met"), (3.5, "missed")])
-def test_memory_of_the_analyses(peak, verdict):
+@pytest.mark.parametrize(
+    ("peak", "grown", "said"),
+    [
+        (2.5, 2.9, "no call over 3 GiB; met, here (the largest takes 2.50 GiB) and at every size below (0 take more)."),
+        (3.5, 2.9, "**missed**: the largest of these takes 3.50 GiB, and of the sizes below 0 take more (none)."),
+        (
+            2.5,
+            3.1,
+            "takes 2.50 GiB, and of the sizes below 1 take more (EAP-IG of every edge, 1 step at 2 pairs and 512",
+        ),
+    ],
+)
+def test_memory_of_the_analyses(peak, grown, said):
+    """The verdict is that of all sizes, not of the small ones alone."""
     place = {"date": "2026-01-01", "versions": {}, "machine": {"cpu": "x", "cores": 2, "ram_gib": 8, "threads": 2}}
     calls = {"small": {"seconds": 1.0, "peak_gib": 1.0}, "large": {"seconds": 2.0, "peak_gib": peak}}
-    text = markdown(place | {"cases": {"memory": place | {"calls": calls, "largest_gib": peak}}}, {}, {})
-    assert f"no call over 3 GiB; {verdict}, the largest takes {peak:.2f} GiB." in text
+    long = {"analysis": "edges", "prompts": 2, "columns": 512, "ours_s": 1.0, "before_gib": 1.0, "peak_gib": grown}
+    cases = {"memory": place | {"calls": calls, "largest_gib": peak}, "edges_columns_512": place | long}
+    text = markdown(place | {"cases": cases}, {}, {})
+    assert said in text
     assert text.index("| large | 2.0 s |") < text.index("| small | 1.0 s | 1.00 GiB |")
+
+
+def test_growth_is_said_by_its_numbers():
+    """Memory that goes from 1.5 to 3.1 GiB grows; where it does not, the sentence is another one."""
+    results = json.loads((Path(report.__file__).parent / "results.json").read_text())
+    said = [say(results["cases"], one) for one in report.GROWTH]
+    assert said[0].startswith(
+        "Exact patching takes more memory with more pairs until its batches are full: 1.53 GiB at 4"
+    )
+    assert said[1].startswith("Edge attribution takes the same at any number of pairs: 1.51 GiB at 4")
+    results["cases"]["edges_prompts_256"]["peak_gib"] = 2.0
+    results["cases"]["heads_prompts_64"]["peak_gib"] = 1.54
+    assert say(results["cases"], report.GROWTH[0]).startswith("Exact patching: 1.53 GiB at 4 pairs, 1.54 at 64")
+    assert say(results["cases"], report.GROWTH[1]).startswith("Edge attribution: 1.51 GiB at 4 pairs")
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    folder = Path(report.__file__).parent
+    results = json.loads((folder / "results.json").read_text())
+    docs = {name: (case.__doc__ or "").split("\n")[0] for name, (case, _) in PEER_CASES.items()}
+    targets = {name: target for name, (_, target) in PEER_CASES.items()}
+    assert markdown(results, docs, targets) == (folder / "RESULTS.md").read_text(), "draw it again: run.write"
 
 
 @pytest.fixture

@@ -138,7 +138,9 @@ def compare_neurons(
         share,
         count,
         observed,
-        *(nulls[name] for name in NULLS),
+        nulls["free"],
+        nulls["layered"],
+        nulls["sized"],
         bins,
     )
 

@@ -80,11 +80,13 @@ def folded_edges(
     for ends, marks in sums.items():
         total = totals[ends]
         status = "measured" if all(mark.status != "estimated" for mark in marks) else "estimated"
-        shapes = edge_shapes(total, status, ends[2], magnitude(total) / (largest or 1.0), paths[ends], grid.unit)
+        linking = all(mark.linking for mark in marks)
+        strength = magnitude(total) / (largest or 1.0)
+        shapes = edge_shapes(total, status, ends[2], strength, paths[ends], grid.unit, linking=linking)
         effect = "effects sum to" if len(marks) > 1 else "effect"
         words = f"{count_of(len(marks), 'edge')}, {effect} {number(total)}"
         title = f"{ends[0]} to {ends[1]}, slot {ends[2]}: {words}"
-        kept.append(EdgeMark(*ends, total, status, shapes, title, n_edges=len(marks)))
+        kept.append(EdgeMark(*ends, total, status, shapes, title, n_edges=len(marks), linking=linking))
     return sorted(kept, key=lambda mark: (magnitude(mark.effect), mark.title))
 
 

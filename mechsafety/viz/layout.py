@@ -39,7 +39,7 @@ from mechsafety.viz.marks import (
 from mechsafety.viz.placement import Placement, place
 from mechsafety.viz.routing import Bundle, Routes, route
 from mechsafety.viz.style import Style, groups, lane_of, lane_order
-from mechsafety.viz.words import caption, edge_title, node_title, plain
+from mechsafety.viz.words import caption, edge_title, linking_edges, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
 TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks, and the most that they take together
@@ -251,9 +251,11 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
     drawn = [member for member in known if member.edge in routes.bundle]
     largest = max((magnitude(member.effect) for member in edges), default=0.0) or 1.0
+    linked = linking_edges(circuit)
     # the weakest first; what is folded is summed before the weak ones are left out
     curves = [
-        _edge(frame, places, member, routes.bundle[member.edge], largest, placement) for member in reversed(drawn)
+        _edge(frame, places, member, routes.bundle[member.edge], largest, placement, member.edge in linked)
+        for member in reversed(drawn)
     ]
     if style.fold:
         shown = [mark for mark, _ in supers if mark.group in style.fold]
@@ -265,7 +267,7 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
     sentences = caption(circuit, sum(mark.n_edges for mark in curves))
-    swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom)
+    swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom, linked)
     return Layout(
         width,
         height,
@@ -336,6 +338,7 @@ def _edge(
     bundle: Bundle,
     largest: float,
     placement: Placement,
+    linking: bool,
 ) -> EdgeMark:
     edge = member.edge
     sender, receiver = places[str(edge.sender)], places[str(edge.receiver)]
@@ -373,11 +376,19 @@ def _edge(
         points += [(rise, level(out)), (sender.x, level(out)), (sender.x, sender.y - sender.height / 2)]
     points = [point for k, point in enumerate(points) if k == 0 or point != points[k - 1]]
     commands = rounded(_straight(points), 5 * frame.unit)
-    shapes = edge_shapes(
-        member.effect, member.status, edge.slot, magnitude(member.effect) / largest, commands, frame.unit
-    )
+    strength = magnitude(member.effect) / largest
+    shapes = edge_shapes(member.effect, member.status, edge.slot, strength, commands, frame.unit, linking=linking)
     return EdgeMark(
-        sender.key, receiver.key, edge.slot, member.effect, member.status, shapes, edge_title(member), (), member
+        sender.key,
+        receiver.key,
+        edge.slot,
+        member.effect,
+        member.status,
+        shapes,
+        edge_title(member, linking),
+        (),
+        member,
+        linking=linking,
     )
 
 

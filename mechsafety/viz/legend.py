@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.nodes import Edge
 from mechsafety.viz.marks import (
     FAINT,
     INK,
@@ -19,7 +20,7 @@ from mechsafety.viz.marks import (
     text_width,
 )
 from mechsafety.viz.style import Style
-from mechsafety.viz.words import role_name
+from mechsafety.viz.words import linking_edges, role_name
 
 # a title, and (kind of swatch, its key, text) an item
 Row = tuple[str, list[tuple[str, str, str]]]
@@ -34,9 +35,10 @@ def legend_and_caption(
     edges: Collection[CircuitEdge],
     width: float,
     top: float,
+    linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
     """Shapes, texts and the picture's full height; the legend names only what the circuit has."""
-    rows = [*_node_rows(nodes), *_edge_rows(edges)] if nodes else []
+    rows = [*_node_rows(nodes), *_edge_rows(edges, linked)] if nodes else []
     return _under(style, style.font, rows, sentences, width, top)
 
 
@@ -44,8 +46,9 @@ def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float)
     """The legend of several circuits as a picture of its own."""
     nodes = [member for circuit in circuits for member in circuit.nodes]
     edges = [member for circuit in circuits for member in circuit.edges]
+    linked = frozenset().union(*map(linking_edges, circuits))
     shown = replace(style, legend=True, caption=False)
-    shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0)
+    shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0, linked)
     return Layout(width, height, (), (), 0, shapes, labels, "Legend", "What shapes, colours and lines mean.")
 
 
@@ -56,9 +59,10 @@ def edge_legend(
     sentences: Sequence[str],
     width: float,
     top: float,
+    linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
     """The same for a picture whose nodes explain themselves."""
-    return _under(style, font, _edge_rows(edges), sentences, width, top)
+    return _under(style, font, _edge_rows(edges, linked), sentences, width, top)
 
 
 def _under(
@@ -152,13 +156,15 @@ def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
     ]
 
 
-def _edge_rows(edges: Collection[CircuitEdge]) -> list[Row]:
+def _edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list[Row]:
     if not edges:
         return []
     slots = {"mlp" if member.edge.slot == "resid" else member.edge.slot for member in edges}
     marks = [("edge", status, status) for status in NODE_STATUS if any(member.status == status for member in edges)]
     if any(member.effect < 0 for member in edges):
         marks.append(("edge", "negative", "negative effect"))
+    if any(member.edge in linked for member in edges):
+        marks.append(("edge", "linking", "kept only to connect a node"))
     return [
         ("into", [("slot", slot, text) for slot, text in SLOT_TITLES if slot in slots]),
         ("edge", [*marks, ("", "", "width: |effect|")]),
@@ -172,9 +178,10 @@ def _swatch(kind: str, key: str, x: float, y: float, unit: float) -> list[Shape]
         return [node_shape("none", key, 0.7, x, y, 24 * unit, 13 * unit)]
     if not kind:
         return []
-    status = "measured" if kind == "slot" or key == "negative" else key
+    status = "measured" if kind == "slot" or key in ("negative", "linking") else key
     slot = key if kind == "slot" else "v"
-    shapes = edge_shapes(-0.2 if key == "negative" else 0.2, status, slot, 0.25, line((0, 0), (0, 26 * unit)), unit)
+    effect, stroke = -0.2 if key == "negative" else 0.2, line((0, 0), (0, 26 * unit))
+    shapes = edge_shapes(effect, status, slot, 0.25, stroke, unit, linking=key == "linking")
     return [_turned(shape, x + 12 * unit, y) for shape in shapes]
 
 

@@ -27,6 +27,8 @@ INK, MUTED, FAINT, PAPER, BAR = "#1B1F24", "#5B6470", "#D5D9DF", "#FFFFFF", "#EE
 # what is written on a node's fill keeps its colour on a dark page
 ON_DARK, ON_LIGHT = "#FEFEFE", "#14181D"
 EDGE, NEGATIVE, GUESSED, GUESSED_NEGATIVE, REFUTED = "#3F4956", "#9C2F6B", "#8D96A2", "#C78BAC", "#C3C8CF"
+# edges that are kept only so that a node lies on a path: colour, and dashes in line widths
+LINK, LINK_DASHES = "#6E9BC5", (5.0, 1.5, 1.0, 1.5)
 # (slot): dashes in line widths; the port's place on the receiver's lower rim as a share of its width
 DASHES = {"q": (1.0, 1.6), "k": (4.0, 2.0), "v": (), "mlp": (), "resid": ()}
 PORTS = {"q": -0.3, "k": 0.0, "v": 0.3, "mlp": 0.0, "resid": 0.0}
@@ -42,6 +44,7 @@ DARK = {
     GUESSED: "#6E7A88",
     GUESSED_NEGATIVE: "#95587A",
     REFUTED: "#4A535E",
+    LINK: "#4E7CA8",
 }
 
 
@@ -108,7 +111,7 @@ class NodeMark:
 class EdgeMark:
     """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks.
 
-    ``n_edges`` is how many edges of the circuit it sums.
+    ``n_edges`` is how many edges of the circuit it sums; ``linking``: all of them are kept only to connect a node.
     """
 
     sender: str
@@ -121,6 +124,7 @@ class EdgeMark:
     labels: tuple[Label, ...] = ()
     member: CircuitEdge | None = None
     n_edges: int = 1
+    linking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,17 +308,25 @@ def edge_colour(effect: float, status: str) -> str:
 
 
 def edge_shapes(
-    effect: float, status: str, slot: str, strength: float, commands: tuple[Command, ...], unit: float = 1.0
+    effect: float,
+    status: str,
+    slot: str,
+    strength: float,
+    commands: tuple[Command, ...],
+    unit: float = 1.0,
+    *,
+    linking: bool = False,
 ) -> tuple[Shape, ...]:
     """An edge: its curve, which begins at the receiver, and the marks there.
 
     Width grows with ``strength`` (0 to 1). The slot is told by dashes and by the mark: circle q, square k, triangle for
     the others; filled where measured, hollow where estimated, a cross where rejected. A bar before the mark: negative.
+    ``linking``: an edge that is kept only to connect a node has a colour and dashes of its own.
     """
-    colour = edge_colour(effect, status)
+    colour = LINK if linking else edge_colour(effect, status)
     # estimates are drawn thinner than measurements of the same size
     width = unit * (0.8 + (2.4 if status in ("measured", "verified") else 1.6) * strength)
-    dashes = tuple(round(part * max(width, 1.2 * unit), 2) for part in DASHES[slot])
+    dashes = tuple(round(part * max(width, 1.2 * unit), 2) for part in (LINK_DASHES if linking else DASHES[slot]))
     x, y = commands[0][1]
     size = unit * 2.6 + 0.45 * width
     shapes = [Shape(commands, None, colour, width, dashes)]

@@ -75,7 +75,7 @@ def render_report(circuit: RefusalCircuit) -> str:
             _node(member, (check.minimality or {}).get(str(member.node)))
             for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))
         ],
-        edges=[_edge(member) for member in circuit.edges],
+        edges=[_edge(member, member.edge in words.linking_edges(circuit)) for member in circuit.edges],
         n_measured=sum(member.status != "estimated" for member in circuit.edges),
         attention=attention_html(_strongest_heads(circuit)) if details and details.attention else None,
         samples=_samples(circuit),
@@ -258,7 +258,7 @@ def _node(member: CircuitNode, lost: float | None) -> dict[str, Any]:
     }
 
 
-def _edge(member: CircuitEdge) -> dict[str, Any]:
+def _edge(member: CircuitEdge, linking: bool) -> dict[str, Any]:
     return {
         "sender": str(member.edge.sender),
         "receiver": str(member.edge.receiver),
@@ -266,7 +266,7 @@ def _edge(member: CircuitEdge) -> dict[str, Any]:
         "effect": words.number(member.effect, 4),
         "raw": _sortable(member.effect),
         "estimate": words.number(member.estimate, 4),
-        "status": member.status,
+        "status": f"{member.status}; only connects" if linking else member.status,
     }
 
 

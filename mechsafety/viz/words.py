@@ -4,6 +4,7 @@ import math
 import re
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
+from mechsafety.nodes import Edge
 
 NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
@@ -103,6 +104,8 @@ def caption(
     controls = check.random_controls
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
     edges += f" ({which})" if drawn < len(circuit.edges) else ""
+    linked = len(linking_edges(circuit))
+    edges += f", {linked} of the circuit's kept only to connect a node" if linked else ""
     model = plain(circuit.provenance.model, 60)
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
@@ -145,12 +148,18 @@ def node_title(member: CircuitNode) -> str:
     )
 
 
-def edge_title(member: CircuitEdge) -> str:
+def linking_edges(circuit: RefusalCircuit) -> frozenset[Edge]:
+    """Edges that are kept only because a node would else lie on no path from ``embed`` to ``logits``."""
+    return frozenset(circuit.search.linked if circuit.search else ())
+
+
+def edge_title(member: CircuitEdge, linking: bool = False) -> str:
     """An edge's tooltip."""
     edge = member.edge
     text = f"{edge.sender} → {edge.receiver}, slot {edge.slot}: effect {number(member.effect)}, {member.status}"
     replaced = member.estimate is not None and member.status != "estimated"
-    return f"{text} (gradient estimate {number(member.estimate)})" if replaced else text
+    text = f"{text} (gradient estimate {number(member.estimate)})" if replaced else text
+    return f"{text}; kept only to connect a node" if linking else text
 
 
 def evidence(member: CircuitNode) -> tuple[str, ...]:

@@ -10,10 +10,19 @@ from circuits_drawn import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Edge, Node, RefusalCircuit, RoleEvidence
+from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Edge, Node, RefusalCircuit, RoleEvidence, Search
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz.layout import layout_circuit, layout_circuits
-from mechsafety.viz.marks import DASHES, PORTS, ROLE_COLOURS, ROLE_OUTLINES, Layout, luminance
+from mechsafety.viz.marks import (
+    DASHES,
+    LINK,
+    LINK_DASHES,
+    PORTS,
+    ROLE_COLOURS,
+    ROLE_OUTLINES,
+    Layout,
+    luminance,
+)
 from mechsafety.viz.placement import crossings, place
 from mechsafety.viz.style import Positions, Style
 
@@ -249,6 +258,23 @@ def test_estimated_measured_rejected_and_negative_edges_differ(small: RefusalCir
     assert (measured[1].fill, estimated[1].fill) == (measured[1].stroke, "#FFFFFF")
     assert len(kinds["measured", False]) == len(measured) + 1  # the bar across
     assert len(kinds["rejected", True]) == 3 and kinds["rejected", True][1].fill is None  # the cross
+
+
+def test_edges_kept_only_to_connect_have_a_look_of_their_own(small: RefusalCircuit) -> None:
+    """A reader takes no line for a path of the circuit that stands there only so that a node is fed."""
+    link, other = small.edges[0], small.edges[1]
+    linked = replace(small, search=Search(3, 0, linked=(link.edge,)))
+    marks = {mark.member.edge: mark for mark in layout_circuit(linked).edges}
+    assert marks[link.edge].linking and not marks[other.edge].linking
+    assert marks[link.edge].shapes[0].stroke == LINK != marks[other.edge].shapes[0].stroke
+    assert len(marks[link.edge].shapes[0].dashes) == len(LINK_DASHES) != len(DASHES["k"])
+    assert marks[link.edge].title.endswith("; kept only to connect a node")
+    texts = [label.text for label in layout_circuit(linked).labels]
+    assert "kept only to connect a node" in texts
+    assert "1 of the circuit's kept only to connect a node" in layout_circuit(linked).description.replace("\u00a0", " ")
+    plain = layout_circuit(replace(small, search=None))
+    assert not any(mark.linking for mark in plain.edges) and "only to connect" not in plain.description
+    assert "kept only to connect a node" not in [label.text for label in plain.labels]
 
 
 def test_static_pictures_draw_the_strongest_edges_at_the_same_places(large: RefusalCircuit) -> None:

@@ -1,0 +1,198 @@
+"""Sentences of results pages are said only while their numbers carry them; pages are those of their stored JSON."""
+
+import inspect
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import refusal_direction_page
+import report
+import safety_neurons_page
+import statements
+import truth
+from statements import Interval, Rate, Sentence, UncarriedError, look_up, say
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+def stored(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# --- the mechanism ----------------------------------------------------------------------------------------------------
+
+RECORD = {"rates": {"as it is": [90, 100], "removed": [15, 100]}, "curve": [{"share": 0.05, "at": "x", "c": 0.17}]}
+CUTS = Sentence(
+    "Removing it cuts refusals from {before:short} to {after}.",
+    {
+        "before": lambda r: Rate.of(look_up(r, "rates/as it is")),
+        "after": lambda r: Rate.of(look_up(r, "rates/removed")),
+    },
+    lambda before, after: after.high < before.low,
+)
+
+
+def test_a_sentence_is_said_with_its_numbers():
+    assert say(RECORD, CUTS) == "Removing it cuts refusals from 90% to 15% (15 of 100; 9% to 23%)."
+
+
+def test_a_sentence_that_its_numbers_do_not_carry_is_not_said():
+    weaker = {"rates": {"as it is": [90, 100], "removed": [85, 100]}}
+    with pytest.raises(UncarriedError, match=r"^no longer carried by its numbers \(before = 90% \(90 of 100"):
+        say(weaker, CUTS)
+    plain = Sentence(CUTS.text, CUTS.numbers, CUTS.holds, "Refused: {before:short} and, removed, {after}.")
+    assert say(weaker, plain) == "Refused: 90% and, removed, 85% (85 of 100; 77% to 91%)."
+    chained = Sentence(CUTS.text, CUTS.numbers, CUTS.holds, plain)
+    assert say(weaker, chained) == say(weaker, plain) and say(RECORD, chained) == say(RECORD, CUTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "holds", "message"),
+    [
+        ("Refusal is cut.", {"c": "c"}, lambda c: c > 0, r"'Refusal is cut.': c not both stored and named"),
+        ("It is {c}.", {}, lambda c: c > 0, r"c not both stored and named"),
+        ("It is {c}.", {"c": "c"}, lambda d: d > 0, r"d not both stored and named"),
+        ("It is {c}.", {"c": "c"}, lambda: True, r"a condition on no number"),
+    ],
+)
+def test_a_sentence_names_the_numbers_that_carry_it(text, numbers, holds, message):
+    with pytest.raises(UncarriedError, match=message):
+        Sentence(text, numbers, holds)
+
+
+def test_another_wording_names_the_same_numbers():
+    with pytest.raises(UncarriedError, match=r"^'It is not.' names other numbers than 'It is {c}.'$"):
+        Sentence("It is {c}.", {"c": "c"}, lambda c: c > 0, "It is not.")
+
+
+def test_numbers_are_found_by_their_path():
+    assert look_up(RECORD, "curve/share=0.05,at=x/c") == look_up(RECORD, "curve/0/c") == 0.17
+    for path, message in (
+        ("rates/none", r"^nothing stands at 'none' of 'rates/none'$"),
+        ("curve/share=0.1/c", r"^'curve/share=0.1/c': 0 rows are 'share=0.1'$"),
+        ("curve/3/c", r"^nothing stands at '3' of"),
+    ):
+        with pytest.raises(UncarriedError, match=message):
+            look_up(RECORD, path)
+
+
+def test_intervals_and_rates_as_text():
+    found = Interval.of({"c": 0.5, "c_low": 0.25, "c_high": 0.75}, "c")
+    assert f"{found}" == "0.50 (0.25 to 0.75)" and f"{found:.1%}" == "50.0% (25.0% to 75.0%)"
+    assert found.holds(0.25) and not found.holds(0.2)
+    assert f"{Rate(9, 10):short}" == "90%" and Rate(9, 10).low == pytest.approx(0.596, abs=1e-3)
+
+
+# --- every sentence of every page -----------------------------------------------------------------------------------
+
+
+def sentences():
+    """All sentences of all pages, with the record that carries them; other wordings included."""
+    direction, neurons = stored("refusal-direction"), stored("safety-neurons")
+    bench = json.loads((ROOT / "benchmarks" / "results.json").read_text())["cases"]
+    pages = [
+        (direction, [refusal_direction_page.SENTENCES[name] for name in refusal_direction_page.told(direction)]),
+        (direction, [refusal_direction_page.subspace_sentence(direction)]),
+        (neurons, [safety_neurons_page.SENTENCES[name] for name in safety_neurons_page.told(neurons)]),
+        (neurons, [safety_neurons_page.curve_sentence(name) for name in safety_neurons_page.CURVES]),
+        (neurons, [safety_neurons_page.negative_sentence("rms")]),
+        (neurons, [safety_neurons_page.smallest_sentence(name) for name in safety_neurons_page.CURVES]),
+        (bench, [report.LIMIT, *report.GROWTH]),
+        (stored("ground-truth"), truth.SENTENCES.values()),
+    ]
+    for record, listed in pages:
+        for sentence in listed:
+            while isinstance(sentence, Sentence):
+                yield record, sentence
+                sentence = sentence.otherwise
+
+
+def variants(value):
+    """Values that a number of this kind might have had."""
+    if isinstance(value, Rate):
+        return [value, Rate(0, value.n), Rate(value.n, value.n), Rate(value.n // 2, value.n)]
+    if isinstance(value, Interval):
+        return [value, Interval(0.0, -1.0, 1.0), Interval(9.0, 8.0, 10.0), Interval(-9.0, -10.0, -8.0)]
+    if isinstance(value, bool | str):
+        return [value]
+    return [value, 0, 1, -1, 100, value / 2, 2 * value]
+
+
+def test_no_condition_holds_whatever_the_numbers():
+    """A sentence that cannot fail is no statement."""
+    n = 0
+    for record, sentence in sentences():
+        values = sentence.values(record)
+        names = list(inspect.signature(sentence.holds).parameters)
+        found = {
+            sentence.carried(dict(zip(names, drawn, strict=True)))
+            for drawn in itertools.product(*(variants(values[name]) for name in names))
+        }
+        assert found == {True, False}, sentence.text
+        n += 1
+    assert n > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("refusal-direction", refusal_direction_page.page), ("safety-neurons", safety_neurons_page.page)]
+)
+def test_the_committed_page_is_that_of_the_committed_json(name, page):
+    assert page(stored(name)) == (RESULTS / f"{name}.md").read_text(), f"draw it again: scripts/{name}_page.py"
+
+
+def test_the_committed_ground_truth_is_that_of_the_committed_json():
+    assert truth.table(stored("ground-truth")) == (RESULTS / "ground-truth.md").read_text()
+
+
+# --- statements that were said without being carried ------------------------------------------------------------------
+
+
+def test_a_direction_that_removes_less_changes_the_page():
+    record = stored("refusal-direction")
+    record["rates"]["JailbreakBench"]["direction removed"] = [85, 100]
+    assert "Removing it does **not** cut refusals" in refusal_direction_page.page(record)
+
+
+def test_the_depth_limit_is_said_where_it_decides():
+    record = stored("refusal-direction")
+    said = say(record, refusal_direction_page.SENTENCES["depth"])
+    assert "takes layers below 24, and 23 is the deepest" in said
+    assert "layer 26 (bypass -3.62), layer 29 (bypass -4.55)" in said
+    for row in record["candidates"]:
+        row["kl"] = 1.0 if row["layer"] > 23 else row["kl"]
+    assert say(record, refusal_direction_page.SENTENCES["depth"]).endswith(
+        "0 more candidates meet the conditions with a lower bypass score."
+    )
+
+
+def test_more_than_random_needs_an_adjusted_p():
+    """Twenty sets allow p of 1/21 at least; over all points that were looked at, nothing is left of it."""
+    record = stored("safety-neurons")
+    first = safety_neurons_page.curve_sentence("rms")
+    assert "No difference is claimed: with 20 sets" in say(record, first)
+    for curve in record["curves"].values():
+        for row in curve:
+            row["p_value"] = row["p_value"] and 0.002
+    assert "That is more than random neurons of the same layers" in say(record, first)
+
+
+def test_one_rule_for_what_does_as_well():
+    """A baseline does as well where the interval of the margin holds 0, random neurons and others alike."""
+    record = stored("safety-neurons")
+    text = "\n".join(safety_neurons_page.findings(record))
+    assert "null, its interval holding 0, on 4 of 5 test sets" in text
+    assert "by the same rule, on 4 of 5 test sets at least one of residual stream" in text
+    for row in record["guard"]:
+        row["margin_is_null"] = None if row["margin_is_null"] is None else False
+    assert "by the same rule, on 0 of 5 test sets" in say(record, safety_neurons_page.SENTENCES["plain"])
+
+
+def test_a_table_survives_a_bar():
+    assert statements.table(["a"], [["x|y"]])[-1] == "| x\\|y |"
