@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium on this machine: apt-get install chromium, or set CHROMIUM to its path")
     sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     with sync_api.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        launched = driver.chromium.launch(executable_path=path, headless=True, args=FLAGS, timeout=120_000)
         yield launched
         launched.close()
 

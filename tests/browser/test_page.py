@@ -72,21 +72,21 @@ def of_300_nodes():
     return build(rng.sample(every, 300), 200, n_layers=24, n_heads=16)
 
 
-@pytest.mark.parametrize(
-    ("circuit", "seconds"), [(lambda: RefusalCircuit.load(DEMO), 1.0), (of_300_nodes, 3.0)], ids=["demo", "300"]
-)
-def test_is_interactive_in_time(show, circuit, seconds: float) -> None:
+@pytest.mark.parametrize("circuit", [lambda: RefusalCircuit.load(DEMO), of_300_nodes], ids=["demo", "300"])
+def test_a_page_is_small_and_a_click_touches_little(show, circuit) -> None:
+    """What makes a page slow, counted: its bytes, its elements, what one click changes. Seconds are the machine's."""
     drawn = circuit()
-    page, took = show(circuit_html(drawn)).page, []
-    # the fastest of a few openings: what the page itself takes, on a machine that may be busy with other things
-    while not took or (min(took) >= seconds and len(took) < 8):
-        took.append(page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") / 1000)
-        page.reload()
+    text = circuit_html(drawn)
+    page, parts = show(text).page, len(drawn.nodes) + len(drawn.edges)
     assert count(page, ".node[data-role]") == len(drawn.nodes)
-    assert min(took) < seconds
-    start = page.evaluate("performance.now()")
-    page.evaluate("document.querySelector('.node[data-role]').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
-    assert page.evaluate("performance.now()") - start < 1000
+    assert len(text) < 60_000 + 800 * parts and count(page, "*") < 400 + 6 * parts
+    changes = page.evaluate("""() => {
+        const watcher = new MutationObserver(() => {});
+        watcher.observe(document.body, {subtree: true, childList: true, attributes: true});
+        document.querySelector('.node[data-role]').dispatchEvent(new MouseEvent('click', {bubbles: true}));
+        return watcher.takeRecords().length;
+    }""")
+    assert 0 < changes < 2 * parts
 
 
 def test_hovering_shows_a_card(show, small) -> None:
@@ -284,7 +284,7 @@ def test_wheel_zooms_and_drag_pans(show, small) -> None:
     before = view_box(page)
     page.mouse.move(400, 300)
     page.mouse.wheel(0, -400)
-    for _ in range(100):  # the page's policy forbids what wait_for_function does
+    for _ in range(2400):  # two minutes; the page's policy forbids what wait_for_function does
         if page.evaluate("document.querySelector('.pane svg').viewBox.baseVal.width") < before[2] - 1:
             break
         page.wait_for_timeout(50)
@@ -442,7 +442,7 @@ def test_comparison_switches_between_difference_and_sides(show, small) -> None:
     assert places[0].split()[:2] == places[1].split()[:2]
     page.mouse.move(300, 300)
     page.mouse.wheel(0, -300)
-    page.wait_for_timeout(50)
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     boxes = page.eval_on_selector_all(".pane svg", "all => all.map(el => el.getAttribute('viewBox'))")
     assert len(set(boxes)) == 1
     node(page, "L9.H1").hover()
