@@ -1,6 +1,7 @@
 """Peak memory of the analyses on 8 pairs, one call after the other in one process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from measure import memory_gib, reset_peak, timed
@@ -20,6 +21,10 @@ NAME = "memory"
 def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
     """Every analysis by a name that says its options; sweeps take one layer, since their batches set the memory."""
     pairs, metric = equal_length_pairs(model, PAIRS), metric_of(model)
+    # validation prompts may not be trained on
+    others = ms.PromptPairs(
+        tuple(replace(p, harmful=f"{p.harmful} please", harmless=f"{p.harmless} please") for p in pairs)
+    )
     last, some = model.n_layers - 1, {"progress": False}
     heads = [Node("head", 0, k) for k in range(model.n_heads)]
     every = [Site(kind, 0) for kind in (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.NEURONS, SiteKind.PATTERN)]
@@ -49,7 +54,7 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
         "logit_lens, all positions": lambda: ms.logit_lens(model, pairs, metric, positions="all", **some),
         "head_attribution": lambda: ms.head_attribution(model, pairs, metric, scores=["direct", "attention"], **some),
         "refusal_direction, one layer": lambda: ms.refusal_direction(
-            model, pairs, metric, layers=[last // 2], validation=pairs, **some
+            model, pairs, metric, layers=[last // 2], validation=others, **some
         ),
         "contrast_neurons": lambda: ms.contrast_neurons(model, pairs),
         "generate, 64 tokens": lambda: model.generate(pairs.harmful),

@@ -1,7 +1,5 @@
 """Models and prompts that the cases run on."""
 
-import itertools
-
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,12 +53,18 @@ def difference_of(model: LensModel) -> ms.RefusalLogOdds:
 
 
 def equal_length_pairs(model: LensModel, n: int) -> PromptPairs:
-    """Built-in pairs of one token length (TransformerLens' functions take no mask), the commonest."""
+    """Built-in pairs of one token length (TransformerLens' functions take no mask), the commonest.
+
+    Raises:
+        ValueError: There are fewer.
+    """
     by_length: dict[int, list[PromptPair]] = {}
     for pair in PromptPairs.builtin():
         by_length.setdefault(model.n_tokens(pair.harmful), []).append(pair)
     longest = max(by_length.values(), key=len)
-    return PromptPairs(tuple(itertools.islice(itertools.cycle(longest), n)), "builtin")
+    if len(longest) < n:
+        raise ValueError(f"{len(longest)} pairs of one length instead of {n}")
+    return PromptPairs(tuple(longest[:n]), "builtin")
 
 
 def pairs_of_width(model: LensModel, n: int, columns: int) -> PromptPairs:

@@ -166,7 +166,7 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "held_out_faithfulness": check.held_out_faithfulness,
             "target_reached": check.reached,
             "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
-            "random_control_p": check.random_controls.p_value,
+            "random_control_p": check.random_p,
             "claims": {claim.name: claim.passed for claim in check.claims},
             "left_out": list(circuit.search.cut),
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
@@ -193,12 +193,12 @@ def _summary(circuit: Any, out: Path) -> str:
         ("faithfulness", _measured(check.faithfulness, f"{check.faithfulness:.2f} on the pairs it was found on")),
         ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}")),
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
-        ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {controls.p_value:.3g}")),
+        ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {check.random_p:.3g}")),
         ("  removing it", _measured(check.necessity, f"loses {check.necessity:.0%} of the gap")),
         *([("  resampled", _stability(check.stability))] if check.stability is not None else []),
         ("edges", f"{len(circuit.edges)} kept"),
         ("roles", ", ".join(f"{len(circuit.by_role(r))} {r}" for r in _roles(circuit))),
-        ("claims", _claims(check.claims)),
+        ("claims", _claims(check)),
         *([("backups", ", ".join(str(b.node) for b in circuit.search.backups))] if circuit.search.backups else []),
         *(("left out", line) for line in circuit.search.cut),
     ]
@@ -219,11 +219,14 @@ def _measured(value: float, text: str) -> str:
     return text if math.isfinite(value) else "not measured"
 
 
-def _claims(claims: Any) -> str:
-    """How many claims hold, and which fail or were not measured."""
+def _claims(check: Any) -> str:
+    """How many of the claims that count hold, and which do not, or hold by construction."""
+    claims = check.tested
     found = f"{sum(claim.passed is True for claim in claims)} of {len(claims)} hold"
-    for word, verdict in (("failed", False), ("not measured", None)):
-        names = [claim.name for claim in claims if claim.passed is verdict]
+    verdicts = {"fails": "failed", "undecided": "undecided", "not measured": "not measured"}
+    verdicts |= {"holds by construction": "by construction"}
+    for verdict, word in verdicts.items():
+        names = [claim.name for claim in check.claims if claim.verdict == verdict]
         found += f"; {word}: {', '.join(names)}" if names else ""
     return found
 

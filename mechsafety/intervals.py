@@ -61,7 +61,7 @@ def mean_interval(values: Any, seed: int = 0, confidence: float = 0.95) -> tuple
         >>> round(low, 3), round(high, 3)
         (0.446, 4.554)
     """
-    data = _checked(values)
+    data = np.asarray(values, dtype=np.float64)
     return ratio_intervals(data[None], np.ones_like(data), seed, confidence=confidence)[0]
 
 
@@ -75,7 +75,7 @@ def ratio_interval(
         >>> round(low, 3), round(high, 3)
         (0.465, 0.652)
     """
-    return ratio_intervals(_checked(part)[None], whole, seed, n, confidence)[0]
+    return ratio_intervals(np.asarray(part)[None], whole, seed, n, confidence)[0]
 
 
 def ratio_intervals(
@@ -94,7 +94,7 @@ def ratio_intervals(
 
     Args:
         parts: One value a prompt in each row.
-        whole: One value a prompt.
+        whole: One value a prompt, the same for all rows or a row for each.
         seed: Of the resampling.
         n: Resamples.
         confidence: Of the intervals.
@@ -106,30 +106,27 @@ def ratio_intervals(
     Raises:
         MechsafetyError: No prompt, different numbers of them, or a value that is not finite.
     """
-    rows, scale = np.atleast_2d(np.asarray(parts, dtype=np.float64)), _checked(whole)
-    if not np.isfinite(rows).all():
-        raise MechsafetyError(
-            f"{int((~np.isfinite(rows)).sum())} of {rows.size} values are not finite", expected="numbers"
-        )
-    if rows.shape[1] != len(scale):
-        raise MechsafetyError(f"{rows.shape[1]} and {len(scale)} values", expected="one a prompt in both")
-    if len(scale) >= MANY:
-        return [_percentile(row, scale, seed, n, confidence) for row in rows]
+    rows, scale = np.atleast_2d(np.asarray(parts, dtype=np.float64)), np.asarray(whole, dtype=np.float64)
+    for values in (rows, scale):
+        _check(values)
+    if scale.shape not in (rows.shape, rows.shape[1:]):
+        raise MechsafetyError(f"values of shapes {rows.shape} and {scale.shape}", expected="one a prompt in both")
+    scales = np.broadcast_to(scale, rows.shape)
+    if rows.shape[1] >= MANY:
+        return [_percentile(row, own, seed, n, confidence) for row, own in zip(rows, scales, strict=True)]
     found: list[tuple[float, float]] = []
     for first in range(0, len(rows), 1000):
-        found += _fieller(rows[first : first + 1000], scale, seed, n, confidence)
+        some = slice(first, first + 1000)
+        found += _fieller(rows[some], scales[some], seed, n, confidence)
     return found
 
 
-def _checked(values: Any) -> Float[np.ndarray, " prompt"]:
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or not len(data):
-        raise MechsafetyError(f"values of shape {data.shape}", expected="one a prompt, of at least one prompt")
-    if not np.isfinite(data).all():
-        raise MechsafetyError(
-            f"{int((~np.isfinite(data)).sum())} of {len(data)} values are not finite", expected="numbers"
-        )
-    return data
+def _check(values: np.ndarray) -> None:
+    if not values.shape[-1:] or not values.shape[-1]:
+        raise MechsafetyError(f"values of shape {values.shape}", expected="one a prompt, of at least one prompt")
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise MechsafetyError(f"{bad} of {values.size} values are not finite", expected="numbers")
 
 
 def _percentile(
@@ -156,39 +153,43 @@ def _percentile(
 
 def _fieller(
     rows: Float[np.ndarray, "row prompt"],
-    whole: Float[np.ndarray, " prompt"],
+    wholes: Float[np.ndarray, "row prompt"],
     seed: int,
     n: int,
     confidence: float,
 ) -> list[tuple[float, float]]:
-    prompts, b = len(whole), float(whole.mean())
-    if prompts < 2 or not b:
+    prompts = wholes.shape[1]
+    # turned so that the whole is above 0, which leaves the ratio as it is
+    signs = np.sign(wholes.mean(axis=1, keepdims=True))
+    rows, wholes = rows * signs, wholes * signs
+    a, b = rows.mean(axis=1), wholes.mean(axis=1)
+    if prompts < 2:
         return [UNBOUNDED] * len(rows)
-    a = rows.mean(axis=1)
-    ratio = a / b
-    differences = rows - ratio[:, None] * whole
+    ratio = np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+    differences = rows - ratio[:, None] * wholes
     # what rounding leaves of differences that are 0 is no spread
-    spread = np.ptp(differences, axis=1) > 1e-12 * np.maximum(
-        np.abs(rows).max(axis=1), np.abs(ratio) * abs(whole).max()
-    )
+    sizes = np.maximum(np.abs(rows).max(axis=1), np.abs(ratio) * np.abs(wholes).max(axis=1))
+    spread = np.ptp(differences, axis=1) > 1e-12 * sizes
     lower, upper = _critical(differences, seed, n, confidence)
-    centred, own = rows - a[:, None], whole - b
+    centred, own = rows - a[:, None], wholes - b[:, None]
     degrees = prompts * (prompts - 1)
-    v_aa, v_ab, v_bb = (centred**2).sum(1) / degrees, centred @ own / degrees, float(own @ own) / degrees
+    v_aa, v_ab, v_bb = ((x * y).sum(axis=1) / degrees for x, y in ((centred, centred), (centred, own), (own, own)))
 
     def root(critical: np.ndarray, sign: int) -> np.ndarray:
         """The ratio at which the squared t statistic is that of a critical value, on one side."""
         c = critical**2
         quadratic, linear, constant = b * b - c * v_bb, a * b - c * v_ab, a * a - c * v_aa
-        with np.errstate(invalid="ignore", divide="ignore"):
-            edge = np.sqrt(np.maximum(linear**2 - quadratic * constant, 0.0))
-            return np.where(quadratic > 0, (linear + sign * edge) / quadratic, np.nan)
+        # where the whole's own mean is within its critical values of 0, no ratio can be ruled out
+        real = quadratic > 0
+        edge = np.sqrt(np.maximum(linear**2 - quadratic * constant, 0.0))
+        return np.divide(linear + sign * edge, quadratic, out=np.full_like(a, np.nan), where=real)
 
-    # where the whole's own mean is within its critical values of 0, no ratio can be ruled out
-    low, high = (root(upper, -1), root(lower, 1)) if b > 0 else (root(lower, -1), root(upper, 1))
+    low, high = root(upper, -1), root(lower, 1)
     known = np.isfinite(low) & np.isfinite(high)
     low, high = np.where(known, low, -np.inf), np.where(known, high, np.inf)
-    low, high = np.where(spread, low, ratio), np.where(spread, high, ratio)
+    # the same ratio on all prompts is a point, unless nothing is known of the whole
+    same = ~spread & (b > 0)
+    low, high = np.where(same, ratio, low), np.where(same, ratio, high)
     return [(float(x), float(y)) for x, y in zip(low, high, strict=True)]
 
 

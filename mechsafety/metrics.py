@@ -1,5 +1,6 @@
 """Logits to one score a prompt, judges of generated text, and p values over prompts."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
+
+logger = logging.getLogger(__name__)
 
 # looked for in the first sentence only: refusal words later in a reply over-count
 REFUSAL_PHRASES = (
@@ -193,13 +196,45 @@ def _single_token(model: LensModel, text: str) -> int:
     return int(ids[0])
 
 
+def check_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> None:
+    """Raise an error unless shares of the mean gap between harmful and harmless prompts mean something.
+
+    Raises:
+        MechsafetyError: The metric is not finite on a prompt, or the mean gap is 0.
+    """
+    for name, side in (("harmful", harmful), ("harmless", harmless)):
+        bad = int((~side.isfinite()).sum())
+        if bad:
+            raise MechsafetyError(
+                f"the metric is NaN or infinite on {bad} of {len(side)} {name} prompts",
+                expected="finite logits",
+                cure="load the model in float32, or leave those prompts out",
+            )
+    gap = float((harmful.double() - harmless.double()).mean())
+    if not gap:
+        raise MechsafetyError(
+            f"the metric of {len(harmful)} pair{'s' * (len(harmful) > 1)} has a mean gap of 0, so nothing has a share",
+            expected="harmful prompts that score otherwise than their harmless twins",
+        )
+    if gap < 0:
+        logger.warning("the harmless prompts score higher than the harmful ones: shares are of a gap of %.3g", gap)
+
+
 def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarray:
     """Two-sided sign-flip permutation p of a zero mean, for each row of ``values`` [row prompt].
 
     All 2**prompts sign patterns where those are at most ``n``, else ``n`` random ones; the observed one is counted.
+
+    Raises:
+        MechsafetyError: No prompt, or a value that is not finite.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     prompts = values.shape[1]
+    if not prompts or not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise MechsafetyError(
+            f"{bad} of {values.size} values are not finite", expected="numbers, of at least one prompt"
+        )
     if 2**prompts <= n:
         bits = (np.arange(2**prompts)[:, None] >> np.arange(prompts)) & 1
         signs, exact = 1.0 - 2.0 * bits, True

@@ -20,7 +20,7 @@ from mechsafety.interventions.batched import EditedRun, PromptBatches, run_remov
 from mechsafety.interventions.steering import token_batches
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.prompts import PromptPairs, builtin_prompts
+from mechsafety.prompts import PromptPairs, builtin_prompts, distinct, omissions, unseen
 from mechsafety.results import Provenance, Result
 
 PROBE_SPANS = ("instruction", "suffix", "last")
@@ -208,13 +208,19 @@ def probe_layers(
     chosen = tuple(layers) if layers is not None else tuple(range(model.n_layers + 1))
     if not chosen or any(not 0 <= layer <= model.n_layers for layer in chosen):
         raise MechsafetyError(f"layers {list(chosen)}", expected=f"some of 0 to {model.n_layers}")
+    pairs = pairs.without_shared_prompts()
     groups = _groups(pairs)
     if len(set(groups)) < MIN_GROUPS:
         raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_GROUPS}, so that some can be held out")
     if n_shuffled < 2:
         raise MechsafetyError(f"n_shuffled={n_shuffled}", expected="at least 2 draws, so that there is an interval")
+    both = set(pairs.harmful) & set(pairs.harmless)
+    if both:
+        raise MechsafetyError(f"{min(both)!r} is a harmful and a harmless prompt", expected="one label for each prompt")
     scary = list(hard) if hard is not None else [prompt.text for prompt in builtin_prompts("borderline", "test")]
     texts = [*pairs.harmful, *pairs.harmless]
+    scary = distinct(scary, "hard negatives")
+    scary = [scary[k] for k in unseen(scary, texts, "hard negatives")]
     labels = np.repeat([1, 0], len(pairs))
     swaps = np.tile(np.random.default_rng(seed).integers(0, 2, (n_shuffled, len(pairs))), 2)
     swapped = np.where(swaps == 1, 1 - labels, labels)
@@ -249,7 +255,7 @@ def probe_layers(
         erased, cost = (_by_cell(rows, len(flat), len(spans)) for rows in (after, harm))
     options = {"outer": outer, "inner": inner, "pairs": len(pairs), "hard": len(scary), "spans": list(spans)}
     options |= {"n_erase": len(texts_erased), "held_out": erase_on is not None, "groups": len(set(groups))}
-    options |= {"n_harmless": len(texts_harmless), "n_shuffled": n_shuffled}
+    options |= {"n_harmless": len(texts_harmless), "n_shuffled": n_shuffled, **omissions(pairs)}
     return ProbeReport(
         model.provenance(seed=seed, options=options),
         chosen,

@@ -426,7 +426,7 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert summary["model"] == circuit.provenance.model == "tiny-llama"
     assert summary["nodes"] == len(circuit.nodes) > 0
     assert summary["claims"] == {claim.name: claim.passed for claim in circuit.verification.claims}
-    assert len(summary["claims"]) == 12 and summary["left_out"] == []
+    assert len(summary["claims"]) == 11 and summary["left_out"] == []
     assert summary["candidates"] == circuit.n_candidates == 3 * 4 + 3
     assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
     assert circuit.metric == {
@@ -532,4 +532,4 @@ def test_a_planted_folder_by_hand(norm, run, tmp_path):
     assert circuit.metric["refusal_tokens"] == [REFUSAL[0]] and circuit.metric["comply_tokens"] == [COMPLIANCE[0]]
     found = testbed.score(circuit, made.truth)
     assert found.found_nodes.f1 == 1.0 and found.decoys_found == () and found.role_accuracy == 1.0
-    assert "resampled" in ran.out and "of 12 hold" in ran.out
+    assert "resampled" in ran.out and f"of {len(circuit.verification.tested)} hold" in ran.out

@@ -84,6 +84,10 @@ def test_ratios_scale_and_are_one_by_one_what_they_are_together(seed, n, scale, 
     np.testing.assert_allclose([ratio_interval(part, whole) for part in parts], together)
     scaled = ratio_intervals(parts * scale * sign, whole * sign)
     np.testing.assert_allclose(scaled, np.array(together) * scale, rtol=1e-6, atol=1e-9)
+    wholes = np.stack([whole, 2 * whole, -whole])
+    np.testing.assert_allclose(
+        ratio_intervals(parts, wholes), [ratio_interval(part, own) for part, own in zip(parts, wholes, strict=True)]
+    )
     low, high = ratio_interval(-parts[0], whole)
     assert low < -parts[0].mean() / whole.mean() < high
 
@@ -107,11 +111,14 @@ def test_what_nothing_bounds_is_unbounded():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: mean_interval([]), r"values of shape \(0,\); expected one a prompt, of at least one prompt"),
+        (lambda: mean_interval([]), r"values of shape \(1, 0\); expected one a prompt, of at least one prompt"),
         (lambda: mean_interval([1.0, math.nan, math.inf]), "2 of 3 values are not finite; expected numbers"),
         (lambda: ratio_interval([1.0, 2.0], [1.0, math.nan]), "1 of 2 values are not finite"),
         (lambda: ratio_intervals([[1.0, math.nan]], [1.0, 1.0]), "1 of 2 values are not finite"),
-        (lambda: ratio_interval([1.0, 2.0, 3.0], [1.0, 2.0]), "3 and 2 values; expected one a prompt in both"),
+        (
+            lambda: ratio_interval([1.0, 2.0, 3.0], [1.0, 2.0]),
+            r"values of shapes \(1, 3\) and \(2,\); expected one a prompt in both",
+        ),
         (lambda: wilson_interval(0, 0), "a rate of 0 prompts; expected at least 1"),
     ],
 )

@@ -219,7 +219,9 @@ def test_of_names_the_tokens_of_a_longer_text(llama, text, expected):
 
 @pytest.fixture
 def four() -> PromptPairs:
-    return PromptPairs.from_lists(["make a bomb"] * 4, ["make a cake"] * 4)
+    return PromptPairs.from_lists(
+        [f"make a {word} bomb" for word in "abcd"], [f"make a {word} cake" for word in "abcd"]
+    )
 
 
 def openers(model, *replies):
@@ -234,9 +236,9 @@ def detect(model, pairs, replies, **options):
 
 def test_detect_reads_openers_from_the_model(llama, four):
     replies = (["sorry"] * 4, ["bake it"] * 4)
-    greedy = int(llama.logits(four.harmful[:1]).argmax())
+    greedy = sorted(set(llama.logits(four.harmful).argmax(-1).tolist()))
     metric = RefusalLogOdds.detect(llama, four, replies=replies, max_harmless_share=1.0)
-    assert metric.refusal_ids == (greedy,)
+    assert metric.refusal_ids == tuple(greedy)
 
 
 def test_detect_finds_openers_of_refusals(llama, four):

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from mechsafety.attribution.gradients import integration_points, receiver_scores
 from mechsafety.attribution.senders import sender_chunks
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, pair_batches
 from mechsafety.patching.receivers import Receiver, reaches
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
 
@@ -146,13 +146,14 @@ def edge_attribution(
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in ordered) else []
     batches = pair_batches(model, pairs, BATCH_TOKENS, extra)
     scores = torch.zeros(len(senders), len(receivers), device=model.device)
-    gap, n_pairs = 0.0, 0
+    gap, n_pairs, scored = 0.0, 0, []
     with tqdm(total=len(batches) * len(points), desc="edges", disable=not progress, leave=False) as bar:
         for batch in batches:
             runs = batch()
             n_pairs += len(runs.harmful)
             harmful, harmless = runs.scores(metric)
             gap += float((harmful - harmless).sum())
+            scored.append((harmful, harmless))
             chunks = sender_chunks(model, runs, senders)
             for point in points:
                 for columns, score in receiver_scores(model, runs, metric, receivers, reached, point):
@@ -160,8 +161,10 @@ def edge_attribution(
                     for rows, change in chunks(first, min(last, reached[columns[0]])):
                         scores[rows, columns] += point.weight * score(change)
                 bar.update()
+    check_gap(*(torch.cat(side) for side in zip(*scored, strict=True)))
     shown = len({point.alpha for point in points})
     options = {"method": method, "steps": shown, "pairs": n_pairs, "parallel": model.parallel}
+    options |= omissions(pairs)
     if neurons:
         options["neurons"] = list(neurons)
     provenance = model.provenance(options=options)

@@ -16,11 +16,11 @@ from mechsafety.attribution.direct import direct_logit_attribution
 from mechsafety.attribution.ships import RANK, divergences, masked_heads, rotations
 from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import PairRuns, Projection, activation_patching, pair_runs, path_projection
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, Result
 from mechsafety.sites import Site, SiteKind
@@ -183,6 +183,7 @@ def head_attribution(
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs)
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     harmful, harmless = runs.scores(metric)
+    check_gap(harmful, harmless)
     gap = float((harmful - harmless).mean())
     found: dict[str, Tensor | None] = dict.fromkeys(SCORES)
     if "direct" in chosen:
@@ -205,6 +206,7 @@ def head_attribution(
         if "sahara" in chosen:
             found["sahara"] = rotations(model, plain, states, rank)
     options = {"scores": list(chosen), "mask": mask, "rank": rank, "n_masked": n_masked, "pairs": len(runs.harmful)}
+    options |= omissions(pairs)
     if direction is not None:
         options |= {"direction": [direction.layer, direction.column]}
     kept = {name: found[name] if name in chosen else None for name in SCORES}

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, unembed
-from mechsafety.prompts import PromptPairs, Tokens
+from mechsafety.prompts import PromptPairs, Tokens, omissions
 from mechsafety.results import Provenance, Result
 
 POSITIONS = ("last", "all")
@@ -142,10 +142,11 @@ def logit_lens(
         read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
         if not model.post_norm:
             # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
+            check_gap(read[0][-1, -1], read[1][-1, -1])
             gap = (read[0] - read[1])[-1, -1].mean()
             bad, good = (_shares(model, tokens, metric, shared, bar.update) for tokens in sides)
             parts = [(a - b) / gap for a, b in zip(bad, good, strict=True)]
-    options = {"pairs": len(pairs), "n_columns": width, "positions": positions}
+    options = {"pairs": len(pairs), "n_columns": width, "positions": positions, **omissions(pairs)}
     return LogitLens(model.provenance(options=options), metric.to_json(), columns, read[0], read[1], shared, *parts)
 
 

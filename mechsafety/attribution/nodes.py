@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, SoftMask, masked_logits, pair_batches
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
 
@@ -93,20 +93,22 @@ def node_attribution(
         progress: Whether to show a bar.
     """
     batches = pair_batches(model, pairs, BATCH_TOKENS, [SiteKind.NEURONS] if neurons else [])
-    sums, gap, n_pairs = _zero_grads(model, neurons), 0.0, 0
+    sums, gap, n_pairs, scored = _zero_grads(model, neurons), 0.0, 0, []
     with tqdm(total=len(batches) * steps, desc="nodes", disable=not progress, leave=False) as bar:
         for batch in batches:
             runs = batch()
             harmful, harmless = runs.scores(metric)
             gap += float((harmful - harmless).sum())
+            scored.append((harmful, harmless))
             n_pairs += len(harmful)
             for step in range(steps):
                 grads = mask_gradients(model, runs, metric, (step + 0.5) / steps, neurons=neurons)
                 sums = [total + grad * len(harmful) / steps for total, grad in zip(sums, grads, strict=True)]
                 bar.update()
+    check_gap(*(torch.cat(side) for side in zip(*scored, strict=True)))
     heads, parts = (total.detach() / gap for total in sums)
     mlps = parts.sum(-1) if neurons else parts
-    options = {"steps": steps, "neurons": neurons, "pairs": n_pairs}
+    options = {"steps": steps, "neurons": neurons, "pairs": n_pairs, **omissions(pairs)}
     total = float(heads.sum() + mlps.sum())
     provenance = model.provenance(options=options)
     return NodeAttribution(provenance, metric.to_json(), heads, mlps, parts if neurons else None, total)

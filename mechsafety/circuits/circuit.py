@@ -331,8 +331,8 @@ class RefusalCircuit(Result):
         checked = "not verified"
         if check.measured:
             checked = f"held-out faithfulness {check.held_out_faithfulness:.2f}"
-            checked += f", p = {check.random_controls.p_value:.3g}" if check.random_controls.n else ""
-        known = [claim for claim in check.claims if claim.passed is not None]
+            checked += f", p = {check.random_p:.3g}" if check.random_controls.n else ""
+        known = [claim for claim in check.tested if claim.passed is not None]
         held = f", {sum(bool(claim.passed) for claim in known)} of {len(known)} claims hold" if known else ""
         return f"RefusalCircuit({self.provenance.model}: {size}, {checked}{held})"
 

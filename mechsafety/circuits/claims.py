@@ -18,6 +18,9 @@ UNMEASURED = "left out: not defined at this level, or no time"
 def claims(check: Verification, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
     """The claims about a circuit, each with its figure and the verdict.
 
+    No claim is decided by data that decide nothing: too few prompts for an interval or a small p, or an interval that
+    holds the opposite of what is claimed as well. It is then left undecided, as if not measured, and says why.
+
     The p of sufficiency, necessity and equivalence are adjusted together (Benjamini-Hochberg), those of minimality
     over the circuit's parts. Independence is claimed when its test does not reject it, so its p is left as it is.
 
@@ -29,7 +32,6 @@ def claims(check: Verification, necessity_ci: tuple[float, float] | None = None)
     return (
         _faithfulness(check),
         _fresh(check),
-        _topics(check),
         _against_random(
             "sufficiency",
             "kept alone, the circuit is more faithful than random circuits of its size",
@@ -80,25 +82,28 @@ def _faithfulness(check: Verification) -> Claim:
 
 
 def _fresh(check: Verification) -> Claim:
+    """One claim for both: the fresh pairs are of the held-out topics, where there are such."""
     statement, criterion = (
         "the circuit does so on pairs that played no part in the search",
         f"at least {check.target:g}",
     )
+    if check.held_out_topics:
+        statement += ", of topics that it did not see"
     if check.fresh is None:
         return Claim("fresh pairs", statement, None, None, None, criterion, None, "too few pairs to set any aside")
-    value = check.fresh.faithfulness
-    return Claim("fresh pairs", statement, value, check.fresh.ci, None, criterion, value >= check.target)
+    value, interval = check.fresh.faithfulness, check.fresh.ci
+    reason = _undecided(interval, 0.0, f"{check.fresh.n} pairs: the interval holds 0, what an empty circuit has")
+    passed = None if reason else value >= check.target
+    return Claim("fresh pairs", statement, value, interval, None, criterion, passed, reason)
 
 
-def _topics(check: Verification) -> Claim:
-    statement, criterion = "the circuit does so on topics that the search did not see", f"at least {check.target:g}"
-    if not check.held_out_topics:
-        reason = "the pairs name no topics, or too few to hold any out"
-        return Claim("held-out topics", statement, None, None, None, criterion, None, reason)
-    value, interval = check.held_out_faithfulness, check.held_out_ci
-    if check.fresh is not None:
-        value, interval = check.fresh.faithfulness, check.fresh.ci
-    return Claim("held-out topics", statement, value, interval, None, criterion, value >= check.target)
+def _undecided(interval: tuple[float, float] | None, opposite: float, reason: str) -> str:
+    """Why a figure decides nothing: its interval has no end, or holds the opposite of what is claimed. Else empty."""
+    if interval is None:
+        return ""
+    if not all(map(math.isfinite, interval)):
+        return "too few pairs, or too different ones, for an interval"
+    return reason if interval[0] <= opposite <= interval[1] else ""
 
 
 def _against_random(
@@ -112,6 +117,9 @@ def _against_random(
     criterion = f"p < {ALPHA:g}"
     if controls is None or p_value is None:
         return Claim(name, statement, value, interval, None, criterion, None, UNMEASURED)
+    reason = _undecided(interval, 0.0, "the interval holds 0, what an empty circuit has")
+    if reason:
+        return Claim(name, statement, value, interval, p_value, criterion, None, reason)
     criterion += f" against {controls.n} random circuits"
     if 1 / (1 + controls.n) >= ALPHA:
         reason = f"{controls.n} random circuits cannot give a p below {1 / (1 + controls.n):.2g}"
@@ -137,7 +145,10 @@ def _completeness(check: Verification) -> Claim:
     if check.completeness is None:
         return Claim("completeness", statement, None, None, None, criterion, None, UNMEASURED)
     value, interval = check.completeness, check.completeness_ci
-    return Claim("completeness", statement, value, interval, None, criterion, value <= limit)
+    reason = _undecided(interval, 1.0, "the interval holds 1, the whole gap")
+    return Claim(
+        "completeness", statement, value, interval, None, criterion, None if reason else value <= limit, reason
+    )
 
 
 def _equivalence(check: Verification, p_value: float | None) -> Claim:
@@ -145,6 +156,8 @@ def _equivalence(check: Verification, p_value: float | None) -> Claim:
     if test is None or p_value is None:
         return Claim("equivalence", statement, None, None, None, f"p < {ALPHA:g}", None, UNMEASURED)
     criterion = f"p < {ALPHA:g} that the mean difference is within {test.margin:g} of the gap"
+    if not all(map(math.isfinite, test.ci)):
+        return Claim("equivalence", statement, test.difference, None, None, criterion, None, "one pair decides nothing")
     return Claim("equivalence", statement, test.difference, test.ci, p_value, criterion, p_value < ALPHA)
 
 
@@ -153,7 +166,11 @@ def _independence(check: Verification) -> Claim:
     criterion = f"p >= {ALPHA:g}: not rejected, which is no proof"
     if test is None:
         return Claim("independence", statement, None, None, None, criterion, None, UNMEASURED)
-    return Claim("independence", statement, test.hsic, None, test.p_value, criterion, test.p_value >= ALPHA)
+    reason = ""
+    if test.smallest_p >= ALPHA:
+        reason = f"{test.n} pairs, or scores that do not vary, cannot give a p below {test.smallest_p:.2g}"
+    passed = None if reason else test.p_value >= ALPHA
+    return Claim("independence", statement, test.hsic, None, test.p_value, criterion, passed, reason)
 
 
 def _stability(check: Verification) -> Claim:
@@ -163,6 +180,9 @@ def _stability(check: Verification) -> Claim:
     if found is None or not found.jaccards or not math.isfinite(found.mean):
         return Claim("stability", statement, None, None, None, criterion, None, UNMEASURED)
     spread = (min(found.jaccards), max(found.jaccards))
+    if len(found.jaccards) < 2:
+        reason = "one resample decides nothing"
+        return Claim("stability", statement, found.mean, None, None, criterion, None, reason)
     return Claim("stability", statement, found.mean, spread, None, criterion, found.mean >= MIN_JACCARD)
 
 
@@ -177,6 +197,8 @@ def _side_effects(check: Verification) -> tuple[Claim, Claim]:
         if found is None:
             made.append(Claim(name, statement, None, None, None, criterion, None, UNMEASURED))
             continue
-        value = getattr(found, field)
-        made.append(Claim(name, statement, value, getattr(found, f"{field}_ci"), None, criterion, value <= MAX_KL))
+        value, interval = getattr(found, field), getattr(found, f"{field}_ci")
+        reason = _undecided(interval, math.inf, "")
+        passed = None if reason else value <= MAX_KL
+        made.append(Claim(name, statement, value, interval, None, criterion, passed, reason))
     return made[0], made[1]

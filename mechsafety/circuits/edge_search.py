@@ -15,12 +15,12 @@ from mechsafety.circuits.meters import in_order
 from mechsafety.circuits.side_effects import next_token_kl
 from mechsafety.circuits.verification import CurvePoint
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
 from mechsafety.nodes import Edge, Node
 from mechsafety.patching import pair_runs
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 
 if TYPE_CHECKING:
@@ -125,10 +125,13 @@ def discover_edges(
     budget = Budget(budget_seconds)
     here, there = pairs.halves()
     found_on, held_out = (EdgeMeter(model, pair_runs(model, part), metric, progress=progress) for part in (here, there))
+    for meter in (found_on, held_out):
+        check_gap(*meter.runs.scores(metric))
     scores = edge_scores(found_on, steps=steps, progress=progress)
     found = search_edges(found_on, held_out, scores, target, max_edges=max_edges, budget=budget)
     edges = [part for part in found.circuit if isinstance(part, Edge)]
     options = {"target": target, "steps": steps, "max_edges": max_edges, "pairs": pairs.name, "n_pairs": len(pairs)}
+    options |= omissions(pairs)
     return EdgeCircuit(
         model.provenance(options=options),
         metric.to_json(),
@@ -211,6 +214,7 @@ def acdc(
     if not threshold > 0:
         raise MechsafetyError(f"threshold {threshold}", expected="above 0")
     meter = EdgeMeter(model, pair_runs(model, pairs), metric)
+    check_gap(*meter.runs.scores(metric))
     every = all_edges(model.n_layers, model.n_heads, model.parallel)
     order = sorted(every, key=lambda edge: (edge.receiver.order, edge.slot, edge.sender.order), reverse=True)
     kept = set(every)
@@ -233,6 +237,7 @@ def acdc(
             bar.update(place - bar.n)
     edges = in_order(prune(kept))
     options = {"threshold": threshold, "measure": measure, "pairs": pairs.name, "n_pairs": len(pairs)}
+    options |= omissions(pairs)
     found = tuple(edge for edge in edges if isinstance(edge, Edge))
     return EdgeCircuit(
         model.provenance(options=options),

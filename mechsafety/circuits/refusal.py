@@ -42,7 +42,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import SiteKind
 
 MIN_PAIRS = 2
@@ -232,6 +232,7 @@ def map_refusal_circuit(
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
         "budget_seconds": budget_seconds,
+        **omissions(chosen),
     }
     members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)
     every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *(n for n in nodes if n.kind == "neuron")]

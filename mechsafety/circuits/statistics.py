@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mechsafety.circuits.verification import Equivalence, Independence
-from mechsafety.intervals import ratio_interval
+from mechsafety.intervals import UNBOUNDED
 
 
 def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
@@ -22,7 +22,7 @@ def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
     if n < 2 or np.ptp(differences) == 0:
         # nothing varies: the mean is known, but a t-test has no scale
         p_value = 1.0 if n < 2 or abs(mean) >= margin else 0.0
-        return Equivalence(margin, mean, (mean, mean), p_value)
+        return Equivalence(margin, mean, UNBOUNDED if n < 2 else (mean, mean), p_value)
     above = ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = ttest_1samp(differences, margin, alternative="less").pvalue
     half = float(t.ppf(0.95, n - 1) * np.std(differences, ddof=1) / np.sqrt(n))
@@ -68,31 +68,28 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> float:
     return float(part.mean() / whole.mean())
 
 
-def area_intervals_of(
+def prompt_areas(
     k: Float[np.ndarray, " point"],
     scores: Float[np.ndarray, "point prompt"],
     harmful: Float[np.ndarray, " prompt"],
     harmless: Float[np.ndarray, " prompt"],
-    seed: int = 0,
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """95 % intervals over prompts of the areas CMD and CPR of a faithfulness curve (trapezoid).
+) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
+    """Each prompt's own part of the areas CMD and CPR of a faithfulness curve (trapezoid), in units of the metric.
 
-    An area is a ratio of two means: that of each prompt's own area, in units of the metric, over that of the gaps. CMD
-    counts the distance from 1 at each point with the sign that the mean curve has there.
+    Their means over the mean gap are the areas. CMD counts the distance from 1 at each point with the sign that the
+    mean curve has there.
 
     Args:
         k: Share of all parts at each point.
         scores: Metric with the circuit of each point kept.
         harmful: Metric of the harmful prompts, unedited.
         harmless: Of the harmless ones.
-        seed: Of the resampling.
     """
-    gap, kept, missing = harmful - harmless, scores - harmless, harmful - scores
+    missing = harmful - scores
     sides = np.sign(missing.mean(axis=1, keepdims=True))
-    low, high = ratio_interval(np.trapezoid(sides * missing, k, axis=0), gap, seed)
-    return (max(low, 0.0), high), ratio_interval(np.trapezoid(kept, k, axis=0), gap, seed)
+    return np.trapezoid(sides * missing, k, axis=0), np.trapezoid(scores - harmless, k, axis=0)
 
 
 def rank_p(observed: float, null: np.ndarray) -> float:
-    """(1 + number of null values at least as large) / (1 + their number)."""
-    return float((1 + (null >= observed).sum()) / (1 + len(null)))
+    """(1 + number of null values at least as large) / (1 + their number); what is not a number counts against."""
+    return float((1 + (~(null < observed)).sum()) / (1 + len(null)))

@@ -79,6 +79,11 @@ class Independence:
     hsic: float
     p_value: float
 
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p that this many prompts could give, were the two scores one; 1 where a score does not vary."""
+        return 1.0 if self.hsic <= 1e-12 else 1.0 / math.factorial(min(self.n, 20))
+
 
 @dataclass(frozen=True, slots=True)
 class Stability:
@@ -123,7 +128,7 @@ class Claim:
         interval: Its interval.
         p_value: Benjamini-Hochberg adjusted over the claims that rest on a p (but that of independence).
         criterion: When the claim holds.
-        passed: Whether it held; None where it was not measured.
+        passed: Whether it held; None where it was not measured, or where the prompts are too few to decide.
         reason: Why not.
     """
 
@@ -136,8 +141,22 @@ class Claim:
     passed: bool | None
     reason: str = ""
 
+    @property
+    def by_construction(self) -> bool:
+        """Whether the search itself made it hold: it enlarges the circuit until these pairs reach the target."""
+        return self.name == "faithfulness" and self.passed is True
+
+    @property
+    def verdict(self) -> str:
+        """``fails``, ``not measured``, ``undecided`` by what was measured, ``holds``, or ``holds by construction``."""
+        if self.passed is None:
+            return "not measured" if self.value is None else "undecided"
+        if self.by_construction:
+            return "holds by construction"
+        return "holds" if self.passed else "fails"
+
     def __str__(self) -> str:
-        word = {True: "holds", False: "FAILS", None: "not measured"}[self.passed]
+        word = self.verdict.replace("fails", "FAILS")
         shown = [] if self.value is None else [f"{self.value:.3g}"]
         shown += [] if self.interval is None else [f"[{self.interval[0]:.3g}, {self.interval[1]:.3g}]"]
         shown += [] if self.p_value is None else [f"p = {self.p_value:.2g}"]
@@ -204,6 +223,22 @@ class Verification:
     def measured(self) -> bool:
         """Whether anything was checked (a merged circuit, or a part of one, has not been)."""
         return math.isfinite(self.faithfulness)
+
+    @property
+    def tested(self) -> tuple[Claim, ...]:
+        """The claims that count: without those that hold by construction, and without a number that is there twice.
+
+        Files of version 0.1 hold the figure of the fresh pairs once more, as that of held-out topics.
+        """
+        twice = {"held-out topics"} if any(claim.name == "fresh pairs" for claim in self.claims) else set()
+        return tuple(claim for claim in self.claims if not claim.by_construction and claim.name not in twice)
+
+    @property
+    def random_p(self) -> float:
+        """P of the random circuits as the claim of sufficiency has it: adjusted, where there is such a claim."""
+        found = (claim.p_value for claim in self.claims if claim.name == "sufficiency")
+        adjusted = next(found, None)
+        return self.random_controls.p_value if adjusted is None else adjusted
 
     @property
     def failed(self) -> tuple[Claim, ...]:

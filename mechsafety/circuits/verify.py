@@ -11,9 +11,9 @@ from mechsafety.circuits.discover import MIB_SHARES, ROUNDING, Discovery, margin
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, stratum
 from mechsafety.circuits.side_effects import side_effects
 from mechsafety.circuits.statistics import (
-    area_intervals_of,
     equivalence_test,
     independence_test,
+    prompt_areas,
     rank_p,
     ratio,
 )
@@ -238,7 +238,9 @@ def area_intervals(
         return None, None
     rows = zip(discovery.curve, discovery.curve_scores, strict=True)
     scores = np.array([row for point, row in rows if point in grid])
-    return area_intervals_of(np.array([point.k for point in grid]), scores, harmful, harmless, seed)
+    beside, under = prompt_areas(np.array([point.k for point in grid]), scores, harmful, harmless)
+    low, high = ratio_interval(beside, harmful - harmless, seed)
+    return (max(low, 0.0), high), ratio_interval(under, harmful - harmless, seed)
 
 
 def mib_points(curve: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -13,7 +13,7 @@ from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers
 from mechsafety.interventions.steering import token_batches
 from mechsafety.models import LensModel
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import Site, SiteKind
 
 MIN_PAIRS = 4
@@ -55,7 +55,7 @@ def repe_direction(
         _, _, components = torch.linalg.svd(difference, full_matrices=False)
         along = float((difference @ components[0]).mean())
         rows.append((components[0] * along).float())
-    options = {"layers": list(chosen), "pairs": len(pairs)}
+    options = {"layers": list(chosen), "pairs": len(pairs), **omissions(pairs)}
     return Direction(model.provenance(options=options), "representation reading", tuple(sites), torch.stack(rows))
 
 

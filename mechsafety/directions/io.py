@@ -24,7 +24,7 @@ from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
 from mechsafety.patching.receivers import live_logits, slot_edit
 from mechsafety.patching.senders import node_outputs
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
 
@@ -155,7 +155,9 @@ def direction_io(
         neurons_write[layer] = _neuron_shares(model, runs, layer, at, unit) / along
     reads = _reads(model, runs, metric, listed, unit, progress)
     return DirectionIO(
-        model.provenance(options={"layer": direction.layer, "column": direction.column, "pairs": len(bad)}),
+        model.provenance(
+            options={"layer": direction.layer, "column": direction.column, "pairs": len(bad), **omissions(pairs)}
+        ),
         metric.to_json(),
         listed,
         writes * before[:, None],

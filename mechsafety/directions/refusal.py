@@ -27,7 +27,7 @@ from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.prompts import PromptPairs, Tokens
+from mechsafety.prompts import PromptPairs, Tokens, distinct, omissions, unseen
 from mechsafety.results import Provenance, Result
 from mechsafety.sites import Site, SiteKind
 
@@ -227,9 +227,11 @@ def refusal_direction(
         raise MechsafetyError(f"selector={selector!r}", expected=f"one of {SELECTORS}")
     rows = check_layers(model, layers) if layers is not None else tuple(range(model.n_layers))
     train, held = (pairs, validation) if validation is not None else _split(pairs, seed)
+    held = _fresh(held, train)
     if metric is None:
         metric = RefusalLogOdds.detect(model, train)
-    vectors, counts = mean_differences(model, train.harmful, train.harmless, metric, n_columns=n_columns)
+    sides = (distinct(train.harmful, "harmful training prompts"), distinct(train.harmless, "harmless training prompts"))
+    vectors, counts = mean_differences(model, *sides, metric, n_columns=n_columns)
     checked = usable_validation(model, held, metric)
     columns = tuple(range(-vectors.shape[1], 0))
     scores = score_directions(model, checked, metric, vectors[list(rows)], rows, progress=progress)
@@ -243,6 +245,7 @@ def refusal_direction(
         "train": len(train),
         "validation": len(held),
         "n_random": n_random,
+        **omissions(pairs),
     }
     found = RefusalDirection(
         model.provenance(seed=seed, options=options),
@@ -263,7 +266,7 @@ def refusal_direction(
         counts,
         model.n_layers,
     )
-    controls = _controls(model, checked, metric, found, train.harmless, n_random, seed)
+    controls = _controls(model, checked, metric, found, sides[1], n_random, seed)
     return replace(found, controls=controls)
 
 
@@ -273,9 +276,10 @@ def usable_validation(model: LensModel, pairs: PromptPairs, metric: RefusalLogOd
     Raises:
         NoRefusal: Fewer than two of a kind.
     """
-    whole = Validation.of(model, pairs.harmful, pairs.harmless, metric)
-    harmful = [p for p, score in zip(pairs.harmful, whole.harmful_scores.tolist(), strict=True) if score > 0]
-    harmless = [p for p, score in zip(pairs.harmless, whole.harmless_scores.tolist(), strict=True) if score < 0]
+    sides = (distinct(pairs.harmful, "harmful prompts"), distinct(pairs.harmless, "harmless prompts"))
+    whole = Validation.of(model, *sides, metric)
+    harmful = [p for p, score in zip(sides[0], whole.harmful_scores.tolist(), strict=True) if score > 0]
+    harmless = [p for p, score in zip(sides[1], whole.harmless_scores.tolist(), strict=True) if score < 0]
     if min(len(harmful), len(harmless)) < MIN_PROMPTS:
         raise NoRefusal(
             f"of {len(pairs)} validation pairs {len(harmful)} harmful prompts are refused and {len(harmless)} harmless "
@@ -283,9 +287,21 @@ def usable_validation(model: LensModel, pairs: PromptPairs, metric: RefusalLogOd
             expected=f"at least {MIN_PROMPTS} of each",
             cure="give other prompts, or check the metric's refusal tokens",
         )
-    if (len(harmful), len(harmless)) == (len(pairs), len(pairs)):
+    if (len(harmful), len(harmless)) == (len(sides[0]), len(sides[1])):
         return whole
     return Validation.of(model, harmful, harmless, metric)
+
+
+def _fresh(validation: PromptPairs, train: PromptPairs) -> PromptPairs:
+    """The validation pairs of which neither prompt was trained on."""
+    harmful = set(unseen(validation.harmful, train.harmful, "harmful validation prompts"))
+    harmless = set(unseen(validation.harmless, train.harmless, "harmless validation prompts"))
+    kept = tuple(pair for k, pair in enumerate(validation.pairs) if k in harmful & harmless)
+    if not kept:
+        raise MechsafetyError(
+            f"{validation.name}: all {len(validation)} pairs hold a training prompt", expected="others"
+        )
+    return replace(validation, pairs=kept)
 
 
 def _split(pairs: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs]:

@@ -17,7 +17,7 @@ from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.checks import check_strength
 from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
-from mechsafety.prompts import Tokens
+from mechsafety.prompts import Tokens, distinct, first_of_each
 from mechsafety.results import Provenance, Result
 
 REPLY_TOKENS = 24
@@ -139,6 +139,9 @@ def dose_response(
         raise MechsafetyError("no strengths or no prompts", expected="at least one of each")
     if references is not None and len(references) != len(harmless):
         raise MechsafetyError(f"{len(references)} references", expected=f"one for each of {len(harmless)} prompts")
+    harmful, kept = distinct(harmful, "harmful prompts"), first_of_each(harmless)
+    references = None if references is None else [references[k] for k in kept]
+    harmless = distinct(harmless, "harmless prompts")
     known = list(references) if references is not None else model.generate(harmless, reply_tokens)
     before = model.logits(harmless).log_softmax(-1)
     columns: dict[str, list[Tensor]] = {key: [] for key in ("bad", "good", "harmful", "harmless", "kl", "loss")}

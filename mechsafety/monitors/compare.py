@@ -198,7 +198,8 @@ def compare_guards(
 ) -> GuardReport:
     """Train guards on one set and test them on others, baselines included (Chen et al. 2024).
 
-    All use the same scaler and logistic regression; see `GuardReport` for the features.
+    Test prompts that are among the training prompts are left out. All features have the same scaler and logistic
+    regression; see `GuardReport`.
 
     Args:
         model: The model that is watched.
@@ -218,6 +219,7 @@ def compare_guards(
     names = [test.name for test in tests]
     if not names or len(set(names)) < len(names):
         raise MechsafetyError(f"test sets {names}", expected="at least one, each with a name of its own")
+    tests = [test.unseen_by(train) for test in tests]
     check_random_sets(n_random)
     mask = neuron_mask(model, neurons)
     if not bool(mask.any()):

@@ -1,5 +1,6 @@
 """What a guard can read before the first token: activations at the last prompt token, and labels to learn from."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,15 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.neurons.behaviour import Judge, phrase_judge
 from mechsafety.neurons.runs import Cursor, batches, lay_out, prompt_rows
+from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
 from mechsafety.sites import Site, SiteKind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledPrompts:
-    """Prompts with the label that a guard predicts.
+    """Prompts with the label that a guard predicts, each once: exact duplicates are left out, and logged.
 
     Attributes:
         name: What the set is called in reports.
@@ -39,8 +43,33 @@ class LabelledPrompts:
                 f"{self.name}: {len(self.prompts)} prompts, {len(self.unsafe)} labels, {len(self.groups)} groups",
                 expected="one label a prompt, and one group or none",
             )
+        labels: dict[str, set[bool]] = {}
+        for prompt, label in zip(self.prompts, self.unsafe, strict=True):
+            labels.setdefault(prompt, set()).add(label)
+        torn = [prompt for prompt, found in labels.items() if len(found) > 1]
+        if torn:
+            raise MechsafetyError(f"{self.name}: {torn[0]!r} has both labels", expected="one label for each prompt")
+        if len(labels) < len(self.prompts):
+            said = duplicates(len(self.prompts) - len(labels), "prompt")
+            logger.warning("%s: %s", self.name, said)
+            self._keep(first_of_each(self.prompts))
         if len(set(self.unsafe)) < 2:
             raise MechsafetyError(f"{self.name}: all prompts have one label", expected="both labels")
+
+    def _keep(self, places: Sequence[int]) -> None:
+        for name in ("prompts", "unsafe", "groups"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, tuple(values[k] for k in places) if values else ())
+
+    def unseen_by(self, train: "LabelledPrompts") -> "LabelledPrompts":
+        """These prompts without those of the training set; how many were left out is logged.
+
+        Raises:
+            MechsafetyError: None is left, or none with one of the labels.
+        """
+        kept = unseen(self.prompts, train.prompts, self.name)
+        values = (self.prompts, self.unsafe, self.groups)
+        return LabelledPrompts(self.name, *(tuple(row[k] for k in kept) if row else () for row in values))
 
 
 def label_by_replies(

@@ -15,7 +15,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.neurons.runs import batches, hooked
 from mechsafety.nodes import Node
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, Result
 
@@ -126,7 +126,7 @@ def contrast_neurons(
     noise = 1e-5 * ((moments[0][1] + moments[1][1]) / (2 * n)).mean(-1, keepdim=True).sqrt()
     spread = torch.where(spread > noise, spread, torch.zeros_like(spread))
     effects = torch.where(gap.abs() > noise, gap / spread, torch.zeros_like(gap))
-    options = {"spans": list(spans), "pairs": n, "set": pairs.name}
+    options = {"spans": list(spans), "pairs": n, "set": pairs.name, **omissions(pairs)}
     return NeuronContrast(
         model.provenance(options=options),
         tuple(spans),

@@ -17,6 +17,7 @@ from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score
 from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks, share_count, top_mask
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
+from mechsafety.prompts import distinct
 from mechsafety.results import Provenance, Result
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -171,6 +172,8 @@ def causal_effect_curve(
     """
     check_pair(base, aligned)
     check_random_sets(n_random)
+    prompts = distinct(prompts, "harmful prompts")
+    harmless = None if harmless is None else distinct(harmless, "harmless prompts")
     if not shares:
         raise MechsafetyError("no shares", expected="at least one, above 0 and at most 1")
     values = check_ranking(base, ranking.scores if isinstance(ranking, NeuronScores) else ranking)

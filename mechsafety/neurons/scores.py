@@ -16,6 +16,7 @@ from mechsafety.models import LensModel
 from mechsafety.neurons.masks import share_count, top_mask
 from mechsafety.neurons.runs import Cursor, Rows, batches, check_pair, greedy, hooked, lay_out, prompt_rows
 from mechsafety.nodes import Node
+from mechsafety.prompts import distinct
 from mechsafety.results import Provenance, Result
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ def safety_neurons(
             expected="one reply of at least one token a prompt, positions 'completion'",
         )
     check_pair(base, aligned)
+    if replies is None:
+        prompts = distinct(prompts, "prompts")
     rows = prompt_rows(base, prompts)
     sums = _Sums(base)
     given = [list(reply) for reply in replies] if replies is not None else None

@@ -17,6 +17,7 @@ from mechsafety.neurons.behaviour import Score, measure, score_name
 from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
+from mechsafety.prompts import distinct
 from mechsafety.results import Provenance, Result
 
 ROWS = ("base", "safe", "helpful", "safe <- helpful", "helpful <- safe")
@@ -136,6 +137,7 @@ def alignment_tax(
     for aligned in (safe, helpful):
         check_pair(base, aligned)
     check_pair(safe, helpful)
+    harmful, harmless = distinct(harmful, "harmful prompts"), distinct(harmless, "harmless prompts")
     check_random_sets(n_random)
     for ranking in rankings:
         check_ranking(base, ranking.scores)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
     BaseRun,
@@ -28,7 +28,7 @@ from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
 from mechsafety.patching.masks import PairRuns, pair_batches, replacement
 from mechsafety.patching.sources import SOURCES, check_start, column_masks, source_values
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
@@ -180,8 +180,10 @@ def activation_patching(
     scores = torch.cat(parts, 1)
     harmful, harmless = (torch.cat(sides) for sides in zip(*scored, strict=True))
     changes = (harmful - scores) if direction == "noising" else (scores - harmless)
+    check_gap(harmful, harmless)
     shown = positions if isinstance(positions, str) else ",".join(map(str, positions))
     options = {"direction": direction, "positions": shown, "source": source, "seed": seed, "pairs": len(harmful)}
+    options |= omissions(pairs)
     return PatchMap(
         model.provenance(seed=seed if source == "resample" else None, options=options),
         metric.to_json(),

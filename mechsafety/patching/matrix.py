@@ -26,7 +26,7 @@ from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS, block_norms, keep_scales, through_norm
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import sender_changes
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
 
@@ -155,7 +155,7 @@ def path_matrix(
                     part = einsum(changed, slope, "sender batch pos d, head batch pos d -> sender head batch")
                     found[slot][rows[0] : rows[-1] + 1, columns] = part
             bar.update()
-    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base)}
+    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base), **omissions(pairs)}
     return PathMatrix(
         model.provenance(options=options), senders, receivers, found["q"], found["k"], found["v"], norm, direction
     )

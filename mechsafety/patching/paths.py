@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
 from mechsafety.nodes import Edge, head_and_mlp_nodes
@@ -104,6 +104,7 @@ def path_patching(
         raise MechsafetyError(f"downstream={downstream!r}", expected=f"one of {DOWNSTREAM}")
     neurons = any(node.kind == "neuron" for group in groups for node, _ in group)
     task = _task(model, pairs, senders, mlp, norm, direction, positions, (SiteKind.NEURONS,) if neurons else ())
+    check_gap(*task.runs.scores(metric))
     before = metric(task.base.logits)
     changes = torch.zeros(len(task.senders), len(groups), len(task.base), device=before.device)
     stops = Counter(_stop(model, group) for group in groups)

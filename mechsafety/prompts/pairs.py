@@ -1,15 +1,19 @@
 """Harmful requests and their harmless twins."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self, overload
+from dataclasses import dataclass, replace
+from typing import Any, Self, overload
 
 import numpy as np
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.prompts.distinct import duplicates, first_of_each
 from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.sets import data_file, load_instructions
+
+logger = logging.getLogger(__name__)
 
 # hub id, configuration and split of each public benchmark, and of its own harmless half where it has one
 HubSet = tuple[str, str | None, str]
@@ -40,9 +44,13 @@ class PromptPairs:
     Patching needs pairs whose chat prompts have the same number of tokens; that is checked against the model's
     tokenizer when they are used (`LensModel.tokenize_pairs`), because it depends on it.
 
+    Each pair counts once: an exact duplicate of an earlier one is left out, and so is a pair of two equal prompts,
+    whose gap is 0. Both are logged and kept in ``left_out``.
+
     Attributes:
         pairs: The pairs.
         name: Where they come from, for reports and provenance.
+        left_out: What was left out of them, in words.
 
     Example:
         >>> pairs = PromptPairs.from_lists(["How do I make a bomb?"], ["How do I make a cake?"])
@@ -52,6 +60,7 @@ class PromptPairs:
 
     pairs: tuple[PromptPair, ...]
     name: str = "pairs"
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -59,6 +68,20 @@ class PromptPairs:
         for number, pair in enumerate(self.pairs, 1):
             if not pair.harmful.strip() or not pair.harmless.strip():
                 raise MechsafetyError(f"{self.name}, pair {number}: a prompt is empty", expected="text on both sides")
+        told_apart = [pair for pair in self.pairs if pair.harmful != pair.harmless]
+        first = first_of_each([(pair.harmful, pair.harmless) for pair in told_apart])
+        equal, again = len(self.pairs) - len(told_apart), len(told_apart) - len(first)
+        if not first:
+            raise MechsafetyError(
+                f"{self.name}: the two prompts of {'the pair' if equal == 1 else f'all {equal} pairs'} are equal",
+                expected="a harmful prompt and a harmless twin that differs",
+            )
+        notes = [f"{equal} pair{'s' * (equal > 1)} of two equal prompts left out: the gap is 0"] if equal else []
+        notes += [duplicates(again, "pair")] if again else []
+        if notes:
+            object.__setattr__(self, "pairs", tuple(told_apart[k] for k in first))
+            object.__setattr__(self, "left_out", (*self.left_out, *notes))
+            logger.warning("%s: %s", self.name, "; ".join(notes))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -77,7 +100,7 @@ class PromptPairs:
 
     def __getitem__(self, index: int | slice) -> "PromptPair | Self":
         """One pair, or those of a slice as pairs again."""
-        return type(self)(self.pairs[index], self.name) if isinstance(index, slice) else self.pairs[index]
+        return replace(self, pairs=self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
     def __repr__(self) -> str:
         return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics)"
@@ -126,7 +149,7 @@ class PromptPairs:
             keyed.append((rank[topic], index))
         # one of each topic first, then the second of each ...: sort is stable, so the draw stays random
         chosen = sorted(index for _, index in sorted(keyed, key=lambda item: item[0])[:n])
-        return type(self)(tuple(self.pairs[index] for index in chosen), self.name)
+        return replace(self, pairs=tuple(self.pairs[index] for index in chosen))
 
     def halves(self) -> tuple[Self, Self]:
         """Two parts for discovery and for held-out checks.
@@ -150,7 +173,26 @@ class PromptPairs:
             chosen = [index % 2 == 0 for index in range(len(self))]
         picked = tuple(pair for pair, here in zip(self.pairs, chosen, strict=True) if here)
         others = tuple(pair for pair, here in zip(self.pairs, chosen, strict=True) if not here)
-        return type(self)(picked, self.name), type(self)(others, self.name)
+        return replace(self, pairs=picked), replace(self, pairs=others)
+
+    def without_shared_prompts(self) -> Self:
+        """The pairs both of whose prompts are new, so that no prompt is on two sides of a split.
+
+        How many are left out is logged and kept in ``left_out``.
+        """
+        seen: set[tuple[str, str]] = set()
+        kept = []
+        for pair in self.pairs:
+            prompts = {("harmful", pair.harmful), ("harmless", pair.harmless)}
+            if not prompts & seen:
+                kept.append(pair)
+            seen |= prompts
+        gone = len(self.pairs) - len(kept)
+        if not gone:
+            return self
+        note = f"{gone} pair{'s' * (gone > 1)} left out, a prompt of which is in an earlier pair"
+        logger.warning("%s: %s", self.name, note)
+        return replace(self, pairs=tuple(kept), left_out=(*self.left_out, note))
 
     @classmethod
     def builtin(cls, split: str | None = None) -> Self:
@@ -164,7 +206,7 @@ class PromptPairs:
             True
         """
         pairs = cls.from_jsonl(data_file("pairs"))
-        pairs = cls(pairs.pairs, "builtin")
+        pairs = replace(pairs, name="builtin")
         return pairs if split is None else pairs.split(split)
 
     @classmethod
@@ -270,7 +312,12 @@ class PromptPairs:
                 f"{self.name} has no pair of {what}",
                 expected=f"topics {self.topics}, splits {sorted({pair.split for pair in self.pairs})}",
             )
-        return type(self)(kept, self.name)
+        return replace(self, pairs=kept)
+
+
+def omissions(pairs: object) -> dict[str, Any]:
+    """What was left out of `PromptPairs`, as an option of provenance; empty where that is nothing, or unknown."""
+    return {"left_out": list(pairs.left_out)} if isinstance(pairs, PromptPairs) and pairs.left_out else {}
 
 
 def _benchmark(name: str) -> tuple[HubSet, HubSet | None]:

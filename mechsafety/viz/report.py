@@ -123,22 +123,21 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
 def _claims(circuit: RefusalCircuit) -> list[dict[str, str]]:
     """The claims that were checked, where the circuit lists them, those that failed first."""
     rows = []
-    for claim in getattr(circuit.verification, "claims", None) or ():
-        passed = getattr(claim, "passed", None)
-        interval, p = getattr(claim, "interval", None), getattr(claim, "p_value", None)
-        figure = [words.number(claim.value)] if getattr(claim, "value", None) is not None else []
+    for claim in circuit.verification.claims:
+        interval, p = claim.interval, claim.p_value
+        figure = [words.number(claim.value)] if claim.value is not None else []
         figure += [words.interval(interval)] if interval else []
         figure += [words.p_value(p)] if p is not None else []
         rows.append(
             {
                 "name": claim.name,
-                "statement": getattr(claim, "statement", ""),
-                "figure": ", ".join(figure) or getattr(claim, "reason", "") or words.DASH,
-                "criterion": getattr(claim, "criterion", ""),
-                "verdict": "not measured" if passed is None else ("holds" if passed else "fails"),
+                "statement": claim.statement,
+                "figure": ", ".join(figure + [claim.reason] * bool(claim.reason)) or words.DASH,
+                "criterion": claim.criterion,
+                "verdict": claim.verdict,
             }
         )
-    order = ("fails", "not measured", "holds")
+    order = ("fails", "undecided", "not measured", "holds", "holds by construction")
     return sorted(rows, key=lambda row: order.index(row["verdict"]))
 
 
@@ -179,7 +178,7 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
     held += f"{'reaches' if check.reached else 'misses'} the target {words.number(check.target, 2)}"
-    drawn = f"mean of {controls.n} of the same size; {words.p_value(controls.p_value)}"
+    drawn = f"mean of {controls.n} of the same size; {words.p_value(check.random_p)}"
     return [
         _card("Held-out faithfulness", check.held_out_faithfulness, held),
         *_fresh_card(circuit),

@@ -122,7 +122,7 @@ def caption(
     others = "; no random circuits were drawn"
     if controls.n:
         others = f"; {controls.n} random circuits of this size reach {number(controls.mean, 2)} on average "
-        others += f"({p_value(controls.p_value).replace(' ', NO_BREAK)})"
+        others += f"({p_value(check.random_p).replace(' ', NO_BREAK)})"
     return (
         f"{model}: {held}; {edges}.",
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
@@ -274,9 +274,9 @@ def chance(circuit: RefusalCircuit) -> str:
     text = (
         f"{controls.n} circuits of the same size, drawn at random, restore {percent(controls.mean)} on average and "
         f"{percent(controls.highest)} at best, against {percent(judged(circuit))} for this one "
-        f"({p_value(controls.p_value)})."
+        f"({p_value(circuit.verification.random_p)})."
     )
-    if controls.p_value < 0.05:
+    if circuit.verification.random_p < 0.05:
         return f"{text} The circuit is better than chance."
     chosen = f"its choice of {units(circuit)} is not supported."
     return f"{text} By the usual 0.05 rule the circuit is not better than chance: {chosen}"

@@ -50,7 +50,6 @@ def test_every_check_is_there_and_has_its_verdict(circuit):
     assert list(claims) == [
         "faithfulness",
         "fresh pairs",
-        "held-out topics",
         "sufficiency",
         "necessity",
         "minimality",
@@ -64,12 +63,14 @@ def test_every_check_is_there_and_has_its_verdict(circuit):
     for claim in claims.values():
         assert claim.passed is not None or claim.reason, claim
         assert claim.passed is None or claim.value is not None
-    assert claims["faithfulness"].passed and claims["held-out topics"].passed
+    assert claims["faithfulness"].verdict == "holds by construction"
+    assert [claim.name for claim in circuit.verification.tested] == list(claims)[1:]
+    assert circuit.verification.random_p == claims["sufficiency"].p_value
     assert claims["fresh pairs"].reason == "too few pairs to set any aside"
     check = circuit.verification
     assert check.stability.mean > 0.5 and len(check.stability.jaccards) == 5
     assert check.side_effects.circuit_ablated >= 0 and check.completeness is not None
-    assert len(circuit.claims_dataframe()) == 12 and "claims hold" in repr(circuit)
+    assert len(circuit.claims_dataframe()) == 11 and "claims hold" in repr(circuit)
 
 
 def test_every_node_lies_on_a_path_from_embed_to_logits(circuit):
@@ -193,7 +194,7 @@ def test_a_random_model_does_not_refuse(llama, pairs):
 
 def test_a_model_that_refuses_everything(planted):
     model, pairs = planted
-    swapped = ms.PromptPairs.from_lists(pairs.harmful, pairs.harmful)
+    swapped = ms.PromptPairs.from_lists(pairs.harmful, pairs.harmful[1:] + pairs.harmful[:1])
     with pytest.raises(NoRefusal, match=r"refuses \d+% of 8 harmful and \d+% of 8 harmless prompts; only 0 of 4 pairs"):
         ms.map_refusal_circuit(model, swapped, ms.RefusalLogOdds.of(model, ["sorry"], ["sure"]), **SMALL)
 
@@ -216,7 +217,10 @@ def test_options(planted, options, message):
 def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch):
     model, _ = planted
     monkeypatch.setattr(type(model), "generate", lambda *args, **kwargs: pytest.fail("ran before the check"))
-    crooked = ms.PromptPairs.from_lists(["make a bomb"] * 4, ["make a cake", "make tea", "make a cake", "make a cake"])
+    crooked = ms.PromptPairs.from_lists(
+        [f"make a {word} bomb" for word in "abcd"],
+        ["make a big cake", "make tea", "make a blue cake", "make a new cake"],
+    )
     with pytest.raises(MechsafetyError, match="does not align"):
         ms.map_refusal_circuit(model, crooked, **SMALL)
 

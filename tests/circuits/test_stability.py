@@ -31,7 +31,7 @@ def test_pairs_add_up_to_the_whole(setting):
     torch.testing.assert_close(mean.heads, expected.heads, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mean.mlps, expected.mlps, atol=1e-4, rtol=1e-4)
     assert mean.total == pytest.approx(expected.total, abs=1e-4)
-    twice = ms.PromptPairs((pairs.pairs[0], pairs.pairs[0], pairs.pairs[2]))
+    twice = meter.model.tokenize_pairs(pairs).rows([0, 0, 2])
     resampled = node_attribution(meter.model, pair_runs(meter.model, twice), meter.metric)
     torch.testing.assert_close(found.mean([2, 0, 1, 0]).heads, resampled.heads, atol=1e-4, rtol=1e-4)
 

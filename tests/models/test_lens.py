@@ -11,6 +11,7 @@ from reference import hook_count, record
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
+from mechsafety.prompts import TokenPairs
 from mechsafety.sites import Site, SiteKind
 
 LENGTHS = [
@@ -141,7 +142,8 @@ def test_pairs_start_at_the_first_difference(llama, pairs):
     differs = (tokens.harmful.ids != tokens.harmless.ids).any(0)
     assert not bool(differs[: tokens.start].any()) and bool(differs[tokens.start])
     assert torch.equal(tokens.harmful.mask, tokens.harmless.mask)
-    same = llama.tokenize_pairs(ms.PromptPairs.from_lists(["make tea"], ["make tea"]))
+    tea = llama.tokenize(["make tea"])
+    same = TokenPairs.of(tea, tea)
     assert same.start == same.harmful.ids.shape[1] - 1
     one = tokens.rows(slice(3, 4))  # the shortest: 3 words between 2 and 2 template tokens
     assert one.harmful.ids.shape == (1, 7) and one.start == 2

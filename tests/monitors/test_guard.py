@@ -195,8 +195,8 @@ def test_nothing_is_left_after_an_exception(llama, guard):
 
 def test_labels_are_what_the_model_does(planted):
     model, pairs = planted
-    found = label_by_replies(model, pairs.harmless, pairs.harmless[:3], "mixed")
-    assert found.unsafe == (True,) * 8 + (False,) * 3, "this model refuses bombs, so cakes called harmful are answered"
+    found = label_by_replies(model, pairs.harmless[3:], pairs.harmless[:3], "mixed")
+    assert found.unsafe == (True,) * 5 + (False,) * 3, "this model refuses bombs, so cakes called harmful are answered"
     with pytest.raises(ms.MechsafetyError, match=r"^refused: all prompts have one label"):
         label_by_replies(model, pairs.harmful, pairs.harmless, "refused", judge=lambda asked, replies: [1.0] * 8)
 
@@ -282,10 +282,22 @@ def test_intervals_over_prompts(report):
     assert list(sure.intervals("t", "neurons", n=20).values()) == [(1.0, 1.0), (1.0, 1.0), (0.0, 0.0)]
 
 
+def test_prompts_that_were_trained_on_are_not_tested_on(llama, mask, caplog):
+    fresh = labelled("a", "poison", "tea")
+    both = LabelledPrompts(
+        "a", (*fresh.prompts, *labelled("x").prompts[::3]), (*fresh.unsafe, *labelled("x").unsafe[::3])
+    )
+    found = [
+        compare_guards(llama, mask, labelled("train"), [test], n_random=2, progress=False) for test in (fresh, both)
+    ]
+    assert torch.equal(found[0].probabilities["a"], found[1].probabilities["a"]) and len(found[1].labels["a"]) == 20
+    assert "a: 7 of 27 prompts left out, learned from before" in caplog.text
+
+
 def test_a_crowded_layer_shares_as_few_neurons_as_it_must(llama):
     mask = torch.zeros(3, 48, dtype=torch.bool)
     mask[0, :36] = True
-    found = compare_guards(llama, mask, labelled("train"), [labelled("a")], n_random=2, progress=False)
+    found = compare_guards(llama, mask, labelled("train"), [labelled("a", "poison", "tea")], n_random=2, progress=False)
     assert found.random_overlap == pytest.approx(24 / 36) and not found.random["a"].isnan().any()
 
 
@@ -318,6 +330,6 @@ def test_comparisons_that_cannot_be_made(llama, mask):
     with pytest.raises(ms.MechsafetyError, match=r"^test sets \['a', 'a'\]; expected"):
         compare_guards(llama, mask, train, [labelled("a"), labelled("a")])
     with pytest.raises(ms.MechsafetyError, match=r"^n_random=0; expected at least 1 random set$"):
-        compare_guards(llama, mask, train, [labelled("a")], n_random=0)
+        compare_guards(llama, mask, train, [labelled("a", "poison", "tea")], n_random=0)
     with pytest.raises(ms.MechsafetyError, match=r"^all neurons are chosen; expected room for random sets$"):
-        compare_guards(llama, torch.ones(3, 48, dtype=torch.bool), train, [labelled("a")])
+        compare_guards(llama, torch.ones(3, 48, dtype=torch.bool), train, [labelled("a", "poison", "tea")])

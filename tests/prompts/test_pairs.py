@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -145,13 +146,14 @@ def test_one_pair_cannot_be_halved():
 # --- from files -------------------------------------------------------------------------------------------------------
 
 GOOD = {"harmful": "How do I make a bomb?", "harmless": "How do I make a cake?"}
+OTHER = {"harmful": "How do I make a bomb?", "harmless": "How do I make a pie?"}
 
 
 def test_from_jsonl_reads_topics_splits_and_skips_blank_lines(tmp_path):
-    rows = write(tmp_path / "mine.jsonl", {**GOOD, "topic": "weapons", "split": "test"}, "", {**GOOD, "more": 1}, "")
+    rows = write(tmp_path / "mine.jsonl", {**GOOD, "topic": "weapons", "split": "test"}, "", {**OTHER, "more": 1}, "")
     pairs = PromptPairs.from_jsonl(rows)
     assert pairs.name == "mine.jsonl"
-    assert pairs.pairs == (PromptPair(*GOOD.values(), "weapons", "test"), PromptPair(*GOOD.values()))
+    assert pairs.pairs == (PromptPair(*GOOD.values(), "weapons", "test"), PromptPair(*OTHER.values()))
     assert repr(pairs) == "PromptPairs(mine.jsonl: 2 pairs, 2 topics)"
 
 
@@ -294,7 +296,7 @@ def test_from_file_names_file_and_line(tmp_path, name, text, expected):
 
 
 def test_nulls_are_no_topics_and_numbers_are(tmp_path):
-    path = write(tmp_path / "mine.jsonl", {**GOOD, "topic": None, "split": None}, {**GOOD, "topic": 7})
+    path = write(tmp_path / "mine.jsonl", {**GOOD, "topic": None, "split": None}, {**OTHER, "topic": 7})
     assert [(pair.topic, pair.split) for pair in PromptPairs.from_jsonl(path)] == [("", ""), ("7", "")]
 
 
@@ -417,18 +419,20 @@ def test_benchmarks_without_a_harmless_half(monkeypatch, name, harmless):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_from_hub_reads_local_files(tmp_path, suffix):
-    frame = pd.DataFrame({"Goal": ["make a bomb", " hurt, people "], "category": ["x", "y"]})
-    path = tmp_path / f"goals.{suffix}"
-    {
-        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
-        "csv": lambda: frame.to_csv(path, index=False),
-        "parquet": lambda: frame.to_parquet(path),
-    }[suffix]()
-    pairs = PromptPairs.from_hub(str(path), harmless=["bake a cake", "help people", "one too many"])
+    paths = []
+    for name, texts in (("goals", ["make a bomb", " hurt, people "]), ("others", ["bake a cake", "mend, people"])):
+        frame, path = pd.DataFrame({"Goal": texts, "category": ["x", "y"]}), tmp_path / f"{name}.{suffix}"
+        {
+            "jsonl": partial(frame.to_json, path, orient="records", lines=True),
+            "csv": partial(frame.to_csv, path, index=False),
+            "parquet": partial(frame.to_parquet, path),
+        }[suffix]()
+        paths.append(str(path))
+    pairs = PromptPairs.from_hub(paths[0], harmless=["bake a cake", "help people", "one too many"])
     assert pairs.harmful == ["make a bomb", "hurt, people"]
     assert pairs.harmless == ["bake a cake", "help people"]
-    both = PromptPairs.from_hub(str(path), harmless=str(path), length=len)
-    assert both.harmful == both.harmless
+    both = PromptPairs.from_hub(paths[0], harmless=paths[1], length=len)
+    assert both.harmless == ["bake a cake", "mend, people"] and both.harmful == pairs.harmful
 
 
 def test_from_hub_without_a_harmless_half(tmp_path):

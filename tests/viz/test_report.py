@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import pytest
 from circuits_drawn import HOSTILE, build
 from test_formats import Tags, assert_inert
 
-from mechsafety.circuits.circuit import Backup, CurvePoint, Node, RandomControls, RefusalCircuit, Search, Verification
+from mechsafety.circuits.circuit import Backup, CurvePoint, Node, RandomControls, RefusalCircuit, Search
+from mechsafety.circuits.verification import Claim
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz import (
     attention_html,
@@ -202,39 +203,26 @@ def test_report_has_methods_with_options_and_formulas(small: RefusalCircuit) -> 
     assert re.search(r"target\s*0\.8", methods)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A claim as later versions list them."""
-
-    name: str
-    statement: str
-    value: float | None
-    interval: tuple[float, float] | None
-    p_value: float | None
-    criterion: str
-    passed: bool | None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed(Verification):
-    claims: tuple[Claim, ...] = ()
-
-
 def test_failed_claims_are_shown_as_failed(small: RefusalCircuit) -> None:
     claims = (
+        Claim("faithfulness", "enough of the gap", 0.8, None, None, "at least 0.8", True),
         Claim("minimal", "no part is superfluous", 0.1, (0.0, 0.2), 0.01, "p < 0.05", True),
         Claim("complete", "nothing is left out", 0.4, None, None, "at most 0.2", False),
+        Claim("fresh", "so on others", 0.9, (-1.0, 2.0), None, "at least 0.8", None, "the interval holds 0"),
         Claim("stable", "prompts do not matter", None, None, None, "Jaccard 0.7", None, "too few pairs"),
     )
-    values = {field.name: getattr(small.verification, field.name) for field in fields(Verification)}
-    check = Claimed(**{**values, "claims": claims})
+    check = replace(small.verification, claims=claims)
     text = Tags(render_report(replace(small, verification=check))).text
     part = text[text.index("What was claimed and checked") :]
-    rows = (("fails", "complete"), ("not measured", "stable"), ("holds", "minimal"))
+    rows = (("fails", "complete"), ("undecided", "fresh"), ("not measured", "stable"), ("holds", "minimal"))
+    rows += (("holds by construction", "faithfulness"),)
     order = [part.index(verdict + name) for verdict, name in rows]
     assert order == sorted(order)
-    assert "too few pairs" in part and "0.100, [0.000, 0.200], p = 0.01" in part
+    assert (
+        "too few pairs" in part
+        and "0.900, [\u22121.000, 2.000], the interval holds 0" in part
+        and "0.100, [0.000, 0.200], p = 0.01" in part
+    )
     assert "What was claimed" not in Tags(render_report(small)).text
 
 
@@ -360,9 +348,8 @@ def test_at_edge_level_edges_are_counted(small: RefusalCircuit) -> None:
 )
 def test_necessity_is_said_by_the_verdict_against_random_circuits(passed, said, small: RefusalCircuit) -> None:
     found = Claim("necessity", "", 1.0, None, 0.63, "", passed)
-    values = {field.name: getattr(small.verification, field.name) for field in fields(Verification)}
     controls = RandomControls(100, 0.97, 1.0, 0.63)
-    check = Claimed(**{**values, "necessity": 1.0, "necessity_controls": controls, "claims": (found,)})
+    check = replace(small.verification, necessity=1.0, necessity_controls=controls, claims=(found,))
     text = necessity(replace(small, verification=check))
     assert said in text and "100 % of the gap is lost" in text
     assert ("random circuits of its size loses 97 %" in text) == (passed is not None)

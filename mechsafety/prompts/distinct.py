@@ -1,0 +1,69 @@
+"""Prompts that say nothing new: exact duplicates, which would count one observation several times."""
+
+import logging
+from collections.abc import Hashable, Sequence
+
+from mechsafety.errors import MechsafetyError
+
+logger = logging.getLogger(__name__)
+
+
+def first_of_each(items: Sequence[Hashable]) -> list[int]:
+    """Places of the items that did not come before, in order.
+
+    Example:
+        >>> first_of_each(["tea", "cake", "tea"])
+        [0, 1]
+    """
+    return sorted({item: k for k, item in reversed(list(enumerate(items)))}.values())
+
+
+def distinct(prompts: Sequence[str], what: str) -> list[str]:
+    """The prompts without exact duplicates, in order; how many were left out is logged.
+
+    Args:
+        prompts: Texts.
+        what: Names them in the log.
+
+    Example:
+        >>> distinct(["tea", "cake", "tea"], "prompts")
+        ['tea', 'cake']
+    """
+    kept = first_of_each(prompts)
+    if len(kept) < len(prompts):
+        logger.warning("%s: %s", what, duplicates(len(prompts) - len(kept), "prompt"))
+    return [prompts[k] for k in kept]
+
+
+def unseen(prompts: Sequence[str], seen: Sequence[str], what: str) -> list[int]:
+    """Places of the prompts that are not among those ``seen`` before; how many were left out is logged.
+
+    Args:
+        prompts: Texts to judge on.
+        seen: Texts that were learned from.
+        what: Names the prompts in the log and in the error.
+
+    Raises:
+        MechsafetyError: All were seen.
+    """
+    known = set(seen)
+    kept = [k for k, prompt in enumerate(prompts) if prompt not in known]
+    if prompts and not kept:
+        raise MechsafetyError(
+            f"{what}: all {len(prompts)} prompts are among those that were learned from", expected="others"
+        )
+    if len(kept) < len(prompts):
+        gone = len(prompts) - len(kept)
+        logger.warning("%s: %d of %d prompts left out, learned from before", what, gone, len(prompts))
+    return kept
+
+
+def duplicates(n: int, kind: str) -> str:
+    """What is said of ``n`` duplicates that were left out.
+
+    Example:
+        >>> duplicates(1, "pair"), duplicates(2, "prompt")
+        ('1 exact duplicate of an earlier pair left out', '2 exact duplicates of earlier prompts left out')
+    """
+    many = n > 1
+    return f"{n} exact duplicate{'s' * many} of {'' if many else 'an '}earlier {kind}{'s' * many} left out"
