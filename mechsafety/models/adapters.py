@@ -173,7 +173,10 @@ def _load_weights(wrapped: Any, folder: Path) -> None:
     if broken:
         raise ValueError(f"{len(broken)} of its weights are NaN or infinite, such as {min(broken)}")
     biases = {name for name in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if name.endswith("bias")}
-    lost = {*result.missing_keys, *(biases - set(stored))}
+    state = wrapped.state_dict()
+    found = {state[name].data_ptr() for name in state.keys() - set(result.missing_keys)}
+    # a tensor that many layers share (VB-LoRA) is stored once
+    lost = {name for name in result.missing_keys if state[name].data_ptr() not in found} | (biases - set(stored))
     for problem, names in (("lacks", lost), ("has besides", result.unexpected_keys)):
         if names:
             raise ValueError(f"it {problem} {len(names)} weights, such as {min(names)}")
@@ -241,7 +244,9 @@ class _Call:
 def _recorder(path: str, layer: Any, calls: list[_Call]) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if isinstance(out, Tensor):
-            calls.append(_Call(path, layer, args, kwargs, out))
+            # copies: a block may add to either in place (Falcon)
+            read = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
+            calls.append(_Call(path, layer, read, kwargs, out.clone()))
 
     return hook
 

@@ -25,6 +25,7 @@ BASES = {
     "phi": lambda: transformers.PhiConfig(**GROUPED),
     "phi3": lambda: transformers.Phi3Config(**GROUPED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "falcon": lambda: transformers.FalconConfig(**SIZES, multi_query=True, parallel_attn=True),
     "gpt2": lambda: transformers.GPT2Config(**GPT2, bos_token_id=2, eos_token_id=6),
 }
 
@@ -90,6 +91,11 @@ VALID = {
         "llama",
         peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], save_projection=False),
     ),
+    "vb-lora": (
+        "llama",
+        peft.VBLoRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], num_vectors=4, vector_length=4, topk=2),
+    ),
+    "lora where blocks add in place": ("falcon", lora(["dense", "dense_4h_to_h"])),
     "loha": ("llama", peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])),
     "ia3 gated": ("llama", ia3(["k_proj", "v_proj", "down_proj"], ["down_proj"])),
     "ia3 gated with biases": ("biased", ia3(["down_proj"], ["down_proj"])),
