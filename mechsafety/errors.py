@@ -1,5 +1,7 @@
 """The one exception of this package, and its kind for models that do not refuse."""
 
+from collections.abc import Iterable
+
 
 class MechsafetyError(ValueError):
     """Bad input: one clear line that says what was given, what was expected, and the cure.
@@ -31,6 +33,17 @@ def first_line(error: BaseException) -> str:
     """
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= 200 else line[:197] + "..."
+
+
+def named(names: Iterable[str], noun: str) -> str:
+    """How many there are, and the first by name.
+
+    Example:
+        >>> named(["b", "a"], "tensor"), named(["a"], "tensor")
+        ('2 tensors, such as a', '1 tensor, a')
+    """
+    found = sorted(names)
+    return f"1 {noun}, {found[0]}" if len(found) == 1 else f"{len(found)} {noun}s, such as {found[0]}"
 
 
 class NoRefusal(MechsafetyError):

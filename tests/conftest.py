@@ -51,7 +51,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from architectures import tiny_tokenizer
 from tqdm import tqdm
 
 import mechsafety as ms
@@ -66,76 +66,6 @@ hypothesis.settings.load_profile("mechsafety")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "mistral_window", "phi3", "gemma2", "olmo2")
 GENERATION = "HookedTransformer" if hooked.installed() else "TransformerBridge"
-CHAT_TEMPLATE = (
-    "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
-WORDS = [
-    "how",
-    "do",
-    "i",
-    "make",
-    "a",
-    "an",
-    "the",
-    "bomb",
-    "cake",
-    "kill",
-    "python",
-    "process",
-    "write",
-    "poem",
-    "about",
-    "spring",
-    "teach",
-    "me",
-    "to",
-    "steal",
-    "bake",
-    "bread",
-    "car",
-    "hurt",
-    "people",
-    "help",
-    "please",
-    "explain",
-    "why",
-    "sky",
-    "is",
-    "blue",
-    "poison",
-    "tea",
-    "sorry",
-    "sure",
-    "here",
-    "no",
-    "yes",
-    "can",
-    "what",
-    "of",
-    "and",
-    "with",
-    "my",
-    "house",
-]
-
-
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a word (unknown words fall apart into characters), with a chat template."""
-    special = ["<pad>", "<unk>", "<s>", "<user>", "<assistant>", "<system>", "<end>"]
-    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789?.,!'\" \n-")
-    vocab = {token: k for k, token in enumerate(dict.fromkeys([*special, *letters, *WORDS, *(f" {w}" for w in WORDS)]))}
-    core = Tokenizer(
-        models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="", max_input_chars_per_word=99)
-    )
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w ]| "), "isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="<end>", unk_token="<unk>", pad_token="<pad>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32):

@@ -227,7 +227,7 @@ def test_unknown_device_and_dtype(fails, saved):
     line = fails(saved.folder, "--device", "cpuu")
     assert re.fullmatch(r"unknown or unavailable device 'cpuu'; expected one of \['cpu'(, 'cuda')?\]", line)
     assert fails(saved.folder, "--dtype", "int3") == (
-        "unknown dtype 'int3'; expected one of ('float32', 'float16', 'bfloat16')"
+        "unknown dtype 'int3'; expected one of ('auto', 'float32', 'bfloat16', 'float16'), or torch's own"
     )
 
 

@@ -26,6 +26,7 @@ from mechsafety.models.backend import (
     forward_hooks,
     is_lens,
 )
+from mechsafety.models.kinds import check_kind, is_multimodal
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Generation, hook_name
 
@@ -43,26 +44,41 @@ def is_mine(model: Any) -> bool:
 
 
 def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
-    """Wrap a Hugging Face model in place: it goes over to eager attention and its blocks become TransformerLens'."""
+    """Wrap a Hugging Face model in place: it goes over to eager attention and its blocks become TransformerLens'.
+
+    Raises:
+        MechsafetyError: TransformerLens does not know the architecture.
+    """
     logging_level = logging.getLogger().level
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
     from transformer_lens.model_bridge import TransformerBridge
 
     logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
     # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
     # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
     copied = copy.deepcopy(tokenizer)
-    if not model.config.architectures:  # of a model made in memory; TransformerLens goes by this name
-        model.config.architectures = [type(model).__name__]
+    # TransformerLens goes by the configuration's name, which a model made in memory lacks
+    names = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in SUPPORTED_ARCHITECTURES]
+    model.config.architectures = names[:1] or model.config.architectures or [type(model).__name__]
     copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
     device = str(next(model.parameters()).device)
-    return BridgeBackend(TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device))
+    try:
+        bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
+    except ValueError as error:
+        if names:
+            raise
+        raise MechsafetyError(
+            f"TransformerLens does not know the architecture {type(model).__name__}",
+            expected="one such as LlamaForCausalLM, Qwen3ForCausalLM, Gemma2ForCausalLM or GPT2LMHeadModel",
+        ) from error
+    return BridgeBackend(bridge)
 
 
 def wrap(bridge: Any) -> "BridgeBackend":
     """The backend of a bridge that its owner made.
 
     Raises:
-        MechsafetyError: It is in compatibility mode, which folds norms into weights.
+        MechsafetyError: It is in compatibility mode, which folds norms into weights, or of a kind that is not taken.
     """
     if getattr(bridge, "compatibility_mode", False):
         raise MechsafetyError(
@@ -70,7 +86,12 @@ def wrap(bridge: Any) -> "BridgeBackend":
             expected="one with its own weights",
             cure="boot it again and leave enable_compatibility_mode() out",
         )
-    bridge.original_model.eval()
+    model = bridge.original_model.eval()
+    if is_multimodal(model.config):
+        raise MechsafetyError(
+            "a TransformerBridge of a multimodal model", cure="pass the Hugging Face model: its language model is taken"
+        )
+    check_kind(model)
     return BridgeBackend(bridge)
 
 
@@ -82,6 +103,7 @@ class BridgeBackend(Backend):
     def __init__(self, bridge: Any) -> None:
         self.tl_model = bridge
         self.module: Any = bridge.original_model
+        self.module.config.return_dict = True  # outputs are read by name
         cfg = bridge.cfg
         self.sizes = Sizes(
             n_layers=cfg.n_layers,
@@ -274,7 +296,9 @@ class BridgeBackend(Backend):
     def final_norm(self) -> FinalNorm:
         """The final norm."""
         norm, cfg = self.tl_model.ln_final, self.tl_model.cfg
-        weight = norm.weight.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
+        own = getattr(norm, "weight", None)  # OLMo's norms have none
+        ones = torch.ones(self.sizes.d_model, device=self.W_U.device)
+        weight = ones if own is None else own.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
         bias = getattr(norm, "bias", None) if not cfg.uses_rms_norm else None
         bias = bias.float() if bias is not None else torch.zeros_like(weight)
         return FinalNorm(weight, bias, float(cfg.eps), not cfg.uses_rms_norm)

@@ -8,7 +8,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from mechsafety.errors import MechsafetyError
+from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.engine import check_engine
 from mechsafety.models.lens import LensModel
 from mechsafety.models.shortcuts import Shortcuts
@@ -24,19 +24,40 @@ PROBES = ("What is two plus two?", "Name a colour that you like, and one that yo
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 
 
-def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, Any]) -> Tensor:
-    """Logits [pos d_vocab] of the untouched Hugging Face model on one chat prompt, before it is wrapped.
+def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tensor]:
+    """Logits [pos d_vocab] of the untouched Hugging Face model on each probe alone, before it is wrapped.
 
     With eager attention, which the wrapped model has too: rounding alone sets it 1e-4 apart from the other kinds.
+
+    Raises:
+        MechsafetyError: The model cannot run a chat prompt, or its logits depend on later tokens.
     """
-    ids = probe_rows(tokenizer, template_options)[0].to(next(model.parameters()).device)
-    kind = model.config._attn_implementation
+    device, kind = next(model.parameters()).device, model.config._attn_implementation
+    model.config.return_dict = True  # outputs are read by name
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
-            return model(ids).logits[0].float()
+            rows = [ids.to(device) for ids in probe_rows(tokenizer, template_options)]
+            found = [model(ids).logits[0].float() for ids in rows]
+            ends = rows[0].clone()
+            ends[0, -1] = ends[0, 0]
+            other = model(ends).logits[0].float()
+    except MechsafetyError:
+        raise
+    except Exception as error:  # a model may raise anything; the user needs one line
+        raise MechsafetyError(
+            f"{type(model).__name__} itself cannot run a chat prompt ({_said(error)})",
+            expected="a model that runs, and the tokenizer that belongs to it",
+        ) from error
     finally:
         model.set_attn_implementation(kind)
+    gap, size = float((other - found[0])[:-1].abs().max()), float(found[0].abs().max())
+    if gap > 1e-2 * size:  # rounding alone is far below, also in half precision
+        raise MechsafetyError(
+            f"{type(model).__name__} is no causal model: its logits change by {gap:.2g} with a later token",
+            expected="a decoder that predicts the next token",
+        )
+    return found
 
 
 def probe_rows(tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tensor]:
@@ -45,12 +66,13 @@ def probe_rows(tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tens
     return [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
 
 
-def check_model(model: LensModel, reference: Tensor | None) -> None:
+def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
     """Run all checks, and leave in ``model.shortcuts`` what is exact on it.
 
     Args:
         model: The model.
-        reference: The Hugging Face model's logits on the first probe; without it TransformerLens' own forward is taken.
+        reference: The Hugging Face model's logits on each probe alone; without them TransformerLens' own forward is
+            taken.
 
     Raises:
         MechsafetyError: The first check that fails, by name.
@@ -58,16 +80,35 @@ def check_model(model: LensModel, reference: Tensor | None) -> None:
     tokens = model.tokenize([PROBES[0]])
     tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
     if reference is None:
-        reference = model.backend.plain_logits(probe_rows(model.tokenizer, model.template_options)[0].to(model.device))
+        rows = probe_rows(model.tokenizer, model.template_options)
+        reference = [model.backend.plain_logits(ids.to(model.device)) for ids in rows]
     with torch.no_grad():
-        _check_start_token(model, tokens)
-        _check_logits(model, tokens, reference, tolerance * model.backend.rounding)
-        _check_sites(model, tokens)
-        _check_edit(model, tokens)
-        _check_head_outputs(model, tokens, tolerance)
-        _check_mlp(model, tokens, tolerance)
-        _check_final_norm(model, tokens, tolerance)
-        model.shortcuts = _exact_shortcuts(model, tolerance)
+        for name, check in (
+            ("start token", lambda: _check_start_token(model, tokens)),
+            ("logits", lambda: _check_logits(model, tokens, reference[0], tolerance * model.backend.rounding)),
+            ("padding", lambda: _check_padding(model, reference, tolerance * model.backend.rounding)),
+            ("sites", lambda: _check_sites(model, tokens)),
+            ("edits", lambda: _check_edit(model, tokens)),
+            ("head outputs", lambda: _check_head_outputs(model, tokens, tolerance)),
+            ("MLP", lambda: _check_mlp(model, tokens, tolerance)),
+            ("final norm", lambda: _check_final_norm(model, tokens, tolerance)),
+            ("forward engine", lambda: _check_engine(model, tolerance)),
+        ):
+            try:
+                check()
+            except MechsafetyError:
+                raise
+            except Exception as error:  # of code that TransformerLens runs; the user needs one line
+                raise _fail(name, f"{model.name} cannot be run this way ({_said(error)})") from error
+
+
+def _said(error: Exception) -> str:
+    """Kind and first line of another library's error."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _check_engine(model: LensModel, tolerance: float) -> None:
+    model.shortcuts = _exact_shortcuts(model, tolerance)
 
 
 def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
@@ -77,7 +118,10 @@ def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
         return Shortcuts()
     gap = check_engine(model, tokens, Shortcuts.none())
     if not gap <= tolerance:
-        raise _fail("forward engine", f"running on from stored activations is off by {gap:.2g} in the logits")
+        raise _fail(
+            "forward engine",
+            f"running on from stored activations is off by {gap:.2g} in the logits; tolerated is {tolerance:.2g}",
+        )
     gaps = {name: check_engine(model, tokens, Shortcuts.only(name)) for name in Shortcuts().on}
     wrong = [name for name, gap in gaps.items() if not gap <= tolerance]
     left = Shortcuts().without(*wrong)
@@ -106,9 +150,27 @@ def _check_logits(model: LensModel, tokens: Tokens, reference: Tensor, tolerance
     found = model.forward(tokens, keep=tokens.ids.shape[1])[0].float()
     if found.shape != reference.shape:
         raise _fail("logits", f"shape {tuple(found.shape)}, the Hugging Face model's is {tuple(reference.shape)}")
-    gap = float((found - reference).abs().max())
-    if not gap <= tolerance * max(1.0, float(reference.abs().max()) / 50):  # rounding grows with the logits
-        raise _fail("logits", f"they differ from the Hugging Face model's by {gap:.2g}, allowed {tolerance:.0e}")
+    gap, allowed = _gap(found, reference, tolerance)
+    if not gap <= allowed:
+        raise _fail(
+            "logits", f"they differ from the Hugging Face model's by up to {gap:.2g}; tolerated is {allowed:.2g}"
+        )
+
+
+def _check_padding(model: LensModel, reference: list[Tensor], tolerance: float) -> None:
+    found = model.logits(model.tokenize(PROBES))
+    gap, allowed = _gap(found, torch.stack([logits[-1] for logits in reference]), tolerance)
+    if not gap <= allowed:
+        raise _fail(
+            "padding",
+            f"a prompt's logits differ by up to {gap:.2g} between a padded batch and the prompt alone; "
+            f"tolerated is {allowed:.2g}",
+        )
+
+
+def _gap(found: Tensor, reference: Tensor, tolerance: float) -> tuple[float, float]:
+    """Largest difference, and what is tolerated: rounding grows with the logits."""
+    return float((found - reference).abs().max()), tolerance * max(1.0, float(reference.abs().max()) / 50)
 
 
 def _check_sites(model: LensModel, tokens: Tokens) -> None:
@@ -163,19 +225,22 @@ def _check_head_outputs(model: LensModel, tokens: Tokens, tolerance: float) -> N
     acts = model.read(tokens, [z_site, out_site])
     out = einsum(acts[z_site], model.W_O(layer), "batch pos head d_head, head d_head d_model -> batch pos d_model")
     out = out + model.b_O(layer)
-    size = max(1.0, float(acts[out_site].abs().max()))
+    allowed = tolerance * _size(acts[out_site])
     gap = float((out - acts[out_site]).abs().max())
-    if not (model.post_norm or gap <= tolerance * size):
-        raise _fail("head outputs", f"z W_O summed over heads is off by {gap:.2g} from what attention writes")
+    if not (model.post_norm or gap <= allowed):
+        raise _fail(
+            "head outputs",
+            f"z W_O summed over heads is off by {gap:.2g} from what attention writes; tolerated is {allowed:.2g}",
+        )
 
 
 def _check_final_norm(model: LensModel, tokens: Tokens, tolerance: float) -> None:
     before, after = Site(SiteKind.FINAL_NORM_IN), Site(SiteKind.FINAL_NORM_OUT)
     acts = model.read(tokens, [before, after])
     resid, out = acts[before].float(), acts[after].float()
-    gap = float((model.frozen_final_norm(resid)(resid) - out).abs().max())
-    if not gap <= tolerance * max(1.0, float(out.abs().max())):
-        raise _fail("final norm", f"its linear form at a frozen scale is off by {gap:.2g}")
+    gap, allowed = float((model.frozen_final_norm(resid)(resid) - out).abs().max()), tolerance * _size(out)
+    if not gap <= allowed:
+        raise _fail("final norm", f"its linear form at a frozen scale is off by {gap:.2g}; tolerated is {allowed:.2g}")
 
 
 def _check_mlp(model: LensModel, tokens: Tokens, tolerance: float) -> None:
@@ -185,10 +250,18 @@ def _check_mlp(model: LensModel, tokens: Tokens, tolerance: float) -> None:
     )
     acts = model.read(tokens, [before, attn, mlp, after])
     middle = acts[before] + acts[attn]
-    size = max(1.0, float(acts[after].abs().max()))
+    allowed = tolerance * _size(acts[after])
     gap = float((middle + acts[mlp] - acts[after]).abs().max())
-    if not gap <= tolerance * size:
-        raise _fail("residual sum", f"attention and MLP outputs are off by {gap:.2g} from what the block adds")
+    if not gap <= allowed:
+        raise _fail(
+            "residual sum",
+            f"attention and MLP outputs are off by {gap:.2g} from what the block adds; tolerated is {allowed:.2g}",
+        )
     gap = float((model.mlp(layer, acts[before] if model.parallel else middle) - acts[mlp]).abs().max())
-    if not gap <= tolerance * size:
-        raise _fail("MLP", f"its norm and layers, called alone, are off by {gap:.2g}")
+    if not gap <= allowed:
+        raise _fail("MLP", f"its norm and layers, called alone, are off by {gap:.2g}; tolerated is {allowed:.2g}")
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest number of a tensor, 1 at least: rounding grows with it."""
+    return max(1.0, float(tensor.abs().max()))

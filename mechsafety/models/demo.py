@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.models.gguf import load_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +55,6 @@ def adapter_folder(name: str = "refusal") -> Path:
     if name not in known:
         raise MechsafetyError(f"no shipped adapter is called {name!r}", expected=f"one of {known}")
     return root / name
-
-
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A GGUF file as a plain float32 Hugging Face (model, tokenizer)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # transformers marks the de-quantised weights as quantised and then refuses to save or convert them
-    config = quantised.config.to_dict()
-    config.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(type(quantised.config).from_dict(config), dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    return model.eval(), tokenizer
 
 
 def _dequantise(source: Path, folder: Path) -> None:

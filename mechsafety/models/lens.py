@@ -313,7 +313,8 @@ class LensModel:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.backend.weights().items()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # bytes of a number alone have no last axis
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def provenance(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Provenance:

@@ -182,7 +182,10 @@ def test_adapter_of_a_model_with_fewer_layers(make_hf_model, make_tokenizer, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int3"}, r"unknown dtype 'int3'; expected one of \('float32', 'float16', 'bfloat16'\)"),
+        (
+            {"dtype": "int3"},
+            r"unknown dtype 'int3'; expected one of \('auto', 'float32', 'bfloat16', 'float16'\), or torch's own",
+        ),
         ({"device": "abacus"}, r"unknown or unavailable device 'abacus'; expected one of \['cpu'"),
         ({"device": "cuda:99"}, r"unknown or unavailable device 'cuda:99'; expected one of \['cpu'"),
     ],
@@ -227,7 +230,7 @@ def test_names_and_paths(tmp_path):
         ms.load_model(tmp_path / "odd")
     (tmp_path / "junk.gguf").write_text("not a GGUF file")
     with pytest.raises(
-        MechsafetyError, match=r"cannot read 'junk\.gguf' \(.*not a GGUF file\.\); expected a GGUF file"
+        MechsafetyError, match=r"'junk\.gguf' is not a GGUF file; expected a file that begins with GGUF"
     ):
         ms.load_model(tmp_path / "junk.gguf")
 
@@ -266,13 +269,44 @@ def test_check_start_token(make_hf_model, make_tokenizer):
 
 def test_check_logits(make_hf_model, make_tokenizer, monkeypatch):
     real = checks.reference_logits
-    monkeypatch.setattr(load, "reference_logits", lambda *args: real(*args) + 0.01)
-    message = broken_load(make_hf_model, make_tokenizer)
-    assert message.startswith("the load check 'logits' failed: they differ from the Hugging Face model's by 0.01")
-    monkeypatch.setattr(load, "reference_logits", lambda *args: real(*args)[1:])
-    assert "the load check 'logits' failed: shape (" in broken_load(make_hf_model, make_tokenizer)
-    monkeypatch.setattr(load, "reference_logits", lambda *args: real(*args) * float("nan"))
-    assert "the load check 'logits' failed: they differ" in broken_load(make_hf_model, make_tokenizer)
+
+    def changed(change, probe=0):
+        def reference(*args):
+            found = real(*args)
+            found[probe] = change(found[probe])
+            return found
+
+        monkeypatch.setattr(load, "reference_logits", reference)
+        return broken_load(make_hf_model, make_tokenizer)
+
+    assert changed(lambda logits: logits + 0.01) == (
+        "the load check 'logits' failed: they differ from the Hugging Face model's by up to 0.01; tolerated is 0.0001"
+    )
+    assert "the load check 'logits' failed: shape (" in changed(lambda logits: logits[1:])
+    assert "the load check 'logits' failed: they differ" in changed(lambda logits: logits * float("nan"))
+    assert changed(lambda logits: logits + 0.02, probe=1) == (
+        "the load check 'padding' failed: a prompt's logits differ by up to 0.02 between a padded batch and the prompt "
+        "alone; tolerated is 0.0001"
+    )
+
+
+def test_errors_of_other_libraries_are_one_line(make_hf_model, make_tokenizer, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("shapes differ\nand more")
+
+    monkeypatch.setattr(LensModel, "W_O", broken)
+    assert broken_load(make_hf_model, make_tokenizer) == (
+        "the load check 'head outputs' failed: LlamaForCausalLM cannot be run this way (RuntimeError: shapes differ)"
+    )
+    model = make_hf_model("llama")
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(3, 4)
+    with pytest.raises(MechsafetyError) as caught:
+        ms.load_model((model, make_tokenizer()))
+    assert re.fullmatch(
+        r"LlamaForCausalLM itself cannot run a chat prompt \(RuntimeError: .*\); expected a model that runs, and the "
+        r"tokenizer that belongs to it",
+        str(caught.value),
+    )
 
 
 def test_logits_are_compared_under_one_kind_of_attention(make_hf_model, make_tokenizer):
@@ -282,7 +316,16 @@ def test_logits_are_compared_under_one_kind_of_attention(make_hf_model, make_tok
     reference = checks.reference_logits(hf, tokenizer, {})
     assert hf.config._attn_implementation == "sdpa"
     hf.set_attn_implementation("eager")
-    assert torch.equal(reference, hf(checks.probe_rows(tokenizer, {})[0]).logits[0])
+    for found, ids in zip(reference, checks.probe_rows(tokenizer, {}), strict=True):
+        assert torch.equal(found, hf(ids).logits[0])
+
+
+def test_outputs_as_tuples(make_hf_model, make_tokenizer, llama):
+    hf = make_hf_model("llama")
+    hf.config.return_dict = False
+    model = ms.load_model((hf, make_tokenizer()))
+    assert torch.equal(model.logits(PROMPTS), llama.logits(PROMPTS))
+    assert model.generate(PROMPTS, 3) == llama.generate(PROMPTS, 3)
 
 
 def test_check_sites(make_hf_model, make_tokenizer, monkeypatch):
@@ -354,7 +397,8 @@ def test_padding_that_the_model_cannot_take_is_named(make_hf_model, make_tokeniz
         model = ms.load_model((make_hf_model("llama").double(), make_tokenizer()))
     except MechsafetyError as error:
         assert str(error) == (  # noqa: PT017
-            "the load check 'forward engine' failed: running on from stored activations is off by nan in the logits"
+            "the load check 'padding' failed: a prompt's logits differ by up to nan between a padded batch and the prompt "
+            "alone; tolerated is 1e-05"
         )
     else:  # a transformers that computes it right is as good
         assert bool(model.logits(["make a cake please", "help"]).isfinite().all())

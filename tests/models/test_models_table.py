@@ -1,0 +1,47 @@
+"""docs/models.md: some of its rows measured again."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from architectures import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "models.md"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Names of scripts/models_table.py."""
+    return runpy.run_path(str(ROOT / "scripts" / "models_table.py"))
+
+
+def cells(name):
+    """The page's row of an architecture."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
+    assert len(lines) == 1, name
+    return [cell.strip() for cell in lines[0].strip("|").split(" | ")]
+
+
+@pytest.mark.generation("TransformerBridge", reason="the page is of TransformerLens 4")
+@pytest.mark.parametrize("name", ["Llama, biases", "Gemma-2", "Falcon, one key-value head"])
+def test_rows_that_load(name, script, make_tokenizer):
+    row = script["measure"](name, make_tokenizer())
+    assert not row.refused and row.alone < 1e-5 and row.padded < 1e-5
+    _, alone, padded, shortcuts, *analyses = cells(name)
+    assert float(alone) < 1e-5 and float(padded) < 1e-5
+    assert (shortcuts == "all") == (len(row.shortcuts) == 5)
+    assert analyses == ["no" if line else "yes" for _, line in row.analyses]
+
+
+@pytest.mark.generation("TransformerBridge", reason="the page is of TransformerLens 4")
+@pytest.mark.parametrize("name", ["Cohere", "BLOOM", "Mixtral", "Mamba"])
+def test_rows_that_are_refused(name, script, make_tokenizer):
+    line = script["measure"](name, make_tokenizer()).refused
+    assert line and "\n" not in line and cells(name) == [name, line]
+
+
+def test_the_page_has_every_architecture():
+    assert len(CONFIGS) > 55
+    for name in CONFIGS:
+        assert cells(name)
