@@ -54,7 +54,7 @@ def test_a_wrapped_model_is_taken_as_it_is(llama, pairs, log_odds):
 
 def test_an_adapter_comes_too_late(llama, tmp_path):
     with pytest.raises(
-        MechsafetyError, match=r"^an adapter for a wrapped model; merge it before TransformerLens wraps"
+        MechsafetyError, match=r"^an adapter for a (TransformerBridge|HookedTransformer); merge it before the model is"
     ):
         ms.load_model((llama.bridge, llama.tokenizer), adapter=tmp_path)
 

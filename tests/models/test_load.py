@@ -397,8 +397,8 @@ def test_padding_that_the_model_cannot_take_is_named(make_hf_model, make_tokeniz
         model = ms.load_model((make_hf_model("llama").double(), make_tokenizer()))
     except MechsafetyError as error:
         assert str(error) == (  # noqa: PT017
-            "the load check 'padding' failed: a prompt's logits differ by up to nan between a padded batch and the prompt "
-            "alone; tolerated is 1e-05"
+            "the load check 'padding' failed: a prompt's logits differ by up to nan between a padded batch and the "
+            "prompt alone; tolerated is 1e-05"
         )
     else:  # a transformers that computes it right is as good
         assert bool(model.logits(["make a cake please", "help"]).isfinite().all())
