@@ -8,12 +8,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechsafety.errors import MechsafetyError, first_line
@@ -134,10 +134,35 @@ class Backend(ABC):
         """Final norm, unembedding and soft cap; float32."""
 
     @abstractmethod
-    def greedy(
-        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
-    ) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
+    def new_cache(self, rows: int) -> Any:
+        """An empty key-value cache, which `feed` fills."""
+
+    @abstractmethod
+    def repeat_cache(self, cache: Any, rows: int) -> None:
+        """Let a cache of one row hold that row ``rows`` times."""
+
+    @abstractmethod
+    def feed(
+        self, cache: Any, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Read further columns into a cache; ``mask`` is of all columns that were read, these the last of them."""
+
+    @property
+    @abstractmethod
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply, as the model's own files name them; empty where they name none."""
+
+    @property
+    @abstractmethod
+    def by_position(self) -> bool:
+        """Whether attention depends on tokens' positions alone: padding between columns of a row then changes nothing.
+
+        A sliding window counts columns instead.
+        """
+
+    def rotation(self, lengths: Int[Tensor, " batch"]) -> tuple[int, ...]:
+        """What the rotary embedding's angles depend on, for rows of these lengths; () where they never change."""
+        return ()
 
     @abstractmethod
     def _block(self, layer: int) -> Any:
@@ -263,14 +288,27 @@ def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
     return backend
 
 
-_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+@dataclass(slots=True)
+class Use:
+    """Who runs a model now; one a model, however often it is wrapped: hooks live on its shared modules.
+
+    Attributes:
+        lock: Held by whoever runs it.
+        open_hooks: How many functions see its activations; changed under the lock alone.
+    """
+
+    lock: Any = field(default_factory=threading.RLock)
+    open_hooks: int = 0
+
+
+_USES: "weakref.WeakKeyDictionary[nn.Module, Use]" = weakref.WeakKeyDictionary()
 _MAKING = threading.Lock()
 
 
-def lock_of(module: nn.Module) -> "threading.RLock":
-    """The one lock of a model, however often it is wrapped: hooks live on its shared modules."""
+def use_of(module: nn.Module) -> Use:
+    """The one `Use` of a model."""
     with _MAKING:
-        return _LOCKS.setdefault(module, threading.RLock())
+        return _USES.setdefault(module, Use())
 
 
 def _or_zeros(module: Any, name: str, weight: Tensor) -> Tensor:

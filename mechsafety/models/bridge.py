@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
@@ -128,27 +128,12 @@ class BridgeBackend(Backend):
 
     def logits(self, tokens: Tokens, keep: int) -> Float[Tensor, "batch keep d_vocab"]:
         """Logits of a whole forward at the last ``keep`` columns, padding handled by mask and position ids."""
-        return self.module(
-            input_ids=tokens.ids,
-            attention_mask=tokens.mask.long(),
-            position_ids=tokens.position_ids,
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits
+        return self._run(tokens.ids, tokens.mask, keep)
 
     def prefix(self, tokens: Tokens, stop: int) -> Prefix:
         """Keys (rotated) and values of the columns before ``stop``."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        self.module(
-            input_ids=tokens.ids[:, :stop],
-            attention_mask=tokens.mask[:, :stop].long(),
-            position_ids=tokens.position_ids[:, :stop],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        cache = self.new_cache(len(tokens))
+        self._run(tokens.ids[:, :stop], tokens.mask[:, :stop], 1, cache)
         layers: list[Any] = list(cache.layers)
         return tuple((layer.keys, layer.values) for layer in layers)
 
@@ -175,24 +160,15 @@ class BridgeBackend(Backend):
         try:
             for layer, block in enumerate(self.tl_model.blocks):
                 handles.append(block.register_forward_pre_hook(note(layer), with_kwargs=True))
-            out = self.module(
-                input_ids=tokens.ids[:, start:],
-                attention_mask=tokens.mask.long(),
-                position_ids=tokens.position_ids[:, start:],
-                past_key_values=self.cache(prefix, 1) if start else None,
-                use_cache=bool(start),
-                logits_to_keep=keep,
-            )
+            logits = self._run(tokens.ids[:, start:], tokens.mask, keep, self.cache(prefix, 1) if start else None)
         finally:
             for handle in handles:
                 handle.remove()
-        return out.logits, [calls[layer] for layer in range(self.sizes.n_layers)]
+        return logits, [calls[layer] for layer in range(self.sizes.n_layers)]
 
     def cache(self, prefix: Prefix, variants: int) -> Any:
         """A fresh key-value cache that holds the prefix; running on appends to it, so every run needs its own."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = self.new_cache(variants)
         for layer, (keys, values) in enumerate(prefix):
             cache.update(expand_rows(keys, variants), expand_rows(values, variants), layer)
         return cache
@@ -226,31 +202,55 @@ class BridgeBackend(Backend):
         """Final norm, unembedding and soft cap; float32."""
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid)).float())
 
-    def greedy(
-        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
-    ) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
-        from transformers import GenerationConfig
+    def new_cache(self, rows: int) -> Any:
+        """An empty key-value cache, which `feed` fills."""
+        from transformers import DynamicCache
 
-        # the model's own generation options may hold a repetition penalty, which is not greedy
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=self.module.generation_config.eos_token_id,
-        )
+        return DynamicCache()
 
-        def go_on(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            said()
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    def repeat_cache(self, cache: Any, rows: int) -> None:
+        """Let a cache of one row hold that row ``rows`` times."""
+        cache.batch_repeat_interleave(rows)
 
-        out = self.module.generate(
-            input_ids=tokens.ids,
-            attention_mask=tokens.mask.long(),
-            generation_config=greedy,
-            stopping_criteria=[go_on],
-        )
-        return out[:, tokens.ids.shape[1] :]
+    def feed(
+        self, cache: Any, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Read further columns into a cache; ``mask`` is of all columns that were read, these the last of them."""
+        return self._run(ids, mask, keep, cache)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply: the generation configuration's, of whose options nothing else is read."""
+        for config in (getattr(self.module, "generation_config", None), self.module.config):
+            ends = getattr(config, "eos_token_id", None)
+            if ends is not None:
+                return (ends,) if isinstance(ends, int) else tuple(ends)
+        return ()
+
+    @property
+    def by_position(self) -> bool:
+        """Whether attention depends on tokens' positions alone, with no sliding window."""
+        config = self.module.config
+        kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+        if kinds:
+            return set(kinds) <= {"full_attention", "global"}
+        return getattr(config, "sliding_window", None) is None
+
+    def _run(
+        self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int, cache: Any = None
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of the last ``keep`` columns; ``mask`` and ``cache`` are of all columns, ``ids`` may be the last."""
+        if not self.module.config.return_dict:  # Hugging Face's own code then fails within the model
+            self.module.config.return_dict = True
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return self.module(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions[:, -ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        ).logits
 
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
@@ -163,7 +163,7 @@ class HookedBackend(Backend):
 
     def prefix(self, tokens: Tokens, stop: int) -> Prefix:
         """Keys (before the rotary embedding) and values of the columns before ``stop``."""
-        cache = self._past(tokens)
+        cache = self.new_cache(len(tokens))
         self._stream(tokens.ids[:, :stop], tokens.mask[:, :stop], cache)
         order = "batch pos kv_head d_head -> batch kv_head pos d_head"
         return tuple(
@@ -204,23 +204,33 @@ class HookedBackend(Backend):
         """Final norm, unembedding and soft cap; float32."""
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid))).float()
 
-    def greedy(
-        self, tokens: Tokens, max_new_tokens: int, pad: int, said: Callable[[], object] = lambda: None
-    ) -> Int[Tensor, "batch new"]:
-        """New tokens of greedy decoding, ``pad`` after the end of a reply; ``said`` is called after each column."""
-        cache = self._past(tokens)
-        ids, mask = tokens.ids, tokens.mask
-        ends = torch.tensor(self.ends, device=ids.device)
-        running = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
-        new_ids: list[Tensor] = []
-        while len(new_ids) < max_new_tokens and bool(running.any()):
-            new = self._last(self._stream(ids, mask, cache), 1)[:, -1].argmax(-1)
-            new_ids.append(torch.where(running, new, pad))
-            said()
-            running = running & ~torch.isin(new, ends)
-            ids = rearrange(new_ids[-1], "batch -> batch 1")
-            mask = torch.ones_like(ids, dtype=torch.bool)
-        return torch.stack(new_ids, dim=1) if new_ids else tokens.ids[:, :0]
+    def new_cache(self, rows: int) -> Any:
+        """An empty key-value cache, which `feed` fills."""
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.tl_model.cfg, self.W_U.device, rows)
+
+    def repeat_cache(self, cache: Any, rows: int) -> None:
+        """Let a cache of one row hold that row ``rows`` times."""
+        for entry in cache.entries:
+            entry.past_keys, entry.past_values = (expand_rows(t, rows) for t in (entry.past_keys, entry.past_values))
+        cache.previous_attention_mask = expand_rows(cache.previous_attention_mask, rows)
+
+    def feed(
+        self, cache: Any, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Read further columns into a cache; ``mask`` is of all columns that were read, these the last of them."""
+        return self._last(self._stream(ids, mask[:, -ids.shape[1] :], cache), keep)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply, as the model's own files name them; empty where they name none."""
+        return self.ends
+
+    @property
+    def by_position(self) -> bool:
+        """Whether attention depends on tokens' positions alone, with no sliding window."""
+        return not self.tl_model.cfg.use_local_attn
 
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""
@@ -281,15 +291,12 @@ class HookedBackend(Backend):
         # the norm reads all columns, as its site promises; the unembedding is what costs
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(stream)[:, -keep:]))
 
-    def _past(self, tokens: Tokens, start: int = 0, prefix: Prefix = ()) -> Any:
-        """TransformerLens' cache of all layers: of a prefix, which stays as it is, or empty, to be filled by a run."""
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        cache = TransformerLensKeyValueCache.init_cache(self.tl_model.cfg, tokens.ids.device, len(tokens))
-        if prefix:
-            cache.entries = self.cache(prefix, 1)
-            cache.previous_attention_mask = tokens.mask[:, :start].long()
-            cache.freeze()
+    def _past(self, tokens: Tokens, start: int, prefix: Prefix) -> Any:
+        """TransformerLens' cache of all layers that holds a prefix, and stays as it is."""
+        cache = self.new_cache(len(tokens))
+        cache.entries = self.cache(prefix, 1)
+        cache.previous_attention_mask = tokens.mask[:, :start].long()
+        cache.freeze()
         return cache
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.models.backend import Backend, lock_of
+from mechsafety.models.backend import Backend, use_of
+from mechsafety.models.decode import Cursor, check_room, greedy
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.template import checked_options, render
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
@@ -62,9 +63,9 @@ class LensModel:
         self.post_norm = sizes.post_norm
         self.parallel = sizes.parallel
         self.shortcuts = Shortcuts()
-        self._open_hooks = 0
         self.max_batch_tokens: int | None = None
-        self.lock = lock_of(backend.module)
+        self._use = use_of(backend.module)
+        self.lock = self._use.lock
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" over {self.n_kv_heads}" if self.n_kv_heads != self.n_heads else "")
@@ -128,7 +129,7 @@ class LensModel:
             raise MechsafetyError(
                 f"a prompt of {width} tokens ({longest[:40]!r} ...)", expected=f"at most {self.backend.sizes.n_ctx}"
             )
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pad = self.pad_id
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
         return Tokens(ids, mask, tuple(spans))
@@ -177,16 +178,28 @@ class LensModel:
         No hook is left behind, also after an exception.
         """
         with self.lock, self.backend.hooks(hooks):
-            self._open_hooks += len(hooks)
+            self._use.open_hooks += len(hooks)
             try:
                 yield
             finally:
-                self._open_hooks -= len(hooks)
+                self._use.open_hooks -= len(hooks)
 
     @property
     def edited(self) -> bool:
-        """Whether some hook of `hooks` sees this model's activations now."""
-        return self._open_hooks > 0
+        """Whether some hook of `hooks` sees this model's activations now, whichever wrapper of it opened that."""
+        return self._use.open_hooks > 0
+
+    @property
+    def pad_id(self) -> int:
+        """What stands in padded columns, which the mask hides: the tokenizer's pad token where the model has it."""
+        own = self.tokenizer.pad_token_id
+        return own if own is not None and own < self.d_vocab else 0
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply: those that the model's files name, or the tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return self.backend.end_ids or (() if own is None else (own,))
 
     def read(self, tokens: Tokens, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Run prompts once and return copies of the activations at ``sites``, detached."""
@@ -236,6 +249,10 @@ class LensModel:
         """
         from tqdm.auto import tqdm
 
+        if not len(prompts):
+            return []
+        tokens = self.tokenize(prompts)
+        check_room(self.backend, tokens.ids.shape[1], max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies = [""] * len(prompts)
         starts = range(0, len(order), batch_size)
@@ -243,14 +260,23 @@ class LensModel:
         with tqdm(total=total, desc="generating", leave=False, delay=2, disable=not progress) as bar:
             for number, start in enumerate(starts, 1):
                 chunk = order[start : start + batch_size]
-                tokens = self.tokenize([prompts[k] for k in chunk])
+                batch = tokens.rows(chunk)
                 with self.lock, torch.no_grad():
-                    new = self.backend.greedy(tokens, max_new_tokens, self.tokenizer.pad_token_id or 0, bar.update)
+                    cursor = Cursor(self.backend)
+
+                    def read(ids: Tensor, real: Tensor, cursor: Cursor = cursor) -> Tensor:
+                        return cursor.feed(ids, real)[:, -1].float()
+
+                    new, _ = greedy(read, [(batch.ids, batch.mask)], self.end_ids, max_new_tokens, said=bar.update)
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
-                texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-                for k, text in zip(chunk, texts, strict=True):
-                    replies[k] = text.strip()
+                for k, text in zip(chunk, self.decode(new), strict=True):
+                    replies[k] = text
         return replies
+
+    def decode(self, replies: Sequence[Sequence[int]]) -> list[str]:
+        """Replies as text, special tokens and blanks around left out."""
+        texts = self.tokenizer.batch_decode([list(reply) for reply in replies], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def cache(
         self, prompts: Sequence[str] | Tokens, sites: Sequence[str] = ("resid", "z")

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
+from mechsafety.models.decode import Cursor
 from mechsafety.neurons.behaviour import Judge, phrase_judge
-from mechsafety.neurons.runs import Cursor, batches, lay_out, prompt_rows
+from mechsafety.neurons.runs import batches, lay_out, prompt_rows
 from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
 from mechsafety.sites import Site, SiteKind
 
@@ -147,7 +148,7 @@ def _read(model: LensModel, pieces: Sequence[tuple[Tensor, Tensor]]) -> LastToke
         for site in [*sites, *stream]
     ]
     with torch.no_grad(), model.hooks(hooks):
-        cursor = Cursor(model)
+        cursor = Cursor(model.backend)
         for ids, real in pieces:
             cursor.feed(ids, real)
     stacked = [torch.stack([found[site] for site in part]) for part in (sites, stream)]

@@ -18,7 +18,6 @@ from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
-from mechsafety.neurons.dynamic import decode
 from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -127,7 +126,7 @@ def measure(
                 continue
             for m, mask in enumerate(masks):
                 donor = aligned if bool(mask.any()) else None
-                texts = decode(base, greedy(base, donor, mask, batch, max_new_tokens)[0])
+                texts = base.decode(greedy(base, donor, mask, batch, max_new_tokens)[0])
                 out[m, chunk] = torch.tensor([float(x) for x in score([prompts[k] for k in chunk], texts)])
                 bar.update()
     return out

@@ -100,7 +100,7 @@ def dynamic_patching(
         logits[chunk] = steps[:, 0].cpu()
         for k, reply in zip(chunk, found, strict=True):
             tokens[k] = tuple(reply)
-    replies = decode(base, tokens)
+    replies = base.decode(tokens)
     options = {"neurons": int(mask.sum()), "max_new_tokens": max_new_tokens, "prompts_sha256": digest(prompts)}
     return PatchedReplies(
         base.provenance(options=options),
@@ -111,9 +111,3 @@ def dynamic_patching(
         tuple(tokens),
         logits,
     )
-
-
-def decode(model: LensModel, replies: Sequence[Sequence[int]]) -> list[str]:
-    """Text of replies, special tokens left out, as `LensModel.generate` gives it."""
-    texts = model.tokenizer.batch_decode([list(reply) for reply in replies], skip_special_tokens=True)
-    return [text.strip() for text in texts]

@@ -1,23 +1,21 @@
 """Runs of one or two models with key-value caches, in which neurons are read or replaced.
 
 Prompts of one chat template begin with the same tokens. A batch is laid out as ``[shared | padding | rest]``: the
-shared
-columns are run once, as one row, and their keys and values repeated for all rows. Mask and position ids make this exact
-wherever a position's attention does not depend on its column (no sliding window).
+shared columns are run once, as one row, and their keys and values repeated for all rows. Mask and position ids make
+this exact wherever a position's attention does not depend on its column (no sliding window).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.models import LensModel
+from mechsafety.models import LensModel, decode
+from mechsafety.models.decode import Cursor, check_room
 from mechsafety.sites import Site, SiteKind
 
 # rows x columns of one batch: a layer's neurons of it are a few MB, those of all layers below 400 MB on a 135M model
@@ -84,20 +82,14 @@ def lay_out(model: LensModel, rows: Sequence[Sequence[int]], most: int | None = 
         most: Largest number of shared columns; by default all but the last token of the shortest row.
     """
     shared = 0
-    if len(rows) > 1 and _attends_by_position(model):
+    if len(rows) > 1 and model.backend.by_position:
         first = rows[0][: min(map(len, rows)) - 1 if most is None else most]
         shared = next((k for k, token in enumerate(first) if any(row[k] != token for row in rows)), len(first))
     width = max(map(len, rows))
-    pad = model.tokenizer.pad_token_id or 0
+    pad = model.pad_id
     ids = [[*row[:shared], *[pad] * (width - len(row)), *row[shared:]] for row in rows]
     mask = [[True] * shared + [False] * (width - len(row)) + [True] * (len(row) - shared) for row in rows]
     return Rows(torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device), shared)
-
-
-def _attends_by_position(model: LensModel) -> bool:
-    config = model.hf_model.config
-    kinds = getattr(config, "layer_types", None)
-    return set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
 
 
 def batches(lengths: Sequence[int], batch_size: int | None = None) -> list[list[int]]:
@@ -118,36 +110,6 @@ def batches(lengths: Sequence[int], batch_size: int | None = None) -> list[list[
             out.append([])
         out[-1].append(k)
     return out
-
-
-class Cursor:
-    """How far one model has read a batch: its key-value cache and the mask of what it holds."""
-
-    def __init__(self, model: LensModel) -> None:
-        from transformers import DynamicCache
-
-        self.model = model
-        self.cache: Any = DynamicCache()
-        self.mask: Tensor | None = None
-
-    def feed(
-        self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], keep: int = 1
-    ) -> Float[Tensor, "batch keep d_vocab"]:
-        """Read further columns; logits of the last ``keep`` of them."""
-        seen = mask[:, :0] if self.mask is None else self.mask
-        if len(seen) < len(ids):  # after the shared columns, which were run as one row
-            self.cache.batch_repeat_interleave(len(ids))
-            seen = repeat(seen, "1 pos -> batch pos", batch=len(ids))
-        self.mask = torch.cat([seen, mask], dim=1)
-        position_ids = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        return self.model.hf_model(
-            input_ids=ids,
-            attention_mask=self.mask.long(),
-            position_ids=position_ids[:, -ids.shape[1] :],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=min(keep, ids.shape[1]),
-        ).logits
 
 
 @dataclass(slots=True)
@@ -234,39 +196,20 @@ def greedy(
         (the first is the one after the prompt), float32.
 
     Raises:
-        MechsafetyError: ``max_new_tokens`` below 1.
+        MechsafetyError: Replies that may grow beyond the model's positions.
     """
-    if max_new_tokens < 1:
-        raise MechsafetyError(f"max_new_tokens={max_new_tokens}", expected="at least 1")
-    ends = _end_tokens(base)
-    replies: list[list[int]] = [[] for _ in range(len(rows))]
-    done = torch.zeros(len(rows), dtype=torch.bool)
-    logits: list[Tensor] = []
+    check_room(base.backend, int(rows.mask.sum(1).max()), max_new_tokens)
     with exchanging(base, aligned) as exchange:
-        donor, cursor = Cursor(aligned) if aligned else None, Cursor(base)
+        donor, cursor = Cursor(aligned.backend) if aligned else None, Cursor(base.backend)
         if mask is not None:
             exchange.choose(mask)
 
         def read(ids: Tensor, real: Tensor) -> Tensor:
-            if donor is not None:
-                donor.feed(ids.to(donor.model.device), real.to(donor.model.device))
+            if donor is not None and aligned is not None:
+                donor.feed(ids.to(aligned.device), real.to(aligned.device))
             return cursor.feed(ids, real)[:, -1].float()
 
-        for ids, real in rows.pieces():
-            last = read(ids, real)
-        for step in range(max_new_tokens):
-            if step < keep:
-                logits.append(last)
-            chosen = last.argmax(-1)
-            for k, chosen_id in enumerate(chosen.tolist()):
-                if not done[k]:
-                    replies[k].append(chosen_id)
-                    done[k] = chosen_id in ends
-            if bool(done.all()) or step + 1 == max_new_tokens:
-                break
-            # a finished row goes on with whatever it says: nothing reads it
-            token = rearrange(chosen, "batch -> batch 1")
-            last = read(token, torch.ones_like(token, dtype=torch.bool))
+        replies, logits = decode.greedy(read, rows.pieces(), base.end_ids, max_new_tokens, keep)
     return replies, torch.stack(logits, dim=1)
 
 
@@ -295,7 +238,7 @@ def forced(
     values: list[dict[int, Tensor]] = []
     with exchanging(base, aligned) as exchange:
         if aligned is not None:
-            donor = Cursor(aligned)
+            donor = Cursor(aligned.backend)
             for ids, real in pieces:
                 exchange.values = {}
                 donor.feed(ids.to(aligned.device), real.to(aligned.device))
@@ -303,14 +246,8 @@ def forced(
         for mask in masks:
             if aligned is not None:
                 exchange.choose(mask)
-            cursor = Cursor(base)
+            cursor = Cursor(base.backend)
             for k, (ids, real) in enumerate(pieces):
                 exchange.values = values[k] if values else {}
                 logits = cursor.feed(ids, real, keep)
             yield logits.float()
-
-
-def _end_tokens(model: LensModel) -> set[int]:
-    found = model.hf_model.generation_config.eos_token_id
-    found = model.tokenizer.eos_token_id if found is None else found
-    return set(found) if isinstance(found, list | tuple) else {found}

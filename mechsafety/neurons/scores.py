@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
+from mechsafety.models.decode import Cursor
 from mechsafety.neurons.masks import share_count, top_mask
-from mechsafety.neurons.runs import Cursor, Rows, batches, check_pair, greedy, hooked, lay_out, prompt_rows
+from mechsafety.neurons.runs import Rows, batches, check_pair, greedy, hooked, lay_out, prompt_rows
 from mechsafety.nodes import Node
 from mechsafety.prompts import distinct
 from mechsafety.results import Provenance, Result
@@ -274,7 +275,7 @@ def _contrast(
         return hook
 
     with hooked((base, compare), (aligned, keep)):
-        other, own = Cursor(aligned), Cursor(base)
+        other, own = Cursor(aligned.backend), Cursor(base.backend)
         for ids, real in batch.pieces():
             other.feed(ids.to(aligned.device), real.to(aligned.device))
             own.feed(ids, real)

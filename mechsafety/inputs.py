@@ -1,0 +1,183 @@
+"""What public functions are given: one check of prompts, one of texts, one of counts, and where they happen.
+
+A public function that runs a model is an `entry`: its arguments annotated `Prompts`, `Texts` or `Count` are checked
+before anything runs, and torch's switches stand as the analyses need them (`mechsafety.settled`) while it does.
+"""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.settled import settled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Prompts = Annotated[Sequence[str], "prompts"]
+"""Requests: a list, tuple, pandas or numpy column, or anything else that yields text in an order; at least one."""
+Texts = Annotated[Sequence[str], "texts"]
+"""Texts that may be empty (replies, tokens), or none at all."""
+Count = Annotated[int, "count"]
+"""A whole number, at least 1."""
+
+
+def prompt_text(prompt: Any, where: str = "") -> str:
+    r"""A prompt, if it is text that a tokenizer can read.
+
+    Args:
+        prompt: What was given.
+        where: Which of several it is; a prompt by itself by default.
+
+    Raises:
+        MechsafetyError: It is no text, blank, or holds half of a character (a lone surrogate).
+
+    Example:
+        >>> prompt_text("\ud83d")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: a prompt that holds half a character ('\ud83d'); expected whole characters
+    """
+    text = _text(prompt, where, "prompt")
+    if not text.strip():
+        raise MechsafetyError(f"{where} is empty" if where else "an empty prompt", expected="text")
+    return text
+
+
+def prompt_list(given: Any) -> list[str]:
+    """The prompts in the order of their rows.
+
+    Args:
+        given: A list, tuple, pandas or numpy column, or anything else that yields text in an order.
+
+    Raises:
+        MechsafetyError: A single string, a table, something without an order, no prompts, or (with its number) one that
+            is no text or blank.
+
+    Example:
+        >>> import pandas
+        >>> prompt_list(pandas.Series(["tea", "cake"], index=[1, 0]))
+        ['tea', 'cake']
+    """
+    items = _items(given, "prompt")
+    if not items:
+        raise MechsafetyError("no prompts", expected="at least one")
+    return [prompt_text(item, _where(items, k, "prompt")) for k, item in enumerate(items)]
+
+
+def text_list(given: Any, what: str = "text") -> list[str]:
+    """The same for texts that may be empty.
+
+    Example:
+        >>> text_list(("Sure.", ""), "reply")
+        ['Sure.', '']
+    """
+    items = _items(given, what)
+    return [_text(item, _where(items, k, what), what) for k, item in enumerate(items)]
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """The number, if it is whole and large enough.
+
+    Raises:
+        MechsafetyError: It is not.
+
+    Example:
+        >>> whole_number("batch_size", 0)
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: batch_size=0; expected a whole number of at least 1
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise MechsafetyError(f"{name}={value!r}", expected=f"a whole number of at least {least}")
+    return number
+
+
+def entry(function: Callable[P, R]) -> Callable[P, R]:
+    """A public function whose arguments are checked by their annotations, and which runs under torch's usual switches.
+
+    A value that is the parameter's default is left as it is. A context manager is entered and left under the usual
+    switches; what its user does inside is not.
+    """
+    signature = inspect.signature(function)
+    checks = {name: check for name, p in signature.parameters.items() if (check := _check(name, p.annotation))}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with settled():
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # Python's own words for a wrong call
+            for name, value in bound.arguments.items():
+                if name in checks and value is not signature.parameters[name].default:
+                    bound.arguments[name] = checks[name](value)
+            out = function(*bound.args, **bound.kwargs)
+        return cast(R, _Settled(out)) if isinstance(out, AbstractContextManager) else out
+
+    return checked
+
+
+class _Settled(AbstractContextManager[Any]):
+    """A context manager whose beginning and end run under torch's usual switches."""
+
+    def __init__(self, inner: AbstractContextManager[Any]) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> Any:
+        with settled():
+            return self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        with settled():
+            return self._inner.__exit__(*error)
+
+
+def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
+    """What an annotation asks of a value; of several that are allowed, a value of another kind passes as it is."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in (Prompts, Texts, Count)]
+    if not kinds:
+        return None
+    if kinds[0] == Count:
+        return lambda value: whole_number(name, value)
+    read = prompt_list if kinds[0] == Prompts else functools.partial(text_list, what=name.removesuffix("s"))
+    others = tuple(kind for kind in get_args(annotation) if isinstance(kind, type))
+    return lambda value: value if isinstance(value, others) else read(value)
+
+
+def _items(given: Any, what: str) -> list[Any]:
+    if isinstance(given, str | bytes):
+        raise MechsafetyError("a single string was given", expected=f"a list of {what}s", cure=f"write [{what}]")
+    table = len(getattr(given, "shape", (0,))) != 1
+    if table or isinstance(given, Mapping | Set) or not isinstance(given, Iterable):
+        raise MechsafetyError(
+            f"a {type(given).__name__} was given",
+            expected=f"a list of {what}s",
+            cure=f"pass one column of it: table[{what!r}]" if table else "",
+        )
+    return list(given)
+
+
+def _where(items: Sequence[Any], index: int, what: str) -> str:
+    return f"{what} {index + 1} of {len(items)}"
+
+
+def _text(item: Any, where: str, what: str) -> str:
+    if not isinstance(item, str):
+        kind = type(item).__name__
+        cures = {"Prompt": "pass [p.text for p in prompts]", "PromptPair": "pass pairs.harmful or pairs.harmless"}
+        shown = repr(item) if item is None or isinstance(item, float) else f"of type {kind}"
+        raise MechsafetyError(f"{where or f'a {what}'} is {shown}", expected="text", cure=cures.get(kind, ""))
+    try:
+        item.encode()
+    except UnicodeEncodeError as error:
+        half = item[error.start : error.end]
+        raise MechsafetyError(
+            f"{where or f'a {what}'} that holds half a character ({half!r})", expected="whole characters"
+        ) from None
+    return str(item)

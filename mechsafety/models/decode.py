@@ -1,0 +1,114 @@
+"""Greedy decoding: the one loop that every reply comes from."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.models.backend import Backend
+
+# token ids [batch pos] and where they are real
+Columns = tuple[Tensor, Tensor]
+
+
+class Cursor:
+    """How far a model has read a batch: the tokens so far, and a key-value cache of them.
+
+    Args:
+        backend: The model.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._ids: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._cache = backend.new_cache(1)
+        self._rotation: tuple[int, ...] = ()
+
+    def feed(
+        self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], keep: int = 1
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """Read further columns; logits of the last ``keep`` of them (of all, where those are fewer).
+
+        The first columns may be one row that all rows share.
+        """
+        rows, keep = len(ids), min(keep, ids.shape[1])
+        if self._ids is None or self._mask is None:
+            self._ids, self._mask, self._cache = ids[:, :0], mask[:, :0], self.backend.new_cache(rows)
+        elif len(self._ids) < rows:
+            self.backend.repeat_cache(self._cache, rows)
+            self._ids, self._mask = (repeat(seen, "1 pos -> batch pos", batch=rows) for seen in (self._ids, self._mask))
+            self._rotation *= rows
+        first = self._ids.shape[1] == 0
+        self._ids, self._mask = torch.cat([self._ids, ids], 1), torch.cat([self._mask, mask], 1)
+        rotation = self.backend.rotation(self._mask.sum(1))
+        if rotation != self._rotation and not first:  # stored keys are rotated for another length: read all again
+            self._cache, ids = self.backend.new_cache(rows), self._ids
+        self._rotation = rotation
+        return self.backend.feed(self._cache, ids, self._mask, keep)
+
+
+def greedy(
+    read: Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]],
+    prompts: Sequence[Columns],
+    ends: Collection[int],
+    max_new_tokens: int,
+    keep: int = 0,
+    said: Callable[[], object] = lambda: None,
+) -> tuple[list[list[int]], list[Float[Tensor, "batch d_vocab"]]]:
+    """The most probable token again and again; nothing but logits decides.
+
+    Args:
+        read: Reads further columns (ids and where they are real), and gives the last one's next-token logits.
+        prompts: The prompts' columns, in one or more pieces.
+        ends: Tokens that end a reply.
+        max_new_tokens: Longest reply, at least 1.
+        keep: Steps whose logits are returned.
+        said: Called after each new column.
+
+    Returns:
+        Token ids of each row's reply, up to and with its end token; and the logits of the first ``keep`` steps that
+        were run (the first is the one after the prompt).
+    """
+    for ids, real in prompts:
+        last = read(ids, real)
+    replies: list[list[int]] = [[] for _ in range(len(last))]
+    running, logits = set(range(len(last))), []
+    for step in range(max_new_tokens):
+        if step < keep:
+            logits.append(last)
+        chosen = last.argmax(-1)
+        for row, token in enumerate(chosen.tolist()):
+            if row in running:
+                replies[row].append(token)
+                running -= {row} if token in ends else set()
+        said()
+        if not running or step + 1 == max_new_tokens:
+            break
+        # a finished row goes on with whatever it says: nothing reads it
+        new = rearrange(chosen, "batch -> batch 1")
+        last = read(new, torch.ones_like(new, dtype=torch.bool))
+    return replies, logits
+
+
+def check_room(backend: Backend, longest: int, max_new_tokens: int) -> None:
+    """Refuse replies that may grow beyond the model's positions.
+
+    Args:
+        backend: The model.
+        longest: Tokens of the longest prompt.
+        max_new_tokens: Longest reply. Its last token is not read.
+
+    Raises:
+        MechsafetyError: Prompt and reply together may need more positions than the model has.
+    """
+    room = backend.sizes.n_ctx - longest + 1
+    if max_new_tokens > room:
+        raise MechsafetyError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens",
+            expected=f"at most {backend.sizes.n_ctx} positions together",
+            cure=f"pass max_new_tokens={room}" if room > 0 else "shorten the prompt",
+        )
