@@ -1,7 +1,8 @@
 """What public functions are given: one check of prompts, one of texts, one of counts, and where they happen.
 
-A public function that runs a model is an `entry`: its arguments annotated `Prompts`, `Texts` or `Count` are checked
-before anything runs, and torch's switches stand as the analyses need them (`mechsafety.settled`) while it does.
+A function that users call, and that runs a model, is marked `public`: its arguments annotated `Prompts`, `Texts`,
+`Count` or `Amount` are checked before anything runs, and torch's switches stand as the analyses need them
+(`mechsafety.settled`) while it does.
 """
 
 import functools
@@ -18,11 +19,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Prompts = Annotated[Sequence[str], "prompts"]
-"""Requests: a list, tuple, pandas or numpy column, or anything else that yields text in an order; at least one."""
+"""Requests: a list, tuple, pandas or numpy column, or anything else that yields text in an order."""
 Texts = Annotated[Sequence[str], "texts"]
-"""Texts that may be empty (replies, tokens), or none at all."""
+"""The same for texts that may be empty (replies, tokens)."""
 Count = Annotated[int, "count"]
 """A whole number, at least 1."""
+Amount = Annotated[int, "amount"]
+"""A whole number, at least 0."""
+
+_KINDS = (Prompts, Texts, Count, Amount)
 
 
 def prompt_text(prompt: Any, where: str = "") -> str:
@@ -38,7 +43,7 @@ def prompt_text(prompt: Any, where: str = "") -> str:
     Example:
         >>> prompt_text("\ud83d")
         Traceback (most recent call last):
-        mechsafety.errors.MechsafetyError: a prompt that holds half a character ('\ud83d'); expected whole characters
+        mechsafety.errors.MechsafetyError: the prompt holds half a character ('\ud83d'); expected whole characters
     """
     text = _text(prompt, where, "prompt")
     if not text.strip():
@@ -46,15 +51,16 @@ def prompt_text(prompt: Any, where: str = "") -> str:
     return text
 
 
-def prompt_list(given: Any) -> list[str]:
+def prompt_list(given: Any, name: str = "prompts") -> list[str]:
     """The prompts in the order of their rows.
 
     Args:
         given: A list, tuple, pandas or numpy column, or anything else that yields text in an order.
+        name: The parameter, for messages.
 
     Raises:
-        MechsafetyError: A single string, a table, something without an order, no prompts, or (with its number) one that
-            is no text or blank.
+        MechsafetyError: A single string, a table, something without an order, or (with its number) a prompt that is no
+            text or blank.
 
     Example:
         >>> import pandas
@@ -62,20 +68,18 @@ def prompt_list(given: Any) -> list[str]:
         ['tea', 'cake']
     """
     items = _items(given, "prompt")
-    if not items:
-        raise MechsafetyError("no prompts", expected="at least one")
-    return [prompt_text(item, _where(items, k, "prompt")) for k, item in enumerate(items)]
+    return [prompt_text(item, _where(items, k, "prompt", name)) for k, item in enumerate(items)]
 
 
-def text_list(given: Any, what: str = "text") -> list[str]:
+def text_list(given: Any, name: str = "texts") -> list[str]:
     """The same for texts that may be empty.
 
     Example:
-        >>> text_list(("Sure.", ""), "reply")
+        >>> text_list(("Sure.", ""), "replies")
         ['Sure.', '']
     """
-    items = _items(given, what)
-    return [_text(item, _where(items, k, what), what) for k, item in enumerate(items)]
+    items = _items(given, "text")
+    return [_text(item, _where(items, k, "text", name), "text") for k, item in enumerate(items)]
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
@@ -87,22 +91,24 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     Example:
         >>> whole_number("batch_size", 0)
         Traceback (most recent call last):
-        mechsafety.errors.MechsafetyError: batch_size=0; expected a whole number of at least 1
+        mechsafety.errors.MechsafetyError: batch_size=0; expected at least 1
     """
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise MechsafetyError(f"{name}={value!r}", expected=f"a whole number of at least {least}")
+        number = None
+    if number is None:
+        raise MechsafetyError(f"{name}={value!r}", expected="a whole number")
+    if number < least:
+        raise MechsafetyError(f"{name}={number}", expected=f"at least {least}")
     return number
 
 
-def entry(function: Callable[P, R]) -> Callable[P, R]:
+def public(function: Callable[P, R]) -> Callable[P, R]:
     """A public function whose arguments are checked by their annotations, and which runs under torch's usual switches.
 
-    A value that is the parameter's default is left as it is. A context manager is entered and left under the usual
-    switches; what its user does inside is not.
+    The checked parameters' names stand in its attribute ``checks``. A value that is the parameter's default is left as
+    it is. A context manager is entered and left under the usual switches; what its user does inside is not.
     """
     signature = inspect.signature(function)
     checks = {name: check for name, p in signature.parameters.items() if (check := _check(name, p.annotation))}
@@ -120,6 +126,7 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
             out = function(*bound.args, **bound.kwargs)
         return cast(R, _Settled(out)) if isinstance(out, AbstractContextManager) else out
 
+    vars(checked)["checks"] = tuple(checks)
     return checked
 
 
@@ -140,12 +147,18 @@ class _Settled(AbstractContextManager[Any]):
 
 def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     """What an annotation asks of a value; of several that are allowed, a value of another kind passes as it is."""
-    kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in (Prompts, Texts, Count)]
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in _KINDS]
     if not kinds:
         return None
-    if kinds[0] == Count:
-        return lambda value: whole_number(name, value)
-    read = prompt_list if kinds[0] == Prompts else functools.partial(text_list, what=name.removesuffix("s"))
+    readers: dict[Any, Callable[[Any], Any]] = {
+        Prompts: functools.partial(prompt_list, name=name),
+        Texts: functools.partial(text_list, name=name),
+        Count: functools.partial(whole_number, name),
+        Amount: functools.partial(whole_number, name, least=0),
+    }
+    read = readers[kinds[0]]
+    if annotation in _KINDS:
+        return read
     others = tuple(kind for kind in get_args(annotation) if isinstance(kind, type))
     return lambda value: value if isinstance(value, others) else read(value)
 
@@ -163,8 +176,8 @@ def _items(given: Any, what: str) -> list[Any]:
     return list(given)
 
 
-def _where(items: Sequence[Any], index: int, what: str) -> str:
-    return f"{what} {index + 1} of {len(items)}"
+def _where(items: Sequence[Any], index: int, what: str, name: str) -> str:
+    return f"{what} {index + 1} of {len(items)}" + ("" if name == f"{what}s" else f" in {name}")
 
 
 def _text(item: Any, where: str, what: str) -> str:
@@ -172,12 +185,12 @@ def _text(item: Any, where: str, what: str) -> str:
         kind = type(item).__name__
         cures = {"Prompt": "pass [p.text for p in prompts]", "PromptPair": "pass pairs.harmful or pairs.harmless"}
         shown = repr(item) if item is None or isinstance(item, float) else f"of type {kind}"
-        raise MechsafetyError(f"{where or f'a {what}'} is {shown}", expected="text", cure=cures.get(kind, ""))
+        raise MechsafetyError(f"{where or f'the {what}'} is {shown}", expected="text", cure=cures.get(kind, ""))
     try:
         item.encode()
     except UnicodeEncodeError as error:
         half = item[error.start : error.end]
         raise MechsafetyError(
-            f"{where or f'a {what}'} that holds half a character ({half!r})", expected="whole characters"
+            f"{where or f'the {what}'} holds half a character ({half!r})", expected="whole characters"
         ) from None
     return str(item)

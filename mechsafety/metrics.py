@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Texts, public
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
 
@@ -109,6 +110,7 @@ class RefusalLogOdds:
         }
 
     @classmethod
+    @public
     def from_json(cls, data: Mapping[str, Any], model: LensModel) -> "RefusalLogOdds":
         """Inverse of `to_json`, for the model that the metric was made for.
 
@@ -130,7 +132,8 @@ class RefusalLogOdds:
         return cls(ids[0], refusal, ids[1], comply)
 
     @classmethod
-    def of(cls, model: LensModel, refusal_tokens: Sequence[str], comply_tokens: Sequence[str] = ()) -> "RefusalLogOdds":
+    @public
+    def of(cls, model: LensModel, refusal_tokens: Texts, comply_tokens: Texts = ()) -> "RefusalLogOdds":
         """Metric from token texts.
 
         Raises:
@@ -141,6 +144,7 @@ class RefusalLogOdds:
         return cls(refusal, tuple(refusal_tokens), comply, tuple(comply_tokens))
 
     @classmethod
+    @public
     def detect(
         cls,
         model: LensModel,

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from mechsafety.directions.scores import divergence
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.batched import EditedRun, PromptBatches, run_removed, run_unedited
 from mechsafety.interventions.steering import token_batches
@@ -159,6 +160,7 @@ class ProbeReport(Result):
         return {**found, "random_erased_most": float(means[means.abs().argmax()])}
 
 
+@public
 def probe_layers(
     model: LensModel,
     pairs: PromptPairs,
@@ -166,14 +168,14 @@ def probe_layers(
     *,
     layers: Sequence[int] | None = None,
     spans: Sequence[str] = PROBE_SPANS,
-    hard: Sequence[str] | None = None,
+    hard: Prompts | None = None,
     outer: int = 5,
     inner: int = 3,
-    erase_on: Sequence[str] | None = None,
-    harmless_on: Sequence[str] | None = None,
-    n_random: int = 8,
+    erase_on: Prompts | None = None,
+    harmless_on: Prompts | None = None,
+    n_random: Amount = 8,
     n_shuffled: int = 5,
-    seed: int = 0,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> ProbeReport:
     """Fit probes for harmful against harmless prompts at each layer and span, with the controls that they need.
@@ -275,8 +277,9 @@ def probe_layers(
     )
 
 
+@public
 def span_means(
-    model: LensModel, prompts: Sequence[str], layers: Sequence[int], spans: Sequence[str]
+    model: LensModel, prompts: Prompts, layers: Sequence[int], spans: Sequence[str]
 ) -> Float[Tensor, "layer span prompt d_model"]:
     """Residual stream of each prompt, averaged over the tokens of each span, float32 on the CPU."""
     done = []

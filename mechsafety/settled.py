@@ -1,12 +1,12 @@
 """Torch's switches of the process and the thread, as the analyses need them."""
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _CPU = torch.device("cpu")
 
 
@@ -28,12 +28,19 @@ def settled() -> Iterator[None]:
             grad = torch.is_grad_enabled()
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(grad))  # leaving inference mode turns it on
-        for device in _DEVICES:
+        for device in _devices():
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device() != _CPU:
             stack.enter_context(_CPU)
         yield
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    """Kinds of devices that this machine has."""
+    accelerator = torch.accelerator.current_accelerator()
+    return (_CPU.type,) if accelerator is None else (_CPU.type, accelerator.type)
 
 
 class _Float32:

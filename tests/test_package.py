@@ -102,8 +102,8 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
-    ("output", "intervals"),
-    ("sites", "nodes"),
+    ("output", "intervals", "settled"),
+    ("sites", "nodes", "inputs"),
     ("results",),
     ("prompts",),
     ("models",),

@@ -1,6 +1,5 @@
 """Direct logit attribution: what each part adds to the metric through the unembedding alone."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from mechsafety.cache import ActivationCache
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
@@ -75,12 +75,13 @@ class DirectAttribution(Result):
         )
 
 
+@public
 def direct_logit_attribution(
     model: LensModel,
-    prompts: PromptPairs | Sequence[str] | Tokens,
+    prompts: PromptPairs | Prompts | Tokens,
     metric: RefusalLogOdds,
     *,
-    steps: int = 64,
+    steps: Count = 64,
     progress: bool = True,
 ) -> DirectAttribution:
     """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from mechsafety.attribution.gradients import integration_points, receiver_scores
 from mechsafety.attribution.senders import sender_chunks
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -88,13 +89,14 @@ class EdgeScores(Result):
         return bars(frame, "edge", "score", "estimated share of the gap")
 
 
+@public
 def edge_attribution(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
     method: str = "eap-ig",
-    steps: int = 5,
+    steps: Count = 5,
     nodes: Sequence[Node] | None = None,
     neurons: Sequence[int] = (),
     progress: bool = True,
@@ -133,8 +135,6 @@ def edge_attribution(
     """
     if method not in METHODS:
         raise MechsafetyError(f"method={method!r}", expected=f"one of {METHODS}")
-    if steps < 1:
-        raise MechsafetyError(f"steps={steps}", expected="at least 1")
     if model.post_norm:
         raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     ordered = _nodes(model, nodes, neurons)

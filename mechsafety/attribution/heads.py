@@ -15,6 +15,7 @@ from torch import Tensor
 from mechsafety.attribution.direct import direct_logit_attribution
 from mechsafety.attribution.ships import RANK, divergences, masked_heads, rotations
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
@@ -140,6 +141,7 @@ class HeadAttribution(Result):
         return means, next(iter(means.values()))
 
 
+@public
 def head_attribution(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
@@ -148,8 +150,8 @@ def head_attribution(
     direction: DirectionAt | None = None,
     scores: Sequence[str] | None = None,
     mask: str = "uniform",
-    rank: int = RANK,
-    n_masked: int = 8,
+    rank: Count = RANK,
+    n_masked: Amount = 8,
     progress: bool = True,
 ) -> HeadAttribution:
     """Score every head in several ways on the same prompts, so that the ways can be compared.

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
@@ -101,12 +102,13 @@ class LogitLens(Result):
         )
 
 
+@public
 def logit_lens(
     model: LensModel,
     pairs: PromptPairs,
     metric: RefusalLogOdds,
     *,
-    n_columns: int | None = None,
+    n_columns: Count | None = None,
     positions: str = "last",
     progress: bool = True,
 ) -> LogitLens:
@@ -128,8 +130,6 @@ def logit_lens(
     """
     if positions not in POSITIONS:
         raise MechsafetyError(f"positions {positions!r}", expected=f"one of {POSITIONS}")
-    if n_columns is not None and n_columns < 1:
-        raise MechsafetyError(f"n_columns={n_columns}", expected="at least 1")
     sides = [model.tokenize(side) for side in (pairs.harmful, pairs.harmless)]
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)
     width = n_columns if n_columns is not None else shortest

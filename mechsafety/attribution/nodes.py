@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -69,12 +70,13 @@ class NodeAttribution(Result):
         return bars(self.to_dataframe(), "node", "estimate", "estimated share of the gap")
 
 
+@public
 def node_attribution(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    steps: int = 8,
+    steps: Count = 8,
     neurons: bool = False,
     progress: bool = True,
 ) -> NodeAttribution:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows, max_variants, run_from, unembed
 from mechsafety.nodes import Node
@@ -26,8 +27,9 @@ MASKS = ("uniform", "zero")
 RANK = 1
 
 
+@public
 def ships(
-    model: LensModel, prompts: Sequence[str] | Tokens, *, mask: str = "uniform", rank: int = RANK, progress: bool = True
+    model: LensModel, prompts: Prompts | Tokens, *, mask: str = "uniform", rank: Count = RANK, progress: bool = True
 ) -> tuple[Float[Tensor, "layer head prompt"], Float[Tensor, "layer head"]]:
     """Every head's Ships and generalised Ships when it alone is masked, at all positions.
 
@@ -64,13 +66,14 @@ def masked_heads(
     return rearrange(found, "(layer head) prompt d -> layer head prompt d", layer=model.n_layers), base
 
 
+@public
 def sahara(
     model: LensModel,
-    prompts: Sequence[str] | Tokens,
-    size: int = 3,
+    prompts: Prompts | Tokens,
+    size: Count = 3,
     *,
     mask: str = "uniform",
-    rank: int = RANK,
+    rank: Count = RANK,
     progress: bool = True,
 ) -> list[tuple[Node, float]]:
     """Sahara's greedy group of safety heads: at each step the head that rotates the subspace most, those before masked.

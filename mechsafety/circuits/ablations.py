@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from mechsafety.circuits.behaviour import REPLY_TOKENS
 from mechsafety.circuits.circuit import Ablation, RefusalCircuit
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.interventions import ablate
 from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
@@ -15,6 +16,7 @@ from mechsafety.prompts import PromptPairs
 PAIRS = 8
 
 
+@public
 def measure_ablation(
     model: LensModel,
     pairs: PromptPairs,

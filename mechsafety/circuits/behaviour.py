@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from mechsafety.circuits.circuit import Behaviour, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.inputs import Amount, public
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
@@ -15,13 +16,14 @@ MIN_SHARE = 0.2
 REPLY_TOKENS = 24
 
 
+@public
 def check_behaviour(
     model: LensModel,
     pairs: PromptPairs,
     metric: RefusalLogOdds | None = None,
     *,
     detect_on: int | None = None,
-    seed: int = 0,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
     """Generate replies, judge them, and find the metric where none is given.

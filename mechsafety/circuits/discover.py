@@ -8,6 +8,7 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, order_of
 from mechsafety.circuits.verification import CurvePoint
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.nodes import head_and_mlp_nodes
 
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
@@ -52,14 +53,15 @@ def check_search(target: float, max_parts: int | None) -> None:
         raise MechsafetyError(f"a circuit of at most {max_parts} parts", expected="at least 1")
 
 
+@public
 def discover(
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     attribution: NodeAttribution,
     target: float,
     *,
-    max_nodes: int | None = None,
-    rounds: int = 3,
+    max_nodes: Count | None = None,
+    rounds: Count = 3,
     budget: Budget | None = None,
 ) -> Discovery:
     """The smallest set of heads and MLPs found that reaches ``target`` faithfulness, on both sets of pairs.

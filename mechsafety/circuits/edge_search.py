@@ -15,6 +15,7 @@ from mechsafety.circuits.meters import in_order
 from mechsafety.circuits.side_effects import next_token_kl
 from mechsafety.circuits.verification import CurvePoint
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
@@ -91,14 +92,15 @@ class EdgeCircuit(Result):
         return bars(frame, "edge", "score", "score")
 
 
+@public
 def discover_edges(
     model: LensModel,
     pairs: PromptPairs,
     metric: RefusalLogOdds,
     *,
     target: float = 0.8,
-    steps: int = 5,
-    max_edges: int | None = None,
+    steps: Count = 5,
+    max_edges: Count | None = None,
     budget_seconds: float | None = None,
     progress: bool = True,
 ) -> EdgeCircuit:
@@ -180,6 +182,7 @@ def search_edges(
     )
 
 
+@public
 def acdc(
     model: LensModel,
     pairs: PromptPairs,

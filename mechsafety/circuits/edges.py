@@ -6,6 +6,7 @@ import torch
 
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.circuit import CircuitEdge
+from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node
@@ -16,8 +17,9 @@ from mechsafety.patching.receivers import SLOTS, reaches
 EMBED, LOGITS = Node("embed"), Node("logits")
 
 
+@public
 def estimate_edges(
-    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], *, steps: int = 5
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node], *, steps: Count = 5
 ) -> list[CircuitEdge]:
     """All edges between the given nodes and into the logits, strongest first, by `edge_attribution`.
 
@@ -27,6 +29,7 @@ def estimate_edges(
     return [CircuitEdge(edge, score, "estimated", score) for edge, score in scores.top()]
 
 
+@public
 def measure_edges(
     model: LensModel, runs: Sequence[PairRuns], metric: RefusalLogOdds, edges: Sequence[CircuitEdge]
 ) -> list[CircuitEdge]:

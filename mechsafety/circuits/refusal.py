@@ -38,6 +38,7 @@ from mechsafety.circuits.notes import measure_notes
 from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verify import MARGIN, verify
 from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -48,25 +49,26 @@ from mechsafety.sites import SiteKind
 MIN_PAIRS = 2
 
 
+@public
 def map_refusal_circuit(
     model: LensModel,
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
     level: str = "node",
-    limit: int = 40,
+    limit: Count = 40,
     target: float = 0.8,
-    max_nodes: int | None = None,
-    n_random: int = 100,
-    n_added: int = 40,
-    n_resamples: int = 5,
-    n_backup_parts: int = 4,
-    n_edges: int = 60,
-    n_measured_edges: int = 30,
-    n_role_pairs: int = 8,
-    shortlist: int = 30,
+    max_nodes: Count | None = None,
+    n_random: Amount = 100,
+    n_added: Amount = 40,
+    n_resamples: Amount = 5,
+    n_backup_parts: Amount = 4,
+    n_edges: Amount = 60,
+    n_measured_edges: Amount = 30,
+    n_role_pairs: Count = 8,
+    shortlist: Amount = 30,
     budget_seconds: float | None = None,
-    seed: int = 0,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> RefusalCircuit:
     """Map which heads and MLPs make the model refuse, how they connect, and verify it.
@@ -116,7 +118,7 @@ def map_refusal_circuit(
         "n_edges": n_edges,
         "n_measured_edges": n_measured_edges,
     }
-    _check_options(level, limit, counts | {"shortlist": shortlist, "seed": seed}, n_role_pairs, budget_seconds)
+    _check_options(level, limit, budget_seconds)
     check_search(target, max_nodes)
     if level == "edge" and model.post_norm:
         raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
@@ -266,18 +268,11 @@ def map_refusal_circuit(
     )
 
 
-def _check_options(
-    level: str, limit: int, counts: Mapping[str, int], n_role_pairs: int, budget_seconds: float | None
-) -> None:
+def _check_options(level: str, limit: int, budget_seconds: float | None) -> None:
     if level not in LEVELS:
         raise MechsafetyError(f"level {level!r}", expected=f"one of {LEVELS}")
     if limit < 2 * MIN_PAIRS:
         raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
-    for name, count in counts.items():
-        if count < 0:
-            raise MechsafetyError(f"{name} {count}", expected="at least 0")
-    if n_role_pairs < 1:
-        raise MechsafetyError(f"n_role_pairs {n_role_pairs}", expected="at least 1")
     if budget_seconds is not None and not budget_seconds > 0:
         raise MechsafetyError(f"budget_seconds {budget_seconds}", expected="above 0")
 

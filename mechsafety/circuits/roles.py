@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechsafety.cache import ActivationCache
 from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
+from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import unembed
@@ -27,6 +28,7 @@ SOME = 0.1
 ATTENDS = 0.1
 
 
+@public
 def role_evidence(
     model: LensModel,
     runs: PairRuns,

@@ -18,6 +18,7 @@ from mechsafety.circuits.statistics import (
     ratio,
 )
 from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Stability, Verification
+from mechsafety.inputs import Amount, public
 from mechsafety.intervals import ratio_interval
 from mechsafety.metrics import adjust_p
 
@@ -27,6 +28,7 @@ MARGIN = 0.2
 MIN_ADDED = 20
 
 
+@public
 def verify(
     discovery: Discovery,
     found_on: FaithfulnessMeter,
@@ -35,14 +37,14 @@ def verify(
     *,
     target: float,
     topics: Sequence[str] = (),
-    n_random: int = 100,
-    n_added: int = 40,
+    n_random: Amount = 100,
+    n_added: Amount = 40,
     completeness_steps: int = 3,
     completeness_tries: int = 6,
     margin: float = MARGIN,
     stability: Stability | None = None,
     budget: Budget | None = None,
-    seed: int = 0,
+    seed: Amount = 0,
 ) -> Verification:
     """Every check there is of a circuit, and the list of claims with the verdict on each.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers
 from mechsafety.interventions.steering import token_batches
@@ -19,6 +20,7 @@ from mechsafety.sites import Site, SiteKind
 MIN_PAIRS = 4
 
 
+@public
 def repe_direction(
     model: LensModel,
     pairs: PromptPairs,
@@ -59,11 +61,12 @@ def repe_direction(
     return Direction(model.provenance(options=options), "representation reading", tuple(sites), torch.stack(rows))
 
 
+@public
 def iti_direction(
     model: LensModel,
     pairs: PromptPairs,
     *,
-    n_heads: int = 16,
+    n_heads: Count = 16,
     folds: int = 4,
     progress: bool = True,
 ) -> Direction:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from mechsafety.directions.refusal import RefusalDirection
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.intervals import mean_interval
 from mechsafety.interventions.checks import check_nodes, check_vector
 from mechsafety.metrics import RefusalLogOdds
@@ -100,6 +101,7 @@ class DirectionIO(Result):
         return bars(frame, "node", "writes", "share of the gap along the direction")
 
 
+@public
 def direction_io(
     model: LensModel,
     direction: RefusalDirection,

@@ -22,6 +22,7 @@ from mechsafety.directions.scores import (
 )
 from mechsafety.directions.select import MAX_DEPTH, MAX_KL, passing, select_cosmic, select_published, smallest
 from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import mean_interval
 from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers
@@ -116,19 +117,22 @@ class RefusalDirection(Result):
         site = Site(SiteKind.RESID_PRE, self.layer)
         return Direction(self.provenance, "refusal", (site,), self.vector[None], everywhere=True)
 
+    @public
     @contextmanager
     def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
         """Context in which the direction is removed from all that is written to the residual stream."""
         with self.direction.ablate(model, strength):
             yield
 
+    @public
     @contextmanager
     def add(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
         """Context in which ``strength`` times the direction is added at its layer, at all positions."""
         with self.direction.add(model, strength):
             yield
 
-    def project(self, model: LensModel, prompts: Sequence[str] | Tokens) -> Float[Tensor, " prompt"]:
+    @public
+    def project(self, model: LensModel, prompts: Prompts | Tokens) -> Float[Tensor, " prompt"]:
         """How far each prompt's last token lies along the direction at its layer."""
         return self.direction.project(model, prompts)[0]
 
@@ -181,6 +185,7 @@ class RefusalDirection(Result):
         return self.layers.index(self.layer), self.columns.index(self.column)
 
 
+@public
 def refusal_direction(
     model: LensModel,
     pairs: PromptPairs,
@@ -188,12 +193,12 @@ def refusal_direction(
     *,
     validation: PromptPairs | None = None,
     layers: Sequence[int] | None = None,
-    n_columns: int | None = None,
+    n_columns: Count | None = None,
     selector: str = "published",
     max_kl: float = MAX_KL,
     max_depth: float = MAX_DEPTH,
-    n_random: int = 4,
-    seed: int = 0,
+    n_random: Amount = 4,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> RefusalDirection:
     """Find the direction of the residual stream that carries refusal (Arditi et al. 2024).

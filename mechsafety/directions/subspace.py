@@ -14,6 +14,7 @@ from mechsafety.directions.refusal import RefusalDirection, usable_validation
 from mechsafety.directions.scores import mean_differences, score_directions
 from mechsafety.directions.select import MAX_DEPTH, smallest
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.intervals import mean_interval
 from mechsafety.interventions import project_out
 from mechsafety.interventions.steering import orthonormal
@@ -67,6 +68,7 @@ class RefusalSubspace(Result):
         """Number of directions before the first that is not causal."""
         return next((k for k, held in enumerate(self.causal) if not held), len(self.causal))
 
+    @public
     @contextmanager
     def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
         """Context in which the causal directions are removed (all before the first that is not).
@@ -95,6 +97,7 @@ class RefusalSubspace(Result):
         return pd.DataFrame(rows)
 
 
+@public
 def refusal_subspace(
     model: LensModel,
     found: RefusalDirection,
@@ -102,11 +105,11 @@ def refusal_subspace(
     metric: RefusalLogOdds,
     validation: PromptPairs,
     *,
-    n_directions: int = 3,
+    n_directions: Count = 3,
     layers: Sequence[int] | None = None,
     max_depth: float = MAX_DEPTH,
     stop_below: float | None = 0.0,
-    seed: int = 0,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> RefusalSubspace:
     """Look for refusal in what is left when the refusal direction is removed, again and again.
@@ -134,8 +137,6 @@ def refusal_subspace(
     Raises:
         MechsafetyError: ``n_directions`` below 1, no layer below the limit, or too few prompts.
     """
-    if n_directions < 1:
-        raise MechsafetyError(f"n_directions={n_directions}", expected="at least 1")
     searched = tuple(found.layers if layers is None else layers)
     limit = int(max_depth * model.n_layers)
     rows = tuple(layer for layer in searched if layer < limit)

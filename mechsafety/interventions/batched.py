@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.interventions.steering import orthonormal, removal_hooks
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, base_run, expand_rows, run_from, split_rows
@@ -54,9 +55,10 @@ class PromptBatches:
     n: int
 
     @classmethod
-    def of(cls, model: LensModel, prompts: Sequence[str], max_rows: int = 16) -> "PromptBatches":
+    @public
+    def of(cls, model: LensModel, prompts: Prompts, max_rows: Count = 16) -> "PromptBatches":
         """Group prompts by length, at most ``max_rows`` together."""
-        if isinstance(prompts, str) or not prompts:
+        if not prompts:
             raise MechsafetyError("no prompts", expected="a list of at least one")
         rows = [model.tokenize([prompt]) for prompt in prompts]
         by_length: dict[int, list[int]] = {}
@@ -66,6 +68,9 @@ class PromptBatches:
         first = rows[0].ids[0, :shortest]
         same = torch.stack([row.ids[0, :shortest] == first for row in rows]).all(0)
         start = min(int(same.long().cumprod(0).sum()), shortest - 1) if len(rows) > 1 else 0
+        lengths = torch.tensor([start + 1, *by_length])
+        if len(set(model.backend.rotation(lengths))) > 1:  # shared columns of short rows are rotated otherwise
+            start = 0
         batches = []
         for length in sorted(by_length):
             members = by_length[length]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, Texts, public
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.checks import check_strength
 from mechsafety.metrics import RefusalLogOdds, is_refusal
@@ -97,18 +98,19 @@ class DoseResponse(Result):
         return figure.update_layout(template="none", height=620, title=self.name)
 
 
+@public
 def dose_response(
     model: LensModel,
     intervene: Callable[[float], AbstractContextManager[object]],
     strengths: Sequence[float],
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     metric: RefusalLogOdds,
     *,
     name: str = "intervention",
-    references: Sequence[str] | None = None,
+    references: Texts | None = None,
     judge: Callable[[str], bool] = is_refusal,
-    reply_tokens: int = REPLY_TOKENS,
+    reply_tokens: Count = REPLY_TOKENS,
     progress: bool = True,
 ) -> DoseResponse:
     """Measure an intervention at several strengths.
@@ -171,7 +173,8 @@ def dose_response(
     )
 
 
-def reply_loss(model: LensModel, prompts: Sequence[str], replies: Sequence[str]) -> Float[Tensor, " prompt"]:
+@public
+def reply_loss(model: LensModel, prompts: Prompts, replies: Texts) -> Float[Tensor, " prompt"]:
     """Mean negative log-likelihood a token of given replies to chat prompts, in nats; NaN for an empty reply."""
     losses = []
     for prompt, reply in zip(prompts, replies, strict=True):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.interventions.checks import at_positions, check_nodes, check_positions, check_strength
 from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook
@@ -19,6 +20,7 @@ _KIND = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS
 _BATCH = 16
 
 
+@public
 @contextmanager
 def ablate(
     model: LensModel,
@@ -26,9 +28,9 @@ def ablate(
     strength: float = 1.0,
     source: str = "mean",
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     positions: str = "all",
-    seed: int = 0,
+    seed: Amount = 0,
 ) -> Iterator[None]:
     """Context in which nodes lose what they compute: value <- (1 - strength) own + strength source.
 
@@ -82,6 +84,7 @@ def ablate(
         yield
 
 
+@public
 @contextmanager
 def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: str = "all") -> Iterator[None]:
     """Context in which the values of nodes are multiplied by ``factor``; otherwise as `ablate`.
@@ -103,7 +106,7 @@ def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: 
 
 def reference_values(model: LensModel, sites: Sequence[Site], prompts: Sequence[str]) -> dict[Site, Tensor]:
     """Activations at the sites [token ...] at every real token of the prompts."""
-    if isinstance(prompts, str) or not prompts:
+    if not prompts:
         raise MechsafetyError("no reference prompts", expected="a list of at least one")
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for start in range(0, len(prompts), _BATCH):

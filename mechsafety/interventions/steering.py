@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Prompts, public
 from mechsafety.interventions.checks import (
     at_positions,
     check_layers,
@@ -78,12 +79,14 @@ class Direction(Result):
         ]
         return pd.DataFrame(rows, columns=["site", "layer", "index", "norm"])
 
+    @public
     @contextmanager
     def add(self, model: LensModel, strength: float = 1.0, *, positions: str = "all") -> Iterator[None]:
         """Context in which ``strength`` times each vector is added at its site (see `steer`)."""
         with steer(model, self, strength, positions=positions):
             yield
 
+    @public
     @contextmanager
     def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
         """Context in which the direction is removed: x <- x - strength r r.x with r at length 1.
@@ -104,7 +107,8 @@ class Direction(Result):
         with model.hooks(hooks):
             yield
 
-    def project(self, model: LensModel, prompts: Sequence[str] | Tokens) -> Float[Tensor, "site prompt"]:
+    @public
+    def project(self, model: LensModel, prompts: Prompts | Tokens) -> Float[Tensor, "site prompt"]:
         """How far each prompt's last token lies along each vector (dot product with it at length 1)."""
         self._check(model)
         parts = []
@@ -130,6 +134,7 @@ class Direction(Result):
         check_layers(model, [site.layer or 0 for site in self.sites])
 
 
+@public
 @contextmanager
 def steer(
     model: LensModel,
@@ -175,6 +180,7 @@ def steer(
         yield
 
 
+@public
 @contextmanager
 def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], strength: float = 1.0) -> Iterator[None]:
     """Context in which the span of directions is removed from everything written to the residual stream.
@@ -236,7 +242,8 @@ def removal_hooks(model: LensModel, bases: Float[Tensor, "variant rank d_model"]
     return [(site, remove) for site in sites]
 
 
-def token_batches(model: LensModel, prompts: Sequence[str] | Tokens) -> Iterator[Tokens]:
+@public
+def token_batches(model: LensModel, prompts: Prompts | Tokens) -> Iterator[Tokens]:
     """Prompts as token rows, a few at a time."""
     if isinstance(prompts, Tokens):
         yield from (prompts.rows(slice(k, k + _BATCH)) for k in range(0, len(prompts), _BATCH))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.interventions.checks import check_strength, check_vector
 from mechsafety.interventions.steering import orthonormal, project_out
 from mechsafety.models import LensModel
@@ -19,6 +20,7 @@ _PROBES = ("What is two plus two?", "Name a colour, please.")
 TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "float16": 2e-1, "bfloat16": 5e-1}
 
 
+@public
 @contextmanager
 def orthogonalized(
     model: LensModel, directions: Float[Tensor, "*rank d_model"], strength: float = 1.0

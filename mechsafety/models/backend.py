@@ -160,8 +160,8 @@ class Backend(ABC):
         A sliding window counts columns instead.
         """
 
-    def rotation(self, lengths: Int[Tensor, " batch"]) -> tuple[int, ...]:
-        """What the rotary embedding's angles depend on, for rows of these lengths; () where they never change."""
+    def rotation(self, lengths: Int[Tensor, " batch"]) -> tuple[Any, ...]:
+        """For each row of these lengths, what its rotary angles depend on; () where they never change."""
         return ()
 
     @abstractmethod
@@ -268,6 +268,7 @@ def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
     """
     from mechsafety.models import bridge, hooked
 
+    _own_tensors(model)
     for generation in (bridge, hooked):
         if generation.is_mine(model):
             backend = generation.wrap(model)
@@ -286,6 +287,20 @@ def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
     for parameter in backend.module.parameters():
         parameter.requires_grad_(False)  # analyses differentiate activations, never weights
     return backend
+
+
+def _own_tensors(model: nn.Module) -> None:
+    """Put copies in the place of weights that were made in inference mode, through which no gradient can pass."""
+    copies: dict[int, Any] = {}  # by the original, so that tied weights stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in copies:
+                    copy = tensor.detach().clone()
+                    copies[id(tensor)] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
+                tensors[name] = copies[id(tensor)]
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from mechsafety.models.backend import (
     is_lens,
 )
 from mechsafety.models.kinds import check_kind, is_multimodal
+from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Generation, hook_name
 
@@ -104,6 +105,7 @@ class BridgeBackend(Backend):
         self.tl_model = bridge
         self.module: Any = bridge.original_model
         self.module.config.return_dict = True  # outputs are read by name
+        self._rotary = row_by_row(self.module)
         cfg = bridge.cfg
         self.sizes = Sizes(
             n_layers=cfg.n_layers,
@@ -113,7 +115,7 @@ class BridgeBackend(Backend):
             d_head=cfg.d_head,
             d_mlp=cfg.d_mlp,
             d_vocab=cfg.d_vocab,
-            n_ctx=cfg.n_ctx,
+            n_ctx=n_positions(self.module.config, cfg.n_ctx),
             parallel=bool(cfg.parallel_attn_mlp),
             post_norm=hasattr(bridge.blocks[0], "ln1_post"),
         )
@@ -133,7 +135,8 @@ class BridgeBackend(Backend):
     def prefix(self, tokens: Tokens, stop: int) -> Prefix:
         """Keys (rotated) and values of the columns before ``stop``."""
         cache = self.new_cache(len(tokens))
-        self._run(tokens.ids[:, :stop], tokens.mask[:, :stop], 1, cache)
+        with of_lengths(self._rotary, tokens.mask.sum(1)):
+            self._run(tokens.ids[:, :stop], tokens.mask[:, :stop], 1, cache)
         layers: list[Any] = list(cache.layers)
         return tuple((layer.keys, layer.values) for layer in layers)
 
@@ -235,6 +238,10 @@ class BridgeBackend(Backend):
         if kinds:
             return set(kinds) <= {"full_attention", "global"}
         return getattr(config, "sliding_window", None) is None
+
+    def rotation(self, lengths: Int[Tensor, " batch"]) -> tuple[Any, ...]:
+        """For each row of these lengths, what its rotary angles depend on; () where they never change."""
+        return rotation(self._rotary, lengths)
 
     def _run(
         self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int, cache: Any = None

@@ -1,6 +1,7 @@
 """Greedy decoding: the one loop that every reply comes from."""
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -26,7 +27,7 @@ class Cursor:
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._cache = backend.new_cache(1)
-        self._rotation: tuple[int, ...] = ()
+        self._rotation: tuple[Any, ...] = ()
 
     def feed(
         self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], keep: int = 1

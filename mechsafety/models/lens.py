@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, prompt_text, public
 from mechsafety.models.backend import Backend, use_of
 from mechsafety.models.decode import Cursor, check_room, greedy
 from mechsafety.models.shortcuts import Shortcuts
@@ -100,18 +101,16 @@ class LensModel:
 
     def render(self, prompt: str) -> tuple[str, int, int]:
         """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise MechsafetyError("an empty prompt", expected="text")
-        return render(self.tokenizer, prompt, self.template_options)
+        return render(self.tokenizer, prompt_text(prompt), self.template_options)
 
-    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+    @public
+    def tokenize(self, prompts: Prompts) -> Tokens:
         """Token rows of chat prompts, padded on the left, with spans.
 
         Raises:
-            MechsafetyError: No prompts, a single string, or an empty prompt.
+            MechsafetyError: No prompts, or one that is empty, longer than the model's positions, or holds a token that
+                the model has not.
         """
-        if isinstance(prompts, str):
-            raise MechsafetyError("a single string was given", expected="a list of prompts", cure="write [prompt]")
         if not prompts:
             raise MechsafetyError("no prompts", expected="at least one")
         rows, spans = [], []
@@ -122,6 +121,7 @@ class LensModel:
             if not inside:
                 raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
             rows.append(encoded["input_ids"])
+            self._check_known(rows[-1], prompt)
             spans.append(Spans((inside[0], inside[-1] + 1), len(rows[-1])))
         width = max(map(len, rows))
         if width > self.backend.sizes.n_ctx:
@@ -134,6 +134,7 @@ class LensModel:
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
         return Tokens(ids, mask, tuple(spans))
 
+    @public
     def tokenize_pairs(self, pairs: PromptPairs) -> TokenPairs:
         """Aligned token rows of both sides of the pairs.
 
@@ -169,6 +170,15 @@ class LensModel:
             tuple(TokenRow(k, token, names[k], self.tokenizer.decode([token])) for k, token in enumerate(ids))
         )
 
+    def _check_known(self, ids: Sequence[int], prompt: str) -> None:
+        unknown = next((token for token in ids if token >= self.d_vocab), None)
+        if unknown is not None:
+            raise MechsafetyError(
+                f"the token {self.tokenizer.decode([unknown])!r} of the prompt {prompt[:40]!r} has the id {unknown}",
+                expected=f"ids below {self.d_vocab}, the model's tokens",
+                cure="load the model with its own tokenizer, or resize_token_embeddings(len(tokenizer)) before",
+            )
+
     # --- running ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -201,6 +211,7 @@ class LensModel:
         own = self.tokenizer.eos_token_id
         return self.backend.end_ids or (() if own is None else (own,))
 
+    @public
     def read(self, tokens: Tokens, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Run prompts once and return copies of the activations at ``sites``, detached."""
         found: dict[Site, Tensor] = {}
@@ -212,7 +223,8 @@ class LensModel:
             self.forward(tokens)
         return found
 
-    def logits(self, prompts: Sequence[str] | Tokens, batch_size: int = 16) -> Float[Tensor, "batch d_vocab"]:
+    @public
+    def logits(self, prompts: Prompts | Tokens, batch_size: Count = 16) -> Float[Tensor, "batch d_vocab"]:
         """Next-token logits after each prompt, float32.
 
         Args:
@@ -226,7 +238,8 @@ class LensModel:
         with torch.no_grad(), self.lock:
             return torch.cat([self.forward(tokens)[:, -1].float() for tokens in batches])
 
-    def forward(self, tokens: Tokens, keep: int = 1) -> Float[Tensor, "batch keep d_vocab"]:
+    @public
+    def forward(self, tokens: Tokens, keep: Count = 1) -> Float[Tensor, "batch keep d_vocab"]:
         """Logits of the last ``keep`` positions, padding handled by mask and position ids.
 
         Gradients follow the caller's grad mode.
@@ -236,20 +249,28 @@ class LensModel:
                 return self.backend.logits(tokens, keep)
             return self.backend.logits(tokens, tokens.ids.shape[1])[:, -keep:]
 
+    @public
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 48, *, progress: bool = True
+        self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
     ) -> list[str]:
         """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order.
 
+        At each step the most probable token; a penalty, a beam or any other option of the model's generation
+        configuration changes nothing. Its end tokens end a reply.
+
         Args:
-            prompts: Requests.
+            prompts: Requests: a list, or a column of pandas or numpy; in the order of its rows.
             max_new_tokens: Length of a reply at most.
             batch_size: Prompts at once.
             progress: Whether to show a bar, after two seconds.
+
+        Raises:
+            MechsafetyError: A single string, or what `tokenize` refuses; or replies that may grow beyond the model's
+                positions.
         """
         from tqdm.auto import tqdm
 
-        if not len(prompts):
+        if not prompts:
             return []
         tokens = self.tokenize(prompts)
         check_room(self.backend, tokens.ids.shape[1], max_new_tokens)
@@ -278,8 +299,9 @@ class LensModel:
         texts = self.tokenizer.batch_decode([list(reply) for reply in replies], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    @public
     def cache(
-        self, prompts: Sequence[str] | Tokens, sites: Sequence[str] = ("resid", "z")
+        self, prompts: Prompts | Tokens, sites: Sequence[str] = ("resid", "z")
     ) -> "mechsafety.cache.ActivationCache":
         """Run prompts once and keep the asked-for activations (see `ActivationCache`)."""
         from mechsafety.cache import ActivationCache
@@ -300,6 +322,7 @@ class LensModel:
         """Output weights of a layer's neurons."""
         return self.backend.W_out(layer)
 
+    @public
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``: norm, MLP, and the norm after it where there is one.
 
@@ -318,6 +341,7 @@ class LensModel:
         """Unembedding bias; zeros where there is none."""
         return self.backend.b_U
 
+    @public
     def frozen_final_norm(
         self, resid: Float[Tensor, "*rows d_model"]
     ) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows d_model"]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mechsafety.errors import MechsafetyError, first_line, named
+from mechsafety.inputs import public
 from mechsafety.models.adapters import apply_adapter, base_and_adapter, check_no_adapter, is_peft, merged_copy
 from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
 from mechsafety.models.checks import check_model, probe_rows, reference_logits
@@ -29,6 +30,7 @@ HARMLESS = re.compile(
 DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
 
 
+@public
 def load_model(
     name_or_path: str | os.PathLike[str] | tuple[Any, Any] | torch.nn.Module,
     adapter: str | os.PathLike[str] | None = None,

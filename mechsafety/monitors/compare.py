@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.models import LensModel
 from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts
 from mechsafety.monitors.guard import INVERSE_PENALTY, fit_regression
-from mechsafety.neurons.masks import check_random_sets, neuron_mask, random_masks
+from mechsafety.neurons.masks import neuron_mask, random_masks
 from mechsafety.nodes import Node
 from mechsafety.results import Provenance, Result
 
@@ -186,14 +187,15 @@ class GuardReport(Result):
         return figure.update_yaxes(range=[0, 1])
 
 
+@public
 def compare_guards(
     model: LensModel,
     neurons: Tensor | Sequence[Node],
     train: LabelledPrompts,
     tests: Sequence[LabelledPrompts],
     *,
-    n_random: int = 20,
-    seed: int = 0,
+    n_random: Count = 20,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> GuardReport:
     """Train guards on one set and test them on others, baselines included (Chen et al. 2024).
@@ -220,7 +222,6 @@ def compare_guards(
     if not names or len(set(names)) < len(names):
         raise MechsafetyError(f"test sets {names}", expected="at least one, each with a name of its own")
     tests = [test.unseen_by(train) for test in tests]
-    check_random_sets(n_random)
     mask = neuron_mask(model, neurons)
     if not bool(mask.any()):
         raise MechsafetyError("no neuron to read", expected="at least one")

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, Texts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
 from mechsafety.neurons.behaviour import Judge, phrase_judge
@@ -39,6 +40,7 @@ class LabelledPrompts:
     groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(prompt_list(self.prompts)))
         if len(self.prompts) != len(self.unsafe) or (self.groups and len(self.groups) != len(self.prompts)):
             raise MechsafetyError(
                 f"{self.name}: {len(self.prompts)} prompts, {len(self.unsafe)} labels, {len(self.groups)} groups",
@@ -73,15 +75,16 @@ class LabelledPrompts:
         return LabelledPrompts(self.name, *(tuple(row[k] for k in kept) if row else () for row in values))
 
 
+@public
 def label_by_replies(
     model: LensModel,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     name: str,
     *,
-    groups: Sequence[str] = (),
+    groups: Texts = (),
     judge: Judge = phrase_judge,
-    max_new_tokens: int = 24,
+    max_new_tokens: Count = 24,
 ) -> LabelledPrompts:
     """Label prompts by what the model does: unsafe is a reply to a harmful prompt that the judge calls no refusal.
 
@@ -116,7 +119,8 @@ class LastToken:
         return self.neurons[:, mask]
 
 
-def read_prompts(model: LensModel, prompts: Sequence[str], *, progress: bool = False) -> LastToken:
+@public
+def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) -> LastToken:
     """Activations at the last token of each prompt; the chat template's common beginning is run once a batch."""
     rows = prompt_rows(model, prompts)
     neurons = torch.zeros(len(rows), model.n_layers, model.d_mlp)
@@ -128,6 +132,7 @@ def read_prompts(model: LensModel, prompts: Sequence[str], *, progress: bool = F
     return LastToken(neurons, resid)
 
 
+@public
 def read_tokens(model: LensModel, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> LastToken:
     """The same for token ids that are padded on the left, if at all.
 

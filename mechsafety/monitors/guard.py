@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.models import LensModel
 from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts, read_tokens
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
@@ -80,6 +81,7 @@ class GuardWeights(Result):
     def __repr__(self) -> str:
         return f"GuardWeights({len(self.weights)} neurons, {self.n_safe} safe and {self.n_unsafe} unsafe prompts)"
 
+    @public
     def probabilities(self, acts: Float[Tensor, "prompt neuron"]) -> Float[Tensor, " prompt"]:
         """Predicted probability that each reply is unsafe."""
         return (((acts - self.mean) / self.scale) @ self.weights + self.intercept).sigmoid()
@@ -120,6 +122,7 @@ class SafetyGuard:
         return f"SafetyGuard({self.model.name}, {self.weights!r})"
 
     @classmethod
+    @public
     def fit(
         cls,
         model: LensModel,
@@ -127,7 +130,7 @@ class SafetyGuard:
         train: LabelledPrompts,
         *,
         target_tpr: float = 0.95,
-        seed: int = 0,
+        seed: Amount = 0,
         progress: bool = False,
     ) -> "SafetyGuard":
         """Learn from labelled prompts.
@@ -173,11 +176,13 @@ class SafetyGuard:
         )
         return cls(model, weights)
 
+    @public
     def predict(self, prompt: str) -> Verdict:
         """Verdict on one chat prompt; one forward over its tokens, nothing is generated."""
         return self.predict_all([prompt])[0]
 
-    def predict_all(self, prompts: Sequence[str]) -> list[Verdict]:
+    @public
+    def predict_all(self, prompts: Prompts) -> list[Verdict]:
         """Verdicts on several chat prompts, in order."""
         return self._verdicts(read_prompts(self.model, prompts))
 
@@ -229,6 +234,7 @@ class SafetyGuard:
         return self.weights.save(path)
 
     @classmethod
+    @public
     def load(cls, path: str | os.PathLike[str], model: LensModel) -> "SafetyGuard":
         """A saved guard, for the model it was fitted on.
 

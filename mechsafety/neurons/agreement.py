@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.neurons.masks import share_count, top_mask
 from mechsafety.neurons.scores import NeuronScores
 from mechsafety.results import Provenance, Result
@@ -88,14 +89,15 @@ class NeuronAgreement(Result):
         return figure
 
 
+@public
 def compare_neurons(
     first: NeuronScores,
     second: NeuronScores,
     *,
     share: float = 0.05,
     bins: int = 20,
-    n_permutations: int = 1000,
-    seed: int = 0,
+    n_permutations: Count = 1000,
+    seed: Amount = 0,
 ) -> NeuronAgreement:
     """Overlap of the tops and Spearman correlations of two rankings, with permutation nulls.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError, first_line
+from mechsafety.inputs import Count, Prompts, Texts, public, text_list
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds, is_refusal
 from mechsafety.models import LensModel
@@ -33,11 +34,15 @@ class ReplyLikelihood:
 
     replies: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replies", tuple(text_list(self.replies, "replies")))
+
 
 Score = RefusalLogOdds | ReplyLikelihood | Judge
 
 
-def phrase_judge(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:  # noqa: ARG001 (a judge gets both)
+@public
+def phrase_judge(prompts: Prompts, replies: Texts) -> list[float]:  # noqa: ARG001 (a judge gets both)
     """1 where `is_refusal` calls the reply a refusal, else 0.
 
     Example:
@@ -47,7 +52,8 @@ def phrase_judge(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
     return [float(is_refusal(reply)) for reply in replies]
 
 
-def text_classifier(name_or_path: str | os.PathLike[str], label: str, *, batch_size: int = 16) -> Judge:
+@public
+def text_classifier(name_or_path: str | os.PathLike[str], label: str, *, batch_size: Count = 16) -> Judge:
     """A judge of replies: the probability that a Hugging Face text classifier gives to ``label``.
 
     Args:
@@ -87,14 +93,15 @@ def score_name(score: Score) -> str:
     return getattr(score, "__name__", type(score).__name__)
 
 
+@public
 def measure(
     base: LensModel,
     aligned: LensModel | None,
     masks: Sequence[Bool[Tensor, "layer d_mlp"]],
-    prompts: Sequence[str],
+    prompts: Prompts,
     score: Score,
     *,
-    max_new_tokens: int = 32,
+    max_new_tokens: Count = 32,
     progress: bool = False,
 ) -> Float[Tensor, "mask prompt"]:
     """Score of every prompt under dynamic patching with each mask.
@@ -162,13 +169,14 @@ class Ability:
         return pd.DataFrame(rows)
 
 
+@public
 def ability(
     base: LensModel,
     aligned: LensModel,
     masks: Sequence[Bool[Tensor, "layer d_mlp"]],
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
-    max_new_tokens: int = 16,
+    max_new_tokens: Count = 16,
     progress: bool = False,
 ) -> Ability:
     """General ability on harmless prompts under dynamic patching with each mask."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.models import LensModel
 from mechsafety.neurons.runs import batches, hooked
 from mechsafety.nodes import Node
@@ -85,12 +86,13 @@ class NeuronContrast(Result):
         return px.bar(frame, x="layer", y=frame.columns[2], color="span", barmode="group")
 
 
+@public
 def contrast_neurons(
     model: LensModel,
     pairs: PromptPairs,
     *,
     spans: Sequence[str] = ("instruction", "suffix"),
-    batch_size: int = 16,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> NeuronContrast:
     """Contrast of one model's neurons between harmful and harmless prompts, as an effect size with sign.

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import ratio_intervals
 from mechsafety.models import LensModel
 from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score_name
-from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks, share_count, top_mask
+from mechsafety.neurons.masks import check_ranking, random_masks, share_count, top_mask
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.prompts import distinct
@@ -133,18 +134,19 @@ class CausalCurve(Result):
         return figure
 
 
+@public
 def causal_effect_curve(
     base: LensModel,
     aligned: LensModel,
     ranking: NeuronScores | Float[Tensor, "layer d_mlp"],
-    prompts: Sequence[str],
+    prompts: Prompts,
     score: Score,
     *,
     shares: Sequence[float] = SHARES,
-    n_random: int = 20,
-    harmless: Sequence[str] | None = None,
-    max_new_tokens: int = 32,
-    seed: int = 0,
+    n_random: Count = 20,
+    harmless: Prompts | None = None,
+    max_new_tokens: Count = 32,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> CausalCurve:
     """C(k) of dynamic patching for growing shares of the ranked neurons (Chen et al. 2024).
@@ -171,7 +173,6 @@ def causal_effect_curve(
             or a score in which the two models do not differ.
     """
     check_pair(base, aligned)
-    check_random_sets(n_random)
     prompts = distinct(prompts, "harmful prompts")
     harmless = None if harmless is None else distinct(harmless, "harmless prompts")
     if not shares:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, capture, expand_rows
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
@@ -71,13 +72,14 @@ class NeuronCards(Result):
         )
 
 
+@public
 def describe_neurons(
     model: LensModel,
     neurons: Tensor | Sequence[Node],
-    prompts: Sequence[str] = (),
+    prompts: Prompts = (),
     *,
-    n_tokens: int = 8,
-    batch_size: int = 16,
+    n_tokens: Count = 8,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> NeuronCards:
     """Tokens that neurons promote, suppress and are active on.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.metrics import is_refusal
 from mechsafety.models import LensModel
 from mechsafety.neurons.masks import neuron_mask
@@ -57,14 +58,15 @@ class PatchedReplies(Result):
         return px.histogram(frame, x="length", color="refusal", labels={"length": "tokens in the reply"})
 
 
+@public
 def dynamic_patching(
     base: LensModel,
     aligned: LensModel,
     neurons: Tensor | Sequence[Node],
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
+    max_new_tokens: Count = 64,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> PatchedReplies:
     """Generate greedily from ``base`` with chosen neurons set to the aligned model's (Chen et al. 2024, Algorithm 1).

@@ -65,16 +65,6 @@ def check_ranking(model: LensModel, ranking: Float[Tensor, "layer d_mlp"]) -> Fl
     return ranking
 
 
-def check_random_sets(count: int) -> None:
-    """Refuse a comparison with no random sets.
-
-    Raises:
-        MechsafetyError: ``count`` below 1.
-    """
-    if count < 1:
-        raise MechsafetyError(f"n_random={count}", expected="at least 1 random set")
-
-
 def top_mask(scores: Float[Tensor, "layer d_mlp"], count: int) -> Bool[Tensor, "layer d_mlp"]:
     """The ``count`` highest scores over all layers; of equal ones the earlier.
 

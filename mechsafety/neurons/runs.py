@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel, decode
 from mechsafety.models.decode import Cursor, check_room
 from mechsafety.sites import Site, SiteKind
@@ -213,8 +214,9 @@ def greedy(
     return replies, torch.stack(logits, dim=1)
 
 
+@public
 def greedy_replies(
-    model: LensModel, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 16
+    model: LensModel, prompts: Prompts, max_new_tokens: Count, batch_size: Count = 16
 ) -> list[list[int]]:
     """Token ids of a model's own greedy reply to each chat prompt, in order."""
     rows = prompt_rows(model, prompts)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
 from mechsafety.neurons.masks import share_count, top_mask
@@ -130,16 +131,17 @@ class NeuronScores(Result):
         return px.bar(x=list(range(len(shares))), y=shares, labels=labels)
 
 
+@public
 def safety_neurons(
     aligned: LensModel,
     base: LensModel,
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
     positions: str = "completion",
     score: str = "rms",
-    max_new_tokens: int = 64,
+    max_new_tokens: Count = 64,
     replies: Sequence[Sequence[int]] | None = None,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     progress: bool = True,
 ) -> NeuronScores:
     """Inference-time activation contrasting (Chen et al. 2024).

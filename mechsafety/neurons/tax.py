@@ -1,6 +1,5 @@
 """The alignment tax: what two alignments' common neurons do to safety and to helpfulness."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -10,11 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
 from mechsafety.neurons.behaviour import Score, measure, score_name
-from mechsafety.neurons.masks import check_random_sets, check_ranking, random_masks
+from mechsafety.neurons.masks import check_ranking, random_masks
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.prompts import distinct
@@ -89,22 +89,23 @@ class AlignmentTax(Result):
         return px.scatter(frame, x="safety", y="helpfulness", text="model", labels=names)
 
 
+@public
 def alignment_tax(
     base: LensModel,
     safe: LensModel,
     helpful: LensModel,
     rankings: tuple[NeuronScores, NeuronScores],
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Prompts,
+    harmless: Prompts,
     safety: Score,
     helpfulness: Score,
     *,
     share: float = 0.05,
     bins: int = 20,
-    n_random: int = 20,
-    n_permutations: int = 1000,
-    max_new_tokens: int = 32,
-    seed: int = 0,
+    n_random: Count = 20,
+    n_permutations: Count = 1000,
+    max_new_tokens: Count = 32,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> AlignmentTax:
     """Compare two alignments of one base model neuron by neuron (Chen et al. 2024).
@@ -138,7 +139,6 @@ def alignment_tax(
         check_pair(base, aligned)
     check_pair(safe, helpful)
     harmful, harmless = distinct(harmful, "harmful prompts"), distinct(harmless, "harmless prompts")
-    check_random_sets(n_random)
     for ranking in rankings:
         check_ranking(base, ranking.scores)
     agreement = compare_neurons(*rankings, share=share, bins=bins, n_permutations=n_permutations, seed=seed)

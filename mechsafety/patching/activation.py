@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
@@ -106,6 +107,7 @@ class PatchMap(Result):
         return bars(frame, "node", "effect", "share of the harmful-harmless gap")
 
 
+@public
 def activation_patching(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
@@ -115,8 +117,8 @@ def activation_patching(
     direction: str = "noising",
     positions: str | Sequence[int] = "all",
     source: str = "other",
-    seed: int = 0,
-    max_batch_tokens: int | None = None,
+    seed: Amount = 0,
+    max_batch_tokens: Count | None = None,
     progress: bool = True,
 ) -> PatchMap:
     """Replace single nodes' or sites' values and run on, exactly (causal tracing, Meng et al. 2022).

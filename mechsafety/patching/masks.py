@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
@@ -46,13 +47,14 @@ class PairRuns:
         return metric(self.harmful.logits), metric(self.harmless.logits)
 
 
+@public
 def pair_runs(
     model: LensModel,
     pairs: PromptPairs | TokenPairs,
     *,
     extra: Sequence[SiteKind] = (),
     start: int | None = None,
-    max_batch_tokens: int | None = None,
+    max_batch_tokens: Count | None = None,
 ) -> PairRuns:
     """Run both prompts of every pair once.
 
@@ -165,6 +167,7 @@ class Patch:
         return [int(layer) for layer in touched.any(0).nonzero().flatten()]
 
 
+@public
 def patched_logits(
     model: LensModel,
     base: BaseRun,
@@ -172,7 +175,7 @@ def patched_logits(
     patch: Patch,
     *,
     positions: Bool[Tensor, "batch pos"] | None = None,
-    max_batch_tokens: int | None = None,
+    max_batch_tokens: Count | None = None,
     start: int | None = None,
 ) -> Float[Tensor, "variant batch d_vocab"]:
     """Next-token logits of ``base`` with the patched nodes' values from ``source``, exact, for every variant.
@@ -308,6 +311,7 @@ class SoftMask:
     neurons: Float[Tensor, "*batch layer d_mlp"] | None = None
 
 
+@public
 def masked_logits(
     model: LensModel, base: BaseRun, source: Mapping[SiteKind, Tensor], mask: SoftMask
 ) -> Float[Tensor, "batch d_vocab"]:

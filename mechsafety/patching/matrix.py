@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, run_block
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -102,6 +103,7 @@ class PathMatrix(Result):
         return bars(pd.DataFrame(rows, columns=["path", "change"]), "path", "change", f"change through {slot}: {unit}")
 
 
+@public
 def path_matrix(
     model: LensModel,
     pairs: PromptPairs | PairRuns,

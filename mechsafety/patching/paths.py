@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
@@ -52,6 +53,7 @@ from mechsafety.prompts import PromptPairs
 from mechsafety.sites import SiteKind
 
 
+@public
 def path_patching(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
@@ -117,6 +119,7 @@ def path_patching(
     return task.result(metric.to_json(), groups, changes, task.runs.scores(metric), downstream, joint)
 
 
+@public
 def path_projection(
     model: LensModel,
     pairs: PromptPairs | PairRuns,

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Hashable, Sequence
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Prompts, public
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ def first_of_each(items: Sequence[Hashable]) -> list[int]:
     return sorted({item: k for k, item in reversed(list(enumerate(items)))}.values())
 
 
-def distinct(prompts: Sequence[str], what: str) -> list[str]:
+@public
+def distinct(prompts: Prompts, what: str) -> list[str]:
     """The prompts without exact duplicates, in order; how many were left out is logged.
 
     Args:
@@ -35,7 +37,8 @@ def distinct(prompts: Sequence[str], what: str) -> list[str]:
     return [prompts[k] for k in kept]
 
 
-def unseen(prompts: Sequence[str], seen: Sequence[str], what: str) -> list[int]:
+@public
+def unseen(prompts: Prompts, seen: Prompts, what: str) -> list[int]:
     """Places of the prompts that are not among those ``seen`` before; how many were left out is logged.
 
     Args:

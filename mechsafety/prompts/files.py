@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import prompt_text
 
 LABELS = ("topic", "split")
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -145,8 +146,7 @@ def _checked(row: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
         if not isinstance(row[key], str):
             found = type(row[key]).__name__
             raise MechsafetyError(f"{where}: the prompt under {key!r} is a JSON {found}", expected="text")
-        if not row[key].strip():
-            raise MechsafetyError(f"{where}: the prompt under {key!r} is empty", expected="text")
+        prompt_text(row[key], f"{where}: the prompt under {key!r}")
     return row | {name: _label(row[name], name, where) for name in LABELS if name in row}
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self, overload
 import numpy as np
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, Prompts, prompt_text, public
 from mechsafety.prompts.distinct import duplicates, first_of_each
 from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.sets import data_file, load_instructions
@@ -66,8 +67,8 @@ class PromptPairs:
         if not self.pairs:
             raise MechsafetyError("no prompt pairs", expected="at least one pair")
         for number, pair in enumerate(self.pairs, 1):
-            if not pair.harmful.strip() or not pair.harmless.strip():
-                raise MechsafetyError(f"{self.name}, pair {number}: a prompt is empty", expected="text on both sides")
+            for prompt in (pair.harmful, pair.harmless):
+                prompt_text(prompt, f"{self.name}, pair {number}: a prompt")
         told_apart = [pair for pair in self.pairs if pair.harmful != pair.harmless]
         first = first_of_each([(pair.harmful, pair.harmless) for pair in told_apart])
         equal, again = len(self.pairs) - len(told_apart), len(told_apart) - len(first)
@@ -136,10 +137,9 @@ class PromptPairs:
         """
         return self._where(lambda pair: pair.topic in names, f"topic {'+'.join(names)}")
 
-    def sample(self, n: int, seed: int = 0) -> Self:
+    @public
+    def sample(self, n: Count, seed: Amount = 0) -> Self:
         """At most ``n`` pairs, drawn without replacement and taken evenly over the topics; order is kept."""
-        if n < 1:
-            raise MechsafetyError(f"n={n}", expected="at least 1 pair")
         order = np.random.default_rng(seed).permutation(len(self))
         rank: dict[str, int] = {}
         keyed = []
@@ -238,14 +238,13 @@ class PromptPairs:
         return cls(tuple(pairs), os.path.basename(os.fspath(path)))
 
     @classmethod
-    def from_lists(cls, harmful: Sequence[str], harmless: Sequence[str], name: str = "lists") -> Self:
+    @public
+    def from_lists(cls, harmful: Prompts, harmless: Prompts, name: str = "lists") -> Self:
         """Pairs from two lists of the same length.
 
         Raises:
             MechsafetyError: The lengths differ, or a list is a single string.
         """
-        if isinstance(harmful, str) or isinstance(harmless, str):
-            raise MechsafetyError("a single string was given", expected="lists of prompts", cure="write [prompt]")
         if len(harmful) != len(harmless):
             raise MechsafetyError(
                 f"{len(harmful)} harmful and {len(harmless)} harmless prompts",
@@ -255,9 +254,8 @@ class PromptPairs:
         return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name)
 
     @classmethod
-    def matched(
-        cls, harmful: Sequence[str], harmless: Sequence[str], length: Callable[[str], int], name: str = "matched"
-    ) -> Self:
+    @public
+    def matched(cls, harmful: Prompts, harmless: Prompts, length: Callable[[str], int], name: str = "matched") -> Self:
         """Pair each harmful prompt with an unused harmless one of the same ``length`` (e.g. ``model.n_tokens``).
 
         Harmful prompts without a partner are left out.
@@ -278,10 +276,11 @@ class PromptPairs:
         return cls(tuple(pairs), name)
 
     @classmethod
+    @public
     def from_hub(
         cls,
         name: str,
-        harmless: Sequence[str] | str | None = None,
+        harmless: Prompts | str | None = None,
         length: Callable[[str], int] | None = None,
     ) -> Self:
         """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.

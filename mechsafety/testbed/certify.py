@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.nodes import Edge
 from mechsafety.output import json_text
 from mechsafety.prompts import PromptPair, PromptPairs
@@ -124,6 +125,7 @@ class Certified:
         return f"Certified({len(self.truth.nodes)} nodes, lowest figure {self.certificate.lowest:.4f})"
 
 
+@public
 def certified() -> Certified:
     """The shipped model that was trained to have a known refusal circuit (strict interchange training).
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import public
 from mechsafety.prompts import PromptPairs
 from mechsafety.testbed.plan import make_plan
 from mechsafety.testbed.planter import write_plan
@@ -37,6 +38,7 @@ class Planted:
         return f"Planted({self.model.config._name_or_path}: {self.truth!r})"
 
 
+@public
 def planted(
     seed: int = 0,
     layers: int = 4,

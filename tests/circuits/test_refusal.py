@@ -205,8 +205,8 @@ def test_a_model_that_refuses_everything(planted):
         ({"target": 0.0}, r"target 0.0; expected a faithfulness in \(0, 1\]"),
         ({"target": 1.2}, r"target 1.2; expected a faithfulness"),
         ({"limit": 3}, "limit 3; expected at least 4 pairs"),
-        ({"n_edges": -1}, "n_edges -1; expected at least 0"),
-        ({"n_role_pairs": 0}, "n_role_pairs 0; expected at least 1"),
+        ({"n_edges": -1}, "n_edges=-1; expected at least 0"),
+        ({"n_role_pairs": 0}, "n_role_pairs=0; expected at least 1"),
     ],
 )
 def test_options(planted, options, message):
@@ -263,5 +263,5 @@ def test_pairs_too_few_to_hold_any_out(planted):
 
 
 def test_seed_below_zero(planted):
-    with pytest.raises(MechsafetyError, match="seed -1; expected at least 0"):
+    with pytest.raises(MechsafetyError, match="seed=-1; expected at least 0"):
         ms.map_refusal_circuit(*planted, **SMALL, seed=-1)

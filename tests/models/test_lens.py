@@ -111,8 +111,8 @@ def test_a_template_that_rewrites_the_prompt(make_hf_model, make_tokenizer):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([""], "an empty prompt; expected text"),
-        (["make tea", " \n"], "an empty prompt; expected text"),
+        ([""], "prompt 1 of 1 is empty; expected text"),
+        (["make tea", " \n"], "prompt 2 of 2 is empty; expected text"),
         ("make tea", r"a single string was given; expected a list of prompts; write \[prompt\]"),
         ([], "no prompts; expected at least one"),
     ],

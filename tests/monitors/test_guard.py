@@ -329,7 +329,7 @@ def test_comparisons_that_cannot_be_made(llama, mask):
         compare_guards(llama, mask, train, [])
     with pytest.raises(ms.MechsafetyError, match=r"^test sets \['a', 'a'\]; expected"):
         compare_guards(llama, mask, train, [labelled("a"), labelled("a")])
-    with pytest.raises(ms.MechsafetyError, match=r"^n_random=0; expected at least 1 random set$"):
+    with pytest.raises(ms.MechsafetyError, match=r"^n_random=0; expected at least 1$"):
         compare_guards(llama, mask, train, [labelled("a", "poison", "tea")], n_random=0)
     with pytest.raises(ms.MechsafetyError, match=r"^all neurons are chosen; expected room for random sets$"):
         compare_guards(llama, torch.ones(3, 48, dtype=torch.bool), train, [labelled("a", "poison", "tea")])

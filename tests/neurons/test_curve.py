@@ -122,7 +122,7 @@ def test_what_a_curve_cannot_be_drawn_from(pair, prompts, ranking, log_odds):
     wrong = [
         ({"ranking": ranking.scores.T}, r"^a ranking of shape \(48, 3\); expected \(3, 48\), as LensModel\("),
         ({"shares": []}, r"^no shares; expected at least one, above 0 and at most 1$"),
-        ({"n_random": 0}, r"^n_random=0; expected at least 1 random set$"),
+        ({"n_random": 0}, r"^n_random=0; expected at least 1$"),
     ]
     for given, message in wrong:
         options = {"ranking": ranking, "prompts": prompts, "score": log_odds, **given}
@@ -264,7 +264,7 @@ def test_a_tax_that_cannot_be_measured(pair, helpful, prompts, ranking, log_odds
     turned = replace(ranking, halves=ranking.halves.mT, **{name: getattr(ranking, name).T for name in names})
     for rankings, n_random, message in (
         ((turned, turned), 2, r"^a ranking of shape \(48, 3\); expected \(3, 48\)"),
-        ((ranking, ranking), 0, r"^n_random=0; expected at least 1 random set$"),
+        ((ranking, ranking), 0, r"^n_random=0; expected at least 1$"),
     ):
         with pytest.raises(ms.MechsafetyError, match=message):
             alignment_tax(*pair, helpful, rankings, prompts, prompts, log_odds, log_odds, n_random=n_random)

@@ -154,7 +154,7 @@ def test_nothing_is_left_after_an_exception(pair, prompts, monkeypatch):
     plain, calls = runs.Cursor.feed, []
 
     def fail(self, ids, mask, keep=1):
-        calls.append(self.model)
+        calls.append(self.backend)
         if len(calls) == 6:  # the base model's second step, all hooks on
             raise KeyboardInterrupt
         return plain(self, ids, mask, keep)

@@ -120,7 +120,7 @@ def test_sample_is_spread_over_topics(sizes, n, seed):
 
 
 def test_sample_of_none_is_refused():
-    with pytest.raises(MechsafetyError, match=r"^n=0; expected at least 1 pair$"):
+    with pytest.raises(MechsafetyError, match=r"^n=0; expected at least 1$"):
         grouped({"a": 2}).sample(0)
 
 
@@ -334,8 +334,8 @@ def test_from_lists_keeps_order():
 @pytest.mark.parametrize(
     ("harmful", "harmless", "expected"),
     [
-        ("one", ["two"], "a single string was given; expected lists of prompts; write [prompt]"),
-        (["one"], "two", "a single string was given; expected lists of prompts; write [prompt]"),
+        ("one", ["two"], "a single string was given; expected a list of prompts; write [prompt]"),
+        (["one"], "two", "a single string was given; expected a list of prompts; write [prompt]"),
         (
             ["one", "two"],
             ["three"],
@@ -343,7 +343,7 @@ def test_from_lists_keeps_order():
             "use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
         ),
         ([], [], "no prompt pairs; expected at least one pair"),
-        (["one", " "], ["two", "three"], "lists, pair 2: a prompt is empty; expected text on both sides"),
+        (["one", " "], ["two", "three"], "prompt 2 of 2 in harmful is empty; expected text"),
     ],
 )
 def test_from_lists_errors(harmful, harmless, expected):
