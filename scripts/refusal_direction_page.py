@@ -495,6 +495,12 @@ def head_tables(found: Record) -> list[str]:
     names = found["agreement"]["columns"]
     scores = [name for name in names if not name.startswith("attention_prefix")]
     lines = table(["head", *scores], [[row["node"], *(f"{row[name]:.3f}" for name in scores)] for row in found["top"]])
+    if found.get("sahara") != "published":
+        lines += [
+            "",
+            "*sahara* was measured here before it was made what the paper publishes: by right singular vectors of rank "
+            "4 before the final norm. Its column and its correlations are of that variant.",
+        ]
     lines += ["", "Spearman's rank correlation of absolute scores over all heads:", ""]
     rows = [
         [name, *("" if value is None else f"{value:.2f}" for value in row)]

@@ -286,6 +286,7 @@ def heads(study: Study, found: RefusalDirection) -> dict[str, Any]:
     return {
         "top": json.loads(table.to_dataframe().head(10).to_json(orient="records")),
         "agreement": json.loads(table.rank_agreement().to_json(orient="split")),
+        "sahara": "published",
     }
 
 

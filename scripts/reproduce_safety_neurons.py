@@ -107,7 +107,6 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size, self.inner = args, SMALL if args.small else Size(), 0.0
         self.loaded = 0.0
-        self.frames: dict[str, Any] = {}  # tables that take seconds to make
         args.work.mkdir(parents=True, exist_ok=True)
         self.check_store()
         self.train = ms.PromptPairs.builtin("train").sample(self.size.ranked, seed=0)
