@@ -90,7 +90,9 @@ def ratio_intervals(
     With fewer than `MANY` prompts it is Fieller's (1954): all ratios r at which the t statistic of the differences
     ``part - r * whole`` lies between two critical values. These are, at each end, the wider of Student's t and the
     studentised bootstrap of the differences at the ratio observed. The former is right for symmetric and heavy-tailed
-    values, the latter for skewed ones. With `MANY` prompts or more: percentile bootstrap (scipy).
+    values, the latter for skewed ones. Where the bootstrap's value finds no end and Student's finds one, the end is the
+    wider of Student's and of ``ratio - value * standard error``.
+    With `MANY` prompts or more: percentile bootstrap (scipy).
 
     Args:
         parts: One value a prompt in each row.
@@ -158,6 +160,8 @@ def _fieller(
     n: int,
     confidence: float,
 ) -> list[tuple[float, float]]:
+    from scipy.stats import t
+
     prompts = wholes.shape[1]
     # turned so that the whole is above 0, which leaves the ratio as it is
     signs = np.sign(wholes.mean(axis=1, keepdims=True))
@@ -175,16 +179,26 @@ def _fieller(
     degrees = prompts * (prompts - 1)
     v_aa, v_ab, v_bb = ((x * y).sum(axis=1) / degrees for x, y in ((centred, centred), (centred, own), (own, own)))
 
+    error = np.sqrt(np.maximum(v_aa - 2 * ratio * v_ab + ratio**2 * v_bb, 0.0))
+
     def root(critical: np.ndarray, sign: int) -> np.ndarray:
-        """The ratio at which the squared t statistic is that of a critical value, on one side."""
+        """The ratio at which the squared t statistic is that of a critical value, on one side; NaN if there is none."""
         c = critical**2
         quadratic, linear, constant = b * b - c * v_bb, a * b - c * v_ab, a * a - c * v_aa
-        # where the whole's own mean is within its critical values of 0, no ratio can be ruled out
-        real = quadratic > 0
         edge = np.sqrt(np.maximum(linear**2 - quadratic * constant, 0.0))
-        return np.divide(linear + sign * edge, quadratic, out=np.full_like(a, np.nan), where=real)
+        return np.divide(linear + sign * edge, quadratic, out=np.full_like(a, np.nan), where=quadratic > 0)
 
-    low, high = root(upper, -1), root(lower, 1)
+    student = np.full_like(a, t.ppf((1 + confidence) / 2, prompts - 1))
+    ends = []
+    for critical, sign in ((upper, -1), (lower, 1)):
+        # the wider critical value alone may find no end: then that of Student's, or the straight line's if it is wider
+        line = ratio - critical * np.divide(error, b, out=np.full_like(a, np.inf), where=b > 0)
+        plain = root(student, sign)
+        wider = np.minimum(plain, line) if sign < 0 else np.maximum(plain, line)
+        found = root(critical, sign)
+        ends.append(np.where(np.isnan(found), wider, found))
+    low, high = ends
+    # where the whole's own mean may be 0 by Student's t, no ratio can be ruled out
     known = np.isfinite(low) & np.isfinite(high)
     low, high = np.where(known, low, -np.inf), np.where(known, high, np.inf)
     # the same ratio on all prompts is a point, unless nothing is known of the whole
