@@ -11,6 +11,7 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.engine import check_engine
 from mechsafety.models.lens import LensModel
+from mechsafety.models.rotary import row_by_row
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.template import render
 from mechsafety.prompts import Tokens
@@ -34,6 +35,7 @@ def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, 
     """
     device, kind = next(model.parameters()).device, model.config._attn_implementation
     model.config.return_dict = True  # outputs are read by name
+    row_by_row(model)  # "dynamic" rotary angles would be those of the longest probe so far
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
