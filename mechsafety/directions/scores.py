@@ -11,10 +11,9 @@ from tqdm.auto import tqdm
 
 from mechsafety.directions.select import cosmic_layers, joint_cosine
 from mechsafety.errors import MechsafetyError
-from mechsafety.interventions.batched import PromptBatches, run_added, run_removed, run_unedited
+from mechsafety.interventions.batched import PromptBatches, run_added, run_batches, run_removed, run_unedited
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.engine import base_run
 
 # mean differences shorter than this share of the mean activation are rounding
 NO_DIFFERENCE = 1e-5
@@ -98,34 +97,30 @@ def mean_differences(
     Raises:
         MechsafetyError: No prompt of a kind counts.
     """
-    width = n_columns if n_columns is not None else suffix_length(model, [*harmful, *harmless])
-    means, counts, size = [], [], 0.0
-    for sign, prompts in ((1.0, harmful), (-1.0, harmless)):
-        groups = PromptBatches.of(model, prompts)
-        total = torch.zeros(model.n_layers, width, model.d_model, dtype=torch.float64, device=model.device)
-        count = 0
-        for batch in groups.batches:
-            run = base_run(model, batch.tokens, 0, keep=())
-            resid = run.resid[:-1, :, -width:]
-            if metric is not None:
-                resid = resid[:, sign * metric(run.logits) > 0]
-            total += resid.double().sum(1)
-            count += resid.shape[1]
+    groups = PromptBatches.of(model, [*harmful, *harmless], variants=1)
+    width = n_columns if n_columns is not None else groups.suffix
+    # of the harmful prompts, and of the harmless ones
+    totals = torch.zeros(2, model.n_layers, width, model.d_model, dtype=torch.float64, device=model.device)
+    counts = [0, 0]
+    for batch, run in run_batches(model, groups):
+        resid, bad = run.resid[:-1, :, -width:], torch.tensor([k < len(harmful) for k in batch.index])
+        score = None if metric is None else metric(run.logits).cpu()
+        for side, rows in enumerate((bad, ~bad)):
+            if score is not None:
+                rows = rows & ((score > 0) if side == 0 else (score < 0))
+            totals[side] += resid[:, rows.to(resid.device)].double().sum(1)
+            counts[side] += int(rows.sum())
+    for count, prompts, done in zip(counts, (harmful, harmless), ("refused", "answered"), strict=True):
         if not count:
-            kind = "harmful prompts is refused" if sign > 0 else "harmless prompts is answered"
-            raise MechsafetyError(f"none of {len(prompts)} {kind}", expected="a model that tells them apart")
-        means.append(total / count)
-        counts.append(count)
-        size = max(size, float(means[-1].norm(dim=-1).mean()))
+            kind = "harmful" if done == "refused" else "harmless"
+            raise MechsafetyError(
+                f"none of {len(prompts)} {kind} prompts is {done}", expected="a model that tells them apart"
+            )
+    means = [total / count for total, count in zip(totals, counts, strict=True)]
+    size = max(float(mean.norm(dim=-1).mean()) for mean in means)
     difference = means[0] - means[1]
     real = difference.norm(dim=-1) > NO_DIFFERENCE * size
     return (difference * rearrange(real, "layer column -> layer column 1")).float(), (counts[0], counts[1])
-
-
-def suffix_length(model: LensModel, prompts: Sequence[str]) -> int:
-    """Number of template tokens after the instruction that all prompts have."""
-    spans = [model.tokenize([prompt]).spans[0] for prompt in prompts]
-    return min(span.length - span.instruction[1] for span in spans)
 
 
 def score_directions(
@@ -207,8 +202,7 @@ def positional_vectors(
 ) -> Float[Tensor, "prompt d_model"]:
     """Input of a block at one of the last columns, for each prompt in order."""
     rows: dict[int, Tensor] = {}
-    for batch in PromptBatches.of(model, prompts).batches:
-        run = base_run(model, batch.tokens, 0, keep=())
+    for batch, run in run_batches(model, PromptBatches.of(model, prompts, variants=1)):
         rows |= dict(zip(batch.index, run.resid[layer, :, column].float(), strict=True))
     return torch.stack([rows[k] for k in range(len(prompts))])
 

@@ -2,9 +2,9 @@
 
 Chat prompts share the template's first tokens. What an edit does there depends on the edit and not on the prompt, so
 these positions are run once an edit (the edit included: their keys and values differ from the unedited run's) and used
-for all prompts. Prompts of one length go through together, so that no column is padding; edits go through as
-variants of one batch. An addition at layer l leaves the blocks before l as they are: it starts from their stored
-output. Logits are computed at the last position only.
+for all prompts. Prompts of about one length go through together, padded on the left; edits go through as variants of
+one batch. An addition at layer l leaves the blocks before l as they are: it starts from their stored output. Logits are
+computed at the last position only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +19,27 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.interventions.steering import orthonormal, removal_hooks
 from mechsafety.models import LensModel
+from mechsafety.models.backend import Prefix
+from mechsafety.models.budget import batch_bytes
 from mechsafety.models.engine import BaseRun, base_run, expand_rows, run_from, split_rows
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
 # edits in one batch: enough that matrix products are large, few enough that activations stay small
 VARIANTS = 16
+# of the memory that a batch may take: what the engine stores of it; the rest is for what it computes
+STORED_SHARE = 0.5
+# columns that a prompt has after the shared ones, at the least: it has one row of logits for so many
+COLUMNS_A_PROMPT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """Prompts of one length.
+    """Prompts of about one length.
 
     Attributes:
         index: Their places among all prompts.
-        tokens: Their rows, without padding.
+        tokens: Their rows, padded on the left.
     """
 
     index: tuple[int, ...]
@@ -42,44 +48,58 @@ class PromptBatch:
 
 @dataclass(frozen=True, slots=True)
 class PromptBatches:
-    """Prompts grouped by length.
+    """Prompts sorted by length and cut into batches.
 
     Attributes:
-        batches: One a length.
+        batches: The shortest prompts first.
         start: Number of first tokens that all prompts share (0 if there are none, or only one prompt).
+        shared: One row that begins with those tokens.
         n: Number of prompts.
     """
 
     batches: tuple[PromptBatch, ...]
     start: int
+    shared: Tokens
     n: int
+
+    @property
+    def suffix(self) -> int:
+        """Number of template tokens after the instruction that all prompts have."""
+        spans = [spans for batch in self.batches for spans in batch.tokens.spans]
+        return min(each.length - each.instruction[1] for each in spans)
 
     @classmethod
     @public
-    def of(cls, model: LensModel, prompts: Prompts, max_rows: Count = 16) -> "PromptBatches":
-        """Group prompts by length, at most ``max_rows`` together."""
+    def of(
+        cls, model: LensModel, prompts: Prompts, variants: Count = VARIANTS, max_columns: int | None = None
+    ) -> "PromptBatches":
+        """Sort prompts by length and put as many together as fit into memory.
+
+        Args:
+            model: The model.
+            prompts: Prompts of any length.
+            variants: Edits that will be run together.
+            max_columns: Prompts x columns after the shared ones of one batch; found from the memory by default.
+        """
         if not prompts:
             raise MechsafetyError("no prompts", expected="a list of at least one")
-        rows = [model.tokenize([prompt]) for prompt in prompts]
-        by_length: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            by_length.setdefault(row.ids.shape[1], []).append(index)
-        shortest = min(by_length)
-        first = rows[0].ids[0, :shortest]
-        same = torch.stack([row.ids[0, :shortest] == first for row in rows]).all(0)
-        start = min(int(same.long().cumprod(0).sum()), shortest - 1) if len(rows) > 1 else 0
-        lengths = torch.tensor([start + 1, *by_length])
-        if len(set(model.backend.rotation(lengths))) > 1:  # shared columns of short rows are rotated otherwise
-            start = 0
-        batches = []
-        for length in sorted(by_length):
-            members = by_length[length]
-            for k in range(0, len(members), max_rows):
-                chunk = members[k : k + max_rows]
-                tokens = [rows[index] for index in chunk]
-                ids, mask = torch.cat([t.ids for t in tokens]), torch.cat([t.mask for t in tokens])
-                batches.append(PromptBatch(tuple(chunk), Tokens(ids, mask, tuple(t.spans[0] for t in tokens))))
-        return cls(tuple(batches), start, len(rows))
+        tokens = model.tokenize(prompts)
+        lengths = [spans.length for spans in tokens.spans]
+        order = sorted(range(len(prompts)), key=lambda k: lengths[k])
+        shortest = lengths[order[0]]
+        heads = torch.stack([ids[-length:][:shortest] for ids, length in zip(tokens.ids, lengths, strict=True)])
+        same = int((heads == heads[0]).all(0).long().cumprod(0).sum())
+        start = min(same, shortest - 1) if len(prompts) > 1 else 0
+        if len(set(model.backend.rotation(torch.tensor([start + 1, *lengths])))) > 1:
+            start = 0  # shared columns of short rows are rotated otherwise
+        limit = max_columns or _columns(model) // variants
+        chunks: list[list[int]] = []
+        for k in order:
+            if not chunks or (len(chunks[-1]) + 1) * (lengths[k] - start) > limit:
+                chunks.append([])
+            chunks[-1].append(k)
+        batches = tuple(PromptBatch(tuple(chunk), tokens.rows(chunk)) for chunk in chunks)
+        return cls(batches, start, tokens.rows([order[0]]), len(prompts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +141,9 @@ def run_removed(
     ranks = {len(basis) for basis in bases}
     if len(ranks) > 1:
         raise MechsafetyError(f"bases of ranks {sorted(ranks)}", expected="one rank")
-    for first in range(0, len(bases), VARIANTS):
-        chunk = torch.stack([orthonormal(basis) for basis in bases[first : first + VARIANTS]])
+    together = VARIANTS if model.shortcuts.batch_variants else 1
+    for first in range(0, len(bases), together):
+        chunk = torch.stack([orthonormal(basis) for basis in bases[first : first + together]])
         members = tuple(range(first, first + len(chunk)))
         with torch.no_grad(), model.hooks(removal_hooks(model, chunk, strength)):
             prefix = _prefix_run(model, prompts, len(chunk))
@@ -162,24 +183,28 @@ def run_added(
         for batch in prompts.batches:
             base = _base(model, prompts, batch, n_columns, unedited)
             for row, layer in enumerate(layers):
-                prefix = prefixes[row]
-                run = base if prefix is None else replace(base, prefix=_widen(prefix, len(batch.index)))
+                run = replace(base, prefix=_widen(prefixes[row], batch.tokens)) if base.prefix else base
                 logits, resid = _run_on(model, run, layer, _adder(vectors[row])(base.resid[layer]))
                 variants = tuple(row * n_columns + column for column in range(n_columns))
                 seen = torch.stack([split_rows(part, n_columns) for part in resid])
                 yield EditedRun(variants, batch.index, split_rows(logits, n_columns), seen, layer + 1)
 
 
+def run_batches(model: LensModel, prompts: PromptBatches) -> Iterator[tuple[PromptBatch, BaseRun]]:
+    """The unedited run of every batch, of the columns after the shared ones."""
+    with torch.no_grad():
+        prefix = _prefix_run(model, prompts, 1)
+        for batch in prompts.batches:
+            yield batch, _base(model, prompts, batch, 1, prefix)
+
+
 def run_unedited(model: LensModel, prompts: PromptBatches) -> EditedRun:
     """One run of all prompts as they are; ``resid`` from block 0."""
     logits: dict[int, Tensor] = {}
     resid: dict[int, Tensor] = {}
-    with torch.no_grad():
-        prefix = _prefix_run(model, prompts, 1)
-        for batch in prompts.batches:
-            run = _base(model, prompts, batch, 1, prefix)
-            for row, index in enumerate(batch.index):
-                logits[index], resid[index] = run.logits[row], run.resid[:, row, -1]
+    for batch, run in run_batches(model, prompts):
+        for row, index in enumerate(batch.index):
+            logits[index], resid[index] = run.logits[row], run.resid[:, row, -1]
     order = range(prompts.n)
     stacked = torch.stack([resid[k] for k in order], dim=1)
     whole = torch.stack([logits[k] for k in order])
@@ -194,33 +219,52 @@ def _adder(vectors: Float[Tensor, "variant d_model"]) -> Callable[[Tensor], Tens
     return add
 
 
-def _prefix_run(model: LensModel, prompts: PromptBatches, variants: int) -> BaseRun | None:
+def _columns(model: LensModel) -> int:
+    """Rows x columns whose residual streams (stored twice over) and logits (a few copies) fit into memory."""
+    column = 2 * 4 * (model.n_layers + 1) * model.d_model + 4 * 4 * model.d_vocab // COLUMNS_A_PROMPT
+    return int(STORED_SHARE * batch_bytes(model.device) / column)
+
+
+def _start(model: LensModel, prompts: PromptBatches) -> int:
+    """Columns that are run once an edit; none where the engine may not keep them: it would run them unedited."""
+    return prompts.start if model.shortcuts.shared_prefix and model.shortcuts.drop_positions else 0
+
+
+def _prefix_run(model: LensModel, prompts: PromptBatches, variants: int) -> Prefix:
     """Keys and values of the shared first tokens, one row a variant, under the hooks that are active."""
-    if not prompts.start:
-        return None
-    shortest = prompts.batches[0].tokens
-    width = prompts.start + 1  # the engine wants at least one column after the prefix
-    ids, mask = (repeat(t[0, :width], "pos -> variant pos", variant=variants) for t in (shortest.ids, shortest.mask))
-    return base_run(model, Tokens(ids, mask, shortest.spans[:1] * variants), prompts.start, keep=())
+    start = _start(model, prompts)
+    if not start:
+        return ()
+    shared = prompts.shared
+    ids, mask = (expand_rows(t, variants) for t in (shared.ids, shared.mask))
+    with torch.no_grad(), model.lock:
+        return model.backend.prefix(Tokens(ids, mask, shared.spans * variants), start)
 
 
-def _widen(prefix: BaseRun, rows: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """A prefix of one row a variant for batches of ``rows`` prompts."""
+def _widen(prefix: Prefix, tokens: Tokens) -> Prefix:
+    """A prefix of one row a variant for all prompts of a batch: as its first columns would be.
+
+    A prompt that begins some columns later has its padding first; of the shared tokens those that do not fit any more
+    are run again with the prompt's own.
+    """
+    if not prefix:
+        return ()
+    start = prefix[0][0].shape[2]
+    padding = [min(start, tokens.ids.shape[1] - spans.length) for spans in tokens.spans]
 
     def wide(tensor: Tensor) -> Tensor:
-        return repeat(tensor, "variant ... -> (variant prompt) ...", prompt=rows)
+        rows = [torch.nn.functional.pad(tensor[:, :, : start - pad], (0, 0, pad, 0)) for pad in padding]
+        return rearrange(torch.stack(rows, dim=1), "variant prompt ... -> (variant prompt) ...")
 
-    return tuple((wide(keys), wide(values)) for keys, values in prefix.prefix)
+    return tuple((wide(keys), wide(values)) for keys, values in prefix)
 
 
-def _base(
-    model: LensModel, prompts: PromptBatches, batch: PromptBatch, variants: int, prefix: BaseRun | None
-) -> BaseRun:
+def _base(model: LensModel, prompts: PromptBatches, batch: PromptBatch, variants: int, prefix: Prefix) -> BaseRun:
     """The run of each prompt under each variant of the active hooks."""
     tokens = batch.tokens
     rows = Tokens(expand_rows(tokens.ids, variants), expand_rows(tokens.mask, variants), tokens.spans * variants)
-    shared = None if prefix is None else replace(prefix, prefix=_widen(prefix, len(tokens)))
-    return base_run(model, rows, prompts.start, keep=(), prefix=shared)
+    start = _start(model, prompts)
+    return base_run(model, rows, start, keep=(), prefix=_widen(prefix, tokens), max_batch_tokens=1)
 
 
 def _run_on(model: LensModel, base: BaseRun, layer: int, resid: Tensor) -> tuple[Tensor, list[Tensor]]:

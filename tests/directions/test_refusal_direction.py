@@ -8,9 +8,10 @@ from reference import record
 import mechsafety as ms
 from mechsafety.directions import refusal_direction
 from mechsafety.directions.refusal import RefusalDirection, _split
-from mechsafety.directions.scores import Validation, mean_differences, score_directions, suffix_length
+from mechsafety.directions.scores import Validation, mean_differences, score_directions
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.interventions import project_out, steer
+from mechsafety.interventions.batched import PromptBatches
 from mechsafety.prompts import PromptPairs
 
 
@@ -185,4 +186,4 @@ def test_a_direction_of_another_models_width(directed_found, make_model, make_to
 
 
 def test_suffix(llama):
-    assert suffix_length(llama, ["kill", "how do i bake bread"]) == 2  # <end><assistant>
+    assert PromptBatches.of(llama, ["kill", "how do i bake bread"]).suffix == 2  # <end><assistant>

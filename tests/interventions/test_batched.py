@@ -6,6 +6,7 @@ import torch
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions import batched, project_out, steer
 from mechsafety.interventions.batched import PromptBatches, run_added, run_removed, run_unedited
+from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.sites import Site, SiteKind
 
 PROMPTS = ["how do i make a bomb", "help me", "poison my tea", "how do i make a cake", "kill", "bake my bread"]
@@ -72,7 +73,8 @@ def test_the_shared_prefix_is_the_templates_and_the_edit_reaches_it(llama):
     batches = PromptBatches.of(llama, PROMPTS)
     assert batches.start == 2 and batches.n == 6  # <s><user>
     assert sorted(k for batch in batches.batches for k in batch.index) == list(range(6))
-    assert all(bool(batch.tokens.mask.all()) for batch in batches.batches)
+    # six prompts of four lengths fit into one batch
+    assert len(batches.batches) == 1 and len({spans.length for spans in batches.batches[0].tokens.spans}) == 4
     # were the prefix run without the edit, the keys and values of its tokens would differ
     vector = 5 * rows(1, 1)
     (run,) = [r for r in run_added(llama, batches, vector, [0]) if 4 in r.index]
@@ -89,9 +91,27 @@ def test_one_prompt_and_equal_prompts(llama):
         torch.testing.assert_close(run.logits[0], llama.logits(prompts), atol=1e-4, rtol=1e-4)
 
 
-def test_large_groups_are_cut(llama):
-    batches = PromptBatches.of(llama, ["kill"] * 5, max_rows=2)
+def test_batches_are_cut_where_they_are_full(llama):
+    batches = PromptBatches.of(llama, ["kill"] * 5, max_columns=2)  # all tokens but the last are shared
     assert [batch.index for batch in batches.batches] == [(0, 1), (2, 3), (4,)]
+    batches = PromptBatches.of(llama, ["kill", "bake my bread", "bake", "kill"], max_columns=9)
+    assert batches.start == 2 and [batch.index for batch in batches.batches] == [(0, 2, 3), (1,)]
+
+
+@pytest.mark.parametrize("on", [Shortcuts.none(), *(Shortcuts().without(name) for name in Shortcuts().on)], ids=str)
+def test_the_engines_shortcuts_change_nothing(llama, on, monkeypatch):
+    """Without a kept prefix, or with all columns run, additions once reached the shared columns unedited."""
+    vectors, bases = 5 * rows(2, 2), [rows(1, seed=seed) for seed in range(2)]
+    batches = PromptBatches.of(llama, PROMPTS, max_columns=9)
+    assert len(batches.batches) > 1
+    wanted = [gather(run_added(llama, batches, vectors, [0, 2]), 4, len(PROMPTS), llama.d_vocab)]
+    wanted.append(gather(run_removed(llama, batches, bases), 2, len(PROMPTS), llama.d_vocab))
+    monkeypatch.setattr(llama, "shortcuts", on)
+    found = [gather(run_added(llama, batches, vectors, [0, 2]), 4, len(PROMPTS), llama.d_vocab)]
+    found.append(gather(run_removed(llama, batches, bases), 2, len(PROMPTS), llama.d_vocab))
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run_unedited(llama, batches).logits[0], llama.logits(PROMPTS), atol=1e-4, rtol=1e-4)
 
 
 def test_refusals(llama):
