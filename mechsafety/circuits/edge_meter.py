@@ -4,7 +4,7 @@ A kept edge carries what its sender computes in this run, a cut one what the sen
 slot reads the harmless run's residual stream plus, over its kept edges, how much their senders differ from it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -108,7 +108,6 @@ def edge_circuit_logits(
 
 
 def _run(model: LensModel, runs: PairRuns, kept: Sequence[Collection[Edge]]) -> Float[Tensor, "variant batch d_vocab"]:
-    source, n = runs.harmless, len(kept)
     senders = sorted({edge.sender for edges in kept for edge in edges}, key=lambda node: node.order)
     row = {node: k for k, node in enumerate(senders)}
     masks: dict[tuple[Node, str], Tensor] = {}
@@ -116,23 +115,53 @@ def _run(model: LensModel, runs: PairRuns, kept: Sequence[Collection[Edge]]) -> 
         for edge in edges:
             place = (edge.receiver, edge.slot)
             if place not in masks:
-                masks[place] = torch.zeros(len(senders), n, device=model.device)
+                masks[place] = torch.zeros(len(senders), len(kept), device=model.device)
             masks[place][row[edge.sender], variant] = 1.0
+    return masked_edge_logits(model, runs, senders, masks, len(kept))
+
+
+def masked_edge_logits(
+    model: LensModel,
+    runs: PairRuns,
+    senders: Sequence[Node],
+    masks: Mapping[tuple[Node, str], Float[Tensor, "sender variant"]],
+    n: int,
+    *,
+    first: int = 0,
+    known: Float[Tensor, "known batch pos d_model"] | None = None,
+) -> Float[Tensor, "variant batch d_vocab"]:
+    """Next-token logits of the harmful prompts when slots read what their masks let through.
+
+    Args:
+        model: The model.
+        runs: Stored runs of the pairs.
+        senders: In the order of computation; a head or MLP that is none of them is not computed.
+        masks: For a receiver's slot, 1 at the senders whose edge is kept; what is missing reads the harmless run.
+        n: Number of variants.
+        first: Block before which no variant differs from the harmful run.
+        known: With ``first``: how much the senders before that block differ between the two runs.
+    """
+    source = runs.harmless
+    row = {node: k for k, node in enumerate(senders)}
     nothing = torch.zeros(len(senders), n, device=model.device)
-    # how much each sender's output in this run differs from the harmless run's, filled in the order of computation
-    change = torch.zeros(len(senders), n, *source.resid[0].shape, device=model.device)
+    n_known = 0 if known is None else len(known)
+    # how much each other sender's output in this run differs from the harmless run's, in the order of computation
+    change = torch.zeros(len(senders) - n_known, n, *source.resid[0].shape, device=model.device)
     done = 0
-    if EMBED in row:
+    if EMBED in row and known is None:
         change[0], done = (runs.harmful.resid[0] - source.resid[0]).float(), 1
 
     def read(stream: Tensor, places: Sequence[tuple[Node, str]], at: slice = slice(None)) -> Tensor:
         """What each slot reads: [place variant batch pos d_model]."""
-        mask = torch.stack([masks.get(place, nothing) for place in places])[:, :done]
+        mask = torch.stack([masks.get(place, nothing) for place in places])
         axes = "place sender variant, sender variant b p d -> place variant b p d"
-        extra = einsum(mask, change[:done, :, :, at], axes)
+        extra = einsum(mask[:, n_known : n_known + done], change[:done, :, :, at], axes)
+        if known is not None:
+            axes = "place sender variant, sender b p d -> place variant b p d"
+            extra = extra + einsum(mask[:, :n_known], known[:, :, at], axes)
         return (stream[:, at].float() + extra).to(stream.dtype)
 
-    for layer in range(model.n_layers):
+    for layer in range(first, model.n_layers):
         heads = [node for node in senders if node.kind == "head" and node.layer == layer]
         if heads:
             inputs = {slot: read(source.resid[layer], [(head, slot) for head in heads]) for slot in _SITES}

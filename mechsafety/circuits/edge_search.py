@@ -4,13 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.discover import MIB_SHARES, Discovery, check_search, search_parts
-from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, edge_circuit_logits, prune
+from mechsafety.circuits.edge_meter import SENDER_BYTES, EdgeMeter, all_edges, masked_edge_logits, prune
+from mechsafety.circuits.edges import EMBED, LOGITS, SLOTS
 from mechsafety.circuits.meters import in_order
 from mechsafety.circuits.side_effects import next_token_kl
 from mechsafety.circuits.verification import CurvePoint
@@ -19,8 +24,9 @@ from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
-from mechsafety.nodes import Edge, Node
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.patching.senders import sender_changes
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 
@@ -99,7 +105,7 @@ def discover_edges(
     metric: RefusalLogOdds,
     *,
     target: float = 0.8,
-    steps: Count = 5,
+    steps: Count | None = None,
     max_edges: Count | None = None,
     budget_seconds: float | None = None,
     progress: bool = True,
@@ -115,7 +121,7 @@ def discover_edges(
         pairs: Aligned pairs; half of them (other topics, where there are several) set the size.
         metric: What is measured.
         target: Faithfulness to reach.
-        steps: Points of EAP-IG.
+        steps: Points of EAP-IG; as many as its completeness needs by default (see `edge_attribution`).
         max_edges: Largest circuit.
         budget_seconds: Time to keep.
         progress: Whether to show a bar.
@@ -149,7 +155,7 @@ def discover_edges(
     )
 
 
-def edge_scores(meter: EdgeMeter, *, steps: int = 5, progress: bool = False) -> dict[Edge, float]:
+def edge_scores(meter: EdgeMeter, *, steps: int | None = None, progress: bool = False) -> dict[Edge, float]:
     """EAP-IG estimate of every edge on the meter's pairs."""
     estimated = edge_attribution(meter.model, meter.runs, meter.metric, method="eap-ig", steps=steps, progress=progress)
     known = dict(estimated.top())
@@ -220,15 +226,16 @@ def acdc(
     check_gap(*meter.runs.scores(metric))
     every = all_edges(model.n_layers, model.n_heads, model.parallel)
     order = sorted(every, key=lambda edge: (edge.receiver.order, edge.slot, edge.sender.order), reverse=True)
+    cuts = _Cuts.of(meter, every)
     kept = set(every)
-    (now,) = _measured(meter, [kept], measure)
+    now = 0.0 if measure == "kl" else 1.0
     saved: dict[Edge, float] = {}
-    size, place = max(1, max_variants(meter.runs.harmful) // model.n_heads), 0
+    fit = SENDER_BYTES // (4 * cuts.changes.numel())
+    size, place = max(1, min(fit, max_variants(meter.runs.harmful) // model.n_heads)), 0
     with tqdm(total=len(order), desc="edges", disable=not progress, leave=False) as bar:
         while place < len(order):
             chunk = order[place : place + size]
-            tried = [kept - set(chunk[: k + 1]) for k in range(len(chunk))]
-            values = _measured(meter, tried, measure)
+            values = _measured(meter, cuts.logits(chunk), measure)
             for edge, value in zip(chunk, values, strict=True):
                 place += 1
                 loss = value - now if measure == "kl" else abs(value - now)
@@ -236,6 +243,7 @@ def acdc(
                     saved[edge] = loss
                     break
                 kept.discard(edge)
+                cuts.cut(edge)
                 now = value
             bar.update(place - bar.n)
     edges = in_order(prune(kept))
@@ -254,9 +262,83 @@ def acdc(
     )
 
 
-def _measured(meter: EdgeMeter, circuits: Sequence[set[Edge]], measure: str) -> list[float]:
+def _measured(meter: EdgeMeter, logits: Float[Tensor, "variant batch d_vocab"], measure: str) -> list[float]:
     if measure == "metric":
-        return meter.faithfulness([tuple(circuit) for circuit in circuits])
-    with torch.no_grad():
-        logits = edge_circuit_logits(meter.model, meter.runs, circuits)
+        return meter.shares(meter.metric(logits).cpu().double().numpy())
     return [float(next_token_kl(meter.runs.harmful.logits, row).mean()) for row in logits]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """Which edges of the whole model are left, and runs in which some more leave.
+
+    The search goes from the last receiver back, so that all that comes before the receivers of a batch of edges still
+    computes what it computes in the harmful run: those blocks are not run.
+
+    Attributes:
+        meter: Whose pairs are run.
+        senders: The embedding, heads and MLPs, in the order of computation.
+        changes: How much each of them differs between the two runs.
+        left: For a receiver's slot, True at the senders whose edge is left.
+    """
+
+    meter: EdgeMeter
+    senders: tuple[Node, ...]
+    changes: Float[Tensor, "sender batch pos d_model"]
+    left: dict[tuple[Node, str], np.ndarray]
+
+    @classmethod
+    def of(cls, meter: EdgeMeter, every: Sequence[Edge]) -> "_Cuts":
+        """With no edge cut."""
+        model, runs = meter.model, meter.runs
+        if model.post_norm:
+            raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
+        senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
+        row = {node: k for k, node in enumerate(senders)}
+        left: dict[tuple[Node, str], np.ndarray] = {}
+        for edge in every:
+            left.setdefault((edge.receiver, edge.slot), np.zeros(len(senders), bool))[row[edge.sender]] = True
+        with torch.no_grad():
+            return cls(meter, senders, sender_changes(model, runs.harmless, runs.harmful, senders), left)
+
+    def cut(self, edge: Edge) -> None:
+        """Leave an edge out from now on."""
+        self.left[edge.receiver, edge.slot][self.senders.index(edge.sender)] = False
+
+    def logits(self, chunk: Sequence[Edge]) -> Float[Tensor, "variant batch d_vocab"]:
+        """Of runs in which the first edge leaves, the first two, and so on."""
+        model, n = self.meter.model, len(chunk)
+        ends = [edge.receiver.layer for edge in chunk]
+        first = min(model.n_layers if layer is None else layer for layer in ends)
+        n_known = sum(node.kind == "embed" or (node.layer or 0) < first for node in self.senders)
+        computed = self._computed(first)
+        rows = [*range(n_known), *(k for k, node in enumerate(self.senders) if node in computed)]
+        senders = [self.senders[k] for k in rows]
+        shown: dict[tuple[Node, str], Tensor] = {}
+        for place, left in self.left.items():
+            if place[0] in computed or place[0].kind == "logits":
+                shown[place] = repeat(
+                    torch.from_numpy(left[rows]).float(), "sender -> sender variant", variant=n
+                ).clone()
+        for k, edge in enumerate(chunk):
+            if (edge.receiver, edge.slot) in shown and edge.sender in senders:
+                shown[edge.receiver, edge.slot][senders.index(edge.sender), k:] = 0.0
+        masks = {place: mask.to(model.device) for place, mask in shown.items()}
+        known = self.changes[:n_known]
+        with torch.no_grad():
+            return masked_edge_logits(model, self.meter.runs, senders, masks, n, first=first, known=known)
+
+    def _computed(self, first: int) -> set[Node]:
+        """Heads and MLPs from a block on that something left reads, and that read something left."""
+        found: set[Node] = set()
+        read = self.left[LOGITS, "resid"].copy()
+        for k in range(len(self.senders) - 1, 0, -1):
+            node = self.senders[k]
+            if (node.layer or 0) < first:
+                break
+            into = [self.left[node, slot] for slot in SLOTS[node.kind]]
+            if read[k] and any(left.any() for left in into):
+                found.add(node)
+                for left in into:
+                    read |= left
+        return found

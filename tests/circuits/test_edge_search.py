@@ -5,7 +5,7 @@ import pytest
 
 import mechsafety as ms
 from mechsafety.circuits import edge_search
-from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, prune
+from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, edge_circuit_logits, prune
 from mechsafety.circuits.edge_search import EdgeCircuit, acdc, discover_edges
 from mechsafety.circuits.meters import in_order
 from mechsafety.errors import MechsafetyError
@@ -74,7 +74,7 @@ def plain_acdc(meter, threshold, measure):
     def value(kept):
         if measure == "metric":
             return meter.faithfulness([kept])[0]
-        logits = edge_search.edge_circuit_logits(meter.model, meter.runs, [kept])[0].log_softmax(-1)
+        logits = edge_circuit_logits(meter.model, meter.runs, [kept])[0].log_softmax(-1)
         return float((target.exp() * (target - logits)).sum(-1).mean())
 
     kept = list(every)
