@@ -59,7 +59,8 @@ def tiny_results(model, pairs, metric):
     matrix = ms.path_matrix(model, pairs, progress=False)
     out |= {f"matrix_{slot}": getattr(matrix, slot) for slot in "qkv"}
     for method in ("eap", "eap-ig", "ig-activations", "mask-ig"):
-        out[f"edges_{method}"] = ms.edge_attribution(model, pairs, metric, method=method, progress=False).scores
+        found = ms.edge_attribution(model, pairs, metric, method=method, steps=5, progress=False)
+        out[f"edges_{method}"] = found.scores
     return {name: tensor.float().cpu().contiguous() for name, tensor in out.items()}
 
 

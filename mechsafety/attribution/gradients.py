@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
@@ -21,6 +22,8 @@ from mechsafety.patching.masks import PairRuns, blend
 from mechsafety.patching.receivers import Receiver
 from mechsafety.sites import Site, SiteKind
 
+GRIDS = ("midpoint", "left", "gauss")
+EMBEDDING = (Site(SiteKind.RESID_PRE, 0),)
 # bytes of the neurons' derivatives that are held at once
 DERIVATIVE_BYTES = 2**27
 
@@ -46,9 +49,35 @@ class Point:
     senders: tuple[int, int]
     weight: float
 
+    @property
+    def whole(self) -> bool:
+        """Whether the path that the point lies on leads from the harmless run to the harmful one."""
+        return self.live or not self.sites or self.sites == EMBEDDING
 
-def integration_points(model: LensModel, method: str, steps: int, senders: Sequence[Node]) -> list[Point]:
-    """Where each method takes its gradients; integrals are midpoint sums.
+
+def quadrature(grid: str, steps: int) -> list[tuple[float, float]]:
+    """Points of an integral from 0 to 1, and their weights.
+
+    Args:
+        grid: ``midpoint``: the middles of equal parts; ``left``: their left ends, as in the code of Hanna et al. 2024;
+            ``gauss``: Gauss-Legendre.
+        steps: How many.
+
+    Example:
+        >>> quadrature("midpoint", 2), quadrature("left", 2)
+        ([(0.25, 0.5), (0.75, 0.5)], [(0.0, 0.5), (0.5, 0.5)])
+    """
+    if grid == "gauss":
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return [((1 + float(x)) / 2, float(w) / 2) for x, w in zip(nodes, weights, strict=True)]
+    shift = 0.5 if grid == "midpoint" else 0.0
+    return [((step + shift) / steps, 1.0 / steps) for step in range(steps)]
+
+
+def integration_points(
+    model: LensModel, method: str, steps: int, senders: Sequence[Node], grid: str = "midpoint"
+) -> list[Point]:
+    """Where each method takes its gradients.
 
     Args:
         model: The model.
@@ -56,20 +85,21 @@ def integration_points(model: LensModel, method: str, steps: int, senders: Seque
             ``ig-activations``: for each sublayer that sends, blends of what it writes and of nothing else.
         steps: Points of each integral; ``eap`` has one.
         senders: In the order of computation.
+        grid: As for `quadrature`.
     """
     every = (0, len(senders))
     if method == "eap":
         return [Point(1.0, (), False, every, 1.0)]
-    alphas, weight = [(step + 0.5) / steps for step in range(steps)], 1.0 / steps
+    nodes = quadrature(grid, steps)
     if method == "eap-ig":
-        return [Point(alpha, (Site(SiteKind.RESID_PRE, 0),), False, every, weight) for alpha in alphas]
+        return [Point(alpha, EMBEDDING, False, every, weight) for alpha, weight in nodes]
     if method == "mask-ig":
         sites = [Site(kind, layer) for layer in range(model.n_layers) for kind in (SiteKind.Z, SiteKind.MLP_OUT)]
-        return [Point(alpha, tuple(sites), True, every, weight) for alpha in alphas]
+        return [Point(alpha, tuple(sites), True, every, weight) for alpha, weight in nodes]
     found, first = [], 0
     for site, group in groupby(senders, written_at):
         last = first + len(list(group))
-        found += [Point(alpha, (site,), False, (first, last), weight) for alpha in alphas]
+        found += [Point(alpha, (site,), False, (first, last), weight) for alpha, weight in nodes]
         first = last
     return found
 
@@ -141,8 +171,6 @@ def _graph(
     groups: Mapping[tuple[str, int | None, str], Sequence[int]],
     point: Point,
 ) -> _Graph:
-    base, source = runs.harmful, runs.harmless
-    first = min((site.layer or 0 for site in point.sites), default=0)
     acts: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Callable[[Tensor], Tensor]:
@@ -157,17 +185,43 @@ def _graph(
         if layer is not None:
             wanted += [Site(part, layer) for part in _parts(model, kind)]
     hooks: list[Hook] = [(site, keep(site)) for site in dict.fromkeys(wanted)]
-    start = base.resid[first]
-    for site in point.sites:
-        if site.kind is SiteKind.RESID_PRE:
-            start = source.resid[first] + point.alpha * (start - source.resid[first])
-        else:
-            own = None if point.live else base.acts[site.kind][site.layer]
-            hooks.append((site, blend(source.acts[site.kind][site.layer], point.alpha, own)))
+    first, start, blends = _at(runs, point.sites, point.alpha, point.live)
     with torch.enable_grad():
-        score = metric(run_from(model, base, first, start.clone().requires_grad_(), hooks)).sum()
-        grads = torch.autograd.grad(score, list(acts.values()), retain_graph=True, allow_unused=True)
+        logits = run_from(model, runs.harmful, first, start.clone().requires_grad_(), [*hooks, *blends])
+        grads = torch.autograd.grad(metric(logits).sum(), list(acts.values()), retain_graph=True, allow_unused=True)
     return _Graph(acts, dict(zip(acts, grads, strict=True)))
+
+
+def _at(
+    runs: PairRuns, sites: Sequence[Site], alpha: float | Tensor, live: bool
+) -> tuple[int, Float[Tensor, "batch pos d_model"], list[Hook]]:
+    """A point of a path: first block to run, its input, and the edits of what follows."""
+    base, source = runs.harmful, runs.harmless
+    first = min((site.layer or 0 for site in sites), default=0)
+    start, hooks = base.resid[first], list[Hook]()
+    for site in sites:
+        if site.kind is SiteKind.RESID_PRE:
+            start = source.resid[first] + alpha * (start - source.resid[first])
+        else:
+            own = None if live else base.acts[site.kind][site.layer]
+            hooks.append((site, blend(source.acts[site.kind][site.layer], alpha, own)))
+    return first, start, hooks
+
+
+def slope(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> float:
+    """Derivative of the summed metric along the path that a point lies on (the embeddings' where it names no site)."""
+    with torch.enable_grad():
+        alpha = torch.tensor(point.alpha, device=model.device, requires_grad=True)
+        first, start, blends = _at(runs, point.sites or EMBEDDING, alpha, point.live)
+        (found,) = torch.autograd.grad(metric(run_from(model, runs.harmful, first, start, blends)).sum(), alpha)
+    return float(found)
+
+
+def path_end(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> Float[Tensor, " batch"]:
+    """Metric where the path begins: what is blended has its harmless value, all else is the harmful run's own."""
+    first, start, blends = _at(runs, point.sites, 0.0, point.live)
+    with torch.no_grad():
+        return metric(run_from(model, runs.harmful, first, start, blends))
 
 
 def _parts(model: LensModel, kind: str) -> tuple[SiteKind, ...]:

@@ -1,0 +1,77 @@
+"""How far an integral of gradients is from what it should sum to, and how many points make it close enough."""
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+from jaxtyping import Float
+
+from mechsafety.attribution.gradients import Point, integration_points, path_end, slope
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.nodes import Node
+from mechsafety.patching.masks import PairRuns
+
+# numbers of points that are tried in turn, and how far from 1 the completeness may be
+SERIES = (5, 10, 20, 40, 80)
+TOLERANCE = 0.05
+
+logger = logging.getLogger(__name__)
+
+Batches = Sequence[Callable[[], PairRuns]]
+
+
+def choose_points(
+    model: LensModel, batches: Batches, metric: RefusalLogOdds, method: str, grid: str, senders: Sequence[Node]
+) -> tuple[list[Point], float]:
+    """The points of the first number in `SERIES` that is complete within `TOLERANCE`, and their completeness.
+
+    If none does, the largest number is taken and a warning logged.
+    """
+    points, found = [], 0.0
+    for steps in SERIES:
+        points = integration_points(model, method, steps, senders, grid)
+        found = completeness(model, batches, metric, points)
+        if abs(found - 1) <= TOLERANCE or found != found:  # no gap: the caller says so
+            return points, found
+    logger.warning("%s of %s sums to %.2f of the gap at %d steps", method, model.name, found, SERIES[-1])
+    return points, found
+
+
+def completeness(model: LensModel, batches: Batches, metric: RefusalLogOdds, points: Sequence[Point]) -> float:
+    """What the gradients at ``points`` sum to, as a share of the gap where one path leads from run to run.
+
+    The derivative of the metric along a path from the harmless to the harmful run integrates to the gap; its weighted
+    sum over the points would be that, and 1 as a share, were there enough of them. Each sublayer of ``ig-activations``
+    has a path of its own, which integrates to the exact effect of patching it: then 1 plus the largest difference
+    between sum and effect, as a share of the gap.
+
+    Costs a forward and a backward pass a point.
+    """
+    gap, missed = 0.0, np.zeros(1)
+    for batch in batches:
+        runs = batch()
+        harmful, harmless = runs.scores(metric)
+        gap += float((harmful - harmless).sum())
+        missed = missed + misses(model, runs, metric, points)
+    return share(missed, gap)
+
+
+def misses(
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, points: Sequence[Point]
+) -> Float[np.ndarray, " path"]:
+    """For each path, the weighted sum of the slopes at its points less what it should be, summed over pairs."""
+    found = []
+    harmful, harmless = runs.scores(metric)
+    for _, same in groupby(points, key=lambda point: point.sites):
+        path = list(same)
+        low = harmless if path[0].whole else path_end(model, runs, metric, path[0])
+        total = sum(point.weight * slope(model, runs, metric, point) for point in path)
+        found.append(total - float((harmful - low).sum()))
+    return np.array(found)
+
+
+def share(missed: Float[np.ndarray, " path"], gap: float) -> float:
+    """Completeness from what paths miss: of the path that misses most; NaN where there is no gap."""
+    return float("nan") if gap == 0 else 1.0 + float(max(missed, key=abs)) / gap
