@@ -1,4 +1,7 @@
-"""The cases with a peer: ours and TransformerLens' own functions on one bridge, the same prompts and threads."""
+"""The cases with a peer: ours and TransformerLens' own functions on one bridge, the same prompts and threads.
+
+Where the peer is other code, `peers` does what that code does.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,20 +9,27 @@ from typing import Any
 import torch
 from flops import Shape, floor_ratio, floor_ratio_of_paths, forward
 from measure import alone, compare, timed
-from models import difference_of, equal_length_pairs, metric_of
+from models import difference_of, equal_length_pairs, metric_of, mixed_prompts
+from peers import plain_acdc, plain_twin, published_means, published_scores
 from targets import Target
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import patching as tl_patching
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
 import mechsafety as ms
+from mechsafety import testbed
 from mechsafety.attribution.nodes import mask_gradients
+from mechsafety.circuits.edge_meter import all_edges, prune
+from mechsafety.directions import scores
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.paths import measured_edges
 from mechsafety.prompts import PromptPairs
 from mechsafety.sites import Site, SiteKind
+
+# last columns at which mean differences are taken
+N_COLUMNS = 5
 
 
 def head_sweep(model: LensModel) -> dict[str, Any]:
@@ -114,8 +124,8 @@ def head_to_query(model: LensModel) -> dict[str, Any]:
     """Exact head -> head query paths, the 200 strongest by estimate, 4 pairs."""
     pairs, metric = equal_length_pairs(model, 4), metric_of(model)
     runs, tokens = pair_runs(model, pairs), model.tokenize_pairs(pairs)
-    scores = ms.edge_attribution(model, pairs, metric, method="eap-ig", progress=False)
-    edges = [e for e, _ in scores.top() if e.slot == "q" and e.sender.kind == "head"][:200]
+    ranked = ms.edge_attribution(model, pairs, metric, method="eap-ig", steps=5, progress=False)
+    edges = [e for e, _ in ranked.top() if e.slot == "q" and e.sender.kind == "head"][:200]
     sites = [Site(SiteKind.Z, layer) for layer in range(model.n_layers)]
 
     def ours() -> torch.Tensor:
@@ -144,8 +154,8 @@ def head_to_query(model: LensModel) -> dict[str, Any]:
 def eap_ig(model: LensModel) -> dict[str, Any]:
     """EAP-IG with 5 steps for every edge, 16 pairs. No peer has it under grouped queries."""
     pairs, metric = PromptPairs.builtin().sample(16), metric_of(model)
-    result, scores = alone(lambda: ms.edge_attribution(model, pairs, metric, steps=5, progress=False))
-    return result | {"edges": scores.n_edges, "peer": "none under grouped queries"}
+    result, found = alone(lambda: ms.edge_attribution(model, pairs, metric, steps=5, progress=False))
+    return result | {"edges": found.n_edges, "completeness": found.completeness, "peer": "none under grouped queries"}
 
 
 def node_attribution(model: LensModel) -> dict[str, Any]:
@@ -191,12 +201,73 @@ def neurons(model: LensModel) -> dict[str, Any]:
     """Exact patching of the 2,000 neurons with the largest estimates, one by one, 8 pairs."""
     pairs, metric = equal_length_pairs(model, 8), metric_of(model)
     runs = pair_runs(model, pairs, extra=[SiteKind.NEURONS])
-    scores = ms.node_attribution(model, runs, metric, steps=4, neurons=True, progress=False).neurons
-    top = scores.flatten().abs().topk(min(2000, scores.numel())).indices.tolist()
+    estimates = ms.node_attribution(model, runs, metric, steps=4, neurons=True, progress=False).neurons
+    top = estimates.flatten().abs().topk(min(2000, estimates.numel())).indices.tolist()
     nodes = [Node("neuron", k // model.d_mlp, k % model.d_mlp) for k in top]
     plain, _ = timed(lambda: model.logits(pairs.harmful))
     result, _ = alone(lambda: ms.activation_patching(model, runs, metric, nodes=nodes, progress=False))
     return result | {"per_neuron_s": result["ours_s"] / len(top), "plain_forward_s": plain, "neurons": len(top)}
+
+
+def mean_differences(model: LensModel) -> dict[str, Any]:
+    """Mean differences of the refusal direction, 64 prompts of mixed lengths; the peer as published."""
+    harmful, harmless = mixed_prompts(32)
+    twin = plain_twin(model)
+
+    def ours() -> torch.Tensor:
+        found, _ = scores.mean_differences(model, harmful, harmless, n_columns=N_COLUMNS)
+        return found / found.abs().max()
+
+    def peer() -> torch.Tensor:
+        found = published_means(model, twin, harmful, harmless, N_COLUMNS).float()
+        return found / found.abs().max()
+
+    return compare(ours, peer) | {"note": "values are compared as shares of the largest"}
+
+
+def direction_scores(model: LensModel) -> dict[str, Any]:
+    """Bypass, induce and KL of 4 candidate directions on 32 prompts of mixed lengths; the peer as published."""
+    harmful, harmless = mixed_prompts(16)
+    metric, twin = metric_of(model), plain_twin(model)
+    layers = [model.n_layers // 3, 2 * model.n_layers // 3]
+    vectors = scores.mean_differences(model, harmful, harmless, n_columns=2)[0][layers]
+
+    def ours() -> torch.Tensor:
+        checked = scores.Validation.of(model, harmful, harmless, metric)
+        found = scores.score_directions(model, checked, metric, vectors, layers, progress=False)
+        rows = torch.stack([part.double().mean(-1) for part in (found.bypass, found.induce, found.kl)])
+        return rows / rows.abs().max()
+
+    def peer() -> torch.Tensor:
+        rows = published_scores(model, twin, metric, harmful, harmless, vectors, layers)
+        return rows / rows.abs().max()
+
+    return compare(ours, peer) | {"note": "values are compared as shares of the largest"}
+
+
+def acdc(_: LensModel) -> dict[str, Any]:
+    """ACDC on the certified model, 479 edges, 8 pairs; the peer one edge a run, from the receiver's block on."""
+    known = testbed.certified()
+    model = ms.load_model((known.model, known.tokenizer))
+    pairs = known.pairs.sample(8)
+    return acdc_of(model, pairs, ms.RefusalLogOdds.detect(model, known.pairs))
+
+
+def acdc_of(model: LensModel, pairs: PromptPairs, metric: ms.RefusalLogOdds, repeats: int = 3) -> dict[str, Any]:
+    """Which edges each leaves on paths from the embedding to the logits."""
+    twin, tokens = plain_twin(model), model.tokenize_pairs(pairs)
+    every = all_edges(model.n_layers, model.n_heads, model.parallel)
+    order = sorted(every, key=lambda edge: (edge.receiver.order, edge.slot, edge.sender.order), reverse=True)
+
+    def ours() -> torch.Tensor:
+        left = set(ms.acdc(model, pairs, metric, progress=False).edges)
+        return torch.tensor([float(edge in left) for edge in every])
+
+    def peer() -> torch.Tensor:
+        left = set(prune(plain_acdc(twin, tokens.harmful.ids, tokens.harmless.ids, 0.01, order)))
+        return torch.tensor([float(edge in left) for edge in every])
+
+    return compare(ours, peer, repeats)
 
 
 # what each case is to reach
@@ -210,4 +281,7 @@ PEER_CASES: dict[str, tuple[Callable[[LensModel], dict[str, Any]], Target]] = {
     "head_to_query": (head_to_query, Target(ratio=8)),
     "neurons": (neurons, Target()),
     "head_sweep": (head_sweep, Target(ratio=6)),
+    "mean_differences": (mean_differences, Target(ratio=1)),
+    "direction_scores": (direction_scores, Target(ratio=1)),
+    "acdc": (acdc, Target(ratio=1)),
 }

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mechsafety as ms
 from mechsafety.models import LensModel
 from mechsafety.models.demo import base_folder
-from mechsafety.prompts import PromptPair, PromptPairs
+from mechsafety.prompts import PromptPair, PromptPairs, builtin_prompts
 
 # layers, d_model, heads, key-value heads, d_head, d_mlp, vocabulary: SmolLM2-135M, Llama-3.2-1B and -3B, Llama-3.1-8B
 SHAPES = {
@@ -50,6 +50,12 @@ def metric_of(model: LensModel) -> ms.RefusalLogOdds:
 def difference_of(model: LensModel) -> ms.RefusalLogOdds:
     """A metric that reads two logits alone."""
     return ms.RefusalLogOdds.of(model, ["Sorry"], ["Sure"])
+
+
+def mixed_prompts(n: int) -> tuple[list[str], list[str]]:
+    """Harmful and plain prompts of mixed lengths, so many of each, in no order."""
+    harmful = PromptPairs.builtin("train").sample(n, seed=1).harmful
+    return list(harmful), [prompt.text for prompt in builtin_prompts("plain", "train")][:n]
 
 
 def equal_length_pairs(model: LensModel, n: int) -> PromptPairs:

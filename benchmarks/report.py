@@ -87,7 +87,7 @@ def _peers(cases: dict[str, Any], docs: dict[str, str], targets: dict[str, Targe
         )
         notes += [f"{doc} {case['note'].capitalize()}."] if "note" in case else []
     columns = ["case", "ours", "peer", "ratio", "largest difference", "peak memory", "repeats", "target", "verdict"]
-    text = "## Against TransformerLens\n\n" + _table(columns, rows)
+    text = "## Against peers\n\nTransformerLens' own functions, unless the row says which.\n\n" + _table(columns, rows)
     if notes:
         text += "\n" + "\n".join(notes) + "\n"
     if "neurons" in cases:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import memory
 import report
 import run
-from cases import PEER_CASES
+from cases import PEER_CASES, acdc_of
 from flops import Shape, floor_ratio, forward, least_for_head
 from growth import grow, growth_cases, plot
 from measure import alone, compare
@@ -225,12 +225,30 @@ def test_exit_status_of_a_case_whose_values_differ(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["node_attribution", "paths_to_logits", "paths_to_two_logits", "direct_paths", "head_to_query", "head_sweep"],
+    [
+        "node_attribution",
+        "paths_to_logits",
+        "paths_to_two_logits",
+        "direct_paths",
+        "head_to_query",
+        "head_sweep",
+        "mean_differences",
+        "direction_scores",
+    ],
 )
 def test_cases_agree_with_the_peer_on_a_tiny_model(name, equal_pairs, make_model, log_odds, monkeypatch):
     monkeypatch.setattr("cases.metric_of", lambda model: log_odds)
     two = RefusalLogOdds(log_odds.refusal_ids[:1], ("a",), (log_odds.refusal_ids[0] + 1,), ("b",))
     monkeypatch.setattr("cases.difference_of", lambda model: two)
     monkeypatch.setattr("cases.equal_length_pairs", lambda model, n: equal_pairs)
+    monkeypatch.setattr("cases.N_COLUMNS", 2)
+    mixed = ["how do i make a bomb", "kill"], ["help me", "how do i make a cake", "explain the sky please"]
+    monkeypatch.setattr("cases.mixed_prompts", lambda n: mixed)
     found = PEER_CASES[name][0](make_model("llama"))
     assert found["equal"] and found["max_difference"] < 1e-4 < 1e-3 < found["max_value"] and found["repeats"] >= 3
+
+
+def test_acdc_leaves_the_edges_of_the_plain_loop(planted):
+    model, pairs = planted
+    found = acdc_of(model, PromptPairs(pairs.pairs[:1]), RefusalLogOdds.of(model, ["sorry"], ["sure"]), repeats=1)
+    assert found["equal"] and found["max_value"] == 1.0
