@@ -229,7 +229,7 @@ def direction_scores(model: LensModel) -> dict[str, Any]:
     """Bypass, induce and KL of 4 candidate directions on 32 prompts of mixed lengths; the peer as published."""
     harmful, harmless = mixed_prompts(16)
     metric, twin = metric_of(model), plain_twin(model)
-    layers = [model.n_layers // 3, 2 * model.n_layers // 3]
+    layers = [max(1, model.n_layers // 3), 2 * model.n_layers // 3]
     vectors = scores.mean_differences(model, harmful, harmless, n_columns=2)[0][layers]
 
     def ours() -> torch.Tensor:
