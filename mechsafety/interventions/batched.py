@@ -71,7 +71,7 @@ class PromptBatches:
     @classmethod
     @public
     def of(
-        cls, model: LensModel, prompts: Prompts, variants: Count = VARIANTS, max_columns: int | None = None
+        cls, model: LensModel, prompts: Prompts, variants: Count = VARIANTS, max_columns: Count | None = None
     ) -> "PromptBatches":
         """Sort prompts by length and put as many together as fit into memory.
 
