@@ -1,7 +1,7 @@
-"""What public functions are given: one check of prompts, one of texts, one of counts, and where they happen.
+"""What public functions are given: one check of models, prompts, texts and counts each, and where they happen.
 
-A function that users call, and that runs a model, is marked `public`: its arguments annotated `Prompts`, `Texts`,
-`Count` or `Amount` are checked before anything runs, and torch's switches stand as the analyses need them
+A function that users call, and that runs a model, is marked `public`: its arguments annotated `LensModel`, `Prompts`,
+`Texts`, `Count` or `Amount` are checked before anything runs, and torch's switches stand as the analyses need them
 (`mechsafety.settled`) while it does.
 """
 
@@ -104,6 +104,31 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def lens_model(given: Any, name: str = "model") -> Any:
+    """What was given, if it is a `LensModel`.
+
+    Raises:
+        MechsafetyError: It is not; the message names the call that makes one of it.
+
+    Example:
+        >>> lens_model("demo")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: model is the string 'demo'; expected a LensModel; pass load_model('demo')
+    """
+    names = {kind.__name__ for kind in type(given).__mro__}
+    if "LensModel" in names:
+        return given
+    cure = "load_model(...)"
+    if isinstance(given, str):
+        cure = f"load_model({given!r})"
+    elif names & {"TransformerBridge", "HookedTransformer", "tuple"}:
+        cure = f"load_model({name})"
+    elif names & {"PreTrainedModel", "PeftModel"}:
+        cure = f"load_model(({name}, tokenizer))"
+    shown = f"the string {given!r}" if isinstance(given, str) else f"of type {type(given).__name__}"
+    raise MechsafetyError(f"{name} is {shown}", expected="a LensModel", cure=f"pass {cure}")
+
+
 def public(function: Callable[P, R]) -> Callable[P, R]:
     """A public function whose arguments are checked by their annotations, and which runs under torch's usual switches.
 
@@ -147,7 +172,10 @@ class _Settled(AbstractContextManager[Any]):
 
 def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     """What an annotation asks of a value; of several that are allowed, a value of another kind passes as it is."""
-    kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in _KINDS]
+    asked = (annotation, *get_args(annotation))
+    kinds = [kind for kind in asked if kind in _KINDS]
+    if any("LensModel" in (kind, getattr(kind, "__name__", "")) for kind in asked):  # its module stands above this one
+        return functools.partial(lens_model, name=name)
     if not kinds:
         return None
     readers: dict[Any, Callable[[Any], Any]] = {

@@ -1,4 +1,4 @@
-"""What public functions accept: one check of prompts and of numbers, at every entry."""
+"""What public functions accept: one check of models, of prompts and of numbers, at every entry."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, Prompts, Texts, prompt_list, public, text_list, whole_number
+from mechsafety.inputs import Amount, Count, Prompts, Texts, lens_model, prompt_list, public, text_list, whole_number
 from mechsafety.models import LensModel
 from mechsafety.prompts.pairs import PromptPair
 
@@ -54,7 +54,7 @@ def kind_of(parameter):
     return next((k for k in (parameter.annotation, *get_args(parameter.annotation)) if k in KINDS), None)
 
 
-KINDS = (Prompts, Texts, Count, Amount)
+KINDS = (LensModel, Prompts, Texts, Count, Amount)
 PUBLIC = public_functions()
 CHECKED = [
     (name, parameter.name, kind_of(parameter))
@@ -98,6 +98,7 @@ def test_every_entry_refuses_the_same(name, parameter, kind, llama):
     """Each checked parameter of each public function: nothing runs, the line is the same."""
     function = PUBLIC[name]
     bad = {
+        LensModel: [("demo", f"{parameter} is the string 'demo'; expected a LensModel; pass load_model('demo')")],
         Prompts: [("tea", "a single string was given; expected a list of prompts; write [prompt]")],
         Texts: [("tea", "a single string was given; expected a list of texts; write [text]")],
         Count: [(0, f"{parameter}=0; expected at least 1"), (True, f"{parameter}=True; expected a whole number")],
@@ -121,6 +122,20 @@ def test_every_entry_refuses_the_same(name, parameter, kind, llama):
         with pytest.raises(MechsafetyError) as caught:
             function(**given)
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_model(llama, make_hf_model, make_tokenizer):
+    assert lens_model(llama) is llama
+    hf, bridge = make_hf_model("llama"), type(llama.bridge).__name__
+    for wrong, message in (
+        (hf, "model is of type LlamaForCausalLM; expected a LensModel; pass load_model((model, tokenizer))"),
+        ((hf, make_tokenizer()), "model is of type tuple; expected a LensModel; pass load_model(model)"),
+        (llama.bridge, f"model is of type {bridge}; expected a LensModel; pass load_model(model)"),
+        (None, "model is of type NoneType; expected a LensModel; pass load_model(...)"),
+    ):
+        with pytest.raises(MechsafetyError) as caught:
+            lens_model(wrong)
+        assert str(caught.value) == message
 
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=5), data=st.data())
