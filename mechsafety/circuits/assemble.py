@@ -143,16 +143,16 @@ def wire(
     model, metric = meter.model, meter.metric
     for gone, asked in ways.items():
         alive = [node for node in nodes if node not in gone]
-        with knocked_out(model, meter.runs, gone) as here:
-            # the runs by length are of the model as it is
-            groups = [here] if gone or not meter.groups else [group for _, group in meter.groups]
-            found, strongest, named = _one_way(
-                model, here, groups, metric, alive, n_edges, n_measured, progress, None if gone else effects
-            )
-            if not model.post_norm:
-                paths = edges_into(EMBED, _unfed(asked, strongest), parallel=model.parallel)
-                for member in measure_edges(model, groups, metric, [CircuitEdge(edge, 0.0) for edge in paths]):
-                    from_embed.setdefault(member.edge.receiver, []).append(member)
+        here = knocked_out(model, meter.runs, gone)
+        # the runs by length are of the model as it is
+        groups = [here] if gone or not meter.groups else [group for _, group in meter.groups]
+        found, strongest, named = _one_way(
+            model, here, groups, metric, alive, n_edges, n_measured, progress, None if gone else effects
+        )
+        if not model.post_norm:
+            paths = edges_into(EMBED, _unfed(asked, strongest), parallel=model.parallel)
+            for member in measure_edges(model, groups, metric, [CircuitEdge(edge, 0.0) for edge in paths]):
+                from_embed.setdefault(member.edge.receiver, []).append(member)
         first = not every
         mine = set(asked)
         for members, into in ((found, every), (strongest, kept)):

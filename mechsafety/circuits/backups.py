@@ -1,7 +1,6 @@
 """Backups: nodes that hardly matter alone because something else does their work, or that do another's work."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +12,13 @@ from mechsafety.attribution.nodes import mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.meters import FaithfulnessMeter, in_order
+from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.models import LensModel
-from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows
+from mechsafety.models.engine import base_run
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns
-from mechsafety.sites import Site, SiteKind
+from mechsafety.patching.masks import PairRuns, fixed_nodes
 
 # a group is redundant if patched together it loses this share of the gap more than its members do alone
 MIN_JOINT = 0.1
@@ -170,8 +169,10 @@ def _attribution(meter: FaithfulnessMeter, gone: Node | None, steps: int) -> Ten
     heads, mlps = torch.ones(model.n_layers, model.n_heads), torch.ones(model.n_layers)
     if gone is not None and gone.kind == "head":
         heads[gone.layer, gone.index] = 0.0
-    elif gone is not None:
+    elif gone is not None and gone.kind == "mlp":
         mlps[gone.layer] = 0.0
+    elif gone is not None:
+        raise MechsafetyError(f"backups of {gone}", expected="a circuit of heads and MLPs")
     total = torch.zeros(model.n_layers, model.n_heads + 1)
     for step in range(steps):
         grads = mask_gradients(model, runs, meter.metric, (step + 0.5) / steps, live=(heads, mlps))
@@ -181,37 +182,19 @@ def _attribution(meter: FaithfulnessMeter, gone: Node | None, steps: int) -> Ten
     return rearrange(total, "layer part -> (layer part)") / float((harmful - harmless).mean())
 
 
-@contextmanager
-def knocked_out(model: LensModel, runs: PairRuns, nodes: Sequence[Node]) -> Iterator[PairRuns]:
-    """Context in which every run has these nodes at their values in the harmless prompts, and the pairs' runs in it.
+def knocked_out(model: LensModel, runs: PairRuns, nodes: Sequence[Node]) -> PairRuns:
+    """The pairs' runs with these nodes at their values in the harmless prompts, as in all that goes on from them.
 
-    The harmless runs are as before, since the values are their own.
+    The harmless runs are as before, since the values are their own. The model itself is not edited.
 
     Args:
         model: The model.
-        runs: Stored runs of the pairs; only prompts of theirs may be run inside.
+        runs: Stored runs of the pairs.
         nodes: What is patched.
     """
-    hooks = [_fixed(runs.harmless, node) for node in nodes]
-    with model.hooks(hooks):
-        kinds = tuple(runs.harmful.acts)
-        harmful = base_run(model, runs.harmful.tokens, runs.start, kinds, runs.harmful)
-        yield replace(runs, harmful=harmful)
-
-
-def _fixed(source: BaseRun, node: Node) -> Hook:
-    """The hook that keeps a node at its stored values, whatever variants of the prompts are run."""
-    kind = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}[node.kind]
-    values = source.acts[kind][node.layer or 0]
-
-    def edit(tensor: Tensor) -> Tensor:
-        new = expand_rows(values, tensor.shape[0] // len(source)).to(tensor.dtype)
-        out = tensor.clone()
-        columns = slice(tensor.shape[1] - source.n_pos, None)
-        if node.kind == "mlp":
-            out[:, columns] = new
-        else:
-            out[:, columns, node.index] = new[:, :, node.index]
-        return out
-
-    return (Site(kind, node.layer), edit)
+    if not nodes:
+        return runs
+    fixed = fixed_nodes(model, runs.harmless.acts, nodes)
+    kinds = tuple(runs.harmful.acts)
+    harmful = base_run(model, runs.harmful.tokens, runs.start, kinds, runs.harmful, fixed=fixed)
+    return replace(runs, harmful=harmful, harmless=replace(runs.harmless, fixed=fixed))

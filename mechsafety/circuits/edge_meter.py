@@ -5,7 +5,7 @@ slot reads the harmless run's residual stream plus, over its kept edges, how muc
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechsafety.circuits.connect import on_a_path
 from mechsafety.circuits.edges import EMBED, LOGITS, SLOTS
-from mechsafety.circuits.meters import FaithfulnessMeter, Part
+from mechsafety.circuits.meters import FaithfulnessMeter, Part, check_parts
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, capture, max_variants, unembed
@@ -42,6 +42,7 @@ class EdgeMeter(FaithfulnessMeter):
     def kept(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:  # noqa: ARG002
         """Metric [circuit prompt] with every edge outside each circuit cut; ``near`` saves nothing here."""
         base = self.runs.harmful
+        check_parts(self, circuits, lambda part: isinstance(part, Edge))
         size = max(1, max_variants(base) // max(1, self.model.n_heads))
         done = []
         with self.bar(len(circuits)) as bar:
@@ -53,7 +54,8 @@ class EdgeMeter(FaithfulnessMeter):
 
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
         """Metric [circuit prompt] with each circuit itself cut and every other edge kept."""
-        return self.kept([self._outside(circuit) for circuit in circuits])
+        check_parts(self, circuits, lambda part: isinstance(part, Edge))
+        return self.kept(self._outside(circuits))
 
 
 @lru_cache(maxsize=4)
@@ -98,6 +100,8 @@ def edge_circuit_logits(
     """
     if model.post_norm:
         raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
+    if runs.harmful.fixed:
+        raise MechsafetyError("runs in which nodes are knocked out", expected="runs of the model as it is")
     kept = [prune(circuit) for circuit in circuits]
     senders = sorted({edge.sender for edges in kept for edge in edges}, key=lambda node: node.order)
     row_bytes = 4 * runs.harmful.resid[0].numel() * max(1, len(senders))
@@ -191,12 +195,9 @@ def _head_changes(
     """What each head writes from inputs of its own to q, k and v, less what it writes in the harmless run; float32."""
     # each row is one head's: it computes all heads, and only its own is read off
     rows = {slot: rearrange(x, "head variant b p d -> (head variant b) p d") for slot, x in inputs.items()}
-    # projections need no keys and values of the prefix, attention only those of its own layer
-    bare = replace(base, start=0)
-    here = replace(base, prefix=tuple(_only(pair, k == layer) for k, pair in enumerate(base.prefix)))
-    read = {kind: capture(model, bare, layer, rows[slot], Site(kind, layer)) for slot, kind in _SITES.items()}
+    read = {kind: capture(model, base, layer, rows[slot], Site(kind, layer)) for slot, kind in _SITES.items()}
     hooks = [(Site(kind, layer), lambda tensor, value=value: value) for kind, value in read.items()]
-    z = capture(model, here, layer, rows["q"], Site(SiteKind.Z, layer), hooks)
+    z = capture(model, base, layer, rows["q"], Site(SiteKind.Z, layer), hooks)
     per_head = rearrange(z, "(head row) p index d -> head row p index d", head=len(heads))
     indices = [node.index or 0 for node in heads]
     own = torch.stack([per_head[k, :, :, index] for k, index in enumerate(indices)])
@@ -205,7 +206,3 @@ def _head_changes(
     weight = model.W_O(layer)[indices].float()
     out = einsum((own - before).float(), weight, "head row p d_head, head d_head d -> head row p d")
     return rearrange(out, "head (variant b) p d -> head variant b p d", b=len(base))
-
-
-def _only(pair: tuple[Tensor, Tensor], whole: bool) -> tuple[Tensor, Tensor]:
-    return pair if whole else (pair[0][:, :, :0], pair[1][:, :, :0])

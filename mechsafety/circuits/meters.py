@@ -6,17 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.engine import BaseRun, Hook, max_variants
+from mechsafety.models.engine import max_variants, patched_run
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores
+from mechsafety.patching.masks import PairRuns, Patch, fixed_nodes, pair_runs, patched_scores
 from mechsafety.prompts import TokenPairs
-from mechsafety.sites import Site, SiteKind
 
 Part = Node | Edge
 
@@ -53,18 +51,12 @@ class FaithfulnessMeter:
         needed = (differs.shape[1] - differs.argmax(1)).tolist()
         order = sorted(range(len(needed)), key=lambda k: (needed[k], k))
 
-        def split(cuts: Sequence[int]) -> list[list[int]]:
-            return [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(order)))]
-
-        def columns(cuts: Sequence[int]) -> int:
-            return sum(len(rows) * needed[rows[-1]] for rows in split(cuts))
-
-        ways = [w for k in range(n) for w in itertools.combinations(range(1, len(order)), k)]
-        best = min(ways, key=columns)
-        if not best:
+        cuts = _cuts([needed[k] for k in order], n)
+        if not cuts:
             return self
+        best = [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(order)))]
         kinds = tuple(self.runs.harmful.acts)
-        found = [(tuple(rows), pair_runs(self.model, tokens.rows(rows), extra=kinds)) for rows in split(best)]
+        found = [(tuple(rows), pair_runs(self.model, tokens.rows(rows), extra=kinds)) for rows in best]
         return replace(self, groups=tuple(found))
 
     @property
@@ -79,8 +71,8 @@ class FaithfulnessMeter:
             circuits: Sets of parts.
             near: A set that the circuits differ little from: what lies before their first difference is run once.
         """
-        outside = [self._outside(circuit) for circuit in circuits]
-        return self._scores(outside, None if near is None else self._outside(near))
+        outside = self._outside([*circuits, *([] if near is None else [near])])
+        return self._scores(outside[: len(circuits)], None if near is None else outside[-1])
 
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
         """Metric [circuit prompt] with each circuit itself patched and everything else alive."""
@@ -109,12 +101,16 @@ class FaithfulnessMeter:
         gap = harmful.mean() - harmless.mean()
         return [float(value) for value in (scores.mean(axis=1) - harmless.mean()) / gap]
 
-    def _outside(self, circuit: Sequence[Part]) -> list[Part]:
-        keep = set(circuit)
-        return [part for part in self.parts if part not in keep]
+    def _outside(self, circuits: Sequence[Sequence[Part]]) -> list[list[Part]]:
+        """All parts that are not in each circuit."""
+        parts = self.parts
+        check_parts(self, circuits, frozenset(parts).__contains__)
+        kept = [set(circuit) for circuit in circuits]
+        return [[part for part in parts if part not in keep] for keep in kept]
 
     def _scores(self, patched: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:
         """Metric [variant prompt] with each list of parts patched."""
+        check_parts(self, patched, lambda part: isinstance(part, Node))
         variants = [[part for part in parts if isinstance(part, Node)] for parts in patched]
         with self.bar(len(variants) * max(1, len(self.groups))) as bar:
             if not self.groups:
@@ -138,7 +134,7 @@ class FaithfulnessMeter:
             scores = patched_scores(self.model, base, source, patch, self.metric, report=report)
             return scores.cpu().double().numpy()
         common = {part for part in near if isinstance(part, Node)}
-        base = self._base_with(runs, sorted(common, key=lambda node: node.order))
+        base = patched_run(self.model, base, fixed_nodes(self.model, source, list(common)))
         first = [
             min((node.layer or 0 for node in common.symmetric_difference(nodes)), default=self.model.n_layers - 1)
             for nodes in variants
@@ -158,19 +154,50 @@ class FaithfulnessMeter:
             report(len(chunk))
         return found
 
-    def _base_with(self, runs: PairRuns, patched: Sequence[Node]) -> BaseRun:
-        """The harmful run with these nodes patched, as a base to go on from at any block."""
-        base = runs.harmful
-        seen: dict[int, Tensor] = {0: base.resid[0]}
 
-        def note(layer: int) -> Hook:
-            return (Site(SiteKind.RESID_PRE, layer), lambda tensor: seen.__setitem__(layer, tensor.detach()))
+def check_parts(meter: FaithfulnessMeter, circuits: Sequence[Sequence[Part]], known: Callable[[Part], bool]) -> None:
+    """Refuse parts that a meter would not measure.
 
-        with self.model.hooks([note(layer) for layer in range(self.model.n_layers)]):
-            patch = Patch.of(self.model, [patched])
-            patched_scores(self.model, base, runs.harmless.acts, patch, self.metric, start=0)
-        rows = [seen[layer] for layer in range(self.model.n_layers)]
-        return replace(base, resid=torch.stack([*rows, base.resid[-1]]))
+    Raises:
+        MechsafetyError: There is one.
+    """
+    other = next((part for circuit in circuits for part in circuit if not known(part)), None)
+    if other is not None:
+        kinds = sorted({stratum(part) for part in meter.parts})
+        raise MechsafetyError(f"{other} in a circuit of {type(meter).__name__}", expected=f"its parts: {kinds}")
+
+
+def _cuts(needed: Sequence[int], groups: int) -> tuple[int, ...]:
+    """Where to cut ascending numbers of columns into up to so many groups, so that the fewest cells are run.
+
+    A group runs as many columns in each row as its last row needs. Of equally good ways it is the one with the fewest
+    cuts, and of those the first. A cut between two rows of one length never gains, so that the time grows with the
+    number of rows and the square of the number of lengths.
+
+    Example:
+        >>> _cuts([5, 5, 9, 9, 9, 30], 3)
+        (2, 5)
+    """
+    total, last = len(needed), np.asarray(needed)
+    ends = np.append(np.flatnonzero(np.diff(last)) + 1, total)  # a group may end there
+    begins = np.append(0, ends[:-1])
+    cells = (ends[None] - begins[:, None]) * last[ends - 1][None]  # of a group from one beginning to one end
+    cells = np.where(ends[None] > begins[:, None], cells, np.iinfo(cells.dtype).max // 4)
+    best = cells[:, -1]  # fewest cells from each beginning on, uncut
+    fewest, cuts = best[0], tuple[int, ...]()
+    chosen: list[np.ndarray] = []
+    for _ in range(min(groups, total) - 1):
+        ways = cells[:, :-1] + best[None, 1:]
+        if not ways.size:
+            break
+        best, chosen = ways.min(1), [ways.argmin(1), *chosen]
+        if best[0] < fewest:
+            fewest, place, found = best[0], 0, []
+            for choice in chosen:
+                place = int(choice[place]) + 1
+                found.append(int(begins[place]))
+            cuts = tuple(found)
+    return cuts
 
 
 def stratum(part: Part) -> str:

@@ -114,8 +114,8 @@ def _stand_in(
     target: float,
 ) -> list[Part]:
     """The fewest neurons of a backup MLP with which the circuit reaches the target without what it stands in for."""
-    with knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order)) as runs:
-        attribution = node_attribution(here.model, runs, here.metric, neurons=True)
+    runs = knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order))
+    attribution = node_attribution(here.model, runs, here.metric, neurons=True)
     own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]
     ranking = _ranked(own, attribution)
     base = [part for part in (*circuit, *added) if isinstance(part, Node) and _home(part) not in gone]

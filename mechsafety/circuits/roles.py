@@ -13,7 +13,7 @@ from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
 from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.engine import unembed
+from mechsafety.models.engine import holding, unembed
 from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.masks import PairRuns, Patch, patched_scores
@@ -61,7 +61,10 @@ def role_evidence(
         ]
         at[span] = (torch.cat([one.changes for one in found_at], dim=1).mean(1) / gap).tolist()
     heads = [node for node in nodes if node.kind == "head"]
-    caches = [model.cache(run.tokens, ["pattern", "v"]) for run in (runs.harmful, runs.harmless)]
+    caches = []
+    for run in (runs.harmful, runs.harmless):
+        with holding(model, run):
+            caches.append(model.cache(run.tokens, ["pattern", "v"]))
     with torch.no_grad():
         change = sender_changes(model, runs.harmful, runs.harmless, nodes, at=slice(-1, None))[:, :, 0]
         final = runs.harmful.resid[-1][:, -1]

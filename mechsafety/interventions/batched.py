@@ -21,7 +21,7 @@ from mechsafety.interventions.steering import orthonormal, removal_hooks
 from mechsafety.models import LensModel
 from mechsafety.models.backend import Prefix
 from mechsafety.models.budget import batch_bytes
-from mechsafety.models.engine import BaseRun, base_run, expand_rows, run_from, split_rows
+from mechsafety.models.engine import BaseRun, base_run, expand_rows, run_from, shared_columns, split_rows
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -145,7 +145,7 @@ def run_removed(
     for first in range(0, len(bases), together):
         chunk = torch.stack([orthonormal(basis) for basis in bases[first : first + together]])
         members = tuple(range(first, first + len(chunk)))
-        with torch.no_grad(), model.hooks(removal_hooks(model, chunk, strength)):
+        with torch.no_grad(), model.hooks(removal_hooks(model, chunk, strength), by_column=True):
             prefix = _prefix_run(model, prompts, len(chunk))
             for batch in prompts.batches:
                 run = _base(model, prompts, batch, len(chunk), prefix)
@@ -172,11 +172,13 @@ def run_added(
         Results layer by layer and batch by batch; ``variants`` are ``row * n_columns + column``; ``resid`` is at the
         last position, from the block after the addition.
     """
+    if len(vectors) != len(layers):
+        raise MechsafetyError(f"{len(vectors)} rows of vectors for {len(layers)} layers", expected="one row a layer")
     n_columns = vectors.shape[1]
     prefixes = []
     for row, layer in enumerate(layers):
         add = _adder(vectors[row])
-        with torch.no_grad(), model.hooks([(Site(SiteKind.RESID_PRE, layer), add)]):
+        with torch.no_grad(), model.hooks([(Site(SiteKind.RESID_PRE, layer), add)], by_column=True):
             prefixes.append(_prefix_run(model, prompts, n_columns))
     with torch.no_grad():
         unedited = _prefix_run(model, prompts, n_columns)
@@ -225,14 +227,9 @@ def _columns(model: LensModel) -> int:
     return int(STORED_SHARE * batch_bytes(model.device) / column)
 
 
-def _start(model: LensModel, prompts: PromptBatches) -> int:
-    """Columns that are run once an edit; none where the engine may not keep them: it would run them unedited."""
-    return prompts.start if model.shortcuts.shared_prefix and model.shortcuts.drop_positions else 0
-
-
 def _prefix_run(model: LensModel, prompts: PromptBatches, variants: int) -> Prefix:
     """Keys and values of the shared first tokens, one row a variant, under the hooks that are active."""
-    start = _start(model, prompts)
+    start = shared_columns(model, prompts.start)
     if not start:
         return ()
     shared = prompts.shared
@@ -263,7 +260,7 @@ def _base(model: LensModel, prompts: PromptBatches, batch: PromptBatch, variants
     """The run of each prompt under each variant of the active hooks."""
     tokens = batch.tokens
     rows = Tokens(expand_rows(tokens.ids, variants), expand_rows(tokens.mask, variants), tokens.spans * variants)
-    start = _start(model, prompts)
+    start = shared_columns(model, prompts.start)
     return base_run(model, rows, start, keep=(), prefix=_widen(prefix, tokens), max_batch_tokens=1)
 
 

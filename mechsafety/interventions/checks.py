@@ -41,12 +41,14 @@ def check_layers(model: LensModel, layers: Sequence[int]) -> tuple[int, ...]:
     """The layers, if the model has them.
 
     Raises:
-        MechsafetyError: No layers, or one that does not exist.
+        MechsafetyError: No layers, one that does not exist, or one given twice.
     """
     chosen = tuple(layers)
     wrong = [layer for layer in chosen if not 0 <= layer < model.n_layers]
     if wrong or not chosen:
         raise MechsafetyError(f"layers {wrong or list(chosen)}", expected=f"some of 0 to {model.n_layers - 1}")
+    if len(set(chosen)) < len(chosen):
+        raise MechsafetyError(f"layers {list(chosen)}", expected="each once")
     return chosen
 
 

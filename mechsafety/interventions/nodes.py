@@ -36,14 +36,15 @@ def ablate(
 
     Heads lose their mixed values ``z``, MLPs what they add to the residual stream, neurons their activation. Contexts
     nest, in any order for different nodes; they hold in `LensModel.generate` as in every forward, and nothing of them
-    is left afterwards, also after an exception. To be used with whole runs: the engine's stored runs are not edited.
+    is left afterwards, also after an exception. Stored runs from outside the context are refused inside it.
 
     Args:
         model: The model.
         nodes: Heads, MLPs and neurons.
         strength: 0 leaves the model as it is, 1 replaces the value wholly.
         source: ``mean`` over all tokens of ``prompts``; ``zero``; ``resample``: values at tokens drawn from
-            ``prompts``, anew at each position, the same token for all nodes of one layer and kind.
+            ``prompts``, anew at each position, the same token for all nodes of one layer and kind. Draws follow the
+            forwards: prompts in other batches get other ones.
         prompts: Reference prompts (usually harmless ones) for ``mean`` and ``resample``.
         positions: ``all``, ``last`` (of each forward: the prompt's last token and each generated one) or ``prompt``.
         seed: Of ``resample``.
@@ -80,7 +81,7 @@ def ablate(
     def edit(site: Site, own: Tensor) -> Tensor:
         return own + share * (replacement(site, own) - own)
 
-    with model.hooks(_hooks(groups, edit, positions)):
+    with model.hooks(_hooks(groups, edit, positions), by_column=positions == "all" and source != "resample"):
         yield
 
 
@@ -100,7 +101,7 @@ def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: 
     """
     groups, size = _groups(check_nodes(model, nodes)), check_strength(factor)
     check_positions(positions)
-    with model.hooks(_hooks(groups, lambda site, own: size * own, positions)):
+    with model.hooks(_hooks(groups, lambda site, own: size * own, positions), by_column=positions == "all"):
         yield
 
 

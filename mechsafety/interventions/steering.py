@@ -104,7 +104,7 @@ class Direction(Result):
             return lambda own: own - share * rearrange(own @ unit.to(own), "... -> ... 1") * unit.to(own)
 
         hooks = _at_sites(self.sites, [edit(unit) for unit in self.unit], "all")
-        with model.hooks(hooks):
+        with model.hooks(hooks, by_column=True):
             yield
 
     @public
@@ -176,7 +176,8 @@ def steer(
     def edit(vector: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda own: own + size * vector.to(own)
 
-    with model.hooks(_at_sites(sites, [edit(vector) for vector in vectors], positions)):
+    hooks = _at_sites(sites, [edit(vector) for vector in vectors], positions)
+    with model.hooks(hooks, by_column=positions == "all"):
         yield
 
 
@@ -199,7 +200,8 @@ def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], st
     """
     rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
     share = check_strength(strength, share=True)
-    with model.hooks(removal_hooks(model, rearrange(orthonormal(rows), "rank d -> 1 rank d"), share)):
+    hooks = removal_hooks(model, rearrange(orthonormal(rows), "rank d -> 1 rank d"), share)
+    with model.hooks(hooks, by_column=True):
         yield
 
 

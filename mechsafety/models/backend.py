@@ -309,11 +309,11 @@ class Use:
 
     Attributes:
         lock: Held by whoever runs it.
-        open_hooks: How many functions see its activations; changed under the lock alone.
+        edits: Of each open edit its number and whether it acts by column; changed under the lock alone.
     """
 
     lock: Any = field(default_factory=threading.RLock)
-    open_hooks: int = 0
+    edits: list[tuple[int, bool]] = field(default_factory=list)
 
 
 _USES: "weakref.WeakKeyDictionary[nn.Module, Use]" = weakref.WeakKeyDictionary()

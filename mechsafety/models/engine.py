@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import BlockCall, Prefix, expand_rows
 from mechsafety.models.budget import CPU_TOKENS, Allocated, batch_tokens
 from mechsafety.models.lens import LensModel
 from mechsafety.models.shortcuts import ALL_ON, Shortcuts
+from mechsafety.models.state import ModelState, tells_columns_apart
 from mechsafety.prompts import TokenPairs, Tokens
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
@@ -26,6 +28,43 @@ Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 
 # activations with a head axis before their positions
 _HEAD_FIRST = frozenset({SiteKind.SCORES, SiteKind.PATTERN})
+_PROJECTIONS = frozenset({SiteKind.Q, SiteKind.K, SiteKind.V})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fixed:
+    """Values that a site has in a run, whatever the run itself computes there.
+
+    Attributes:
+        site: Where; the whole site, without index.
+        values: What stands there, up to the last column of the prompts; columns before are the run's own.
+        parts: Heads or neurons that have them; all if None.
+    """
+
+    site: Site
+    values: Float[Tensor, "batch pos ..."]
+    parts: Bool[Tensor, " part"] | None = None
+
+    def rows(self, keep: slice | Sequence[int]) -> "Fixed":
+        """The same for some of the prompts."""
+        return replace(self, values=self.values[keep])
+
+    def hook(self, variants: int, after: int = 0) -> Hook:
+        """The edit of a run of so many variants, that ends ``after`` columns before the last one of the prompts."""
+
+        def edit(tensor: Tensor) -> Tensor:
+            n = min(self.values.shape[1] - after, tensor.shape[1])
+            if n <= 0:
+                return tensor
+            stop = self.values.shape[1] - after
+            new, own = expand_rows(self.values[:, stop - n : stop], variants).to(tensor.dtype), tensor[:, -n:]
+            parts = torch.ones((), dtype=torch.bool, device=own.device) if self.parts is None else self.parts
+            where = rearrange(parts, "part -> part 1") if own.ndim == 4 and parts.ndim else parts
+            # a choice, not the values alone: what is not chosen keeps a gradient, which is 0
+            new = torch.where(where, new, own)
+            return new if n == tensor.shape[1] else torch.cat([tensor[:, :-n], new], dim=1)
+
+        return (self.site, edit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +83,9 @@ class BaseRun:
         shortcuts: What its variants leave out.
         before: Where variants run all columns: the columns of ``resid`` before ``start``. Else None.
         max_batch_tokens: Rows x columns of one engine batch.
+        fixed: Values that hold in this run and in all of its variants.
+        patched: Values that hold in this run, and in a variant before the block that it goes on from.
+        made: The model as it was when this was stored.
     """
 
     tokens: Tokens
@@ -56,6 +98,9 @@ class BaseRun:
     shortcuts: Shortcuts = ALL_ON
     before: Float[Tensor, "layer_plus_1 batch first d_model"] | None = None
     max_batch_tokens: int = CPU_TOKENS
+    fixed: tuple[Fixed, ...] = ()
+    patched: tuple[Fixed, ...] = ()
+    made: ModelState | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -75,8 +120,9 @@ def base_run(
     *,
     shortcuts: Shortcuts | None = None,
     max_batch_tokens: int | None = None,
+    fixed: Sequence[Fixed] = (),
 ) -> BaseRun:
-    """Run prompts once and store what `run_from` needs, and the activations of the kinds in ``keep``.
+    """Run prompts once and store what `resume` needs, and the activations of the kinds in ``keep``.
 
     Args:
         model: The model.
@@ -86,9 +132,16 @@ def base_run(
         prefix: Keys and values of the columns before ``start``, or a run of other prompts with the same such columns.
         shortcuts: What this run and its variants leave out; the model's by default.
         max_batch_tokens: Rows x columns of one batch of variants; the model's by default, or what memory allows.
+        fixed: Values that hold in this run and in all of its variants.
+
+    Raises:
+        MechsafetyError: A start outside the prompts.
     """
     on = model.shortcuts if shortcuts is None else shortcuts
-    first = start if on.drop_positions else 0
+    if not 0 <= start < tokens.ids.shape[1]:
+        raise MechsafetyError(f"runs that begin at column {start}", expected=f"0 to {tokens.ids.shape[1] - 1}")
+    # an edit that counts columns must see all of them
+    first = start if on.drop_positions and not tells_columns_apart(model.backend.module) else 0
     store: dict[Site, Tensor] = {}
 
     def note(site: Site) -> tuple[Site, Callable[[Tensor], None]]:
@@ -101,9 +154,11 @@ def base_run(
     with torch.no_grad(), model.lock:
         past: Prefix = ()
         if first:
-            given_past = prefix.prefix if isinstance(prefix, BaseRun) else prefix or ()
-            past = given_past if on.shared_prefix and given_past else _past(model, tokens, first)
-        with model.hooks([note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]):
+            given_past = _given_prefix(prefix, first) if on.shared_prefix else ()
+            past = given_past or _past(model, tokens, first, fixed)
+        made_by = ModelState.of(model.backend.module)
+        notes = [note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]
+        with model.hooks([*(part.hook(1) for part in fixed), *notes]):
             last = 1 if on.last_logits else tokens.ids.shape[1] - first
             with made or contextlib.nullcontext():
                 logits, calls = model.backend.run(tokens, first, past, last)
@@ -126,6 +181,8 @@ def base_run(
         on,
         inputs[:, :, :start] if first < start else None,
         given,
+        tuple(fixed),
+        made=made_by,
     )
 
 
@@ -136,6 +193,7 @@ def twin_runs(
     keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
     *,
     max_batch_tokens: int | None = None,
+    fixed: Sequence[Fixed] = (),
 ) -> tuple[BaseRun, BaseRun]:
     """`base_run` of the harmful and of the harmless prompts of aligned pairs, in one batch where nothing forbids it.
 
@@ -145,15 +203,19 @@ def twin_runs(
         start: As for `base_run`.
         keep: As for `base_run`.
         max_batch_tokens: As for `base_run`.
+        fixed: Values that hold in both runs, and in their variants.
     """
     on, n = model.shortcuts, len(pairs)
     one_batch = on.batch_variants and on.drop_positions and on.shared_prefix
     with torch.no_grad(), model.lock:  # other threads' edits are not this run's
         if not one_batch or model.edited or start > pairs.start:  # an edit may tell rows apart
-            harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens)
+            harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
             shared = harmful if start <= pairs.start else None
-            return harmful, base_run(model, pairs.harmless, start, keep, shared, max_batch_tokens=max_batch_tokens)
-        past = _past(model, pairs.harmful, start) if start else ()
+            harmless = base_run(
+                model, pairs.harmless, start, keep, shared, max_batch_tokens=max_batch_tokens, fixed=fixed
+            )
+            return harmful, harmless
+        past = _past(model, pairs.harmful, start, fixed) if start else ()
         whole = base_run(
             model,
             pairs.harmful.joined(pairs.harmless),
@@ -161,6 +223,7 @@ def twin_runs(
             keep,
             tuple((_twice(keys), _twice(values)) for keys, values in past),
             max_batch_tokens=max_batch_tokens,
+            fixed=[replace(part, values=_twice(part.values)) for part in fixed],
         )
     harmful, harmless = (
         replace(
@@ -171,6 +234,7 @@ def twin_runs(
             prefix=past,
             acts={kind: tensor[:, rows] for kind, tensor in whole.acts.items()},
             logits=whole.logits[rows],
+            fixed=tuple(fixed),
         )
         for tokens, rows in ((pairs.harmful, slice(0, n)), (pairs.harmless, slice(n, None)))
     )
@@ -188,15 +252,112 @@ def from_later(model: LensModel, base: BaseRun, column: int) -> BaseRun:
     """The same prompts as a run that begins ``column`` columns later: for variants that change nothing before."""
     if column == 0:
         return base
-    later = base_run(model, base.tokens, base.start + column, (), shortcuts=base.shortcuts)
+    held = (*base.fixed, *base.patched)
+    later = base_run(model, base.tokens, base.start + column, (), shortcuts=base.shortcuts, fixed=held)
     # each row carries more keys and values along, so that fewer may fit
-    return replace(later, max_batch_tokens=min(base.max_batch_tokens, later.max_batch_tokens))
+    most = min(base.max_batch_tokens, later.max_batch_tokens)
+    return replace(later, max_batch_tokens=most, fixed=base.fixed, patched=base.patched)
+
+
+def may_begin_later(model: LensModel, base: BaseRun) -> bool:
+    """Whether `from_later` leaves anything out: not where the model is edited, or all columns are run anyway."""
+    return base.before is None and base.shortcuts.drop_positions and not model.edited
+
+
+def shared_columns(model: LensModel, n: int) -> int:
+    """How many of ``n`` first columns may be run once for all edits that reach them, each edit's in a run of its own.
+
+    None of them where the shortcuts that this needs are off, or an edit counts columns.
+    """
+    on = model.shortcuts.drop_positions and model.shortcuts.shared_prefix
+    return n if on and not tells_columns_apart(model.backend.module) else 0
+
+
+def check_current(model: LensModel, *runs: BaseRun) -> None:
+    """Refuse stored runs that the model as it is would not give.
+
+    Raises:
+        MechsafetyError: Another model made them, or the model was edited or its weights changed since.
+    """
+    for run in runs:
+        what = "" if run.made is None else run.made.difference(model.backend.module)
+        if what:
+            raise MechsafetyError(
+                f"stored runs that do not fit {model.name}: {what}",
+                expected="runs of the model as it is",
+                cure="make them again where they are used: pair_runs(model, pairs)",
+            )
 
 
 def from_column(tensor: Tensor, kind: SiteKind, start: int, axis: int = 0) -> Tensor:
     """The columns from ``start`` on of an activation; ``axis`` axes stand before the batch's."""
     axis += 2 if kind in _HEAD_FIRST else 1
     return tensor.narrow(axis, start, tensor.shape[axis] - start)
+
+
+def resume(
+    model: LensModel,
+    run: BaseRun,
+    edits: Sequence[Hook],
+    variants: int = 1,
+    *,
+    layer: int | None = None,
+    stop: int | None = None,
+) -> Float[Tensor, "row ..."]:
+    """Next-token logits of variants of a stored run, in which ``edits`` hold from block ``layer`` on.
+
+    Before that block a variant is what the stored run is, and nothing of it needs to be run again.
+
+    Args:
+        model: The model.
+        run: The stored run.
+        edits: Edits, as for `LensModel.hooks`, of rows ``variant * batch + prompt``.
+        variants: How many.
+        layer: First block in which a variant differs from the run; the first edited one by default.
+        stop: As for `run_from`.
+
+    Returns:
+        As `run_from`.
+
+    Example::
+
+        run = base_run(model, tokens)
+        resume(model, run, [(Site("mlp_out", 3), torch.zeros_like)])  # logits without the MLP of layer 3
+    """
+    first = min((model.n_layers if site.layer is None else site.layer for site, _ in edits), default=model.n_layers)
+    begin = first if layer is None else layer
+    return run_from(model, run, begin, expand_rows(run.resid[begin], variants), edits, stop=stop)
+
+
+def patched_run(model: LensModel, run: BaseRun, patched: Sequence[Fixed]) -> BaseRun:
+    """The stored run of the same prompts with some values patched, to `resume` at any block; holds no activations.
+
+    A variant that goes on from it at a block has the patched values before that block, and its own edits alone from
+    there on.
+
+    Args:
+        model: The model.
+        run: The stored run.
+        patched: Values; of columns from the run's start on.
+    """
+    held = (*run.patched, *patched)
+    inputs: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Hook:
+        return (Site(SiteKind.RESID_PRE, layer), lambda tensor: inputs.__setitem__(layer, tensor.detach()))
+
+    with torch.no_grad():
+        notes = [note(layer) for layer in range(1, model.n_layers)]
+        edits = [*notes, *(part.hook(1) for part in held)]
+        final = run_from(model, run, 0, run.resid[0], edits, stop=model.n_layers)
+        resid = torch.stack([run.resid[0], *(inputs[layer] for layer in range(1, model.n_layers)), final])
+        made = replace(run, resid=resid, acts={}, patched=held)
+        return replace(made, logits=run_from(model, made, model.n_layers, final))
+
+
+def holding(model: LensModel, run: BaseRun) -> contextlib.AbstractContextManager[None]:
+    """Context for whole forwards of exactly the run's prompts: what is fixed in the run is fixed there too."""
+    return model.hooks([part.hook(1) for part in run.fixed]) if run.fixed else contextlib.nullcontext()
 
 
 def run_from(
@@ -207,8 +368,11 @@ def run_from(
     hooks: Sequence[Hook] = (),
     *,
     stop: int | None = None,
+    reads: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "row ..."]:
     """Next-token logits when the residual stream before block ``layer`` is ``resid`` and ``hooks`` edit what follows.
+
+    For variants whose stream is the stored one there is `resume`.
 
     Args:
         model: The model.
@@ -217,19 +381,32 @@ def run_from(
         resid: Input of that block. Gradients flow through it under grad mode.
         hooks: Edits, as for `LensModel.hooks`, of that block and those after it.
         stop: Block before which to stop, for its input instead of logits.
+        reads: Gives what the heads of block ``layer`` read, in place of their norm's output.
 
     Returns:
         Logits [row d_vocab] in float32 at the last position; with ``stop`` the residual stream [row pos d_model].
+
+    Raises:
+        MechsafetyError: The model is no longer what it was when the base run was stored.
     """
     variants = resid.shape[0] // len(base)
     end = model.n_layers if stop is None else stop
     first = layer if base.shortcuts.start_layer else 0
     dropped = 0 if base.before is None else base.start
+    earlier = [part.hook(variants) for part in base.patched if (part.site.layer or 0) < layer and first < layer]
+    held = [*earlier, *(part.hook(variants) for part in base.fixed)]
+    edits = [_from_start(hook, dropped, base.shortcuts.last_logits) for hook in hooks]
     with model.lock:
+        check_current(model, base)
         cache = None
         if base.start and not dropped:
-            cache = model.backend.cache(base.prefix or _prefix(model, base), variants)
-        with model.hooks([_from_start(hook, dropped, base.shortcuts.last_logits) for hook in hooks]):
+            # a block run alone needs its own keys and values only
+            past = base.prefix or _prefix(model, base)
+            if end == first + 1:
+                past = tuple(_only(pair, k == first) for k, pair in enumerate(past))
+            cache = model.backend.cache(past, variants)
+        reading = _reading(model, layer, dropped, reads)
+        with model.hooks([*held, *edits]), reading:
             hidden = resid if first == layer else expand_rows(base.resid[0], variants)
             if base.before is not None:
                 hidden = torch.cat([expand_rows(base.before[first], variants), hidden], dim=1)
@@ -262,16 +439,23 @@ def capture(
         seen.append(tensor)
         raise _Captured
 
+    # projections are made column by column: they need no keys and values from before
+    local = site.kind in _PROJECTIONS and base.before is None and base.shortcuts.start_layer
     with contextlib.suppress(_Captured):
-        run_block(model, base, layer, resid, [*hooks, (site, stop)])
+        run_block(model, replace(base, start=0) if local else base, layer, resid, [*hooks, (site, stop)])
     return seen[0]
 
 
 def run_block(
-    model: LensModel, base: BaseRun, layer: int, resid: Float[Tensor, "row pos d_model"], hooks: Sequence[Hook] = ()
+    model: LensModel,
+    base: BaseRun,
+    layer: int,
+    resid: Float[Tensor, "row pos d_model"],
+    hooks: Sequence[Hook] = (),
+    reads: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "row pos d_model"]:
-    """Output of one block alone, for variants of a base run."""
-    return run_from(model, base, layer, resid, hooks, stop=layer + 1)
+    """Output of one block alone, for variants of a base run; ``reads`` as for `run_from`."""
+    return run_from(model, base, layer, resid, hooks, stop=layer + 1, reads=reads)
 
 
 def unembed(model: LensModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
@@ -343,19 +527,43 @@ def _scaled(rows: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda tensor: (tensor * rows).to(tensor.dtype)
 
 
+def _given_prefix(prefix: "BaseRun | Prefix | None", stop: int) -> Prefix:
+    if isinstance(prefix, BaseRun):
+        return prefix.prefix if prefix.start == stop else ()
+    return prefix or ()
+
+
 def _prefix(model: LensModel, base: BaseRun) -> Prefix:
     with torch.no_grad():
-        return _past(model, base.tokens, base.start)
+        return _past(model, base.tokens, base.start, (*base.fixed, *base.patched))
 
 
-def _past(model: LensModel, tokens: Tokens, stop: int) -> Prefix:
+def _past(model: LensModel, tokens: Tokens, stop: int, fixed: Sequence[Fixed] = ()) -> Prefix:
     """Keys and values of the columns before ``stop``; prompts of one length begin alike: one row is run for all."""
     ids, mask = tokens.ids[:, :stop], tokens.mask[:, :stop]
+    after = tokens.ids.shape[1] - stop
+    held = [part.hook(1, after) for part in fixed if part.values.shape[1] > after]
     alike = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
-    if model.edited or not alike:  # an edit may tell rows apart
-        return model.backend.prefix(tokens, stop)
+    if model.edited or held or not alike:  # an edit may tell rows apart
+        with model.hooks(held):
+            return model.backend.prefix(tokens, stop)
     past = model.backend.prefix(tokens.rows(slice(0, 1)), stop)
     return tuple((keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1)) for keys, values in past)
+
+
+def _only(pair: tuple[Tensor, Tensor], whole: bool) -> tuple[Tensor, Tensor]:
+    return pair if whole else (pair[0][:, :, :0], pair[1][:, :, :0])
+
+
+def _reading(
+    model: LensModel, layer: int, dropped: int, reads: Callable[[Tensor], Tensor] | None
+) -> contextlib.AbstractContextManager[None]:
+    """Context in which the heads of a layer read other values in the columns from the start on."""
+    if reads is None:
+        return contextlib.nullcontext()
+    return model.backend.reads(
+        layer, lambda own: torch.cat([own[:, :dropped], reads(own[:, dropped:])], dim=1) if dropped else reads(own)
+    )
 
 
 def _change(base: BaseRun, layer: int, resid: Tensor, dropped: int) -> Tensor:

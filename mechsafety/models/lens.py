@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from mechsafety.inputs import Count, Prompts, prompt_text, public
 from mechsafety.models.backend import Backend, use_of
 from mechsafety.models.decode import Cursor, check_room, greedy
 from mechsafety.models.shortcuts import Shortcuts
+from mechsafety.models.state import open_edit, open_edits
 from mechsafety.models.template import checked_options, render
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
@@ -65,8 +66,7 @@ class LensModel:
         self.parallel = sizes.parallel
         self.shortcuts = Shortcuts()
         self.max_batch_tokens: int | None = None
-        self._use = use_of(backend.module)
-        self.lock = self._use.lock
+        self.lock = use_of(backend.module).lock
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" over {self.n_kv_heads}" if self.n_kv_heads != self.n_heads else "")
@@ -182,22 +182,26 @@ class LensModel:
     # --- running ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def hooks(self, hooks: Sequence[tuple[Site, Callable[[Tensor], "Tensor | None"]]]) -> Iterator[None]:
+    def hooks(
+        self, hooks: Sequence[tuple[Site, Callable[[Tensor], "Tensor | None"]]], *, by_column: bool = False
+    ) -> Iterator[None]:
         """Context in which each function sees its site's activation and may return a new one in its place.
 
         No hook is left behind, also after an exception.
+
+        Args:
+            hooks: Sites and functions.
+            by_column: Each function does with a column what it would do with it alone. Otherwise the engine runs all
+                columns of a prompt in one forward, so that a function may count them.
         """
-        with self.lock, self.backend.hooks(hooks):
-            self._use.open_hooks += len(hooks)
-            try:
-                yield
-            finally:
-                self._use.open_hooks -= len(hooks)
+        counted = open_edit(self.backend.module, by_column) if hooks else nullcontext()
+        with self.lock, self.backend.hooks(hooks), counted:
+            yield
 
     @property
     def edited(self) -> bool:
-        """Whether some hook of `hooks` sees this model's activations now, whichever wrapper of it opened that."""
-        return self._use.open_hooks > 0
+        """Whether some hook of `hooks` sees this model's activations now, through whichever of its wrappers."""
+        return bool(open_edits(self.backend.module))
 
     @property
     def pad_id(self) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields, replace
 
+from mechsafety.errors import MechsafetyError
+
 
 @dataclass(frozen=True, slots=True)
 class Shortcuts:
@@ -37,7 +39,14 @@ class Shortcuts:
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
 
     def without(self, *names: str) -> "Shortcuts":
-        """The same with some switched off."""
+        """The same with some switched off.
+
+        Raises:
+            MechsafetyError: A name that is none of them.
+        """
+        unknown = [name for name in names if name not in _names()]
+        if unknown:
+            raise MechsafetyError(f"shortcuts {unknown}", expected=f"some of {_names()}")
         return replace(self, **dict.fromkeys(names, False))
 
     @classmethod
@@ -48,8 +57,13 @@ class Shortcuts:
     @classmethod
     def only(cls, name: str) -> "Shortcuts":
         """One on, and what it needs: a kept prefix shows only where columns are dropped."""
-        needed = (name, "drop_positions") if name == "shared_prefix" else (name,)
-        return cls().without(*(other for other in cls().on if other not in needed))
+        needed = {name, "drop_positions"} if name == "shared_prefix" else {name}
+        on = cls().without(name).on  # an unknown name is an error there
+        return cls().without(*(other for other in (*on, name) if other not in needed))
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(field.name for field in fields(Shortcuts))
 
 
 ALL_ON = Shortcuts()

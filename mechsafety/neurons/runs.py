@@ -17,6 +17,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel, decode
 from mechsafety.models.decode import Cursor, check_room
+from mechsafety.models.engine import shared_columns
 from mechsafety.sites import Site, SiteKind
 
 # rows x columns of one batch: a layer's neurons of it are a few MB, those of all layers below 400 MB on a 135M model
@@ -83,7 +84,7 @@ def lay_out(model: LensModel, rows: Sequence[Sequence[int]], most: int | None = 
         most: Largest number of shared columns; by default all but the last token of the shortest row.
     """
     shared = 0
-    if len(rows) > 1 and model.backend.by_position:
+    if len(rows) > 1 and model.backend.by_position and shared_columns(model, 1):
         first = rows[0][: min(map(len, rows)) - 1 if most is None else most]
         shared = next((k for k, token in enumerate(first) if any(row[k] != token for row in rows)), len(first))
     width = max(map(len, rows))

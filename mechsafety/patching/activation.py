@@ -18,11 +18,12 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import (
     BaseRun,
     Hook,
-    expand_rows,
+    check_current,
     from_column,
     from_later,
     max_variants,
-    run_from,
+    may_begin_later,
+    resume,
     split_rows,
 )
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -161,6 +162,7 @@ def activation_patching(
     alone = source in ("other", "zero") and isinstance(positions, str) and positions != "each"
     batches: list[Callable[[], PairRuns]]
     if isinstance(pairs, PairRuns):
+        check_current(model, pairs.harmful, pairs.harmless)
         check_start(pairs, positions, source)
         batches = [lambda: pairs]
     else:
@@ -221,10 +223,9 @@ def _patched(
             for first in range(0, len(order), size):
                 chunk = order[first : first + size]
                 chosen = [rows[row][0] for row in chunk]
-                start = min(site.layer or 0 for site in chosen)
                 where = torch.stack([rows[row][1][:, column:] for row in chunk])
                 hooks = _site_hooks(chosen, where, later, sizes)
-                logits = run_from(model, here, start, expand_rows(here.resid[start], len(chunk)), hooks)
+                logits = resume(model, here, hooks, len(chunk))
                 scores[chunk] = split_rows(metric(logits), len(chunk))
                 done(len(chunk))
     return scores
@@ -234,7 +235,7 @@ def _by_first_column(
     model: LensModel, base: BaseRun, masks: Sequence[Bool[Tensor, "batch pos"]]
 ) -> list[tuple[int, list[int]]]:
     """Rows by their first patched column, which need no earlier one run: up to four groups, and where each begins."""
-    if model.edited or not base.shortcuts.drop_positions:
+    if not may_begin_later(model, base):
         return [(0, list(range(len(masks))))]
     first = [int(mask.any(0).int().argmax()) for mask in masks]
     step = max(1, -(-base.n_pos // 4))

@@ -15,13 +15,16 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
     BaseRun,
+    Fixed,
     Hook,
+    check_current,
     expand_rows,
     max_variants,
-    run_from,
+    resume,
     split_rows,
     twin_runs,
 )
+from mechsafety.models.parts import check_patchable
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs, TokenPairs
 from mechsafety.sites import Site, SiteKind
@@ -55,6 +58,7 @@ def pair_runs(
     extra: Sequence[SiteKind] = (),
     start: int | None = None,
     max_batch_tokens: Count | None = None,
+    fixed: Sequence[Fixed] = (),
 ) -> PairRuns:
     """Run both prompts of every pair once.
 
@@ -64,6 +68,7 @@ def pair_runs(
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; the first difference by default.
         max_batch_tokens: Rows x columns of variants that go through the model at once; None finds how many fit.
+        fixed: Values that hold in both runs, and in their variants.
 
     Raises:
         MechsafetyError: A pair does not align.
@@ -71,7 +76,7 @@ def pair_runs(
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
-    harmful, harmless = twin_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens)
+    harmful, harmless = twin_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
     return PairRuns(harmful, harmless, first)
 
 
@@ -96,8 +101,10 @@ def pair_batches(
     Raises:
         MechsafetyError: A pair does not align.
     """
+    fixed: tuple[Fixed, ...] = ()
     if isinstance(pairs, PairRuns):
-        base = pairs.harmful
+        check_current(model, pairs.harmful, pairs.harmless)
+        base, fixed = pairs.harmful, pairs.harmful.fixed
         if len(base) * base.n_pos <= max_tokens and not set(extra) - set(base.acts):
             return [partial(_same, pairs)]
         tokens = TokenPairs.of(pairs.harmful.tokens, pairs.harmless.tokens)
@@ -105,9 +112,8 @@ def pair_batches(
         tokens = model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     size = max(1, max_tokens // (tokens.harmful.ids.shape[1] - first))
-    return [
-        partial(_run_rows, model, tokens, slice(row, row + size), extra, start) for row in range(0, len(tokens), size)
-    ]
+    parts = [slice(row, row + size) for row in range(0, len(tokens), size)]
+    return [partial(_run_rows, model, tokens, rows, extra, start, fixed) for rows in parts]
 
 
 def _same(runs: PairRuns) -> PairRuns:
@@ -115,9 +121,15 @@ def _same(runs: PairRuns) -> PairRuns:
 
 
 def _run_rows(
-    model: LensModel, tokens: TokenPairs, rows: slice, extra: Sequence[SiteKind], start: int | None
+    model: LensModel,
+    tokens: TokenPairs,
+    rows: slice,
+    extra: Sequence[SiteKind],
+    start: int | None,
+    fixed: Sequence[Fixed],
 ) -> PairRuns:
-    return pair_runs(model, tokens.rows(rows), extra=extra, start=start)
+    held = [part.rows(rows) for part in fixed]
+    return pair_runs(model, tokens.rows(rows), extra=extra, start=start, fixed=held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +151,13 @@ class Patch:
 
     @classmethod
     def of(cls, model: LensModel, variants: Sequence[Sequence[Node]]) -> "Patch":
-        """Patch the listed nodes, one list a variant."""
+        """Patch the listed nodes, one list a variant.
+
+        Raises:
+            MechsafetyError: A node that the model lacks, or that holds no value of its own (``embed``, ``logits``).
+        """
+        for node in dict.fromkeys(node for nodes in variants for node in nodes):
+            check_patchable(model, node)
         heads = torch.zeros(len(variants), model.n_layers, model.n_heads, dtype=torch.bool)
         mlps = torch.zeros(len(variants), model.n_layers, dtype=torch.bool)
         any_neuron = any(node.kind == "neuron" for nodes in variants for node in nodes)
@@ -150,7 +168,7 @@ class Patch:
                     heads[row, node.layer, node.index] = True
                 elif node.kind == "mlp":
                     mlps[row, node.layer] = True
-                elif node.kind == "neuron" and neurons is not None:
+                elif neurons is not None:
                     neurons[row, node.layer, node.index] = True
         return cls(heads.to(model.device), mlps.to(model.device), None if neurons is None else neurons.to(model.device))
 
@@ -189,7 +207,7 @@ def patched_logits(
         patch: What is replaced.
         positions: Columns at which it is replaced (of those from ``base.start``); all by default.
         max_batch_tokens: Rows x columns of one engine batch.
-        start: Block to start at; the first patched one by default.
+        start: Block at which the variants begin to differ from the run; the first patched one by default.
     """
     size = max_variants(base, max_batch_tokens)
     columns = torch.ones_like(base.tokens.mask[:, base.start :]) if positions is None else positions
@@ -197,11 +215,9 @@ def patched_logits(
     for first in range(0, len(patch), size):
         part = patch.rows(slice(first, first + size))
         layers = part.layers
-        begin = min(layers, default=model.n_layers) if start is None else start
         with torch.no_grad():
-            resid = expand_rows(base.resid[begin], len(part))
             hooks = _patch_hooks(part, layers, source, columns)
-            done.append(split_rows(run_from(model, base, begin, resid, hooks), len(part)))
+            done.append(split_rows(resume(model, base, hooks, len(part), layer=start), len(part)))
     return torch.cat(done)
 
 
@@ -323,7 +339,26 @@ def masked_logits(
             weights[SiteKind.NEURONS] = rearrange(mask.neurons[..., layer, :], "... neuron -> ... 1 neuron")
         weights[SiteKind.MLP_OUT] = rearrange(mask.mlps[..., layer], "... -> ... 1 1")
         hooks += [(Site(kind, layer), blend(stored(source, kind)[layer], w)) for kind, w in weights.items()]
-    return run_from(model, base, 0, base.resid[0], hooks)
+    return resume(model, base, hooks)
+
+
+def fixed_nodes(model: LensModel, source: Mapping[SiteKind, Tensor], nodes: Sequence[Node]) -> tuple[Fixed, ...]:
+    """What holds nodes at their values in a stored run, of heads, MLPs and neurons.
+
+    Args:
+        model: The model.
+        source: Their values by site kind, as `BaseRun.acts`.
+        nodes: Which.
+    """
+    patch = Patch.of(model, [nodes])
+    found: list[Fixed] = []
+    for layer in patch.layers:
+        for kind, chosen in ((SiteKind.Z, patch.heads), (SiteKind.NEURONS, patch.neurons)):
+            if chosen is not None and bool(chosen[0, layer].any()):
+                found.append(Fixed(Site(kind, layer), stored(source, kind)[layer], chosen[0, layer]))
+        if bool(patch.mlps[0, layer]):
+            found.append(Fixed(Site(SiteKind.MLP_OUT, layer), stored(source, SiteKind.MLP_OUT)[layer]))
+    return tuple(found)
 
 
 def blend(values: Tensor, weight: Tensor | float, own: Tensor | None = None) -> Callable[[Tensor], Tensor]:

@@ -238,8 +238,8 @@ def _attend(model: LensModel, run: BaseRun, layer: int, live: str = "") -> _Atte
     hooks: list[Any] = [(Site(kind, layer), note(name)) for name, kind in kinds.items()]
     hooks.append((Site(SiteKind.PATTERN, layer), stop))
     norms, resid = block_norms(model, layer, "ln1"), run.resid[layer]
-    with model.backend.reads(layer, leaf), contextlib.suppress(_Enough):
-        run_block(model, run, layer, resid if norms else leaf(resid), hooks)
+    with contextlib.suppress(_Enough):
+        run_block(model, run, layer, resid if norms else leaf(resid), hooks, leaf)
     return _Attention(seen["reads"], seen["scores"], seen["pattern"], seen["v"])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.engine import BaseRun, split_rows, unembed
+from mechsafety.models.engine import BaseRun, check_current, split_rows, unembed
 from mechsafety.patching.norms import keep_scales
 
 # elements of one unembedding: 64 MiB of float32
@@ -33,6 +33,7 @@ def final_scores(
         metric: What is measured.
         norm: ``recompute`` or ``freeze``, of the final norm.
     """
+    check_current(model, base)
     final, ln = base.resid[-1][:, -1], model.backend.last_norm
     rows = rearrange(final + change.to(final.dtype), "variant batch d -> (variant batch) d")
     # a soft cap is not linear, and coarser types round every logit

@@ -19,9 +19,11 @@ from mechsafety.models.engine import (
     run_from,
     split_rows,
 )
+from mechsafety.models.parts import has_node
 from mechsafety.nodes import Node
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms
 from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
+from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
 DOWNSTREAM = ("live", "frozen")
@@ -50,6 +52,10 @@ class Projection:
     def __post_init__(self) -> None:
         if self.site.kind not in STREAM:
             raise MechsafetyError(f"a projection at {self.site}", expected=f"one of {[str(kind) for kind in STREAM]}")
+        if isinstance(self.columns, str) and self.columns not in ("all", *SPANS):
+            raise MechsafetyError(
+                f"a projection at columns={self.columns!r}", expected=f"'all', one of {SPANS}, or columns from the end"
+            )
         length = float(self.vector.float().norm())
         if not abs(length - 1) < 1e-3:
             raise MechsafetyError(
@@ -86,11 +92,10 @@ def reaches(sender: Node, receiver: Node, *, parallel: bool) -> bool:
 
 def check_receivers(model: LensModel, receivers: Sequence[Receiver]) -> None:
     """Raise a `MechsafetyError` for whatever cannot receive in this model."""
-    sizes = {"head": model.n_heads, "neuron": model.d_mlp}
     for node, slot in receivers:
         if slot not in SLOTS.get(node.kind, ()):
             raise MechsafetyError(f"{node} has no slot {slot!r}", expected=f"one of {SLOTS}")
-        if not 0 <= (node.layer or 0) < model.n_layers or not 0 <= (node.index or 0) < sizes.get(node.kind, 1):
+        if not has_node(model, node):
             raise MechsafetyError(f"{node} does not exist in {model!r}")
 
 

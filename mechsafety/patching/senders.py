@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
-from mechsafety.models.engine import BaseRun, split_rows
+from mechsafety.models.engine import BaseRun, check_current, split_rows
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import stored
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms, through_norm
@@ -105,6 +105,9 @@ def node_outputs(
         run: A run that holds what the nodes need; for neurons, ``neurons``.
         nodes: In any order.
         at: Columns to compute.
+
+    Raises:
+        MechsafetyError: ``embed`` or ``logits``.
     """
     rows = []
     for node in nodes:
@@ -117,8 +120,10 @@ def node_outputs(
             activation = stored(run.acts, SiteKind.NEURONS)[layer][:, at, node.index].float()
             weight = neuron_weights(model, layer)[node.index]
             rows.append(einsum(activation, weight, "batch pos, d_model -> batch pos d_model"))
-        else:
+        elif node.kind == "mlp":
             rows.append(run.acts[SiteKind.MLP_OUT][layer][:, at].float())
+        else:
+            raise MechsafetyError(f"{node} writes nothing of its own", expected="heads, MLPs or neurons")
     return torch.stack(rows)
 
 
@@ -146,6 +151,7 @@ def sender_changes(
         at: Columns to compute.
         positions: Columns in which senders change; all by default.
     """
+    check_current(model, base, source)
     resid = base.resid[0][:, at]
     out = torch.zeros(len(senders), *resid.shape, device=resid.device)
     groups: dict[tuple[str, int], list[int]] = {}
@@ -189,7 +195,12 @@ def propagate(
         norm: ``recompute``, or ``freeze`` for norms on the way that keep the base run's scale.
         at: Columns to compute (everything is local to a column).
         positions: Columns in which senders change; all by default.
+
+    Raises:
+        MechsafetyError: MLPs are to respond, in a run that keeps some of them at other values.
     """
+    if base.fixed and mlp == "recompute":
+        raise MechsafetyError("runs in which nodes are knocked out", expected="mlp='freeze' on such runs")
     # senders in the order in which they enter, so that those that have entered are the first rows
     order = sorted(range(len(senders)), key=lambda row: entry(senders[row]))
     ordered = [senders[row] for row in order]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from reference import hook_count, patched_whole
 
+import mechsafety as ms
 from mechsafety.attribution.nodes import node_attribution
 from mechsafety.circuits import backups as module
 from mechsafety.circuits.backups import find_backups, knocked_out
@@ -128,17 +129,34 @@ def test_knocked_out(kind, make_model, pairs, log_odds):
     model = make_model(kind)
     clean, runs, gone = hook_count(model), pair_runs(model, pairs), [Node("head", 0, 1), Node("mlp", 1)]
     tokens = model.tokenize_pairs(pairs)
-    with knocked_out(model, runs, gone) as here:
-        expected = patched_whole(model, tokens.harmful, tokens.harmless, gone)
-        torch.testing.assert_close(here.harmful.logits, expected, atol=1e-4, rtol=1e-4)
-        assert here.harmless is runs.harmless
-        torch.testing.assert_close(model.logits(tokens.harmless), runs.harmless.logits, atol=1e-4, rtol=1e-4)
-        for node in (Node("head", 0, 0), Node("head", 2, 3), Node("mlp", 2)):
-            found = activation_patching(model, here, log_odds, nodes=[node], progress=False).changes[0]
-            both = patched_whole(model, tokens.harmful, tokens.harmless, [*gone, node])
-            torch.testing.assert_close(found, log_odds(expected) - log_odds(both), atol=1e-3, rtol=1e-3)
-    assert hook_count(model) == clean
+    here = knocked_out(model, runs, gone)
+    expected = patched_whole(model, tokens.harmful, tokens.harmless, gone)
+    torch.testing.assert_close(here.harmful.logits, expected, atol=1e-4, rtol=1e-4)
+    assert here.harmless.logits is runs.harmless.logits and here.harmless.fixed == here.harmful.fixed
+    for node in (Node("head", 0, 0), Node("head", 2, 3), Node("mlp", 2)):
+        found = activation_patching(model, here, log_odds, nodes=[node], progress=False).changes[0]
+        both = patched_whole(model, tokens.harmful, tokens.harmless, [*gone, node])
+        torch.testing.assert_close(found, log_odds(expected) - log_odds(both), atol=1e-3, rtol=1e-3)
+    assert hook_count(model) == clean and not model.edited
     torch.testing.assert_close(model.logits(tokens.harmful), runs.harmful.logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ZeroDivisionError), knocked_out(model, runs, gone):
-        _ = 1 / 0
-    assert hook_count(model) == clean
+
+
+def test_more_pairs_than_are_attributed_at_once(llama, pairs, log_odds):
+    """What is knocked out stays so where pairs are run again a few at a time, and where columns are left out."""
+    many = ms.PromptPairs(pairs.pairs * 12)
+    gone = [Node("head", 0, 1), Node("mlp", 1)]
+    few, all_of_them = (knocked_out(llama, pair_runs(llama, some), gone) for some in (pairs, many))
+    columns = 12 * len(pairs) * few.harmful.n_pos
+    assert columns > 256, "or nothing is run again"
+    for neurons in (False, True):
+        found = [node_attribution(llama, runs, log_odds, steps=2, neurons=neurons) for runs in (few, all_of_them)]
+        torch.testing.assert_close(found[1].heads, found[0].heads, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[1].mlps, found[0].mlps, atol=1e-4, rtol=1e-4)
+        assert float(found[0].mlps[1].abs()) < 1e-6 and float(found[0].heads[0, 1].abs()) < 1e-6
+    scores = [ms.edge_attribution(llama, runs, log_odds, steps=1, progress=False).scores for runs in (few, all_of_them)]
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-4, rtol=1e-4)
+    each = [
+        ms.activation_patching(llama, runs, log_odds, nodes=[Node("mlp", 2)], positions="each", progress=False).changes
+        for runs in (few, all_of_them)
+    ]
+    torch.testing.assert_close(each[1][:, : len(pairs)], each[0], atol=1e-4, rtol=1e-4)

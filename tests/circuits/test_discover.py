@@ -1,8 +1,12 @@
 """Faithfulness against slow whole forwards, and the search on a model whose circuit is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import patched_whole
 
 import mechsafety as ms
@@ -10,10 +14,13 @@ from mechsafety.attribution import NodeAttribution, node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.discover import CURVE_SHARES, _without_blocks, discover, faithfulness_curve, marginals
 from mechsafety.circuits.edge_meter import EdgeMeter
-from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.meters import FaithfulnessMeter, _cuts
+from mechsafety.circuits.neurons import NeuronMeter
 from mechsafety.circuits.stability import attribute_pairs
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.sites import SiteKind
 
 TRUE = (Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0))
 ALL = head_and_mlp_nodes(3, 4)
@@ -262,3 +269,50 @@ def test_blocks_leave_what_matters():
     assert _without_blocks(parts[:20], reaches, 30, Budget()) == parts[:20]
     spent = Budget(1.0, clock=iter([0.0, *[2.0] * 10]).__next__)
     assert _without_blocks(parts, reaches, 30, spent) == parts
+
+
+def _all_ways(needed, groups):
+    """The grouping as it is defined: every way to cut, in order, the first of those with the fewest cells."""
+    ways = [w for k in range(groups) for w in itertools.combinations(range(1, len(needed)), k)]
+
+    def cells(cuts):
+        ends = [*cuts, len(needed)]
+        return sum((b - a) * needed[b - 1] for a, b in itertools.pairwise([0, *ends]))
+
+    return min(ways, key=cells)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4))
+def test_groups_by_length_are_the_best_of_all_ways(lengths, groups):
+    assert _cuts(sorted(lengths), groups) == _all_ways(sorted(lengths), groups)
+
+
+def test_many_pairs_are_grouped_by_their_lengths_alone(monkeypatch):
+    """The work is that of the different lengths: 100 times as many pairs make no larger table."""
+    sizes = []
+    real = np.where
+    monkeypatch.setattr(np, "where", lambda mask, *rest: sizes.append(mask.shape) or real(mask, *rest))
+    few, many = ([length for length in (5, 8, 9, 30) for _ in range(n)] for n in (2, 200))
+    assert _cuts(many, 3) == tuple(100 * cut for cut in _cuts(few, 3)) and sizes == [(4, 4), (4, 4)]
+
+
+def test_parts_that_a_meter_would_not_measure_are_refused(llama, pairs, log_odds):
+    runs = pair_runs(llama, pairs, extra=[SiteKind.NEURONS])
+    nodes, edge = FaithfulnessMeter(llama, runs, log_odds), Edge(Node("embed"), Node("mlp", 1), "mlp")
+    text = "embed in a circuit of FaithfulnessMeter; expected its parts: ['head', 'mlp']"
+    with pytest.raises(MechsafetyError) as error:
+        nodes.kept([[Node("embed"), Node("head", 0, 1)]])
+    assert str(error.value) == text
+    cases = [
+        (lambda: nodes.kept([[edge]]), "embed -> L1.MLP .mlp. in a circuit of FaithfulnessMeter"),
+        (lambda: nodes.removed([[edge]]), "embed -> L1.MLP .mlp. in a circuit of FaithfulnessMeter"),
+        (lambda: nodes.kept([[Node("neuron", 1, 3)]]), "L1.N3 in a circuit of FaithfulnessMeter"),
+        (lambda: nodes.kept([[]], near=[Node("logits")]), "logits in a circuit of FaithfulnessMeter"),
+        (lambda: nodes.removed([[Node("logits")]]), "logits cannot be patched; expected heads, MLPs or neurons"),
+        (lambda: NeuronMeter.of(nodes, (1,)).kept([[Node("mlp", 1)]]), "L1.MLP in a circuit of NeuronMeter"),
+        (lambda: EdgeMeter(llama, runs, log_odds).kept([[Node("mlp", 1)]]), "L1.MLP in a circuit of EdgeMeter"),
+        (lambda: EdgeMeter(llama, runs, log_odds).removed([[Node("mlp", 1)]]), "L1.MLP in a circuit of EdgeMeter"),
+    ]
+    for call, match in cases:
+        with pytest.raises(MechsafetyError, match=match):
+            call()

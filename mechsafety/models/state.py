@@ -1,0 +1,81 @@
+"""Whether a model is still what it was when something was stored about it: the same one, its edits, its weights."""
+
+import itertools
+import weakref
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mechsafety.models.backend import use_of
+
+_NUMBERS = itertools.count(1)
+# where each parameter hangs: to walk all modules takes as long as a small model's forward
+_PLACES: "weakref.WeakKeyDictionary[nn.Module, list[tuple[MutableMapping[str, Any], str]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@contextmanager
+def open_edit(module: nn.Module, by_column: bool = False) -> Iterator[None]:
+    """Context in which the model counts as edited, through whichever of its wrappers; see `LensModel.hooks`."""
+    edits, edit = use_of(module).edits, (next(_NUMBERS), by_column)
+    edits.append(edit)
+    try:
+        yield
+    finally:
+        edits.remove(edit)
+
+
+def open_edits(module: nn.Module) -> tuple[int, ...]:
+    """Numbers of the edits that are open, each given once a process."""
+    return tuple(number for number, _ in use_of(module).edits)
+
+
+def tells_columns_apart(module: nn.Module) -> bool:
+    """Whether an open edit may depend on which columns a forward has."""
+    return not all(by_column for _, by_column in use_of(module).edits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelState:
+    """A model as it is at one moment.
+
+    Attributes:
+        module: It.
+        edits: Numbers of its open edits.
+        weights: Hash of which parameters it has, and of how often each was written to. A change behind autograd's
+            back (``parameter.data``) is not seen.
+    """
+
+    module: "weakref.ref[nn.Module]"
+    edits: tuple[int, ...]
+    weights: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "ModelState":
+        """Its state now."""
+        return cls(weakref.ref(module), open_edits(module), _weights(module))
+
+    def difference(self, module: nn.Module) -> str:
+        """What differs in a model from this state, in words; empty if nothing does."""
+        if self.module() is not module:
+            return "another model made them"
+        if self.edits != open_edits(module):
+            return "the model was edited, or an edit ended, since they were stored"
+        return "" if self.weights == _weights(module) else "the model's weights changed since they were stored"
+
+
+def _weights(module: nn.Module) -> int:
+    places = _PLACES.get(module)
+    if places is None:
+        every = [part._parameters for part in module.modules()]
+        places = _PLACES[module] = [(own, name) for own in every for name in own if own[name] is not None]
+    return hash(tuple(map(_mark, (own.get(name) for own, name in places))))
+
+
+def _mark(parameter: Any) -> tuple[int, int]:
+    # tensors of inference mode count no writes
+    return (id(parameter), 0 if parameter is None or parameter.is_inference() else parameter._version)
