@@ -71,8 +71,10 @@ class LabelledPrompts:
             MechsafetyError: None is left, or none with one of the labels.
         """
         kept = unseen(self.prompts, train.prompts, self.name)
-        values = (self.prompts, self.unsafe, self.groups)
-        return LabelledPrompts(self.name, *(tuple(row[k] for k in kept) if row else () for row in values))
+        groups = tuple(self.groups[k] for k in kept) if self.groups else ()
+        return LabelledPrompts(
+            self.name, tuple(self.prompts[k] for k in kept), tuple(self.unsafe[k] for k in kept), groups
+        )
 
 
 @public
