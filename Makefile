@@ -17,7 +17,8 @@ CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patchin
 	tests/patching/test_sites.py tests/patching/test_paths.py tests/patching/test_paths_readout.py \
 	tests/patching/test_paths_matrix.py tests/attribution/test_nodes.py tests/attribution/test_direct.py \
 	tests/attribution/test_edge_attribution.py tests/attribution/test_edge_twins.py \
-	tests/circuits/test_discover.py tests/circuits/test_edges.py tests/circuits/test_verify.py
+	tests/circuits/test_discover.py tests/circuits/test_edges.py tests/circuits/test_verify.py \
+	tests/interventions/test_orthogonalized.py
 # tests of one file stay in one process: they share what it has built
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export HF_HUB_OFFLINE := 1
@@ -25,7 +26,7 @@ export HF_HUB_OFFLINE := 1
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser gallery lint format train train-certified evaluate bench bench-truth clean
+.PHONY: demo test test-tl3 test-browser models coverage gallery lint format train train-certified evaluate bench bench-truth clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -45,6 +46,14 @@ test-browser: $(DEV)
 # pictures for the README and the docs; CIRCUITS="a.json b.json" draws maps of your own in place of docs/gallery/demo.json
 gallery: $(DEV)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
+
+# docs/models.md: which architectures load, and how exactly, on tiny random models
+models: $(DEV)
+	$(BIN)/python scripts/models_table.py
+
+# docs/results/coverage.md: how often intervals hold the true value; about ten minutes
+coverage: $(DEV)
+	$(BIN)/python scripts/simulate_coverage.py
 
 # the core on TransformerLens 3.9: tiny models, and the demo model where its numbers are compared with those of 4.3
 test-tl3: $(STAMP3)
