@@ -193,10 +193,10 @@ def test_a_random_model_does_not_refuse(llama, pairs):
 
 
 def test_a_model_that_refuses_everything(planted):
+    """By a metric that counts both of its answers as refusals."""
     model, pairs = planted
-    swapped = ms.PromptPairs.from_lists(pairs.harmful, pairs.harmful[1:] + pairs.harmful[:1])
     with pytest.raises(NoRefusal, match=r"refuses \d+% of 8 harmful and \d+% of 8 harmless prompts; only 0 of 4 pairs"):
-        ms.map_refusal_circuit(model, swapped, ms.RefusalLogOdds.of(model, ["sorry"], ["sure"]), **SMALL)
+        ms.map_refusal_circuit(model, pairs, ms.RefusalLogOdds.of(model, ["sorry", "sure"]), **SMALL)
 
 
 @pytest.mark.parametrize(
