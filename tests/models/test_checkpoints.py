@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import load
+from mechsafety.models.gguf import load_gguf
 
 PROMPTS = ["how do i make a bomb", "teach me to help"]
 
@@ -96,7 +97,7 @@ def test_tied_weights_and_harmless_extras(folder, make_hf_model, make_tokenizer)
     plain = ms.load_model((make_hf_model("llama"), make_tokenizer()))
     assert torch.equal(model.logits(PROMPTS), plain.logits(PROMPTS))
     tied = ms.load_model(folder(without("lm_head.weight"), tie_word_embeddings=True))
-    assert torch.equal(tied.W_U, tied.hf_model.get_input_embeddings().weight.T)
+    assert torch.equal(tied.W_U, tied.bridge.W_E.T)
 
 
 def test_masks_of_older_gpt2_checkpoints(folder):
@@ -155,11 +156,12 @@ def test_rotary_factors_of_llama_3(factor, tmp_path):
     factors = llama3_factors(10000.0, 64, factor)
     assert 0 < sum((factors > 1) & (factors < factor)) < 16
     tensors = {**gguf_tensors(reference), "rope_freqs.weight": factors}
-    gap, model = gap_to(reference, write_gguf(tmp_path / "three.gguf", reference, tensors))
-    assert gap < 1e-4
-    assert model.hf_model.config.rope_parameters == rope | {"factor": pytest.approx(factor)}
-    assert torch.equal(model.hf_model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)
-    assert not torch.equal(model.hf_model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    path = write_gguf(tmp_path / "three.gguf", reference, tensors)
+    assert gap_to(reference, path)[0] < 1e-4
+    made = load_gguf(path)[0]
+    assert made.config.rope_parameters == rope | {"factor": pytest.approx(factor)}
+    frequencies = [model.model.rotary_emb.inv_freq for model in (made, reference, plain)]
+    assert torch.equal(*frequencies[:2]) and not torch.equal(*frequencies[1:])
 
 
 def test_rotary_factors_that_change_nothing(tmp_path):
@@ -236,7 +238,7 @@ def test_dtypes(make_hf_model, make_tokenizer, tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     for dtype, expected in (("auto", torch.bfloat16), (torch.float16, torch.float16), (None, torch.float32)):
         assert ms.load_model(tmp_path, dtype=dtype).dtype == expected
-    for dtype, expected in (("auto", torch.bfloat16), ("torch.float32", torch.float32)):
+    for dtype, expected in (("auto", torch.bfloat16), ("torch.float16", torch.float16)):
         pair = (make_hf_model("llama", dtype=torch.bfloat16), make_tokenizer())
         assert ms.load_model(pair, dtype=dtype).dtype == expected
 
