@@ -191,6 +191,26 @@ class Backend(ABC):
             MechsafetyError: They are not found under any known name.
         """
 
+    @contextmanager
+    def block_inputs(self) -> Iterator[dict[int, Tensor]]:
+        """Context in which what every block is called with is noted, as it is before any edit in the block."""
+        seen: dict[int, Tensor] = {}
+
+        def note(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+            return hook
+
+        handles: list[Any] = []
+        try:
+            for layer in range(self.sizes.n_layers):
+                handles.append(self._block(layer).register_forward_pre_hook(note(layer), with_kwargs=True))
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def head_norm(self, layer: int, slot: str) -> nn.Module | None:
         """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
         return getattr(self._block(layer).attn, f"{slot}_norm", None)

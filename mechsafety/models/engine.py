@@ -74,7 +74,7 @@ class BaseRun:
     Attributes:
         tokens: The prompts.
         start: First column that variants can change; ``pos`` in the shapes below counts from here.
-        resid: Input of every block, and last the input of the final norm.
+        resid: Input of every block, before edits of it, and last the input of the final norm.
         calls: What each block was called with besides its input.
         prefix: Keys and values of the columns before ``start``, one pair of [batch kv_head pos d_head] a layer; empty
             if there are none or they are not kept.
@@ -147,8 +147,7 @@ def base_run(
     def note(site: Site) -> tuple[Site, Callable[[Tensor], None]]:
         return site, lambda tensor: store.__setitem__(site, tensor.detach())
 
-    kinds = dict.fromkeys((*keep, SiteKind.RESID_PRE))
-    sites = [Site(kind, layer) for kind in kinds for layer in range(model.n_layers)]
+    sites = [Site(kind, layer) for kind in dict.fromkeys(keep) for layer in range(model.n_layers)]
     given = max_batch_tokens or model.max_batch_tokens or 0
     made = None if given else Allocated(model.backend.module.parameters())
     with torch.no_grad(), model.lock:
@@ -158,15 +157,14 @@ def base_run(
             past = given_past or _past(model, tokens, first, fixed)
         made_by = ModelState.of(model.backend.module)
         notes = [note(site) for site in (*sites, Site(SiteKind.FINAL_NORM_IN))]
-        with model.hooks([*(part.hook(1) for part in fixed), *notes]):
+        with model.backend.block_inputs() as entered, model.hooks([*(part.hook(1) for part in fixed), *notes]):
             last = 1 if on.last_logits else tokens.ids.shape[1] - first
             with made or contextlib.nullcontext():
                 logits, calls = model.backend.run(tokens, first, past, last)
         layers = range(model.n_layers)
         stacks = {kind: torch.stack([store[Site(kind, layer)] for layer in layers]) for kind in keep}
-        inputs = torch.stack(
-            [store[Site(SiteKind.RESID_PRE, k)] for k in layers] + [store[Site(SiteKind.FINAL_NORM_IN)]]
-        )
+        # before any edit at a block's input, which happens again when a variant goes on from there
+        inputs = torch.stack([*(entered[layer] for layer in layers), store[Site(SiteKind.FINAL_NORM_IN)]])
     acts = {kind: from_column(stacks[kind], kind, start - first, axis=1) for kind in keep}
     if made is not None:
         given = batch_tokens(model.device, _token_bytes(model, made.total, tokens.ids[:, first:], past, acts))
@@ -341,16 +339,11 @@ def patched_run(model: LensModel, run: BaseRun, patched: Sequence[Fixed]) -> Bas
         patched: Values; of columns from the run's start on.
     """
     held = (*run.patched, *patched)
-    inputs: dict[int, Tensor] = {}
-
-    def note(layer: int) -> Hook:
-        return (Site(SiteKind.RESID_PRE, layer), lambda tensor: inputs.__setitem__(layer, tensor.detach()))
-
-    with torch.no_grad():
-        notes = [note(layer) for layer in range(1, model.n_layers)]
-        edits = [*notes, *(part.hook(1) for part in held)]
-        final = run_from(model, run, 0, run.resid[0], edits, stop=model.n_layers)
-        resid = torch.stack([run.resid[0], *(inputs[layer] for layer in range(1, model.n_layers)), final])
+    with torch.no_grad(), model.lock:
+        with model.backend.block_inputs() as entered:
+            final = run_from(model, run, 0, run.resid[0], [part.hook(1) for part in held], stop=model.n_layers)
+        inputs = [entered[layer][:, -run.n_pos :] for layer in range(1, model.n_layers)]
+        resid = torch.stack([run.resid[0], *inputs, final])
         made = replace(run, resid=resid, acts={}, patched=held)
         return replace(made, logits=run_from(model, made, model.n_layers, final))
 

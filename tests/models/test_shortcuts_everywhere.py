@@ -23,6 +23,7 @@ from mechsafety.circuits.roles import role_evidence
 from mechsafety.circuits.verify import completeness
 from mechsafety.interventions import ablate, project_out, scale
 from mechsafety.interventions.batched import PromptBatches, run_added, run_removed
+from mechsafety.models.engine import run_from
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.neurons.runs import lay_out, prompt_rows
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -154,7 +155,7 @@ def directions(model, pairs, metric):
 
 def interventions(model, pairs, metric):
     found = []
-    for context in (ablate(model, NODES, prompts=pairs.harmless), project_out(model, torch.ones(model.d_model))):
+    for context in (ablate(model, NODES, prompts=pairs.harmless), project_out(model, torch.ones(model.d_model), 0.5)):
         with context:
             found += [model.logits(pairs.harmful), *pair_runs(model, pairs).scores(metric)]
             found.append(ms.activation_patching(model, pairs, metric, nodes=NODES[-1:], **QUIET).changes)
@@ -278,3 +279,32 @@ def test_edits_that_count_columns_see_all_of_them(context, llama, pairs, log_odd
         with llama.hooks([(Site("z", 0), patch)]):
             whole = log_odds(llama.logits(few.harmful))
     torch.testing.assert_close(found[0], edited - whole, atol=1e-4, rtol=1e-3)
+
+
+TWICE = {
+    "steered": lambda model: ms.steer(model, torch.arange(32.0), 0.1, [0, 1]),
+    "half removed": lambda model: project_out(model, torch.arange(1.0, 33.0), 0.5),
+}
+
+
+@pytest.mark.parametrize("context", TWICE.values(), ids=TWICE)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_edits_of_a_blocks_input_happen_once(name, context, make_model, pairs, log_odds, monkeypatch):
+    """A variant that goes on at a block whose input is edited has that edit once, wherever it goes on from."""
+    model, few = make_model(name), ms.PromptPairs(pairs.pairs[:2])
+    tokens = model.tokenize_pairs(few)
+    circuit = [node for node in head_and_mlp_nodes(3, 4) if node not in NODES[:2]]
+    for shortcuts in (Shortcuts(), COVER[1], COVER[3]):
+        monkeypatch.setattr(model, "shortcuts", shortcuts)
+        with context(model):
+            runs = pair_runs(model, few)
+            for layer in range(4):
+                with torch.no_grad():
+                    logits = run_from(model, runs.harmful, layer, runs.harmful.resid[layer])
+                torch.testing.assert_close(logits, runs.harmful.logits, atol=1e-4, rtol=1e-4)
+            assert float((log_odds(runs.harmful.logits) - log_odds(model.logits(tokens.harmful))).abs().max()) < 1e-3
+            meter = FaithfulnessMeter(model, runs, log_odds)
+            sets = [circuit[:-1], circuit[1:], circuit]
+            torch.testing.assert_close(
+                *(torch.from_numpy(meter.kept(sets, near=one)) for one in (circuit, None)), atol=1e-4, rtol=1e-4
+            )
