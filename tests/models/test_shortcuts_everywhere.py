@@ -62,6 +62,8 @@ def neurons(model, pairs, metric):
 
 
 def searched(model, pairs, metric):
+    if model.parallel or model.post_norm:
+        pytest.skip("its parts are tried on these by themselves")
     meter = FaithfulnessMeter(model, pair_runs(model, pairs), metric)
     attribution = ms.node_attribution(model, meter.runs, metric, steps=1, **QUIET)
     found = discover(meter, meter, attribution, 0.8, rounds=1)
@@ -106,7 +108,7 @@ def edge_scores(model, pairs, metric):
     if model.post_norm:
         pytest.skip("heads do not add up")
     options = {"steps": 1, "nodes": [HEADS[0], HEADS[2], NODES[3]], **QUIET}
-    methods = ("eap-ig", "ig-activations", "mask-ig")
+    methods = ("eap-ig", "mask-ig")
     return [ms.edge_attribution(model, pairs, metric, method=method, **options).scores for method in methods]
 
 
@@ -114,10 +116,7 @@ def activations(model, pairs, metric):
     kinds = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern", "neurons")
     sites = [Site(kind, 1) for kind in kinds] + ([] if model.parallel else [Site("resid_mid", 1)])
     each = {"nodes": [HEADS[1]], "direction": "denoising", "positions": "each"}
-    zero = {"nodes": [Node("neuron", 1, 3)], "source": "zero"}
-    return [
-        ms.activation_patching(model, pairs, metric, **one, **QUIET).changes for one in ({"nodes": sites}, each, zero)
-    ]
+    return [ms.activation_patching(model, pairs, metric, **one, **QUIET).changes for one in ({"nodes": sites}, each)]
 
 
 def paths(model, pairs, metric):
@@ -149,18 +148,22 @@ def directions(model, pairs, metric):
     prompts = PromptBatches.of(model, pairs.harmless)
     vectors = torch.randn(1, 2, model.d_model, generator=torch.Generator().manual_seed(0))
     assert prompts.start > 0
-    runs = [*run_removed(model, prompts, list(vectors[0][:, None])), *run_added(model, prompts, vectors, [1])]
-    return [tensor for run in runs for tensor in (run.logits, run.resid)]
+    found = []
+    for runs in (run_removed(model, prompts, list(vectors[0][:, None])), run_added(model, prompts, vectors, [1])):
+        logits = torch.full((2, len(pairs), model.d_vocab), torch.nan)
+        for run in runs:  # in other chunks where variants go through one at a time
+            logits[torch.tensor(run.variants)[:, None], torch.tensor(run.index)] = run.logits
+        found.append(logits)
+    return found
 
 
 def interventions(model, pairs, metric):
     found = []
-    for context in (ablate(model, NODES, prompts=pairs.harmless), project_out(model, torch.ones(model.d_model), 0.5)):
+    for context in (ablate(model, NODES, source="zero"), project_out(model, torch.ones(model.d_model), 0.5)):
         with context:
-            found += [model.logits(pairs.harmful), *pair_runs(model, pairs).scores(metric)]
-            found.append(ms.activation_patching(model, pairs, metric, nodes=NODES[-1:], **QUIET).changes)
-    contrast = ms.contrast_neurons(model, pairs, **QUIET)
-    return [*found, contrast.harmful_mean, model.generate(pairs.harmful, 2, progress=False)]
+            patched = ms.activation_patching(model, pairs, metric, nodes=NODES[-1:], **QUIET)
+        found += [patched.changes, patched.harmful, patched.harmless]
+    return [*found, ms.contrast_neurons(model, pairs, **QUIET).harmful_mean]
 
 
 ANALYSES = [
@@ -216,18 +219,18 @@ def test_the_same_numbers_under_every_setting(kind, analysis, pairs, log_odds, m
 
 def test_what_a_set_is_worth_equals_plain_hooks_under_all_settings(llama, pairs, log_odds, monkeypatch):
     """Sets that differ little from one that is run once: what minimality, completeness and removal are measured by."""
-    model, few = llama, ms.PromptPairs(pairs.pairs[:2])
+    model, few = llama, ms.PromptPairs(pairs.pairs[:1])
     tokens, expected = model.tokenize_pairs(few), None
     for bits in itertools.product((True, False), repeat=5):
         monkeypatch.setattr(model, "shortcuts", Shortcuts(*bits))
         meter = FaithfulnessMeter(model, pair_runs(model, few), log_odds)
         circuit = [part for part in meter.parts if part not in (HEADS[1], Node("mlp", 0))]
-        sets = [circuit[:-2], [*circuit, HEADS[1]], circuit]
+        sets = [circuit[:-2], circuit]
         if expected is None:
             rows = [[part for part in meter.parts if part not in some] for some in sets]
             logits = [patched_whole(model, tokens.harmful, tokens.harmless, row) for row in rows]
             expected = torch.stack([log_odds(row) for row in logits])
-            assert float((expected[0] - expected[2]).abs().min()) > 1e-2, "what leaves must matter"
+            assert float((expected[0] - expected[1]).abs().min()) > 1e-2, "what leaves must matter"
         found = torch.from_numpy(meter.kept(sets, near=circuit)).float()
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=lambda text, on=bits: f"{on}: {text}")
 
@@ -291,10 +294,10 @@ TWICE = {
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_edits_of_a_blocks_input_happen_once(name, context, make_model, pairs, log_odds, monkeypatch):
     """A variant that goes on at a block whose input is edited has that edit once, wherever it goes on from."""
-    model, few = make_model(name), ms.PromptPairs(pairs.pairs[:2])
+    model, few = make_model(name), ms.PromptPairs(pairs.pairs[:1])
     tokens = model.tokenize_pairs(few)
     circuit = [node for node in head_and_mlp_nodes(3, 4) if node not in NODES[:2]]
-    for shortcuts in (Shortcuts(), COVER[1], COVER[3]):
+    for shortcuts in (Shortcuts(), COVER[3]):
         monkeypatch.setattr(model, "shortcuts", shortcuts)
         with context(model):
             runs = pair_runs(model, few)
