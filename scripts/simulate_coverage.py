@@ -327,7 +327,7 @@ def main() -> None:
         print(page(simulate(100, args.seed)))
         return
     if not args.page:
-        target.write_text(json.dumps(simulate(args.samples, args.seed), indent=1) + "\n")
+        target.write_text(json.dumps(simulate(args.samples, args.seed), indent=1, allow_nan=False) + "\n")
     (args.out / "coverage.md").write_text(page(json.loads(target.read_text())))
 
 

@@ -63,11 +63,14 @@ def test_shuffled_probes_are_scored_against_their_own_labels(report):
 
 
 def test_labels_without_meaning_are_read_at_chance(directed):
-    """Six draws: their interval holds one half, though the texts alone tell the true labels without a mistake."""
+    """The interval of thirty draws holds one half; the texts alone tell the true labels without a mistake.
+
+    One draw has a standard deviation of .15, since twelve pairs leave few independent labels.
+    """
     model, pairs, _ = directed
     plain = PromptPairs.from_lists(pairs.harmful, pairs.harmless)
     found = probe_layers(
-        model, plain, layers=[2], spans=["last"], hard=HARD, n_shuffled=6, outer=3, inner=2, progress=False
+        model, plain, layers=[2], spans=["last"], hard=HARD, n_shuffled=30, outer=3, inner=2, progress=False
     )
     row = found.to_dataframe().iloc[0]
     assert row.accuracy == 1.0 and row.shuffled_low <= 0.5 <= row.shuffled_high

@@ -259,7 +259,8 @@ def from_later(model: LensModel, base: BaseRun, column: int) -> BaseRun:
 
 def may_begin_later(model: LensModel, base: BaseRun) -> bool:
     """Whether `from_later` leaves anything out: not where the model is edited, or all columns are run anyway."""
-    return base.before is None and base.shortcuts.drop_positions and not model.edited
+    with model.lock:  # other threads' edits have ended then
+        return base.before is None and base.shortcuts.drop_positions and not model.edited
 
 
 def shared_columns(model: LensModel, n: int) -> int:

@@ -36,7 +36,8 @@ def open_edits(module: nn.Module) -> tuple[int, ...]:
 
 def tells_columns_apart(module: nn.Module) -> bool:
     """Whether an open edit may depend on which columns a forward has."""
-    return not all(by_column for _, by_column in use_of(module).edits)
+    with use_of(module).lock:  # other threads' edits have ended then
+        return not all(by_column for _, by_column in use_of(module).edits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +64,10 @@ class ModelState:
         """What differs in a model from this state, in words; empty if nothing does."""
         if self.module() is not module:
             return "another model made them"
-        if self.edits != open_edits(module):
-            return "the model was edited, or an edit ended, since they were stored"
-        return "" if self.weights == _weights(module) else "the model's weights changed since they were stored"
+        with use_of(module).lock:  # other threads' edits have ended then
+            if self.edits != open_edits(module):
+                return "the model was edited, or an edit ended, since they were stored"
+            return "" if self.weights == _weights(module) else "the model's weights changed since they were stored"
 
 
 def _weights(module: nn.Module) -> int:
