@@ -175,12 +175,14 @@ def warned(caplog):
 
 
 @pytest.mark.parametrize("odd", PLANTED, ids=lambda function: function.__name__)
-def test_an_inexact_shortcut_is_off_from_the_start(odd, make_hf_model, make_tokenizer, pairs, monkeypatch, caplog):
-    plant(monkeypatch, odd)
+def test_an_inexact_shortcut_is_off(odd, make_hf_model, make_tokenizer, pairs, monkeypatch, caplog):
+    """As the load check measures it; the check before it would refuse these models, so they turn odd after loading."""
     hf = make_hf_model("llama")
     for number, layer in enumerate(hf.model.layers):
         layer.mlp.number = number
     model = ms.load_model((hf, make_tokenizer()))
+    plant(monkeypatch, odd)
+    model.shortcuts = checks._exact_shortcuts(model, 1e-4)
     assert model.shortcuts == Shortcuts().without(*PLANTED[odd])
     messages = warned(caplog)
     assert len(messages) == len(PLANTED[odd])
@@ -194,32 +196,47 @@ def test_an_inexact_shortcut_is_off_from_the_start(odd, make_hf_model, make_toke
     where = (torch.arange(tokens.harmful.ids.shape[1]) >= tokens.start).expand(len(tokens), -1)
     whole = [patched_whole(model, tokens.harmful, tokens.harmless, nodes, where) for nodes in VARIANTS[1:]]
     torch.testing.assert_close(found, torch.stack(whole), atol=1e-4, rtol=1e-4)
-    assert warned(caplog) == [], "it is said once, at load"
+    assert warned(caplog) == [], "it is said once"
     # with the shortcut on the numbers would be wrong
     assert check_engine(model, tokens.harmful, Shortcuts()) > 1e-3
 
 
 def test_an_inexact_unembedding(make_hf_model, make_tokenizer, pairs, monkeypatch, caplog):
+    add = lambda x: 0.1 * x.mean(1, keepdim=True).sum(-1, keepdim=True)  # noqa: E731
+
     class Odd(torch.nn.Linear):
+        turned = False
+
         def forward(self, x):
-            return super().forward(x) + 0.1 * x.mean(1, keepdim=True).sum(-1, keepdim=True)
+            return super().forward(x) + (add(x) if Odd.turned else 0.0)
 
     hf = make_hf_model("llama")
     odd = Odd(32, hf.lm_head.out_features, bias=False)
     odd.weight = hf.lm_head.weight
     hf.lm_head = odd
+    model = ms.load_model((hf, make_tokenizer()))
+    Odd.turned = True
     try:
         from transformer_lens.components import Unembed
     except ImportError:
         pass
     else:
         real = Unembed.forward
-        add = lambda x: 0.1 * x.mean(1, keepdim=True).sum(-1, keepdim=True)  # noqa: E731
         monkeypatch.setattr(Unembed, "forward", lambda self, x: real(self, x) + add(x))
-    model = ms.load_model((hf, make_tokenizer()))
+    model.shortcuts = checks._exact_shortcuts(model, 1e-4)
     assert model.shortcuts.on == ("start_layer", "batch_variants") and len(warned(caplog)) == 3
     tokens = model.tokenize(pairs.harmful[:1])
     torch.testing.assert_close(model.logits(tokens), whole_logits(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_looks_at_other_columns_or_rows_is_refused(make_hf_model, make_tokenizer, monkeypatch):
+    with monkeypatch.context() as patch:
+        plant(patch, other_columns)
+        with pytest.raises(ms.MechsafetyError, match=r"^LlamaForCausalLM is no causal model: its logits change by "):
+            ms.load_model((make_hf_model("llama"), make_tokenizer()))
+    plant(monkeypatch, other_rows)
+    with pytest.raises(ms.MechsafetyError, match="a prompt's logits differ by up to .* between a padded batch and the"):
+        ms.load_model((make_hf_model("llama"), make_tokenizer()))
 
 
 def test_shortcuts_that_are_exact_alone_but_not_together(make_hf_model, make_tokenizer, monkeypatch, caplog):
