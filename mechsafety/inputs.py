@@ -175,7 +175,8 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     asked = (annotation, *get_args(annotation))
     kinds = [kind for kind in asked if kind in _KINDS]
     if any("LensModel" in (kind, getattr(kind, "__name__", "")) for kind in asked):  # its module stands above this one
-        return functools.partial(lens_model, name=name)
+        optional = type(None) in asked
+        return lambda value: value if value is None and optional else lens_model(value, name)
     if not kinds:
         return None
     readers: dict[Any, Callable[[Any], Any]] = {

@@ -235,7 +235,9 @@ def test_a_model_that_looks_at_other_columns_or_rows_is_refused(make_hf_model, m
         with pytest.raises(ms.MechsafetyError, match=r"^LlamaForCausalLM is no causal model: its logits change by "):
             ms.load_model((make_hf_model("llama"), make_tokenizer()))
     plant(monkeypatch, other_rows)
-    with pytest.raises(ms.MechsafetyError, match="a prompt's logits differ by up to .* between a padded batch and the"):
+    with pytest.raises(
+        ms.MechsafetyError, match=r"a prompt's logits differ by up to .* between a padded batch and the"
+    ):
         ms.load_model((make_hf_model("llama"), make_tokenizer()))
 
 
