@@ -189,7 +189,10 @@ def test_one_pair_cannot_be_halved(fails, saved, tmp_path):
 def test_unknown_model_name_offline(fails):
     line = fails("nobody/no-such-model")
     assert line.startswith("cannot load the model 'nobody/no-such-model' (")
-    assert line.endswith("; expected 'demo', a hub id that can be reached, a Hugging Face folder or a .gguf file")
+    assert line.endswith(
+        "; expected 'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens"
+        " model"
+    )
 
 
 def test_folder_and_file_that_are_no_models(fails, tmp_path):
@@ -396,11 +399,11 @@ def test_a_model_that_does_not_refuse(fails, saved, pairs_file):
     )
 
 
-def test_a_model_that_treats_both_sides_alike(fails, saved, tmp_path):
-    path = write_pairs(tmp_path / "mine.jsonl", HARMFUL, HARMFUL)
+def test_a_model_that_answers_harm_and_refuses_the_rest(fails, saved, tmp_path):
+    path = write_pairs(tmp_path / "mine.jsonl", HARMLESS, HARMFUL)
     tokens = ["--refusal-token", saved.refusal, "--comply-token", saved.comply]
     assert fails(saved.folder, "--pairs", path, *tokens, code=3) == (
-        "the model refuses 100% of 4 harmful and 100% of 4 harmless prompts; "
+        "the model refuses 0% of 4 harmful and 100% of 4 harmless prompts; "
         "only 0 of 2 pairs are refused on one side alone; use a model that refuses, or pairs it tells apart"
     )
 

@@ -136,7 +136,8 @@ def test_principal_angles():
             lambda m: sahara(m, PROMPTS[:1]),
             "rank=1 of 1 prompts; expected a rank of 1 to 32 and more prompts than that",
         ),
-        (lambda m: sahara(m, PROMPTS, 0), "size=0; expected 1 to 12 heads"),
+        (lambda m: sahara(m, PROMPTS, 0), "size=0; expected at least 1"),
+        (lambda m: sahara(m, PROMPTS, 13), "size=13; expected 1 to 12 heads"),
     ],
 )
 def test_refusals(llama, call, message):
