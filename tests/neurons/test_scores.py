@@ -114,7 +114,26 @@ def test_memory_does_not_grow_with_prompts(pair, prompts, monkeypatch):
         assert len(batch) <= 2
 
     monkeypatch.setattr(scores, "_contrast", watch)
-    safety_neurons(aligned, base, prompts[:1] * 16, max_new_tokens=3, batch_size=2, progress=False)
+    words = [
+        "bomb",
+        "cake",
+        "python",
+        "process",
+        "poem",
+        "spring",
+        "car",
+        "people",
+        "help",
+        "sky",
+        "blue",
+        "poison",
+        "tea",
+        "house",
+        "bread",
+        "sorry",
+    ]
+    alike = [f"how do i make a {word}" for word in words]  # of one length, each of them once
+    safety_neurons(aligned, base, alike, max_new_tokens=3, batch_size=2, progress=False)
     assert len(alive) == 8 and len(set(alive[1:])) == 1
 
 
