@@ -31,7 +31,7 @@ from report import markdown
 from tqdm.auto import tqdm
 
 from mechsafety.cli import quiet_libraries
-from mechsafety.output import json_text
+from mechsafety.output import json_text, write_text
 from mechsafety.results import package_versions
 
 HERE = Path(__file__).parent
@@ -101,9 +101,7 @@ def write(results: dict[str, Any], out: Path) -> None:
         "RESULTS.md": markdown(results, docs, {name: target for name, (_, target) in PEER_CASES.items()}),
     }
     for name, text in texts.items():
-        scratch = out / f".{name}"
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, out / name)
+        write_text(out / name, text)
     if any(name in results["cases"] for name in growth_cases()):
         plot(results["cases"], out / "growth.svg")
 

@@ -133,30 +133,26 @@ def counted(name: str) -> Any:
     return lambda record: probe_counts(record)[name]
 
 
+# what is said of the chosen candidate
+CHOICE = {
+    "layer": "chosen/layer",
+    "column": "chosen/column",
+    "bypass": lambda r: chosen(r)["bypass"],
+    "passing": passing,
+    "n": lambda r: len(r["candidates"]),
+}
 SENTENCES = {
     "choice": Sentence(
         "Layer {layer}, column {column}, whose bypass score is {bypass:.2f}: the lowest of the candidates "
         "that meet the "
         "published conditions ({passing} of {n}).",
-        {
-            "layer": "chosen/layer",
-            "column": "chosen/column",
-            "bypass": lambda r: chosen(r)["bypass"],
-            "passing": passing,
-            "n": lambda r: len(r["candidates"]),
-        },
+        CHOICE,
         lambda passing: passing > 0,
         Sentence(
             "**None of {n} candidates meets the published conditions** ({passing} do); shown is the lowest "
             "bypass score "
             "below the depth limit, layer {layer}, column {column} ({bypass:.2f}).",
-            {
-                "layer": "chosen/layer",
-                "column": "chosen/column",
-                "bypass": lambda r: chosen(r)["bypass"],
-                "passing": passing,
-                "n": lambda r: len(r["candidates"]),
-            },
+            CHOICE,
             lambda passing: passing == 0,
         ),
     ),

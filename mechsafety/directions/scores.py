@@ -110,12 +110,10 @@ def mean_differences(
                 rows = rows & ((score > 0) if side == 0 else (score < 0))
             totals[side] += resid[:, rows.to(resid.device)].double().sum(1)
             counts[side] += int(rows.sum())
-    for count, prompts, done in zip(counts, (harmful, harmless), ("refused", "answered"), strict=True):
+    kinds = ("harmful prompts is refused", "harmless prompts is answered")
+    for count, prompts, kind in zip(counts, (harmful, harmless), kinds, strict=True):
         if not count:
-            kind = "harmful" if done == "refused" else "harmless"
-            raise MechsafetyError(
-                f"none of {len(prompts)} {kind} prompts is {done}", expected="a model that tells them apart"
-            )
+            raise MechsafetyError(f"none of {len(prompts)} {kind}", expected="a model that tells them apart")
     means = [total / count for total, count in zip(totals, counts, strict=True)]
     size = max(float(mean.norm(dim=-1).mean()) for mean in means)
     difference = means[0] - means[1]

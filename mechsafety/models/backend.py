@@ -196,17 +196,24 @@ class Backend(ABC):
         """Context in which what every block is called with is noted, as it is before any edit in the block."""
         seen: dict[int, Tensor] = {}
 
-        def note(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+        def note(layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
 
-            return hook
+        with self.block_calls(note):
+            yield seen
+
+    @contextmanager
+    def block_calls(self, note: Callable[[int, tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
+        """Context in which ``note(layer, args, kwargs)`` sees what every block is called with, before it runs."""
+
+        def hook(layer: int) -> Callable[..., None]:
+            return lambda module, args, kwargs: note(layer, args, kwargs)
 
         handles: list[Any] = []
         try:
             for layer in range(self.sizes.n_layers):
-                handles.append(self._block(layer).register_forward_pre_hook(note(layer), with_kwargs=True))
-            yield seen
+                handles.append(self._block(layer).register_forward_pre_hook(hook(layer), with_kwargs=True))
+            yield
         finally:
             for handle in handles:
                 handle.remove()

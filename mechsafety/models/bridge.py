@@ -29,6 +29,7 @@ from mechsafety.models.backend import (
 from mechsafety.models.kinds import check_kind, is_multimodal
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.prompts import Tokens
+from mechsafety.prompts.spans import positions
 from mechsafety.sites import Generation, hook_name
 
 NAME = "TransformerBridge"
@@ -152,21 +153,12 @@ class BridgeBackend(Backend):
             # only its place is kept: every run has a cache of its own, and this one's keys and values are many
             return DynamicCache() if isinstance(value, Cache) else value
 
-        def note(layer: int) -> Callable[..., None]:
-            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                rest = {key: without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
-                calls[layer] = BlockCall(tuple(map(without_cache, args[1:])), rest)
+        def note(layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            rest = {key: without_cache(value) for key, value in kwargs.items() if key != "hidden_states"}
+            calls[layer] = BlockCall(tuple(map(without_cache, args[1:])), rest)
 
-            return hook
-
-        handles: list[Any] = []
-        try:
-            for layer, block in enumerate(self.tl_model.blocks):
-                handles.append(block.register_forward_pre_hook(note(layer), with_kwargs=True))
+        with self.block_calls(note):
             logits = self._run(tokens.ids[:, start:], tokens.mask, keep, self.cache(prefix, 1) if start else None)
-        finally:
-            for handle in handles:
-                handle.remove()
         return logits, [calls[layer] for layer in range(self.sizes.n_layers)]
 
     def cache(self, prefix: Prefix, variants: int) -> Any:
@@ -249,11 +241,10 @@ class BridgeBackend(Backend):
         """Logits of the last ``keep`` columns; ``mask`` and ``cache`` are of all columns, ``ids`` may be the last."""
         if not self.module.config.return_dict:  # Hugging Face's own code then fails within the model
             self.module.config.return_dict = True
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         return self.module(
             input_ids=ids,
             attention_mask=mask.long(),
-            position_ids=positions[:, -ids.shape[1] :],
+            position_ids=positions(mask)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,

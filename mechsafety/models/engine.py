@@ -53,10 +53,10 @@ class Fixed:
         """The edit of a run of so many variants, that ends ``after`` columns before the last one of the prompts."""
 
         def edit(tensor: Tensor) -> Tensor:
-            n = min(self.values.shape[1] - after, tensor.shape[1])
+            stop = self.values.shape[1] - after
+            n = min(stop, tensor.shape[1])
             if n <= 0:
                 return tensor
-            stop = self.values.shape[1] - after
             new, own = expand_rows(self.values[:, stop - n : stop], variants).to(tensor.dtype), tensor[:, -n:]
             parts = torch.ones((), dtype=torch.bool, device=own.device) if self.parts is None else self.parts
             where = rearrange(parts, "part -> part 1") if own.ndim == 4 and parts.ndim else parts

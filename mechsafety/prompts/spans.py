@@ -59,6 +59,15 @@ class TokenTable:
         return "\n".join(f"{row.position:4d}  {row.id:7d}  {row.span:11s}  {row.text!r}" for row in self.rows)
 
 
+def positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Position of each token in its own row; 0 at padding (which the mask hides).
+
+    Args:
+        mask: True at real tokens.
+    """
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """A batch of rendered prompts, padded on the left so that the last token of every prompt is in the last column.
@@ -76,7 +85,7 @@ class Tokens:
     @property
     def position_ids(self) -> Int[Tensor, "batch pos"]:
         """Position of each token in its own row; 0 at padding (which the mask hides)."""
-        return (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return positions(self.mask)
 
     def __len__(self) -> int:
         return len(self.spans)
