@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import evaluate_demo_model
 import refusal_direction_page
 import report
 import safety_neurons_page
@@ -106,6 +107,7 @@ def sentences():
         (neurons, [safety_neurons_page.smallest_sentence(name) for name in safety_neurons_page.CURVES]),
         (bench, [report.LIMIT, *report.GROWTH]),
         (stored("ground-truth"), truth.SENTENCES.values()),
+        (stored("demo-model"), [evaluate_demo_model.MET]),
     ]
     for record, listed in pages:
         for sentence in listed:
@@ -149,6 +151,11 @@ def test_the_committed_page_is_that_of_the_committed_json(name, page):
 
 def test_the_committed_ground_truth_is_that_of_the_committed_json():
     assert truth.table(stored("ground-truth")) == (RESULTS / "ground-truth.md").read_text()
+
+
+def test_the_demo_models_table_is_that_of_its_json():
+    text = (ROOT / "docs" / "demo-model.md").read_text()
+    assert evaluate_demo_model.page_of(text, stored("demo-model")) == text
 
 
 # --- statements that were said without being carried ------------------------------------------------------------------
