@@ -18,7 +18,7 @@ CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patchin
 	tests/patching/test_paths_matrix.py tests/attribution/test_nodes.py tests/attribution/test_direct.py \
 	tests/attribution/test_edge_attribution.py tests/attribution/test_edge_twins.py \
 	tests/circuits/test_discover.py tests/circuits/test_edges.py tests/circuits/test_verify.py \
-	tests/interventions/test_orthogonalized.py
+	tests/interventions/test_orthogonalized.py tests/neurons/test_scores.py
 # tests of one file stay in one process: they share what it has built
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export HF_HUB_OFFLINE := 1

@@ -683,7 +683,7 @@ def cost(record: Record) -> pd.DataFrame:
     )
     frame.loc[len(frame)] = [
         "peak memory of the largest process (a seed's training is one), MiB",
-        spent["peak_mib"],
+        str(spent["peak_mib"]),
         "",
         "",
     ]

@@ -282,7 +282,8 @@ def test_check_logits(make_hf_model, make_tokenizer, llama, monkeypatch):
 
     allowed = f"{checks.TOLERANCE['float32'] * rounding:.2g}"  # ten times as much where the weights are copied
     assert changed(lambda logits: logits + 0.01) == (
-        f"the load check 'logits' failed: they differ from the Hugging Face model's by up to 0.01; tolerated is {allowed}"
+        "the load check 'logits' failed: they differ from the Hugging Face model's by up to 0.01; "
+        f"tolerated is {allowed}"
     )
     assert "the load check 'logits' failed: shape (" in changed(lambda logits: logits[1:])
     assert "the load check 'logits' failed: they differ" in changed(lambda logits: logits * float("nan"))

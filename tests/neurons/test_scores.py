@@ -25,7 +25,7 @@ def slow_scores(aligned, base, prompts, positions, new):
         for model, store in ((base, own), (aligned, other)):
             seen = {}
             with torch.no_grad(), model.hooks([(s, lambda t, s=s, seen=seen: seen.__setitem__(s, t)) for s in sites]):
-                model.hf_model(input_ids=ids)
+                model.backend.plain_logits(ids)
             store.append(torch.stack([seen[site][0, read[positions]] for site in sites]))
         halves += [k % 2] * own[-1].shape[1]
     return torch.cat(own, 1), torch.cat(other, 1), torch.tensor(halves)
@@ -102,16 +102,18 @@ def test_planted_neurons_in_the_demo_base(demo_pair_with_planted):
 
 
 def test_memory_does_not_grow_with_prompts(pair, prompts, monkeypatch):
-    """After each of eight equal batches the same tensors are alive: sums are all that is carried on."""
+    """After the second, fifth and last of eight equal batches the same tensors are alive: sums are all that is kept."""
     base, aligned = pair
-    alive = []
+    alive, batches = {}, []
     plain = scores._contrast
 
     def watch(aligned, base, batch, read, halves, sums):
         plain(aligned, base, batch, read, halves, sums)
-        gc.collect()
-        alive.append(sum(found.numel() for found in gc.get_objects() if isinstance(found, torch.Tensor)))
-        assert len(batch) <= 2
+        batches.append(len(batch))
+        if len(batches) in (2, 5, 8):  # looking through all objects of a session takes a second
+            gc.collect()
+            found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+            alive[len(batches)] = sum(one.numel() for one in found)
 
     monkeypatch.setattr(scores, "_contrast", watch)
     words = [
@@ -134,7 +136,7 @@ def test_memory_does_not_grow_with_prompts(pair, prompts, monkeypatch):
     ]
     alike = [f"how do i make a {word}" for word in words]  # of one length, each of them once
     safety_neurons(aligned, base, alike, max_new_tokens=3, batch_size=2, progress=False)
-    assert len(alive) == 8 and len(set(alive[1:])) == 1
+    assert batches == [2] * 8 and len(alive) == 3 and len(set(alive.values())) == 1
 
 
 @pytest.fixture(scope="module")
