@@ -1,10 +1,12 @@
 """Fixtures: tiny random models of many architectures, the demo model, and shape checks on every call.
 
 The jaxtyping hook checks shapes and types of every annotated function of the tensor modules: on in tests, absent in
-use.
+use. In each test it checks a function's first calls and then one of many, since checking all of them doubles the time.
 """
 
+import functools
 import os
+from collections import Counter
 from io import StringIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +16,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 CIRCUITS = (
     "ablations",
@@ -45,7 +47,37 @@ HOOKED = (
 )
 HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
 HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))
-install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
+CHECKED = 8  # calls of each function in each test; after these, one in EVERY
+EVERY = 64
+CALLS: Counter = Counter()
+jaxtyped = jaxtyping.jaxtyped
+
+
+def sampled(*args, **options):
+    """`jaxtyping.jaxtyped` for some calls. A function within another is a new one, to be compiled, at every call."""
+    check = jaxtyped(*args, **options)
+
+    def decorate(found):
+        if isinstance(found, type):
+            return check(found)
+        code, checked = id(found.__code__), None  # a code object's own hash reads all of it
+
+        @functools.wraps(found)
+        def call(*args, **kwargs):
+            nonlocal checked
+            CALLS[code] += 1
+            if CALLS[code] > CHECKED and CALLS[code] % EVERY:
+                return found(*args, **kwargs)
+            checked = checked or check(found)
+            return checked(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+jaxtyping.jaxtyped = sampled
+jaxtyping.install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
 
 import hypothesis
 import pytest
@@ -111,6 +143,10 @@ def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype 
 
 def tiny_model(kind: str = "llama", seed: int = 0) -> ms.LensModel:
     return ms.load_model((tiny_hf_model(kind, seed), tiny_tokenizer()))
+
+
+def pytest_runtest_setup() -> None:
+    CALLS.clear()
 
 
 def pytest_collection_modifyitems(config, items):
