@@ -21,6 +21,9 @@ from mechsafety.results import Provenance, Result
 
 FEATURES = ("neurons", "random", "resid", "direction", "tfidf")
 
+# numbers that a block of bootstrap draws may hold
+RESAMPLED = 2**22
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class GuardReport(Result):
@@ -119,9 +122,9 @@ class GuardReport(Result):
         """
         unsafe, draws = self.labels[test].numpy(), []
         ours, theirs = self.predictions(test, "neurons"), self.predictions(test, baseline)
-        for rows, sets in _resamples(unsafe, len(theirs), seed, n):
-            found = _auroc(np.concatenate([ours, theirs[sets]])[:, rows], unsafe[rows])
-            draws.append(found[0] - found[1:].mean())
+        for rows, sets, labels in _resamples(unsafe, len(theirs), seed, n):
+            found = _auroc(ours[0][rows], labels), _auroc(theirs[sets[..., None], rows[:, None]], labels)
+            draws.extend(found[0] - found[1].mean(1))
         low, high = np.percentile(draws, [2.5, 97.5])
         value = float(_auroc(ours, unsafe)[0] - _auroc(theirs, unsafe).mean())
         return value, float(low), float(high), bool(low <= 0 <= high)
@@ -133,10 +136,11 @@ class GuardReport(Result):
         """
         unsafe, values = self.labels[test].numpy(), self.predictions(test, feature)
         draws = []
-        for rows, sets in _resamples(unsafe, len(values), seed, n):
-            drawn, right = values[sets][:, rows], unsafe[rows]
-            found = _auroc(drawn, right), (drawn >= 0.5) == right, _false_alarms(drawn, right, 0.95)
-            draws.append([float(np.mean(part)) for part in found])
+        for rows, sets, labels in _resamples(unsafe, len(values), seed, n):
+            drawn = values[sets[..., None], rows[:, None]]
+            right = ((drawn >= 0.5) == labels).mean(-1)
+            found = (_auroc(drawn, labels), right, _false_alarms(drawn, labels, 0.95))
+            draws.extend(np.stack([part.mean(1) for part in found], axis=1))
         low, high = np.percentile(draws, [2.5, 97.5], axis=0)
         names = ("auroc", "accuracy", "fpr_at_95_tpr")
         return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
@@ -295,25 +299,37 @@ def _words(train: LabelledPrompts, tests: Sequence[LabelledPrompts]) -> dict[str
     }
 
 
-def _resamples(unsafe: np.ndarray, n_sets: int, seed: int, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Bootstrap draws: prompts, within each label because an AUROC needs both, and random sets."""
+def _resamples(
+    unsafe: np.ndarray, n_sets: int, seed: int, n: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Bootstrap draws in blocks: prompts [draw prompt], random sets [draw set], and the labels of the drawn prompts.
+
+    Prompts are drawn within each label, because an AUROC needs both; so the labels are the same in every draw.
+    """
     rng = np.random.default_rng(seed)
     sides = [np.flatnonzero(unsafe), np.flatnonzero(~unsafe)]
-    for _ in range(n):
-        yield np.concatenate([rng.choice(side, len(side)) for side in sides]), rng.choice(n_sets, n_sets)
+    labels = np.repeat([True, False], [len(side) for side in sides])
+    block = max(1, RESAMPLED // (n_sets * len(unsafe)))
+    for start in range(0, n, block):
+        drawn = [
+            (np.concatenate([rng.choice(side, len(side)) for side in sides]), rng.choice(n_sets, n_sets))
+            for _ in range(min(block, n - start))
+        ]
+        rows, sets = map(np.stack, zip(*drawn, strict=True))
+        yield rows, sets, labels
 
 
 def _false_alarms(scores: np.ndarray, unsafe: np.ndarray, tpr: float) -> np.ndarray:
-    """Share of safe prompts at or above the highest threshold that catches ``tpr`` of the unsafe, of each row."""
+    """Share of safe prompts at or above the highest threshold that catches ``tpr`` of the unsafe [... prompt]."""
     caught = int(np.ceil(tpr * unsafe.sum() - 1e-9))
-    cut = np.sort(scores[:, unsafe], axis=1)[:, -caught]
-    return (scores[:, ~unsafe] >= cut[:, None]).mean(1)
+    cut = np.sort(scores[..., unsafe], axis=-1)[..., -caught]
+    return (scores[..., ~unsafe] >= cut[..., None]).mean(-1)
 
 
 def _auroc(scores: np.ndarray, unsafe: np.ndarray) -> np.ndarray:
-    """Exact area under the ROC curve of each row [row prompt], from ranks (Mann-Whitney)."""
+    """Exact area under the ROC curve of each row [... prompt], from ranks (Mann-Whitney)."""
     from scipy.stats import rankdata
 
-    ranks = rankdata(scores, axis=1)
+    ranks = rankdata(scores, axis=-1)
     n = int(unsafe.sum())
-    return (ranks[:, unsafe].sum(1) - n * (n + 1) / 2) / (n * (len(unsafe) - n))
+    return (ranks[..., unsafe].sum(-1) - n * (n + 1) / 2) / (n * (len(unsafe) - n))

@@ -51,7 +51,7 @@ def prompts():
 
 
 @pytest.fixture(scope="session")
-def demo_pair_with_planted():
+def demo_pair_with_planted(demo_base):
     """The demo base, a copy of it with 200 neurons scaled by 3, and which those are."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,4 +65,4 @@ def demo_pair_with_planted():
     with torch.no_grad():
         for layer, block in enumerate(hf.model.layers):
             block.mlp.up_proj.weight[chosen[layer]] *= 3.0
-    return ms.load_model("demo-base"), ms.load_model((hf, AutoTokenizer.from_pretrained(folder))), chosen
+    return demo_base, ms.load_model((hf, AutoTokenizer.from_pretrained(folder))), chosen

@@ -38,8 +38,8 @@ def test_none_is_the_base_and_all_the_aligned_model(make_pair, prompts, kind):
     base, aligned = make_pair(kind)
     for mask, model in ((NONE, base), (ALL, aligned)):
         mask = mask if base.d_mlp == 48 else torch.full((3, base.d_mlp), bool(mask.all()))
-        found = dynamic_patching(base, aligned, mask, prompts, max_new_tokens=8, progress=False)
-        assert list(found.replies) == model.generate(prompts, 8)
+        found = dynamic_patching(base, aligned, mask, prompts, max_new_tokens=6, progress=False)
+        assert list(found.replies) == model.generate(prompts, 6)
         torch.testing.assert_close(found.logits, model.logits(prompts), atol=1e-4, rtol=1e-4)
         batch = lay_out(base, prompt_rows(base, prompts))
         alone, steps = greedy(model, None, None, batch, 8, keep=8)
@@ -170,13 +170,13 @@ def test_nothing_is_left_after_an_exception(pair, prompts, monkeypatch):
 
 
 @pytest.mark.demo
-def test_the_demo_pair(demo):
+def test_the_demo_pair(demo, demo_base):
     """The shipped pair differs in MLPs alone, so all neurons restore the aligned model and none leave the base."""
-    base = ms.load_model("demo-base")
-    prompts = ms.PromptPairs.builtin("test").sample(4, seed=0).harmful
+    base = demo_base
+    prompts = ms.PromptPairs.builtin("test").sample(2, seed=0).harmful
     assert float((base.logits(prompts) - demo.logits(prompts)).abs().max()) > 1, "an adapter that does something"
     for share, model in ((0, base), (1, demo)):
         mask = torch.full((30, 1536), bool(share))
-        found = dynamic_patching(base, demo, mask, prompts, max_new_tokens=8, progress=False)
-        assert list(found.replies) == model.generate(prompts, 8)
+        found = dynamic_patching(base, demo, mask, prompts, max_new_tokens=6, progress=False)
+        assert list(found.replies) == model.generate(prompts, 6)
         torch.testing.assert_close(found.logits, model.logits(prompts), atol=2e-4, rtol=0)

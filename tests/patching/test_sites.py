@@ -197,7 +197,7 @@ VALUES = {
 SITES = st.tuples(st.sampled_from(KINDS), st.integers(0, 2), st.none() | st.integers(0, 3))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     architecture=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
     seed=st.integers(0, 99),
