@@ -245,12 +245,12 @@ def test_behaviour(planted):
 def test_the_demo_model(demo, tmp_path):
     # few pairs, which it treats as expected, and a low target: fewer nodes to measure; `make demo` runs the whole thing
     train, test = (ms.PromptPairs.builtin(split).pairs for split in ("train", "test"))
-    pairs = ms.PromptPairs((*train[:3], test[0], *test[2:4]))
-    options = {"limit": 6, "n_random": 10, "n_added": 4, "n_resamples": 0, "n_backup_parts": 0, "n_role_pairs": 1}
-    options |= {"shortlist": 2, "n_edges": 10, "n_measured_edges": 3}
-    found = ms.map_refusal_circuit(demo, pairs, **options, target=0.25, progress=False)
+    pairs = ms.PromptPairs((*train[:2], test[0], test[2]))
+    options = {"limit": 4, "n_random": 10, "n_added": 4, "n_resamples": 0, "n_backup_parts": 0, "n_role_pairs": 1}
+    options |= {"shortlist": 2, "n_edges": 10, "n_measured_edges": 1}
+    found = ms.map_refusal_circuit(demo, pairs, **options, target=0.2, progress=False)
     check = found.verification
-    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.25
+    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.2
     assert check.random_controls.n == 10 and check.random_controls.mean < check.held_out_faithfulness
     assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) >= 10
     assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()

@@ -4,18 +4,23 @@ import importlib.util
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz import layout_svg
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gallery.py"
 
 
-def test_every_picture_is_named_once_and_drawn(small: RefusalCircuit, tmp_path: Path) -> None:
+def test_every_picture_is_named_once_and_drawn(
+    small: RefusalCircuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = importlib.util.spec_from_file_location("gallery", SCRIPT)
     gallery = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gallery)
     assert RefusalCircuit.load(gallery.DEMO).provenance.model == "demo"
     path = small.save(tmp_path / "circuit.json")
+    monkeypatch.setattr(gallery, "planted_circuit", lambda level: small)  # `make gallery` maps them
     found = list(gallery.pictures([path]))
     names = [name for name, *_ in found]
     assert len(set(names)) == len(names) and "demo-smollm2-135m-instruct-refusal-adapt-diagram" in names
