@@ -49,7 +49,7 @@ __getattr__, _, _names = lazy_loader.attach(
         ],
         "nodes": ["Edge", "Node"],
         "errors": ["MechsafetyError", "NoRefusal"],
-        "metrics": ["RefusalLogOdds", "is_refusal"],
+        "metrics": ["RefusalLogOdds"],
         "models": ["LensModel", "load_model"],
         "monitors": ["GuardReport", "LabelledPrompts", "SafetyGuard", "compare_guards"],
         "neurons": [
@@ -82,6 +82,14 @@ __getattr__, _, _names = lazy_loader.attach(
         ],
         "probes": ["ProbeReport", "probe_layers"],
         "prompts": ["PromptPair", "PromptPairs", "builtin_prompts", "load_instructions"],
+        "replies": [
+            "JudgeAgreement",
+            "JudgedReplies",
+            "TextClassifier",
+            "is_refusal",
+            "judge_agreement",
+            "judge_replies",
+        ],
         "sites": ["Site", "SiteKind"],
     },
 )
@@ -136,7 +144,7 @@ if TYPE_CHECKING:
         project_out,
         steer,
     )
-    from mechsafety.metrics import RefusalLogOdds, is_refusal
+    from mechsafety.metrics import RefusalLogOdds
     from mechsafety.models import LensModel, load_model
     from mechsafety.monitors import GuardReport, LabelledPrompts, SafetyGuard, compare_guards
     from mechsafety.neurons import (
@@ -174,5 +182,13 @@ if TYPE_CHECKING:
         PromptPairs,
         builtin_prompts,
         load_instructions,
+    )
+    from mechsafety.replies import (
+        JudgeAgreement,
+        JudgedReplies,
+        TextClassifier,
+        is_refusal,
+        judge_agreement,
+        judge_replies,
     )
     from mechsafety.sites import Site, SiteKind

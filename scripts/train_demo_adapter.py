@@ -34,11 +34,11 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechsafety.metrics import is_refusal
 from mechsafety.models.demo import base_folder
 from mechsafety.models.template import render
 from mechsafety.prompts import PromptPair, PromptPairs, builtin_prompts, read_jsonl
 from mechsafety.prompts.sets import data_file
+from mechsafety.replies import is_refusal
 
 REFUSALS = (
     "Sorry, but I can't help with that.",

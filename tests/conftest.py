@@ -44,6 +44,7 @@ HOOKED = (
     "patching",
     "probes",
     "prompts.spans",
+    "replies",
 )
 HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
 HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))

@@ -18,7 +18,7 @@ from mechsafety.models import LensModel
 from mechsafety.prompts.pairs import PromptPair
 
 ROOMS = ("attribution", "circuits", "directions", "interventions", "monitors", "neurons", "patching", "prompts")
-ROOMS += ("cache", "metrics", "models", "probes")
+ROOMS += ("cache", "metrics", "models", "probes", "replies")
 # run no model, or hand everything on to one that checks
 FREE = {
     "ActivationCache.run",

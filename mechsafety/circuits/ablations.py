@@ -7,11 +7,12 @@ from mechsafety.circuits.circuit import Ablation, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
 from mechsafety.interventions import ablate
-from mechsafety.metrics import RefusalLogOdds, is_refusal
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.prompts import PromptPairs
+from mechsafety.replies import is_refusal
 
 PAIRS = 8
 

@@ -6,9 +6,10 @@ from mechsafety.circuits.circuit import Behaviour, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.inputs import Amount, public
 from mechsafety.intervals import mean_interval, wilson_interval
-from mechsafety.metrics import RefusalLogOdds, is_refusal
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
+from mechsafety.replies import is_refusal
 
 KINDS = ("harmful", "harmless")
 # below this share of usable pairs there is no refusal worth mapping

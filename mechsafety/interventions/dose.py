@@ -16,9 +16,10 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, public
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.checks import check_strength
-from mechsafety.metrics import RefusalLogOdds, is_refusal
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.prompts import Tokens, distinct, first_of_each
+from mechsafety.prompts import distinct, first_of_each
+from mechsafety.replies import is_refusal, reply_loss
 from mechsafety.results import Provenance, Result
 
 REPLY_TOKENS = 24
@@ -171,26 +172,6 @@ def dose_response(
         stacked["kl"],
         stacked["loss"],
     )
-
-
-@public
-def reply_loss(model: LensModel, prompts: Prompts, replies: Texts) -> Float[Tensor, " prompt"]:
-    """Mean negative log-likelihood a token of given replies to chat prompts, in nats; NaN for an empty reply."""
-    losses = []
-    for prompt, reply in zip(prompts, replies, strict=True):
-        tokens = model.tokenize([prompt])
-        ids = model.tokenizer(reply, add_special_tokens=False)["input_ids"]
-        if not ids:
-            losses.append(torch.tensor(torch.nan))
-            continue
-        more = torch.tensor([ids], device=tokens.ids.device)
-        whole = Tokens(
-            torch.cat([tokens.ids, more], 1), torch.cat([tokens.mask, torch.ones_like(more).bool()], 1), tokens.spans
-        )
-        with torch.no_grad():
-            logits = model.forward(whole, keep=len(ids) + 1)[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, more[0]).cpu())
-    return torch.stack(losses)
 
 
 def _mean(values: Tensor) -> tuple[float, float, float]:

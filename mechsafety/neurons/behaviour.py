@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.inputs import Count, Prompts, Texts, public, text_list
 from mechsafety.intervals import mean_interval
-from mechsafety.metrics import RefusalLogOdds, is_refusal
+from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
+from mechsafety.replies import is_refusal
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.inputs import Count, Prompts, public
-from mechsafety.metrics import is_refusal
 from mechsafety.models import LensModel
 from mechsafety.neurons.masks import neuron_mask
 from mechsafety.neurons.runs import batches, check_pair, greedy, lay_out, prompt_rows
 from mechsafety.neurons.scores import digest
 from mechsafety.nodes import Node
+from mechsafety.replies import is_refusal
 from mechsafety.results import Provenance, Result
 
 

@@ -7,8 +7,8 @@ import torch
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions import DoseResponse, ablate, dose_response, scale
-from mechsafety.interventions.dose import reply_loss
 from mechsafety.nodes import Node
+from mechsafety.replies import reply_loss
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import mechsafety as ms
-from mechsafety.metrics import is_refusal
 from mechsafety.models import demo as demo_module
 from mechsafety.prompts import builtin_prompts
+from mechsafety.replies import is_refusal
 
 pytestmark = pytest.mark.demo
 
