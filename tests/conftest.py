@@ -205,12 +205,6 @@ def demo() -> ms.LensModel:
     return ms.load_model("demo")
 
 
-@pytest.fixture(scope="session")
-def demo_base() -> ms.LensModel:
-    """The demo model without its adapter."""
-    return ms.load_model("demo-base")
-
-
 @pytest.fixture
 def shared_data() -> Path:
     if not SHARED_DATA.is_dir():

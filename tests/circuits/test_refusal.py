@@ -27,7 +27,7 @@ def test_the_planted_circuit(circuit):
     assert circuit.n_candidates == 15
     check = circuit.verification
     assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.8
-    assert check.random_controls.n == 10 and check.random_controls.p_value < 0.1
+    assert check.random_controls.n == 20 and check.random_controls.p_value < 0.1
     assert check.held_out_topics == ("explosives",)
     assert circuit.behaviour["harmful"].refusal_rate == 7 / 8 and circuit.behaviour["harmless"].refusal_rate == 0.0
     assert circuit.behaviour["harmful"].n == 8
@@ -246,12 +246,12 @@ def test_the_demo_model(demo, tmp_path):
     # few pairs, which it treats as expected, and a low target: fewer nodes to measure; `make demo` runs the whole thing
     train, test = (ms.PromptPairs.builtin(split).pairs for split in ("train", "test"))
     pairs = ms.PromptPairs((*train[:2], test[0], test[2]))
-    options = {"limit": 4, "n_random": 10, "n_added": 4, "n_resamples": 0, "n_backup_parts": 0, "n_role_pairs": 1}
+    options = {"limit": 4, "n_random": 5, "n_added": 4, "n_resamples": 0, "n_backup_parts": 0, "n_role_pairs": 1}
     options |= {"shortlist": 2, "n_edges": 10, "n_measured_edges": 1}
-    found = ms.map_refusal_circuit(demo, pairs, **options, target=0.2, progress=False)
+    found = ms.map_refusal_circuit(demo, pairs, **options, target=0.1, progress=False)
     check = found.verification
-    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.2
-    assert check.random_controls.n == 10 and check.random_controls.mean < check.held_out_faithfulness
+    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.1
+    assert check.random_controls.n == 5 and check.random_controls.mean < check.held_out_faithfulness
     assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) >= 10
     assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()
     assert set(check.held_out_topics) <= set(ms.PromptPairs.builtin("test").topics)
