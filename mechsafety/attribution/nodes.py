@@ -93,7 +93,12 @@ def node_attribution(
         steps: Midpoints of the integral.
         neurons: Attribute neurons (instead of whole MLPs; the MLP scores are then their sums).
         progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Neurons of a mixture of experts, or pairs that do not align.
     """
+    if neurons:
+        model.check_neurons()
     batches = pair_batches(model, pairs, BATCH_TOKENS, [SiteKind.NEURONS] if neurons else [])
     sums, gap, n_pairs, scored = _zero_grads(model, neurons), 0.0, 0, []
     with tqdm(total=len(batches) * steps, desc="nodes", disable=not progress, leave=False) as bar:

@@ -43,6 +43,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import SiteKind
 
@@ -108,7 +109,7 @@ def map_refusal_circuit(
 
     Raises:
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
-        MechsafetyError: Bad options, too few pairs, or pairs that do not align.
+        MechsafetyError: Bad options, too few pairs, pairs that do not align, or ``neuron`` of a mixture of experts.
     """
     counts = {
         "n_random": n_random,
@@ -119,9 +120,9 @@ def map_refusal_circuit(
         "n_measured_edges": n_measured_edges,
     }
     _check_options(level, limit, budget_seconds)
+    if level == "neuron":
+        model.check_neurons()
     check_search(target, max_nodes)
-    if level == "edge" and model.post_norm:
-        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     budget = Budget(budget_seconds)
     chosen = pairs if pairs is not None else PromptPairs.builtin()
     here, there = _two_parts(chosen, limit, seed)
@@ -234,6 +235,7 @@ def map_refusal_circuit(
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
         "budget_seconds": budget_seconds,
+        **block_norms_option(model, "recomputed"),
         **omissions(chosen),
     }
     members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)

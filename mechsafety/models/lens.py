@@ -21,7 +21,7 @@ from mechsafety.models.template import checked_options, render
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
-from mechsafety.sites import Site
+from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
     import mechsafety.cache
@@ -38,10 +38,11 @@ class LensModel:
         backend: The TransformerLens model, of either generation, behind one interface.
         tokenizer: Its tokenizer.
         template_options: What the chat template was given besides the prompt (see `load_model`).
-        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes; d_mlp is 0 in a mixture of experts.
         post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
-            Head outputs then do not sum to the residual stream.
+            What heads write then reaches the stream as shares of the norm of their sum.
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
+        experts: Whether it is a mixture of experts: each MLP is one node, without neurons.
         shortcuts: What the forward engine leaves out; set at load to what is exact on this model.
         max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.budget`).
         lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
@@ -64,13 +65,15 @@ class LensModel:
         self.d_vocab = sizes.d_vocab
         self.post_norm = sizes.post_norm
         self.parallel = sizes.parallel
+        self.experts = sizes.experts
         self.shortcuts = Shortcuts()
         self.max_batch_tokens: int | None = None
         self.lock = use_of(backend.module).lock
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" over {self.n_kv_heads}" if self.n_kv_heads != self.n_heads else "")
-        return f"LensModel({self.name}: {self.n_layers} layers, {heads}, d_mlp {self.d_mlp}, {self.dtype_name})"
+        mlps = "mixture of experts" if self.experts else f"d_mlp {self.d_mlp}"
+        return f"LensModel({self.name}: {self.n_layers} layers, {heads}, {mlps}, {self.dtype_name})"
 
     @property
     def bridge(self) -> Any:
@@ -193,10 +196,28 @@ class LensModel:
             hooks: Sites and functions.
             by_column: Each function does with a column what it would do with it alone. Otherwise the engine runs all
                 columns of a prompt in one forward, so that a function may count them.
+
+        Raises:
+            MechsafetyError: Neurons of a mixture of experts.
         """
+        if any(site.kind is SiteKind.NEURONS for site, _ in hooks):
+            self.check_neurons()
         counted = open_edit(self.backend.module, by_column) if hooks else nullcontext()
         with self.lock, self.backend.hooks(hooks), counted:
             yield
+
+    def check_neurons(self) -> None:
+        """Refuse to look at single neurons where the layers have none that are the same for all tokens.
+
+        Raises:
+            MechsafetyError: A mixture of experts.
+        """
+        if self.experts:
+            raise MechsafetyError(
+                f"neurons of {self.name}, a mixture of experts: the neurons that a layer runs differ from token to "
+                "token",
+                expected="heads and whole MLPs",
+            )
 
     @property
     def edited(self) -> bool:
@@ -324,6 +345,7 @@ class LensModel:
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights of a layer's neurons."""
+        self.check_neurons()
         return self.backend.W_out(layer)
 
     @public
@@ -354,12 +376,7 @@ class LensModel:
         Parts of a residual stream can be sent through it one by one: their images sum to the norm's output, once the
         bias (LayerNorm only), which the returned function adds each time, is counted once.
         """
-        norm, x = self.backend.final_norm, resid.float()
-        if not norm.centred:
-            scale = (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-            return lambda part: part.float() / scale * norm.weight
-        scale = (x.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt()
-        return lambda part: (part.float() - part.float().mean(-1, keepdim=True)) / scale * norm.weight + norm.bias
+        return self.backend.final_norm.frozen(resid)
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -256,6 +256,8 @@ def _checked_site(model: LensModel, target: Target) -> Site:
         site = target
     if site.kind in GLOBAL or site.kind in (SiteKind.SCORES, SiteKind.MLP_IN):
         raise MechsafetyError(f"{site} cannot be patched", expected="a site inside a block that is no score")
+    if site.kind is SiteKind.NEURONS:
+        model.check_neurons()
     if site.kind is SiteKind.RESID_MID and model.parallel:
         raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
     size = _sizes(model).get(site.kind, 1)

@@ -164,14 +164,28 @@ def test_edge_limits(planted):
     assert set(measured) == {member.node for member in few.nodes}
 
 
-def test_edges_are_left_out_behind_norms(make_model, pairs, caplog):
-    """Gemma-2: heads do not add up, so no edges; everything else is there."""
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_norms_after_blocks(level, make_model, pairs, monkeypatch):
+    """Gemma-2, whose heads share a norm: its circuit has edges, and the result says how the norms were taken."""
+    monkeypatch.setattr("mechsafety.attribution.steps.SERIES", (2,))
     model = make_model("gemma2")
     high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
     refuse, comply = split_tokens(high, low)
     metric = ms.RefusalLogOdds((refuse,), ("x",), (comply,), ("y",))
-    found = ms.map_refusal_circuit(model, pairs, metric, limit=4, n_random=5, progress=False)
-    assert found.edges == () and found.nodes and "edges are left out" in caplog.text
+    options = {
+        "limit": 4,
+        "target": 0.5,
+        "max_nodes": 12,
+        "n_random": 2,
+        "n_added": 0,
+        "n_resamples": 1,
+        "shortlist": 0,
+    }
+    options |= {"n_backup_parts": 0, "n_edges": 6, "n_measured_edges": 2, "n_role_pairs": 1, "progress": False}
+    found = ms.map_refusal_circuit(model, pairs, metric, level=level, **options)
+    assert found.nodes and found.edges and found.provenance.options["block_norms"] == "recomputed"
+    assert {member.status for member in found.edges} <= {"measured", "estimated"} and found.verification.measured
+    assert all(note.promotes for note in found.details.notes.values())
 
 
 def split_tokens(high, low):
