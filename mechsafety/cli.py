@@ -170,9 +170,16 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "claims": {claim.name: claim.passed for claim in check.claims},
             "left_out": list(circuit.search.cut),
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
+            "pairs": _pairs(circuit),
         },
         indent=None,
     )
+
+
+def _pairs(circuit: Any) -> dict[str, Any]:
+    """How many pairs the map speaks for, of how many that were tried, and what was left out before."""
+    used, tried = circuit.speaks_for or (None, None)
+    return {"used": used, "tried": tried, "left_out": circuit.provenance.options.get("left_out", [])}
 
 
 def _summary(circuit: Any, out: Path) -> str:
@@ -182,6 +189,11 @@ def _summary(circuit: Any, out: Path) -> str:
     for kind, value in circuit.behaviour.items():
         a, b = value.refusal_ci
         rows.append((f"{kind} refused", f"{value.refusal_rate:.0%} of {value.n} (95 % CI {a:.0%} to {b:.0%})"))
+    pairs = _pairs(circuit)
+    if pairs["used"]:
+        share = f"the map speaks for {pairs['used']} of {pairs['tried']} pairs tried, refused on the harmful side alone"
+        rows.append(("pairs", share))
+    rows += [("  left out", note) for note in pairs["left_out"]]
     if circuit.level == "edge":
         size = f"{len(circuit.edges)} of {circuit.n_candidates} edges, between {len(circuit.nodes)} nodes"
     else:

@@ -96,7 +96,7 @@ def prompt_sets(data: Path) -> list[PromptSet]:
             hub_id, config, split = HUB_IDS[name]
             source = " ".join(filter(None, (hub_id, config, split)))
             sets.append(PromptSet(f"{name.partition(' (')[0]}, {source}", kind, prompts))
-    test = ms.PromptPairs.builtin("test")
+    test = ms.PromptPairs.builtin("test", edition=1)
     sets.append(PromptSet(f"{OWN}: harmful", "harmful", tuple(test.harmful)))
     sets.append(PromptSet(f"{OWN}: harmless twins", "harmless", tuple(test.harmless)))
     scary = tuple(prompt.text for prompt in ms.builtin_prompts("borderline", "test"))

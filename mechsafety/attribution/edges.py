@@ -22,7 +22,7 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.parts import PATCHABLE, has_node
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, pair_batches
+from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import Receiver, reaches
 from mechsafety.prompts import PromptPairs, omissions
@@ -135,7 +135,8 @@ def edge_attribution(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs (which are run again, a few at a time, if they are many).
+        pairs: Pairs, of which those that align are taken; or their stored runs (which are run again, a few at a time,
+            if they are many).
         metric: What is attributed.
         method: ``eap``, ``eap-ig``, ``ig-activations`` or ``mask-ig``.
         steps: Points of each integral; ``eap`` has one. By default the first of 5, 10, 20, 40, 80 whose sum is within
@@ -164,6 +165,7 @@ def edge_attribution(
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in ordered) else []
     if method == "ig-activations" and model.post_norm:
         extra.append(SiteKind.ATTN_OUT)
+    pairs = aligned_pairs(model, pairs)
     batches = pair_batches(model, pairs, BATCH_TOKENS, extra)
     complete: float | None = None
     if steps is None and method != "eap":

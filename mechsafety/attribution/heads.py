@@ -21,6 +21,7 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import PairRuns, Projection, activation_patching, pair_runs, path_projection
+from mechsafety.patching.masks import aligned_pairs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.prompts.spans import SPANS
@@ -161,7 +162,7 @@ def head_attribution(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Pairs, of which those that align are taken; or their stored runs.
         metric: What the effects are on.
         direction: A `RefusalDirection`, needed for ``path``.
         scores: Some of ``direct total path attention ships sahara``; by default all that can be computed: ``path``
@@ -174,6 +175,7 @@ def head_attribution(
     Raises:
         MechsafetyError: Unknown score, ``path`` without a direction, or a direction of another model's width.
     """
+    pairs = aligned_pairs(model, pairs)
     impossible = {"path"} if direction is None else set()
     if n_masked <= rank or len(pairs.harmful) <= rank:
         impossible = impossible | {"sahara"}

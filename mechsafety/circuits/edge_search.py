@@ -120,7 +120,8 @@ def discover_edges(
 
     Args:
         model: The model.
-        pairs: Aligned pairs; half of them (other topics, where there are several) set the size.
+        pairs: Pairs, of which those that align are taken; half of them (other topics, where there are several) set
+            the size.
         metric: What is measured.
         target: Faithfulness to reach.
         steps: Points of EAP-IG; as many as its completeness needs by default (see `edge_attribution`).
@@ -133,6 +134,7 @@ def discover_edges(
     """
     check_search(target, max_edges)
     budget = Budget(budget_seconds)
+    pairs = pairs.aligned(model, least=2)
     here, there = pairs.halves()
     found_on, held_out = (EdgeMeter(model, pair_runs(model, part), metric, progress=progress) for part in (here, there))
     for meter in (found_on, held_out):
@@ -211,7 +213,7 @@ def acdc(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, all of which are searched on.
+        pairs: Pairs; all that align are searched on.
         metric: What is measured.
         threshold: Largest loss at which an edge may leave; above 0.
         measure: ``kl`` or ``metric``.
@@ -224,6 +226,7 @@ def acdc(
         raise MechsafetyError(f"measure={measure!r}", expected=f"one of {MEASURES}")
     if not threshold > 0:
         raise MechsafetyError(f"threshold {threshold}", expected="above 0")
+    pairs = pairs.aligned(model)
     meter = EdgeMeter(model, pair_runs(model, pairs), metric)
     check_gap(*meter.runs.scores(metric))
     every = all_edges(model.n_layers, model.n_heads, model.parallel)

@@ -23,6 +23,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
+from mechsafety.patching.masks import aligned_pairs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import live_logits, slot_edit
 from mechsafety.patching.senders import neuron_weights, node_outputs, own_share
@@ -119,7 +120,7 @@ def direction_io(
     Args:
         model: The model.
         direction: Where it stands decides what can write it: nodes before its block.
-        pairs: Aligned pairs, or their stored runs (with ``neurons``).
+        pairs: Pairs, of which those that align are taken; or their stored runs (with ``neurons``).
         metric: What reading is measured by.
         circuit: Look at the heads and MLPs of a circuit only.
         nodes: Look at these only; every head and MLP by default.
@@ -137,6 +138,7 @@ def direction_io(
         listed = tuple(member.node for member in circuit.nodes if member.node.kind in ("head", "mlp"))
     if any(node.kind == "neuron" for node in listed):
         raise MechsafetyError("neurons among the nodes", expected="heads and MLPs: all neurons are measured anyway")
+    pairs = aligned_pairs(model, pairs)
     extra = [] if model.experts else [SiteKind.NEURONS]
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=extra)
     bad, good = runs.harmful, runs.harmless

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Count, Prompts, prompt_text, public
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models.backend import Backend, use_of
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.decode import Cursor, check_room, greedy
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
-from mechsafety.models.template import checked_options, render
+from mechsafety.models.template import checked_options
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
@@ -104,7 +105,17 @@ class LensModel:
 
     def render(self, prompt: str) -> tuple[str, int, int]:
         """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
-        return render(self.tokenizer, prompt_text(prompt), self.template_options)
+        return self.chat.render(prompt)
+
+    @property
+    def chat(self) -> ChatTokenizer:
+        """How its prompts become tokens."""
+        return ChatTokenizer(self.name, self.tokenizer, self.template_options)
+
+    @public
+    def spans(self, prompts: Prompts) -> list[Spans]:
+        """Where each chat prompt's parts lie in its token row; the model is not run."""
+        return self.chat.spans(prompts)
 
     @public
     def tokenize(self, prompts: Prompts) -> Tokens:
@@ -116,16 +127,9 @@ class LensModel:
         """
         if not prompts:
             raise MechsafetyError("no prompts", expected="at least one")
-        rows, spans = [], []
-        for prompt in prompts:
-            text, start, end = self.render(prompt)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            inside = [k for k, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and max(a, start) < min(b, end)]
-            if not inside:
-                raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
-            rows.append(encoded["input_ids"])
-            self._check_known(rows[-1], prompt)
-            spans.append(Spans((inside[0], inside[-1] + 1), len(rows[-1])))
+        rows, spans = self.chat.rows(prompts)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._check_known(row, prompt)
         width = max(map(len, rows))
         if width > self.backend.sizes.n_ctx:
             longest = prompts[max(range(len(rows)), key=lambda k: len(rows[k]))]
@@ -139,7 +143,7 @@ class LensModel:
 
     @public
     def tokenize_pairs(self, pairs: PromptPairs) -> TokenPairs:
-        """Aligned token rows of both sides of the pairs.
+        """Aligned token rows of both sides of the pairs; `PromptPairs.aligned` gives the pairs that have them.
 
         Raises:
             MechsafetyError: A pair's chat prompts differ in length or span; both token rows and the first difference

@@ -28,7 +28,7 @@ from mechsafety.models.engine import (
 )
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
-from mechsafety.patching.masks import PairRuns, pair_batches, replacement
+from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, replacement
 from mechsafety.patching.sources import SOURCES, check_start, column_masks, source_values
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
@@ -126,7 +126,8 @@ def activation_patching(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs (which must hold the activations that are patched).
+        pairs: Pairs, of which those that align are taken; or their stored runs (which must hold the activations that
+            are patched).
         metric: What is measured.
         nodes: What to patch: heads, MLPs and neurons (`Node`), or any `Site`: residual stream before, between and
             after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head), ``pattern``,
@@ -146,7 +147,7 @@ def activation_patching(
         Changes per prompt; a positive effect moves the metric towards the source run.
 
     Raises:
-        MechsafetyError: Unknown option, a target that the model lacks, pairs that do not align, a pair without another
+        MechsafetyError: Unknown option, a target that the model lacks, no pair that aligns, a pair without another
             of its length (``mean``, ``resample``), stored runs that begin after a column to be patched.
     """
     from tqdm.auto import tqdm
@@ -160,6 +161,7 @@ def activation_patching(
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
     # at named positions, the other prompt's values and zeros are the same whatever else is in the batch
     alone = source in ("other", "zero") and isinstance(positions, str) and positions != "each"
+    pairs = aligned_pairs(model, pairs)
     batches: list[Callable[[], PairRuns]]
     if isinstance(pairs, PairRuns):
         check_current(model, pairs.harmful, pairs.harmless)

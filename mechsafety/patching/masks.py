@@ -39,11 +39,13 @@ class PairRuns:
     Attributes:
         harmful, harmless: Stored runs.
         start: That column.
+        left_out: What was left out of the pairs before they were run, in words.
     """
 
     harmful: BaseRun
     harmless: BaseRun
     start: int
+    left_out: tuple[str, ...] = ()
 
     def scores(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Metric of the unpatched (harmful, harmless) runs."""
@@ -64,20 +66,30 @@ def pair_runs(
 
     Args:
         model: The model.
-        pairs: Pairs that align.
+        pairs: Pairs; those that do not align are left out.
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; the first difference by default.
         max_batch_tokens: Rows x columns of variants that go through the model at once; None finds how many fit.
         fixed: Values that hold in both runs, and in their variants.
 
     Raises:
-        MechsafetyError: A pair does not align.
+        MechsafetyError: No pair aligns.
     """
+    pairs = pairs.aligned(model) if isinstance(pairs, PromptPairs) else pairs
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
     harmful, harmless = twin_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
-    return PairRuns(harmful, harmless, first)
+    return PairRuns(harmful, harmless, first, pairs.left_out if isinstance(pairs, PromptPairs) else ())
+
+
+def aligned_pairs(model: LensModel, pairs: PromptPairs | PairRuns, least: int = 1) -> PromptPairs | PairRuns:
+    """The pairs that can be patched, which every analysis begins with; stored runs are of such pairs.
+
+    Raises:
+        MechsafetyError: Fewer than ``least`` align.
+    """
+    return pairs.aligned(model, least) if isinstance(pairs, PromptPairs) else pairs
 
 
 def pair_batches(

@@ -23,7 +23,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, run_block
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS
-from mechsafety.patching.masks import PairRuns, pair_runs
+from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS, block_norms, keep_scales, through_norm
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import sender_changes
@@ -121,7 +121,7 @@ def path_matrix(
 
     Args:
         model: The model, without a soft cap on attention scores.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Pairs, of which those that align are taken; or their stored runs.
         norm: ``freeze`` or ``recompute``: the norm in front of the receiving head. Norms of queries and keys (Qwen-3,
             OLMo-2) keep the base run's scale; ``recompute`` refuses models that have them.
         direction: ``noising``: changes of the harmful run towards the harmless one; ``denoising``: the reverse.
@@ -142,6 +142,7 @@ def path_matrix(
         raise MechsafetyError(
             f"{model.name} normalises queries and keys inside the head", expected="norm='freeze' for such a model"
         )
+    pairs = aligned_pairs(model, pairs)
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs)
     base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
     senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))

@@ -31,6 +31,7 @@ def test_the_planted_circuit(circuit):
     assert check.held_out_topics == ("explosives",)
     assert circuit.behaviour["harmful"].refusal_rate == 7 / 8 and circuit.behaviour["harmless"].refusal_rate == 0.0
     assert circuit.behaviour["harmful"].n == 8
+    assert circuit.speaks_for == (7, 8) and repr(circuit).endswith(", speaks for 7 of 8 pairs tried)")
     assert circuit.metric["refusal_tokens"] == ["sorry"]
     assert [abs(e.effect) for e in circuit.edges] == sorted((abs(e.effect) for e in circuit.edges), reverse=True)
     assert {e.status for e in circuit.edges} == {"measured"}
@@ -152,6 +153,7 @@ def test_round_trip(circuit, tmp_path):
     path = circuit.save(tmp_path / "circuit.json")
     back = ms.RefusalCircuit.load(path)
     assert back.to_json() == circuit.to_json() == path.read_text(encoding="utf-8")
+    assert back.speaks_for == circuit.speaks_for
     assert [member.node for member in back.nodes] == [member.node for member in circuit.nodes]
     assert {member.role for member in back.nodes} == {member.role for member in circuit.nodes}
 
@@ -235,7 +237,9 @@ def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch)
         [f"make a {word} bomb" for word in "abcd"],
         ["make a big cake", "make tea", "make a blue cake", "make a new cake"],
     )
-    with pytest.raises(MechsafetyError, match="does not align"):
+    with pytest.raises(
+        MechsafetyError, match=r"^0 of 4 pairs of lists align under the tokenizer .* of pairs 1-4 differ"
+    ):
         ms.map_refusal_circuit(model, crooked, **SMALL)
 
 
@@ -275,7 +279,7 @@ def test_the_demo_model(demo, tmp_path):
 def test_pairs_too_few_to_hold_any_out(planted):
     model, pairs = planted
     three = ms.PromptPairs.from_lists(pairs.harmful[:3], pairs.harmless[:3])
-    with pytest.raises(MechsafetyError, match=r"lists leaves 1 pair to hold out; expected at least 2; give more pairs"):
+    with pytest.raises(MechsafetyError, match=r"^3 of 3 pairs of lists align under .*; expected at least 4; add pairs"):
         ms.map_refusal_circuit(model, three, **SMALL)
 
 
