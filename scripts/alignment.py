@@ -44,7 +44,7 @@ By topic (in brackets the number of pairs):
 def main(arguments: Sequence[str]) -> None:
     """Measure the named tokenizers and store the result."""
     given = dict(argument.split("=", 1) for argument in arguments)
-    write_text(STORE, json.dumps(measured(given), indent=1, ensure_ascii=False) + "\n")
+    write_text(STORE, json.dumps(measured(given), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print(section(load()))
 
 
@@ -118,7 +118,7 @@ def section(store: dict[str, Any]) -> str:
     for name, row in rows.items():
         topic, (fits, n) = min(row["topics"].items(), key=lambda item: item[1][0] / item[1][1])
         shares = [_share(row["splits"][split]) for split in SPLITS]
-        table.append([name, *shares, topic.replace("_", " "), _share((fits, n))])
+        table.append([f"of {name}", *shares, topic.replace("_", " "), _share((fits, n))])
     topics = [
         [f"{topic.replace('_', ' ')} ({n})", *(_share(row["topics"][topic]) for row in rows.values())]
         for topic, (_, n) in first["topics"].items()

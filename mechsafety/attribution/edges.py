@@ -166,6 +166,12 @@ def edge_attribution(
     if method == "ig-activations" and model.post_norm:
         extra.append(SiteKind.ATTN_OUT)
     pairs = aligned_pairs(model, pairs)
+    if pairs.align == "suffix" and method == "eap-ig":
+        raise MechsafetyError(
+            "method='eap-ig' on pairs aligned at the suffix, whose embeddings are the same there",
+            expected="a method whose path leads through the nodes' values",
+            cure="pass method='mask-ig', 'ig-activations' or 'eap'",
+        )
     batches = pair_batches(model, pairs, BATCH_TOKENS, extra)
     complete: float | None = None
     if steps is None and method != "eap":

@@ -159,8 +159,10 @@ def wire(
     for node, backup in second.items():
         role, evidence = roles[node]
         roles[node] = (role, replace(evidence, backup_of=str(backup.behind), joint=backup.joint))
+    # at the suffix, heads read the instruction from tokens that no node there wrote
+    sources = [node for node in nodes if node.kind == "head" and meter.runs.align == "suffix"]
     edges, linked, dropped = connect(
-        nodes, list(kept.values()), list(every.values()), lambda node: from_embed.get(node, [])
+        nodes, list(kept.values()), list(every.values()), lambda node: from_embed.get(node, []), sources
     )
     return Wiring(tuple(edges), roles, linked, dropped)
 

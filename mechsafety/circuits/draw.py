@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
 from mechsafety.circuits.circuit import Behaviour, Sample
@@ -70,7 +70,7 @@ def draw_pairs(
                 cure="give more pairs (or more topics)",
             )
     while True:
-        both = PromptPairs((*tried[0].pairs, *tried[1].pairs), pairs.name)
+        both = replace(pairs, pairs=(*tried[0].pairs, *tried[1].pairs))
         found, behaviour, samples, keep = check_behaviour(
             model, both, metric, detect_on=len(tried[0]), seen=seen, seed=seed, progress=progress
         )
@@ -98,7 +98,7 @@ def _wider(side: PromptPairs, part: PromptPairs, keep: Sequence[bool], size: int
         return part
     known = set(part.pairs)
     more = tuple(pair for pair in side.sample(min(most, len(part) + size), seed) if pair not in known)
-    return PromptPairs((*part.pairs, *more), part.name, part.left_out)
+    return replace(part, pairs=(*part.pairs, *more))
 
 
 def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]) -> PromptPairs:
@@ -111,4 +111,4 @@ def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Beh
             f" harmless prompts; only {len(kept)} of {len(part)} pairs are refused on one side alone",
             cure="use a model that refuses, or pairs it tells apart",
         )
-    return PromptPairs(kept, part.name)
+    return replace(part, pairs=kept)

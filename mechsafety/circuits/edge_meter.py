@@ -38,6 +38,13 @@ _SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
 class EdgeMeter(FaithfulnessMeter):
     """`FaithfulnessMeter` whose parts are edges: ``embed``, heads and MLPs into the slots of heads, MLPs and logits."""
 
+    def __post_init__(self) -> None:
+        if self.runs.align == "suffix":
+            raise MechsafetyError(
+                "a circuit of edges on pairs aligned at the suffix (no edge carries what heads read before it)",
+                expected="twins of equal length, or the level 'node' or 'neuron'",
+            )
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """Every edge that runs with the order of computation, by receiver."""

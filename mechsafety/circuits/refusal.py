@@ -125,6 +125,8 @@ def map_refusal_circuit(
     check_search(target, max_nodes)
     budget = Budget(budget_seconds)
     chosen = pairs if pairs is not None else PromptPairs.builtin()
+    if level == "edge" and chosen.align == "suffix":
+        raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
     chosen = chosen.aligned(model, least=2 * MIN_PAIRS)
     drawn = draw_pairs(model, chosen, metric, limit, seed=seed, progress=progress)
     here, there, metric = drawn.here, drawn.there, drawn.metric
@@ -286,7 +288,7 @@ def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None
     """Every other pair is set aside for the checks alone, where there are enough of them."""
     if len(there) < 3 * MIN_PAIRS:
         return there, None
-    return PromptPairs(there.pairs[::2], there.name), PromptPairs(there.pairs[1::2], there.name)
+    return there[::2], there[1::2]
 
 
 def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:

@@ -344,7 +344,7 @@ def _split(pairs: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs]:
     left = list(pairs.pairs)
     for pair in held:
         left.remove(pair)
-    return PromptPairs(tuple(left), pairs.name), held
+    return replace(pairs, pairs=tuple(left)), held
 
 
 def _choose(

@@ -150,6 +150,8 @@ class LensModel:
                 are in the message.
         """
         harmful, harmless = self.tokenize(pairs.harmful), self.tokenize(pairs.harmless)
+        if pairs.align == "suffix":
+            return TokenPairs.at_suffix(harmful, harmless)
         for index, (a, b) in enumerate(zip(harmful.spans, harmless.spans, strict=True)):
             if a != b:
                 raise MechsafetyError(

@@ -3,7 +3,7 @@
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mechsafety.errors import MechsafetyError, first_line, named
 from mechsafety.inputs import public
 from mechsafety.models.adapters import apply_adapter, base_and_adapter, check_no_adapter, is_peft, merged_copy
 from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder, base_folder
 from mechsafety.models.gguf import load_gguf
@@ -39,6 +40,7 @@ def load_model(
     *,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
+    on_tokenizer: Callable[[ChatTokenizer], object] | None = None,
 ) -> LensModel:
     """Load a chat model, wrap it for TransformerLens, and check what the analyses rely on.
 
@@ -58,6 +60,8 @@ def load_model(
         template_options: What the chat template is given besides the prompt: ``system``, text of a system turn;
             ``date``, what a template that writes the date takes for today (26 July 2024 by default, so that results
             repeat); and any variable that the template reads, such as ``enable_thinking``. Provenance keeps them.
+        on_tokenizer: Called with the tokenizer as soon as there is one, before anything slow, for checks of prompts
+            such as `PromptPairs.aligned`; an error that it raises ends the call.
 
     Returns:
         The model; never a tuple.
@@ -83,6 +87,8 @@ def load_model(
     _check_given(model)
     tokenizer = _ready(tokenizer, chat_template, name)
     options = checked_options(tokenizer, template_options)
+    if on_tokenizer is not None:
+        on_tokenizer(ChatTokenizer(_public_name(name), tokenizer, options))
     if adapter is None and embedded and DEMO[name]:
         shown, adapter = name, adapter_folder(str(DEMO[name]))
     else:

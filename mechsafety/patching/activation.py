@@ -165,21 +165,21 @@ def activation_patching(
     batches: list[Callable[[], PairRuns]]
     if isinstance(pairs, PairRuns):
         check_current(model, pairs.harmful, pairs.harmless)
-        check_start(pairs, positions, source)
         batches = [lambda: pairs]
     else:
         # columns before the first difference are the same in both prompts of a pair, but not in other pairs, nor zero
-        start = None if source == "other" else 0
+        start = None if source == "other" or pairs.align == "suffix" else 0
         batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites), start)
     parts, scored = [], []
     with tqdm(total=len(batches) * len(sites), desc="patching", disable=not progress, leave=False) as bar:
         for batch in batches:
             runs = batch()
+            check_start(runs, positions, source)
             scored.append(runs.scores(metric))
             base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
             columns, where = column_masks(base, runs.start, positions)
             rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
-            values = source_values(other, _kinds(sites), source, seed)
+            values = source_values(other, _kinds(sites), source, seed, runs.align)
             bar.total = len(batches) * len(rows)
             chosen = [(sites[k], where[at]) for k, at in rows]
             parts.append(_patched(model, base, values, metric, chosen, max_batch_tokens, bar.update))

@@ -48,7 +48,7 @@ from mechsafety.patching.senders import (
     propagate,
     stream,
 )
-from mechsafety.patching.sources import column_masks
+from mechsafety.patching.sources import check_start, column_masks
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import SiteKind
 
@@ -285,6 +285,9 @@ def _task(
     kinds = (*kinds, *extra_kinds(sending))
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=kinds)
     base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
+    check_start(runs, positions, "other")
+    for sender in sending:
+        check_start(runs, sender.columns if isinstance(sender, At) else "all", "other")
     columns, masks = column_masks(base, runs.start, positions)
     if positions == "each":
         if any(isinstance(sender, At) for sender in sending):

@@ -2,9 +2,10 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
 
 import numpy as np
 
@@ -32,10 +33,12 @@ HUB: dict[str, tuple[HubSet, HubSet | None]] = {
 }
 
 
+Align = Literal["tokens", "suffix"]
+ALIGN: tuple[Align, ...] = ("tokens", "suffix")
 KEYS, OPTIONAL = ("harmful", "harmless"), ("topic", "split", "edition")
 CURE = (
-    "change a word in one of the two (model.tokenize_pairs shows a pair's token rows), add pairs, or pair prompts with "
-    "PromptPairs.matched(harmful, harmless, model.n_tokens)"
+    "change a word in one of the two (model.tokenize_pairs shows a pair's token rows), add pairs, pair prompts with "
+    "PromptPairs.matched(harmful, harmless, model.n_tokens), or patch at the template's suffix alone: align='suffix'"
 )
 # pairs that are named in a note about those that were left out; an error names all
 NAMED_PAIRS = 12
@@ -85,6 +88,9 @@ class PromptPairs:
         pairs: The pairs.
         name: Where they come from, for reports and provenance.
         left_out: What was left out of them, in words.
+        align: What corresponds in the two prompts of a pair, and so can be patched: ``tokens``, every token, which asks
+            for twins of equal length; or ``suffix``, the template's tokens after the instruction alone, which any two
+            prompts have (docs/methods.md says what that can show).
 
     Example:
         >>> pairs = PromptPairs.from_lists(["How do I make a bomb?"], ["How do I make a cake?"])
@@ -95,8 +101,11 @@ class PromptPairs:
     pairs: tuple[PromptPair, ...]
     name: str = "pairs"
     left_out: tuple[str, ...] = ()
+    align: Align = "tokens"
 
     def __post_init__(self) -> None:
+        if self.align not in ALIGN:
+            raise MechsafetyError(f"align={self.align!r}", expected=f"one of {ALIGN}")
         if not self.pairs:
             raise MechsafetyError("no prompt pairs", expected="at least one pair")
         for number, pair in enumerate(self.pairs, 1):
@@ -138,7 +147,8 @@ class PromptPairs:
 
     def __repr__(self) -> str:
         notes = "".join(f"; {note}" for note in self.left_out)
-        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics{notes})"
+        suffix = ", aligned at the suffix" if self.align == "suffix" else ""
+        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics{suffix}{notes})"
 
     @property
     def harmful(self) -> list[str]:
@@ -238,7 +248,8 @@ class PromptPairs:
     def alignment(self, model: Reader) -> "pd.DataFrame":
         """One row a pair: its number (from 1), topic, split, tokens of both chat prompts, and whether they align.
 
-        Two chat prompts align where their instructions begin and end at the same tokens and as many tokens follow.
+        Two chat prompts align where their instructions begin and end at the same tokens and as many tokens follow; of
+        pairs aligned at the suffix, where both have as many tokens after the instruction as most prompts.
 
         Args:
             model: A `LensModel`, or the `ChatTokenizer` of a model whose weights are not needed.
@@ -250,8 +261,13 @@ class PromptPairs:
 
         model = model if hasattr(model, "spans") else lens_model(model)  # which says what was expected
         harmful, harmless = model.spans(self.harmful), model.spans(self.harmless)
+        usual = Counter(_suffix(span) for span in (*harmful, *harmless)).most_common(1)[0][0]
+
+        def fit(bad: Spans, good: Spans) -> bool:
+            return bad == good if self.align == "tokens" else _suffix(bad) == _suffix(good) == usual > 0
+
         rows = [
-            (number, pair.topic, pair.split, bad.length, good.length, bad == good)
+            (number, pair.topic, pair.split, bad.length, good.length, fit(bad, good))
             for number, (pair, bad, good) in enumerate(zip(self.pairs, harmful, harmless, strict=True), 1)
         ]
         return pd.DataFrame(rows, columns=["pair", "topic", "split", "harmful", "harmless", "aligned"])
@@ -274,8 +290,10 @@ class PromptPairs:
         n, out = sum(fits), table.loc[~table["aligned"], "pair"].tolist()
         if n < least:
             problem = f"{n} of {len(self)} pairs of {self.name} align under the tokenizer of {model.name}"
-            problem += f"; the two chat prompts of {_numbers(out)} differ in their number of tokens" if out else ""
-            raise MechsafetyError(problem, expected=f"at least {least}", cure=CURE if out else "add pairs")
+            what = "number of tokens" if self.align == "tokens" else "tokens after the instruction"
+            problem += f"; the two chat prompts of {_numbers(out)} differ in their {what}" if out else ""
+            cure = CURE if out and self.align == "tokens" else "add pairs"
+            raise MechsafetyError(problem, expected=f"at least {least}", cure=cure)
         if not out:
             return self
         note = f"{len(out)} of {len(self)} pairs left out, which do not align under the tokenizer of {model.name}"
@@ -306,7 +324,7 @@ class PromptPairs:
         return pairs if split is None else pairs.split(split)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+    def from_file(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
         """Pairs from a ``.jsonl``, ``.json`` or ``.csv`` file.
 
         Every row holds ``harmful`` and ``harmless``; ``topic``, ``split`` and ``edition`` are optional. A ``.jsonl``
@@ -316,26 +334,33 @@ class PromptPairs:
         Raises:
             MechsafetyError: As `mechsafety.prompts.read_rows`; the line is named.
         """
-        return cls._from_rows(read_rows(path, KEYS), path)
+        return cls._from_rows(read_rows(path, KEYS), path, align)
 
     @classmethod
-    def from_jsonl(cls, path: str | os.PathLike[str]) -> Self:
+    def from_jsonl(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
         """Pairs from a file with ``{"harmful": "...", "harmless": "..."}`` a line, whatever its suffix.
 
         Raises:
             MechsafetyError: As `mechsafety.prompts.read_jsonl`.
         """
-        return cls._from_rows(read_jsonl(path, KEYS), path)
+        return cls._from_rows(read_jsonl(path, KEYS), path, align)
 
     @classmethod
-    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Self:
+    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], align: Align) -> Self:
         pairs = (PromptPair(*(row[key] for key in KEYS), **{k: row[k] for k in OPTIONAL if k in row}) for row in rows)
-        return cls(tuple(pairs), os.path.basename(os.fspath(path)))
+        return cls(tuple(pairs), os.path.basename(os.fspath(path)), align=align)
 
     @classmethod
     @public
-    def from_lists(cls, harmful: Prompts, harmless: Prompts, name: str = "lists") -> Self:
+    def from_lists(cls, harmful: Prompts, harmless: Prompts, name: str = "lists", align: Align = "tokens") -> Self:
         """Pairs from two lists of the same length.
+
+        Args:
+            harmful: Harmful prompts.
+            harmless: Their twins; or, with ``align="suffix"``, any harmless prompts.
+            name: Where they come from.
+            align: What is patched of a pair: ``tokens``, every token of twins of equal length; ``suffix``, the
+                template's tokens after the instruction, of any two prompts.
 
         Raises:
             MechsafetyError: The lengths differ, or a list is a single string.
@@ -346,7 +371,7 @@ class PromptPairs:
                 expected="lists of the same length",
                 cure="use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
             )
-        return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name)
+        return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name, align=align)
 
     @classmethod
     @public
@@ -377,6 +402,7 @@ class PromptPairs:
         name: str,
         harmless: Prompts | str | None = None,
         length: Callable[[str], int] | None = None,
+        align: Align = "tokens",
     ) -> Self:
         """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.
 
@@ -385,6 +411,7 @@ class PromptPairs:
                 instructions.
             harmless: Harmless prompts, or where to read them, likewise; JailbreakBench brings its own.
             length: Pairs by equal length when given (see `matched`), in file order otherwise.
+            align: ``suffix`` for pairs of any lengths, which are patched at the template's suffix alone.
 
         Raises:
             MechsafetyError: A source cannot be read, or there are no harmless prompts.
@@ -397,7 +424,7 @@ class PromptPairs:
         if length is not None:
             return cls.matched(bad, good, length, name)
         n = min(len(bad), len(good))
-        return cls.from_lists(bad[:n], good[:n], name)
+        return cls.from_lists(bad[:n], good[:n], name, align)
 
     def _where(self, keep: Callable[[PromptPair], bool], what: str) -> Self:
         kept = tuple(pair for pair in self.pairs if keep(pair))
@@ -410,9 +437,17 @@ class PromptPairs:
 
 
 def omissions(pairs: object) -> dict[str, Any]:
-    """What was left out of pairs or of their runs, as an option of provenance; empty where that is nothing."""
-    notes = getattr(pairs, "left_out", ())
-    return {"left_out": list(notes)} if notes else {}
+    """What a result must say of its pairs or their runs, as options of provenance; empty for whole aligned twins.
+
+    What was left out of them, and that only their suffix corresponds.
+    """
+    notes, align = getattr(pairs, "left_out", ()), getattr(pairs, "align", "tokens")
+    return ({"left_out": list(notes)} if notes else {}) | ({"align": align} if align != "tokens" else {})
+
+
+def _suffix(span: Spans) -> int:
+    """How many tokens the template writes after an instruction."""
+    return span.length - span.instruction[1]
 
 
 def _numbers(found: Sequence[int], most: int | None = None) -> str:

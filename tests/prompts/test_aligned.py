@@ -60,7 +60,8 @@ def test_too_few_that_align_is_an_error_with_every_pair(llama, crooked):
     assert str(caught.value) == (
         "4 of 6 pairs of mine align under the tokenizer of LlamaForCausalLM; the two chat prompts of pairs 2, 6 differ "
         "in their number of tokens; expected at least 5; change a word in one of the two (model.tokenize_pairs shows a "
-        "pair's token rows), add pairs, or pair prompts with PromptPairs.matched(harmful, harmless, model.n_tokens)"
+        "pair's token rows), add pairs, pair prompts with PromptPairs.matched(harmful, harmless, model.n_tokens), or "
+        "patch at the template's suffix alone: align='suffix'"
     )
     many = PromptPairs.from_lists([f"make {'a ' * k}bomb" for k in range(39)], ["make tea"] * 39)
     with pytest.raises(MechsafetyError, match=r"^1 of 39 pairs of lists align .* prompts of pairs 1-3, 5-39 differ"):
