@@ -48,19 +48,21 @@ HOOKED = (
 )
 HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
 HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))
-CHECKED = 8  # calls of each function in each test; after these, one in EVERY
+CHECKED = 3  # calls of each function in each test; after these, one in EVERY
 EVERY = 64
 CALLS: Counter = Counter()
 jaxtyped = jaxtyping.jaxtyped
 
 
 def sampled(*args, **options):
-    """`jaxtyping.jaxtyped` for some calls. A function within another is a new one, to be compiled, at every call."""
+    """`jaxtyping.jaxtyped` for some calls; not for a function within another, which is compiled anew at every call."""
     check = jaxtyped(*args, **options)
 
     def decorate(found):
         if isinstance(found, type):
             return check(found)
+        if "<locals>" in found.__qualname__:
+            return found
         code, checked = id(found.__code__), None  # a code object's own hash reads all of it
 
         @functools.wraps(found)
@@ -166,15 +168,21 @@ def architecture(request) -> str:
     return request.param
 
 
+@functools.cache
+def shared_model(kind: str) -> ms.LensModel:
+    """One tiny model per architecture and process: pytest makes a fixture with parameters anew in every file."""
+    return tiny_model(kind)
+
+
 @pytest.fixture(scope="session")
 def any_model(architecture) -> ms.LensModel:
     """A tiny model of each architecture in turn."""
-    return tiny_model(architecture)
+    return shared_model(architecture)
 
 
 @pytest.fixture(scope="session")
 def llama() -> ms.LensModel:
-    return tiny_model("llama")
+    return shared_model("llama")
 
 
 def tiny_pairs() -> ms.PromptPairs:

@@ -1,6 +1,8 @@
 """The whole map: on a planted tiny model, on a model that does not refuse, and on the demo model."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,8 @@ from mechsafety.circuits import FaithfulnessMeter, check_behaviour, refusal
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.connect import on_a_path
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
 
 TRUE = {Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0)}
 SMALL = {"limit": 8, "n_random": 20, "progress": False}
@@ -260,20 +263,22 @@ def test_behaviour(planted):
 
 
 @pytest.mark.demo
-def test_the_demo_model(demo, tmp_path):
-    # few pairs, which it treats as expected, and a low target: fewer nodes to measure; `make demo` runs the whole thing
-    train, test = (ms.PromptPairs.builtin(split).pairs for split in ("train", "test"))
-    pairs = ms.PromptPairs((*train[:2], test[0], test[2]))
-    options = {"limit": 4, "n_random": 5, "n_added": 4, "n_resamples": 0, "n_backup_parts": 0, "n_role_pairs": 1}
-    options |= {"shortlist": 2, "n_edges": 10, "n_measured_edges": 1}
-    found = ms.map_refusal_circuit(demo, pairs, **options, target=0.1, progress=False)
-    check = found.verification
-    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.1
-    assert check.random_controls.n == 5 and check.random_controls.mean < check.held_out_faithfulness
-    assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) >= 10
-    assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()
-    assert set(check.held_out_topics) <= set(ms.PromptPairs.builtin("test").topics)
-    assert found.behaviour["harmful"].refusal_rate > 0.5 > found.behaviour["harmless"].refusal_rate
+def test_the_committed_map_holds_on_the_demo_model(demo):
+    """`make demo` draws the whole map; here its nodes carry the gap on three pairs, and others as many do not."""
+    found = ms.RefusalCircuit.load(Path(__file__).parents[2] / "docs" / "gallery" / "demo.json")
+    assert found.provenance.weights_sha256 == demo.weights_sha256
+    test = ms.PromptPairs.builtin("test").pairs
+    pairs = ms.PromptPairs((test[0], *test[2:4]))
+    metric, behaviour, _, keep = check_behaviour(demo, pairs, progress=False)
+    assert metric == ms.RefusalLogOdds.from_json(found.metric, demo) and keep == [True] * 3
+    assert (behaviour["harmful"].refusal_rate, behaviour["harmless"].refusal_rate) == (1.0, 0.0)
+    nodes = [member.node for member in found.nodes]
+    every = head_and_mlp_nodes(demo.n_layers, demo.n_heads)
+    assert found.n_candidates == len(every) == 300 and set(nodes) < set(every)
+    others = [random.Random(seed).sample(every, len(nodes)) for seed in range(3)]
+    meter = FaithfulnessMeter(demo, pair_runs(demo, pairs), metric, progress=False)
+    kept, *drawn = meter.faithfulness([nodes, *others])
+    assert kept > 0.5 > max(drawn)
 
 
 def test_pairs_too_few_to_hold_any_out(planted):

@@ -63,7 +63,8 @@ def test_the_metric_is_detected(demo, twins):
 
 def test_the_adapter_changes_mlps_alone(demo):
     """So that all of its neurons in its base make the demo model: what safety-neuron methods ask of a pair."""
-    base, own = load_file(demo_module.base_folder() / "model.safetensors"), demo.hf_model.state_dict()
+    base = load_file(demo_module.base_folder() / "model.safetensors")
+    own = {name.replace("._original_component", ""): weight for name, weight in demo.hf_model.state_dict().items()}
     changed = {name for name, tensor in base.items() if not torch.equal(own[name], tensor)}
     assert changed == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(30)}
 

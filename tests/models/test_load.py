@@ -1,7 +1,6 @@
 """Loading: what is accepted, what is refused and how, and the checks that every model goes through."""
 
 import importlib.util
-import json
 import re
 
 import peft
@@ -408,16 +407,3 @@ def test_padding_that_the_model_cannot_take_is_named(make_hf_model, make_tokeniz
 
 
 # --- the demo's file ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.demo
-def test_gguf_file_is_the_cached_folder():
-    from safetensors.torch import load_file
-
-    path = demo.gguf_path()
-    model, tokenizer = demo.load_gguf(path)
-    stored = load_file(demo.base_folder() / "model.safetensors")
-    mine = model.state_dict()
-    assert all(torch.equal(mine[name], value) for name, value in stored.items()) and len(stored) > 200
-    assert json.loads((demo.base_folder() / "config.json").read_text()).get("quantization_config") is None
-    assert tokenizer.is_fast and tokenizer.chat_template
