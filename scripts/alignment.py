@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from statements import table
+
 import mechsafety as ms
 from mechsafety.output import write_text
 from mechsafety.prompts.sets import data_file
@@ -85,10 +87,10 @@ def encoder(path: Path) -> Encode:
     if "tekken" in path.name:
         import tiktoken
 
-        table = json.loads(path.read_text(encoding="utf-8"))
-        config = table["config"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        config = stored["config"]
         n = config["default_vocab_size"] - config["default_num_special_tokens"]
-        ranks = {base64.b64decode(row["token_bytes"]): row["rank"] for row in table["vocab"][:n]}
+        ranks = {base64.b64decode(row["token_bytes"]): row["rank"] for row in stored["vocab"][:n]}
         tekken = tiktoken.Encoding("tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
         return lambda texts: [len(tekken.encode(text)) for text in texts]
     if ".model" in path.name:
@@ -114,11 +116,11 @@ def section(store: dict[str, Any]) -> str:
     rows = store["tokenizers"]
     first = next(iter(rows.values()))
     sizes = {split: first["splits"][split][1] for split in SPLITS}
-    table = []
+    lines = []
     for name, row in rows.items():
         topic, (fits, n) = min(row["topics"].items(), key=lambda item: item[1][0] / item[1][1])
         shares = [_share(row["splits"][split]) for split in SPLITS]
-        table.append([f"of {name}", *shares, topic.replace("_", " "), _share((fits, n))])
+        lines.append([f"of {name}", *shares, topic.replace("_", " "), _share((fits, n))])
     topics = [
         [f"{topic.replace('_', ' ')} ({n})", *(_share(row["topics"][topic]) for row in rows.values())]
         for topic, (_, n) in first["topics"].items()
@@ -126,17 +128,13 @@ def section(store: dict[str, Any]) -> str:
     return SECTION.format(
         n=sum(sizes.values()),
         splits=", ".join(f"{n} {split}" for split, n in sizes.items()),
-        table=_table(["tokenizer", *SPLITS, "smallest topic", "share"], table),
-        topics=_table(["topic", *rows], topics),
+        table="\n".join(table(["tokenizer", *SPLITS, "smallest topic", "share"], lines)),
+        topics="\n".join(table(["topic", *rows], topics)),
     )
 
 
 def _share(cell: Sequence[int]) -> str:
     return f"{cell[0] / cell[1]:.2f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

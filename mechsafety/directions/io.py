@@ -23,7 +23,6 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
-from mechsafety.patching.masks import aligned_pairs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import live_logits, slot_edit
 from mechsafety.patching.senders import neuron_weights, node_outputs, own_share
@@ -138,7 +137,6 @@ def direction_io(
         listed = tuple(member.node for member in circuit.nodes if member.node.kind in ("head", "mlp"))
     if any(node.kind == "neuron" for node in listed):
         raise MechsafetyError("neurons among the nodes", expected="heads and MLPs: all neurons are measured anyway")
-    pairs = aligned_pairs(model, pairs)
     extra = [] if model.experts else [SiteKind.NEURONS]
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=extra)
     bad, good = runs.harmful, runs.harmless
@@ -160,7 +158,7 @@ def direction_io(
     reads = _reads(model, runs, metric, listed, unit, progress)
     return DirectionIO(
         model.provenance(
-            options={"layer": direction.layer, "column": direction.column, "pairs": len(bad), **omissions(pairs)}
+            options={"layer": direction.layer, "column": direction.column, "pairs": len(bad), **omissions(runs)}
             | block_norms_option(model, "frozen")
         ),
         metric.to_json(),

@@ -61,13 +61,17 @@ class NormForm:
     eps: float
     centred: bool
 
+    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """What the norm divides ``x`` by; float32."""
+        x = x.float()
+        square = x.var(-1, keepdim=True, unbiased=False) if self.centred else x.square().mean(-1, keepdim=True)
+        return (square + self.eps).sqrt()
+
     def frozen(self, x: Float[Tensor, "*rows d_model"]) -> Callable[[Tensor], Tensor]:
         """The norm as a linear map (plus bias) of parts of ``x``, its scale frozen at that of ``x``; float32."""
-        x = x.float()
+        scale = self.scale(x)
         if not self.centred:
-            scale = (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
             return lambda part: part.float() / scale * self.weight
-        scale = (x.var(-1, keepdim=True, unbiased=False) + self.eps).sqrt()
         return lambda part: (part.float() - part.float().mean(-1, keepdim=True)) / scale * self.weight + self.bias
 
 

@@ -23,7 +23,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, run_block
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS
-from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_runs
+from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS, block_norms, keep_scales, through_norm
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import sender_changes
@@ -142,7 +142,6 @@ def path_matrix(
         raise MechsafetyError(
             f"{model.name} normalises queries and keys inside the head", expected="norm='freeze' for such a model"
         )
-    pairs = aligned_pairs(model, pairs)
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs)
     base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
     senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
@@ -158,7 +157,7 @@ def path_matrix(
                     part = einsum(changed, slope, "sender batch pos d, head batch pos d -> sender head batch")
                     found[slot][rows[0] : rows[-1] + 1, columns] = part
             bar.update()
-    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base), **omissions(pairs)}
+    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base), **omissions(runs)}
     return PathMatrix(
         model.provenance(options=options), senders, receivers, found["q"], found["k"], found["v"], norm, direction
     )

@@ -93,11 +93,11 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
     scales: dict[Module, Tensor] = {}
 
     def note(module: Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-        scales[module] = _scale(model, module, args[0])
+        scales[module] = model.backend.norm_form(module).scale(args[0])
 
     def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        own, kept = _scale(model, module, args[0]), scales[module]
-        shift = model.backend.norm_form(module).bias
+        form, kept = model.backend.norm_form(module), scales[module]
+        own, shift = form.scale(args[0]), form.bias
         ratio = own / expand_rows(kept, own.shape[0] // kept.shape[0])
         return ((out.float() - shift) * ratio + shift).to(out.dtype)
 
@@ -106,11 +106,3 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
             base()
         with forward_hooks(modules, rescale):
             yield
-
-
-def _scale(model: LensModel, module: Module, x: Tensor) -> Tensor:
-    """What a norm divides ``x`` by."""
-    norm, x = model.backend.norm_form(module), x.float()
-    if norm.centred:
-        x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()

@@ -113,26 +113,19 @@ def node_outputs(
     Raises:
         MechsafetyError: ``embed`` or ``logits``.
     """
-    rows = []
-    behind = {(node.kind, node.layer or 0) for node in nodes if node.kind in ("head", "neuron")}
-    share = {(kind, layer): own_share(model, run, layer, kind, at) for kind, layer in behind}
-    for node in nodes:
-        layer = node.layer or 0
-        if node.kind == "head":
-            z = run.acts[SiteKind.Z][layer][:, at, node.index].float()
-            weight = model.W_O(layer)[node.index].float()
-            written = einsum(z, weight, "batch pos d_head, d_head d_model -> batch pos d_model")
-            rows.append(share[node.kind, layer](written))
-        elif node.kind == "neuron":
-            activation = stored(run.acts, SiteKind.NEURONS)[layer][:, at, node.index].float()
-            weight = neuron_weights(model, layer)[node.index]
-            written = einsum(activation, weight, "batch pos, d_model -> batch pos d_model")
-            rows.append(share[node.kind, layer](written))
-        elif node.kind == "mlp":
-            rows.append(run.acts[SiteKind.MLP_OUT][layer][:, at].float())
+    strange = next((node for node in nodes if node.kind not in ("head", "mlp", "neuron")), None)
+    if strange is not None:
+        raise MechsafetyError(f"{strange} writes nothing of its own", expected="heads, MLPs or neurons")
+    resid = run.resid[0][:, at]
+    out = torch.zeros(len(nodes), *resid.shape, device=resid.device)
+    for (kind, layer), rows in _by_sublayer(nodes).items():
+        if kind == "mlp":
+            out[rows] = run.acts[SiteKind.MLP_OUT][layer][:, at].float()
         else:
-            raise MechsafetyError(f"{node} writes nothing of its own", expected="heads, MLPs or neurons")
-    return torch.stack(rows)
+            indices = [nodes[row].index or 0 for row in rows]
+            written = _through_weights(model, kind, layer, indices, _values(run, kind, layer, indices, at))
+            out[rows] = own_share(model, run, layer, kind, at)(written)
+    return out
 
 
 def sender_changes(
@@ -205,11 +198,8 @@ def added_changes(
     out = written_changes(model, base, source, nodes)
     for (kind, layer), rows in _by_sublayer(nodes).items():
         if kind in ("head", "neuron") and norm_behind(model, layer, kind) is not None:
-            indices = [nodes[row].index or 0 for row in rows]
-            new, old = (
-                own_share(model, run, layer, kind)(_written(model, run, kind, layer, indices)) for run in (source, base)
-            )
-            out[rows] = new - old
+            some = [nodes[row] for row in rows]
+            out[rows] = node_outputs(model, source, some) - node_outputs(model, base, some)
     return out
 
 
@@ -323,14 +313,20 @@ def own_share(
     return at_own_scale(model, module, written_sum(model, run, layer, kind, at))
 
 
-def _written(
-    model: LensModel, run: BaseRun, kind: str, layer: int, indices: Sequence[int]
-) -> Float[Tensor, "node batch pos d_model"]:
-    """What some heads (neurons) of a layer write in a run, before a norm behind them; float32."""
+def _values(run: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice) -> Float[Tensor, "batch pos ..."]:
+    """What some heads (neurons) of a layer give to their output weights in a run; float32."""
     if kind == "head":
-        z, weights = run.acts[SiteKind.Z][layer][:, :, indices].float(), model.W_O(layer)[indices].float()
-        return einsum(z, weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
-    values = stored(run.acts, SiteKind.NEURONS)[layer][..., indices].float()
+        return run.acts[SiteKind.Z][layer][:, at][:, :, indices].float()
+    return stored(run.acts, SiteKind.NEURONS)[layer][:, at][..., indices].float()
+
+
+def _through_weights(
+    model: LensModel, kind: str, layer: int, indices: Sequence[int], values: Float[Tensor, "batch pos ..."]
+) -> Float[Tensor, "node batch pos d_model"]:
+    """What some heads (neurons) of a layer write with such values, before a norm behind them; float32."""
+    if kind == "head":
+        weights = model.W_O(layer)[indices].float()
+        return einsum(values, weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
     return einsum(
         values, neuron_weights(model, layer)[indices], "batch pos node, node d_model -> node batch pos d_model"
     )
@@ -356,14 +352,9 @@ def _own_changes(
     model: LensModel, base: BaseRun, source: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice
 ) -> Float[Tensor, "sender batch column d_model"]:
     """Source less base of what senders of one kind and layer write."""
-    if kind == "head":
-        z = [run.acts[SiteKind.Z][layer][:, at][:, :, indices].float() for run in (base, source)]
-        weights = model.W_O(layer)[indices].float()
-        return einsum(z[1] - z[0], weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
-    if kind == "neuron":
-        values = [stored(run.acts, SiteKind.NEURONS)[layer][:, at][..., indices].float() for run in (base, source)]
-        weights = neuron_weights(model, layer)[indices]
-        return einsum(values[1] - values[0], weights, "batch pos node, node d_model -> node batch pos d_model")
+    if kind in ("head", "neuron"):
+        old, new = (_values(run, kind, layer, indices, at) for run in (base, source))
+        return _through_weights(model, kind, layer, indices, new - old)
     whole = [stream(run, kind, layer)[:, at].float() for run in (base, source)]
     return rearrange(whole[1] - whole[0], "batch pos d -> 1 batch pos d").expand(len(indices), -1, -1, -1)
 

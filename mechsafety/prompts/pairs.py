@@ -261,10 +261,10 @@ class PromptPairs:
 
         model = model if hasattr(model, "spans") else lens_model(model)  # which says what was expected
         harmful, harmless = model.spans(self.harmful), model.spans(self.harmless)
-        usual = Counter(_suffix(span) for span in (*harmful, *harmless)).most_common(1)[0][0]
+        usual = Counter(span.n_suffix for span in (*harmful, *harmless)).most_common(1)[0][0]
 
         def fit(bad: Spans, good: Spans) -> bool:
-            return bad == good if self.align == "tokens" else _suffix(bad) == _suffix(good) == usual > 0
+            return bad == good if self.align == "tokens" else bad.n_suffix == good.n_suffix == usual > 0
 
         rows = [
             (number, pair.topic, pair.split, bad.length, good.length, fit(bad, good))
@@ -443,11 +443,6 @@ def omissions(pairs: object) -> dict[str, Any]:
     """
     notes, align = getattr(pairs, "left_out", ()), getattr(pairs, "align", "tokens")
     return ({"left_out": list(notes)} if notes else {}) | ({"align": align} if align != "tokens" else {})
-
-
-def _suffix(span: Spans) -> int:
-    """How many tokens the template writes after an instruction."""
-    return span.length - span.instruction[1]
 
 
 def _numbers(found: Sequence[int], most: int | None = None) -> str:

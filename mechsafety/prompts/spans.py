@@ -25,6 +25,11 @@ class Spans:
     instruction: tuple[int, int]
     length: int
 
+    @property
+    def n_suffix(self) -> int:
+        """How many tokens the template writes after the instruction."""
+        return self.length - self.instruction[1]
+
     def range(self, span: str) -> tuple[int, int]:
         """Half-open token range of ``prefix``, ``instruction`` or ``suffix``.
 
@@ -153,7 +158,7 @@ class TokenPairs:
         """
         width = max(harmful.ids.shape[1], harmless.ids.shape[1])
         sides = harmful.widened(width), harmless.widened(width)
-        sizes = {span.length - span.instruction[1] for side in sides for span in side.spans}
+        sizes = {span.n_suffix for side in sides for span in side.spans}
         if len(sizes) > 1:
             raise MechsafetyError(
                 f"suffixes of {min(sizes)} to {max(sizes)} tokens", expected="the same template after every instruction"
