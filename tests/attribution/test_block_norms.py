@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import random_model, tiny_tokenizer
-from conftest import GENERATION, tiny_hf_model, tiny_pairs
 from reference import record, whole_logits
+from tiny import GENERATION, tiny_hf_model, tiny_pairs
 
 import mechsafety as ms
 from mechsafety.attribution import direct_logit_attribution, edge_attribution
