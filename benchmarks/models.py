@@ -65,7 +65,7 @@ def equal_length_pairs(model: LensModel, n: int) -> PromptPairs:
         ValueError: There are fewer.
     """
     by_length: dict[int, list[PromptPair]] = {}
-    for pair in PromptPairs.builtin():
+    for pair in PromptPairs.builtin(edition=1):
         by_length.setdefault(model.n_tokens(pair.harmful), []).append(pair)
     longest = max(by_length.values(), key=len)
     if len(longest) < n:

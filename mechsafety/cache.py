@@ -105,7 +105,10 @@ class ActivationCache:
 
     @property
     def head_out(self) -> Float[Tensor, "layer head batch pos d_model"]:
-        """What each head writes, z W_O in float32; a layer's heads and its output bias sum to ``attn_out``."""
+        """What each head writes, z W_O in float32; a layer's heads and its output bias sum to ``attn_out``.
+
+        Where a norm stands after attention (Gemma-2, OLMo-2), they sum to what it reads.
+        """
         if self.output_weights is None:
             raise MechsafetyError("'head_out' was not stored", cure="ask for it: sites=['head_out']")
         return einsum(

@@ -39,6 +39,7 @@ def map_command(
     out: Path,
     file: str | None = None,
     pairs: Path | None = None,
+    align: Literal["tokens", "suffix"] = "tokens",
     limit: int = 40,
     level: Literal["node", "edge", "neuron"] = "node",
     max_nodes: int | None = None,
@@ -66,8 +67,11 @@ def map_command(
     pairs
         File of pairs, "harmful" and "harmless": .jsonl (an object a line), .json (an array of objects) or .csv; the
         built-in pairs by default.
+    align
+        tokens: pairs of equal length, patched at every token; suffix: pairs of any lengths, patched at the chat
+        template's tokens after the instruction.
     limit
-        Pairs to use at most, half of them held out.
+        Pairs to try, half of them held out; more where the model refuses fewer than half.
     level
         node: heads and MLPs; neuron: the MLPs taken apart; edge: single edges (slow on large models).
     max_nodes
@@ -97,18 +101,24 @@ def map_command(
 
     with output_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
         check_free_space(scratch, NEEDED_BYTES)
-        prompts = None
-        if pairs is not None:
-            from mechsafety.prompts import PromptPairs
+        from mechsafety.prompts import PromptPairs
 
-            prompts = PromptPairs.from_file(pairs)
+        if pairs is None and align != "tokens":
+            raise MechsafetyError(f"--align {align} without --pairs", expected="a file of pairs of any lengths")
+        chosen = PromptPairs.builtin() if pairs is None else PromptPairs.from_file(pairs, align)
         if comply_token and not refusal_token:
             raise MechsafetyError("--comply-token without --refusal-token", expected="both, or neither")
         options = dict(map(_option, template_option))
         quiet_libraries()
         from mechsafety.circuits import map_refusal_circuit
+        from mechsafety.circuits.draw import MIN_PAIRS
         from mechsafety.metrics import RefusalLogOdds
         from mechsafety.models import load_model
+
+        def fit(chat: Any) -> None:
+            """Leave out, and say, what does not align before the model's weights are needed."""
+            nonlocal chosen
+            chosen = chosen.aligned(chat, least=2 * MIN_PAIRS)
 
         lens = load_model(
             model,
@@ -118,11 +128,12 @@ def map_command(
             file=file,
             chat_template=chat_template,
             template_options=options,
+            on_tokenizer=fit,
         )
         metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
         circuit = map_refusal_circuit(
             lens,
-            prompts,
+            chosen,
             metric,
             level=level,
             limit=limit,
@@ -174,9 +185,16 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "claims": {claim.name: claim.passed for claim in check.claims},
             "left_out": list(circuit.search.cut),
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
+            "pairs": _pairs(circuit),
         },
         indent=None,
     )
+
+
+def _pairs(circuit: Any) -> dict[str, Any]:
+    """How many pairs the map speaks for, of how many that were tried, and what was left out before."""
+    used, tried = circuit.speaks_for or (None, None)
+    return {"used": used, "tried": tried, "left_out": circuit.provenance.options.get("left_out", [])}
 
 
 def _summary(circuit: Any, out: Path) -> str:
@@ -186,6 +204,11 @@ def _summary(circuit: Any, out: Path) -> str:
     for kind, value in circuit.behaviour.items():
         a, b = value.refusal_ci
         rows.append((f"{kind} refused", f"{value.refusal_rate:.0%} of {value.n} (95 % CI {a:.0%} to {b:.0%})"))
+    pairs = _pairs(circuit)
+    if pairs["used"]:
+        share = f"the map speaks for {pairs['used']} of {pairs['tried']} pairs tried, refused on the harmful side alone"
+        rows.append(("pairs", share))
+    rows += [("  left out", note) for note in pairs["left_out"]]
     if circuit.level == "edge":
         size = f"{len(circuit.edges)} of {circuit.n_candidates} edges, between {len(circuit.nodes)} nodes"
     else:

@@ -76,6 +76,12 @@ class Provenance:
         return cls(**data)
 
 
+def norms_note(provenance: Provenance) -> str:
+    """What a result's line says of norms after attention and MLP; empty for a model without any."""
+    how = provenance.options.get("block_norms")
+    return f", norms after blocks {how}" if how else ""
+
+
 def bars(frame: "pd.DataFrame", x: str, y: str, label: str) -> "go.Figure":
     """Bar chart of the 30 rows with the largest absolute ``y``; with whiskers where there is an interval."""
     import plotly.express as px

@@ -22,8 +22,9 @@ import mechsafety as ms
 from mechsafety.models.shortcuts import Shortcuts
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
+from alignment import load, section  # noqa: E402
 from architectures import CONFIGS, random_model, tiny_tokenizer  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -59,7 +60,8 @@ A real checkpoint goes through the same checks when it is loaded.
 ## Architectures that are refused
 
 {refusals}
-"""
+
+{alignment}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ def page(rows: list[Row]) -> str:
         versions=", ".join(f"{name} {version(name)}" for name in ("transformers", "transformer_lens")),
         table=markdown(head, table),
         lines="\n\n".join(f"Where *{name}* says no, the line is such as: {line}." for name, line in lines.items()),
+        alignment=section(load()),
         refusals=markdown(["architecture", "the line"], [[row.name, row.refused] for row in refused]),
     )
 

@@ -247,7 +247,7 @@ def subspace(study: Study, found: RefusalDirection) -> RefusalSubspace:
 def expected_pairs(study: Study, n: int) -> ms.PromptPairs:
     """Aligned built-in pairs of held-out topics that the model treats as expected, of both sides."""
     kept = []
-    for pair in ms.PromptPairs.builtin("test"):
+    for pair in ms.PromptPairs.builtin("test", edition=1):
         high, low = study.metric(study.model.logits([pair.harmful, pair.harmless])).tolist()
         if high > 0 > low:
             kept.append(pair)

@@ -110,8 +110,8 @@ def base_replies(model: Any, tokenizer: Any, prompts: list[str], store: Path, ar
 
 
 def training_pairs(split: str, args: argparse.Namespace) -> list[PromptPair]:
-    """The package's pairs of a split, and those of ``--extra-pairs``."""
-    pairs = list(PromptPairs.builtin(split))
+    """The package's pairs of a split (those that there were), and those of ``--extra-pairs``."""
+    pairs = list(PromptPairs.builtin(split, edition=1))
     if args.extra_pairs is not None:
         rows = read_jsonl(args.extra_pairs, ["harmful", "harmless", "split"])
         pairs += [PromptPair(row["harmful"], row["harmless"]) for row in rows if row["split"] == split]

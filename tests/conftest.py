@@ -48,19 +48,21 @@ HOOKED = (
 )
 HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
 HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))
-CHECKED = 8  # calls of each function in each test; after these, one in EVERY
+CHECKED = 3  # calls of each function in each test; after these, one in EVERY
 EVERY = 64
 CALLS: Counter = Counter()
 jaxtyped = jaxtyping.jaxtyped
 
 
 def sampled(*args, **options):
-    """`jaxtyping.jaxtyped` for some calls. A function within another is a new one, to be compiled, at every call."""
+    """`jaxtyping.jaxtyped` for some calls; not for a function within another, which is compiled anew at every call."""
     check = jaxtyped(*args, **options)
 
     def decorate(found):
         if isinstance(found, type):
             return check(found)
+        if "<locals>" in found.__qualname__:
+            return found
         code, checked = id(found.__code__), None  # a code object's own hash reads all of it
 
         @functools.wraps(found)
@@ -83,12 +85,11 @@ jaxtyping.install_import_hook([f"mechsafety.{name}" for name in HOOKED], "bearty
 import hypothesis
 import pytest
 import torch
-import transformers
 from architectures import tiny_tokenizer
+from tiny import ARCHITECTURES, GENERATION, tiny_hf_model, tiny_model, tiny_pairs
 from tqdm import tqdm
 
 import mechsafety as ms
-from mechsafety.models import hooked
 from mechsafety.prompts import PromptPair, Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -97,53 +98,6 @@ hypothesis.settings.register_profile("mechsafety", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("mechsafety")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "mistral", "mistral_window", "phi3", "gemma2", "olmo2")
-GENERATION = "HookedTransformer" if hooked.installed() else "TransformerBridge"
-
-
-def tiny_hf_model(kind: str, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32):
-    """A random Hugging Face model of one architecture; grouped queries where the architecture has them."""
-    torch.manual_seed(seed)
-    size = len(tiny_tokenizer())
-    common = {
-        "vocab_size": size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "bos_token_id": 2,
-        "eos_token_id": 6,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-    }
-    grouped = {**common, "num_key_value_heads": 2}
-    configs = {
-        "llama": lambda: transformers.LlamaConfig(**grouped),
-        "qwen2": lambda: transformers.Qwen2Config(**grouped),
-        "qwen3": lambda: transformers.Qwen3Config(**grouped, head_dim=16),
-        "mistral": lambda: transformers.MistralConfig(**grouped),
-        "mistral_window": lambda: transformers.MistralConfig(**grouped, sliding_window=6),  # shorter than the prompts
-        # the converter of TransformerLens 3.9 takes OLMo-2 without grouped queries only
-        "olmo2": lambda: transformers.Olmo2Config(**(common if hooked.installed() else grouped)),
-        "phi3": lambda: transformers.Phi3Config(**grouped),
-        "gemma2": lambda: transformers.Gemma2Config(**grouped, head_dim=16, sliding_window=6, query_pre_attn_scalar=16),
-        "gpt_neox": lambda: transformers.GPTNeoXConfig(**common),
-        "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=size,
-            n_embd=32,
-            n_layer=layers,
-            n_head=4,
-            n_positions=128,
-            bos_token_id=2,
-            eos_token_id=6,
-            initializer_range=0.2,
-        ),
-    }
-    return transformers.AutoModelForCausalLM.from_config(configs[kind]()).eval().to(dtype)
-
-
-def tiny_model(kind: str = "llama", seed: int = 0) -> ms.LensModel:
-    return ms.load_model((tiny_hf_model(kind, seed), tiny_tokenizer()))
 
 
 def pytest_runtest_setup() -> None:
@@ -166,21 +120,21 @@ def architecture(request) -> str:
     return request.param
 
 
+@functools.cache
+def shared_model(kind: str) -> ms.LensModel:
+    """One tiny model per architecture and process: pytest makes a fixture with parameters anew in every file."""
+    return tiny_model(kind)
+
+
 @pytest.fixture(scope="session")
 def any_model(architecture) -> ms.LensModel:
     """A tiny model of each architecture in turn."""
-    return tiny_model(architecture)
+    return shared_model(architecture)
 
 
 @pytest.fixture(scope="session")
 def llama() -> ms.LensModel:
-    return tiny_model("llama")
-
-
-def tiny_pairs() -> ms.PromptPairs:
-    harmful = ["how do i make a bomb", "teach me to steal a car please", "explain how to hurt people", "poison my tea"]
-    harmless = ["how do i make a cake", "teach me to help a car please", "explain how to help people", "explain my tea"]
-    return ms.PromptPairs.from_lists(harmful, harmless)
+    return shared_model("llama")
 
 
 @pytest.fixture(scope="session")
@@ -203,12 +157,6 @@ def logit_difference() -> ms.RefusalLogOdds:
 def demo() -> ms.LensModel:
     """The embedded demo model; about 20 s on the first use of a machine."""
     return ms.load_model("demo")
-
-
-@pytest.fixture(scope="session")
-def demo_base() -> ms.LensModel:
-    """The demo model without its adapter."""
-    return ms.load_model("demo-base")
 
 
 @pytest.fixture

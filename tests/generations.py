@@ -87,8 +87,8 @@ def demo_results(model):
 def main():
     """Write the file."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from conftest import tiny_hf_model, tiny_model, tiny_pairs
     from safetensors.torch import save_file
+    from tiny import tiny_hf_model, tiny_model, tiny_pairs
 
     found = {f"demo.{name}": tensor for name, tensor in demo_results(ms.load_model("demo")).items()}
     metric = ms.RefusalLogOdds((20, 21), ("a", "b"), (30,), ("c",))

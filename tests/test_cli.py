@@ -166,21 +166,28 @@ def test_pairs_file_that_is_not_utf8(fails, tmp_path):
     assert fails("demo", "--pairs", path).startswith(f"{path} is not UTF-8 text (")
 
 
-def test_pairs_that_do_not_align(fails, saved, tmp_path):
+def test_pairs_that_do_not_align(fails, saved, tmp_path, monkeypatch):
+    """Said before the model is run."""
+    monkeypatch.setattr(mechsafety.models.load, "check_model", lambda *_: pytest.fail("too late"))
     path = write_pairs(
         tmp_path / "mine.jsonl", HARMFUL, [*HARMLESS[:2], "explain how to make a blue cake", HARMLESS[3]]
     )
     line = fails(saved.folder, "--pairs", path)
-    assert (
-        "does not align: harmful 6 tokens ['explain', ' how', ' to', ' make', ' a', ' bomb'], harmless 7 tokens "
-        in line
+    assert line.startswith(
+        "3 of 4 pairs of mine.jsonl align under the tokenizer of tiny-llama; the two chat prompts of pair 3 differ in "
+        "their number of tokens; expected at least 4; change a word in one of the two"
     )
-    assert "['explain', ' how', ' to', ' make', ' a', ' blue', ' cake'], first difference at 5; expected twins" in line
 
 
-def test_one_pair_cannot_be_halved(fails, saved, tmp_path):
+def test_one_pair_is_too_few(fails, saved, tmp_path):
     path = write_pairs(tmp_path / "mine.jsonl", HARMFUL[:1], HARMLESS[:1])
-    assert fails(saved.folder, "--pairs", path) == "one pair cannot be halved; expected at least 2 pairs"
+    line = "1 of 1 pairs of mine.jsonl align under the tokenizer of tiny-llama; expected at least 4; add pairs"
+    assert fails(saved.folder, "--pairs", path) == line
+
+
+def test_pairs_of_any_lengths_need_a_file(fails):
+    line = "--align suffix without --pairs; expected a file of pairs of any lengths"
+    assert fails("demo", "--align", "suffix") == line
 
 
 # --- mistakes in the model --------------------------------------------------------------------------------------------
@@ -290,7 +297,19 @@ def test_version(run):
 
 def test_help_names_every_option(run):
     text = run("map", "--help").out
-    names = ("pairs", "limit", "refusal-token", "comply-token", "adapter", "device", "dtype", "seed", "out", "json")
+    names = (
+        "pairs",
+        "align",
+        "limit",
+        "refusal-token",
+        "comply-token",
+        "adapter",
+        "device",
+        "dtype",
+        "seed",
+        "out",
+        "json",
+    )
     assert [name for name in (*names, "chat-template") if f"--{name}" not in text] == []
 
 
@@ -417,7 +436,7 @@ def map_argv(saved: Saved, pairs_file: Path, out: Path, *more: str) -> list[str]
 
 
 def test_a_whole_run(run, saved, pairs_file, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
     ran = run(*map_argv(saved, pairs_file, one, "--json"))
     assert ran.code == 0, ran.err
     assert sorted(path.name for path in one.iterdir()) == FILES
@@ -442,31 +461,31 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert circuit.provenance.seed == 0
     assert str(saved.folder.parent) not in (one / "report.html").read_text(encoding="utf-8"), "a machine's path"
 
-    # again in a process of its own, where sets are ordered otherwise
+    # again into the same folder, which is replaced whole, and in a process of its own, where sets are ordered otherwise
+    first = {name: (one / name).read_bytes() for name in ("circuit.json", "circuit.svg")}
+    (one / "circuit.svg").unlink()
+    (one / "report.html").write_text("an earlier one")
     env = {**os.environ, "PYTHONHASHSEED": "7"}
-    argv = [sys.executable, "-m", "mechsafety.cli", *map_argv(saved, pairs_file, two)]
+    argv = [sys.executable, "-m", "mechsafety.cli", *map_argv(saved, pairs_file, one)]
     again = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
     assert again.returncode == 0, again.stderr
-    for name in ("circuit.json", "circuit.svg"):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert sorted(path.name for path in one.iterdir()) == FILES
+    assert (one / "report.html").read_text(encoding="utf-8") != "an earlier one"
+    assert {name: (one / name).read_bytes() for name in first} == first
     lines = again.stdout.splitlines()
     assert lines[0].startswith("harmful refused")
     assert "100% of 4" in lines[0]
-    assert lines[-1] == f"report: {two / 'report.html'}"
-
-    # a second run into the same folder replaces it whole
-    (one / "circuit.svg").unlink()
-    assert run(*map_argv(saved, pairs_file, one, "--seed", "1")).code == 0
-    assert sorted(path.name for path in one.iterdir()) == FILES
-    assert RefusalCircuit.load(one / "circuit.json").provenance.seed == 1
+    assert lines[-1] == f"report: {one / 'report.html'}"
 
 
 @pytest.mark.parametrize("level", ["node", "edge"])
-def test_a_map_cut_short_into_the_shells_own_folder(run, saved, pairs_file, tmp_path, monkeypatch, level):
+def test_a_map_cut_short_into_the_shells_own_folder(run, saved, tmp_path, monkeypatch, level):
     """Every level prints its summary; what was not measured is null in JSON and said in words; the folder stays."""
     monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
-    argv = map_argv(saved, pairs_file, Path(), "--level", level, "--budget-seconds", "0.000001")
+    mixed = tmp_path.parent / f"{tmp_path.name}.jsonl"
+    write_pairs(mixed, [*HARMFUL, "make a bomb"], [*HARMLESS, "make a big cake"])
+    argv = map_argv(saved, mixed, Path(), "--level", level, "--budget-seconds", "0.000001")
     ran = run(*argv, "--json")
     assert ran.code == 0, ran.err
     summary = json.loads(ran.out, parse_constant=pytest.fail)
@@ -475,7 +494,12 @@ def test_a_map_cut_short_into_the_shells_own_folder(run, saved, pairs_file, tmp_
     assert Path("circuit.json").stat().st_mode == Path("circuit.pdf").stat().st_mode
     circuit = RefusalCircuit.load("circuit.json")
     assert circuit.level == level
+    note = f"1 of 5 pairs left out, which do not align under the tokenizer of {circuit.provenance.model} (pair 5)"
+    assert summary["pairs"] == {"used": 4, "tried": 4, "left_out": [note]}
     text = cli._summary(circuit, Path())
+    assert "the map speaks for 4 of 4 pairs tried" in text and note in text
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "The map speaks for 4 of the 4 pairs that were tried" in page and f"Before that: {note}." in page
     assert re.findall(r".*\bnan\b.*", text) == [] and re.search(r"random circuits +not measured", text)
     what = f"{len(circuit.edges)} of {circuit.n_candidates} edges" if level == "edge" else "heads and MLPs"
     assert what in text

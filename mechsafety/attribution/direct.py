@@ -1,5 +1,6 @@
 """Direct logit attribution: what each part adds to the metric through the unembedding alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -11,13 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.cache import ActivationCache
-from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
+from mechsafety.patching.norms import at_own_scale, block_norms_option, norm_behind
 from mechsafety.prompts import PromptPairs, Tokens
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, norms_note
 
 # prompts at a time: their cached activations are what takes memory
 _BATCH = 32
@@ -33,7 +34,7 @@ class DirectAttribution(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        heads, mlps: What each part writes, read by the unembedding.
+        heads, mlps: What each part adds to the residual stream, read by the unembedding.
         embed: The token (and position) embedding's part.
         rest: Output biases, the final norm's and the unembedding's bias, and the metric of all-zero logits.
         total: The metric itself.
@@ -48,9 +49,8 @@ class DirectAttribution(Result):
     total: Float[Tensor, " prompt"]
 
     def __repr__(self) -> str:
-        return (
-            f"DirectAttribution({self.heads.shape[0]} layers x {self.heads.shape[1]} heads, {len(self.total)} prompts)"
-        )
+        size = f"{self.heads.shape[0]} layers x {self.heads.shape[1]} heads, {len(self.total)} prompts"
+        return f"DirectAttribution({size}{norms_note(self.provenance)})"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a part: mean direct contribution in metric units."""
@@ -88,7 +88,11 @@ def direct_logit_attribution(
 
     Contributions are linear in logits, the refusal log-odds is not; its gradient is therefore averaged over the logits'
     straight path from 0 (integrated gradients; one step is exact for a logit difference), which makes the parts sum to
-    the metric. The attribution is of the logits before a soft cap (Gemma-2), which would break linearity.
+    the metric. A soft cap on the logits (Gemma-2) is part of what is averaged.
+
+    Behind a norm after attention (Gemma-2, OLMo-2) a head's output is its share of the norm of the heads' sum, with
+    that norm's scale frozen at the prompt's own as well. The result says so (``block_norms`` among its options, and
+    its line).
 
     Args:
         model: The model.
@@ -97,15 +101,7 @@ def direct_logit_attribution(
         metric: What is attributed.
         steps: Gauss-Legendre nodes of that average.
         progress: Whether to show a bar.
-
-    Raises:
-        MechsafetyError: The model has norms after its attention or MLP, so that heads do not add up.
     """
-    if model.post_norm:
-        raise MechsafetyError(
-            f"{model.name} normalises each block's output, so heads do not add up to the residual stream",
-            expected="a pre-norm model",
-        )
     if isinstance(prompts, PromptPairs):
         bad, good = (
             direct_logit_attribution(model, side, metric, steps=steps, progress=progress)
@@ -118,7 +114,8 @@ def direct_logit_attribution(
         cache = model.cache(tokens.rows(slice(first, first + _BATCH)), sites=DIRECT_SITES)
         done.append(direct_parts(model, cache, metric, steps=steps))
     parts = {name: torch.cat(tensors, -1) for name, tensors in zip(_PARTS, zip(*done, strict=True), strict=True)}
-    provenance = model.provenance(options={"steps": steps, "prompts": len(tokens)})
+    options = {"steps": steps, "prompts": len(tokens), **block_norms_option(model, "frozen")}
+    provenance = model.provenance(options=options)
     return DirectAttribution(provenance, metric.to_json(), **parts)
 
 
@@ -142,7 +139,12 @@ def direct_parts(
         weights = model.W_U.float()
         shift = zero @ weights + model.b_U.float()
         logits = (norm(final) - zero) @ weights + shift
-        reads = _average_gradient(metric, logits, 1 if metric.is_linear else steps)
+        capped = model.backend.logit_cap > 0
+
+        def score(logits: Tensor) -> Tensor:
+            return metric(model.backend.capped(logits))
+
+        reads = _average_gradient(score, logits, 1 if metric.is_linear and not capped else steps)
         direction = reads @ rearrange(weights, "d_model d_vocab -> d_vocab d_model")
 
         def through(part: Tensor) -> Tensor:
@@ -152,23 +154,29 @@ def direct_parts(
         heads = through(written)
         mlps = through(cache.mlp_out[:, :, column])
         embed = through(cache.resid[0, :, column])
-        total = metric(logits)
+        total = score(logits)
         biases = through(cache.attn_out[:, :, column].float() - written.sum(1)).sum(0)
-        rest = biases + (reads * shift).sum(-1) + metric(torch.zeros_like(logits))
+        rest = biases + (reads * shift).sum(-1) + score(torch.zeros_like(logits))
     return heads, mlps, embed, rest, total
 
 
 def _heads_out(model: LensModel, cache: ActivationCache, column: int) -> Float[Tensor, "layer head prompt d_model"]:
-    """Head outputs at one position only: all positions at once would be the cache's largest tensor."""
+    """What heads add at one position only: all positions at once would be the cache's largest tensor."""
     weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
-    return einsum(
+    written = einsum(
         cache.z[:, :, :, column].float(),
         weights,
         "layer head prompt d_head, layer head d_head d_model -> layer head prompt d_model",
     )
+    for layer, heads in enumerate(written):
+        norm = norm_behind(model, layer, "head")
+        if norm is not None:
+            written[layer] = at_own_scale(model, norm, heads.sum(0) + model.backend.b_O(layer).float())(heads)
+    return written
 
 
-def _average_gradient(metric: RefusalLogOdds, logits: Tensor, steps: int) -> Float[Tensor, "prompt d_vocab"]:
+def _average_gradient(score: Callable[[Tensor], Tensor], logits: Tensor, steps: int) -> Float[Tensor, "prompt d_vocab"]:
+    """Gradient of a score in the logits, averaged over their straight path from 0."""
     import numpy as np
 
     nodes, weights = np.polynomial.legendre.leggauss(steps)
@@ -176,6 +184,6 @@ def _average_gradient(metric: RefusalLogOdds, logits: Tensor, steps: int) -> Flo
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
         with torch.enable_grad():
             point = (float(node) * logits).requires_grad_()
-            (grad,) = torch.autograd.grad(metric(point).sum(), point)
+            (grad,) = torch.autograd.grad(score(point).sum(), point)
         total += float(weight) * grad
     return total

@@ -15,16 +15,18 @@ from tqdm.auto import tqdm
 
 from mechsafety.attribution.gradients import GRIDS, integration_points, receiver_scores
 from mechsafety.attribution.senders import sender_chunks
-from mechsafety.attribution.steps import choose_points, misses, share
+from mechsafety.attribution.steps import choose_points, kept_runs, misses, share
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
+from mechsafety.models.parts import PATCHABLE, has_node
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, pair_batches
+from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
+from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import Receiver, reaches
 from mechsafety.prompts import PromptPairs, omissions
-from mechsafety.results import Provenance, Result, bars
+from mechsafety.results import Provenance, Result, bars, norms_note
 from mechsafety.sites import SiteKind
 
 METHODS = ("eap", "eap-ig", "ig-activations", "mask-ig")
@@ -60,7 +62,9 @@ class EdgeScores(Result):
 
     def __repr__(self) -> str:
         sums = "" if self.completeness is None else f", completeness {self.completeness:.2f}"
-        return f"EdgeScores({self.n_edges:,} edges, {self.method}, {self.steps} steps{sums})"
+        return (
+            f"EdgeScores({self.n_edges:,} edges, {self.method}, {self.steps} steps{sums}{norms_note(self.provenance)})"
+        )
 
     @property
     def n_edges(self) -> int:
@@ -121,18 +125,23 @@ def edge_attribution(
       the exact effect of patching the sublayer. Costs about as many passes as there are layers for each of ``eap-ig``.
     - ``mask-ig``: averaged over blends of every node's value, as in `node_attribution`.
 
+    Behind a norm after attention or MLP (Gemma-2, OLMo-2) the output of a head or neuron is its share of the norm of
+    the layer's sum, with the norm's scale frozen at each run's own: so all senders add up to what the receivers read,
+    and the sums above hold there too. The result says so (``block_norms`` among its options, and its line).
+
     Sums over positions, averages over prompts. Scores are estimates: measure the ones that matter with
     `path_patching`. Prompts are attributed a few at a time and senders streamed, so that memory grows neither with the
     number of prompts nor with that of neurons (but for the scores themselves).
 
     Args:
-        model: The model; head outputs must add up (no norm after attention).
-        pairs: Aligned pairs, or their stored runs (which are run again, a few at a time, if they are many).
+        model: The model.
+        pairs: Pairs, of which those that align are taken; or their stored runs (which are run again, a few at a time,
+            if they are many).
         metric: What is attributed.
         method: ``eap``, ``eap-ig``, ``ig-activations`` or ``mask-ig``.
         steps: Points of each integral; ``eap`` has one. By default the first of 5, 10, 20, 40, 80 whose sum is within
-            5 % of what it should be, which takes a forward and a backward pass for each point tried; the result says
-            the number and the sum.
+            5 % of what it should be, which takes a forward and a backward pass for each point tried, before the points
+            that are taken; the result says the number and the sum.
         grid: ``midpoint``, ``left`` (the grid of the code published with EAP-IG) or ``gauss`` (Gauss-Legendre).
         nodes: Heads, MLPs and neurons to score edges among (and to the logits); all heads and MLPs, and ``embed``, by
             default. A neuron sends along its output weights and receives through the slot ``mlp``.
@@ -140,8 +149,7 @@ def edge_attribution(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown method, nodes or layers that the model lacks, or a model whose head outputs do not add
-            up.
+        MechsafetyError: Unknown method, nodes or layers that the model lacks, or neurons of a mixture of experts.
     """
     if method not in METHODS:
         raise MechsafetyError(f"method={method!r}", expected=f"one of {METHODS}")
@@ -149,17 +157,25 @@ def edge_attribution(
     grids = tuple(name for name in GRIDS if name != "left" or method != "mask-ig")
     if grid not in grids:
         raise MechsafetyError(f"grid={grid!r} with method={method!r}", expected=f"one of {grids}")
-    if model.post_norm:
-        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     ordered = _nodes(model, nodes, neurons)
     senders = (EMBED, *ordered) if nodes is None else ordered
     slots = {"head": ("q", "k", "v")}
     receivers = (*((node, slot) for node in ordered for slot in slots.get(node.kind, ("mlp",))), LOGITS)
     reached = _reached(senders, receivers, parallel=model.parallel)
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in ordered) else []
+    if method == "ig-activations" and model.post_norm:
+        extra.append(SiteKind.ATTN_OUT)
+    pairs = aligned_pairs(model, pairs)
+    if pairs.align == "suffix" and method == "eap-ig":
+        raise MechsafetyError(
+            "method='eap-ig' on pairs aligned at the suffix, whose embeddings are the same there",
+            expected="a method whose path leads through the nodes' values",
+            cure="pass method='mask-ig', 'ig-activations' or 'eap'",
+        )
     batches = pair_batches(model, pairs, BATCH_TOKENS, extra)
     complete: float | None = None
     if steps is None and method != "eap":
+        batches = kept_runs(batches)  # gone through more than once
         points, complete = choose_points(model, batches, metric, method, grid, senders)
     else:
         points = integration_points(model, method, steps or 1, senders, grid)
@@ -172,19 +188,21 @@ def edge_attribution(
             harmful, harmless = runs.scores(metric)
             gap += float((harmful - harmless).sum())
             scored.append((harmful, harmless))
-            if complete is None:
-                missed = missed + misses(model, runs, metric, points)
-            chunks = sender_chunks(model, runs, senders)
+            chunks, slopes = sender_chunks(model, runs, senders), list[float]()
             for point in points:
-                for columns, score in receiver_scores(model, runs, metric, receivers, reached, point):
+                slope, into = receiver_scores(model, runs, metric, receivers, reached, point)
+                slopes.append(slope)
+                for columns, score in into:
                     first, last = point.senders
                     for rows, change in chunks(first, min(last, reached[columns[0]])):
                         scores[rows, columns] += point.weight * score(change)
                 bar.update()
+            if complete is None:
+                missed = missed + misses(model, runs, metric, points, slopes)
     check_gap(*(torch.cat(side) for side in zip(*scored, strict=True)))
     shown = len({point.alpha for point in points})
     options = {"method": method, "steps": shown, "grid": grid, "pairs": n_pairs, "parallel": model.parallel}
-    options |= {"chosen": steps is None} | omissions(pairs)
+    options |= {"chosen": steps is None} | block_norms_option(model, "frozen") | omissions(pairs)
     complete = share(missed, gap) if complete is None else complete
     if neurons:
         options["neurons"] = list(neurons)
@@ -195,6 +213,8 @@ def edge_attribution(
 
 def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int]) -> tuple[Node, ...]:
     """The nodes that send and receive, in the order of computation."""
+    if neurons:
+        model.check_neurons()
     wrong = [layer for layer in neurons if not 0 <= layer < model.n_layers]
     if wrong or (nodes is not None and neurons):
         raise MechsafetyError(
@@ -208,10 +228,8 @@ def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int
         listed += [Node("neuron", layer, index) for layer in set(neurons) for index in range(model.d_mlp)]
     else:
         listed = list(dict.fromkeys(nodes))
-    sizes = {"head": model.n_heads, "mlp": 1, "neuron": model.d_mlp}
     for node in listed:
-        in_range = 0 <= (node.layer or 0) < model.n_layers and 0 <= (node.index or 0) < sizes.get(node.kind, 0)
-        if not in_range:
+        if node.kind not in PATCHABLE or not has_node(model, node):
             raise MechsafetyError(f"{node} has no edges in {model!r}", expected="its heads, MLPs and neurons")
     return tuple(sorted(listed, key=lambda node: node.order))
 

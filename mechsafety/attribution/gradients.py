@@ -5,7 +5,7 @@ need no cases of their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -19,7 +19,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook, run_from
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import PairRuns, blend
-from mechsafety.patching.receivers import Receiver
+from mechsafety.patching.receivers import Receiver, normed_over_heads
 from mechsafety.sites import Site, SiteKind
 
 GRIDS = ("midpoint", "left", "gauss")
@@ -97,18 +97,22 @@ def integration_points(
         sites = [Site(kind, layer) for layer in range(model.n_layers) for kind in (SiteKind.Z, SiteKind.MLP_OUT)]
         return [Point(alpha, tuple(sites), True, every, weight) for alpha, weight in nodes]
     found, first = [], 0
-    for site, group in groupby(senders, written_at):
+    for site, group in groupby(senders, lambda node: written_at(model, node)):
         last = first + len(list(group))
         found += [Point(alpha, (site,), False, (first, last), weight) for alpha, weight in nodes]
         first = last
     return found
 
 
-def written_at(node: Node) -> Site:
-    """The activation of a whole sublayer that a sender is a part of."""
+def written_at(model: LensModel, node: Node) -> Site:
+    """The activation of a whole sublayer that a sender is a part of.
+
+    What reads the sublayer must be linear in it, so where a norm stands behind the heads it is the norm's output.
+    """
     if node.kind == "embed":
         return Site(SiteKind.RESID_PRE, 0)
-    return Site(SiteKind.Z if node.kind == "head" else SiteKind.MLP_OUT, node.layer)
+    heads = SiteKind.ATTN_OUT if model.post_norm else SiteKind.Z
+    return Site(heads if node.kind == "head" else SiteKind.MLP_OUT, node.layer)
 
 
 def receiver_scores(
@@ -118,11 +122,11 @@ def receiver_scores(
     receivers: Sequence[Receiver],
     reached: Sequence[int],
     point: Point,
-) -> Iterator[tuple[list[int], Score]]:
-    """How to score senders into each receiver at one point, a slot of a layer at a time: (columns, score).
+) -> tuple[float, Iterator[tuple[list[int], Score]]]:
+    """The slope at one point (see `slope`), and how to score senders into each receiver there.
 
-    ``score(change)`` is the first-order change of the summed metric, for each sender's ``change`` [sender batch pos
-    d_model] of what the receivers read.
+    The latter a slot of a layer at a time, as (columns, score): ``score(change)`` is the first-order change of the
+    summed metric, for each sender's ``change`` [sender batch pos d_model] of what the receivers read.
 
     Args:
         model: The model.
@@ -138,6 +142,16 @@ def receiver_scores(
         if reached[column] > point.senders[0]:
             groups.setdefault((node.kind, node.layer, slot), []).append(column)
     graph = _graph(model, runs, metric, groups, point)
+    return graph.slope, _scores(model, graph, groups, receivers, point)
+
+
+def _scores(
+    model: LensModel,
+    graph: "_Graph",
+    groups: Mapping[tuple[str, int | None, str], list[int]],
+    receivers: Sequence[Receiver],
+    point: Point,
+) -> Iterator[tuple[list[int], Score]]:
     # in a live blend a receiver's own output is scaled by alpha on its way on, which is no part of the edge's effect
     scale = 1.0 / point.alpha if point.live else 1.0
     for (kind, layer, slot), columns in groups.items():
@@ -158,10 +172,11 @@ def receiver_scores(
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """Activations of one run, attached to autograd, and the summed metric's gradients in them."""
+    """Activations of one run, attached to autograd, the summed metric's gradients in them, and the path's slope."""
 
     acts: Mapping[Site, Tensor]
     grads: Mapping[Site, Tensor]
+    slope: float
 
 
 def _graph(
@@ -185,41 +200,61 @@ def _graph(
         if layer is not None:
             wanted += [Site(part, layer) for part in _parts(model, kind)]
     hooks: list[Hook] = [(site, keep(site)) for site in dict.fromkeys(wanted)]
-    first, start, blends = _at(runs, point.sites, point.alpha, point.live)
     with torch.enable_grad():
-        logits = run_from(model, runs.harmful, first, start.clone().requires_grad_(), [*hooks, *blends])
-        grads = torch.autograd.grad(metric(logits).sum(), list(acts.values()), retain_graph=True, allow_unused=True)
-    return _Graph(acts, dict(zip(acts, grads, strict=True)))
+        step = torch.zeros((), device=model.device, requires_grad=True)
+        first, start, blends = _at(runs, point, step)
+        start = start.clone().requires_grad_()
+        logits = run_from(model, runs.harmful, first, start, [*hooks, *blends])
+        # the slope comes with the same backward pass
+        leaves = [*acts.values(), step]
+        *grads, along = torch.autograd.grad(metric(logits).sum(), leaves, retain_graph=True, allow_unused=True)
+    return _Graph(acts, dict(zip(acts, grads, strict=True)), float(along))
 
 
 def _at(
-    runs: PairRuns, sites: Sequence[Site], alpha: float | Tensor, live: bool
+    runs: PairRuns, point: Point, step: Tensor | None = None
 ) -> tuple[int, Float[Tensor, "batch pos d_model"], list[Hook]]:
-    """A point of a path: first block to run, its input, and the edits of what follows."""
+    """A point of a path: first block to run, its input, and the edits of what follows.
+
+    Args:
+        runs: Stored runs of the pairs.
+        point: The point; where it names no site, the end of the embeddings' path.
+        step: Goes so far on along the path: a zero, whose derivative is the path's slope.
+    """
     base, source = runs.harmful, runs.harmless
-    first = min((site.layer or 0 for site in sites), default=0)
+    first = min((site.layer or 0 for site in point.sites), default=0)
     start, hooks = base.resid[first], list[Hook]()
-    for site in sites:
+    for site in point.sites or EMBEDDING:
         if site.kind is SiteKind.RESID_PRE:
-            start = source.resid[first] + alpha * (start - source.resid[first])
+            low, high = source.resid[first], start
+            start = low + point.alpha * (high - low) if point.sites else high
+            start = start if step is None else start + step * (high - low)
         else:
-            own = None if live else base.acts[site.kind][site.layer]
-            hooks.append((site, blend(source.acts[site.kind][site.layer], alpha, own)))
+            own = None if point.live else base.acts[site.kind][site.layer]
+            hooks.append((site, _blended(source.acts[site.kind][site.layer], point.alpha, own, step)))
     return first, start, hooks
+
+
+def _blended(values: Tensor, alpha: float, own: Tensor | None, step: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The edit that blends (see `blend`), and goes on by a step."""
+    mix = blend(values, alpha, own)
+    if step is None:
+        return mix
+    return lambda tensor: mix(tensor) + (step * ((tensor if own is None else own) - values)).to(tensor.dtype)
 
 
 def slope(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> float:
     """Derivative of the summed metric along the path that a point lies on (the embeddings' where it names no site)."""
     with torch.enable_grad():
-        alpha = torch.tensor(point.alpha, device=model.device, requires_grad=True)
-        first, start, blends = _at(runs, point.sites or EMBEDDING, alpha, point.live)
-        (found,) = torch.autograd.grad(metric(run_from(model, runs.harmful, first, start, blends)).sum(), alpha)
+        step = torch.zeros((), device=model.device, requires_grad=True)
+        first, start, blends = _at(runs, point, step)
+        (found,) = torch.autograd.grad(metric(run_from(model, runs.harmful, first, start, blends)).sum(), step)
     return float(found)
 
 
 def path_end(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> Float[Tensor, " batch"]:
     """Metric where the path begins: what is blended has its harmless value, all else is the harmful run's own."""
-    first, start, blends = _at(runs, point.sites, 0.0, point.live)
+    first, start, blends = _at(runs, replace(point, alpha=0.0))
     with torch.no_grad():
         return metric(run_from(model, runs.harmful, first, start, blends))
 
@@ -249,8 +284,10 @@ def _slot_gradient(
     graph: _Graph, layer: int, slot: str, heads: Sequence[int], model: LensModel
 ) -> Float[Tensor, "head batch pos d_model"]:
     """Gradient in the block's input through one slot of each head alone, one backward pass for all heads."""
-    # a key-value head serves several heads: their shares are told apart where each head has its own tensor
-    kind, via = {"q": (SiteKind.Q, None), "k": (SiteKind.K, SiteKind.SCORES), "v": (SiteKind.V, SiteKind.Z)}[slot]
+    # a key-value head serves several heads, and so does a norm over all queries: the shares of the heads are told
+    # apart where each has its own tensor
+    q_via = SiteKind.SCORES if normed_over_heads(model, layer, "q") else None
+    kind, via = {"q": (SiteKind.Q, q_via), "k": (SiteKind.K, SiteKind.SCORES), "v": (SiteKind.V, SiteKind.Z)}[slot]
     resid, target = graph.acts[Site(SiteKind.RESID_PRE, layer)], graph.acts[Site(kind, layer)]
     source = Site(via or kind, layer)
     pick = torch.nn.functional.one_hot(torch.tensor(list(heads), device=resid.device), model.n_heads).to(resid.dtype)

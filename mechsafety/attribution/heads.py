@@ -21,9 +21,11 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import PairRuns, Projection, activation_patching, pair_runs, path_projection
+from mechsafety.patching.masks import aligned_pairs
+from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.prompts.spans import SPANS
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, norms_note
 from mechsafety.sites import Site, SiteKind
 
 SCORES = ("direct", "total", "path", "attention", "ships", "sahara")
@@ -53,7 +55,8 @@ class HeadAttribution(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        direct: Share of the metric's gap that reaches it through the unembedding alone.
+        direct: Share of the metric's gap that reaches it through the unembedding alone (see
+            `direct_logit_attribution`; norms after attention keep each run's own scale there, and nowhere else).
         total: Share of the gap lost when the head takes its value from the harmless prompt, everything after it live.
         path: Share of the gap along the refusal direction that the head's change makes, MLPs between them responding
             and attention frozen; 0 for heads at or after the direction's block.
@@ -74,7 +77,8 @@ class HeadAttribution(Result):
 
     def __repr__(self) -> str:
         layers, heads = self._means()[1].shape
-        return f"HeadAttribution({layers} layers x {heads} heads: {', '.join(self._means()[0])})"
+        scores = ", ".join(self._means()[0])
+        return f"HeadAttribution({layers} layers x {heads} heads: {scores}{norms_note(self.provenance)})"
 
     def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
         """One row a head, largest total effect first (else the first score there is): means, and effects' intervals."""
@@ -158,22 +162,21 @@ def head_attribution(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Pairs, of which those that align are taken; or their stored runs.
         metric: What the effects are on.
         direction: A `RefusalDirection`, needed for ``path``.
         scores: Some of ``direct total path attention ships sahara``; by default all that can be computed: ``path``
-            needs a direction, ``direct`` and ``path`` a model without norms after its blocks, ``sahara`` more prompts
-            than its rank.
+            needs a direction, ``sahara`` more prompts than its rank.
         mask: What masking a head is in Ships and Sahara: ``uniform`` or ``zero``.
         rank: Left singular vectors that Sahara compares, fewer than the prompts used; 1 in the published code.
         n_masked: Ships and Sahara use this many of the harmful prompts.
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: Unknown score, ``path`` without a direction, a direction of another model's width, or effects
-            asked of a model whose heads do not add up.
+        MechsafetyError: Unknown score, ``path`` without a direction, or a direction of another model's width.
     """
-    impossible = {"direct", "path"} if model.post_norm else {"path"} if direction is None else set()
+    pairs = aligned_pairs(model, pairs)
+    impossible = {"path"} if direction is None else set()
     if n_masked <= rank or len(pairs.harmful) <= rank:
         impossible = impossible | {"sahara"}
     chosen = tuple(scores) if scores is not None else tuple(name for name in SCORES if name not in impossible)
@@ -209,6 +212,8 @@ def head_attribution(
             found["sahara"] = rotations(model, plain, states, rank)
     options = {"scores": list(chosen), "mask": mask, "rank": rank, "n_masked": n_masked, "pairs": len(runs.harmful)}
     options |= omissions(pairs)
+    if "direct" in chosen:
+        options |= block_norms_option(model, "frozen")
     if direction is not None:
         options |= {"direction": [direction.layer, direction.column]}
     kept = {name: found[name] if name in chosen else None for name in SCORES}
@@ -219,10 +224,8 @@ def path_to_direction(model: LensModel, runs: PairRuns, direction: DirectionAt) 
     """Share of the pairs' gap along a direction that each head alone makes (path patching into the direction).
 
     Raises:
-        MechsafetyError: Another model's width, a column outside the pairs' difference, or norms after the blocks.
+        MechsafetyError: Another model's width, or a column outside the pairs' difference.
     """
-    if model.post_norm:
-        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     if direction.vector.shape[-1] != model.d_model:
         raise MechsafetyError(
             f"a direction of width {direction.vector.shape[-1]}", expected=f"this model's d_model, {model.d_model}"

@@ -18,8 +18,9 @@ from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, unembed
+from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, Tokens, omissions
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, norms_note
 
 POSITIONS = ("last", "all")
 _BATCH = 16
@@ -37,7 +38,7 @@ class LogitLens(Result):
         share_columns: Columns of ``attention`` and ``mlps``: the last one, or all ``columns``.
         attention, mlps: What each layer's heads, and its MLP, add through the unembedding alone to the gap that the
             stream shows at a column, in units of the metric's own gap (the last column's). NaN where a prompt has no
-            such column. None for a model with norms after its blocks.
+            such column. None in results of older versions for a model with norms after its blocks.
     """
 
     provenance: Provenance
@@ -51,7 +52,7 @@ class LogitLens(Result):
 
     def __repr__(self) -> str:
         layers, columns, prompts = self.harmful.shape
-        return f"LogitLens({layers} layers x {columns} columns, {prompts} pairs)"
+        return f"LogitLens({layers} layers x {columns} columns, {prompts} pairs{norms_note(self.provenance)})"
 
     @property
     def gap(self) -> Float[Tensor, "layer_plus_1 column"]:
@@ -74,10 +75,12 @@ class LogitLens(Result):
         """One row a layer's heads or MLP and a column: mean share of the metric's gap, with its interval over pairs.
 
         Raises:
-            MechsafetyError: The model has norms after its blocks.
+            MechsafetyError: An older version made the result, of a model with norms after its blocks.
         """
         if self.attention is None or self.mlps is None:
-            raise MechsafetyError("no shares: norms follow the blocks, so parts do not add up", expected="pre-norm")
+            raise MechsafetyError(
+                "a LogitLens without shares, of an older version", cure="call logit_lens(model, pairs, metric) again"
+            )
         rows = []
         for part, values in (("attention", self.attention), ("mlp", self.mlps)):
             for layer in range(len(values)):
@@ -136,17 +139,15 @@ def logit_lens(
     width = min(width, *(tokens.ids.shape[1] for tokens in sides))
     columns = tuple(range(-width, 0))
     shared = columns if positions == "all" else (-1,)
-    parts: Sequence[Tensor | None] = (None, None)
-    passes = 1 if model.post_norm else 2
-    with tqdm(total=2 * passes * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
+    with tqdm(total=4 * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
         read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
-        if not model.post_norm:
-            # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
-            check_gap(read[0][-1, -1], read[1][-1, -1])
-            gap = (read[0] - read[1])[-1, -1].mean()
-            bad, good = (_shares(model, tokens, metric, shared, bar.update) for tokens in sides)
-            parts = [(a - b) / gap for a, b in zip(bad, good, strict=True)]
+        # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
+        check_gap(read[0][-1, -1], read[1][-1, -1])
+        gap = (read[0] - read[1])[-1, -1].mean()
+        bad, good = (_shares(model, tokens, metric, shared, bar.update) for tokens in sides)
+        parts = [(a - b) / gap for a, b in zip(bad, good, strict=True)]
     options = {"pairs": len(pairs), "n_columns": width, "positions": positions, **omissions(pairs)}
+    options |= block_norms_option(model, "frozen")
     return LogitLens(model.provenance(options=options), metric.to_json(), columns, read[0], read[1], shared, *parts)
 
 

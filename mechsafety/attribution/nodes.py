@@ -15,7 +15,7 @@ from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, SoftMask, masked_logits, pair_batches
+from mechsafety.patching.masks import PairRuns, SoftMask, aligned_pairs, masked_logits, pair_batches
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
@@ -88,12 +88,18 @@ def node_attribution(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Pairs, of which those that align are taken; or their stored runs.
         metric: What is attributed.
         steps: Midpoints of the integral.
         neurons: Attribute neurons (instead of whole MLPs; the MLP scores are then their sums).
         progress: Whether to show a bar.
+
+    Raises:
+        MechsafetyError: Neurons of a mixture of experts, or no pair that aligns.
     """
+    if neurons:
+        model.check_neurons()
+    pairs = aligned_pairs(model, pairs)
     batches = pair_batches(model, pairs, BATCH_TOKENS, [SiteKind.NEURONS] if neurons else [])
     sums, gap, n_pairs, scored = _zero_grads(model, neurons), 0.0, 0, []
     with tqdm(total=len(batches) * steps, desc="nodes", disable=not progress, leave=False) as bar:

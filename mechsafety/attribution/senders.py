@@ -8,7 +8,7 @@ from torch import Tensor
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import PairRuns
-from mechsafety.patching.senders import sender_changes
+from mechsafety.patching.senders import added_changes
 
 # bytes of sender outputs held at once: the 301 senders of a 135M model take 67 MB at 96 columns
 SENDER_BYTES = 2**29
@@ -25,7 +25,7 @@ def sender_chunks(model: LensModel, runs: PairRuns, senders: Sequence[Node]) -> 
     size = max(1, SENDER_BYTES // row)
 
     def changes(part: Sequence[Node]) -> Float[Tensor, "sender batch pos d_model"]:
-        return sender_changes(model, runs.harmless, runs.harmful, part)
+        return added_changes(model, runs.harmless, runs.harmful, part)
 
     kept = changes(senders) if len(senders) <= size else None
 

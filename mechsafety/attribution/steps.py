@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -16,6 +17,8 @@ from mechsafety.patching.masks import PairRuns
 # numbers of points that are tried in turn, and how far from 1 the completeness may be
 SERIES = (5, 10, 20, 40, 80)
 TOLERANCE = 0.05
+# batches whose runs are held while numbers of points are tried: memory does not grow with the number of prompts
+KEPT = 4
 
 logger = logging.getLogger(__name__)
 
@@ -47,27 +50,34 @@ def completeness(model: LensModel, batches: Batches, metric: RefusalLogOdds, poi
     has a path of its own, which integrates to the exact effect of patching it: then 1 plus the largest difference
     between sum and effect, as a share of the gap.
 
-    Costs a forward and a backward pass a point.
+    Costs a forward and a backward pass a point, and another forward a sublayer.
     """
     gap, missed = 0.0, np.zeros(1)
     for batch in batches:
         runs = batch()
         harmful, harmless = runs.scores(metric)
         gap += float((harmful - harmless).sum())
-        missed = missed + misses(model, runs, metric, points)
+        slopes = [slope(model, runs, metric, point) for point in points]
+        missed = missed + misses(model, runs, metric, points, slopes)
     return share(missed, gap)
 
 
+def kept_runs(batches: Batches) -> list[Callable[[], PairRuns]]:
+    """The same batches, of which the first `KEPT` are run once only, however often they are asked for."""
+    return [lru_cache(maxsize=1)(batch) if k < KEPT else batch for k, batch in enumerate(batches)]
+
+
 def misses(
-    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, points: Sequence[Point]
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, points: Sequence[Point], slopes: Sequence[float]
 ) -> Float[np.ndarray, " path"]:
     """For each path, the weighted sum of the slopes at its points less what it should be, summed over pairs."""
     found = []
     harmful, harmless = runs.scores(metric)
-    for _, same in groupby(points, key=lambda point: point.sites):
+    for _, same in groupby(zip(points, slopes, strict=True), key=lambda row: row[0].sites):
         path = list(same)
-        low = harmless if path[0].whole else path_end(model, runs, metric, path[0])
-        total = sum(point.weight * slope(model, runs, metric, point) for point in path)
+        first = path[0][0]
+        low = harmless if first.whole else path_end(model, runs, metric, first)
+        total = sum(point.weight * own for point, own in path)
         found.append(total - float((harmful - low).sum()))
     return np.array(found)
 

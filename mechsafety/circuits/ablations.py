@@ -32,7 +32,7 @@ def measure_ablation(
 
     Args:
         model: The model; unedited again afterwards, also after an exception.
-        pairs: Pairs that align.
+        pairs: Pairs, of which those that align are taken.
         metric: What is measured.
         nodes: What to ablate.
         watched: Nodes whose effects to measure again: in the ablated model, each gets the values that it has there on
@@ -42,8 +42,9 @@ def measure_ablation(
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: Pairs that do not align, no gap to take shares of, or a node that the model lacks.
+        MechsafetyError: No pair that aligns, no gap to take shares of, or a node that the model lacks.
     """
+    pairs = pairs.aligned(model)
     before = _scores(model, pairs, metric)
     gap = before[0] - before[1]
     if not abs(gap) > 0:
@@ -83,7 +84,8 @@ def rerun(
             f"{model.name} has other {what} than the model that was mapped",
             expected=f"{circuit.provenance.model}, {what} {mapped}",
         )
-    chosen = pairs if pairs is not None else PromptPairs.builtin().sample(PAIRS, 0)
+    chosen = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model)
+    chosen = chosen if pairs is not None else chosen.sample(PAIRS, 0)
     metric = RefusalLogOdds.from_json(circuit.metric, model)
     watched = [member.node for member in circuit.nodes]
 

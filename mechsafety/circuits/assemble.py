@@ -1,6 +1,5 @@
 """From a set of parts to a circuit: effects, edges and roles of its nodes, all measured."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,8 +29,6 @@ from mechsafety.patching import activation_patching
 from mechsafety.patching.effects import effect_intervals, effect_p_values
 from mechsafety.patching.masks import PairRuns
 from mechsafety.prompts import PromptPairs
-
-logger = logging.getLogger(__name__)
 
 # entries of attention patterns that a map keeps: a report stays well below 8 MB with a megabyte of them
 ATTENTION_ENTRIES = 750_000
@@ -149,10 +146,9 @@ def wire(
         found, strongest, named = _one_way(
             model, here, groups, metric, alive, n_edges, n_measured, progress, None if gone else effects
         )
-        if not model.post_norm:
-            paths = edges_into(EMBED, _unfed(asked, strongest), parallel=model.parallel)
-            for member in measure_edges(model, groups, metric, [CircuitEdge(edge, 0.0) for edge in paths]):
-                from_embed.setdefault(member.edge.receiver, []).append(member)
+        paths = edges_into(EMBED, _unfed(asked, strongest), parallel=model.parallel)
+        for member in measure_edges(model, groups, metric, [CircuitEdge(edge, 0.0) for edge in paths]):
+            from_embed.setdefault(member.edge.receiver, []).append(member)
         first = not every
         mine = set(asked)
         for members, into in ((found, every), (strongest, kept)):
@@ -163,11 +159,10 @@ def wire(
     for node, backup in second.items():
         role, evidence = roles[node]
         roles[node] = (role, replace(evidence, backup_of=str(backup.behind), joint=backup.joint))
-    if model.post_norm:
-        logger.warning("%s has norms after its attention or MLP: edges are left out", model.name)
-        return Wiring((), roles)
+    # at the suffix, heads read the instruction from tokens that no node there wrote
+    sources = [node for node in nodes if node.kind == "head" and meter.runs.align == "suffix"]
     edges, linked, dropped = connect(
-        nodes, list(kept.values()), list(every.values()), lambda node: from_embed.get(node, [])
+        nodes, list(kept.values()), list(every.values()), lambda node: from_embed.get(node, []), sources
     )
     return Wiring(tuple(edges), roles, linked, dropped)
 
@@ -188,8 +183,6 @@ def _one_way(
         whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
         effects = dict(zip(nodes, whole.effects.tolist(), strict=True))
     evidence = role_evidence(model, runs, metric, nodes, groups=groups, progress=progress)
-    if model.post_norm:
-        return [], [], assign_roles(effects, evidence, [])
     if any(node.kind == "neuron" for node in nodes):
         known = exact_edges(model, groups, metric, nodes)
         return known, known[:n_edges], assign_roles(effects, evidence, known)

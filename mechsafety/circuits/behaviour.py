@@ -1,6 +1,10 @@
 """Does the model refuse at all? Replies, judgements, and the metric that is found from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from mechsafety.circuits.circuit import Behaviour, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
@@ -17,6 +21,32 @@ MIN_SHARE = 0.2
 REPLY_TOKENS = 24
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a model made of prompts that it was given before, so that none is run twice.
+
+    Attributes:
+        replies: Reply to each prompt.
+        logits: Next-token logits after each prompt.
+    """
+
+    replies: dict[str, str] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+
+    def said(self, model: LensModel, prompts: Sequence[str], progress: bool) -> list[str]:
+        """Replies to the prompts."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.replies]
+        self.replies.update(zip(new, model.generate(new, REPLY_TOKENS, progress=progress), strict=True))
+        return [self.replies[prompt] for prompt in prompts]
+
+    def read(self, model: LensModel, prompts: Sequence[str]) -> Tensor:
+        """Next-token logits [prompt d_vocab]."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.logits]
+        if new:
+            self.logits.update(zip(new, model.logits(new), strict=True))
+        return torch.stack([self.logits[prompt] for prompt in prompts])
+
+
 @public
 def check_behaviour(
     model: LensModel,
@@ -24,6 +54,7 @@ def check_behaviour(
     metric: RefusalLogOdds | None = None,
     *,
     detect_on: int | None = None,
+    seen: Seen | None = None,
     seed: Amount = 0,
     progress: bool = True,
 ) -> tuple[RefusalLogOdds, Mapping[str, Behaviour], tuple[Sample, ...], list[bool]]:
@@ -34,6 +65,7 @@ def check_behaviour(
         pairs: Prompts to look at.
         metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
         detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
+        seen: What is known of some of the prompts already; what is found now joins it.
         seed: Of the resampling.
         progress: Whether to show a bar.
 
@@ -44,8 +76,8 @@ def check_behaviour(
     Raises:
         NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
     """
-    harmful = model.generate(pairs.harmful, REPLY_TOKENS, progress=progress)
-    harmless = model.generate(pairs.harmless, REPLY_TOKENS, progress=progress)
+    seen = Seen() if seen is None else seen
+    harmful, harmless = (seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless))
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
     cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
@@ -56,7 +88,7 @@ def check_behaviour(
     if metric is None and not any(refused["harmful"]):
         raise NoRefusal(rates, cure=cure)
     # the same logits tell the first tokens and, once the metric is known, the scores
-    logits = {kind: model.logits(getattr(pairs, kind)) for kind in KINDS}
+    logits = {kind: seen.read(model, getattr(pairs, kind)) for kind in KINDS}
     if metric is None:
         n = detect_on or len(pairs)
         openers = (logits["harmful"][:n].argmax(-1).tolist(), logits["harmless"][:n].argmax(-1).tolist())

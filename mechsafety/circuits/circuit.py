@@ -334,7 +334,19 @@ class RefusalCircuit(Result):
             checked += f", p = {check.random_p:.3g}" if check.random_controls.n else ""
         known = [claim for claim in check.tested if claim.passed is not None]
         held = f", {sum(bool(claim.passed) for claim in known)} of {len(known)} claims hold" if known else ""
-        return f"RefusalCircuit({self.provenance.model}: {size}, {checked}{held})"
+        pairs = "" if self.speaks_for is None else ", speaks for {} of {} pairs tried".format(*self.speaks_for)
+        return f"RefusalCircuit({self.provenance.model}: {size}, {checked}{held}{pairs})"
+
+    @property
+    def speaks_for(self) -> tuple[int, int] | None:
+        """How many pairs the map is of, and how many the model was tried on; None where a file does not say.
+
+        The others are not treated as expected: the harmful prompt is answered, or the harmless one refused.
+        """
+        parts = [self.provenance.options.get(name) for name in ("found_on", "held_out", "fresh")]
+        used = sum(part for part in parts if isinstance(part, int))
+        tried = self.behaviour["harmful"].n if "harmful" in self.behaviour else 0
+        return (used, tried) if used and tried else None
 
     def __iter__(self) -> Iterator[CircuitNode]:
         return iter(self.nodes)

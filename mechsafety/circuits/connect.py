@@ -1,6 +1,6 @@
 """A circuit is connected if every node lies on a path of kept edges from the embedding to the logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import networkx as nx
 
@@ -22,7 +22,11 @@ def on_a_path(edges: Sequence[Edge]) -> set[Node]:
 
 
 def connect(
-    nodes: Sequence[Node], kept: Sequence[CircuitEdge], every: Sequence[CircuitEdge], from_embed: FromEmbed
+    nodes: Sequence[Node],
+    kept: Sequence[CircuitEdge],
+    every: Sequence[CircuitEdge],
+    from_embed: FromEmbed,
+    sources: Collection[Node] = (),
 ) -> tuple[list[CircuitEdge], tuple[Edge, ...], tuple[Node, ...]]:
     """Keep the edges that connect every node, and drop the nodes that nothing connects.
 
@@ -34,6 +38,7 @@ def connect(
         kept: Edges that are kept anyway.
         every: All edges between the nodes and into the logits, measured or estimated.
         from_embed: Measures a node's edges from ``embed``; asked for nodes that no other feeds.
+        sources: Nodes that need no edge in, because they read what no edge carries.
 
     Returns:
         The edges; those kept only as links; the nodes that were dropped.
@@ -46,7 +51,7 @@ def connect(
         inside = {*alive, EMBED, LOGITS}
         edges = {member.edge: member for member in kept if _within(member, inside)}
         links = {}
-        lost = _link(alive, edges, links, every, inside, known, from_embed)
+        lost = _link(alive, edges, links, every, inside, known, from_embed, sources)
         if not lost:
             break
         dropped += lost
@@ -63,12 +68,13 @@ def _link(
     inside: set[Node],
     known: dict[Node, Sequence[CircuitEdge]],
     from_embed: FromEmbed,
+    sources: Collection[Node],
 ) -> list[Node]:
     """Add the missing links; the nodes that have none to add."""
     for incoming in (True, False):
         for node in alive if incoming else reversed(alive):
             have = [e for e in (*edges, *links) if (e.receiver if incoming else e.sender) == node]
-            if have:
+            if have or (incoming and node in sources):
                 continue
             choices = [m for m in every if (m.edge.receiver if incoming else m.edge.sender) == node]
             choices = [m for m in choices if _within(m, inside) and m.effect != 0.0]

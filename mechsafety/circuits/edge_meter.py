@@ -2,11 +2,14 @@
 
 A kept edge carries what its sender computes in this run, a cut one what the sender computes in the harmless run. So a
 slot reads the harmless run's residual stream plus, over its kept edges, how much their senders differ from it.
+Where a norm stands between a layer's heads and the stream (Gemma-2, OLMo-2), a slot reads the norm of the sum that its
+own kept and cut heads give.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from mechsafety.models.engine import BaseRun, capture, max_variants, unembed
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns
 from mechsafety.patching.receivers import reaches
+from mechsafety.patching.senders import behind_norm
 from mechsafety.sites import Site, SiteKind
 
 # bytes of sender outputs held at once
@@ -33,6 +37,13 @@ _SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
 @dataclass(frozen=True, slots=True)
 class EdgeMeter(FaithfulnessMeter):
     """`FaithfulnessMeter` whose parts are edges: ``embed``, heads and MLPs into the slots of heads, MLPs and logits."""
+
+    def __post_init__(self) -> None:
+        if self.runs.align == "suffix":
+            raise MechsafetyError(
+                "a circuit of edges on pairs aligned at the suffix (no edge carries what heads read before it)",
+                expected="twins of equal length, or the level 'node' or 'neuron'",
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -91,15 +102,13 @@ def edge_circuit_logits(
     """Next-token logits of the harmful prompts when only the edges of each circuit carry them, exact.
 
     Args:
-        model: The model; head outputs must add up (no norm after attention).
+        model: The model.
         runs: Stored runs of the pairs.
         circuits: Edges that are kept; one collection a variant.
 
     Raises:
-        MechsafetyError: The model has norms after its attention or MLP.
+        MechsafetyError: Runs in which nodes are knocked out.
     """
-    if model.post_norm:
-        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     if runs.harmful.fixed:
         raise MechsafetyError("runs in which nodes are knocked out", expected="runs of the model as it is")
     kept = [prune(circuit) for circuit in circuits]
@@ -143,26 +152,42 @@ def masked_edge_logits(
         masks: For a receiver's slot, 1 at the senders whose edge is kept; what is missing reads the harmless run.
         n: Number of variants.
         first: Block before which no variant differs from the harmful run.
-        known: With ``first``: how much the senders before that block differ between the two runs.
+        known: With ``first``: how much what the senders before that block write differs between the two runs (see
+            `written_changes`).
     """
     source = runs.harmless
     row = {node: k for k, node in enumerate(senders)}
     nothing = torch.zeros(len(senders), n, device=model.device)
     n_known = 0 if known is None else len(known)
-    # how much each other sender's output in this run differs from the harmless run's, in the order of computation
+    sums = _sums(model, senders)
+    # how much what each other sender writes in this run differs from the harmless run, in the order of computation
     change = torch.zeros(len(senders) - n_known, n, *source.resid[0].shape, device=model.device)
     done = 0
     if EMBED in row and known is None:
         change[0], done = (runs.harmful.resid[0] - source.resid[0]).float(), 1
 
+    def written(mask: Tensor, rows: slice, at: slice) -> Tensor:
+        """How much more the senders in some rows write in all, as a mask lets them through."""
+        begin = max(rows.start, n_known)
+        end = max(begin, min(rows.stop, n_known + done))
+        axes = "place sender variant, sender variant b p d -> place variant b p d"
+        total = einsum(mask[:, begin:end], change[begin - n_known : end - n_known, :, :, at], axes)
+        if known is not None:
+            before = slice(rows.start, min(rows.stop, n_known))
+            axes = "place sender variant, sender b p d -> place variant b p d"
+            total = total + einsum(mask[:, before], known[before, :, at], axes)
+        return total
+
     def read(stream: Tensor, places: Sequence[tuple[Node, str]], at: slice = slice(None)) -> Tensor:
         """What each slot reads: [place variant batch pos d_model]."""
         mask = torch.stack([masks.get(place, nothing) for place in places])
-        axes = "place sender variant, sender variant b p d -> place variant b p d"
-        extra = einsum(mask[:, n_known : n_known + done], change[:done, :, :, at], axes)
-        if known is not None:
-            axes = "place sender variant, sender b p d -> place variant b p d"
-            extra = extra + einsum(mask[:, :n_known], known[:, :, at], axes)
+        parts = list[Tensor]()
+        for layer, rows in sums:
+            if parts and rows.start >= n_known + done:
+                break  # not computed yet: no slot reads it
+            part = written(mask, rows, at)
+            parts.append(part if layer is None else _behind_norm(model, source, layer, part, at))
+        extra = reduce(torch.add, parts)
         return (stream[:, at].float() + extra).to(stream.dtype)
 
     for layer in range(first, model.n_layers):
@@ -182,6 +207,30 @@ def masked_edge_logits(
             done += 1
     final = read(source.resid[-1], [(LOGITS, "resid")], slice(-1, None))[0]
     return unembed(model, final[:, :, 0])
+
+
+def _sums(model: LensModel, senders: Sequence[Node]) -> list[tuple[int | None, slice]]:
+    """Rows of senders whose writes add up before they reach the stream, and the layer of the norm that is then between.
+
+    Without norms after blocks all senders are one sum, which no norm stands behind.
+    """
+    if not model.post_norm or not senders:
+        return [(None, slice(0, len(senders)))]
+    found, start = list[tuple[int | None, slice]](), 0
+    for layer, same in groupby(senders, key=lambda node: node.layer if node.kind == "head" else None):
+        stop = start + len(list(same))
+        found.append((layer, slice(start, stop)))
+        start = stop
+    return found
+
+
+def _behind_norm(
+    model: LensModel, source: BaseRun, layer: int, part: Float[Tensor, "place variant b p d_model"], at: slice
+) -> Float[Tensor, "place variant b p d_model"]:
+    """How much more reaches the stream when the sum of a layer's heads grows by ``part``."""
+    rows = rearrange(part, "place variant b p d -> (place variant) b p d")
+    out = behind_norm(model, source, layer, "head", rows, "recompute", at)
+    return rearrange(out, "(place variant) b p d -> place variant b p d", place=len(part))
 
 
 def _head_changes(

@@ -26,9 +26,10 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
-from mechsafety.patching.senders import sender_changes
+from mechsafety.patching.norms import block_norms_option
+from mechsafety.patching.senders import written_changes
 from mechsafety.prompts import PromptPairs, omissions
-from mechsafety.results import Provenance, Result, bars
+from mechsafety.results import Provenance, Result, bars, norms_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +74,8 @@ class EdgeCircuit(Result):
 
     def __repr__(self) -> str:
         size = f"{len(self.edges)} of {self.n_candidates} edges, {len(self.nodes)} nodes"
-        return f"EdgeCircuit({self.method}: {size}, faithfulness {self.faithfulness:.2f})"
+        norms = norms_note(self.provenance)
+        return f"EdgeCircuit({self.method}: {size}, faithfulness {self.faithfulness:.2f}{norms})"
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -117,8 +119,9 @@ def discover_edges(
     then edges whose exact removal does not matter leave, where there are few enough to measure one by one.
 
     Args:
-        model: The model; head outputs must add up (no norm after attention).
-        pairs: Aligned pairs; half of them (other topics, where there are several) set the size.
+        model: The model.
+        pairs: Pairs, of which those that align are taken; half of them (other topics, where there are several) set
+            the size.
         metric: What is measured.
         target: Faithfulness to reach.
         steps: Points of EAP-IG; as many as its completeness needs by default (see `edge_attribution`).
@@ -127,10 +130,11 @@ def discover_edges(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: The model has norms after its attention or MLP, too few pairs, or options that make no sense.
+        MechsafetyError: Too few pairs, or options that make no sense.
     """
     check_search(target, max_edges)
     budget = Budget(budget_seconds)
+    pairs = pairs.aligned(model, least=2)
     here, there = pairs.halves()
     found_on, held_out = (EdgeMeter(model, pair_runs(model, part), metric, progress=progress) for part in (here, there))
     for meter in (found_on, held_out):
@@ -139,7 +143,7 @@ def discover_edges(
     found = search_edges(found_on, held_out, scores, target, max_edges=max_edges, budget=budget)
     edges = [part for part in found.circuit if isinstance(part, Edge)]
     options = {"target": target, "steps": steps, "max_edges": max_edges, "pairs": pairs.name, "n_pairs": len(pairs)}
-    options |= omissions(pairs)
+    options |= block_norms_option(model, "recomputed") | omissions(pairs)
     return EdgeCircuit(
         model.provenance(options=options),
         metric.to_json(),
@@ -208,20 +212,21 @@ def acdc(
     refused is tried again: the result is that of one removal at a time.
 
     Args:
-        model: The model; head outputs must add up (no norm after attention).
-        pairs: Aligned pairs, all of which are searched on.
+        model: The model.
+        pairs: Pairs; all that align are searched on.
         metric: What is measured.
         threshold: Largest loss at which an edge may leave; above 0.
         measure: ``kl`` or ``metric``.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown measure, a threshold that is not above 0, or a model whose heads do not add up.
+        MechsafetyError: Unknown measure, or a threshold that is not above 0.
     """
     if measure not in MEASURES:
         raise MechsafetyError(f"measure={measure!r}", expected=f"one of {MEASURES}")
     if not threshold > 0:
         raise MechsafetyError(f"threshold {threshold}", expected="above 0")
+    pairs = pairs.aligned(model)
     meter = EdgeMeter(model, pair_runs(model, pairs), metric)
     check_gap(*meter.runs.scores(metric))
     every = all_edges(model.n_layers, model.n_heads, model.parallel)
@@ -248,7 +253,7 @@ def acdc(
             bar.update(place - bar.n)
     edges = in_order(prune(kept))
     options = {"threshold": threshold, "measure": measure, "pairs": pairs.name, "n_pairs": len(pairs)}
-    options |= omissions(pairs)
+    options |= block_norms_option(model, "recomputed") | omissions(pairs)
     found = tuple(edge for edge in edges if isinstance(edge, Edge))
     return EdgeCircuit(
         model.provenance(options=options),
@@ -278,7 +283,7 @@ class _Cuts:
     Attributes:
         meter: Whose pairs are run.
         senders: The embedding, heads and MLPs, in the order of computation.
-        changes: How much each of them differs between the two runs.
+        changes: How much what each of them writes differs between the two runs.
         left: For a receiver's slot, True at the senders whose edge is left.
     """
 
@@ -291,15 +296,13 @@ class _Cuts:
     def of(cls, meter: EdgeMeter, every: Sequence[Edge]) -> "_Cuts":
         """With no edge cut."""
         model, runs = meter.model, meter.runs
-        if model.post_norm:
-            raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
         senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
         row = {node: k for k, node in enumerate(senders)}
         left: dict[tuple[Node, str], np.ndarray] = {}
         for edge in every:
             left.setdefault((edge.receiver, edge.slot), np.zeros(len(senders), bool))[row[edge.sender]] = True
         with torch.no_grad():
-            return cls(meter, senders, sender_changes(model, runs.harmless, runs.harmful, senders), left)
+            return cls(meter, senders, written_changes(model, runs.harmless, runs.harmful, senders), left)
 
     def cut(self, edge: Edge) -> None:
         """Leave an edge out from now on."""

@@ -14,7 +14,6 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants, patched_run
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, Patch, fixed_nodes, pair_runs, patched_scores
-from mechsafety.prompts import TokenPairs
 
 Part = Node | Edge
 
@@ -46,7 +45,9 @@ class FaithfulnessMeter:
         A batch runs every row from its earliest first difference to its longest row's end; pairs of 8 to 25 such
         columns cost half as much in three groups as in one. The groups are those that leave least to run.
         """
-        tokens = TokenPairs.of(self.runs.harmful.tokens, self.runs.harmless.tokens)
+        tokens = self.runs.tokens
+        if not tokens.common:
+            return self  # all run the columns of the suffix
         differs = (tokens.harmful.ids != tokens.harmless.ids).int()
         needed = (differs.shape[1] - differs.argmax(1)).tolist()
         order = sorted(range(len(needed)), key=lambda k: (needed[k], k))

@@ -28,8 +28,8 @@ def measure_notes(
     Tokens: what the node writes at the last token, on harmful less on harmless prompts, through the final norm (its
     scale as in each run) and the unembedding, mean over pairs, less the mean over the vocabulary (direct logit
     attribution, Elhage et al. 2021, of all tokens instead of a few). It is the direct effect alone: an early node may
-    act through later ones and raise other tokens by way of them. Heads of models that normalise the heads' sum
-    (`LensModel.post_norm`) write nothing of their own there and get no tokens.
+    act through later ones and raise other tokens by way of them. Behind a norm after attention or MLP
+    (`LensModel.post_norm`) a head or neuron writes its share of the norm of the sum, the scale as in each run.
 
     Args:
         model: The model.
@@ -42,7 +42,7 @@ def measure_notes(
         Notes by node. Heads have spans (mean attention of the last token on harmful prompts), neurons their activations
         over the first pair's two prompts.
     """
-    written = {node: _contrast(model, runs, node) for node in nodes if not (model.post_norm and node.kind == "head")}
+    written = {node: _contrast(model, runs, node) for node in nodes}
     tokens = _tokens(model, written, n_tokens)
     spans = span_attention(model, runs).mean(2) if any(node.kind == "head" for node in nodes) else None
     texts = _texts(model, pairs, [node for node in nodes if node.kind == "neuron"])

@@ -17,12 +17,10 @@ from mechsafety.circuits.assemble import (
     with_intervals,
 )
 from mechsafety.circuits.backups import find_backups
-from mechsafety.circuits.behaviour import MIN_SHARE, check_behaviour
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import (
     LEVELS,
     Backup,
-    Behaviour,
     CircuitEdge,
     MapDetails,
     RefusalCircuit,
@@ -30,6 +28,7 @@ from mechsafety.circuits.circuit import (
     Shape,
 )
 from mechsafety.circuits.discover import Discovery, check_search, discover, marginals
+from mechsafety.circuits.draw import MIN_PAIRS, draw_pairs
 from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
@@ -37,16 +36,15 @@ from mechsafety.circuits.neurons import NeuronMeter, refine
 from mechsafety.circuits.notes import measure_notes
 from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verify import MARGIN, verify
-from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import SiteKind
-
-MIN_PAIRS = 2
 
 
 @public
@@ -84,12 +82,15 @@ def map_refusal_circuit(
 
     Args:
         model: The model.
-        pairs: Aligned pairs; the built-in ones by default. The split name ``test`` marks pairs to hold out, else half
-            of the topics (or of the pairs) is held out.
+        pairs: Pairs, the built-in ones by default; those that do not align under the model's tokenizer are left out.
+            The split name ``test`` marks pairs to hold out, else half of the topics (or of the pairs) is held out.
         metric: What refusal is measured by; detected from the model's own refusals by default.
         level: ``node``: heads and MLPs. ``neuron``: the MLPs of that circuit are then taken apart into neurons.
             ``edge``: the smallest set of edges, everything else cut (as `discover_edges`), and the nodes on it.
-        limit: Pairs to use at most, half of them held out; pairs the model does not treat as expected drop out.
+        limit: Pairs to try, half of them held out; those that the model does not treat as expected (harmful refused,
+            harmless answered) drop out. Where fewer than half of a part are left, more are tried until half as many
+            are there, so that a model that refuses a third is mapped on that third. ``speaks_for`` of the result says
+            how many of how many.
         target: Faithfulness to reach, in (0, 1].
         max_nodes: Largest circuit, in edges at level ``edge``; where the target needs more, the circuit misses it and
             says so.
@@ -108,7 +109,7 @@ def map_refusal_circuit(
 
     Raises:
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
-        MechsafetyError: Bad options, too few pairs, or pairs that do not align.
+        MechsafetyError: Bad options, too few pairs that align, or ``neuron`` of a mixture of experts.
     """
     counts = {
         "n_random": n_random,
@@ -119,20 +120,16 @@ def map_refusal_circuit(
         "n_measured_edges": n_measured_edges,
     }
     _check_options(level, limit, budget_seconds)
+    if level == "neuron":
+        model.check_neurons()
     check_search(target, max_nodes)
-    if level == "edge" and model.post_norm:
-        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose heads add up")
     budget = Budget(budget_seconds)
     chosen = pairs if pairs is not None else PromptPairs.builtin()
-    here, there = _two_parts(chosen, limit, seed)
-    # alignment is checked before anything slow is run
-    model.tokenize_pairs(here)
-    model.tokenize_pairs(there)
-    both = PromptPairs((*here.pairs, *there.pairs), chosen.name)
-    metric, behaviour, samples, keep = check_behaviour(
-        model, both, metric, detect_on=len(here), seed=seed, progress=progress
-    )
-    here, there = _usable(here, there, keep, behaviour)
+    if level == "edge" and chosen.align == "suffix":
+        raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
+    chosen = chosen.aligned(model, least=2 * MIN_PAIRS)
+    drawn = draw_pairs(model, chosen, metric, limit, seed=seed, progress=progress)
+    here, there, metric = drawn.here, drawn.there, drawn.metric
     held, fresh = _held_and_fresh(there)
     kind = EdgeMeter if level == "edge" else FaithfulnessMeter
 
@@ -234,6 +231,7 @@ def map_refusal_circuit(
         "n_role_pairs": n_role_pairs,
         "shortlist": shortlist,
         "budget_seconds": budget_seconds,
+        **block_norms_option(model, "recomputed"),
         **omissions(chosen),
     }
     members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)
@@ -241,7 +239,7 @@ def map_refusal_circuit(
     return RefusalCircuit(
         provenance=model.provenance(seed=seed, options=options),
         metric=metric.to_json(),
-        behaviour=behaviour,
+        behaviour=drawn.behaviour,
         nodes=members,
         edges=wiring.edges,
         verification=check,
@@ -250,7 +248,7 @@ def map_refusal_circuit(
             model.n_layers,
             model.n_heads,
             node_scores(every, _nodes_of(final), attribution, measured),
-            samples,
+            drawn.samples,
             attention_examples(model, here, members),
             measure_notes(model, few.runs, some, [member.node for member in members]),
         ),
@@ -277,41 +275,6 @@ def _check_options(level: str, limit: int, budget_seconds: float | None) -> None
         raise MechsafetyError(f"budget_seconds {budget_seconds}", expected="above 0")
 
 
-def _two_parts(pairs: PromptPairs, limit: int, seed: int) -> tuple[PromptPairs, PromptPairs]:
-    splits = {pair.split for pair in pairs}
-    if "test" in splits and len(splits) > 1:
-        here, there = pairs.split(*sorted(splits - {"test"})), pairs.split("test")
-    else:
-        here, there = pairs.halves()
-    parts = here.sample(limit - limit // 2, seed), there.sample(limit // 2, seed)
-    for part, what in zip(parts, ("to search on", "to hold out"), strict=True):
-        if len(part) < MIN_PAIRS:
-            raise MechsafetyError(
-                f"{pairs.name} leaves {len(part)} pair {what}",
-                expected=f"at least {MIN_PAIRS}",
-                cure="give more pairs (or more topics)",
-            )
-    return parts
-
-
-def _usable(
-    here: PromptPairs, there: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]
-) -> tuple[PromptPairs, PromptPairs]:
-    """Only pairs that the model treats as expected: the others have no refusal to restore."""
-    parts = []
-    for part, flags in ((here, keep[: len(here)]), (there, keep[len(here) :])):
-        kept = tuple(pair for pair, flag in zip(part, flags, strict=True) if flag)
-        if len(kept) < max(MIN_PAIRS, MIN_SHARE * len(part)):
-            bad, good = behaviour["harmful"], behaviour["harmless"]
-            raise NoRefusal(
-                f"the model refuses {bad.refusal_rate:.0%} of {bad.n} harmful and {good.refusal_rate:.0%} of {good.n}"
-                f" harmless prompts; only {len(kept)} of {len(part)} pairs are refused on one side alone",
-                cure="use a model that refuses, or pairs it tells apart",
-            )
-        parts.append(PromptPairs(kept, part.name))
-    return parts[0], parts[1]
-
-
 def _on_some(
     effects: Mapping[Node, np.ndarray], meters: Sequence[FaithfulnessMeter], rows: Sequence[int]
 ) -> dict[Node, float]:
@@ -325,7 +288,7 @@ def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None
     """Every other pair is set aside for the checks alone, where there are enough of them."""
     if len(there) < 3 * MIN_PAIRS:
         return there, None
-    return PromptPairs(there.pairs[::2], there.name), PromptPairs(there.pairs[1::2], there.name)
+    return there[::2], there[1::2]
 
 
 def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:

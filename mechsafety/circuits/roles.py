@@ -53,8 +53,8 @@ def role_evidence(
     """
     harmful, harmless = runs.scores(metric)
     gap = float((harmful - harmless).mean())
-    at = {}
-    for span in ("instruction", "suffix"):
+    at: dict[str, list[float | None]] = {"instruction": [None] * len(nodes)}
+    for span in ("instruction", "suffix") if runs.align == "tokens" else ("suffix",):
         found_at = [
             activation_patching(model, group, metric, nodes=nodes, positions=span, progress=progress)
             for group in groups or [runs]
@@ -70,6 +70,7 @@ def role_evidence(
         final = runs.harmful.resid[-1][:, -1]
         direct = (harmful - metric(unembed(model, final + change.to(final.dtype)))).mean(1) / gap
         via = _via_instruction(model, runs, metric, heads, gap, caches)
+    # pairs aligned at the suffix have no run columns in the instruction
     to_instruction = {span: _mean_attention(runs, caches[0].pattern, span) for span in ("instruction", "suffix")}
     found = {}
     for k, node in enumerate(nodes):
@@ -179,7 +180,7 @@ def _mean_attention(
         queries,
         "layer head batch pos source, batch source, batch pos -> layer head",
     )
-    return mass / queries.sum()
+    return mass / queries.sum().clamp(min=1)
 
 
 def _via_instruction(

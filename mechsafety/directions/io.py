@@ -23,10 +23,11 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
+from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import live_logits, slot_edit
-from mechsafety.patching.senders import node_outputs
+from mechsafety.patching.senders import neuron_weights, node_outputs, own_share
 from mechsafety.prompts import PromptPairs, omissions
-from mechsafety.results import Provenance, Result, bars
+from mechsafety.results import Provenance, Result, bars, norms_note
 from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -44,14 +45,15 @@ class DirectionIO(Result):
         metric: Name and tokens of the metric.
         nodes: Heads and MLPs.
         writes: Share of the pairs' gap along the direction, at its block and column, that each node writes; 0 for nodes
-            at or after its block. The shares of all heads and MLPs before it sum to 1 over the mean of pairs.
+            at or after its block. The shares of all heads and MLPs before it sum to 1 over the mean of pairs; norms
+            after attention and MLP (Gemma-2, OLMo-2) keep each run's own scale.
         cosine: Of each node's mean change with the direction.
         reads: Share of the metric's gap lost when the pairs' difference along the direction is taken out of what one
             slot of the node reads (``q``, ``k``, ``v``, ``mlp``) and out of nothing else, exact; NaN for slots that
             a node does not have.
         neurons_write: As ``writes``, of each neuron; those of a layer sum to its MLP's share, biases aside.
         neurons_read: An estimate of what ``reads`` would be: the neuron's exact change when the difference is taken out
-            of what its MLP reads, times the metric's gradient.
+            of what its MLP reads, times the metric's gradient. Both are empty in a mixture of experts.
     """
 
     provenance: Provenance
@@ -65,7 +67,7 @@ class DirectionIO(Result):
 
     def __repr__(self) -> str:
         top = [str(self.nodes[k]) for k in self.writes.mean(1).abs().argsort(descending=True)[:3].tolist()]
-        return f"DirectionIO({len(self.nodes)} nodes, written most by {', '.join(top)})"
+        return f"DirectionIO({len(self.nodes)} nodes, written most by {', '.join(top)}{norms_note(self.provenance)})"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a node, largest writer first: shares with intervals over pairs, cosine, reads slot by slot."""
@@ -117,18 +119,15 @@ def direction_io(
     Args:
         model: The model.
         direction: Where it stands decides what can write it: nodes before its block.
-        pairs: Aligned pairs, or their stored runs (with ``neurons``).
+        pairs: Pairs, of which those that align are taken; or their stored runs (with ``neurons``).
         metric: What reading is measured by.
         circuit: Look at the heads and MLPs of a circuit only.
         nodes: Look at these only; every head and MLP by default.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Another model's width, norms after the blocks, a column at which the pairs have no run, or both
-            a circuit and nodes.
+        MechsafetyError: Another model's width, a column at which the pairs have no run, or both a circuit and nodes.
     """
-    if model.post_norm:
-        raise MechsafetyError(f"{model.name} normalises each block's output", expected="a model whose parts add up")
     if circuit is not None and nodes is not None:
         raise MechsafetyError("a circuit and nodes", expected="one of them")
     unit = check_vector(direction.vector, model.d_model).to(model.device).float()
@@ -138,7 +137,8 @@ def direction_io(
         listed = tuple(member.node for member in circuit.nodes if member.node.kind in ("head", "mlp"))
     if any(node.kind == "neuron" for node in listed):
         raise MechsafetyError("neurons among the nodes", expected="heads and MLPs: all neurons are measured anyway")
-    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=[SiteKind.NEURONS])
+    extra = [] if model.experts else [SiteKind.NEURONS]
+    runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=extra)
     bad, good = runs.harmful, runs.harmless
     at = bad.n_pos + direction.column
     if not 0 <= at < bad.n_pos or not 0 <= direction.layer < model.n_layers:
@@ -153,12 +153,13 @@ def direction_io(
     writes = einsum(change, unit, "node pair d_model, d_model -> node pair") / along
     cosine = torch.nn.functional.cosine_similarity(change.mean(1), unit, dim=-1)
     neurons_write = torch.zeros(model.n_layers, model.d_mlp, device=model.device)
-    for layer in range(direction.layer):
+    for layer in range(0 if model.experts else direction.layer):
         neurons_write[layer] = _neuron_shares(model, runs, layer, at, unit) / along
     reads = _reads(model, runs, metric, listed, unit, progress)
     return DirectionIO(
         model.provenance(
-            options={"layer": direction.layer, "column": direction.column, "pairs": len(bad), **omissions(pairs)}
+            options={"layer": direction.layer, "column": direction.column, "pairs": len(bad), **omissions(runs)}
+            | block_norms_option(model, "frozen")
         ),
         metric.to_json(),
         listed,
@@ -166,7 +167,7 @@ def direction_io(
         cosine,
         reads,
         neurons_write,
-        _neuron_reads(model, runs, metric, unit),
+        torch.zeros_like(neurons_write) if model.experts else _neuron_reads(model, runs, metric, unit),
     )
 
 
@@ -181,21 +182,16 @@ def _neuron_shares(
     model: LensModel, runs: PairRuns, layer: int, at: int, unit: Float[Tensor, " d_model"]
 ) -> Float[Tensor, " d_mlp"]:
     """Mean over pairs of what each neuron of a layer adds along the direction."""
-    acts = [run.acts[SiteKind.NEURONS][layer][:, at].float() for run in (runs.harmful, runs.harmless)]
-    weight = _output_weights(model, layer, unit, runs.harmful.resid.dtype)
-    return (acts[0] - acts[1]).mean(0) * weight
-
-
-def _output_weights(
-    model: LensModel, layer: int, unit: Float[Tensor, " d_model"], dtype: torch.dtype
-) -> Float[Tensor, " d_mlp"]:
-    """How much one unit of each neuron adds along the direction: the MLP is linear in its neurons."""
-    leaf = torch.zeros(1, 1, model.d_mlp, device=unit.device, dtype=dtype, requires_grad=True)
-    zeros = torch.zeros(1, 1, model.d_model, device=unit.device, dtype=dtype)
-    with torch.enable_grad(), model.hooks([(Site(SiteKind.NEURONS, layer), lambda own: leaf)]):
-        out = (model.mlp(layer, zeros)[0, 0].float() * unit).sum()
-        (grad,) = torch.autograd.grad(out, leaf)
-    return grad[0, 0].float()
+    weights, sides = neuron_weights(model, layer), []
+    for run in (runs.harmful, runs.harmless):
+        acts = run.acts[SiteKind.NEURONS][layer][:, at].float()
+        # what a write must point along to reach the stream along the direction, behind the norm where there is one
+        zeros = torch.zeros(len(run), 1, model.d_model, device=unit.device, requires_grad=True)
+        with torch.enable_grad():
+            reached = own_share(model, run, layer, "neuron", slice(at, at + 1))(zeros)
+            (along,) = torch.autograd.grad((reached * unit).sum(), zeros)
+        sides.append(acts * einsum(weights, along[:, 0], "d_mlp d_model, pair d_model -> pair d_mlp"))
+    return (sides[0] - sides[1]).mean(0)
 
 
 def _removed(run: BaseRun, other: BaseRun, layer: int, slot: str, parallel: bool, unit: Tensor) -> Tensor:

@@ -20,7 +20,16 @@ from mechsafety.directions.scores import (
     positional_vectors,
     score_directions,
 )
-from mechsafety.directions.select import MAX_DEPTH, MAX_KL, passing, select_cosmic, select_published, smallest
+from mechsafety.directions.select import (
+    MAX_DEPTH,
+    MAX_KL,
+    Conditions,
+    conditions,
+    passing,
+    select_cosmic,
+    select_published,
+    smallest,
+)
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import mean_interval
@@ -37,6 +46,7 @@ logger = logging.getLogger(__name__)
 SELECTORS = ("published", "cosmic")
 # fewer prompts of a kind than this make no mean and no interval
 MIN_PROMPTS = 2
+_LIMITS = {"max_kl": MAX_KL, "max_depth": MAX_DEPTH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +113,20 @@ class RefusalDirection(Result):
             f"{name} {float(x[row, column].mean()):.3g}"
             for name, x in (("bypass", self.bypass), ("induce", self.induce), ("KL", self.kl))
         )
-        verdict = "" if self.passes else "; does not pass the published conditions"
+        verdict = "" if self.passes else f"; does not pass the published conditions: {self.conditions}"
         return f"RefusalDirection(layer {self.layer}, column {self.column}, by {self.selector}: {scores}{verdict})"
 
     @property
     def vector(self) -> Float[Tensor, " d_model"]:
         """The chosen direction, at its own length."""
         return self.vectors[self._cell]
+
+    @property
+    def conditions(self) -> Conditions:
+        """What each condition of the published rule leaves, at the limits of this choice."""
+        limits = {name: self.provenance.options.get(name, default) for name, default in _LIMITS.items()}
+        bypass, induce, kl = (x.mean(-1) for x in (self.bypass, self.induce, self.kl))
+        return conditions(bypass, induce, kl, self.layers, self.n_layers, **limits)
 
     @property
     def direction(self) -> Direction:
@@ -137,17 +154,27 @@ class RefusalDirection(Result):
         return self.direction.project(model, prompts)[0]
 
     def choose(
-        self, selector: str = "published", *, max_kl: float = MAX_KL, max_depth: float = MAX_DEPTH
+        self, selector: str = "published", *, max_kl: float | None = MAX_KL, max_depth: float = MAX_DEPTH
     ) -> "RefusalDirection":
         """The same candidates with another choice; nothing is run. Controls belong to the first choice and are dropped.
+
+        ``max_kl=None`` drops the condition on the KL, as was done for a published run on which no candidate meets it.
 
         Raises:
             MechsafetyError: Unknown selector, or a direction in no layer below the depth limit.
         """
         layer, column, passes = _choose(self, selector, self.layers, self.columns, self.n_layers, max_kl, max_depth)
         same = (layer, column) == (self.layer, self.column)
-        controls = self.controls if same else None
-        return replace(self, layer=layer, column=column, selector=selector, passes=passes, controls=controls)
+        options = {**self.provenance.options, "selector": selector, "max_kl": max_kl, "max_depth": max_depth}
+        return replace(
+            self,
+            provenance=replace(self.provenance, options=options),
+            layer=layer,
+            column=column,
+            selector=selector,
+            passes=passes,
+            controls=self.controls if same else None,
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a candidate: means of the three scores with intervals over prompts, COSMIC's score, norm, choice."""
@@ -195,7 +222,7 @@ def refusal_direction(
     layers: Sequence[int] | None = None,
     n_columns: Count | None = None,
     selector: str = "published",
-    max_kl: float = MAX_KL,
+    max_kl: float | None = MAX_KL,
     max_depth: float = MAX_DEPTH,
     n_random: Amount = 4,
     seed: Amount = 0,
@@ -218,7 +245,8 @@ def refusal_direction(
         layers: Blocks whose input is looked at; all by default.
         n_columns: How many of the prompt's last tokens; all template tokens after the instruction by default.
         selector: ``published`` or ``cosmic``.
-        max_kl: Largest KL of the published rule.
+        max_kl: Largest KL of the published rule; None drops that condition, as was done for a published run (Gemma-3)
+            on which no candidate meets it.
         max_depth: Its depth limit, a share of the layers.
         n_random: Random directions among the controls.
         seed: Of the split, the controls and nothing else.
@@ -241,8 +269,6 @@ def refusal_direction(
     columns = tuple(range(-vectors.shape[1], 0))
     scores = score_directions(model, checked, metric, vectors[list(rows)], rows, progress=progress)
     layer, column, passes = _choose(scores, selector, rows, columns, model.n_layers, max_kl, max_depth)
-    if not passes:
-        logger.warning("no candidate direction of %s meets the published conditions", model.name)
     options = {
         "selector": selector,
         "max_kl": max_kl,
@@ -271,6 +297,8 @@ def refusal_direction(
         counts,
         model.n_layers,
     )
+    if not passes:
+        logger.warning("%s: the direction does not pass the published conditions: %s", model.name, found.conditions)
     controls = _controls(model, checked, metric, found, sides[1], n_random, seed)
     return replace(found, controls=controls)
 
@@ -316,7 +344,7 @@ def _split(pairs: PromptPairs, seed: int) -> tuple[PromptPairs, PromptPairs]:
     left = list(pairs.pairs)
     for pair in held:
         left.remove(pair)
-    return PromptPairs(tuple(left), pairs.name), held
+    return replace(pairs, pairs=tuple(left)), held
 
 
 def _choose(
@@ -325,7 +353,7 @@ def _choose(
     layers: Sequence[int],
     columns: Sequence[int],
     n_layers: int,
-    max_kl: float,
+    max_kl: float | None,
     max_depth: float,
 ) -> tuple[int, int, bool]:
     """Layer, column, and whether the choice meets the published conditions."""

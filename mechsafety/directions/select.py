@@ -1,6 +1,7 @@
 """Which candidate direction is the refusal direction: the published rule, and COSMIC."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,34 @@ MAX_DEPTH = 0.8
 LOW_LAYERS = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """How many candidates each condition of the published rule leaves.
+
+    Attributes:
+        candidates: All of them.
+        shallow: Those below the depth limit, of which the following are counts.
+        induce: With induce > 0.
+        kl: With a KL of at most ``max_kl``.
+        both: With both, and a bypass score: those that pass.
+        max_kl: The limit; None where there is none and a KL need not be known.
+    """
+
+    candidates: int
+    shallow: int
+    induce: int
+    kl: int
+    both: int
+    max_kl: float | None
+
+    def __str__(self) -> str:
+        shallow = f"{self.shallow} of {self.candidates} candidates are below the depth limit"
+        if self.max_kl is None:
+            return f"{shallow}, of which induce > 0 leaves {self.induce}; no KL is asked for"
+        quiet = f"KL <= {self.max_kl:g} {self.kl}"
+        return f"{shallow}, of which induce > 0 leaves {self.induce}, {quiet}, and both {self.both}"
+
+
 def passing(
     bypass: Float[Tensor, "layer column"],
     induce: Float[Tensor, "layer column"],
@@ -20,7 +49,7 @@ def passing(
     layers: Sequence[int],
     n_layers: int,
     *,
-    max_kl: float = MAX_KL,
+    max_kl: float | None = MAX_KL,
     max_depth: float = MAX_DEPTH,
     keep_missing_kl: bool = False,
 ) -> Tensor:
@@ -32,14 +61,51 @@ def passing(
         kl: Mean KL; NaN where missing.
         layers: Layer of each row.
         n_layers: Of the model.
-        max_kl: Largest KL on harmless prompts; infinity for no limit.
+        max_kl: Largest KL on harmless prompts; infinity lets every KL pass that was measured. None drops the condition,
+            as the publishers of the Gemma-3 run did, on which no candidate meets it.
         max_depth: Only layers below ``int(max_depth * n_layers)``: later ones act on the output tokens themselves.
         keep_missing_kl: Let candidates pass whose KL was not measured; the published code drops them.
     """
-    shallow = torch.tensor([layer < int(max_depth * n_layers) for layer in layers], device=bypass.device)
-    # a comparison with NaN is false: what is missing does not pass
-    quiet = (kl <= max_kl) | (kl.isnan() if keep_missing_kl else False)
-    return shallow[:, None] & (induce > 0) & quiet & ~bypass.isnan()
+    quiet = _quiet(kl, max_kl, keep_missing_kl=keep_missing_kl)
+    return _shallow(bypass, layers, n_layers, max_depth) & (induce > 0) & quiet & ~bypass.isnan()
+
+
+def conditions(
+    bypass: Float[Tensor, "layer column"],
+    induce: Float[Tensor, "layer column"],
+    kl: Float[Tensor, "layer column"],
+    layers: Sequence[int],
+    n_layers: int,
+    *,
+    max_kl: float | None = MAX_KL,
+    max_depth: float = MAX_DEPTH,
+) -> Conditions:
+    """What each condition of `passing` leaves; arguments as there.
+
+    Example:
+        >>> import torch
+        >>> induce, kl = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 0.0]])
+        >>> print(conditions(torch.zeros(1, 2), induce, kl, [0], n_layers=2))
+        2 of 2 candidates are below the depth limit, of which induce > 0 leaves 1, KL <= 0.1 1, and both 0
+    """
+    shallow = _shallow(bypass, layers, n_layers, max_depth)
+    allowed = passing(bypass, induce, kl, layers, n_layers, max_kl=max_kl, max_depth=max_depth)
+    masks = (shallow, shallow & (induce > 0), shallow & _quiet(kl, max_kl), allowed)
+    left, induced, quiet, both = (int(mask.sum()) for mask in masks)
+    return Conditions(bypass.numel(), left, induced, quiet, both, max_kl)
+
+
+def _shallow(like: Float[Tensor, "layer column"], layers: Sequence[int], n_layers: int, max_depth: float) -> Tensor:
+    """True at the candidates below the depth limit."""
+    rows = torch.tensor([layer < int(max_depth * n_layers) for layer in layers], device=like.device)
+    return rows[:, None].expand_as(like)
+
+
+def _quiet(kl: Float[Tensor, "layer column"], max_kl: float | None, *, keep_missing_kl: bool = False) -> Tensor:
+    """True where a KL meets its condition; a comparison with NaN is false, so that what is missing does not."""
+    if max_kl is None:
+        return torch.ones_like(kl, dtype=torch.bool)
+    return (kl <= max_kl) | (kl.isnan() if keep_missing_kl else False)
 
 
 def select_published(
@@ -49,7 +115,7 @@ def select_published(
     layers: Sequence[int],
     n_layers: int,
     *,
-    max_kl: float = MAX_KL,
+    max_kl: float | None = MAX_KL,
     max_depth: float = MAX_DEPTH,
     keep_missing_kl: bool = False,
 ) -> tuple[int, int] | None:
@@ -66,7 +132,8 @@ def select_published(
         keep_missing_kl: As for `passing`.
 
     Returns:
-        None if no candidate passes. Ties go to the lower layer, then to the earlier column.
+        None if no candidate passes (`conditions` says what each condition leaves). Ties go to the lower layer, then to
+        the earlier column.
 
     Example:
         >>> import torch
@@ -75,8 +142,16 @@ def select_published(
         >>> select_published(bypass, induce, kl, [0, 1], n_layers=4)
         (1, 1)
     """
-    limits = {"max_kl": max_kl, "max_depth": max_depth}
-    allowed = passing(bypass, induce, kl, layers, n_layers, **limits, keep_missing_kl=keep_missing_kl)
+    allowed = passing(
+        bypass,
+        induce,
+        kl,
+        layers,
+        n_layers,
+        max_kl=max_kl,
+        max_depth=max_depth,
+        keep_missing_kl=keep_missing_kl,
+    )
     return smallest(bypass, allowed)
 
 
@@ -96,8 +171,7 @@ def select_cosmic(
         n_layers: Of the model.
         max_depth: As for `passing`.
     """
-    shallow = torch.tensor([layer < int(max_depth * n_layers) for layer in layers], device=cosmic.device)
-    return smallest(-cosmic, shallow[:, None] & ~cosmic.isnan())
+    return smallest(-cosmic, _shallow(cosmic, layers, n_layers, max_depth) & ~cosmic.isnan())
 
 
 def smallest(scores: Float[Tensor, "layer column"], allowed: Tensor) -> tuple[int, int] | None:

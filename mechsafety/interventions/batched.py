@@ -66,7 +66,7 @@ class PromptBatches:
     def suffix(self) -> int:
         """Number of template tokens after the instruction that all prompts have."""
         spans = [spans for batch in self.batches for spans in batch.tokens.spans]
-        return min(each.length - each.instruction[1] for each in spans)
+        return min(each.n_suffix for each in spans)
 
     @classmethod
     @public

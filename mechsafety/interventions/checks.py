@@ -17,7 +17,8 @@ def check_nodes(model: LensModel, nodes: Sequence[Node]) -> tuple[Node, ...]:
     """The nodes, if the model has each of them and none is listed twice.
 
     Raises:
-        MechsafetyError: No nodes, one that cannot be edited, does not exist, or is given twice.
+        MechsafetyError: No nodes, one that cannot be edited, does not exist, or is given twice, or a neuron of a
+            mixture of experts.
     """
     chosen = (nodes,) if isinstance(nodes, Node) else tuple(nodes)
     if not chosen:
@@ -26,6 +27,8 @@ def check_nodes(model: LensModel, nodes: Sequence[Node]) -> tuple[Node, ...]:
     for node in chosen:
         if not isinstance(node, Node) or node.kind not in sizes:
             raise MechsafetyError(f"{node} cannot be edited", expected="heads, MLPs or neurons")
+        if node.kind == "neuron":
+            model.check_neurons()
         size = sizes[node.kind]
         if not 0 <= (node.layer or 0) < model.n_layers:
             raise MechsafetyError(f"{node} does not exist", expected=f"a layer from 0 to {model.n_layers - 1}")

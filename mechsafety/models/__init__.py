@@ -1,5 +1,6 @@
 """Models: loading, the wrapper, its checks, the forward engine, and the embedded demo model."""
 
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.lens import LensModel
 from mechsafety.models.load import load_model
 

@@ -48,9 +48,9 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str], probes: Sequence[
     folder = Path(adapter)
     name, config = folder.name, read_config(folder)
     try:
-        from peft import PeftConfig, get_peft_model
+        from peft import get_peft_model
 
-        options: Any = PeftConfig.from_pretrained(str(folder))
+        options = _options(folder)
         _check_kind(name, options)
         tokens = _trained_tokens(options)
         rows = [*probes, *([torch.tensor([tokens], device=model.device)] if tokens else [])]
@@ -83,12 +83,11 @@ def check_fits(model: Any, adapter: str | os.PathLike[str]) -> None:
     """
     folder = Path(adapter)
     name, config = folder.name, read_config(folder)
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     try:
-        options: Any = PeftConfig.from_pretrained(str(folder))
-        wrapped = get_peft_model(model, options)
+        wrapped = get_peft_model(model, _options(folder))
         stored = load_peft_weights(str(folder), device="cpu")
     except Exception as error:
         if "not found in the base model" in str(error):
@@ -98,6 +97,15 @@ def check_fits(model: Any, adapter: str | os.PathLike[str]) -> None:
         if key in stored and stored[key].shape != tensor.shape:
             shapes = f"{tuple(stored[key].shape)} for {tuple(tensor.shape)}"
             raise _misfit(name, model, config, ValueError(f"size mismatch for {key}: {shapes}"))
+
+
+def _options(folder: Path) -> Any:
+    """An adapter's configuration, without its base model's name: peft warns where the base is called otherwise here."""
+    from peft import PeftConfig
+
+    options = PeftConfig.from_pretrained(str(folder))
+    options.base_model_name_or_path = None
+    return options
 
 
 def merged_copy(wrapped: Any, probes: Sequence[Int[Tensor, "1 _"]]) -> Any:

@@ -33,9 +33,10 @@ class Sizes:
     """Sizes and shape of a model.
 
     Attributes:
-        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab, n_ctx: Sizes.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab, n_ctx: Sizes; d_mlp is 0 with ``experts``.
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
         post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
+        experts: Whether some MLP is a mixture of experts, which has no neurons of its own.
     """
 
     n_layers: int
@@ -48,16 +49,30 @@ class Sizes:
     n_ctx: int
     parallel: bool
     post_norm: bool
+    experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class FinalNorm:
-    """The final norm as numbers: ``(x - mean, if centred) / sqrt(mean square + eps) * weight + bias``."""
+class NormForm:
+    """A norm as numbers: ``(x - mean, if centred) / sqrt(mean square + eps) * weight + bias``."""
 
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"]
     eps: float
     centred: bool
+
+    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """What the norm divides ``x`` by; float32."""
+        x = x.float()
+        square = x.var(-1, keepdim=True, unbiased=False) if self.centred else x.square().mean(-1, keepdim=True)
+        return (square + self.eps).sqrt()
+
+    def frozen(self, x: Float[Tensor, "*rows d_model"]) -> Callable[[Tensor], Tensor]:
+        """The norm as a linear map (plus bias) of parts of ``x``, its scale frozen at that of ``x``; float32."""
+        scale = self.scale(x)
+        if not self.centred:
+            return lambda part: part.float() / scale * self.weight
+        return lambda part: (part.float() - part.float().mean(-1, keepdim=True)) / scale * self.weight + self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +188,8 @@ class Backend(ABC):
         """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
 
     @abstractmethod
-    def norm_bias(self, norm: nn.Module) -> Tensor | float:
-        """A norm's bias, float32; 0 where it has none."""
+    def norm_form(self, norm: nn.Module) -> NormForm:
+        """A norm of the residual stream's width as numbers: the final one, or one of `norms`."""
 
     @abstractmethod
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
@@ -269,9 +284,9 @@ class Backend(ABC):
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     @property
-    @abstractmethod
-    def final_norm(self) -> FinalNorm:
-        """The final norm."""
+    def final_norm(self) -> NormForm:
+        """The final norm as numbers."""
+        return self.norm_form(self.last_norm)
 
 
 def is_wrapped(model: Any) -> bool:

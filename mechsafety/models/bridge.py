@@ -16,7 +16,7 @@ from mechsafety.models.backend import (
     Backend,
     BlockCall,
     Edit,
-    FinalNorm,
+    NormForm,
     Prefix,
     Sizes,
     Writer,
@@ -26,7 +26,7 @@ from mechsafety.models.backend import (
     forward_hooks,
     is_lens,
 )
-from mechsafety.models.kinds import check_kind, is_multimodal
+from mechsafety.models.kinds import check_kind, has_experts, is_multimodal
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
@@ -128,11 +128,12 @@ class BridgeBackend(Backend):
             n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
             d_model=cfg.d_model,
             d_head=cfg.d_head,
-            d_mlp=cfg.d_mlp,
+            d_mlp=0 if has_experts(self.module) else cfg.d_mlp,
             d_vocab=cfg.d_vocab,
             n_ctx=n_positions(self.module.config, cfg.n_ctx),
             parallel=bool(cfg.parallel_attn_mlp),
             post_norm=hasattr(bridge.blocks[0], "ln1_post"),
+            experts=has_experts(self.module),
         )
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -205,6 +206,7 @@ class BridgeBackend(Backend):
         elif self.sizes.parallel:
             resid = block.ln1(resid)
         out = block.mlp(resid)
+        out = out[0] if isinstance(out, tuple) else out  # some experts give the router's scores as well
         return block.ln2_post(out) if hasattr(block, "ln2_post") else out
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
@@ -273,11 +275,6 @@ class BridgeBackend(Backend):
         block = self._block(layer)
         return [getattr(block, name) for name in names if hasattr(block, name)]
 
-    def norm_bias(self, norm: torch.nn.Module) -> Tensor | float:
-        """A norm's bias, float32; 0 where it has none."""
-        bias = getattr(norm, "bias", None)
-        return 0.0 if bias is None else bias.float()
-
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
         return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: edit(out))
@@ -304,13 +301,12 @@ class BridgeBackend(Backend):
                 found.append((module, "bias", -1))
         return found
 
-    @property
-    def final_norm(self) -> FinalNorm:
-        """The final norm."""
-        norm, cfg = self.tl_model.ln_final, self.tl_model.cfg
+    def norm_form(self, norm: torch.nn.Module) -> NormForm:
+        """A norm of the residual stream's width as numbers."""
+        cfg = self.tl_model.cfg
         own = getattr(norm, "weight", None)  # OLMo's norms have none
         ones = torch.ones(self.sizes.d_model, device=self.W_U.device)
         weight = ones if own is None else own.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
         bias = getattr(norm, "bias", None) if not cfg.uses_rms_norm else None
         bias = bias.float() if bias is not None else torch.zeros_like(weight)
-        return FinalNorm(weight, bias, float(cfg.eps), not cfg.uses_rms_norm)
+        return NormForm(weight, bias, float(cfg.eps), not cfg.uses_rms_norm)

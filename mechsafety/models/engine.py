@@ -206,9 +206,10 @@ def twin_runs(
     on, n = model.shortcuts, len(pairs)
     one_batch = on.batch_variants and on.drop_positions and on.shared_prefix
     with torch.no_grad(), model.lock:  # other threads' edits are not this run's
-        if not one_batch or model.edited or start > pairs.start:  # an edit may tell rows apart
+        shares = pairs.common and start <= pairs.start
+        if not one_batch or model.edited or not shares:  # an edit may tell rows apart
             harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
-            shared = harmful if start <= pairs.start else None
+            shared = harmful if shares else None
             harmless = base_run(
                 model, pairs.harmless, start, keep, shared, max_batch_tokens=max_batch_tokens, fixed=fixed
             )
@@ -539,7 +540,8 @@ def _past(model: LensModel, tokens: Tokens, stop: int, fixed: Sequence[Fixed] = 
     if model.edited or held or not alike:  # an edit may tell rows apart
         with model.hooks(held):
             return model.backend.prefix(tokens, stop)
-    past = model.backend.prefix(tokens.rows(slice(0, 1)), stop)
+    # no columns may go: where only suffixes correspond, some are padding for all of one side
+    past = model.backend.prefix(Tokens(tokens.ids[:1], tokens.mask[:1], tokens.spans[:1]), stop)
     return tuple((keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1)) for keys, values in past)
 
 

@@ -18,7 +18,7 @@ from mechsafety.models.backend import (
     Backend,
     BlockCall,
     Edit,
-    FinalNorm,
+    NormForm,
     Prefix,
     Sizes,
     Writer,
@@ -254,11 +254,6 @@ class HookedBackend(Backend):
         known = {"ln1_post": "ln1", "ln2_post": "ln2"} if self.norms_last else {name: name for name in names}
         return [getattr(block, known[name]) for name in names if name in known and hasattr(block, known[name])]
 
-    def norm_bias(self, norm: torch.nn.Module) -> Tensor | float:
-        """A norm's bias, float32; 0 where it has none."""
-        bias = getattr(norm, "b", None)
-        return 0.0 if bias is None else bias.float()
-
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
         """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
         made: list[Tensor] = []
@@ -280,18 +275,13 @@ class HookedBackend(Backend):
         parts += [(block.mlp, "out") for block in self.tl_model.blocks]
         return tables + [(part, f"{kind}_{end}", -1) for part, end in parts for kind in ("W", "b")]
 
-    @property
-    def final_norm(self) -> FinalNorm:
-        """The final norm; its weight is 1 and its bias 0 where they were folded into the unembedding."""
-        norm = self.tl_model.ln_final
-        ones = torch.ones(self.sizes.d_model, device=self.W_U.device)
-        weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
-        return FinalNorm(
-            ones if weight is None else weight.float(),
-            ones * 0 if bias is None else bias.float(),
-            float(norm.eps),
-            not type(norm).__name__.startswith("RMS"),
-        )
+    def norm_form(self, norm: torch.nn.Module) -> NormForm:
+        """A norm as numbers; its weight is 1 and its bias 0 where they were folded into what reads it."""
+        own, bias = getattr(norm, "w", None), getattr(norm, "b", None)
+        eps: Any = norm.eps
+        weight = torch.ones(self.sizes.d_model, device=self.W_U.device) if own is None else own.float()
+        shift = torch.zeros_like(weight) if bias is None else bias.float()
+        return NormForm(weight, shift, float(eps), not type(norm).__name__.startswith("RMS"))
 
     def _stream(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """The residual stream behind the last block."""
@@ -340,6 +330,7 @@ _CONVERTERS = {
     "Qwen3ForCausalLM": "convert_qwen3_weights",
     "Phi3ForCausalLM": "convert_phi3_weights",
     "Gemma2ForCausalLM": "convert_gemma_weights",
+    "Gemma3ForCausalLM": "convert_gemma_weights",
     "Olmo2ForCausalLM": "convert_olmo2_weights",
 }
 
@@ -358,9 +349,9 @@ def _options(config: Any, architecture: str) -> dict[str, Any]:
     if architecture == "GPTNeoXForCausalLM":
         return common | _rotary(config) | _neox(config)
     options = common | _rotary(config) | _llama(config)
-    if architecture == "Qwen3ForCausalLM":
+    if architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"):
         options |= {"use_qk_norm": True}
-    if architecture == "Gemma2ForCausalLM":
+    if architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"):
         options |= {
             "act_fn": config.hidden_activation,
             "attn_scale": config.query_pre_attn_scalar**0.5,
@@ -402,8 +393,8 @@ def _neox(config: Any) -> dict[str, Any]:
 def _llama(config: Any) -> dict[str, Any]:
     """Of every architecture that is built like Llama."""
     grouped = config.num_key_value_heads != config.num_attention_heads
-    # the converters of Mistral, Qwen2 and Gemma-2 name grouped weights even where every head has its own
-    always = config.model_type in ("mistral", "qwen2", "gemma2")
+    # the converters of Mistral, Qwen2 and Gemma name grouped weights even where every head has its own
+    always = config.model_type in ("mistral", "qwen2", "gemma2", "gemma3_text")
     options = {
         "d_mlp": config.intermediate_size,
         "act_fn": getattr(config, "hidden_act", None),
@@ -424,6 +415,11 @@ def _llama(config: Any) -> dict[str, Any]:
 def _rotary(config: Any) -> dict[str, Any]:
     """Head size and rotary embedding; transformers 5 keeps the latter in one dictionary."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
+    local = rope.get("sliding_attention")
+    if local is not None:  # Gemma-3: its sliding layers have a base of their own
+        rope = dict(rope["full_attention"])
+        if local.get("rope_type", "default") != "default":
+            rope["rope_type"] = local["rope_type"]
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise MechsafetyError(f"{NAME} has no rotary embedding of type {kind!r}", expected="'default' or 'llama3'")
@@ -435,6 +431,8 @@ def _rotary(config: Any) -> dict[str, Any]:
         "rotary_base": rope.get("rope_theta", 10000.0),
         "rotary_dim": round(d_head * rope.get("partial_rotary_factor", 1.0)),
     }
+    if local is not None:
+        options |= {"rotary_base_local": local["rope_theta"]}
     if kind == "llama3":
         options |= {
             "use_NTK_by_parts_rope": True,

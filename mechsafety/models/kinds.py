@@ -36,11 +36,6 @@ def check_kind(model: Any) -> None:
             expected="a model such as LlamaForCausalLM",
             cure="load it with transformers.AutoModelForCausalLM",
         )
-    if any(_is_experts(path, module) for path, module in model.named_modules()):
-        raise MechsafetyError(
-            f"{name} is a mixture of experts: the neurons that a layer runs differ from token to token",
-            expected=DECODER,
-        )
     if getattr(config, "kv_lora_rank", None):
         raise MechsafetyError(
             f"{name} has latent attention (kv_lora_rank={config.kv_lora_rank}): its heads share compressed keys "
@@ -59,8 +54,12 @@ def check_kind(model: Any) -> None:
             )
 
 
-def _is_experts(path: str, module: torch.nn.Module) -> bool:
-    return path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
+def has_experts(model: torch.nn.Module) -> bool:
+    """Whether a model is a mixture of experts in some layer."""
+    return any(
+        path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
+        for path, module in model.named_modules()
+    )
 
 
 def is_multimodal(config: Any) -> bool:

@@ -12,16 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Count, Prompts, prompt_text, public
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models.backend import Backend, use_of
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.decode import Cursor, check_room, greedy
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
-from mechsafety.models.template import checked_options, render
+from mechsafety.models.template import checked_options
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
-from mechsafety.sites import Site
+from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
     import mechsafety.cache
@@ -38,10 +39,11 @@ class LensModel:
         backend: The TransformerLens model, of either generation, behind one interface.
         tokenizer: Its tokenizer.
         template_options: What the chat template was given besides the prompt (see `load_model`).
-        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes.
+        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes; d_mlp is 0 in a mixture of experts.
         post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
-            Head outputs then do not sum to the residual stream.
+            What heads write then reaches the stream as shares of the norm of their sum.
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
+        experts: Whether it is a mixture of experts: each MLP is one node, without neurons.
         shortcuts: What the forward engine leaves out; set at load to what is exact on this model.
         max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.budget`).
         lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
@@ -64,13 +66,15 @@ class LensModel:
         self.d_vocab = sizes.d_vocab
         self.post_norm = sizes.post_norm
         self.parallel = sizes.parallel
+        self.experts = sizes.experts
         self.shortcuts = Shortcuts()
         self.max_batch_tokens: int | None = None
         self.lock = use_of(backend.module).lock
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" over {self.n_kv_heads}" if self.n_kv_heads != self.n_heads else "")
-        return f"LensModel({self.name}: {self.n_layers} layers, {heads}, d_mlp {self.d_mlp}, {self.dtype_name})"
+        mlps = "mixture of experts" if self.experts else f"d_mlp {self.d_mlp}"
+        return f"LensModel({self.name}: {self.n_layers} layers, {heads}, {mlps}, {self.dtype_name})"
 
     @property
     def bridge(self) -> Any:
@@ -101,7 +105,17 @@ class LensModel:
 
     def render(self, prompt: str) -> tuple[str, int, int]:
         """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
-        return render(self.tokenizer, prompt_text(prompt), self.template_options)
+        return self.chat.render(prompt)
+
+    @property
+    def chat(self) -> ChatTokenizer:
+        """How its prompts become tokens."""
+        return ChatTokenizer(self.name, self.tokenizer, self.template_options)
+
+    @public
+    def spans(self, prompts: Prompts) -> list[Spans]:
+        """Where each chat prompt's parts lie in its token row; the model is not run."""
+        return self.chat.spans(prompts)
 
     @public
     def tokenize(self, prompts: Prompts) -> Tokens:
@@ -113,16 +127,9 @@ class LensModel:
         """
         if not prompts:
             raise MechsafetyError("no prompts", expected="at least one")
-        rows, spans = [], []
-        for prompt in prompts:
-            text, start, end = self.render(prompt)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            inside = [k for k, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and max(a, start) < min(b, end)]
-            if not inside:
-                raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
-            rows.append(encoded["input_ids"])
-            self._check_known(rows[-1], prompt)
-            spans.append(Spans((inside[0], inside[-1] + 1), len(rows[-1])))
+        rows, spans = self.chat.rows(prompts)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self._check_known(row, prompt)
         width = max(map(len, rows))
         if width > self.backend.sizes.n_ctx:
             longest = prompts[max(range(len(rows)), key=lambda k: len(rows[k]))]
@@ -136,13 +143,15 @@ class LensModel:
 
     @public
     def tokenize_pairs(self, pairs: PromptPairs) -> TokenPairs:
-        """Aligned token rows of both sides of the pairs.
+        """Aligned token rows of both sides of the pairs; `PromptPairs.aligned` gives the pairs that have them.
 
         Raises:
             MechsafetyError: A pair's chat prompts differ in length or span; both token rows and the first difference
                 are in the message.
         """
         harmful, harmless = self.tokenize(pairs.harmful), self.tokenize(pairs.harmless)
+        if pairs.align == "suffix":
+            return TokenPairs.at_suffix(harmful, harmless)
         for index, (a, b) in enumerate(zip(harmful.spans, harmless.spans, strict=True)):
             if a != b:
                 raise MechsafetyError(
@@ -193,10 +202,28 @@ class LensModel:
             hooks: Sites and functions.
             by_column: Each function does with a column what it would do with it alone. Otherwise the engine runs all
                 columns of a prompt in one forward, so that a function may count them.
+
+        Raises:
+            MechsafetyError: Neurons of a mixture of experts.
         """
+        if any(site.kind is SiteKind.NEURONS for site, _ in hooks):
+            self.check_neurons()
         counted = open_edit(self.backend.module, by_column) if hooks else nullcontext()
         with self.lock, self.backend.hooks(hooks), counted:
             yield
+
+    def check_neurons(self) -> None:
+        """Refuse to look at single neurons where the layers have none that are the same for all tokens.
+
+        Raises:
+            MechsafetyError: A mixture of experts.
+        """
+        if self.experts:
+            raise MechsafetyError(
+                f"neurons of {self.name}, a mixture of experts: the neurons that a layer runs differ from token to "
+                "token",
+                expected="heads and whole MLPs",
+            )
 
     @property
     def edited(self) -> bool:
@@ -324,6 +351,7 @@ class LensModel:
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights of a layer's neurons."""
+        self.check_neurons()
         return self.backend.W_out(layer)
 
     @public
@@ -354,12 +382,7 @@ class LensModel:
         Parts of a residual stream can be sent through it one by one: their images sum to the norm's output, once the
         bias (LayerNorm only), which the returned function adds each time, is counted once.
         """
-        norm, x = self.backend.final_norm, resid.float()
-        if not norm.centred:
-            scale = (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-            return lambda part: part.float() / scale * norm.weight
-        scale = (x.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt()
-        return lambda part: (part.float() - part.float().mean(-1, keepdim=True)) / scale * norm.weight + norm.bias
+        return self.backend.final_norm.frozen(resid)
 
     @cached_property
     def weights_sha256(self) -> str:

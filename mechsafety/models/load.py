@@ -1,8 +1,7 @@
 """`load_model`: one call from a name, folder, GGUF file or pair to a checked `LensModel`."""
 
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
 from mechsafety.models.adapters import apply_adapter, check_fits, check_no_adapter, is_peft, merged_copy
 from mechsafety.models.backend import is_wrapped, wrap
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder
 from mechsafety.models.kinds import check_weights, text_part
 from mechsafety.models.lens import LensModel
-from mechsafety.models.sources import DEMO, Source, no_template, open_source
+from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
 from mechsafety.models.template import PLAIN_TEMPLATE, checked_options, tokenizer_copy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,6 +32,7 @@ def load_model(
     file: str | None = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
+    on_tokenizer: Callable[[ChatTokenizer], object] | None = None,
 ) -> LensModel:
     """Load a chat model, wrap it for TransformerLens, and check what the analyses rely on.
 
@@ -52,6 +53,8 @@ def load_model(
         template_options: What the chat template is given besides the prompt: ``system``, text of a system turn;
             ``date``, what a template that writes the date takes for today (26 July 2024 by default, so that results
             repeat); and any variable that the template reads, such as ``enable_thinking``. Provenance keeps them.
+        on_tokenizer: Called with the tokenizer as soon as there is one, before anything slow, for checks of prompts
+            such as `PromptPairs.aligned`; an error that it raises ends the call.
 
     Returns:
         The model; never a tuple.
@@ -63,8 +66,16 @@ def load_model(
     """
     kind = _dtype(dtype)
     place = _device(device)
+    told = on_tokenizer is None
 
-    prepare = partial(_prepared, chat_template, template_options)
+    def prepare(name: str, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+        nonlocal told
+        ready, options = _prepared(chat_template, template_options, name, tokenizer)
+        if on_tokenizer is not None and not told:  # of a GGUF file that is converted now there are two
+            on_tokenizer(ChatTokenizer(public_name(name), ready, options))
+            told = True
+        return ready, options
+
     source = open_source(name_or_path, file, chat_template, prepare)
     tokenizer, options = prepare(source.name, source.tokenizer)
     shown, adapter = _merged(source, adapter)

@@ -9,7 +9,13 @@ PATCHABLE = ("head", "mlp", "neuron")
 
 
 def has_node(model: LensModel, node: Node) -> bool:
-    """Whether the model has this node; every model has ``embed`` and ``logits``."""
+    """Whether the model has this node; every model has ``embed`` and ``logits``.
+
+    Raises:
+        MechsafetyError: A neuron, in a mixture of experts.
+    """
+    if node.kind == "neuron":
+        model.check_neurons()
     sizes = {"head": model.n_heads, "neuron": model.d_mlp}
     return 0 <= (node.layer or 0) < model.n_layers and 0 <= (node.index or 0) < sizes.get(node.kind, 1)
 

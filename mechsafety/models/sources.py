@@ -127,7 +127,7 @@ def _open_folder(name: str, source: str, tokenizer_from: Any = None) -> Source:
         check_class(model)
         tokenizer = (tokenizer_from or AutoTokenizer).from_pretrained(source, **_OWN_CODE)
 
-    return Source(name, _public_name(name), model, tokenizer, partial(_read_folder, name, source, kind))
+    return Source(name, public_name(name), model, tokenizer, partial(_read_folder, name, source, kind))
 
 
 def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str) -> Any:
@@ -202,7 +202,7 @@ def _check_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
         )
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """A local path is shortened to its last part, so that no machine's folders end up in results."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
@@ -315,7 +315,7 @@ def _open_memory(given: Any) -> Source:
     if not is_wrapped(base):
         check_class(base)
     name = _name(base)
-    return Source(name, _public_name(name), model, tokenizer, lambda dtype: model, in_memory=True)
+    return Source(name, public_name(name), model, tokenizer, lambda dtype: model, in_memory=True)
 
 
 def _pair(given: Any) -> tuple[Any, Any]:

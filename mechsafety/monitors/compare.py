@@ -120,7 +120,7 @@ class GuardReport(Result):
             The margin; its 95 % bootstrap interval over prompts (and, against ``random``, over the sets); and whether
             the margin is null: the interval holds 0.
         """
-        unsafe, draws = self.labels[test].numpy(), []
+        unsafe, draws = self.labels[test].numpy(), list[float]()
         ours, theirs = self.predictions(test, "neurons"), self.predictions(test, baseline)
         for rows, sets, labels in _resamples(unsafe, len(theirs), seed, n):
             found = _auroc(ours[0][rows], labels), _auroc(theirs[sets[..., None], rows[:, None]], labels)
@@ -135,7 +135,7 @@ class GuardReport(Result):
         Prompts are resampled within each label, as an AUROC needs both.
         """
         unsafe, values = self.labels[test].numpy(), self.predictions(test, feature)
-        draws = []
+        draws = list[np.ndarray]()
         for rows, sets, labels in _resamples(unsafe, len(values), seed, n):
             drawn = values[sets[..., None], rows[:, None]]
             right = ((drawn >= 0.5) == labels).mean(-1)

@@ -22,8 +22,10 @@ def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tens
         neurons: Nodes of kind ``neuron``, or a boolean tensor [layer d_mlp].
 
     Raises:
-        MechsafetyError: A node that is no neuron of the model, or a tensor of another shape or type.
+        MechsafetyError: A node that is no neuron of the model, a tensor of another shape or type, or a mixture of
+            experts.
     """
+    model.check_neurons()
     shape = (model.n_layers, model.d_mlp)
     if isinstance(neurons, Tensor):
         if neurons.dtype != torch.bool or tuple(neurons.shape) != shape:
@@ -57,8 +59,9 @@ def check_ranking(model: LensModel, ranking: Float[Tensor, "layer d_mlp"]) -> Fl
     """A ranking of a model's neurons, or one clear line.
 
     Raises:
-        MechsafetyError: Another shape than the model's neurons have.
+        MechsafetyError: Another shape than the model's neurons have, or a mixture of experts.
     """
+    model.check_neurons()
     shape = (model.n_layers, model.d_mlp)
     if tuple(ranking.shape) != shape:
         raise MechsafetyError(f"a ranking of shape {tuple(ranking.shape)}", expected=f"{shape}, as {model!r} has them")

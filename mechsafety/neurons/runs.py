@@ -51,8 +51,11 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
     """Refuse two models whose neurons do not correspond.
 
     Raises:
-        MechsafetyError: One object given twice, other numbers of layers, neurons or tokens, or other template options.
+        MechsafetyError: One object given twice, other numbers of layers, neurons or tokens, other template options, or
+            a mixture of experts.
     """
+    for model in (base, aligned):
+        model.check_neurons()
     if base is aligned or base.hf_model is aligned.hf_model:
         raise MechsafetyError("the same model object was given twice", expected="two models, each loaded by itself")
     sizes = [(model.n_layers, model.d_mlp, model.d_vocab) for model in (base, aligned)]

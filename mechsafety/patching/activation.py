@@ -28,7 +28,7 @@ from mechsafety.models.engine import (
 )
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
-from mechsafety.patching.masks import PairRuns, pair_batches, replacement
+from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, replacement
 from mechsafety.patching.sources import SOURCES, check_start, column_masks, source_values
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
@@ -126,7 +126,8 @@ def activation_patching(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs (which must hold the activations that are patched).
+        pairs: Pairs, of which those that align are taken; or their stored runs (which must hold the activations that
+            are patched).
         metric: What is measured.
         nodes: What to patch: heads, MLPs and neurons (`Node`), or any `Site`: residual stream before, between and
             after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head), ``pattern``,
@@ -146,7 +147,7 @@ def activation_patching(
         Changes per prompt; a positive effect moves the metric towards the source run.
 
     Raises:
-        MechsafetyError: Unknown option, a target that the model lacks, pairs that do not align, a pair without another
+        MechsafetyError: Unknown option, a target that the model lacks, no pair that aligns, a pair without another
             of its length (``mean``, ``resample``), stored runs that begin after a column to be patched.
     """
     from tqdm.auto import tqdm
@@ -160,24 +161,25 @@ def activation_patching(
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
     # at named positions, the other prompt's values and zeros are the same whatever else is in the batch
     alone = source in ("other", "zero") and isinstance(positions, str) and positions != "each"
+    pairs = aligned_pairs(model, pairs)
     batches: list[Callable[[], PairRuns]]
     if isinstance(pairs, PairRuns):
         check_current(model, pairs.harmful, pairs.harmless)
-        check_start(pairs, positions, source)
         batches = [lambda: pairs]
     else:
         # columns before the first difference are the same in both prompts of a pair, but not in other pairs, nor zero
-        start = None if source == "other" else 0
+        start = None if source == "other" or pairs.align == "suffix" else 0
         batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites), start)
     parts, scored = [], []
     with tqdm(total=len(batches) * len(sites), desc="patching", disable=not progress, leave=False) as bar:
         for batch in batches:
             runs = batch()
+            check_start(runs, positions, source)
             scored.append(runs.scores(metric))
             base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
             columns, where = column_masks(base, runs.start, positions)
             rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
-            values = source_values(other, _kinds(sites), source, seed)
+            values = source_values(other, _kinds(sites), source, seed, runs.align)
             bar.total = len(batches) * len(rows)
             chosen = [(sites[k], where[at]) for k, at in rows]
             parts.append(_patched(model, base, values, metric, chosen, max_batch_tokens, bar.update))
@@ -256,6 +258,8 @@ def _checked_site(model: LensModel, target: Target) -> Site:
         site = target
     if site.kind in GLOBAL or site.kind in (SiteKind.SCORES, SiteKind.MLP_IN):
         raise MechsafetyError(f"{site} cannot be patched", expected="a site inside a block that is no score")
+    if site.kind is SiteKind.NEURONS:
+        model.check_neurons()
     if site.kind is SiteKind.RESID_MID and model.parallel:
         raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
     size = _sizes(model).get(site.kind, 1)

@@ -26,7 +26,7 @@ from mechsafety.models.engine import (
 )
 from mechsafety.models.parts import check_patchable
 from mechsafety.nodes import Node
-from mechsafety.prompts import PromptPairs, TokenPairs
+from mechsafety.prompts import Align, PromptPairs, TokenPairs
 from mechsafety.sites import Site, SiteKind
 
 KEPT = (SiteKind.Z, SiteKind.MLP_OUT)
@@ -39,11 +39,21 @@ class PairRuns:
     Attributes:
         harmful, harmless: Stored runs.
         start: That column.
+        left_out: What was left out of the pairs before they were run, in words.
+        align: ``tokens``, or ``suffix`` where only the template's tokens after the instruction correspond.
     """
 
     harmful: BaseRun
     harmless: BaseRun
     start: int
+    left_out: tuple[str, ...] = ()
+    align: Align = "tokens"
+
+    @property
+    def tokens(self) -> TokenPairs:
+        """Their token rows."""
+        sides = self.harmful.tokens, self.harmless.tokens
+        return TokenPairs.of(*sides) if self.align == "tokens" else TokenPairs(*sides, self.start, common=False)
 
     def scores(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Metric of the unpatched (harmful, harmless) runs."""
@@ -64,20 +74,54 @@ def pair_runs(
 
     Args:
         model: The model.
-        pairs: Pairs that align.
+        pairs: Pairs; those that do not align are left out.
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; the first difference by default.
         max_batch_tokens: Rows x columns of variants that go through the model at once; None finds how many fit.
         fixed: Values that hold in both runs, and in their variants.
 
     Raises:
-        MechsafetyError: A pair does not align.
+        MechsafetyError: No pair aligns.
     """
+    pairs = pairs.aligned(model) if isinstance(pairs, PromptPairs) else pairs
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
     harmful, harmless = twin_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
-    return PairRuns(harmful, harmless, first)
+    if not tokens.common:
+        _check_suffix(model, tokens, harmful, harmless)
+    left_out = pairs.left_out if isinstance(pairs, PromptPairs) else ()
+    return PairRuns(harmful, harmless, first, left_out, "tokens" if tokens.common else "suffix")
+
+
+def _check_suffix(model: LensModel, tokens: TokenPairs, harmful: BaseRun, harmless: BaseRun) -> None:
+    """Refuse runs whose suffix columns cannot stand for each other.
+
+    With every node's value exchanged there, one run has to become the other, so that the blocks must get the same.
+
+    Raises:
+        MechsafetyError: A start before the suffix, or embeddings that differ by position.
+    """
+    if harmful.start < tokens.start:
+        raise MechsafetyError(
+            f"runs that begin at column {harmful.start} of pairs aligned at the suffix",
+            expected=f"at least {tokens.start}, where it begins",
+        )
+    if not torch.equal(harmful.resid[0], harmless.resid[0]):
+        raise MechsafetyError(
+            f"{model.name} adds an embedding of the position, so that the suffix of a longer prompt is another one",
+            expected="a model with rotary positions for align='suffix'",
+            cure="pair prompts of equal length: PromptPairs.matched(harmful, harmless, model.n_tokens)",
+        )
+
+
+def aligned_pairs(model: LensModel, pairs: PromptPairs | PairRuns, least: int = 1) -> PromptPairs | PairRuns:
+    """The pairs that can be patched, which every analysis begins with; stored runs are of such pairs.
+
+    Raises:
+        MechsafetyError: Fewer than ``least`` align.
+    """
+    return pairs.aligned(model, least) if isinstance(pairs, PromptPairs) else pairs
 
 
 def pair_batches(
@@ -107,7 +151,7 @@ def pair_batches(
         base, fixed = pairs.harmful, pairs.harmful.fixed
         if len(base) * base.n_pos <= max_tokens and not set(extra) - set(base.acts):
             return [partial(_same, pairs)]
-        tokens = TokenPairs.of(pairs.harmful.tokens, pairs.harmless.tokens)
+        tokens = pairs.tokens
     else:
         tokens = model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start

@@ -121,7 +121,7 @@ def path_matrix(
 
     Args:
         model: The model, without a soft cap on attention scores.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Pairs, of which those that align are taken; or their stored runs.
         norm: ``freeze`` or ``recompute``: the norm in front of the receiving head. Norms of queries and keys (Qwen-3,
             OLMo-2) keep the base run's scale; ``recompute`` refuses models that have them.
         direction: ``noising``: changes of the harmful run towards the harmless one; ``denoising``: the reverse.
@@ -157,7 +157,7 @@ def path_matrix(
                     part = einsum(changed, slope, "sender batch pos d, head batch pos d -> sender head batch")
                     found[slot][rows[0] : rows[-1] + 1, columns] = part
             bar.update()
-    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base), **omissions(pairs)}
+    options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base), **omissions(runs)}
     return PathMatrix(
         model.provenance(options=options), senders, receivers, found["q"], found["k"], found["v"], norm, direction
     )

@@ -22,6 +22,37 @@ def block_norms(model: LensModel, layer: int, *names: str) -> list[Module]:
     return model.backend.norms(layer, *names)
 
 
+def norm_behind(model: LensModel, layer: int, kind: str) -> Module | None:
+    """The norm between what all heads (``kind`` head), or all neurons, of a layer write and the residual stream."""
+    return next(iter(block_norms(model, layer, "ln1_post" if kind == "head" else "ln2_post")), None)
+
+
+def at_own_scale(model: LensModel, norm: Module, total: Float[Tensor, "*rows d_model"]) -> Callable[[Tensor], Tensor]:
+    """What reaches the residual stream of a part of ``total``, which a norm stands behind; float32.
+
+    ``N(sum of parts) = sum of (part / s * w)`` with ``s`` the norm's scale of the sum and ``w`` its weight: with the
+    scale frozen at the run's own, parts add up to what the block adds (but for a norm's bias, which no part writes).
+
+    Args:
+        model: The model.
+        norm: The norm.
+        total: What all parts of the layer write together, its bias included.
+    """
+    form = model.backend.norm_form(norm)
+    frozen = form.frozen(total)
+    return lambda part: frozen(part) - form.bias
+
+
+def block_norms_option(model: LensModel, how: str) -> dict[str, str]:
+    """What a result's options say of norms after attention and MLP; nothing where the model has none.
+
+    Args:
+        model: The model.
+        how: ``frozen``: they keep each run's own scale; ``recomputed``: they are those of the changed sum.
+    """
+    return {"block_norms": how} if model.post_norm else {}
+
+
 def mlp_norms(model: LensModel, layer: int) -> list[Module]:
     """Norms that `LensModel.mlp` goes through."""
     own = block_norms(model, layer, "ln2", "ln2_post")
@@ -62,11 +93,11 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
     scales: dict[Module, Tensor] = {}
 
     def note(module: Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-        scales[module] = _scale(model, args[0])
+        scales[module] = model.backend.norm_form(module).scale(args[0])
 
     def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        own, kept = _scale(model, args[0]), scales[module]
-        shift = model.backend.norm_bias(module)
+        form, kept = model.backend.norm_form(module), scales[module]
+        own, shift = form.scale(args[0]), form.bias
         ratio = own / expand_rows(kept, own.shape[0] // kept.shape[0])
         return ((out.float() - shift) * ratio + shift).to(out.dtype)
 
@@ -75,11 +106,3 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
             base()
         with forward_hooks(modules, rescale):
             yield
-
-
-def _scale(model: LensModel, x: Tensor) -> Tensor:
-    """What the model's norms divide ``x`` by."""
-    norm, x = model.backend.final_norm, x.float()
-    if norm.centred:
-        x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()

@@ -48,8 +48,8 @@ from mechsafety.patching.senders import (
     propagate,
     stream,
 )
-from mechsafety.patching.sources import column_masks
-from mechsafety.prompts import PromptPairs
+from mechsafety.patching.sources import check_start, column_masks
+from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import SiteKind
 
 
@@ -78,7 +78,8 @@ def path_patching(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs (which must hold ``neurons`` where neurons send).
+        pairs: Pairs, of which those that align are taken; or their stored runs (which must hold ``neurons`` where
+            neurons send).
         metric: What is measured.
         senders: The embedding, heads, MLPs and neurons (`Node`), the whole residual stream at a layer (`Site` of kind
             ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some columns; every head by default.
@@ -139,7 +140,7 @@ def path_projection(
 
     Args:
         model: The model.
-        pairs: Aligned pairs, or their stored runs.
+        pairs: Pairs, of which those that align are taken; or their stored runs.
         projection: The unit vector, and where in the residual stream it is read.
         senders: As for `path_patching`; those after the projection's site change nothing.
         mlp: ``recompute`` or ``freeze``.
@@ -246,6 +247,7 @@ class _Task:
             "direction": self.direction,
             "positions": self.positions,
             "pairs": len(self.base),
+            **omissions(self.runs),
         }
         return PathMap(
             self.model.provenance(options=options),
@@ -283,6 +285,9 @@ def _task(
     kinds = (*kinds, *extra_kinds(sending))
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=kinds)
     base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
+    check_start(runs, positions, "other")
+    for sender in sending:
+        check_start(runs, sender.columns if isinstance(sender, At) else "all", "other")
     columns, masks = column_masks(base, runs.start, positions)
     if positions == "each":
         if any(isinstance(sender, At) for sender in sending):

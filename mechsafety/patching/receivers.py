@@ -222,9 +222,14 @@ def _is_shared(model: LensModel, edit: Edit) -> bool:
     """Whether a slot's value for one head also acts on others: grouped queries, a norm over all heads (OLMo-2)."""
     if edit.slot not in ("q", "k", "v"):
         return False
-    norm = model.backend.head_norm(edit.layer, edit.slot)
-    over_heads = norm is not None and next(norm.parameters()).shape[-1] != model.d_head
-    return over_heads or (edit.slot != "q" and model.n_kv_heads != model.n_heads)
+    grouped = edit.slot != "q" and model.n_kv_heads != model.n_heads
+    return grouped or normed_over_heads(model, edit.layer, edit.slot)
+
+
+def normed_over_heads(model: LensModel, layer: int, slot: str) -> bool:
+    """Whether one norm runs over the queries (or keys) of all heads of a layer together (OLMo-2)."""
+    norm = model.backend.head_norm(layer, slot)
+    return norm is not None and next(norm.parameters()).shape[-1] != model.d_head
 
 
 def frozen_change(

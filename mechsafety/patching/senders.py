@@ -4,7 +4,7 @@ A *moment* counts places of the residual stream: ``2 * layer`` before a block, `
 ``2 * n_layers`` before the final norm. A sender's change enters at a moment, a receiver reads at one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, check_current, split_rows
+from mechsafety.models.parts import has_node
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import stored
-from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms, through_norm
+from mechsafety.patching.norms import at_own_scale, keep_scales, mlp_norms, norm_behind, through_norm
 from mechsafety.patching.sources import column_masks
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
@@ -76,7 +77,6 @@ def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
     """Raise a `MechsafetyError` for whatever cannot send in this model."""
     if not senders:
         raise MechsafetyError("no senders", expected="at least one")
-    sizes = {"head": model.n_heads, "mlp": 1, "neuron": model.d_mlp}
     for sender in senders:
         part = part_of(sender)
         if (isinstance(part, Node) and part.kind == "logits") or (isinstance(part, Site) and part.kind not in STREAM):
@@ -86,7 +86,8 @@ def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
             )
         if part.kind is SiteKind.RESID_MID and model.parallel:
             raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
-        if not 0 <= (part.layer or 0) < model.n_layers or not 0 <= (part.index or 0) < sizes.get(part.kind, 1):
+        exists = has_node(model, part) if isinstance(part, Node) else 0 <= (part.layer or 0) < model.n_layers
+        if not exists:
             raise MechsafetyError(f"{part} does not exist in {model!r}")
 
 
@@ -98,7 +99,10 @@ def extra_kinds(senders: Sequence[Sender]) -> tuple[SiteKind, ...]:
 def node_outputs(
     model: LensModel, run: BaseRun, nodes: Sequence[Node], at: slice = slice(None)
 ) -> Float[Tensor, "node batch column d_model"]:
-    """What each head, MLP or neuron writes to the residual stream in a stored run, float32 (before a norm behind it).
+    """What each head, MLP or neuron adds to the residual stream in a stored run, float32.
+
+    Behind a norm after attention or MLP (Gemma-2, OLMo-2) its share of the norm of the layer's sum, the scale being the
+    run's own. So the outputs of a layer's heads (neurons) and its bias add up to what the layer adds.
 
     Args:
         model: The model.
@@ -109,22 +113,19 @@ def node_outputs(
     Raises:
         MechsafetyError: ``embed`` or ``logits``.
     """
-    rows = []
-    for node in nodes:
-        layer = node.layer or 0
-        if node.kind == "head":
-            z = run.acts[SiteKind.Z][layer][:, at, node.index].float()
-            weight = model.W_O(layer)[node.index].float()
-            rows.append(einsum(z, weight, "batch pos d_head, d_head d_model -> batch pos d_model"))
-        elif node.kind == "neuron":
-            activation = stored(run.acts, SiteKind.NEURONS)[layer][:, at, node.index].float()
-            weight = neuron_weights(model, layer)[node.index]
-            rows.append(einsum(activation, weight, "batch pos, d_model -> batch pos d_model"))
-        elif node.kind == "mlp":
-            rows.append(run.acts[SiteKind.MLP_OUT][layer][:, at].float())
+    strange = next((node for node in nodes if node.kind not in ("head", "mlp", "neuron")), None)
+    if strange is not None:
+        raise MechsafetyError(f"{strange} writes nothing of its own", expected="heads, MLPs or neurons")
+    resid = run.resid[0][:, at]
+    out = torch.zeros(len(nodes), *resid.shape, device=resid.device)
+    for (kind, layer), rows in _by_sublayer(nodes).items():
+        if kind == "mlp":
+            out[rows] = run.acts[SiteKind.MLP_OUT][layer][:, at].float()
         else:
-            raise MechsafetyError(f"{node} writes nothing of its own", expected="heads, MLPs or neurons")
-    return torch.stack(rows)
+            indices = [nodes[row].index or 0 for row in rows]
+            written = _through_weights(model, kind, layer, indices, _values(run, kind, layer, indices, at))
+            out[rows] = own_share(model, run, layer, kind, at)(written)
+    return out
 
 
 def sender_changes(
@@ -151,22 +152,63 @@ def sender_changes(
         at: Columns to compute.
         positions: Columns in which senders change; all by default.
     """
-    check_current(model, base, source)
-    resid = base.resid[0][:, at]
-    out = torch.zeros(len(senders), *resid.shape, device=resid.device)
-    groups: dict[tuple[str, int], list[int]] = {}
-    for row, sender in enumerate(senders):
-        groups.setdefault((part_of(sender).kind, part_of(sender).layer or 0), []).append(row)
-    for (kind, layer), rows in groups.items():
-        indices = [part_of(senders[row]).index or 0 for row in rows]
-        own = _own_changes(model, base, source, kind, layer, indices, at)
-        out[rows] = own
-        for row in rows:
-            for where in _limits(base, senders[row], positions):
-                out[row] *= rearrange(where[:, at], "batch pos -> batch pos 1")
+    out = written_changes(model, base, source, senders, at=at, positions=positions)
+    for (kind, layer), rows in _by_sublayer(senders).items():
         if kind in ("head", "neuron"):
             out[rows] = behind_norm(model, base, layer, kind, out[rows], norm, at)
     return out
+
+
+def written_changes(
+    model: LensModel,
+    base: BaseRun,
+    source: BaseRun,
+    senders: Sequence[Sender],
+    *,
+    at: slice = slice(None),
+    positions: Bool[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "sender batch column d_model"]:
+    """Source less base of what each sender itself writes, before a norm after its block; as for `sender_changes`."""
+    check_current(model, base, source)
+    resid = base.resid[0][:, at]
+    out = torch.zeros(len(senders), *resid.shape, device=resid.device)
+    for (kind, layer), rows in _by_sublayer(senders).items():
+        indices = [part_of(senders[row]).index or 0 for row in rows]
+        out[rows] = _own_changes(model, base, source, kind, layer, indices, at)
+        for row in rows:
+            for where in _limits(base, senders[row], positions):
+                out[row] *= rearrange(where[:, at], "batch pos -> batch pos 1")
+    return out
+
+
+def added_changes(
+    model: LensModel, base: BaseRun, source: BaseRun, nodes: Sequence[Node]
+) -> Float[Tensor, "node batch pos d_model"]:
+    """Source less base of what each node adds to the residual stream, as in `node_outputs`; float32.
+
+    The changes of a layer's heads (neurons) add up to the layer's, also behind a norm, which keeps each run's own
+    scale. Patching one node alone has another effect there, see `sender_changes`.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        source: Where the nodes' values come from.
+        nodes: The embedding, heads, MLPs and neurons, in any order.
+    """
+    out = written_changes(model, base, source, nodes)
+    for (kind, layer), rows in _by_sublayer(nodes).items():
+        if kind in ("head", "neuron") and norm_behind(model, layer, kind) is not None:
+            some = [nodes[row] for row in rows]
+            out[rows] = node_outputs(model, source, some) - node_outputs(model, base, some)
+    return out
+
+
+def _by_sublayer(senders: Sequence[Sender]) -> dict[tuple[str, int], list[int]]:
+    """Rows of the senders of each kind and layer."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for row, sender in enumerate(senders):
+        groups.setdefault((part_of(sender).kind, part_of(sender).layer or 0), []).append(row)
+    return groups
 
 
 def propagate(
@@ -241,16 +283,53 @@ def behind_norm(
 
     The change itself, unless a norm stands behind the sum.
     """
-    for module in block_norms(model, layer, "ln1_post" if kind == "head" else "ln2_post"):
-        if kind == "head":
-            z, weights, bias = base.acts[SiteKind.Z][layer], model.W_O(layer), model.backend.b_O(layer)
-            total = einsum(z[:, at].float(), weights.float(), "batch pos head k, head k d_model -> batch pos d_model")
-        else:
-            total = stored(base.acts, SiteKind.NEURONS)[layer][:, at].float() @ neuron_weights(model, layer)
-            bias = model.backend.b_out(layer)
-        total = total + bias.float()
-        change = through_norm(model, module, total.to(base.resid.dtype), change, norm).float()
-    return change
+    module = norm_behind(model, layer, kind)
+    if module is None:
+        return change
+    total = written_sum(model, base, layer, kind, at)
+    return through_norm(model, module, total.to(base.resid.dtype), change, norm).float()
+
+
+def written_sum(
+    model: LensModel, run: BaseRun, layer: int, kind: str, at: slice = slice(None)
+) -> Float[Tensor, "batch column d_model"]:
+    """What all heads (neurons) of a layer and its bias write together, before a norm behind them; float32."""
+    if kind == "head":
+        z, weights, bias = run.acts[SiteKind.Z][layer], model.W_O(layer), model.backend.b_O(layer)
+        total = einsum(z[:, at].float(), weights.float(), "batch pos head k, head k d_model -> batch pos d_model")
+    else:
+        total = stored(run.acts, SiteKind.NEURONS)[layer][:, at].float() @ neuron_weights(model, layer)
+        bias = model.backend.b_out(layer)
+    return total + bias.float()
+
+
+def own_share(
+    model: LensModel, run: BaseRun, layer: int, kind: str, at: slice = slice(None)
+) -> Callable[[Tensor], Tensor]:
+    """What reaches the stream of a part of what a layer's heads (neurons) write in a run, at the run's own scale."""
+    module = norm_behind(model, layer, kind)
+    if module is None:
+        return lambda part: part
+    return at_own_scale(model, module, written_sum(model, run, layer, kind, at))
+
+
+def _values(run: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice) -> Float[Tensor, "batch pos ..."]:
+    """What some heads (neurons) of a layer give to their output weights in a run; float32."""
+    if kind == "head":
+        return run.acts[SiteKind.Z][layer][:, at][:, :, indices].float()
+    return stored(run.acts, SiteKind.NEURONS)[layer][:, at][..., indices].float()
+
+
+def _through_weights(
+    model: LensModel, kind: str, layer: int, indices: Sequence[int], values: Float[Tensor, "batch pos ..."]
+) -> Float[Tensor, "node batch pos d_model"]:
+    """What some heads (neurons) of a layer write with such values, before a norm behind them; float32."""
+    if kind == "head":
+        weights = model.W_O(layer)[indices].float()
+        return einsum(values, weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
+    return einsum(
+        values, neuron_weights(model, layer)[indices], "batch pos node, node d_model -> node batch pos d_model"
+    )
 
 
 def neuron_weights(model: LensModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
@@ -273,14 +352,9 @@ def _own_changes(
     model: LensModel, base: BaseRun, source: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice
 ) -> Float[Tensor, "sender batch column d_model"]:
     """Source less base of what senders of one kind and layer write."""
-    if kind == "head":
-        z = [run.acts[SiteKind.Z][layer][:, at][:, :, indices].float() for run in (base, source)]
-        weights = model.W_O(layer)[indices].float()
-        return einsum(z[1] - z[0], weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
-    if kind == "neuron":
-        values = [stored(run.acts, SiteKind.NEURONS)[layer][:, at][..., indices].float() for run in (base, source)]
-        weights = neuron_weights(model, layer)[indices]
-        return einsum(values[1] - values[0], weights, "batch pos node, node d_model -> node batch pos d_model")
+    if kind in ("head", "neuron"):
+        old, new = (_values(run, kind, layer, indices, at) for run in (base, source))
+        return _through_weights(model, kind, layer, indices, new - old)
     whole = [stream(run, kind, layer)[:, at].float() for run in (base, source)]
     return rearrange(whole[1] - whole[0], "batch pos d -> 1 batch pos d").expand(len(indices), -1, -1, -1)
 

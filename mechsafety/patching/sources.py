@@ -9,15 +9,24 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.engine import BaseRun
 from mechsafety.patching.masks import PairRuns, stored
-from mechsafety.prompts import Tokens
+from mechsafety.prompts import Align, Tokens
 from mechsafety.sites import SiteKind
 
 SOURCES = ("other", "mean", "resample", "zero")
 
 
 def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> None:
-    """Stored runs hold every column whose values a source other than the pair's own replaces."""
-    if source == "other" or runs.start == 0:
+    """Stored runs hold every column whose values a source other than the pair's own replaces.
+
+    Of pairs aligned at the suffix they hold no others, and none can be asked for.
+    """
+    if runs.align == "suffix" and positions in ("prefix", "instruction"):
+        raise MechsafetyError(
+            f"positions {positions!r} of pairs aligned at the suffix",
+            expected="'all' (which is the suffix), 'each', or columns from the end",
+            cure="use twins of equal length for earlier tokens",
+        )
+    if source == "other" or runs.start == 0 or runs.align == "suffix":
         return
     tokens = runs.harmful.tokens
     if positions == "each":
@@ -59,10 +68,15 @@ def column_masks(
     return [], [torch.stack([masks[at] for at in positions]).any(0)]  # type: ignore[index]
 
 
-def source_values(other: BaseRun, kinds: Sequence[SiteKind], source: str, seed: int) -> Mapping[SiteKind, Tensor]:
+def source_values(
+    other: BaseRun, kinds: Sequence[SiteKind], source: str, seed: int, align: Align = "tokens"
+) -> Mapping[SiteKind, Tensor]:
     """Replacement activations of each kind [layer batch pos ...]."""
     out = {}
-    groups = _same_length(other.tokens, source) if source in ("mean", "resample") else []
+    groups: list[list[int]] = []
+    if source in ("mean", "resample"):
+        # the columns of the suffix correspond in prompts of any length
+        groups = _same_length(other.tokens, source, any_length=align == "suffix")
     for kind in kinds:
         values = stored(other.acts, kind)
         if source == "zero":
@@ -78,7 +92,7 @@ def source_values(other: BaseRun, kinds: Sequence[SiteKind], source: str, seed: 
     return out
 
 
-def _same_length(tokens: Tokens, source: str) -> list[list[int]]:
+def _same_length(tokens: Tokens, source: str, *, any_length: bool = False) -> list[list[int]]:
     """Rows by their number of tokens: only in prompts of one length do columns correspond, and padding with padding.
 
     Raises:
@@ -86,7 +100,7 @@ def _same_length(tokens: Tokens, source: str) -> list[list[int]]:
     """
     groups: dict[int, list[int]] = {}
     for row, spans in enumerate(tokens.spans):
-        groups.setdefault(spans.length, []).append(row)
+        groups.setdefault(0 if any_length else spans.length, []).append(row)
     alone = {length: rows[0] + 1 for length, rows in groups.items() if len(rows) == 1}
     if alone:
         named = ", ".join(f"{row} ({length} tokens)" for length, row in alone.items())

@@ -2,11 +2,12 @@
 
 from mechsafety.prompts.distinct import distinct, first_of_each, unseen
 from mechsafety.prompts.files import read_jsonl, read_rows
-from mechsafety.prompts.pairs import PromptPair, PromptPairs, omissions
+from mechsafety.prompts.pairs import Align, PromptPair, PromptPairs, omissions
 from mechsafety.prompts.sets import Prompt, builtin_prompts, load_instructions
 from mechsafety.prompts.spans import Spans, TokenPairs, TokenRow, Tokens, TokenTable
 
 __all__ = [
+    "Align",
     "Prompt",
     "PromptPair",
     "PromptPairs",

@@ -13,6 +13,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import prompt_text
 
 LABELS = ("topic", "split")
+EDITION = "edition"
 _SPACE = re.compile(r"[ \t\n\r]*")
 # (number of the line it begins in, parsed value) of every row
 Rows = Iterator[tuple[int, Any]]
@@ -29,7 +30,8 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
         keys: What every row must hold, as text that is not blank.
 
     Returns:
-        The rows; where they have a ``topic`` or ``split``, that is text (empty for ``null``).
+        The rows; where they have a ``topic`` or ``split``, that is text (empty for ``null``), and an ``edition`` is a
+        whole number.
 
     Raises:
         MechsafetyError: Another suffix; or as `read_jsonl`.
@@ -147,7 +149,18 @@ def _checked(row: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
             found = type(row[key]).__name__
             raise MechsafetyError(f"{where}: the prompt under {key!r} is a JSON {found}", expected="text")
         prompt_text(row[key], f"{where}: the prompt under {key!r}")
-    return row | {name: _label(row[name], name, where) for name in LABELS if name in row}
+    labels = {name: _label(row[name], name, where) for name in LABELS if name in row}
+    return row | labels | ({EDITION: _edition(row[EDITION], where)} if EDITION in row else {})
+
+
+def _edition(value: Any, where: str) -> int:
+    """A whole number from 1 on; ``null``, or an empty cell of a table, is the first edition."""
+    if value in (None, ""):
+        return 1
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise MechsafetyError(f"{where}: {EDITION!r} is {value!r}", expected="a whole number, at least 1")
+    return number
 
 
 def _label(value: Any, name: str, where: str) -> str:

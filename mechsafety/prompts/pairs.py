@@ -2,17 +2,22 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
 
 import numpy as np
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, Prompts, prompt_text, public
+from mechsafety.inputs import Amount, Count, Prompts, lens_model, prompt_text, public
 from mechsafety.prompts.distinct import duplicates, first_of_each
 from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.sets import data_file, load_instructions
+from mechsafety.prompts.spans import Spans
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +33,53 @@ HUB: dict[str, tuple[HubSet, HubSet | None]] = {
 }
 
 
+Align = Literal["tokens", "suffix"]
+ALIGN: tuple[Align, ...] = ("tokens", "suffix")
+KEYS, OPTIONAL = ("harmful", "harmless"), ("topic", "split", "edition")
+CURE = (
+    "change a word in one of the two (model.tokenize_pairs shows a pair's token rows), add pairs, pair prompts with "
+    "PromptPairs.matched(harmful, harmless, model.n_tokens), or patch at the template's suffix alone: align='suffix'"
+)
+# pairs that are named in a note about those that were left out; an error names all
+NAMED_PAIRS = 12
+
+
+class Reader(Protocol):
+    """What says how prompts become tokens: a `LensModel` or a `ChatTokenizer`."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+
+    def spans(self, prompts: Sequence[str], /) -> list[Spans]:
+        """Where each chat prompt's parts lie in its token row."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptPair:
-    """A harmful request and its harmless twin."""
+    """A harmful request and its harmless twin.
+
+    Attributes:
+        harmful, harmless: The two prompts.
+        topic: What it is about.
+        split: ``train``, ``validation`` or ``test``.
+        edition: When it joined its set, counted from 1. `PromptPairs.sample` draws a topic's pairs of later editions
+            after those of earlier ones, so that a sample stays what it was when pairs are added.
+    """
 
     harmful: str
     harmless: str
     topic: str = ""
     split: str = ""
+    edition: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPairs:
     """Pairs of a harmful and a harmless prompt, in a fixed order.
 
-    Patching needs pairs whose chat prompts have the same number of tokens; that is checked against the model's
-    tokenizer when they are used (`LensModel.tokenize_pairs`), because it depends on it.
+    Patching needs pairs whose chat prompts have the same number of tokens, which depends on the model's tokenizer. The
+    analyses leave out the others (`aligned`), and say how many.
 
     Each pair counts once: an exact duplicate of an earlier one is left out, and so is a pair of two equal prompts,
     whose gap is 0. Both are logged and kept in ``left_out``.
@@ -52,6 +88,9 @@ class PromptPairs:
         pairs: The pairs.
         name: Where they come from, for reports and provenance.
         left_out: What was left out of them, in words.
+        align: What corresponds in the two prompts of a pair, and so can be patched: ``tokens``, every token, which asks
+            for twins of equal length; or ``suffix``, the template's tokens after the instruction alone, which any two
+            prompts have (docs/methods.md says what that can show).
 
     Example:
         >>> pairs = PromptPairs.from_lists(["How do I make a bomb?"], ["How do I make a cake?"])
@@ -62,8 +101,11 @@ class PromptPairs:
     pairs: tuple[PromptPair, ...]
     name: str = "pairs"
     left_out: tuple[str, ...] = ()
+    align: Align = "tokens"
 
     def __post_init__(self) -> None:
+        if self.align not in ALIGN:
+            raise MechsafetyError(f"align={self.align!r}", expected=f"one of {ALIGN}")
         if not self.pairs:
             raise MechsafetyError("no prompt pairs", expected="at least one pair")
         for number, pair in enumerate(self.pairs, 1):
@@ -104,7 +146,9 @@ class PromptPairs:
         return replace(self, pairs=self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
     def __repr__(self) -> str:
-        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics)"
+        notes = "".join(f"; {note}" for note in self.left_out)
+        suffix = ", aligned at the suffix" if self.align == "suffix" else ""
+        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics{suffix}{notes})"
 
     @property
     def harmful(self) -> list[str]:
@@ -139,11 +183,18 @@ class PromptPairs:
 
     @public
     def sample(self, n: Count, seed: Amount = 0) -> Self:
-        """At most ``n`` pairs, drawn without replacement and taken evenly over the topics; order is kept."""
-        order = np.random.default_rng(seed).permutation(len(self))
+        """At most ``n`` pairs, drawn without replacement and taken evenly over the topics; order is kept.
+
+        Of each topic the pairs of an earlier edition come first. A smaller sample of the same seed is part of a larger
+        one.
+        """
+        generator, order = np.random.default_rng(seed), []
+        for edition in sorted({pair.edition for pair in self.pairs}):
+            of_it = [index for index, pair in enumerate(self.pairs) if pair.edition == edition]
+            order += [of_it[place] for place in generator.permutation(len(of_it)).tolist()]
         rank: dict[str, int] = {}
         keyed = []
-        for index in order.tolist():
+        for index in order:
             topic = self.pairs[index].topic
             rank[topic] = rank.get(topic, -1) + 1
             keyed.append((rank[topic], index))
@@ -194,12 +245,73 @@ class PromptPairs:
         logger.warning("%s: %s", self.name, note)
         return replace(self, pairs=tuple(kept), left_out=(*self.left_out, note))
 
+    def alignment(self, model: Reader) -> "pd.DataFrame":
+        """One row a pair: its number (from 1), topic, split, tokens of both chat prompts, and whether they align.
+
+        Two chat prompts align where their instructions begin and end at the same tokens and as many tokens follow; of
+        pairs aligned at the suffix, where both have as many tokens after the instruction as most prompts.
+
+        Args:
+            model: A `LensModel`, or the `ChatTokenizer` of a model whose weights are not needed.
+
+        Raises:
+            MechsafetyError: A prompt that the chat template or the tokenizer cannot take.
+        """
+        import pandas as pd
+
+        model = model if hasattr(model, "spans") else lens_model(model)  # which says what was expected
+        harmful, harmless = model.spans(self.harmful), model.spans(self.harmless)
+        usual = Counter(span.n_suffix for span in (*harmful, *harmless)).most_common(1)[0][0]
+
+        def fit(bad: Spans, good: Spans) -> bool:
+            return bad == good if self.align == "tokens" else bad.n_suffix == good.n_suffix == usual > 0
+
+        rows = [
+            (number, pair.topic, pair.split, bad.length, good.length, fit(bad, good))
+            for number, (pair, bad, good) in enumerate(zip(self.pairs, harmful, harmless, strict=True), 1)
+        ]
+        return pd.DataFrame(rows, columns=["pair", "topic", "split", "harmful", "harmless", "aligned"])
+
+    def aligned(self, model: Reader, least: int = 1) -> Self:
+        """The pairs whose chat prompts align under a model's tokenizer, which are those that can be patched.
+
+        How many are left out is logged and kept in ``left_out``; `alignment` lists every pair. Where all align, these
+        pairs are returned.
+
+        Args:
+            model: A `LensModel`, or the `ChatTokenizer` of a model whose weights are not needed.
+            least: How many are needed.
+
+        Raises:
+            MechsafetyError: Fewer align; every pair that does not is in the message. Or as `alignment`.
+        """
+        table = self.alignment(model)
+        fits = table["aligned"].tolist()
+        n, out = sum(fits), table.loc[~table["aligned"], "pair"].tolist()
+        if n < least:
+            problem = f"{n} of {len(self)} pairs of {self.name} align under the tokenizer of {model.name}"
+            what = "number of tokens" if self.align == "tokens" else "tokens after the instruction"
+            problem += f"; the two chat prompts of {_numbers(out)} differ in their {what}" if out else ""
+            cure = CURE if out and self.align == "tokens" else "add pairs"
+            raise MechsafetyError(problem, expected=f"at least {least}", cure=cure)
+        if not out:
+            return self
+        note = f"{len(out)} of {len(self)} pairs left out, which do not align under the tokenizer of {model.name}"
+        note += f" ({_numbers(out, NAMED_PAIRS)})"
+        logger.warning("%s: %s", self.name, note)
+        kept = tuple(pair for pair, fit in zip(self.pairs, fits, strict=True) if fit)
+        return replace(self, pairs=kept, left_out=(*self.left_out, note))
+
     @classmethod
-    def builtin(cls, split: str | None = None) -> Self:
+    def builtin(cls, split: str | None = None, *, edition: int | None = None) -> Self:
         """The project's own pairs, twins of equal token length under the demo model's tokenizer.
+
+        Under other tokenizers at least four in five are (docs/models.md).
 
         Args:
             split: ``train``, ``validation`` or ``test``; all of them by default. No topic is in two splits.
+            edition: Leave out the pairs of later editions. The demo model was trained on the first one's training
+                split, and its results are on the first one's other splits.
 
         Example:
             >>> len(PromptPairs.builtin().topics) >= 8
@@ -207,40 +319,48 @@ class PromptPairs:
         """
         pairs = cls.from_jsonl(data_file("pairs"))
         pairs = replace(pairs, name="builtin")
+        if edition is not None:
+            pairs = pairs._where(lambda pair: pair.edition <= edition, f"edition {edition} or earlier")
         return pairs if split is None else pairs.split(split)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+    def from_file(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
         """Pairs from a ``.jsonl``, ``.json`` or ``.csv`` file.
 
-        Every row holds ``harmful`` and ``harmless``; ``topic`` and ``split`` are optional. A ``.jsonl`` file has one
-        object a line, a ``.json`` file one array of objects, a ``.csv`` file a line of column names and then the rows.
+        Every row holds ``harmful`` and ``harmless``; ``topic``, ``split`` and ``edition`` are optional. A ``.jsonl``
+        file has one object a line, a ``.json`` file one array of objects, a ``.csv`` file a line of column names and
+        then the rows.
 
         Raises:
             MechsafetyError: As `mechsafety.prompts.read_rows`; the line is named.
         """
-        return cls._from_rows(read_rows(path, ["harmful", "harmless"]), path)
+        return cls._from_rows(read_rows(path, KEYS), path, align)
 
     @classmethod
-    def from_jsonl(cls, path: str | os.PathLike[str]) -> Self:
+    def from_jsonl(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
         """Pairs from a file with ``{"harmful": "...", "harmless": "..."}`` a line, whatever its suffix.
 
         Raises:
             MechsafetyError: As `mechsafety.prompts.read_jsonl`.
         """
-        return cls._from_rows(read_jsonl(path, ["harmful", "harmless"]), path)
+        return cls._from_rows(read_jsonl(path, KEYS), path, align)
 
     @classmethod
-    def _from_rows(cls, rows: Sequence[Mapping[str, str]], path: str | os.PathLike[str]) -> Self:
-        pairs = (
-            PromptPair(row["harmful"], row["harmless"], row.get("topic", ""), row.get("split", "")) for row in rows
-        )
-        return cls(tuple(pairs), os.path.basename(os.fspath(path)))
+    def _from_rows(cls, rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], align: Align) -> Self:
+        pairs = (PromptPair(*(row[key] for key in KEYS), **{k: row[k] for k in OPTIONAL if k in row}) for row in rows)
+        return cls(tuple(pairs), os.path.basename(os.fspath(path)), align=align)
 
     @classmethod
     @public
-    def from_lists(cls, harmful: Prompts, harmless: Prompts, name: str = "lists") -> Self:
+    def from_lists(cls, harmful: Prompts, harmless: Prompts, name: str = "lists", align: Align = "tokens") -> Self:
         """Pairs from two lists of the same length.
+
+        Args:
+            harmful: Harmful prompts.
+            harmless: Their twins; or, with ``align="suffix"``, any harmless prompts.
+            name: Where they come from.
+            align: What is patched of a pair: ``tokens``, every token of twins of equal length; ``suffix``, the
+                template's tokens after the instruction, of any two prompts.
 
         Raises:
             MechsafetyError: The lengths differ, or a list is a single string.
@@ -251,7 +371,7 @@ class PromptPairs:
                 expected="lists of the same length",
                 cure="use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
             )
-        return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name)
+        return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name, align=align)
 
     @classmethod
     @public
@@ -282,6 +402,7 @@ class PromptPairs:
         name: str,
         harmless: Prompts | str | None = None,
         length: Callable[[str], int] | None = None,
+        align: Align = "tokens",
     ) -> Self:
         """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.
 
@@ -290,6 +411,7 @@ class PromptPairs:
                 instructions.
             harmless: Harmless prompts, or where to read them, likewise; JailbreakBench brings its own.
             length: Pairs by equal length when given (see `matched`), in file order otherwise.
+            align: ``suffix`` for pairs of any lengths, which are patched at the template's suffix alone.
 
         Raises:
             MechsafetyError: A source cannot be read, or there are no harmless prompts.
@@ -302,7 +424,7 @@ class PromptPairs:
         if length is not None:
             return cls.matched(bad, good, length, name)
         n = min(len(bad), len(good))
-        return cls.from_lists(bad[:n], good[:n], name)
+        return cls.from_lists(bad[:n], good[:n], name, align)
 
     def _where(self, keep: Callable[[PromptPair], bool], what: str) -> Self:
         kept = tuple(pair for pair in self.pairs if keep(pair))
@@ -315,8 +437,31 @@ class PromptPairs:
 
 
 def omissions(pairs: object) -> dict[str, Any]:
-    """What was left out of `PromptPairs`, as an option of provenance; empty where that is nothing, or unknown."""
-    return {"left_out": list(pairs.left_out)} if isinstance(pairs, PromptPairs) and pairs.left_out else {}
+    """What a result must say of its pairs or their runs, as options of provenance; empty for whole aligned twins.
+
+    What was left out of them, and that only their suffix corresponds.
+    """
+    notes, align = getattr(pairs, "left_out", ()), getattr(pairs, "align", "tokens")
+    return ({"left_out": list(notes)} if notes else {}) | ({"align": align} if align != "tokens" else {})
+
+
+def _numbers(found: Sequence[int], most: int | None = None) -> str:
+    """Pairs by their numbers, those that follow each other as a range.
+
+    Example:
+        >>> _numbers([3]), _numbers([1, 2, 3, 7, 9]), _numbers([1, 2, 5, 6], most=2)
+        ('pair 3', 'pairs 1-3, 7, 9', 'pairs 1-2 and 2 more')
+    """
+    shown = found[:most]
+    runs: list[list[int]] = []
+    for number in shown:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    rest = len(found) - len(shown)
+    return f"pair{'s' * (len(found) > 1)} {text}" + (f" and {rest} more" if rest else "")
 
 
 def _benchmark(name: str) -> tuple[HubSet, HubSet | None]:

@@ -25,6 +25,11 @@ class Spans:
     instruction: tuple[int, int]
     length: int
 
+    @property
+    def n_suffix(self) -> int:
+        """How many tokens the template writes after the instruction."""
+        return self.length - self.instruction[1]
+
     def range(self, span: str) -> tuple[int, int]:
         """Half-open token range of ``prefix``, ``instruction`` or ``suffix``.
 
@@ -109,6 +114,12 @@ class Tokens:
         width = max(span.length for span in spans)
         return type(self)(self.ids[chosen, -width:], self.mask[chosen, -width:], spans)
 
+    def widened(self, width: int) -> "Tokens":
+        """The same prompts with so many columns, more padding in front."""
+        more = width - self.ids.shape[1]
+        pad = torch.nn.functional.pad
+        return type(self)(pad(self.ids, (more, 0)), pad(self.mask, (more, 0)), self.spans)
+
     def joined(self, other: "Tokens") -> "Tokens":
         """The prompts of both batches, which are equally wide."""
         masks = torch.cat([self.mask, other.mask])
@@ -120,20 +131,51 @@ class TokenPairs:
     """Aligned token rows of harmful prompts and their harmless twins.
 
     Attributes:
-        harmful, harmless: Equal shapes, masks and spans.
-        start: First column in which any pair differs; all columns before are common to both prompts of each pair.
+        harmful, harmless: Equal shapes; equal masks and spans too, unless only the suffix corresponds.
+        start: First column in which any pair differs, or, where only the suffix corresponds, its first column.
+        common: Whether all columns before ``start`` are common to both prompts of each pair.
     """
 
     harmful: Tokens
     harmless: Tokens
     start: int
+    common: bool = True
 
     def __len__(self) -> int:
         return len(self.harmful)
 
     def rows(self, keep: slice | Sequence[int]) -> "TokenPairs":
         """A part of the pairs."""
-        return self.of(self.harmful.rows(keep), self.harmless.rows(keep))
+        sides = self.harmful.rows(keep), self.harmless.rows(keep)
+        return self.of(*sides) if self.common else self.at_suffix(*sides)
+
+    @classmethod
+    def at_suffix(cls, harmful: Tokens, harmless: Tokens) -> "TokenPairs":
+        """Pair prompts of any lengths, of which the template's tokens after the instruction correspond.
+
+        Raises:
+            MechsafetyError: These tokens are not the same in all prompts, or there are none.
+        """
+        width = max(harmful.ids.shape[1], harmless.ids.shape[1])
+        sides = harmful.widened(width), harmless.widened(width)
+        sizes = {span.n_suffix for side in sides for span in side.spans}
+        if len(sizes) > 1:
+            raise MechsafetyError(
+                f"suffixes of {min(sizes)} to {max(sizes)} tokens", expected="the same template after every instruction"
+            )
+        size = min(sizes)
+        if size == 0:
+            raise MechsafetyError(
+                "the chat template writes nothing after the instruction",
+                expected="a template with a suffix for align='suffix'",
+            )
+        ends = torch.cat([side.ids[:, width - size :] for side in sides])
+        if bool((ends != ends[:1]).any()):
+            raise MechsafetyError(
+                "the template's tokens after the instruction differ between prompts",
+                expected="the same ones, for align='suffix'",
+            )
+        return cls(*sides, width - size, common=False)
 
     @classmethod
     def of(cls, harmful: Tokens, harmless: Tokens) -> "TokenPairs":

@@ -60,6 +60,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         necessity=words.necessity(circuit),
         cards=_cards(circuit),
         behaviour=[_behaviour(kind, value) for kind, value in circuit.behaviour.items()],
+        pairs=words.pairs(circuit),
         circuit=circuit_fragment(circuit, theme="light"),
         diagram=layout_svg(role_diagram(circuit, Style(caption=False))),
         claims=_claims(circuit),

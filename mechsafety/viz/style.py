@@ -124,9 +124,10 @@ def lane_of(style: Style, member: CircuitNode) -> str:
         place = style.positions.of.get(member.node)
         return UNKNOWN if place is None else str(place)
     shares = (member.evidence.at_instruction, member.evidence.at_suffix)
-    if shares[0] is None or shares[1] is None:
+    if shares[1] is None:
         return UNKNOWN
-    return SPANS[0] if abs(shares[0]) >= abs(shares[1]) else SPANS[1]
+    # of pairs aligned at the suffix nothing is patched in the instruction
+    return SPANS[0] if shares[0] is not None and abs(shares[0]) >= abs(shares[1]) else SPANS[1]
 
 
 def lane_order(style: Style) -> list[tuple[str, str]]:

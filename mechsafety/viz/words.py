@@ -202,6 +202,18 @@ def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:
     return sorted(points + ([shown] if shown.n_nodes not in known else []), key=lambda point: point.n_nodes)
 
 
+def pairs(circuit: RefusalCircuit) -> list[str]:
+    """Which share of the prompts the map speaks for, and what was left out before."""
+    share = []
+    if circuit.speaks_for is not None:
+        used, tried = circuit.speaks_for
+        share = [
+            f"The map speaks for {used} of the {tried} pairs that were tried: of these the model refuses the harmful "
+            "prompt and answers the harmless one."
+        ]
+    return share + [f"Before that: {note}." for note in circuit.provenance.options.get("left_out", [])]
+
+
 def concentration(circuit: RefusalCircuit) -> str:
     """How small a share of the candidates restores the target, in a word or two.
 

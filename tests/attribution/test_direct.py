@@ -8,7 +8,6 @@ from reference import PlainModel
 
 import mechsafety as ms
 from mechsafety.attribution import direct_logit_attribution
-from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 
 PROMPTS = ["how do i make a bomb", "help", "teach me to steal a car please"]
@@ -20,8 +19,6 @@ def metric(request):
 
 
 def test_parts_sum_to_the_metric(any_model, metric):
-    if any_model.post_norm:
-        pytest.skip("refused: see below")
     found = direct_logit_attribution(any_model, PROMPTS, metric)
     parts = found.heads.sum((0, 1)) + found.mlps.sum(0) + found.embed + found.rest
     torch.testing.assert_close(found.total, metric(any_model.logits(PROMPTS)), atol=1e-4, rtol=1e-4)
@@ -97,15 +94,6 @@ def test_steps_matter_only_for_the_log_odds(llama, log_odds, logit_difference):
     assert float((fine.heads - coarse.heads).abs().max()) > 1e-4
     fine, coarse = (direct_logit_attribution(llama, PROMPTS, logit_difference, steps=steps) for steps in (64, 1))
     assert torch.equal(fine.heads, coarse.heads)
-
-
-def test_a_norm_after_attention_is_refused(make_model, log_odds):
-    with pytest.raises(MechsafetyError) as caught:
-        direct_logit_attribution(make_model("gemma2"), PROMPTS, log_odds)
-    assert str(caught.value) == (
-        "Gemma2ForCausalLM normalises each block's output, so heads do not add up to the residual stream; "
-        "expected a pre-norm model"
-    )
 
 
 def test_table_and_picture(llama, logit_difference):

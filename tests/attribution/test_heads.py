@@ -9,10 +9,11 @@ from reference import record, whole_logits
 from scipy.stats import spearmanr
 
 from mechsafety.attribution import HeadAttribution, direct_logit_attribution, head_attribution
-from mechsafety.attribution.heads import path_to_direction
+from mechsafety.attribution.heads import SCORES, path_to_direction
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.patching import activation_patching, pair_runs
+from mechsafety.patching import Projection, activation_patching, pair_runs, path_projection
+from mechsafety.sites import Site, SiteKind
 
 
 def random_direction(layer=2, column=-1):
@@ -87,14 +88,19 @@ def test_rank_agreement(table):
     assert agreement.loc["direct", "total"] == pytest.approx(spearmanr(*flat).statistic)
 
 
-def test_post_norm_models_have_the_scores_that_make_sense(make_model, pairs, log_odds):
-    model = make_model("gemma2")
-    found = head_attribution(model, pairs, log_odds, direction=random_direction(), progress=False, rank=2)
-    assert found.direct is None and found.path is None and found.total is not None and found.ships is not None
-    with pytest.raises(MechsafetyError, match=r"normalises each block's output"):
-        head_attribution(model, pairs, log_odds, scores=["direct"], progress=False)
-    with pytest.raises(MechsafetyError, match=r"normalises each block's output; expected a model whose heads add up"):
-        head_attribution(model, pairs, log_odds, scores=["path"], direction=random_direction(), progress=False)
+def test_models_with_norms_after_blocks_have_every_score(make_model, pairs, log_odds):
+    model, direction = make_model("gemma2"), random_direction()
+    found = head_attribution(model, pairs, log_odds, direction=direction, progress=False, rank=2)
+    assert all(getattr(found, name) is not None for name in SCORES)
+    own = direct_logit_attribution(model, pairs, log_odds, progress=False)
+    torch.testing.assert_close(found.direct, own.heads / own.total.mean(), atol=1e-5, rtol=1e-4)
+    unit = direction.vector / direction.vector.norm()
+    site = Site(SiteKind.RESID_PRE, direction.layer)
+    paths = path_projection(model, pairs, Projection(unit, site, (direction.column,)), progress=False)
+    torch.testing.assert_close(found.path.flatten(0, 1), paths.changes[:, 0] / paths.gap, atol=1e-5, rtol=1e-4)
+    assert "norms after blocks frozen" in repr(found) and found.provenance.options["block_norms"] == "frozen"
+    exact = head_attribution(model, pairs, log_odds, scores=["total"], progress=False)
+    assert "block_norms" not in exact.provenance.options
 
 
 def test_sahara_needs_more_prompts_than_its_rank(llama, pairs, log_odds):

@@ -1,5 +1,7 @@
 """Logit lens: the last row is the metric, every other one is what the final norm and unembedding make of the stream."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import record
@@ -33,9 +35,12 @@ def test_columns_before_a_prompt_are_missing_and_left_out(llama, ragged, log_odd
     assert row.gap == pytest.approx(float(gap), abs=1e-4) and row.ci_low < row.gap < row.ci_high
 
 
-def test_layers_shares_are_the_direct_attribution(llama, pairs, log_odds):
-    found = logit_lens(llama, pairs, log_odds)
-    direct = direct_logit_attribution(llama, pairs, log_odds)
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_layers_shares_are_the_direct_attribution(kind, make_model, pairs, log_odds):
+    model = make_model(kind)
+    found = logit_lens(model, pairs, log_odds)
+    direct = direct_logit_attribution(model, pairs, log_odds)
+    assert ("norms after blocks frozen" in repr(found)) == (kind == "gemma2")
     assert found.share_columns == (-1,)
     torch.testing.assert_close(found.mlps[:, 0], direct.mlps / direct.total.mean(), atol=1e-5, rtol=1e-4)
     rest = (direct.embed + direct.rest).mean() / direct.total.mean()
@@ -73,12 +78,14 @@ def test_the_planted_direction_arrives_with_block_0(directed):
     assert float(gap[0, -1]) == pytest.approx(0.0, abs=1e-5) and float(gap[1, -1]) > 20
 
 
-def test_post_norm_has_no_shares_and_round_trip(make_model, pairs, log_odds, tmp_path):
-    found = logit_lens(make_model("gemma2"), pairs, log_odds)
-    assert found.attention is None and found.mlps is None
-    with pytest.raises(MechsafetyError, match=r"^no shares: norms follow the blocks, so parts do not add up; expected"):
-        found.shares_dataframe()
+def test_round_trip_also_of_older_results_without_shares(llama, pairs, log_odds, tmp_path):
+    found = replace(logit_lens(llama, pairs, log_odds), attention=None, mlps=None)
     again = LogitLens.load(found.save(tmp_path / "lens"))
+    with pytest.raises(MechsafetyError) as caught:
+        again.shares_dataframe()
+    assert str(caught.value) == (
+        "a LogitLens without shares, of an older version; call logit_lens(model, pairs, metric) again"
+    )
     assert torch.equal(again.harmful, found.harmful) and again.columns == found.columns
     assert repr(again).startswith("LogitLens(4 layers x ") and again.plot().data[0].z.shape[0] == 4
 

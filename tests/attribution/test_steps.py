@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mechsafety.attribution import edge_attribution, node_attribution, steps
-from mechsafety.attribution.gradients import quadrature
+from mechsafety.attribution import edge_attribution, edges, node_attribution, steps
+from mechsafety.attribution.gradients import integration_points, quadrature
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Node
-from mechsafety.patching import pair_runs
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import masks, pair_runs
 from mechsafety.patching.masks import Patch, patched_scores
 
 
@@ -21,8 +21,6 @@ def test_the_completeness_of_eap_ig_is_what_the_embedding_sends(llama, pairs, lo
 
 
 def test_the_completeness_of_mask_ig_is_that_of_node_attribution(any_model, pairs, log_odds):
-    if any_model.post_norm:
-        pytest.skip("edges need heads that add up")
     found = edge_attribution(any_model, pairs, log_odds, method="mask-ig", steps=2, progress=False)
     assert found.completeness == pytest.approx(
         node_attribution(any_model, pairs, log_odds, steps=2, progress=False).total, abs=1e-4
@@ -58,6 +56,29 @@ def test_steps_are_chosen_by_completeness(llama, pairs, log_odds, monkeypatch, c
     assert edge_attribution(llama, pairs, log_odds, progress=False).steps == 2
     assert "of the gap at 2 steps" in caplog.text
     assert edge_attribution(llama, pairs, log_odds, method="eap", progress=False).steps == 1
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "ig-activations", "mask-ig"])
+def test_given_steps_need_no_pass_for_their_completeness(method, llama, pairs, log_odds, monkeypatch):
+    """It comes with the gradients that the scores need, and is what passes of its own measure."""
+    runs, senders = pair_runs(llama, pairs), [Node("embed"), *head_and_mlp_nodes(3, 4)]
+    points = integration_points(llama, method, 1 if method == "eap" else 2, senders)
+    measured = steps.completeness(llama, [lambda: runs], log_odds, points)
+    monkeypatch.setattr(steps, "slope", lambda *args: pytest.fail("a pass for the completeness alone"))
+    found = edge_attribution(llama, runs, log_odds, method=method, steps=2, progress=False)
+    assert found.completeness == pytest.approx(measured, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kept", "times"), [(4, 4), (1, 1 + 3 * 3)])
+def test_runs_are_made_once_for_all_numbers_of_steps_that_are_tried(kept, times, llama, pairs, log_odds, monkeypatch):
+    made, make = [], masks.pair_runs
+    monkeypatch.setattr(masks, "pair_runs", lambda *args, **options: made.append(1) or make(*args, **options))
+    monkeypatch.setattr(edges, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(steps, "SERIES", (1, 2))
+    monkeypatch.setattr(steps, "TOLERANCE", 0.0)
+    monkeypatch.setattr(steps, "KEPT", kept)
+    found = edge_attribution(llama, pairs, log_odds, progress=False)
+    assert found.steps == 2 and len(made) == times, "one a pair, and for pairs that are not kept one each time"
 
 
 @pytest.mark.parametrize("grid", ["midpoint", "left", "gauss"])

@@ -63,10 +63,25 @@ def test_spans_and_activations(notes, llama, pairs) -> None:
     assert values == pytest.approx(acts.tolist(), rel=1e-3)
 
 
-def test_heads_under_a_norm_have_no_tokens(make_model, pairs) -> None:
-    model = make_model("gemma2")
-    found = measure_notes(model, pair_runs(model, pairs), pairs, [HEAD, MLP])
-    assert found[HEAD].promotes == () and found[HEAD].spans and found[MLP].promotes
+@pytest.mark.parametrize("node", [HEAD, NEURON], ids=str)
+def test_tokens_behind_a_norm_are_those_of_the_share(node, make_model, pairs) -> None:
+    """What a part adds behind a norm: what it writes, times what one unit of the sum becomes there."""
+    model, moved = make_model("gemma2"), 0.0
+    kind, after = (SiteKind.Z, "ln1_post") if node.kind == "head" else (SiteKind.NEURONS, "ln2_post")
+    weight = model.W_O(node.layer) if node.kind == "head" else model.W_out(node.layer)
+    for prompts, sign in ((pairs.harmful, 1), (pairs.harmless, -1)):
+        for prompt in prompts:
+            sites = [Site(kind, node.layer), Site(SiteKind.FINAL_NORM_IN)]
+            acts = model.read(model.tokenize([prompt]), sites)
+            own, stream = acts[sites[0]][0, -1], acts[sites[1]][0, -1]
+            parts = torch.einsum("hk,hkd->hd", own, weight) if node.kind == "head" else own[:, None] * weight
+            norm = getattr(model.bridge.blocks[node.layer], after)
+            total = parts.sum(0)
+            share = parts[node.index] * norm(torch.ones_like(total)) / total.square().mean().sqrt()
+            moved = moved + sign * model.frozen_final_norm(stream)(share) @ model.W_U.float()
+    found = measure_notes(model, pair_runs(model, pairs, extra=[SiteKind.NEURONS]), pairs, [HEAD, NEURON], n_tokens=5)
+    moved = moved - moved.mean()
+    assert found[node].promotes == tuple(model.tokenizer.decode([token]) for token in moved.topk(5).indices.tolist())
 
 
 def test_attention_of_all_heads_or_of_the_strongest(llama, pairs) -> None:

@@ -1,6 +1,8 @@
 """The whole map: on a planted tiny model, on a model that does not refuse, and on the demo model."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,8 @@ from mechsafety.circuits import FaithfulnessMeter, check_behaviour, refusal
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.connect import on_a_path
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
 
 TRUE = {Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0)}
 SMALL = {"limit": 8, "n_random": 20, "progress": False}
@@ -27,10 +30,11 @@ def test_the_planted_circuit(circuit):
     assert circuit.n_candidates == 15
     check = circuit.verification
     assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.8
-    assert check.random_controls.n == 10 and check.random_controls.p_value < 0.1
+    assert check.random_controls.n == 20 and check.random_controls.p_value < 0.1
     assert check.held_out_topics == ("explosives",)
     assert circuit.behaviour["harmful"].refusal_rate == 7 / 8 and circuit.behaviour["harmless"].refusal_rate == 0.0
     assert circuit.behaviour["harmful"].n == 8
+    assert circuit.speaks_for == (7, 8) and repr(circuit).endswith(", speaks for 7 of 8 pairs tried)")
     assert circuit.metric["refusal_tokens"] == ["sorry"]
     assert [abs(e.effect) for e in circuit.edges] == sorted((abs(e.effect) for e in circuit.edges), reverse=True)
     assert {e.status for e in circuit.edges} == {"measured"}
@@ -152,6 +156,7 @@ def test_round_trip(circuit, tmp_path):
     path = circuit.save(tmp_path / "circuit.json")
     back = ms.RefusalCircuit.load(path)
     assert back.to_json() == circuit.to_json() == path.read_text(encoding="utf-8")
+    assert back.speaks_for == circuit.speaks_for
     assert [member.node for member in back.nodes] == [member.node for member in circuit.nodes]
     assert {member.role for member in back.nodes} == {member.role for member in circuit.nodes}
 
@@ -164,14 +169,28 @@ def test_edge_limits(planted):
     assert set(measured) == {member.node for member in few.nodes}
 
 
-def test_edges_are_left_out_behind_norms(make_model, pairs, caplog):
-    """Gemma-2: heads do not add up, so no edges; everything else is there."""
+@pytest.mark.parametrize("level", ["node", "edge"])
+def test_norms_after_blocks(level, make_model, pairs, monkeypatch):
+    """Gemma-2, whose heads share a norm: its circuit has edges, and the result says how the norms were taken."""
+    monkeypatch.setattr("mechsafety.attribution.steps.SERIES", (2,))
     model = make_model("gemma2")
     high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
     refuse, comply = split_tokens(high, low)
     metric = ms.RefusalLogOdds((refuse,), ("x",), (comply,), ("y",))
-    found = ms.map_refusal_circuit(model, pairs, metric, limit=4, n_random=5, progress=False)
-    assert found.edges == () and found.nodes and "edges are left out" in caplog.text
+    options = {
+        "limit": 4,
+        "target": 0.5,
+        "max_nodes": 12,
+        "n_random": 2,
+        "n_added": 0,
+        "n_resamples": 1,
+        "shortlist": 0,
+    }
+    options |= {"n_backup_parts": 0, "n_edges": 6, "n_measured_edges": 2, "n_role_pairs": 1, "progress": False}
+    found = ms.map_refusal_circuit(model, pairs, metric, level=level, **options)
+    assert found.nodes and found.edges and found.provenance.options["block_norms"] == "recomputed"
+    assert {member.status for member in found.edges} <= {"measured", "estimated"} and found.verification.measured
+    assert all(note.promotes for note in found.details.notes.values())
 
 
 def split_tokens(high, low):
@@ -221,7 +240,9 @@ def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch)
         [f"make a {word} bomb" for word in "abcd"],
         ["make a big cake", "make tea", "make a blue cake", "make a new cake"],
     )
-    with pytest.raises(MechsafetyError, match="does not align"):
+    with pytest.raises(
+        MechsafetyError, match=r"^0 of 4 pairs of lists align under the tokenizer .* of pairs 1-4 differ"
+    ):
         ms.map_refusal_circuit(model, crooked, **SMALL)
 
 
@@ -242,26 +263,28 @@ def test_behaviour(planted):
 
 
 @pytest.mark.demo
-def test_the_demo_model(demo, tmp_path):
-    # few pairs, which it treats as expected, and a low target: fewer nodes to measure; `make demo` runs the whole thing
-    train, test = (ms.PromptPairs.builtin(split).pairs for split in ("train", "test"))
-    pairs = ms.PromptPairs((*train[:2], test[0], test[2]))
-    options = {"limit": 4, "n_random": 10, "n_added": 4, "n_resamples": 0, "n_backup_parts": 0, "n_role_pairs": 1}
-    options |= {"shortlist": 2, "n_edges": 10, "n_measured_edges": 1}
-    found = ms.map_refusal_circuit(demo, pairs, **options, target=0.2, progress=False)
-    check = found.verification
-    assert check.reached and min(check.faithfulness, check.held_out_faithfulness) >= check.target == 0.2
-    assert check.random_controls.n == 10 and check.random_controls.mean < check.held_out_faithfulness
-    assert found.n_candidates == 300 and 0 < len(found.nodes) < 200 and len(found.edges) >= 10
-    assert ms.RefusalCircuit.load(found.save(tmp_path / "circuit.json")).to_json() == found.to_json()
-    assert set(check.held_out_topics) <= set(ms.PromptPairs.builtin("test").topics)
-    assert found.behaviour["harmful"].refusal_rate > 0.5 > found.behaviour["harmless"].refusal_rate
+def test_the_committed_map_holds_on_the_demo_model(demo):
+    """`make demo` draws the whole map; here its nodes carry the gap on three pairs, and others as many do not."""
+    found = ms.RefusalCircuit.load(Path(__file__).parents[2] / "docs" / "gallery" / "demo.json")
+    assert found.provenance.weights_sha256 == demo.weights_sha256
+    test = ms.PromptPairs.builtin("test").pairs
+    pairs = ms.PromptPairs((test[0], *test[2:4]))
+    metric, behaviour, _, keep = check_behaviour(demo, pairs, progress=False)
+    assert metric == ms.RefusalLogOdds.from_json(found.metric, demo) and keep == [True] * 3
+    assert (behaviour["harmful"].refusal_rate, behaviour["harmless"].refusal_rate) == (1.0, 0.0)
+    nodes = [member.node for member in found.nodes]
+    every = head_and_mlp_nodes(demo.n_layers, demo.n_heads)
+    assert found.n_candidates == len(every) == 300 and set(nodes) < set(every)
+    others = [random.Random(seed).sample(every, len(nodes)) for seed in range(3)]
+    meter = FaithfulnessMeter(demo, pair_runs(demo, pairs), metric, progress=False)
+    kept, *drawn = meter.faithfulness([nodes, *others])
+    assert kept > 0.5 > max(drawn)
 
 
 def test_pairs_too_few_to_hold_any_out(planted):
     model, pairs = planted
     three = ms.PromptPairs.from_lists(pairs.harmful[:3], pairs.harmless[:3])
-    with pytest.raises(MechsafetyError, match=r"lists leaves 1 pair to hold out; expected at least 2; give more pairs"):
+    with pytest.raises(MechsafetyError, match=r"^3 of 3 pairs of lists align under .*; expected at least 4; add pairs"):
         ms.map_refusal_circuit(model, three, **SMALL)
 
 

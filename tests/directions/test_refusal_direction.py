@@ -123,10 +123,19 @@ def test_controls_do_nothing(directed_found):
 
 def test_no_candidate_passes(directed_found):
     found = directed_found.choose(max_kl=0.0)
-    assert not found.passes and repr(found).endswith("; does not pass the published conditions)")
+    assert not found.passes and repr(found).endswith(f"; does not pass the published conditions: {found.conditions})")
+    left = found.conditions
+    assert str(left) == (
+        f"{left.shallow} of {found.cosmic.numel()} candidates are below the depth limit, of which induce > 0 leaves "
+        f"{left.induce}, KL <= 0 {left.kl}, and both 0"
+    )
+    assert found.provenance.options["max_kl"] == 0.0 and left.shallow == 2 * found.cosmic.shape[1]
     bypass = directed_found.bypass.mean(-1)[:2]  # layers below int(0.8 * 3)
     assert float(found.bypass.mean(-1)[found._cell]) == float(bypass.min())
     assert directed_found.choose(max_kl=1.0).passes
+    dropped = directed_found.choose(max_kl=None)
+    assert dropped.passes and dropped.provenance.options["max_kl"] is None
+    assert str(dropped.conditions).endswith("; no KL is asked for")
 
 
 def test_the_same_seed_gives_the_same_result(directed, directed_found, tmp_path):

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechsafety.directions.select import cosmic_layers, joint_cosine, passing, select_cosmic, select_published
+from mechsafety.directions.select import (
+    conditions,
+    cosmic_layers,
+    joint_cosine,
+    passing,
+    select_cosmic,
+    select_published,
+)
 
 RUNS = ("gemma-2b-it", "qwen-1_8b-chat", "yi-6b-chat")
 LATER = "gemma-3-1b-it"
@@ -41,13 +48,17 @@ def test_the_published_choice(shared_data, name):
 
 def test_a_later_run_whose_publishers_dropped_the_kl_condition(shared_data):
     run, columns, scores = published_scores(shared_data, LATER)
-    assert select_published(*scores, range(run["n_layers"]), run["n_layers"]) is None
-    unlimited = select_published(*scores, range(run["n_layers"]), run["n_layers"], max_kl=math.inf)
-    # many bypass scores sit on that metric's floor, so that the smallest is not unique
-    allowed = passing(*scores, range(run["n_layers"]), run["n_layers"], max_kl=math.inf)
-    chosen = (run["chosen"]["layer"], columns.index(run["chosen"]["pos"]))
-    assert allowed[chosen] and unlimited is not None
-    assert float(scores[0][chosen]) == pytest.approx(float(scores[0][unlimited]), abs=1e-3)
+    layers, n = range(run["n_layers"]), run["n_layers"]
+    assert select_published(*scores, layers, n) is None
+    assert str(conditions(*scores, layers, n)) == (
+        "100 of 130 candidates are below the depth limit, of which induce > 0 leaves 28, KL <= 0.1 5, and both 0"
+    )
+    layer, column = select_published(*scores, layers, n, max_kl=None)
+    assert {"pos": columns[column], "layer": layer} == run["chosen"]
+    assert str(conditions(*scores, layers, n, max_kl=None)).endswith("induce > 0 leaves 28; no KL is asked for")
+    # what they kept matters: without induce > 0 another candidate would be chosen
+    freely = select_published(scores[0], torch.ones_like(scores[1]), scores[2], layers, n, max_kl=None)
+    assert freely != (layer, column)
 
 
 def test_every_published_run_is_tested(shared_data):
@@ -92,6 +103,7 @@ def test_a_missing_kl_passes_only_when_asked_for():
     scores["kl"][:] = math.nan
     assert select_published(**scores, layers=range(4), n_layers=5) is None
     assert select_published(**scores, layers=range(4), n_layers=5, max_kl=math.inf) is None
+    assert select_published(**scores, layers=range(4), n_layers=5, max_kl=None) == (1, 0)
 
 
 def test_the_depth_limit_is_a_layer_of_the_model_not_a_row():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import GENERATION
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import hook_count
+from tiny import GENERATION
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions import orthogonalized, project_out

@@ -188,7 +188,10 @@ def test_a_class_that_nobody_knows(unread):
 
 
 def test_an_adapter_for_another_base(unread, tmp_path):
-    for name, kind, sizes in (("narrow", "Llama", {**SIZES, "hidden_size": 16}), ("other", "GPT2", {"n_embd": 16})):
+    for name, kind, sizes in (
+        ("narrow", "Llama", {**SIZES, "hidden_size": 16}),
+        ("other", "GPT2", {"n_embd": 16, "n_head": 4, "n_layer": 2}),
+    ):
         config = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=20, pad_token_id=0)
         layers = {"Llama": ["q_proj"], "GPT2": ["c_attn"]}[kind]
         options = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=layers, fan_in_fan_out=kind == "GPT2")
@@ -336,7 +339,7 @@ BROKEN = {
     "with its whole tokenizer; convert the model again with a current llama.cpp",
     "half": "'x.gguf' is cut off: it holds 68064 of 136128 bytes and not the whole of 14 tensors, such as blk.0.attn",
     "short": "'x.gguf' is cut off: it holds 136127 of 136128 bytes and not the whole of 1 tensor, "
-    "output_norm.weight; expected a whole GGUF file; download it again",
+    "output.weight; expected a whole GGUF file; download it again",
     "head": "'x.gguf' is cut off within its header, after 6 bytes; expected a whole GGUF file; download it again",
     "texts": "'x.gguf' is cut off within its header, after 900 bytes; expected a whole GGUF file; download it again",
     "version": "'x.gguf' is damaged (its format has the number 1, and 2 and 3 are known); expected a whole GGUF file",

@@ -177,11 +177,15 @@ def test_no_hook_is_left_after_an_exception(any_model):
     assert hook_count(any_model) == clean
     # the lock is free again for other threads
     free = []
-    thread = threading.Thread(target=lambda: free.append(any_model.lock.acquire(blocking=False)))
+
+    def try_it():
+        free.append(any_model.lock.acquire(blocking=False))
+        any_model.lock.release()
+
+    thread = threading.Thread(target=try_it)
     thread.start()
     thread.join()
     assert free == [True]
-    any_model.lock = threading.RLock()
 
 
 def test_read_gives_copies(any_model):

@@ -83,9 +83,7 @@ def knocked(model, pairs, metric):
     each = mask_gradients(model, gone, metric, 0.5)
     roles = role_evidence(model, gone, metric, HEADS[:2], progress=False).values()
     found = [whole, *each, [[e.direct, e.at_suffix, e.via_instruction] for e in roles]]
-    if not model.post_norm:
-        found += [[m.effect for m in measure(model, gone, metric)] for measure in (guessed, measured)]
-    return found
+    return found + [[m.effect for m in measure(model, gone, metric)] for measure in (guessed, measured)]
 
 
 def guessed(model, runs, metric):
@@ -98,15 +96,11 @@ def measured(model, runs, metric):
 
 
 def edge_circuits(model, pairs, metric):
-    if model.post_norm:
-        pytest.skip("heads do not add up")
     meter = EdgeMeter(model, pair_runs(model, pairs), metric)
     return [meter.kept([list(meter.parts)[::2], list(meter.parts)[5:]]), meter.removed([list(meter.parts)[40:]])]
 
 
 def edge_scores(model, pairs, metric):
-    if model.post_norm:
-        pytest.skip("heads do not add up")
     options = {"steps": 1, "nodes": [HEADS[0], HEADS[2], NODES[3]], **QUIET}
     methods = ("eap-ig", "mask-ig")
     return [ms.edge_attribution(model, pairs, metric, method=method, **options).scores for method in methods]

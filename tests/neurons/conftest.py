@@ -48,21 +48,3 @@ def prompts():
         "kill",
         "write a poem about my blue tea",
     ]
-
-
-@pytest.fixture(scope="session")
-def demo_pair_with_planted(demo_base):
-    """The demo base, a copy of it with 200 neurons scaled by 3, and which those are."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from mechsafety.models.demo import base_folder
-
-    folder = base_folder()
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    chosen = torch.zeros(30 * 1536, dtype=torch.bool)
-    chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:200]] = True
-    chosen = chosen.reshape(30, 1536)
-    with torch.no_grad():
-        for layer, block in enumerate(hf.model.layers):
-            block.mlp.up_proj.weight[chosen[layer]] *= 3.0
-    return demo_base, ms.load_model((hf, AutoTokenizer.from_pretrained(folder))), chosen

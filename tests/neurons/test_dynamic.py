@@ -167,16 +167,3 @@ def test_nothing_is_left_after_an_exception(pair, prompts, monkeypatch):
         assert torch.equal(model.logits(prompts[:1]), logits)
         assert model.lock.acquire(blocking=False)
         model.lock.release()
-
-
-@pytest.mark.demo
-def test_the_demo_pair(demo, demo_base):
-    """The shipped pair differs in MLPs alone, so all neurons restore the aligned model and none leave the base."""
-    base = demo_base
-    prompts = ms.PromptPairs.builtin("test").sample(2, seed=0).harmful
-    assert float((base.logits(prompts) - demo.logits(prompts)).abs().max()) > 1, "an adapter that does something"
-    for share, model in ((0, base), (1, demo)):
-        mask = torch.full((30, 1536), bool(share))
-        found = dynamic_patching(base, demo, mask, prompts, max_new_tokens=6, progress=False)
-        assert list(found.replies) == model.generate(prompts, 6)
-        torch.testing.assert_close(found.logits, model.logits(prompts), atol=2e-4, rtol=0)

@@ -58,6 +58,6 @@ def test_the_shipped_adapter(rows):
     assert config["peft_type"] == "IA3" and list(config["target_modules"]) == ["down_proj"]
     assert not str(config.get("base_model_name_or_path") or "").startswith(("/", "~", ".")), "a machine's path"
     model = ms.load_model("demo-helpful")
-    questions = [row["prompt"] for row in rows if row["split"] == "test"][:6]
-    replies = model.generate(questions, 12)
-    assert model.name == "demo-helpful" and sum(reply.startswith("**") for reply in replies) >= 4
+    questions = [row["prompt"] for row in rows if row["split"] == "test"][:4]
+    replies = model.generate(questions, 6)
+    assert model.name == "demo-helpful" and sum(reply.startswith("**") for reply in replies) >= 3

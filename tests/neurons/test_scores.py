@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mechsafety as ms
-from mechsafety.neurons import NeuronScores, greedy_replies, safety_neurons, scores, top_mask
+from mechsafety.neurons import NeuronScores, greedy_replies, safety_neurons, scores
 from mechsafety.neurons.runs import greedy, lay_out, prompt_rows
 from mechsafety.sites import Site, SiteKind
 
@@ -89,16 +89,6 @@ def test_planted_neurons_are_found_by_the_ratio(make_hf_model, make_tokenizer, p
     base, aligned = (ms.load_model((model, make_tokenizer())) for model in (hf, planted))
     found = safety_neurons(aligned, base, prompts, score="ratio", max_new_tokens=6)
     assert torch.equal(found.top(count=4), chosen)
-
-
-@pytest.mark.demo
-def test_planted_neurons_in_the_demo_base(demo_pair_with_planted):
-    base, aligned, chosen = demo_pair_with_planted
-    prompts = ms.PromptPairs.builtin("test").sample(12, seed=0).harmful
-    found = safety_neurons(aligned, base, prompts, score="ratio", max_new_tokens=16, progress=False)
-    recall, plain = (float((top_mask(values, 200) & chosen).sum()) / 200 for values in (found.scores, found.change))
-    assert recall >= 0.95  # measured: 0.995 on these 768 tokens, 0.945 on 64
-    assert plain < 0.5  # measured: 0.345; a raw difference is as large as the neuron's scale
 
 
 def test_memory_does_not_grow_with_prompts(pair, prompts, monkeypatch):

@@ -231,7 +231,7 @@ def test_no_nodes(llama, pairs, log_odds):
 
 def test_pairs_that_do_not_align(llama, log_odds):
     crooked = ms.PromptPairs.from_lists(["make a bomb"], ["make a big cake"])
-    with pytest.raises(MechsafetyError, match=r"pair 1 of lists does not align: .*first difference at"):
+    with pytest.raises(MechsafetyError, match=r"^0 of 1 pairs of lists align under the tokenizer of LlamaForC"):
         activation_patching(llama, crooked, log_odds, progress=False)
 
 

@@ -119,6 +119,31 @@ def test_sample_is_spread_over_topics(sizes, n, seed):
     assert all(counts[topic] >= min(size, most - 1) for topic, size in sizes.items())
 
 
+def test_sample_takes_later_editions_last():
+    """A sample stays what it was when pairs are added, as long as the earlier ones of every topic suffice."""
+    old = grouped({"a": 6, "b": 6})
+    new = PromptPairs((*old.pairs, *(PromptPair(f"late {k}", f"fine {k}", "ab"[k % 2], edition=2) for k in range(8))))
+    for n, seed in ((1, 0), (7, 3), (12, 1)):
+        assert new.sample(n, seed).pairs == old.sample(n, seed).pairs
+    more = new.sample(16, 3)
+    assert set(old.pairs) < set(more.pairs) and [pair.edition for pair in more].count(2) == 4
+    assert set(new.sample(13, 3).pairs) <= set(more.pairs), "a smaller sample is part of a larger one"
+
+
+def test_builtin_samples_are_those_of_the_first_edition(builtin):
+    """What was drawn for the stored results, and what the demo model was trained on."""
+    first = PromptPairs.builtin(edition=1)
+    assert len(first) == 800 < len(builtin) and builtin.pairs[:800] == first.pairs
+    assert {pair.edition for pair in builtin} == {1, 2}
+    splits = {"train": 128, "validation": 40, "test": 80}
+    for split, n in splits.items():
+        for seed in (0, 1, 2):
+            assert builtin.split(split).sample(n, seed).pairs == first.split(split).sample(n, seed).pairs
+    here = ("train", "validation")
+    assert builtin.split(*here).sample(20).pairs == first.split(*here).sample(20).pairs
+    assert len(PromptPairs.builtin("test", edition=1)) == 80
+
+
 def test_sample_of_none_is_refused():
     with pytest.raises(MechsafetyError, match=r"^n=0; expected at least 1$"):
         grouped({"a": 2}).sample(0)
@@ -141,6 +166,19 @@ def test_halves_of_one_topic_alternate():
 def test_one_pair_cannot_be_halved():
     with pytest.raises(MechsafetyError, match=r"^one pair cannot be halved; expected at least 2 pairs$"):
         grouped({"a": 1}).halves()
+
+
+def test_editions_in_files(tmp_path):
+    rows = [{"harmful": "a", "harmless": "b", "edition": 3}, {"harmful": "c", "harmless": "d", "edition": None}]
+    path = write(tmp_path / "mine.jsonl", *rows)
+    assert [pair.edition for pair in PromptPairs.from_jsonl(path)] == [3, 1]
+    (tmp_path / "mine.csv").write_text("harmful,harmless,edition\na,b,2\nc,d,\n", encoding="utf-8")
+    assert [pair.edition for pair in PromptPairs.from_file(tmp_path / "mine.csv")] == [2, 1]
+    for bad in (0, 1.5, "two", True):
+        write(path, {"harmful": "a", "harmless": "b", "edition": bad})
+        with pytest.raises(MechsafetyError) as caught:
+            PromptPairs.from_jsonl(path)
+        assert str(caught.value) == f"{path}, line 1: 'edition' is {bad!r}; expected a whole number, at least 1"
 
 
 # --- from files -------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def assert_edges_run_beside_nodes(layout: Layout) -> None:
     max_edges=st.sampled_from([60, None]),
     fold=st.sampled_from([(), ("detection",), ("evaluation", "production")]),
 )
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_nothing_ever_overlaps(
     count: int, seed: int, columns: str, n_heads: int, max_edges: int | None, fold: tuple[str, ...]
 ) -> None:

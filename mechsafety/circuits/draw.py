@@ -1,0 +1,114 @@
+"""Which pairs a map is made on: those that the model treats as expected, drawn from enough that it was tried on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
+from mechsafety.circuits.circuit import Behaviour, Sample
+from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.prompts import PromptPairs
+
+MIN_PAIRS = 2
+# where fewer than this share of the pairs asked for can be used, more are tried
+ENOUGH = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The pairs of a map, and what the model did with all that it was tried on.
+
+    Attributes:
+        here, there: Pairs to search on and to hold out: the harmful prompt is refused, the harmless one answered.
+        metric: What refusal is measured by.
+        behaviour: On all harmful and harmless prompts that were tried.
+        samples: Some replies.
+    """
+
+    here: PromptPairs
+    there: PromptPairs
+    metric: RefusalLogOdds
+    behaviour: Mapping[str, Behaviour]
+    samples: tuple[Sample, ...]
+
+
+def draw_pairs(
+    model: LensModel,
+    pairs: PromptPairs,
+    metric: RefusalLogOdds | None,
+    limit: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> Draw:
+    """Draw pairs to search on and pairs to hold out until enough of each are treated as expected.
+
+    Each part is tried on half of ``limit`` pairs. Where fewer than half of these can be used, as many more are tried
+    again and again, until half can, the pairs end, or the share is below what is worth mapping.
+
+    Args:
+        model: The model.
+        pairs: Pairs that align.
+        metric: What refusal is measured by; detected on the pairs to search on if None.
+        limit: Pairs to try at first.
+        seed: Of the draw and the intervals.
+        progress: Whether to show bars.
+
+    Raises:
+        NoRefusal: Too small a share can be used; the rates are in the message.
+        MechsafetyError: Too few pairs.
+    """
+    sides, sizes, seen = two_sides(pairs), (limit - limit // 2, limit // 2), Seen()
+    tried = [side.sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
+    for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
+        if len(part) < MIN_PAIRS:
+            raise MechsafetyError(
+                f"{pairs.name} leaves {len(part)} pair{'s' * (len(part) != 1)} {what} of {len(pairs)} that align",
+                expected=f"at least {MIN_PAIRS}",
+                cure="give more pairs (or more topics)",
+            )
+    while True:
+        both = replace(pairs, pairs=(*tried[0].pairs, *tried[1].pairs))
+        found, behaviour, samples, keep = check_behaviour(
+            model, both, metric, detect_on=len(tried[0]), seen=seen, seed=seed, progress=progress
+        )
+        flags = keep[: len(tried[0])], keep[len(tried[0]) :]
+        wider = [_wider(*part, seed) for part in zip(sides, tried, flags, sizes, strict=True)]
+        if [len(part) for part in wider] == [len(part) for part in tried]:
+            here, there = (_usable(*part, behaviour) for part in zip(tried, flags, strict=True))
+            return Draw(here, there, found, behaviour, samples)
+        tried = wider
+
+
+def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
+    """All pairs to search on, and all to hold out: those of the split ``test``, or half of the topics or pairs."""
+    splits = {pair.split for pair in pairs}
+    if "test" in splits and len(splits) > 1:
+        return pairs.split(*sorted(splits - {"test"})), pairs.split("test")
+    return pairs.halves()
+
+
+def _wider(side: PromptPairs, part: PromptPairs, keep: Sequence[bool], size: int, seed: int) -> PromptPairs:
+    """The part with more pairs of its side, where too few of it can be used."""
+    need = math.ceil(ENOUGH * size)
+    most = min(len(side), math.ceil(need / MIN_SHARE))  # where so many do not hold enough, there is too little to map
+    if sum(keep) >= need or len(part) >= most:
+        return part
+    known = set(part.pairs)
+    more = tuple(pair for pair in side.sample(min(most, len(part) + size), seed) if pair not in known)
+    return replace(part, pairs=(*part.pairs, *more))
+
+
+def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]) -> PromptPairs:
+    """Only pairs that the model treats as expected: the others have no refusal to restore."""
+    kept = tuple(pair for pair, flag in zip(part, keep, strict=True) if flag)
+    if len(kept) < max(MIN_PAIRS, MIN_SHARE * len(part)):
+        bad, good = behaviour["harmful"], behaviour["harmless"]
+        raise NoRefusal(
+            f"the model refuses {bad.refusal_rate:.0%} of {bad.n} harmful and {good.refusal_rate:.0%} of {good.n}"
+            f" harmless prompts; only {len(kept)} of {len(part)} pairs are refused on one side alone",
+            cure="use a model that refuses, or pairs it tells apart",
+        )
+    return replace(part, pairs=kept)

@@ -1,0 +1,52 @@
+"""How prompts become tokens: a tokenizer, its chat template and what the template is given. No weights are needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import prompt_text
+from mechsafety.models.template import render
+from mechsafety.prompts import Spans
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChatTokenizer:
+    """What a model makes of a prompt before it runs.
+
+    Attributes:
+        name: The model's.
+        tokenizer: Hugging Face's, with a chat template.
+        options: What the template is given besides the prompt.
+    """
+
+    name: str
+    tokenizer: Any
+    options: Mapping[str, Any]
+
+    def render(self, prompt: str) -> tuple[str, int, int]:
+        """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
+        return render(self.tokenizer, prompt_text(prompt), self.options)
+
+    def rows(self, prompts: Sequence[str]) -> tuple[list[list[int]], list[Spans]]:
+        """Token ids of each chat prompt, and where its parts lie among them.
+
+        Raises:
+            MechsafetyError: A prompt that is empty, that the template cannot take, or that has no token.
+        """
+        if not prompts:
+            return [], []
+        rendered = [self.render(prompt) for prompt in prompts]
+        texts = [text for text, _, _ in rendered]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        spans = []
+        for prompt, (_, start, end), offsets in zip(prompts, rendered, encoded["offset_mapping"], strict=True):
+            inside = [k for k, (a, b) in enumerate(offsets) if b > a and max(a, start) < min(b, end)]
+            if not inside:
+                raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
+            spans.append(Spans((inside[0], inside[-1] + 1), len(offsets)))
+        return encoded["input_ids"], spans
+
+    def spans(self, prompts: Sequence[str]) -> list[Spans]:
+        """Where each chat prompt's parts lie in its token row."""
+        return self.rows(prompts)[1]

@@ -1,0 +1,98 @@
+"""A map's pairs: drawn from enough that the model was tried on, each prompt run once."""
+
+import pytest
+
+from mechsafety.circuits import draw
+from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
+from mechsafety.circuits.circuit import Behaviour
+from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.prompts import PromptPair, PromptPairs
+
+
+def many(n: int, n_test: int) -> PromptPairs:
+    rows = [PromptPair(f"bad {k}", f"good {k}", f"t{k % 5}", "train") for k in range(n)]
+    rows += [PromptPair(f"bad {k}", f"good {k}", f"u{k % 3}", "test") for k in range(n, n + n_test)]
+    return PromptPairs(tuple(rows), "many")
+
+
+@pytest.fixture
+def refuses(monkeypatch):
+    """Puts a model in the place of the real one that refuses the pairs that a function picks; gives what was tried."""
+
+    def install(picks):
+        rounds = []
+
+        def behave(model, pairs, metric, *, detect_on, seen, seed, progress):
+            keep = [picks(int(pair.harmful.split()[1])) for pair in pairs]
+            rounds.append((len(pairs), detect_on))
+            n = len(pairs)
+            row = Behaviour(n, sum(keep) / n, (0.0, 1.0), 0.0, (0.0, 0.0), "reply")
+            return "metric", {"harmful": row, "harmless": row}, (), keep
+
+        monkeypatch.setattr(draw, "check_behaviour", behave)
+        return rounds
+
+    return install
+
+
+def test_a_model_that_refuses_a_third_is_mapped_on_that_third(refuses):
+    rounds = refuses(lambda k: k % 3 == 0)
+    pairs = many(300, 120)
+    found = draw.draw_pairs(None, pairs, None, 40)
+    tried = found.behaviour["harmful"].n
+    assert rounds[0] == (40, 20) and tried == rounds[-1][0] > 40
+    assert min(len(found.here), len(found.there)) >= 10 and len(found.here) + len(found.there) < tried / 2
+    assert all(int(pair.harmful.split()[1]) % 3 == 0 for pair in (*found.here, *found.there))
+    assert {pair.split for pair in found.here} == {"train"} and {pair.split for pair in found.there} == {"test"}
+
+
+def test_enough_at_first_is_enough(refuses):
+    """Half of what was asked for can be used: nothing more is tried, and the pairs are those of one draw."""
+    rounds = refuses(lambda k: k % 2 == 0)
+    pairs = many(100, 60)
+    found = draw.draw_pairs(None, PromptPairs(pairs.pairs[::2], "even"), None, 40)
+    assert rounds == [(40, 20)] and len(found.here) == len(found.there) == 20
+    here, there = draw.two_sides(PromptPairs(pairs.pairs[::2], "even"))
+    assert found.here.pairs == here.sample(20, 0).pairs and found.there.pairs == there.sample(20, 0).pairs
+
+
+def test_pairs_that_end_are_all_tried(refuses):
+    rounds = refuses(lambda k: k % 4 == 0)
+    found = draw.draw_pairs(None, many(30, 25), None, 40)
+    assert rounds[-1][0] == 30 + 25 and len(found.here) + len(found.there) == 14
+
+
+def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
+    rounds = refuses(lambda k: k % 10 == 0)
+    with pytest.raises(NoRefusal) as caught:
+        draw.draw_pairs(None, many(1000, 1000), None, 40)
+    most = round(20 * draw.ENOUGH / MIN_SHARE)
+    assert rounds[-1] == (2 * most, most), "more would not change the verdict"
+    assert "pairs are refused on one side alone; use a model that refuses, or pairs it tells apart" in str(caught.value)
+
+
+def test_pairs_too_few_to_hold_any_out_say_both_numbers():
+    with pytest.raises(MechsafetyError) as caught:
+        draw.draw_pairs(None, many(2, 1), None, 8)
+    assert str(caught.value) == (
+        "many leaves 1 pair to hold out of 3 that align; expected at least 2; give more pairs (or more topics)"
+    )
+
+
+def test_each_prompt_is_run_once(planted, monkeypatch):
+    model, pairs = planted
+    asked, read = [], []
+    generate, logits = type(model).generate, type(model).logits
+    monkeypatch.setattr(
+        type(model),
+        "generate",
+        lambda self, prompts, *a, **k: (asked.extend(prompts), generate(self, prompts, *a, **k))[1],
+    )
+    monkeypatch.setattr(type(model), "logits", lambda self, prompts: (read.extend(prompts), logits(self, prompts))[1])
+    seen, some = Seen(), PromptPairs(pairs.pairs[:5], "some")
+    check_behaviour(model, some, seen=seen)
+    found = check_behaviour(model, pairs, seen=seen, progress=False)
+    every = sorted([*pairs.harmful, *pairs.harmless])
+    assert sorted(asked) == sorted(read) == every
+    whole = check_behaviour(model, pairs, progress=False)
+    assert found[3] == whole[3] and found[1]["harmful"].refusal_rate == whole[1]["harmful"].refusal_rate
