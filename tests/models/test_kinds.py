@@ -165,7 +165,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+KNOWN = pytest.mark.generation(
+    "TransformerBridge", reason="TransformerLens 3.9 does not know BERT, which is said first"
+)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=KNOWN) if k == "bert" else k for k in REFUSED])
 def test_kinds_that_are_refused(kind, make_tokenizer):
     assert refusal(refused(kind, len(make_tokenizer())), make_tokenizer).startswith(REFUSED[kind])
 
