@@ -37,6 +37,7 @@ def map_command(
     /,
     *,
     out: Path,
+    file: str | None = None,
     pairs: Path | None = None,
     align: Literal["tokens", "suffix"] = "tokens",
     limit: int = 40,
@@ -62,6 +63,8 @@ def map_command(
         "demo", a hub id, a Hugging Face folder or a .gguf file.
     out
         Folder to write; a new one, or that of an earlier map.
+    file
+        The .gguf file of the hub repository, or folder, that MODEL names.
     pairs
         File of pairs, "harmful" and "harmless": .jsonl (an object a line), .json (an array of objects) or .csv; the
         built-in pairs by default.
@@ -127,6 +130,7 @@ def map_command(
             adapter=adapter,
             device=device,
             dtype=dtype,
+            file=file,
             chat_template=chat_template,
             template_options=options,
             on_tokenizer=fit,

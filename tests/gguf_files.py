@@ -59,10 +59,10 @@ def gguf_tensors(model):
     return found
 
 
-def write_gguf(path, model, tensors=None, merges=MERGES, settings=()):
+def write_gguf(path, model, tensors=None, merges=MERGES, settings=(), template=CHAT, architecture="llama"):
     """A float32 file of a Llama; ``settings`` are names of the writer's own calls with their values."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -75,7 +75,7 @@ def write_gguf(path, model, tensors=None, merges=MERGES, settings=()):
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(len(TOKENS))
     for call, value in settings:
-        getattr(writer, call)(value)
+        getattr(writer, call)(*(value if isinstance(value, tuple) else (value,)))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(TOKENS)
@@ -85,7 +85,8 @@ def write_gguf(path, model, tensors=None, merges=MERGES, settings=()):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(4)
-    writer.add_chat_template(CHAT)
+    if template:
+        writer.add_chat_template(template)
     for name, tensor in (gguf_tensors(model) if tensors is None else tensors).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

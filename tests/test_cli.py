@@ -512,8 +512,8 @@ def test_a_map_cut_short_into_the_shells_own_folder(run, saved, tmp_path, monkey
     assert what in text
 
 
-def test_pairs_as_a_table_and_dtype_of_the_checkpoint(run, saved, tmp_path, monkeypatch):
-    """Both reach the functions that know them."""
+def test_pairs_as_a_table_dtype_of_the_checkpoint_and_a_file_of_the_hub(run, tmp_path, monkeypatch):
+    """They reach the functions that know them."""
     table = tmp_path / "mine.csv"
     table.write_text("harmful,harmless\n" + "\n".join(map(",".join, zip(HARMFUL, HARMLESS, strict=True))))
     seen = {}
@@ -523,8 +523,9 @@ def test_pairs_as_a_table_and_dtype_of_the_checkpoint(run, saved, tmp_path, monk
         raise ms.MechsafetyError("seen enough")
 
     monkeypatch.setattr(mechsafety.models, "load_model", load)
-    ran = run("map", saved.folder, "--pairs", table, "--dtype", "auto", "--out", tmp_path / "out")
-    assert (ran.code, ran.err, seen["dtype"]) == (2, "mechsafety: seen enough\n", "auto")
+    ran = run("map", "owner/repo", "--file", "x.gguf", "--pairs", table, "--dtype", "auto", "--out", tmp_path / "out")
+    assert (ran.code, ran.err) == (2, "mechsafety: seen enough\n")
+    assert (seen["dtype"], seen["file"]) == ("auto", "x.gguf")
 
 
 def test_a_run_that_fails_while_writing_leaves_the_earlier_one(run, saved, pairs_file, tmp_path, monkeypatch):

@@ -61,6 +61,9 @@ class Direction(Result):
             raise MechsafetyError(f"the direction {self.name!r} holds a zero vector")
         if self.everywhere and (len(self.sites) > 1 or kinds == {SiteKind.Z}):
             raise MechsafetyError("everywhere=True", expected="one vector of the residual stream")
+        twice = sorted({str(site) for site in self.sites if self.sites.count(site) > 1})
+        if twice:
+            raise MechsafetyError(f"sites {twice} are given twice", expected="each once")
 
     def __repr__(self) -> str:
         where = str(self.sites[0]) + (f" and {len(self.sites) - 1} more" if len(self.sites) > 1 else "")
@@ -131,7 +134,7 @@ class Direction(Result):
                 raise MechsafetyError(f"{wrong[0]} does not exist", expected=f"a head from 0 to {model.n_heads - 1}")
         else:
             check_vector(self.vectors, model.d_model)
-        check_layers(model, [site.layer or 0 for site in self.sites])
+        check_layers(model, list(dict.fromkeys(site.layer or 0 for site in self.sites)))  # heads share layers
 
 
 @public

@@ -48,9 +48,9 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str], probes: Sequence[
     folder = Path(adapter)
     name, config = folder.name, read_config(folder)
     try:
-        from peft import PeftConfig, get_peft_model
+        from peft import get_peft_model
 
-        options: Any = PeftConfig.from_pretrained(str(folder))
+        options = _options(folder)
         _check_kind(name, options)
         tokens = _trained_tokens(options)
         rows = [*probes, *([torch.tensor([tokens], device=model.device)] if tokens else [])]
@@ -67,6 +67,45 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str], probes: Sequence[
         wrapped.unload()
         raise _misfit(name, model, config, error) from error
     return _merge(wrapped, name, rows, before)
+
+
+def check_fits(model: Any, adapter: str | os.PathLike[str]) -> None:
+    """Refuse an adapter for another base model before the base model's weights are read.
+
+    What only the weights show is left to `apply_adapter`.
+
+    Args:
+        model: The base model without weights (on the meta device); the adapter's layers are put into it.
+        adapter: Folder that peft wrote.
+
+    Raises:
+        MechsafetyError: The folder holds no adapter, or one that does not fit the model.
+    """
+    folder = Path(adapter)
+    name, config = folder.name, read_config(folder)
+    from peft import get_peft_model, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        wrapped = get_peft_model(model, _options(folder))
+        stored = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:
+        if "not found in the base model" in str(error):
+            raise _misfit(name, model, config, error) from error
+        return  # perhaps for want of weights: `apply_adapter` will know
+    for key, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items():
+        if key in stored and stored[key].shape != tensor.shape:
+            shapes = f"{tuple(stored[key].shape)} for {tuple(tensor.shape)}"
+            raise _misfit(name, model, config, ValueError(f"size mismatch for {key}: {shapes}"))
+
+
+def _options(folder: Path) -> Any:
+    """An adapter's configuration, without its base model's name: peft warns where the base is called otherwise here."""
+    from peft import PeftConfig
+
+    options = PeftConfig.from_pretrained(str(folder))
+    options.base_model_name_or_path = None
+    return options
 
 
 def merged_copy(wrapped: Any, probes: Sequence[Int[Tensor, "1 _"]]) -> Any:

@@ -301,6 +301,17 @@ def wrapped_name(model: Any) -> str:
     return "" if model.cfg.model_name == "custom" else model.cfg.model_name
 
 
+def check_known(model: Any) -> None:
+    """Refuse a Hugging Face model that the installed TransformerLens does not know; its weights are not looked at.
+
+    Raises:
+        MechsafetyError: It names the model's class.
+    """
+    from mechsafety.models import bridge, hooked
+
+    (hooked if hooked.installed() else bridge).check_known(model)
+
+
 def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
     """The backend of a TransformerLens model; a Hugging Face model is made one by the installed TransformerLens.
 

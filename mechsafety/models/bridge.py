@@ -28,6 +28,7 @@ from mechsafety.models.backend import (
 )
 from mechsafety.models.kinds import check_kind, has_experts, is_multimodal
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
+from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
 from mechsafety.prompts.spans import positions
 from mechsafety.sites import Generation, hook_name
@@ -45,35 +46,48 @@ def is_mine(model: Any) -> bool:
     return is_lens(model, NAME)
 
 
+def check_known(model: Any) -> None:
+    """Refuse a Hugging Face model whose architecture TransformerLens does not know.
+
+    Raises:
+        MechsafetyError: It names the model's class.
+    """
+    if not _known(model):
+        raise MechsafetyError(
+            f"TransformerLens does not know the architecture {type(model).__name__}",
+            expected="one such as LlamaForCausalLM, Qwen3ForCausalLM, Gemma2ForCausalLM or GPT2LMHeadModel",
+        )
+
+
+def _known(model: Any) -> list[str]:
+    """Architectures that TransformerLens knows a model as, the nearest first."""
+    logging_level = logging.getLogger().level
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformer_lens.model_bridge import TransformerBridge  # noqa: F401
+
+    logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
+    # TransformerLens goes by the configuration's name, which a model made in memory lacks
+    names = [kind.__name__ for kind in type(model).__mro__] + list(model.config.architectures or [])
+    return [name for name in names if name in SUPPORTED_ARCHITECTURES]
+
+
 def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
     """Wrap a Hugging Face model in place: it goes over to eager attention and its blocks become TransformerLens'.
 
     Raises:
         MechsafetyError: TransformerLens does not know the architecture.
     """
-    logging_level = logging.getLogger().level
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    check_known(model)
     from transformer_lens.model_bridge import TransformerBridge
 
-    logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
     # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
     # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
-    copied = copy.deepcopy(tokenizer)
-    # TransformerLens goes by the configuration's name, which a model made in memory lacks
-    names = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in SUPPORTED_ARCHITECTURES]
-    model.config.architectures = names[:1] or model.config.architectures or [type(model).__name__]
+    # It adds an end token to the vocabulary of a tokenizer without one.
+    copied = tokenizer_copy(tokenizer) if tokenizer.eos_token_id is not None else copy.deepcopy(tokenizer)
+    model.config.architectures = _known(model)[:1]
     copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
     device = str(next(model.parameters()).device)
-    try:
-        bridge = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
-    except ValueError as error:
-        if names:
-            raise
-        raise MechsafetyError(
-            f"TransformerLens does not know the architecture {type(model).__name__}",
-            expected="one such as LlamaForCausalLM, Qwen3ForCausalLM, Gemma2ForCausalLM or GPT2LMHeadModel",
-        ) from error
-    return BridgeBackend(bridge)
+    return BridgeBackend(TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device))
 
 
 def wrap(bridge: Any) -> "BridgeBackend":

@@ -1,7 +1,8 @@
 """What is checked about every model at load; a check that fails is named in the error."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from mechsafety.models.lens import LensModel
 from mechsafety.models.rotary import row_by_row
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.template import render
-from mechsafety.prompts import Tokens
+from mechsafety.prompts import Spans, Tokens
 from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
 
 # of different lengths for any tokenizer, so that padding is looked at too
 PROBES = ("What is two plus two?", "Name a colour that you like, and one that you do not like, please.")
+# columns of the rows on which parts of a model are compared with one another
+SHORT = 8
 # float64: Llama-like models compute norms and rotary angles in float32 whatever their dtype
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 
@@ -41,9 +44,9 @@ def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, 
         with torch.no_grad():
             rows = [ids.to(device) for ids in probe_rows(tokenizer, template_options)]
             found = [model(ids).logits[0].float() for ids in rows]
-            ends = rows[0].clone()
-            ends[0, -1] = ends[0, 0]
-            other = model(ends).logits[0].float()
+            short = rows[0][:, :SHORT]
+            ends = torch.cat([short[:, :-1], short[:, :1]], 1)  # another last token
+            plain, other = (model(ids).logits[0, :-1].float() for ids in (short, ends))
     except MechsafetyError:
         raise
     except Exception as error:  # a model may raise anything; the user needs one line
@@ -53,7 +56,7 @@ def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, 
         ) from error
     finally:
         model.set_attn_implementation(kind)
-    gap, size = float((other - found[0])[:-1].abs().max()), float(found[0].abs().max())
+    gap, size = float((other - plain).abs().max()), float(plain.abs().max())
     if gap > 1e-2 * size:  # rounding alone is far below, also in half precision
         raise MechsafetyError(
             f"{type(model).__name__} is no causal model: its logits change by {gap:.2g} with a later token",
@@ -66,6 +69,18 @@ def probe_rows(tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tens
     """Token ids [1 pos] of each chat prompt that models are compared on."""
     texts = [render(tokenizer, prompt, template_options)[0] for prompt in PROBES]
     return [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
+
+
+def check_start_token(tokenizer: Any, template_options: Mapping[str, Any]) -> None:
+    """Refuse a chat prompt that begins with two start tokens. In some chat models one also opens a turn (SmolLM2).
+
+    Raises:
+        MechsafetyError: The check failed.
+    """
+    text, start = render(tokenizer, PROBES[0], template_options)[0], tokenizer.bos_token_id
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if start is not None and ids[:2] == [start, start]:
+        raise _fail("start token", "the rendered prompt begins with two start tokens")
 
 
 def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
@@ -85,23 +100,47 @@ def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
         rows = probe_rows(model.tokenizer, model.template_options)
         reference = [model.backend.plain_logits(ids.to(model.device)) for ids in rows]
     with torch.no_grad():
-        for name, check in (
-            ("start token", lambda: _check_start_token(model, tokens)),
-            ("logits", lambda: _check_logits(model, tokens, reference[0], tolerance * model.backend.rounding)),
-            ("padding", lambda: _check_padding(model, reference, tolerance * model.backend.rounding)),
-            ("sites", lambda: _check_sites(model, tokens)),
-            ("edits", lambda: _check_edit(model, tokens)),
-            ("head outputs", lambda: _check_head_outputs(model, tokens, tolerance)),
-            ("MLP", lambda: _check_mlp(model, tokens, tolerance)),
-            ("final norm", lambda: _check_final_norm(model, tokens, tolerance)),
-            ("forward engine", lambda: _check_engine(model, tolerance)),
-        ):
-            try:
-                check()
-            except MechsafetyError:
-                raise
-            except Exception as error:  # of code that TransformerLens runs; the user needs one line
-                raise _fail(name, f"{model.name} cannot be run this way ({_said(error)})") from error
+        with _called(model, "logits"):
+            _check_logits(model, tokens, reference[0], tolerance * model.backend.rounding)
+        with _called(model, "padding"):
+            _check_padding(model, reference, tolerance * model.backend.rounding)
+        with _called(model, "sites"):
+            acts = _check_sites(model, _beginning(tokens))
+        with _called(model, "edits"):
+            _check_edit(model, _beginning(tokens))
+        with _called(model, "head outputs"):
+            _check_head_outputs(model, acts, tolerance)
+        with _called(model, "MLP"):
+            _check_mlp(model, acts, tolerance)
+        with _called(model, "final norm"):
+            _check_final_norm(model, acts, tolerance)
+        with _called(model, "forward engine"):
+            model.shortcuts = _exact_shortcuts(model, tolerance)
+
+
+@contextmanager
+def _called(model: LensModel, name: str) -> Iterator[None]:
+    """Context of a check: an error of code that TransformerLens runs becomes one line with the check's name."""
+    try:
+        yield
+    except MechsafetyError:
+        raise
+    except Exception as error:
+        raise _fail(name, f"{model.name} cannot be run this way ({_said(error)})") from error
+
+
+def _beginning(tokens: Tokens) -> Tokens:
+    """The first columns of one prompt, where any will do: a large model's forward takes as long as it has columns."""
+    n = min(SHORT, tokens.ids.shape[1])
+    return Tokens(tokens.ids[:, :n], tokens.mask[:, :n], (Spans((0, n), n),))
+
+
+def _ends(tokens: Tokens) -> Tokens:
+    """The last columns of two prompts, padding before the first one's."""
+    width = min(SHORT + 4, tokens.ids.shape[1])
+    mask = tokens.mask[:, -width:].clone()
+    mask[0, :-SHORT] = False
+    return Tokens(tokens.ids[:, -width:], mask, tuple(Spans((0, n), n) for n in mask.sum(1).tolist()))
 
 
 def _said(error: Exception) -> str:
@@ -109,13 +148,9 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _check_engine(model: LensModel, tolerance: float) -> None:
-    model.shortcuts = _exact_shortcuts(model, tolerance)
-
-
 def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
     """The shortcuts that are exact on this model, measured; one that is not is named in a warning."""
-    tokens = model.tokenize(PROBES)
+    tokens = _ends(model.tokenize(PROBES))
     if check_engine(model, tokens, Shortcuts()) <= tolerance:
         return Shortcuts()
     gap = check_engine(model, tokens, Shortcuts.none())
@@ -138,14 +173,6 @@ def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
 
 def _fail(name: str, problem: str) -> MechsafetyError:
     return MechsafetyError(f"the load check '{name}' failed: {problem}")
-
-
-def _check_start_token(model: LensModel, tokens: Tokens) -> None:
-    start = model.tokenizer.bos_token_id
-    ids = tokens.ids[0].tolist()
-    # in some chat models (SmolLM2, Qwen) the start token also opens a turn; doubled means twice in a row at the front
-    if start is not None and len(ids) > 1 and ids[0] == start and ids[1] == start:
-        raise _fail("start token", "the rendered prompt begins with two start tokens")
 
 
 def _check_logits(model: LensModel, tokens: Tokens, reference: Tensor, tolerance: float) -> None:
@@ -175,18 +202,21 @@ def _gap(found: Tensor, reference: Tensor, tolerance: float) -> tuple[float, flo
     return float((found - reference).abs().max()), tolerance * max(1.0, float(reference.abs().max()) / 50)
 
 
-def _check_sites(model: LensModel, tokens: Tokens) -> None:
+def _check_sites(model: LensModel, tokens: Tokens) -> dict[Site, Tensor]:
+    """The activations at all sites, which the checks of what is written where look at as well."""
     wanted = [Site(kind, layer) for layer in range(model.n_layers) for kind in expected_shapes(model, 1, 1)]
+    ends = [Site(SiteKind.FINAL_NORM_IN), Site(SiteKind.FINAL_NORM_OUT)]
     try:
-        seen = {site: tuple(tensor.shape) for site, tensor in model.read(tokens, wanted).items()}
+        acts = model.read(tokens, [*wanted, *ends])
     except KeyError as error:  # TransformerLens names the hook that is not there
         raise _fail("sites", str(error.args[0])) from None
-    width = tokens.ids.shape[1]
+    seen, width = {site: tuple(tensor.shape) for site, tensor in acts.items()}, tokens.ids.shape[1]
     for site in wanted:
         shape = expected_shapes(model, 1, width)[site.kind]
         if seen.get(site) != shape:
             found = "is missing" if site not in seen else f"has shape {seen[site]}, promised {shape}"
             raise _fail("sites", f"{site.kind.value} of layer {site.layer} {found}")
+    return acts
 
 
 def expected_shapes(model: LensModel, batch: int, pos: int) -> dict[SiteKind, tuple[int, ...]]:
@@ -221,10 +251,9 @@ def _check_edit(model: LensModel, tokens: Tokens) -> None:
         raise _fail("edits", "an edit outlives its context")
 
 
-def _check_head_outputs(model: LensModel, tokens: Tokens, tolerance: float) -> None:
+def _check_head_outputs(model: LensModel, acts: Mapping[Site, Tensor], tolerance: float) -> None:
     layer = model.n_layers - 1
     z_site, out_site = Site(SiteKind.Z, layer), Site(SiteKind.ATTN_OUT, layer)
-    acts = model.read(tokens, [z_site, out_site])
     out = einsum(acts[z_site], model.W_O(layer), "batch pos head d_head, head d_head d_model -> batch pos d_model")
     out = out + model.b_O(layer)
     for norm in model.backend.norms(layer, "ln1_post"):
@@ -238,21 +267,19 @@ def _check_head_outputs(model: LensModel, tokens: Tokens, tolerance: float) -> N
         )
 
 
-def _check_final_norm(model: LensModel, tokens: Tokens, tolerance: float) -> None:
+def _check_final_norm(model: LensModel, acts: Mapping[Site, Tensor], tolerance: float) -> None:
     before, after = Site(SiteKind.FINAL_NORM_IN), Site(SiteKind.FINAL_NORM_OUT)
-    acts = model.read(tokens, [before, after])
     resid, out = acts[before].float(), acts[after].float()
     gap, allowed = float((model.frozen_final_norm(resid)(resid) - out).abs().max()), tolerance * _size(out)
     if not gap <= allowed:
         raise _fail("final norm", f"its linear form at a frozen scale is off by {gap:.2g}; tolerated is {allowed:.2g}")
 
 
-def _check_mlp(model: LensModel, tokens: Tokens, tolerance: float) -> None:
+def _check_mlp(model: LensModel, acts: Mapping[Site, Tensor], tolerance: float) -> None:
     layer = model.n_layers - 1
     before, attn, mlp, after = (
         Site(kind, layer) for kind in (SiteKind.RESID_PRE, SiteKind.ATTN_OUT, SiteKind.MLP_OUT, SiteKind.RESID_POST)
     )
-    acts = model.read(tokens, [before, attn, mlp, after])
     middle = acts[before] + acts[attn]
     allowed = tolerance * _size(acts[after])
     gap = float((middle + acts[mlp] - acts[after]).abs().max())

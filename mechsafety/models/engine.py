@@ -489,15 +489,13 @@ def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None =
     width, middle = tokens.ids.shape[1], model.n_layers // 2
     start, site = width // 2, Site(SiteKind.Z, middle)
 
-    def halve(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[:, :start], tensor[:, start:] / 2], dim=1)
-
     with torch.no_grad(), model.lock:
         plain = model.backend.logits(tokens, width)[:, -1].float()
-        with model.hooks([(site, halve)]):
+        with model.hooks([(site, lambda tensor: torch.cat([tensor[:, :start], tensor[:, start:] / 2], dim=1))]):
             edited = model.backend.logits(tokens, width)[:, -1].float()
-        base = base_run(model, tokens, start, (), shortcuts=on)
-        base = base_run(model, tokens, start, (), base, shortcuts=on)
+        budget = tokens.ids.numel()  # all at once; to find one costs as much as the run
+        base = base_run(model, tokens, start, (), shortcuts=on, max_batch_tokens=budget)
+        base = base_run(model, tokens, start, (), base, shortcuts=on, max_batch_tokens=budget)
         # another run in between: what a block remembers of its last run must not matter
         model.backend.logits(tokens.rows(slice(0, 1)), 1)
         gaps = [(base.logits - plain).abs().max()]

@@ -1,11 +1,18 @@
-"""GGUF files as plain float32 Hugging Face models; what transformers would leave unread is understood or an error.
+"""GGUF files as plain float32 Hugging Face folders; what transformers would leave unread is understood or an error.
 
 transformers reads the tensors and settings that it has names for and passes over all others without a word. A setting
 that changes what the model computes must not get lost that way.
+
+A file is converted once, into a folder that is kept (see `mechsafety.models.kept`).
 """
 
+import errno
+import json
+import logging
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError, first_line, named
-from mechsafety.models.kinds import check_kind
+from mechsafety.models.gguf_file import AGAIN, Header, fill_part, numbers, write_parts
+from mechsafety.models.kept import kept_folder, sha256_of
+from mechsafety.models.kinds import check_kind, check_weights
+
+logger = logging.getLogger(__name__)
 
 # the scaling of Llama 3.1 to 3.3, which differ in the factor alone
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -30,124 +41,201 @@ PLACES = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 CHECKPOINT = "load the Hugging Face checkpoint that it was made from"
+TEMPLATE = "tokenizer.chat_template"
+# names of the two parts that a file is given to transformers in
+VOCABULARY, WEIGHTS = "vocabulary.gguf", "weights.gguf"
+# counted up when a folder that was made by earlier code may no longer be used
+FORMAT = 1
 
 
-def load_gguf(path: Path) -> tuple[Any, Any]:
-    """A GGUF file as a plain float32 Hugging Face (model, tokenizer).
+def gguf_folder(header: Header, check: Callable[[Any, Any], None] | None = None) -> Path:
+    """The Hugging Face folder of a file: made once for each content, and kept.
+
+    Args:
+        header: The file's, from `read_header`.
+        check: Called with the model (its weights not read yet) and the tokenizer before the weights are de-quantised;
+            what it raises is raised here.
 
     Raises:
-        MechsafetyError: The file is damaged or lacks parts, or holds a tensor or setting that would stay unread.
+        MechsafetyError: The file holds a tensor or setting that would stay unread, or lacks one; its model is of a kind
+            that is not taken; its weights are no finite numbers.
     """
-    file = _open(path)
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    parts = (sha256_of(header.path)[:32], f"transformers-{version('transformers')}", f"gguf-{version('gguf')}")
+    size = 4 * sum(math.prod(tensor.shape) for tensor in header.tensors)
+    return kept_folder(
+        "-".join(("gguf", str(FORMAT), *parts)),
+        lambda folder: _convert(header, folder, check),
+        size + header.tensors[-1].end + 2**27,
+    )
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-        )
-        quantised, report = loaded
+
+def _convert(header: Header, folder: Path, check: Callable[[Any, Any], None] | None) -> None:
+    """Fill a folder with the plain float32 model of a file and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    parts = folder / "parts"
+    parts.mkdir()
+    try:
+        write_parts(header, parts / VOCABULARY, parts / WEIGHTS)
+        config = _config(header, parts)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        check_kind(model)
+        _check_tensors(header, model)
+        _apply_settings(header, model.config)
+        _check_settings(header, model.config)
+        tokenizer = _tokenizer(header, parts, config)
+        if check is not None:
+            check(model, tokenizer)
+        _keep_tokenizer(tokenizer, folder)
+        fill_part(header, parts / WEIGHTS)
+        model.load_state_dict(_weights(header, parts, config), assign=True)
+        ends = {header.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
+        if len(ends) > 1:
+            model.generation_config.eos_token_id = sorted(ends)
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:  # safetensors' own kind where a disk is full
+            raise OSError(errno.EIO, first_line(error)) from error
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _config(header: Header, parts: Path) -> Any:
+    """The configuration that transformers makes of a file's settings."""
+    from transformers import AutoConfig
+
+    try:
+        try:
+            made: Any = AutoConfig.from_pretrained(parts, gguf_file=WEIGHTS)
+        except KeyError:  # of some architectures transformers looks for the vocabulary here: it is given the whole file
+            made = AutoConfig.from_pretrained(header.path.parent, gguf_file=header.path.name)
     except Exception as error:  # gguf and transformers raise whatever they meet; the user needs one line
-        raise MechsafetyError(f"cannot read {path.name!r} ({first_line(error)})", expected="a GGUF file") from error
-    check_kind(quantised)
-    _check_tensors(path.name, file, quantised, report)
+        raise _unreadable(header, error) from error
     # transformers marks the de-quantised weights as quantised and then refuses to save or convert them
-    settings = quantised.config.to_dict()
+    settings = made.to_dict()
     settings.pop("quantization_config", None)
-    config = type(quantised.config).from_dict(settings)
-    _apply_settings(path.name, file, config)
-    _check_settings(path.name, file, config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    return model.eval(), tokenizer
+    return type(made).from_dict(settings)
 
 
-def _open(path: Path) -> Any:
-    """The file's table of contents."""
+def _tokenizer(header: Header, parts: Path, config: Any) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise MechsafetyError("reading a GGUF file needs the package gguf", cure="run: pip install gguf") from None
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise MechsafetyError(f"{path.name!r} is not a GGUF file", expected="a file that begins with GGUF")
+        try:
+            # its kind is known: transformers need not read the settings another time
+            return AutoTokenizer.from_pretrained(parts, gguf_file=VOCABULARY, tokenizer_type=config.model_type)
+        except Exception:  # a kind that has no class of its own, or one for other files
+            return AutoTokenizer.from_pretrained(parts, gguf_file=VOCABULARY)
+    except Exception as error:  # as above
+        raise _unreadable(header, error) from error
+
+
+def _keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as what it is: a class of its own would be built again at every load, of other parts perhaps."""
+    tokenizer.save_pretrained(folder)
+    place = folder / "tokenizer_config.json"
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    place.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _weights(header: Header, parts: Path, config: Any) -> dict[str, Tensor]:
+    """The de-quantised weights by transformers' names."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    logger.info("de-quantising %s once", header.path.name)
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.enable_progress_bar()  # it takes a while, and happens once
     try:
-        file = GGUFReader(path)
-        tensors = file.tensors
-    except Exception as error:  # gguf raises whatever it meets; the user needs one line
-        raise MechsafetyError(
-            f"{path.name!r} is cut off or damaged ({first_line(error)})",
-            expected="a whole GGUF file",
-            cure="download it again",
-        ) from error
-    if not tensors:
-        raise MechsafetyError(f"{path.name!r} holds no tensors", expected="a GGUF file of a model")
-    if (_value(file, "split.count") or 1) > 1:
-        raise MechsafetyError(f"{path.name!r} is one part of several", cure="merge them: llama-gguf-split --merge")
-    if _value(file, "tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.merges" not in file.fields:
-        raise MechsafetyError(
-            f"{path.name!r} holds no merges (tokenizer.ggml.merges), so its text cannot be tokenized",
-            expected="a GGUF file with its whole tokenizer",
-            cure="convert the model again with a current llama.cpp",
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            parts, gguf_file=WEIGHTS, config=config, dtype=torch.float32, output_loading_info=True
         )
-    return file
+    except Exception as error:  # as above
+        raise _unreadable(header, error) from error
+    finally:
+        if not shown:
+            hf_logging.disable_progress_bar()
+    model, report = loaded
+    if report["missing_keys"]:
+        raise _lacks(header, report["missing_keys"], model)
+    check_weights(model)
+    return dict(model.state_dict())
 
 
-def _value(file: Any, key: str) -> Any:
-    return file.fields[key].contents() if key in file.fields else None
+def _unreadable(header: Header, error: Exception) -> MechsafetyError:
+    return MechsafetyError(f"cannot read {str(header.path)!r} ({first_line(error)})", expected="a GGUF file of a model")
 
 
-def _check_tensors(name: str, file: Any, model: Any, report: Mapping[str, Any]) -> None:
-    """Every tensor of the file is in the model, and every one of the model was in the file."""
+def _lacks(header: Header, names: Iterable[str], model: Any) -> MechsafetyError:
+    return MechsafetyError(
+        f"{str(header.path)!r} lacks {named(names, 'tensor')}", expected=f"every tensor of {type(model).__name__}"
+    )
+
+
+def _check_tensors(header: Header, model: Any) -> None:
+    """Every tensor of the file is in the model, and every one of the model in the file, with as many numbers."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    if report["missing_keys"]:
-        raise MechsafetyError(
-            f"{name!r} lacks {named(report['missing_keys'], 'tensor')}",
-            expected=f"every tensor of {type(model).__name__}",
-        )
     kinds = {arch: kind for kind, arch in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(kinds[_value(file, "general.architecture")], model.config.num_hidden_layers)
-    prefix = f"{model.base_model_prefix}."
-    ends = (".weight", ".bias")
-    read = {
-        names.get_name(key, try_suffixes=ends) or names.get_name(key.removeprefix(prefix), try_suffixes=ends)
-        for key in model.state_dict()
-    }
-    unread = {tensor.name for tensor in file.tensors} - read - {ROPE_FREQS}
+    if header.architecture not in kinds:
+        raise _unreadable(header, ValueError(f"the package gguf does not know {header.architecture!r}"))
+    names = get_tensor_name_map(kinds[header.architecture], model.config.num_hidden_layers)
+    prefix, ends = f"{model.base_model_prefix}.", (".weight", ".bias")
+    found = {tensor.name: tensor for tensor in header.tensors}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    stored, wanted = model.state_dict().keys(), dict[int, list[tuple[str | None, Any]]]()
+    for key, tensor in ((key, tensor) for key, tensor in tensors if key in stored):
+        # names of one tensor: those of a tied one are alternatives
+        name = names.get_name(key, try_suffixes=ends) or names.get_name(key.removeprefix(prefix), try_suffixes=ends)
+        wanted.setdefault(id(tensor), []).append((name, tensor))
+    read = {name for places in wanted.values() for name, _ in places}
+    unread = found.keys() - read - {ROPE_FREQS}
     if unread:
         raise MechsafetyError(
-            f"{name!r} holds what transformers does not read: {named(unread, 'tensor')}",
+            f"{str(header.path)!r} holds what transformers does not read: {named(unread, 'tensor')}",
             expected="a file whose tensors are all the model's",
             cure=CHECKPOINT,
         )
+    lost = [places[0][0] for places in wanted.values() if places[0][0] and not any(name in found for name, _ in places)]
+    if lost:
+        raise _lacks(header, [str(name) for name in lost], model)
+    for places in wanted.values():
+        for name, tensor in places:
+            if name in found and math.prod(found[name].shape) != tensor.numel():
+                raise MechsafetyError(
+                    f"{str(header.path)!r} holds {name} of the shape {found[name].shape}",
+                    expected=f"{tuple(tensor.shape)}, as {type(model).__name__} has it by the file's settings",
+                    cure=AGAIN,
+                )
 
 
-def _apply_settings(name: str, file: Any, config: Any) -> None:
+def _apply_settings(header: Header, config: Any) -> None:
     """Give the model the settings that transformers has a place for and does not read from the file."""
-    arch = _value(file, "general.architecture")
+    arch, values = header.architecture, header.values
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     for key, field in PLACES.items():
-        found = _value(file, f"{arch}.{key}")
+        found = values.get(f"{arch}.{key}")
         if found is not None and hasattr(config, field) and (field != WINDOW or "sliding_attention" in kinds):
             setattr(config, field, found)
     rope = config.rope_parameters or {}
-    theta = _value(file, f"{arch}.rope.freq_base")
+    theta = values.get(f"{arch}.rope.freq_base")
     if "rope_theta" in rope:
         rope = {**rope, **({} if theta is None else {"rope_theta": theta})}
-        config.rope_parameters = {**rope, **_rope_scaling(name, file, rope["rope_theta"])}
+        config.rope_parameters = {**rope, **_rope_scaling(header, rope["rope_theta"])}
 
 
-def _rope_scaling(name: str, file: Any, theta: float) -> dict[str, Any]:
+def _rope_scaling(header: Header, theta: float) -> dict[str, Any]:
     """The scaling of the rotary embedding that a file of Llama 3.1 and later holds as factors of its frequencies."""
-    found = next((tensor.data for tensor in file.tensors if tensor.name == ROPE_FREQS), None)
-    factors = torch.ones(1).double() if found is None else torch.tensor(found).double().flatten()
+    found = next((tensor for tensor in header.tensors if tensor.name == ROPE_FREQS), None)
+    factors = torch.ones(1).double() if found is None else numbers(header, found).double()
     factor = float(factors.max())
     if bool((factors == 1).all()):
         return {}
     if not torch.allclose(factors, _llama3_factors(len(factors), theta, factor), rtol=1e-5):
         raise MechsafetyError(
-            f"{name!r} scales its rotary frequencies in a way that is not known here ({ROPE_FREQS})",
+            f"{str(header.path)!r} scales its rotary frequencies in a way that is not known here ({ROPE_FREQS})",
             expected=f"the scaling of Llama 3 ({LLAMA3})",
             cure=CHECKPOINT,
         )
@@ -166,19 +254,19 @@ def _llama3_factors(n: int, theta: float, factor: float) -> Float[Tensor, " n"]:
     return 1 / ((1 - share) / factor + share)
 
 
-def _check_settings(name: str, file: Any, config: Any) -> None:
+def _check_settings(header: Header, config: Any) -> None:
     """The settings that change what is computed are those of the model that is made."""
-    arch = f"{_value(file, 'general.architecture')}."
-    known = _known(config)
-    for key in file.fields:
+    arch, known = f"{header.architecture}.", _known(config)
+    for key, found in header.values.items():
         short = key.removeprefix(arch)
         if short == key or not (short.startswith(HEADS) or short.endswith(NAMES)):
             continue
-        found = _value(file, key)
         if short not in known or not _same(found, known[short]):
             taken = f"and transformers takes {known[short]}" if short in known else "which transformers does not read"
             raise MechsafetyError(
-                f"{name!r} says {key} = {found}, {taken}", expected="settings that carry over", cure=CHECKPOINT
+                f"{str(header.path)!r} says {key} = {found}, {taken}",
+                expected="settings that carry over",
+                cure=CHECKPOINT,
             )
 
 

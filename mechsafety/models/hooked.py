@@ -45,6 +45,22 @@ def installed() -> bool:
     return any((Path(folder) / f"{NAME}.py").is_file() for folder in folders)
 
 
+def check_known(model: Any) -> None:
+    """Refuse a Hugging Face model that is not converted.
+
+    Raises:
+        MechsafetyError: It names the model's class, or what its configuration has besides.
+    """
+    architecture = type(model).__name__
+    if architecture not in _CONVERTERS:
+        raise MechsafetyError(
+            f"{NAME} cannot be made from a {architecture}",
+            expected=f"one of {sorted(_CONVERTERS)}",
+            cure="install transformer_lens>=4.3",
+        )
+    _options(model.config, architecture)
+
+
 def convert(name: str, model: Any, tokenizer: Any) -> "HookedBackend":
     """A HookedTransformer with the weights of a Hugging Face model, which is left as it is.
 
@@ -58,13 +74,8 @@ def convert(name: str, model: Any, tokenizer: Any) -> "HookedBackend":
         import transformer_lens
         from transformer_lens.pretrained import weight_conversions
 
+        check_known(model)
         architecture = type(model).__name__
-        if architecture not in _CONVERTERS:
-            raise MechsafetyError(
-                f"{NAME} cannot be made from a {architecture}",
-                expected=f"one of {sorted(_CONVERTERS)}",
-                cure="install transformer_lens>=4.3",
-            )
         parameter = next(model.parameters())
         options = _options(model.config, architecture)
         cfg = transformer_lens.HookedTransformerConfig(

@@ -68,7 +68,7 @@ def is_multimodal(config: Any) -> bool:
 
 
 def text_part(model: Any) -> Any:
-    """The language model inside a multimodal one, of the same weights in memory; a text model as it is.
+    """The language model inside a multimodal one, of the same weights; a text model as it is.
 
     The caller compares the part's logits with the whole model's (see `load_model`).
 
@@ -91,7 +91,8 @@ def text_part(model: Any) -> Any:
             setattr(part, prefix, inner)
             part.set_output_embeddings(model.get_output_embeddings())
             part.generation_config = model.generation_config
-    if part is None or any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers())):
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if part is None or any(id(tensor) not in own for tensor in (*part.parameters(), *part.buffers())):
         raise MechsafetyError(
             f"{type(model).__name__} is multimodal, and its language model cannot be taken out alone", expected=DECODER
         )

@@ -1,34 +1,25 @@
 """`load_model`: one call from a name, folder, GGUF file or pair to a checked `LensModel`."""
 
-import copy
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mechsafety.errors import MechsafetyError, first_line, named
+from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
-from mechsafety.models.adapters import apply_adapter, base_and_adapter, check_no_adapter, is_peft, merged_copy
-from mechsafety.models.backend import is_wrapped, wrap, wrapped_name
+from mechsafety.models.adapters import apply_adapter, check_fits, check_no_adapter, is_peft, merged_copy
+from mechsafety.models.backend import is_wrapped, wrap
 from mechsafety.models.chat import ChatTokenizer
-from mechsafety.models.checks import check_model, probe_rows, reference_logits
-from mechsafety.models.demo import adapter_folder, base_folder
-from mechsafety.models.gguf import load_gguf
-from mechsafety.models.kinds import DECODER, check_kind, check_weights, is_multimodal, text_part
+from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
+from mechsafety.models.demo import adapter_folder
+from mechsafety.models.kinds import check_weights, text_part
 from mechsafety.models.lens import LensModel
-from mechsafety.models.template import PLAIN_TEMPLATE, checked_options
+from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
+from mechsafety.models.template import PLAIN_TEMPLATE, checked_options, tokenizer_copy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WANTED = "'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens model"
-# buffers of older checkpoints that today's models make for themselves, and the value head that trainers leave behind
-HARMLESS = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|inv_freq|position_ids|attn\.(masked_bias|embed_positions)"
-    r"|attention\.(masked_bias|embed_positions)|(attn|attention)\.bias|scale_attn)$|^v_head\."
-)
-DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
 
 
 @public
@@ -38,6 +29,7 @@ def load_model(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     *,
+    file: str | None = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
     on_tokenizer: Callable[[ChatTokenizer], object] | None = None,
@@ -56,6 +48,7 @@ def load_model(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or torch's own; ``"auto"`` is the checkpoint's (of a GGUF
             file float32); None means float32. A pair keeps its own under ``"auto"`` and None.
+        file: A ``.gguf`` file of the hub repository, or folder, that ``name_or_path`` names.
         chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models that bring none.
         template_options: What the chat template is given besides the prompt: ``system``, text of a system turn;
             ``date``, what a template that writes the date takes for today (26 July 2024 by default, so that results
@@ -73,35 +66,24 @@ def load_model(
     """
     kind = _dtype(dtype)
     place = _device(device)
-    embedded = _is_embedded(name_or_path)
-    own = None
-    if isinstance(name_or_path, str | os.PathLike) and not embedded:
-        own = base_and_adapter(name_or_path)
-    if own is not None:
-        name, model, tokenizer, adapter = _read_adapted(own, adapter, kind or torch.float32)
-    elif isinstance(name_or_path, str | os.PathLike):
-        name, model, tokenizer = _read(name_or_path, kind or torch.float32)
-    else:
-        model, tokenizer = _pair(name_or_path)
-        name = _name(model.get_base_model() if is_peft(model) else model)
-    _check_given(model)
-    tokenizer = _ready(tokenizer, chat_template, name)
-    options = checked_options(tokenizer, template_options)
-    if on_tokenizer is not None:
-        on_tokenizer(ChatTokenizer(_public_name(name), tokenizer, options))
-    if adapter is None and embedded and DEMO[name]:
-        shown, adapter = name, adapter_folder(str(DEMO[name]))
-    else:
-        # the demo model with another adapter is the base model with it
-        read_as_path = own is None and isinstance(name_or_path, os.PathLike)
-        shown = "demo-base" if name in DEMO and not read_as_path else _public_name(name)
-        shown += f"+{Path(adapter).name}" if adapter is not None else ""
+    told = on_tokenizer is None
+
+    def prepare(name: str, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+        nonlocal told
+        ready, options = _prepared(chat_template, template_options, name, tokenizer)
+        if on_tokenizer is not None and not told:  # of a GGUF file that is converted now there are two
+            on_tokenizer(ChatTokenizer(public_name(name), ready, options))
+            told = True
+        return ready, options
+
+    source = open_source(name_or_path, file, chat_template, prepare)
+    tokenizer, options = prepare(source.name, source.tokenizer)
+    shown, adapter = _merged(source, adapter)
+    if adapter is not None and not source.in_memory:
+        check_fits(source.model, adapter)
+    model = source.read(kind or torch.float32)
+    check_weights(model.get_base_model() if is_peft(model) else model)
     if adapter is not None or is_peft(model):
-        if adapter is not None and (is_wrapped(model) or is_peft(model)):
-            raise MechsafetyError(
-                f"an adapter for a {type(model).__name__}", cure="merge it before the model is wrapped"
-            )
-        shown += "" if adapter is not None else "+" + "+".join(model.active_adapters)
         rows = [row.to(model.device) for row in probe_rows(tokenizer, options)]
         model = merged_copy(model, rows) if adapter is None else apply_adapter(model, adapter, rows)
     check_no_adapter(model)
@@ -112,167 +94,38 @@ def load_model(
         model = model.to(kind)
     # before the model is wrapped; a multimodal model's logits are those of the whole
     reference = None if is_wrapped(model) else reference_logits(whole, tokenizer, options)
-    lens = LensModel(shown, wrap(name, model, tokenizer), tokenizer, options)
+    lens = LensModel(shown, wrap(source.name, model, tokenizer), tokenizer, options)
     check_model(lens, reference)
     return lens
 
 
-def _check_given(model: Any) -> None:
-    """Refuse kinds and weights that no later step can work with, before anything runs."""
-    base = model.get_base_model() if is_peft(model) else model
-    if not is_wrapped(base):
-        check_kind(text_part(base))
-    check_weights(base)
+def _prepared(
+    chat_template: str | None, template_options: Mapping[str, Any] | None, name: str, tokenizer: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer as the model has it, and checked template options."""
+    ready = _ready(tokenizer, chat_template, name)
+    options = checked_options(ready, template_options)
+    check_start_token(ready, options)
+    return ready, options
 
 
-def _is_embedded(given: Any) -> bool:
-    """Whether this is a name of the embedded model; a Path never is."""
-    return isinstance(given, str) and given in DEMO
-
-
-def _read_adapted(own: tuple[str, Path], adapter: Any, dtype: Any) -> tuple[str, Any, Any, Path]:
-    """Base model, tokenizer and folder of an adapter that was given as the model."""
-    from transformers import AutoTokenizer
-
-    base, folder = own
-    cure = f"pass the base model and adapter={folder.name!r}"
-    if adapter is not None:
-        raise MechsafetyError(f"the model {folder.name!r} is an adapter, and adapter={adapter!r} was given", cure=cure)
-    try:
-        name, model, tokenizer = _read(base, dtype)
-        if (folder / "tokenizer_config.json").is_file():  # what it was trained with
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except MechsafetyError as error:
-        problem = f"the base model of the adapter {folder.name!r}: {error.problem}"
-        raise MechsafetyError(problem, expected=error.expected, cure=error.cure or cure) from error
-    return name, model, tokenizer, folder
-
-
-def _read(given: str | os.PathLike[str], dtype: torch.dtype | str) -> tuple[str, Any, Any]:
-    """Name, model and tokenizer of a name, folder or file."""
-    if _is_embedded(given):
-        return str(given), *_pretrained(str(given), str(base_folder()), dtype)
-    path = Path(given).expanduser()
-    name = str(given) if isinstance(given, str) else os.fspath(path)
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise MechsafetyError(f"no such file: {name}", expected="a GGUF file")
-        return path.stem, *load_gguf(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MechsafetyError(f"{name} holds no config.json", expected="a Hugging Face model folder")
-        return name, *_pretrained(name, str(path), dtype)
-    if path.exists():
-        raise MechsafetyError(f"{name} is a file", expected="a model folder, a .gguf file or a hub id")
-    if not isinstance(given, str):
+def _merged(source: Source, adapter: str | os.PathLike[str] | None) -> tuple[str, str | os.PathLike[str] | None]:
+    """What the model is called, and the adapter that is merged into it; None for none, and for a `PeftModel`'s own."""
+    if adapter is not None and source.adapter is not None:
         raise MechsafetyError(
-            f"no such folder or file: {name}", expected="a local path", cure="pass a name or hub id as a string"
+            f"the model {source.adapter.name!r} is an adapter, and adapter={adapter!r} was given",
+            cure=f"pass the base model and adapter={source.adapter.name!r}",
         )
-    return name, *_pretrained(name, name, dtype)
-
-
-def _pretrained(name: str, source: str, dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """Model and tokenizer of a Hugging Face folder or hub id, once its tensors are known to fit."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    # code that comes with a checkpoint is not run, and nobody is asked whether it should be
-    own_code = {"trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **own_code)
-        if config.is_encoder_decoder:
-            raise MechsafetyError(f"{name} is an encoder-decoder ({config.model_type})", expected=DECODER)
-        model, report = _auto_class(config).from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **own_code
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, **own_code)
-    except MechsafetyError:
-        raise
-    except Exception as error:  # the libraries underneath raise many types; the user needs one line
-        raise MechsafetyError(f"cannot load the model {name!r} ({first_line(error)})", expected=WANTED) from error
-    check_complete(name, model, report)
-    return model.eval(), tokenizer
-
-
-def _auto_class(config: Any) -> Any:
-    """The class of transformers that loads a checkpoint; for a multimodal model that of the whole."""
-    import transformers
-
-    named = (config.architectures or [""])[0]
-    if is_multimodal(config) and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        return getattr(transformers, named, transformers.AutoModelForCausalLM)
-    return transformers.AutoModelForCausalLM
-
-
-def check_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not those of its model: transformers fills gaps with random numbers.
-
-    Args:
-        name: What the user gave.
-        model: The loaded model.
-        report: What `from_pretrained` says under ``output_loading_info``.
-
-    Raises:
-        MechsafetyError: How many tensors are missing, unread or of another shape, with the name of one of each.
-    """
-    unread = [key for key in report["unexpected_keys"] if not HARMLESS.search(key)]
-    shapes = {key: f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]}
-    problems = [
-        f"{what} {named(keys, 'tensor')}"
-        for what, keys in (
-            ("it lacks", set(report["missing_keys"]) - set(shapes)),
-            ("the model does not read", unread),
-            ("of another shape are", shapes.values()),
-        )
-        if keys
-    ]
-    if problems:
+    if adapter is not None and source.in_memory and (is_wrapped(source.model) or is_peft(source.model)):
         raise MechsafetyError(
-            f"the checkpoint of {name} does not fit {type(model).__name__}: {'; '.join(problems)}",
-            expected="every tensor of the model and no other",
-            cure="save it again with save_pretrained, under a config.json of the same model",
+            f"an adapter for a {type(source.model).__name__}", cure="merge it before the model is wrapped"
         )
-
-
-def _pair(given: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of what was handed over in memory."""
-    if isinstance(given, LensModel):
-        raise MechsafetyError(f"{given.name} is loaded already", cure="use it as it is")
-    alone = not isinstance(given, tuple)
-    model, tokenizer = (given, _own_tokenizer(given)) if alone else (given if len(given) == 2 else (None, None))
-    if not isinstance(model, torch.nn.Module) or not hasattr(tokenizer, "apply_chat_template"):
-        kinds = f"a tuple of {tuple(type(item).__name__ for item in given)}"
-        raise MechsafetyError(kinds, expected="(Hugging Face model, tokenizer)")
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):  # of a multimodal model
-        raise MechsafetyError(f"a {type(tokenizer).__name__} as tokenizer", cure="pass processor.tokenizer")
-    if is_wrapped(model):
-        return model, tokenizer
-    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
-        raise MechsafetyError("this model is wrapped already", cure="pass a fresh model, or copy.deepcopy it first")
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) and not is_peft(model):
-        inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-        held = inner.get(type(model).__name__)
-        raise MechsafetyError(
-            f"a {type(model).__name__}", expected="a Hugging Face model", cure=f"pass model.{held}" if held else ""
-        )
-    return model.eval(), tokenizer
-
-
-def _own_tokenizer(model: Any) -> Any:
-    """The tokenizer that a TransformerLens model brings."""
-    if not isinstance(model, torch.nn.Module):
-        cure = "write (model, tokenizer)" if isinstance(model, list) else ""
-        raise MechsafetyError(f"a {type(model).__name__} was given as the model", expected=WANTED, cure=cure)
-    if not is_wrapped(model) or model.tokenizer is None:
-        raise MechsafetyError(f"a {type(model).__name__} without a tokenizer", cure="pass (model, tokenizer)")
-    return model.tokenizer
-
-
-def _name(model: Any) -> str:
-    """What a model that was handed over is called."""
-    own = wrapped_name(model) if is_wrapped(model) else getattr(model.config, "_name_or_path", "")
-    return own or type(model).__name__
+    if adapter is None and source.adapter is None and source.embedded and DEMO[source.name]:
+        return source.name, adapter_folder(str(DEMO[source.name]))
+    adapter = source.adapter if adapter is None else adapter
+    own = source.model.active_adapters if source.in_memory and is_peft(source.model) else []
+    names = [source.shown, *([] if adapter is None else [Path(adapter).name]), *own]
+    return "+".join(names), adapter
 
 
 def _ready(tokenizer: Any, chat_template: str | None, name: str) -> Any:
@@ -283,17 +136,13 @@ def _ready(tokenizer: Any, chat_template: str | None, name: str) -> Any:
     if not tokenizer.is_fast:
         raise MechsafetyError("a slow tokenizer", expected="a fast one (spans need character offsets)")
     if chat_template is not None or (tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None):
-        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer = tokenizer_copy(tokenizer)
     if chat_template is not None:
         # a start token that the tokenizer would add by itself is not in a rendered text
         start = "{{ bos_token }}" if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
         tokenizer.chat_template = start + PLAIN_TEMPLATE if chat_template == "plain" else chat_template
     if not tokenizer.chat_template:
-        raise MechsafetyError(
-            f"{name} has no chat template",
-            expected="a chat model",
-            cure="pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'",
-        )
+        raise no_template(name)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
@@ -318,8 +167,3 @@ def _device(device: str | None) -> Any:
         known = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         raise MechsafetyError(f"unknown or unavailable device {device!r}", expected=f"one of {known}") from None
     return place
-
-
-def _public_name(name: str) -> str:
-    """A local path is shortened to its last part, so that no machine's folders end up in results."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name

@@ -9,6 +9,7 @@ from planted_direction import directed_pairs
 from mechsafety.directions import RefusalSubspace, iti_direction, refusal_subspace, repe_direction
 from mechsafety.errors import MechsafetyError
 from mechsafety.prompts import PromptPairs
+from mechsafety.sites import Site, SiteKind
 
 
 @pytest.fixture(scope="module")
@@ -119,5 +120,31 @@ def test_inference_time_intervention(directed):
         assert bool((metric(model.logits(pairs.harmless)) > before + 5).all())
     with found.ablate(model):
         assert model.generate(pairs.harmful[:2], 3) == ["sure"] * 2
+    many = iti_direction(model, pairs, n_heads=8)  # more heads than layers
+    assert len({site.layer for site in many.sites}) < len(many.sites) == 8
+
+    def by_hand(edit):
+        """Logits with an edit of every chosen head's output."""
+        hooks = []
+        for site, vector, unit in zip(many.sites, many.vectors, many.unit, strict=True):
+
+            def hook(tensor, index=site.index, vector=vector, unit=unit):
+                out = tensor.clone()
+                out[:, :, index] = edit(tensor[:, :, index], vector, unit)
+                return out
+
+            hooks.append((Site(SiteKind.Z, site.layer), hook))
+        with model.hooks(hooks):
+            return model.logits(pairs.harmful)
+
+    added = by_hand(lambda own, vector, unit: own + 2.0 * vector)
+    removed = by_hand(lambda own, vector, unit: own - (own @ unit)[..., None] * unit)
+    with many.add(model, 2.0):
+        torch.testing.assert_close(model.logits(pairs.harmful), added, atol=1e-4, rtol=1e-4)
+    with many.ablate(model):
+        torch.testing.assert_close(model.logits(pairs.harmful), removed, atol=1e-4, rtol=1e-4)
+    assert many.project(model, pairs.harmful).shape == (8, len(pairs))
+    with pytest.raises(MechsafetyError, match=r"^sites \['L0.z.0'\] are given twice; expected each once$"):
+        replace(found, sites=found.sites * 2, vectors=found.vectors.repeat(2, 1))
     with pytest.raises(MechsafetyError, match=r"^n_heads=13; expected 1 to 1[0-2], the heads that differ$"):
         iti_direction(model, pairs, n_heads=13)

@@ -338,9 +338,12 @@ def adapted(tmp_path, make_tokenizer):
 
 
 @pytest.mark.parametrize(("named", "own"), [("{}/base", False), ("../base", True)])
-def test_an_adapter_folder_as_the_model(adapted, tmp_path, named, own):
+def test_an_adapter_folder_as_the_model(adapted, tmp_path, named, own, recwarn):
     folder, wrapped = adapted(named.format(tmp_path), own)
+    recwarn.clear()
     model = ms.load_model(folder)
+    # peft says it where a base model is elsewhere than it was in training, as it is on every other machine
+    assert not [warning for warning in recwarn if "was renamed" in str(warning.message)]
     assert model.name == "base+adapter"
     assert model.render("tea")[0] == ("Q tea A" if own else "<s><user>tea<end><assistant>")
     tokens = model.tokenize(["make tea"])

@@ -1,6 +1,7 @@
 """Loading: what is accepted, what is refused and how, and the checks that every model goes through."""
 
 import importlib.util
+import json
 import re
 
 import peft
@@ -12,6 +13,7 @@ import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import checks, demo, load
 from mechsafety.models.engine import base_run, unembed
+from mechsafety.models.gguf_file import numbers, read_header
 from mechsafety.models.lens import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import Patch, patched_logits
@@ -228,9 +230,7 @@ def test_names_and_paths(tmp_path):
     with pytest.raises(MechsafetyError, match="cannot load the model"):
         ms.load_model(tmp_path / "odd")
     (tmp_path / "junk.gguf").write_text("not a GGUF file")
-    with pytest.raises(
-        MechsafetyError, match=r"'junk\.gguf' is not a GGUF file; expected a file that begins with GGUF"
-    ):
+    with pytest.raises(MechsafetyError, match=r"junk\.gguf' is not a GGUF file; expected a file that begins with GGUF"):
         ms.load_model(tmp_path / "junk.gguf")
 
 
@@ -407,3 +407,22 @@ def test_padding_that_the_model_cannot_take_is_named(make_hf_model, make_tokeniz
 
 
 # --- the demo's file ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.demo
+def test_the_cached_folder_holds_the_files_numbers():
+    from safetensors import safe_open
+
+    header = read_header(demo.gguf_path())
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "model.layers.7.mlp.down_proj": "blk.7.ffn_down",
+    }
+    with safe_open(demo.base_folder() / "model.safetensors", framework="pt") as stored:
+        assert len(stored.keys()) == len(header.tensors) == 272
+        for name, own in names.items():
+            tensor = next(tensor for tensor in header.tensors if tensor.name == f"{own}.weight")
+            found = stored.get_tensor(f"{name}.weight")
+            assert torch.equal(found.flatten(), numbers(header, tensor)) and found.shape == tensor.shape
+    assert json.loads((demo.base_folder() / "config.json").read_text()).get("quantization_config") is None

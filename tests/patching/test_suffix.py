@@ -239,6 +239,65 @@ def test_directions_and_probes_do_not_ask_for_twins(directed):
     assert torch.equal(here.vectors, there.vectors) and there.provenance.options["align"] == "suffix"
 
 
+def test_head_scores_are_those_of_prompts_run_alone(llama, loose, log_odds):
+    found = ms.head_attribution(llama, loose, log_odds, scores=["direct", "total", "attention"], **QUIET)
+    heads = [Node("head", layer, head) for layer in range(3) for head in range(4)]
+    patched = ms.activation_patching(llama, loose, log_odds, nodes=heads, **QUIET).changes.unflatten(0, (3, 4))
+    odds = {prompt: float(log_odds(alone(llama, prompt))) for pair in loose for prompt in (pair.harmful, pair.harmless)}
+    gap = sum(odds[pair.harmful] - odds[pair.harmless] for pair in loose) / len(loose)
+    torch.testing.assert_close(found.total, patched / gap, rtol=1e-4, atol=1e-5)
+    for column, pair in enumerate(loose):
+        own = [
+            ms.direct_logit_attribution(llama, [prompt], log_odds, **QUIET).heads[..., 0]
+            for prompt in (pair.harmful, pair.harmless)
+        ]
+        torch.testing.assert_close(found.direct[..., column], (own[0] - own[1]) / gap, rtol=1e-4, atol=1e-4)
+        start, stop = llama.tokenize([pair.harmful]).spans[0].instruction
+        for layer in range(3):
+            row = values(llama, pair.harmful, Site(SiteKind.PATTERN, layer))[0, :, -1]
+            parts = [row[:, :start].sum(-1), row[:, start:stop].sum(-1), row[:, stop:].sum(-1)]
+            torch.testing.assert_close(found.attention[layer, :, column], torch.stack(parts, -1), rtol=0, atol=1e-5)
+
+
+def test_writers_of_a_direction_are_those_of_prompts_run_alone(directed, directed_found, loose):
+    model, _, metric = directed
+    found = ms.direction_io(model, directed_found, loose, metric, **QUIET)
+    layer, column = directed_found.layer, directed_found.column
+    assert -SUFFIX <= column < 0
+    unit = directed_found.vector / directed_found.vector.norm()
+
+    def along(site, node=None):
+        """What each pair's two prompts differ by along the direction."""
+        sides = []
+        for side in ("harmful", "harmless"):
+            rows = [values(model, getattr(pair, side), site)[0, column] for pair in loose]
+            rows = [row[node.index] @ model.W_O(node.layer)[node.index] if node else row for row in rows]
+            sides.append(torch.stack(rows) @ unit)
+        return sides[0] - sides[1]
+
+    gap = along(Site(SiteKind.RESID_PRE, layer)).mean()
+    for node, written in zip(found.nodes, found.writes, strict=True):
+        if node.layer < layer:
+            site = Site(SiteKind.Z if node.kind == "head" else SiteKind.MLP_OUT, node.layer)
+            change = along(site, node if node.kind == "head" else None)
+            torch.testing.assert_close(written, change / gap, rtol=1e-3, atol=1e-4)
+    assert float(found.writes.sum(0).mean()) == pytest.approx(1.0, abs=1e-3), "the suffix has the same tokens"
+    one = ms.direction_io(model, directed_found, loose[1:2], metric, **QUIET)  # no padding, in a batch of its own
+    own = along(Site(SiteKind.RESID_PRE, layer))[1]
+    torch.testing.assert_close(one.writes[:, 0] * own, found.writes[:, 1] * gap, rtol=1e-3, atol=1e-4)
+
+
+def test_probes_do_not_ask_for_twins_either(llama, log_odds):
+    words = ["car", "bomb", "tea", "cake"]
+    rows = [PromptPair(f"kill the {word} please", f"help {word}", word) for word in words] * 2
+    pairs = PromptPairs(tuple(dict.fromkeys(rows)), "loose", align="suffix")
+    options = {"layers": [1], "spans": ["last"], "n_shuffled": 2, "n_random": 2, **QUIET}
+    found = ms.probe_layers(llama, pairs, log_odds, **options)
+    again = ms.probe_layers(llama, replace(pairs, align="tokens"), log_odds, **options)
+    assert found.provenance.options["align"] == "suffix"
+    assert found.to_dataframe().equals(again.to_dataframe())
+
+
 def test_the_map_of_pairs_of_any_lengths(planted):
     model, pairs = planted
     harmless = ["please explain a cake", "can i make a cake please", "make a cake", "write about a cake"] * 2
@@ -256,3 +315,13 @@ def test_the_map_of_pairs_of_any_lengths(planted):
     assert found.verification.faithfulness >= 0.8 and "NaN" not in found.to_json()
     assert all(member.evidence.at_instruction is None for member in found.nodes)
     assert ms.RefusalCircuit.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def test_the_map_of_neurons_of_such_pairs(planted):
+    model, pairs = planted
+    rows = [PromptPair(pair.harmful, pair.harmless + " please" * (k % 3), pair.topic) for k, pair in enumerate(pairs)]
+    loose = PromptPairs(tuple(rows), "loose", align="suffix")
+    options = {"limit": 8, "n_random": 20, "n_added": 4, "n_resamples": 2, "n_backup_parts": 1, "level": "neuron"}
+    found = ms.map_refusal_circuit(model, loose, ms.RefusalLogOdds.of(model, ["sorry"]), **options, **QUIET)
+    assert found.level == "neuron" and found.nodes
+    assert found.provenance.options["align"] == "suffix" and found.verification.faithfulness >= 0.8

@@ -1,0 +1,360 @@
+"""What may be given as a model: a name, a folder, a file, an adapter, or a model in memory.
+
+Each is opened without its weights. What a configuration, a tokenizer or a file's header already shows to be impossible
+is said before any weight is read.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechsafety.errors import MechsafetyError, first_line, named
+from mechsafety.models.adapters import base_and_adapter, is_peft
+from mechsafety.models.backend import check_known, is_wrapped, wrapped_name
+from mechsafety.models.demo import base_folder
+from mechsafety.models.gguf import TEMPLATE, gguf_folder
+from mechsafety.models.gguf_file import read_header
+from mechsafety.models.kinds import DECODER, check_kind, is_multimodal, text_part
+from mechsafety.models.lens import LensModel
+
+WANTED = "'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens model"
+# buffers of older checkpoints that today's models make for themselves, and the value head that trainers leave behind
+HARMLESS = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|inv_freq|position_ids|attn\.(masked_bias|embed_positions)"
+    r"|attention\.(masked_bias|embed_positions)|(attn|attention)\.bias|scale_attn)$|^v_head\."
+)
+# the embedded model and what is merged into it
+DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
+# code that comes with a checkpoint is not run, and nobody is asked whether it should be
+_OWN_CODE = {"trust_remote_code": False}
+
+
+# called with what a model is called and its tokenizer; raises what speaks against them
+Prepare = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A model as it was given.
+
+    Attributes:
+        name: What it was given as.
+        shown: What it is called in results; no machine's folders.
+        model: With its weights, if it was handed over; otherwise without (on the meta device), for checks.
+        tokenizer: Its tokenizer.
+        read: Reads the model with its weights, in a dtype or ``"auto"``.
+        adapter: The folder of the adapter that was given as the model, if one was.
+        embedded: Whether it is the embedded model.
+        in_memory: Whether it was handed over.
+    """
+
+    name: str
+    shown: str
+    model: Any
+    tokenizer: Any
+    read: Callable[[torch.dtype | str], Any]
+    adapter: Path | None = None
+    embedded: bool = False
+    in_memory: bool = False
+
+
+def open_source(given: Any, file: str | None, chat_template: str | None, prepare: Prepare) -> Source:
+    """Open what was given as a model.
+
+    Args:
+        given: As `load_model` takes it.
+        file: A GGUF file of the hub repository or folder that ``given`` names.
+        chat_template: As `load_model` takes it: where a file brings none, one has to be given.
+        prepare: Looks at the tokenizer of a GGUF file before the file is de-quantised.
+
+    Raises:
+        MechsafetyError: It is no model, or none that the analyses are exact on.
+    """
+    if file is not None:
+        return _open_gguf(*_file_of(given, file), chat_template, prepare)
+    if is_embedded(given):
+        return replace(_open_folder(given, str(base_folder())), shown="demo-base", embedded=True)
+    if not isinstance(given, str | os.PathLike):
+        return _open_memory(given)
+    own = base_and_adapter(given)
+    if own is not None:
+        return _open_adapted(*own, chat_template, prepare)
+    path = Path(given).expanduser()
+    name = str(given) if isinstance(given, str) else os.fspath(path)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise MechsafetyError(f"no such file: {name}", expected="a GGUF file")
+        return _open_gguf(path.stem, path, chat_template, prepare)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MechsafetyError(f"{name} holds no config.json", expected="a Hugging Face model folder")
+        return _open_folder(name, str(path))
+    if path.exists():
+        raise MechsafetyError(f"{name} is a file", expected="a model folder, a .gguf file or a hub id")
+    if not isinstance(given, str):
+        raise MechsafetyError(
+            f"no such folder or file: {name}", expected="a local path", cure="pass a name or hub id as a string"
+        )
+    return _open_folder(name, name)
+
+
+def is_embedded(given: Any) -> bool:
+    """Whether this is a name of the embedded model; a Path never is."""
+    return isinstance(given, str) and given in DEMO
+
+
+# --- folders and hub ids ----------------------------------------------------------------------------------------------
+
+
+def _open_folder(name: str, source: str, tokenizer_from: Any = None) -> Source:
+    """A Hugging Face folder or hub id."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _named(name):
+        config = AutoConfig.from_pretrained(source, **_OWN_CODE)
+        if config.is_encoder_decoder:
+            raise MechsafetyError(f"{name} is an encoder-decoder ({config.model_type})", expected=DECODER)
+        kind = _auto_class(config)
+        with torch.device("meta"):
+            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        check_class(model)
+        tokenizer = (tokenizer_from or AutoTokenizer).from_pretrained(source, **_OWN_CODE)
+
+    return Source(name, public_name(name), model, tokenizer, partial(_read_folder, name, source, kind))
+
+
+def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str) -> Any:
+    """The model with its weights, all of which are the checkpoint's."""
+    with _named(name):
+        model, report = kind.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **_OWN_CODE
+        )
+    _check_complete(name, model, report)
+    return model.eval()
+
+
+def check_class(model: Any) -> None:
+    """Refuse a Hugging Face model of a class that the analyses are not exact on, or that TransformerLens does not know.
+
+    Raises:
+        MechsafetyError: What it is, and what is taken.
+    """
+    part = text_part(model)
+    check_kind(part)
+    check_known(part)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turn an error of the libraries underneath into one line."""
+    try:
+        yield
+    except MechsafetyError:
+        raise
+    except Exception as error:  # they raise many types
+        raise MechsafetyError(f"cannot load the model {name!r} ({first_line(error)})", expected=WANTED) from error
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that loads a checkpoint; for a multimodal model that of the whole."""
+    import transformers
+
+    named = (config.architectures or [""])[0]
+    if is_multimodal(config) and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        return getattr(transformers, named, transformers.AutoModelForCausalLM)
+    return transformers.AutoModelForCausalLM
+
+
+def _check_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not those of its model: transformers fills gaps with random numbers.
+
+    Args:
+        name: What the user gave.
+        model: The loaded model.
+        report: What `from_pretrained` says under ``output_loading_info``.
+
+    Raises:
+        MechsafetyError: How many tensors are missing, unread or of another shape, with the name of one of each.
+    """
+    unread = [key for key in report["unexpected_keys"] if not HARMLESS.search(key)]
+    shapes = {key: f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]}
+    problems = [
+        f"{what} {named(keys, 'tensor')}"
+        for what, keys in (
+            ("it lacks", set(report["missing_keys"]) - set(shapes)),
+            ("the model does not read", unread),
+            ("of another shape are", shapes.values()),
+        )
+        if keys
+    ]
+    if problems:
+        raise MechsafetyError(
+            f"the checkpoint of {name} does not fit {type(model).__name__}: {'; '.join(problems)}",
+            expected="every tensor of the model and no other",
+            cure="save it again with save_pretrained, under a config.json of the same model",
+        )
+
+
+def public_name(name: str) -> str:
+    """A local path is shortened to its last part, so that no machine's folders end up in results."""
+    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+
+
+def _open_gguf(name: str, path: Path, chat_template: str | None, prepare: Prepare) -> Source:
+    """A GGUF file, by way of the folder that is kept of it."""
+    from transformers import PreTrainedTokenizerFast
+
+    header = read_header(path)
+    if chat_template is None and TEMPLATE not in header.values:
+        raise no_template(name)  # to convert a tokenizer takes long
+
+    folder = gguf_folder(header, partial(_check_unread, name, prepare))
+    # not the class that the configuration names: it may split text otherwise than the file says
+    return _open_folder(name, str(folder), PreTrainedTokenizerFast)
+
+
+def _check_unread(name: str, prepare: Prepare, model: Any, tokenizer: Any) -> None:
+    """Refuse what a file's model without weights, or its tokenizer, shows to be impossible."""
+    check_class(model)
+    prepare(name, tokenizer)
+
+
+def _file_of(given: Any, file: str) -> tuple[str, Path]:
+    """Name and path of a file in a folder, or in a repository on the hub (or in the local copy of one)."""
+    if not str(file).lower().endswith(".gguf"):
+        raise MechsafetyError(f"file={str(file)!r}", expected="the name of a .gguf file")
+    if not isinstance(given, str | os.PathLike) or is_embedded(given):
+        shown = repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+        raise MechsafetyError(f"file={str(file)!r} of {shown}", expected="a hub id or a folder")
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        path = folder / file
+        if not path.is_file():
+            raise MechsafetyError(f"no such file: {path}", expected="a GGUF file")
+        return path.stem, path
+    if folder.exists() or not isinstance(given, str):
+        raise MechsafetyError(f"file={str(file)!r} of {os.fspath(given)!r}", expected="a hub id or a folder")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return f"{given}/{file}", Path(hf_hub_download(given, file))
+    except Exception as error:  # the hub's client raises many types
+        raise MechsafetyError(
+            f"cannot get the file {file!r} of {given!r} ({first_line(error)})", expected="a file of a hub repository"
+        ) from error
+
+
+def no_template(name: str) -> MechsafetyError:
+    """What is said of a base model."""
+    return MechsafetyError(
+        f"{name} has no chat template",
+        expected="a chat model",
+        cure="pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'",
+    )
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def _open_adapted(base: str, folder: Path, chat_template: str | None, prepare: Prepare) -> Source:
+    """The base model of an adapter that was given as the model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = None
+    if (folder / "tokenizer_config.json").is_file():  # what it was trained with
+        with _named(str(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN_CODE)
+        chat_template, prepare = "its own", partial(_instead, prepare, tokenizer)
+    try:
+        source = open_source(base, None, chat_template, prepare)
+    except MechsafetyError as error:
+        raise _of_base(folder, error) from error
+
+    tokenizer = source.tokenizer if tokenizer is None else tokenizer
+    return replace(source, tokenizer=tokenizer, read=partial(_read_base, folder, source), adapter=folder)
+
+
+def _instead(prepare: Prepare, tokenizer: Any, name: str, base: Any) -> None:
+    """Look at an adapter's tokenizer where its base model brings one."""
+    prepare(name, tokenizer)
+
+
+def _read_base(folder: Path, source: Source, dtype: torch.dtype | str) -> Any:
+    try:
+        return source.read(dtype)
+    except MechsafetyError as error:
+        raise _of_base(folder, error) from error
+
+
+def _of_base(folder: Path, error: MechsafetyError) -> MechsafetyError:
+    """What is wrong with the base model of an adapter."""
+    return MechsafetyError(
+        f"the base model of the adapter {folder.name!r}: {error.problem}",
+        expected=error.expected,
+        cure=error.cure or f"pass the base model and adapter={folder.name!r}",
+    )
+
+
+# --- models in memory -------------------------------------------------------------------------------------------------
+
+
+def _open_memory(given: Any) -> Source:
+    """A model that was handed over."""
+    model, tokenizer = _pair(given)
+    base = model.get_base_model() if is_peft(model) else model
+    if not is_wrapped(base):
+        check_class(base)
+    name = _name(base)
+    return Source(name, public_name(name), model, tokenizer, lambda dtype: model, in_memory=True)
+
+
+def _pair(given: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of what was handed over in memory."""
+    if isinstance(given, LensModel):
+        raise MechsafetyError(f"{given.name} is loaded already", cure="use it as it is")
+    alone = not isinstance(given, tuple)
+    model, tokenizer = (given, _own_tokenizer(given)) if alone else (given if len(given) == 2 else (None, None))
+    if not isinstance(model, torch.nn.Module) or not hasattr(tokenizer, "apply_chat_template"):
+        kinds = f"a tuple of {tuple(type(item).__name__ for item in given)}"
+        raise MechsafetyError(kinds, expected="(Hugging Face model, tokenizer)")
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):  # of a multimodal model
+        raise MechsafetyError(f"a {type(tokenizer).__name__} as tokenizer", cure="pass processor.tokenizer")
+    if is_wrapped(model):
+        return model, tokenizer
+    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise MechsafetyError("this model is wrapped already", cure="pass a fresh model, or copy.deepcopy it first")
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) and not is_peft(model):
+        inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+        held = inner.get(type(model).__name__)
+        raise MechsafetyError(
+            f"a {type(model).__name__}", expected="a Hugging Face model", cure=f"pass model.{held}" if held else ""
+        )
+    return model.eval(), tokenizer
+
+
+def _own_tokenizer(model: Any) -> Any:
+    """The tokenizer that a TransformerLens model brings."""
+    if not isinstance(model, torch.nn.Module):
+        cure = "write (model, tokenizer)" if isinstance(model, list) else ""
+        raise MechsafetyError(f"a {type(model).__name__} was given as the model", expected=WANTED, cure=cure)
+    if not is_wrapped(model) or model.tokenizer is None:
+        raise MechsafetyError(f"a {type(model).__name__} without a tokenizer", cure="pass (model, tokenizer)")
+    return model.tokenizer
+
+
+def _name(model: Any) -> str:
+    """What a model that was handed over is called."""
+    own = wrapped_name(model) if is_wrapped(model) else getattr(model.config, "_name_or_path", "")
+    return own or type(model).__name__
