@@ -377,6 +377,7 @@ def test_a_signal_cleans_up(tmp_path, number, code, word):
     """Ctrl-C, and what batch systems send at a time limit, when the work is about to begin."""
     program = f"""if True:
         import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
         from mechsafety import cli
         def begin(folder, needed):
             assert os.listdir("new") == [folder.name], "the scratch folder is there"

@@ -137,7 +137,7 @@ def _keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     place = folder / "tokenizer_config.json"
     settings = json.loads(place.read_text(encoding="utf-8"))
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    place.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    place.write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _weights(header: Header, parts: Path, config: Any) -> dict[str, Tensor]:

@@ -113,7 +113,9 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
     try:
         make(scratch)
         names = sorted(path.name for path in scratch.iterdir())
-        (scratch / MANIFEST).write_text(json.dumps(_digests(scratch, names), indent=1), encoding="utf-8")
+        (scratch / MANIFEST).write_text(
+            json.dumps(_digests(scratch, names), indent=1, allow_nan=False), encoding="utf-8"
+        )
         if folder.exists():
             os.replace(folder, old)
         os.replace(scratch, folder)
