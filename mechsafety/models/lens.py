@@ -364,8 +364,7 @@ class LensModel:
 
     def decode(self, replies: Sequence[Sequence[int]]) -> list[str]:
         """Replies as text, special tokens and blanks around left out."""
-        texts = self.tokenizer.batch_decode([list(reply) for reply in replies], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return [self.tokenizer.decode(list(reply), skip_special_tokens=True).strip() for reply in replies]
 
     @public
     def cache(
