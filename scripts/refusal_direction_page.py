@@ -546,7 +546,7 @@ def other_section(record: Record, sentence: str) -> list[str]:
         "Every method on the same two sets of contrast data. Vectors of the residual stream are those of the chosen "
         "layer; removed *everywhere* is what the chosen direction undergoes, at *its own sites alone* is that layer's "
         "input, or the heads that inference-time intervention shifts. *Cosine*: with the mean difference on AdvBench "
-        "and Alpaca, which is the chosen direction. Rows of 50 are the first 50 prompts of the 100.",
+        "and Alpaca, which is the chosen direction.",
         "",
         sentence,
         "",

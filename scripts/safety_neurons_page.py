@@ -273,6 +273,7 @@ def refused(side: str) -> Any:
     return lambda r: sum(row[side] for row in r["seed_refusals"]) / sum(row["of"] for row in r["seed_refusals"])
 
 
+SIZED = "overlap, permuted in sizes"
 SEEDS = {
     "n": "size/seeds",
     "mean": of_seeds("overlap", "mean"),
@@ -340,6 +341,20 @@ SENTENCES = {
         "helpful <- safe", "helpful", (True, False), "where safety rises and helpfulness falls"
     ),
     "seeds": Sentence(
+        "Seeds: any two of {n} share {mean:.1%} of their top 5 % on average ({low:.1%} to {high:.1%}). {large:.0%} of "
+        "each top is among as many neurons with the largest activations in the base. Permutations within layers and "
+        "groups of like activation, which keep the neurons' size, share {null:.1%} on average, at most {most:.1%} "
+        "(largest p {p:.3f}): most of the agreement is size, and some is beyond it. In the paper different training "
+        "runs give largely the same neurons.",
+        SEEDS
+        | {
+            "null": of_seeds(SIZED, "mean"),
+            "most": of_seeds(SIZED, "max"),
+            "p": of_seeds("overlap, p", "max"),
+        },
+        lambda mean, low, null, most, p: p < SIGNIFICANT and low > most and null > mean / 2,
+    ),
+    "seeds_open": Sentence(
         "Seeds: any two of {n} share {mean:.1%} of their top 5 % on average ({low:.1%} to {high:.1%}). {large:.0%} of "
         "each top is among as many neurons with the largest activations in the base, and the null within sizes was not "
         "measured for seeds: how much of the {mean:.1%} is size is open. In the paper different training runs give "
@@ -444,6 +459,7 @@ def findings(record: Record) -> list[str]:
 def told(record: Record) -> list[str]:
     """Names of the sentences of this record: those on what was not measured stand in for those on what was."""
     left_out = {"overlap_open" if record["tax_agreement_sized"] else "overlap"}
+    left_out.add("seeds_open" if SIZED in record["seeds"][0] else "seeds")
     if record["tax"] is None:
         left_out |= {"overlap", "overlap_open", "by_ratio", "safe", "helpful"}
     return [name for name in SENTENCES if name not in left_out]
@@ -547,7 +563,11 @@ def effect(record: Record) -> list[str]:
     for name, what in (
         ("rms", "{score}, {n} harmful prompts of held-out topics; ranked by change (rms):"),
         ("ratio", "Ranked by the ratio score:"),
-        ("judge", "Phrase judge, {n} prompts, greedy replies:"),
+        (
+            "judge",
+            "Phrase judge, {n} prompts, greedy replies; these intervals are of the percentile bootstrap, which is too "
+            "narrow on so few prompts ([coverage](coverage.md)):",
+        ),
     ):
         lines += [what.format(**record["ends_of"][name]), ""]
         lines += [
@@ -611,6 +631,9 @@ def numbers_of(rows: list[dict[str, Any]]) -> list[str]:
     return [name for name in rows[0] if not isinstance(rows[0][name], str)]
 
 
+NULLS = ("permuted in layers", "permuted in sizes")
+
+
 def seeds_section(record: Record) -> list[str]:
     frame = pd.DataFrame(record["seeds"])
     means = [
@@ -619,7 +642,7 @@ def seeds_section(record: Record) -> list[str]:
             "mean": frame[name].mean(),
             "lowest": frame[name].min(),
             "highest": frame[name].max(),
-            "permuted in layers": frame[f"{name}, permuted in layers"].mean(),
+            **{how: frame[f"{name}, {how}"].mean() for how in NULLS if f"{name}, {how}" in frame},
         }
         for name in ("overlap", "spearman_top", "spearman_all")
     ]
@@ -628,7 +651,7 @@ def seeds_section(record: Record) -> list[str]:
         f"{size['seeds']} adapters, each trained for one epoch, at twice the learning rate of the shipped one's first "
         f"stage, on {size['seed_examples']} pairs and as many single prompts drawn by its seed; scored on the "
         f"same {size['seed_prompts']} prompts. Over all pairs of seeds (permutations within layers leave the neurons' "
-        "size in, so their p is not shown):"
+        "size in; those within groups of like size do not):"
     ]
     kept = [name for name in frame.columns if not name.endswith(", p")]
     lines += ["", table(pd.DataFrame(means)), "", table(frame[kept]), "", "What each refuses, test topics:", ""]
