@@ -94,6 +94,11 @@ class ActivationCache:
         return f"ActivationCache({len(self.tokens)} prompts: {shapes})"
 
     @property
+    def opener_ids(self) -> tuple[int, ...]:
+        """Tokens of a reply's opener that end every prompt."""
+        return self.tokens.opener_ids
+
+    @property
     def resid(self) -> Float[Tensor, "layer_plus_1 batch pos d_model"]:
         """Residual stream before every block; the last entry is the final norm's input."""
         return self._get("resid")

@@ -46,6 +46,7 @@ def map_command(
     budget_seconds: float | None = None,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    opener: str | None = None,
     adapter: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -82,6 +83,8 @@ def map_command(
         Tokens that begin a refusal; found from the model's own replies by default.
     comply_token
         Tokens that begin a compliant reply; turns the metric into a logit difference.
+    opener
+        First words of the reply after which the refusal tokens are read, such as "I'm".
     adapter
         Folder of a peft adapter to merge.
     device
@@ -91,7 +94,7 @@ def map_command(
     chat_template
         "plain" for models without a chat template of their own.
     template_option
-        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, enable_thinking=false.
+        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
     seed
         Seed of everything random.
     as_json
@@ -108,6 +111,8 @@ def map_command(
         chosen = PromptPairs.builtin() if pairs is None else PromptPairs.from_file(pairs, align)
         if comply_token and not refusal_token:
             raise MechsafetyError("--comply-token without --refusal-token", expected="both, or neither")
+        if opener is not None and not refusal_token:
+            raise MechsafetyError("--opener without --refusal-token", expected="both, or neither")
         options = dict(map(_option, template_option))
         quiet_libraries()
         from mechsafety.circuits import map_refusal_circuit
@@ -130,7 +135,7 @@ def map_command(
             template_options=options,
             on_tokenizer=fit,
         )
-        metric = RefusalLogOdds.of(lens, refusal_token, comply_token) if refusal_token else None
+        metric = RefusalLogOdds.of(lens, refusal_token, comply_token, opener=opener) if refusal_token else None
         circuit = map_refusal_circuit(
             lens,
             chosen,
@@ -216,6 +221,7 @@ def _summary(circuit: Any, out: Path) -> str:
         size += f" ({len(circuit.nodes) / circuit.n_candidates:.0%})"
     rows += [
         ("metric", f"{circuit.metric['name']}, refusal tokens {circuit.metric['refusal_tokens']}"),
+        *_read(circuit.metric),
         ("circuit", size),
         ("faithfulness", _measured(check.faithfulness, f"{check.faithfulness:.2f} on the pairs it was found on")),
         ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}")),
@@ -267,6 +273,14 @@ def _stability(found: Any) -> str:
     return (
         f"mean Jaccard overlap {found.mean:.2f} with circuits of {len(found.jaccards)} bootstrap resamples of the pairs"
     )
+
+
+def _read(metric: Any) -> list[tuple[str, str]]:
+    """Where the metric reads, and how far refused and answered prompts part at each place that was tried."""
+    from mechsafety.results import parting, reads_where
+
+    tried = [(f"  AUROC {where}", value) for where, value in parting(metric)]
+    return [("  read", reads_where(metric).removeprefix("read ")), *tried] if tried or metric.get("opener") else []
 
 
 def _roles(circuit: Any) -> list[str]:

@@ -134,8 +134,15 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     The checked parameters' names stand in its attribute ``checks``. A value that is the parameter's default is left as
     it is. A context manager is entered and left under the usual switches; what its user does inside is not.
+
+    The metric says where the model is read: a function that is given a `RefusalLogOdds` gets `LensModel.reading` of its
+    opener for each of its models, and refuses tokens and runs that were made with another opener or without one.
     """
     signature = inspect.signature(function)
+    models, metrics = (
+        [name for name, p in signature.parameters.items() if _mentions(p.annotation, kind)]
+        for kind in ("LensModel", "RefusalLogOdds")
+    )
     checks = {name: check for name, p in signature.parameters.items() if (check := _check(name, p.annotation))}
 
     @functools.wraps(function)
@@ -148,11 +155,54 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             for name, value in bound.arguments.items():
                 if name in checks and value is not signature.parameters[name].default:
                     bound.arguments[name] = checks[name](value)
+            for name in metrics:
+                metric: Any = bound.arguments.get(name)
+                if hasattr(metric, "opener_ids"):
+                    _read_after(metric.opener_ids, bound.arguments, models, name)
             out = function(*bound.args, **bound.kwargs)
         return cast(R, _Settled(out)) if isinstance(out, AbstractContextManager) else out
 
     vars(checked)["checks"] = tuple(checks)
     return checked
+
+
+def check_opener(given: Any, opener_ids: tuple[int, ...], what: str) -> None:
+    """Refuse tokens, or runs of them, that do not end where a metric reads.
+
+    Raises:
+        MechsafetyError: They end in another opener, or in none.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_opener(SimpleNamespace(opener_ids=()), (40, 2776), "runs")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: runs made without a reply opener; expected the metric's opener (40, 2776); \
+make them with model.reading(metric.opener_ids)
+    """
+    own = given.opener_ids
+    if own != opener_ids:
+        made = f"with the reply opener {own}" if own else "without a reply opener"
+        raise MechsafetyError(
+            f"{what} made {made}",
+            expected=f"the metric's opener {opener_ids}" if opener_ids else "none, as the metric has none",
+            cure="make them with model.reading(metric.opener_ids)",
+        )
+
+
+def _read_after(opener_ids: tuple[int, ...], arguments: Any, models: Sequence[str], metric: str) -> None:
+    """Read the models among a function's arguments after an opener, and check what was tokenized before."""
+    for name, value in arguments.items():
+        if name in models:
+            arguments[name] = value if value is None else value.reading(opener_ids)
+        elif name != metric:
+            for part in value if isinstance(value, list | tuple) else (value,):
+                if hasattr(part, "opener_ids"):
+                    check_opener(part, opener_ids, name)
+
+
+def _mentions(annotation: Any, kind: str) -> bool:
+    """Whether an annotation is a class of that name, or one of several that are allowed."""
+    return any(kind in (part, getattr(part, "__name__", "")) for part in (annotation, *get_args(annotation)))
 
 
 class _Settled(AbstractContextManager[Any]):
@@ -174,7 +224,7 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     """What an annotation asks of a value; of several that are allowed, a value of another kind passes as it is."""
     asked = (annotation, *get_args(annotation))
     kinds = [kind for kind in asked if kind in _KINDS]
-    if any("LensModel" in (kind, getattr(kind, "__name__", "")) for kind in asked):  # its module stands above this one
+    if _mentions(annotation, "LensModel"):  # its module stands above this one
         optional = type(None) in asked
         return lambda value: value if value is None and optional else lens_model(value, name)
     if not kinds:

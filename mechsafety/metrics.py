@@ -2,8 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,37 +14,73 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Texts, public
+from mechsafety.inputs import Count, Prompts, Texts, public
 from mechsafety.models import LensModel
+from mechsafety.openers import (
+    FLOOR,
+    Candidate,
+    auroc,
+    begins,
+    best,
+    candidates,
+    check_comes,
+    logits_along,
+    longest,
+    opener_ids_of,
+    settles,
+)
 from mechsafety.prompts import PromptPairs
 from mechsafety.replies import is_refusal
+from mechsafety.results import Opener, reads_where
 
 logger = logging.getLogger(__name__)
 
+BATCH = 16  # prompts at once
+CHOOSE = "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class RefusalLogOdds:
-    """How strongly a model leans to refusing, read from its next-token logits after the chat prompt.
+    """How strongly a model leans to refusing, read from its next-token logits.
+
+    Read after the chat prompt, or, with an opener, after the prompt and the reply's first tokens, which are put in its
+    mouth: a model whose every reply begins with ``I'm`` decides one token later. Analyses read there by themselves.
 
     Without a comply set: log P_R - log(1 - P_R), where P_R sums the probabilities of the refusal tokens, computed in
     log space so that it does not saturate. With one: mean logit of the refusal tokens less that of the comply tokens.
-    In nats; above 0 the model is more likely than not to begin with a refusal token.
+    In nats; above 0 the model is more likely than not to go on with a refusal token.
+
+    With whole openers (`whole`), P_R is the probability that the reply begins with one of them, each the product of its
+    tokens' probabilities. That needs the logits of several columns: `scores` gives it, and the analyses that score
+    prompts; those that read one column refuse it.
 
     Attributes:
         refusal_ids, comply_ids: Token ids.
         refusal_tokens, comply_tokens: The same as text.
+        opener_ids: Tokens of the reply after which it is read; none for the prompt's end.
+        opener: The same as text.
+        whole_ids: Token ids of whole refusal openers, of which none begins with another.
+        whole_texts: The same as text.
+        tried: The openers that `detect` tried, with their AUROC; no part of what the metric is.
 
     Example:
         >>> import torch
         >>> metric = RefusalLogOdds((0,), ("Sorry",))
         >>> metric(torch.tensor([[0.0, 0.0, 0.0]])).exp().round(decimals=3)  # P_R = 1/3
         tensor([0.5000])
+        >>> RefusalLogOdds((7,), (" sorry",), opener_ids=(40, 2776), opener="I'm")
+        RefusalLogOdds(read after `I'm`: next token ` sorry`)
     """
 
     refusal_ids: tuple[int, ...]
     refusal_tokens: tuple[str, ...]
     comply_ids: tuple[int, ...] = ()
     comply_tokens: tuple[str, ...] = ()
+    opener_ids: tuple[int, ...] = ()
+    opener: str = ""
+    whole_ids: tuple[tuple[int, ...], ...] = ()
+    whole_texts: tuple[str, ...] = ()
+    tried: tuple[Opener, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.refusal_ids:
@@ -54,9 +92,27 @@ class RefusalLogOdds:
             twice = sorted(token for token, n in Counter(ids).items() if n > 1)
             if twice:
                 raise MechsafetyError(f"tokens {twice} are given twice", expected="each once")
+        if self.whole_ids and (self.comply_ids or self.opener_ids):
+            raise MechsafetyError("whole openers with comply tokens or an opener", expected="whole openers alone")
+        if len(longest(self.whole_ids)) < len(self.whole_ids) or not all(self.whole_ids):
+            raise MechsafetyError(
+                f"the whole openers {self.whole_texts}", expected="some, none of which begins with another"
+            )
+
+    def __repr__(self) -> str:
+        chosen = next((one for one in self.tried if one.opener_ids == self.opener_ids), None)
+        shown = ""
+        if chosen is not None and chosen.auroc is not None:
+            shown = f"; AUROC {chosen.auroc:.3f} of {chosen.refused} refused and {chosen.answered} answered prompts"
+        return f"RefusalLogOdds({reads_where(self.to_json())}{shown})"
 
     def __call__(self, logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
-        """Score of each row of next-token logits."""
+        """Score of each row of next-token logits, of the column at which the metric reads.
+
+        Raises:
+            MechsafetyError: Whole openers, which no single column tells.
+        """
+        self.check_one_column()
         logits = logits.float()
         chosen = logits[..., list(self.refusal_ids)]
         if self.comply_ids:
@@ -64,10 +120,72 @@ class RefusalLogOdds:
         ids = torch.tensor(self.refusal_ids, device=logits.device)
         return chosen.logsumexp(-1) - logits.index_fill(-1, ids, -torch.inf).logsumexp(-1)
 
+    def check_one_column(self) -> None:
+        """Refuse whole openers, where an analysis reads the logits of one column.
+
+        Raises:
+            MechsafetyError: The metric has some.
+        """
+        if self.whole_ids:
+            raise MechsafetyError(
+                "log-odds of whole openers, which are not read from one column's logits",
+                expected="a metric of one next token",
+                cure="use RefusalLogOdds.detect(model, pairs) here, or score prompts: metric.scores(model, prompts)",
+            )
+
+    @public
+    def scores(self, model: LensModel, prompts: Prompts, batch_size: Count = BATCH) -> Float[Tensor, " prompt"]:
+        """Score of each prompt where the metric reads: at the prompt's end, after its opener, or along whole ones.
+
+        Args:
+            model: The model.
+            prompts: Requests.
+            batch_size: Prompts at once.
+
+        Raises:
+            MechsafetyError: As `LensModel.tokenize`.
+        """
+        if not self.whole_ids:
+            return self(model.reading(self.opener_ids).logits(prompts, batch_size))
+        parts = [prompts[k : k + batch_size] for k in range(0, len(prompts) or 1, batch_size)]
+        return torch.cat([self.along(partial(logits_along, model, part)) for part in parts])
+
+    def along(self, read: Callable[[tuple[int, ...]], Float[Tensor, "row after d_vocab"]]) -> Float[Tensor, " row"]:
+        """Log-odds of whole openers, from the logits along each.
+
+        The openers are a tree of tokens. Every reply leaves it at one place: at the end of an opener, or before. The
+        log-odds are those of the two, each summed in log space, so that they do not saturate and count nothing twice.
+
+        Args:
+            read: Gives, for an opener's tokens but the last, the next-token logits after none, one, two ... of them.
+        """
+        begun: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # log-probability of coming there, and what follows
+        ends = []
+        for ids in self.whole_ids:
+            steps = read(ids[:-1]).log_softmax(-1)
+            reach = torch.zeros_like(steps[:, 0, 0])
+            for k, token in enumerate(ids):
+                begun.setdefault(ids[:k], (reach, steps[:, k]))
+                reach = reach + steps[:, k, token]
+            ends.append(reach)
+        left = []
+        for prefix, (reach, follows) in begun.items():
+            inside = {ids[len(prefix)] for ids in self.whole_ids if begins(ids, prefix)}
+            index = torch.tensor(sorted(inside), device=follows.device)
+            left.append(reach + follows.index_fill(-1, index, -torch.inf).logsumexp(-1))
+        return torch.stack(ends).logsumexp(0) - torch.stack(left).logsumexp(0)
+
     @property
     def name(self) -> str:
-        """``refusal_log_odds``, or ``logit_difference`` with a comply set."""
+        """``refusal_log_odds``, ``logit_difference`` with a comply set, ``whole_opener_log_odds`` of whole openers."""
+        if self.whole_ids:
+            return "whole_opener_log_odds"
         return "logit_difference" if self.comply_ids else "refusal_log_odds"
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether it reads the logits at the prompt's end alone."""
+        return not self.opener_ids and not self.whole_ids
 
     @property
     def is_linear(self) -> bool:
@@ -75,14 +193,23 @@ class RefusalLogOdds:
         return bool(self.comply_ids)
 
     def to_json(self) -> dict[str, Any]:
-        """Name, token texts and token ids, as stored in results."""
-        return {
+        """Name, token texts and token ids, as stored in results; and what there is of openers."""
+        found: dict[str, Any] = {
             "name": self.name,
             "refusal_tokens": list(self.refusal_tokens),
             "comply_tokens": list(self.comply_tokens),
             "refusal_ids": list(self.refusal_ids),
             "comply_ids": list(self.comply_ids),
         }
+        if self.opener_ids:
+            found |= {"opener": self.opener, "opener_ids": list(self.opener_ids)}
+        if self.whole_ids:
+            found |= {"whole_texts": list(self.whole_texts), "whole_ids": [list(ids) for ids in self.whole_ids]}
+        if self.tried:
+            found["tried"] = [
+                {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(one).items()} for one in self.tried
+            ]
+        return found
 
     @classmethod
     @public
@@ -95,28 +222,80 @@ class RefusalLogOdds:
         Raises:
             MechsafetyError: Another kind of metric, ids beyond the model's vocabulary, or as `of`.
         """
-        if data.get("name") not in ("refusal_log_odds", "logit_difference"):
+        if data.get("name") not in ("refusal_log_odds", "logit_difference", "whole_opener_log_odds"):
             raise MechsafetyError(f"the metric {data.get('name')!r}", expected="one that a RefusalLogOdds stored")
         refusal, comply = tuple(data["refusal_tokens"]), tuple(data["comply_tokens"])
         if "refusal_ids" not in data:
             return cls.of(model, refusal, comply)
         ids = tuple(data["refusal_ids"]), tuple(data["comply_ids"])
-        strange = [token for token in (*ids[0], *ids[1]) if not 0 <= token < model.d_vocab]
+        opener, whole = tuple(data.get("opener_ids", ())), tuple(tuple(one) for one in data.get("whole_ids", ()))
+        strange = [
+            token
+            for token in (*ids[0], *ids[1], *opener, *chain.from_iterable(whole))
+            if not 0 <= token < model.d_vocab
+        ]
         if strange:
             raise MechsafetyError(f"token {strange[0]}", expected=f"ids of {model.name}, below {model.d_vocab}")
-        return cls(ids[0], refusal, ids[1], comply)
+        return cls(
+            ids[0],
+            refusal,
+            ids[1],
+            comply,
+            opener,
+            data.get("opener", ""),
+            whole,
+            tuple(data.get("whole_texts", ())),
+            tuple(_opener(row) for row in data.get("tried", ())),
+        )
 
     @classmethod
     @public
-    def of(cls, model: LensModel, refusal_tokens: Texts, comply_tokens: Texts = ()) -> "RefusalLogOdds":
+    def of(
+        cls,
+        model: LensModel,
+        refusal_tokens: Texts,
+        comply_tokens: Texts = (),
+        *,
+        opener: str | Sequence[int] | None = None,
+    ) -> "RefusalLogOdds":
         """Metric from token texts.
 
+        Args:
+            model: The model.
+            refusal_tokens: Tokens that a refusal goes on with where the metric reads.
+            comply_tokens: Tokens that an answer goes on with; turns the metric into a logit difference.
+            opener: First words (or token ids) of the reply after which it is read; none for the prompt's end.
+
         Raises:
-            MechsafetyError: A text is not exactly one token (its tokens are in the message).
+            MechsafetyError: A text is not exactly one token (its tokens are in the message), or an opener without any.
         """
         refusal = tuple(_single_token(model, text) for text in refusal_tokens)
         comply = tuple(_single_token(model, text) for text in comply_tokens)
-        return cls(refusal, tuple(refusal_tokens), comply, tuple(comply_tokens))
+        ids = () if opener is None else opener_ids_of(model, opener)
+        text = model.tokenizer.decode(list(ids)) if ids else ""
+        return cls(refusal, tuple(refusal_tokens), comply, tuple(comply_tokens), ids, text)
+
+    @classmethod
+    @public
+    def whole(cls, model: LensModel, openers: Texts) -> "RefusalLogOdds":
+        """Metric of late refusals: the log-odds that a reply begins with one of several whole refusal openers.
+
+        log P - log(1 - P), where P sums over the openers the product of their tokens' probabilities, each token read
+        after the prompt and the tokens before it (teacher-forced). An opener that begins with another one adds nothing
+        to it and is left out.
+
+        Args:
+            model: The model.
+            openers: Such as ``["I'm sorry", "As an AI"]``.
+
+        Raises:
+            MechsafetyError: No opener, or one without tokens.
+        """
+        found = {opener_ids_of(model, text): text for text in openers}
+        kept = [ids for ids in found if not any(begins(ids, other) for other in found if other != ids)]
+        first = tuple(dict.fromkeys(ids[0] for ids in kept))
+        texts = tuple(model.tokenizer.decode([token]) for token in first)
+        return cls(first, texts, whole_ids=tuple(kept), whole_texts=tuple(found[ids] for ids in kept))
 
     @classmethod
     @public
@@ -125,46 +304,115 @@ class RefusalLogOdds:
         model: LensModel,
         pairs: PromptPairs,
         *,
-        replies: tuple[Sequence[str], Sequence[str]] | None = None,
-        openers: tuple[Sequence[int], Sequence[int]] | None = None,
+        replies: tuple[Sequence[Any], Sequence[Any]] | None = None,
+        logits: tuple[Float[Tensor, "harmful d_vocab"], Float[Tensor, "harmless d_vocab"]] | None = None,
+        opener: str | Sequence[int] | None = None,
         max_harmless_share: float = 0.05,
     ) -> "RefusalLogOdds":
-        """Find the tokens with which this model begins its refusals.
+        """Find where this model's refusals and answers part: after which opener, and which tokens refuse there.
 
-        The first tokens of the greedy replies to harmful prompts that `is_refusal` judges refusals; kept are those
-        that begin at most ``max_harmless_share`` of the compliant replies to harmless prompts, so that an ambiguous
-        opener ("I") does not count.
+        Openers are none (the prompt's end) and the first one to four tokens of the refusals, where at least a fifth of
+        them begin so. After each, the refusal tokens are those that follow it in the greedy replies to harmful prompts
+        that `is_refusal` judges refusals; kept are those that begin so at most ``max_harmless_share`` of the answers to
+        harmless prompts, so that an ambiguous token ("I") does not count. All prompts are then read after the opener,
+        whatever their own replies were, and the AUROC of the log-odds tells those that were refused from those that
+        were answered. Chosen is the shortest opener whose AUROC is at least 0.8 and at most 0.02 below the best;
+        ``tried`` lists all. Once an AUROC is 0.98 or more, no longer opener is tried.
 
         Args:
             model: The model.
             pairs: Prompts to look at.
-            replies: Replies to (harmful, harmless) prompts if they are known already.
-            openers: Their first token ids; read from the model's logits by default, because a reply's text does not
-                tell whether it began with a space.
-            max_harmless_share: How often a refusal token may begin a compliant reply.
+            replies: Token ids of the greedy replies to (harmful, harmless) prompts (`LensModel.reply_ids`), if they are
+                known already.
+            logits: Next-token logits at the ends of these prompts, if they are known already.
+            opener: First words (or token ids) of the reply, to read after them and nowhere else.
+            max_harmless_share: How often answers may begin like the refusals that a token stands for.
 
         Raises:
-            MechsafetyError: The model refuses none of the harmful prompts, or only with ambiguous openers.
+            MechsafetyError: The model refuses none of the harmful prompts; or no opener parts refusals from answers; or
+                an opener was given that no reply begins with.
         """
-        harmful, harmless = replies or (model.generate(pairs.harmful, 24), model.generate(pairs.harmless, 24))
-        sides = (pairs.harmful, pairs.harmless)
-        first = openers or tuple(model.logits(side).argmax(-1).tolist() for side in sides)
-        found = Counter(token for token, reply in zip(first[0], harmful, strict=True) if is_refusal(reply))
-        if not found:
+        said = replies or tuple(model.reply_ids(side, 24) for side in (pairs.harmful, pairs.harmless))
+        if any(isinstance(reply, str) for side in said for reply in side):
+            raise MechsafetyError("replies as text", expected="token ids", cure="pass model.reply_ids(prompts)")
+        refused = [[is_refusal(text) for text in model.decode(side)] for side in said]
+        refusals = [ids for ids, no in zip(said[0], refused[0], strict=True) if no]
+        if not refusals:
+            raise MechsafetyError(f"none of {len(said[0])} harmful prompts was refused", cure=CHOOSE)
+        answers = [ids for ids, no in zip(said[1], refused[1], strict=True) if not no]
+        found = candidates(refusals, answers, model.end_ids)
+        if opener is not None:
+            given = opener_ids_of(model, opener)
+            check_comes(model, given, [*said[0], *said[1]])
+            found = [one for one in found if one.opener_ids == given]
+        usable = [one for one in found if one.kept(max_harmless_share)]
+        if not usable:
+            raise _nothing_parts(model, found, opener)
+        metrics = {one.opener_ids: _reading(cls, model, one, max_harmless_share) for one in usable}
+        judged = [*refused[0], *refused[1]]
+        scores = _scores(model, metrics, [*pairs.harmful, *pairs.harmless], judged, logits)
+        n = sum(judged)
+        tried = [
+            Opener(ids, own.opener, own.refusal_tokens, scores[ids], n, len(judged) - n, share)
+            for ids, share in ((one.opener_ids, one.share) for one in usable)
+            if (own := metrics[ids]) and ids in scores
+        ]
+        chosen = best(tried) if opener is None else tried[0]
+        if chosen is None:
+            most = max(tried, key=lambda one: one.auroc or 0.0)
+            where = f"after {most.opener!r}" if most.opener_ids else "at the prompt's end"
             raise MechsafetyError(
-                f"none of {len(harmful)} harmful prompts was refused",
-                cure="choose them: RefusalLogOdds.of(model, refusal_tokens=[...])",
+                f"no reply opener parts {most.refused} refused from {most.answered} answered prompts: "
+                f"the best AUROC of {len(tried)} is {most.auroc:.2f}, {where}",
+                expected=f"at least {FLOOR}",
+                cure="give other prompts, or " + CHOOSE,
             )
-        compliant = [token for token, reply in zip(first[1], harmless, strict=True) if not is_refusal(reply)]
-        share = {token: compliant.count(token) / max(len(compliant), 1) for token in found}
-        kept = sorted(token for token in found if share[token] <= max_harmless_share)
-        if not kept:
-            texts = {model.tokenizer.decode([token]): round(share[token], 3) for token in found}
-            raise MechsafetyError(
-                f"the refusals begin like compliant replies {texts}",
-                cure="choose them: RefusalLogOdds.of(model, refusal_tokens=[...])",
-            )
-        return cls(tuple(kept), tuple(model.tokenizer.decode([token]) for token in kept))
+        return replace(metrics[chosen.opener_ids], tried=tuple(tried))
+
+
+def _opener(row: Mapping[str, Any]) -> Opener:
+    """An opener from JSON, whose lists are tuples here."""
+    kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Opener(**kept)
+
+
+def _reading(kind: type[RefusalLogOdds], model: LensModel, one: Candidate, max_share: float) -> RefusalLogOdds:
+    """The metric that reads after an opener."""
+    kept = one.kept(max_share)
+    texts = tuple(model.tokenizer.decode([token]) for token in kept)
+    return kind(kept, texts, opener_ids=one.opener_ids, opener=model.tokenizer.decode(list(one.opener_ids)))
+
+
+def _scores(
+    model: LensModel,
+    metrics: Mapping[tuple[int, ...], RefusalLogOdds],
+    prompts: Sequence[str],
+    refused: Sequence[bool],
+    logits: Sequence[Tensor] | None,
+) -> dict[tuple[int, ...], float | None]:
+    """AUROC of each opener's metric; of none after the prompt's end, where no longer opener can better that."""
+    if () in metrics:
+        own = metrics[()]
+        first = auroc(own.scores(model, prompts) if logits is None else own(torch.cat(list(logits))), refused)
+        if settles(first):
+            return {(): first}
+    scores: dict[tuple[int, ...], list[Tensor]] = {ids: [] for ids in metrics}
+    for part in (prompts[k : k + BATCH] for k in range(0, len(prompts), BATCH)):
+        found: dict[tuple[int, ...], Tensor] = {}
+        for whole in longest(list(metrics)):
+            along = logits_along(model, part, whole)
+            found |= {whole[:k]: along[:, k] for k in range(len(whole) + 1)}
+        for ids, values in scores.items():
+            values.append(metrics[ids](found[ids]))
+    return {ids: auroc(torch.cat(values), refused) for ids, values in scores.items()}
+
+
+def _nothing_parts(model: LensModel, found: Sequence[Candidate], opener: Any) -> MechsafetyError:
+    """What to say where no token follows an opener in refusals alone."""
+    if not found:
+        return MechsafetyError(f"no refusal goes on after the opener {opener!r}", cure=CHOOSE)
+    texts = {model.tokenizer.decode([token]): round(share, 3) for token, share in found[0].following.items()}
+    return MechsafetyError(f"the refusals begin like compliant replies {texts}", cure=CHOOSE)
 
 
 def _single_token(model: LensModel, text: str) -> int:

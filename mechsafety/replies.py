@@ -358,7 +358,7 @@ def judge_agreement(first: Sequence[str] | JudgedReplies, second: Sequence[str] 
 @public
 def reply_loss(model: LensModel, prompts: Prompts, replies: Texts) -> Float[Tensor, " prompt"]:
     """Mean negative log-likelihood per token of given replies to chat prompts, in nats; NaN for an empty reply."""
-    losses = []
+    losses, model = [], model.reading(())  # a reply begins where the prompt ends
     for prompt, reply in zip(prompts, replies, strict=True):
         tokens = model.tokenize([prompt])
         ids = model.tokenizer(reply, add_special_tokens=False)["input_ids"]

@@ -76,6 +76,66 @@ class Provenance:
         return cls(**data)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opener:
+    """A reply's first tokens after which a model may be read, and how far refusals and answers part there.
+
+    Attributes:
+        opener_ids: The tokens; none for the prompt's end.
+        opener: The same as text.
+        refusal_tokens: What follows it in refusals and hardly ever in answers.
+        auroc: Probability that a refused prompt scores higher than an answered one; None where every prompt was
+            refused.
+        refused, answered: Numbers of these prompts.
+        share: Share of the refusals of harmful prompts that begin with it.
+    """
+
+    opener_ids: tuple[int, ...]
+    opener: str
+    refusal_tokens: tuple[str, ...]
+    auroc: float | None
+    refused: int
+    answered: int
+    share: float
+
+
+def reads_where(metric: Mapping[str, Any]) -> str:
+    """Where a stored metric reads a model, in words.
+
+    Example:
+        >>> reads_where({"refusal_tokens": [" sorry"], "opener": "I'm"})
+        "read after `I'm`: next token ` sorry`"
+        >>> reads_where({"refusal_tokens": ["Sorry"]})
+        "read at the prompt's end: next token `Sorry`"
+    """
+    whole, opener = metric.get("whole_texts"), metric.get("opener")
+    if whole:
+        return "read along whole openers " + ", ".join(f"`{text}`" for text in whole)
+    tokens, against = (
+        ", ".join(f"`{text}`" for text in metric.get(f"{kind}_tokens") or ()) for kind in ("refusal", "comply")
+    )
+    where = f"after `{opener}`" if opener else "at the prompt's end"
+    return f"read {where}: next token {tokens}" + (f" against {against}" if against else "")
+
+
+def parting(metric: Mapping[str, Any]) -> list[tuple[str, str]]:
+    r"""Each place where a detected metric was tried, and how far refused and answered prompts part there.
+
+    Example:
+        >>> parting({"tried": [{"opener": "I'm", "opener_ids": [1], "auroc": 0.98, "refused": 9, "answered": 7}]})
+        [('after `I\'m`', '0.980 (9 prompts refused, 7 answered)')]
+    """
+    return [
+        (
+            f"after `{one['opener']}`" if one["opener_ids"] else "at the prompt's end",
+            "unknown: no prompt was answered"
+            if one["auroc"] is None
+            else f"{one['auroc']:.3f} ({one['refused']} prompts refused, {one['answered']} answered)",
+        )
+        for one in metric.get("tried") or ()
+    ]
+
+
 def norms_note(provenance: Provenance) -> str:
     """What a result's line says of norms after attention and MLP; empty for a model without any."""
     how = provenance.options.get("block_norms")

@@ -44,8 +44,8 @@ class Study:
         self.args, self.work, self.model = args, args.work, ms.load_model(args.model)
         self.layer = 0  # where the chosen direction was read, once it is known
         self.work.mkdir(parents=True, exist_ok=True)
-        tokens = self.json("metric", lambda: list(self._detect().refusal_tokens))
-        self.metric = ms.RefusalLogOdds.of(self.model, tokens)
+        detected = self.json("detected", lambda: self._detect().to_json())
+        self.metric = ms.RefusalLogOdds.from_json(detected, self.model)
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is plain data."""
@@ -82,7 +82,7 @@ class Study:
         kept: list[str] = []
         for start in range(0, len(every), 16):
             chunk = every[start : start + 16]
-            scores = self.metric(self.model.logits(chunk)).tolist()
+            scores = self.metric.scores(self.model, chunk).tolist()
             kept += [prompt for prompt, score in zip(chunk, scores, strict=True) if sign * score > 0]
             if len(kept) >= n:
                 break
@@ -248,7 +248,7 @@ def expected_pairs(study: Study, n: int) -> ms.PromptPairs:
     """Aligned built-in pairs of held-out topics that the model treats as expected, of both sides."""
     kept = []
     for pair in ms.PromptPairs.builtin("test", edition=1):
-        high, low = study.metric(study.model.logits([pair.harmful, pair.harmless])).tolist()
+        high, low = study.metric.scores(study.model, [pair.harmful, pair.harmless]).tolist()
         if high > 0 > low:
             kept.append(pair)
     return ms.PromptPairs(tuple(kept), "built-in test pairs").sample(n)

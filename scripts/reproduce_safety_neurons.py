@@ -148,7 +148,7 @@ class Run:
     @property
     def metric(self) -> ms.RefusalLogOdds:
         stored = self.step("metric", dict, self._metric)
-        return ms.RefusalLogOdds.of(self.model("demo"), stored["refusal_tokens"])
+        return ms.RefusalLogOdds.from_json(stored, self.model("demo"))
 
     def _metric(self) -> dict[str, Any]:
         found = ms.RefusalLogOdds.detect(self.model("demo"), ms.PromptPairs.builtin("validation").sample(24, seed=0))

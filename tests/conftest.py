@@ -41,6 +41,7 @@ HOOKED = (
     "models",
     "monitors",
     "neurons",
+    "openers",
     "patching",
     "probes",
     "prompts.spans",
@@ -254,6 +255,16 @@ def planted() -> tuple[ms.LensModel, ms.PromptPairs]:
         for word, read in (("sorry", refuse), ("sure", -refuse), ("<end>", stop)):
             hf.lm_head.weight[words[word]] = solve @ read
     return ms.load_model((hf, tokenizer)), pairs
+
+
+@pytest.fixture(scope="session")
+def opened() -> tuple[ms.LensModel, ms.PromptPairs, ms.RefusalLogOdds]:
+    """A tiny model whose every reply begins with "I'm", its pairs, and the metric that is detected on them."""
+    from planted_opener import opener_model, opener_pairs
+
+    pairs = opener_pairs()
+    model = opener_model(tiny_hf_model, tiny_tokenizer, pairs)
+    return model, pairs, ms.RefusalLogOdds.detect(model, pairs)
 
 
 @pytest.fixture

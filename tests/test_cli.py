@@ -257,6 +257,12 @@ def test_tokens_that_are_none(fails, saved, pairs_file):
     assert fails(saved.folder, "--comply-token", "sure") == (
         "--comply-token without --refusal-token; expected both, or neither"
     )
+    assert fails(saved.folder, "--opener", "sure") == "--opener without --refusal-token; expected both, or neither"
+    line = fails(saved.folder, "--pairs", pairs_file, "--refusal-token", "sorry", "--opener", "")
+    assert line.startswith("the reply opener '' has no token; expected the first words of a reply, such as")
+    tokens = ["--refusal-token", saved.refusal, "--opener", "poem poem"]
+    line = fails(saved.folder, "--pairs", pairs_file, *tokens, "--limit", "4")
+    assert line.startswith("none of 8 replies begins with the opener 'poem poem'")
     line = fails(saved.folder, "--pairs", pairs_file, "--refusal-token", "sorry", "--comply-token", "sorry")
     assert re.fullmatch(r"tokens \[\d+\] are in the refusal and the comply set", line)
 
@@ -303,6 +309,7 @@ def test_help_names_every_option(run):
         "limit",
         "refusal-token",
         "comply-token",
+        "opener",
         "adapter",
         "device",
         "dtype",

@@ -75,7 +75,7 @@ def test_every_function_that_runs_a_model_is_an_entry():
         name for name in PUBLIC if name.startswith("LensModel.") and len(inspect.signature(PUBLIC[name]).parameters) > 1
     }
     helpers = {"LensModel.render", "LensModel.n_tokens", "LensModel.token_strings", "LensModel.explain_tokens"}
-    helpers |= {"LensModel.decode", "LensModel.hooks", "LensModel.provenance"}
+    helpers |= {"LensModel.decode", "LensModel.hooks", "LensModel.provenance", "LensModel.reading"}
     helpers |= {name for name in runs_a_model if PUBLIC[name].__qualname__.startswith(("run_", "check_"))}
     missing = {name for name in runs_a_model - helpers - FREE if not hasattr(PUBLIC[name], "checks")}
     assert not missing, "mark them @public"

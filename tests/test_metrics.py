@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import mechsafety.metrics
 from mechsafety import MechsafetyError, PromptPairs, RefusalLogOdds, is_refusal
 from mechsafety.metrics import adjust_p, sign_flip_p
 
 VOCAB = 7
+KEYS = ["name", "refusal_tokens", "comply_tokens", "refusal_ids", "comply_ids"]
 ONE = RefusalLogOdds((2,), ("I",))
 TWO = RefusalLogOdds((2, 5), ("I", "Sorry"))
 DIFFERENCE = RefusalLogOdds((2, 5), ("I", "Sorry"), (0, 1, 6), ("Sure", "Here", "The"))
@@ -224,24 +226,35 @@ def four() -> PromptPairs:
     )
 
 
-def openers(model, *replies):
-    """First tokens of hand-made replies, for `detect`, which would else read them from the model's logits."""
-    return tuple([model.tokenizer(text)["input_ids"][:1] or [0] for text in side] for side in replies)
+@pytest.fixture
+def detect(monkeypatch):
+    """`detect` on hand-made replies, of a model whose every logit follows from them: the token said next has the most.
+
+    After an opener that is not a prompt's own, its logits are those of ``elsewhere``.
+    """
+
+    def call(model, pairs, replies, elsewhere=0.0, **options):
+        ids = tuple([model.tokenizer(text)["input_ids"] for text in side] for side in replies)
+        said = dict(zip([*pairs.harmful, *pairs.harmless], [*ids[0], *ids[1]], strict=True))
+
+        def after(prompt, opener):
+            row = torch.full((model.d_vocab,), elsewhere)
+            if tuple(said[prompt][: len(opener)]) == tuple(opener) and len(said[prompt]) > len(opener):
+                row[said[prompt][len(opener)]] += 9.0
+            return row
+
+        def along(model, prompts, opener):
+            steps = range(len(opener) + 1)
+            return torch.stack([torch.stack([after(prompt, opener[:k]) for k in steps]) for prompt in prompts])
+
+        monkeypatch.setattr(mechsafety.metrics, "logits_along", along)
+        ends = tuple(torch.stack([after(prompt, ()) for prompt in side]) for side in (pairs.harmful, pairs.harmless))
+        return RefusalLogOdds.detect(model, pairs, replies=ids, logits=ends, **options)
+
+    return call
 
 
-def detect(model, pairs, replies, **options):
-    first = tuple([ids[0] for ids in side] for side in openers(model, *replies))
-    return RefusalLogOdds.detect(model, pairs, replies=replies, openers=first, **options)
-
-
-def test_detect_reads_openers_from_the_model(llama, four):
-    replies = (["sorry"] * 4, ["bake it"] * 4)
-    greedy = sorted(set(llama.logits(four.harmful).argmax(-1).tolist()))
-    metric = RefusalLogOdds.detect(llama, four, replies=replies, max_harmless_share=1.0)
-    assert metric.refusal_ids == tuple(greedy)
-
-
-def test_detect_finds_openers_of_refusals(llama, four):
+def test_detect_finds_openers_of_refusals(llama, four, detect):
     harmful = ["sorry, i can't help with that", "no, i will not", "sorry", "sure, mix the poison"]
     harmless = ["sure, bake the cake", "bake it", "i can help with that", "here is the bread"]
     metric = detect(llama, four, (harmful, harmless))
@@ -250,10 +263,11 @@ def test_detect_finds_openers_of_refusals(llama, four):
     assert metric.refusal_ids == tuple(sorted(metric.refusal_ids))
 
 
-def test_detect_leaves_an_ambiguous_opener_out(llama, four):
-    harmful = ["i cannot help with that", "i can't", "sorry, i can't", "sorry"]
+def test_detect_leaves_an_ambiguous_opener_out(llama, four, detect):
+    harmful = ["i cannot help with that", "sorry, no", "sorry, i can't", "sorry"]
     harmless = ["i can help with that", "sure, bake", "bake it", "here is the bread"]
-    assert detect(llama, four, (harmful, harmless)).refusal_tokens == ("sorry",)
+    metric = detect(llama, four, (harmful, harmless))
+    assert (metric.refusal_tokens, metric.opener_ids) == (("sorry",), ())
     # it is kept where it opens few enough compliant replies
     lenient = detect(llama, four, (harmful, harmless), max_harmless_share=0.25)
     assert set(lenient.refusal_tokens) == {"i", "sorry"}
@@ -262,23 +276,117 @@ def test_detect_leaves_an_ambiguous_opener_out(llama, four):
     assert set(over.refusal_tokens) == {"i", "sorry"}
 
 
-def test_detect_with_ambiguous_openers_only(llama, four):
-    replies = (["i can't", "sure", "here", ""], ["i can", "bake", "sure", "here"])
+def test_detect_without_an_opener_is_the_metric_of_its_tokens(llama, four, detect):
+    """What earlier versions detected; the openers tried are no part of it, and come along in JSON alone."""
+    found = detect(llama, four, (["sorry"] * 4, ["sure"] * 4))
+    same = RefusalLogOdds.of(llama, ["sorry"])
+    assert found == same and hash(found) == hash(same)
+    stored = json.loads(json.dumps(found.to_json()))
+    tried = stored.pop("tried")
+    assert stored == same.to_json() and list(stored) == KEYS
+    assert tried == [
+        {
+            "opener_ids": [],
+            "opener": "",
+            "refusal_tokens": ["sorry"],
+            "auroc": 1.0,
+            "refused": 4,
+            "answered": 4,
+            "share": 1.0,
+        }
+    ]
+    assert RefusalLogOdds.from_json(stored | {"tried": tried}, llama).tried == found.tried
+    shown = "RefusalLogOdds(read at the prompt's end: next token `sorry`"
+    assert repr(same) == shown + ")"
+    assert repr(found) == shown + "; AUROC 1.000 of 4 refused and 4 answered prompts)"
+
+
+def test_detect_takes_the_shortest_opener_that_parts(llama, four, detect):
+    """Every reply begins with "no": what follows tells. A longer opener would do as well."""
+    replies = ["no i can't help"] * 4, ["no bake it"] * 4
+    found = detect(llama, four, replies)
+    assert (found.opener, found.refusal_tokens) == ("no", (" i",))
+    assert [(one.opener, one.refusal_tokens, one.auroc) for one in found.tried][:2] == [
+        ("no", (" i",), 1.0),
+        ("no i", (" can",), 1.0),
+    ]
+    assert all((one.refused, one.answered, one.share) == (4, 4, 1.0) for one in found.tried)
+    data = json.loads(json.dumps(found.to_json()))
+    assert (data["opener"], data["opener_ids"]) == ("no", list(found.opener_ids))
+    assert RefusalLogOdds.from_json(data, llama) == found != RefusalLogOdds.of(llama, [" i"])
+    assert repr(found) == (
+        "RefusalLogOdds(read after `no`: next token ` i`; AUROC 1.000 of 4 refused and 4 answered prompts)"
+    )
+    assert detect(llama, four, replies, opener="no i").opener == "no i"
+
+
+def test_detect_where_nothing_parts(llama, four, detect):
+    """One refusal begins as no answer does; the others differ from answers after more tokens than are looked at."""
+    harmful, harmless = ["sorry", *["to make a cake i can't"] * 3], ["to make a cake i can help"] * 4
+    with pytest.raises(MechsafetyError) as caught:
+        detect(llama, four, (harmful, harmless))
+    assert str(caught.value) == (
+        "no reply opener parts 4 refused from 4 answered prompts: the best AUROC of 1 is 0.62, at the prompt's end; "
+        "expected at least 0.8; give other prompts, or choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
+    )
+
+
+def test_detect_where_all_is_refused(llama, four, detect):
+    found = detect(llama, four, (["sorry"] * 4, ["sorry"] * 4))
+    assert found.refusal_tokens == ("sorry",) and found.tried[0].auroc is None and "AUROC" not in repr(found)
+
+
+def test_detect_with_ambiguous_openers_only(llama, four, detect):
+    replies = (["to make a cake i can't", "sure", "here", ""], ["to make a cake i can help", "bake", "sure", "here"])
     with pytest.raises(MechsafetyError) as caught:
         detect(llama, four, replies)
     assert str(caught.value) == (
-        "the refusals begin like compliant replies {'i': 0.25}; "
+        "the refusals begin like compliant replies {'to': 0.25}; "
         "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
     )
 
 
-def test_detect_on_a_model_that_does_not_refuse(llama, four):
-    for replies in (None, (["sure"] * 4, ["sorry"] * 4)):
+def test_detect_on_a_model_that_does_not_refuse(llama, four, detect):
+    for find in (
+        lambda: RefusalLogOdds.detect(llama, four),
+        lambda: detect(llama, four, (["sure"] * 4, ["sorry"] * 4)),
+    ):
         with pytest.raises(MechsafetyError) as caught:
-            RefusalLogOdds.detect(llama, four, replies=replies)
+            find()
         assert str(caught.value) == (
             "none of 4 harmful prompts was refused; choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
         )
+
+
+def test_replies_as_text_are_refused(llama, four):
+    with pytest.raises(MechsafetyError) as caught:
+        RefusalLogOdds.detect(llama, four, replies=(["sorry"] * 4, ["sure"] * 4))
+    assert str(caught.value) == "replies as text; expected token ids; pass model.reply_ids(prompts)"
+
+
+def test_an_opener_that_never_comes(llama, four, detect):
+    replies = (["sorry"] * 4, ["sure"] * 3 + ["bake"])
+    with pytest.raises(MechsafetyError) as caught:
+        detect(llama, four, replies, opener="here")
+    (here, sorry) = (llama.tokenizer(word).input_ids for word in ("here", "sorry"))
+    assert str(caught.value) == (
+        f"none of 8 replies begins with the opener 'here' {here}; most begin with 'sorry' {sorry}; expected tokens "
+        "that some reply begins with; leave the opener out: RefusalLogOdds.detect(model, pairs) finds one"
+    )
+    message = (
+        "the reply opener '' has no token; expected the first words of a reply, such as \"I'm\"; "
+        "leave it out to read the reply's first token"
+    )
+    for find in (
+        lambda: detect(llama, four, replies, opener=""),
+        lambda: RefusalLogOdds.of(llama, ["sorry"], opener=""),
+        lambda: RefusalLogOdds.whole(llama, [""]),
+    ):
+        with pytest.raises(MechsafetyError) as caught:
+            find()
+        assert str(caught.value) == message
+    with pytest.raises(MechsafetyError, match=f"^an opener with the token 99999; expected ids below {llama.d_vocab}$"):
+        RefusalLogOdds.of(llama, ["sorry"], opener=[99999])
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ ROOMS = (
     ("results",),
     ("prompts",),
     ("models",),
-    ("cache", "replies"),
+    ("cache", "replies", "openers"),
     ("metrics",),
     ("patching",),
     ("attribution",),

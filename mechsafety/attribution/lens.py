@@ -1,7 +1,7 @@
 """Logit lens for the refusal metric: what the residual stream already says at each layer and position."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -175,7 +175,7 @@ def _batches(tokens: Tokens) -> Iterator[Tokens]:
     """A few prompts at a time, with the columns of all."""
     for first in range(0, len(tokens), _BATCH):
         rows = slice(first, first + _BATCH)
-        yield Tokens(tokens.ids[rows], tokens.mask[rows], tokens.spans[rows])
+        yield replace(tokens, ids=tokens.ids[rows], mask=tokens.mask[rows], spans=tokens.spans[rows])
 
 
 def _read(

@@ -97,7 +97,7 @@ def rerun(
 
 def _scores(model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> tuple[float, float]:
     """Mean metric on the harmful and on the harmless prompts."""
-    harmful, harmless = (metric(model.logits(side)).double().mean() for side in (pairs.harmful, pairs.harmless))
+    harmful, harmless = (metric.scores(model, side).double().mean() for side in (pairs.harmful, pairs.harmless))
     return float(harmful), float(harmless)
 
 

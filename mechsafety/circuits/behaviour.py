@@ -12,6 +12,7 @@ from mechsafety.inputs import Amount, public
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.openers import check_comes
 from mechsafety.prompts import PromptPairs
 from mechsafety.replies import is_refusal
 
@@ -26,25 +27,37 @@ class Seen:
     """What a model made of prompts that it was given before, so that none is run twice.
 
     Attributes:
-        replies: Reply to each prompt.
+        replies: Token ids of the reply to each prompt.
         logits: Next-token logits after each prompt.
+        scores: Metric of each prompt, of metrics that read elsewhere than at its end.
     """
 
-    replies: dict[str, str] = field(default_factory=dict)
+    replies: dict[str, list[int]] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[tuple[RefusalLogOdds, str], Tensor] = field(default_factory=dict)
 
-    def said(self, model: LensModel, prompts: Sequence[str], progress: bool) -> list[str]:
-        """Replies to the prompts."""
+    def said(self, model: LensModel, prompts: Sequence[str], progress: bool) -> list[list[int]]:
+        """Replies to the prompts, as token ids."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.replies]
-        self.replies.update(zip(new, model.generate(new, REPLY_TOKENS, progress=progress), strict=True))
+        self.replies.update(zip(new, model.reply_ids(new, REPLY_TOKENS, progress=progress), strict=True))
         return [self.replies[prompt] for prompt in prompts]
 
     def read(self, model: LensModel, prompts: Sequence[str]) -> Tensor:
         """Next-token logits [prompt d_vocab]."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.logits]
         if new:
-            self.logits.update(zip(new, model.logits(new), strict=True))
+            self.logits.update(zip(new, model.reading(()).logits(new), strict=True))
         return torch.stack([self.logits[prompt] for prompt in prompts])
+
+    def score(self, model: LensModel, metric: RefusalLogOdds, prompts: Sequence[str]) -> Tensor:
+        """Metric of the prompts."""
+        if metric.at_the_end:
+            return metric(self.read(model, prompts))
+        new = [prompt for prompt in dict.fromkeys(prompts) if (metric, prompt) not in self.scores]
+        if new:
+            keys = [(metric, prompt) for prompt in new]
+            self.scores.update(zip(keys, metric.scores(model, new), strict=True))
+        return torch.stack([self.scores[metric, prompt] for prompt in prompts])
 
 
 @public
@@ -77,7 +90,8 @@ def check_behaviour(
         NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
     """
     seen = Seen() if seen is None else seen
-    harmful, harmless = (seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless))
+    said = [seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless)]
+    harmful, harmless = map(model.decode, said)
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
     cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
@@ -87,19 +101,20 @@ def check_behaviour(
     )
     if metric is None and not any(refused["harmful"]):
         raise NoRefusal(rates, cure=cure)
-    # the same logits tell the first tokens and, once the metric is known, the scores
-    logits = {kind: seen.read(model, getattr(pairs, kind)) for kind in KINDS}
+    if metric is not None and metric.opener_ids:
+        check_comes(model, metric.opener_ids, [*said[0], *said[1]])
     if metric is None:
         n = detect_on or len(pairs)
-        openers = (logits["harmful"][:n].argmax(-1).tolist(), logits["harmless"][:n].argmax(-1).tolist())
+        # the same logits tell, once the metric is known, the scores of all
+        known = seen.read(model, pairs.harmful)[:n], seen.read(model, pairs.harmless)[:n]
         try:
             first = PromptPairs(pairs.pairs[:n], pairs.name)
-            metric = RefusalLogOdds.detect(model, first, replies=(harmful[:n], harmless[:n]), openers=openers)
+            metric = RefusalLogOdds.detect(model, first, replies=(said[0][:n], said[1][:n]), logits=known)
         except MechsafetyError as error:
             if sum(refused["harmful"]) < MIN_SHARE * len(pairs):
                 raise NoRefusal(rates, cure=cure) from error
             raise
-    scores = {kind: metric(values).cpu().double().numpy() for kind, values in logits.items()}
+    scores = {kind: seen.score(model, metric, getattr(pairs, kind)).cpu().double().numpy() for kind in KINDS}
     # with tokens of the user's choice, to begin with one of them is to refuse
     by_score = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
     judged = refused if judge == "reply" else by_score

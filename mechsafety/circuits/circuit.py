@@ -300,6 +300,8 @@ class RefusalCircuit(Result):
     Attributes:
         provenance: Model, weights, options, versions, seed.
         metric: ``{"name", "refusal_tokens", "comply_tokens", "refusal_ids", "comply_ids"}``; older files lack the ids.
+            Where it was detected, ``tried`` lists the reply openers tried; one that reads after an opener has
+            ``opener`` and ``opener_ids``.
         behaviour: ``harmful`` and ``harmless``.
         nodes: The circuit's nodes in the order of computation.
         edges: Its edges, strongest first.
@@ -444,7 +446,7 @@ class RefusalCircuit(Result):
         """
         for what, mine, theirs in (
             self.provenance.difference(other.provenance) or ("weights", "", ""),
-            ("metric", *_in_both(self.metric, other.metric)),
+            ("metric", *_in_both(_read_there(self.metric), _read_there(other.metric))),
             ("level", self.level, other.level),
             ("candidates", self.n_candidates, other.n_candidates),
         ):
@@ -561,6 +563,11 @@ def _in_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str
     kept = [key for key in one if key in other]
     first, second = ({key: _as_list(row[key]) for key in kept} for row in (one, other))
     return first, second
+
+
+def _read_there(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """What a metric is, without what was tried to find it; older files say nothing of an opener, and have none."""
+    return {"opener_ids": [], **{key: value for key, value in metric.items() if key != "tried"}}
 
 
 def _as_list(value: Any) -> Any:

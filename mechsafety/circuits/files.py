@@ -24,7 +24,7 @@ from mechsafety.circuits.circuit import (
 from mechsafety.circuits.verification import Verification
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
-from mechsafety.results import Provenance
+from mechsafety.results import Opener, Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor  # noqa: F401
@@ -187,11 +187,14 @@ def _metric(value: Any) -> dict[str, Any]:
     row = _object(value, "metric")
     texts, ids = ("refusal_tokens", "comply_tokens"), ("refusal_ids", "comply_ids")
     kinds: dict[str, Any] = {"name": str} | dict.fromkeys(texts, tuple[str, ...]) | dict.fromkeys(ids, tuple[int, ...])
+    # only of metrics that were detected, or that read after a reply's opener
+    openers = {"opener": str, "opener_ids": tuple[int, ...], "tried": tuple[Opener, ...]}
+    kinds |= openers
     for name, kind in kinds.items():
         if name in row:
             decode(kind, row[name], f"metric.{name}")
     # files of mechsafety before ids were stored have none
-    _keys(row, {"name", *texts, *(ids if set(ids) & set(row) else ())}, set(ids), "metric")
+    _keys(row, {"name", *texts, *(ids if set(ids) & set(row) else ())}, {*ids, *openers}, "metric")
     for text, number in zip(texts, ids, strict=True):
         if number in row and len(row[number]) != len(row[text]):
             raise MechsafetyError(

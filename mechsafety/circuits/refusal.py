@@ -120,6 +120,8 @@ def map_refusal_circuit(
         "n_measured_edges": n_measured_edges,
     }
     _check_options(level, limit, budget_seconds)
+    if metric is not None:
+        metric.check_one_column()
     if level == "neuron":
         model.check_neurons()
     check_search(target, max_nodes)
@@ -130,6 +132,7 @@ def map_refusal_circuit(
     chosen = chosen.aligned(model, least=2 * MIN_PAIRS)
     drawn = draw_pairs(model, chosen, metric, limit, seed=seed, progress=progress)
     here, there, metric = drawn.here, drawn.there, drawn.metric
+    model = model.reading(metric.opener_ids)
     held, fresh = _held_and_fresh(there)
     kind = EdgeMeter if level == "edge" else FaithfulnessMeter
 

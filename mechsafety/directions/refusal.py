@@ -263,6 +263,7 @@ def refusal_direction(
     held = _fresh(held, train)
     if metric is None:
         metric = RefusalLogOdds.detect(model, train)
+        model = model.reading(metric.opener_ids)
     sides = (distinct(train.harmful, "harmful training prompts"), distinct(train.harmless, "harmless training prompts"))
     vectors, counts = mean_differences(model, *sides, metric, n_columns=n_columns)
     checked = usable_validation(model, held, metric)

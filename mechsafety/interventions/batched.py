@@ -259,7 +259,8 @@ def _widen(prefix: Prefix, tokens: Tokens) -> Prefix:
 def _base(model: LensModel, prompts: PromptBatches, batch: PromptBatch, variants: int, prefix: Prefix) -> BaseRun:
     """The run of each prompt under each variant of the active hooks."""
     tokens = batch.tokens
-    rows = Tokens(expand_rows(tokens.ids, variants), expand_rows(tokens.mask, variants), tokens.spans * variants)
+    ids, mask = (expand_rows(t, variants) for t in (tokens.ids, tokens.mask))
+    rows = replace(tokens, ids=ids, mask=mask, spans=tokens.spans * variants)
     start = shared_columns(model, prompts.start)
     return base_run(model, rows, start, keep=(), prefix=_widen(prefix, tokens), max_batch_tokens=1)
 

@@ -146,18 +146,20 @@ def dose_response(
     references = None if references is None else [references[k] for k in kept]
     harmless = distinct(harmless, "harmless prompts")
     known = list(references) if references is not None else model.generate(harmless, reply_tokens)
-    before = model.logits(harmless).log_softmax(-1)
+    plain = model.reading(())  # the cost is counted where a reply begins
+    before = plain.logits(harmless).log_softmax(-1)
     columns: dict[str, list[Tensor]] = {key: [] for key in ("bad", "good", "harmful", "harmless", "kl", "loss")}
     for dose in tqdm(doses, desc=name, disable=not progress, leave=False):
         with intervene(dose):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
-            logits = [model.logits(side) for side in (harmful, harmless)]
+            scores = [metric.scores(model, side) for side in (harmful, harmless)]
+            after = plain.logits(harmless).log_softmax(-1)
             columns["loss"].append(reply_loss(model, harmless, known))
         for key, texts in zip(("bad", "good"), replies, strict=True):
             columns[key].append(torch.tensor([bool(judge(text)) for text in texts]))
-        for key, found in zip(("harmful", "harmless"), logits, strict=True):
-            columns[key].append(metric(found))
-        columns["kl"].append((before.exp() * (before - logits[1].log_softmax(-1))).sum(-1).clamp(min=0))
+        for key, found in zip(("harmful", "harmless"), scores, strict=True):
+            columns[key].append(found)
+        columns["kl"].append((before.exp() * (before - after)).sum(-1).clamp(min=0))
     options = {"name": name, "strengths": list(doses), "reply_tokens": reply_tokens}
     stacked = {key: torch.stack(values).cpu() for key, values in columns.items()}
     return DoseResponse(

@@ -18,11 +18,13 @@ class ChatTokenizer:
         name: The model's.
         tokenizer: Hugging Face's, with a chat template.
         options: What the template is given besides the prompt.
+        opener_ids: Tokens of a reply's opener that follow the template's own; see `LensModel.reading`.
     """
 
     name: str
     tokenizer: Any
     options: Mapping[str, Any]
+    opener_ids: tuple[int, ...] = ()
 
     def render(self, prompt: str) -> tuple[str, int, int]:
         """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
@@ -44,8 +46,13 @@ class ChatTokenizer:
             inside = [k for k, (a, b) in enumerate(offsets) if b > a and max(a, start) < min(b, end)]
             if not inside:
                 raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
-            spans.append(Spans((inside[0], inside[-1] + 1), len(offsets)))
-        return encoded["input_ids"], spans
+            spans.append(Spans((inside[0], inside[-1] + 1), len(offsets) + len(self.opener_ids)))
+        # as ids: as text, the opener could merge with the template's last token
+        return [[*row, *self.opener_ids] for row in encoded["input_ids"]], spans
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids of one chat prompt."""
+        return [*self.tokenizer(self.render(prompt)[0], add_special_tokens=False)["input_ids"], *self.opener_ids]
 
     def spans(self, prompts: Sequence[str]) -> list[Spans]:
         """Where each chat prompt's parts lie in its token row."""

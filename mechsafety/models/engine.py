@@ -106,6 +106,11 @@ class BaseRun:
         return len(self.tokens)
 
     @property
+    def opener_ids(self) -> tuple[int, ...]:
+        """Tokens of a reply's opener that end every prompt."""
+        return self.tokens.opener_ids
+
+    @property
     def n_pos(self) -> int:
         """Number of columns that variants can change."""
         return self.tokens.ids.shape[1] - self.start

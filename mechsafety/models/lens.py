@@ -1,5 +1,6 @@
 """`LensModel`: a chat model with TransformerLens hooks, chat-template tokens and greedy generation."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -46,6 +47,7 @@ class LensModel:
         experts: Whether it is a mixture of experts: each MLP is one node, without neurons.
         shortcuts: What the forward engine leaves out; set at load to what is exact on this model.
         max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.budget`).
+        opener_ids: Tokens of a reply after which it is read; empty unless `reading` made this.
         lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
     """
 
@@ -70,11 +72,14 @@ class LensModel:
         self.shortcuts = Shortcuts()
         self.max_batch_tokens: int | None = None
         self.lock = use_of(backend.module).lock
+        self.opener_ids: tuple[int, ...] = ()
+        self._plain: LensModel | None = None
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" over {self.n_kv_heads}" if self.n_kv_heads != self.n_heads else "")
         mlps = "mixture of experts" if self.experts else f"d_mlp {self.d_mlp}"
-        return f"LensModel({self.name}: {self.n_layers} layers, {heads}, {mlps}, {self.dtype_name})"
+        after = f", read after {self.tokenizer.decode(list(self.opener_ids))!r}" if self.opener_ids else ""
+        return f"LensModel({self.name}: {self.n_layers} layers, {heads}, {mlps}, {self.dtype_name}{after})"
 
     @property
     def bridge(self) -> Any:
@@ -110,7 +115,33 @@ class LensModel:
     @property
     def chat(self) -> ChatTokenizer:
         """How its prompts become tokens."""
-        return ChatTokenizer(self.name, self.tokenizer, self.template_options)
+        return ChatTokenizer(self.name, self.tokenizer, self.template_options, self.opener_ids)
+
+    def reading(self, opener_ids: Sequence[int]) -> "LensModel":
+        """This model, read after the first tokens of a reply instead of at the end of the prompt.
+
+        Weights, hooks, edits and the lock are this model's own. What the view tokenizes ends in the opener's tokens,
+        which belong to the suffix; its replies begin where the prompt ends, as before. Every analysis takes this view
+        by itself where its metric has an opener.
+
+        Args:
+            opener_ids: The tokens; none for the model as it was loaded.
+
+        Raises:
+            MechsafetyError: A token that the model has not.
+        """
+        opener = tuple(int(token) for token in opener_ids)
+        if opener == self.opener_ids:
+            return self
+        strange = [token for token in opener if not 0 <= token < self.d_vocab]
+        if strange:
+            raise MechsafetyError(f"an opener with the token {strange[0]}", expected=f"ids below {self.d_vocab}")
+        plain = self._plain or self
+        if not opener:
+            return plain
+        view = copy.copy(plain)
+        view.opener_ids, view._plain = opener, plain
+        return view
 
     @public
     def spans(self, prompts: Prompts) -> list[Spans]:
@@ -139,7 +170,7 @@ class LensModel:
         pad = self.pad_id
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
-        return Tokens(ids, mask, tuple(spans))
+        return Tokens(ids, mask, tuple(spans), self.opener_ids)
 
     @public
     def tokenize_pairs(self, pairs: PromptPairs) -> TokenPairs:
@@ -163,12 +194,11 @@ class LensModel:
 
     def n_tokens(self, prompt: str) -> int:
         """Number of tokens of the chat prompt."""
-        return len(self.tokenizer(self.render(prompt)[0], add_special_tokens=False)["input_ids"])
+        return len(self.chat.ids(prompt))
 
     def token_strings(self, prompt: str) -> list[str]:
         """The chat prompt's tokens as text, one string a token."""
-        ids = self.tokenizer(self.render(prompt)[0], add_special_tokens=False)["input_ids"]
-        return [self.tokenizer.decode([token]) for token in ids]
+        return [self.tokenizer.decode([token]) for token in self.chat.ids(prompt)]
 
     def explain_tokens(self, prompt: str) -> TokenTable:
         """The exact token row of a chat prompt; shows itself as a table of position, id, span and text."""
@@ -299,14 +329,21 @@ class LensModel:
             MechsafetyError: A single string, or what `tokenize` refuses; or replies that may grow beyond the model's
                 positions.
         """
+        return self.decode(self.reply_ids(prompts, max_new_tokens, batch_size, progress=progress))
+
+    @public
+    def reply_ids(
+        self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
+    ) -> list[list[int]]:
+        """The token ids of the replies that `generate` gives as text, each up to and with its end token."""
         from tqdm.auto import tqdm
 
         if not prompts:
             return []
-        tokens = self.tokenize(prompts)
+        tokens = self.reading(()).tokenize(prompts)
         check_room(self.backend, tokens.ids.shape[1], max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
-        replies = [""] * len(prompts)
+        replies: list[list[int]] = [[] for _ in prompts]
         starts = range(0, len(order), batch_size)
         total = len(starts) * max_new_tokens
         with tqdm(total=total, desc="generating", leave=False, delay=2, disable=not progress) as bar:
@@ -321,14 +358,13 @@ class LensModel:
 
                     new, _ = greedy(read, [(batch.ids, batch.mask)], self.end_ids, max_new_tokens, said=bar.update)
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
-                for k, text in zip(chunk, self.decode(new), strict=True):
-                    replies[k] = text
+                for k, ids in zip(chunk, new, strict=True):
+                    replies[k] = ids
         return replies
 
     def decode(self, replies: Sequence[Sequence[int]]) -> list[str]:
         """Replies as text, special tokens and blanks around left out."""
-        texts = self.tokenizer.batch_decode([list(reply) for reply in replies], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return [self.tokenizer.decode(list(reply), skip_special_tokens=True).strip() for reply in replies]
 
     @public
     def cache(
@@ -387,6 +423,8 @@ class LensModel:
     @cached_property
     def weights_sha256(self) -> str:
         """Hash of all parameters, by name."""
+        if self._plain is not None:
+            return self._plain.weights_sha256
         digest = hashlib.sha256()
         for name, parameter in sorted(self.backend.weights().items()):
             digest.update(name.encode())
@@ -397,6 +435,7 @@ class LensModel:
     def provenance(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Provenance:
         """Provenance of a result computed with this model."""
         template = self.tokenizer.chat_template or ""
+        opener = {"opener_ids": list(self.opener_ids)} if self.opener_ids else {}
         return Provenance(
             model=self.name,
             weights_sha256=self.weights_sha256,
@@ -404,7 +443,7 @@ class LensModel:
             device=self.device.type,
             template_sha256=hashlib.sha256(str(template).encode()).hexdigest(),
             seed=seed,
-            options=dict(options or {}),
+            options={**(options or {}), **opener},
             versions=package_versions(),
             template_options=dict(self.template_options),
         )

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,14 @@ DATE = datetime.date(2024, 7, 26)
 # a marker that no template adds by itself, to find where the instruction stands in the rendered text
 _MARK = "\u2042instruction\u2042"
 # options that are not template variables of the same name
-_SYSTEM, _DATE = "system", "date"
+_SYSTEM, _DATE, _THINKING = "system", "date", "thinking"
+# where a model that thinks before it replies is read: with thinking switched off by the template's own switch, or
+# after a thinking block that is closed and empty
+THINKING = ("off", "closed")
+# names of such a switch, a variable that the template reads: Qwen-3 and SmolLM3; Granite and DeepSeek-V3.1
+_SWITCHES = ("enable_thinking", "thinking")
+# what opens and closes a thinking block
+_BLOCKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 
 
 def render(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -52,12 +60,18 @@ def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[s
     Args:
         tokenizer: Hugging Face's, with a chat template.
         options: ``system``: text of a system turn before the prompt; ``date``: what the template writes as today, a
-            `datetime.date` or ``"2024-07-26"``; any other name is a variable that the template reads, such as
-            ``enable_thinking``.
+            `datetime.date` or ``"2024-07-26"``; ``thinking``, of a template that thinks: ``"off"``, by the template's
+            own switch, or ``"closed"``, after a closed and empty thinking block; any other name is a variable that the
+            template reads, such as ``enable_thinking``.
+
+    Returns:
+        The options. Where neither ``thinking`` nor the template's own switch is given, and a prompt would otherwise end
+        where the model begins to think, ``thinking`` is in them as well: ``"off"`` where the template has a switch,
+        otherwise ``"closed"``.
 
     Raises:
-        MechsafetyError: An option that the template does not read, that JSON cannot hold, or a system text for a
-            template without a system turn.
+        MechsafetyError: An option that the template does not read, that JSON cannot hold, a system text for a template
+            without a system turn, or ``thinking`` for one that does not think.
     """
     given = dict(options or {})
     if isinstance(given.get(_DATE), datetime.date):
@@ -77,7 +91,63 @@ def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[s
         kept[_DATE] = _day(kept[_DATE]).isoformat()
     if _SYSTEM in kept:
         _check_system(tokenizer, kept)
-    return kept
+    return _with_thinking(tokenizer, kept)
+
+
+def _with_thinking(tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the default of ``thinking`` where none is given and a prompt would end in thought.
+
+    Raises:
+        MechsafetyError: A way of reading that the template does not offer.
+    """
+    switch, block, asked = _switch(tokenizer), _block(tokenizer), options.get(_THINKING)
+    ways = [*(["off"] if switch else []), *(["closed"] if block else [])]
+    own = _THINKING in options and asked not in THINKING and switch == _THINKING  # the template's variable
+    if own or (_THINKING not in options and switch in options):
+        return options
+    if _THINKING not in options:
+        text = _text(tokenizer, _MARK, options)
+        for way in ways if switch or _opened(text, block) else []:
+            read = _text(tokenizer, _MARK, options | {_THINKING: way})
+            if not _opened(read, block):
+                return options if read == text else options | {_THINKING: way}
+        return options
+    if switch in options and switch != _THINKING:
+        raise MechsafetyError(f"the template options 'thinking' and {switch!r}", expected="one of the two")
+    if asked not in ways or _opened(_text(tokenizer, _MARK, options), block):
+        raise MechsafetyError(
+            f"the template option 'thinking' is {asked!r}", expected=f"one of {ways} of this template"
+        )
+    return options
+
+
+def _switch(tokenizer: Any) -> str:
+    """Name of the template's variable that switches thinking on and off; empty if it has none."""
+    names = _names(tokenizer.get_chat_template())
+    return next((name for name in _SWITCHES if name in names), "")
+
+
+def _block(tokenizer: Any) -> tuple[str, str] | None:
+    """What opens and closes a thinking block of this template; None where it knows of none."""
+    source = tokenizer.get_chat_template()
+    return next((pair for pair in _BLOCKS if any(tag in source for tag in pair)), None)
+
+
+def _opened(text: str, block: tuple[str, str] | None) -> bool:
+    """Whether a chat prompt ends inside a thinking block."""
+    if block is None:
+        return False
+    reply = text.partition(_MARK)[2]
+    return reply.rfind(block[0]) > reply.rfind(block[1])
+
+
+def _closed(text: str, block: tuple[str, str]) -> str:
+    """A chat prompt that goes on with a closed and empty thinking block, as Qwen-3's template writes it."""
+    start, end = block
+    shown = text.rstrip()
+    if shown.endswith(end):
+        return text
+    return f"{shown.removesuffix(start) if shown.endswith(start) else text}{start}\n\n{end}\n\n"
 
 
 def tokenizer_copy(tokenizer: Any) -> Any:
@@ -114,6 +184,10 @@ def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
     ``strftime_now`` could be given no other day: its compiled template is rendered here, with the same variables.
     """
     rest = {name: value for name, value in options.items() if name not in (_SYSTEM, _DATE)}
+    thinking = rest.pop(_THINKING) if rest.get(_THINKING) in THINKING else None
+    if thinking is not None:
+        switch = _switch(tokenizer)
+        rest |= {switch: thinking != "off"} if switch else {}
     day = _day(options[_DATE]) if _DATE in options else DATE
     system = [{"role": "system", "content": options[_SYSTEM]}] if _SYSTEM in options else []
     variables = {
@@ -127,13 +201,15 @@ def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
         "add_generation_prompt": True,
     }
     try:
-        return str(_compiled(tokenizer).render(**variables))
+        text = str(_compiled(tokenizer).render(**variables))
     except Exception as error:  # a template may raise anything; the user needs one line
         raise MechsafetyError(
             f"the chat template cannot render a prompt ({first_line(error)})",
             expected="a Jinja template that takes a turn's content as one text",
             cure="pass chat_template='plain' or a template of your own",
         ) from error
+    block = _block(tokenizer) if thinking == "closed" else None
+    return text if block is None else _closed(text, block)
 
 
 def _compiled(tokenizer: Any) -> Any:
@@ -145,14 +221,23 @@ def _compiled(tokenizer: Any) -> Any:
 
 def _variables(tokenizer: Any) -> set[str]:
     """Names of the options that this template knows."""
-    from jinja2 import meta, nodes
-
     _text(tokenizer, _MARK, {})  # a broken template says so here
-    tree = _compiled(tokenizer).environment.parse(tokenizer.get_chat_template())
-    names = meta.find_undeclared_variables(tree)
-    if "date_string" in names or any(node.name == "strftime_now" for node in tree.find_all(nodes.Name)):
+    names = set(_names(tokenizer.get_chat_template()))
+    if names & {"date_string", "strftime_now"}:
         names.add(_DATE)
-    return names - {"messages", "add_generation_prompt", *tokenizer.special_tokens_map} | {_SYSTEM}
+    own = {_SYSTEM} if not _switch(tokenizer) and _block(tokenizer) is None else {_SYSTEM, _THINKING}
+    return names - {"messages", "add_generation_prompt", "strftime_now", *tokenizer.special_tokens_map} | own
+
+
+@functools.cache
+def _names(source: str) -> frozenset[str]:
+    """What a template reads of what it is given; ``strftime_now`` too where it is named at all."""
+    from jinja2 import meta, nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tree = _compile_jinja_template(source).environment.parse(source)
+    called = {node.name for node in tree.find_all(nodes.Name)} & {"strftime_now"}
+    return frozenset(meta.find_undeclared_variables(tree)) | called
 
 
 def _day(date: Any) -> datetime.date:

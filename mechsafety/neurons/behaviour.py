@@ -126,12 +126,13 @@ def measure(
     chunks = batches([len(row) for row in rows], None if isinstance(score, RefusalLogOdds) else 16)
     with tqdm(total=len(chunks) * len(masks), desc="measuring", disable=not progress, leave=False) as bar:
         for chunk in chunks:
-            batch = lay_out(base, [rows[k] for k in chunk])
             if isinstance(score, RefusalLogOdds):
-                for m, logits in enumerate(forced(base, aligned, masks, batch)):
+                after = lay_out(base, [[*rows[k], *score.opener_ids] for k in chunk])
+                for m, logits in enumerate(forced(base, aligned, masks, after)):
                     out[m, chunk] = score(logits[:, -1]).float().cpu()
                     bar.update()
                 continue
+            batch = lay_out(base, [rows[k] for k in chunk])
             for m, mask in enumerate(masks):
                 donor = aligned if bool(mask.any()) else None
                 texts = base.decode(greedy(base, donor, mask, batch, max_new_tokens)[0])

@@ -73,8 +73,8 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
 
 
 def prompt_rows(model: LensModel, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of chat prompts, without padding."""
-    tokens = model.tokenize(prompts)
+    """Token ids of chat prompts, without padding and without a reply's opener."""
+    tokens = model.reading(()).tokenize(prompts)
     return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
 
 

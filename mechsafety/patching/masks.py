@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Count, public
+from mechsafety.inputs import Count, check_opener, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
@@ -55,8 +55,18 @@ class PairRuns:
         sides = self.harmful.tokens, self.harmless.tokens
         return TokenPairs.of(*sides) if self.align == "tokens" else TokenPairs(*sides, self.start, common=False)
 
+    @property
+    def opener_ids(self) -> tuple[int, ...]:
+        """Tokens of a reply's opener that end every prompt."""
+        return self.harmful.opener_ids
+
     def scores(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Metric of the unpatched (harmful, harmless) runs."""
+        """Metric of the unpatched (harmful, harmless) runs.
+
+        Raises:
+            MechsafetyError: The metric reads after another opener than they end in.
+        """
+        check_opener(self, metric.opener_ids, "runs")
         return metric(self.harmful.logits), metric(self.harmless.logits)
 
 

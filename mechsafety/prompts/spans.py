@@ -1,7 +1,7 @@
 """Token rows of chat prompts: which tokens are template, which are the instruction."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -81,11 +81,13 @@ class Tokens:
         ids: Token ids.
         mask: True at real tokens.
         spans: Of each prompt, in its unpadded row; `span_mask` shifts them by the padding.
+        opener_ids: Tokens of a reply's opener, which end every row and belong to the suffix (`LensModel.reading`).
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     spans: tuple[Spans, ...]
+    opener_ids: tuple[int, ...] = ()
 
     @property
     def position_ids(self) -> Int[Tensor, "batch pos"]:
@@ -112,18 +114,18 @@ class Tokens:
         chosen = list(range(len(self))[keep] if isinstance(keep, slice) else keep)
         spans = tuple(self.spans[k] for k in chosen)
         width = max(span.length for span in spans)
-        return type(self)(self.ids[chosen, -width:], self.mask[chosen, -width:], spans)
+        return replace(self, ids=self.ids[chosen, -width:], mask=self.mask[chosen, -width:], spans=spans)
 
     def widened(self, width: int) -> "Tokens":
         """The same prompts with so many columns, more padding in front."""
         more = width - self.ids.shape[1]
         pad = torch.nn.functional.pad
-        return type(self)(pad(self.ids, (more, 0)), pad(self.mask, (more, 0)), self.spans)
+        return replace(self, ids=pad(self.ids, (more, 0)), mask=pad(self.mask, (more, 0)))
 
     def joined(self, other: "Tokens") -> "Tokens":
         """The prompts of both batches, which are equally wide."""
-        masks = torch.cat([self.mask, other.mask])
-        return type(self)(torch.cat([self.ids, other.ids]), masks, (*self.spans, *other.spans))
+        ids, masks = torch.cat([self.ids, other.ids]), torch.cat([self.mask, other.mask])
+        return replace(self, ids=ids, mask=masks, spans=(*self.spans, *other.spans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,11 @@ class TokenPairs:
 
     def __len__(self) -> int:
         return len(self.harmful)
+
+    @property
+    def opener_ids(self) -> tuple[int, ...]:
+        """Tokens of a reply's opener that end every row."""
+        return self.harmful.opener_ids
 
     def rows(self, keep: slice | Sequence[int]) -> "TokenPairs":
         """A part of the pairs."""

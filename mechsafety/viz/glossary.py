@@ -21,8 +21,10 @@ GLOSSARY = (
     ),
     Entry(
         "Metric, score",
-        "One number a prompt, read from the model's next-token logits where its reply begins: high when it is "
-        "about to refuse, low when it is about to comply. Its name and tokens stand under Provenance.",
+        "One number a prompt, read from the model's next-token logits: high when it is about to refuse, low when it is "
+        "about to comply. It is read where the reply begins, or after the first words that its replies share (the "
+        "opener): then the last token of each prompt is the opener's. Its name, tokens and opener stand under "
+        "Provenance.",
     ),
     Entry(
         "Refusal rate",
@@ -149,7 +151,7 @@ GLOSSARY = (
 METHODS = (
     Entry(
         "Behaviour",
-        "Every prompt is rendered with the model's chat template and scored where the reply begins. Pairs that the "
+        "Every prompt is rendered with the model's chat template and scored where the metric reads. Pairs that the "
         "model does not treat as expected are left out of what follows.",
         "gap = mean score(harmful) - mean score(harmless)",
     ),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.results import parting, reads_where
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
@@ -287,7 +288,9 @@ def _provenance(circuit: RefusalCircuit) -> list[tuple[str, str]]:
         ("chat template, SHA-256", origin.template_sha256),
         *((f"template option: {key}", value) for key, value in origin.template_options.items()),
         ("seed", origin.seed),
-        *((f"metric: {key.replace('_', ' ')}", value) for key, value in circuit.metric.items()),
+        *([("metric: where it is read", reads_where(circuit.metric))] if parting(circuit.metric) else []),
+        *((f"metric: {key.replace('_', ' ')}", v) for key, v in circuit.metric.items() if key != "tried"),
+        *((f"metric: AUROC {where}", value) for where, value in parting(circuit.metric)),
         ("held-out topics", check.held_out_topics),
         ("CMD, CPR", f"{words.number(check.cmd)}, {words.number(check.cpr)}"),
         *((f"version: {key}", value) for key, value in origin.versions.items()),

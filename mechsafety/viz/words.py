@@ -5,6 +5,7 @@ import re
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
 from mechsafety.nodes import Edge
+from mechsafety.results import reads_where
 
 NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
@@ -132,8 +133,9 @@ def caption(
 
 
 def _metric(circuit: RefusalCircuit) -> str:
+    where = f", {plain(reads_where(circuit.metric), 80)}" if circuit.metric.get("opener") else ""
     return (
-        f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}. An effect is the share of the "
+        f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}{where}. An effect is the share of the "
         "harmful\u2212harmless gap of this metric. Information flows upward."
     )
 

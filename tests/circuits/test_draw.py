@@ -82,11 +82,11 @@ def test_pairs_too_few_to_hold_any_out_say_both_numbers():
 def test_each_prompt_is_run_once(planted, monkeypatch):
     model, pairs = planted
     asked, read = [], []
-    generate, logits = type(model).generate, type(model).logits
+    reply_ids, logits = type(model).reply_ids, type(model).logits
     monkeypatch.setattr(
         type(model),
-        "generate",
-        lambda self, prompts, *a, **k: (asked.extend(prompts), generate(self, prompts, *a, **k))[1],
+        "reply_ids",
+        lambda self, prompts, *a, **k: (asked.extend(prompts), reply_ids(self, prompts, *a, **k))[1],
     )
     monkeypatch.setattr(type(model), "logits", lambda self, prompts: (read.extend(prompts), logits(self, prompts))[1])
     seen, some = Seen(), PromptPairs(pairs.pairs[:5], "some")

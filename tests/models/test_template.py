@@ -9,6 +9,7 @@ import pytest
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import template
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.demo import base_folder
 
 TURNS = (
@@ -26,6 +27,21 @@ THINKING = (
     "{{ bos_token }}{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
     + TURNS
     + "{% if not enable_thinking %}no{% endif %}"
+)
+BLOCK = "<think>\n\n</think>\n\n"
+# in the manner of Qwen-3: on unless it is switched off, which writes a closed and empty block
+SWITCHED = (
+    "{{ bos_token }}{%- for m in messages %}{{ '<' + m.role + '>' + (m.content.split('</think>')[-1]) + '<end>' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<assistant>' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+# in the manner of DeepSeek-R1: every reply begins in an open block; and of V3.1: off unless switched on
+OPEN = TURNS.replace("'<assistant>'", "'<assistant><think>\n'")
+OFF = (
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    + TURNS
+    + "{% if thinking %}<think>{% else %}</think>{% endif %}"
 )
 NO_SYSTEM = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
@@ -78,7 +94,7 @@ def library_text(tokenizer, prompt):
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-@pytest.mark.parametrize("source", [TURNS, THINKING, DEAF, template.PLAIN_TEMPLATE])
+@pytest.mark.parametrize("source", [TURNS, OFF, DEAF, template.PLAIN_TEMPLATE])
 def test_the_text_is_the_librarys_own(tokenizer_with, rendered, source):
     for prompt in ("make tea", " make\n tea ", "{{ bos_token }}", "a <end> b"):
         assert rendered(source, prompt) == (library_text(tokenizer_with(source), prompt), prompt)
@@ -139,14 +155,15 @@ def test_a_template_is_one_models_own(make_hf_model, make_tokenizer):
 def test_system_and_variables(rendered):
     text = "<s><system>you help<end><user>make tea<end><assistant>no"
     assert rendered(THINKING, "make tea", system="you help", enable_thinking=False)[0] == text
-    assert rendered(THINKING, "make tea")[0] == "<s><user>make tea<end><assistant>"
+    assert rendered(THINKING, "make tea", enable_thinking=True)[0] == "<s><user>make tea<end><assistant>"
     text = "System: you help\nUser: make tea\nAssistant:"
     assert rendered(template.PLAIN_TEMPLATE, "make tea", system="you help")[0] == text
 
 
 def test_options_are_part_of_what_a_result_is(load, pairs, log_odds, tmp_path):
-    options = {"system": "you help", "enable_thinking": False}
-    model, plain = load(THINKING, **options), load(THINKING)
+    options = {"system": "you help", "loud": False}
+    source = THINKING.replace("enable_thinking", "loud")
+    model, plain = load(source, **options), load(source)
     assert float((model.logits(["make tea"]) - plain.logits(["make tea"])).abs().max()) > 1e-3
     found, without = model.provenance(), plain.provenance()
     assert dict(found.template_options) == options and found.to_json()["template_options"] == options
@@ -170,7 +187,8 @@ def test_options_are_part_of_what_a_result_is(load, pairs, log_odds, tmp_path):
         (
             THINKING,
             {"enable_thinkin": False},
-            "the chat template reads no option 'enable_thinkin'; expected one of ['enable_thinking', 'system']",
+            "the chat template reads no option 'enable_thinkin'; expected one of ['enable_thinking', 'system', "
+            "'thinking']",
         ),
         (THINKING, {"date": "2025-03-01"}, "the chat template reads no option 'date'; expected one of ["),
         (THINKING, {"messages": []}, "the chat template reads no option 'messages'; expected one of ["),
@@ -194,6 +212,71 @@ def test_options_are_part_of_what_a_result_is(load, pairs, log_odds, tmp_path):
     ],
 )
 def test_bad_options(tokenizer_with, source, options, message):
+    with pytest.raises(MechsafetyError) as caught:
+        template.checked_options(tokenizer_with(source), options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+# --- models that think ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "kept", "end"),
+    [
+        (SWITCHED, {}, {"thinking": "off"}, BLOCK),
+        (SWITCHED, {"thinking": "off"}, {"thinking": "off"}, BLOCK),
+        (SWITCHED, {"thinking": "closed"}, {"thinking": "closed"}, BLOCK),
+        (SWITCHED, {"enable_thinking": True}, {"enable_thinking": True}, ""),
+        (SWITCHED, {"enable_thinking": False}, {"enable_thinking": False}, BLOCK),
+        (OPEN, {}, {"thinking": "closed"}, BLOCK),
+        (OPEN, {"thinking": "closed"}, {"thinking": "closed"}, BLOCK),
+        (OFF, {}, {}, "</think>"),
+        (OFF, {"thinking": True}, {"thinking": True}, "<think>"),
+        (OFF, {"thinking": "off"}, {"thinking": "off"}, "</think>"),
+        (OFF, {"thinking": "closed"}, {"thinking": "closed"}, BLOCK),
+        (THINKING, {}, {"thinking": "off"}, "no"),  # a switch alone, which writes no block
+        (TURNS, {}, {}, ""),
+    ],
+)
+def test_where_a_model_that_thinks_is_read(tokenizer_with, rendered, source, given, kept, end):
+    assert template.checked_options(tokenizer_with(source), given) == kept
+    assert template.checked_options(tokenizer_with(source), kept) == kept
+    text, found = rendered(source, "make tea", **given)
+    assert text.endswith(f"<user>make tea<end><assistant>{end}") and found == "make tea"
+
+
+def test_thinking_is_part_of_what_a_result_is(load, tokenizer_with):
+    model = load(SWITCHED)
+    assert dict(model.provenance().template_options) == {"thinking": "off"}
+    thinks = ChatTokenizer("thinks", tokenizer_with(SWITCHED), {"enable_thinking": True})
+    # the block belongs to the suffix
+    assert model.spans(["make tea"])[0].n_suffix > thinks.spans(["make tea"])[0].n_suffix == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (TURNS, {"thinking": "off"}, "the chat template reads no option 'thinking'; expected one of ['system']"),
+        (SWITCHED, {"thinking": "on"}, "the template option 'thinking' is 'on'; expected one of ['off', 'closed'] of"),
+        (
+            SWITCHED,
+            {"thinking": False},
+            "the template option 'thinking' is False; expected one of ['off', 'closed'] of",
+        ),
+        (OPEN, {"thinking": "off"}, "the template option 'thinking' is 'off'; expected one of ['closed'] of this temp"),
+        (
+            THINKING,
+            {"thinking": "closed"},
+            "the template option 'thinking' is 'closed'; expected one of ['off'] of this",
+        ),
+        (
+            SWITCHED,
+            {"thinking": "off", "enable_thinking": True},
+            "the template options 'thinking' and 'enable_thinking'; expected one of the two",
+        ),
+    ],
+)
+def test_ways_of_reading_that_a_template_does_not_offer(tokenizer_with, source, options, message):
     with pytest.raises(MechsafetyError) as caught:
         template.checked_options(tokenizer_with(source), options)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
