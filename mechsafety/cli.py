@@ -279,7 +279,7 @@ def _read(metric: Any) -> list[tuple[str, str]]:
     """Where the metric reads, and how far refused and answered prompts part at each place that was tried."""
     from mechsafety.results import parting, reads_where
 
-    tried = [(f"  AUROC {where}", value) for where, value in parting(metric)]
+    tried = [("  AUROC", f"{where} {value}") for where, value in parting(metric)]
     return [("  read", reads_where(metric).removeprefix("read ")), *tried] if tried or metric.get("opener") else []
 
 

@@ -52,7 +52,10 @@ def load_model(
         chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models that bring none.
         template_options: What the chat template is given besides the prompt: ``system``, text of a system turn;
             ``date``, what a template that writes the date takes for today (26 July 2024 by default, so that results
-            repeat); and any variable that the template reads, such as ``enable_thinking``. Provenance keeps them.
+            repeat); ``thinking``, how a model that thinks is read: ``"off"``, by the template's own switch, or
+            ``"closed"``, after an empty thinking block (by default off where there is a switch, otherwise closed where
+            the prompt would end in an open block); and any variable that the template reads, such as
+            ``enable_thinking``. Provenance keeps them.
         on_tokenizer: Called with the tokenizer as soon as there is one, before anything slow, for checks of prompts
             such as `PromptPairs.aligned`; an error that it raises ends the call.
 

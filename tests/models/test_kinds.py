@@ -166,7 +166,7 @@ REFUSED = {
 
 
 KNOWN = pytest.mark.generation(
-    "TransformerBridge", reason="TransformerLens 3.9 does not know BERT, which is said first"
+    "TransformerBridge", reason="3.9 does not know BERT, and says so first"
 )
 
 
