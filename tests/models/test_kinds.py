@@ -165,9 +165,7 @@ REFUSED = {
 }
 
 
-KNOWN = pytest.mark.generation(
-    "TransformerBridge", reason="3.9 does not know BERT, and says so first"
-)
+KNOWN = pytest.mark.generation("TransformerBridge", reason="3.9 does not know BERT, and says so first")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=KNOWN) if k == "bert" else k for k in REFUSED])
