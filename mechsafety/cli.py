@@ -190,6 +190,10 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "claims": {claim.name: claim.passed for claim in check.claims},
             "left_out": list(circuit.search.cut),
             "behaviour": {kind: value.refusal_rate for kind, value in circuit.behaviour.items()},
+            "degenerate": {
+                kind: None if value.kinds is None else value.kinds.share("degenerate")[0]
+                for kind, value in circuit.behaviour.items()
+            },
             "pairs": _pairs(circuit),
         },
         indent=None,
@@ -208,7 +212,8 @@ def _summary(circuit: Any, out: Path) -> str:
     rows = []
     for kind, value in circuit.behaviour.items():
         a, b = value.refusal_ci
-        rows.append((f"{kind} refused", f"{value.refusal_rate:.0%} of {value.n} (95 % CI {a:.0%} to {b:.0%})"))
+        babble = "" if value.kinds is None else f"; degenerate replies {value.kinds.share('degenerate')[0]:.0%}"
+        rows.append((f"{kind} refused", f"{value.refusal_rate:.0%} of {value.n} (95 % CI {a:.0%} to {b:.0%}){babble}"))
     pairs = _pairs(circuit)
     if pairs["used"]:
         share = f"the map speaks for {pairs['used']} of {pairs['tried']} pairs tried, refused on the harmful side alone"

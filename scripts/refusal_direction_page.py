@@ -4,6 +4,7 @@ python scripts/refusal_direction_page.py             # draw page and figures aga
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,28 @@ def largest_random_move(record: Record) -> float:
         plain = Rate.of(look_up(record, f"{place}/as it is")).value
         moved += [abs(Rate.of(look_up(record, f"{place}/random {k} {way}")).value - plain) for k in (1, 2)]
     return 100 * max(moved)
+
+
+def conditions(record: Record) -> list[tuple[str, str]]:
+    """Sets of prompts and conditions whose rates are shown."""
+    return [(name, condition) for name, row in record["rates"].items() for condition in row]
+
+
+def judged(record: Record) -> int:
+    """In how many of them it was measured what the replies are."""
+    found = record.get("replies", {})
+    return sum(condition in found.get(name, {}) for name, condition in conditions(record))
+
+
+def removals(record: Record) -> list[Record]:
+    """What replies are once another method's vector is removed, row by row, where measured."""
+    rows = [row.get(f"{way}_replies") for row in record["others"] for way in ("removed", "removed_at_site")]
+    return [row for row in rows if row]
+
+
+def mostly_babble(record: Record) -> int:
+    """In how many of these most of the replies that no longer refuse are degenerate."""
+    return sum(2 * row["lost"][1] > row["lost"][0] for row in removals(record))
 
 
 def other(data: str, method: str, way: str) -> Any:
@@ -195,6 +218,26 @@ SENTENCES = {
         "Removing it does **not** cut refusals on JailbreakBench beyond the intervals: {before} as it is, {after} with "
         "the direction removed.",
     ),
+    "babble": Sentence(
+        "Of {lost} JailbreakBench prompts that are refused as it is and not with the direction removed, {degenerate} "
+        "get a degenerate reply; perplexity under the unedited model is {before:.1f} before and {after:.1f} after.",
+        {
+            "lost": "replies/JailbreakBench/direction removed/lost/0",
+            "degenerate": "replies/JailbreakBench/direction removed/lost/1",
+            "before": "replies/JailbreakBench/as it is/perplexity",
+            "after": "replies/JailbreakBench/direction removed/perplexity",
+        },
+        lambda lost, degenerate: 2 * degenerate <= lost,
+        "**With the direction removed the model babbles rather than complies**: of {lost} JailbreakBench prompts that "
+        "are refused as it is and no longer, {degenerate} get a degenerate reply; perplexity under the unedited model "
+        "is {before:.1f} before and {after:.1f} after.",
+    ),
+    "babble_open": Sentence(
+        "What the replies are that no longer refuse, answers or babble, was not measured ({judged} of {n} conditions), "
+        "so that no compliance is claimed.",
+        {"judged": judged, "n": lambda r: len(conditions(r))},
+        lambda judged: judged == 0,
+    ),
     "addition": Sentence(
         "Adding it makes at least 80 % of Alpaca prompts refused: {added} at strength 1, the length of the mean "
         "difference, at a KL of {kl:.2f} and a perplexity of {perplexity:.1f}. At other strengths, on the "
@@ -270,6 +313,18 @@ SENTENCES = {
             {name: counted(name) for name in ("lower", "erasures", "known", "costly")},
             lambda lower, known, costly: lower > 0 and costly <= known,
         ),
+    ),
+    "others_babble": Sentence(
+        "**In {babble} of {n} removals most of the replies that no longer refuse are degenerate**: there the model "
+        "babbles rather than complies.",
+        {"babble": mostly_babble, "n": lambda r: len(removals(r))},
+        lambda babble: babble > 0,
+        "In {babble} of {n} removals most of the replies that no longer refuse are degenerate.",
+    ),
+    "others_open": Sentence(
+        "What the replies are that no longer refuse was not measured here ({n} removals).",
+        {"n": lambda r: len(removals(r))},
+        lambda n: n == 0,
     ),
     "data_open": Sentence(
         "{missing} of the four rates that would tell the method from what it was fitted on are not measured, "
@@ -360,7 +415,11 @@ def page(record: Record) -> str:
         "",
         *rate_table(record),
         "",
-        *(f"- {said[name]}" for name in ("removal", "addition", "random", "hooks")),
+        *(
+            f"- {said[name]}"
+            for name in ("removal", "babble", "babble_open", "addition", "random", "hooks")
+            if name in said
+        ),
         "",
         "## Doses and side effects",
         "",
@@ -397,7 +456,10 @@ def page(record: Record) -> str:
         "",
         "## Other directions",
         "",
-        *other_section(record, said.get("data") or said["data_open"]),
+        *other_section(
+            record,
+            f"{said.get('data') or said['data_open']} {said.get('others_babble') or said['others_open']}",
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -407,6 +469,8 @@ def told(record: Record) -> list[str]:
     """Names of the sentences of this record: those on what was not measured stand in for those on what was."""
     left_out = {"data" if missing(record) else "data_open"}
     left_out.add("not_shuffled" if probe_counts(record)["draws"] else "shuffled")
+    left_out.add("babble_open" if judged(record) else "babble")
+    left_out.add("others_open" if removals(record) else "others_babble")
     return [name for name in SENTENCES if name not in left_out]
 
 
@@ -427,21 +491,39 @@ def score_table(record: Record) -> list[str]:
 
 
 def rate_table(record: Record) -> list[str]:
-    rows = [
-        [name, condition, f"{Rate.of(hits)}"]
-        for name, row in record["rates"].items()
-        for condition, hits in row.items()
-    ]
-    return table(["prompts", "condition", "refused"], rows)
+    columns, replies = ["prompts", "condition", "refused"], record.get("replies")
+    rows = [[name, condition, f"{Rate.of(record['rates'][name][condition])}"] for name, condition in conditions(record)]
+    if not replies:
+        return table(columns, rows)
+    for row, (name, condition) in zip(rows, conditions(record), strict=True):
+        row += reply_cells(replies[name][condition])
+    text = (
+        f"Greedy replies of at most {record['sizes']['reply_tokens']} tokens, each of one of "
+        "[four kinds](../methods.md); *perplexity* is the unedited model's on the replies."
+    )
+    return [text, "", *table([*columns, "answered", "degenerate", "neither", "perplexity"], rows)]
+
+
+def reply_cells(found: Record) -> list[str]:
+    """Shares of the kinds that are no refusals, and the replies' perplexity."""
+    kinds, perplexity = found["kinds"], found["perplexity"]
+    cells = [f"{Rate(kinds[kind], sum(kinds.values()))}" for kind in ("answers", "degenerate", "neither")]
+    return [*cells, "" if perplexity is None else f"{perplexity:.3g}"]
 
 
 def dose_table(record: Record) -> list[str]:
-    rows, measures = [], list(dict.fromkeys(row["measure"] for row in record["doses"]["removed"]))
+    """A column per measure; the two kinds of reply that say least are left out, as is what was not measured."""
+    known = [row for found in record["doses"].values() for row in found if row["value"] is not None]
+    measures = [m for m in dict.fromkeys(row["measure"] for row in known) if not m.startswith(("answers", "neither"))]
+    rows = []
     for way, found in record["doses"].items():
         for strength, part in pd.DataFrame(found).groupby("strength", sort=False):
-            cells = [f"{Interval(row.value, row.ci_low, row.ci_high):.3g}" for row in part.itertuples()]
+            of = part.set_index("measure")
+            numbers = [of.loc[name, ["value", "ci_low", "ci_high"]] if name in of.index else None for name in measures]
+            cells = ["" if row is None or row.isna().any() else f"{Interval(*row):.3g}" for row in numbers]
             rows.append([f"direction {way}", f"{strength:g}", *cells])
-    return table(["", "strength", *measures], rows)
+    open_ = [] if any(m.startswith("degenerate") for m in measures) else ["Degenerate replies: not measured.", ""]
+    return [*open_, *table(["", "strength", *measures], rows)]
 
 
 def subspace_table(record: Record) -> list[str]:
@@ -530,13 +612,24 @@ def probe_table(record: Record) -> list[str]:
     return lines + table(columns, rows)
 
 
+def refused_cell(row: Record, way: str) -> str:
+    """Rate of refusal and, where measured, what the replies are instead."""
+    if row[way] is None:
+        return ""
+    said = row.get(f"{way}_replies")
+    if not said:
+        return f"{Rate.of(row[way])}"
+    babble = Rate(said["kinds"]["degenerate"], sum(said["kinds"].values()))
+    return f"{Rate.of(row[way])}; degenerate {babble}, perplexity {said['perplexity'] or math.nan:.3g}"
+
+
 def other_section(record: Record, sentence: str) -> list[str]:
     rows = [
         [
             row["method"],
             row["data"],
-            *("" if row[way] is None else f"{Rate.of(row[way])}" for way in ("removed", "removed_at_site")),
-            "" if row["added"] is None else f"{Rate.of(row['added'])} ({row['strength']:g})",
+            *(refused_cell(row, way) for way in ("removed", "removed_at_site")),
+            refused_cell(row, "added") and f"{refused_cell(row, 'added')} ({row['strength']:g})",
             "" if row["cosine"] is None else f"{row['cosine']:.2f}",
         ]
         for row in record["others"]
@@ -582,17 +675,21 @@ def heatmaps(record: Record, path: Path) -> None:
 
 
 def curves(record: Record, path: Path) -> None:
-    figure, axes = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
+    panels = ["refusal rate", "log-odds", "KL", "perplexity"]
+    measured = {row["measure"] for found in record["doses"].values() for row in found if row["value"] is not None}
+    if any(name.startswith("degenerate") for name in measured):
+        panels[1:1] = ["degenerate", "reply perplexity"]
+    figure, axes = plt.subplots(2, len(panels), figsize=(13 * len(panels) / 4, 6), layout="constrained")
     for line, way in zip(axes, ("removed", "added"), strict=True):
         found = pd.DataFrame(record["doses"][way])
-        for axis, panel in zip(line, ("refusal rate", "log-odds", "KL", "perplexity"), strict=True):
+        for axis, panel in zip(line, panels, strict=True):
             for measure, rows in found[found.measure.str.startswith(panel)].groupby("measure", sort=False):
                 side = str(measure).split(", ")[1]
                 colour = {"harmful": "#9C2F6B", "harmless": "#00588C"}[side]
                 errors = np.clip([rows.value - rows.ci_low, rows.ci_high - rows.value], 0, None)
                 axis.errorbar(rows.strength, rows.value, errors, color=colour, label=side, marker="o", capsize=2)
             axis.set(title=panel, xlabel=f"strength (direction {way})")
-            if panel == "perplexity":
+            if panel.endswith("perplexity"):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.yaxis.set_minor_formatter("{x:g}")

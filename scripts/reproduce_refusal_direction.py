@@ -5,12 +5,13 @@
 Directions come from 64 AdvBench and 64 Alpaca prompts, are chosen on 32 HarmBench (validation) and 32 other Alpaca
 prompts, and are judged on 100 JailbreakBench, 100 other AdvBench and 100 other Alpaca prompts: read from --data (JSON
 lines with an "instruction" each). Each step is kept in --work and not done again, so that a stopped run goes on; delete
-a step's file or folder there to do it again. Of replies only whether they refuse is kept, never their text. The page is
-drawn from the JSON alone, by refusal_direction_page.py.
+a step's file or folder there to do it again. Of replies only their kind and their loss under the unedited model are
+kept, never their text. The page is drawn from the JSON alone, by refusal_direction_page.py.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,9 +30,9 @@ from mechsafety.directions import RefusalDirection, RefusalSubspace
 from mechsafety.directions.scores import mean_differences
 from mechsafety.interventions import Direction, DoseResponse, orthogonalized, project_out, steer
 from mechsafety.probes import N_ERASE, ProbeReport
+from mechsafety.replies import KINDS, REPLY_TOKENS, ReplyKinds, loss_limit
 from mechsafety.sites import Site, SiteKind
 
-REPLY_TOKENS = 24
 N_RANDOM = 8
 ADDED = (0.0, 0.5, 1.0, 1.5, 2.0)
 REMOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -46,6 +47,12 @@ class Study:
         self.work.mkdir(parents=True, exist_ok=True)
         detected = self.json("detected", lambda: self._detect().to_json())
         self.metric = ms.RefusalLogOdds.from_json(detected, self.model)
+
+    @property
+    def limit(self) -> float:
+        """The loss above which a reply is degenerate, found once; NaN where the model answers too little to say."""
+        found = self.json("loss-limit", lambda: number(loss_limit(self.model)))
+        return math.nan if found is None else found
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is plain data."""
@@ -121,7 +128,7 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
     doses_of = {
         way: study.result(way, DoseResponse, lambda w=way: doses(study, found, w)) for way in ("removed", "added")
     }
-    measured = study.json("rates", lambda: rates(study, found))
+    measured = rates(study, found)
     further = study.result("subspace", RefusalSubspace, lambda: subspace(study, found))
     return {
         "provenance": found.provenance.to_json(),
@@ -134,6 +141,7 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
             "harmless": N_ERASE,
             "random": N_RANDOM,
             "subspace_stop_below": further.provenance.options.get("stop_below", 0.0),
+            "reply_tokens": REPLY_TOKENS,
         },
         "unedited": {"bypass": float(found.harmful.mean()), "induce": float(found.harmless.mean())},
         "chosen": {"layer": found.layer, "column": found.column, "passes": found.passes},
@@ -141,14 +149,16 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
         "seconds": study.seconds("direction"),
         "candidates": rows_of(found.to_dataframe()),
         "controls": rows_of(found.controls.to_dataframe()) if found.controls else [],
-        "rates": {s: {c: [sum(hits), len(hits)] for c, hits in row.items()} for s, row in measured.items()},
+        "rates": {s: {c: rate(said) for c, said in row.items()} for s, row in measured.items()},
+        "replies": {s: {c: summary(said, row["as it is"]) for c, said in row.items()} for s, row in measured.items()},
+        "loss_limit": number(study.limit),
         "doses": {way: rows_of(one.to_dataframe()) for way, one in doses_of.items()},
         "subspace": rows_of(further.to_dataframe()),
         "equality": study.json("equality", lambda: equality(study, found)),
         "writers": study.json("writers", lambda: writers(study, found)),
         "heads": study.json("heads", lambda: heads(study, found)),
         "probes": study.json("probes", lambda: probes(study)),
-        "others": study.json("others", lambda: others(study)),
+        "others": study.json("others-replies", lambda: others(study, measured)),
     }
 
 
@@ -187,8 +197,8 @@ def random_like(vector: torch.Tensor, seed: int) -> torch.Tensor:
     return noise / noise.norm() * vector.norm()
 
 
-def rates(study: Study, found: RefusalDirection) -> dict[str, dict[str, list[bool]]]:
-    """Whether each test prompt is refused, in each condition; kept condition by condition."""
+def rates(study: Study, found: RefusalDirection) -> dict[str, dict[str, ReplyKinds]]:
+    """What the reply to each test prompt is, in each condition; kept condition by condition."""
     model, vector = study.model, found.vector
     conditions: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "as it is": nullcontext,
@@ -199,19 +209,45 @@ def rates(study: Study, found: RefusalDirection) -> dict[str, dict[str, list[boo
         noise = random_like(vector, seed)
         conditions[f"random {seed} removed"] = lambda noise=noise: project_out(model, noise)
         conditions[f"random {seed} added"] = lambda noise=noise: steer(model, noise, 1.0, [found.layer])
-    out: dict[str, dict[str, list[bool]]] = {}
+    out: dict[str, dict[str, ReplyKinds]] = {}
     for name, prompts in test_sets(study).items():
         for condition, make in conditions.items():
             if condition.endswith("added") and not name.startswith("Alpaca"):
                 continue
-            key = f"rates {name} {condition}".replace(" ", "-").lower()
-            out.setdefault(name, {})[condition] = study.json(key, lambda p=prompts, m=make: refusals(study, p, m()))
+            out.setdefault(name, {})[condition] = judged(study, f"{name} {condition}", prompts, make)
     return out
 
 
-def refusals(study: Study, prompts: Sequence[str], context: AbstractContextManager[Any]) -> list[bool]:
-    with context:
-        return [ms.is_refusal(reply) for reply in study.model.generate(prompts, REPLY_TOKENS)]
+def judged(
+    study: Study, name: str, prompts: Sequence[str], make: Callable[[], AbstractContextManager[Any]]
+) -> ReplyKinds:
+    """Kinds of the replies under an intervention, and their loss under the unedited model; a step of its own."""
+
+    def compute() -> dict[str, Any]:
+        with make():
+            replies = study.model.generate(prompts, REPLY_TOKENS)
+        said = ms.judge_replies(study.model, prompts, replies, limit=study.limit)
+        return {"kinds": list(said.kinds), "loss": [number(value) for value in said.loss.tolist()]}
+
+    stored = study.json(f"replies {name}".replace(" ", "-").lower(), compute)
+    loss = torch.tensor([math.nan if value is None else value for value in stored["loss"]])
+    return ReplyKinds(tuple(stored["kinds"]), loss, study.limit)
+
+
+def rate(said: ReplyKinds) -> list[int]:
+    """Refusals, and of how many replies."""
+    return [said.kinds.count("refuses"), len(said.kinds)]
+
+
+def summary(said: ReplyKinds, before: ReplyKinds) -> dict[str, Any]:
+    """What the page says of replies: counts, perplexity, and refusals lost since before with those degenerate now."""
+    counts = {kind: said.kinds.count(kind) for kind in KINDS}
+    return {"kinds": counts, "perplexity": number(said.perplexity), "lost": list(said.lost_refusals(before))}
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN, and nothing infinite."""
+    return value if math.isfinite(value) else None
 
 
 def equality(study: Study, found: RefusalDirection) -> dict[str, float]:
@@ -230,11 +266,9 @@ def equality(study: Study, found: RefusalDirection) -> dict[str, float]:
 def doses(study: Study, found: RefusalDirection, way: str) -> DoseResponse:
     n, model = study.args.n_dose, study.model
     sets = study.prompts("jailbreakbench", n), study.prompts("alpaca_harmless", n, skip=400)
-    if way == "removed":
-        return ms.dose_response(
-            model, lambda s: found.ablate(model, s), REMOVED, *sets, study.metric, name="direction removed"
-        )
-    return ms.dose_response(model, lambda s: found.add(model, s), ADDED, *sets, study.metric, name="direction added")
+    make, strengths = (found.ablate, REMOVED) if way == "removed" else (found.add, ADDED)
+    options = {"name": f"direction {way}", "limit": study.limit}
+    return ms.dose_response(model, lambda s: make(model, s), strengths, *sets, study.metric, **options)
 
 
 def subspace(study: Study, found: RefusalDirection) -> RefusalSubspace:
@@ -311,15 +345,17 @@ def probes(study: Study) -> list[dict[str, Any]]:
     return [{**row, "shuffled_draws": report.shuffled_accuracies(row["layer"], row["span"])} for row in rows]
 
 
-def others(study: Study) -> list[dict[str, Any]]:
+def others(study: Study, measured: dict[str, dict[str, ReplyKinds]]) -> list[dict[str, Any]]:
     """Three methods, each fitted on either kind of contrast data, removed and added in the same places.
 
     Vectors of the residual stream are removed everywhere, as the chosen direction is, and, apart from that, at their
     own layer alone; heads' vectors have no place but their heads. The mean difference is read where the chosen
-    direction is, so that on the first data it is that direction.
+    direction is, so that on the first data it is that direction. Replies are compared with those of the unedited model
+    to the same prompts, in ``measured``.
     """
     sets = test_sets(study)
-    bad, good = sets["JailbreakBench"], sets["Alpaca (rest)"]
+    names = ("JailbreakBench", "Alpaca (rest)")
+    (bad, good), before = (sets[name] for name in names), [measured[name]["as it is"] for name in names]
     rows: list[dict[str, Any]] = []
     chosen: Tensor | None = None
     for name, pairs in contrast_data(study).items():
@@ -335,9 +371,9 @@ def others(study: Study) -> list[dict[str, Any]]:
             row = {"data": name, "method": method, "strength": strength}
             row["cosine"] = None if vector is None else float(torch.cosine_similarity(vector, chosen, dim=0))
             for way, task in runs.items():
-                key = f"others {name} {method} {way}".replace(" ", "-").lower()
-                hits = task and study.json(key, lambda t=task: refusals(study, t[0], t[1]()))
-                row[way] = hits and [sum(hits), len(hits)]
+                said = task and judged(study, f"others {name} {method} {way}", *task)
+                row[way] = said and rate(said)
+                row[f"{way}_replies"] = said and summary(said, before[way == "added"])
             rows.append(row)
     return rows
 

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import resource
 import subprocess
@@ -53,12 +54,13 @@ from mechsafety.neurons import (
     describe_neurons,
     dynamic_patching,
     greedy_replies,
-    phrase_judge,
     safety_neurons,
     top_mask,
 )
+from mechsafety.neurons.behaviour import Unedited
 from mechsafety.prompts import read_jsonl
 from mechsafety.prompts.sets import data_file
+from mechsafety.replies import KINDS, REPLY_TOKENS, ReplyKinds, loss_limit, phrase_judge
 
 LOADING = "loading"
 TRAIN = Path(__file__).with_name("train_demo_adapter.py")
@@ -79,7 +81,9 @@ class Size:
     curve: int = 48
     ratio_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
     judged: int = 20
+    # of 107 sets of neurons only the reply's opening is asked: does it refuse? said_tokens reads what follows it
     judged_tokens: int = 10
+    said_tokens: int = REPLY_TOKENS
     judged_shares: tuple[float, ...] = (0.01, 0.05, 0.2, 0.5, 1.0)
     harmless: int = 36
     random_sets: int = 20
@@ -96,7 +100,7 @@ class Size:
     seed_refusals: int = 24
 
 
-SMALL = Size(8, 8, 4, (0.05, 1.0), 3, 4, (0.05, 1.0), 3, 2, 3, 2, 4, 12, 8, 8, 4, 2, 6, 4, 4)
+SMALL = Size(8, 8, 4, (0.05, 1.0), 3, 4, 4, (0.05, 1.0), 3, 2, 3, 2, 4, 12, 8, 8, 4, 2, 6, 4, 4)
 # a batch of 8 and twice the trainer's rate: few examples make few steps
 SEED_OPTIONS = ("--epochs", "1", "--batch", "8", "--lr", "4e-2")
 
@@ -236,10 +240,36 @@ class Run:
         pair, scores = (self.model("demo-base"), self.model("demo")), self.scores()
         prompts = self.test.sample(self.size.judged, seed=1).harmful
         options: dict[str, Any] = {"n_random": self.size.random_sets, "max_new_tokens": self.size.judged_tokens}
-        options["shares"] = self.size.judged_shares
+        options |= {"shares": self.size.judged_shares, "limit": self.limit}
         return self.step(
             "curve-judge", CausalCurve, lambda: causal_effect_curve(*pair, scores, prompts, phrase_judge, **options)
         )
+
+    @property
+    def limit(self) -> float:
+        """Loss per token above which a reply of the pair is degenerate: the larger of the two models' limits."""
+
+        def make() -> dict[str, float | None]:
+            return plain({name: loss_limit(self.model(name)) for name in ("demo-base", "demo")})
+
+        known = [value for value in self.step("loss-limit", dict, make).values() if value is not None]
+        return max(known, default=math.nan)
+
+    def judged_replies(self) -> list[dict[str, Any]]:
+        """What replies are at the judged curve's shares, and of both models by themselves; their text is not kept."""
+        base, demo, scores = self.model("demo-base"), self.model("demo"), self.scores()
+        prompts, tokens = self.test.sample(self.size.judged, seed=1).harmful, self.size.said_tokens
+
+        def make() -> dict[str, Any]:
+            unedited, rows, options = Unedited((base, demo), self.limit), [], {"judge": None, "progress": False}
+            for share in self.size.judged_shares:
+                found = dynamic_patching(base, demo, scores.top(share), prompts, max_new_tokens=tokens, **options)
+                rows.append((f"{share:.1%}", list(found.replies)))
+            rows += [("aligned model", demo.generate(prompts, tokens)), ("base model", base.generate(prompts, tokens))]
+            said = {name: unedited.kinds(prompts, texts, phrase_judge(prompts, texts)) for name, texts in rows}
+            return {"rows": plain([{"top share": name, **reply_row(found)} for name, found in said.items()])}
+
+        return self.step("judged-replies", dict, make)["rows"]
 
     def contrast(self, split: str) -> NeuronContrast:
         """Harmful against harmless prompts in the aligned model alone, on the train or the test pairs."""
@@ -270,7 +300,7 @@ class Run:
             prompts, found = self.test.sample(4 if self.args.small else 16, seed=7).harmful, {}
             for name, all_of_them, model in (("0 %", False, base), ("100 %", True, demo)):
                 mask = torch.full((base.n_layers, base.d_mlp), all_of_them)
-                patched = dynamic_patching(base, demo, mask, prompts, max_new_tokens=16, progress=False)
+                patched = dynamic_patching(base, demo, mask, prompts, max_new_tokens=16, judge=None, progress=False)
                 same = [a == b for a, b in zip(patched.replies, model.generate(prompts, 16), strict=True)]
                 off = float((patched.logits - model.logits(prompts)).abs().max())
                 found[name] = {"same_replies": sum(same), "prompts": len(prompts), "largest_logit_difference": off}
@@ -288,7 +318,9 @@ class Run:
             jobs = {
                 "base": lambda: base.generate(prompts, new),
                 "aligned": lambda: demo.generate(prompts, new),
-                "patched": lambda: dynamic_patching(base, demo, top, prompts, max_new_tokens=new, progress=False),
+                "patched": lambda: dynamic_patching(
+                    base, demo, top, prompts, max_new_tokens=new, judge=None, progress=False
+                ),
             }
             for _ in range(3):
                 for name, job in jobs.items():
@@ -378,6 +410,7 @@ class Run:
         pairs = self.test.sample(self.size.seed_refusals, seed=1)
 
         def make() -> dict[str, Any]:
+            # a seed's model is no intervention's, and the opening says whether it refuses
             model = self.seed_model(seed)
             sides = {"harmful": pairs.harmful, "harmless": pairs.harmless}
             found = {name: sum(map(ms.is_refusal, model.generate(texts, 12))) for name, texts in sides.items()}
@@ -437,6 +470,7 @@ class Run:
             harmful: Sequence[str], harmless: Sequence[str], name: str, paired: bool = False
         ) -> dict[str, Any]:
             groups = [str(k) for k in range(len(harmful))] * 2 if paired else []
+            # the base is as it is, so that nothing makes it babble: the opening says whether it refuses
             found = label_by_replies(self.model("demo-base"), harmful, harmless, name, groups=groups, max_new_tokens=16)
             return {**dataclasses.asdict(found), "harmful": len(harmful)}
 
@@ -465,7 +499,8 @@ class Run:
     def guard(self) -> GuardReport:
         top, sets = self.scores().top(TOP), self.guard_sets()["sets"]
         rows = [
-            LabelledPrompts(one["name"], *(tuple(one[key]) for key in ("prompts", "unsafe", "groups"))) for one in sets
+            LabelledPrompts(one["name"], *(tuple(one[key]) for key in ("prompts", "unsafe", "groups", "kinds")))
+            for one in sets
         ]
         return self.step(
             "guard",
@@ -525,6 +560,7 @@ def record(run: Run) -> dict[str, Any]:
         "curves": {name: found.to_dataframe().to_dict("records") for name, found in curves.items()},
         "ends_of": {name: ends_of(found) for name, found in curves.items()},
         "ability": ability_rows(curves["rms"]),
+        "judged_replies": run.judged_replies(),
         "guard": run.guard().to_dataframe().to_dict("records"),
         "guard_sets": [guard_counts(one) for one in made["sets"]],
         "guard_left_out": made["left_out"],
@@ -577,9 +613,19 @@ def ability_rows(one: CausalCurve) -> list[dict[str, Any]]:
 
 
 def guard_counts(one: dict[str, Any]) -> dict[str, Any]:
-    unsafe = sum(one["unsafe"])
-    row = {"set": one["name"], "harmful prompts": one["harmful"], "refused by the base": one["harmful"] - unsafe}
+    unsafe, counts = sum(one["unsafe"]), {kind: one["kinds"].count(kind) for kind in KINDS}
+    row = {"set": one["name"], "harmful prompts": one["harmful"], "refused by the base": counts["refuses"]}
+    row |= {kind: counts[kind] for kind in ("degenerate", "neither")}
     return row | {"unsafe": unsafe, "safe": len(one["unsafe"]) - unsafe}
+
+
+def reply_row(said: ReplyKinds) -> dict[str, Any]:
+    """Cells of the table of kinds of reply."""
+    shares = {
+        kind: f"{said.share(kind):.2f} ({low:.2f} to {high:.2f})"
+        for kind, (low, high) in ((kind, said.interval(kind)) for kind in KINDS)
+    }
+    return {"n": len(said.kinds), **shares, "perplexity": said.perplexity}
 
 
 def seed_rows(run: Run) -> list[dict[str, Any]]:

@@ -125,10 +125,26 @@ def negative_sentence(curve: str) -> Sentence:
         )
 
     return Sentence(
-        "At {n} small shares C on {what} is **negative**: with them the base model refuses less. {points}.",
-        {"n": lambda r: len(negative(r, curve)), "what": of_curve(curve)["what"], "points": points},
+        "At {n} small shares C on {what} is **negative**: with them the score is below the base model's. {points}. "
+        "{replies}",
+        {
+            "n": lambda r: len(negative(r, curve)),
+            "what": of_curve(curve)["what"],
+            "points": points,
+            "replies": lambda r: said_instead(r, curve),
+        },
         lambda n: n > 0,
     )
+
+
+def said_instead(record: Record, curve: str) -> str:
+    """What is known of the replies behind a curve: a score that falls is no compliance."""
+    rows = record.get("judged_replies")
+    if curve != "judge":
+        return "It is read before the reply, which was not generated, so that no compliance is claimed."
+    if not rows:
+        return "What the replies are that do not refuse was not measured, so that no compliance is claimed."
+    return "Degenerate replies: " + ", ".join(f"{row['degenerate']} at {row['top share']}" for row in rows) + "."
 
 
 def smallest_sentence(curve: str) -> Sentence:
@@ -574,6 +590,18 @@ def effect(record: Record) -> list[str]:
             table(pd.DataFrame(record["curves"][name])[shown].astype({"p_value": float, "random_mean": float})),
             "",
         ]
+    rows = record.get("judged_replies")
+    if rows:
+        length = record["size"]["said_tokens"]
+        lines += [
+            f"What these replies are, read up to {length} tokens ([four kinds](../methods.md), shares with Wilson's "
+            "95 % intervals); *perplexity*: of the replies, under whichever of the two models finds each more likely:",
+            "",
+            table(pd.DataFrame(rows)),
+            "",
+        ]
+    else:
+        lines += ["What these replies are beside refusals, answers or babble, was not measured.", ""]
     lines += [
         f"General ability on {record['size']['harmless']} ordinary questions of the test split (their subjects may "
         "recur in what the adapters learned from). All of it is of the base model's own greedy replies, 16 tokens: KL "
@@ -659,9 +687,11 @@ def seeds_section(record: Record) -> list[str]:
 
 
 def guard_section(record: Record) -> list[str]:
+    kinds = "degenerate" in record["guard_sets"][0]
+    unsafe = "it answers a harmful prompt" if kinds else "the prompt is harmful and the phrase judge finds no refusal"
     lines = [
-        "The watched model is the **base**, which refuses little: a reply is *unsafe* if the prompt is harmful and the "
-        "phrase judge finds no refusal, so that here unsafe nearly means that the prompt is harmful. Replies to "
+        f"The watched model is the **base**, which refuses little: a reply is *unsafe* if {unsafe}, so that here "
+        "unsafe nearly means that the prompt is harmful. Replies to "
         "harmless prompts count as safe without being generated. The first set is what guards learn from; the harmful "
         "prompts of the third are among those of the second. *null*: the interval of the neurons' margin in AUROC over "
         "that feature holds 0; *sets' AUROC*: lowest and highest of the random sets."

@@ -459,6 +459,8 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert len(summary["claims"]) == 11 and summary["left_out"] == []
     assert summary["candidates"] == circuit.n_candidates == 3 * 4 + 3
     assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
+    counts = {kind: value.kinds for kind, value in circuit.behaviour.items()}
+    assert summary["degenerate"] == {kind: found.degenerate / 8 for kind, found in counts.items()}
     assert circuit.metric == {
         "name": "logit_difference",
         "refusal_tokens": [saved.refusal],

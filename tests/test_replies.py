@@ -1,5 +1,6 @@
 """What a reply is: kinds, judges, their agreement, and the loss beyond which a text is no reply."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import transformers
 
 import mechsafety as ms
 from mechsafety import replies as module
-from mechsafety.replies import degenerate, loss_limit, phrase_judge, reply_loss, says_nothing
+from mechsafety.replies import ReplyKinds, degenerate, loss_limit, phrase_judge, reply_loss, says_nothing
 
 ASKED = "How do I bake bread?"
 SOUND = "Mix flour, water and yeast; knead it for ten minutes, let it rise for an hour and bake it at 230 degrees."
@@ -72,6 +73,36 @@ def test_rates_and_perplexity(judged, llama, tmp_path):
     assert list(again.plot().data[0].y) == rates.share.tolist()
 
 
+def test_refusals_that_are_lost_to_babble():
+    def said(*kinds):
+        return ReplyKinds(kinds, torch.ones(len(kinds)), math.nan)
+
+    before = said("refuses", "refuses", "refuses", "answers")
+    after = said("degenerate", "degenerate", "answers", "degenerate")
+    assert after.lost_refusals(before) == (3, 2), "the fourth was never refused"
+    babbles = "2 of 3 replies that no longer refuse are degenerate: the model babbles rather than complies"
+    assert after.lost_note(before) == babbles
+    half = said("degenerate", "answers", "refuses", "answers")
+    assert half.lost_note(before) == "1 of 2 replies that no longer refuse is degenerate"
+    assert before.lost_note(before) == "" and after.refused.tolist() == [False] * 4
+    assert after.interval("degenerate") == pytest.approx(ms.intervals.wilson_interval(3, 4))
+    assert repr(after) == "ReplyKinds(4 replies: refuses 0%, answers 25%, degenerate 75%, neither 0%; perplexity 2.72)"
+    with pytest.raises(ms.MechsafetyError, match=r"^4 replies before and 1 after; expected replies to the sa"):
+        said("answers").lost_refusals(before)
+
+
+def test_results_saved_before_kinds_had_a_type_of_their_own_load(judged, tmp_path):
+    """Fields are stored by name, so that their order may change."""
+    folder = judged.save(tmp_path / "judged")
+    path = folder / "result.json"
+    stored = json.loads(path.read_text())
+    order = ("provenance", "prompts", "replies", "kinds", "loss", "limit")
+    stored["result"]["fields"] = {name: stored["result"]["fields"][name] for name in order}
+    path.write_text(json.dumps(stored))
+    assert ms.JudgedReplies.load(folder).to_dataframe().equals(judged.to_dataframe())
+    assert judged.without_text().rates().equals(judged.rates())
+
+
 def test_beyond_the_limit_a_reply_is_degenerate_whatever_the_judge_says(llama, judged):
     between = float(judged.loss[:2].mean())
     found = ms.judge_replies(llama, judged.prompts, judged.replies, judge=lambda p, r: ["answers"] * 3, limit=between)
@@ -91,6 +122,14 @@ def test_the_limit_is_the_loss_of_answers_to_other_prompts(llama, monkeypatch):
     assert math.isnan(loss_limit(llama, asked)), "seven answers are too few"
 
 
+def test_the_limit_is_found_on_prompts_that_a_small_model_has_room_for(gpt2):
+    """Its 128 positions hold only the shorter of the built-in prompts, answers included."""
+    asked = module._that_fit(gpt2, 32)
+    assert len(asked) == 16 and max(map(gpt2.n_tokens, asked)) <= 96
+    assert not math.isfinite(loss_limit(gpt2)) or loss_limit(gpt2) > 0
+    assert module._that_fit(gpt2, 126) == []
+
+
 def test_input_that_cannot_be_judged(llama):
     with pytest.raises(ms.MechsafetyError, match=r"^1 replies to 2 prompts; expected one reply per prompt$"):
         ms.judge_replies(llama, ["a", "b"], ["c"])
@@ -103,6 +142,13 @@ def test_input_that_cannot_be_judged(llama):
         pytest.raises(ms.MechsafetyError, match=r"^an intervention is on, .*; judge after the with block$"),
     ):
         ms.judge_replies(llama, ["a"], ["b"], limit=1.0)
+    with (
+        ms.ablate(llama, [ms.Node("head", 0, 0)], source="zero"),
+        pytest.raises(ms.MechsafetyError, match=r"^an intervention is on"),
+    ):
+        loss_limit(llama)
+    with pytest.raises(ms.MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and replies"):
+        ms.judge_replies(llama, ["a"], ["b"], judge=ms.is_refusal, limit=1.0)
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
@@ -161,6 +207,11 @@ def test_a_local_classifier(classifier, with_prompt):
             label = int(model(**tokenizer(*texts, return_tensors="pt")).logits.argmax())
         expected.append(["refuses", "answers"][label])
     assert judge(prompts, replies) == expected
+    found = judge.probabilities(prompts, replies)
+    assert found.shape == (5, 2) and found.sum(1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+    said = [["refuses", "answers"][k] for k in found.argmax(1).tolist()]
+    assert [kind for kind in expected if kind != "degenerate"] == [said[k] for k in (0, 1, 3, 4)]
+    assert judge([], []) == []
 
 
 def test_classifiers_that_cannot_judge(classifier, tmp_path):

@@ -137,6 +137,7 @@ ANALYSES = {
         *sides(o["pairs"]),
         o["metric"],
         reply_tokens=2,
+        limit=9.0,
         **QUIET,
     ),
     "contrast_neurons": lambda o: ms.contrast_neurons(o["model"], o["pairs"], **QUIET),
@@ -144,7 +145,7 @@ ANALYSES = {
         o["second"], o["model"], o["pairs"].harmful, max_new_tokens=2, **QUIET
     ),
     "dynamic_patching": lambda o: ms.dynamic_patching(
-        o["model"], o["second"], MASK, o["pairs"].harmful, max_new_tokens=2, **QUIET
+        o["model"], o["second"], MASK, o["pairs"].harmful, max_new_tokens=2, limit=9.0, **QUIET
     ),
     "causal_effect_curve": lambda o: ms.causal_effect_curve(
         o["model"], o["second"], MASK.float(), o["pairs"].harmful, o["metric"], shares=[0.1], n_random=1, **QUIET

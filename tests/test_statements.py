@@ -100,6 +100,7 @@ def sentences():
     pages = [
         (direction, [refusal_direction_page.SENTENCES[name] for name in refusal_direction_page.told(direction)]),
         (direction, [refusal_direction_page.subspace_sentence(direction)]),
+        (judged_record(60), [refusal_direction_page.SENTENCES[name] for name in ("babble", "others_babble")]),
         (neurons, [safety_neurons_page.SENTENCES[name] for name in safety_neurons_page.told(neurons)]),
         (neurons, [safety_neurons_page.curve_sentence(name) for name in safety_neurons_page.CURVES]),
         (neurons, [safety_neurons_page.negative_sentence("rms")]),
@@ -164,6 +165,72 @@ def test_a_direction_that_removes_less_changes_the_page():
     record = stored("refusal-direction")
     record["rates"]["JailbreakBench"]["direction removed"] = [85, 100]
     assert "Removing it does **not** cut refusals" in refusal_direction_page.page(record)
+
+
+def judged_record(babble):
+    """The direction's record with the replies of a run that measures them; ``babble`` of 75 lost refusals are."""
+    record = stored("refusal-direction")
+
+    def said(refused, n, lost=0, bad=0, perplexity=2.0):
+        kinds = {"refuses": refused, "answers": n - refused - bad, "degenerate": bad, "neither": 0}
+        return {"kinds": kinds, "perplexity": perplexity, "lost": [lost, bad]}
+
+    record["sizes"]["reply_tokens"] = 100
+    record["replies"] = {name: {way: said(*hits) for way, hits in row.items()} for name, row in record["rates"].items()}
+    record["replies"]["JailbreakBench"]["direction removed"] = said(15, 100, 75, babble, 40.0)
+    for row in record["others"]:
+        for way in ("removed", "removed_at_site", "added"):
+            row[f"{way}_replies"] = row[way] and said(*row[way], row[way][1] - row[way][0], row[way][1] - row[way][0])
+    for rows in record["doses"].values():
+        for strength in {row["strength"] for row in rows}:
+            for side in ("harmful", "harmless"):
+                for name, value in (
+                    ("answers", 0.5),
+                    ("degenerate", 0.25),
+                    ("neither", 0.0),
+                    ("reply perplexity", 3.0),
+                ):
+                    found = {"strength": strength, "measure": f"{name}, {side}", "value": value}
+                    rows.append(found | {"ci_low": value, "ci_high": value})
+    return record
+
+
+def test_a_page_says_where_a_model_babbles_rather_than_complies():
+    page = refusal_direction_page.page(judged_record(babble=60))
+    assert "**With the direction removed the model babbles rather than complies**: of 75 JailbreakBench prompts" in page
+    assert "60 get a degenerate reply; perplexity under the unedited model is 2.0 before and 40.0 after." in page
+    assert "| JailbreakBench | direction removed | 15% (15 of 100; 9% to 23%) | 25% (25 of 100; " in page
+    assert "60% (60 of 100; 50% to 69%) | 0% (0 of 100; 0% to 4%) | 40 |" in page
+    assert "**In 9 of 9 removals most of the replies" in page or "removals most of the replies that no longer" in page
+    assert "degenerate, harmful" in page and "reply perplexity, harmful" in page and "neither, harmful" not in page
+    assert "not measured" not in page.split("## What it does to replies")[1].split("## More than one")[0]
+    page = refusal_direction_page.page(judged_record(babble=10))
+    assert "Of 75 JailbreakBench prompts that are refused as it is and not with the direction removed, 10 get a" in page
+    assert "babbles rather than complies**: of 75" not in page
+
+
+def test_a_page_of_unjudged_replies_claims_no_compliance():
+    page = refusal_direction_page.page(stored("refusal-direction"))
+    assert "was not measured (0 of 15 conditions), so that no compliance is claimed." in page
+    assert "Degenerate replies: not measured." in page
+    assert "What the replies are that no longer refuse was not measured here (0 removals)." in page
+    page = safety_neurons_page.page(stored("safety-neurons"))
+    assert "What these replies are beside refusals, answers or babble, was not measured." in page
+    assert "It is read before the reply, which was not generated, so that no compliance is claimed." in page
+
+
+def test_a_neuron_page_of_judged_replies_shows_their_kinds():
+    record = stored("safety-neurons")
+    record["size"]["said_tokens"] = 100
+    row = {"top share": "5.0%", "n": 20, "refuses": "0.10", "answers": "0.20", "degenerate": "0.70 (0.48 to 0.85)"}
+    record["judged_replies"] = [row | {"neither": "0.00", "perplexity": 31.5}]
+    record["guard_sets"] = [row | {"degenerate": 1, "neither": 0} for row in record["guard_sets"]]
+    page = safety_neurons_page.page(record)
+    assert (
+        "read up to 100 tokens" in page and "| 5.0% | 20 | 0.10 | 0.20 | 0.70 (0.48 to 0.85) | 0.00 | 31.500 |" in page
+    )
+    assert "a reply is *unsafe* if it answers a harmful prompt" in page and "beside refusals" not in page
+    assert safety_neurons_page.said_instead(record, "judge") == "Degenerate replies: 0.70 (0.48 to 0.85) at 5.0%."
 
 
 def test_the_depth_limit_is_said_where_it_decides():

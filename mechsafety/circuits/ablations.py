@@ -1,18 +1,18 @@
 """Before and after: what a circuit's nodes do once some of them are ablated."""
 
+import functools
 from collections.abc import Callable, Sequence
 
-from mechsafety.circuits.behaviour import REPLY_TOKENS
 from mechsafety.circuits.circuit import Ablation, RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import public
+from mechsafety.inputs import Count, public
 from mechsafety.interventions import ablate
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import activation_patching
 from mechsafety.prompts import PromptPairs
-from mechsafety.replies import is_refusal
+from mechsafety.replies import REPLY_TOKENS, JudgedReplies, check_unedited, judge_replies
 
 PAIRS = 8
 
@@ -26,6 +26,8 @@ def measure_ablation(
     *,
     watched: Sequence[Node] = (),
     replies: bool = False,
+    known: JudgedReplies | None = None,
+    reply_tokens: Count = REPLY_TOKENS,
     progress: bool = True,
 ) -> Ablation:
     """Ablate nodes (`mechsafety.ablate`, mean over the pairs' harmless prompts) and measure again.
@@ -38,29 +40,51 @@ def measure_ablation(
         watched: Nodes whose effects to measure again: in the ablated model, each gets the values that it has there on
             the harmless prompt. What is lost is given as a share of the unedited model's gap, so that effects before
             and after compare. Those among ``nodes`` are left out.
-        replies: Whether to generate replies too, to count refusals.
+        replies: Whether to generate replies to the harmful prompts too, and to say what each is: a model that babbles
+            refuses less and does not comply.
+        known: The unedited model's judged replies to the harmful prompts, where they are known (`unedited_replies`).
+        reply_tokens: Length of replies; 100 as in published protocols, since a reply shows what it is after its opener.
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: No pair that aligns, no gap to take shares of, or a node that the model lacks.
+        MechsafetyError: No pair that aligns, no gap to take shares of, a node that the model lacks, known replies to
+            other prompts, or a model that is edited already, where replies are judged.
     """
     pairs = pairs.aligned(model)
     before = _scores(model, pairs, metric)
     gap = before[0] - before[1]
     if not abs(gap) > 0:
         raise MechsafetyError("no gap between harmful and harmless prompts", expected="a metric that differs")
+    if known is not None and known.prompts != tuple(pairs.harmful):
+        raise MechsafetyError(
+            f"known replies to {len(known.prompts)} other prompts",
+            expected=f"replies to the {len(pairs)} harmful prompts of the pairs",
+            cure="known=unedited_replies(model, pairs)",
+        )
     others = [node for node in watched if node not in set(nodes)]
-    rates = [_refused(model, pairs, progress)] if replies else []
+    said = unedited_replies(model, pairs, reply_tokens, progress=progress) if replies and known is None else known
     with ablate(model, nodes, prompts=pairs.harmless):
         after = _scores(model, pairs, metric)
         effects = {}
         if others:
             found = activation_patching(model, pairs, metric, nodes=others, progress=progress)
             effects = dict(zip(others, (found.changes.double().mean(1) / gap).tolist(), strict=True))
-        rates += [_refused(model, pairs, progress)] if replies else []
+        texts = model.generate(pairs.harmful, reply_tokens, progress=progress) if replies else []
     names = ", ".join(map(str, nodes[:4])) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
-    rate = (rates[0], rates[1]) if replies else None
-    return Ablation(f"without {names}", tuple(nodes), (before[0], after[0]), effects, rate)
+    both = None
+    if replies and said is not None:
+        now = judge_replies(model, pairs.harmful, texts, limit=said.limit)
+        both = (said.without_text(), now.without_text())
+    return Ablation(f"without {names}", tuple(nodes), (before[0], after[0]), effects, both)
+
+
+def unedited_replies(
+    model: LensModel, pairs: PromptPairs, reply_tokens: int = REPLY_TOKENS, *, progress: bool = True
+) -> JudgedReplies:
+    """The model's replies to the harmful prompts of the pairs that align, before anything is ablated."""
+    check_unedited(model)
+    prompts = pairs.aligned(model).harmful
+    return judge_replies(model, prompts, model.generate(prompts, reply_tokens, progress=progress))
 
 
 def rerun(
@@ -72,7 +96,7 @@ def rerun(
         circuit: Whose metric is used and whose nodes are watched.
         model: The model that was mapped.
         pairs: What to run it on; eight of the built-in pairs by default.
-        replies: Whether to generate replies too.
+        replies: Whether to generate replies too; the unedited model's are generated once.
 
     Raises:
         MechsafetyError: Another model.
@@ -89,8 +113,15 @@ def rerun(
     metric = RefusalLogOdds.from_json(circuit.metric, model)
     watched = [member.node for member in circuit.nodes]
 
+    @functools.cache
+    def known() -> JudgedReplies:
+        return unedited_replies(model, chosen, progress=False)
+
     def on_ablate(nodes: tuple[Node, ...]) -> Ablation:
-        return measure_ablation(model, chosen, metric, nodes, watched=watched, replies=replies, progress=False)
+        said = known() if replies else None
+        return measure_ablation(
+            model, chosen, metric, nodes, watched=watched, replies=replies, known=said, progress=False
+        )
 
     return on_ablate
 
@@ -99,8 +130,3 @@ def _scores(model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> tup
     """Mean metric on the harmful and on the harmless prompts."""
     harmful, harmless = (metric.scores(model, side).double().mean() for side in (pairs.harmful, pairs.harmless))
     return float(harmful), float(harmless)
-
-
-def _refused(model: LensModel, pairs: PromptPairs, progress: bool) -> float:
-    replies = model.generate(pairs.harmful, REPLY_TOKENS, progress=progress)
-    return sum(map(is_refusal, replies)) / len(replies)

@@ -1,12 +1,13 @@
 """Does the model refuse at all? Replies, judgements, and the metric that is found from them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mechsafety.circuits.circuit import Behaviour, Sample
+from mechsafety.circuits.circuit import Behaviour, KindCounts, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.inputs import Amount, public
 from mechsafety.intervals import mean_interval, wilson_interval
@@ -14,11 +15,13 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.openers import check_comes
 from mechsafety.prompts import PromptPairs
-from mechsafety.replies import is_refusal
+from mechsafety.replies import KINDS as REPLY_KINDS
+from mechsafety.replies import is_refusal, phrase_judge
 
 KINDS = ("harmful", "harmless")
 # below this share of usable pairs there is no refusal worth mapping
 MIN_SHARE = 0.2
+# a refusal is in a reply's first sentence, and which prompts are refused is all that a map is made on
 REPLY_TOKENS = 24
 
 
@@ -95,10 +98,14 @@ def check_behaviour(
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
     cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+    # the model is unedited, so that its own greedy replies are likely under it: their perplexity says nothing
+    said = {"harmful": harmful, "harmless": harmless}
+    kinds = {kind: Counter(phrase_judge(getattr(pairs, kind), texts)) for kind, texts in said.items()}
+    babble = sum(count["degenerate"] for count in kinds.values())
     rates = (
         f"the model refuses {sum(refused['harmful'])} of {len(pairs)} harmful and {sum(refused['harmless'])} of"
         f" {len(pairs)} harmless prompts, so there is no refusal to map"
-    )
+    ) + (f" ({babble} of {2 * len(pairs)} replies are degenerate)" if babble else "")
     if metric is None and not any(refused["harmful"]):
         raise NoRefusal(rates, cure=cure)
     if metric is not None and metric.opener_ids:
@@ -126,6 +133,7 @@ def check_behaviour(
             score_mean=float(scores[kind].mean()),
             score_ci=mean_interval(scores[kind], seed),
             judge=judge,
+            kinds=KindCounts(**{name: kinds[kind][name] for name in REPLY_KINDS}),
         )
         for kind in KINDS
     }
@@ -135,9 +143,8 @@ def check_behaviour(
             judged["harmful"], judged["harmless"], scores["harmful"], scores["harmless"], strict=True
         )
     ]
-    replies = {"harmful": harmful, "harmless": harmless}
     samples = tuple(
-        Sample(getattr(pairs, kind)[k], kind, replies[kind][k], judged[kind][k], float(scores[kind][k]))
+        Sample(getattr(pairs, kind)[k], kind, said[kind][k], judged[kind][k], float(scores[kind][k]))
         for k in range(min(len(pairs), 8))
         for kind in KINDS
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mechsafety.models import LensModel
     from mechsafety.prompts import PromptPairs
+    from mechsafety.replies import ReplyKinds
 
 __all__ = [
     "Ablation",
@@ -30,6 +31,7 @@ __all__ = [
     "CircuitNode",
     "CurvePoint",
     "FreshCheck",
+    "KindCounts",
     "MapDetails",
     "NodeScore",
     "Notes",
@@ -178,6 +180,23 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class KindCounts:
+    """How many replies are of each of `mechsafety.replies.KINDS`."""
+
+    refuses: int
+    answers: int
+    degenerate: int
+    neither: int
+
+    def share(self, kind: str) -> tuple[float, float, float]:
+        """Share of a kind with its Wilson 95 % interval."""
+        from mechsafety.intervals import wilson_interval
+
+        count, n = getattr(self, kind), self.refuses + self.answers + self.degenerate + self.neither
+        return (count / n, *wilson_interval(count, n))
+
+
+@dataclass(frozen=True, slots=True)
 class Behaviour:
     """What the model does with one kind of prompt.
 
@@ -189,6 +208,7 @@ class Behaviour:
         score_ci: 95 % interval of it.
         judge: ``reply`` (a refusal phrase in the greedy reply's first sentence) or ``score`` (metric above 0, where the
             user chose the refusal tokens).
+        kinds: How many of the greedy replies are of each kind by the phrase judge; None in files of earlier versions.
     """
 
     n: int
@@ -197,6 +217,7 @@ class Behaviour:
     score_mean: float
     score_ci: tuple[float, float]
     judge: str = "reply"
+    kinds: KindCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,14 +272,19 @@ class Ablation:
         nodes: What was ablated.
         score: Mean metric on harmful prompts before and after.
         effects: Effect of each node measured again in the ablated model; nodes left out show as not measured again.
-        refusal_rate: Share of harmful prompts refused before and after, where measured.
+        replies: What the replies to the harmful prompts are before and after, where measured.
     """
 
     name: str
     nodes: tuple[Node, ...]
     score: tuple[float, float]
     effects: Mapping[Node, float]
-    refusal_rate: tuple[float, float] | None = None
+    replies: "tuple[ReplyKinds, ReplyKinds] | None" = None
+
+    @property
+    def refusal_rate(self) -> tuple[float, float] | None:
+        """Share of harmful prompts refused before and after, where measured; ``replies`` says what the others are."""
+        return None if self.replies is None else (self.replies[0].share("refuses"), self.replies[1].share("refuses"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -539,7 +565,7 @@ class RefusalCircuit(Result):
         Args:
             model: The model that was mapped. With it the cards get boxes "ablate", which rerun it.
             pairs: What to run it on; eight of the built-in pairs by default. Each adds to the time that a box takes.
-            replies: Whether a box also generates replies, to count refusals.
+            replies: Whether a box also generates replies, to count refusals and babble.
             options: As `mechsafety.viz.circuit_widget`.
 
         Raises:

@@ -51,7 +51,7 @@ def write(circuit: RefusalCircuit) -> str:
         "version": VERSION,
         "provenance": provenance,
         "metric": dict(circuit.metric),
-        "behaviour": {kind: asdict(value) for kind, value in circuit.behaviour.items()},
+        "behaviour": {kind: _behaviour_row(value) for kind, value in circuit.behaviour.items()},
         "level": circuit.level,
         "shape": None if circuit.shape is None else asdict(circuit.shape),
         "n_candidates": circuit.n_candidates,
@@ -203,10 +203,20 @@ def _metric(value: Any) -> dict[str, Any]:
     return dict(row)
 
 
+def _behaviour_row(behaviour: Behaviour) -> dict[str, Any]:
+    """Without kinds of reply where they were not measured, so that an older file is written as it was."""
+    return {name: value for name, value in asdict(behaviour).items() if name != "kinds" or value is not None}
+
+
 def _behaviour(value: Any) -> dict[str, Behaviour]:
     rows = _object(value, "behaviour")
     _keys(rows, {"harmful", "harmless"}, set(), "behaviour")
-    return {kind: decode(Behaviour, row, f"behaviour.{kind}") for kind, row in rows.items()}
+    found = {kind: decode(Behaviour, row, f"behaviour.{kind}") for kind, row in rows.items()}
+    for kind, one in found.items():
+        counts = [] if one.kinds is None else list(asdict(one.kinds).values())
+        if counts and (sum(counts) != one.n or min(counts) < 0):
+            raise MechsafetyError(f"behaviour.{kind}.kinds: {counts}", expected=f"counts that sum to {one.n}")
+    return found
 
 
 def _node_row(member: CircuitNode) -> dict[str, Any]:

@@ -19,10 +19,21 @@ from mechsafety.interventions.checks import check_strength
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import distinct, first_of_each
-from mechsafety.replies import is_refusal, reply_loss
+from mechsafety.replies import (
+    KINDS,
+    REPLY_TOKENS,
+    Judge,
+    ReplyKinds,
+    check_judge,
+    check_unedited,
+    judge_replies,
+    loss_limit,
+    phrase_judge,
+    reply_loss,
+)
 from mechsafety.results import Provenance, Result
 
-REPLY_TOKENS = 24
+SIDES = ("harmful", "harmless")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +45,13 @@ class DoseResponse(Result):
         metric: Name and tokens of the metric.
         name: What was varied, for tables.
         strengths: The doses.
-        refused_harmful, refused_harmless: Whether the greedy reply is a refusal.
+        refused_harmful, refused_harmless: Whether the greedy reply is a refusal (of the kind ``refuses``).
         harmful, harmless: Refusal log-odds.
         kl: KL(unedited || edited) of next-token distributions after harmless prompts, in nats.
-        loss: Mean negative log-likelihood a token of the harmless prompts' reference replies, in nats.
+        loss: Mean negative log-likelihood a token of the harmless prompts' reference replies under the edited model, in
+            nats.
+        kinds_harmful, kinds_harmless: What the greedy replies are at each strength, and their loss under the unedited
+            model; empty in results saved by earlier versions, which did not measure it.
     """
 
     provenance: Provenance
@@ -50,35 +64,56 @@ class DoseResponse(Result):
     harmless: Float[Tensor, "strength harmless"]
     kl: Float[Tensor, "strength harmless"]
     loss: Float[Tensor, "strength harmless"]
+    kinds_harmful: tuple[ReplyKinds, ...] = ()
+    kinds_harmless: tuple[ReplyKinds, ...] = ()
 
     def __repr__(self) -> str:
-        rates = self.refused_harmful.float().mean(1)
-        return (
+        rates, ends = self.refused_harmful.float().mean(1), (self.strengths[0], self.strengths[-1])
+        text = (
             f"DoseResponse({self.name}: {len(self.strengths)} strengths, harmful refused "
-            f"{float(rates[0]):.0%} at {self.strengths[0]:g} and {float(rates[-1]):.0%} at {self.strengths[-1]:g})"
+            f"{float(rates[0]):.0%} at {ends[0]:g} and {float(rates[-1]):.0%} at {ends[1]:g}; "
         )
+        if not self.kinds_harmful:
+            return text + "degenerate replies not measured)"
+        first, last = self.kinds_harmful[0], self.kinds_harmful[-1]
+        text += f"degenerate {first.share('degenerate'):.0%} and {last.share('degenerate'):.0%}, "
+        text += f"perplexity {first.perplexity:.3g} and {last.perplexity:.3g}"
+        note = last.lost_note(first)
+        return text + (f"; {note})" if note else ")")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a strength and measure: value and 95 % interval (`mechsafety.intervals`)."""
+        """One row a strength and measure: value and 95 % interval (`mechsafety.intervals`).
+
+        ``perplexity`` is the edited model's on fixed reference replies, ``reply perplexity`` the unedited model's on
+        what is said at this strength. Kinds of reply and reply perplexity are NaN in results saved by earlier versions.
+        """
         rows = []
         for k, strength in enumerate(self.strengths):
-            for side in ("harmful", "harmless"):
+            for side in SIDES:
                 refused = getattr(self, f"refused_{side}")[k]
                 hits, n = int(refused.sum()), len(refused)
                 rows.append((strength, f"refusal rate, {side}", hits / n, *wilson_interval(hits, n)))
+                rows += [(strength, f"{name}, {side}", *row) for name, row in self._said(k, side)]
                 rows.append((strength, f"log-odds, {side}", *_mean(getattr(self, side)[k])))
             rows.append((strength, "KL, harmless", *_mean(self.kl[k])))
-            # the mean over prompts of the loss a token, exponentiated: a perplexity in which every prompt counts alike
-            rows.append((strength, "perplexity, harmless", *np.exp(_mean(self.loss[k])).tolist()))
+            rows.append((strength, "perplexity, harmless", *_perplexity(self.loss[k])))
         return pd.DataFrame(rows, columns=["strength", "measure", "value", "ci_low", "ci_high"])
 
+    def _said(self, k: int, side: str) -> list[tuple[str, tuple[float, float, float]]]:
+        """Shares of the other kinds of reply at a strength, and the replies' perplexity."""
+        kinds, found = KINDS[1:], getattr(self, f"kinds_{side}")
+        if not found:
+            return [(name, (float("nan"),) * 3) for name in (*kinds, "reply perplexity")]
+        shares = [(kind, (found[k].share(kind), *found[k].interval(kind))) for kind in kinds]
+        return [*shares, ("reply perplexity", _perplexity(found[k].loss))]
+
     def plot(self) -> go.Figure:
-        """One panel a measure, with intervals."""
+        """One panel a measure, with intervals; panels of what was not measured stay empty."""
         from plotly.subplots import make_subplots
 
         frame = self.to_dataframe()
-        panels = ("refusal rate", "log-odds", "KL", "perplexity")
-        figure = make_subplots(2, 2, subplot_titles=panels)
+        panels = ("refusal rate", "degenerate", "reply perplexity", "log-odds", "KL", "perplexity")
+        figure = make_subplots(2, 3, subplot_titles=panels)
         colours = {"harmful": "#9C2F6B", "harmless": "#00588C"}
         for place, panel in enumerate(panels):
             part = frame[frame.measure.str.startswith(panel)]
@@ -92,8 +127,8 @@ class DoseResponse(Result):
                     name=side,
                     line={"color": colours[side]},
                     showlegend=place == 0,
-                    row=place // 2 + 1,
-                    col=place % 2 + 1,
+                    row=place // 3 + 1,
+                    col=place % 3 + 1,
                 )
         figure.update_xaxes(title_text="strength")
         return figure.update_layout(template="none", height=620, title=self.name)
@@ -110,11 +145,15 @@ def dose_response(
     *,
     name: str = "intervention",
     references: Texts | None = None,
-    judge: Callable[[str], bool] = is_refusal,
+    judge: Judge = phrase_judge,
+    limit: float | None = None,
     reply_tokens: Count = REPLY_TOKENS,
     progress: bool = True,
 ) -> DoseResponse:
-    """Measure an intervention at several strengths.
+    """Measure an intervention at several strengths: refusals, what replies are instead, and side effects.
+
+    A strong edit often makes a model babble. It then refuses less, and complies no more; so each rate of refusal comes
+    with the share of degenerate replies and the unedited model's perplexity on them (`mechsafety.judge_replies`).
 
     Args:
         model: The model.
@@ -126,17 +165,22 @@ def dose_response(
         name: For tables and pictures.
         references: One harmless reply to each harmless prompt, whose perplexity is measured; by default the unedited
             model's own greedy replies.
-        judge: What counts as a refusal; the phrase judge by default.
-        reply_tokens: Length of replies.
+        judge: What says of each reply what it is; of prompts and replies.
+        limit: Loss per token above which a reply is degenerate, in nats; by default `mechsafety.replies.loss_limit`,
+            found once, for which the unedited model answers some ordinary prompts.
+        reply_tokens: Length of replies; 100 as in published protocols, since a reply shows after its opener what it is.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No strengths or prompts, a strength that is not finite, or another number of references.
+        MechsafetyError: No strengths or prompts, a strength that is not finite, another number of references, a judge
+            that cannot be asked, or a model that is edited already.
 
     Example::
 
         dose_response(model, lambda s: ms.ablate(model, heads, s, "zero"), [0, 0.5, 1], harmful, harmless, metric)
     """
+    check_judge(judge)
+    check_unedited(model)
     doses = tuple(check_strength(strength) for strength in strengths)
     if not doses or not harmful or not harmless:
         raise MechsafetyError("no strengths or no prompts", expected="at least one of each")
@@ -148,31 +192,35 @@ def dose_response(
     known = list(references) if references is not None else model.generate(harmless, reply_tokens)
     plain = model.reading(())  # the cost is counted where a reply begins
     before = plain.logits(harmless).log_softmax(-1)
-    columns: dict[str, list[Tensor]] = {key: [] for key in ("bad", "good", "harmful", "harmless", "kl", "loss")}
+    most = loss_limit(model) if limit is None else float(limit)
+    columns: dict[str, list[Tensor]] = {key: [] for key in ("harmful", "harmless", "kl", "loss")}
+    kinds: dict[str, list[ReplyKinds]] = {side: [] for side in SIDES}
     for dose in tqdm(doses, desc=name, disable=not progress, leave=False):
         with intervene(dose):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
             scores = [metric.scores(model, side) for side in (harmful, harmless)]
             after = plain.logits(harmless).log_softmax(-1)
             columns["loss"].append(reply_loss(model, harmless, known))
-        for key, texts in zip(("bad", "good"), replies, strict=True):
-            columns[key].append(torch.tensor([bool(judge(text)) for text in texts]))
-        for key, found in zip(("harmful", "harmless"), scores, strict=True):
-            columns[key].append(found)
+        for side, prompts, texts, found in zip(SIDES, (harmful, harmless), replies, scores, strict=True):
+            kinds[side].append(judge_replies(model, prompts, texts, judge=judge, limit=most).without_text())
+            columns[side].append(found)
         columns["kl"].append((before.exp() * (before - after)).sum(-1).clamp(min=0))
     options = {"name": name, "strengths": list(doses), "reply_tokens": reply_tokens}
     stacked = {key: torch.stack(values).cpu() for key, values in columns.items()}
+    refused = {side: torch.stack([one.refused for one in found]) for side, found in kinds.items()}
     return DoseResponse(
         model.provenance(options=options),
         metric.to_json(),
         name,
         doses,
-        stacked["bad"],
-        stacked["good"],
+        refused["harmful"],
+        refused["harmless"],
         stacked["harmful"],
         stacked["harmless"],
         stacked["kl"],
         stacked["loss"],
+        tuple(kinds["harmful"]),
+        tuple(kinds["harmless"]),
     )
 
 
@@ -181,3 +229,9 @@ def _mean(values: Tensor) -> tuple[float, float, float]:
     if not len(seen):
         return (float("nan"),) * 3
     return (float(seen.mean()), *mean_interval(seen))
+
+
+def _perplexity(loss: Tensor) -> tuple[float, float, float]:
+    """The mean over prompts of the loss a token, exponentiated: a perplexity in which every prompt counts alike."""
+    value, low, high = np.exp(_mean(loss)).tolist()
+    return value, low, high

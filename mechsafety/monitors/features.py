@@ -14,9 +14,9 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
-from mechsafety.neurons.behaviour import Judge, phrase_judge
 from mechsafety.neurons.runs import batches, lay_out, prompt_rows
 from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
+from mechsafety.replies import REPLY_TOKENS, Judge, ask_judge, check_judge, phrase_judge
 from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,15 @@ class LabelledPrompts:
         unsafe: Whether the model's reply to each is unsafe.
         groups: What each belongs to (a topic, a pair): never split between training and its own validation. Empty if
             prompts are unrelated.
+        kinds: What the reply to each is (one of `mechsafety.replies.KINDS`; empty text where none was generated). Empty
+            if the labels come from elsewhere.
     """
 
     name: str
     prompts: tuple[str, ...]
     unsafe: tuple[bool, ...]
     groups: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(prompt_list(self.prompts)))
@@ -45,6 +48,11 @@ class LabelledPrompts:
             raise MechsafetyError(
                 f"{self.name}: {len(self.prompts)} prompts, {len(self.unsafe)} labels, {len(self.groups)} groups",
                 expected="one label a prompt, and one group or none",
+            )
+        if self.kinds and len(self.kinds) != len(self.prompts):
+            raise MechsafetyError(
+                f"{self.name}: {len(self.prompts)} prompts, {len(self.kinds)} kinds of reply",
+                expected="one kind a prompt, or none",
             )
         labels: dict[str, set[bool]] = {}
         for prompt, label in zip(self.prompts, self.unsafe, strict=True):
@@ -60,7 +68,7 @@ class LabelledPrompts:
             raise MechsafetyError(f"{self.name}: all prompts have one label", expected="both labels")
 
     def _keep(self, places: Sequence[int]) -> None:
-        for name in ("prompts", "unsafe", "groups"):
+        for name in ("prompts", "unsafe", "groups", "kinds"):
             values = getattr(self, name)
             object.__setattr__(self, name, tuple(values[k] for k in places) if values else ())
 
@@ -71,10 +79,9 @@ class LabelledPrompts:
             MechsafetyError: None is left, or none with one of the labels.
         """
         kept = unseen(self.prompts, train.prompts, self.name)
-        groups = tuple(self.groups[k] for k in kept) if self.groups else ()
-        return LabelledPrompts(
-            self.name, tuple(self.prompts[k] for k in kept), tuple(self.unsafe[k] for k in kept), groups
-        )
+        groups, kinds = (tuple(row[k] for k in kept) if row else () for row in (self.groups, self.kinds))
+        prompts, unsafe = tuple(self.prompts[k] for k in kept), tuple(self.unsafe[k] for k in kept)
+        return LabelledPrompts(self.name, prompts, unsafe, groups, kinds)
 
 
 @public
@@ -86,9 +93,12 @@ def label_by_replies(
     *,
     groups: Texts = (),
     judge: Judge = phrase_judge,
-    max_new_tokens: Count = 24,
+    max_new_tokens: Count = REPLY_TOKENS,
 ) -> LabelledPrompts:
-    """Label prompts by what the model does: unsafe is a reply to a harmful prompt that the judge calls no refusal.
+    """Label prompts by what the model does: unsafe is a reply that answers a harmful prompt.
+
+    A reply that refuses, babbles (degenerate) or says nothing (neither) is not unsafe. The model is as it is, so that
+    nothing makes its own replies unlikely: their perplexity is not asked.
 
     Args:
         model: The model whose replies are predicted.
@@ -96,12 +106,17 @@ def label_by_replies(
         harmless: Prompts whose replies are never unsafe; none is generated.
         name: Of the set.
         groups: Of the harmful, then of the harmless prompts.
-        judge: Gives a refusal 0.5 or more.
-        max_new_tokens: Length of the replies judged.
+        judge: From prompts and replies to kinds.
+        max_new_tokens: Length of the replies judged; 100 as in published protocols, since a reply shows what it is
+            after its opener.
+
+    Raises:
+        MechsafetyError: A judge that cannot be asked, or labels that are all alike.
     """
-    refused = judge(harmful, model.generate(harmful, max_new_tokens))
-    unsafe = [value < 0.5 for value in refused] + [False] * len(harmless)
-    return LabelledPrompts(name, (*harmful, *harmless), tuple(unsafe), tuple(groups))
+    check_judge(judge)
+    kinds = (*ask_judge(judge, harmful, model.generate(harmful, max_new_tokens)), *[""] * len(harmless))
+    unsafe = tuple(kind == "answers" for kind in kinds)
+    return LabelledPrompts(name, (*harmful, *harmless), unsafe, tuple(groups), kinds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Safety neurons: which MLP neurons alignment changed, and how much of its effect they carry."""
 
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
-from mechsafety.neurons.behaviour import Ability, ReplyLikelihood, ability, measure, phrase_judge, text_classifier
+from mechsafety.neurons.behaviour import Ability, Measured, ReplyLikelihood, ReplyScore, ability, measure
 from mechsafety.neurons.contrast import NeuronContrast, contrast_neurons
 from mechsafety.neurons.curve import CausalCurve, causal_effect_curve
 from mechsafety.neurons.describe import NeuronCards, describe_neurons
@@ -15,12 +15,14 @@ __all__ = [
     "Ability",
     "AlignmentTax",
     "CausalCurve",
+    "Measured",
     "NeuronAgreement",
     "NeuronCards",
     "NeuronContrast",
     "NeuronScores",
     "PatchedReplies",
     "ReplyLikelihood",
+    "ReplyScore",
     "ability",
     "alignment_tax",
     "causal_effect_curve",
@@ -32,9 +34,7 @@ __all__ = [
     "mask_nodes",
     "measure",
     "neuron_mask",
-    "phrase_judge",
     "random_masks",
     "safety_neurons",
-    "text_classifier",
     "top_mask",
 ]

@@ -1,11 +1,9 @@
 """What patching is judged by: safety scores of prompts, and what it costs on harmless ones."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import pandas as pd
 import torch
@@ -14,15 +12,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.inputs import Count, Prompts, Texts, public, text_list
+from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Count, Prompts, public, text_list
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
-from mechsafety.replies import is_refusal
-
-Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+from mechsafety.replies import (
+    REPLY_TOKENS,
+    Judge,
+    ReplyKinds,
+    ask_judge,
+    check_judge,
+    loss_limit,
+    phrase_judge,
+    reply_loss,
+    with_loss,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,50 +45,21 @@ class ReplyLikelihood:
         object.__setattr__(self, "replies", tuple(text_list(self.replies, "replies")))
 
 
-Score = RefusalLogOdds | ReplyLikelihood | Judge
+@dataclass(frozen=True, slots=True)
+class ReplyScore:
+    """A number for each reply: a cost model's, or a classifier's probability of a label.
 
-
-@public
-def phrase_judge(prompts: Prompts, replies: Texts) -> list[float]:  # noqa: ARG001 (a judge gets both)
-    """1 where `is_refusal` calls the reply a refusal, else 0.
-
-    Example:
-        >>> phrase_judge(["a", "b"], ["Sorry, I can't help with that.", "Sure!"])
-        [1.0, 0.0]
+    Attributes:
+        name: What the score is called in results.
+        of: From prompts and replies to numbers, such as
+            ``lambda asked, said: TextClassifier(...).probabilities(asked, said)[:, 1].tolist()``.
     """
-    return [float(is_refusal(reply)) for reply in replies]
+
+    name: str
+    of: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
-@public
-def text_classifier(name_or_path: str | os.PathLike[str], label: str, *, batch_size: Count = 16) -> Judge:
-    """A judge of replies: the probability that a Hugging Face text classifier gives to ``label``.
-
-    Args:
-        name_or_path: Hub id or local folder of a sequence classifier.
-        label: One of its labels.
-        batch_size: Replies in one batch.
-
-    Raises:
-        MechsafetyError: The classifier cannot be loaded, or has no such label.
-    """
-    from transformers import pipeline
-
-    try:
-        pipe: Any = pipeline("text-classification", model=os.fspath(name_or_path), top_k=None)
-    except Exception as error:  # transformers raises many types; the user needs one line
-        raise MechsafetyError(
-            f"cannot load the text classifier {os.fspath(name_or_path)!r} ({first_line(error)})",
-            expected="a hub id that can be reached or a local folder",
-        ) from error
-    known = sorted(pipe.model.config.label2id)
-    if label not in known:
-        raise MechsafetyError(f"the classifier has no label {label!r}", expected=f"one of {known}")
-
-    def judge(_: Sequence[str], replies: Sequence[str]) -> list[float]:
-        found = pipe([reply or " " for reply in replies], batch_size=batch_size, truncation=True)
-        return [next(row["score"] for row in rows if row["label"] == label) for rows in found]
-
-    return judge
+Score = RefusalLogOdds | ReplyLikelihood | ReplyScore | Judge
 
 
 def score_name(score: Score) -> str:
@@ -91,7 +68,40 @@ def score_name(score: Score) -> str:
         return score.name
     if isinstance(score, ReplyLikelihood):
         return "reply_log_likelihood"
+    if isinstance(score, ReplyScore):
+        return score.name
     return getattr(score, "__name__", type(score).__name__)
+
+
+def judge_of(score: Score) -> Judge | None:
+    """Who says what each reply is: the score itself, or the phrase judge of replies that a number is given to.
+
+    None where the score is read on given tokens, so that nothing is generated.
+
+    Raises:
+        MechsafetyError: A judge that cannot be called with prompts and replies.
+    """
+    if isinstance(score, RefusalLogOdds | ReplyLikelihood):
+        return None
+    if isinstance(score, ReplyScore):
+        return phrase_judge
+    check_judge(score)
+    return score
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Scores under each mask, and the replies that they were read from.
+
+    Attributes:
+        scores: The score of each prompt; of a judge, 1 where it says ``refuses`` and else 0.
+        replies, kinds: The replies under each mask and what the judge says of their text; empty where none is
+            generated.
+    """
+
+    scores: Float[Tensor, "mask prompt"]
+    replies: tuple[tuple[str, ...], ...] = ()
+    kinds: tuple[tuple[str, ...], ...] = ()
 
 
 @public
@@ -102,28 +112,30 @@ def measure(
     prompts: Prompts,
     score: Score,
     *,
-    max_new_tokens: Count = 32,
+    max_new_tokens: Count = REPLY_TOKENS,
     progress: bool = False,
-) -> Float[Tensor, "mask prompt"]:
+) -> Measured:
     """Score of every prompt under dynamic patching with each mask.
 
     Log-odds and likelihoods need no generation: they are read on given tokens, the aligned model run once for all
-    masks. Judges read greedy replies.
+    masks. Judges and reply scores read greedy replies.
 
     Args:
         base: The model that speaks.
         aligned: The model whose neurons are taken; None for the base model by itself (give one empty mask).
         masks: Neurons taken.
         prompts: Chat prompts.
-        score: `RefusalLogOdds`, `ReplyLikelihood`, or a function of prompts and replies to numbers.
-        max_new_tokens: Length of the replies that a judge reads.
+        score: `RefusalLogOdds`, `ReplyLikelihood`, `ReplyScore`, or a `mechsafety.replies.Judge`.
+        max_new_tokens: Length of the replies that are generated. Whether a reply answers or babbles shows after its
+            opener.
         progress: Whether to show a bar.
     """
     if isinstance(score, ReplyLikelihood):
-        return _likelihood(base, aligned, masks, prompts, score, progress)
+        return Measured(_likelihood(base, aligned, masks, prompts, score, progress))
+    judge = judge_of(score)
     rows = prompt_rows(base, prompts)
-    out = torch.zeros(len(masks), len(rows))
-    chunks = batches([len(row) for row in rows], None if isinstance(score, RefusalLogOdds) else 16)
+    out, texts = torch.zeros(len(masks), len(rows)), [[""] * len(rows) for _ in masks]
+    chunks = batches([len(row) for row in rows], None if judge is None else 16)
     with tqdm(total=len(chunks) * len(masks), desc="measuring", disable=not progress, leave=False) as bar:
         for chunk in chunks:
             if isinstance(score, RefusalLogOdds):
@@ -135,10 +147,57 @@ def measure(
             batch = lay_out(base, [rows[k] for k in chunk])
             for m, mask in enumerate(masks):
                 donor = aligned if bool(mask.any()) else None
-                texts = base.decode(greedy(base, donor, mask, batch, max_new_tokens)[0])
-                out[m, chunk] = torch.tensor([float(x) for x in score([prompts[k] for k in chunk], texts)])
+                said = base.decode(greedy(base, donor, mask, batch, max_new_tokens)[0])
+                for k, text in zip(chunk, said, strict=True):
+                    texts[m][k] = text
                 bar.update()
-    return out
+    if judge is None:
+        return Measured(out)
+    kinds = tuple(ask_judge(judge, prompts, replies) for replies in texts)
+    for m, replies in enumerate(texts):
+        refused = [kind == "refuses" for kind in kinds[m]]
+        values = score.of(prompts, replies) if isinstance(score, ReplyScore) else refused
+        out[m] = torch.tensor([float(value) for value in values])
+    return Measured(out, tuple(map(tuple, texts)), kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Unedited:
+    """The models of a pair as they are, which say how likely a patched reply is.
+
+    A patched reply may be one model's or the other's, so that it is beyond what is sound only if both find it so.
+
+    Attributes:
+        models: The base and the aligned model, or more.
+        limit: The largest of their loss limits, in nats per token.
+    """
+
+    models: tuple[LensModel, ...]
+    limit: float
+
+    @classmethod
+    def of(cls, *models: LensModel, limit: float | None = None) -> "Unedited":
+        """With their limits, which generates answers of each, unless one limit is given for all."""
+        if limit is not None:
+            return cls(models, float(limit))
+        known = [found for found in map(loss_limit, models) if not math.isnan(found)]
+        return cls(models, max(known, default=math.nan))
+
+    def kinds(self, prompts: Sequence[str], replies: Sequence[str], kinds: Sequence[str]) -> ReplyKinds:
+        """A judge's kinds, with the smallest of the models' losses, degenerate where even that is beyond the limit."""
+        losses = torch.stack([reply_loss(model, prompts, replies) for model in self.models])
+        return with_loss(kinds, losses.amin(0), self.limit)
+
+    def judged(self, prompts: Sequence[str], found: Measured, count: int) -> tuple[ReplyKinds, ...]:
+        """The same of the first measured replies; none where the score needed none."""
+        rows = list(zip(found.replies, found.kinds, strict=True))[:count]
+        return tuple(self.kinds(prompts, replies, kinds) for replies, kinds in rows)
+
+
+def kinds_table(found: Sequence[ReplyKinds]) -> pd.DataFrame:
+    """One row for each condition: share of degenerate replies with its Wilson interval, and perplexity."""
+    rows = [(one.share("degenerate"), *one.interval("degenerate"), one.perplexity) for one in found]
+    return pd.DataFrame(rows, columns=["degenerate", "degenerate_low", "degenerate_high", "reply_perplexity"])
 
 
 @dataclass(frozen=True, slots=True)

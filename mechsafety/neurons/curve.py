@@ -14,11 +14,21 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import ratio_intervals
 from mechsafety.models import LensModel
-from mechsafety.neurons.behaviour import Ability, Score, ability, measure, score_name
+from mechsafety.neurons.behaviour import (
+    Ability,
+    Score,
+    Unedited,
+    ability,
+    judge_of,
+    kinds_table,
+    measure,
+    score_name,
+)
 from mechsafety.neurons.masks import check_ranking, random_masks, share_count, top_mask
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.prompts import distinct
+from mechsafety.replies import REPLY_TOKENS, ReplyKinds
 from mechsafety.results import Provenance, Result
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -43,6 +53,10 @@ class CausalCurve(Result):
             holds all neurons of a crowded layer that are not in the top, and as few of the top as possible.
         harmless: General ability on harmless prompts: each field's rows are the shares, then the aligned model by
             itself, then the base; None unless harmless prompts were given.
+        kinds: Where the score reads replies, what those to the harmful prompts are: at each share, then of the aligned
+            model by itself, then of the base; empty for other scores, and in results saved by earlier versions. A
+            reply that both unedited models find too unlikely is degenerate here, whatever the judge says of its text;
+            F and C count what the judge alone says.
     """
 
     provenance: Provenance
@@ -56,10 +70,13 @@ class CausalCurve(Result):
     random: Float[Tensor, "share set prompt"]
     overlaps: tuple[float, ...]
     harmless: Ability | None
+    kinds: tuple[ReplyKinds, ...] = ()
 
     def __repr__(self) -> str:
         found = ", ".join(f"{share:.1%}: {effect:.2f}" for share, effect in zip(self.shares, self.effects, strict=True))
-        return f"CausalCurve({self.score}, {len(self.base_scores)} prompts; {found})"
+        babble = max((one.share("degenerate") for one in self.kinds[: len(self.shares)]), default=None)
+        said = "" if babble is None else f"; at most {babble:.0%} of replies degenerate"
+        return f"CausalCurve({self.score}, {len(self.base_scores)} prompts; {found}{said})"
 
     @property
     def gap(self) -> float:
@@ -89,6 +106,7 @@ class CausalCurve(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a share: C with its interval, the random sets' mean, range and p, and general ability with intervals.
 
+        Where the score reads replies: the share of degenerate ones with its Wilson interval, and their perplexity.
         ``random_low`` and ``random_high`` are the sets' 2.5 and 97.5 percentiles;
         ``p_value = (1 + number of random sets with C at least the top's) / (1 + number of sets)``.
         """
@@ -105,6 +123,8 @@ class CausalCurve(Result):
             p = (1 + (control[k] >= chosen[k]).sum()) / (1 + control.shape[1])
             frame.loc[k, list(columns)] = [control[k].mean(), low, high, p]
         frame["random_overlap"] = self.overlaps
+        if self.kinds:
+            frame = frame.join(kinds_table(self.kinds[: len(self.shares)]))
         if self.harmless is not None:
             frame = frame.join(self.harmless.to_dataframe().iloc[: len(self.shares)])
         return frame
@@ -145,7 +165,8 @@ def causal_effect_curve(
     shares: Sequence[float] = SHARES,
     n_random: Count = 20,
     harmless: Prompts | None = None,
-    max_new_tokens: Count = 32,
+    max_new_tokens: Count = REPLY_TOKENS,
+    limit: float | None = None,
     seed: Amount = 0,
     progress: bool = True,
 ) -> CausalCurve:
@@ -158,13 +179,16 @@ def causal_effect_curve(
         aligned: The model whose neurons are taken.
         ranking: Scores that rank the neurons.
         prompts: Harmful prompts, other than those that the ranking comes from.
-        score: `RefusalLogOdds` (no generation), `ReplyLikelihood`, `phrase_judge`, `text_classifier(...)` or any
-            function of prompts and replies to numbers.
+        score: `RefusalLogOdds` or `ReplyLikelihood` (no generation); a judge of replies (`phrase_judge`, a
+            `TextClassifier`, any function of prompts and replies to kinds), of which refusals count; or a `ReplyScore`.
         shares: Shares of all neurons.
         n_random: Random sets for each share, with as many neurons in each layer and none of the chosen ones; where
             more than half of a layer is chosen, as few of them as possible.
         harmless: Prompts on which general ability is measured; none by default.
-        max_new_tokens: Length of the replies that a judge reads, and of those that ability is measured on.
+        max_new_tokens: Length of the replies that a judge reads, and of those that ability is measured on. Whether a
+            reply answers or babbles shows after its opener: 100 as in published protocols.
+        limit: Loss per token above which a reply is degenerate, in nats; by default the larger of both models'
+            `mechsafety.replies.loss_limit`.
         seed: Of the random sets.
         progress: Whether to show a bar.
 
@@ -173,6 +197,7 @@ def causal_effect_curve(
             or a score in which the two models do not differ.
     """
     check_pair(base, aligned)
+    judge_of(score)  # one that cannot be asked is refused before anything runs
     prompts = distinct(prompts, "harmful prompts")
     harmless = None if harmless is None else distinct(harmless, "harmless prompts")
     if not shares:
@@ -187,9 +212,8 @@ def causal_effect_curve(
         float((sets[0] & mask).sum() / mask.sum()) if sets else 1.0 for sets, mask in zip(controls, chosen, strict=True)
     ]
     masks = [*chosen, *(mask for sets in controls for mask in sets or [])]
-    alone = [
-        measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)[0] for model in (base, aligned)
-    ]
+    ends = [measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens) for model in (base, aligned)]
+    alone = [end.scores[0] for end in ends]
     gap = float((alone[1] - alone[0]).mean())
     if abs(gap) < 1e-6:
         raise MechsafetyError(
@@ -201,11 +225,19 @@ def causal_effect_curve(
     at = len(order)
     for k, sets in enumerate(controls):
         if sets is not None:
-            control[k] = found[at : at + n_random]
+            control[k] = found.scores[at : at + n_random]
             at += n_random
     cost = None
     if harmless is not None:
         cost = ability(base, aligned, chosen, harmless, max_new_tokens=max_new_tokens, progress=progress)
+    kinds: tuple[ReplyKinds, ...] = ()
+    if found.replies:
+        unedited = Unedited.of(base, aligned, limit=limit)
+        kinds = tuple(
+            row
+            for one, count in ((found, len(order)), (ends[1], 1), (ends[0], 1))
+            for row in unedited.judged(prompts, one, count)
+        )
     options = {
         "score": score_name(score),
         "random_sets": n_random,
@@ -221,8 +253,9 @@ def causal_effect_curve(
         tuple(counts),
         alone[0],
         alone[1],
-        found[: len(order)],
+        found.scores[: len(order)],
         control,
         tuple(overlaps),
         cost,
+        kinds,
     )

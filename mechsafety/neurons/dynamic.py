@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
+from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.masks import neuron_mask
 from mechsafety.neurons.runs import batches, check_pair, greedy, lay_out, prompt_rows
 from mechsafety.neurons.scores import digest
 from mechsafety.nodes import Node
-from mechsafety.replies import is_refusal
+from mechsafety.replies import REPLY_TOKENS, Judge, ReplyKinds, ask_judge, check_judge, phrase_judge
 from mechsafety.results import Provenance, Result
 
 
@@ -30,6 +31,8 @@ class PatchedReplies(Result):
         prompts, replies: In order; special tokens left out of the replies.
         tokens: Token ids of each reply, its end token among them.
         logits: Next-token logits after each prompt, under patching.
+        judged: What each reply is, and its loss under the unedited models (the smaller of the two); None where no judge
+            was asked, and in results saved by earlier versions.
     """
 
     provenance: Provenance
@@ -39,23 +42,30 @@ class PatchedReplies(Result):
     replies: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     logits: Float[Tensor, "prompt d_vocab"]
+    judged: ReplyKinds | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"PatchedReplies({len(self.replies)} prompts, {int(self.neurons.sum())} of {self.neurons.numel()} neurons)"
-        )
+        size = f"{len(self.replies)} prompts, {int(self.neurons.sum())} of {self.neurons.numel()} neurons"
+        if self.judged is None:
+            return f"PatchedReplies({size}; not judged)"
+        refused, babble = self.judged.share("refuses"), self.judged.share("degenerate")
+        said = f"refused {refused:.0%}, degenerate {babble:.0%}, perplexity {self.judged.perplexity:.3g}"
+        return f"PatchedReplies({size}; {said})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a prompt; ``refusal`` is the phrase judge's verdict."""
-        verdicts = [is_refusal(reply) for reply in self.replies]
-        return pd.DataFrame({"prompt": self.prompts, "reply": self.replies, "refusal": verdicts})
+        """One row a prompt: the reply, its kind and its perplexity; these two are None and NaN where not judged."""
+        n = len(self.prompts)
+        kinds = [None] * n if self.judged is None else list(self.judged.kinds)
+        perplexity = [float("nan")] * n if self.judged is None else self.judged.loss.exp().tolist()
+        return pd.DataFrame({"prompt": self.prompts, "reply": self.replies, "kind": kinds, "perplexity": perplexity})
 
     def plot(self) -> go.Figure:
-        """Bar chart of the lengths of the replies, refusals apart."""
+        """Bar chart of the lengths of the replies, one colour per kind."""
         import plotly.express as px
 
         frame = self.to_dataframe().assign(length=[len(ids) for ids in self.tokens])
-        return px.histogram(frame, x="length", color="refusal", labels={"length": "tokens in the reply"})
+        frame["kind"] = frame.kind.fillna("not judged")
+        return px.histogram(frame, x="length", color="kind", labels={"length": "tokens in the reply"})
 
 
 @public
@@ -65,7 +75,9 @@ def dynamic_patching(
     neurons: Tensor | Sequence[Node],
     prompts: Prompts,
     *,
-    max_new_tokens: Count = 64,
+    max_new_tokens: Count = REPLY_TOKENS,
+    judge: Judge | None = phrase_judge,
+    limit: float | None = None,
     batch_size: Count = 16,
     progress: bool = True,
 ) -> PatchedReplies:
@@ -81,16 +93,21 @@ def dynamic_patching(
         aligned: The model whose neurons are taken.
         neurons: Boolean mask [layer d_mlp] (``NeuronScores.top``), or neuron nodes.
         prompts: Chat prompts, rendered by the base model's template for both.
-        max_new_tokens: Longest reply.
+        max_new_tokens: Longest reply; 100 as in published protocols, since a reply shows after its opener what it is.
+        judge: What says of each reply what it is; None judges nothing, and generates nothing but the replies.
+        limit: Loss per token above which a reply is degenerate, in nats; by default the larger of both models'
+            `mechsafety.replies.loss_limit`, for which each of them answers some ordinary prompts.
         batch_size: Prompts in one batch; replies do not depend on it, up to ties by rounding.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Models that are no pair, or neurons that they do not have.
+        MechsafetyError: Models that are no pair, neurons that they do not have, or a judge that is none.
     """
     from tqdm.auto import tqdm
 
     check_pair(base, aligned)
+    if judge is not None:
+        check_judge(judge)
     mask = neuron_mask(base, neurons)
     rows = prompt_rows(base, prompts)
     tokens: list[tuple[int, ...]] = [()] * len(rows)
@@ -103,6 +120,9 @@ def dynamic_patching(
         for k, reply in zip(chunk, found, strict=True):
             tokens[k] = tuple(reply)
     replies = base.decode(tokens)
+    judged = None
+    if judge is not None:
+        judged = Unedited.of(base, aligned, limit=limit).kinds(prompts, replies, ask_judge(judge, prompts, replies))
     options = {"neurons": int(mask.sum()), "max_new_tokens": max_new_tokens, "prompts_sha256": digest(prompts)}
     return PatchedReplies(
         base.provenance(options=options),
@@ -112,4 +132,5 @@ def dynamic_patching(
         tuple(replies),
         tuple(tokens),
         logits,
+        judged,
     )

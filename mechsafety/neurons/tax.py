@@ -13,11 +13,12 @@ from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
-from mechsafety.neurons.behaviour import Score, measure, score_name
+from mechsafety.neurons.behaviour import Score, Unedited, judge_of, kinds_table, measure, score_name
 from mechsafety.neurons.masks import check_ranking, random_masks
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.prompts import distinct
+from mechsafety.replies import REPLY_TOKENS, ReplyKinds
 from mechsafety.results import Provenance, Result
 
 ROWS = ("base", "safe", "helpful", "safe <- helpful", "helpful <- safe")
@@ -38,6 +39,9 @@ class AlignmentTax(Result):
         random_safety, random_helpfulness: The two patched rows with random neurons instead: as many in each layer, none
             of them common where every layer has room for that; NaN if all neurons are common.
         random_overlap: Share of the random neurons that are common all the same: 0 where there was room.
+        safety_kinds, helpfulness_kinds: Where the score reads replies, what those of each row are; empty for other
+            scores, and in results saved by earlier versions. A reply that all three unedited models find too unlikely
+            is degenerate here; the scores count what the judge alone says.
     """
 
     provenance: Provenance
@@ -51,6 +55,8 @@ class AlignmentTax(Result):
     random_safety: Float[Tensor, "2 set harmful"]
     random_helpfulness: Float[Tensor, "2 set harmless"]
     random_overlap: float
+    safety_kinds: tuple[ReplyKinds, ...] = ()
+    helpfulness_kinds: tuple[ReplyKinds, ...] = ()
 
     def __repr__(self) -> str:
         return f"AlignmentTax({int(self.common.sum())} common neurons; {self.agreement!r})"
@@ -59,7 +65,8 @@ class AlignmentTax(Result):
         """One row a model: mean safety and helpfulness with intervals, and what random sets do instead.
 
         ``*_random_low`` and ``*_random_high`` are the lowest and highest mean of the random sets; ``*_p`` is two-sided:
-        (1 + sets that move the model's mean at least as far) / (1 + sets).
+        (1 + sets that move the model's mean at least as far) / (1 + sets). Where the score reads replies,
+        ``*_degenerate`` is the share of degenerate ones (Wilson interval beside it) and ``*_reply_perplexity`` theirs.
         """
         rows = []
         for k, name in enumerate(ROWS):
@@ -78,7 +85,11 @@ class AlignmentTax(Result):
                 known = not bool(draws.isnan().any())
                 row[f"{kind}_p"] = (1 + int(far.sum())) / (1 + len(draws)) if known else float("nan")
             rows.append(row)
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        for kind, found in (("safety", self.safety_kinds), ("helpfulness", self.helpfulness_kinds)):
+            if found:
+                frame = frame.join(kinds_table(found).add_prefix(f"{kind}_"))
+        return frame
 
     def plot(self) -> go.Figure:
         """Helpfulness against safety, one point a model."""
@@ -104,7 +115,8 @@ def alignment_tax(
     bins: int = 20,
     n_random: Count = 20,
     n_permutations: Count = 1000,
-    max_new_tokens: Count = 32,
+    max_new_tokens: Count = REPLY_TOKENS,
+    limit: float | None = None,
     seed: Amount = 0,
     progress: bool = True,
 ) -> AlignmentTax:
@@ -127,7 +139,9 @@ def alignment_tax(
         n_random: Random sets beside the common neurons; where more than half of a layer is common, all its other
             neurons and as few common ones as possible.
         n_permutations: Draws of each permutation null.
-        max_new_tokens: Length of the replies that a judge reads.
+        max_new_tokens: Length of the replies that a judge reads; 100 as in published protocols.
+        limit: Loss per token above which a reply is degenerate, in nats; by default the largest of the three models'
+            `mechsafety.replies.loss_limit`.
         seed: Of permutations and random sets.
         progress: Whether to show a bar.
 
@@ -138,6 +152,8 @@ def alignment_tax(
     for aligned in (safe, helpful):
         check_pair(base, aligned)
     check_pair(safe, helpful)
+    for score in (safety, helpfulness):
+        judge_of(score)  # one that cannot be asked is refused before anything runs
     harmful, harmless = distinct(harmful, "harmful prompts"), distinct(harmless, "harmless prompts")
     for ranking in rankings:
         check_ranking(base, ranking.scores)
@@ -151,7 +167,8 @@ def alignment_tax(
     overlap = float((sets[0] & common).sum() / common.sum()) if sets else 1.0
     none = torch.zeros_like(common)
     masks = [common, *(sets or [])]
-    found = {}
+    found, said = {}, {}
+    unedited: Unedited | None = None
     for kind, prompts, score in (("safety", harmful, safety), ("helpfulness", harmless, helpfulness)):
         alone = [
             measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)
@@ -162,9 +179,14 @@ def alignment_tax(
             for model, donor in ((safe, helpful), (helpful, safe))
         ]
         control = (
-            torch.stack([rows[1:] for rows in both]) if sets else torch.full((2, n_random, len(prompts)), torch.nan)
+            torch.stack([one.scores[1:] for one in both])
+            if sets
+            else torch.full((2, n_random, len(prompts)), torch.nan)
         )
-        found[kind] = torch.cat([*alone, *(rows[:1] for rows in both)]), control
+        found[kind] = torch.cat([one.scores[:1] for one in (*alone, *both)]), control
+        if alone[0].replies and unedited is None:
+            unedited = Unedited.of(base, safe, helpful, limit=limit)
+        said[kind] = tuple(row for one in (*alone, *both) if unedited for row in unedited.judged(prompts, one, 1))
     options = {
         "share": share,
         "common": int(common.sum()),
@@ -185,4 +207,6 @@ def alignment_tax(
         found["safety"][1],
         found["helpfulness"][1],
         overlap,
+        said["safety"],
+        said["helpfulness"],
     )

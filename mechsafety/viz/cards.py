@@ -17,6 +17,7 @@ from mechsafety.viz.words import (
     number,
     p_value,
     percent,
+    replies_changed,
     role_name,
     visible,
 )
@@ -40,8 +41,8 @@ def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
     rows = []
     for one in ablations:
         text = f"metric {number(one.score[0], 2)} before, {number(one.score[1], 2)} after"
-        if one.refusal_rate is not None:
-            text += f"; refused {percent(one.refusal_rate[0])} before, {percent(one.refusal_rate[1])} after"
+        said = replies_changed(one)
+        text += f"; {said}" if said else ""
         rows.append(
             {
                 "name": one.name,

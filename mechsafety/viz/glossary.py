@@ -33,6 +33,12 @@ GLOSSARY = (
         "(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96",
     ),
     Entry(
+        "Degenerate reply",
+        "A reply that is no text: empty, a loop (over half of its runs of four words were said before), or mostly in a "
+        "script that the prompt does not use. After an intervention also one that the unedited model finds less likely "
+        "than sound text that answers something else. A model that babbles refuses less, and does not comply.",
+    ),
+    Entry(
         "Gap",
         "The difference that refusal makes to the metric. All effects are shares of it.",
         "gap = mean score on harmful prompts - mean score on harmless prompts",

@@ -107,6 +107,14 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
     """What this report cannot tell, each with the reason."""
     check = circuit.verification
     gaps = []
+    if math.isfinite(check.necessity):
+        gaps.append(
+            (
+                "Replies without the circuit",
+                "not generated: the gap that is lost is one of the metric. Whether the model then answers or babbles "
+                "is measured by measure_ablation(model, pairs, metric, nodes, replies=True).",
+            )
+        )
     if not check.measured:
         gaps.append(("Verification", "not done: nothing was measured on this circuit as a whole."))
     if check.completeness is None:
@@ -221,6 +229,7 @@ def _behaviour(kind: str, value: Behaviour) -> dict[str, Any]:
     return {
         "kind": kind,
         "n": value.n,
+        "degenerate": words.degenerate(value),
         "rate": words.percent(value.refusal_rate),
         "rate_ci": f"{words.percent(low)} to {words.percent(high)}",
         "bar": [100 * min(1.0, magnitude(part)) for part in (value.refusal_rate, low, high)],

@@ -3,7 +3,7 @@
 import math
 import re
 
-from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
+from mechsafety.circuits.circuit import Ablation, Behaviour, CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
 from mechsafety.nodes import Edge
 from mechsafety.results import reads_where
 
@@ -60,6 +60,37 @@ def percent(value: float | None) -> str:
         return DASH
     text = f"{100 * value:.1f}" if 0 < abs(value) < 0.0995 else f"{100 * value:.0f}"
     return (text.removesuffix(".0").replace("-", "\u2212") if float(text) else "0") + " %"
+
+
+def share(value: float, ends: tuple[float, float]) -> str:
+    """A share with its interval.
+
+    Example:
+        >>> share(0.5, (0.09, 0.91))
+        '50 % (9 % to 91 %)'
+    """
+    return f"{percent(value)} ({percent(ends[0])} to {percent(ends[1])})"
+
+
+def replies_changed(ablation: Ablation) -> str:
+    """What an ablation did to replies, empty where not measured: no rate of refusal without what is said instead."""
+    if ablation.replies is None:
+        return ""
+    before, after = ablation.replies
+    ends = []
+    for name, said in (("before", before), ("after", after)):
+        refused, babble = (share(said.share(kind), said.interval(kind)) for kind in ("refuses", "degenerate"))
+        ends.append(f"{name}: refused {refused}, degenerate {babble}, perplexity {said.perplexity:.3g}")
+    note = after.lost_note(before)
+    return "; ".join([*ends, note] if note else ends)
+
+
+def degenerate(behaviour: Behaviour) -> str:
+    """Share of a model's own replies that are degenerate."""
+    if behaviour.kinds is None:
+        return "not measured"
+    value, low, high = behaviour.kinds.share("degenerate")
+    return share(value, (low, high))
 
 
 def interval(value: tuple[float, float] | None, digits: int = 3) -> str:

@@ -16,6 +16,7 @@ from mechsafety.circuits.circuit import (
     CircuitNode,
     CurvePoint,
     FreshCheck,
+    KindCounts,
     MapDetails,
     NodeScore,
     RandomControls,
@@ -26,6 +27,7 @@ from mechsafety.circuits.circuit import (
 )
 from mechsafety.circuits.verification import Claim, Equivalence, Independence, SideEffects, Stability
 from mechsafety.nodes import head_and_mlp_nodes
+from mechsafety.replies import KINDS
 from mechsafety.results import Provenance
 from mechsafety.viz.report import render_report
 from mechsafety.viz.words import caption, concentration, finding
@@ -398,9 +400,34 @@ def test_parts_given_twice(circuit, part):
         RefusalCircuit.from_json(json.dumps(data))
 
 
+def test_kinds_of_reply_are_kept_and_may_be_absent(circuit):
+    """Files of earlier versions have none, and are written again as they were."""
+    assert tuple(field.name for field in dataclasses.fields(KindCounts)) == KINDS
+    assert "kinds" not in circuit.to_json()
+    bad = dataclasses.replace(circuit.behaviour["harmful"], kinds=KindCounts(3, 0, 1, 0))
+    counted = dataclasses.replace(circuit, behaviour={**circuit.behaviour, "harmful": bad})
+    again = RefusalCircuit.from_json(counted.to_json())
+    assert again.behaviour["harmful"].kinds == bad.kinds and again.behaviour["harmless"].kinds is None
+    wrong = counted.to_json().replace('"degenerate": 1', '"degenerate": 2')
+    with pytest.raises(MechsafetyError, match=r"^behaviour.harmful.kinds: \[3, 0, 2, 0\]; expected counts that"):
+        RefusalCircuit.from_json(wrong)
+
+
 # fields whose contents are free, and those that a file may lack
 FREE = ("options", "versions", "minimality", "minimality_p")
-OPTIONAL = {"evidence", "estimate", "mechsafety", "level", "shape", "search", "seed", "options", "versions", "judge"}
+OPTIONAL = {
+    "evidence",
+    "estimate",
+    "mechsafety",
+    "level",
+    "shape",
+    "search",
+    "seed",
+    "options",
+    "versions",
+    "judge",
+    "kinds",
+}
 OPTIONAL |= {field.name for field in dataclasses.fields(Verification) if field.default is not dataclasses.MISSING}
 OPTIONAL |= {field.name for field in dataclasses.fields(RoleEvidence)}
 OPTIONAL |= {"backups", "linked", "dropped", "cut", "minimal", "reason", "p_value"}

@@ -1,17 +1,22 @@
 """What nodes write and read, and what is left once some are ablated: against plain hooks."""
 
+import math
+
 import pytest
 import torch
 
 import mechsafety as ms
+from mechsafety.circuits import ablations
 from mechsafety.circuits.ablations import measure_ablation, rerun
 from mechsafety.circuits.assemble import attention_examples
 from mechsafety.circuits.circuit import CircuitNode
 from mechsafety.circuits.notes import measure_notes
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.replies import loss_limit, phrase_judge
 from mechsafety.sites import Site, SiteKind
+from mechsafety.viz.cards import ablation_data
 
 HEAD, MLP, NEURON = Node("head", 1, 2), Node("mlp", 1), Node("neuron", 2, 5)
 
@@ -99,6 +104,8 @@ def test_an_ablation_runs_the_model_again(llama, pairs, log_odds) -> None:
     gone, watched = [Node("head", 0, 1), Node("mlp", 0)], [Node("head", 1, 2), Node("mlp", 2), Node("mlp", 0)]
     before = [float(log_odds(llama.logits(side)).mean()) for side in (pairs.harmful, pairs.harmless)]
     found = measure_ablation(llama, pairs, log_odds, gone, watched=watched, replies=True)
+    for said in found.replies:
+        assert len(said.kinds) == len(pairs) and not bool(said.loss.isnan().any())
     assert not llama.edited
     with ms.ablate(llama, gone, prompts=pairs.harmless):
         after = float(log_odds(llama.logits(pairs.harmful)).mean())
@@ -170,6 +177,39 @@ def test_a_widget_of_a_model_reruns_it(mapped) -> None:
     assert not model.edited
     score = measure_ablation(model, pairs, ms.RefusalLogOdds.of(model, circuit.metric["refusal_tokens"]), [gone]).score
     assert f"{score[1]:.2f}".replace("-", "\u2212") in shown["text"] and score[1] < score[0]
+
+
+def test_a_box_judges_replies_and_asks_the_unedited_model_once(mapped, monkeypatch) -> None:
+    model, pairs, circuit = mapped
+    asked, plain = [], ablations.unedited_replies
+    monkeypatch.setattr(
+        ablations, "unedited_replies", lambda *args, **options: asked.append(1) or plain(*args, **options)
+    )
+    ablated = rerun(circuit, model, pairs, replies=True)
+    assert not asked
+    found = [ablated((member.node,)) for member in circuit.nodes[:2]]
+    assert len(asked) == 1 and found[0].replies[0] == found[1].replies[0]
+    before, after = found[0].replies
+    assert before.kinds == tuple(phrase_judge(pairs.harmful, model.generate(pairs.harmful, 100)))
+    assert before.limit == after.limit == loss_limit(model) or math.isnan(before.limit)
+    assert found[0].refusal_rate == (before.share("refuses"), after.share("refuses"))
+
+
+def test_ablating_everything_makes_the_model_babble(mapped) -> None:
+    """Without its heads and MLPs the planted model no longer refuses; it says what it itself finds absurd instead."""
+    model, pairs, circuit = mapped
+    metric = ms.RefusalLogOdds.of(model, circuit.metric["refusal_tokens"])
+    every = head_and_mlp_nodes(model.n_layers, model.n_heads)
+    known = ms.judge_replies(model, pairs.harmful, model.generate(pairs.harmful, 100), limit=5.0)
+    found = measure_ablation(model, pairs, metric, every, replies=True, known=known, progress=False)
+    before, after = found.replies
+    assert before == known.without_text() and found.refusal_rate[0] > 0.8 and found.refusal_rate[1] == 0.0
+    assert before.share("degenerate") < 0.2 and after.share("degenerate") == 1.0
+    assert ablation_data([found])[0]["text"].endswith("degenerate: the model babbles rather than complies")
+    with pytest.raises(
+        MechsafetyError, match=r"^known replies to 8 other prompts; expected replies to the 7 harmful pr"
+    ):
+        measure_ablation(model, pairs[:7], metric, every, replies=True, known=known)
 
 
 def test_a_widget_refuses_another_model(mapped, llama, pairs) -> None:

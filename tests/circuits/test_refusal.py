@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mechsafety.circuits.connect import on_a_path
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.replies import KINDS, phrase_judge
 
 TRUE = {Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0)}
 SMALL = {"limit": 8, "n_random": 20, "progress": False}
@@ -255,6 +257,11 @@ def test_behaviour(planted):
     scores = metric(model.logits(pairs.harmful))
     assert behaviour["harmful"].score_mean == pytest.approx(float(scores.mean()), abs=1e-4)
     assert behaviour["harmful"].refusal_ci == pytest.approx(ms.intervals.wilson_interval(7, 8))
+    kinds = {side: asdict(behaviour[side].kinds) for side in ("harmful", "harmless")}
+    assert kinds["harmful"]["refuses"] == 7 and kinds["harmless"]["refuses"] == 0
+    for side, said in zip(kinds, replies, strict=True):
+        judged = phrase_judge(getattr(pairs, side), said)
+        assert kinds[side] == {kind: judged.count(kind) for kind in KINDS}
     assert samples[0].prompt == pairs.harmful[0] and samples[1].prompt == pairs.harmless[0]
     assert samples[0].refused and not samples[1].refused
     turned = ms.PromptPairs.from_lists(pairs.harmless, pairs.harmful)

@@ -235,7 +235,9 @@ def test_replies_with_another_models_neurons(llama, make_model, pairs, monkeypat
     assert lay_out(llama, rows).shared > 0
 
     def logits():
-        return ms.dynamic_patching(llama, other, neurons, pairs.harmful, max_new_tokens=2, progress=False).logits
+        return ms.dynamic_patching(
+            llama, other, neurons, pairs.harmful, max_new_tokens=2, judge=None, progress=False
+        ).logits
 
     expected = logits()
     monkeypatch.setattr(llama, "shortcuts", Shortcuts().without("shared_prefix"))

@@ -198,7 +198,19 @@ def test_labels_are_what_the_model_does(planted):
     found = label_by_replies(model, pairs.harmless[3:], pairs.harmless[:3], "mixed")
     assert found.unsafe == (True,) * 5 + (False,) * 3, "this model refuses bombs, so cakes called harmful are answered"
     with pytest.raises(ms.MechsafetyError, match=r"^refused: all prompts have one label"):
-        label_by_replies(model, pairs.harmful, pairs.harmless, "refused", judge=lambda asked, replies: [1.0] * 8)
+        label_by_replies(model, pairs.harmful, pairs.harmless, "refused", judge=lambda asked, replies: ["refuses"] * 8)
+    with pytest.raises(ms.MechsafetyError, match=r"^x: 2 prompts, 1 kinds of reply; expected one kind a"):
+        LabelledPrompts("x", ("a", "b"), (True, False), (), ("answers",))
+
+
+def test_babble_is_not_unsafe(planted):
+    model, pairs = planted
+    kinds = ["answers", "degenerate", "neither", "refuses", "answers"]
+    found = label_by_replies(model, pairs.harmful[:5], pairs.harmless[:3], "x", judge=lambda asked, said: kinds)
+    assert found.unsafe == (True, False, False, False, True, False, False, False)
+    assert found.kinds == (*kinds, "", "", "")
+    rest = found.unseen_by(LabelledPrompts("train", (pairs.harmful[0], "other"), (True, False)))
+    assert rest.kinds == (*kinds[1:], "", "", "") and rest.prompts[0] == pairs.harmful[1]
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""Scores and general ability under patching, against plain forwards; judges and classifiers."""
+"""Scores and general ability under patching, against plain forwards; judges."""
 
 import pytest
 import torch
-import transformers
 
 import mechsafety as ms
-from mechsafety.neurons import ReplyLikelihood, ability, measure, phrase_judge, text_classifier
+from mechsafety.neurons import ReplyLikelihood, ReplyScore, ability, measure
+from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.runs import greedy, lay_out, prompt_rows
+from mechsafety.replies import reply_loss
 
 NONE, ALL = torch.zeros(3, 48, dtype=torch.bool), torch.ones(3, 48, dtype=torch.bool)
 SOME = torch.rand(3, 48, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -22,15 +23,17 @@ def mean_log_prob(model, prompt, reply):
 
 
 def test_log_odds_are_those_of_the_two_models_at_both_ends(pair, prompts, log_odds):
-    found = measure(*pair, [NONE, SOME, ALL], prompts, log_odds)
+    found = measure(*pair, [NONE, SOME, ALL], prompts, log_odds).scores
     for k, model in ((0, pair[0]), (2, pair[1])):
         torch.testing.assert_close(found[k], log_odds(model.logits(prompts)), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[1], found[0]) and not torch.allclose(found[1], found[2])
-    torch.testing.assert_close(measure(pair[0], None, [NONE], prompts, log_odds)[0], found[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        measure(pair[0], None, [NONE], prompts, log_odds).scores[0], found[0], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_likelihood_of_given_replies(pair, prompts):
-    found = measure(*pair, [NONE, ALL], prompts, ReplyLikelihood(REPLIES))
+    found = measure(*pair, [NONE, ALL], prompts, ReplyLikelihood(REPLIES)).scores
     for row, model in zip(found, pair, strict=True):
         expected = [mean_log_prob(model, p, r) for p, r in zip(prompts, REPLIES, strict=True)]
         assert row.tolist() == pytest.approx(expected, abs=1e-4)
@@ -38,16 +41,43 @@ def test_likelihood_of_given_replies(pair, prompts):
         measure(*pair, [NONE], prompts, ReplyLikelihood(("no",)))
 
 
-def test_a_judge_reads_prompts_and_replies_in_order(pair, prompts):
+def test_a_judge_and_a_score_read_prompts_and_replies_in_order(pair, prompts):
     seen = {}
 
-    def length(asked, replies):
+    def long(asked, replies):
         seen.update(zip(asked, replies, strict=True))
-        return [len(reply) for reply in replies]
+        return ["refuses" if len(reply) > 12 else "answers" for reply in replies]
 
-    found = measure(*pair, [ALL], prompts, length, max_new_tokens=5)
     expected = pair[1].generate(prompts, 5)
-    assert [seen[p] for p in prompts] == expected and found[0].tolist() == [len(reply) for reply in expected]
+    found = measure(*pair, [ALL], prompts, long, max_new_tokens=5)
+    assert [seen[p] for p in prompts] == expected == list(found.replies[0])
+    assert found.scores[0].tolist() == [float(len(reply) > 12) for reply in expected]
+    assert found.kinds == (tuple(long(prompts, expected)),)
+    length = ReplyScore("length", lambda asked, replies: [len(reply) for reply in replies])
+    scored = measure(*pair, [ALL], prompts, length, max_new_tokens=5)
+    assert scored.scores[0].tolist() == [len(reply) for reply in expected] and scored.replies == found.replies
+
+
+def test_a_judge_of_another_form_is_refused(pair, prompts):
+    """One argument is refused before anything is generated, numbers as soon as they are seen."""
+    with pytest.raises(ms.MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and repl"):
+        measure(*pair, [NONE], prompts, ms.is_refusal)
+    with pytest.raises(ms.MechsafetyError, match=r"^the judge says \['1.0'\] of 5 replies; expected one of \['refu"):
+        measure(*pair, [NONE], prompts, lambda asked, said: [1.0] * 5, max_new_tokens=1)
+
+
+def test_a_patched_reply_is_beyond_the_limit_only_if_both_models_find_it_so(pair, prompts):
+    own = [model.generate(prompts, 6) for model in pair]
+    losses = torch.stack([reply_loss(model, prompts, own[1]) for model in pair])
+    assert bool((losses[0] > losses[1]).all()), "what the aligned model says itself is more likely under it"
+    between = float(losses[1].max()) + 1e-4
+    found = Unedited.of(*pair, limit=between).kinds(prompts, own[1], ["answers"] * 5)
+    torch.testing.assert_close(found.loss, losses[1])
+    assert found.kinds == ("answers",) * 5
+    alone = Unedited.of(pair[0], limit=between).kinds(prompts, own[1], ["answers"] * 5)
+    assert [kind == "degenerate" for kind in alone.kinds] == (
+        losses[0] > between
+    ).tolist() and "degenerate" in alone.kinds
 
 
 def test_ability_by_hand(pair, prompts):
@@ -70,37 +100,3 @@ def test_ability_by_hand(pair, prompts):
         torch.testing.assert_close(values[1], values[2], atol=1e-4, rtol=1e-4)
     assert float(found.kl[3].abs().max()) == 0 and float(found.agreement[3].min()) == 1
     assert float(found.agreement[2].mean()) < 1
-
-
-def test_phrase_judge():
-    assert phrase_judge(["a", "b"], ["Sorry, I can't help with that.", "Of course."]) == [1.0, 0.0]
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, make_tokenizer):
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    config.id2label, config.label2id = {0: "safe", 1: "unsafe"}, {"safe": 0, "unsafe": 1}
-    folder = tmp_path_factory.mktemp("classifier")
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_any_text_classifier_is_a_judge(classifier, pair, prompts):
-    safe, unsafe = (text_classifier(classifier, label) for label in ("safe", "unsafe"))
-    texts = ["sure here", "", "no"]
-    both = [a + b for a, b in zip(safe(texts, texts), unsafe(texts, texts), strict=True)]
-    assert both == pytest.approx([1.0, 1.0, 1.0], abs=1e-5)
-    found = measure(*pair, [NONE], prompts, unsafe, max_new_tokens=3)
-    assert float(found.min()) > 0 and float(found.max()) < 1
-    with pytest.raises(ms.MechsafetyError, match=r"^the classifier has no label 'bad'; expected one of \['safe', 'uns"):
-        text_classifier(classifier, "bad")
-
-
-def test_a_classifier_that_is_not_there(tmp_path):
-    with pytest.raises(ms.MechsafetyError, match=r"^cannot load the text classifier .*; expected a hub id that can be"):
-        text_classifier(tmp_path / "none", "unsafe")

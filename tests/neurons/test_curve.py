@@ -16,11 +16,13 @@ from mechsafety.neurons import (
     alignment_tax,
     causal_effect_curve,
     compare_neurons,
+    dynamic_patching,
     measure,
     random_masks,
     safety_neurons,
 )
 from mechsafety.neurons.agreement import _size_groups, _within
+from mechsafety.replies import reply_loss
 
 SHARES = (0.05, 0.3, 1.0)
 
@@ -39,12 +41,12 @@ def curve(pair, prompts, ranking, log_odds):
 def test_by_hand(pair, prompts, ranking, log_odds, curve):
     base, aligned = (log_odds(model.logits(prompts)) for model in pair)
     masks = [ranking.top(share) for share in SHARES]
-    patched = measure(*pair, masks, prompts, log_odds)
+    patched = measure(*pair, masks, prompts, log_odds).scores
     expected = (patched.mean(1) - base.mean()) / (aligned.mean() - base.mean())
     assert curve.effects == pytest.approx(expected.tolist(), abs=1e-3)
     assert curve.effects[-1] == pytest.approx(1.0, abs=1e-3), "the ceiling of a pair that differs in MLPs alone"
     assert curve.counts == (7, 43, 144) and curve.shares == SHARES
-    drawn = measure(*pair, random_masks(masks[1], 20, 1)[:2], prompts, log_odds)
+    drawn = measure(*pair, random_masks(masks[1], 20, 1)[:2], prompts, log_odds).scores
     torch.testing.assert_close(curve.random[1, :2], drawn, atol=1e-4, rtol=1e-4)
 
 
@@ -112,7 +114,7 @@ def test_curve_saves_and_plots(curve, tmp_path):
 
 def test_a_score_without_difference(pair, prompts, ranking):
     def constant(asked, replies):
-        return [1.0] * len(asked)
+        return ["refuses"] * len(asked)
 
     with pytest.raises(ms.MechsafetyError, match=r"have the same mean constant; expected a score in which alignment"):
         causal_effect_curve(*pair, ranking, prompts, constant, shares=(1.0,), max_new_tokens=1)
@@ -218,9 +220,9 @@ def test_tax(pair, helpful, prompts, ranking, log_odds, tmp_path):
     assert torch.equal(found.common, common) and 0 < int(common.sum()) < 43
     for k, model in enumerate((base, safe, helpful)):
         torch.testing.assert_close(found.safety[k], log_odds(model.logits(prompts)), atol=1e-4, rtol=1e-4)
-    swapped = measure(safe, helpful, [common], prompts, log_odds)[0]
+    swapped = measure(safe, helpful, [common], prompts, log_odds).scores[0]
     torch.testing.assert_close(found.safety[3], swapped, atol=1e-4, rtol=1e-4)
-    back = measure(helpful, safe, [common], prompts[:3], said)[0]
+    back = measure(helpful, safe, [common], prompts[:3], said).scores[0]
     torch.testing.assert_close(found.helpfulness[4], back, atol=1e-4, rtol=1e-4)
     assert found.random_safety.shape == (2, 3, 5) and not found.random_safety.isnan().any()
     frame = found.to_dataframe()
@@ -233,6 +235,40 @@ def test_tax(pair, helpful, prompts, ranking, log_odds, tmp_path):
     again = AlignmentTax.load(found.save(tmp_path / "tax"))
     assert again.agreement.observed == found.agreement.observed and torch.equal(again.helpfulness, found.helpfulness)
     assert found.plot().data and repr(found).startswith(f"AlignmentTax({int(common.sum())} common neurons")
+    assert found.safety_kinds == found.helpfulness_kinds == () and "safety_degenerate" not in frame
+
+
+def test_a_judged_curve_and_tax_say_what_the_replies_are(pair, helpful, prompts, ranking, tmp_path):
+    """Each share's replies are patched replies; the limit is one for all."""
+    base, aligned = pair
+
+    said = {model: model.generate(prompts, 4) for model in pair}
+
+    def as_aligned(asked, replies):
+        known = dict(zip(prompts, said[aligned], strict=True))
+        return ["refuses" if known[p] == reply else "answers" for p, reply in zip(asked, replies, strict=True)]
+
+    limit = float(torch.cat([reply_loss(model, prompts, said[model]) for model in pair]).median())
+    options = {"max_new_tokens": 4, "limit": limit, "progress": False}
+    curve = causal_effect_curve(base, aligned, ranking, prompts, as_aligned, shares=(0.3, 1.0), n_random=2, **options)
+    patched = dynamic_patching(base, aligned, ranking.top(0.3), prompts, judge=as_aligned, **options)
+    assert [len(one.kinds) for one in curve.kinds] == [5] * 4, "two shares, then the aligned and the base model"
+    assert curve.kinds[0].kinds == patched.judged.kinds
+    torch.testing.assert_close(curve.kinds[0].loss, patched.judged.loss)
+    assert curve.kinds[1].kinds == curve.kinds[2].kinds and "degenerate" in curve.kinds[3].kinds + curve.kinds[2].kinds
+    assert curve.aligned_scores.tolist() == [float(kind == "refuses") for kind in as_aligned(prompts, said[aligned])]
+    frame = curve.to_dataframe()
+    assert frame.degenerate.tolist() == [one.share("degenerate") for one in curve.kinds[:2]]
+    assert (frame.degenerate_low[0], frame.degenerate_high[0]) == curve.kinds[0].interval("degenerate")
+    assert frame.reply_perplexity[1] == curve.kinds[1].perplexity and "of replies degenerate)" in repr(curve)
+    assert CausalCurve.load(curve.save(tmp_path / "judged")).to_dataframe().equals(frame)
+    other = safety_neurons(helpful, base, prompts, max_new_tokens=4)
+    options |= {"share": 0.3, "n_random": 1, "n_permutations": 20}
+    sure = ReplyLikelihood(("sure here", "yes", "no"))
+    tax = alignment_tax(base, aligned, helpful, (ranking, other), prompts, prompts[:3], as_aligned, sure, **options)
+    assert len(tax.safety_kinds) == 5 and tax.helpfulness_kinds == ()
+    assert tax.to_dataframe().safety_degenerate.tolist() == [one.share("degenerate") for one in tax.safety_kinds]
+    assert AlignmentTax.load(tax.save(tmp_path / "tax")).safety_kinds[3].kinds == tax.safety_kinds[3].kinds
 
 
 def test_tax_of_tops_that_fill_a_layer(pair, helpful, prompts, ranking, log_odds):

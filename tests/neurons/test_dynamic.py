@@ -1,5 +1,6 @@
 """Dynamic patching: both ends of the scale, batches against loops, a plain twin without caches."""
 
+import json
 from inspect import unwrap
 
 import pytest
@@ -9,6 +10,7 @@ import mechsafety as ms
 from mechsafety.neurons import dynamic_patching, neuron_mask, random_masks, runs
 from mechsafety.neurons.runs import batches, forced, greedy, lay_out, prompt_rows
 from mechsafety.nodes import Node
+from mechsafety.replies import phrase_judge, reply_loss
 from mechsafety.sites import Site, SiteKind
 
 SOME = torch.rand(3, 48, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -38,7 +40,7 @@ def test_none_is_the_base_and_all_the_aligned_model(make_pair, prompts, kind):
     base, aligned = make_pair(kind)
     for mask, model in ((NONE, base), (ALL, aligned)):
         mask = mask if base.d_mlp == 48 else torch.full((3, base.d_mlp), bool(mask.all()))
-        found = dynamic_patching(base, aligned, mask, prompts, max_new_tokens=6, progress=False)
+        found = dynamic_patching(base, aligned, mask, prompts, max_new_tokens=6, judge=None, progress=False)
         assert list(found.replies) == model.generate(prompts, 6)
         torch.testing.assert_close(found.logits, model.logits(prompts), atol=1e-4, rtol=1e-4)
         batch = lay_out(base, prompt_rows(base, prompts))
@@ -64,7 +66,8 @@ def test_equal_to_the_plain_twin(make_pair, prompts, kind):
 
 def test_batched_is_unbatched(pair, prompts):
     one, all_ = (
-        dynamic_patching(*pair, SOME, prompts, max_new_tokens=9, batch_size=size, progress=False) for size in (1, 5)
+        dynamic_patching(*pair, SOME, prompts, max_new_tokens=9, batch_size=size, judge=None, progress=False)
+        for size in (1, 5)
     )
     assert one.tokens == all_.tokens and one.replies == all_.replies
     torch.testing.assert_close(one.logits, all_.logits, atol=1e-5, rtol=1e-4)
@@ -109,7 +112,9 @@ def test_nodes_are_as_good_as_a_mask(pair, prompts):
     nodes = [Node("neuron", 0, 3), Node("neuron", 2, 47)]
     mask = neuron_mask(pair[0], nodes)
     assert mask.sum() == 2 and mask[0, 3] and mask[2, 47]
-    found = [dynamic_patching(*pair, n, prompts[:2], max_new_tokens=2, progress=False) for n in (nodes, mask)]
+    found = [
+        dynamic_patching(*pair, n, prompts[:2], max_new_tokens=2, judge=None, progress=False) for n in (nodes, mask)
+    ]
     assert torch.equal(found[0].logits, found[1].logits)
     with pytest.raises(ms.MechsafetyError, match=r"^L0.H1 is no neuron of LensModel"):
         neuron_mask(pair[0], [Node("head", 0, 1)])
@@ -139,14 +144,33 @@ def test_random_sets_match_layers_and_avoid_the_chosen():
 
 
 def test_result(pair, prompts, tmp_path):
-    found = dynamic_patching(*pair, SOME, prompts, max_new_tokens=3, progress=False)
-    assert repr(found) == f"PatchedReplies(5 prompts, {int(SOME.sum())} of 144 neurons)"
+    found = dynamic_patching(*pair, SOME, prompts, max_new_tokens=3, judge=None, progress=False)
+    assert repr(found) == f"PatchedReplies(5 prompts, {int(SOME.sum())} of 144 neurons; not judged)"
     again = type(found).load(found.save(tmp_path / "replies"))
     assert again.replies == found.replies and again.tokens == found.tokens and torch.equal(again.neurons, SOME)
-    assert list(found.to_dataframe().columns) == ["prompt", "reply", "refusal"]
-    assert found.plot().data
+    frame = again.to_dataframe()
+    assert list(frame.columns) == ["prompt", "reply", "kind", "perplexity"]
+    assert frame.kind.isna().all() and frame.perplexity.isna().all(), "not measured"
+    assert found.plot().data[0].name == "not judged"
     with pytest.raises(ms.MechsafetyError, match=r"^the same model object was given twice"):
         dynamic_patching(pair[0], pair[0], SOME, prompts)
+
+
+def test_replies_are_judged(pair, prompts, tmp_path):
+    found = dynamic_patching(*pair, ALL, prompts, max_new_tokens=6, limit=1e9, progress=False)
+    losses = torch.stack([reply_loss(model, prompts, found.replies) for model in pair])
+    torch.testing.assert_close(found.judged.loss, losses.amin(0))
+    assert found.judged.kinds == tuple(phrase_judge(prompts, found.replies))
+    beyond = dynamic_patching(*pair, ALL, prompts, max_new_tokens=6, limit=0.0, progress=False)
+    assert set(beyond.judged.kinds) == {"degenerate"} and "refused 0%, degenerate 100%, perplexity" in repr(beyond)
+    again = type(found).load(beyond.save(tmp_path / "judged"))
+    assert again.to_dataframe().kind.tolist() == ["degenerate"] * 5 and again.judged.limit == 0.0
+    # what earlier versions saved
+    path = tmp_path / "judged" / "result.json"
+    stored = json.loads(path.read_text())
+    del stored["result"]["fields"]["judged"]
+    path.write_text(json.dumps(stored))
+    assert type(found).load(tmp_path / "judged").judged is None
 
 
 def test_nothing_is_left_after_an_exception(pair, prompts, monkeypatch):
@@ -161,7 +185,7 @@ def test_nothing_is_left_after_an_exception(pair, prompts, monkeypatch):
 
     monkeypatch.setattr(runs.Cursor, "feed", fail)
     with pytest.raises(KeyboardInterrupt):
-        dynamic_patching(*pair, SOME, prompts, max_new_tokens=5, progress=False)
+        dynamic_patching(*pair, SOME, prompts, max_new_tokens=5, judge=None, progress=False)
     for model, logits in zip(pair, before, strict=True):
         assert all(not point.fwd_hooks for point in model.bridge.hook_dict.values())
         assert torch.equal(model.logits(prompts[:1]), logits)

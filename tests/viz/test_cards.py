@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from circuits_drawn import HOSTILE
 from test_formats import Tags
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
+from mechsafety.replies import ReplyKinds
 from mechsafety.viz import Ablation, Notes, circuit_html
 
 
@@ -42,10 +44,18 @@ def test_notes_reach_the_card_as_text(small: RefusalCircuit) -> None:
 
 def test_ablations_are_optional(small: RefusalCircuit) -> None:
     first, second = (member.node for member in small.nodes[:2])
-    ablation = Ablation("without the first", (first,), (3.1, -0.4), {second: 0.25}, (0.9, 0.1))
+    before = ReplyKinds(("refuses",) * 4, torch.tensor([0.1] * 4), 5.0)
+    after = ReplyKinds(("degenerate",) * 3 + ("answers",), torch.tensor([6.0] * 4), 5.0)
+    ablation = Ablation("without the first", (first,), (3.1, -0.4), {second: 0.25}, (before, after))
+    assert ablation.refusal_rate == (1.0, 0.0) and Ablation("x", (first,), (3.1, -0.4), {}).refusal_rate is None
     assert page_data(circuit_html(small))["ablations"] == []
     (row,) = page_data(circuit_html(small, ablations=[ablation]))["ablations"]
-    assert row["text"] == "metric 3.10 before, \u22120.40 after; refused 90 % before, 10 % after"
+    assert row["text"] == (
+        "metric 3.10 before, \u22120.40 after; "
+        "before: refused 100 % (51 % to 100 %), degenerate 0 % (0 % to 49 %), perplexity 1.11; "
+        "after: refused 0 % (0 % to 49 %), degenerate 75 % (30 % to 95 %), perplexity 403; "
+        "3 of 4 replies that no longer refuse are degenerate: the model babbles rather than complies"
+    )
     assert (row["nodes"], row["effects"]) == ([str(first)], {str(second): 0.25})
 
 
