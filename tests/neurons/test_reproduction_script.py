@@ -99,6 +99,19 @@ def test_ends_and_contrast(make_run):
     assert run.contrast("test").effects.shape == (2, 3, 48)
 
 
+def test_replies_of_the_judged_shares_and_of_both_models(make_run, script, tmp_path):
+    run = make_run()
+    (run.args.work / "loss-limit").write_text('{"demo-base": 0.5, "demo": null}')
+    rows = run.judged_replies()
+    assert [row["top share"] for row in rows] == ["5.0%", "100.0%", "aligned model", "base model"]
+    assert all(row["n"] == 3 and row["perplexity"] > 1 for row in rows) and run.limit == 0.5
+    of = ("refuses", "answers", "degenerate", "neither", "perplexity")
+    assert all(rows[1][name] == rows[2][name] for name in of), "all neurons are the aligned model"
+    sets = {"name": "x", "harmful": 3, "kinds": ["refuses", "degenerate", "answers", ""], "unsafe": [0, 0, 1, 0]}
+    counts = {"harmful prompts": 3, "refused by the base": 1, "degenerate": 1, "neither": 0, "unsafe": 1, "safe": 3}
+    assert script.guard_counts(sets) == {"set": "x", **counts}
+
+
 def test_planted_neurons(make_run, script, monkeypatch, make_hf_model):
     class Loader:
         @staticmethod
