@@ -119,11 +119,11 @@ def reads_where(metric: Mapping[str, Any]) -> str:
 
 
 def parting(metric: Mapping[str, Any]) -> list[tuple[str, str]]:
-    r"""Each place where a detected metric was tried, and how far refused and answered prompts part there.
+    """Each place where a detected metric was tried, and how far refused and answered prompts part there.
 
     Example:
         >>> parting({"tried": [{"opener": "I'm", "opener_ids": [1], "auroc": 0.98, "refused": 9, "answered": 7}]})
-        [('after `I\'m`', '0.980 (9 prompts refused, 7 answered)')]
+        [("after `I'm`", '0.980 (9 prompts refused, 7 answered)')]
     """
     return [
         (
