@@ -93,8 +93,8 @@ def check_behaviour(
         NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
     """
     seen = Seen() if seen is None else seen
-    said = [seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless)]
-    harmful, harmless = map(model.decode, said)
+    ids = [seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless)]
+    harmful, harmless = map(model.decode, ids)
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
     cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
@@ -109,14 +109,14 @@ def check_behaviour(
     if metric is None and not any(refused["harmful"]):
         raise NoRefusal(rates, cure=cure)
     if metric is not None and metric.opener_ids:
-        check_comes(model, metric.opener_ids, [*said[0], *said[1]])
+        check_comes(model, metric.opener_ids, [*ids[0], *ids[1]])
     if metric is None:
         n = detect_on or len(pairs)
         # the same logits tell, once the metric is known, the scores of all
         known = seen.read(model, pairs.harmful)[:n], seen.read(model, pairs.harmless)[:n]
         try:
             first = PromptPairs(pairs.pairs[:n], pairs.name)
-            metric = RefusalLogOdds.detect(model, first, replies=(said[0][:n], said[1][:n]), logits=known)
+            metric = RefusalLogOdds.detect(model, first, replies=(ids[0][:n], ids[1][:n]), logits=known)
         except MechsafetyError as error:
             if sum(refused["harmful"]) < MIN_SHARE * len(pairs):
                 raise NoRefusal(rates, cure=cure) from error
