@@ -180,7 +180,8 @@ class TextClassifier:
             found[k] = self.kinds[label]
         return found
 
-    def probabilities(self, prompts: Sequence[str], replies: Sequence[str]) -> Float[Tensor, "reply label"]:
+    @public
+    def probabilities(self, prompts: Prompts, replies: Texts) -> Float[Tensor, "reply label"]:
         """What the classifier gives to each of its labels, in its own order; replies are read as they are."""
         rows = [torch.empty(0, len(self.kinds))]
         for start in range(0, len(replies), self.batch_size):
@@ -352,7 +353,8 @@ def judge_replies(
     return JudgedReplies(found.kinds, found.loss, most, model.provenance(), tuple(prompts), tuple(replies))
 
 
-def ask_judge(judge: Judge, prompts: Sequence[str], replies: Sequence[str]) -> tuple[str, ...]:
+@public
+def ask_judge(judge: Judge, prompts: Prompts, replies: Texts) -> tuple[str, ...]:
     """A judge's kinds.
 
     Raises:

@@ -148,6 +148,12 @@ def test_runs_made_elsewhere_are_refused(opened):
     activation_patching(model, view, metric, nodes=[Node("mlp", 1)], progress=False)
 
 
+def without_dose(model, pairs, metric):
+    """A dose-response of an intervention at strength 0."""
+    sides, quiet = (pairs.harmful, pairs.harmless), {"reply_tokens": 4, "progress": False}
+    return dose_response(model, lambda s: ms.ablate(model, [Node("mlp", 1)], s, "zero"), [0.0], *sides, metric, **quiet)
+
+
 def test_other_analyses_read_there(opened):
     model, pairs, metric = opened
     after = [float(metric.scores(model, side).mean()) for side in (pairs.harmful, pairs.harmless)]
@@ -162,20 +168,11 @@ def test_other_analyses_read_there(opened):
     direction = ms.refusal_direction(model, pairs, max_kl=None, max_depth=1.0, n_random=1, progress=False)
     assert direction.metric["opener"] == "I'm"
     assert len(direction.columns) == model.spans(pairs.harmful[:1])[0].n_suffix + 3
-    dose = dose_response(
-        model,
-        lambda s: ms.ablate(model, [Node("mlp", 1)], s, "zero"),
-        [0.0],
-        pairs.harmful,
-        pairs.harmless,
-        metric,
-        reply_tokens=4,
-        progress=False,
-    )
+    dose = without_dose(model, pairs, metric)
     assert float(dose.harmful.mean()) == pytest.approx(after[0], rel=1e-3) and float(dose.kl.max()) < 1e-6
     empty = torch.zeros(model.n_layers, model.d_mlp, dtype=torch.bool)
     alone = measure(model, None, [empty], pairs.harmful, metric)
-    assert float(alone.mean()) == pytest.approx(after[0], rel=1e-3)
+    assert float(alone.scores.mean()) == pytest.approx(after[0], rel=1e-3)
 
 
 def test_a_small_map_says_where_it_reads(opened, tmp_path):
@@ -260,16 +257,7 @@ def test_whole_openers_where_prompts_are_scored(opened):
     whole = RefusalLogOdds.whole(model, ["I'm sorry"])
     bad, good = whole.scores(model, pairs.harmful), whole.scores(model, pairs.harmless)
     assert float(bad.min()) > 0 > float(good.max())
-    dose = dose_response(
-        model,
-        lambda s: ms.ablate(model, [Node("mlp", 1)], s, "zero"),
-        [0.0],
-        pairs.harmful,
-        pairs.harmless,
-        whole,
-        reply_tokens=4,
-        progress=False,
-    )
+    dose = without_dose(model, pairs, whole)
     torch.testing.assert_close(dose.harmful[0], bad, atol=1e-3, rtol=1e-3)
     given, behaviour, _, keep = check_behaviour(model, pairs, whole, progress=False)
     assert (

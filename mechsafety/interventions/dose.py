@@ -198,13 +198,14 @@ def dose_response(
     for dose in tqdm(doses, desc=name, disable=not progress, leave=False):
         with intervene(dose):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
-            scores = [metric.scores(model, side) for side in (harmful, harmless)]
-            after = plain.logits(harmless).log_softmax(-1)
+            after = plain.logits(harmless)
+            own = metric(after) if metric.at_the_end else metric.scores(model, harmless)  # the same logits tell both
+            scores = [metric.scores(model, harmful), own]
             columns["loss"].append(reply_loss(model, harmless, known))
         for side, prompts, texts, found in zip(SIDES, (harmful, harmless), replies, scores, strict=True):
             kinds[side].append(judge_replies(model, prompts, texts, judge=judge, limit=most).without_text())
             columns[side].append(found)
-        columns["kl"].append((before.exp() * (before - after)).sum(-1).clamp(min=0))
+        columns["kl"].append((before.exp() * (before - after.log_softmax(-1))).sum(-1).clamp(min=0))
     options = {"name": name, "strengths": list(doses), "reply_tokens": reply_tokens}
     stacked = {key: torch.stack(values).cpu() for key, values in columns.items()}
     refused = {side: torch.stack([one.refused for one in found]) for side, found in kinds.items()}

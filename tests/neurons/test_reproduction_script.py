@@ -1,27 +1,19 @@
 """The steps of the reproduction script that are not calls of the library, on tiny models."""
 
 import argparse
-import sys
 import types
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import mechsafety as ms
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import reproduce_safety_neurons
+    import reproduce_safety_neurons
 
-        yield reproduce_safety_neurons
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return reproduce_safety_neurons
 
 
 @pytest.fixture
