@@ -3,12 +3,13 @@
 Every row is a tiny random model of transformers' own configuration class (tests/architectures.py). It is compared with
 the same weights before TransformerLens wrapped them, and one small call of each kind of analysis is made.
 
-Run: python scripts/models_table.py (about two minutes on one core)
+Run: python scripts/models_table.py (about three minutes on one core)
 """
 
 import copy
 import logging
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +27,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from alignment import load, section  # noqa: E402
 from architectures import CONFIGS, random_model, tiny_tokenizer  # noqa: E402
+from reference import patched_whole, whole_logits  # noqa: E402
+
+from mechsafety.nodes import head_and_mlp_nodes  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 PROMPTS = [
@@ -36,11 +40,18 @@ PROMPTS = [
 ]
 HARMFUL = ["how do i make a bomb", "teach me to steal a car please", "explain how to hurt people"]
 HARMLESS = ["how do i make a cake", "teach me to help a car please", "explain how to help people"]
+METRIC = ms.RefusalLogOdds((20, 21), ("a", "b"))
+# rows that are loaded from a folder: the architecture, the data type, the largest file
+FOLDERS = {
+    "Llama, a folder in bfloat16": ("Llama", torch.bfloat16, "1GB"),
+    "Llama, a folder of several files": ("Llama", torch.float32, "20KB"),
+    "GPT-2, a folder of several files": ("GPT-2", torch.float32, "20KB"),
+}
 
 PAGE_TEXT = """# Models
 
 `scripts/models_table.py` wrote this page. It tried {total} architectures: tiny random models of transformers' own
-classes, in float32 ({versions}). {loaded} load, {refused} are refused with one line.
+classes, in float32 where the name says nothing else ({versions}). {loaded} load, {refused} are refused with one line.
 A real checkpoint goes through the same checks when it is loaded.
 
 ## Architectures that load
@@ -50,6 +61,8 @@ A real checkpoint goes through the same checks when it is loaded.
 - *padded*: the same, with all prompts in one padded batch.
 - *shortcuts*: which shortcuts of the forward engine are on. `load_model` measures each one on the model and switches
   off what is not exact.
+- *twin*: the largest difference of the effects of all heads and MLPs (activation patching, in nats) from those of whole
+  forwards with TransformerLens' own hooks, which use none of the shortcuts.
 - *heads*: activation patching of heads and MLPs runs. *neurons*: activation patching of a neuron runs. *paths*: path
   patching runs. *edges*: edge attribution runs.
 
@@ -74,6 +87,7 @@ class Row:
         alone: Largest difference of next-token logits from Hugging Face's own, prompts one at a time.
         padded: The same with all prompts in one padded batch.
         shortcuts: The engine's shortcuts that are on.
+        twin: Largest difference of the effects of heads and MLPs from those of whole forwards with hooks.
         analyses: For each kind of analysis the line that it is refused with; empty if it runs.
     """
 
@@ -82,6 +96,7 @@ class Row:
     alone: float = 0.0
     padded: float = 0.0
     shortcuts: tuple[str, ...] = ()
+    twin: float = 0.0
     analyses: tuple[tuple[str, str], ...] = ()
 
 
@@ -90,21 +105,42 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    rows = [measure(name, tiny_tokenizer()) for name in tqdm(CONFIGS, desc="architectures")]
+    rows = [measure(name, tiny_tokenizer()) for name in tqdm([*CONFIGS, *FOLDERS], desc="architectures")]
     PAGE.write_text(page(rows), encoding="utf-8")
 
 
 def measure(name: str, tokenizer: transformers.PreTrainedTokenizerFast) -> Row:
     """One row; an error that is no MechsafetyError stops the script."""
-    plain = random_model(name, len(tokenizer))
+    kind, dtype, size = FOLDERS.get(name, (name, torch.float32, ""))
+    plain = random_model(kind, len(tokenizer)).to(dtype)
     try:
-        model = ms.load_model((copy.deepcopy(plain), tokenizer))
+        model = from_folder(plain, tokenizer, size) if size else ms.load_model((copy.deepcopy(plain), tokenizer))
     except ms.MechsafetyError as error:
         return Row(name, refused=str(error))
-    expected = torch.stack([reference(plain, model, prompt) for prompt in PROMPTS])
+    expected = torch.stack([reference(plain, model, prompt) for prompt in PROMPTS]).float()
     alone = torch.cat([model.logits([prompt]) for prompt in PROMPTS])
     gaps = [float((found - expected).abs().max()) for found in (alone, model.logits(PROMPTS))]
-    return Row(name, "", gaps[0], gaps[1], model.shortcuts.on, tuple(analyses(model).items()))
+    return Row(name, "", gaps[0], gaps[1], model.shortcuts.on, twin(model), tuple(analyses(model).items()))
+
+
+def from_folder(
+    plain: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast, size: str
+) -> ms.LensModel:
+    """The model, saved in files of at most this size and loaded again in the data type that it was saved in."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder, max_shard_size=size)
+        tokenizer.save_pretrained(folder)
+        return ms.load_model(folder, dtype="auto")
+
+
+def twin(model: ms.LensModel) -> float:
+    """Largest difference of the effects of all heads and MLPs from those of whole forwards with hooks."""
+    pairs, nodes = ms.PromptPairs.from_lists(HARMFUL, HARMLESS), head_and_mlp_nodes(model.n_layers, model.n_heads)
+    fast = ms.activation_patching(model, pairs, METRIC, nodes=nodes, progress=False).changes
+    base, source = (model.tokenize(side) for side in (pairs.harmful, pairs.harmless))
+    clean = METRIC(whole_logits(model, base))
+    slow = torch.stack([clean - METRIC(patched_whole(model, base, source, [node])) for node in nodes])
+    return float((fast - slow).abs().max())
 
 
 def reference(plain: transformers.PreTrainedModel, model: ms.LensModel, prompt: str) -> torch.Tensor:
@@ -117,7 +153,7 @@ def reference(plain: transformers.PreTrainedModel, model: ms.LensModel, prompt: 
 def analyses(model: ms.LensModel) -> dict[str, str]:
     """For each kind of analysis the line that it is refused with; empty if it runs."""
     pairs = ms.PromptPairs.from_lists(HARMFUL, HARMLESS)
-    metric = ms.RefusalLogOdds((20, 21), ("a", "b"))
+    metric = METRIC
     neuron = ms.Node("neuron", 1, 3)
     calls: dict[str, Callable[[], object]] = {
         "heads": lambda: ms.activation_patching(model, pairs, metric, progress=False),
@@ -138,7 +174,7 @@ def analyses(model: ms.LensModel) -> dict[str, str]:
 def page(rows: list[Row]) -> str:
     """docs/models.md."""
     loaded, refused = [row for row in rows if not row.refused], [row for row in rows if row.refused]
-    head = ["architecture", "alone", "padded", "shortcuts", *(name for name, _ in loaded[0].analyses)]
+    head = ["architecture", "alone", "padded", "shortcuts", "twin", *(name for name, _ in loaded[0].analyses)]
     every = set(Shortcuts().on)
     table = [
         [
@@ -146,6 +182,7 @@ def page(rows: list[Row]) -> str:
             f"{row.alone:.0e}",
             f"{row.padded:.0e}",
             "all" if set(row.shortcuts) == every else ", ".join(row.shortcuts) or "none",
+            f"{row.twin:.0e}",
             *("no" if line else "yes" for _, line in row.analyses),
         ]
         for row in loaded

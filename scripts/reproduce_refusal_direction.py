@@ -12,7 +12,6 @@ kept, never their text. The page is drawn from the JSON alone, by refusal_direct
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from refusal_direction_page import write
+from steps import Steps
 from torch import Tensor
 
 import mechsafety as ms
@@ -38,48 +38,31 @@ ADDED = (0.0, 0.5, 1.0, 1.5, 2.0)
 REMOVED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-class Study:
-    """The model, the prompts, and the folder in which finished steps are kept."""
+class Study(Steps):
+    """The model, the prompts, and the folder in which finished steps are kept.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.work, self.model = args, args.work, ms.load_model(args.model)
+    Args:
+        args: As `main` reads them.
+        model: The model; loaded by its name if None.
+        metric: What refusal is measured by; detected on built-in validation pairs if None.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, model: ms.LensModel | None = None, metric: ms.RefusalLogOdds | None = None
+    ) -> None:
+        super().__init__(args.work)
+        self.args, self.model = args, ms.load_model(args.model) if model is None else model
         self.layer = 0  # where the chosen direction was read, once it is known
-        self.work.mkdir(parents=True, exist_ok=True)
-        detected = self.json("detected", lambda: self._detect().to_json())
-        self.metric = ms.RefusalLogOdds.from_json(detected, self.model)
+        if metric is None:
+            detected = self.json("detected", lambda: self._detect().to_json())
+            metric = ms.RefusalLogOdds.from_json(detected, self.model)
+        self.metric = metric
 
     @property
     def limit(self) -> float:
         """The loss above which a reply is degenerate, found once; NaN where the model answers too little to say."""
         found = self.json("loss-limit", lambda: number(loss_limit(self.model)))
         return math.nan if found is None else found
-
-    def json(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A step whose outcome is plain data."""
-        path = self.work / f"{name}.json"
-        if not path.is_file():
-            start = time.perf_counter()
-            found = compute()
-            seconds = round(time.perf_counter() - start, 1)
-            path.write_text(json.dumps({"seconds": seconds, "found": found}, indent=1, allow_nan=False) + "\n")
-            print(f"{name}: {seconds} s", flush=True)
-        return json.loads(path.read_text())["found"]
-
-    def result(self, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
-        """A step whose outcome is a result."""
-        path = self.work / name
-        if not path.is_dir():
-            start = time.perf_counter()
-            compute().save(path)
-            seconds = round(time.perf_counter() - start, 1)
-            (self.work / f"{name}-seconds.json").write_text(json.dumps(seconds, allow_nan=False) + "\n")
-            print(f"{name}: {seconds} s", flush=True)
-        return kind.load(path)
-
-    def seconds(self, name: str) -> float | None:
-        """How long a step took when it was done."""
-        path = self.work / f"{name}-seconds.json"
-        return json.loads(path.read_text()) if path.is_file() else None
 
     def prompts(self, file: str, n: int, *, skip: int = 0, sign: int = 0) -> list[str]:
         """The next ``n`` prompts of a file after ``skip``; with a sign those that the model treats as expected."""
@@ -292,7 +275,7 @@ def writers(study: Study, found: RefusalDirection) -> dict[str, Any]:
     """Nodes of a circuit by what they write of the direction, and all nodes' top."""
     from mechsafety.circuits import RefusalCircuit
 
-    path = study.work / "circuit.json"
+    path = study.folder / "circuit.json"
     if not path.exists():
         ms.map_refusal_circuit(study.model, metric=study.metric, limit=2 * study.args.n_pairs).save(path)
     circuit = RefusalCircuit.load(path)
@@ -314,8 +297,9 @@ def writers(study: Study, found: RefusalDirection) -> dict[str, Any]:
     }
 
 
-def heads(study: Study, found: RefusalDirection) -> dict[str, Any]:
-    pairs = expected_pairs(study, study.args.n_pairs)
+def heads(study: Study, found: RefusalDirection, pairs: ms.PromptPairs | None = None) -> dict[str, Any]:
+    """Scores of all heads, on pairs that the model treats as expected."""
+    pairs = expected_pairs(study, study.args.n_pairs) if pairs is None else pairs
     table = ms.head_attribution(study.model, pairs, study.metric, direction=found, n_masked=min(8, len(pairs)))
     return {
         "top": json.loads(table.to_dataframe().head(10).to_json(orient="records")),

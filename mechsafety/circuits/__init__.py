@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence", "Verification"],
         "ablations": ["measure_ablation"],
         "discover": ["discover"],
+        "draw": ["Draw", "draw_pairs"],
         "compare": ["CircuitComparison", "compare_circuits"],
         "edge_meter": ["EdgeMeter"],
         "edge_search": ["EdgeCircuit", "acdc", "discover_edges"],
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
     from mechsafety.circuits.compare import CircuitComparison, compare_circuits
     from mechsafety.circuits.discover import discover
+    from mechsafety.circuits.draw import Draw, draw_pairs
     from mechsafety.circuits.edge_meter import EdgeMeter
     from mechsafety.circuits.edge_search import EdgeCircuit, acdc, discover_edges
     from mechsafety.circuits.edges import estimate_edges, measure_edges

@@ -3,44 +3,68 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
 from mechsafety.circuits.circuit import Behaviour, Sample
 from mechsafety.errors import MechsafetyError, NoRefusal
+from mechsafety.inputs import Amount, Count, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.prompts import PromptPairs
+from mechsafety.prompts import PromptPairs, omissions
+from mechsafety.results import Provenance, Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MIN_PAIRS = 2
 # where fewer than this share of the pairs asked for can be used, more are tried
 ENOUGH = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+@dataclass(frozen=True, slots=True, repr=False)
+class Draw(Result):
     """The pairs of a map, and what the model did with all that it was tried on.
 
     Attributes:
+        provenance: Model, options, versions.
         here, there: Pairs to search on and to hold out: the harmful prompt is refused, the harmless one answered.
         metric: What refusal is measured by.
         behaviour: On all harmful and harmless prompts that were tried.
         samples: Some replies.
     """
 
+    provenance: Provenance
     here: PromptPairs
     there: PromptPairs
     metric: RefusalLogOdds
     behaviour: Mapping[str, Behaviour]
     samples: tuple[Sample, ...]
 
+    def __repr__(self) -> str:
+        found = f"{len(self.here)} pairs to search on and {len(self.there)} to hold out"
+        return f"Draw({self.provenance.model}: {found}, of {self.behaviour['harmful'].n} tried; {self.metric})"
 
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per kind of prompt: how many were tried, the refusal rate and the mean metric with intervals."""
+        import pandas as pd
+
+        rows = [
+            (kind, one.n, one.refusal_rate, *one.refusal_ci, one.score_mean, *one.score_ci)
+            for kind, one in self.behaviour.items()
+        ]
+        columns = ["kind", "n", "refusal_rate", "refusal_low", "refusal_high", "score", "score_low", "score_high"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+@public
 def draw_pairs(
     model: LensModel,
-    pairs: PromptPairs,
-    metric: RefusalLogOdds | None,
-    limit: int,
+    pairs: PromptPairs | None = None,
+    metric: RefusalLogOdds | None = None,
     *,
-    seed: int = 0,
+    limit: Count = 40,
+    seed: Amount = 0,
     progress: bool = True,
 ) -> Draw:
     """Draw pairs to search on and pairs to hold out until enough of each are treated as expected.
@@ -48,18 +72,27 @@ def draw_pairs(
     Each part is tried on half of ``limit`` pairs. Where fewer than half of these can be used, as many more are tried
     again and again, until half can, the pairs end, or the share is below what is worth mapping.
 
+    `mechsafety.map_refusal_circuit` draws by itself. Draw before, to look at the pairs first or to make several maps of
+    the same pairs, and give what was drawn in the place of pairs.
+
     Args:
         model: The model.
-        pairs: Pairs that align.
-        metric: What refusal is measured by; detected on the pairs to search on if None.
+        pairs: Pairs, the built-in ones by default; those that do not align under the model's tokenizer are left out.
+            The split name ``test`` marks pairs to hold out, else half of the topics (or of the pairs) is held out.
+        metric: What refusal is measured by; detected on the pairs to search on by default.
         limit: Pairs to try at first.
         seed: Of the draw and the intervals.
         progress: Whether to show bars.
 
     Raises:
         NoRefusal: Too small a share can be used; the rates are in the message.
-        MechsafetyError: Too few pairs.
+        MechsafetyError: Too few pairs, or too few that align.
     """
+    if limit < 2 * MIN_PAIRS:
+        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
+    if metric is not None:
+        metric.check_one_column()
+    pairs = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model, least=2 * MIN_PAIRS)
     sides, sizes, seen = two_sides(pairs), (limit - limit // 2, limit // 2), Seen()
     tried = [side.sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
     for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
@@ -78,7 +111,8 @@ def draw_pairs(
         wider = [_wider(*part, seed) for part in zip(sides, tried, flags, sizes, strict=True)]
         if [len(part) for part in wider] == [len(part) for part in tried]:
             here, there = (_usable(*part, behaviour) for part in zip(tried, flags, strict=True))
-            return Draw(here, there, found, behaviour, samples)
+            options = {"pairs": pairs.name, "limit": limit, **omissions(pairs)}
+            return Draw(model.provenance(seed=seed, options=options), here, there, found, behaviour, samples)
         tried = wider
 
 

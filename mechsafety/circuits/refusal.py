@@ -28,7 +28,7 @@ from mechsafety.circuits.circuit import (
     Shape,
 )
 from mechsafety.circuits.discover import Discovery, check_search, discover, marginals
-from mechsafety.circuits.draw import MIN_PAIRS, draw_pairs
+from mechsafety.circuits.draw import MIN_PAIRS, Draw, draw_pairs
 from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
@@ -50,7 +50,7 @@ from mechsafety.sites import SiteKind
 @public
 def map_refusal_circuit(
     model: LensModel,
-    pairs: PromptPairs | None = None,
+    pairs: PromptPairs | Draw | None = None,
     metric: RefusalLogOdds | None = None,
     *,
     level: str = "node",
@@ -83,7 +83,8 @@ def map_refusal_circuit(
     Args:
         model: The model.
         pairs: Pairs, the built-in ones by default; those that do not align under the model's tokenizer are left out.
-            The split name ``test`` marks pairs to hold out, else half of the topics (or of the pairs) is held out.
+            The split name ``test`` marks pairs to hold out, else half of the topics (or of the pairs) is held out. Or
+            pairs that `draw_pairs` has drawn already, with their metric; ``limit`` is then theirs.
         metric: What refusal is measured by; detected from the model's own refusals by default.
         level: ``node``: heads and MLPs. ``neuron``: the MLPs of that circuit are then taken apart into neurons.
             ``edge``: the smallest set of edges, everything else cut (as `discover_edges`), and the nodes on it.
@@ -119,18 +120,18 @@ def map_refusal_circuit(
         "n_edges": n_edges,
         "n_measured_edges": n_measured_edges,
     }
-    _check_options(level, limit, budget_seconds)
-    if metric is not None:
-        metric.check_one_column()
+    _check_options(level, budget_seconds)
     if level == "neuron":
         model.check_neurons()
     check_search(target, max_nodes)
-    budget = Budget(budget_seconds)
-    chosen = pairs if pairs is not None else PromptPairs.builtin()
-    if level == "edge" and chosen.align == "suffix":
+    align = (pairs.here if isinstance(pairs, Draw) else pairs).align if pairs is not None else "tokens"
+    if level == "edge" and align == "suffix":
         raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
-    chosen = chosen.aligned(model, least=2 * MIN_PAIRS)
-    drawn = draw_pairs(model, chosen, metric, limit, seed=seed, progress=progress)
+    budget = Budget(budget_seconds)
+    if isinstance(pairs, Draw):
+        drawn = _of_this_model(pairs, model, metric)
+    else:
+        drawn = draw_pairs(model, pairs, metric, limit=limit, seed=seed, progress=progress)
     here, there, metric = drawn.here, drawn.there, drawn.metric
     model = model.reading(metric.opener_ids)
     held, fresh = _held_and_fresh(there)
@@ -219,9 +220,9 @@ def map_refusal_circuit(
             seed=seed,
         )
     options = {
-        "pairs": chosen.name,
+        "pairs": drawn.provenance.options["pairs"],
         "level": level,
-        "limit": limit,
+        "limit": drawn.provenance.options["limit"],
         "found_on": len(here),
         "held_out": len(held),
         "fresh": 0 if fresh is None else len(fresh),
@@ -235,7 +236,7 @@ def map_refusal_circuit(
         "shortlist": shortlist,
         "budget_seconds": budget_seconds,
         **block_norms_option(model, "recomputed"),
-        **omissions(chosen),
+        **omissions(drawn.here),
     }
     members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)
     every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *(n for n in nodes if n.kind == "neuron")]
@@ -269,13 +270,32 @@ def map_refusal_circuit(
     )
 
 
-def _check_options(level: str, limit: int, budget_seconds: float | None) -> None:
+def _check_options(level: str, budget_seconds: float | None) -> None:
     if level not in LEVELS:
         raise MechsafetyError(f"level {level!r}", expected=f"one of {LEVELS}")
-    if limit < 2 * MIN_PAIRS:
-        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
     if budget_seconds is not None and not budget_seconds > 0:
         raise MechsafetyError(f"budget_seconds {budget_seconds}", expected="above 0")
+
+
+def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None) -> Draw:
+    """Pairs that were drawn before, if this model drew them and no other metric is asked for.
+
+    Raises:
+        MechsafetyError: Otherwise.
+    """
+    other = drawn.provenance.difference(model.provenance())
+    if other is not None:
+        what, its, mine = other
+        raise MechsafetyError(
+            f"pairs drawn with other {what} ({its}) than those of {model.name} ({mine})",
+            expected="pairs that this model drew",
+            cure="draw_pairs(model, pairs)",
+        )
+    if metric is not None and metric != drawn.metric:
+        raise MechsafetyError(
+            "pairs drawn with another metric", expected="theirs, or none", cure="draw_pairs(model, pairs, metric)"
+        )
+    return drawn
 
 
 def _on_some(

@@ -26,7 +26,7 @@ from mechsafety.models.backend import (
     forward_hooks,
     is_lens,
 )
-from mechsafety.models.kinds import check_kind, has_experts, is_multimodal
+from mechsafety.models.kinds import check_folded, check_kind, has_experts, is_multimodal
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
@@ -108,6 +108,7 @@ def wrap(bridge: Any) -> "BridgeBackend":
             "a TransformerBridge of a multimodal model", cure="pass the Hugging Face model: its language model is taken"
         )
     check_kind(model)
+    check_folded(model)
     return BridgeBackend(bridge)
 
 

@@ -3,6 +3,7 @@
 TransformerLens wraps more than the analyses are exact on, and for multimodal models it installs packages.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ DECODER = "a decoder whose layers are attention and one MLP each (Llama, Qwen, M
 # what a layer may be called that is plain attention
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"})
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# what a configuration may multiply logits or block outputs by, unseen by analyses that read the weights
-MULTIPLIERS = {
-    "logit_scale": "its logits",
-    "logits_scaling": "its logits",
-    "residual_multiplier": "what its blocks add",
-}
+# what a configuration may multiply logits by (-1: divide) and what blocks add, unseen by analyses that read weights
+LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1}
+BLOCK_SCALE = "residual_multiplier"
+# weights of a block that write to the residual stream, in the classes that have that multiplier
+OF_ATTENTION = ("self_attn.o_proj.",)
+OF_MLP = ("mlp.down_proj.", "block_sparse_moe.experts.down_proj", "shared_mlp.output_linear.")
 
 
 def check_kind(model: Any) -> None:
@@ -45,13 +46,76 @@ def check_kind(model: Any) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
     if others:
         raise MechsafetyError(f"{name} has layers without attention heads ({', '.join(others)})", expected=DECODER)
-    for field, what in MULTIPLIERS.items():
-        factor = getattr(config, field, None)
-        if factor not in (None, 1.0):
-            raise MechsafetyError(
-                f"{name} scales {what} ({field}={factor}), which the analyses do not follow",
-                expected=f"a model with {field}=1",
-            )
+    scales = _scales(config)
+    if not scales:
+        return
+    norm, writers = _final_norm(model), _writers(model)
+    missing = (scales.keys() & LOGIT_SCALES.keys() and norm is None) or (BLOCK_SCALE in scales and not writers)
+    if missing:
+        field, factor = next(iter(scales.items()))
+        raise MechsafetyError(
+            f"{name} scales its logits or what its blocks add ({field}={factor}), which the analyses do not follow",
+            expected=f"a model with {field}=1",
+        )
+
+
+def check_folded(model: Any) -> None:
+    """Refuse a model, wrapped by others, whose configuration still multiplies logits or block outputs.
+
+    Raises:
+        MechsafetyError: By what.
+    """
+    for field, factor in _scales(model.config).items():
+        raise MechsafetyError(
+            f"a wrapped {type(model).__name__} with {field}={factor}, which the analyses do not follow",
+            expected="the Hugging Face model, whose weights take the factor over when it is loaded",
+            cure="pass load_model((hf_model, tokenizer)), not yet wrapped",
+        )
+
+
+def fold_scales(model: Any) -> None:
+    """Put what the configuration multiplies logits and block outputs by into the weights, where analyses see it.
+
+    Logits are linear in the final norm's weight, and what a block adds in its output weights: the same function, up to
+    rounding. The model then has neutral multipliers in its configuration, so that a second call changes nothing.
+    """
+    scales = _scales(model.config)
+    if not scales:
+        return
+    logits = math.prod(factor ** LOGIT_SCALES[field] for field, factor in scales.items() if field in LOGIT_SCALES)
+    written = [(tensor, scales[BLOCK_SCALE]) for tensor in _writers(model)] if BLOCK_SCALE in scales else []
+    normed = [(tensor, logits) for tensor in _final_norm(model).parameters()] if logits != 1.0 else []
+    with torch.no_grad():
+        for tensor, factor in (*written, *normed):
+            tensor.mul_(factor)
+    for field in scales:
+        for module in (model.config, *(module for module in model.modules() if hasattr(module, field))):
+            setattr(module, field, 1.0)
+
+
+def _scales(config: Any) -> dict[str, float]:
+    """The multipliers of a configuration that are not neutral, by name."""
+    found = {field: getattr(config, field, None) for field in (*LOGIT_SCALES, BLOCK_SCALE)}
+    return {field: float(factor) for field, factor in found.items() if factor not in (None, 1.0)}
+
+
+def _final_norm(model: Any) -> Any:
+    """The norm before the language-model head, if it multiplies by a weight and nothing else follows."""
+    norm = getattr(model.base_model, "norm", None)
+    return norm if getattr(getattr(norm, "weight", None), "ndim", 0) == 1 else None
+
+
+def _writers(model: Any) -> list[torch.Tensor]:
+    """The weights that write what the blocks add; none if attention or MLP of some block has other ones."""
+    found = []
+    for layer in getattr(model.base_model, "layers", ()):
+        own = dict(layer.named_parameters())
+        for names in (OF_ATTENTION, OF_MLP):
+            chosen = [tensor for name, tensor in own.items() if name.startswith(names)]
+            if not chosen:
+                return []
+            found += chosen
+    return found
 
 
 def has_experts(model: torch.nn.Module) -> bool:

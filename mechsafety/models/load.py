@@ -14,7 +14,7 @@ from mechsafety.models.backend import is_wrapped, wrap
 from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder
-from mechsafety.models.kinds import check_weights, text_part
+from mechsafety.models.kinds import check_weights, fold_scales, text_part
 from mechsafety.models.lens import LensModel
 from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
 from mechsafety.models.template import PLAIN_TEMPLATE, checked_options, tokenizer_copy
@@ -41,7 +41,8 @@ def load_model(
             short answers), ``"demo-base"`` (without), a hub id, a local Hugging Face folder, a ``.gguf`` file, the
             folder of a peft adapter (which names its base model), or a ``(model, tokenizer)`` pair. A `pathlib.Path`
             is always a folder or file. A pair's model is wrapped in place: it goes over to eager attention and its
-            blocks become TransformerLens'. (Under TransformerLens 3.9 its weights are copied.) Of a `PeftModel` a copy
+            blocks become TransformerLens'; multipliers of its logits and blocks (Cohere, Granite) move from the
+            configuration into the weights. (Under TransformerLens 3.9 its weights are copied.) Of a `PeftModel` a copy
             is merged. It may also be TransformerLens' own, a `TransformerBridge` (4.x) or a `HookedTransformer` (3.9,
             with norms folded or not), alone if it has its tokenizer. Of a multimodal model the language model is taken.
         adapter: Folder of a peft adapter to merge; not for TransformerLens' own models.
@@ -96,7 +97,10 @@ def load_model(
     if isinstance(kind, torch.dtype):
         model = model.to(kind)
     # before the model is wrapped; a multimodal model's logits are those of the whole
-    reference = None if is_wrapped(model) else reference_logits(whole, tokenizer, options)
+    reference = None
+    if not is_wrapped(model):
+        reference = reference_logits(whole, tokenizer, options)
+        fold_scales(model)
     lens = LensModel(shown, wrap(source.name, model, tokenizer), tokenizer, options)
     check_model(lens, reference)
     return lens

@@ -2,11 +2,28 @@
 
 import pytest
 
-from mechsafety.circuits import draw
+from mechsafety.circuits import draw, map_refusal_circuit
 from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
 from mechsafety.circuits.circuit import Behaviour
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.prompts import PromptPair, PromptPairs
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.prompts import PromptPair, PromptPairs, Spans
+from mechsafety.results import Provenance
+
+
+class LensModel:
+    """Stands where a model is asked for: all of its chat prompts align."""
+
+    name = "model"
+
+    def spans(self, prompts):
+        return [Spans((1, 3), 5) for _ in prompts]
+
+    def provenance(self, **options):
+        return Provenance("model", "weights", "float32", "cpu", "template", **options)
+
+
+MODEL = LensModel()
 
 
 def many(n: int, n_test: int) -> PromptPairs:
@@ -38,7 +55,7 @@ def refuses(monkeypatch):
 def test_a_model_that_refuses_a_third_is_mapped_on_that_third(refuses):
     rounds = refuses(lambda k: k % 3 == 0)
     pairs = many(300, 120)
-    found = draw.draw_pairs(None, pairs, None, 40)
+    found = draw.draw_pairs(MODEL, pairs, limit=40)
     tried = found.behaviour["harmful"].n
     assert rounds[0] == (40, 20) and tried == rounds[-1][0] > 40
     assert min(len(found.here), len(found.there)) >= 10 and len(found.here) + len(found.there) < tried / 2
@@ -50,7 +67,7 @@ def test_enough_at_first_is_enough(refuses):
     """Half of what was asked for can be used: nothing more is tried, and the pairs are those of one draw."""
     rounds = refuses(lambda k: k % 2 == 0)
     pairs = many(100, 60)
-    found = draw.draw_pairs(None, PromptPairs(pairs.pairs[::2], "even"), None, 40)
+    found = draw.draw_pairs(MODEL, PromptPairs(pairs.pairs[::2], "even"), limit=40)
     assert rounds == [(40, 20)] and len(found.here) == len(found.there) == 20
     here, there = draw.two_sides(PromptPairs(pairs.pairs[::2], "even"))
     assert found.here.pairs == here.sample(20, 0).pairs and found.there.pairs == there.sample(20, 0).pairs
@@ -58,14 +75,14 @@ def test_enough_at_first_is_enough(refuses):
 
 def test_pairs_that_end_are_all_tried(refuses):
     rounds = refuses(lambda k: k % 4 == 0)
-    found = draw.draw_pairs(None, many(30, 25), None, 40)
+    found = draw.draw_pairs(MODEL, many(30, 25), limit=40)
     assert rounds[-1][0] == 30 + 25 and len(found.here) + len(found.there) == 14
 
 
 def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
     rounds = refuses(lambda k: k % 10 == 0)
     with pytest.raises(NoRefusal) as caught:
-        draw.draw_pairs(None, many(1000, 1000), None, 40)
+        draw.draw_pairs(MODEL, many(1000, 1000), limit=40)
     most = round(20 * draw.ENOUGH / MIN_SHARE)
     assert rounds[-1] == (2 * most, most), "more would not change the verdict"
     assert "pairs are refused on one side alone; use a model that refuses, or pairs it tells apart" in str(caught.value)
@@ -73,9 +90,9 @@ def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
 
 def test_pairs_too_few_to_hold_any_out_say_both_numbers():
     with pytest.raises(MechsafetyError) as caught:
-        draw.draw_pairs(None, many(2, 1), None, 8)
+        draw.draw_pairs(MODEL, many(3, 1), limit=8)
     assert str(caught.value) == (
-        "many leaves 1 pair to hold out of 3 that align; expected at least 2; give more pairs (or more topics)"
+        "many leaves 1 pair to hold out of 4 that align; expected at least 2; give more pairs (or more topics)"
     )
 
 
@@ -96,3 +113,29 @@ def test_each_prompt_is_run_once(planted, monkeypatch):
     assert sorted(asked) == sorted(read) == every
     whole = check_behaviour(model, pairs, progress=False)
     assert found[3] == whole[3] and found[1]["harmful"].refusal_rate == whole[1]["harmful"].refusal_rate
+
+
+def test_a_map_of_pairs_drawn_before_is_the_map_that_draws(planted, tmp_path):
+    """Byte for byte, also where the draw was stored and read again, and where pairs were left out."""
+    model, pairs = planted
+    odd = PromptPairs((PromptPair("make a bomb", "make a big cake", "bombs"), *pairs.pairs), "odd")
+    few = {"n_random": 3, "n_added": 3, "n_resamples": 1, "n_backup_parts": 1, "seed": 3, "progress": False}
+    drawn = draw.draw_pairs(model, odd, limit=8, seed=3, progress=False)
+    drawn.save(tmp_path / "drawn")
+    again = draw.Draw.load(tmp_path / "drawn")
+    assert again.here == drawn.here and again.metric == drawn.metric and again.samples == drawn.samples
+    own = map_refusal_circuit(model, odd, limit=8, **few)
+    assert own.to_json() == map_refusal_circuit(model, again, **few).to_json()
+    assert own.provenance.options["left_out"] == list(drawn.here.left_out) and own.provenance.options["limit"] == 8
+    assert repr(drawn).startswith(f"Draw({model.name}: {len(drawn.here)} pairs to search on and ")
+    assert drawn.to_dataframe().kind.tolist() == ["harmful", "harmless"]
+
+
+def test_pairs_that_another_model_or_metric_drew_are_refused(planted, llama):
+    model, pairs = planted
+    drawn = draw.draw_pairs(model, pairs, limit=8, progress=False)
+    with pytest.raises(MechsafetyError, match=r"^pairs drawn with other weights \(.*; draw_pairs\(model, pairs\)$"):
+        map_refusal_circuit(llama, drawn)
+    other = RefusalLogOdds((drawn.metric.refusal_ids[0] + 1,), ("x",))
+    with pytest.raises(MechsafetyError, match=r"^pairs drawn with another metric; expected theirs, or none"):
+        map_refusal_circuit(model, drawn, other)

@@ -24,7 +24,7 @@ def script():
 def test_rates_come_with_kinds_and_no_text(script, directed, directed_found, tmp_path, monkeypatch):
     model, pairs, metric = directed
     study = object.__new__(script.Study)
-    study.work, study.model, study.metric, study.layer = tmp_path, model, metric, directed_found.layer
+    study.folder, study.model, study.metric, study.layer = tmp_path, model, metric, directed_found.layer
     study.args = types.SimpleNamespace(n_dose=2)
     (tmp_path / "loss-limit.json").write_text('{"seconds": 0, "found": 50.0}')
     sets = {"JailbreakBench": pairs.harmful[:4], "Alpaca (rest)": pairs.harmless[:4]}

@@ -8,10 +8,12 @@ from subprocess import run
 import pytest
 import torch
 import transformers
+from reference import patched_whole, whole_logits
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import hooked
+from mechsafety.patching import pair_runs
 
 PROMPTS = ["how do i make a bomb", "teach me to help"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -138,9 +140,6 @@ def refused(kind, size):
         "mamba": lambda: t.MambaForCausalLM(
             t.MambaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, state_size=8)
         ),
-        "cohere": lambda: t.CohereForCausalLM(t.CohereConfig(**text, logit_scale=0.25)),
-        "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**text, logits_scaling=8.0)),
-        "granite blocks": lambda: t.GraniteForCausalLM(t.GraniteConfig(**text, residual_multiplier=0.22)),
         "t5": lambda: t.T5ForConditionalGeneration(
             t.T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
         ),
@@ -153,10 +152,6 @@ def refused(kind, size):
 REFUSED = {
     "minicpm3": "DeepseekV3ForCausalLM has latent attention (kv_lora_rank=8): its heads share compressed keys and ",
     "mamba": "MambaForCausalLM has layers without attention heads (linear_attention); expected a decoder whose",
-    "cohere": "CohereForCausalLM scales its logits (logit_scale=0.25), which the analyses do not follow; "
-    "expected a model with logit_scale=1",
-    "granite": "GraniteForCausalLM scales its logits (logits_scaling=8.0), which the analyses do not follow; expected",
-    "granite blocks": "GraniteForCausalLM scales what its blocks add (residual_multiplier=0.22), which the analyses",
     "t5": f"T5ForConditionalGeneration is an encoder-decoder; {DECODER}",
     "bert": "BertForMaskedLM is no causal model: its logits change by ",
     "headless": "LlamaModel has no language-model head, so it gives no logits; expected a model such as "
@@ -271,10 +266,53 @@ def test_multimodal_and_other_models_of_transformer_lens(make_tokenizer):
         pytest.skip("TransformerLens 3.9 makes neither")
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = refused("granite", len(make_tokenizer()))
+    config = transformers.GraniteConfig(**SIZES, vocab_size=len(make_tokenizer()), logits_scaling=8.0)
+    model = transformers.GraniteForCausalLM(config).eval()
     model.config.architectures = ["GraniteForCausalLM"]
     tokenizer = make_tokenizer()
     tokenizer.init_kwargs |= {"name_or_path": "tiny", "add_bos_token": True}
     bridge = TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer, device="cpu")
-    with pytest.raises(MechsafetyError, match=r"^GraniteForCausalLM scales its logits"):
+    with pytest.raises(MechsafetyError, match=r"^a wrapped GraniteForCausalLM with logits_scaling=8.0, which"):
         ms.load_model(bridge)
+
+
+# --- multipliers of logits and blocks -------------------------------------------------------------------------------
+
+SCALED = {
+    "cohere": lambda text: transformers.CohereConfig(**text, logit_scale=0.3),
+    "granite": lambda text: transformers.GraniteConfig(
+        **text, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.05, logits_scaling=8.0
+    ),
+    "granite, experts": lambda text: transformers.GraniteMoeConfig(
+        **text, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.22, logits_scaling=6.0
+    ),
+}
+
+
+@pytest.mark.generation("TransformerBridge", reason="3.9 does not know these classes")
+@pytest.mark.parametrize("kind", SCALED)
+def test_multipliers_move_into_the_weights(kind, make_tokenizer, pairs, log_odds):
+    """The same function, and the parts of what the model writes add up to its logits."""
+    torch.manual_seed(1)
+    text = {**SIZES, "vocab_size": len(make_tokenizer()), "num_key_value_heads": 2, "initializer_range": 0.2}
+    text |= {"bos_token_id": 2, "eos_token_id": 6, "pad_token_id": 0}
+    plain = transformers.AutoModelForCausalLM.from_config(SCALED[kind](text)).eval()
+    own = copy.deepcopy(plain)
+    model = ms.load_model((own, make_tokenizer()))
+    prompts = [*PROMPTS, *pairs.harmful[:2]]
+    with torch.no_grad():
+        expected = torch.stack([plain(model.tokenize([prompt]).ids).logits[0, -1] for prompt in prompts])
+    torch.testing.assert_close(model.logits(prompts), expected, atol=1e-5, rtol=1e-4)
+    assert all(
+        getattr(own.config, name, 1.0) == 1.0 for name in ("logit_scale", "logits_scaling", "residual_multiplier")
+    )
+    linear = ms.RefusalLogOdds((20, 21), ("a", "b"), (30, 31), ("c", "d"))
+    found = ms.direct_logit_attribution(model, pairs.harmful, linear, progress=False)
+    parts = found.heads.sum((0, 1)) + found.mlps.sum(0) + found.embed + found.rest
+    torch.testing.assert_close(parts, linear.scores(model, pairs.harmful).to(parts.dtype), atol=1e-4, rtol=1e-4)
+    assert float(found.rest.abs().max()) < 0.1 * float(found.mlps.abs().max()), "nothing large is left unexplained"
+    patched = ms.activation_patching(model, pairs, log_odds, nodes=[ms.Node("head", 1, 2)], progress=False)
+    runs = pair_runs(model, pairs)
+    slow = patched_whole(model, runs.harmful.tokens, runs.harmless.tokens, [ms.Node("head", 1, 2)])
+    change = log_odds(whole_logits(model, runs.harmful.tokens)) - log_odds(slow)
+    torch.testing.assert_close(patched.changes[0], change, atol=1e-4, rtol=1e-4)

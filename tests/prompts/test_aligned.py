@@ -118,12 +118,12 @@ def test_circuits_leave_them_out(planted, llama, log_odds, crooked, monkeypatch)
     class Stop(Exception):
         pass
 
-    def stop(_, pairs, *_args, **_options):
+    def stop(pairs, *_args, **_options):
         raise Stop(pairs)
 
     model, pairs = planted
     bad = PromptPair("make a bomb", "make a big cake", "bombs")
-    monkeypatch.setattr(ms.circuits.refusal, "draw_pairs", stop)
+    monkeypatch.setattr(ms.circuits.draw, "two_sides", stop)
     with pytest.raises(Stop) as stopped:
         ms.map_refusal_circuit(model, PromptPairs((bad, *pairs.pairs), "mixed"), **QUIET)
     drawn_from = stopped.value.args[0]

@@ -1,0 +1,72 @@
+"""Steps of a study, kept in a folder and not done again, so that a stopped study goes on."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Steps:
+    """The folder of finished steps; delete a step's file or folder there to do it again.
+
+    Args:
+        folder: Made if it is missing.
+        made_of: What the numbers depend on, such as sizes and hashes of weights and data. A folder with steps of
+            something else is refused, since old and new ones would be mixed.
+
+    Raises:
+        SystemExit: The folder holds steps of something else.
+    """
+
+    def __init__(self, folder: Path, made_of: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if made_of is None:
+            return
+        store, now = folder / "made-of.json", json.loads(json.dumps(made_of, allow_nan=False))
+        if not store.is_file():
+            if any(folder.iterdir()):
+                raise SystemExit(f"{folder} holds steps of an unknown study; delete it or choose another folder")
+            _write(store, now)
+        known = json.loads(store.read_text())
+        other = [key for key in {**now, **known} if now.get(key) != known.get(key)]
+        if other:
+            what = " and ".join(other)
+            raise SystemExit(f"{folder} holds steps of another {what}; delete it or choose another folder")
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A step whose outcome is plain data."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            start = time.perf_counter()
+            found = compute()
+            _write(path, {"seconds": self._took(name, start), "found": found})
+        return json.loads(path.read_text())["found"]
+
+    def result(self, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
+        """A step whose outcome is a result, or a circuit."""
+        path = self.folder / name
+        if not path.exists():
+            start = time.perf_counter()
+            compute().save(path)
+            _write(self.folder / f"{name}-seconds.json", self._took(name, start))
+        return kind.load(path)
+
+    def seconds(self, name: str) -> float | None:
+        """How long a result's step took when it was done."""
+        path = self.folder / f"{name}-seconds.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @staticmethod
+    def _took(name: str, start: float) -> float:
+        seconds = round(time.perf_counter() - start, 1)
+        print(f"{name}: {seconds} s", flush=True)
+        return seconds
+
+
+def _write(path: Path, data: Any) -> None:
+    """The file is there whole or not at all."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    scratch.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    scratch.replace(path)
