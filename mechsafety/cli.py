@@ -243,11 +243,21 @@ def _summary(circuit: Any, out: Path) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     if check.measured and not check.reached:
-        most = circuit.provenance.options.get("max_nodes")
-        parts = {"node": "nodes", "edge": "edges", "neuron": "parts"}[circuit.level]
-        set_of = f"set of {parts} short of the whole model" if most is None else f"set of at most {most} {parts}"
-        lines.append(f"No {set_of} reached {check.target:.2f} on held-out pairs.")
+        lines.append(_missed(circuit))
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
+
+
+def _missed(circuit: Any) -> str:
+    """That the circuit misses its target: because no set that was tried reaches it, or though some do."""
+    check, most = circuit.verification, circuit.provenance.options.get("max_nodes")
+    parts = {"node": "nodes", "edge": "edges", "neuron": "parts"}[circuit.level]
+    largest = circuit.n_candidates - 1 if most is None else most
+    enough = [p for p in check.curve if p.n_nodes <= largest and min(p.faithfulness, p.held_out) >= check.target]
+    if enough:
+        size = f"the first {enough[0].n_nodes} {parts} of the ranking reach it"
+        return f"The circuit misses {check.target:.2f} on held-out pairs, though {size}."
+    set_of = f"set of {parts} short of the whole model" if most is None else f"set of at most {most} {parts}"
+    return f"No {set_of} reached {check.target:.2f} on held-out pairs."
 
 
 _PARTS = {"node": "heads and MLPs", "neuron": "heads, MLPs and neurons"}

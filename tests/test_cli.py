@@ -571,3 +571,18 @@ def test_a_planted_folder_by_hand(norm, run, tmp_path):
     found = testbed.score(circuit, made.truth)
     assert found.found_nodes.f1 == 1.0 and found.decoys_found == () and found.role_accuracy == 1.0
     assert "resampled" in ran.out and f"of {len(circuit.verification.tested)} hold" in ran.out
+
+
+def test_a_missed_target_is_said_as_it_is():
+    """Nothing short of the whole model reaches it, or some set does and the circuit does not."""
+    curve = [ms.circuits.circuit.CurvePoint(k / 10, k, 0.09 * k, 0.1 * k) for k in (2, 5, 9, 10)]
+    check = SimpleNamespace(target=0.8, curve=curve)
+    made = SimpleNamespace(
+        verification=check, provenance=SimpleNamespace(options={"max_nodes": None}), level="node", n_candidates=10
+    )
+    though = "though the first 9 nodes of the ranking reach it"
+    assert cli._missed(made) == f"The circuit misses 0.80 on held-out pairs, {though}."
+    check.curve = [point for point in curve if point.n_nodes != 9]
+    assert cli._missed(made) == "No set of nodes short of the whole model reached 0.80 on held-out pairs."
+    made.provenance.options["max_nodes"] = 5
+    assert cli._missed(made) == "No set of at most 5 nodes reached 0.80 on held-out pairs."

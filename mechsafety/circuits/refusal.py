@@ -27,7 +27,7 @@ from mechsafety.circuits.circuit import (
     Search,
     Shape,
 )
-from mechsafety.circuits.discover import Discovery, check_search, discover, marginals
+from mechsafety.circuits.discover import ROUNDING, Discovery, check_search, discover, marginals
 from mechsafety.circuits.draw import MIN_PAIRS, Draw, draw_pairs
 from mechsafety.circuits.edge_meter import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
@@ -171,7 +171,7 @@ def map_refusal_circuit(
             on_some = _on_some(effects, alone_on, rows_of_some)
             backups = _backups(few, core, known, on_some, n_backup_parts, seed, budget)
             stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
-        final = _with_backups(core, backups, max_nodes)
+        final = _with_backups(core, backups, max_nodes, (found_on, held_out), target)
         standing_in = [backup for backup in backups if backup.node in final.circuit]
         if level == "neuron" and not budget.skips("neurons", 0.5):
             final, (found_on, held_out), attribution = refine(found_on, held_out, final, standing_in, target, budget)
@@ -363,13 +363,30 @@ def _backups(
     return find_backups(meter, nodes, suspicion, n_parts=n_parts, seed=seed, budget=budget)
 
 
-def _with_backups(discovery: Discovery, backups: Sequence[Backup], max_nodes: int | None) -> Discovery:
-    """The circuit with the backups that it lacks, the strongest first, as many as it may grow to."""
+def _with_backups(
+    discovery: Discovery,
+    backups: Sequence[Backup],
+    max_nodes: int | None,
+    meters: Sequence[FaithfulnessMeter],
+    target: float,
+) -> Discovery:
+    """The circuit with the backups that it lacks, the strongest first, as many as it may grow to.
+
+    A part that stands in for another in the whole model may work against refusal in the circuit. Where the circuit
+    reaches the target, a backup that would make it miss the target on some of the pairs is left out; it stays listed.
+    """
     outside = [backup for backup in backups if backup.node not in discovery.circuit]
     outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
     room = len(outside) if max_nodes is None else max(0, max_nodes - len(discovery.circuit))
-    added = tuple(backup.node for backup in outside[:room])
-    return replace(discovery, circuit=in_order([*discovery.circuit, *added]), added=added)
+    circuit, added = list(discovery.circuit), list[Node]()
+    for backup in outside:
+        larger = in_order([*circuit, backup.node])
+        if len(added) == room:
+            break
+        if discovery.reached and any(meter.faithfulness([larger])[0] < target - ROUNDING for meter in meters):
+            continue
+        circuit, added = larger, [*added, backup.node]
+    return replace(discovery, circuit=tuple(circuit), added=tuple(added))
 
 
 def _taken_apart(backups: Sequence[Backup], discovery: Discovery) -> list[Backup]:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ import mechsafety as ms
 import mechsafety.metrics
 from mechsafety.circuits import FaithfulnessMeter, check_behaviour, refusal
 from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.connect import on_a_path
+from mechsafety.circuits.discover import Discovery
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -298,3 +300,32 @@ def test_pairs_too_few_to_hold_any_out(planted):
 def test_seed_below_zero(planted):
     with pytest.raises(MechsafetyError, match="seed=-1; expected at least 0"):
         ms.map_refusal_circuit(*planted, **SMALL, seed=-1)
+
+
+class Scored(FaithfulnessMeter):
+    """Stands for a meter: what a set of nodes is worth is a sum over its nodes."""
+
+    def __init__(self, worth):
+        object.__setattr__(self, "worth", worth)
+
+    def faithfulness(self, circuits):
+        return [sum(self.worth[node] for node in nodes) for nodes in circuits]
+
+
+def test_a_backup_that_makes_the_circuit_miss_its_target_is_left_out():
+    """One that works against refusal in the circuit would undo what the search has found, on either set of pairs."""
+    head, good, bad, late = (Node("head", layer, 0) for layer in range(4))
+    found = Discovery((), (), (head,), {}, True)
+    pairs = [
+        Scored({head: 0.9, good: 0.0, bad: -0.2, late: 0.05}),
+        Scored({head: 0.85, good: -0.01, bad: 0.1, late: 0}),
+    ]
+    some = [
+        Backup(node, head, (node, head), 0.0, 0.1, joint, (0.0, 1.0), 0.01)
+        for node, joint in ((bad, 0.9), (good, 0.8), (late, 0.7))
+    ]
+    kept = refusal._with_backups(found, some, None, pairs, 0.8)
+    assert kept.added == (good, late) and set(kept.circuit) == {head, good, late}
+    assert refusal._with_backups(found, some, 2, pairs, 0.8).added == (good,)
+    missed = replace(found, reached=False)
+    assert refusal._with_backups(missed, some, None, pairs, 0.8).added == (bad, good, late), "there is nothing to undo"
