@@ -22,7 +22,7 @@ from mechsafety.patching.masks import PairRuns, fixed_nodes
 
 # a group is redundant if patched together it loses this share of the gap more than its members do alone
 MIN_JOINT = 0.1
-# and a node of it is a backup if alone it loses no more than this share of what the group does
+# and a node of it is a backup if alone it changes, either way, no more than this share of what the group does
 SMALL = 0.25
 # a group may become this much less redundant by leaving a member out that is not needed
 SLACK = 0.1
@@ -81,7 +81,7 @@ def find_backups(
         rising = [nodes[k] for k in ranked if nodes[k] != first and float(rise[k]) > 0][: 2 * n_candidates]
         # what matters by itself is on the way of both, and would hide that the others are redundant
         singles = effects.of([[node] for node in rising])
-        small = [node for node, values in zip(rising, singles, strict=True) if float(values.mean()) <= SMALL]
+        small = [node for node, values in zip(rising, singles, strict=True) if abs(float(values.mean())) <= SMALL]
         candidates = small[:n_candidates]
         group = _needed(effects, first, candidates)
         if not group:
@@ -158,7 +158,8 @@ def _confirmed(
     for (node, first, joint), values, p_value in zip(rows, excess, p_values, strict=True):
         single, own, together = (float(v.mean()) for v in effects.of([[node], [first], joint]))
         interval = mean_interval(values, seed)
-        if interval[0] > 0 and single <= SMALL * together and node not in found:
+        # one that works against the behaviour by itself is no second way, whatever it does to the others
+        if interval[0] > 0 and abs(single) <= SMALL * together and node not in found:
             found[node] = Backup(node, first, joint, single, own, together, interval, float(p_value))
     return tuple(sorted(found.values(), key=lambda backup: backup.node.order))
 

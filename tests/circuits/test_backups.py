@@ -160,3 +160,18 @@ def test_more_pairs_than_are_attributed_at_once(llama, pairs, log_odds):
         for runs in (few, all_of_them)
     ]
     torch.testing.assert_close(each[1][:, : len(pairs)], each[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("single", "backup"), [(0.01, True), (-0.28, False), (0.09, False)])
+def test_what_works_against_the_behaviour_alone_is_no_backup(single, backup):
+    """Its effect makes the group's excess large without any second way: a late MLP of a real model did so."""
+    first, node = Node("mlp", 1), Node("mlp", 2)
+    noise = 0.01 * np.random.default_rng(0).standard_normal(12)
+    effects = object.__new__(module._Effects)
+    effects.known = {
+        frozenset([first]): 0.16 + noise,
+        frozenset([node]): single + noise,
+        frozenset([first, node]): 0.3 + noise,
+    }
+    found = module._confirmed(effects, [(first, (node,), ())], seed=0)
+    assert [one.node for one in found] == [node] * backup
