@@ -80,6 +80,7 @@ def told_of(circuit: RefusalCircuit) -> dict[str, Any]:
         "random": [check.random_controls.mean, check.random_p],
         "necessity": check.necessity,
         "roles": roles,
+        "highest": max(point.held_out for point in check.curve),
         "verdicts": {claim.name: claim.verdict for claim in check.claims},
         "holds": sum(claim.passed is True for claim in check.tested),
         "decided": sum(claim.passed is not None for claim in check.tested),
@@ -196,6 +197,16 @@ SENTENCES: dict[str, Sentence] = {
         "of the demo model's.",
         mapped("node", "share"),
         lambda native, demo: native > 0 and demo > 0,
+    ),
+    "overshoot": Sentence(
+        "Part of the native model works against refusal. The ranking puts these parts last, and without them the best "
+        "of the others give up to {native:.1f} times the gap on held-out pairs; the demo model's give up to {demo:.1f} "
+        "times. A faithfulness above 1 means that, and not that a circuit is better than its model.",
+        mapped("node", "highest"),
+        lambda native, demo: native > 1.2 and native > demo,
+        "The best parts of the ranking give up to {native:.1f} times the gap of the native model on held-out "
+        "pairs, and "
+        "up to {demo:.1f} times that of the demo model.",
     ),
     "verdicts": Sentence(
         "{n} of {of} verdicts are the same for both models: {same}. These say more of the method, or of refusal in "
@@ -318,7 +329,7 @@ def page(record: Record) -> str:
         "",
         "## The map",
         "",
-        said["size"],
+        f"{said['size']} {said['overshoot']}",
         "",
         *map_table(record),
         "",
