@@ -338,6 +338,8 @@ def page(record: Record) -> str:
         "",
         *claims_table(record),
         "",
+        "Neurons are looked for in the circuit of nodes, so that the stability of its search stands there alone.",
+        "",
         said["verdicts"],
         "",
         "### Roles",

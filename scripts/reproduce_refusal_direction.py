@@ -308,7 +308,7 @@ def heads(study: Study, found: RefusalDirection, pairs: ms.PromptPairs | None = 
     }
 
 
-def probes(study: Study) -> list[dict[str, Any]]:
+def probes(study: Study, layers: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Probes with their controls; erased on harmful prompts of topics that no probe saw, its cost on Alpaca prompts."""
     args, model = study.args, study.model
 
@@ -317,7 +317,7 @@ def probes(study: Study) -> list[dict[str, Any]]:
             model,
             ms.PromptPairs.builtin("train").sample(args.n_probe),
             study.metric,
-            layers=args.layers or list(range(0, model.n_layers + 1, 3)),
+            layers=layers or args.layers or list(range(0, model.n_layers + 1, 3)),
             erase_on=ms.PromptPairs.builtin("test").sample(N_ERASE).harmful,
             harmless_on=study.prompts("alpaca_harmless", N_ERASE, skip=400),
             n_random=N_RANDOM,

@@ -66,20 +66,21 @@ SPAN = "suffix"  # where the reply is decided
 class Size:
     """How much of everything: prompts, unless the name says otherwise."""
 
-    replies: int = 100
+    replies: int = 60
     tried: tuple[tuple[str, int], ...] = (("native", 192), ("demo", 128))
-    train: int = 64
-    validation: int = 32
-    edited: int = 50
+    train: int = 48
+    validation: int = 24
+    edited: int = 30
     head_pairs: int = 16
     ablated: int = 24
     contrast_neurons: int = 100
-    probe: int = 120
+    probe: int = 60
+    probe_layers: int = 7
     n_random: int = 100
     n_resamples: int = 5
 
 
-SMALL = Size(4, (("native", 8), ("demo", 8)), 4, 4, 2, 3, 3, 5, 6, 3, 1)
+SMALL = Size(4, (("native", 8), ("demo", 8)), 4, 4, 2, 3, 3, 5, 6, 2, 3, 1)
 
 
 class Side:
@@ -138,7 +139,9 @@ class Side:
         """The map at a level, of the same pairs."""
 
         def compute() -> RefusalCircuit:
-            options: dict[str, Any] = {"n_random": self.size.n_random, "n_resamples": self.size.n_resamples}
+            # neurons are looked for in the circuit of nodes, whose search would be repeated alike
+            resamples = self.size.n_resamples if level == "node" else 0
+            options: dict[str, Any] = {"n_random": self.size.n_random, "n_resamples": resamples}
             return ms.map_refusal_circuit(self.model, self.drawn, level=level, progress=False, **options)
 
         return self.steps.result(f"map-{level}.json", RefusalCircuit, compute)
@@ -331,7 +334,11 @@ def kinds_of(nodes: Sequence[Node]) -> dict[str, int]:
 
 
 def probed(side: Side) -> dict[str, Any]:
-    return {"rows": probes(side.study), "pairs": side.size.probe, "erased": N_ERASE, "random": N_RANDOM}
+    """Probes at evenly spaced depths, embeddings and final stream included."""
+    n = side.size.probe_layers
+    layers = sorted({round(k * side.model.n_layers / (n - 1)) for k in range(n)})
+    found = probes(side.study, layers)
+    return {"rows": found, "layers": layers, "pairs": side.size.probe, "erased": N_ERASE, "random": N_RANDOM}
 
 
 PARTS: Mapping[str, Callable[[Side], Any]] = {

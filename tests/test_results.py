@@ -133,6 +133,10 @@ def example(kind: object) -> object:
     parts = [part for part in get_args(kind) if part is not type(None)]
     if kind in (Node, Edge, Site):
         return {Node: NODE, Edge: Edge(NODE, Node("logits"), "resid"), Site: Site("resid_pre", 1)}[kind]
+    if kind is ms.PromptPairs:  # two prompts that differ
+        return ms.PromptPairs.from_lists(["harmful"], ["harmless"])
+    if kind is ms.RefusalLogOdds:  # tokens of one set are in no other
+        return ms.RefusalLogOdds((3,), ("no",), opener_ids=(4, 5), opener="I'm")
     if get_origin(kind) in (Union, types.UnionType):
         return example(parts[-1])
     if get_origin(kind) is tuple:
