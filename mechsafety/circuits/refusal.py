@@ -378,7 +378,7 @@ def _with_backups(
     outside = [backup for backup in backups if backup.node not in discovery.circuit]
     outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
     room = len(outside) if max_nodes is None else max(0, max_nodes - len(discovery.circuit))
-    circuit, added = list(discovery.circuit), list[Node]()
+    circuit, added = discovery.circuit, list[Node]()
     for backup in outside:
         larger = in_order([*circuit, backup.node])
         if len(added) == room:
@@ -386,7 +386,7 @@ def _with_backups(
         if discovery.reached and any(meter.faithfulness([larger])[0] < target - ROUNDING for meter in meters):
             continue
         circuit, added = larger, [*added, backup.node]
-    return replace(discovery, circuit=tuple(circuit), added=tuple(added))
+    return replace(discovery, circuit=circuit, added=tuple(added))
 
 
 def _taken_apart(backups: Sequence[Backup], discovery: Discovery) -> list[Backup]:
