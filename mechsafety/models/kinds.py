@@ -50,9 +50,10 @@ def check_kind(model: Any) -> None:
     if not scales:
         return
     norm, writers = _final_norm(model), _writers(model)
-    missing = (scales.keys() & LOGIT_SCALES.keys() and norm is None) or (BLOCK_SCALE in scales and not writers)
-    if missing:
-        field, factor = next(iter(scales.items()))
+    for field, factor in scales.items():
+        known = isinstance(factor, int | float) and factor != 0  # MPT's may be the name of a rule
+        if known and (writers if field == BLOCK_SCALE else norm is not None):
+            continue
         raise MechsafetyError(
             f"{name} scales its logits or what its blocks add ({field}={factor}), which the analyses do not follow",
             expected=f"a model with {field}=1",
@@ -93,10 +94,10 @@ def fold_scales(model: Any) -> None:
             setattr(module, field, 1.0)
 
 
-def _scales(config: Any) -> dict[str, float]:
+def _scales(config: Any) -> dict[str, Any]:
     """The multipliers of a configuration that are not neutral, by name."""
     found = {field: getattr(config, field, None) for field in (*LOGIT_SCALES, BLOCK_SCALE)}
-    return {field: float(factor) for field, factor in found.items() if factor not in (None, 1.0)}
+    return {field: factor for field, factor in found.items() if factor not in (None, 1.0)}
 
 
 def _final_norm(model: Any) -> Any:

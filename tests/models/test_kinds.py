@@ -140,6 +140,10 @@ def refused(kind, size):
         "mamba": lambda: t.MambaForCausalLM(
             t.MambaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=2, state_size=8)
         ),
+        "mpt": lambda: t.MptForCausalLM(
+            t.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=size, logit_scale="inv_sqrt_d_model")
+        ),
+        "cohere 0": lambda: t.CohereForCausalLM(t.CohereConfig(**text, logit_scale=0.0)),
         "t5": lambda: t.T5ForConditionalGeneration(
             t.T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
         ),
@@ -152,6 +156,9 @@ def refused(kind, size):
 REFUSED = {
     "minicpm3": "DeepseekV3ForCausalLM has latent attention (kv_lora_rank=8): its heads share compressed keys and ",
     "mamba": "MambaForCausalLM has layers without attention heads (linear_attention); expected a decoder whose",
+    "mpt": "MptForCausalLM scales its logits or what its blocks add (logit_scale=inv_sqrt_d_model), which the analyses",
+    "cohere 0": "CohereForCausalLM scales its logits or what its blocks add (logit_scale=0.0), which the analyses do "
+    "not follow; expected a model with logit_scale=1",
     "t5": f"T5ForConditionalGeneration is an encoder-decoder; {DECODER}",
     "bert": "BertForMaskedLM is no causal model: its logits change by ",
     "headless": "LlamaModel has no language-model head, so it gives no logits; expected a model such as "
