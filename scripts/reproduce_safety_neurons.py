@@ -31,6 +31,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool
 from safety_neurons_page import NAME, PAGE, TOP, code, figures, page, plain, write
+from steps import check_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -133,16 +134,7 @@ class Run:
                 for name, path in (files | {name: data_file(name) for name in PACKAGED}).items()
             },
         }
-        path = self.args.work / "store.json"
-        if not path.is_file():
-            if any(entry.name != "clock.json" for entry in self.args.work.iterdir()):
-                raise SystemExit(f"{self.args.work} holds steps of an unknown run; delete it or choose another --work")
-            path.write_text(json.dumps(now, indent=1, allow_nan=False))
-        stored = json.loads(path.read_text())
-        other = [key for key, value in json.loads(json.dumps(now, allow_nan=False)).items() if stored.get(key) != value]
-        if other:
-            what = " and ".join(other)
-            raise SystemExit(f"{self.args.work} holds steps of another {what}; delete it or choose another --work")
+        check_store(self.args.work, now, besides=("clock.json",))
 
     @cache  # noqa: B019 - one run a process
     def model(self, name: str) -> ms.LensModel:

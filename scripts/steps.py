@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,8 @@ class Steps:
     def __init__(self, folder: Path, made_of: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        if made_of is None:
-            return
-        store, now = folder / "made-of.json", json.loads(json.dumps(made_of, allow_nan=False))
-        if not store.is_file():
-            if any(folder.iterdir()):
-                raise SystemExit(f"{folder} holds steps of an unknown study; delete it or choose another folder")
-            _write(store, now)
-        known = json.loads(store.read_text())
-        other = [key for key in {**now, **known} if now.get(key) != known.get(key)]
-        if other:
-            what = " and ".join(other)
-            raise SystemExit(f"{folder} holds steps of another {what}; delete it or choose another folder")
+        if made_of is not None:
+            check_store(folder, made_of)
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is plain data."""
@@ -63,6 +53,29 @@ class Steps:
         seconds = round(time.perf_counter() - start, 1)
         print(f"{name}: {seconds} s", flush=True)
         return seconds
+
+
+def check_store(folder: Path, made_of: Mapping[str, Any], besides: Collection[str] = ()) -> None:
+    """Refuse a folder with steps of something else; of an empty one, note what its steps will depend on.
+
+    Args:
+        folder: Where the steps are.
+        made_of: As for `Steps`.
+        besides: Files that an empty folder may hold.
+
+    Raises:
+        SystemExit: It holds steps of something else, or of an unknown run.
+    """
+    store, now = folder / "store.json", json.loads(json.dumps(made_of, allow_nan=False))
+    if not store.is_file():
+        if any(entry.name not in besides for entry in folder.iterdir()):
+            raise SystemExit(f"{folder} holds steps of an unknown run; delete it or choose another --work")
+        _write(store, now)
+    known = json.loads(store.read_text())
+    other = [key for key in {**now, **known} if now.get(key) != known.get(key)]
+    if other:
+        what = " and ".join(other)
+        raise SystemExit(f"{folder} holds steps of another {what}; delete it or choose another --work")
 
 
 def _write(path: Path, data: Any) -> None:

@@ -46,6 +46,7 @@ from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection
 from mechsafety.interventions import project_out, steer
 from mechsafety.models.demo import adapter_folder
+from mechsafety.models.kept import sha256_of
 from mechsafety.neurons import NeuronContrast, contrast_neurons
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.probes import N_ERASE
@@ -89,7 +90,7 @@ class Side:
     def __init__(self, name: str, given: str, sha256: str, args: argparse.Namespace) -> None:
         self.name, self.given, self.sha256, self.args = name, given, sha256, args
         self.size: Size = SMALL if args.small else Size()
-        data = {file: digest(args.data / f"{file}.jsonl") for file in (*BENCHMARKS.values(), "harmbench_val")}
+        data = {file: sha256_of(args.data / f"{file}.jsonl") for file in (*BENCHMARKS.values(), "harmbench_val")}
         made_of = {"size": dataclasses.asdict(self.size), "weights": sha256, "data": data}
         self.steps = Steps(args.work / name, made_of)
 
@@ -273,8 +274,7 @@ def neurons(side: Side) -> dict[str, Any]:
 
 
 def ablations(side: Side) -> dict[str, Any]:
-    """Replies to harmful prompts once a set of parts is ablated (mean over harmless prompts); each a step of its "
-    "own."""
+    """Replies to harmful prompts once a set of parts is ablated; each set is a step of its own."""
     some = side.drawn.there.sample(side.size.ablated)
     known: list[JudgedReplies] = []
 
@@ -357,16 +357,10 @@ PARTS: Mapping[str, Callable[[Side], Any]] = {
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def demo_digest() -> str:
     """SHA-256 of what makes the demo model of its base."""
     files = sorted(path for path in adapter_folder().iterdir() if path.is_file())
-    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def main() -> None:
@@ -380,7 +374,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--small", action="store_true", help="a few prompts of everything: does it run?")
     args = parser.parse_args()
-    found = digest(args.file)
+    found = sha256_of(args.file)
     if found != args.sha256:
         parser.error(f"{args.file} has the SHA-256 {found}, expected {args.sha256}")
     quiet_libraries()

@@ -72,7 +72,7 @@ def test_the_study_runs_resumes_and_gives_the_same_bytes(script, args, monkeypat
 def test_a_store_of_other_weights_or_sizes_is_refused(script, args):
     args.parts = ["facts"]
     script.study(args, {"native": ("a", "0" * 64)})
-    with pytest.raises(SystemExit, match=r"native holds steps of another weights; delete it or choose another folder$"):
+    with pytest.raises(SystemExit, match=r"native holds steps of another weights; delete it or choose another --work$"):
         script.study(args, {"native": ("a", "2" * 64)})
     args.small = False
     with pytest.raises(SystemExit, match=r"holds steps of another size; delete it"):

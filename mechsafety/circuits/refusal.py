@@ -380,9 +380,9 @@ def _with_backups(
     room = len(outside) if max_nodes is None else max(0, max_nodes - len(discovery.circuit))
     circuit, added = discovery.circuit, list[Node]()
     for backup in outside:
-        larger = in_order([*circuit, backup.node])
         if len(added) == room:
             break
+        larger = in_order([*circuit, backup.node])
         if discovery.reached and any(meter.faithfulness([larger])[0] < target - ROUNDING for meter in meters):
             continue
         circuit, added = larger, [*added, backup.node]
