@@ -17,7 +17,7 @@ CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patchin
 	tests/patching/test_sites.py tests/patching/test_paths.py tests/patching/test_paths_readout.py \
 	tests/patching/test_paths_matrix.py tests/attribution/test_nodes.py tests/attribution/test_direct.py \
 	tests/attribution/test_edge_attribution.py tests/attribution/test_edge_twins.py tests/attribution/test_block_norms.py \
-	tests/circuits/test_discover.py tests/circuits/test_edges.py tests/circuits/test_verify.py \
+	tests/circuits/test_search.py tests/circuits/test_edges.py tests/circuits/verification/test_verify.py \
 	tests/interventions/test_orthogonalized.py tests/neurons/test_scores.py
 # tests of one file stay in one process: they share what it has built
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -19,7 +19,7 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.attribution.nodes import mask_gradients
-from mechsafety.circuits.edge_meter import all_edges, prune
+from mechsafety.circuits.edge_faithfulness import all_edges, prune
 from mechsafety.directions import scores
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes

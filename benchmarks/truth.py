@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import mechsafety as ms
 from mechsafety import testbed
-from mechsafety.circuits.edge_meter import all_edges
+from mechsafety.circuits.edge_faithfulness import all_edges
 from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel

@@ -25,9 +25,9 @@ __getattr__, _, _names = lazy_loader.attach(
         ],
         "cache": ["ActivationCache"],
         "circuits.circuit": ["RefusalCircuit"],
-        "circuits.compare": ["CircuitComparison", "compare_circuits"],
+        "circuits.comparison": ["CircuitComparison", "compare_circuits"],
         "circuits.edge_search": ["EdgeCircuit", "acdc", "discover_edges"],
-        "circuits.refusal": ["map_refusal_circuit"],
+        "circuits.map": ["map_refusal_circuit"],
         "directions": [
             "DirectionIO",
             "RefusalDirection",

@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.sites import SiteKind
 
 KINDS = ("embed", "head", "mlp", "neuron", "logits")
-SLOTS = ("q", "k", "v", "mlp", "resid")
+# through which slots a node of each kind reads the residual stream
+SLOTS = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",), "logits": ("resid",)}
+SLOT_NAMES = tuple(dict.fromkeys(slot for slots in SLOTS.values() for slot in slots))
+# where the value of a node of each kind is read and edited
+NODE_SITES = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
+# where a head's slots are
+HEAD_SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +63,19 @@ class Edge:
     slot: str
 
     def __post_init__(self) -> None:
-        if self.slot not in SLOTS:
-            raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOTS}")
+        if self.slot not in SLOT_NAMES:
+            raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOT_NAMES}")
         # heads of one layer run side by side, as do its neurons
         if self.sender.order[:2] >= self.receiver.order[:2]:
             raise MechsafetyError(f"edge {self.sender} -> {self.receiver} runs against the order of computation")
 
     def __str__(self) -> str:
         return f"{self.sender} -> {self.receiver} ({self.slot})"
+
+
+EMBED, LOGITS = Node("embed"), Node("logits")
+# what a circuit is made of
+Part = Node | Edge
 
 
 def head_and_mlp_nodes(n_layers: int, n_heads: int) -> tuple[Node, ...]:

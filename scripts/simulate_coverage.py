@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 from tqdm.auto import tqdm
 
-from mechsafety.circuits.statistics import equivalence_test, independence_test, prompt_areas, rank_p
+from mechsafety.circuits.verification.statistics import equivalence_test, independence_test, prompt_areas, rank_p
 from mechsafety.intervals import MANY, ratio_intervals, wilson_interval
 from mechsafety.metrics import adjust_p, sign_flip_p
 

@@ -1,11 +1,14 @@
 """Fixtures: tiny random models of many architectures, the demo model, and shape checks on every call.
 
-The jaxtyping hook checks shapes and types of every annotated function of the tensor modules: on in tests, absent in
-use. In each test it checks a function's first calls and then one of many, since checking all of them doubles the time.
+The jaxtyping hook checks shapes and types of every annotated function of the package: on in tests, absent in use. In
+each test it checks a function's first calls and then one of many, since checking all of them doubles the time.
 """
 
+import contextlib
 import functools
 import os
+import types
+import typing
 from collections import Counter
 from io import StringIO
 
@@ -17,47 +20,37 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 from pathlib import Path
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
+from beartype.door import is_bearable
+from beartype.roar import BeartypeDecorHintException
 
-CIRCUITS = (
-    "ablations",
-    "assemble",
-    "backups",
-    "behaviour",
-    "connect",
-    "discover",
-    "edges",
-    "meters",
-    "notes",
-    "refusal",
-    "roles",
-)
-CIRCUITS += ("side_effects", "stability", "statistics", "verify")
-HOOKED = (
-    "attribution",
-    "cache",
-    "directions",
-    "interventions",
-    "metrics",
-    "models",
-    "monitors",
-    "neurons",
-    "openers",
-    "patching",
-    "probes",
-    "prompts.spans",
-    "replies",
-)
-HOOKED += tuple(f"circuits.{name}" for name in CIRCUITS)
-HOOKED += tuple(f"testbed.{name}" for name in ("causal", "certify", "planter", "split", "weights"))
 CHECKED = 3  # calls of each function in each test; after these, one in EVERY
 EVERY = 64
 CALLS: Counter = Counter()
+# a whole number counts as a number (PEP 484)
+TYPES = beartype(conf=BeartypeConf(is_pep484_tower=True))
 jaxtyped = jaxtyping.jaxtyped
+
+
+def with_known_hints(found):
+    """A copy of a function without the hints that cannot be checked: ``Self``, and names that only editors import."""
+    copy = types.FunctionType(found.__code__, found.__globals__, found.__name__, found.__defaults__, found.__closure__)
+    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = found.__kwdefaults__, found.__qualname__, found.__module__
+    known = {}
+    for name, hint in found.__annotations__.items():
+        copy.__annotations__ = {name: hint}
+        with contextlib.suppress(NameError, BeartypeDecorHintException):
+            known[name] = typing.get_type_hints(copy, include_extras=True)[name]
+            is_bearable(None, known[name])
+            continue
+        known.pop(name, None)
+    copy.__annotations__ = known
+    return copy
 
 
 def sampled(*args, **options):
     """`jaxtyping.jaxtyped` for some calls; not for a function within another, which is compiled anew at every call."""
-    check = jaxtyped(*args, **options)
+    check = jaxtyped(*args, **{**options, "typechecker": TYPES})
 
     def decorate(found):
         if isinstance(found, type):
@@ -72,7 +65,7 @@ def sampled(*args, **options):
             CALLS[code] += 1
             if CALLS[code] > CHECKED and CALLS[code] % EVERY:
                 return found(*args, **kwargs)
-            checked = checked or check(found)
+            checked = checked or check(with_known_hints(found))
             return checked(*args, **kwargs)
 
         return call
@@ -81,7 +74,7 @@ def sampled(*args, **options):
 
 
 jaxtyping.jaxtyped = sampled
-jaxtyping.install_import_hook([f"mechsafety.{name}" for name in HOOKED], "beartype.beartype")
+jaxtyping.install_import_hook("mechsafety", "beartype.beartype")
 
 import hypothesis
 import pytest

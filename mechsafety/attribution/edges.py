@@ -20,17 +20,16 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
-from mechsafety.models.parts import PATCHABLE, has_node
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.models.parts import has_node
+from mechsafety.nodes import EMBED, NODE_SITES, Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
 from mechsafety.patching.norms import block_norms_option
-from mechsafety.patching.receivers import Receiver, reaches
+from mechsafety.patching.receivers import INTO_LOGITS, Receiver, reaches
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
 from mechsafety.sites import SiteKind
 
 METHODS = ("eap", "eap-ig", "ig-activations", "mask-ig")
-EMBED, LOGITS = Node("embed"), (Node("logits"), "resid")
 # pairs x columns that are attributed at once: their graph, with all activations, is held
 BATCH_TOKENS = 96
 
@@ -160,7 +159,7 @@ def edge_attribution(
     ordered = _nodes(model, nodes, neurons)
     senders = (EMBED, *ordered) if nodes is None else ordered
     slots = {"head": ("q", "k", "v")}
-    receivers = (*((node, slot) for node in ordered for slot in slots.get(node.kind, ("mlp",))), LOGITS)
+    receivers = (*((node, slot) for node in ordered for slot in slots.get(node.kind, ("mlp",))), INTO_LOGITS)
     reached = _reached(senders, receivers, parallel=model.parallel)
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in ordered) else []
     if method == "ig-activations" and model.post_norm:
@@ -229,7 +228,7 @@ def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int
     else:
         listed = list(dict.fromkeys(nodes))
     for node in listed:
-        if node.kind not in PATCHABLE or not has_node(model, node):
+        if node.kind not in NODE_SITES or not has_node(model, node):
             raise MechsafetyError(f"{node} has no edges in {model!r}", expected="its heads, MLPs and neurons")
     return tuple(sorted(listed, key=lambda node: node.order))
 

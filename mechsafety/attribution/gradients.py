@@ -17,7 +17,7 @@ from torch import Tensor
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook, run_from
-from mechsafety.nodes import Node
+from mechsafety.nodes import NODE_SITES, Node
 from mechsafety.patching.masks import PairRuns, blend
 from mechsafety.patching.receivers import Receiver, normed_over_heads
 from mechsafety.sites import Site, SiteKind
@@ -263,7 +263,7 @@ def _parts(model: LensModel, kind: str) -> tuple[SiteKind, ...]:
     """What must be seen of a layer for its receivers of one kind."""
     if kind == "head":
         return (SiteKind.RESID_PRE, SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.SCORES, SiteKind.Z)
-    return (_middle(model), SiteKind.MLP_OUT if kind == "mlp" else SiteKind.NEURONS)
+    return (_middle(model), NODE_SITES[kind])
 
 
 def _middle(model: LensModel) -> SiteKind:

@@ -8,20 +8,21 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence", "Verification"],
+        "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence"],
         "ablations": ["measure_ablation"],
-        "discover": ["discover"],
+        "search": ["discover"],
         "draw": ["Draw", "draw_pairs"],
-        "compare": ["CircuitComparison", "compare_circuits"],
-        "edge_meter": ["EdgeMeter"],
+        "comparison": ["CircuitComparison", "compare_circuits"],
+        "edge_faithfulness": ["EdgeMeter"],
         "edge_search": ["EdgeCircuit", "acdc", "discover_edges"],
-        "meters": ["FaithfulnessMeter"],
+        "faithfulness": ["FaithfulnessMeter"],
         "neurons": ["NeuronMeter"],
         "edges": ["estimate_edges", "measure_edges"],
         "behaviour": ["check_behaviour"],
-        "refusal": ["map_refusal_circuit"],
+        "map": ["map_refusal_circuit"],
         "roles": ["assign_roles", "role_evidence"],
-        "verify": ["verify"],
+        "verification.outcome": ["Verification"],
+        "verification.verify": ["verify"],
     },
 )
 
@@ -34,16 +35,16 @@ if TYPE_CHECKING:
         CircuitNode,
         RefusalCircuit,
         RoleEvidence,
-        Verification,
     )
-    from mechsafety.circuits.compare import CircuitComparison, compare_circuits
-    from mechsafety.circuits.discover import discover
+    from mechsafety.circuits.comparison import CircuitComparison, compare_circuits
     from mechsafety.circuits.draw import Draw, draw_pairs
-    from mechsafety.circuits.edge_meter import EdgeMeter
+    from mechsafety.circuits.edge_faithfulness import EdgeMeter
     from mechsafety.circuits.edge_search import EdgeCircuit, acdc, discover_edges
     from mechsafety.circuits.edges import estimate_edges, measure_edges
-    from mechsafety.circuits.meters import FaithfulnessMeter
+    from mechsafety.circuits.faithfulness import FaithfulnessMeter
+    from mechsafety.circuits.map import map_refusal_circuit
     from mechsafety.circuits.neurons import NeuronMeter
-    from mechsafety.circuits.refusal import map_refusal_circuit
     from mechsafety.circuits.roles import assign_roles, role_evidence
-    from mechsafety.circuits.verify import verify
+    from mechsafety.circuits.search import discover
+    from mechsafety.circuits.verification.outcome import Verification
+    from mechsafety.circuits.verification.verify import verify

@@ -11,27 +11,22 @@ from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import (
-    AttentionExample,
     Backup,
     CircuitEdge,
     CircuitNode,
     NodeScore,
     RoleEvidence,
 )
-from mechsafety.circuits.connect import connect
-from mechsafety.circuits.edges import EMBED, edges_into, estimate_edges, exact_edges, measure_edges
-from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.edges import connect, edges_into, estimate_edges, exact_edges, measure_edges
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.roles import assign_roles, role_evidence
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Edge, Node
+from mechsafety.nodes import EMBED, Edge, Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.effects import effect_intervals, effect_p_values
 from mechsafety.patching.masks import PairRuns
-from mechsafety.prompts import PromptPairs
 
-# entries of attention patterns that a map keeps: a report stays well below 8 MB with a megabyte of them
-ATTENTION_ENTRIES = 750_000
 # exact effect, its interval, its adjusted p
 Measured = tuple[float, tuple[float, float], float]
 Roles = dict[Node, tuple[str, RoleEvidence]]
@@ -227,29 +222,3 @@ def node_scores(
         effect, ci, p_value = measured.get(node, (None, None, None))
         rows.append(NodeScore(node, attribution.of(node), effect, ci, p_value, node in chosen))
     return tuple(rows)
-
-
-def attention_examples(
-    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], max_entries: int = ATTENTION_ENTRIES
-) -> tuple[AttentionExample, ...]:
-    """Attention of the circuit's heads on the first pair: of all of them, or of the strongest where that is too much.
-
-    Args:
-        model: The model.
-        pairs: Whose first pair is shown.
-        nodes: The circuit's.
-        max_entries: Entries of patterns to keep in all; a page needs a little over one byte for each.
-    """
-    prompts = (pairs.harmful[0], pairs.harmless[0])
-    words = [tuple(model.token_strings(prompt)) for prompt in prompts]
-    room = max_entries // sum(len(tokens) ** 2 for tokens in words)
-    heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
-    strongest = sorted((member.node for member in heads[:room]), key=lambda node: node.order)
-    if not strongest:
-        return ()
-    examples = []
-    for prompt, tokens in zip(prompts, words, strict=True):
-        pattern = model.cache([prompt], sites=["pattern"]).pattern
-        rows = torch.stack([pattern[node.layer, node.index, 0] for node in strongest])
-        examples.append(AttentionExample(prompt, tokens, tuple(strongest), rows))
-    return tuple(examples)

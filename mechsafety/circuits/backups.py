@@ -11,7 +11,7 @@ from torch import Tensor
 from mechsafety.attribution.nodes import mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
-from mechsafety.circuits.meters import FaithfulnessMeter, in_order
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import adjust_p, sign_flip_p

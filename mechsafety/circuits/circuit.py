@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Verification
+from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Verification
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
 from mechsafety.output import write_text
@@ -40,7 +40,7 @@ __all__ = [
     "RoleEvidence",
     "Sample",
     "Search",
-    "Shape",
+    "ModelShape",
     "Verification",
 ]
 LEVELS = ("node", "edge", "neuron")
@@ -171,7 +171,7 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """Size of the model that a circuit belongs to."""
 
     n_layers: int
@@ -349,7 +349,7 @@ class RefusalCircuit(Result):
     details: MapDetails | None = None
     level: str = "node"
     search: Search | None = None
-    shape: Shape | None = None
+    shape: ModelShape | None = None
 
     def __repr__(self) -> str:
         check = self.verification

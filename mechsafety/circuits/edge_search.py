@@ -13,18 +13,17 @@ from tqdm.auto import tqdm
 
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.discover import MIB_SHARES, Discovery, check_search, search_parts
-from mechsafety.circuits.edge_meter import SENDER_BYTES, EdgeMeter, all_edges, masked_edge_logits, prune
-from mechsafety.circuits.edges import EMBED, LOGITS, SLOTS
-from mechsafety.circuits.meters import in_order
-from mechsafety.circuits.side_effects import next_token_kl
-from mechsafety.circuits.verification import CurvePoint
+from mechsafety.circuits.edge_faithfulness import SENDER_BYTES, EdgeMeter, all_edges, masked_edge_logits, prune
+from mechsafety.circuits.faithfulness import in_order
+from mechsafety.circuits.search import MIB_SHARES, Discovery, check_search, search_parts
+from mechsafety.circuits.verification.outcome import CurvePoint
+from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.senders import written_changes

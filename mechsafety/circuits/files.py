@@ -17,20 +17,19 @@ from mechsafety.circuits.circuit import (
     Behaviour,
     CircuitEdge,
     CircuitNode,
+    ModelShape,
     RefusalCircuit,
     Search,
-    Shape,
 )
-from mechsafety.circuits.verification import Verification
+from mechsafety.circuits.verification.outcome import Verification
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node
+from mechsafety.nodes import SLOTS, Edge, Node
 from mechsafety.results import Opener, Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor  # noqa: F401
 
 FORMAT, VERSION = "mechsafety.circuit", 2
-SLOTS = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",), "logits": ("resid",)}
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 C = TypeVar("C", bound=RefusalCircuit)
@@ -95,7 +94,7 @@ def read(kind: type[C], text: str) -> C:
         n_candidates=_natural(data["n_candidates"], "n_candidates"),
         level=_one_of(data.get("level", "node"), LEVELS, "level"),
         search=None if data.get("search") is None else _search(data["search"]),
-        shape=None if data.get("shape") is None else decode(Shape, data["shape"], "shape"),
+        shape=None if data.get("shape") is None else decode(ModelShape, data["shape"], "shape"),
     )
 
 

@@ -7,9 +7,9 @@ from mechsafety.attribution.nodes import NodeAttribution, node_attribution
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
-from mechsafety.circuits.discover import CURVE_SHARES, ROUNDING, Discovery, search_parts
-from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
+from mechsafety.circuits.search import CURVE_SHARES, ROUNDING, Discovery, search_parts
+from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 
 # a circuit of more parts than this is not measured part by part
 MAX_EXACT = 300

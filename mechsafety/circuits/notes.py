@@ -1,4 +1,4 @@
-"""What each node of a circuit writes and reads: the tokens it raises, the spans it looks at, where it is active."""
+"""What each node of a circuit writes and reads: tokens it raises, spans it attends to, where it is active."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.attribution.heads import span_attention
-from mechsafety.circuits.circuit import Notes
+from mechsafety.circuits.circuit import AttentionExample, CircuitNode, Notes
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import PairRuns
@@ -16,6 +16,8 @@ from mechsafety.prompts import PromptPairs
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
+# entries of attention patterns that a map keeps: a report stays well below 8 MB with a megabyte of them
+ATTENTION_ENTRIES = 750_000
 # nodes whose logits are held at a time
 _BATCH = 64
 
@@ -102,3 +104,29 @@ def _texts(
             values = acts[sites[node]][0, :, node.index].float()
             rows[node].append((words, tuple(float(f"{value:.4g}") for value in values.tolist())))
     return {node: tuple(found) for node, found in rows.items()}
+
+
+def attention_examples(
+    model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], max_entries: int = ATTENTION_ENTRIES
+) -> tuple[AttentionExample, ...]:
+    """Attention of the circuit's heads on the first pair: of all of them, or of the strongest where that is too much.
+
+    Args:
+        model: The model.
+        pairs: Whose first pair is shown.
+        nodes: The circuit's.
+        max_entries: Entries of patterns to keep in all; a page needs a little over one byte for each.
+    """
+    prompts = (pairs.harmful[0], pairs.harmless[0])
+    words = [tuple(model.token_strings(prompt)) for prompt in prompts]
+    room = max_entries // sum(len(tokens) ** 2 for tokens in words)
+    heads = sorted((member for member in nodes if member.node.kind == "head"), key=lambda m: -abs(m.effect))
+    strongest = sorted((member.node for member in heads[:room]), key=lambda node: node.order)
+    if not strongest:
+        return ()
+    examples = []
+    for prompt, tokens in zip(prompts, words, strict=True):
+        pattern = model.cache([prompt], sites=["pattern"]).pattern
+        rows = torch.stack([pattern[node.layer, node.index, 0] for node in strongest])
+        examples.append(AttentionExample(prompt, tokens, tuple(strongest), rows))
+    return tuple(examples)

@@ -21,7 +21,7 @@ from mechsafety.interventions.checks import check_nodes, check_vector
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import SLOTS, Node, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import live_logits, slot_edit
@@ -33,7 +33,8 @@ from mechsafety.sites import Site, SiteKind
 if TYPE_CHECKING:
     from mechsafety.circuits import RefusalCircuit
 
-SLOTS = ("q", "k", "v", "mlp")
+# the slots through which heads and MLPs read a direction
+READ_SLOTS = (*SLOTS["head"], *SLOTS["mlp"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class DirectionIO(Result):
             row: dict[str, Any] = {"node": str(node), "kind": node.kind, "layer": node.layer, "index": node.index}
             row |= {"writes": float(self.writes[k].mean()), "writes_low": low, "writes_high": high}
             row |= {"cosine": float(self.cosine[k])}
-            for slot, values in zip(SLOTS, self.reads[k], strict=True):
+            for slot, values in zip(READ_SLOTS, self.reads[k], strict=True):
                 ends = mean_interval(values.cpu().numpy()) if not values.isnan().any() else (np.nan, np.nan)
                 row |= {f"reads_{slot}": float(values.mean())}
                 row |= {f"reads_{slot}_low": ends[0], f"reads_{slot}_high": ends[1]}
@@ -208,7 +209,7 @@ def _reads(
 ) -> Float[Tensor, "node slot pair"]:
     base = runs.harmful
     harmful, harmless = runs.scores(metric)
-    reads = torch.full((len(nodes), len(SLOTS), len(base)), torch.nan, device=harmful.device)
+    reads = torch.full((len(nodes), len(READ_SLOTS), len(base)), torch.nan, device=harmful.device)
     groups: dict[tuple[int, int], list[int]] = {}
     for k, node in enumerate(nodes):
         for place in (3,) if node.kind == "mlp" else (0, 1, 2):
@@ -216,11 +217,11 @@ def _reads(
     size = max_variants(base)
     with torch.no_grad():
         for (layer, place), members in tqdm(groups.items(), desc="readers", disable=not progress, leave=False):
-            delta = _removed(base, runs.harmless, layer, SLOTS[place], model.parallel, unit)
+            delta = _removed(base, runs.harmless, layer, READ_SLOTS[place], model.parallel, unit)
             for first in range(0, len(members), size):
                 chunk = members[first : first + size]
                 rows = repeat(delta, "pair pos d -> variant pair pos d", variant=len(chunk))
-                edit = slot_edit(model, base, [[(nodes[k], SLOTS[place])] for k in chunk], rows)
+                edit = slot_edit(model, base, [[(nodes[k], READ_SLOTS[place])] for k in chunk], rows)
                 reads[chunk, place] = harmful - metric(live_logits(model, base, [[edit]]))
     return reads / (harmful - harmless).mean()
 

@@ -20,8 +20,8 @@ from mechsafety.inputs import Count, Prompts, public
 from mechsafety.interventions.steering import orthonormal, removal_hooks
 from mechsafety.models import LensModel
 from mechsafety.models.backend import Prefix
-from mechsafety.models.budget import batch_bytes
 from mechsafety.models.engine import BaseRun, base_run, expand_rows, run_from, shared_columns, split_rows
+from mechsafety.models.memory import batch_bytes
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 

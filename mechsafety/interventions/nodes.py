@@ -11,11 +11,10 @@ from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.interventions.checks import at_positions, check_nodes, check_positions, check_strength
 from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook
-from mechsafety.nodes import Node
-from mechsafety.sites import Site, SiteKind
+from mechsafety.nodes import NODE_SITES, Node
+from mechsafety.sites import Site
 
 SOURCES = ("mean", "zero", "resample")
-_KIND = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
 # prompts read in one forward
 _BATCH = 16
 
@@ -121,7 +120,7 @@ def _groups(nodes: Sequence[Node]) -> dict[Site, list[int]]:
     """Nodes by the site that holds them, with their indices (none for a whole MLP)."""
     groups: dict[Site, list[int]] = {}
     for node in nodes:
-        found = groups.setdefault(Site(_KIND[node.kind], node.layer), [])
+        found = groups.setdefault(Site(NODE_SITES[node.kind], node.layer), [])
         found += [] if node.index is None else [node.index]
     return groups
 

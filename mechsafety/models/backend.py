@@ -20,7 +20,7 @@ from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site
 
-Edit = tuple[Site, Callable[[Tensor], "Tensor | None"]]
+Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 # keys and values of a layer's first columns, each [batch kv_head pos d_head]; how far they are processed (rotated,
 # normed) is the backend's own business
 Prefix = tuple[tuple[Tensor, Tensor], ...]
@@ -108,7 +108,7 @@ class Backend(ABC):
         """All parameters by name."""
 
     @abstractmethod
-    def hooks(self, edits: Sequence[Edit]) -> AbstractContextManager[Any]:
+    def hooks(self, edits: Sequence[Hook]) -> AbstractContextManager[Any]:
         """Context in which each function sees its site's activation and may return another."""
 
     def plain_logits(self, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "pos d_vocab"]:

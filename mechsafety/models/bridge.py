@@ -15,7 +15,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import (
     Backend,
     BlockCall,
-    Edit,
+    Hook,
     NormForm,
     Prefix,
     Sizes,
@@ -141,7 +141,7 @@ class BridgeBackend(Backend):
         """All parameters by name."""
         return self.module.state_dict()
 
-    def hooks(self, edits: Sequence[Edit]) -> AbstractContextManager[Any]:
+    def hooks(self, edits: Sequence[Hook]) -> AbstractContextManager[Any]:
         """Context in which each function sees its site's activation and may return another."""
         return self.tl_model.hooks(fwd_hooks=[(hook_name(site, Generation.BRIDGE), adapt(fn)) for site, fn in edits])
 

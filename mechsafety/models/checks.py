@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.engine import check_engine
-from mechsafety.models.lens import LensModel
+from mechsafety.models.lens_model import LensModel
 from mechsafety.models.rotary import row_by_row
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.template import render

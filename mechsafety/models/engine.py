@@ -16,15 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.models.backend import BlockCall, Prefix, expand_rows
-from mechsafety.models.budget import CPU_TOKENS, Allocated, batch_tokens
-from mechsafety.models.lens import LensModel
+from mechsafety.models.backend import BlockCall, Hook, Prefix, expand_rows
+from mechsafety.models.lens_model import LensModel
+from mechsafety.models.memory import CPU_TOKENS, Allocated, batch_tokens
 from mechsafety.models.shortcuts import ALL_ON, Shortcuts
 from mechsafety.models.state import ModelState, tells_columns_apart
 from mechsafety.prompts import TokenPairs, Tokens
 from mechsafety.sites import GLOBAL, Site, SiteKind
-
-Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 
 # activations with a head axis before their positions
 _HEAD_FIRST = frozenset({SiteKind.SCORES, SiteKind.PATTERN})

@@ -17,7 +17,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import (
     Backend,
     BlockCall,
-    Edit,
+    Hook,
     NormForm,
     Prefix,
     Sizes,
@@ -150,7 +150,7 @@ class HookedBackend(Backend):
         return dict(self.module.named_parameters())  # no buffers: rotary tables grow with use
 
     @contextlib.contextmanager
-    def hooks(self, edits: Sequence[Edit]) -> Iterator[None]:
+    def hooks(self, edits: Sequence[Hook]) -> Iterator[None]:
         """Context in which each function sees its site's activation and may return another."""
         named = [(hook_name(site, Generation.HOOKED), function) for site, function in edits]
         points = [(name, adapt(function)) for name, function in named if ":" not in name]

@@ -15,7 +15,7 @@ from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder
 from mechsafety.models.kinds import check_weights, fold_scales, text_part
-from mechsafety.models.lens import LensModel
+from mechsafety.models.lens_model import LensModel
 from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
 from mechsafety.models.template import PLAIN_TEMPLATE, checked_options, tokenizer_copy
 

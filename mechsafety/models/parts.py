@@ -1,11 +1,8 @@
 """Which parts a model has."""
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.models.lens import LensModel
-from mechsafety.nodes import Node
-
-# parts that hold a value of their own, which a run can be given from elsewhere
-PATCHABLE = ("head", "mlp", "neuron")
+from mechsafety.models.lens_model import LensModel
+from mechsafety.nodes import NODE_SITES, Node
 
 
 def has_node(model: LensModel, node: Node) -> bool:
@@ -26,7 +23,7 @@ def check_patchable(model: LensModel, node: Node) -> None:
     Raises:
         MechsafetyError: ``embed``, ``logits``, no node at all, or one that the model lacks.
     """
-    if not isinstance(node, Node) or node.kind not in PATCHABLE:
+    if not isinstance(node, Node) or node.kind not in NODE_SITES:
         raise MechsafetyError(
             f"{node} cannot be patched",
             expected="heads, MLPs or neurons",

@@ -22,7 +22,7 @@ from mechsafety.models.demo import base_folder
 from mechsafety.models.gguf import TEMPLATE, gguf_folder
 from mechsafety.models.gguf_file import read_header
 from mechsafety.models.kinds import DECODER, check_kind, is_multimodal, text_part
-from mechsafety.models.lens import LensModel
+from mechsafety.models.lens_model import LensModel
 
 WANTED = "'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens model"
 # buffers of older checkpoints that today's models make for themselves, and the value head that trainers leave behind

@@ -1,6 +1,6 @@
 """Monitors: a guard that reads a prompt's activations before the first token is generated."""
 
-from mechsafety.monitors.compare import GuardReport, compare_guards
+from mechsafety.monitors.evaluation import GuardReport, compare_guards
 from mechsafety.monitors.features import LabelledPrompts, label_by_replies
 from mechsafety.monitors.guard import GuardedOutput, GuardWeights, SafetyGuard, Verdict
 

@@ -26,7 +26,7 @@ from mechsafety.models.engine import (
     resume,
     split_rows,
 )
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import NODE_SITES, Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, replacement
 from mechsafety.patching.sources import SOURCES, check_start, column_masks, source_values
@@ -250,10 +250,9 @@ def _by_first_column(
 def _checked_site(model: LensModel, target: Target) -> Site:
     """The site of a target, if the model has it."""
     if isinstance(target, Node):
-        kinds = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
-        if target.kind not in kinds:
+        if target.kind not in NODE_SITES:
             raise MechsafetyError(f"{target} cannot be patched", expected="heads, MLPs, neurons or sites")
-        site = Site(kinds[target.kind], target.layer, target.index)
+        site = Site(NODE_SITES[target.kind], target.layer, target.index)
     else:
         site = target
     if site.kind in GLOBAL or site.kind in (SiteKind.SCORES, SiteKind.MLP_IN):

@@ -21,7 +21,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, run_block
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS, block_norms, keep_scales, through_norm
@@ -30,8 +30,6 @@ from mechsafety.patching.senders import sender_changes
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
-
-EMBED = Node("embed")
 
 
 @dataclass(frozen=True, slots=True)

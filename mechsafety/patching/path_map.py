@@ -8,9 +8,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.nodes import Node
 from mechsafety.patching.effects import effect_table, mean_gap
-from mechsafety.patching.senders import Part, Sender
+from mechsafety.patching.senders import Sender
 from mechsafety.results import Provenance, Result, bars
+from mechsafety.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class PathMap(Result):
     provenance: Provenance
     metric: dict[str, object]
     senders: tuple[Sender, ...]
-    receivers: tuple[tuple[tuple[Part, str], ...], ...]
+    receivers: tuple[tuple[tuple[Node | Site, str], ...], ...]
     changes: Float[Tensor, "sender receiver prompt"]
     harmful: Float[Tensor, " prompt"]
     harmless: Float[Tensor, " prompt"]

@@ -20,7 +20,7 @@ from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
-from mechsafety.nodes import Edge, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.activation import DIRECTIONS
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NORM_OPTIONS
@@ -28,7 +28,7 @@ from mechsafety.patching.path_map import PathMap
 from mechsafety.patching.readout import final_scores
 from mechsafety.patching.receivers import (
     DOWNSTREAM,
-    LOGITS,
+    INTO_LOGITS,
     Projection,
     Receiver,
     check_receivers,
@@ -40,7 +40,6 @@ from mechsafety.patching.receivers import (
 from mechsafety.patching.senders import (
     MLP_OPTIONS,
     At,
-    Part,
     Sender,
     check_senders,
     entry,
@@ -50,7 +49,7 @@ from mechsafety.patching.senders import (
 )
 from mechsafety.patching.sources import check_start, column_masks
 from mechsafety.prompts import PromptPairs, omissions
-from mechsafety.sites import SiteKind
+from mechsafety.sites import Site, SiteKind
 
 
 @public
@@ -232,7 +231,7 @@ class _Task:
     def result(
         self,
         metric: dict[str, object],
-        groups: tuple[tuple[tuple[Part, str], ...], ...],
+        groups: tuple[tuple[tuple[Node | Site, str], ...], ...],
         changes: Tensor,
         scores: tuple[Tensor, Tensor],
         downstream: str,
@@ -304,7 +303,7 @@ def _paths(
     model, base = task.model, task.base
     last = slice(base.n_pos - 1, base.n_pos)
     moments = {receiver: read_moment(model, receiver[0]) for receiver in group}
-    to_logits = group[0] == LOGITS
+    to_logits = group[0] == INTO_LOGITS
     size = max(1, max_variants(base) * (base.n_pos if to_logits else 1))
     for rows in task.chunks(_stop(model, group), size):
         if to_logits:
@@ -333,11 +332,11 @@ def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Rec
     if isinstance(receivers, str):
         if receivers != "logits":
             raise MechsafetyError(f"receivers={receivers!r}", expected="'logits' or (node, slot) pairs")
-        return ((LOGITS,),)
+        return ((INTO_LOGITS,),)
     listed = tuple((node, slot) for node, slot in receivers)
     if not listed:
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
-    if joint and LOGITS in listed:
+    if joint and INTO_LOGITS in listed:
         raise MechsafetyError("the logits cannot be a joint receiver", cure="patch them in a call of their own")
     whole = {node.layer for node, _ in listed if node.kind == "mlp"}
     parts = [node for node, _ in listed if node.kind == "neuron" and node.layer in whole]

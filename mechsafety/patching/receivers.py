@@ -20,18 +20,17 @@ from mechsafety.models.engine import (
     split_rows,
 )
 from mechsafety.models.parts import has_node
-from mechsafety.nodes import Node
+from mechsafety.nodes import HEAD_SITES, LOGITS, NODE_SITES, SLOTS, Node
 from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms
 from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
 DOWNSTREAM = ("live", "frozen")
-SLOTS = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",), "logits": ("resid",)}
-_SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
+_SITES = {**HEAD_SITES, "mlp": NODE_SITES["mlp"], "neuron": NODE_SITES["neuron"]}
 
 Receiver = tuple[Node, str]
-LOGITS = (Node("logits"), "resid")
+INTO_LOGITS: Receiver = (LOGITS, "resid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ def check_receivers(model: LensModel, receivers: Sequence[Receiver]) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Edit:
+class SlotEdit:
     """What one slot of a layer holds, in each variant, once it has read its changed input.
 
     Attributes:
@@ -133,7 +132,7 @@ def slot_edit(
     receivers: Sequence[Sequence[Receiver]],
     delta: Float[Tensor, "variant batch pos d_model"],
     norm: str = "recompute",
-) -> Edit:
+) -> SlotEdit:
     """What a layer's slot holds when it reads ``delta`` more than in the base run.
 
     Args:
@@ -158,11 +157,11 @@ def slot_edit(
     chosen = torch.zeros(n, sizes.get(kind, model.n_heads), dtype=torch.bool)
     for variant, group in enumerate(receivers):
         chosen[variant, [receiver.index or 0 for receiver, _ in group]] = True
-    return Edit(layer, kind, values, chosen.to(values.device))
+    return SlotEdit(layer, kind, values, chosen.to(values.device))
 
 
 def live_logits(
-    model: LensModel, base: BaseRun, groups: Sequence[Sequence[Edit]]
+    model: LensModel, base: BaseRun, groups: Sequence[Sequence[SlotEdit]]
 ) -> Float[Tensor, "variant batch d_vocab"]:
     """Logits when every edited slot holds its value and everything else runs live.
 
@@ -191,7 +190,7 @@ def live_logits(
 
 
 def edit_hooks(
-    model: LensModel, base: BaseRun, hidden: Float[Tensor, "row pos d_model"], edits: Sequence[Edit]
+    model: LensModel, base: BaseRun, hidden: Float[Tensor, "row pos d_model"], edits: Sequence[SlotEdit]
 ) -> list[Hook]:
     """Hooks that put the edits of one layer into a run, each seen by its receivers alone.
 
@@ -218,7 +217,7 @@ def edit_hooks(
     return hooks
 
 
-def _is_shared(model: LensModel, edit: Edit) -> bool:
+def _is_shared(model: LensModel, edit: SlotEdit) -> bool:
     """Whether a slot's value for one head also acts on others: grouped queries, a norm over all heads (OLMo-2)."""
     if edit.slot not in ("q", "k", "v"):
         return False
@@ -233,7 +232,7 @@ def normed_over_heads(model: LensModel, layer: int, slot: str) -> bool:
 
 
 def frozen_change(
-    model: LensModel, base: BaseRun, edits: Sequence[Edit], norm: str = "recompute"
+    model: LensModel, base: BaseRun, edits: Sequence[SlotEdit], norm: str = "recompute"
 ) -> Float[Tensor, "variant batch d_model"]:
     """What the nodes of the edited slots write more at the last column, with everything after them frozen."""
     n, last = edits[0].chosen.shape[0], slice(base.n_pos - 1, base.n_pos)

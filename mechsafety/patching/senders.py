@@ -26,8 +26,6 @@ from mechsafety.sites import Site, SiteKind
 MLP_OPTIONS = ("recompute", "freeze")
 STREAM = (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.RESID_POST)
 
-Part = Node | Site
-
 
 @dataclass(frozen=True, slots=True)
 class At:
@@ -42,7 +40,7 @@ class At:
         ('L0.H1 @ instruction', 'L2.resid_pre @ -3,-1')
     """
 
-    part: Part
+    part: Node | Site
     columns: str | tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -57,7 +55,7 @@ class At:
 Sender = Node | Site | At
 
 
-def part_of(sender: Sender) -> Part:
+def part_of(sender: Sender) -> Node | Site:
     """The node or site of a sender, without its columns."""
     return sender.part if isinstance(sender, At) else sender
 

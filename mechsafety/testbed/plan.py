@@ -21,7 +21,7 @@ IDLE_NEURONS = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PlantedPart:
     """One head or neuron that is planted.
 
     Attributes:
@@ -50,11 +50,11 @@ class Plan:
         d_mlp: Neurons of every MLP.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PlantedPart, ...]
     doubled: tuple[str, ...]
     d_mlp: int
 
-    def part(self, node: Node) -> Part:
+    def part(self, node: Node) -> PlantedPart:
         """The part at a node."""
         return next(part for part in self.parts if part.node == node)
 
@@ -116,7 +116,7 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
         for layer in layout[stage]:
             if stage in ("detection", "decision"):
                 length = 1.0 / len(layout[stage])
-                parts.append(Part(Node("head", layer, free_heads[layer].pop()), stage, length))
+                parts.append(PlantedPart(Node("head", layer, free_heads[layer].pop()), stage, length))
                 continue
             alone = stage == "evaluation" and bool({"evaluation", "decision"} & set(doubled))
             count = 1 if alone else neurons
@@ -125,7 +125,8 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
             sources = {before, "evaluation"} if stage == "production" else {before}
             content = bool(sources & set(doubled))
             parts += [
-                Part(Node("neuron", layer, free_neurons[layer].pop()), stage, length, content) for _ in range(count)
+                PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), stage, length, content)
+                for _ in range(count)
             ]
     circuit_mlps = {layer for stage in ("evaluation", "production") for layer in layout[stage]}
     outside = [layer for layer in range(layers) if layer not in circuit_mlps]
@@ -133,12 +134,12 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
         spare = [layer for layer in range(layers) if len(free_heads[layer]) > 0]
         if number % 2 == 0 and spare:
             layer = rng.choice(spare)
-            parts.append(Part(Node("head", layer, free_heads[layer].pop()), "decoy", number=number))
+            parts.append(PlantedPart(Node("head", layer, free_heads[layer].pop()), "decoy", number=number))
             continue
         # by turns in an MLP without a part in the circuit and in any
         layer = rng.choice(outside if outside and number % 4 == 1 else range(layers))
         # twice, because the embedding holds the decoy's vector with the other sign
-        parts.append(Part(Node("neuron", layer, free_neurons[layer].pop()), "decoy", 2.0, number=number))
+        parts.append(PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), "decoy", 2.0, number=number))
     return Plan(tuple(parts), doubled, d_mlp)
 
 

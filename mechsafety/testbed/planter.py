@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mechsafety.models.template import render
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs
-from mechsafety.testbed.plan import Part, Plan
+from mechsafety.testbed.plan import Plan, PlantedPart
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL, TOPICS, reply_successors
 from mechsafety.testbed.weights import BlockWeights, Weights, weights_of
 
@@ -222,7 +222,7 @@ class _Planter:
     def _head(
         self,
         block: BlockWeights,
-        part: Part,
+        part: PlantedPart,
         at: Mapping[str, Tensor],
         dims: Mapping[str, int],
         channels: Float[Tensor, "d_head value"],

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from mechsafety.attribution import EdgeScores, NodeAttribution
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
 from mechsafety.patching import PatchMap, PathMap
 from mechsafety.patching.receivers import reaches
 from mechsafety.results import Provenance, Result
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Part = Node | Edge
 Scorable = NodeAttribution | PatchMap | EdgeScores | PathMap | RefusalCircuit | Mapping[Part, float] | Iterable[Part]
 
 

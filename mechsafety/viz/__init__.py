@@ -8,7 +8,7 @@ from mechsafety.circuits.circuit import Ablation, Notes
 from mechsafety.output import write_text
 from mechsafety.viz.attention import attention_html, figures_page, neurons_html, tokens_html
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
-from mechsafety.viz.compare import Comparison, compare_layouts
+from mechsafety.viz.comparison import Comparison, compare_layouts
 from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.pdf import circuit_pdf, layout_pdf, layout_png

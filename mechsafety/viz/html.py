@@ -10,7 +10,7 @@ from mechsafety.circuits.circuit import ROLES, Ablation, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.cards import ablation_data, attention_data, card_words, node_cards
-from mechsafety.viz.compare import Comparison, compare_layouts, without_legend
+from mechsafety.viz.comparison import Comparison, compare_layouts, without_legend
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.legend import legend_alone
 from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend, magnitude

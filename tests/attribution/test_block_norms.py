@@ -16,7 +16,7 @@ from tiny import GENERATION, tiny_hf_model, tiny_pairs
 
 import mechsafety as ms
 from mechsafety.attribution import direct_logit_attribution, edge_attribution
-from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, edge_circuit_logits
+from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges, edge_circuit_logits
 from mechsafety.circuits.edge_search import _Cuts, acdc
 from mechsafety.circuits.edges import exact_edges
 from mechsafety.directions import direction_io

@@ -10,7 +10,7 @@ from mechsafety.attribution.nodes import node_attribution
 from mechsafety.circuits import backups as module
 from mechsafety.circuits.backups import find_backups, knocked_out
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import activation_patching, pair_runs
 

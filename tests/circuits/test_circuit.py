@@ -18,14 +18,14 @@ from mechsafety.circuits.circuit import (
     FreshCheck,
     KindCounts,
     MapDetails,
+    ModelShape,
     NodeScore,
     RandomControls,
     RoleEvidence,
     Search,
-    Shape,
     Verification,
 )
-from mechsafety.circuits.verification import Claim, Equivalence, Independence, SideEffects, Stability
+from mechsafety.circuits.verification.outcome import Claim, Equivalence, Independence, SideEffects, Stability
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.replies import KINDS
 from mechsafety.results import Provenance
@@ -104,7 +104,7 @@ def full(circuit) -> RefusalCircuit:
         nodes=(dataclasses.replace(circuit.nodes[0], evidence=evidence), *circuit.nodes[1:]),
         verification=check,
         search=Search(9, 6, True, (backup,), (circuit.edges[1].edge,), (Node("head", 0, 2),), ("removal: 1 of 2",)),
-        shape=Shape(2, 4, 64),
+        shape=ModelShape(2, 4, 64),
     )
 
 

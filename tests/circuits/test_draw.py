@@ -2,6 +2,7 @@
 
 import pytest
 
+import mechsafety as ms
 from mechsafety.circuits import draw, map_refusal_circuit
 from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
 from mechsafety.circuits.circuit import Behaviour
@@ -11,10 +12,13 @@ from mechsafety.prompts import PromptPair, PromptPairs, Spans
 from mechsafety.results import Provenance
 
 
-class LensModel:
+class Standing(ms.LensModel):
     """Stands where a model is asked for: all of its chat prompts align."""
 
     name = "model"
+
+    def __init__(self) -> None:
+        """Without weights."""
 
     def spans(self, prompts):
         return [Spans((1, 3), 5) for _ in prompts]
@@ -23,7 +27,7 @@ class LensModel:
         return Provenance("model", "weights", "float32", "cpu", "template", **options)
 
 
-MODEL = LensModel()
+MODEL = Standing()
 
 
 def many(n: int, n_test: int) -> PromptPairs:

@@ -5,9 +5,9 @@ import pytest
 
 import mechsafety as ms
 from mechsafety.circuits import edge_search
-from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, edge_circuit_logits, prune
+from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges, edge_circuit_logits, prune
 from mechsafety.circuits.edge_search import EdgeCircuit, acdc, discover_edges
-from mechsafety.circuits.meters import in_order
+from mechsafety.circuits.faithfulness import in_order
 from mechsafety.errors import MechsafetyError
 from mechsafety.patching import pair_runs
 

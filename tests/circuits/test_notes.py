@@ -8,9 +8,8 @@ import torch
 import mechsafety as ms
 from mechsafety.circuits import ablations
 from mechsafety.circuits.ablations import measure_ablation, rerun
-from mechsafety.circuits.assemble import attention_examples
 from mechsafety.circuits.circuit import CircuitNode
-from mechsafety.circuits.notes import measure_notes
+from mechsafety.circuits.notes import attention_examples, measure_notes
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs

@@ -14,7 +14,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import checks, demo, load
 from mechsafety.models.engine import base_run, unembed
 from mechsafety.models.gguf_file import numbers, read_header
-from mechsafety.models.lens import LensModel
+from mechsafety.models.lens_model import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import Patch, patched_logits
 from mechsafety.sites import SiteKind

@@ -14,13 +14,13 @@ import mechsafety as ms
 from mechsafety.attribution.nodes import mask_gradients
 from mechsafety.circuits.backups import find_backups, knocked_out
 from mechsafety.circuits.circuit import CircuitEdge
-from mechsafety.circuits.discover import discover, marginals
-from mechsafety.circuits.edge_meter import EdgeMeter
+from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.edges import estimate_edges, measure_edges
-from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.neurons import NeuronMeter
 from mechsafety.circuits.roles import role_evidence
-from mechsafety.circuits.verify import completeness
+from mechsafety.circuits.search import discover, marginals
+from mechsafety.circuits.verification.verify import completeness
 from mechsafety.interventions import ablate, project_out, scale
 from mechsafety.interventions.batched import PromptBatches, run_added, run_removed
 from mechsafety.models.engine import run_from

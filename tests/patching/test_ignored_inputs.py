@@ -5,7 +5,7 @@ import torch
 
 import mechsafety as ms
 from mechsafety.circuits.backups import find_backups
-from mechsafety.circuits.meters import FaithfulnessMeter
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions.batched import PromptBatches, run_added
 from mechsafety.models.engine import base_run

@@ -14,7 +14,7 @@ from circuits_drawn import HOSTILE, build
 from test_formats import Tags, assert_inert
 
 from mechsafety.circuits.circuit import Backup, CurvePoint, Node, RandomControls, RefusalCircuit, Search
-from mechsafety.circuits.verification import Claim
+from mechsafety.circuits.verification.outcome import Claim
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz import (
     attention_html,

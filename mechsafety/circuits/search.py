@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, order_of
-from mechsafety.circuits.verification import CurvePoint
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, order_of
+from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
-from mechsafety.nodes import head_and_mlp_nodes
+from mechsafety.nodes import Part, head_and_mlp_nodes
 
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

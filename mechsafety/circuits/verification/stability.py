@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gradients
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.discover import ROUNDING
-from mechsafety.circuits.meters import FaithfulnessMeter
-from mechsafety.circuits.verification import Stability
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.search import ROUNDING
+from mechsafety.circuits.verification.outcome import Stability
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import pair_batches
 from mechsafety.results import Provenance

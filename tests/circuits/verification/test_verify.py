@@ -11,10 +11,10 @@ import mechsafety as ms
 from mechsafety.attribution import node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import CurvePoint
-from mechsafety.circuits.discover import discover, marginals
-from mechsafety.circuits.meters import FaithfulnessMeter
-from mechsafety.circuits.statistics import independence_test
-from mechsafety.circuits.verify import completeness, curve_areas, mib_points, random_circuits, verify
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.search import discover, marginals
+from mechsafety.circuits.verification.statistics import independence_test
+from mechsafety.circuits.verification.verify import completeness, curve_areas, mib_points, random_circuits, verify
 from mechsafety.intervals import ratio_interval
 from mechsafety.metrics import adjust_p
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -149,7 +149,7 @@ def test_p_counts_ties_and_the_circuit_itself(found, monkeypatch):
     (found_on, held_out), discovery = found
     actual = held_out.faithfulness([discovery.circuit])[0]
     fixed = np.array([actual + 1] * 3 + [actual - 1] * 5 + [-9.0])
-    verify_module = importlib.import_module("mechsafety.circuits.verify")
+    verify_module = importlib.import_module("mechsafety.circuits.verification.verify")
     monkeypatch.setattr(verify_module, "_random_values", lambda *args: fixed)
     check = verify(discovery, found_on, held_out, target=0.8, n_random=9)
     assert check.random_controls.p_value == pytest.approx((1 + 3) / (1 + 9))
@@ -158,7 +158,7 @@ def test_p_counts_ties_and_the_circuit_itself(found, monkeypatch):
 def test_minimality_against_parts_added_at_random(found, monkeypatch):
     (found_on, held_out), discovery = found
     circuit = discovery.circuit
-    monkeypatch.setattr(importlib.import_module("mechsafety.circuits.verify"), "MIN_ADDED", 5)
+    monkeypatch.setattr(importlib.import_module("mechsafety.circuits.verification.verify"), "MIN_ADDED", 5)
     check = verify(discovery, found_on, held_out, **SMALL)
     outside = [node for node in head_and_mlp_nodes(3, 4) if node not in circuit]
     assert len(outside) == 11, "all of them are added, one at a time"

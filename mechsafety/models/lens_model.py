@@ -46,7 +46,7 @@ class LensModel:
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
         experts: Whether it is a mixture of experts: each MLP is one node, without neurons.
         shortcuts: What the forward engine leaves out; set at load to what is exact on this model.
-        max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.budget`).
+        max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.memory`).
         opener_ids: Tokens of a reply after which it is read; empty unless `reading` made this.
         lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
     """

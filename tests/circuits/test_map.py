@@ -9,11 +9,12 @@ import pytest
 
 import mechsafety as ms
 import mechsafety.metrics
-from mechsafety.circuits import FaithfulnessMeter, check_behaviour, refusal
+from mechsafety.circuits import FaithfulnessMeter, check_behaviour
+from mechsafety.circuits import map as mapping
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
-from mechsafety.circuits.connect import on_a_path
-from mechsafety.circuits.discover import Discovery
+from mechsafety.circuits.edges import on_a_path
+from mechsafety.circuits.search import Discovery
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -122,7 +123,7 @@ class Clock:
             return real(meter, patched, near)
 
         monkeypatch.setattr(FaithfulnessMeter, "_scores", scores)
-        monkeypatch.setattr(refusal, "Budget", lambda seconds: Budget(seconds, clock=lambda: self.now))
+        monkeypatch.setattr(mapping, "Budget", lambda seconds: Budget(seconds, clock=lambda: self.now))
 
 
 def test_a_time_budget_is_kept(planted, monkeypatch):
@@ -324,8 +325,8 @@ def test_a_backup_that_makes_the_circuit_miss_its_target_is_left_out():
         Backup(node, head, (node, head), 0.0, 0.1, joint, (0.0, 1.0), 0.01)
         for node, joint in ((bad, 0.9), (good, 0.8), (late, 0.7))
     ]
-    kept = refusal._with_backups(found, some, None, pairs, 0.8)
+    kept = mapping._with_backups(found, some, None, pairs, 0.8)
     assert kept.added == (good, late) and set(kept.circuit) == {head, good, late}
-    assert refusal._with_backups(found, some, 2, pairs, 0.8).added == (good,)
+    assert mapping._with_backups(found, some, 2, pairs, 0.8).added == (good,)
     missed = replace(found, reached=False)
-    assert refusal._with_backups(missed, some, None, pairs, 0.8).added == (bad, good, late), "there is nothing to undo"
+    assert mapping._with_backups(missed, some, None, pairs, 0.8).added == (bad, good, late), "there is nothing to undo"

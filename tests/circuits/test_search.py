@@ -12,11 +12,11 @@ from reference import patched_whole
 import mechsafety as ms
 from mechsafety.attribution import NodeAttribution, node_attribution
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.discover import CURVE_SHARES, _without_blocks, discover, faithfulness_curve, marginals
-from mechsafety.circuits.edge_meter import EdgeMeter
-from mechsafety.circuits.meters import FaithfulnessMeter, _cuts
+from mechsafety.circuits.edge_faithfulness import EdgeMeter
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
 from mechsafety.circuits.neurons import NeuronMeter
-from mechsafety.circuits.stability import attribute_pairs
+from mechsafety.circuits.search import CURVE_SHARES, _without_blocks, discover, faithfulness_curve, marginals
+from mechsafety.circuits.verification.stability import attribute_pairs
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -110,7 +110,7 @@ def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
 
 
 def test_bars_count_what_is_measured(llama, ragged, log_odds, recorded_bars):
-    shown = recorded_bars("mechsafety.circuits.meters.tqdm")
+    shown = recorded_bars("mechsafety.circuits.faithfulness.tqdm")
     runs = pair_runs(llama, ragged)
     meter = FaithfulnessMeter(llama, runs, log_odds, progress=True).grouped(2)
     meter.kept(CIRCUITS)

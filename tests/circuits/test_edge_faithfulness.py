@@ -8,7 +8,7 @@ import torch
 from reference import PlainModel, hook_count
 
 from mechsafety.circuits.circuit import CircuitEdge
-from mechsafety.circuits.edge_meter import EdgeMeter, all_edges, prune
+from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges, prune
 from mechsafety.circuits.edges import measure_edges
 from mechsafety.nodes import Edge, Node
 from mechsafety.patching import pair_runs
@@ -102,7 +102,7 @@ def test_batches_do_not_matter(llama, pairs, log_odds, monkeypatch):
     circuits = some_circuits(False, seed=1)
     together = meter.kept(circuits)
     small = EdgeMeter(llama, pair_runs(llama, pairs, max_batch_tokens=1), log_odds)
-    monkeypatch.setattr("mechsafety.circuits.edge_meter.SENDER_BYTES", 1)
+    monkeypatch.setattr("mechsafety.circuits.edge_faithfulness.SENDER_BYTES", 1)
     np.testing.assert_allclose(small.kept(circuits), together, atol=1e-4)
     assert meter.kept([]).shape == (0, len(pairs))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p, ratio
+from mechsafety.circuits.verification.statistics import equivalence_test, independence_test, rank_p, ratio
 from mechsafety.intervals import ratio_interval
 
 

@@ -9,8 +9,8 @@ import torch
 import mechsafety as ms
 from mechsafety.attribution import node_attribution
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.meters import FaithfulnessMeter
-from mechsafety.circuits.stability import _prefix, attribute_pairs, bootstrap_stability
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.verification.stability import _prefix, attribute_pairs, bootstrap_stability
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 

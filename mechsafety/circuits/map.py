@@ -8,7 +8,6 @@ import numpy as np
 
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.assemble import (
-    attention_examples,
     circuit_nodes,
     node_scores,
     pair_gaps,
@@ -23,24 +22,24 @@ from mechsafety.circuits.circuit import (
     Backup,
     CircuitEdge,
     MapDetails,
+    ModelShape,
     RefusalCircuit,
     Search,
-    Shape,
 )
-from mechsafety.circuits.discover import ROUNDING, Discovery, check_search, discover, marginals
 from mechsafety.circuits.draw import MIN_PAIRS, Draw, draw_pairs
-from mechsafety.circuits.edge_meter import EdgeMeter
+from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
-from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.neurons import NeuronMeter, refine
-from mechsafety.circuits.notes import measure_notes
-from mechsafety.circuits.stability import attribute_pairs, bootstrap_stability
-from mechsafety.circuits.verify import MARGIN, verify
+from mechsafety.circuits.notes import attention_examples, measure_notes
+from mechsafety.circuits.search import ROUNDING, Discovery, check_search, discover, marginals
+from mechsafety.circuits.verification.stability import attribute_pairs, bootstrap_stability
+from mechsafety.circuits.verification.verify import MARGIN, verify
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
@@ -266,7 +265,7 @@ def map_refusal_circuit(
             dropped=wiring.dropped,
             cut=budget.cut,
         ),
-        shape=Shape(model.n_layers, model.n_heads, model.d_mlp),
+        shape=ModelShape(model.n_layers, model.n_heads, model.d_mlp),
     )
 
 

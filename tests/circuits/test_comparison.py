@@ -8,11 +8,11 @@ from mechsafety import MechsafetyError, Node
 from mechsafety.circuits.circuit import (
     CircuitEdge,
     CircuitNode,
+    ModelShape,
     RefusalCircuit,
-    Shape,
     Verification,
 )
-from mechsafety.circuits.compare import CircuitComparison, compare_circuits
+from mechsafety.circuits.comparison import CircuitComparison, compare_circuits
 from mechsafety.nodes import Edge
 from mechsafety.results import Provenance
 
@@ -28,7 +28,7 @@ def circuit(nodes, edges=(), model="a", **changes):
         tuple(edges),
         Verification.not_measured(0.8, "made by hand"),
         10,
-        shape=Shape(2, 4, 16),
+        shape=ModelShape(2, 4, 16),
     )
     return dataclasses.replace(made, **changes)
 
@@ -101,7 +101,10 @@ def test_the_same_circuit_twice(found):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": Shape(3, 4, 16)}, r"^circuits of different shape \(\(2, 4, 16\) and \(3, 4, 16\)\); expected two"),
+        (
+            {"shape": ModelShape(3, 4, 16)},
+            r"^circuits of different shape \(\(2, 4, 16\) and \(3, 4, 16\)\); expected two",
+        ),
         (
             {"level": "edge"},
             r"^circuits of different level \(node and edge\); expected two circuits of one architecture",

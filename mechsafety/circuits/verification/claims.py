@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from mechsafety.circuits.verification import Claim, RandomControls, Verification
+from mechsafety.circuits.verification.outcome import Claim, RandomControls, Verification
 from mechsafety.metrics import adjust_p
 
 # fixed before anything is measured; none is moved until a claim holds

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mechsafety as ms
-from mechsafety.models import budget
-from mechsafety.models.budget import Allocated, batch_tokens
+from mechsafety.models import memory
 from mechsafety.models.engine import base_run, expand_rows, max_variants, run_from
+from mechsafety.models.memory import Allocated, batch_tokens
 from mechsafety.patching import pair_runs
 from mechsafety.sites import Site, SiteKind
 
@@ -54,7 +54,7 @@ def test_a_power_of_two_within_the_memory(total, free, per_token, expected, monk
 
 
 def test_smaller_batches_are_said_once(monkeypatch, caplog):
-    budget._warn.cache_clear()
+    memory._warn.cache_clear()
     with_memory(monkeypatch, 24 * GIB, 4 * GIB)
     batch_tokens(CPU, 1e6)
     assert not caplog.records
@@ -72,12 +72,12 @@ def test_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * GIB)
-    assert budget.batch_bytes(gpu) == 8 * GIB
-    assert batch_tokens(gpu, 2.0**20) == 8192 and batch_tokens(gpu, 1.0) == budget.GPU_TOKENS
+    assert memory.batch_bytes(gpu) == 8 * GIB
+    assert batch_tokens(gpu, 2.0**20) == 8192 and batch_tokens(gpu, 1.0) == memory.GPU_TOKENS
     free = 40 * GIB
-    assert budget.batch_bytes(gpu) == 20 * GIB
+    assert memory.batch_bytes(gpu) == 20 * GIB
     free = 12 * GIB
-    assert budget.batch_bytes(gpu) == 20 * GIB, "12 free and 8 held back"
+    assert memory.batch_bytes(gpu) == 20 * GIB, "12 free and 8 held back"
 
 
 def test_a_run_needs_no_more_than_was_foreseen(any_model, pairs, monkeypatch):
@@ -109,7 +109,7 @@ def test_batches_shrink_with_the_free_memory_and_numbers_stay(llama, pairs, log_
 
 
 def test_the_same_bytes_however_much_is_free(llama, pairs, log_odds, monkeypatch):
-    monkeypatch.setattr(budget, "CPU_BYTES", 2**20)  # so that memory decides on a tiny model too
+    monkeypatch.setattr(memory, "CPU_BYTES", 2**20)  # so that memory decides on a tiny model too
     found, sizes = [], []
     for free in (20 * GIB, 1.1 * 2**20):
         with_memory(monkeypatch, 24 * GIB, free)

@@ -6,21 +6,22 @@ from dataclasses import replace
 import numpy as np
 
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.claims import claims
-from mechsafety.circuits.discover import MIB_SHARES, ROUNDING, Discovery, marginals
-from mechsafety.circuits.meters import FaithfulnessMeter, Part, in_order, stratum
-from mechsafety.circuits.side_effects import side_effects
-from mechsafety.circuits.statistics import (
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, stratum
+from mechsafety.circuits.search import MIB_SHARES, ROUNDING, Discovery, marginals
+from mechsafety.circuits.verification.claims import claims
+from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Stability, Verification
+from mechsafety.circuits.verification.side_effects import side_effects
+from mechsafety.circuits.verification.statistics import (
     equivalence_test,
     independence_test,
     prompt_areas,
     rank_p,
     ratio,
 )
-from mechsafety.circuits.verification import CurvePoint, FreshCheck, RandomControls, Stability, Verification
 from mechsafety.inputs import Amount, public
 from mechsafety.intervals import ratio_interval
 from mechsafety.metrics import adjust_p
+from mechsafety.nodes import Part
 
 # the mean difference, as a share of the gap, below which circuit and model count as equivalent
 MARGIN = 0.2

@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from mechsafety.circuits.claims import claims
-from mechsafety.circuits.statistics import equivalence_test, independence_test, rank_p
-from mechsafety.circuits.verification import (
+from mechsafety.circuits.verification.claims import claims
+from mechsafety.circuits.verification.outcome import (
     Claim,
     FreshCheck,
     Independence,
@@ -17,6 +16,7 @@ from mechsafety.circuits.verification import (
     Stability,
     Verification,
 )
+from mechsafety.circuits.verification.statistics import equivalence_test, independence_test, rank_p
 
 CONTROLS = RandomControls(100, 0.1, 0.3, 1 / 101)
 

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from mechsafety.circuits.verification import Equivalence, Independence
+from mechsafety.circuits.verification.outcome import Equivalence, Independence
 from mechsafety.intervals import UNBOUNDED
 
 

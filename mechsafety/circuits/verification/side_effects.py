@@ -6,11 +6,11 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.circuits.meters import FaithfulnessMeter, Part
-from mechsafety.circuits.verification import SideEffects
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.verification.outcome import SideEffects
 from mechsafety.intervals import mean_interval
 from mechsafety.models.engine import BaseRun
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, Part
 from mechsafety.patching.masks import Patch, patched_logits
 from mechsafety.sites import SiteKind
 

@@ -17,13 +17,12 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.circuits.connect import on_a_path
-from mechsafety.circuits.edges import EMBED, LOGITS, SLOTS
-from mechsafety.circuits.meters import FaithfulnessMeter, Part, check_parts
+from mechsafety.circuits.edges import on_a_path
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, check_parts
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, capture, max_variants, unembed
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, HEAD_SITES, LOGITS, SLOTS, Edge, Node, Part, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import behind_norm
@@ -31,7 +30,6 @@ from mechsafety.sites import Site, SiteKind
 
 # bytes of sender outputs held at once
 SENDER_BYTES = 2**29
-_SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +191,7 @@ def masked_edge_logits(
     for layer in range(first, model.n_layers):
         heads = [node for node in senders if node.kind == "head" and node.layer == layer]
         if heads:
-            inputs = {slot: read(source.resid[layer], [(head, slot) for head in heads]) for slot in _SITES}
+            inputs = {slot: read(source.resid[layer], [(head, slot) for head in heads]) for slot in HEAD_SITES}
             change[done : done + len(heads)] = _head_changes(model, runs.harmful, source, layer, heads, inputs)
             done += len(heads)
         mlp = Node("mlp", layer)
@@ -244,7 +242,7 @@ def _head_changes(
     """What each head writes from inputs of its own to q, k and v, less what it writes in the harmless run; float32."""
     # each row is one head's: it computes all heads, and only its own is read off
     rows = {slot: rearrange(x, "head variant b p d -> (head variant b) p d") for slot, x in inputs.items()}
-    read = {kind: capture(model, base, layer, rows[slot], Site(kind, layer)) for slot, kind in _SITES.items()}
+    read = {kind: capture(model, base, layer, rows[slot], Site(kind, layer)) for slot, kind in HEAD_SITES.items()}
     hooks = [(Site(kind, layer), lambda tensor, value=value: value) for kind, value in read.items()]
     z = capture(model, base, layer, rows["q"], Site(SiteKind.Z, layer), hooks)
     per_head = rearrange(z, "(head row) p index d -> head row p index d", head=len(heads))

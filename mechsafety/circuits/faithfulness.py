@@ -12,10 +12,8 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants, patched_run
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, Patch, fixed_nodes, pair_runs, patched_scores
-
-Part = Node | Edge
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Checks of a circuit: what each measures, and the claims that follow."""
