@@ -26,6 +26,7 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
         tuple(replace(p, harmful=f"{p.harmful} please", harmless=f"{p.harmless} please") for p in pairs)
     )
     last, some = model.n_layers - 1, {"progress": False}
+    small = ms.MapOptions(limit=16, n_random=20)
     heads = [Node("head", 0, k) for k in range(model.n_heads)]
     every = [Site(kind, 0) for kind in (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.NEURONS, SiteKind.PATTERN)]
     query = [(Node("head", last, 0), "q")]
@@ -58,7 +59,7 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
         ),
         "contrast_neurons": lambda: ms.contrast_neurons(model, pairs),
         "generate, 64 tokens": lambda: model.generate(pairs.harmful),
-        "map_refusal_circuit, 16 pairs": lambda: ms.map_refusal_circuit(model, limit=16, n_random=20, **some),
+        "map_refusal_circuit, 16 pairs": lambda: ms.map_refusal_circuit(model, options=small, **some),
     }
 
 

@@ -186,7 +186,9 @@ def map_edges(case: Case) -> Any:
 
 def _map(case: Case, level: str) -> Any:
     # every other option is the default: the times are those of a user's map
-    return ms.map_refusal_circuit(case.model, case.pairs, level=level, limit=len(case.pairs), progress=False)
+    return ms.map_refusal_circuit(
+        case.model, case.pairs, options=ms.MapOptions(level=level, limit=len(case.pairs)), progress=False
+    )
 
 
 # each returns what `testbed.score` takes, or None where it cannot be run

@@ -28,6 +28,7 @@ __getattr__, _, _names = lazy_loader.attach(
         "circuits.comparison": ["CircuitComparison", "compare_circuits"],
         "circuits.edge_search": ["EdgeCircuit", "acdc", "discover_edges"],
         "circuits.map": ["map_refusal_circuit"],
+        "circuits.options": ["MapOptions"],
         "directions": [
             "DirectionIO",
             "RefusalDirection",
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
     from mechsafety.circuits import (
         CircuitComparison,
         EdgeCircuit,
+        MapOptions,
         RefusalCircuit,
         acdc,
         compare_circuits,

@@ -115,10 +115,12 @@ def map_command(
             raise MechsafetyError("--opener without --refusal-token", expected="both, or neither")
         options = dict(map(_option, template_option))
         quiet_libraries()
-        from mechsafety.circuits import map_refusal_circuit
+        from mechsafety.circuits import MapOptions, map_refusal_circuit
         from mechsafety.circuits.draw import MIN_PAIRS
         from mechsafety.metrics import RefusalLogOdds
         from mechsafety.models import load_model
+
+        asked = MapOptions(level=level, limit=limit, max_nodes=max_nodes, budget_seconds=budget_seconds, seed=seed)
 
         def fit(chat: Any) -> None:
             """Leave out, and say, what does not align before the model's weights are needed."""
@@ -136,16 +138,7 @@ def map_command(
             on_tokenizer=fit,
         )
         metric = RefusalLogOdds.of(lens, refusal_token, comply_token, opener=opener) if refusal_token else None
-        circuit = map_refusal_circuit(
-            lens,
-            chosen,
-            metric,
-            level=level,
-            limit=limit,
-            max_nodes=max_nodes,
-            budget_seconds=budget_seconds,
-            seed=seed,
-        )
+        circuit = map_refusal_circuit(lens, chosen, metric, asked)
         with writing(out):
             write_all(circuit, scratch)
     return _show(_summary_json(circuit, out) if as_json else _summary(circuit, out), out)

@@ -1,8 +1,8 @@
 """What public functions are given: one check of models, prompts, texts and counts each, and where they happen.
 
-A function that users call, and that runs a model, is marked `public`: its arguments annotated `LensModel`, `Prompts`,
-`Texts`, `Count` or `Amount` are checked before anything runs, and torch's switches stand as the analyses need them
-(`mechsafety.settled`) while it does.
+A function that users call, and that runs a model, is marked `public`. Its arguments annotated `LensModel`, `Prompts`,
+`Texts`, `Count`, `Amount` or as a `Literal` are checked before anything runs. While it runs, torch's switches stand as
+the analyses need them (`mechsafety.settled`). A dataclass of options checks its fields alike, by `check_fields`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.settled import settled
@@ -166,6 +166,34 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def check_fields(options: Any) -> None:
+    """Check the fields of a frozen dataclass by their annotations, as `public` checks arguments.
+
+    Raises:
+        MechsafetyError: A field is not what its annotation says.
+    """
+    for name, annotation in get_type_hints(type(options), include_extras=True).items():
+        check = _check(name, annotation)
+        if check is not None:
+            object.__setattr__(options, name, check(getattr(options, name)))
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> Any:
+    """The value, if it is one of those that are known.
+
+    Raises:
+        MechsafetyError: It is not.
+
+    Example:
+        >>> one_of("level", "nodes", ("node", "edge"))
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: level='nodes'; expected one of ('node', 'edge')
+    """
+    if value not in known:
+        raise MechsafetyError(f"{name}={value!r}", expected=f"one of {tuple(known)}")
+    return value
+
+
 def check_opener(given: Any, opener_ids: tuple[int, ...], what: str) -> None:
     """Refuse tokens, or runs of them, that do not end where a metric reads.
 
@@ -227,6 +255,8 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     if _mentions(annotation, "LensModel"):  # its module stands above this one
         optional = type(None) in asked
         return lambda value: value if value is None and optional else lens_model(value, name)
+    if get_origin(annotation) is Literal:
+        return lambda value: one_of(name, value, get_args(annotation))
     if not kinds:
         return None
     readers: dict[Any, Callable[[Any], Any]] = {

@@ -83,7 +83,7 @@ def planted_circuit(level: str) -> RefusalCircuit:
     """The map of a test-bed model; an error if it is not what was planted."""
     made = testbed.planted(seed=5, layers=4, heads=4, decoys=3, backups=1)
     model = ms.load_model((made.model, made.tokenizer))
-    found = ms.map_refusal_circuit(model, made.pairs, level=level, limit=12, n_random=100, progress=False)
+    found = ms.map_refusal_circuit(model, made.pairs, options=ms.MapOptions(level=level, limit=12), progress=False)
     score = testbed.score(found, made.truth)
     assert score.found_nodes is not None and score.found_nodes.f1 == 1.0 and not score.decoys_found
     return found

@@ -277,7 +277,8 @@ def writers(study: Study, found: RefusalDirection) -> dict[str, Any]:
 
     path = study.folder / "circuit.json"
     if not path.exists():
-        ms.map_refusal_circuit(study.model, metric=study.metric, limit=2 * study.args.n_pairs).save(path)
+        options = ms.MapOptions(limit=2 * study.args.n_pairs)
+        ms.map_refusal_circuit(study.model, metric=study.metric, options=options).save(path)
     circuit = RefusalCircuit.load(path)
     measured = ms.direction_io(study.model, found, expected_pairs(study, study.args.n_pairs), study.metric)
     frame = measured.to_dataframe()

@@ -142,8 +142,8 @@ class Side:
         def compute() -> RefusalCircuit:
             # neurons are looked for in the circuit of nodes, whose search would be repeated alike
             resamples = self.size.n_resamples if level == "node" else 0
-            options: dict[str, Any] = {"n_random": self.size.n_random, "n_resamples": resamples}
-            return ms.map_refusal_circuit(self.model, self.drawn, level=level, progress=False, **options)
+            options = ms.MapOptions(level=level, n_random=self.size.n_random, n_resamples=resamples)
+            return ms.map_refusal_circuit(self.model, self.drawn, options=options, progress=False)
 
         return self.steps.result(f"map-{level}.json", RefusalCircuit, compute)
 

@@ -54,7 +54,9 @@ def sampled(*args, **options):
 
     def decorate(found):
         if isinstance(found, type):
-            return check(found)
+            # a class without tensors that has a look at its own fields is given wrong ones by tests
+            own = "__post_init__" in vars(found) and "Tensor" not in repr(found.__annotations__)
+            return found if own else check(found)
         if "<locals>" in found.__qualname__:
             return found
         code, checked = id(found.__code__), None  # a code object's own hash reads all of it

@@ -180,14 +180,16 @@ def test_a_small_map_says_where_it_reads(opened, tmp_path):
     found = ms.map_refusal_circuit(
         model,
         pairs,
-        limit=8,
-        n_random=3,
-        n_added=2,
-        n_resamples=0,
-        n_backup_parts=0,
-        n_edges=4,
-        n_measured_edges=2,
-        shortlist=2,
+        options=ms.MapOptions(
+            limit=8,
+            n_random=3,
+            n_added=2,
+            n_resamples=0,
+            n_backup_parts=0,
+            n_edges=4,
+            n_measured_edges=2,
+            shortlist=2,
+        ),
         progress=False,
     )
     assert found.metric["opener"] == "I'm" and found.metric["tried"][0]["auroc"] == 1.0

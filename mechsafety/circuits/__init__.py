@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "circuit": ["Behaviour", "CircuitEdge", "CircuitNode", "RefusalCircuit", "RoleEvidence"],
         "ablations": ["measure_ablation"],
-        "search": ["discover"],
+        "search": ["SearchResult", "search_nodes"],
         "draw": ["Draw", "draw_pairs"],
         "comparison": ["CircuitComparison", "compare_circuits"],
         "edge_faithfulness": ["EdgeMeter"],
@@ -19,7 +19,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "neurons": ["NeuronMeter"],
         "edges": ["estimate_edges", "measure_edges"],
         "behaviour": ["check_behaviour"],
-        "map": ["map_refusal_circuit"],
+        "map": [
+            "assemble_circuit",
+            "map_refusal_circuit",
+            "measure_parts",
+            "rank_parts",
+            "search_circuit",
+            "split_pairs",
+            "verify_circuit",
+            "wire_circuit",
+        ],
+        "options": ["MapOptions"],
         "roles": ["assign_roles", "role_evidence"],
         "verification.outcome": ["Verification"],
         "verification.verify": ["verify"],
@@ -42,9 +52,19 @@ if TYPE_CHECKING:
     from mechsafety.circuits.edge_search import EdgeCircuit, acdc, discover_edges
     from mechsafety.circuits.edges import estimate_edges, measure_edges
     from mechsafety.circuits.faithfulness import FaithfulnessMeter
-    from mechsafety.circuits.map import map_refusal_circuit
+    from mechsafety.circuits.map import (
+        assemble_circuit,
+        map_refusal_circuit,
+        measure_parts,
+        rank_parts,
+        search_circuit,
+        split_pairs,
+        verify_circuit,
+        wire_circuit,
+    )
     from mechsafety.circuits.neurons import NeuronMeter
+    from mechsafety.circuits.options import MapOptions
     from mechsafety.circuits.roles import assign_roles, role_evidence
-    from mechsafety.circuits.search import discover
+    from mechsafety.circuits.search import SearchResult, search_nodes
     from mechsafety.circuits.verification.outcome import Verification
     from mechsafety.circuits.verification.verify import verify

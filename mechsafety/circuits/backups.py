@@ -12,12 +12,13 @@ from mechsafety.attribution.nodes import mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
+from mechsafety.circuits.search import ROUNDING, SearchResult, marginals
 from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, fixed_nodes
 
 # a group is redundant if patched together it loses this share of the gap more than its members do alone
@@ -199,3 +200,71 @@ def knocked_out(model: LensModel, runs: PairRuns, nodes: Sequence[Node]) -> Pair
     kinds = tuple(runs.harmful.acts)
     harmful = base_run(model, runs.harmful.tokens, runs.start, kinds, runs.harmful, fixed=fixed)
     return replace(runs, harmful=harmful, harmless=replace(runs.harmless, fixed=fixed))
+
+
+def backups_of(
+    meter: FaithfulnessMeter,
+    result: SearchResult,
+    known: Mapping[Part, float],
+    effects: Mapping[Node, float],
+    *,
+    n_parts: int,
+    seed: int,
+    budget: Budget,
+) -> tuple[Backup, ...]:
+    """Backups of the nodes that are worth more in the circuit than patching them alone in the whole model shows.
+
+    Args:
+        meter: On the pairs of the effects.
+        result: The circuit.
+        known: What each node adds to it, on the same pairs; measured here where it is empty.
+        effects: Effect of each node alone, as far as there was time.
+        n_parts: How many nodes to examine.
+        seed: Of the resampling.
+        budget: Time to keep.
+    """
+    nodes = result.nodes
+    if not n_parts or budget.skips("backups of the circuit's nodes", 0.5):
+        return ()
+    worth = known or marginals(meter, nodes)
+    suspicion = {node: worth[node] - effects[node] for node in nodes if node in effects}
+    return find_backups(meter, nodes, suspicion, n_parts=n_parts, seed=seed, budget=budget)
+
+
+def with_backups(
+    result: SearchResult,
+    backups: Sequence[Backup],
+    max_nodes: int | None,
+    meters: Sequence[FaithfulnessMeter],
+    target: float,
+) -> SearchResult:
+    """The circuit with the backups that it lacks, the strongest first, as many as it may grow to.
+
+    A node that replaces another in the whole model may work against refusal in the circuit. Where the circuit reaches
+    the target, a backup that would make it miss the target on some of the pairs is left out; it stays listed.
+    """
+    outside = [backup for backup in backups if backup.node not in result.circuit]
+    outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
+    room = len(outside) if max_nodes is None else max(0, max_nodes - len(result.circuit))
+    circuit, added = result.circuit, list[Node]()
+    for backup in outside:
+        if len(added) == room:
+            break
+        larger = in_order([*circuit, backup.node])
+        if result.reached and any(meter.faithfulness([larger])[0] < target - ROUNDING for meter in meters):
+            continue
+        circuit, added = larger, [*added, backup.node]
+    return replace(result, circuit=circuit, added=tuple(added))
+
+
+def stand_in_neurons(backups: Sequence[Backup], result: SearchResult) -> list[Backup]:
+    """The backups of a circuit of neurons: what a backup MLP replaces is what each of its added neurons replaces."""
+    found = []
+    for backup in backups:
+        if backup.node.kind == "head":
+            found.append(backup)
+            continue
+        rest = tuple(node for node in backup.group if node != backup.node)
+        own = [part for part in result.added if isinstance(part, Node) and part.kind == "neuron"]
+        found += [replace(backup, node=part, group=rest) for part in own if part.layer == backup.node.layer]
+    return [backup for backup in found if backup.node in result.circuit]

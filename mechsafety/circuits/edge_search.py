@@ -1,7 +1,7 @@
 """Circuits of edges: the smallest set found that carries the metric gap, and ACDC, a peer that removes one by one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.edge_faithfulness import SENDER_BYTES, EdgeMeter, all_edges, masked_edge_logits, prune
-from mechsafety.circuits.faithfulness import in_order
-from mechsafety.circuits.search import MIB_SHARES, Discovery, check_search, search_parts
+from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
+from mechsafety.circuits.search import MIB_SHARES, SearchResult, check_search, search_parts
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.errors import MechsafetyError
@@ -23,7 +23,7 @@ from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
-from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node, Part, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.senders import written_changes
@@ -158,26 +158,26 @@ def discover_edges(
     )
 
 
-def edge_scores(meter: EdgeMeter, *, steps: int | None = None, progress: bool = False) -> dict[Edge, float]:
-    """EAP-IG estimate of every edge on the meter's pairs."""
+def edge_scores(meter: FaithfulnessMeter, *, steps: int | None = None, progress: bool = False) -> dict[Edge, float]:
+    """EAP-IG estimate of every edge on the pairs of a meter whose parts are edges."""
     estimated = edge_attribution(meter.model, meter.runs, meter.metric, method="eap-ig", steps=steps, progress=progress)
     known = dict(estimated.top())
     return {edge: known.get(edge, 0.0) for edge in meter.parts if isinstance(edge, Edge)}
 
 
 def search_edges(
-    found_on: EdgeMeter,
-    held_out: EdgeMeter,
+    found_on: FaithfulnessMeter,
+    held_out: FaithfulnessMeter,
     scores: Mapping[Edge, float],
     target: float,
     *,
     max_edges: int | None = None,
     budget: Budget | None = None,
-) -> Discovery:
+) -> SearchResult:
     """`search_parts` over edges ranked by signed score; exact removal where at most `MAX_EXACT` are left."""
     place = {edge: k for k, edge in enumerate(scores)}
     ranking = sorted(scores, key=lambda edge: (-scores[edge], place[edge]))
-    return search_parts(
+    found = search_parts(
         found_on,
         held_out,
         ranking,
@@ -189,6 +189,8 @@ def search_edges(
         tidy=lambda parts: list(prune([part for part in parts if isinstance(part, Edge)])),
         max_exact=MAX_EXACT,
     )
+    ranked: dict[Part, float] = {edge: score for edge, score in scores.items()}
+    return replace(found, scores=ranked)
 
 
 @public

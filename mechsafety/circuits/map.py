@@ -1,49 +1,47 @@
-"""`map_refusal_circuit`: from prompts to a verified circuit."""
+"""`map_refusal_circuit`: from prompts to a verified circuit, in stages that can also be called one by one.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+    drawn = draw_pairs(model)                   # does it refuse, and which pairs show it?
+    split = split_pairs(model, drawn)           # pairs to rank on, to hold out, and to check on
+    ranked = rank_parts(split)                  # gradient estimates of all heads and MLPs
+    found = search_circuit(ranked)              # the smallest circuit that reaches the target
+    measured = measure_parts(found)             # exact effects, backups, neurons
+    wired = wire_circuit(measured)              # edges and roles
+    checked = verify_circuit(wired)             # every claim
+    circuit = assemble_circuit(checked)
+
+Each stage takes what the stage before it returns, and holds it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mechsafety.attribution import NodeAttribution
-from mechsafety.circuits.assemble import (
-    circuit_nodes,
-    node_scores,
-    pair_gaps,
-    single_effects,
-    wire,
-    with_intervals,
-)
-from mechsafety.circuits.backups import find_backups
+from mechsafety.circuits.assemble import circuit_nodes, node_scores
+from mechsafety.circuits.backups import backups_of, with_backups
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.circuit import (
-    LEVELS,
-    Backup,
-    CircuitEdge,
-    MapDetails,
-    ModelShape,
-    RefusalCircuit,
-    Search,
-)
+from mechsafety.circuits.circuit import Backup, MapDetails, ModelShape, RefusalCircuit, Search
 from mechsafety.circuits.draw import MIN_PAIRS, Draw, draw_pairs
-from mechsafety.circuits.edge_faithfulness import EdgeMeter
-from mechsafety.circuits.edge_search import edge_scores, search_edges
-from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
-from mechsafety.circuits.neurons import NeuronMeter, refine
+from mechsafety.circuits.effects import Measured, on_some, pair_gaps, single_effects, with_intervals
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.levels import LEVELS, Meters, Refined
 from mechsafety.circuits.notes import attention_examples, measure_notes
-from mechsafety.circuits.search import ROUNDING, Discovery, check_search, discover, marginals
-from mechsafety.circuits.verification.stability import attribute_pairs, bootstrap_stability
+from mechsafety.circuits.options import MapOptions
+from mechsafety.circuits.search import SearchResult
+from mechsafety.circuits.verification.outcome import Stability, Verification
+from mechsafety.circuits.verification.stability import PairAttributions, attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verification.verify import MARGIN, verify
+from mechsafety.circuits.wiring import Wiring, wire
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, public
+from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
-from mechsafety.patching import pair_runs
+from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
-from mechsafety.sites import SiteKind
 
 
 @public
@@ -51,233 +49,363 @@ def map_refusal_circuit(
     model: LensModel,
     pairs: PromptPairs | Draw | None = None,
     metric: RefusalLogOdds | None = None,
+    options: MapOptions | None = None,
     *,
-    level: str = "node",
-    limit: Count = 40,
-    target: float = 0.8,
-    max_nodes: Count | None = None,
-    n_random: Amount = 100,
-    n_added: Amount = 40,
-    n_resamples: Amount = 5,
-    n_backup_parts: Amount = 4,
-    n_edges: Amount = 60,
-    n_measured_edges: Amount = 30,
-    n_role_pairs: Count = 8,
-    shortlist: Amount = 30,
-    budget_seconds: float | None = None,
-    seed: Amount = 0,
     progress: bool = True,
 ) -> RefusalCircuit:
     """Map which heads and MLPs make the model refuse, how they connect, and verify it.
 
-    Behaviour check (does it refuse at all?); gradient attribution ranks every node; the smallest set found that reaches
-    ``target`` faithfulness, measured exactly; every node of it and a shortlist patched one by one; nodes that stand in
-    for others (backups) searched jointly and added; edges and roles; then every check of `verify`, as far as it can be
-    on pairs that played no part in the search.
-
-    The pairs fall into three parts: one to rank on; held-out ones, of other topics where pairs have topics, which set
-    the circuit's size; and, if the held-out part has at least six, fresh ones taken from it, for the checks alone.
-    Single effects are measured on the held-out and fresh pairs, backups, roles and edges on the held-out ones.
+    1. Check the behaviour: does the model refuse at all? Pairs that it treats as expected are kept.
+    2. Split the pairs in three: pairs to rank on; held-out pairs, of other topics where pairs have topics; and, if
+       there are at least six held-out pairs, every other one of them as a fresh pair.
+    3. Rank every head and MLP by its gradient attribution on the first part.
+    4. Search the smallest circuit that reaches ``target`` faithfulness on the first two parts, measured exactly.
+    5. Patch every node of the circuit, and a shortlist of others, one by one on held-out and fresh pairs. Look for
+       nodes that replace others when these are patched (backups), and add them.
+    6. Measure edges and roles on held-out pairs.
+    7. Verify the circuit (see `verify`), as far as possible on fresh pairs.
 
     Args:
         model: The model.
-        pairs: Pairs, the built-in ones by default; those that do not align under the model's tokenizer are left out.
-            The split name ``test`` marks pairs to hold out, else half of the topics (or of the pairs) is held out. Or
-            pairs that `draw_pairs` has drawn already, with their metric; ``limit`` is then theirs.
+        pairs: Pairs, the built-in ones by default. Those that do not align under the model's tokenizer are left out.
+            The split name ``test`` marks pairs to hold out; otherwise half of the topics (or of the pairs) is held
+            out. Pairs that `draw_pairs` has drawn already come with their metric and their limit.
         metric: What refusal is measured by; detected from the model's own refusals by default.
-        level: ``node``: heads and MLPs. ``neuron``: the MLPs of that circuit are then taken apart into neurons.
-            ``edge``: the smallest set of edges, everything else cut (as `discover_edges`), and the nodes on it.
-        limit: Pairs to try, half of them held out; those that the model does not treat as expected (harmful refused,
-            harmless answered) drop out. Where fewer than half of a part are left, more are tried until half as many
-            are there, so that a model that refuses a third is mapped on that third. ``speaks_for`` of the result says
-            how many of how many.
-        target: Faithfulness to reach, in (0, 1].
-        max_nodes: Largest circuit, in edges at level ``edge``; where the target needs more, the circuit misses it and
-            says so.
-        n_random: Random circuits; the smallest possible p is 1 / (1 + n_random).
-        n_added: Parts added at random, which minimality is measured against.
-        n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
-        n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
-        n_edges: Edges to keep, strongest first; those that a node needs to be connected come on top.
-        n_measured_edges: How many of them to measure exactly; the others stay estimates.
-        n_role_pairs: Pairs on which roles, edges and backups are measured.
-        shortlist: Nodes outside the circuit to measure as well, largest estimates first.
-        budget_seconds: Time to keep: later stages are cut short, and ``search.cut`` says which. The behaviour check,
-            the attribution and the curve are always run. The same seed gives the same bytes only without it.
-        seed: Of sampling, bootstrap and random circuits; at least 0.
-        progress: Whether to show bars.
+        options: What is mapped, how exactly, and within which time.
+        progress: Whether to show a bar.
 
     Raises:
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
-        MechsafetyError: Bad options, too few pairs that align, or ``neuron`` of a mixture of experts.
+        MechsafetyError: Too few pairs that align, or a level that this model or these pairs do not have.
     """
-    counts = {
-        "n_random": n_random,
-        "n_added": n_added,
-        "n_resamples": n_resamples,
-        "n_backup_parts": n_backup_parts,
-        "n_edges": n_edges,
-        "n_measured_edges": n_measured_edges,
-    }
-    _check_options(level, budget_seconds)
-    if level == "neuron":
-        model.check_neurons()
-    check_search(target, max_nodes)
-    align = (pairs.here if isinstance(pairs, Draw) else pairs).align if pairs is not None else "tokens"
-    if level == "edge" and align == "suffix":
-        raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
-    budget = Budget(budget_seconds)
+    options = options or MapOptions()
+    align = "tokens" if pairs is None else (pairs.here if isinstance(pairs, Draw) else pairs).align
+    LEVELS[options.level].check(model, align)
+    budget = Budget(options.budget_seconds)
     if isinstance(pairs, Draw):
         drawn = _of_this_model(pairs, model, metric)
     else:
-        drawn = draw_pairs(model, pairs, metric, limit=limit, seed=seed, progress=progress)
-    here, there, metric = drawn.here, drawn.there, drawn.metric
-    model = model.reading(metric.opener_ids)
-    held, fresh = _held_and_fresh(there)
-    kind = EdgeMeter if level == "edge" else FaithfulnessMeter
-
-    def meter(part: PromptPairs, kind: type[FaithfulnessMeter] = kind) -> FaithfulnessMeter:
-        extra = [SiteKind.NEURONS] if level == "neuron" else []
-        made = kind(model, pair_runs(model, part, extra=extra), metric, progress=progress)
-        return made if kind is EdgeMeter else made.grouped()
-
-    checked_on = [held] if fresh is None else [held, fresh]
-    found_on, judges = meter(here), [meter(part) for part in checked_on]
-    held_out, untouched = judges[0], judges[1] if fresh is not None else None
-    # single nodes are patched on all of these; what decides who is in the circuit may not see the fresh ones
-    alone_on = judges if kind is FaithfulnessMeter else [meter(part, FaithfulnessMeter) for part in checked_on]
-    some = held.sample(n_role_pairs, seed)
-    few = alone_on[0] if len(some) == len(held) else meter(some, FaithfulnessMeter)
-    rows_of_some = [held.pairs.index(pair) for pair in some]
-    with _Stage(6, progress) as stage:
+        drawn = draw_pairs(model, pairs, metric, limit=options.limit, seed=options.seed, progress=progress)
+    split = split_pairs(model, drawn, options, budget=budget, progress=progress)
+    with _stages(5, progress) as stage:
         stage("attributing every node")
-        attributions = attribute_pairs(found_on)
-        attribution = attributions.mean()
+        ranked = rank_parts(split)
         stage("searching the smallest circuit")
-        if isinstance(found_on, EdgeMeter) and isinstance(held_out, EdgeMeter):
-            scores = edge_scores(found_on)
-            core = search_edges(found_on, held_out, scores, target, max_edges=max_nodes, budget=budget)
-        else:
-            core = discover(found_on, held_out, attribution, target, max_nodes=max_nodes, budget=budget)
-        stage("patching the circuit's nodes one by one")
-        asked = _to_measure(core, attribution, shortlist)
-        effects = single_effects(alone_on, asked, budget, progress)
-        stage("looking for backups")
-        backups: tuple[Backup, ...] = ()
-        stability = None
-        if level != "edge":
-            known = core.marginals if few is held_out else {}
-            on_some = _on_some(effects, alone_on, rows_of_some)
-            backups = _backups(few, core, known, on_some, n_backup_parts, seed, budget)
-            stability = bootstrap_stability(found_on, attributions, target, n=n_resamples, seed=seed, budget=budget)
-        final = _with_backups(core, backups, max_nodes, (found_on, held_out), target)
-        standing_in = [backup for backup in backups if backup.node in final.circuit]
-        if level == "neuron" and not budget.skips("neurons", 0.5):
-            final, (found_on, held_out), attribution = refine(found_on, held_out, final, standing_in, target, budget)
-            if untouched is not None:
-                untouched = NeuronMeter.of(untouched, found_on.layers)
-            standing_in = _taken_apart(standing_in, final)
-        nodes = _nodes_of(final)
-        new = [node for node in nodes if node not in effects]
-        effects |= single_effects(alone_on, new, budget, progress)
-        measured = with_intervals(effects, pair_gaps(alone_on), seed)
+        found = search_circuit(ranked)
+        stage("patching nodes one by one, looking for backups")
+        measured = measure_parts(found)
         stage("measuring edges and roles")
-        wiring = wire(
-            few,
-            nodes,
-            standing_in,
-            n_edges=n_edges,
-            n_measured=n_measured_edges,
-            budget=budget,
-            progress=progress,
-            # on the same pairs as the evidence, since roles compare the two
-            effects=_on_some(effects, alone_on, rows_of_some),
-        )
+        wired = wire_circuit(measured)
         stage("checking the circuit")
-        if level == "edge":
-            wired = {member.edge: member for member in wiring.edges}
-            own = [edge for edge in final.circuit if isinstance(edge, Edge)]
-            edges = [wired.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
-            wiring = replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
-        removed = final.ranked - (len(final.circuit) - len(final.added))
-        final = replace(
-            final,
-            circuit=tuple(part for part in final.circuit if part not in wiring.dropped),
-            added=tuple(part for part in final.added if part not in wiring.dropped),
-        )
-        check = verify(
-            final,
-            found_on,
-            held_out,
-            untouched,
-            target=target,
-            topics=_unseen_topics(here, there),
-            n_random=n_random,
-            n_added=n_added,
-            stability=stability,
+        return assemble_circuit(verify_circuit(wired))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Pairs by what they are for, run and ready to be measured on.
+
+    Attributes:
+        model: The model, read where the metric reads it.
+        drawn: The pairs, metric and behaviour.
+        options: Of the map.
+        budget: Time to keep.
+        progress: Whether to show bars.
+        held: Pairs that set the circuit's size.
+        fresh: Pairs for the checks alone; None where there are too few.
+        meters: Faithfulness on the three parts.
+        alone: Meters that patch single nodes, on held-out and fresh pairs.
+        few: The same on as many held-out pairs as roles are measured on.
+        rows: Which of the held-out pairs these are.
+    """
+
+    model: LensModel
+    drawn: Draw
+    options: MapOptions
+    budget: Budget
+    progress: bool
+    held: PromptPairs
+    fresh: PromptPairs | None
+    meters: Meters
+    alone: tuple[FaithfulnessMeter, ...]
+    few: FaithfulnessMeter
+    rows: tuple[int, ...]
+
+
+@public
+def split_pairs(
+    model: LensModel,
+    drawn: Draw,
+    options: MapOptions | None = None,
+    *,
+    budget: Budget | None = None,
+    progress: bool = True,
+) -> Split:
+    """Split drawn pairs by what they are for, and run them.
+
+    Args:
+        model: The model that drew them.
+        drawn: From `draw_pairs`.
+        options: Of the map.
+        budget: Time to keep; the options' own, from now on, by default.
+        progress: Whether to show bars.
+    """
+    options = options or MapOptions()
+    level, metric = LEVELS[options.level], drawn.metric
+    model = model.reading(metric.opener_ids)
+    held, fresh = _held_and_fresh(drawn.there)
+    parts = [drawn.here, held] if fresh is None else [drawn.here, held, fresh]
+    meters = Meters(*(level.meter(model, part, metric, progress) for part in parts))
+    if level.of_nodes:
+        alone = meters.judges
+    else:
+        alone = tuple(level.alone(model, part, metric, progress) for part in parts[1:])
+    some = held.sample(options.n_role_pairs, options.seed)
+    few = alone[0] if len(some) == len(held) else level.alone(model, some, metric, progress)
+    return Split(
+        model=model,
+        drawn=drawn,
+        options=options,
+        budget=Budget(options.budget_seconds) if budget is None else budget,
+        progress=progress,
+        held=held,
+        fresh=fresh,
+        meters=meters,
+        alone=alone,
+        few=few,
+        rows=tuple(held.pairs.index(pair) for pair in some),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranked:
+    """Gradient estimates of every head and MLP.
+
+    Attributes:
+        split: The stage before.
+        by_pair: Estimates of each pair alone, from which any resample of the pairs is ranked.
+        attribution: Their mean.
+    """
+
+    split: Split
+    by_pair: PairAttributions
+    attribution: NodeAttribution
+
+
+def rank_parts(split: Split) -> Ranked:
+    """Attribute every head and MLP on the pairs to rank on."""
+    by_pair = attribute_pairs(split.meters.found_on)
+    return Ranked(split, by_pair, by_pair.mean())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """The smallest circuit that reaches the target.
+
+    Attributes:
+        ranked: The stage before.
+        result: The circuit, the ranking and the curve.
+    """
+
+    ranked: Ranked
+    result: SearchResult
+
+
+def search_circuit(ranked: Ranked) -> Found:
+    """Search the smallest circuit on the pairs that were ranked on and the held-out ones."""
+    split = ranked.split
+    options = split.options
+    result = LEVELS[options.level].search(
+        split.meters, ranked.attribution, options.target, options.max_nodes, split.budget
+    )
+    return Found(ranked, result)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MeasuredParts:
+    """The circuit with backups, of the parts that its level asks for, and exact effects of its nodes.
+
+    Attributes:
+        found: The stage before.
+        circuit: The circuit, its meters, and the backups in it.
+        backups: All backups that were found.
+        stability: Of the search under resampled prompts; None where it was not measured.
+        effects: Exact effect of single nodes on every held-out and fresh pair.
+        intervals: Their means, intervals and p values.
+    """
+
+    found: Found
+    circuit: Refined
+    backups: tuple[Backup, ...]
+    stability: Stability | None
+    effects: Mapping[Node, np.ndarray]
+    intervals: Mapping[Node, Measured]
+
+
+def measure_parts(found: Found) -> MeasuredParts:
+    """Patch single nodes, add backups, and take MLPs apart where the level asks for neurons."""
+    split, result = found.ranked.split, found.result
+    options, budget, level = split.options, split.budget, LEVELS[split.options.level]
+    asked = _to_measure(result, found.ranked.attribution, options.shortlist)
+    effects = single_effects(split.alone, asked, budget, split.progress)
+    backups: tuple[Backup, ...] = ()
+    stability = None
+    if level.of_nodes:
+        known = result.marginals if split.few is split.meters.held_out else {}
+        alone = on_some(effects, split.alone, split.rows)
+        n_parts = options.n_backup_parts
+        backups = backups_of(split.few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
+        stability = bootstrap_stability(
+            split.meters.found_on,
+            found.ranked.by_pair,
+            options.target,
+            n=options.n_resamples,
+            seed=options.seed,
             budget=budget,
-            seed=seed,
         )
-    options = {
-        "pairs": drawn.provenance.options["pairs"],
-        "level": level,
-        "limit": drawn.provenance.options["limit"],
-        "found_on": len(here),
-        "held_out": len(held),
-        "fresh": 0 if fresh is None else len(fresh),
-        "target": target,
-        "max_nodes": max_nodes,
-        **counts,
-        "edge_mlp": "freeze",
-        "edge_downstream": "live",
-        "equivalence_margin": MARGIN,
-        "n_role_pairs": n_role_pairs,
-        "shortlist": shortlist,
-        "budget_seconds": budget_seconds,
-        **block_norms_option(model, "recomputed"),
-        **omissions(drawn.here),
-    }
-    members = circuit_nodes(_nodes_of(final), attribution, measured, wiring.roles, check.minimality)
-    every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *(n for n in nodes if n.kind == "neuron")]
+    pairs = split.meters.found_on, split.meters.held_out
+    result = with_backups(result, backups, options.max_nodes, pairs, options.target)
+    inside = tuple(backup for backup in backups if backup.node in result.circuit)
+    coarse = Refined(result, split.meters, found.ranked.attribution, inside)
+    circuit = level.refined(coarse, options.target, budget)
+    new = [node for node in circuit.result.nodes if node not in effects]
+    effects |= single_effects(split.alone, new, budget, split.progress)
+    intervals = with_intervals(effects, pair_gaps(split.alone), options.seed)
+    return MeasuredParts(found, circuit, backups, stability, effects, intervals)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wired:
+    """The circuit with its edges and roles.
+
+    Attributes:
+        measured: The stage before.
+        wiring: Edges and roles.
+        result: The circuit without nodes that nothing connects.
+    """
+
+    measured: MeasuredParts
+    wiring: Wiring
+    result: SearchResult
+
+
+def wire_circuit(measured: MeasuredParts) -> Wired:
+    """Measure edges and roles, and drop nodes that nothing connects."""
+    split, result = measured.found.ranked.split, measured.circuit.result
+    options = split.options
+    wiring = wire(
+        split.few,
+        result.nodes,
+        measured.circuit.backups,
+        n_edges=options.n_edges,
+        n_measured=options.n_measured_edges,
+        budget=split.budget,
+        progress=split.progress,
+        # on the same pairs as the evidence, since roles compare the two
+        effects=on_some(measured.effects, split.alone, split.rows),
+    )
+    wiring = LEVELS[options.level].wired(wiring, result)
+    left = tuple(part for part in result.circuit if part not in wiring.dropped)
+    added = tuple(part for part in result.added if part not in wiring.dropped)
+    return Wired(measured, wiring, replace(result, circuit=left, added=added))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verified:
+    """The circuit with every check of it.
+
+    Attributes:
+        wired: The stage before.
+        check: The checks and claims.
+    """
+
+    wired: Wired
+    check: Verification
+
+
+def verify_circuit(wired: Wired) -> Verified:
+    """Check the circuit, as far as possible on fresh pairs."""
+    measured = wired.measured
+    split, meters = measured.found.ranked.split, measured.circuit.meters
+    options, drawn = split.options, split.drawn
+    check = verify(
+        wired.result,
+        meters.found_on,
+        meters.held_out,
+        meters.fresh,
+        target=options.target,
+        topics=_unseen_topics(drawn.here, drawn.there),
+        n_random=options.n_random,
+        n_added=options.n_added,
+        stability=measured.stability,
+        budget=split.budget,
+        seed=options.seed,
+    )
+    return Verified(wired, check)
+
+
+def assemble_circuit(verified: Verified) -> RefusalCircuit:
+    """Put everything that was measured into one result."""
+    wired, check = verified.wired, verified.check
+    measured, wiring, result = wired.measured, wired.wiring, wired.result
+    split = measured.found.ranked.split
+    model, drawn, attribution = split.model, split.drawn, measured.circuit.attribution
+    before = measured.circuit.result
+    members = circuit_nodes(result.nodes, attribution, measured.intervals, wiring.roles, check.minimality)
+    neurons = [node for node in before.nodes if node.kind == "neuron"]
+    every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *neurons]
+    some = replace(split.held, pairs=tuple(split.held.pairs[row] for row in split.rows))
     return RefusalCircuit(
-        provenance=model.provenance(seed=seed, options=options),
-        metric=metric.to_json(),
+        provenance=model.provenance(seed=split.options.seed, options=_provenance_options(split)),
+        metric=drawn.metric.to_json(),
         behaviour=drawn.behaviour,
         nodes=members,
         edges=wiring.edges,
         verification=check,
-        n_candidates=len(found_on.parts),
+        n_candidates=len(measured.circuit.meters.found_on.parts),
         details=MapDetails(
             model.n_layers,
             model.n_heads,
-            node_scores(every, _nodes_of(final), attribution, measured),
+            node_scores(every, result.nodes, attribution, measured.intervals),
             drawn.samples,
-            attention_examples(model, here, members),
-            measure_notes(model, few.runs, some, [member.node for member in members]),
+            attention_examples(model, drawn.here, members),
+            measure_notes(model, split.few.runs, some, [member.node for member in members]),
         ),
-        level=level,
+        level=split.options.level,
         search=Search(
-            ranked=final.ranked,
-            removed=removed,
-            minimal=final.minimal,
-            backups=backups,
+            ranked=result.ranked,
+            removed=before.ranked - (len(before.circuit) - len(before.added)),
+            minimal=result.minimal,
+            backups=measured.backups,
             linked=wiring.linked,
             dropped=wiring.dropped,
-            cut=budget.cut,
+            cut=split.budget.cut,
         ),
         shape=ModelShape(model.n_layers, model.n_heads, model.d_mlp),
     )
 
 
-def _check_options(level: str, budget_seconds: float | None) -> None:
-    if level not in LEVELS:
-        raise MechsafetyError(f"level {level!r}", expected=f"one of {LEVELS}")
-    if budget_seconds is not None and not budget_seconds > 0:
-        raise MechsafetyError(f"budget_seconds {budget_seconds}", expected="above 0")
+def _provenance_options(split: Split) -> dict[str, Any]:
+    """The map's options, how many pairs there were, and choices that are fixed."""
+    chosen = asdict(split.options)
+    del chosen["seed"]  # stands in the provenance itself
+    drawn = split.drawn.provenance.options
+    return {
+        **chosen,
+        "pairs": drawn["pairs"],
+        "limit": drawn["limit"],
+        "found_on": len(split.drawn.here),
+        "held_out": len(split.held),
+        "fresh": 0 if split.fresh is None else len(split.fresh),
+        "edge_mlp": "freeze",
+        "edge_downstream": "live",
+        "equivalence_margin": MARGIN,
+        **block_norms_option(split.model, "recomputed"),
+        **omissions(split.drawn.here),
+    }
 
 
 def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None) -> Draw:
-    """Pairs that were drawn before, if this model drew them and no other metric is asked for.
+    """Pairs that were drawn before, if this model drew them and no other metric is given.
 
     Raises:
         MechsafetyError: Otherwise.
@@ -297,15 +425,6 @@ def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None)
     return drawn
 
 
-def _on_some(
-    effects: Mapping[Node, np.ndarray], meters: Sequence[FaithfulnessMeter], rows: Sequence[int]
-) -> dict[Node, float]:
-    """Mean effect on some of the pairs, as a share of their own gap."""
-    gaps = pair_gaps(meters)
-    scale = gaps.mean() / gaps[rows].mean()
-    return {node: float(values[rows].mean() * scale) for node, values in effects.items()}
-
-
 def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None]:
     """Every other pair is set aside for the checks alone, where there are enough of them."""
     if len(there) < 3 * MIN_PAIRS:
@@ -318,106 +437,26 @@ def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:
     return [] if "" in there.topics or set(here.topics) & set(there.topics) else there.topics
 
 
-def _nodes_of(discovery: Discovery) -> list[Node]:
-    """The nodes of a circuit, or those that its edges run between."""
-    nodes = {part for part in discovery.circuit if isinstance(part, Node)}
-    for part in discovery.circuit:
-        if isinstance(part, Edge):
-            nodes |= {part.sender, part.receiver}
-    return sorted((n for n in nodes if n.kind not in ("embed", "logits")), key=lambda node: node.order)
-
-
-def _to_measure(discovery: Discovery, attribution: NodeAttribution, shortlist: int) -> list[Node]:
+def _to_measure(result: SearchResult, attribution: NodeAttribution, shortlist: int) -> list[Node]:
     """The circuit's nodes, then those outside it with the largest estimates."""
-    inside = _nodes_of(discovery)
+    inside = result.nodes
     outside = [node for node in attribution.ranked() if node not in set(inside)][:shortlist]
     return [*inside, *sorted(outside, key=lambda node: node.order)]
 
 
-def _backups(
-    meter: FaithfulnessMeter,
-    core: Discovery,
-    known: Mapping[Part, float],
-    effects: Mapping[Node, float],
-    n_parts: int,
-    seed: int,
-    budget: Budget,
-) -> tuple[Backup, ...]:
-    """Backups of the nodes that are worth more in the circuit than patching them alone in the whole model shows.
+@contextmanager
+def _stages(total: int, show: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr with one tick per stage; call what is yielded when a stage begins."""
+    from tqdm.auto import tqdm
 
-    Args:
-        meter: On the pairs of the effects.
-        core: The circuit.
-        known: What each node adds to it, on the same pairs; measured here where it is empty.
-        effects: Effect of each node alone, as far as there was time.
-        n_parts: How many nodes to examine.
-        seed: Of the resampling.
-        budget: Time to keep.
-    """
-    nodes = _nodes_of(core)
-    if not n_parts or budget.skips("backups of the circuit's nodes", 0.5):
-        return ()
-    worth = known or marginals(meter, nodes)
-    suspicion = {node: worth[node] - effects[node] for node in nodes if node in effects}
-    return find_backups(meter, nodes, suspicion, n_parts=n_parts, seed=seed, budget=budget)
+    with tqdm(total=total, desc="mapping", disable=not show, leave=False) as bar:
+        started = False
 
+        def stage(name: str) -> None:
+            nonlocal started
+            if started:
+                bar.update()
+            started = True
+            bar.set_description(name)
 
-def _with_backups(
-    discovery: Discovery,
-    backups: Sequence[Backup],
-    max_nodes: int | None,
-    meters: Sequence[FaithfulnessMeter],
-    target: float,
-) -> Discovery:
-    """The circuit with the backups that it lacks, the strongest first, as many as it may grow to.
-
-    A part that stands in for another in the whole model may work against refusal in the circuit. Where the circuit
-    reaches the target, a backup that would make it miss the target on some of the pairs is left out; it stays listed.
-    """
-    outside = [backup for backup in backups if backup.node not in discovery.circuit]
-    outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
-    room = len(outside) if max_nodes is None else max(0, max_nodes - len(discovery.circuit))
-    circuit, added = discovery.circuit, list[Node]()
-    for backup in outside:
-        if len(added) == room:
-            break
-        larger = in_order([*circuit, backup.node])
-        if discovery.reached and any(meter.faithfulness([larger])[0] < target - ROUNDING for meter in meters):
-            continue
-        circuit, added = larger, [*added, backup.node]
-    return replace(discovery, circuit=circuit, added=tuple(added))
-
-
-def _taken_apart(backups: Sequence[Backup], discovery: Discovery) -> list[Backup]:
-    """The backups of a circuit of neurons: an MLP's role is that of each of its neurons that were added."""
-    found = []
-    for backup in backups:
-        if backup.node.kind == "head":
-            found.append(backup)
-            continue
-        rest = tuple(node for node in backup.group if node != backup.node)
-        own = [part for part in discovery.added if isinstance(part, Node) and part.kind == "neuron"]
-        found += [replace(backup, node=part, group=rest) for part in own if part.layer == backup.node.layer]
-    return [backup for backup in found if backup.node in discovery.circuit]
-
-
-class _Stage:
-    """A bar with one tick a stage, on stderr."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self.bar: Any = tqdm(total=total, desc="mapping", disable=not show, leave=False)
-        self.started = False
-
-    def __enter__(self) -> "_Stage":
-        return self
-
-    def __call__(self, name: str) -> None:
-        if self.started:
-            self.bar.update()
-        self.started = True
-        self.bar.set_description(name)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        yield stage

@@ -8,7 +8,7 @@ from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
-from mechsafety.circuits.search import CURVE_SHARES, ROUNDING, Discovery, search_parts
+from mechsafety.circuits.search import CURVE_SHARES, ROUNDING, SearchResult, search_parts
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 
 # a circuit of more parts than this is not measured part by part
@@ -45,11 +45,11 @@ class NeuronMeter(FaithfulnessMeter):
 def refine(
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
-    discovery: Discovery,
+    result: SearchResult,
     backups: Sequence[Backup],
     target: float,
     budget: Budget,
-) -> tuple[Discovery, tuple[NeuronMeter, NeuronMeter], NodeAttribution]:
+) -> tuple[SearchResult, tuple[NeuronMeter, NeuronMeter], NodeAttribution]:
     """A circuit of heads and neurons from one of heads and MLPs.
 
     Every neuron of the circuit's MLPs is attributed (integrated gradients over neuron masks); the parts of the circuit
@@ -60,7 +60,7 @@ def refine(
     Args:
         found_on: Meter on the search's pairs; its runs must hold neurons.
         held_out: The same on the pairs that set the size.
-        discovery: The circuit of heads and MLPs, with backups added.
+        result: The circuit of heads and MLPs, with backups added.
         backups: Its backups.
         target: Faithfulness to reach.
         budget: Time to keep.
@@ -68,15 +68,15 @@ def refine(
     Returns:
         The circuit found, meters for it, and the attribution with neurons.
     """
-    nodes = [part for part in discovery.circuit if isinstance(part, Node)]
+    nodes = [part for part in result.circuit if isinstance(part, Node)]
     layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
     here, there = (NeuronMeter.of(meter, layers) for meter in (found_on, held_out))
     attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)
-    core = {node for node in nodes if node not in discovery.added}
+    core = {node for node in nodes if node not in result.added}
     first = [part for part in here.parts if isinstance(part, Node) and _home(part) in core]
     rest = [part for part in here.parts if isinstance(part, Node) and _home(part) not in core]
     # a backup's neurons would stand in for what removal takes away: they come last, and are added by themselves
-    late = {node for node in rest if _home(node) in set(discovery.added)}
+    late = {node for node in rest if _home(node) in set(result.added)}
     ranking = _ranked(first, attribution) + _ranked([n for n in rest if n not in late], attribution)
     ranking += _ranked(sorted(late, key=lambda node: node.order), attribution)
     found = search_parts(
@@ -85,7 +85,7 @@ def refine(
     circuit: list[Part] = list(found.circuit)
     added: list[Part] = []
     for backup in backups:
-        if backup.node not in discovery.added or backup.node in circuit:
+        if backup.node not in result.added or backup.node in circuit:
             continue
         if backup.node.kind == "head":
             added.append(backup.node)

@@ -1,7 +1,7 @@
 """Finding the smallest set of parts that carries the metric gap."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.budget import Budget
@@ -9,7 +9,7 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, order_
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
-from mechsafety.nodes import Part, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
 
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -19,7 +19,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Discovery:
+class SearchResult:
     """What the search found.
 
     Attributes:
@@ -32,6 +32,7 @@ class Discovery:
         minimal: Whether no single part more can leave; None where that was not seen to the end.
         added: Parts of the circuit that stand in for others and were added to the smallest set.
         curve_scores: Metric of each point of the curve on each held-out prompt.
+        scores: Estimate that each part was ranked by; empty where the ranking came without.
     """
 
     ranking: tuple[Part, ...]
@@ -43,6 +44,16 @@ class Discovery:
     minimal: bool | None = None
     added: tuple[Part, ...] = ()
     curve_scores: tuple[tuple[float, ...], ...] = ()
+    scores: Mapping[Part, float] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The circuit's heads, MLPs and neurons, or those that its edges run between, in the order of computation."""
+        found = {part for part in self.circuit if isinstance(part, Node)}
+        for part in self.circuit:
+            if isinstance(part, Edge):
+                found |= {part.sender, part.receiver}
+        return sorted((node for node in found if node.kind not in ("embed", "logits")), key=lambda node: node.order)
 
 
 def check_search(target: float, max_parts: int | None) -> None:
@@ -54,7 +65,7 @@ def check_search(target: float, max_parts: int | None) -> None:
 
 
 @public
-def discover(
+def search_nodes(
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     attribution: NodeAttribution,
@@ -63,7 +74,7 @@ def discover(
     max_nodes: Count | None = None,
     rounds: Count = 3,
     budget: Budget | None = None,
-) -> Discovery:
+) -> SearchResult:
     """The smallest set of heads and MLPs found that reaches ``target`` faithfulness, on both sets of pairs.
 
     The order comes from the attribution on the search's pairs; see `search_parts` for what follows.
@@ -78,8 +89,10 @@ def discover(
         budget: Time to keep.
     """
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
-    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
-    return search_parts(found_on, held_out, ranking, target, max_parts=max_nodes, rounds=rounds, budget=budget)
+    scores: dict[Part, float] = {node: attribution.of(node) for node in nodes}
+    ranking = sorted(nodes, key=lambda node: (-scores[node], node.order))
+    found = search_parts(found_on, held_out, ranking, target, max_parts=max_nodes, rounds=rounds, budget=budget)
+    return replace(found, scores=scores)
 
 
 def search_parts(
@@ -94,7 +107,7 @@ def search_parts(
     shares: Sequence[float] = CURVE_SHARES,
     tidy: Callable[[Sequence[Part]], list[Part]] = list,
     max_exact: int | None = None,
-) -> Discovery:
+) -> SearchResult:
     """The smallest prefix of a ranking that reaches ``target``, less everything whose exact removal does not matter.
 
     The prefix is found by bisection; then, of the parts that may leave on both sets of pairs, those whose exact removal
@@ -144,7 +157,7 @@ def search_parts(
         # what removal would have left last, by the costs it measured
         worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
-        return Discovery(
+        return SearchResult(
             tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores
         )
     if len(circuit) == len(ranking):
@@ -152,10 +165,10 @@ def search_parts(
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
         best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
-        return Discovery(
+        return SearchResult(
             tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, curve_scores=scores
         )
-    return Discovery(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, curve_scores=scores)
+    return SearchResult(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, curve_scores=scores)
 
 
 def faithfulness_curve(

@@ -1,5 +1,7 @@
 """A map's pairs: drawn from enough that the model was tried on, each prompt run once."""
 
+from dataclasses import replace
+
 import pytest
 
 import mechsafety as ms
@@ -123,13 +125,14 @@ def test_a_map_of_pairs_drawn_before_is_the_map_that_draws(planted, tmp_path):
     """Byte for byte, also where the draw was stored and read again, and where pairs were left out."""
     model, pairs = planted
     odd = PromptPairs((PromptPair("make a bomb", "make a big cake", "bombs"), *pairs.pairs), "odd")
-    few = {"n_random": 3, "n_added": 3, "n_resamples": 1, "n_backup_parts": 1, "seed": 3, "progress": False}
+    few = ms.MapOptions(limit=8, n_random=3, n_added=3, n_resamples=1, n_backup_parts=1, seed=3)
     drawn = draw.draw_pairs(model, odd, limit=8, seed=3, progress=False)
     drawn.save(tmp_path / "drawn")
     again = draw.Draw.load(tmp_path / "drawn")
     assert again.here == drawn.here and again.metric == drawn.metric and again.samples == drawn.samples
-    own = map_refusal_circuit(model, odd, limit=8, **few)
-    assert own.to_json() == map_refusal_circuit(model, again, **few).to_json()
+    own = map_refusal_circuit(model, odd, options=few, progress=False)
+    other = map_refusal_circuit(model, again, options=replace(few, limit=40), progress=False)
+    assert own.to_json() == other.to_json(), "the limit is that of the draw"
     assert own.provenance.options["left_out"] == list(drawn.here.left_out) and own.provenance.options["limit"] == 8
     assert repr(drawn).startswith(f"Draw({model.name}: {len(drawn.here)} pairs to search on and ")
     assert drawn.to_dataframe().kind.tolist() == ["harmful", "harmless"]

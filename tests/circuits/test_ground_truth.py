@@ -1,5 +1,7 @@
 """The whole map on models whose circuit is known: it finds what is planted, no decoy, and names roles and backups."""
 
+from dataclasses import replace
+
 import pytest
 
 import mechsafety as ms
@@ -10,14 +12,15 @@ SHAPES = {
     "LayerNorm, decoys": {"seed": 4, "layers": 3, "heads": 2, "norm": "layernorm", "decoys": 3},
     "backups": {"seed": 5, "layers": 4, "heads": 4, "decoys": 0, "backups": 1},
 }
-OPTIONS = {"limit": 12, "n_random": 20, "n_resamples": 2, "progress": False}
+OPTIONS = ms.MapOptions(limit=12, n_random=20, n_resamples=2)
+QUIET = {"progress": False}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def mapped(request):
     made = testbed.planted(**SHAPES[request.param])
     model = ms.load_model((made.model, made.tokenizer))
-    return made, model, ms.map_refusal_circuit(model, made.pairs.sample(12), **OPTIONS)
+    return made, model, ms.map_refusal_circuit(model, made.pairs.sample(12), options=OPTIONS, **QUIET)
 
 
 def test_everything_planted_and_nothing_else_is_found(mapped):
@@ -43,7 +46,7 @@ def test_backups_are_named_with_what_they_stand_in_for(mapped):
 
 def test_neurons_of_the_circuit(mapped):
     made, model, _ = mapped
-    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), level="neuron", **OPTIONS)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=replace(OPTIONS, level="neuron"), **QUIET)
     found = testbed.score(circuit, made.truth)
     assert found.found_nodes.precision >= 0.95 and found.found_nodes.recall >= 0.95 and found.decoys_found == ()
     assert found.role_accuracy >= 0.9
@@ -53,6 +56,6 @@ def test_edges_behind_two_backups():
     """A gradient does not see one edge of this model, ranked last: the rest must not come along."""
     made = testbed.planted(seed=3008, layers=4, heads=4, norm="layernorm", decoys=0, backups=2, neurons=1)
     model = ms.load_model((made.model, made.tokenizer))
-    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), level="edge", **OPTIONS)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=replace(OPTIONS, level="edge"), **QUIET)
     found = testbed.score(circuit, made.truth)
     assert circuit.search.minimal and found.found_nodes.precision == 1.0 and found.found_edges.precision >= 0.8

@@ -11,22 +11,24 @@ import mechsafety as ms
 import mechsafety.metrics
 from mechsafety.circuits import FaithfulnessMeter, check_behaviour
 from mechsafety.circuits import map as mapping
+from mechsafety.circuits.backups import with_backups
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.edges import on_a_path
-from mechsafety.circuits.search import Discovery
+from mechsafety.circuits.search import SearchResult
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.replies import KINDS, phrase_judge
 
 TRUE = {Node("head", 0, 1), Node("head", 1, 2), Node("mlp", 1), Node("head", 2, 0)}
-SMALL = {"limit": 8, "n_random": 20, "progress": False}
+SMALL = ms.MapOptions(limit=8, n_random=20)
+QUIET = {"progress": False}
 
 
 @pytest.fixture(scope="module")
 def circuit(planted):
-    return ms.map_refusal_circuit(*planted, **SMALL)
+    return ms.map_refusal_circuit(*planted, options=SMALL, **QUIET)
 
 
 def test_the_planted_circuit(circuit):
@@ -91,7 +93,7 @@ def test_every_node_lies_on_a_path_from_embed_to_logits(circuit):
 
 
 def test_a_circuit_of_neurons(planted):
-    found = ms.map_refusal_circuit(*planted, **SMALL, level="neuron")
+    found = ms.map_refusal_circuit(*planted, options=replace(SMALL, level="neuron"), **QUIET)
     kinds = {member.node.kind for member in found.nodes}
     assert found.level == "neuron" and kinds <= {"head", "neuron"} and found.shape.d_mlp == 48
     check = found.verification
@@ -103,8 +105,8 @@ def test_a_circuit_of_neurons(planted):
 
 
 def test_a_circuit_of_edges(planted):
-    options = {**SMALL, "n_random": 3, "n_added": 3}
-    found = ms.map_refusal_circuit(*planted, **options, level="edge")
+    options = replace(SMALL, n_random=3, n_added=3, level="edge")
+    found = ms.map_refusal_circuit(*planted, options=options, **QUIET)
     assert found.level == "edge" and found.n_candidates == 262 and 0 < len(found.edges) < 60
     assert found.verification.reached and found.verification.side_effects is None
     nodes = {member.node for member in found.nodes}
@@ -128,9 +130,10 @@ class Clock:
 
 def test_a_time_budget_is_kept(planted, monkeypatch):
     clock = Clock(monkeypatch)
-    fast = ms.map_refusal_circuit(*planted, **SMALL, budget_seconds=1e-6)
+    fast = ms.map_refusal_circuit(*planted, options=replace(SMALL, budget_seconds=1e-6), **QUIET)
     least = clock.now  # what is always run
-    found = ms.map_refusal_circuit(*planted, **{**SMALL, "n_random": 2000}, budget_seconds=least + 400)
+    longer = replace(SMALL, n_random=2000, budget_seconds=least + 400)
+    found = ms.map_refusal_circuit(*planted, options=longer, **QUIET)
     assert clock.now - least < least + 600, "what began in time is brought to an end"
     assert any(line.startswith("random circuits, kept: ") for line in found.search.cut)
     assert 0 < found.verification.random_controls.n < 2000
@@ -151,8 +154,8 @@ def test_behaviour_runs_every_prompt_once(planted, monkeypatch):
 
 
 def test_same_seed_same_bytes(planted, circuit):
-    assert ms.map_refusal_circuit(*planted, **SMALL).to_json() == circuit.to_json()
-    other = json.loads(ms.map_refusal_circuit(*planted, **SMALL, seed=1).to_json())
+    assert ms.map_refusal_circuit(*planted, options=SMALL, **QUIET).to_json() == circuit.to_json()
+    other = json.loads(ms.map_refusal_circuit(*planted, options=replace(SMALL, seed=1), **QUIET).to_json())
     assert other["provenance"]["seed"] == 1
     assert other["verification"]["random_controls"] != json.loads(circuit.to_json())["verification"]["random_controls"]
 
@@ -167,7 +170,8 @@ def test_round_trip(circuit, tmp_path):
 
 
 def test_edge_limits(planted):
-    few = ms.map_refusal_circuit(*planted, **SMALL, n_edges=3, n_measured_edges=1, shortlist=0)
+    options = replace(SMALL, n_edges=3, n_measured_edges=1, shortlist=0)
+    few = ms.map_refusal_circuit(*planted, options=options, **QUIET)
     kept = [e for e in few.edges if e.edge not in few.search.linked]
     assert [e.status for e in kept].count("measured") == 1 and len(kept) == 3
     measured = [row.node for row in few.details.scores if row.effect is not None]
@@ -182,17 +186,21 @@ def test_norms_after_blocks(level, make_model, pairs, monkeypatch):
     high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
     refuse, comply = split_tokens(high, low)
     metric = ms.RefusalLogOdds((refuse,), ("x",), (comply,), ("y",))
-    options = {
-        "limit": 4,
-        "target": 0.5,
-        "max_nodes": 12,
-        "n_random": 2,
-        "n_added": 0,
-        "n_resamples": 1,
-        "shortlist": 0,
-    }
-    options |= {"n_backup_parts": 0, "n_edges": 6, "n_measured_edges": 2, "n_role_pairs": 1, "progress": False}
-    found = ms.map_refusal_circuit(model, pairs, metric, level=level, **options)
+    options = ms.MapOptions(
+        level=level,
+        limit=4,
+        target=0.5,
+        max_nodes=12,
+        n_random=2,
+        n_added=0,
+        n_resamples=1,
+        shortlist=0,
+        n_backup_parts=0,
+        n_edges=6,
+        n_measured_edges=2,
+        n_role_pairs=1,
+    )
+    found = ms.map_refusal_circuit(model, pairs, metric, options, **QUIET)
     assert found.nodes and found.edges and found.provenance.options["block_norms"] == "recomputed"
     assert {member.status for member in found.edges} <= {"measured", "estimated"} and found.verification.measured
     assert all(note.promotes for note in found.details.notes.values())
@@ -209,7 +217,7 @@ def split_tokens(high, low):
 
 def test_a_random_model_does_not_refuse(llama, pairs):
     with pytest.raises(NoRefusal) as caught:
-        ms.map_refusal_circuit(llama, pairs, **SMALL)
+        ms.map_refusal_circuit(llama, pairs, options=SMALL, **QUIET)
     assert str(caught.value) == (
         "the model refuses 0 of 4 harmful and 0 of 4 harmless prompts, so there is no refusal to map; "
         "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
@@ -220,7 +228,7 @@ def test_a_model_that_refuses_everything(planted):
     """By a metric that counts both of its answers as refusals."""
     model, pairs = planted
     with pytest.raises(NoRefusal, match=r"refuses \d+% of 8 harmful and \d+% of 8 harmless prompts; only 0 of 4 pairs"):
-        ms.map_refusal_circuit(model, pairs, ms.RefusalLogOdds.of(model, ["sorry", "sure"]), **SMALL)
+        ms.map_refusal_circuit(model, pairs, ms.RefusalLogOdds.of(model, ["sorry", "sure"]), SMALL, **QUIET)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +237,14 @@ def test_a_model_that_refuses_everything(planted):
         ({"target": 0.0}, r"target 0.0; expected a faithfulness in \(0, 1\]"),
         ({"target": 1.2}, r"target 1.2; expected a faithfulness"),
         ({"limit": 3}, "limit 3; expected at least 4 pairs"),
+        ({"level": "nodes"}, r"level='nodes'; expected one of \('node', 'neuron', 'edge'\)"),
         ({"n_edges": -1}, "n_edges=-1; expected at least 0"),
         ({"n_role_pairs": 0}, "n_role_pairs=0; expected at least 1"),
     ],
 )
 def test_options(planted, options, message):
     with pytest.raises(MechsafetyError, match=message):
-        ms.map_refusal_circuit(*planted, **{**SMALL, **options})
+        ms.map_refusal_circuit(*planted, options=replace(SMALL, **options), **QUIET)
 
 
 def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch):
@@ -248,7 +257,7 @@ def test_pairs_that_do_not_align_stop_before_anything_slow(planted, monkeypatch)
     with pytest.raises(
         MechsafetyError, match=r"^0 of 4 pairs of lists align under the tokenizer .* of pairs 1-4 differ"
     ):
-        ms.map_refusal_circuit(model, crooked, **SMALL)
+        ms.map_refusal_circuit(model, crooked, options=SMALL, **QUIET)
 
 
 def test_behaviour(planted):
@@ -295,12 +304,12 @@ def test_pairs_too_few_to_hold_any_out(planted):
     model, pairs = planted
     three = ms.PromptPairs.from_lists(pairs.harmful[:3], pairs.harmless[:3])
     with pytest.raises(MechsafetyError, match=r"^3 of 3 pairs of lists align under .*; expected at least 4; add pairs"):
-        ms.map_refusal_circuit(model, three, **SMALL)
+        ms.map_refusal_circuit(model, three, options=SMALL, **QUIET)
 
 
 def test_seed_below_zero(planted):
     with pytest.raises(MechsafetyError, match="seed=-1; expected at least 0"):
-        ms.map_refusal_circuit(*planted, **SMALL, seed=-1)
+        replace(SMALL, seed=-1)
 
 
 class Scored(FaithfulnessMeter):
@@ -316,7 +325,7 @@ class Scored(FaithfulnessMeter):
 def test_a_backup_that_makes_the_circuit_miss_its_target_is_left_out():
     """One that works against refusal in the circuit would undo what the search has found, on either set of pairs."""
     head, good, bad, late = (Node("head", layer, 0) for layer in range(4))
-    found = Discovery((), (), (head,), {}, True)
+    found = SearchResult((), (), (head,), {}, True)
     pairs = [
         Scored({head: 0.9, good: 0.0, bad: -0.2, late: 0.05}),
         Scored({head: 0.85, good: -0.01, bad: 0.1, late: 0}),
@@ -325,8 +334,8 @@ def test_a_backup_that_makes_the_circuit_miss_its_target_is_left_out():
         Backup(node, head, (node, head), 0.0, 0.1, joint, (0.0, 1.0), 0.01)
         for node, joint in ((bad, 0.9), (good, 0.8), (late, 0.7))
     ]
-    kept = mapping._with_backups(found, some, None, pairs, 0.8)
+    kept = with_backups(found, some, None, pairs, 0.8)
     assert kept.added == (good, late) and set(kept.circuit) == {head, good, late}
-    assert mapping._with_backups(found, some, 2, pairs, 0.8).added == (good,)
+    assert with_backups(found, some, 2, pairs, 0.8).added == (good,)
     missed = replace(found, reached=False)
-    assert mapping._with_backups(missed, some, None, pairs, 0.8).added == (bad, good, late), "there is nothing to undo"
+    assert with_backups(missed, some, None, pairs, 0.8).added == (bad, good, late), "there is nothing to undo"

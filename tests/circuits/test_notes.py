@@ -144,9 +144,16 @@ def test_nothing_is_left_after_a_failed_ablation(llama, pairs, log_odds) -> None
 @pytest.fixture(scope="module")
 def mapped(planted):
     model, pairs = planted
-    return model, pairs, ms.map_refusal_circuit(
-        model, pairs, limit=16, n_random=19, n_added=5, n_resamples=1, level="neuron", progress=False
-    )  # fmt: skip
+    return (
+        model,
+        pairs,
+        ms.map_refusal_circuit(
+            model,
+            pairs,
+            options=ms.MapOptions(limit=16, n_random=19, n_added=5, n_resamples=1, level="neuron"),
+            progress=False,
+        ),
+    )
 
 
 def test_a_map_brings_notes_for_every_node_to_its_page(mapped) -> None:

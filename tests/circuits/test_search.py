@@ -15,7 +15,7 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
 from mechsafety.circuits.neurons import NeuronMeter
-from mechsafety.circuits.search import CURVE_SHARES, _without_blocks, discover, faithfulness_curve, marginals
+from mechsafety.circuits.search import CURVE_SHARES, _without_blocks, faithfulness_curve, marginals, search_nodes
 from mechsafety.circuits.verification.stability import attribute_pairs
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
@@ -125,7 +125,7 @@ def test_bars_count_what_is_measured(llama, ragged, log_odds, recorded_bars):
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95])
 def test_the_planted_circuit_is_found(meters, attribution, target):
     found_on, held_out = meters
-    found = discover(found_on, held_out, attribution, target)
+    found = search_nodes(found_on, held_out, attribution, target)
     assert found.reached and set(found.circuit) <= set(TRUE) and found.minimal and found.ranked >= len(found.circuit)
     if target == 0.95:
         assert found.circuit == TRUE
@@ -151,21 +151,21 @@ def test_a_part_that_only_the_held_out_pairs_need_stays(meters, attribution):
             return [0.9 + 0.01 * sum(node != TRUE[1] for node in circuit) / 15 for circuit in circuits]
 
     made = [kind(meters[0].model, meters[0].runs, meters[0].metric) for kind in (Free, Needs)]
-    found = discover(*made, attribution, 0.8, rounds=20)
+    found = search_nodes(*made, attribution, 0.8, rounds=20)
     assert found.circuit == (TRUE[1],) and found.minimal and found.reached
 
 
 def test_a_largest_size(meters, attribution):
-    found = discover(*meters, attribution, 0.95, max_nodes=3)
+    found = search_nodes(*meters, attribution, 0.95, max_nodes=3)
     assert len(found.circuit) == 3 and not found.reached and found.minimal is None
     assert set(found.circuit) < set(TRUE)
-    assert discover(*meters, attribution, 0.95, max_nodes=4).reached
+    assert search_nodes(*meters, attribution, 0.95, max_nodes=4).reached
 
 
 def test_removal_that_time_cuts_short(meters, attribution):
     ticks = iter(range(1000))
     budget = Budget(1e-9, clock=lambda: float(next(ticks)))
-    found = discover(*meters, attribution, 0.8, budget=budget)
+    found = search_nodes(*meters, attribution, 0.8, budget=budget)
     assert found.minimal is None and found.marginals == {} and len(found.circuit) == found.ranked < 15
     assert budget.cut == ("removal of parts that do not matter: stopped before no part could leave",)
 
@@ -183,13 +183,13 @@ def test_both_meters_must_reach_the_target(meters, attribution):
 
     found_on, held_out = meters
     weak = Weak(held_out.model, held_out.runs, held_out.metric)
-    found = discover(found_on, weak, attribution, 0.6)
+    found = search_nodes(found_on, weak, attribution, 0.6)
     assert weak.faithfulness([found.circuit])[0] >= 0.6 and len(found.circuit) >= 8
-    assert len(discover(found_on, held_out, attribution, 0.6).circuit) <= 4
+    assert len(search_nodes(found_on, held_out, attribution, 0.6).circuit) <= 4
 
 
 def test_a_target_that_is_out_of_reach(meters, attribution):
-    found = discover(*meters, attribution, 1.5)
+    found = search_nodes(*meters, attribution, 1.5)
     assert not found.reached
     smaller = [point for point in found.curve if point.n_nodes < 15]
     best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
@@ -209,12 +209,12 @@ def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
 
     found_on, held_out = meters
     steep = Steep(held_out.model, held_out.runs, held_out.metric)
-    found = discover(found_on, steep, attribution, 1.0)
+    found = search_nodes(found_on, steep, attribution, 1.0)
     assert not found.reached and 0 < len(found.circuit) < 15
 
 
 def test_ranking_and_curve(meters, attribution):
-    found = discover(*meters, attribution, 0.8)
+    found = search_nodes(*meters, attribution, 0.8)
     estimates = [attribution.of(node) for node in found.ranking]
     assert estimates == sorted(estimates, reverse=True) and set(found.ranking) == set(ALL)
     sizes = [point.n_nodes for point in found.curve]
@@ -232,7 +232,7 @@ def test_a_ranking_that_is_backwards_is_repaired_by_elimination(meters, attribut
     backwards = NodeAttribution(
         attribution.provenance, attribution.metric, -attribution.heads, -attribution.mlps, None, -attribution.total
     )
-    found = discover(*meters, backwards, 0.8)
+    found = search_nodes(*meters, backwards, 0.8)
     assert found.reached and len(found.circuit) < 15
     assert min(meter.faithfulness([found.circuit])[0] for meter in meters) >= 0.8
 

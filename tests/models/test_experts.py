@@ -72,7 +72,7 @@ def test_neurons_are_refused_in_one_line(both, pairs, tmp_path):
         "edges": lambda: ms.edge_attribution(model, pairs, METRIC, neurons=[1], progress=False),
         "edge nodes": lambda: ms.edge_attribution(model, pairs, METRIC, nodes=[NEURON], progress=False),
         "nodes": lambda: ms.node_attribution(model, pairs, METRIC, neurons=True, progress=False),
-        "map": lambda: ms.map_refusal_circuit(model, pairs, METRIC, level="neuron", progress=False),
+        "map": lambda: ms.map_refusal_circuit(model, pairs, METRIC, ms.MapOptions(level="neuron"), progress=False),
         "cache": lambda: model.cache(pairs.harmful, ["neurons"]),
         "runs": lambda: pair_runs(model, pairs, extra=[SiteKind.NEURONS]),
         "hooks": lambda: model.read(model.tokenize(["tea"]), [Site("neurons", 0)]),

@@ -19,7 +19,7 @@ from mechsafety.circuits.edges import estimate_edges, measure_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.neurons import NeuronMeter
 from mechsafety.circuits.roles import role_evidence
-from mechsafety.circuits.search import discover, marginals
+from mechsafety.circuits.search import marginals, search_nodes
 from mechsafety.circuits.verification.verify import completeness
 from mechsafety.interventions import ablate, project_out, scale
 from mechsafety.interventions.batched import PromptBatches, run_added, run_removed
@@ -66,7 +66,7 @@ def searched(model, pairs, metric):
         pytest.skip("its parts are tried on these by themselves")
     meter = FaithfulnessMeter(model, pair_runs(model, pairs), metric)
     attribution = ms.node_attribution(model, meter.runs, metric, steps=1, **QUIET)
-    found = discover(meter, meter, attribution, 0.8, rounds=1)
+    found = search_nodes(meter, meter, attribution, 0.8, rounds=1)
     backups = find_backups(meter, HEADS, dict.fromkeys(HEADS, 1.0), n_parts=1, n_candidates=2, steps=1)
     return [
         list(map(str, found.circuit)),

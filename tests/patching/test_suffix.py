@@ -215,7 +215,7 @@ def test_what_cannot_be_asked_of_them(llama, loose, log_odds):
         ):
             search(llama, loose, log_odds, **QUIET)
     with pytest.raises(MechsafetyError, match=r"^level 'edge' on pairs aligned at the suffix; expected 'node' or 'ne"):
-        ms.map_refusal_circuit(llama, loose, level="edge", **QUIET)
+        ms.map_refusal_circuit(llama, loose, options=ms.MapOptions(level="edge"), **QUIET)
     with pytest.raises(
         MechsafetyError, match=r"^runs that begin at column 0 of pairs aligned at the suffix; expected a"
     ):
@@ -309,8 +309,8 @@ def test_the_map_of_pairs_of_any_lengths(planted):
     table = loose.alignment(model)
     assert table["aligned"].all() and (table["harmful"] != table["harmless"]).sum() >= 6
     metric = ms.RefusalLogOdds.of(model, ["sorry"])
-    options = {"limit": 8, "n_random": 20, "n_added": 4, "n_resamples": 2, "n_backup_parts": 1}
-    found = ms.map_refusal_circuit(model, loose, metric, **options, **QUIET)
+    options = ms.MapOptions(limit=8, n_random=20, n_added=4, n_resamples=2, n_backup_parts=1)
+    found = ms.map_refusal_circuit(model, loose, metric, options, **QUIET)
     assert found.provenance.options["align"] == "suffix" and found.nodes
     assert found.verification.faithfulness >= 0.8 and "NaN" not in found.to_json()
     assert all(member.evidence.at_instruction is None for member in found.nodes)
@@ -321,7 +321,7 @@ def test_the_map_of_neurons_of_such_pairs(planted):
     model, pairs = planted
     rows = [PromptPair(pair.harmful, pair.harmless + " please" * (k % 3), pair.topic) for k, pair in enumerate(pairs)]
     loose = PromptPairs(tuple(rows), "loose", align="suffix")
-    options = {"limit": 8, "n_random": 20, "n_added": 4, "n_resamples": 2, "n_backup_parts": 1, "level": "neuron"}
-    found = ms.map_refusal_circuit(model, loose, ms.RefusalLogOdds.of(model, ["sorry"]), **options, **QUIET)
+    options = ms.MapOptions(limit=8, n_random=20, n_added=4, n_resamples=2, n_backup_parts=1, level="neuron")
+    found = ms.map_refusal_circuit(model, loose, ms.RefusalLogOdds.of(model, ["sorry"]), options, **QUIET)
     assert found.level == "neuron" and found.nodes
     assert found.provenance.options["align"] == "suffix" and found.verification.faithfulness >= 0.8

@@ -122,7 +122,8 @@ def test_edges_of_neurons_count_as_their_mlps(truth):
 def results(planted):
     model, pairs = planted
     metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
-    circuit = ms.map_refusal_circuit(model, pairs, metric, n_random=5, n_measured_edges=5, progress=False)
+    options = ms.MapOptions(n_random=5, n_measured_edges=5)
+    circuit = ms.map_refusal_circuit(model, pairs, metric, options, progress=False)
     return model, pairs, metric, circuit
 
 

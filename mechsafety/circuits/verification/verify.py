@@ -7,7 +7,7 @@ import numpy as np
 
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, stratum
-from mechsafety.circuits.search import MIB_SHARES, ROUNDING, Discovery, marginals
+from mechsafety.circuits.search import MIB_SHARES, ROUNDING, SearchResult, marginals
 from mechsafety.circuits.verification.claims import claims
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Stability, Verification
 from mechsafety.circuits.verification.side_effects import side_effects
@@ -31,7 +31,7 @@ MIN_ADDED = 20
 
 @public
 def verify(
-    discovery: Discovery,
+    result: SearchResult,
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     fresh: FaithfulnessMeter | None = None,
@@ -54,7 +54,7 @@ def verify(
     the areas of the curve. What the time budget leaves no room for stays None, and the budget keeps a note of it.
 
     Args:
-        discovery: What was found.
+        result: What was found.
         found_on: Meter on the search's pairs.
         held_out: Meter on the pairs that set the circuit's size.
         fresh: Meter on pairs that played no part; what does not depend on the size is measured on them. On the held-out
@@ -71,7 +71,7 @@ def verify(
         seed: Of everything random.
     """
     budget = budget or Budget()
-    circuit, judge = discovery.circuit, fresh or held_out
+    circuit, judge = result.circuit, fresh or held_out
     faithful, interval = _faithfulness(held_out, circuit, seed)
     judged, judged_interval = _faithfulness(judge, circuit, seed)
     harmful, harmless = judge.ends()
@@ -84,15 +84,15 @@ def verify(
     costs = null = complete = None
     if not budget.skips("minimality", 0.88):
         # a backup makes what it stands in for superfluous, and is so itself: minimality is of the circuit without them
-        core = [part for part in circuit if part not in discovery.added]
+        core = [part for part in circuit if part not in result.added]
         costs = marginals(judge, core)
-        null = _added_effects(judge, core, n_added, seed, leave=discovery.added)
+        null = _added_effects(judge, core, n_added, seed, leave=result.added)
     if costs is not None and not budget.skips("completeness", 0.95):
         tries = sorted(circuit, key=lambda part: -abs(costs.get(part, 0.0)))
         complete = completeness(judge, circuit, tries, steps=completeness_steps, width=completeness_tries)
     effects = None if budget.skips("side effects on harmless prompts", 0.97) else side_effects(judge, circuit, seed)
-    cmd, cpr = curve_areas(mib_points(discovery.curve))
-    areas = area_intervals(discovery, held_out, seed)
+    cmd, cpr = curve_areas(mib_points(result.curve))
+    areas = area_intervals(result, held_out, seed)
     found = found_on.faithfulness([circuit])[0]
     check = Verification(
         faithfulness=found,
@@ -101,7 +101,7 @@ def verify(
         held_out_topics=tuple(topics),
         necessity=necessity,
         random_controls=_controls(sufficient, judged),
-        curve=discovery.curve,
+        curve=result.curve,
         cmd=cmd,
         cpr=cpr,
         cmd_ci=areas[0],
@@ -232,14 +232,14 @@ def _gap_interval(
 
 
 def area_intervals(
-    discovery: Discovery, held_out: FaithfulnessMeter, seed: int
+    result: SearchResult, held_out: FaithfulnessMeter, seed: int
 ) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
     """95 % intervals over prompts of CMD and CPR (see `curve_areas`); None without scores."""
-    grid = mib_points(discovery.curve)
+    grid = mib_points(result.curve)
     harmful, harmless = held_out.ends()
-    if len(discovery.curve_scores) != len(discovery.curve) or len(harmful) < 2:
+    if len(result.curve_scores) != len(result.curve) or len(harmful) < 2:
         return None, None
-    rows = zip(discovery.curve, discovery.curve_scores, strict=True)
+    rows = zip(result.curve, result.curve_scores, strict=True)
     scores = np.array([row for point, row in rows if point in grid])
     beside, under = prompt_areas(np.array([point.k for point in grid]), scores, harmful, harmless)
     low, high = ratio_interval(beside, harmful - harmless, seed)

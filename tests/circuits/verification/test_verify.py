@@ -12,7 +12,7 @@ from mechsafety.attribution import node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import CurvePoint
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
-from mechsafety.circuits.search import discover, marginals
+from mechsafety.circuits.search import marginals, search_nodes
 from mechsafety.circuits.verification.statistics import independence_test
 from mechsafety.circuits.verification.verify import completeness, curve_areas, mib_points, random_circuits, verify
 from mechsafety.intervals import ratio_interval
@@ -29,7 +29,7 @@ def found(planted):
     metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
     meters = [FaithfulnessMeter(model, pair_runs(model, part), metric) for part in pairs.halves()]
     attribution = node_attribution(model, meters[0].runs, metric)
-    return meters, discover(*meters, attribution, 0.8)
+    return meters, search_nodes(*meters, attribution, 0.8)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,156 @@
+"""What a circuit is made of: heads and MLPs, neurons, or edges. Everything that differs between the three is here."""
+
+from dataclasses import dataclass, replace
+
+from mechsafety.attribution import NodeAttribution
+from mechsafety.circuits.backups import stand_in_neurons
+from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.circuit import Backup, CircuitEdge
+from mechsafety.circuits.edge_faithfulness import EdgeMeter
+from mechsafety.circuits.edge_search import edge_scores, search_edges
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.neurons import NeuronMeter, refine
+from mechsafety.circuits.search import SearchResult, search_nodes
+from mechsafety.circuits.wiring import Wiring
+from mechsafety.errors import MechsafetyError
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.nodes import Edge
+from mechsafety.patching import pair_runs
+from mechsafety.prompts import PromptPairs
+from mechsafety.sites import SiteKind
+
+
+@dataclass(frozen=True, slots=True)
+class Meters:
+    """Faithfulness on sets of pairs that share no pair.
+
+    Attributes:
+        found_on: On the pairs that parts are ranked on.
+        held_out: On the pairs that set the circuit's size.
+        fresh: On pairs that the search never sees; None where there are too few pairs.
+    """
+
+    found_on: FaithfulnessMeter
+    held_out: FaithfulnessMeter
+    fresh: FaithfulnessMeter | None = None
+
+    @property
+    def judges(self) -> tuple[FaithfulnessMeter, ...]:
+        """On all pairs that the ranking does not see."""
+        return (self.held_out,) if self.fresh is None else (self.held_out, self.fresh)
+
+
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """A circuit of the parts that its level asks for.
+
+    Attributes:
+        result: The circuit.
+        meters: Faithfulness of circuits of such parts.
+        attribution: Estimate of every part.
+        backups: Backups in the circuit.
+    """
+
+    result: SearchResult
+    meters: Meters
+    attribution: NodeAttribution
+    backups: tuple[Backup, ...]
+
+
+class NodeLevel:
+    """Circuits of heads and MLPs."""
+
+    # what stored runs must hold beside heads and MLPs
+    sites: tuple[SiteKind, ...] = ()
+    # how pairs may be aligned
+    aligns: tuple[str, ...] = ("tokens", "suffix")
+    # whether backups are looked for, and the search repeated on resamples of the prompts
+    of_nodes = True
+
+    def check(self, model: LensModel, align: str) -> None:
+        """Refuse a model without such parts, and pairs whose alignment is not enough.
+
+        Raises:
+            MechsafetyError: There is no circuit of this level.
+        """
+        if align not in self.aligns:
+            raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
+        if SiteKind.NEURONS in self.sites:
+            model.check_neurons()
+
+    def alone(self, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, progress: bool) -> FaithfulnessMeter:
+        """A meter that patches single nodes."""
+        runs = pair_runs(model, pairs, extra=list(self.sites))
+        return FaithfulnessMeter(model, runs, metric, progress=progress).grouped()
+
+    def meter(self, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, progress: bool) -> FaithfulnessMeter:
+        """A meter of circuits of this level's parts, before they are refined."""
+        return self.alone(model, pairs, metric, progress)
+
+    def search(
+        self, meters: Meters, attribution: NodeAttribution, target: float, max_parts: int | None, budget: Budget
+    ) -> SearchResult:
+        """The smallest circuit found."""
+        pairs = meters.found_on, meters.held_out
+        return search_nodes(*pairs, attribution, target, max_nodes=max_parts, budget=budget)
+
+    def refined(self, coarse: Refined, target: float, budget: Budget) -> Refined:  # noqa: ARG002 (neurons need them)
+        """The circuit of this level's parts, from one of heads and MLPs."""
+        return coarse
+
+    def wired(self, wiring: Wiring, result: SearchResult) -> Wiring:  # noqa: ARG002 (edges need it)
+        """The wiring, with the edges that this level keeps."""
+        return wiring
+
+
+class NeuronLevel(NodeLevel):
+    """Circuits of heads and neurons: the MLPs of a circuit of nodes are taken apart."""
+
+    sites = (SiteKind.NEURONS,)
+
+    def refined(self, coarse: Refined, target: float, budget: Budget) -> Refined:
+        """The same circuit with every MLP's neurons ranked, and those that do not matter removed."""
+        if budget.skips("neurons", 0.5):
+            return coarse
+        meters = coarse.meters
+        result, (found_on, held_out), attribution = refine(
+            meters.found_on, meters.held_out, coarse.result, coarse.backups, target, budget
+        )
+        fresh = None if meters.fresh is None else NeuronMeter.of(meters.fresh, found_on.layers)
+        backups = stand_in_neurons(coarse.backups, result)
+        return Refined(result, Meters(found_on, held_out, fresh), attribution, tuple(backups))
+
+
+class EdgeLevel(NodeLevel):
+    """Circuits of edges; every edge outside is cut."""
+
+    # edges carry what the instruction says, so its tokens must correspond
+    aligns = ("tokens",)
+    of_nodes = False
+
+    def meter(self, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, progress: bool) -> FaithfulnessMeter:
+        """A meter of sets of edges."""
+        return EdgeMeter(model, pair_runs(model, pairs), metric, progress=progress)
+
+    def search(
+        self,
+        meters: Meters,
+        attribution: NodeAttribution,  # noqa: ARG002 (nodes need it)
+        target: float,
+        max_parts: int | None,
+        budget: Budget,
+    ) -> SearchResult:
+        """The smallest set of edges found, ranked by EAP-IG."""
+        scores = edge_scores(meters.found_on)
+        return search_edges(meters.found_on, meters.held_out, scores, target, max_edges=max_parts, budget=budget)
+
+    def wired(self, wiring: Wiring, result: SearchResult) -> Wiring:
+        """The circuit's own edges alone, measured where the wiring measured them."""
+        known, scores = {member.edge: member for member in wiring.edges}, result.scores
+        own = [edge for edge in result.circuit if isinstance(edge, Edge)]
+        edges = [known.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
+        return replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
+
+
+LEVELS = {"node": NodeLevel(), "neuron": NeuronLevel(), "edge": EdgeLevel()}

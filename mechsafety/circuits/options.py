@@ -1,0 +1,69 @@
+"""What can be chosen of a map."""
+
+import dataclasses
+from typing import Literal
+
+from mechsafety.circuits.search import check_search
+from mechsafety.errors import MechsafetyError
+from mechsafety.inputs import Amount, Count, check_fields
+
+Level = Literal["node", "neuron", "edge"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MapOptions:
+    """Options of `mechsafety.map_refusal_circuit`, checked when they are made.
+
+    Attributes:
+        level: What a circuit is made of. ``node``: heads and MLPs. ``neuron``: heads and MLPs first, then the MLPs of
+            that circuit are taken apart into neurons. ``edge``: edges, everything else cut (as `discover_edges`), and
+            the nodes that they connect.
+        limit: Pairs to try, half of them held out. Pairs that the model does not treat as expected (harmful refused,
+            harmless answered) drop out. Where fewer than half of a part are left, more are tried until half as many
+            are there. A model that refuses a third of the prompts is therefore mapped on that third; ``speaks_for`` of
+            the circuit says how many of how many.
+        target: Faithfulness to reach, in (0, 1].
+        max_nodes: Largest circuit, in edges at level ``edge``. Where the target needs more, the circuit misses the
+            target and says so.
+        n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
+        n_added: Parts outside the circuit that are added to it at random. Minimality is measured against them.
+        n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
+        n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
+        n_edges: Edges to keep, strongest first. Edges that a node needs to be connected come on top.
+        n_measured_edges: How many of them to measure exactly; the others stay estimates.
+        n_role_pairs: Pairs on which roles, edges and backups are measured.
+        shortlist: Nodes outside the circuit to measure as well, those with the largest estimates first.
+        budget_seconds: Time to keep. Later stages are cut short, and ``search.cut`` of the circuit says which. The
+            behaviour check, the attribution and the curve are always run. Only without a budget does the same seed
+            give the same bytes.
+        seed: Of sampling, bootstrap and random circuits.
+
+    Raises:
+        MechsafetyError: An option that makes no sense, by its name.
+
+    Example:
+        >>> MapOptions(target=1.2)
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: target 1.2; expected a faithfulness in (0, 1]
+    """
+
+    level: Level = "node"
+    limit: Count = 40
+    target: float = 0.8
+    max_nodes: Count | None = None
+    n_random: Amount = 100
+    n_added: Amount = 40
+    n_resamples: Amount = 5
+    n_backup_parts: Amount = 4
+    n_edges: Amount = 60
+    n_measured_edges: Amount = 30
+    n_role_pairs: Count = 8
+    shortlist: Amount = 30
+    budget_seconds: float | None = None
+    seed: Amount = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_search(self.target, self.max_nodes)
+        if self.budget_seconds is not None and not self.budget_seconds > 0:
+            raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="above 0")
