@@ -11,7 +11,7 @@ DEV := $(VENV)/installed-dev
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
 STAMP3 := $(VENV3)/installed
-# the slow twins of paths are written on a bridge's own hook names and run on 4.x alone; test_generations compares
+# the slow references of paths are written on a bridge's own hook names and run on 4.x alone; test_generations compares
 # patching, path and edge results of both
 CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patching/test_activation.py \
 	tests/patching/test_sites.py tests/patching/test_paths.py tests/patching/test_paths_readout.py \

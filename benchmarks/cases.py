@@ -215,7 +215,7 @@ def mean_differences(model: LensModel) -> dict[str, Any]:
     twin = plain_twin(model)
 
     def ours() -> torch.Tensor:
-        found, _ = scores.mean_differences(model, harmful, harmless, n_columns=N_COLUMNS)
+        found, _ = scores.mean_differences(model, harmful, harmless, n_positions=N_COLUMNS)
         return found / found.abs().max()
 
     def peer() -> torch.Tensor:
@@ -230,7 +230,7 @@ def direction_scores(model: LensModel) -> dict[str, Any]:
     harmful, harmless = mixed_prompts(16)
     metric, twin = metric_of(model), plain_twin(model)
     layers = [max(1, model.n_layers // 3), 2 * model.n_layers // 3]
-    vectors = scores.mean_differences(model, harmful, harmless, n_columns=2)[0][layers]
+    vectors = scores.mean_differences(model, harmful, harmless, n_positions=2)[0][layers]
 
     def ours() -> torch.Tensor:
         checked = scores.Validation.of(model, harmful, harmless, metric)

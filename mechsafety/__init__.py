@@ -41,9 +41,9 @@ __getattr__, _, _names = lazy_loader.attach(
         ],
         "interventions": [
             "Direction",
-            "DoseResponse",
+            "StrengthSweep",
             "ablate",
-            "dose_response",
+            "strength_sweep",
             "orthogonalized",
             "project_out",
             "steer",
@@ -139,12 +139,12 @@ if TYPE_CHECKING:
     from mechsafety.errors import MechsafetyError, NoRefusal
     from mechsafety.interventions import (
         Direction,
-        DoseResponse,
+        StrengthSweep,
         ablate,
-        dose_response,
         orthogonalized,
         project_out,
         steer,
+        strength_sweep,
     )
     from mechsafety.metrics import RefusalLogOdds
     from mechsafety.models import LensModel, load_model

@@ -85,7 +85,7 @@ class ActivationCache:
     def _get(self, name: str) -> Tensor:
         if name not in self.acts:
             raise MechsafetyError(
-                f"{name!r} was not stored", expected=f"one of {list(self.acts)}", cure=f"ask for it: sites=[{name!r}]"
+                f"{name!r} was not stored", expected=f"one of {list(self.acts)}", hint=f"ask for it: sites=[{name!r}]"
             )
         return self.acts[name]
 
@@ -115,7 +115,7 @@ class ActivationCache:
         Where a norm stands after attention (Gemma-2, OLMo-2), they sum to what it reads.
         """
         if self.output_weights is None:
-            raise MechsafetyError("'head_out' was not stored", cure="ask for it: sites=['head_out']")
+            raise MechsafetyError("'head_out' was not stored", hint="ask for it: sites=['head_out']")
         return einsum(
             self._get("z").float(),
             self.output_weights.float(),

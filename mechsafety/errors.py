@@ -4,23 +4,23 @@ from collections.abc import Iterable
 
 
 class MechsafetyError(ValueError):
-    """Bad input: one clear line that says what was given, what was expected, and the cure.
+    """Bad input: one clear line that says what was given, what was expected, and the hint.
 
     Args:
         problem: What was given and why it cannot be used.
         expected: What would have been accepted.
-        cure: The call, command or edit that fixes it.
+        hint: The call, command or edit that fixes it.
 
     Example:
-        >>> str(MechsafetyError("dtype 'int3' is unknown", expected="float32 or bfloat16", cure="pass dtype='float32'"))
+        >>> str(MechsafetyError("dtype 'int3' is unknown", expected="float32 or bfloat16", hint="pass dtype='float32'"))
         "dtype 'int3' is unknown; expected float32 or bfloat16; pass dtype='float32'"
     """
 
-    def __init__(self, problem: str, *, expected: str = "", cure: str = "") -> None:
+    def __init__(self, problem: str, *, expected: str = "", hint: str = "") -> None:
         self.problem = problem
         self.expected = expected
-        self.cure = cure
-        parts = [problem, f"expected {expected}" if expected else "", cure]
+        self.hint = hint
+        parts = [problem, f"expected {expected}" if expected else "", hint]
         super().__init__("; ".join(part for part in parts if part))
 
 
@@ -51,5 +51,5 @@ class NoRefusal(MechsafetyError):
 
     Args:
         problem: The measured rates, in words.
-        cure: What could be tried.
+        hint: What could be tried.
     """

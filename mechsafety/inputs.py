@@ -118,15 +118,15 @@ def lens_model(given: Any, name: str = "model") -> Any:
     names = {kind.__name__ for kind in type(given).__mro__}
     if "LensModel" in names:
         return given
-    cure = "load_model(...)"
+    hint = "load_model(...)"
     if isinstance(given, str):
-        cure = f"load_model({given!r})"
+        hint = f"load_model({given!r})"
     elif names & {"TransformerBridge", "HookedTransformer", "tuple"}:
-        cure = f"load_model({name})"
+        hint = f"load_model({name})"
     elif names & {"PreTrainedModel", "PeftModel"}:
-        cure = f"load_model(({name}, tokenizer))"
+        hint = f"load_model(({name}, tokenizer))"
     shown = f"the string {given!r}" if isinstance(given, str) else f"of type {type(given).__name__}"
-    raise MechsafetyError(f"{name} is {shown}", expected="a LensModel", cure=f"pass {cure}")
+    raise MechsafetyError(f"{name} is {shown}", expected="a LensModel", hint=f"pass {hint}")
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
@@ -213,7 +213,7 @@ make them with model.reading(metric.opener_ids)
         raise MechsafetyError(
             f"{what} made {made}",
             expected=f"the metric's opener {opener_ids}" if opener_ids else "none, as the metric has none",
-            cure="make them with model.reading(metric.opener_ids)",
+            hint="make them with model.reading(metric.opener_ids)",
         )
 
 
@@ -274,13 +274,13 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
 
 def _items(given: Any, what: str) -> list[Any]:
     if isinstance(given, str | bytes):
-        raise MechsafetyError("a single string was given", expected=f"a list of {what}s", cure=f"write [{what}]")
+        raise MechsafetyError("a single string was given", expected=f"a list of {what}s", hint=f"write [{what}]")
     table = len(getattr(given, "shape", (0,))) != 1
     if table or isinstance(given, Mapping | Set) or not isinstance(given, Iterable):
         raise MechsafetyError(
             f"a {type(given).__name__} was given",
             expected=f"a list of {what}s",
-            cure=f"pass one column of it: table[{what!r}]" if table else "",
+            hint=f"pass one column of it: table[{what!r}]" if table else "",
         )
     return list(given)
 
@@ -292,9 +292,9 @@ def _where(items: Sequence[Any], index: int, what: str, name: str) -> str:
 def _text(item: Any, where: str, what: str) -> str:
     if not isinstance(item, str):
         kind = type(item).__name__
-        cures = {"Prompt": "pass [p.text for p in prompts]", "PromptPair": "pass pairs.harmful or pairs.harmless"}
+        hints = {"Prompt": "pass [p.text for p in prompts]", "PromptPair": "pass pairs.harmful or pairs.harmless"}
         shown = repr(item) if item is None or isinstance(item, float) else f"of type {kind}"
-        raise MechsafetyError(f"{where or f'the {what}'} is {shown}", expected="text", cure=cures.get(kind, ""))
+        raise MechsafetyError(f"{where or f'the {what}'} is {shown}", expected="text", hint=hints.get(kind, ""))
     try:
         item.encode()
     except UnicodeEncodeError as error:

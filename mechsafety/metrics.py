@@ -84,7 +84,7 @@ class RefusalLogOdds:
 
     def __post_init__(self) -> None:
         if not self.refusal_ids:
-            raise MechsafetyError("no refusal tokens", expected="at least one", cure="RefusalLogOdds.detect(...)")
+            raise MechsafetyError("no refusal tokens", expected="at least one", hint="RefusalLogOdds.detect(...)")
         both = set(self.refusal_ids) & set(self.comply_ids)
         if both:
             raise MechsafetyError(f"tokens {sorted(both)} are in the refusal and the comply set")
@@ -130,7 +130,7 @@ class RefusalLogOdds:
             raise MechsafetyError(
                 "log-odds of whole openers, which are not read from one column's logits",
                 expected="a metric of one next token",
-                cure="use RefusalLogOdds.detect(model, pairs) here, or score prompts: metric.scores(model, prompts)",
+                hint="use RefusalLogOdds.detect(model, pairs) here, or score prompts: metric.scores(model, prompts)",
             )
 
     @public
@@ -334,11 +334,11 @@ class RefusalLogOdds:
         """
         said = replies or tuple(model.reply_ids(side, 24) for side in (pairs.harmful, pairs.harmless))
         if any(isinstance(reply, str) for side in said for reply in side):
-            raise MechsafetyError("replies as text", expected="token ids", cure="pass model.reply_ids(prompts)")
+            raise MechsafetyError("replies as text", expected="token ids", hint="pass model.reply_ids(prompts)")
         refused = [[is_refusal(text) for text in model.decode(side)] for side in said]
         refusals = [ids for ids, no in zip(said[0], refused[0], strict=True) if no]
         if not refusals:
-            raise MechsafetyError(f"none of {len(said[0])} harmful prompts was refused", cure=CHOOSE)
+            raise MechsafetyError(f"none of {len(said[0])} harmful prompts was refused", hint=CHOOSE)
         answers = [ids for ids, no in zip(said[1], refused[1], strict=True) if not no]
         found = candidates(refusals, answers, model.end_ids)
         if opener is not None:
@@ -365,7 +365,7 @@ class RefusalLogOdds:
                 f"no reply opener parts {most.refused} refused from {most.answered} answered prompts: "
                 f"the best AUROC of {len(tried)} is {most.auroc:.2f}, {where}",
                 expected=f"at least {FLOOR}",
-                cure="give other prompts, or " + CHOOSE,
+                hint="give other prompts, or " + CHOOSE,
             )
         return replace(metrics[chosen.opener_ids], tried=tuple(tried))
 
@@ -410,16 +410,16 @@ def _scores(
 def _nothing_parts(model: LensModel, found: Sequence[Candidate], opener: Any) -> MechsafetyError:
     """What to say where no token follows an opener in refusals alone."""
     if not found:
-        return MechsafetyError(f"no refusal goes on after the opener {opener!r}", cure=CHOOSE)
+        return MechsafetyError(f"no refusal goes on after the opener {opener!r}", hint=CHOOSE)
     texts = {model.tokenizer.decode([token]): round(share, 3) for token, share in found[0].following.items()}
-    return MechsafetyError(f"the refusals begin like compliant replies {texts}", cure=CHOOSE)
+    return MechsafetyError(f"the refusals begin like compliant replies {texts}", hint=CHOOSE)
 
 
 def _single_token(model: LensModel, text: str) -> int:
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         parts = [model.tokenizer.decode([token]) for token in ids]
-        raise MechsafetyError(f"{text!r} is {len(ids)} tokens {parts}", expected="one token", cure="pass its first one")
+        raise MechsafetyError(f"{text!r} is {len(ids)} tokens {parts}", expected="one token", hint="pass its first one")
     return int(ids[0])
 
 
@@ -435,13 +435,13 @@ def check_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " promp
             raise MechsafetyError(
                 f"the metric is NaN or infinite on {bad} of {len(side)} {name} prompts",
                 expected="finite logits",
-                cure="load the model in float32, or leave those prompts out",
+                hint="load the model in float32, or leave those prompts out",
             )
     gap = float((harmful.double() - harmless.double()).mean())
     if not gap:
         raise MechsafetyError(
             f"the metric of {len(harmful)} pair{'s' * (len(harmful) > 1)} has a mean gap of 0, so nothing has a share",
-            expected="harmful prompts that score otherwise than their harmless twins",
+            expected="harmful prompts that score otherwise than their harmless counterfactuals",
         )
     if gap < 0:
         logger.warning("the harmless prompts score higher than the harmful ones: shares are of a gap of %.3g", gap)

@@ -138,7 +138,7 @@ def opener_ids_of(model: LensModel, opener: str | Sequence[int]) -> tuple[int, .
         raise MechsafetyError(
             f"the reply opener {opener!r} has no token",
             expected='the first words of a reply, such as "I\'m"',
-            cure="leave it out to read the reply's first token",
+            hint="leave it out to read the reply's first token",
         )
     return model.reading(ids).opener_ids  # which refuses tokens that the model has not
 
@@ -157,7 +157,7 @@ def check_comes(model: LensModel, opener_ids: Sequence[int], replies: Sequence[S
         f"none of {len(replies)} replies begins with the opener {model.tokenizer.decode(list(opener_ids))!r} "
         f"{list(opener_ids)}{seen}",
         expected="tokens that some reply begins with",
-        cure="leave the opener out: RefusalLogOdds.detect(model, pairs) finds one",
+        hint="leave the opener out: RefusalLogOdds.detect(model, pairs) finds one",
     )
 
 

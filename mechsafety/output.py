@@ -119,14 +119,14 @@ def check_output_folder(path: Path, names: Sequence[str]) -> None:
         MechsafetyError: ``path`` is a file, or a folder with other things in it.
     """
     if path.exists() and not path.is_dir():
-        raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", cure="choose another name")
+        raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", hint="choose another name")
     entries = sorted(path.iterdir()) if path.is_dir() else []
     strange = [entry.name for entry in entries if not _may_stay(entry, names)]
     if strange:
         raise MechsafetyError(
             f"the output folder {path.name!r} holds something else ({', '.join(strange[:3])})",
             expected="a new or empty folder, or one with an earlier result and nothing more",
-            cure="choose another folder",
+            hint="choose another folder",
         )
 
 
@@ -145,7 +145,7 @@ def check_free_space(folder: Path, needed: int) -> None:
         raise MechsafetyError(
             f"the disk of {folder.parent.name!r} has {disk.free / 2**20:.0f} MiB left",
             expected=f"at least {needed // 2**20} MiB",
-            cure="free some space, or choose another folder",
+            hint="free some space, or choose another folder",
         )
 
 

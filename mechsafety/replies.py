@@ -378,7 +378,7 @@ def check_judge(judge: Judge) -> None:
         raise MechsafetyError(
             f"the judge {name!r} cannot be called with prompts and replies",
             expected=f"a function of both that gives one of {list(KINDS)} for each reply",
-            cure="judge=mechsafety.replies.phrase_judge",
+            hint="judge=mechsafety.replies.phrase_judge",
         ) from None
     except ValueError:  # what is written in C may have no signature
         return
@@ -388,7 +388,7 @@ def check_unedited(model: LensModel) -> None:
     """Refuse a model under an intervention where the unedited model's perplexity is to be measured."""
     if model.edited:
         raise MechsafetyError(
-            "an intervention is on, and perplexity is the unedited model's", cure="judge after the with block"
+            "an intervention is on, and perplexity is the unedited model's", hint="judge after the with block"
         )
 
 

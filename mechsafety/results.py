@@ -227,7 +227,7 @@ class Result:
             raise MechsafetyError(
                 f"{path} has format version {data['version']}",
                 expected=f"at most {FORMAT_VERSION}",
-                cure="pip install --upgrade mechsafety",
+                hint="pip install --upgrade mechsafety",
             )
         try:
             result = _decode(data["result"], load_file(stored) if stored.is_file() else {})
@@ -293,7 +293,7 @@ def _type(name: str) -> type:
         found = _loaded(name)
     if found is None:
         raise MechsafetyError(
-            f"unknown result type {name!r}", expected="one of mechsafety's", cure="import the module that defines it"
+            f"unknown result type {name!r}", expected="one of mechsafety's", hint="import the module that defines it"
         )
     Result.TYPES[name] = found
     return found

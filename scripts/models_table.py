@@ -62,8 +62,8 @@ A real checkpoint goes through the same checks when it is loaded.
 - *padded*: the same, with all prompts in one padded batch.
 - *shortcuts*: which shortcuts of the forward engine are on. `load_model` measures each one on the model and switches
   off what is not exact.
-- *twin*: the largest difference of the effects of all heads and MLPs (activation patching, in nats) from those of whole
-  forwards with TransformerLens' own hooks, which use none of the shortcuts.
+- *hooks*: the largest difference of the effects of all heads and MLPs (activation patching, in nats) from those of
+  whole forwards with TransformerLens' own hooks, which use none of the shortcuts.
 - *heads*: activation patching of heads and MLPs runs. *neurons*: activation patching of a neuron runs. *paths*: path
   patching runs. *edges*: edge attribution runs.
 
@@ -88,7 +88,7 @@ class Row:
         alone: Largest difference of next-token logits from Hugging Face's own, prompts one at a time.
         padded: The same with all prompts in one padded batch.
         shortcuts: The engine's shortcuts that are on.
-        twin: Largest difference of the effects of heads and MLPs from those of whole forwards with hooks.
+        hooks: Largest difference of the effects of heads and MLPs from those of whole forwards with hooks.
         analyses: For each kind of analysis the line that it is refused with; empty if it runs.
     """
 
@@ -97,7 +97,7 @@ class Row:
     alone: float = 0.0
     padded: float = 0.0
     shortcuts: tuple[str, ...] = ()
-    twin: float = 0.0
+    hooks: float = 0.0
     analyses: tuple[tuple[str, str], ...] = ()
 
 
@@ -121,7 +121,7 @@ def measure(name: str, tokenizer: transformers.PreTrainedTokenizerFast) -> Row:
     expected = torch.stack([reference(plain, model, prompt) for prompt in PROMPTS]).float()
     alone = torch.cat([model.logits([prompt]) for prompt in PROMPTS])
     gaps = [float((found - expected).abs().max()) for found in (alone, model.logits(PROMPTS))]
-    return Row(name, "", gaps[0], gaps[1], model.shortcuts.on, twin(model), tuple(analyses(model).items()))
+    return Row(name, "", gaps[0], gaps[1], model.shortcuts.on, hooked_difference(model), tuple(analyses(model).items()))
 
 
 def from_folder(
@@ -134,7 +134,7 @@ def from_folder(
         return ms.load_model(folder, dtype="auto")
 
 
-def twin(model: ms.LensModel) -> float:
+def hooked_difference(model: ms.LensModel) -> float:
     """Largest difference of the effects of all heads and MLPs from those of whole forwards with hooks."""
     pairs, nodes = ms.PromptPairs.from_lists(HARMFUL, HARMLESS), head_and_mlp_nodes(model.n_layers, model.n_heads)
     fast = ms.activation_patching(model, pairs, METRIC, nodes=nodes, progress=False).changes
@@ -175,7 +175,7 @@ def analyses(model: ms.LensModel) -> dict[str, str]:
 def page(rows: list[Row]) -> str:
     """docs/models.md."""
     loaded, refused = [row for row in rows if not row.refused], [row for row in rows if row.refused]
-    head = ["architecture", "alone", "padded", "shortcuts", "twin", *(name for name, _ in loaded[0].analyses)]
+    head = ["architecture", "alone", "padded", "shortcuts", "hooks", *(name for name, _ in loaded[0].analyses)]
     every = set(Shortcuts().on)
     table = [
         [
@@ -183,7 +183,7 @@ def page(rows: list[Row]) -> str:
             f"{row.alone:.0e}",
             f"{row.padded:.0e}",
             "all" if set(row.shortcuts) == every else ", ".join(row.shortcuts) or "none",
-            f"{row.twin:.0e}",
+            f"{row.hooks:.0e}",
             *("no" if line else "yes" for _, line in row.analyses),
         ]
         for row in loaded

@@ -28,7 +28,7 @@ import mechsafety as ms
 from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection, RefusalSubspace
 from mechsafety.directions.scores import mean_differences
-from mechsafety.interventions import Direction, DoseResponse, orthogonalized, project_out, steer
+from mechsafety.interventions import Direction, StrengthSweep, orthogonalized, project_out, steer
 from mechsafety.probes import N_ERASE, ProbeReport
 from mechsafety.replies import KINDS, REPLY_TOKENS, ReplyKinds, loss_limit
 from mechsafety.sites import Site, SiteKind
@@ -109,7 +109,7 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
     """All that the page is drawn from."""
     cosmic = found.choose("cosmic")
     doses_of = {
-        way: study.result(way, DoseResponse, lambda w=way: doses(study, found, w)) for way in ("removed", "added")
+        way: study.result(way, StrengthSweep, lambda w=way: doses(study, found, w)) for way in ("removed", "added")
     }
     measured = rates(study, found)
     further = study.result("subspace", RefusalSubspace, lambda: subspace(study, found))
@@ -127,8 +127,8 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
             "reply_tokens": REPLY_TOKENS,
         },
         "unedited": {"bypass": float(found.harmful.mean()), "induce": float(found.harmless.mean())},
-        "chosen": {"layer": found.layer, "column": found.column, "passes": found.passes},
-        "cosmic": {"layer": cosmic.layer, "column": cosmic.column},
+        "chosen": {"layer": found.layer, "column": found.position, "passes": found.passes},
+        "cosmic": {"layer": cosmic.layer, "column": cosmic.position},
         "seconds": study.seconds("direction"),
         "candidates": rows_of(found.to_dataframe()),
         "controls": rows_of(found.controls.to_dataframe()) if found.controls else [],
@@ -246,12 +246,12 @@ def equality(study: Study, found: RefusalDirection) -> dict[str, float]:
     return {name: float(gap.abs().max()) for name, gap in gaps.items()}
 
 
-def doses(study: Study, found: RefusalDirection, way: str) -> DoseResponse:
+def doses(study: Study, found: RefusalDirection, way: str) -> StrengthSweep:
     n, model = study.args.n_dose, study.model
     sets = study.prompts("jailbreakbench", n), study.prompts("alpaca_harmless", n, skip=400)
     make, strengths = (found.ablate, REMOVED) if way == "removed" else (found.add, ADDED)
     options = {"name": f"direction {way}", "limit": study.limit}
-    return ms.dose_response(model, lambda s: make(model, s), strengths, *sets, study.metric, **options)
+    return ms.strength_sweep(model, lambda s: make(model, s), strengths, *sets, study.metric, **options)
 
 
 def subspace(study: Study, found: RefusalDirection) -> RefusalSubspace:
@@ -372,7 +372,7 @@ def contrast_data(study: Study) -> dict[str, ms.PromptPairs]:
 def fitted(study: Study, pairs: ms.PromptPairs) -> Iterator[tuple[str, Direction, float]]:
     """Method, direction, and the strength at which it is added."""
     model, layer = study.model, study.layer
-    means, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_columns=1)
+    means, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_positions=1)
     site = (Site(SiteKind.RESID_PRE, layer),)
     yield "mean difference", Direction(model.provenance(), "mean difference", site, means[layer].cpu()), 1.0
     yield "representation reading", ms.repe_direction(model, pairs, layers=[layer], progress=False), 1.0

@@ -378,8 +378,8 @@ class Run:
             with self.timed(f"training-{seed}"):
                 status = subprocess.run(command).returncode
             if status:
-                cure = f"if {scratch} is of a run with other options, delete it"
-                raise SystemExit(f"seed {seed} was not trained (exit status {status}, its reason is above); {cure}")
+                hint = f"if {scratch} is of a run with other options, delete it"
+                raise SystemExit(f"seed {seed} was not trained (exit status {status}, its reason is above); {hint}")
         return out
 
     @lru_cache(maxsize=1)  # noqa: B019 - one run a process; one seed's model is held at a time

@@ -220,7 +220,7 @@ def direction(side: Side) -> dict[str, Any]:
                 kinds = judged(side.study, f"direction {name} {condition}", side.prompts(name)[:n], make)
                 said[name][condition] = summary(kinds, before)
     return {
-        "chosen": {"layer": found.layer, "column": found.column, "passes": found.passes},
+        "chosen": {"layer": found.layer, "column": found.position, "passes": found.passes},
         "candidates": rows_of(found.to_dataframe()),
         "conditions": dataclasses.asdict(found.conditions),
         "without_kl": without_kl(found),
@@ -236,7 +236,7 @@ def direction(side: Side) -> dict[str, Any]:
 def without_kl(found: RefusalDirection) -> dict[str, Any]:
     """What the published rule chooses once its condition on KL is dropped."""
     other = found.choose("published", max_kl=None)
-    return {"layer": other.layer, "column": other.column, "passes": other.passes}
+    return {"layer": other.layer, "column": other.position, "passes": other.passes}
 
 
 def head_scores(side: Side) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import mechsafety as ms
 from mechsafety import cli
 from mechsafety.circuits import check_behaviour
 from mechsafety.errors import MechsafetyError
-from mechsafety.interventions import dose_response
+from mechsafety.interventions import strength_sweep
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.neurons import measure
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -148,10 +148,12 @@ def test_runs_made_elsewhere_are_refused(opened):
     activation_patching(model, view, metric, nodes=[Node("mlp", 1)], progress=False)
 
 
-def without_dose(model, pairs, metric):
-    """A dose-response of an intervention at strength 0."""
+def without_edit(model, pairs, metric):
+    """A sweep of an intervention at strength 0."""
     sides, quiet = (pairs.harmful, pairs.harmless), {"reply_tokens": 4, "progress": False}
-    return dose_response(model, lambda s: ms.ablate(model, [Node("mlp", 1)], s, "zero"), [0.0], *sides, metric, **quiet)
+    return strength_sweep(
+        model, lambda s: ms.ablate(model, [Node("mlp", 1)], s, "zero"), [0.0], *sides, metric, **quiet
+    )
 
 
 def test_other_analyses_read_there(opened):
@@ -167,9 +169,9 @@ def test_other_analyses_read_there(opened):
     assert nodes.ranked()[0] in strongest
     direction = ms.refusal_direction(model, pairs, max_kl=None, max_depth=1.0, n_random=1, progress=False)
     assert direction.metric["opener"] == "I'm"
-    assert len(direction.columns) == model.spans(pairs.harmful[:1])[0].n_suffix + 3
-    dose = without_dose(model, pairs, metric)
-    assert float(dose.harmful.mean()) == pytest.approx(after[0], rel=1e-3) and float(dose.kl.max()) < 1e-6
+    assert len(direction.positions) == model.spans(pairs.harmful[:1])[0].n_suffix + 3
+    swept = without_edit(model, pairs, metric)
+    assert float(swept.harmful.mean()) == pytest.approx(after[0], rel=1e-3) and float(swept.kl.max()) < 1e-6
     empty = torch.zeros(model.n_layers, model.d_mlp, dtype=torch.bool)
     alone = measure(model, None, [empty], pairs.harmful, metric)
     assert float(alone.scores.mean()) == pytest.approx(after[0], rel=1e-3)
@@ -259,8 +261,8 @@ def test_whole_openers_where_prompts_are_scored(opened):
     whole = RefusalLogOdds.whole(model, ["I'm sorry"])
     bad, good = whole.scores(model, pairs.harmful), whole.scores(model, pairs.harmless)
     assert float(bad.min()) > 0 > float(good.max())
-    dose = without_dose(model, pairs, whole)
-    torch.testing.assert_close(dose.harmful[0], bad, atol=1e-3, rtol=1e-3)
+    swept = without_edit(model, pairs, whole)
+    torch.testing.assert_close(swept.harmful[0], bad, atol=1e-3, rtol=1e-3)
     given, behaviour, _, keep = check_behaviour(model, pairs, whole, progress=False)
     assert (
         given is whole and all(keep) and behaviour["harmful"].score_mean == pytest.approx(float(bad.mean()), rel=1e-3)

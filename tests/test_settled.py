@@ -117,10 +117,10 @@ ANALYSES = {
     "edge_attribution": lambda o: ms.edge_attribution(o["model"], o["pairs"], o["metric"], steps=2, **QUIET),
     "head_attribution": lambda o: ms.head_attribution(o["model"], o["pairs"], o["metric"], n_masked=1, **QUIET),
     "direct_logit_attribution": lambda o: ms.direct_logit_attribution(o["model"], o["pairs"].harmful, o["metric"]),
-    "logit_lens": lambda o: ms.logit_lens(o["model"], o["pairs"], o["metric"], n_columns=2, **QUIET),
+    "logit_lens": lambda o: ms.logit_lens(o["model"], o["pairs"], o["metric"], n_positions=2, **QUIET),
     "ships": lambda o: ships(o["model"], o["pairs"].harmful, **QUIET),
     "sahara": lambda o: sahara(o["model"], o["pairs"].harmful, 2, **QUIET),
-    "refusal_direction": lambda o: ms.refusal_direction(*o["directed"], layers=[1], n_columns=1, n_random=1, **QUIET),
+    "refusal_direction": lambda o: ms.refusal_direction(*o["directed"], layers=[1], n_positions=1, n_random=1, **QUIET),
     "refusal_subspace": lambda o: ms.refusal_subspace(
         o["directed"][0], o["found"], *o["directed"][1:], o["directed"][1], n_directions=1, **QUIET
     ),
@@ -130,9 +130,9 @@ ANALYSES = {
     "repe_direction": lambda o: ms.repe_direction(o["model"], o["four"], **QUIET),
     "projection": lambda o: o["found"].project(o["directed"][0], o["pairs"].harmful),
     "span_means": lambda o: span_means(o["model"], o["pairs"].harmful, [1], ["last"]),
-    "dose_response": lambda o: ms.dose_response(
+    "strength_sweep": lambda o: ms.strength_sweep(
         o["model"],
-        lambda dose: ms.steer(o["model"], o["vector"], dose, layers=[1]),
+        lambda strength: ms.steer(o["model"], o["vector"], strength, layers=[1]),
         [0.0, 1.0],
         *sides(o["pairs"]),
         o["metric"],

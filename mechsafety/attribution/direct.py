@@ -96,8 +96,8 @@ def direct_logit_attribution(
 
     Args:
         model: The model.
-        prompts: Chat prompts; or pairs, for the harmful prompts' attribution less that of their twins, whose parts sum
-            to each pair's gap.
+        prompts: Chat prompts; or pairs, for the harmful prompts' attribution less that of their counterfactuals. The
+            parts of a pair then sum to its gap.
         metric: What is attributed.
         steps: Gauss-Legendre nodes of that average.
         progress: Whether to show a bar.
@@ -120,7 +120,7 @@ def direct_logit_attribution(
 
 
 def direct_parts(
-    model: LensModel, cache: ActivationCache, metric: RefusalLogOdds, *, column: int = -1, steps: int = 64
+    model: LensModel, cache: ActivationCache, metric: RefusalLogOdds, *, position: int = -1, steps: int = 64
 ) -> tuple[
     Float[Tensor, "layer head prompt"],
     Float[Tensor, "layer prompt"],
@@ -128,11 +128,11 @@ def direct_parts(
     Float[Tensor, " prompt"],
     Float[Tensor, " prompt"],
 ]:
-    """Heads, MLPs, embedding, rest and total of `DirectAttribution` at one column, from stored `DIRECT_SITES`.
+    """Heads, MLPs, embedding, rest and total of `DirectAttribution` at one position, from stored `DIRECT_SITES`.
 
-    The metric is the one that the column's own stream gives, as if the model ended there.
+    The metric is the one that the position's own stream gives, as if the model ended there.
     """
-    final = cache.resid[-1, :, column]
+    final = cache.resid[-1, :, position]
     with torch.no_grad():
         norm = model.frozen_final_norm(final)
         zero = norm(torch.zeros_like(final))
@@ -150,21 +150,21 @@ def direct_parts(
         def through(part: Tensor) -> Tensor:
             return einsum(norm(part) - zero, direction, "... prompt d_model, prompt d_model -> ... prompt")
 
-        written = _heads_out(model, cache, column)
+        written = _heads_out(model, cache, position)
         heads = through(written)
-        mlps = through(cache.mlp_out[:, :, column])
-        embed = through(cache.resid[0, :, column])
+        mlps = through(cache.mlp_out[:, :, position])
+        embed = through(cache.resid[0, :, position])
         total = score(logits)
-        biases = through(cache.attn_out[:, :, column].float() - written.sum(1)).sum(0)
+        biases = through(cache.attn_out[:, :, position].float() - written.sum(1)).sum(0)
         rest = biases + (reads * shift).sum(-1) + score(torch.zeros_like(logits))
     return heads, mlps, embed, rest, total
 
 
-def _heads_out(model: LensModel, cache: ActivationCache, column: int) -> Float[Tensor, "layer head prompt d_model"]:
+def _heads_out(model: LensModel, cache: ActivationCache, position: int) -> Float[Tensor, "layer head prompt d_model"]:
     """What heads add at one position only: all positions at once would be the cache's largest tensor."""
     weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
     written = einsum(
-        cache.z[:, :, :, column].float(),
+        cache.z[:, :, :, position].float(),
         weights,
         "layer head prompt d_head, layer head d_head d_model -> layer head prompt d_model",
     )

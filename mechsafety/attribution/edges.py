@@ -169,7 +169,7 @@ def edge_attribution(
         raise MechsafetyError(
             "method='eap-ig' on pairs aligned at the suffix, whose embeddings are the same there",
             expected="a method whose path leads through the nodes' values",
-            cure="pass method='mask-ig', 'ig-activations' or 'eap'",
+            hint="pass method='mask-ig', 'ig-activations' or 'eap'",
         )
     batches = pair_batches(model, pairs, BATCH_TOKENS, extra)
     complete: float | None = None
@@ -219,7 +219,7 @@ def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int
         raise MechsafetyError(
             f"neurons={list(neurons)}" + (" beside nodes" if nodes is not None else ""),
             expected=f"layers 0 to {model.n_layers - 1}, without nodes",
-            cure='list single neurons as nodes: Node("neuron", layer, index)',
+            hint='list single neurons as nodes: Node("neuron", layer, index)',
         )
     if nodes is None:
         whole = head_and_mlp_nodes(model.n_layers, model.n_heads)

@@ -44,7 +44,7 @@ class DirectionAt(Protocol):
         """Block at whose input it stands."""
 
     @property
-    def column(self) -> int:
+    def position(self) -> int:
         """Column, counted from the prompt's end."""
 
 
@@ -184,7 +184,7 @@ def head_attribution(
     if unknown or not chosen:
         raise MechsafetyError(f"scores {unknown or list(chosen)}", expected=f"some of {SCORES}")
     if "path" in chosen and direction is None:
-        raise MechsafetyError("scores=['path'] without a direction", cure="pass direction=refusal_direction(...)")
+        raise MechsafetyError("scores=['path'] without a direction", hint="pass direction=refusal_direction(...)")
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs)
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     harmful, harmless = runs.scores(metric)
@@ -215,7 +215,7 @@ def head_attribution(
     if "direct" in chosen:
         options |= block_norms_option(model, "frozen")
     if direction is not None:
-        options |= {"direction": [direction.layer, direction.column]}
+        options |= {"direction": [direction.layer, direction.position]}
     kept = {name: found[name] if name in chosen else None for name in SCORES}
     return HeadAttribution(model.provenance(options=options), metric.to_json(), **kept)
 
@@ -224,20 +224,20 @@ def path_to_direction(model: LensModel, runs: PairRuns, direction: DirectionAt) 
     """Share of the pairs' gap along a direction that each head alone makes (path patching into the direction).
 
     Raises:
-        MechsafetyError: Another model's width, or a column outside the pairs' difference.
+        MechsafetyError: Another model's width, or a position outside the pairs' difference.
     """
     if direction.vector.shape[-1] != model.d_model:
         raise MechsafetyError(
             f"a direction of width {direction.vector.shape[-1]}", expected=f"this model's d_model, {model.d_model}"
         )
     base = runs.harmful
-    if not -base.n_pos <= direction.column < 0 or not 0 <= direction.layer < model.n_layers:
+    if not -base.n_pos <= direction.position < 0 or not 0 <= direction.layer < model.n_layers:
         raise MechsafetyError(
-            f"a direction at layer {direction.layer}, column {direction.column}",
-            expected=f"layers 0 to {model.n_layers - 1}, columns {-base.n_pos} to -1",
+            f"a direction at layer {direction.layer}, position {direction.position}",
+            expected=f"layers 0 to {model.n_layers - 1}, positions {-base.n_pos} to -1",
         )
     unit = direction.vector / direction.vector.norm()
-    receiver = Projection(unit, Site(SiteKind.RESID_PRE, direction.layer), columns=(direction.column,))
+    receiver = Projection(unit, Site(SiteKind.RESID_PRE, direction.layer), positions=(direction.position,))
     paths = path_projection(model, runs, receiver)
     return rearrange(paths.changes[:, 0] / paths.gap, "(layer head) prompt -> layer head prompt", head=model.n_heads)
 

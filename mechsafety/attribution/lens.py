@@ -28,79 +28,81 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class LogitLens(Result):
-    """The metric read from the residual stream before each block, and after the last, at the last columns.
+    """The metric read from the residual stream before each block, and after the last, at the last positions.
 
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        columns: Columns from the prompt's end, -1 the last token.
-        harmful, harmless: The metric as if the model ended there. NaN where a prompt has no such column.
-        share_columns: Columns of ``attention`` and ``mlps``: the last one, or all ``columns``.
+        positions: Positions from the prompt's end, -1 the last token.
+        harmful, harmless: The metric as if the model ended there. NaN where a prompt has no such position.
+        share_positions: Positions of ``attention`` and ``mlps``: the last one, or all ``positions``.
         attention, mlps: What each layer's heads, and its MLP, add through the unembedding alone to the gap that the
-            stream shows at a column, in units of the metric's own gap (the last column's). NaN where a prompt has no
-            such column. None in results of older versions for a model with norms after its blocks.
+            stream shows at a position, in units of the metric's own gap (the last position's). NaN where a prompt has
+            no such position.
     """
 
     provenance: Provenance
     metric: dict[str, object]
-    columns: tuple[int, ...]
-    harmful: Float[Tensor, "layer_plus_1 column prompt"]
-    harmless: Float[Tensor, "layer_plus_1 column prompt"]
-    share_columns: tuple[int, ...]
+    positions: tuple[int, ...]
+    harmful: Float[Tensor, "layer_plus_1 place prompt"]
+    harmless: Float[Tensor, "layer_plus_1 place prompt"]
+    share_positions: tuple[int, ...]
     attention: Float[Tensor, "layer share_column prompt"] | None
     mlps: Float[Tensor, "layer share_column prompt"] | None
 
     def __repr__(self) -> str:
-        layers, columns, prompts = self.harmful.shape
-        return f"LogitLens({layers} layers x {columns} columns, {prompts} pairs{norms_note(self.provenance)})"
+        layers, positions, prompts = self.harmful.shape
+        return f"LogitLens({layers} layers x {positions} positions, {prompts} pairs{norms_note(self.provenance)})"
 
     @property
-    def gap(self) -> Float[Tensor, "layer_plus_1 column"]:
+    def gap(self) -> Float[Tensor, "layer_plus_1 place"]:
         """Mean metric of harmful less harmless prompts."""
         return (self.harmful - self.harmless).nanmean(-1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer and column: mean metric of both sides, the gap with its interval over pairs."""
+        """One row a layer and position: mean metric of both sides, the gap with its interval over pairs."""
         rows = []
         for layer in range(self.harmful.shape[0]):
-            for place, column in enumerate(self.columns):
+            for place, position in enumerate(self.positions):
                 bad, good = (side[layer, place] for side in (self.harmful, self.harmless))
                 there = ~(bad.isnan() | good.isnan())
                 gap = (bad - good)[there].cpu().double().numpy()
                 low, high = mean_interval(gap)
-                rows.append((layer, column, float(bad[there].mean()), float(good[there].mean()), gap.mean(), low, high))
-        return pd.DataFrame(rows, columns=["layer", "column", "harmful", "harmless", "gap", "ci_low", "ci_high"])
+                rows.append(
+                    (layer, position, float(bad[there].mean()), float(good[there].mean()), gap.mean(), low, high)
+                )
+        return pd.DataFrame(rows, columns=["layer", "position", "harmful", "harmless", "gap", "ci_low", "ci_high"])
 
     def shares_dataframe(self) -> pd.DataFrame:
-        """One row a layer's heads or MLP and a column: mean share of the metric's gap, with its interval over pairs.
+        """One row a layer's heads or MLP and a position: mean share of the metric's gap, with its interval over pairs.
 
         Raises:
             MechsafetyError: An older version made the result, of a model with norms after its blocks.
         """
         if self.attention is None or self.mlps is None:
             raise MechsafetyError(
-                "a LogitLens without shares, of an older version", cure="call logit_lens(model, pairs, metric) again"
+                "a LogitLens without shares, of an older version", hint="call logit_lens(model, pairs, metric) again"
             )
         rows = []
         for part, values in (("attention", self.attention), ("mlp", self.mlps)):
             for layer in range(len(values)):
-                for place, column in enumerate(self.share_columns):
+                for place, position in enumerate(self.share_positions):
                     own = values[layer, place]
                     own = own[~own.isnan()].cpu().double()
-                    rows.append((part, layer, column, float(own.mean()), *mean_interval(own.numpy())))
-        return pd.DataFrame(rows, columns=["part", "layer", "column", "share", "ci_low", "ci_high"])
+                    rows.append((part, layer, position, float(own.mean()), *mean_interval(own.numpy())))
+        return pd.DataFrame(rows, columns=["part", "layer", "position", "share", "ci_low", "ci_high"])
 
     def plot(self) -> go.Figure:
-        """Heatmap of the gap, layers by columns."""
+        """Heatmap of the gap, layers by positions."""
         import plotly.express as px
 
         return px.imshow(
             self.gap.cpu().numpy(),
-            x=[str(column) for column in self.columns],
+            x=[str(position) for position in self.positions],
             origin="lower",
             color_continuous_scale="RdBu_r",
             color_continuous_midpoint=0,
-            labels={"x": "column", "y": "residual stream before layer", "color": "harmful - harmless"},
+            labels={"x": "position", "y": "residual stream before layer", "color": "harmful - harmless"},
             aspect="auto",
         )
 
@@ -111,11 +113,11 @@ def logit_lens(
     pairs: PromptPairs,
     metric: RefusalLogOdds,
     *,
-    n_columns: Count | None = None,
+    n_positions: Count | None = None,
     positions: str = "last",
     progress: bool = True,
 ) -> LogitLens:
-    """Read the metric from the residual stream at every layer and the last columns (nostalgebraist 2020).
+    """Read the metric from the residual stream at every layer and the last positions (nostalgebraist 2020).
 
     The stream is sent through the final norm, with its own scale there, and the unembedding. Pairs need not align.
 
@@ -123,22 +125,22 @@ def logit_lens(
         model: The model.
         pairs: Harmful and harmless prompts.
         metric: What is read.
-        n_columns: How many last columns; by default the template's tokens after the instruction and the shortest
+        n_positions: How many last positions; by default the template's tokens after the instruction and the shortest
             instruction.
-        positions: Where the shares of layers are taken: ``last`` column, or ``all`` columns that are read.
+        positions: Where the shares of layers are taken: ``last`` position, or ``all`` positions that are read.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Fewer than one column, or unknown positions.
+        MechsafetyError: Fewer than one position, or unknown positions.
     """
     if positions not in POSITIONS:
         raise MechsafetyError(f"positions {positions!r}", expected=f"one of {POSITIONS}")
     sides = [model.tokenize(side) for side in (pairs.harmful, pairs.harmless)]
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)
-    width = n_columns if n_columns is not None else shortest
+    width = n_positions if n_positions is not None else shortest
     width = min(width, *(tokens.ids.shape[1] for tokens in sides))
-    columns = tuple(range(-width, 0))
-    shared = columns if positions == "all" else (-1,)
+    read_at = tuple(range(-width, 0))
+    shared = read_at if positions == "all" else (-1,)
     with tqdm(total=4 * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
         read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
         # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
@@ -146,25 +148,25 @@ def logit_lens(
         gap = (read[0] - read[1])[-1, -1].mean()
         bad, good = (_shares(model, tokens, metric, shared, bar.update) for tokens in sides)
         parts = [(a - b) / gap for a, b in zip(bad, good, strict=True)]
-    options = {"pairs": len(pairs), "n_columns": width, "positions": positions, **omissions(pairs)}
+    options = {"pairs": len(pairs), "n_positions": width, "positions": positions, **omissions(pairs)}
     options |= block_norms_option(model, "frozen")
-    return LogitLens(model.provenance(options=options), metric.to_json(), columns, read[0], read[1], shared, *parts)
+    return LogitLens(model.provenance(options=options), metric.to_json(), read_at, read[0], read[1], shared, *parts)
 
 
 def _shares(
     model: LensModel,
     tokens: Tokens,
     metric: RefusalLogOdds,
-    columns: Sequence[int],
+    read_at: Sequence[int],
     done: Callable[[int], object],
-) -> list[Float[Tensor, "layer column prompt"]]:
-    """What each layer's heads together, and its MLP, add to the metric read at each column."""
+) -> list[Float[Tensor, "layer place prompt"]]:
+    """What each layer's heads together, and its MLP, add to the metric read at each position."""
     attention: list[Tensor] = []
     mlps: list[Tensor] = []
     for part in _batches(tokens):
         cache = model.cache(part, sites=DIRECT_SITES)
-        found = [direct_parts(model, cache, metric, column=column) for column in columns]
-        real = rearrange(part.mask[:, list(columns)], "prompt column -> 1 column prompt")
+        found = [direct_parts(model, cache, metric, position=position) for position in read_at]
+        real = rearrange(part.mask[:, list(read_at)], "prompt place -> 1 place prompt")
         for out, rows in ((attention, [parts[0].sum(1) for parts in found]), (mlps, [parts[1] for parts in found])):
             out.append(torch.where(real, torch.stack(rows, dim=1), torch.nan))
         done(len(part))
@@ -172,7 +174,7 @@ def _shares(
 
 
 def _batches(tokens: Tokens) -> Iterator[Tokens]:
-    """A few prompts at a time, with the columns of all."""
+    """A few prompts at a time, with the positions of all."""
     for first in range(0, len(tokens), _BATCH):
         rows = slice(first, first + _BATCH)
         yield replace(tokens, ids=tokens.ids[rows], mask=tokens.mask[rows], spans=tokens.spans[rows])
@@ -180,14 +182,14 @@ def _batches(tokens: Tokens) -> Iterator[Tokens]:
 
 def _read(
     model: LensModel, tokens: Tokens, metric: RefusalLogOdds, width: int, read: Callable[[int], object]
-) -> Float[Tensor, "layer_plus_1 column prompt"]:
+) -> Float[Tensor, "layer_plus_1 place prompt"]:
     done = []
     with torch.no_grad():
         for part in _batches(tokens):
             run = base_run(model, part, keep=())
             scores = torch.stack([metric(unembed(model, layer[:, -width:])) for layer in run.resid])
-            real = rearrange(part.mask[:, -width:], "prompt column -> 1 prompt column")
+            real = rearrange(part.mask[:, -width:], "prompt place -> 1 prompt place")
             scores = torch.where(real, scores, torch.nan)
-            done.append(rearrange(scores, "layer prompt column -> layer column prompt"))
+            done.append(rearrange(scores, "layer prompt place -> layer place prompt"))
             read(len(part))
     return torch.cat(done, dim=-1)

@@ -59,7 +59,7 @@ def measure_ablation(
         raise MechsafetyError(
             f"known replies to {len(known.prompts)} other prompts",
             expected=f"replies to the {len(pairs)} harmful prompts of the pairs",
-            cure="known=unedited_replies(model, pairs)",
+            hint="known=unedited_replies(model, pairs)",
         )
     others = [node for node in watched if node not in set(nodes)]
     said = unedited_replies(model, pairs, reply_tokens, progress=progress) if replies and known is None else known

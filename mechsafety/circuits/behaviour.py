@@ -97,7 +97,7 @@ def check_behaviour(
     harmful, harmless = map(model.decode, ids)
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
-    cure = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+    hint = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
     # the model is unedited, so that its own greedy replies are likely under it: their perplexity says nothing
     said = {"harmful": harmful, "harmless": harmless}
     kinds = {kind: Counter(phrase_judge(getattr(pairs, kind), texts)) for kind, texts in said.items()}
@@ -107,7 +107,7 @@ def check_behaviour(
         f" {len(pairs)} harmless prompts, so there is no refusal to map"
     ) + (f" ({babble} of {2 * len(pairs)} replies are degenerate)" if babble else "")
     if metric is None and not any(refused["harmful"]):
-        raise NoRefusal(rates, cure=cure)
+        raise NoRefusal(rates, hint=hint)
     if metric is not None and metric.opener_ids:
         check_comes(model, metric.opener_ids, [*ids[0], *ids[1]])
     if metric is None:
@@ -119,7 +119,7 @@ def check_behaviour(
             metric = RefusalLogOdds.detect(model, first, replies=(ids[0][:n], ids[1][:n]), logits=known)
         except MechsafetyError as error:
             if sum(refused["harmful"]) < MIN_SHARE * len(pairs):
-                raise NoRefusal(rates, cure=cure) from error
+                raise NoRefusal(rates, hint=hint) from error
             raise
     scores = {kind: seen.score(model, metric, getattr(pairs, kind)).cpu().double().numpy() for kind in KINDS}
     # with tokens of the user's choice, to begin with one of them is to refuse

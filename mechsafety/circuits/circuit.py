@@ -415,7 +415,7 @@ class RefusalCircuit(Result):
         import pandas as pd
 
         if self.details is None:
-            raise MechsafetyError("this circuit has no scores of its candidates", cure="run map_refusal_circuit again")
+            raise MechsafetyError("this circuit has no scores of its candidates", hint="run map_refusal_circuit again")
         rows = []
         for score in self.details.scores:
             low, high = score.ci or (math.nan, math.nan)
@@ -481,7 +481,7 @@ class RefusalCircuit(Result):
                 raise MechsafetyError(
                     f"circuits with different {what} ({mine} and {theirs})",
                     expected="two circuits of one model",
-                    cure="compare_circuits(a, b) sets them side by side",
+                    hint="compare_circuits(a, b) sets them side by side",
                 )
         known, edges = {member.node for member in self.nodes}, {member.edge for member in self.edges}
         nodes = [*self.nodes, *(member for member in other.nodes if member.node not in known)]

@@ -100,7 +100,7 @@ def draw_pairs(
             raise MechsafetyError(
                 f"{pairs.name} leaves {len(part)} pair{'s' * (len(part) != 1)} {what} of {len(pairs)} that align",
                 expected=f"at least {MIN_PAIRS}",
-                cure="give more pairs (or more topics)",
+                hint="give more pairs (or more topics)",
             )
     while True:
         both = replace(pairs, pairs=(*tried[0].pairs, *tried[1].pairs))
@@ -143,6 +143,6 @@ def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Beh
         raise NoRefusal(
             f"the model refuses {bad.refusal_rate:.0%} of {bad.n} harmful and {good.refusal_rate:.0%} of {good.n}"
             f" harmless prompts; only {len(kept)} of {len(part)} pairs are refused on one side alone",
-            cure="use a model that refuses, or pairs it tells apart",
+            hint="use a model that refuses, or pairs it tells apart",
         )
     return replace(part, pairs=kept)

@@ -40,7 +40,7 @@ class EdgeMeter(FaithfulnessMeter):
         if self.runs.align == "suffix":
             raise MechsafetyError(
                 "a circuit of edges on pairs aligned at the suffix (no edge carries what heads read before it)",
-                expected="twins of equal length, or the level 'node' or 'neuron'",
+                expected="pairs of equal length, or the level 'node' or 'neuron'",
             )
 
     @property

@@ -203,7 +203,7 @@ def acdc(
     measure: str = "kl",
     progress: bool = True,
 ) -> EdgeCircuit:
-    """Automatic circuit discovery (Conmy et al. 2023, algorithm 1), with the harmless twins as corrupted prompts.
+    """Automatic circuit discovery (Conmy et al. 2023, algorithm 1), the harmless prompts as corrupted ones.
 
     Receivers are visited from the logits back, each one's edges from the latest sender back; an edge leaves if what is
     measured gets worse by less than ``threshold``. ``kl``: mean KL divergence of the next token, whole model to

@@ -20,8 +20,8 @@ from mechsafety.patching.masks import PairRuns, Patch, fixed_nodes, pair_runs, p
 class FaithfulnessMeter:
     """Measures faithfulness f(C) = (m(C) - m(empty)) / (m(model) - m(empty)) of sets of parts on stored runs.
 
-    m is the mean metric on the harmful prompts with every part outside C given its value from the harmless twin. The
-    parts are heads and MLPs; `NeuronMeter` and `EdgeMeter` have other ones.
+    m is the mean metric on the harmful prompts, every part outside C given its value from the harmless counterfactual.
+    The parts are heads and MLPs; `NeuronMeter` and `EdgeMeter` have other ones.
 
     Attributes:
         model: The model.

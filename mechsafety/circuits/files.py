@@ -77,7 +77,7 @@ def read(kind: type[C], text: str) -> C:
     version = data.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= VERSION:
         raise MechsafetyError(
-            f"circuit format version {version!r}", expected=f"1 to {VERSION}", cure="pip install --upgrade mechsafety"
+            f"circuit format version {version!r}", expected=f"1 to {VERSION}", hint="pip install --upgrade mechsafety"
         )
     needed = {"provenance", "metric", "behaviour", "n_candidates", "nodes", "edges", "verification"}
     _keys(data, needed | {"format", "version"}, {"level", "shape", "search"}, "the file")

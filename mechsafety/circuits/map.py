@@ -416,11 +416,11 @@ def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None)
         raise MechsafetyError(
             f"pairs drawn with other {what} ({its}) than those of {model.name} ({mine})",
             expected="pairs that this model drew",
-            cure="draw_pairs(model, pairs)",
+            hint="draw_pairs(model, pairs)",
         )
     if metric is not None and metric != drawn.metric:
         raise MechsafetyError(
-            "pairs drawn with another metric", expected="theirs, or none", cure="draw_pairs(model, pairs, metric)"
+            "pairs drawn with another metric", expected="theirs, or none", hint="draw_pairs(model, pairs, metric)"
         )
     return drawn
 

@@ -45,9 +45,9 @@ class DirectionIO(Result):
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
         nodes: Heads and MLPs.
-        writes: Share of the pairs' gap along the direction, at its block and column, that each node writes; 0 for nodes
-            at or after its block. The shares of all heads and MLPs before it sum to 1 over the mean of pairs; norms
-            after attention and MLP (Gemma-2, OLMo-2) keep each run's own scale.
+        writes: Share of the pairs' gap along the direction, at its block and position, that each node writes; 0 for
+            nodes at or after its block. The shares of all heads and MLPs before it sum to 1 over the mean of pairs.
+            Norms after attention and MLP (Gemma-2, OLMo-2) keep each run's own scale.
         cosine: Of each node's mean change with the direction.
         reads: Share of the metric's gap lost when the pairs' difference along the direction is taken out of what one
             slot of the node reads (``q``, ``k``, ``v``, ``mlp``) and out of nothing else, exact; NaN for slots that
@@ -127,7 +127,7 @@ def direction_io(
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Another model's width, a column at which the pairs have no run, or both a circuit and nodes.
+        MechsafetyError: Another model's width, a position at which the pairs have no run, or both a circuit and nodes.
     """
     if circuit is not None and nodes is not None:
         raise MechsafetyError("a circuit and nodes", expected="one of them")
@@ -141,11 +141,11 @@ def direction_io(
     extra = [] if model.experts else [SiteKind.NEURONS]
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=extra)
     bad, good = runs.harmful, runs.harmless
-    at = bad.n_pos + direction.column
+    at = bad.n_pos + direction.position
     if not 0 <= at < bad.n_pos or not 0 <= direction.layer < model.n_layers:
         raise MechsafetyError(
-            f"a direction at layer {direction.layer}, column {direction.column}",
-            expected=f"layers 0 to {model.n_layers - 1}, columns {-bad.n_pos} to -1",
+            f"a direction at layer {direction.layer}, position {direction.position}",
+            expected=f"layers 0 to {model.n_layers - 1}, positions {-bad.n_pos} to -1",
         )
     along = ((bad.resid - good.resid)[direction.layer][:, at].float() @ unit).mean()
     with torch.no_grad():
@@ -159,7 +159,7 @@ def direction_io(
     reads = _reads(model, runs, metric, listed, unit, progress)
     return DirectionIO(
         model.provenance(
-            options={"layer": direction.layer, "column": direction.column, "pairs": len(bad), **omissions(runs)}
+            options={"layer": direction.layer, "position": direction.position, "pairs": len(bad), **omissions(runs)}
             | block_norms_option(model, "frozen")
         ),
         metric.to_json(),
@@ -173,9 +173,9 @@ def direction_io(
 
 
 def _change(model: LensModel, runs: PairRuns, node: Node, at: int) -> Float[Tensor, "pair d_model"]:
-    """Harmful less harmless output of a node at one column."""
-    column = slice(at, at + 1 or None)
-    harmful, harmless = (node_outputs(model, run, [node], column) for run in (runs.harmful, runs.harmless))
+    """Harmful less harmless output of a node at one position."""
+    position = slice(at, at + 1 or None)
+    harmful, harmless = (node_outputs(model, run, [node], position) for run in (runs.harmful, runs.harmless))
     return (harmful - harmless)[0, :, 0]
 
 

@@ -75,11 +75,11 @@ class RefusalDirection(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        layer, column: The chosen candidate: input of this block, at this column from the prompt's end (-1 is last).
+        layer, position: The chosen candidate: input of this block, at this position from the prompt's end (-1 is last).
         selector: ``published`` (bypass, induce and KL) or ``cosmic``.
         passes: Whether it meets the published conditions. If no candidate does, the published selector takes the one
             with the smallest bypass score below the depth limit, and this is False.
-        layers, columns: What the candidates' axes are.
+        layers, positions: What the candidates' axes are.
         vectors: Mean harmful less mean harmless activation; zero where both kinds of prompts have the same token.
         bypass, induce, kl, cosmic: See `DirectionScores`.
         harmful, harmless: Metric of the unedited validation prompts.
@@ -91,16 +91,16 @@ class RefusalDirection(Result):
     provenance: Provenance
     metric: dict[str, object]
     layer: int
-    column: int
+    position: int
     selector: str
     passes: bool
     layers: tuple[int, ...]
-    columns: tuple[int, ...]
-    vectors: Float[Tensor, "layer column d_model"]
-    bypass: Float[Tensor, "layer column harmful"]
-    induce: Float[Tensor, "layer column harmless"]
-    kl: Float[Tensor, "layer column harmless"]
-    cosmic: Float[Tensor, "layer column"]
+    positions: tuple[int, ...]
+    vectors: Float[Tensor, "layer position d_model"]
+    bypass: Float[Tensor, "layer position harmful"]
+    induce: Float[Tensor, "layer position harmless"]
+    kl: Float[Tensor, "layer position harmless"]
+    cosmic: Float[Tensor, "layer position"]
     harmful: Float[Tensor, " harmful"]
     harmless: Float[Tensor, " harmless"]
     n_train: tuple[int, int]
@@ -108,13 +108,13 @@ class RefusalDirection(Result):
     controls: ControlScores | None = None
 
     def __repr__(self) -> str:
-        row, column = self._cell
+        row, position = self._cell
         scores = ", ".join(
-            f"{name} {float(x[row, column].mean()):.3g}"
+            f"{name} {float(x[row, position].mean()):.3g}"
             for name, x in (("bypass", self.bypass), ("induce", self.induce), ("KL", self.kl))
         )
         verdict = "" if self.passes else f"; does not pass the published conditions: {self.conditions}"
-        return f"RefusalDirection(layer {self.layer}, column {self.column}, by {self.selector}: {scores}{verdict})"
+        return f"RefusalDirection(layer {self.layer}, position {self.position}, by {self.selector}: {scores}{verdict})"
 
     @property
     def vector(self) -> Float[Tensor, " d_model"]:
@@ -163,14 +163,14 @@ class RefusalDirection(Result):
         Raises:
             MechsafetyError: Unknown selector, or a direction in no layer below the depth limit.
         """
-        layer, column, passes = _choose(self, selector, self.layers, self.columns, self.n_layers, max_kl, max_depth)
-        same = (layer, column) == (self.layer, self.column)
+        layer, position, passes = _choose(self, selector, self.layers, self.positions, self.n_layers, max_kl, max_depth)
+        same = (layer, position) == (self.layer, self.position)
         options = {**self.provenance.options, "selector": selector, "max_kl": max_kl, "max_depth": max_depth}
         return replace(
             self,
             provenance=replace(self.provenance, options=options),
             layer=layer,
-            column=column,
+            position=position,
             selector=selector,
             passes=passes,
             controls=self.controls if same else None,
@@ -180,19 +180,19 @@ class RefusalDirection(Result):
         """One row a candidate: means of the three scores with intervals over prompts, COSMIC's score, norm, choice."""
         rows = []
         for k, layer in enumerate(self.layers):
-            for c, column in enumerate(self.columns):
-                start = {"layer": layer, "column": column, "norm": float(self.vectors[k, c].norm())}
-                rest = {"cosmic": float(self.cosmic[k, c]), "chosen": (layer, column) == (self.layer, self.column)}
+            for c, position in enumerate(self.positions):
+                start = {"layer": layer, "position": position, "norm": float(self.vectors[k, c].norm())}
+                rest = {"cosmic": float(self.cosmic[k, c]), "chosen": (layer, position) == (self.layer, self.position)}
                 rows.append(_row(start, self, (k, c)) | rest)
         return pd.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """Heatmaps of bypass, induce, KL and COSMIC's score, layers by columns, the chosen candidate framed."""
+        """Heatmaps of bypass, induce, KL and COSMIC's score, layers by positions, the chosen candidate framed."""
         from plotly.subplots import make_subplots
 
         titles = ("bypass (harmful, removed)", "induce (harmless, added)", "KL (harmless, removed)", "COSMIC")
         figure = make_subplots(1, 4, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
-        x, y = [str(column) for column in self.columns], list(self.layers)
+        x, y = [str(position) for position in self.positions], list(self.layers)
         parts = [score.mean(-1) for score in (self.bypass, self.induce, self.kl)] + [self.cosmic]
         for place, (part, scale) in enumerate(zip(parts, ("RdBu_r", "RdBu_r", "Greys", "Viridis"), strict=True), 1):
             bar = {"x": place / 4 - 0.025, "thickness": 8, "len": 0.9}
@@ -201,15 +201,15 @@ class RefusalDirection(Result):
                 heat.update(zmid=0)
             figure.add_trace(heat, row=1, col=place)
             marker = {"symbol": "square-open", "size": 14, "color": "black", "line": {"width": 2}}
-            mark = go.Scatter(x=[str(self.column)], y=[self.layer], mode="markers", marker=marker, showlegend=False)
+            mark = go.Scatter(x=[str(self.position)], y=[self.layer], mode="markers", marker=marker, showlegend=False)
             figure.add_trace(mark, row=1, col=place)
-        figure.update_xaxes(title_text="column", type="category")
+        figure.update_xaxes(title_text="position", type="category")
         figure.update_yaxes(title_text="layer", col=1)
         return figure.update_layout(template="none", height=max(320, 60 + 16 * len(self.layers)))
 
     @property
     def _cell(self) -> tuple[int, int]:
-        return self.layers.index(self.layer), self.columns.index(self.column)
+        return self.layers.index(self.layer), self.positions.index(self.position)
 
 
 @public
@@ -220,7 +220,7 @@ def refusal_direction(
     *,
     validation: PromptPairs | None = None,
     layers: Sequence[int] | None = None,
-    n_columns: Count | None = None,
+    n_positions: Count | None = None,
     selector: str = "published",
     max_kl: float | None = MAX_KL,
     max_depth: float = MAX_DEPTH,
@@ -243,7 +243,7 @@ def refusal_direction(
         validation: Prompts the candidates are judged on; by default a fifth of ``pairs``, drawn evenly over the topics
             and then left out of the means.
         layers: Blocks whose input is looked at; all by default.
-        n_columns: How many of the prompt's last tokens; all template tokens after the instruction by default.
+        n_positions: How many of the prompt's last tokens; all template tokens after the instruction by default.
         selector: ``published`` or ``cosmic``.
         max_kl: Largest KL of the published rule; None drops that condition, as was done for a published run (Gemma-3)
             on which no candidate meets it.
@@ -265,11 +265,11 @@ def refusal_direction(
         metric = RefusalLogOdds.detect(model, train)
         model = model.reading(metric.opener_ids)
     sides = (distinct(train.harmful, "harmful training prompts"), distinct(train.harmless, "harmless training prompts"))
-    vectors, counts = mean_differences(model, *sides, metric, n_columns=n_columns)
+    vectors, counts = mean_differences(model, *sides, metric, n_positions=n_positions)
     checked = usable_validation(model, held, metric)
-    columns = tuple(range(-vectors.shape[1], 0))
+    positions = tuple(range(-vectors.shape[1], 0))
     scores = score_directions(model, checked, metric, vectors[list(rows)], rows, progress=progress)
-    layer, column, passes = _choose(scores, selector, rows, columns, model.n_layers, max_kl, max_depth)
+    layer, position, passes = _choose(scores, selector, rows, positions, model.n_layers, max_kl, max_depth)
     options = {
         "selector": selector,
         "max_kl": max_kl,
@@ -283,11 +283,11 @@ def refusal_direction(
         model.provenance(seed=seed, options=options),
         metric.to_json(),
         layer,
-        column,
+        position,
         selector,
         passes,
         rows,
-        columns,
+        positions,
         vectors[list(rows)],
         scores.bypass,
         scores.induce,
@@ -319,7 +319,7 @@ def usable_validation(model: LensModel, pairs: PromptPairs, metric: RefusalLogOd
             f"of {len(pairs)} validation pairs {len(harmful)} harmful prompts are refused and {len(harmless)} harmless "
             f"ones answered",
             expected=f"at least {MIN_PROMPTS} of each",
-            cure="give other prompts, or check the metric's refusal tokens",
+            hint="give other prompts, or check the metric's refusal tokens",
         )
     if (len(harmful), len(harmless)) == (len(sides[0]), len(sides[1])):
         return whole
@@ -352,12 +352,12 @@ def _choose(
     scores: "DirectionScores | RefusalDirection",
     selector: str,
     layers: Sequence[int],
-    columns: Sequence[int],
+    positions: Sequence[int],
     n_layers: int,
     max_kl: float | None,
     max_depth: float,
 ) -> tuple[int, int, bool]:
-    """Layer, column, and whether the choice meets the published conditions."""
+    """Layer, position, and whether the choice meets the published conditions."""
     if selector not in SELECTORS:
         raise MechsafetyError(f"selector={selector!r}", expected=f"one of {SELECTORS}")
     rows = tuple(layers)
@@ -374,7 +374,7 @@ def _choose(
         raise MechsafetyError(
             f"no direction among layers {rows[0]} to {rows[-1]}", expected=f"layers below {int(max_depth * n_layers)}"
         )
-    return rows[cell[0]], columns[cell[1]], bool(allowed[cell])
+    return rows[cell[0]], positions[cell[1]], bool(allowed[cell])
 
 
 def _controls(
@@ -392,7 +392,7 @@ def _controls(
     names = [f"random {k + 1}" for k in range(n_random)]
     if len(harmless) >= 2 * MIN_PROMPTS:
         order = torch.randperm(len(harmless), generator=generator)
-        seen = positional_vectors(model, harmless, found.layer, found.column).cpu().double()[order]
+        seen = positional_vectors(model, harmless, found.layer, found.position).cpu().double()[order]
         half = len(seen) // 2
         rows.append((seen[:half].mean(0) - seen[half:].mean(0)).float())
         names.append("harmless - harmless")

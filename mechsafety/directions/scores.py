@@ -66,10 +66,10 @@ class DirectionScores:
         cosmic: COSMIC's sum of cosines; NaN for candidates without a direction.
     """
 
-    bypass: Float[Tensor, "layer column harmful"]
-    induce: Float[Tensor, "layer column harmless"]
-    kl: Float[Tensor, "layer column harmless"]
-    cosmic: Float[Tensor, "layer column"]
+    bypass: Float[Tensor, "layer position harmful"]
+    induce: Float[Tensor, "layer position harmless"]
+    kl: Float[Tensor, "layer position harmless"]
+    cosmic: Float[Tensor, "layer position"]
 
 
 def mean_differences(
@@ -78,8 +78,8 @@ def mean_differences(
     harmless: Sequence[str],
     metric: RefusalLogOdds | None = None,
     *,
-    n_columns: int | None = None,
-) -> tuple[Float[Tensor, "layer column d_model"], tuple[int, int]]:
+    n_positions: int | None = None,
+) -> tuple[Float[Tensor, "layer position d_model"], tuple[int, int]]:
     """Mean harmful less mean harmless input of every block at the template's tokens after the instruction.
 
     Sums run in float64. Differences that are rounding (both kinds have the same token there, as before block 0) are 0.
@@ -89,16 +89,16 @@ def mean_differences(
         harmful: Prompts of any length.
         harmless: Prompts of any length.
         metric: If given, only harmful prompts above 0 and harmless ones below 0 count.
-        n_columns: How many last columns; all tokens after the instruction by default.
+        n_positions: How many last positions; all tokens after the instruction by default.
 
     Returns:
-        Differences (columns in order, the last is the prompt's last token), and how many prompts of each kind count.
+        Differences (positions in order, the last is the prompt's last token), and how many prompts of each kind count.
 
     Raises:
         MechsafetyError: No prompt of a kind counts.
     """
     groups = PromptBatches.of(model, [*harmful, *harmless], variants=1)
-    width = n_columns if n_columns is not None else groups.suffix
+    width = n_positions if n_positions is not None else groups.suffix
     # of the harmful prompts, and of the harmless ones
     totals = torch.zeros(2, model.n_layers, width, model.d_model, dtype=torch.float64, device=model.device)
     counts = [0, 0]
@@ -118,14 +118,14 @@ def mean_differences(
     size = max(float(mean.norm(dim=-1).mean()) for mean in means)
     difference = means[0] - means[1]
     real = difference.norm(dim=-1) > NO_DIFFERENCE * size
-    return (difference * rearrange(real, "layer column -> layer column 1")).float(), (counts[0], counts[1])
+    return (difference * rearrange(real, "layer position -> layer position 1")).float(), (counts[0], counts[1])
 
 
 def score_directions(
     model: LensModel,
     validation: Validation,
     metric: RefusalLogOdds,
-    vectors: Float[Tensor, "layer column d_model"],
+    vectors: Float[Tensor, "layer position d_model"],
     layers: Sequence[int],
     *,
     also: Float[Tensor, "rank d_model"] | None = None,
@@ -142,8 +142,8 @@ def score_directions(
         also: Directions that are removed together with each candidate.
         progress: Whether to show a bar.
     """
-    n_rows, n_columns, _ = vectors.shape
-    flat = rearrange(vectors, "layer column d -> (layer column) d")
+    n_rows, n_positions, _ = vectors.shape
+    flat = rearrange(vectors, "layer position d -> (layer position) d")
     real = (flat.norm(dim=-1) > 0).nonzero().flatten().tolist()
     bypass = validation.harmful_scores.repeat(len(flat), 1)
     induce = validation.harmless_scores.repeat(len(flat), 1)
@@ -168,7 +168,7 @@ def score_directions(
         rows = [row for row in range(n_rows) if bool((vectors[row] != 0).any())]
         sums.zero_()
         for run in run_added(model, validation.harmless, vectors[rows], [layers[row] for row in rows]):
-            at = [rows[k // n_columns] * n_columns + k % n_columns for k in run.variants]
+            at = [rows[k // n_positions] * n_positions + k % n_positions for k in run.variants]
             induce[_cells(at, run.index)] = metric(run.logits)
             for place, layer in enumerate(validation.low):
                 after = layer + 1 - run.layer
@@ -179,13 +179,13 @@ def score_directions(
         for row, layer in enumerate(layers):
             before = [place for place, seen in enumerate(validation.low) if seen < layer]
             for place in before:  # blocks before the addition give what they give without it
-                means[row * n_columns : (row + 1) * n_columns, place] = validation.harmless_mean[
+                means[row * n_positions : (row + 1) * n_positions, place] = validation.harmless_mean[
                     validation.low[place]
                 ].double()
         cosines[1, real] = joint_cosine(means[real], validation.harmful_mean[low])
 
     def grid(rows: Tensor) -> Tensor:
-        return rearrange(rows, "(layer column) ... -> layer column ...", layer=n_rows)
+        return rearrange(rows, "(layer position) ... -> layer position ...", layer=n_rows)
 
     return DirectionScores(grid(bypass), grid(induce), grid(kl), grid(cosines.sum(0)))
 
@@ -196,14 +196,14 @@ def divergence(log_probs: Float[Tensor, "prompt d_vocab"], logits: Float[Tensor,
 
 
 def positional_vectors(
-    model: LensModel, prompts: Sequence[str], layer: int, column: int
+    model: LensModel, prompts: Sequence[str], layer: int, position: int
 ) -> Float[Tensor, "prompt d_model"]:
-    """Input of a block at one of the last columns, for each prompt in order."""
+    """Input of a block at one of the last positions, for each prompt in order."""
     rows: dict[int, Tensor] = {}
     for batch, run in run_batches(model, PromptBatches.of(model, prompts, variants=1)):
-        rows |= dict(zip(batch.index, run.resid[layer, :, column].float(), strict=True))
+        rows |= dict(zip(batch.index, run.resid[layer, :, position].float(), strict=True))
     return torch.stack([rows[k] for k in range(len(prompts))])
 
 
-def _cells(rows: Sequence[int], columns: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(rows)[:, None], torch.tensor(columns)[None, :]
+def _cells(rows: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(rows)[:, None], torch.tensor(positions)[None, :]

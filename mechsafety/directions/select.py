@@ -43,9 +43,9 @@ class Conditions:
 
 
 def passing(
-    bypass: Float[Tensor, "layer column"],
-    induce: Float[Tensor, "layer column"],
-    kl: Float[Tensor, "layer column"],
+    bypass: Float[Tensor, "layer position"],
+    induce: Float[Tensor, "layer position"],
+    kl: Float[Tensor, "layer position"],
     layers: Sequence[int],
     n_layers: int,
     *,
@@ -71,9 +71,9 @@ def passing(
 
 
 def conditions(
-    bypass: Float[Tensor, "layer column"],
-    induce: Float[Tensor, "layer column"],
-    kl: Float[Tensor, "layer column"],
+    bypass: Float[Tensor, "layer position"],
+    induce: Float[Tensor, "layer position"],
+    kl: Float[Tensor, "layer position"],
     layers: Sequence[int],
     n_layers: int,
     *,
@@ -95,13 +95,13 @@ def conditions(
     return Conditions(bypass.numel(), left, induced, quiet, both, max_kl)
 
 
-def _shallow(like: Float[Tensor, "layer column"], layers: Sequence[int], n_layers: int, max_depth: float) -> Tensor:
+def _shallow(like: Float[Tensor, "layer position"], layers: Sequence[int], n_layers: int, max_depth: float) -> Tensor:
     """True at the candidates below the depth limit."""
     rows = torch.tensor([layer < int(max_depth * n_layers) for layer in layers], device=like.device)
     return rows[:, None].expand_as(like)
 
 
-def _quiet(kl: Float[Tensor, "layer column"], max_kl: float | None, *, keep_missing_kl: bool = False) -> Tensor:
+def _quiet(kl: Float[Tensor, "layer position"], max_kl: float | None, *, keep_missing_kl: bool = False) -> Tensor:
     """True where a KL meets its condition; a comparison with NaN is false, so that what is missing does not."""
     if max_kl is None:
         return torch.ones_like(kl, dtype=torch.bool)
@@ -109,9 +109,9 @@ def _quiet(kl: Float[Tensor, "layer column"], max_kl: float | None, *, keep_miss
 
 
 def select_published(
-    bypass: Float[Tensor, "layer column"],
-    induce: Float[Tensor, "layer column"],
-    kl: Float[Tensor, "layer column"],
+    bypass: Float[Tensor, "layer position"],
+    induce: Float[Tensor, "layer position"],
+    kl: Float[Tensor, "layer position"],
     layers: Sequence[int],
     n_layers: int,
     *,
@@ -119,7 +119,7 @@ def select_published(
     max_depth: float = MAX_DEPTH,
     keep_missing_kl: bool = False,
 ) -> tuple[int, int] | None:
-    """(row, column) of the smallest bypass score among the candidates that pass (Arditi et al. 2024, section 2.3).
+    """(row, position) of the smallest bypass score among the candidates that pass (Arditi et al. 2024, section 2.3).
 
     Args:
         bypass: Mean refusal log-odds on harmful prompts, the direction removed.
@@ -133,7 +133,7 @@ def select_published(
 
     Returns:
         None if no candidate passes (`conditions` says what each condition leaves). Ties go to the lower layer, then to
-        the earlier column.
+        the earlier position.
 
     Example:
         >>> import torch
@@ -156,13 +156,13 @@ def select_published(
 
 
 def select_cosmic(
-    cosmic: Float[Tensor, "layer column"],
+    cosmic: Float[Tensor, "layer position"],
     layers: Sequence[int],
     n_layers: int,
     *,
     max_depth: float = MAX_DEPTH,
 ) -> tuple[int, int] | None:
-    """(row, column) of the largest COSMIC score below the depth limit (Siu et al. 2025); no output is read.
+    """(row, position) of the largest COSMIC score below the depth limit (Siu et al. 2025); no output is read.
 
     Args:
         cosmic: Sum of two cosines over `cosmic_layers`: of harmful prompts with the direction removed to harmless
@@ -174,13 +174,13 @@ def select_cosmic(
     return smallest(-cosmic, _shallow(cosmic, layers, n_layers, max_depth) & ~cosmic.isnan())
 
 
-def smallest(scores: Float[Tensor, "layer column"], allowed: Tensor) -> tuple[int, int] | None:
-    """(row, column) of the smallest allowed score, None if none is allowed."""
+def smallest(scores: Float[Tensor, "layer position"], allowed: Tensor) -> tuple[int, int] | None:
+    """(row, position) of the smallest allowed score, None if none is allowed."""
     if not bool(allowed.any()):
         return None
     masked = torch.where(allowed, scores.double(), torch.inf).cpu().numpy()
-    row, column = np.unravel_index(int(masked.argmin()), masked.shape)
-    return int(row), int(column)
+    row, position = np.unravel_index(int(masked.argmin()), masked.shape)
+    return int(row), int(position)
 
 
 def cosmic_layers(harmful: Float[Tensor, "layer d_model"], harmless: Float[Tensor, "layer d_model"]) -> list[int]:

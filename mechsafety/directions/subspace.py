@@ -34,7 +34,7 @@ class RefusalSubspace(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        layers, columns: Where each was found.
+        layers, positions: Where each was found.
         vectors: The directions, each orthogonal to those before.
         before: Metric of harmful validation prompts with the directions before removed. Of the half of these prompts
             that choosing did not see.
@@ -50,7 +50,7 @@ class RefusalSubspace(Result):
     provenance: Provenance
     metric: dict[str, object]
     layers: tuple[int, ...]
-    columns: tuple[int, ...]
+    positions: tuple[int, ...]
     vectors: Float[Tensor, "direction d_model"]
     before: Float[Tensor, "direction harmful"]
     bypass: Float[Tensor, "direction harmful"]
@@ -84,8 +84,13 @@ class RefusalSubspace(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a direction: where, and mean effects with intervals over prompts."""
         rows = []
-        for k, (layer, column) in enumerate(zip(self.layers, self.columns, strict=True)):
-            row: dict[str, object] = {"direction": k + 1, "layer": layer, "column": column, "causal": self.causal[k]}
+        for k, (layer, position) in enumerate(zip(self.layers, self.positions, strict=True)):
+            row: dict[str, object] = {
+                "direction": k + 1,
+                "layer": layer,
+                "position": position,
+                "causal": self.causal[k],
+            }
             change, beyond = self.bypass[k] - self.before[k], self.bypass[k] - self.control[k]
             gain = self.induce[k] - self.induce_control[k]
             parts = {"change": change, "beyond_random": beyond, "induce": self.induce[k]}
@@ -154,12 +159,12 @@ def refusal_subspace(
     causal: list[bool] = []
     before = checked.harmful_scores
     for step in range(n_directions):
-        columns, at = (found.columns, rows) if step else ((found.column,), (found.layer,))
+        positions, at = (found.positions, rows) if step else ((found.position,), (found.layer,))
         vectors = found.vector[None, None].to(model.device)
         if step:
             with project_out(model, basis):
                 # which prompts count was decided with the model as it is: all of them here
-                raw, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_columns=len(columns))
+                raw, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_positions=len(positions))
             vectors = _orthogonal(raw[list(rows)], basis)
         scores = score_directions(model, checked, metric, vectors, at, also=basis, progress=progress)
         cell = smallest(scores.bypass[..., pick].mean(-1), vectors.norm(dim=-1) > 0)
@@ -172,7 +177,7 @@ def refusal_subspace(
         random = score_directions(model, checked, metric, noise, [layer], also=basis, progress=False)
         control, added = random.bypass[0].mean(0), random.induce[0].mean(0)
         lost, gained = (scores.bypass[cell] - control)[judge], scores.induce[cell] - added
-        found_at.append((layer, columns[cell[1]]))
+        found_at.append((layer, positions[cell[1]]))
         parts = (before[judge], scores.bypass[cell][judge], control[judge], scores.kl[cell], scores.induce[cell], added)
         rounds.append((vector, *parts))
         lower, raised = mean_interval(lost.cpu().numpy())[1] < 0, mean_interval(gained.cpu().numpy())[0] > 0
@@ -189,7 +194,7 @@ def refusal_subspace(
         model.provenance(seed=seed, options=options),
         metric.to_json(),
         tuple(layer for layer, _ in found_at),
-        tuple(column for _, column in found_at),
+        tuple(position for _, position in found_at),
         vectors,
         before,
         bypass,
@@ -202,11 +207,11 @@ def refusal_subspace(
 
 
 def _orthogonal(
-    vectors: Float[Tensor, "layer column d_model"], basis: Float[Tensor, "rank d_model"]
-) -> Float[Tensor, "layer column d_model"]:
+    vectors: Float[Tensor, "layer position d_model"], basis: Float[Tensor, "rank d_model"]
+) -> Float[Tensor, "layer position d_model"]:
     """Vectors without what lies in the basis; those of which nothing but rounding is left become 0."""
     left = vectors.double()
     q = basis.double()
     left = left - (left @ rearrange(q, "rank d -> d rank")) @ q
     real = left.norm(dim=-1) > 1e-4 * vectors.double().norm(dim=-1)
-    return (left * rearrange(real, "layer column -> layer column 1")).float()
+    return (left * rearrange(real, "layer position -> layer position 1")).float()

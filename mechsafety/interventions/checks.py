@@ -78,7 +78,7 @@ def check_vector(vector: Tensor, width: int, what: str = "d_model") -> Tensor:
         raise MechsafetyError(
             f"a direction of width {shape[-1] if isinstance(shape, tuple) and shape else shape}",
             expected=f"this model's {what}, {width}",
-            cure="compute it on this model",
+            hint="compute it on this model",
         )
     if not bool(torch.isfinite(vector).all()):
         raise MechsafetyError("a direction with entries that are not finite")

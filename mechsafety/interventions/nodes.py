@@ -63,7 +63,7 @@ def ablate(
         raise MechsafetyError(f"source={source!r}", expected=f"one of {SOURCES}")
     if source != "zero" and prompts is None:
         raise MechsafetyError(
-            f"source={source!r} without prompts", expected="prompts=[...] to take it from", cure="or source='zero'"
+            f"source={source!r} without prompts", expected="prompts=[...] to take it from", hint="or source='zero'"
         )
     values = {} if source == "zero" or prompts is None else reference_values(model, list(groups), prompts)
     generator = torch.Generator().manual_seed(seed)

@@ -50,7 +50,7 @@ def orthogonalized(
         raise MechsafetyError(
             f"{model.name} normalises each block's output, so no weights are equivalent to the hooks",
             expected="a model without a norm after attention or MLP",
-            cure="use project_out",
+            hint="use project_out",
         )
     with torch.no_grad(), project_out(model, rows, share):
         expected = model.logits(list(_PROBES))
@@ -69,7 +69,7 @@ def orthogonalized(
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise MechsafetyError("a model with a direction removed from its weights is not saved", cure="use it in memory")
+    raise MechsafetyError("a model with a direction removed from its weights is not saved", hint="use it in memory")
 
 
 def _without(weight: Tensor, basis: Tensor, share: float, axis: int) -> Tensor:

@@ -126,9 +126,9 @@ def base_and_adapter(given: str | os.PathLike[str]) -> tuple[str, Path] | None:
     folder = Path(given).expanduser()
     if not (folder / CONFIG).is_file():
         return None
-    base, cure = read_config(folder).get("base_model_name_or_path"), f"pass the base model and adapter={folder.name!r}"
+    base, hint = read_config(folder).get("base_model_name_or_path"), f"pass the base model and adapter={folder.name!r}"
     if not base:
-        raise MechsafetyError(f"the adapter {folder.name!r} names no base model", cure=cure)
+        raise MechsafetyError(f"the adapter {folder.name!r} names no base model", hint=hint)
     for place in (Path(base).expanduser(), folder / base):
         if place.exists():
             return str(place), folder
@@ -136,7 +136,7 @@ def base_and_adapter(given: str | os.PathLike[str]) -> tuple[str, Path] | None:
         raise MechsafetyError(
             f"the base model {base!r} of the adapter {folder.name!r} is not there",
             expected="a model folder or a hub id",
-            cure=cure,
+            hint=hint,
         )
     return base, folder
 
@@ -152,7 +152,7 @@ def check_no_adapter(model: Any) -> None:
         raise MechsafetyError(
             f"a {type(model).__name__} with adapter layers that are not merged",
             expected="a plain model, or a PeftModel",
-            cure="load the base model and pass adapter=FOLDER",
+            hint="load the base model and pass adapter=FOLDER",
         )
 
 

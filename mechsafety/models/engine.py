@@ -288,7 +288,7 @@ def check_current(model: LensModel, *runs: BaseRun) -> None:
             raise MechsafetyError(
                 f"stored runs that do not fit {model.name}: {what}",
                 expected="runs of the model as it is",
-                cure="make them again where they are used: pair_runs(model, pairs)",
+                hint="make them again where they are used: pair_runs(model, pairs)",
             )
 
 

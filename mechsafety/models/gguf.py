@@ -196,7 +196,7 @@ def _check_tensors(header: Header, model: Any) -> None:
         raise MechsafetyError(
             f"{str(header.path)!r} holds what transformers does not read: {named(unread, 'tensor')}",
             expected="a file whose tensors are all the model's",
-            cure=CHECKPOINT,
+            hint=CHECKPOINT,
         )
     lost = [places[0][0] for places in wanted.values() if places[0][0] and not any(name in found for name, _ in places)]
     if lost:
@@ -207,7 +207,7 @@ def _check_tensors(header: Header, model: Any) -> None:
                 raise MechsafetyError(
                     f"{str(header.path)!r} holds {name} of the shape {found[name].shape}",
                     expected=f"{tuple(tensor.shape)}, as {type(model).__name__} has it by the file's settings",
-                    cure=AGAIN,
+                    hint=AGAIN,
                 )
 
 
@@ -237,7 +237,7 @@ def _rope_scaling(header: Header, theta: float) -> dict[str, Any]:
         raise MechsafetyError(
             f"{str(header.path)!r} scales its rotary frequencies in a way that is not known here ({ROPE_FREQS})",
             expected=f"the scaling of Llama 3 ({LLAMA3})",
-            cure=CHECKPOINT,
+            hint=CHECKPOINT,
         )
     return {**LLAMA3, "rope_type": "llama3", "factor": factor}
 
@@ -266,7 +266,7 @@ def _check_settings(header: Header, config: Any) -> None:
             raise MechsafetyError(
                 f"{str(header.path)!r} says {key} = {found}, {taken}",
                 expected="settings that carry over",
-                cure=CHECKPOINT,
+                hint=CHECKPOINT,
             )
 
 

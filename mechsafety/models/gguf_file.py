@@ -123,7 +123,7 @@ def read_header(path: Path) -> Header:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise MechsafetyError("reading a GGUF file needs the package gguf", cure="run: pip install gguf") from None
+        raise MechsafetyError("reading a GGUF file needs the package gguf", hint="run: pip install gguf") from None
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise MechsafetyError(f"{str(path)!r} is not a GGUF file", expected="a file that begins with GGUF")
@@ -134,11 +134,11 @@ def read_header(path: Path) -> Header:
                 raise MechsafetyError(
                     f"{str(path)!r} is cut off within its header, after {len(data)} bytes",
                     expected="a whole GGUF file",
-                    cure=AGAIN,
+                    hint=AGAIN,
                 ) from None
             except (ValueError, ArithmeticError, MemoryError) as error:
                 raise MechsafetyError(
-                    f"{str(path)!r} is damaged ({first_line(error)})", expected="a whole GGUF file", cure=AGAIN
+                    f"{str(path)!r} is damaged ({first_line(error)})", expected="a whole GGUF file", hint=AGAIN
                 ) from error
             _check_whole(header, len(data))
     return header
@@ -190,15 +190,15 @@ def _check_whole(header: Header, size: int) -> None:
         raise MechsafetyError(
             f"{name!r} is cut off: it holds {size} of {whole} bytes and not the whole of {named(lost, 'tensor')}",
             expected="a whole GGUF file",
-            cure=AGAIN,
+            hint=AGAIN,
         )
     if (values.get("split.count") or 1) > 1:
-        raise MechsafetyError(f"{name!r} is one part of several", cure="merge them: llama-gguf-split --merge")
+        raise MechsafetyError(f"{name!r} is one part of several", hint="merge them: llama-gguf-split --merge")
     if values.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.merges" not in values:
         raise MechsafetyError(
             f"{name!r} holds no merges (tokenizer.ggml.merges), so its text cannot be tokenized",
             expected="a GGUF file with its whole tokenizer",
-            cure="convert the model again with a current llama.cpp",
+            hint="convert the model again with a current llama.cpp",
         )
 
 

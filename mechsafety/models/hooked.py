@@ -56,7 +56,7 @@ def check_known(model: Any) -> None:
         raise MechsafetyError(
             f"{NAME} cannot be made from a {architecture}",
             expected=f"one of {sorted(_CONVERTERS)}",
-            cure="install transformer_lens>=4.3",
+            hint="install transformer_lens>=4.3",
         )
     _options(model.config, architecture)
 
@@ -111,7 +111,7 @@ def wrap(lens: Any) -> "HookedBackend":
         raise MechsafetyError(
             "a HookedTransformer that repeats its keys and values for all heads",
             expected="one a key-value head",
-            cure="call set_ungroup_grouped_query_attention(False) on it",
+            hint="call set_ungroup_grouped_query_attention(False) on it",
         )
     plain = cfg.positional_embedding_type in ("standard", "rotary") and not cfg.num_experts and not cfg.attn_only
     if not plain or cfg.normalization_type is None:
@@ -363,7 +363,7 @@ def _options(config: Any, architecture: str) -> dict[str, Any]:
         raise MechsafetyError(
             f"{NAME} cannot hold an OLMo-2 model with grouped queries",
             expected="as many key-value heads as heads",
-            cure="install transformer_lens>=4.3",
+            hint="install transformer_lens>=4.3",
         )
     return options
 

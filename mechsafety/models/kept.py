@@ -61,7 +61,7 @@ def kept_folder(name: str, make: Callable[[Path], None], needed: int = 0) -> Pat
         raise MechsafetyError(
             f"{name} cannot be made in {tempfile.gettempdir()} either ({error.strerror or first_line(error)})",
             expected=f"{needed / 2**30:.1f} GiB of free space",
-            cure=f"free some in {folder.parent}",
+            hint=f"free some in {folder.parent}",
         ) from error
 
 

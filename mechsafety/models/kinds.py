@@ -35,7 +35,7 @@ def check_kind(model: Any) -> None:
         raise MechsafetyError(
             f"{name} has no language-model head, so it gives no logits",
             expected="a model such as LlamaForCausalLM",
-            cure="load it with transformers.AutoModelForCausalLM",
+            hint="load it with transformers.AutoModelForCausalLM",
         )
     if getattr(config, "kv_lora_rank", None):
         raise MechsafetyError(
@@ -70,7 +70,7 @@ def check_folded(model: Any) -> None:
         raise MechsafetyError(
             f"a wrapped {type(model).__name__} with {field}={factor}, which the analyses do not follow",
             expected="the Hugging Face model, whose weights take the factor over when it is loaded",
-            cure="pass load_model((hf_model, tokenizer)), not yet wrapped",
+            hint="pass load_model((hf_model, tokenizer)), not yet wrapped",
         )
 
 
@@ -176,7 +176,7 @@ def check_weights(model: Any) -> None:
         raise MechsafetyError(
             f"weights that are not in memory (on the meta device): {named(absent, 'tensor')}",
             expected="a model with all its weights loaded",
-            cure="load it without device_map and without offloading",
+            hint="load it without device_map and without offloading",
         )
     packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS]
     packed += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]
@@ -184,14 +184,14 @@ def check_weights(model: Any) -> None:
         raise MechsafetyError(
             f"quantised weights: {named(packed, 'tensor')}",
             expected="float32, bfloat16 or float16",
-            cure="load the model without quantization_config, or from its full-precision checkpoint",
+            hint="load the model without quantization_config, or from its full-precision checkpoint",
         )
     broken = [name for name, tensor in parameters.items() if not _finite(tensor)]
     if broken:
         raise MechsafetyError(
             f"weights that are NaN or infinite: {named(broken, 'tensor')}",
             expected="finite weights",
-            cure="save the checkpoint again",
+            hint="save the checkpoint again",
         )
 
 

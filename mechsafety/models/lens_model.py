@@ -187,8 +187,8 @@ class LensModel:
             if a != b:
                 raise MechsafetyError(
                     f"pair {index + 1} of {pairs.name} does not align: {_difference(self, pairs, index)}",
-                    expected="twins with as many tokens in the instruction",
-                    cure="change a word, or pair prompts with PromptPairs.matched(harmful, harmless, model.n_tokens)",
+                    expected="prompts with as many tokens in the instruction",
+                    hint="change a word, or pair prompts with PromptPairs.matched(harmful, harmless, model.n_tokens)",
                 )
         return TokenPairs.of(harmful, harmless)
 
@@ -215,7 +215,7 @@ class LensModel:
             raise MechsafetyError(
                 f"the token {self.tokenizer.decode([unknown])!r} of the prompt {prompt[:40]!r} has the id {unknown}",
                 expected=f"ids below {self.d_vocab}, the model's tokens",
-                cure="load the model with its own tokenizer, or resize_token_embeddings(len(tokenizer)) before",
+                hint="load the model with its own tokenizer, or resize_token_embeddings(len(tokenizer)) before",
             )
 
     # --- running ------------------------------------------------------------------------------------------------

@@ -121,11 +121,11 @@ def _merged(source: Source, adapter: str | os.PathLike[str] | None) -> tuple[str
     if adapter is not None and source.adapter is not None:
         raise MechsafetyError(
             f"the model {source.adapter.name!r} is an adapter, and adapter={adapter!r} was given",
-            cure=f"pass the base model and adapter={source.adapter.name!r}",
+            hint=f"pass the base model and adapter={source.adapter.name!r}",
         )
     if adapter is not None and source.in_memory and (is_wrapped(source.model) or is_peft(source.model)):
         raise MechsafetyError(
-            f"an adapter for a {type(source.model).__name__}", cure="merge it before the model is wrapped"
+            f"an adapter for a {type(source.model).__name__}", hint="merge it before the model is wrapped"
         )
     if adapter is None and source.adapter is None and source.embedded and DEMO[source.name]:
         return source.name, adapter_folder(str(DEMO[source.name]))

@@ -27,7 +27,7 @@ def check_patchable(model: LensModel, node: Node) -> None:
         raise MechsafetyError(
             f"{node} cannot be patched",
             expected="heads, MLPs or neurons",
-            cure="patch the embedding as Site('resid_pre', 0), by activation_patching(..., nodes=[...])",
+            hint="patch the embedding as Site('resid_pre', 0), by activation_patching(..., nodes=[...])",
         )
     if not has_node(model, node):
         raise MechsafetyError(f"{node} does not exist in {model!r}")

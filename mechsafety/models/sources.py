@@ -100,7 +100,7 @@ def open_source(given: Any, file: str | None, chat_template: str | None, prepare
         raise MechsafetyError(f"{name} is a file", expected="a model folder, a .gguf file or a hub id")
     if not isinstance(given, str):
         raise MechsafetyError(
-            f"no such folder or file: {name}", expected="a local path", cure="pass a name or hub id as a string"
+            f"no such folder or file: {name}", expected="a local path", hint="pass a name or hub id as a string"
         )
     return _open_folder(name, name)
 
@@ -198,7 +198,7 @@ def _check_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
         raise MechsafetyError(
             f"the checkpoint of {name} does not fit {type(model).__name__}: {'; '.join(problems)}",
             expected="every tensor of the model and no other",
-            cure="save it again with save_pretrained, under a config.json of the same model",
+            hint="save it again with save_pretrained, under a config.json of the same model",
         )
 
 
@@ -259,7 +259,7 @@ def no_template(name: str) -> MechsafetyError:
     return MechsafetyError(
         f"{name} has no chat template",
         expected="a chat model",
-        cure="pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'",
+        hint="pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'",
     )
 
 
@@ -301,7 +301,7 @@ def _of_base(folder: Path, error: MechsafetyError) -> MechsafetyError:
     return MechsafetyError(
         f"the base model of the adapter {folder.name!r}: {error.problem}",
         expected=error.expected,
-        cure=error.cure or f"pass the base model and adapter={folder.name!r}",
+        hint=error.hint or f"pass the base model and adapter={folder.name!r}",
     )
 
 
@@ -321,25 +321,25 @@ def _open_memory(given: Any) -> Source:
 def _pair(given: Any) -> tuple[Any, Any]:
     """Model and tokenizer of what was handed over in memory."""
     if isinstance(given, LensModel):
-        raise MechsafetyError(f"{given.name} is loaded already", cure="use it as it is")
+        raise MechsafetyError(f"{given.name} is loaded already", hint="use it as it is")
     alone = not isinstance(given, tuple)
     model, tokenizer = (given, _own_tokenizer(given)) if alone else (given if len(given) == 2 else (None, None))
     if not isinstance(model, torch.nn.Module) or not hasattr(tokenizer, "apply_chat_template"):
         kinds = f"a tuple of {tuple(type(item).__name__ for item in given)}"
         raise MechsafetyError(kinds, expected="(Hugging Face model, tokenizer)")
     if not hasattr(tokenizer, "convert_ids_to_tokens"):  # of a multimodal model
-        raise MechsafetyError(f"a {type(tokenizer).__name__} as tokenizer", cure="pass processor.tokenizer")
+        raise MechsafetyError(f"a {type(tokenizer).__name__} as tokenizer", hint="pass processor.tokenizer")
     if is_wrapped(model):
         return model, tokenizer
     if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
-        raise MechsafetyError("this model is wrapped already", cure="pass a fresh model, or copy.deepcopy it first")
+        raise MechsafetyError("this model is wrapped already", hint="pass a fresh model, or copy.deepcopy it first")
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) and not is_peft(model):
         inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
         held = inner.get(type(model).__name__)
         raise MechsafetyError(
-            f"a {type(model).__name__}", expected="a Hugging Face model", cure=f"pass model.{held}" if held else ""
+            f"a {type(model).__name__}", expected="a Hugging Face model", hint=f"pass model.{held}" if held else ""
         )
     return model.eval(), tokenizer
 
@@ -347,10 +347,10 @@ def _pair(given: Any) -> tuple[Any, Any]:
 def _own_tokenizer(model: Any) -> Any:
     """The tokenizer that a TransformerLens model brings."""
     if not isinstance(model, torch.nn.Module):
-        cure = "write (model, tokenizer)" if isinstance(model, list) else ""
-        raise MechsafetyError(f"a {type(model).__name__} was given as the model", expected=WANTED, cure=cure)
+        hint = "write (model, tokenizer)" if isinstance(model, list) else ""
+        raise MechsafetyError(f"a {type(model).__name__} was given as the model", expected=WANTED, hint=hint)
     if not is_wrapped(model) or model.tokenizer is None:
-        raise MechsafetyError(f"a {type(model).__name__} without a tokenizer", cure="pass (model, tokenizer)")
+        raise MechsafetyError(f"a {type(model).__name__} without a tokenizer", hint="pass (model, tokenizer)")
     return model.tokenizer
 
 

@@ -173,7 +173,7 @@ def _check_system(tokenizer: Any, options: Mapping[str, Any]) -> None:
         reason = first_line(error.__cause__ or error)
     raise MechsafetyError(
         f"a system text for a chat template without a system turn ({reason})",
-        cure="leave 'system' out of template_options, or begin each prompt with the text",
+        hint="leave 'system' out of template_options, or begin each prompt with the text",
     )
 
 
@@ -206,7 +206,7 @@ def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
         raise MechsafetyError(
             f"the chat template cannot render a prompt ({first_line(error)})",
             expected="a Jinja template that takes a turn's content as one text",
-            cure="pass chat_template='plain' or a template of your own",
+            hint="pass chat_template='plain' or a template of your own",
         ) from error
     block = _block(tokenizer) if thinking == "closed" else None
     return text if block is None else _closed(text, block)

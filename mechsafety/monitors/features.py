@@ -157,7 +157,7 @@ def read_tokens(model: LensModel, ids: Int[Tensor, "batch pos"], mask: Bool[Tens
         MechsafetyError: A row ends with padding.
     """
     if not bool(mask[:, -1].all()):
-        raise MechsafetyError("a row ends with padding", cure="pad on the left: tokenizer.padding_side = 'left'")
+        raise MechsafetyError("a row ends with padding", hint="pad on the left: tokenizer.padding_side = 'left'")
     return _read(model, [(ids.to(model.device), mask.to(model.device))])
 
 

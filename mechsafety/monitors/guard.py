@@ -246,7 +246,7 @@ class SafetyGuard:
         if other is not None:
             raise MechsafetyError(
                 f"this guard was fitted on {weights.provenance.model}, the {other[0]} of {model.name} differ",
-                cure="fit one: SafetyGuard.fit(model, neurons, train)",
+                hint="fit one: SafetyGuard.fit(model, neurons, train)",
             )
         return cls(model, weights)
 

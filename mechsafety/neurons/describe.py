@@ -101,7 +101,7 @@ def describe_neurons(
     mask = neuron_mask(model, neurons)
     nodes = mask_nodes(mask) if isinstance(neurons, Tensor) else list(neurons)
     if not 0 < len(nodes) <= 1000:
-        raise MechsafetyError(f"{len(nodes)} neurons", expected="1 to 1,000", cure="describe the top of a ranking")
+        raise MechsafetyError(f"{len(nodes)} neurons", expected="1 to 1,000", hint="describe the top of a ranking")
     writes = output_weights(model, nodes)
     with torch.no_grad():
         # the norm's scale is a positive number common to all tokens: it does not change their order

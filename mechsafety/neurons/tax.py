@@ -161,7 +161,7 @@ def alignment_tax(
     common = rankings[0].top(share) & rankings[1].top(share)
     if not bool(common.any()):
         raise MechsafetyError(
-            f"the top {share:.1%} of the two rankings have no neuron in common", cure="take a larger share"
+            f"the top {share:.1%} of the two rankings have no neuron in common", hint="take a larger share"
         )
     sets = random_masks(common, n_random, seed, fill=True)
     overlap = float((sets[0] & common).sum() / common.sum()) if sets else 1.0

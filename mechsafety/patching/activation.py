@@ -52,8 +52,8 @@ class PatchMap(Result):
         changes: Change of the metric towards the source run when the node is patched, in metric units (nats).
         harmful, harmless: Metric of the unpatched runs.
         direction: ``noising`` (the harmful run gets harmless values) or ``denoising`` (the reverse).
-        positions: Where: ``all``, a span, ``each`` or a list of columns.
-        columns: For ``each``: the column of each row, counted from the end (-1 is the last token); else None.
+        positions: Where: ``all``, a span, ``each`` or a list of positions.
+        row_positions: For ``each``: the position of each row, counted from the end (-1 is the last token); else None.
         source: Where replacement values come from: ``other``, ``mean``, ``resample`` or ``zero``.
     """
 
@@ -65,7 +65,7 @@ class PatchMap(Result):
     harmless: Float[Tensor, " prompt"]
     direction: str
     positions: str
-    columns: tuple[int, ...] | None = None
+    row_positions: tuple[int, ...] | None = None
     source: str = "other"
 
     def __repr__(self) -> str:
@@ -96,15 +96,15 @@ class PatchMap(Result):
             "kind": [str(node.kind) for node in self.nodes],
             "layer": [node.layer for node in self.nodes],
             "index": [node.index for node in self.nodes],
-            "column": self.columns if self.columns is not None else [None] * len(self.nodes),
+            "position": self.row_positions if self.row_positions is not None else [None] * len(self.nodes),
         }
         return pd.DataFrame(rows).join(effect_table(self.changes, self.harmful - self.harmless))
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest effects with intervals."""
         frame = self.to_dataframe()
-        if self.columns is not None:
-            frame["node"] = frame.node + " @ " + frame.column.astype(str)
+        if self.row_positions is not None:
+            frame["node"] = frame.node + " @ " + frame.position.astype(str)
         return bars(frame, "node", "effect", "share of the harmful-harmless gap")
 
 
@@ -134,13 +134,13 @@ def activation_patching(
             ``neurons``; with an index one head or neuron of it. Every head and MLP by default.
         direction: ``noising``: the harmful run is edited with the harmless run's values; ``denoising``: the reverse.
         positions: ``all`` (every token), a span (``prefix``, ``instruction``, ``suffix``), ``each`` (one row for each
-            column), or columns counted from the end (negative), patched together. With ``source="other"`` ``each``
-            and listed columns begin at the first difference: before it both prompts have the same values.
+            position), or positions counted from the end (negative), patched together. With ``source="other"`` ``each``
+            and listed positions begin at the first difference: before it both prompts have the same values.
         source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts of all pairs of the
-            same token length, column by column; ``resample``: the other prompt of another pair of the same length;
+            same token length, position by position; ``resample``: the other prompt of another pair of the same length;
             ``zero``. All but ``other`` replace the shared tokens' values too.
         seed: Of ``resample``.
-        max_batch_tokens: Rows x columns that go through the model at once; None finds how many fit into memory.
+        max_batch_tokens: Rows x positions that go through the model at once; None finds how many fit into memory.
         progress: Whether to show a bar.
 
     Returns:
@@ -148,7 +148,7 @@ def activation_patching(
 
     Raises:
         MechsafetyError: Unknown option, a target that the model lacks, no pair that aligns, a pair without another
-            of its length (``mean``, ``resample``), stored runs that begin after a column to be patched.
+            of its length (``mean``, ``resample``), stored runs that begin after a position to be patched.
     """
     from tqdm.auto import tqdm
 

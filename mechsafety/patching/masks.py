@@ -121,7 +121,7 @@ def _check_suffix(model: LensModel, tokens: TokenPairs, harmful: BaseRun, harmle
         raise MechsafetyError(
             f"{model.name} adds an embedding of the position, so that the suffix of a longer prompt is another one",
             expected="a model with rotary positions for align='suffix'",
-            cure="pair prompts of equal length: PromptPairs.matched(harmful, harmless, model.n_tokens)",
+            hint="pair prompts of equal length: PromptPairs.matched(harmful, harmless, model.n_tokens)",
         )
 
 
@@ -301,10 +301,10 @@ def patched_scores(
 
 
 def stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
-    """Stored activations of a kind; an error with the cure where the runs do not hold them."""
+    """Stored activations of a kind; an error with the hint where the runs do not hold them."""
     if kind not in source:
         raise MechsafetyError(
-            f"these runs hold no {kind.value}", cure=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])"
+            f"these runs hold no {kind.value}", hint=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])"
         )
     return source[kind]
 

@@ -134,7 +134,7 @@ def path_matrix(
     if model.backend.score_cap > 0:
         raise MechsafetyError(
             f"{model.name} caps its attention scores, which are then not linear in queries and keys",
-            cure="measure single paths by path_patching(...)",
+            hint="measure single paths by path_patching(...)",
         )
     if norm == "recompute" and _head_norms(model, 0):
         raise MechsafetyError(

@@ -81,7 +81,7 @@ def path_patching(
             neurons send).
         metric: What is measured.
         senders: The embedding, heads, MLPs and neurons (`Node`), the whole residual stream at a layer (`Site` of kind
-            ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some columns; every head by default.
+            ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some positions; every head by default.
         receivers: ``"logits"``, or (node, slot) pairs: a head's ``q``, ``k`` or ``v``, an MLP's or neuron's ``mlp``.
             For a direction (`Projection`) see `path_projection`, which needs no metric.
         mlp: ``recompute`` or ``freeze``.
@@ -92,8 +92,8 @@ def path_patching(
             receiver's change to the final residual stream only.
         joint: Patch all receivers at once instead of one after the other.
         direction: ``noising``: the harmful run is edited; ``denoising``: the harmless one.
-        positions: Where the senders' changes enter: ``all``, ``prefix``, ``instruction``, ``suffix``, columns counted
-            from the end, or ``each``: every sender once for each column, as `At`.
+        positions: Where the senders' changes enter: ``all``, ``prefix``, ``instruction``, ``suffix``, positions
+            counted from the end, or ``each``: every sender once for each position, as `At`.
         progress: Whether to show a bar.
 
     Raises:
@@ -156,9 +156,9 @@ def path_projection(
         raise MechsafetyError(f"a direction of {len(projection.vector)} numbers", expected=f"d_model = {model.d_model}")
     task = _task(model, pairs, senders, mlp, norm, direction, positions, ())
     vector = projection.vector.to(model.device).float()
-    (columns,) = column_masks(task.base, task.runs.start, projection.columns)[1]
+    (columns,) = column_masks(task.base, task.runs.start, projection.positions)[1]
     if not bool(columns.any(1).all()):
-        raise MechsafetyError(f"columns={projection.columns!r}", expected="columns from the first difference on")
+        raise MechsafetyError(f"positions={projection.positions!r}", expected="positions from the first difference on")
     weight = columns.float() / columns.sum(1, keepdim=True)
 
     def project(resid: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def path_projection(
     about: dict[str, object] = {
         "name": "projection",
         "site": str(projection.site),
-        "columns": _shown(projection.columns),
+        "positions": _shown(projection.positions),
     }
     groups = (((projection.site, "resid"),),)
     return task.result(about, groups, changes, (harmful, harmless), "frozen", False)
@@ -286,11 +286,11 @@ def _task(
     base, source = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
     check_start(runs, positions, "other")
     for sender in sending:
-        check_start(runs, sender.columns if isinstance(sender, At) else "all", "other")
+        check_start(runs, sender.positions if isinstance(sender, At) else "all", "other")
     columns, masks = column_masks(base, runs.start, positions)
     if positions == "each":
         if any(isinstance(sender, At) for sender in sending):
-            raise MechsafetyError("positions='each' and a sender with columns of its own", cure="give one of them")
+            raise MechsafetyError("positions='each' and a sender with positions of its own", hint="give one of them")
         sending = tuple(At(sender, (column,)) for sender in sending for column in columns)  # type: ignore[arg-type]
     where = None if positions in ("all", "each") else masks[0]
     return _Task(model, runs, base, source, sending, mlp, norm, direction, _shown(positions), where)
@@ -337,11 +337,11 @@ def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Rec
     if not listed:
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
     if joint and INTO_LOGITS in listed:
-        raise MechsafetyError("the logits cannot be a joint receiver", cure="patch them in a call of their own")
+        raise MechsafetyError("the logits cannot be a joint receiver", hint="patch them in a call of their own")
     whole = {node.layer for node, _ in listed if node.kind == "mlp"}
     parts = [node for node, _ in listed if node.kind == "neuron" and node.layer in whole]
     if joint and parts:
-        raise MechsafetyError(f"{parts[0]} and the whole MLP of its layer as joint receivers", cure="give one of them")
+        raise MechsafetyError(f"{parts[0]} and the whole MLP of its layer as joint receivers", hint="give one of them")
     return (listed,) if joint else tuple((receiver,) for receiver in listed)
 
 

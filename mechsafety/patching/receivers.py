@@ -35,30 +35,31 @@ INTO_LOGITS: Receiver = (LOGITS, "resid")
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A direction as a receiver: the residual stream's projection on a unit vector, mean over some columns.
+    """A direction as a receiver: the residual stream's projection on a unit vector, mean over some positions.
 
     Attributes:
         vector: Unit vector.
         site: Where in the residual stream: ``resid_pre``, ``resid_mid`` or ``resid_post`` of a layer.
-        columns: A span, or columns counted from the end; the last token by default. Columns before the first difference
-            of the pairs are left out.
+        positions: A span, or positions counted from the end; the last token by default. Positions before the first
+            difference of the pairs are left out.
     """
 
     vector: Float[Tensor, " d_model"]
     site: Site
-    columns: str | tuple[int, ...] = (-1,)
+    positions: str | tuple[int, ...] = (-1,)
 
     def __post_init__(self) -> None:
         if self.site.kind not in STREAM:
             raise MechsafetyError(f"a projection at {self.site}", expected=f"one of {[str(kind) for kind in STREAM]}")
-        if isinstance(self.columns, str) and self.columns not in ("all", *SPANS):
+        if isinstance(self.positions, str) and self.positions not in ("all", *SPANS):
             raise MechsafetyError(
-                f"a projection at columns={self.columns!r}", expected=f"'all', one of {SPANS}, or columns from the end"
+                f"a projection at positions={self.positions!r}",
+                expected=f"'all', one of {SPANS}, or positions from the end",
             )
         length = float(self.vector.float().norm())
         if not abs(length - 1) < 1e-3:
             raise MechsafetyError(
-                f"a direction of length {length:.3g}", expected="a unit vector", cure="vector / vector.norm()"
+                f"a direction of length {length:.3g}", expected="a unit vector", hint="vector / vector.norm()"
             )
 
     @property

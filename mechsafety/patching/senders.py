@@ -29,11 +29,11 @@ STREAM = (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.RESID_POST)
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """A sender that changes at some columns only.
+    """A sender that changes at some positions only.
 
     Attributes:
         part: A node, or the whole residual stream at a site.
-        columns: A span (``prefix``, ``instruction``, ``suffix``), or columns counted from the end (-1 is the last).
+        positions: A span (``prefix``, ``instruction``, ``suffix``), or positions counted from the end (-1 is the last).
 
     Example:
         >>> str(At(Node("head", 0, 1), "instruction")), str(At(Site("resid_pre", 2), (-3, -1)))
@@ -41,14 +41,16 @@ class At:
     """
 
     part: Node | Site
-    columns: str | tuple[int, ...]
+    positions: str | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.columns, str) and self.columns not in SPANS:
-            raise MechsafetyError(f"columns={self.columns!r}", expected=f"one of {SPANS}, or columns from the end")
+        if isinstance(self.positions, str) and self.positions not in SPANS:
+            raise MechsafetyError(
+                f"positions={self.positions!r}", expected=f"one of {SPANS}, or positions from the end"
+            )
 
     def __str__(self) -> str:
-        shown = self.columns if isinstance(self.columns, str) else ",".join(map(str, self.columns))
+        shown = self.positions if isinstance(self.positions, str) else ",".join(map(str, self.positions))
         return f"{self.part} @ {shown}"
 
 
@@ -56,7 +58,7 @@ Sender = Node | Site | At
 
 
 def part_of(sender: Sender) -> Node | Site:
-    """The node or site of a sender, without its columns."""
+    """The node or site of a sender, without its positions."""
     return sender.part if isinstance(sender, At) else sender
 
 
@@ -372,5 +374,5 @@ def _limits(
     """Where a sender may change: the columns of the call, and its own."""
     masks = [] if positions is None else [positions]
     if isinstance(sender, At):
-        masks += column_masks(base, base.start, sender.columns)[1]
+        masks += column_masks(base, base.start, sender.positions)[1]
     return masks

@@ -23,8 +23,8 @@ def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> 
     if runs.align == "suffix" and positions in ("prefix", "instruction"):
         raise MechsafetyError(
             f"positions {positions!r} of pairs aligned at the suffix",
-            expected="'all' (which is the suffix), 'each', or columns from the end",
-            cure="use twins of equal length for earlier tokens",
+            expected="'all' (which is the suffix), 'each', or positions from the end",
+            hint="use pairs of equal length for earlier tokens",
         )
     if source == "other" or runs.start == 0 or runs.align == "suffix":
         return
@@ -37,8 +37,8 @@ def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> 
         early = min(positions, default=0) < runs.start - tokens.ids.shape[1]
     if early:
         raise MechsafetyError(
-            f"these runs begin at column {runs.start}, {source!r} at {positions!r} replaces earlier ones",
-            cure="use pair_runs(model, pairs, start=0)",
+            f"these runs begin at position {runs.start}, {source!r} at {positions!r} replaces earlier ones",
+            hint="use pair_runs(model, pairs, start=0)",
         )
 
 
@@ -55,7 +55,7 @@ def column_masks(
         if wrong or not positions:
             raise MechsafetyError(
                 f"positions {wrong or positions}",
-                expected=f"columns from the end, {every[0]} to -1"
+                expected=f"positions from the end, {every[0]} to -1"
                 + (" (earlier ones are the same in both prompts)" if start else ""),
             )
     masks = []
@@ -107,7 +107,7 @@ def _same_length(tokens: Tokens, source: str, *, any_length: bool = False) -> li
         raise MechsafetyError(
             f"source {source!r} finds no other pair of the same length for pair {named}",
             expected="two or more pairs of each token length",
-            cure="leave such pairs out, or use source='other' or 'zero'",
+            hint="leave such pairs out, or use source='other' or 'zero'",
         )
     return list(groups.values())
 

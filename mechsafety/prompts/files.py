@@ -41,7 +41,7 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
         raise MechsafetyError(
             f"{path} ends in {suffix!r}" if suffix else f"{path} has no suffix",
             expected=".jsonl (an object a line), .json (an array of objects) or .csv (column names, then rows)",
-            cure="rename it",
+            hint="rename it",
         )
     return _read(path, keys, READERS[suffix], f"a .jsonl, .json or .csv file with {_shape(keys)} in every row")
 
@@ -91,8 +91,8 @@ def _json_array(text: str, path: str, shape: str) -> Rows:
         at = end
 
     def wrong(found: str) -> MechsafetyError:
-        cure = "name it .jsonl if it has one object a line" if text[:1] == "{" else ""
-        return MechsafetyError(f"{path}, line {line}: {found}", expected=f"[{shape}, ...]", cure=cure)
+        hint = "name it .jsonl if it has one object a line" if text[:1] == "{" else ""
+        return MechsafetyError(f"{path}, line {line}: {found}", expected=f"[{shape}, ...]", hint=hint)
 
     skip(0)
     if text and text[at : at + 1] != "[":
@@ -128,7 +128,7 @@ def _csv(text: str, path: str, shape: str) -> Rows:
                     raise MechsafetyError(
                         f"{where}: {len(cells)} values under {len(names)} columns",
                         expected="one each",
-                        cure='put a prompt with commas into double quotes: "..."',
+                        hint='put a prompt with commas into double quotes: "..."',
                     )
                 if any(re.match(r'\s+"', cell) for cell in cells):
                     raise MechsafetyError(f"{where}: a space before a double quote", expected='"...","..."')

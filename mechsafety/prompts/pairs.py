@@ -1,4 +1,4 @@
-"""Harmful requests and their harmless twins."""
+"""Harmful requests and their harmless counterfactuals."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ HUB: dict[str, tuple[HubSet, HubSet | None]] = {
 Align = Literal["tokens", "suffix"]
 ALIGN: tuple[Align, ...] = ("tokens", "suffix")
 KEYS, OPTIONAL = ("harmful", "harmless"), ("topic", "split", "edition")
-CURE = (
+HINT = (
     "change a word in one of the two (model.tokenize_pairs shows a pair's token rows), add pairs, pair prompts with "
     "PromptPairs.matched(harmful, harmless, model.n_tokens), or patch at the template's suffix alone: align='suffix'"
 )
@@ -57,7 +57,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PromptPair:
-    """A harmful request and its harmless twin.
+    """A harmful request and its harmless counterfactual.
 
     Attributes:
         harmful, harmless: The two prompts.
@@ -89,7 +89,7 @@ class PromptPairs:
         name: Where they come from, for reports and provenance.
         left_out: What was left out of them, in words.
         align: What corresponds in the two prompts of a pair, and so can be patched: ``tokens``, every token, which asks
-            for twins of equal length; or ``suffix``, the template's tokens after the instruction alone, which any two
+            for pairs of equal length; or ``suffix``, the template's tokens after the instruction alone, which any two
             prompts have (docs/methods.md says what that can show).
 
     Example:
@@ -117,7 +117,7 @@ class PromptPairs:
         if not first:
             raise MechsafetyError(
                 f"{self.name}: the two prompts of {'the pair' if equal == 1 else f'all {equal} pairs'} are equal",
-                expected="a harmful prompt and a harmless twin that differs",
+                expected="a harmful prompt and a harmless counterfactual that differs",
             )
         notes = [f"{equal} pair{'s' * (equal > 1)} of two equal prompts left out: the gap is 0"] if equal else []
         notes += [duplicates(again, "pair")] if again else []
@@ -292,8 +292,8 @@ class PromptPairs:
             problem = f"{n} of {len(self)} pairs of {self.name} align under the tokenizer of {model.name}"
             what = "number of tokens" if self.align == "tokens" else "tokens after the instruction"
             problem += f"; the two chat prompts of {_numbers(out)} differ in their {what}" if out else ""
-            cure = CURE if out and self.align == "tokens" else "add pairs"
-            raise MechsafetyError(problem, expected=f"at least {least}", cure=cure)
+            hint = HINT if out and self.align == "tokens" else "add pairs"
+            raise MechsafetyError(problem, expected=f"at least {least}", hint=hint)
         if not out:
             return self
         note = f"{len(out)} of {len(self)} pairs left out, which do not align under the tokenizer of {model.name}"
@@ -304,7 +304,7 @@ class PromptPairs:
 
     @classmethod
     def builtin(cls, split: str | None = None, *, edition: int | None = None) -> Self:
-        """The project's own pairs, twins of equal token length under the demo model's tokenizer.
+        """The project's own pairs, pairs of equal token length under the demo model's tokenizer.
 
         Under other tokenizers at least four in five are (docs/models.md).
 
@@ -357,9 +357,9 @@ class PromptPairs:
 
         Args:
             harmful: Harmful prompts.
-            harmless: Their twins; or, with ``align="suffix"``, any harmless prompts.
+            harmless: Their counterfactuals; or, with ``align="suffix"``, any harmless prompts.
             name: Where they come from.
-            align: What is patched of a pair: ``tokens``, every token of twins of equal length; ``suffix``, the
+            align: What is patched of a pair: ``tokens``, every token of pairs of equal length; ``suffix``, the
                 template's tokens after the instruction, of any two prompts.
 
         Raises:
@@ -369,7 +369,7 @@ class PromptPairs:
             raise MechsafetyError(
                 f"{len(harmful)} harmful and {len(harmless)} harmless prompts",
                 expected="lists of the same length",
-                cure="use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
+                hint="use PromptPairs.matched(harmful, harmless, length) to pair them by token length",
             )
         return cls(tuple(PromptPair(a, b) for a, b in zip(harmful, harmless, strict=True)), name, align=align)
 
@@ -392,7 +392,7 @@ class PromptPairs:
             if partners:
                 pairs.append(PromptPair(text, partners.pop()))
         if not pairs:
-            raise MechsafetyError("no harmful and harmless prompt have the same length", cure="give more prompts")
+            raise MechsafetyError("no harmful and harmless prompt have the same length", hint="give more prompts")
         return cls(tuple(pairs), name)
 
     @classmethod
@@ -437,7 +437,7 @@ class PromptPairs:
 
 
 def omissions(pairs: object) -> dict[str, Any]:
-    """What a result must say of its pairs or their runs, as options of provenance; empty for whole aligned twins.
+    """What a result must say of its pairs, as options of provenance; empty for pairs aligned at every token.
 
     What was left out of them, and that only their suffix corresponds.
     """
@@ -474,7 +474,7 @@ def _harmless_half(name: str, *, required: bool) -> HubSet:
     """A benchmark's own harmless half; a source that is no benchmark is all harmless, unless a half is required."""
     source, own = _benchmark(name)
     if own is None and (required or source in [sets[0] for sets in HUB.values()]):
-        raise MechsafetyError(f"{name} has no harmless half", cure="pass harmless=[...] or harmless='tatsu-lab/alpaca'")
+        raise MechsafetyError(f"{name} has no harmless half", hint="pass harmless=[...] or harmless='tatsu-lab/alpaca'")
     return own or source
 
 

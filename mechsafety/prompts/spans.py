@@ -130,7 +130,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class TokenPairs:
-    """Aligned token rows of harmful prompts and their harmless twins.
+    """Aligned token rows of harmful prompts and their harmless counterfactuals.
 
     Attributes:
         harmful, harmless: Equal shapes; equal masks and spans too, unless only the suffix corresponds.

@@ -25,7 +25,7 @@ class Variable:
         node: The head or MLP that carries it.
         slot: Which input of ``node`` reads its parents.
         role: Role of ``node`` in a refusal circuit.
-        column: Where ``node`` carries it, counted from the end of the prompt.
+        position: Where ``node`` carries it, counted from the end of the prompt.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Variable:
     node: Node
     slot: str
     role: str
-    column: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ def load_certified(folder: Path) -> Certified:
     """
     for name in ("model.safetensors", "certificate.json"):
         if not (folder / name).is_file():
-            raise MechsafetyError(f"no {name} of the certified model", cure="python scripts/train_certified_model.py")
+            raise MechsafetyError(f"no {name} of the certified model", hint="python scripts/train_certified_model.py")
     model = untrained_model(0)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -247,7 +247,7 @@ def swapped_nodes(
     else:
         per_node[1:] = True
         for variable in causal_model.variables:
-            per_node[rows[variable.node], variable.column] = False
+            per_node[rows[variable.node], variable.position] = False
     return per_node[:, None].expand(-1, len(receiver_slots(config)), -1)
 
 
@@ -257,7 +257,7 @@ def swapped_edges(config: Any, causal_model: CausalModel, length: int) -> Bool[T
     rows = {node: k for k, node in enumerate(sender_nodes(config))}
     for variable in causal_model.variables:
         carried = torch.zeros(length, dtype=torch.bool)
-        carried[variable.column] = True
+        carried[variable.position] = True
         live[rows[variable.node]] &= carried
     return ~live
 

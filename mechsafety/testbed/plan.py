@@ -104,7 +104,7 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
     fitting = {doubled: found for doubled in DOUBLED[backups] if (found := _layouts(layers, heads, doubled))}
     if not fitting:
         raise MechsafetyError(
-            f"{backups} backups do not fit into {layers} layers of {heads} heads", cure="a larger model"
+            f"{backups} backups do not fit into {layers} layers of {heads} heads", hint="a larger model"
         )
     doubled = rng.choice(sorted(fitting))
     layout = dict(zip(STAGES, rng.choice(fitting[doubled]), strict=True))

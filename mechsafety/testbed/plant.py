@@ -23,7 +23,8 @@ class Planted:
     Attributes:
         model: Hugging Face Llama (RMSNorm) or GPT-2 (LayerNorm).
         tokenizer: Its tokenizer, one token a word, with a chat template.
-        pairs: Prompts that it refuses and twins that it answers, of four topics, two of them in the split ``test``.
+        pairs: Prompts that it refuses, each with a counterfactual that it answers. They are of four topics, two of
+            them in the split ``test``.
         truth: Its circuit, decoys and backups.
         seed: What it was made from.
     """

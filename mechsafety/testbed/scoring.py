@@ -184,7 +184,7 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
     """Every node or edge that a result scores; None for what is no ranking.
 
     Raises:
-        MechsafetyError: The result scores something else: sites, single columns, or receivers taken together.
+        MechsafetyError: The result scores something else: sites, single positions, or receivers taken together.
     """
     if isinstance(result, Mapping):
         return result
@@ -195,8 +195,8 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
                 ranked |= {Node("neuron", layer, index): value for index, value in enumerate(row)}
         return ranked
     if isinstance(result, PatchMap):
-        if result.columns is not None or not all(isinstance(node, Node) for node in result.nodes):
-            raise MechsafetyError("patched sites or columns have no truth", expected="whole nodes, at all positions")
+        if result.row_positions is not None or not all(isinstance(node, Node) for node in result.nodes):
+            raise MechsafetyError("patched sites or positions have no truth", expected="whole nodes, at all positions")
         return dict(zip(result.nodes, result.effects.tolist(), strict=True))  # type: ignore[arg-type]
     if isinstance(result, EdgeScores):
         parallel = bool(result.provenance.options.get("parallel"))
@@ -212,7 +212,7 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
         ends = [receiver for ((receiver, _),) in result.receivers]
         if not all(isinstance(part, Node) for part in (*result.senders, *ends)):
             raise MechsafetyError(
-                "paths from or to sites or columns have no truth", expected="paths between whole nodes"
+                "paths from or to sites or positions have no truth", expected="paths between whole nodes"
             )
         return {
             Edge(sender, receiver, slot): value

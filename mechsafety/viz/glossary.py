@@ -163,8 +163,8 @@ METHODS = (
     ),
     Entry(
         "Ranking",
-        "Integrated gradients over masks that blend every part between its value on the harmless twin (0) and its own "
-        "(1). The scores of all parts sum to 1 but for the error of the integration.",
+        "Integrated gradients over masks that blend every part between its value on the harmless counterfactual (0) "
+        "and its own (1). The scores of all parts sum to 1 but for the error of the integration.",
         "estimate(node) = integral from 0 to 1 of d metric / d mask(node), at mask = a for all parts, da / gap",
     ),
     Entry(

@@ -150,7 +150,7 @@ def _fit(
             raise MechsafetyError(
                 f"width_mm={style.width_mm:g} with {style.font * 0.75:g} pt labels",
                 expected=f"at least {(frame.right + 14 * unit) * 25.4 / 96:.0f} mm for this circuit",
-                cure="a smaller font_pt, or columns='part'",
+                hint="a smaller font_pt, or columns='part'",
             )
         over = (frame.right + 14 * unit - room) / (cell + 8 * unit)
         limit = max(used, placement.n_columns - max(1, int(0.6 * over)))

@@ -93,7 +93,7 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
         raise MechsafetyError(
             f"width_mm={style.width_mm:g} with {font * 0.75:g} pt text",
             expected=f"at least {layout.width * 25.4 / 96:.0f} mm for this diagram",
-            cure="a smaller font_pt, or none, which scales the diagram to the width",
+            hint="a smaller font_pt, or none, which scales the diagram to the width",
         )
     return in_grey(layout) if style.grayscale else layout
 

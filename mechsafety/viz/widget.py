@@ -41,7 +41,7 @@ def circuit_widget(
         import traitlets
     except ImportError:
         raise MechsafetyError(
-            "a widget without the package anywidget", cure='pip install "mechsafety[widget]"'
+            "a widget without the package anywidget", hint='pip install "mechsafety[widget]"'
         ) from None
     nodes = {str(member.node): member.node for member in circuit.nodes}
 

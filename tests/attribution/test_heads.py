@@ -16,9 +16,9 @@ from mechsafety.patching import Projection, activation_patching, pair_runs, path
 from mechsafety.sites import Site, SiteKind
 
 
-def random_direction(layer=2, column=-1):
+def random_direction(layer=2, position=-1):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(8))
-    return SimpleNamespace(vector=vector, layer=layer, column=column)
+    return SimpleNamespace(vector=vector, layer=layer, position=position)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_models_with_norms_after_blocks_have_every_score(make_model, pairs, log_
     torch.testing.assert_close(found.direct, own.heads / own.total.mean(), atol=1e-5, rtol=1e-4)
     unit = direction.vector / direction.vector.norm()
     site = Site(SiteKind.RESID_PRE, direction.layer)
-    paths = path_projection(model, pairs, Projection(unit, site, (direction.column,)), progress=False)
+    paths = path_projection(model, pairs, Projection(unit, site, (direction.position,)), progress=False)
     torch.testing.assert_close(found.path.flatten(0, 1), paths.changes[:, 0] / paths.gap, atol=1e-5, rtol=1e-4)
     assert "norms after blocks frozen" in repr(found) and found.provenance.options["block_norms"] == "frozen"
     exact = head_attribution(model, pairs, log_odds, scores=["total"], progress=False)
@@ -126,7 +126,7 @@ def test_a_constant_score_has_no_ranks(llama, pairs, log_odds):
         ({"scores": []}, "scores []; expected some of"),
         ({"scores": ["path"]}, "scores=['path'] without a direction; pass direction=refusal_direction(...)"),
         (
-            {"scores": ["path"], "direction": SimpleNamespace(vector=torch.ones(40), layer=1, column=-1)},
+            {"scores": ["path"], "direction": SimpleNamespace(vector=torch.ones(40), layer=1, position=-1)},
             "a direction of width 40; expected this model's d_model, 32",
         ),
         (

@@ -17,7 +17,7 @@ from mechsafety.prompts import PromptPairs
 
 def test_finds_the_planted_direction(directed_found):
     assert directed_found.passes and directed_found.layer == 1 and directed_found.selector == "published"
-    assert directed_found.columns == (-2, -1) and directed_found.vectors.shape == (3, 2, 32)
+    assert directed_found.positions == (-2, -1) and directed_found.vectors.shape == (3, 2, 32)
     unit = directed_found.vector / directed_found.vector.norm()
     assert float(unit[0]) > 0.99
     assert float(directed_found.vectors[0].abs().max()) == 0.0  # the template's tokens are the same in both
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_result(directed, directed_found, tmp_path)
         assert torch.equal(getattr(again, name), getattr(directed_found, name)), name
     assert torch.equal(again.controls.induce, directed_found.controls.induce)
     loaded = RefusalDirection.load(directed_found.save(tmp_path / "direction"))
-    assert torch.equal(loaded.vector, directed_found.vector) and loaded.columns == directed_found.columns
+    assert torch.equal(loaded.vector, directed_found.vector) and loaded.positions == directed_found.positions
     assert loaded.controls.names == directed_found.controls.names and repr(loaded) == repr(directed_found)
 
 

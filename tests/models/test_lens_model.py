@@ -132,8 +132,8 @@ def test_pairs_that_do_not_align(llama):
     harmless = llama.token_strings("how do you bake a big cake")[2:-2]
     assert str(caught.value) == (
         f"pair 2 of lists does not align: harmful 6 tokens {harmful}, harmless {len(harmless)} tokens {harmless}, "
-        "first difference at 2; expected twins with as many tokens in the instruction; change a word, or pair prompts "
-        "with PromptPairs.matched(harmful, harmless, model.n_tokens)"
+        "first difference at 2; expected prompts with as many tokens in the instruction; change a word, or pair "
+        "prompts with PromptPairs.matched(harmful, harmless, model.n_tokens)"
     )
 
 

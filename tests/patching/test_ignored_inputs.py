@@ -46,7 +46,7 @@ def test_the_rest(llama, pairs, log_odds):
         (lambda: node_outputs(llama, runs.harmful, [Node("embed")]), "embed writes nothing of its own; expected heads"),
         (
             lambda: Projection(UNIT, Site("resid_pre", 1), "each"),
-            "a projection at columns='each'; expected 'all', one of ('prefix', ",
+            "a projection at positions='each'; expected 'all', one of ('prefix', ",
         ),
         (
             lambda: find_backups(meter, [neuron], {neuron: 1.0}),

@@ -72,7 +72,7 @@ def test_frozen_norms_and_mlps_make_projections_add_up(any_model, pairs):
         torch.testing.assert_close(found.changes[:, 0].sum(0), found.harmful - found.harmless, atol=1e-4, rtol=0)
     whole = path_projection(model, pairs, projection, senders=[Site("resid_pre", 2)], progress=False)
     torch.testing.assert_close(whole.changes[0, 0], whole.harmful - whole.harmless, atol=1e-5, rtol=0)
-    assert whole.metric == {"name": "projection", "site": "L2.resid_pre", "columns": "-1"}
+    assert whole.metric == {"name": "projection", "site": "L2.resid_pre", "positions": "-1"}
     back = path_projection(model, pairs, projection, senders=nodes[:3], direction="denoising", **options)
     assert model.post_norm or torch.allclose(back.changes, found.changes[:3], atol=1e-5)
 
@@ -135,7 +135,7 @@ def test_result(llama, pairs, log_odds, tmp_path):
         ({"receivers": [(Node("neuron", 0, 48), "mlp")]}, "L0.N48 does not exist in LensModel"),
         ({"receivers": []}, "no receivers; expected 'logits' or"),
         ({"positions": "middle"}, "no span is called 'middle'"),
-        ({"positions": [-99]}, r"positions \[-99\]; expected columns from the end"),
+        ({"positions": [-99]}, r"positions \[-99\]; expected positions from the end"),
         ({"positions": "each", "senders": [At(Node("mlp", 0), (-1,))]}, "positions='each' and a sender with columns"),
         ({"receivers": [(Node("head", 2, 0), "mlp")]}, "L2.H0 has no slot 'mlp'"),
         ({"receivers": [(Node("logits"), "resid")], "joint": True}, "the logits cannot be a joint receiver"),
@@ -232,9 +232,9 @@ def test_projection_errors(llama, gpt_neox, pairs):
         path_projection(llama, pairs, Projection(unit[:8], Site("resid_pre", 0)), progress=False)
     with pytest.raises(ms.MechsafetyError, match="has no residual stream between attention and MLP"):
         path_projection(gpt_neox, pairs, Projection(unit, Site("resid_mid", 0)), progress=False)
-    with pytest.raises(ms.MechsafetyError, match="columns='prefix'; expected columns from the first difference on"):
+    with pytest.raises(ms.MechsafetyError, match="positions='prefix'; expected positions from the first difference on"):
         path_projection(llama, pairs, Projection(unit, Site("resid_pre", 0), "prefix"), progress=False)
-    with pytest.raises(ms.MechsafetyError, match="columns='each'; expected one of"):
+    with pytest.raises(ms.MechsafetyError, match="positions='each'; expected one of"):
         At(Node("mlp", 0), "each")
 
 

@@ -69,8 +69,8 @@ def test_each_column_equals_plain_hooks(llama, pairs, log_odds):
     result = activation_patching(llama, pairs, log_odds, nodes=sites, positions="each", progress=False)
     tokens = llama.tokenize_pairs(pairs).harmful
     width = tokens.ids.shape[1]
-    assert len(result.nodes) == len(result.columns) == 2 * (width - llama.tokenize_pairs(pairs).start)
-    for k, (site, column) in enumerate(zip(result.nodes, result.columns, strict=True)):
+    assert len(result.nodes) == len(result.row_positions) == 2 * (width - llama.tokenize_pairs(pairs).start)
+    for k, (site, column) in enumerate(zip(result.nodes, result.row_positions, strict=True)):
         where = torch.zeros_like(tokens.mask)
         where[:, column] = tokens.mask[:, column]
         expected = slow(llama, pairs, log_odds, site, where)
@@ -164,7 +164,7 @@ def test_each_column_of_a_mean_begins_at_the_first_token(llama, log_odds):
     options = {"nodes": [site], "source": "mean", "positions": "each", "progress": False}
     result = activation_patching(llama, TWO_LENGTHS, log_odds, **options)
     tokens = llama.tokenize_pairs(TWO_LENGTHS).harmful
-    assert result.columns == tuple(range(-tokens.ids.shape[1], 0))
+    assert result.row_positions == tuple(range(-tokens.ids.shape[1], 0))
     for column, row in ((-1, -1), (-8, -8), (-tokens.ids.shape[1], 0)):
         where = torch.zeros_like(tokens.mask)
         where[:, column] = tokens.mask[:, column]
@@ -222,7 +222,7 @@ def test_any_patch_equals_the_twin(
     options = {"direction": direction, "positions": named, "source": source}
     result = activation_patching(model, TWO_LENGTHS, log_odds, nodes=sites, progress=False, **options)
     before, sign = (result.harmless, 1) if swap else (result.harmful, -1)
-    columns = result.columns or [None] * len(sites)
+    columns = result.row_positions or [None] * len(sites)
     assert len(result.nodes) == (len(sites) if named != "each" else len(sites) * len(set(columns)))
     for k in range(0, len(result.nodes), 5 if named == "each" else 1):
         if isinstance(named, list) or named == "each":

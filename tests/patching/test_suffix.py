@@ -183,7 +183,7 @@ def test_rows_and_batches_keep_the_suffix(llama, loose, log_odds):
         one = ms.activation_patching(llama, loose[k : k + 1], log_odds, nodes=[Node("head", 0, 1)], **QUIET)
         torch.testing.assert_close(one.changes[:, 0], both.changes[:, k], rtol=0, atol=2e-5)
     each = ms.activation_patching(llama, loose, log_odds, nodes=[Node("mlp", 2)], positions="each", **QUIET)
-    assert each.columns == (-2, -1)
+    assert each.row_positions == (-2, -1)
 
 
 @pytest.mark.parametrize("name", ["start_layer", "shared_prefix", "drop_positions", "batch_variants", "last_logits"])
@@ -262,7 +262,7 @@ def test_head_scores_are_those_of_prompts_run_alone(llama, loose, log_odds):
 def test_writers_of_a_direction_are_those_of_prompts_run_alone(directed, directed_found, loose):
     model, _, metric = directed
     found = ms.direction_io(model, directed_found, loose, metric, **QUIET)
-    layer, column = directed_found.layer, directed_found.column
+    layer, column = directed_found.layer, directed_found.position
     assert -SUFFIX <= column < 0
     unit = directed_found.vector / directed_found.vector.norm()
 

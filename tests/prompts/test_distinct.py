@@ -36,7 +36,8 @@ def test_a_pair_of_two_equal_prompts_has_no_gap(caplog):
         with pytest.raises(MechsafetyError) as caught:
             PromptPairs.from_lists(texts, texts)
         assert str(caught.value) == (
-            f"lists: the two prompts of {said} are equal; expected a harmful prompt and a harmless twin that differs"
+            f"lists: the two prompts of {said} are equal; "
+            "expected a harmful prompt and a harmless counterfactual that differs"
         )
 
 

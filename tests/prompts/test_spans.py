@@ -73,6 +73,6 @@ def test_pairs_that_do_not_align_show_both_rows(llama):
     assert str(caught.value) == (
         "pair 2 of mine does not align: harmful 3 tokens ['make', ' a', ' bomb'], "
         "harmless 4 tokens ['make', ' a', ' blue', ' cake'], first difference at 2; "
-        "expected twins with as many tokens in the instruction; "
+        "expected prompts with as many tokens in the instruction; "
         "change a word, or pair prompts with PromptPairs.matched(harmful, harmless, model.n_tokens)"
     )

@@ -202,7 +202,7 @@ def test_what_cannot_be_scored(truth, result, text):
 def test_sites_and_joint_receivers_have_no_truth(results, truth):
     model, pairs, metric, _ = results
     site = ms.activation_patching(model, pairs, metric, nodes=[ms.Site("resid_mid", 0)], progress=False)
-    with pytest.raises(ms.MechsafetyError, match=r"^patched sites or columns have no truth"):
+    with pytest.raises(ms.MechsafetyError, match=r"^patched sites or positions have no truth"):
         score(site, truth)
     receivers = [(Node("head", 1, 0), "q"), (Node("head", 1, 1), "q")]
     joint = ms.path_patching(model, pairs, metric, senders=[A], receivers=receivers, joint=True, progress=False)

@@ -190,7 +190,11 @@ def _side_effects(check: Verification) -> tuple[Claim, Claim]:
     criterion, found = f"KL at most {MAX_KL:g} nats", check.side_effects
     rows = (
         ("harmless prompts", "ablating the circuit leaves the next token of harmless prompts alone", "circuit_ablated"),
-        ("complement", "what is outside the circuit carries nothing from a harmful twin", "complement_patched"),
+        (
+            "complement",
+            "what is outside the circuit carries nothing from a harmful prompt",
+            "complement_patched",
+        ),
     )
     made = []
     for name, statement, field in rows:

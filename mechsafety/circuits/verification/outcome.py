@@ -107,7 +107,7 @@ class SideEffects:
     Attributes:
         circuit_ablated: Mean over prompts, every part of the circuit at its mean over harmless prompts.
         circuit_ablated_ci: 95 % interval of it.
-        complement_patched: The same, everything outside the circuit at its value in the harmful twin.
+        complement_patched: The same, everything outside the circuit at its value in the harmful counterfactual.
         complement_patched_ci: 95 % interval of it.
     """
 

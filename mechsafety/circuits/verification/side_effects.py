@@ -18,8 +18,9 @@ from mechsafety.sites import SiteKind
 def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> SideEffects | None:
     """KL(unedited || edited) of the next token on the meter's harmless prompts, for two edits.
 
-    The circuit at its mean over the harmless prompts: what ablating it costs where nothing is to be refused. Everything
-    outside the circuit at its value in the harmful twin: what of the twin's content reaches the output outside it.
+    Two edits are measured. The circuit at its mean over the harmless prompts shows what ablating it costs where nothing
+    is to be refused. Everything outside the circuit at its value in the pair's harmful prompt shows what of that prompt
+    reaches the output outside the circuit.
 
     Args:
         meter: Whose harmless runs are edited.

@@ -1,4 +1,4 @@
-"""Dose and response: what an intervention does to refusal, and what else, as its strength grows."""
+"""A sweep of strengths: what an intervention does to refusal, and what else, as its strength grows."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -37,14 +37,14 @@ SIDES = ("harmful", "harmless")
 
 
 @dataclass(frozen=True, slots=True)
-class DoseResponse(Result):
+class StrengthSweep(Result):
     """Refusal and side effects at each strength, prompt by prompt.
 
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
         name: What was varied, for tables.
-        strengths: The doses.
+        strengths: The strengths of the sweep.
         refused_harmful, refused_harmless: Whether the greedy reply is a refusal (of the kind ``refuses``).
         harmful, harmless: Refusal log-odds.
         kl: KL(unedited || edited) of next-token distributions after harmless prompts, in nats.
@@ -70,7 +70,7 @@ class DoseResponse(Result):
     def __repr__(self) -> str:
         rates, ends = self.refused_harmful.float().mean(1), (self.strengths[0], self.strengths[-1])
         text = (
-            f"DoseResponse({self.name}: {len(self.strengths)} strengths, harmful refused "
+            f"StrengthSweep({self.name}: {len(self.strengths)} strengths, harmful refused "
             f"{float(rates[0]):.0%} at {ends[0]:g} and {float(rates[-1]):.0%} at {ends[1]:g}; "
         )
         if not self.kinds_harmful:
@@ -135,7 +135,7 @@ class DoseResponse(Result):
 
 
 @public
-def dose_response(
+def strength_sweep(
     model: LensModel,
     intervene: Callable[[float], AbstractContextManager[object]],
     strengths: Sequence[float],
@@ -149,7 +149,7 @@ def dose_response(
     limit: float | None = None,
     reply_tokens: Count = REPLY_TOKENS,
     progress: bool = True,
-) -> DoseResponse:
+) -> StrengthSweep:
     """Measure an intervention at several strengths: refusals, what replies are instead, and side effects.
 
     A strong edit often makes a model babble. It then refuses less, and complies no more; so each rate of refusal comes
@@ -158,7 +158,7 @@ def dose_response(
     Args:
         model: The model.
         intervene: From a strength to a context manager, such as ``lambda s: steer(model, direction, s)``.
-        strengths: The doses.
+        strengths: The strengths of the sweep.
         harmful: Harmful prompts.
         harmless: Harmless prompts, for the side effects as well.
         metric: Refusal log-odds.
@@ -177,12 +177,12 @@ def dose_response(
 
     Example::
 
-        dose_response(model, lambda s: ms.ablate(model, heads, s, "zero"), [0, 0.5, 1], harmful, harmless, metric)
+        strength_sweep(model, lambda s: ms.ablate(model, heads, s, "zero"), [0, 0.5, 1], harmful, harmless, metric)
     """
     check_judge(judge)
     check_unedited(model)
-    doses = tuple(check_strength(strength) for strength in strengths)
-    if not doses or not harmful or not harmless:
+    swept = tuple(check_strength(strength) for strength in strengths)
+    if not swept or not harmful or not harmless:
         raise MechsafetyError("no strengths or no prompts", expected="at least one of each")
     if references is not None and len(references) != len(harmless):
         raise MechsafetyError(f"{len(references)} references", expected=f"one for each of {len(harmless)} prompts")
@@ -193,27 +193,27 @@ def dose_response(
     plain = model.reading(())  # the cost is counted where a reply begins
     before = plain.logits(harmless).log_softmax(-1)
     most = loss_limit(model) if limit is None else float(limit)
-    columns: dict[str, list[Tensor]] = {key: [] for key in ("harmful", "harmless", "kl", "loss")}
+    measured: dict[str, list[Tensor]] = {key: [] for key in ("harmful", "harmless", "kl", "loss")}
     kinds: dict[str, list[ReplyKinds]] = {side: [] for side in SIDES}
-    for dose in tqdm(doses, desc=name, disable=not progress, leave=False):
-        with intervene(dose):
+    for strength in tqdm(swept, desc=name, disable=not progress, leave=False):
+        with intervene(strength):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
             after = plain.logits(harmless)
             own = metric(after) if metric.at_the_end else metric.scores(model, harmless)  # the same logits tell both
             scores = [metric.scores(model, harmful), own]
-            columns["loss"].append(reply_loss(model, harmless, known))
+            measured["loss"].append(reply_loss(model, harmless, known))
         for side, prompts, texts, found in zip(SIDES, (harmful, harmless), replies, scores, strict=True):
             kinds[side].append(judge_replies(model, prompts, texts, judge=judge, limit=most).without_text())
-            columns[side].append(found)
-        columns["kl"].append((before.exp() * (before - after.log_softmax(-1))).sum(-1).clamp(min=0))
-    options = {"name": name, "strengths": list(doses), "reply_tokens": reply_tokens}
-    stacked = {key: torch.stack(values).cpu() for key, values in columns.items()}
+            measured[side].append(found)
+        measured["kl"].append((before.exp() * (before - after.log_softmax(-1))).sum(-1).clamp(min=0))
+    options = {"name": name, "strengths": list(swept), "reply_tokens": reply_tokens}
+    stacked = {key: torch.stack(values).cpu() for key, values in measured.items()}
     refused = {side: torch.stack([one.refused for one in found]) for side, found in kinds.items()}
-    return DoseResponse(
+    return StrengthSweep(
         model.provenance(options=options),
         metric.to_json(),
         name,
-        doses,
+        swept,
         refused["harmful"],
         refused["harmless"],
         stacked["harmful"],

@@ -1,4 +1,4 @@
-"""Dose and response on a model whose refusal is one direction by construction."""
+"""A sweep of strengths on a model whose refusal is one direction by construction."""
 
 import json
 from contextlib import nullcontext
@@ -9,7 +9,7 @@ import torch
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
-from mechsafety.interventions import DoseResponse, ablate, dose, dose_response, scale, steer
+from mechsafety.interventions import StrengthSweep, ablate, scale, steer, strength_sweep, sweep
 from mechsafety.nodes import Node
 from mechsafety.replies import reply_loss
 
@@ -18,19 +18,19 @@ from mechsafety.replies import reply_loss
 def measured(directed, directed_found):
     model, pairs, metric = directed
     part = (pairs.harmful[:6], pairs.harmless[:6])
-    return dose_response(
+    return strength_sweep(
         model, lambda s: directed_found.ablate(model, s), [0.0, 0.5, 1.0], *part, metric, name="removed", progress=False
     )
 
 
-def test_refusals_fall_with_the_dose(measured):
+def test_refusals_fall_with_the_strength(measured):
     assert measured.refused_harmful.float().mean(1).tolist() == [1.0, 1.0, 0.0]
     assert not measured.refused_harmless.any()
     falling = measured.harmful.mean(1)
     assert falling[0] > falling[1] > falling[2] and falling[2] < -5
 
 
-def test_dose_zero_is_the_model_itself(measured, directed):
+def test_strength_zero_is_the_model_itself(measured, directed):
     model, pairs, metric = directed
     torch.testing.assert_close(measured.harmful[0], metric(model.logits(pairs.harmful[:6])), atol=1e-4, rtol=1e-4)
     assert float(measured.kl[0].max()) < 1e-5 and float(measured.kl[2].mean()) > 1e-3
@@ -73,10 +73,10 @@ def test_table_picture_and_round_trip(measured, tmp_path):
     rate = frame[(frame.measure == "refusal rate, harmful") & (frame.strength == 1.0)].iloc[0]
     assert (rate.value, rate.ci_low) == (0.0, 0.0) and rate.ci_high == pytest.approx(0.390, abs=1e-3)  # Wilson, 0 of 6
     assert len(measured.plot().data) == 10
-    again = DoseResponse.load(measured.save(tmp_path / "dose"))
+    again = StrengthSweep.load(measured.save(tmp_path / "sweep"))
     assert torch.equal(again.refused_harmful, measured.refused_harmful)
     np.testing.assert_allclose(again.to_dataframe().value, frame.value)
-    assert repr(again).startswith("DoseResponse(removed: 3 strengths, harmful refused 100% at 0 and 0% at 1; degen")
+    assert repr(again).startswith("StrengthSweep(removed: 3 strengths, harmful refused 100% at 0 and 0% at 1; degen")
 
 
 def test_any_intervention_and_judge(directed):
@@ -88,7 +88,7 @@ def test_any_intervention_and_judge(directed):
 
     options = {"judge": says_sure, "limit": 1e9, "references": ["sure"] * 2, "reply_tokens": 4, "progress": False}
     found = [
-        dose_response(model, make, [1.0], pairs.harmful[:2], pairs.harmless[:2], metric, **options)
+        strength_sweep(model, make, [1.0], pairs.harmful[:2], pairs.harmless[:2], metric, **options)
         for make in (lambda s: ablate(model, head, s, "zero"), lambda s: scale(model, head, 1 - s))
     ]
     assert found[0].refused_harmful.all()  # the judge looks for "sure", which the model says without that head
@@ -97,13 +97,13 @@ def test_any_intervention_and_judge(directed):
 
 @pytest.fixture(scope="module")
 def babbling(directed):
-    """Doses of a push towards one word: the first leaves refusals, the last makes the model say nothing else."""
+    """Strengths of a push towards one word: the first leaves refusals, the last makes the model say nothing else."""
     model, pairs, metric = directed
     word = model.tokenizer(" tea", add_special_tokens=False).input_ids[0]
     push = (model.W_U[:, word] / model.W_U[:, word].norm()).detach()
     part = (pairs.harmful[:4], pairs.harmless[:4])
     options = {"name": "pushed", "limit": 20.0, "reply_tokens": 24, "progress": False}
-    return dose_response(model, lambda s: steer(model, push, s, [2]), [0.0, 1e3], *part, metric, **options)
+    return strength_sweep(model, lambda s: steer(model, push, s, [2]), [0.0, 1e3], *part, metric, **options)
 
 
 def test_a_model_that_babbles_does_not_comply(babbling, directed, tmp_path):
@@ -119,7 +119,7 @@ def test_a_model_that_babbles_does_not_comply(babbling, directed, tmp_path):
     assert frame[1e3, "reply perplexity, harmful"] > 10 * own
     end = "4 of 4 replies that no longer refuse are degenerate: the model babbles rather than complies)"
     assert repr(babbling).endswith(end) and "degenerate 0% and 100%, perplexity 1" in repr(babbling)
-    again = DoseResponse.load(babbling.save(tmp_path / "babble"))
+    again = StrengthSweep.load(babbling.save(tmp_path / "babble"))
     assert repr(again) == repr(babbling) and again.kinds_harmless[1].kinds == ("degenerate",) * 4
 
 
@@ -129,7 +129,7 @@ def test_a_result_of_an_earlier_version_says_that_babble_was_not_measured(babbli
     for side in ("harmful", "harmless"):
         del stored["result"]["fields"][f"kinds_{side}"]
     path.write_text(json.dumps(stored))
-    old = DoseResponse.load(tmp_path / "old")
+    old = StrengthSweep.load(tmp_path / "old")
     assert repr(old).endswith("harmful refused 100% at 0 and 0% at 1000; degenerate replies not measured)")
     new, left = babbling.to_dataframe(), old.to_dataframe()
     assert left.measure.tolist() == new.measure.tolist() and len(old.plot().data) == 10
@@ -138,10 +138,10 @@ def test_a_result_of_an_earlier_version_says_that_babble_was_not_measured(babbli
 
 
 def test_beyond_the_limit_nothing_refuses(directed, babbling):
-    """The limit is one for all strengths: below every loss, all replies are degenerate at dose 0 too."""
+    """The limit is one for all strengths: below every loss, all replies are degenerate at strength 0 too."""
     model, pairs, metric = directed
     options = {"limit": 0.0, "reply_tokens": 4, "progress": False}
-    found = dose_response(
+    found = strength_sweep(
         model, lambda s: nullcontext(), [0.0], pairs.harmful[:2], pairs.harmless[:2], metric, **options
     )
     assert not found.refused_harmful.any() and found.kinds_harmful[0].share("degenerate") == 1.0
@@ -149,11 +149,11 @@ def test_beyond_the_limit_nothing_refuses(directed, babbling):
 
 def test_the_limit_is_found_once(directed, monkeypatch):
     model, pairs, metric = directed
-    found, plain = [], dose.loss_limit
-    monkeypatch.setattr(dose, "loss_limit", lambda model: found.append(plain(model)) or found[-1])
+    found, plain = [], sweep.loss_limit
+    monkeypatch.setattr(sweep, "loss_limit", lambda model: found.append(plain(model)) or found[-1])
     options = {"reply_tokens": 2, "progress": False}
     part = (pairs.harmful[:2], pairs.harmless[:2], metric)
-    measured = dose_response(model, lambda s: nullcontext(), [0.0, 1.0, 2.0], *part, **options)
+    measured = strength_sweep(model, lambda s: nullcontext(), [0.0, 1.0, 2.0], *part, **options)
     assert len(found) == 1 and [one.limit for one in measured.kinds_harmful] == found * 3
 
 
@@ -162,12 +162,12 @@ def test_what_cannot_be_judged_is_refused_before_anything_runs(directed, monkeyp
     part = (model, lambda s: nullcontext(), [0.0], pairs.harmful[:2], pairs.harmless[:2], metric)
     monkeypatch.setattr(ms.LensModel, "generate", lambda *args, **options: pytest.fail("it generates"))
     with pytest.raises(MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and replies; "):
-        dose_response(*part, judge=ms.is_refusal)
+        strength_sweep(*part, judge=ms.is_refusal)
     with (
         ablate(model, [Node("head", 0, 0)], source="zero"),
         pytest.raises(MechsafetyError, match=r"^an intervention is on, and perplexity is the unedited model's; judge"),
     ):
-        dose_response(*part)
+        strength_sweep(*part)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +182,5 @@ def test_refused(directed, strengths, references, message):
     model, pairs, metric = directed
     part = (pairs.harmful[:2], pairs.harmless[:2], metric)
     with pytest.raises(MechsafetyError) as caught:
-        dose_response(model, lambda s: scale(model, [Node("mlp", 0)], s), strengths, *part, references=references)
+        strength_sweep(model, lambda s: scale(model, [Node("mlp", 0)], s), strengths, *part, references=references)
     assert str(caught.value) == message and isinstance(caught.value, ms.MechsafetyError)
