@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.engine import max_variants, patched_run
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, fixed_nodes, pair_runs, patched_scores
+from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores, scores_near
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,26 +131,9 @@ class FaithfulnessMeter:
             patch = Patch.of(self.model, variants)
             scores = patched_scores(self.model, base, source, patch, self.metric, report=report)
             return scores.cpu().double().numpy()
-        common = {part for part in near if isinstance(part, Node)}
-        base = patched_run(self.model, base, fixed_nodes(self.model, source, list(common)))
-        first = [
-            min((node.layer or 0 for node in common.symmetric_difference(nodes)), default=self.model.n_layers - 1)
-            for nodes in variants
-        ]
-        order = sorted(range(len(variants)), key=lambda k: (first[k], k))
-        found = np.zeros((len(variants), len(base)))
-        most, done = max_variants(base), 0
-        while done < len(order):
-            start = first[order[done]]
-            # a batch starts at its earliest block: past a fair size only variants of that block join it
-            fair = [k for k in order[done : done + most] if first[k] == start]
-            chunk = order[done : done + max(len(fair), -(-most // 2))]
-            done += len(chunk)
-            patch = Patch.of(self.model, [[n for n in variants[k] if (n.layer or 0) >= start] for k in chunk])
-            scores = patched_scores(self.model, base, source, patch, self.metric, start=start)
-            found[chunk] = scores.cpu().double().numpy()
-            report(len(chunk))
-        return found
+        common = [part for part in near if isinstance(part, Node)]
+        scores = scores_near(self.model, base, source, common, variants, self.metric, report=report)
+        return scores.cpu().double().numpy()
 
 
 def check_parts(meter: FaithfulnessMeter, circuits: Sequence[Sequence[Part]], known: Callable[[Part], bool]) -> None:

@@ -187,7 +187,7 @@ def base_run(
     )
 
 
-def twin_runs(
+def paired_runs(
     model: LensModel,
     pairs: TokenPairs,
     start: int,

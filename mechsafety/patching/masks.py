@@ -20,9 +20,10 @@ from mechsafety.models.engine import (
     check_current,
     expand_rows,
     max_variants,
+    paired_runs,
+    patched_run,
     resume,
     split_rows,
-    twin_runs,
 )
 from mechsafety.models.parts import check_patchable
 from mechsafety.nodes import Node
@@ -97,7 +98,7 @@ def pair_runs(
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     keep = tuple(dict.fromkeys([*KEPT, *extra]))
-    harmful, harmless = twin_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
+    harmful, harmless = paired_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
     if not tokens.common:
         _check_suffix(model, tokens, harmful, harmless)
     left_out = pairs.left_out if isinstance(pairs, PromptPairs) else ()
@@ -298,6 +299,52 @@ def patched_scores(
         if report is not None:
             report(len(part))
     return torch.cat(scores)
+
+
+def scores_near(
+    model: LensModel,
+    base: BaseRun,
+    source: Mapping[SiteKind, Tensor],
+    common: Sequence[Node],
+    variants: Sequence[Sequence[Node]],
+    metric: RefusalLogOdds,
+    *,
+    report: Callable[[int], object] | None = None,
+) -> Float[Tensor, "variant batch"]:
+    """`patched_scores` of lists of nodes that differ little from ``common``, which is patched in one run for all.
+
+    A variant goes on from that run at the first block in which its nodes differ from ``common``.
+
+    Args:
+        model: The model.
+        base: The run that is edited.
+        source: Replacement activations by site kind.
+        common: Nodes that most variants patch.
+        variants: The nodes that each variant patches.
+        metric: What is measured.
+        report: Told after each batch how many variants it had.
+    """
+    base = patched_run(model, base, fixed_nodes(model, source, common))
+    same = frozenset(common)
+    first = [
+        min((node.layer or 0 for node in same.symmetric_difference(nodes)), default=model.n_layers - 1)
+        for nodes in variants
+    ]
+    order = sorted(range(len(variants)), key=lambda k: (first[k], k))
+    scores: list[Tensor] = []
+    most, done = max_variants(base), 0
+    while done < len(order):
+        start = first[order[done]]
+        # a batch starts at its earliest block: past a fair size only variants of that block join it
+        fair = [k for k in order[done : done + most] if first[k] == start]
+        chunk = order[done : done + max(len(fair), -(-most // 2))]
+        done += len(chunk)
+        patch = Patch.of(model, [[node for node in variants[k] if (node.layer or 0) >= start] for k in chunk])
+        scores.append(patched_scores(model, base, source, patch, metric, start=start))
+        if report is not None:
+            report(len(chunk))
+    place = torch.tensor(order, device=model.device).argsort()
+    return torch.cat(scores)[place]
 
 
 def stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
