@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechsafety.attribution.gradients import GRIDS, integration_points, receiver_scores
+from mechsafety.attribution.gradients import GRIDS, Grid, integration_points, receiver_scores
 from mechsafety.attribution.senders import sender_chunks
 from mechsafety.attribution.steps import choose_points, kept_runs, misses, share
 from mechsafety.errors import MechsafetyError
@@ -29,7 +30,8 @@ from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
 from mechsafety.sites import SiteKind
 
-METHODS = ("eap", "eap-ig", "ig-activations", "mask-ig")
+Method = Literal["eap", "eap-ig", "ig-activations", "mask-ig"]
+METHODS: tuple[Method, ...] = get_args(Method)
 # pairs x columns that are attributed at once: their graph, with all activations, is held
 BATCH_TOKENS = 96
 
@@ -104,9 +106,9 @@ def edge_attribution(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    method: str = "eap-ig",
+    method: Method = "eap-ig",
     steps: Count | None = None,
-    grid: str = "midpoint",
+    grid: Grid = "midpoint",
     nodes: Sequence[Node] | None = None,
     neurons: Sequence[int] = (),
     progress: bool = True,
@@ -150,8 +152,6 @@ def edge_attribution(
     Raises:
         MechsafetyError: Unknown method, nodes or layers that the model lacks, or neurons of a mixture of experts.
     """
-    if method not in METHODS:
-        raise MechsafetyError(f"method={method!r}", expected=f"one of {METHODS}")
     # at alpha = 0 a live blend hides what its receivers do
     grids = tuple(name for name in GRIDS if name != "left" or method != "mask-ig")
     if grid not in grids:
@@ -200,7 +200,13 @@ def edge_attribution(
                 missed = missed + misses(model, runs, metric, points, slopes)
     check_gap(*(torch.cat(side) for side in zip(*scored, strict=True)))
     shown = len({point.alpha for point in points})
-    options = {"method": method, "steps": shown, "grid": grid, "pairs": n_pairs, "parallel": model.parallel}
+    options: dict[str, Any] = {
+        "method": method,
+        "steps": shown,
+        "grid": grid,
+        "pairs": n_pairs,
+        "parallel": model.parallel,
+    }
     options |= {"chosen": steps is None} | block_norms_option(model, "frozen") | omissions(pairs)
     complete = share(missed, gap) if complete is None else complete
     if neurons:

@@ -7,6 +7,7 @@ need no cases of their own.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from mechsafety.patching.masks import PairRuns, blend
 from mechsafety.patching.receivers import Receiver, normed_over_heads
 from mechsafety.sites import Site, SiteKind
 
-GRIDS = ("midpoint", "left", "gauss")
+Grid = Literal["midpoint", "left", "gauss"]
+GRIDS: tuple[Grid, ...] = get_args(Grid)
 EMBEDDING = (Site(SiteKind.RESID_PRE, 0),)
 # bytes of the neurons' derivatives that are held at once
 DERIVATIVE_BYTES = 2**27
@@ -75,7 +77,7 @@ def quadrature(grid: str, steps: int) -> list[tuple[float, float]]:
 
 
 def integration_points(
-    model: LensModel, method: str, steps: int, senders: Sequence[Node], grid: str = "midpoint"
+    model: LensModel, method: str, steps: int, senders: Sequence[Node], grid: Grid = "midpoint"
 ) -> list[Point]:
     """Where each method takes its gradients.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.attribution.direct import direct_logit_attribution
-from mechsafety.attribution.ships import RANK, divergences, masked_heads, rotations
+from mechsafety.attribution.ships import RANK, Mask, divergences, masked_heads, rotations
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, public
 from mechsafety.intervals import mean_interval
@@ -153,7 +153,7 @@ def head_attribution(
     *,
     direction: DirectionAt | None = None,
     scores: Sequence[str] | None = None,
-    mask: str = "uniform",
+    mask: Mask = "uniform",
     rank: Count = RANK,
     n_masked: Amount = 8,
     progress: bool = True,
@@ -210,7 +210,13 @@ def head_attribution(
         found["ships"] = divergences(model, plain, states)
         if "sahara" in chosen:
             found["sahara"] = rotations(model, plain, states, rank)
-    options = {"scores": list(chosen), "mask": mask, "rank": rank, "n_masked": n_masked, "pairs": len(runs.harmful)}
+    options: dict[str, Any] = {
+        "scores": list(chosen),
+        "mask": mask,
+        "rank": rank,
+        "n_masked": n_masked,
+        "pairs": len(runs.harmful),
+    }
     options |= omissions(pairs)
     if "direct" in chosen:
         options |= block_norms_option(model, "frozen")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -22,7 +23,6 @@ from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, Tokens, omissions
 from mechsafety.results import Provenance, Result, norms_note
 
-POSITIONS = ("last", "all")
 _BATCH = 16
 
 
@@ -114,7 +114,7 @@ def logit_lens(
     metric: RefusalLogOdds,
     *,
     n_positions: Count | None = None,
-    positions: str = "last",
+    positions: Literal["last", "all"] = "last",
     progress: bool = True,
 ) -> LogitLens:
     """Read the metric from the residual stream at every layer and the last positions (nostalgebraist 2020).
@@ -133,8 +133,6 @@ def logit_lens(
     Raises:
         MechsafetyError: Fewer than one position, or unknown positions.
     """
-    if positions not in POSITIONS:
-        raise MechsafetyError(f"positions {positions!r}", expected=f"one of {POSITIONS}")
     sides = [model.tokenize(side) for side in (pairs.harmful, pairs.harmless)]
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)
     width = n_positions if n_positions is not None else shortest

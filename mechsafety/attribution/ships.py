@@ -7,6 +7,7 @@ and gives degrees. So does this module, with the number as an option.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -22,14 +23,14 @@ from mechsafety.nodes import Node
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
-MASKS = ("uniform", "zero")
+Mask = Literal["uniform", "zero"]
 # left singular vectors that are compared: as in the published code
 RANK = 1
 
 
 @public
 def ships(
-    model: LensModel, prompts: Prompts | Tokens, *, mask: str = "uniform", rank: Count = RANK, progress: bool = True
+    model: LensModel, prompts: Prompts | Tokens, *, mask: Mask = "uniform", rank: Count = RANK, progress: bool = True
 ) -> tuple[Float[Tensor, "layer head prompt"], Float[Tensor, "layer head"]]:
     """Every head's Ships and generalised Ships when it alone is masked, at all positions.
 
@@ -55,7 +56,7 @@ def ships(
 
 
 def masked_heads(
-    model: LensModel, prompts: Sequence[str] | Tokens, mask: str, rank: int | None, progress: bool
+    model: LensModel, prompts: Sequence[str] | Tokens, mask: Mask, rank: int | None, progress: bool
 ) -> tuple[Float[Tensor, "layer head prompt d_model"], BaseRun]:
     """The final norm's input at the last token with each head masked alone, and the unmasked run.
 
@@ -72,7 +73,7 @@ def sahara(
     prompts: Prompts | Tokens,
     size: Count = 3,
     *,
-    mask: str = "uniform",
+    mask: Mask = "uniform",
     rank: Count = RANK,
     progress: bool = True,
 ) -> list[tuple[Node, float]]:
@@ -111,13 +112,11 @@ def _masked(
     model: LensModel,
     prompts: Sequence[str] | Tokens,
     groups: Sequence[Sequence[Node]],
-    mask: str,
+    mask: Mask,
     rank: int | None,
     progress: bool,
 ) -> tuple[Float[Tensor, "group prompt d_model"], BaseRun]:
     """The final norm's input at the last token with each group of heads masked, and the unmasked run."""
-    if mask not in MASKS:
-        raise MechsafetyError(f"mask={mask!r}", expected=f"one of {MASKS}")
     tokens = prompts if isinstance(prompts, Tokens) else model.tokenize(prompts)
     if rank is not None and not 1 <= rank <= min(len(tokens) - 1, model.d_model):
         raise MechsafetyError(

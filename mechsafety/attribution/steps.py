@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 from jaxtyping import Float
 
-from mechsafety.attribution.gradients import Point, integration_points, path_end, slope
+from mechsafety.attribution.gradients import Grid, Point, integration_points, path_end, slope
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
@@ -26,7 +26,7 @@ Batches = Sequence[Callable[[], PairRuns]]
 
 
 def choose_points(
-    model: LensModel, batches: Batches, metric: RefusalLogOdds, method: str, grid: str, senders: Sequence[Node]
+    model: LensModel, batches: Batches, metric: RefusalLogOdds, method: str, grid: Grid, senders: Sequence[Node]
 ) -> tuple[list[Point], float]:
     """The points of the first number in `SERIES` that is complete within `TOLERANCE`, and their completeness.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-MEASURES = ("kl", "metric")
+Measure = Literal["kl", "metric"]
 # a circuit of more edges than this is not measured edge by edge: that takes one run for each
 MAX_EXACT = 300
 
@@ -200,7 +200,7 @@ def acdc(
     metric: RefusalLogOdds,
     *,
     threshold: float = 0.01,
-    measure: str = "kl",
+    measure: Measure = "kl",
     progress: bool = True,
 ) -> EdgeCircuit:
     """Automatic circuit discovery (Conmy et al. 2023, algorithm 1), the harmless prompts as corrupted ones.
@@ -223,8 +223,6 @@ def acdc(
     Raises:
         MechsafetyError: Unknown measure, or a threshold that is not above 0.
     """
-    if measure not in MEASURES:
-        raise MechsafetyError(f"measure={measure!r}", expected=f"one of {MEASURES}")
     if not threshold > 0:
         raise MechsafetyError(f"threshold {threshold}", expected="above 0")
     pairs = pairs.aligned(model)
@@ -268,7 +266,7 @@ def acdc(
     )
 
 
-def _measured(meter: EdgeMeter, logits: Float[Tensor, "variant batch d_vocab"], measure: str) -> list[float]:
+def _measured(meter: EdgeMeter, logits: Float[Tensor, "variant batch d_vocab"], measure: Measure) -> list[float]:
     if measure == "metric":
         return meter.shares(meter.metric(logits).cpu().double().numpy())
     return [float(next_token_kl(meter.runs.harmful.logits, row).mean()) for row in logits]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,7 @@ from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
 
-SELECTORS = ("published", "cosmic")
+Selector = Literal["published", "cosmic"]
 # fewer prompts of a kind than this make no mean and no interval
 MIN_PROMPTS = 2
 _LIMITS = {"max_kl": MAX_KL, "max_depth": MAX_DEPTH}
@@ -153,8 +154,9 @@ class RefusalDirection(Result):
         """How far each prompt's last token lies along the direction at its layer."""
         return self.direction.project(model, prompts)[0]
 
+    @public
     def choose(
-        self, selector: str = "published", *, max_kl: float | None = MAX_KL, max_depth: float = MAX_DEPTH
+        self, selector: Selector = "published", *, max_kl: float | None = MAX_KL, max_depth: float = MAX_DEPTH
     ) -> "RefusalDirection":
         """The same candidates with another choice; nothing is run. Controls belong to the first choice and are dropped.
 
@@ -221,7 +223,7 @@ def refusal_direction(
     validation: PromptPairs | None = None,
     layers: Sequence[int] | None = None,
     n_positions: Count | None = None,
-    selector: str = "published",
+    selector: Selector = "published",
     max_kl: float | None = MAX_KL,
     max_depth: float = MAX_DEPTH,
     n_random: Amount = 4,
@@ -256,8 +258,6 @@ def refusal_direction(
         NoRefusal: Fewer than two validation prompts of a kind are treated as expected.
         MechsafetyError: Unknown option, too few pairs.
     """
-    if selector not in SELECTORS:
-        raise MechsafetyError(f"selector={selector!r}", expected=f"one of {SELECTORS}")
     rows = check_layers(model, layers) if layers is not None else tuple(range(model.n_layers))
     train, held = (pairs, validation) if validation is not None else _split(pairs, seed)
     held = _fresh(held, train)
@@ -358,8 +358,6 @@ def _choose(
     max_depth: float,
 ) -> tuple[int, int, bool]:
     """Layer, position, and whether the choice meets the published conditions."""
-    if selector not in SELECTORS:
-        raise MechsafetyError(f"selector={selector!r}", expected=f"one of {SELECTORS}")
     rows = tuple(layers)
     bypass, induce, kl = (x.mean(-1) for x in (scores.bypass, scores.induce, scores.kl))
     allowed = passing(bypass, induce, kl, rows, n_layers, max_kl=max_kl, max_depth=max_depth)

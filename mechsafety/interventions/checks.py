@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 
-POSITIONS = ("all", "last", "prompt")
+Where = Literal["all", "last", "prompt"]
 
 
 def check_nodes(model: LensModel, nodes: Sequence[Node]) -> tuple[Node, ...]:
@@ -83,17 +84,6 @@ def check_vector(vector: Tensor, width: int, what: str = "d_model") -> Tensor:
     if not bool(torch.isfinite(vector).all()):
         raise MechsafetyError("a direction with entries that are not finite")
     return vector
-
-
-def check_positions(positions: str) -> str:
-    """The name of the positions, if it is known.
-
-    Raises:
-        MechsafetyError: It is not.
-    """
-    if positions not in POSITIONS:
-        raise MechsafetyError(f"positions={positions!r}", expected=f"one of {POSITIONS}")
-    return positions
 
 
 def at_positions(positions: str, old: Tensor, new: Tensor) -> Tensor:

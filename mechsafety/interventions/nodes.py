@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
-from mechsafety.interventions.checks import at_positions, check_nodes, check_positions, check_strength
+from mechsafety.interventions.checks import Where, at_positions, check_nodes, check_strength
 from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook
 from mechsafety.nodes import NODE_SITES, Node
 from mechsafety.sites import Site
 
-SOURCES = ("mean", "zero", "resample")
 # prompts read in one forward
 _BATCH = 16
 
@@ -25,10 +25,10 @@ def ablate(
     model: LensModel,
     nodes: Sequence[Node],
     strength: float = 1.0,
-    source: str = "mean",
+    source: Literal["mean", "zero", "resample"] = "mean",
     *,
     prompts: Prompts | None = None,
-    positions: str = "all",
+    positions: Where = "all",
     seed: Amount = 0,
 ) -> Iterator[None]:
     """Context in which nodes lose what they compute: value <- (1 - strength) own + strength source.
@@ -58,9 +58,6 @@ def ablate(
     """
     groups = _groups(check_nodes(model, nodes))
     share = check_strength(strength, share=True)
-    check_positions(positions)
-    if source not in SOURCES:
-        raise MechsafetyError(f"source={source!r}", expected=f"one of {SOURCES}")
     if source != "zero" and prompts is None:
         raise MechsafetyError(
             f"source={source!r} without prompts", expected="prompts=[...] to take it from", hint="or source='zero'"
@@ -86,7 +83,7 @@ def ablate(
 
 @public
 @contextmanager
-def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: str = "all") -> Iterator[None]:
+def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: Where = "all") -> Iterator[None]:
     """Context in which the values of nodes are multiplied by ``factor``; otherwise as `ablate`.
 
     Args:
@@ -99,7 +96,6 @@ def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: 
         MechsafetyError: A factor that is not finite, or a node that the model lacks.
     """
     groups, size = _groups(check_nodes(model, nodes)), check_strength(factor)
-    check_positions(positions)
     with model.hooks(_hooks(groups, lambda site, own: size * own, positions), by_column=positions == "all"):
         yield
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Prompts, public
 from mechsafety.interventions.checks import (
+    Where,
     at_positions,
     check_layers,
-    check_positions,
     check_strength,
     check_vector,
 )
@@ -84,7 +84,7 @@ class Direction(Result):
 
     @public
     @contextmanager
-    def add(self, model: LensModel, strength: float = 1.0, *, positions: str = "all") -> Iterator[None]:
+    def add(self, model: LensModel, strength: float = 1.0, *, positions: Where = "all") -> Iterator[None]:
         """Context in which ``strength`` times each vector is added at its site (see `steer`)."""
         with steer(model, self, strength, positions=positions):
             yield
@@ -144,7 +144,7 @@ def steer(
     direction: Direction | Float[Tensor, " d_model"],
     strength: float = 1.0,
     layers: Sequence[int] | None = None,
-    positions: str = "all",
+    positions: Where = "all",
 ) -> Iterator[None]:
     """Context in which ``strength`` times a direction is added to activations.
 
@@ -161,7 +161,6 @@ def steer(
         MechsafetyError: Another model's width, a strength that is not finite, layers missing or not there.
     """
     size = check_strength(strength)
-    check_positions(positions)
     if isinstance(direction, Direction):
         direction._check(model)
         sites, vectors = direction.sites, direction.vectors

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -24,8 +24,8 @@ from mechsafety.results import Provenance, Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-POSITIONS = ("completion", "prompt", "last")
-SCORES = ("rms", "ratio")
+Where = Literal["completion", "prompt", "last"]
+Score = Literal["rms", "ratio"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -137,8 +137,8 @@ def safety_neurons(
     base: LensModel,
     prompts: Prompts,
     *,
-    positions: str = "completion",
-    score: str = "rms",
+    positions: Where = "completion",
+    score: Score = "rms",
     max_new_tokens: Count = 64,
     replies: Sequence[Sequence[int]] | None = None,
     batch_size: Count | None = None,
@@ -169,9 +169,6 @@ def safety_neurons(
     """
     from tqdm.auto import tqdm
 
-    for name, value, known in (("positions", positions, POSITIONS), ("score", score, SCORES)):
-        if value not in known:
-            raise MechsafetyError(f"{name} {value!r}", expected=f"one of {known}")
     if replies is not None and (positions != "completion" or len(replies) != len(prompts) or not all(replies)):
         raise MechsafetyError(
             f"{len(replies)} replies to {len(prompts)} prompts, positions {positions!r}",

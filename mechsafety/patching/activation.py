@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -29,14 +30,14 @@ from mechsafety.models.engine import (
 from mechsafety.nodes import NODE_SITES, Node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, replacement
-from mechsafety.patching.sources import SOURCES, check_start, column_masks, source_values
+from mechsafety.patching.sources import Source, check_start, column_masks, source_values
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
 # pairs x columns that are patched at once, so that many pairs need no more memory than these
 BATCH_TOKENS = 1024
-DIRECTIONS = ("noising", "denoising")
+PatchDirection = Literal["noising", "denoising"]
 
 Target = Node | Site
 
@@ -115,9 +116,9 @@ def activation_patching(
     metric: RefusalLogOdds,
     *,
     nodes: Sequence[Target] | None = None,
-    direction: str = "noising",
+    direction: PatchDirection = "noising",
     positions: str | Sequence[int] = "all",
-    source: str = "other",
+    source: Source = "other",
     seed: Amount = 0,
     max_batch_tokens: Count | None = None,
     progress: bool = True,
@@ -152,9 +153,6 @@ def activation_patching(
     """
     from tqdm.auto import tqdm
 
-    for name, value, known in (("direction", direction, DIRECTIONS), ("source", source, SOURCES)):
-        if value not in known:
-            raise MechsafetyError(f"{name} {value!r}", expected=f"one of {known}")
     targets = tuple(nodes) if nodes is not None else head_and_mlp_nodes(model.n_layers, model.n_heads)
     sites = [_checked_site(model, target) for target in targets]
     if not sites:

@@ -22,9 +22,9 @@ from mechsafety.inputs import public
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, run_block
 from mechsafety.nodes import EMBED, Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.activation import DIRECTIONS
+from mechsafety.patching.activation import PatchDirection
 from mechsafety.patching.masks import PairRuns, pair_runs
-from mechsafety.patching.norms import NORM_OPTIONS, block_norms, keep_scales, through_norm
+from mechsafety.patching.norms import NormOption, block_norms, keep_scales, through_norm
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import sender_changes
 from mechsafety.prompts import PromptPairs, omissions
@@ -55,8 +55,8 @@ class PathMatrix(Result):
     q: Float[Tensor, "sender receiver prompt"]
     k: Float[Tensor, "sender receiver prompt"]
     v: Float[Tensor, "sender receiver prompt"]
-    norm: str
-    direction: str
+    norm: NormOption
+    direction: PatchDirection
 
     def __repr__(self) -> str:
         return f"PathMatrix({len(self.senders)} senders -> {len(self.receivers)} heads, norm={self.norm})"
@@ -106,8 +106,8 @@ def path_matrix(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
     *,
-    norm: str = "freeze",
-    direction: str = "noising",
+    norm: NormOption = "freeze",
+    direction: PatchDirection = "noising",
     progress: bool = True,
 ) -> PathMatrix:
     """Every sender's direct path to every head, as changes in attention score and value: a first look.
@@ -128,9 +128,6 @@ def path_matrix(
     Raises:
         MechsafetyError: Unknown option, a soft cap on attention scores, or norms of queries that cannot be recomputed.
     """
-    for name, value, known in (("norm", norm, NORM_OPTIONS), ("direction", direction, DIRECTIONS)):
-        if value not in known:
-            raise MechsafetyError(f"{name}={value!r}", expected=f"one of {known}")
     if model.backend.score_cap > 0:
         raise MechsafetyError(
             f"{model.name} caps its attention scores, which are then not linear in queries and keys",
@@ -171,7 +168,7 @@ def _by_layer(senders: Sequence[Node], receiver: Node) -> Iterator[list[int]]:
 
 
 def _read_changes(
-    model: LensModel, base: BaseRun, source: BaseRun, senders: Sequence[Node], layer: int, norm: str
+    model: LensModel, base: BaseRun, source: BaseRun, senders: Sequence[Node], layer: int, norm: NormOption
 ) -> Float[Tensor, "sender batch pos d_model"]:
     """Change of what a layer's heads read, behind the norm in front of them; float32."""
     with torch.no_grad():

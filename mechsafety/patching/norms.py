@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -12,7 +13,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.backend import forward_hooks
 from mechsafety.models.engine import expand_rows, split_rows
 
-NORM_OPTIONS = ("recompute", "freeze")
+NormOption = Literal["recompute", "freeze"]
 
 Module = torch.nn.Module
 

@@ -21,14 +21,14 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
-from mechsafety.patching.activation import DIRECTIONS
+from mechsafety.patching.activation import PatchDirection
 from mechsafety.patching.masks import PairRuns, pair_runs
-from mechsafety.patching.norms import NORM_OPTIONS
+from mechsafety.patching.norms import NormOption
 from mechsafety.patching.path_map import PathMap
 from mechsafety.patching.readout import final_scores
 from mechsafety.patching.receivers import (
-    DOWNSTREAM,
     INTO_LOGITS,
+    Downstream,
     Projection,
     Receiver,
     check_receivers,
@@ -38,8 +38,8 @@ from mechsafety.patching.receivers import (
     slot_edit,
 )
 from mechsafety.patching.senders import (
-    MLP_OPTIONS,
     At,
+    MlpOption,
     Sender,
     check_senders,
     entry,
@@ -60,11 +60,11 @@ def path_patching(
     *,
     senders: Sequence[Sender] | None = None,
     receivers: str | Sequence[Receiver] = "logits",
-    mlp: str = "recompute",
-    norm: str = "recompute",
-    downstream: str = "live",
+    mlp: MlpOption = "recompute",
+    norm: NormOption = "recompute",
+    downstream: Downstream = "live",
     joint: bool = False,
-    direction: str = "noising",
+    direction: PatchDirection = "noising",
     positions: str | Sequence[int] = "all",
     progress: bool = True,
 ) -> PathMap:
@@ -102,8 +102,6 @@ def path_patching(
     groups = _groups(receivers, joint)
     for group in groups:
         check_receivers(model, group)
-    if downstream not in DOWNSTREAM:
-        raise MechsafetyError(f"downstream={downstream!r}", expected=f"one of {DOWNSTREAM}")
     neurons = any(node.kind == "neuron" for group in groups for node, _ in group)
     task = _task(model, pairs, senders, mlp, norm, direction, positions, (SiteKind.NEURONS,) if neurons else ())
     check_gap(*task.runs.scores(metric))
@@ -126,9 +124,9 @@ def path_projection(
     projection: Projection,
     *,
     senders: Sequence[Sender] | None = None,
-    mlp: str = "recompute",
-    norm: str = "recompute",
-    direction: str = "noising",
+    mlp: MlpOption = "recompute",
+    norm: NormOption = "recompute",
+    direction: PatchDirection = "noising",
     positions: str | Sequence[int] = "all",
     progress: bool = True,
 ) -> PathMap:
@@ -192,9 +190,9 @@ class _Task:
     base: BaseRun
     source: BaseRun
     senders: tuple[Sender, ...]
-    mlp: str
-    norm: str
-    direction: str
+    mlp: MlpOption
+    norm: NormOption
+    direction: PatchDirection
     positions: str
     where: Bool[Tensor, "batch pos"] | None
 
@@ -267,17 +265,13 @@ def _task(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
     senders: Sequence[Sender] | None,
-    mlp: str,
-    norm: str,
-    direction: str,
+    mlp: MlpOption,
+    norm: NormOption,
+    direction: PatchDirection,
     positions: str | Sequence[int],
     kinds: tuple[SiteKind, ...],
 ) -> _Task:
     """Checked options and stored runs."""
-    options = (("mlp", mlp, MLP_OPTIONS), ("norm", norm, NORM_OPTIONS), ("direction", direction, DIRECTIONS))
-    for name, value, known in options:
-        if value not in known:
-            raise MechsafetyError(f"{name}={value!r}", expected=f"one of {known}")
     heads = [node for node in head_and_mlp_nodes(model.n_layers, model.n_heads) if node.kind == "head"]
     sending = tuple(heads if senders is None else senders)
     check_senders(model, sending)

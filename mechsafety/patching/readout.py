@@ -8,7 +8,7 @@ from torch import Tensor
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, check_current, split_rows, unembed
-from mechsafety.patching.norms import keep_scales
+from mechsafety.patching.norms import NormOption, keep_scales
 
 # elements of one unembedding: 64 MiB of float32
 MAX_LOGITS = 2**24
@@ -19,7 +19,7 @@ def final_scores(
     base: BaseRun,
     change: Float[Tensor, "variant batch d_model"],
     metric: RefusalLogOdds,
-    norm: str = "recompute",
+    norm: NormOption = "recompute",
 ) -> Float[Tensor, "variant batch"]:
     """Metric when ``change`` is added to the final residual stream at the last column.
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -21,12 +22,12 @@ from mechsafety.models.engine import (
 )
 from mechsafety.models.parts import has_node
 from mechsafety.nodes import HEAD_SITES, LOGITS, NODE_SITES, SLOTS, Node
-from mechsafety.patching.norms import block_norms, keep_scales, mlp_norms
+from mechsafety.patching.norms import NormOption, block_norms, keep_scales, mlp_norms
 from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
-DOWNSTREAM = ("live", "frozen")
+Downstream = Literal["live", "frozen"]
 _SITES = {**HEAD_SITES, "mlp": NODE_SITES["mlp"], "neuron": NODE_SITES["neuron"]}
 
 Receiver = tuple[Node, str]
@@ -132,7 +133,7 @@ def slot_edit(
     base: BaseRun,
     receivers: Sequence[Sequence[Receiver]],
     delta: Float[Tensor, "variant batch pos d_model"],
-    norm: str = "recompute",
+    norm: NormOption = "recompute",
 ) -> SlotEdit:
     """What a layer's slot holds when it reads ``delta`` more than in the base run.
 
@@ -233,7 +234,7 @@ def normed_over_heads(model: LensModel, layer: int, slot: str) -> bool:
 
 
 def frozen_change(
-    model: LensModel, base: BaseRun, edits: Sequence[SlotEdit], norm: str = "recompute"
+    model: LensModel, base: BaseRun, edits: Sequence[SlotEdit], norm: NormOption = "recompute"
 ) -> Float[Tensor, "variant batch d_model"]:
     """What the nodes of the edited slots write more at the last column, with everything after them frozen."""
     n, last = edits[0].chosen.shape[0], slice(base.n_pos - 1, base.n_pos)

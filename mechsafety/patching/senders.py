@@ -6,6 +6,7 @@ A *moment* counts places of the residual stream: ``2 * layer`` before a block, `
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import einsum, rearrange
@@ -18,12 +19,12 @@ from mechsafety.models.engine import BaseRun, check_current, split_rows
 from mechsafety.models.parts import has_node
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import stored
-from mechsafety.patching.norms import at_own_scale, keep_scales, mlp_norms, norm_behind, through_norm
+from mechsafety.patching.norms import NormOption, at_own_scale, keep_scales, mlp_norms, norm_behind, through_norm
 from mechsafety.patching.sources import column_masks
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
-MLP_OPTIONS = ("recompute", "freeze")
+MlpOption = Literal["recompute", "freeze"]
 STREAM = (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.RESID_POST)
 
 
@@ -134,7 +135,7 @@ def sender_changes(
     source: BaseRun,
     senders: Sequence[Sender],
     *,
-    norm: str = "recompute",
+    norm: NormOption = "recompute",
     at: slice = slice(None),
     positions: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "sender batch column d_model"]:
@@ -219,7 +220,7 @@ def propagate(
     stop: int,
     *,
     mlp: str,
-    norm: str = "recompute",
+    norm: NormOption = "recompute",
     at: slice = slice(None),
     positions: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "sender batch column d_model"]:

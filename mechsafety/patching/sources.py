@@ -1,6 +1,7 @@
 """What a patch puts in place of a run's own values, and at which columns."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -12,7 +13,7 @@ from mechsafety.patching.masks import PairRuns, stored
 from mechsafety.prompts import Align, Tokens
 from mechsafety.sites import SiteKind
 
-SOURCES = ("other", "mean", "resample", "zero")
+Source = Literal["other", "mean", "resample", "zero"]
 
 
 def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> None:

@@ -93,5 +93,5 @@ def test_round_trip_also_of_older_results_without_shares(llama, pairs, log_odds,
 def test_refusal(llama, pairs, log_odds):
     with pytest.raises(MechsafetyError, match=r"^n_positions=0; expected at least 1$"):
         logit_lens(llama, pairs, log_odds, n_positions=0)
-    with pytest.raises(MechsafetyError, match=r"^positions 'first'; expected one of \('last', 'all'\)$"):
+    with pytest.raises(MechsafetyError, match=r"^positions='first'; expected one of \('last', 'all'\)$"):
         logit_lens(llama, pairs, log_odds, positions="first")

@@ -164,8 +164,8 @@ def test_one_prompt_has_no_reliability(pair):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": "all"}, r"^positions 'all'; expected one of \('completion', 'prompt', 'last'\)$"),
-        ({"score": "mean"}, r"^score 'mean'; expected one of \('rms', 'ratio'\)$"),
+        ({"positions": "all"}, r"^positions='all'; expected one of \('completion', 'prompt', 'last'\)$"),
+        ({"score": "mean"}, r"^score='mean'; expected one of \('rms', 'ratio'\)$"),
     ],
 )
 def test_unknown_options(pair, prompts, options, message):

@@ -197,7 +197,7 @@ def test_saved_and_loaded(llama, pairs, log_odds, tmp_path):
 
 
 ERRORS = [
-    ({"direction": "sideways"}, r"direction 'sideways'; expected one of \('noising', 'denoising'\)"),
+    ({"direction": "sideways"}, r"direction='sideways'; expected one of \('noising', 'denoising'\)"),
     ({"positions": "tail"}, "no span is called 'tail'; expected one of"),
     ({"nodes": [Node("head", 3, 0)]}, r"L3\.H0 does not exist in LensModel\(LlamaForCausalLM: 3 layers"),
     ({"nodes": [Node("head", 0, 4)]}, r"L0\.H4 does not exist"),
