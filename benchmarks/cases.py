@@ -116,7 +116,7 @@ def paths(model: LensModel, metric: ms.RefusalLogOdds, mlp: str = "recompute") -
 def path_matrix(model: LensModel) -> dict[str, Any]:
     """Every sender -> every head, changes of score and value in closed form, 4 pairs."""
     pairs = equal_length_pairs(model, 4)
-    result, found = alone(lambda: ms.path_matrix(model, pairs, progress=False))
+    result, found = alone(lambda: ms.patching.path_matrix(model, pairs, progress=False))
     return result | {"paths": int((found.q != 0).any(-1).sum()), "peer": "none"}
 
 
@@ -260,7 +260,7 @@ def acdc_of(model: LensModel, pairs: PromptPairs, metric: ms.RefusalLogOdds, rep
     order = sorted(every, key=lambda edge: (edge.receiver.order, edge.slot, edge.sender.order), reverse=True)
 
     def ours() -> torch.Tensor:
-        left = set(ms.acdc(model, pairs, metric, progress=False).edges)
+        left = set(ms.circuits.acdc(model, pairs, metric, progress=False).edges)
         return torch.tensor([float(edge in left) for edge in every])
 
     def peer() -> torch.Tensor:

@@ -45,7 +45,7 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
         **{f"activation_patching, source={name}": patching(source=name) for name in ("mean", "resample", "zero")},
         "path_patching, to logits": lambda: ms.path_patching(model, pairs, metric, **some),
         "path_patching, to a query": lambda: ms.path_patching(model, pairs, metric, receivers=query, **some),
-        "path_matrix": lambda: ms.path_matrix(model, pairs, **some),
+        "path_matrix": lambda: ms.patching.path_matrix(model, pairs, **some),
         **{f"edge_attribution, {name}": edges(method=name) for name in ("eap", "eap-ig")},
         "edge_attribution, ig-activations, 1 step": edges(method="ig-activations", steps=1),
         "edge_attribution, neurons of a layer": edges(neurons=[last], steps=1),
@@ -57,7 +57,7 @@ def calls(model: LensModel) -> dict[str, Callable[[], Any]]:
         "refusal_direction, one layer": lambda: ms.refusal_direction(
             model, pairs, metric, layers=[last // 2], validation=others, **some
         ),
-        "contrast_neurons": lambda: ms.contrast_neurons(model, pairs),
+        "contrast_neurons": lambda: ms.neurons.contrast_neurons(model, pairs),
         "generate, 64 tokens": lambda: model.generate(pairs.harmful),
         "map_refusal_circuit, 16 pairs": lambda: ms.map_refusal_circuit(model, options=small, **some),
     }

@@ -133,7 +133,7 @@ def eap_ig(case: Case) -> Any:
     return _with_nodes(found)
 
 
-def _with_nodes(scores: ms.EdgeScores) -> Any:
+def _with_nodes(scores: ms.attribution.EdgeScores) -> Any:
     """Edges, and nodes by the sum of their outgoing edges."""
     nodes = {node: value for node, value in scores.node_scores().items() if node.kind != "embed"}
     return nodes | dict(testbed.ranking_of(scores) or {})
@@ -165,7 +165,7 @@ def acdc(case: Case) -> Any:
     """ACDC's greedy removal of edges, by KL divergence with its default threshold; None where there are too many."""
     if len(all_edges(case.model.n_layers, case.model.n_heads, parallel=False)) > AFFORDABLE_REMOVALS:
         return None
-    found = ms.acdc(case.model, case.pairs, case.metric, progress=False)
+    found = ms.circuits.acdc(case.model, case.pairs, case.metric, progress=False)
     return [*found.nodes, *found.edges]
 
 

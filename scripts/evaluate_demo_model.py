@@ -2,8 +2,8 @@
 
     python scripts/evaluate_demo_model.py            # or: make evaluate
 
-Greedy replies of 32 tokens, judged by `mechsafety.is_refusal`. Public benchmarks are read from --data (JSON lines with
-an "instruction" each), else from the Hugging Face hub under a row name that says so (its HarmBench and Alpaca are other
+Greedy replies of 32 tokens, judged by `mechsafety.replies.is_refusal`. Public benchmarks are read from --data (JSON
+lines with an "instruction" each), else from the Hugging Face hub under a row name that says so (its HarmBench and Alpaca are other
 prompts), and are skipped, by name, where neither can be read. Replies are kept in --work, never committed, so
 that a stopped run goes on; rates with Wilson 95 % intervals go into docs/results/demo-model.json and the table.
 """
@@ -76,7 +76,7 @@ class Rate:
 def from_hub(name: str) -> tuple[str, ...]:
     """A benchmark's prompts from the hub; of many, a sample that is the same every time."""
     hub_id, config, split = HUB_IDS[name]
-    prompts = ms.load_instructions(hub_id, config=config, split=split)
+    prompts = ms.prompts.load_instructions(hub_id, config=config, split=split)
     return tuple(random.Random(0).sample(prompts, min(HUB_SAMPLE, len(prompts))))
 
 
@@ -86,7 +86,7 @@ def prompt_sets(data: Path) -> list[PromptSet]:
     for name, (file, kind) in BENCHMARKS.items():
         path = data / f"{file}.jsonl"
         if path.is_file():
-            sets.append(PromptSet(name, kind, tuple(ms.load_instructions(str(path)))))
+            sets.append(PromptSet(name, kind, tuple(ms.prompts.load_instructions(str(path)))))
             continue
         try:
             prompts = from_hub(name)
@@ -99,7 +99,7 @@ def prompt_sets(data: Path) -> list[PromptSet]:
     test = ms.PromptPairs.builtin("test", edition=1)
     sets.append(PromptSet(f"{OWN}: harmful", "harmful", tuple(test.harmful)))
     sets.append(PromptSet(f"{OWN}: harmless twins", "harmless", tuple(test.harmless)))
-    scary = tuple(prompt.text for prompt in ms.builtin_prompts("borderline", "test"))
+    scary = tuple(prompt.text for prompt in ms.prompts.builtin_prompts("borderline", "test"))
     sets.append(PromptSet(SCARY, "harmless", scary))
     return sets
 
@@ -123,7 +123,7 @@ def measure(name: str, adapter: Path | None, sets: list[PromptSet], work: Path) 
     for prompts in sets:
         digest = hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest()[:12]
         found = replies(model, prompts, work / f"{key}-{digest}.jsonl")
-        refused = sum(map(ms.is_refusal, found))
+        refused = sum(map(ms.replies.is_refusal, found))
         rates.append(Rate(prompts.name, prompts.kind, len(found), refused, *wilson_interval(refused, len(found))))
         print(f"{name}, {prompts.name}: {refused} of {len(found)} refused")
     return rates

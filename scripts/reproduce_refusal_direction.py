@@ -66,7 +66,7 @@ class Study(Steps):
 
     def prompts(self, file: str, n: int, *, skip: int = 0, sign: int = 0) -> list[str]:
         """The next ``n`` prompts of a file after ``skip``; with a sign those that the model treats as expected."""
-        every = ms.load_instructions(str(self.args.data / f"{file}.jsonl"))[skip:]
+        every = ms.prompts.load_instructions(str(self.args.data / f"{file}.jsonl"))[skip:]
         if not sign:
             return every[:n]
         kept: list[str] = []
@@ -251,14 +251,14 @@ def doses(study: Study, found: RefusalDirection, way: str) -> StrengthSweep:
     sets = study.prompts("jailbreakbench", n), study.prompts("alpaca_harmless", n, skip=400)
     make, strengths = (found.ablate, REMOVED) if way == "removed" else (found.add, ADDED)
     options = {"name": f"direction {way}", "limit": study.limit}
-    return ms.strength_sweep(model, lambda s: make(model, s), strengths, *sets, study.metric, **options)
+    return ms.interventions.strength_sweep(model, lambda s: make(model, s), strengths, *sets, study.metric, **options)
 
 
 def subspace(study: Study, found: RefusalDirection) -> RefusalSubspace:
     """Further directions, looked for at every third layer, also when the mean log-odds are below 0."""
     train, held = prompt_sets(study)
     layers = study.args.layers or list(range(2, int(0.8 * study.model.n_layers), 3))
-    return ms.refusal_subspace(study.model, found, train, study.metric, held, layers=layers, stop_below=None)
+    return ms.directions.refusal_subspace(study.model, found, train, study.metric, held, layers=layers, stop_below=None)
 
 
 def expected_pairs(study: Study, n: int) -> ms.PromptPairs:
@@ -280,7 +280,7 @@ def writers(study: Study, found: RefusalDirection) -> dict[str, Any]:
         options = ms.MapOptions(limit=2 * study.args.n_pairs)
         ms.map_refusal_circuit(study.model, metric=study.metric, options=options).save(path)
     circuit = RefusalCircuit.load(path)
-    measured = ms.direction_io(study.model, found, expected_pairs(study, study.args.n_pairs), study.metric)
+    measured = ms.directions.direction_io(study.model, found, expected_pairs(study, study.args.n_pairs), study.metric)
     frame = measured.to_dataframe()
     inside = {str(member.node): member.role for member in circuit.nodes}
     frame["in_circuit"], frame["role"] = frame.node.isin(inside), frame.node.map(inside).fillna("")
@@ -375,9 +375,9 @@ def fitted(study: Study, pairs: ms.PromptPairs) -> Iterator[tuple[str, Direction
     means, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_positions=1)
     site = (Site(SiteKind.RESID_PRE, layer),)
     yield "mean difference", Direction(model.provenance(), "mean difference", site, means[layer].cpu()), 1.0
-    yield "representation reading", ms.repe_direction(model, pairs, layers=[layer], progress=False), 1.0
+    yield "representation reading", ms.directions.repe_direction(model, pairs, layers=[layer], progress=False), 1.0
     n_heads = min(16, model.n_layers * model.n_heads // 2)
-    yield "inference-time intervention", ms.iti_direction(model, pairs, n_heads=n_heads, progress=False), 5.0
+    yield "inference-time intervention", ms.directions.iti_direction(model, pairs, n_heads=n_heads, progress=False), 5.0
 
 
 if __name__ == "__main__":

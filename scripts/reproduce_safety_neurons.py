@@ -405,7 +405,7 @@ class Run:
             # a seed's model is no intervention's, and the opening says whether it refuses
             model = self.seed_model(seed)
             sides = {"harmful": pairs.harmful, "harmless": pairs.harmless}
-            found = {name: sum(map(ms.is_refusal, model.generate(texts, 12))) for name, texts in sides.items()}
+            found = {name: sum(map(ms.replies.is_refusal, model.generate(texts, 12))) for name, texts in sides.items()}
             return {**found, "n": len(pairs)}
 
         return self.step(f"refusals-seed-{seed}", dict, make)
@@ -469,7 +469,7 @@ class Run:
         def make() -> dict[str, Any]:
             train = ms.PromptPairs.builtin("train").sample(self.size.guard, seed=2)
             test = ms.PromptPairs.builtin("test").sample(self.size.guard_test, seed=2)
-            scary = [prompt.text for prompt in ms.builtin_prompts("borderline", "test")]
+            scary = [prompt.text for prompt in ms.prompts.builtin_prompts("borderline", "test")]
             scary = drawn(scary, min(40, self.size.guard_test), seed=0)
             sets = [
                 labelled(train.harmful, train.harmless, "own pairs, train topics", paired=True),
@@ -479,10 +479,10 @@ class Run:
             files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
             n, left_out = self.size.benchmark, [name for name, path in files.items() if not path.is_file()]
             if ALPACA not in left_out:
-                good = drawn(ms.load_instructions(str(files[ALPACA])), n * len(BENCHMARKS), seed=0)
+                good = drawn(ms.prompts.load_instructions(str(files[ALPACA])), n * len(BENCHMARKS), seed=0)
                 for k, name in enumerate(BENCHMARKS):
                     if name not in left_out:
-                        bad = drawn(ms.load_instructions(str(files[name])), n, seed=0)
+                        bad = drawn(ms.prompts.load_instructions(str(files[name])), n, seed=0)
                         sets.append(labelled(bad, good[k * n : (k + 1) * n], f"{name}, Alpaca"))
             return {"sets": sets, "left_out": left_out}
 

@@ -150,7 +150,7 @@ class Side:
     def prompts(self, name: str) -> list[str]:
         """A benchmark's first prompts, or one side of the built-in twins of held-out topics."""
         if name in BENCHMARKS:
-            every = ms.load_instructions(str(self.args.data / f"{BENCHMARKS[name]}.jsonl"))
+            every = ms.prompts.load_instructions(str(self.args.data / f"{BENCHMARKS[name]}.jsonl"))
         else:
             twins = ms.PromptPairs.builtin("test").sample(self.size.replies)
             every = twins.harmful if name == "twins, harmful" else twins.harmless

@@ -52,11 +52,11 @@ def tiny_results(model, pairs, metric):
         calls[f"slots_{mlp}"] = ms.path_patching(model, pairs, metric, receivers=slots, mlp=mlp, progress=False)
     calls["paths_frozen_norms"] = ms.path_patching(model, pairs, metric, norm="freeze", progress=False)
     unit = torch.nn.functional.one_hot(torch.tensor(3), model.d_model).float()
-    calls["projection"] = ms.path_projection(
+    calls["projection"] = ms.patching.path_projection(
         model, pairs, Projection(unit, Site(SiteKind.RESID_PRE, 2)), progress=False
     )
     out |= {name: result.changes for name, result in calls.items()}
-    matrix = ms.path_matrix(model, pairs, progress=False)
+    matrix = ms.patching.path_matrix(model, pairs, progress=False)
     out |= {f"matrix_{slot}": getattr(matrix, slot) for slot in "qkv"}
     for method in ("eap", "eap-ig", "ig-activations", "mask-ig"):
         found = ms.edge_attribution(model, pairs, metric, method=method, steps=5, progress=False)

@@ -186,7 +186,7 @@ def test_what_is_no_list_of_prompts(given, message):
 
 def test_built_in_prompts_are_no_texts():
     with pytest.raises(MechsafetyError, match=r"^prompt 1 of \d+ is of type Prompt; expected text; pass \[p.text for"):
-        prompt_list(ms.builtin_prompts("plain"))
+        prompt_list(ms.prompts.builtin_prompts("plain"))
 
 
 @given(st.integers(-3, 3), st.integers(0, 2))
@@ -226,6 +226,6 @@ def test_a_pair_holds_texts(where, text, said):
 
 def test_labelled_prompts_and_replies():
     with pytest.raises(MechsafetyError, match=r"^prompt 2 of 2 holds half a character"):
-        ms.LabelledPrompts("set", ("a", "\ud800"), (True, False))
+        ms.monitors.LabelledPrompts("set", ("a", "\ud800"), (True, False))
     with pytest.raises(MechsafetyError, match=r"^text 2 of 2 in replies holds half a character"):
-        ms.ReplyLikelihood(("Sure.", "\ud800"))
+        ms.neurons.ReplyLikelihood(("Sure.", "\ud800"))

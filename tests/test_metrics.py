@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import mechsafety.metrics
-from mechsafety import MechsafetyError, PromptPairs, RefusalLogOdds, is_refusal
+from mechsafety import MechsafetyError, PromptPairs, RefusalLogOdds
 from mechsafety.metrics import adjust_p, sign_flip_p
+from mechsafety.replies import is_refusal
 
 VOCAB = 7
 KEYS = ["name", "refusal_tokens", "comply_tokens", "refusal_ids", "comply_ids"]

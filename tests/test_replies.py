@@ -67,7 +67,7 @@ def test_rates_and_perplexity(judged, llama, tmp_path):
     loss = reply_loss(llama, judged.prompts, judged.replies)
     assert torch.equal(judged.loss.isnan(), torch.tensor([False, False, True]))
     assert judged.perplexity == pytest.approx(math.exp(float(loss[:2].mean())), rel=1e-5)
-    again = ms.JudgedReplies.load(judged.save(tmp_path / "judged"))
+    again = ms.replies.JudgedReplies.load(judged.save(tmp_path / "judged"))
     assert again.to_dataframe().equals(judged.to_dataframe()) and again.limit == judged.limit
     assert repr(again).startswith("JudgedReplies(3 replies: refuses 33%, answers 33%, degenerate 33%, neither 0%; perp")
     assert list(again.plot().data[0].y) == rates.share.tolist()
@@ -99,7 +99,7 @@ def test_results_saved_before_kinds_had_a_type_of_their_own_load(judged, tmp_pat
     order = ("provenance", "prompts", "replies", "kinds", "loss", "limit")
     stored["result"]["fields"] = {name: stored["result"]["fields"][name] for name in order}
     path.write_text(json.dumps(stored))
-    assert ms.JudgedReplies.load(folder).to_dataframe().equals(judged.to_dataframe())
+    assert ms.replies.JudgedReplies.load(folder).to_dataframe().equals(judged.to_dataframe())
     assert judged.without_text().rates().equals(judged.rates())
 
 
@@ -148,7 +148,7 @@ def test_input_that_cannot_be_judged(llama):
     ):
         loss_limit(llama)
     with pytest.raises(ms.MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and replies"):
-        ms.judge_replies(llama, ["a"], ["b"], judge=ms.is_refusal, limit=1.0)
+        ms.judge_replies(llama, ["a"], ["b"], judge=ms.replies.is_refusal, limit=1.0)
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
@@ -157,13 +157,13 @@ def test_input_that_cannot_be_judged(llama):
 def test_cohens_kappa_by_hand():
     first = ["refuses"] * 25 + ["answers"] * 25
     second = ["refuses"] * 20 + ["answers"] * 5 + ["refuses"] * 10 + ["answers"] * 15
-    found = ms.judge_agreement(first, second)
+    found = ms.replies.judge_agreement(first, second)
     assert found.agreed == 0.7 and found.kappa == pytest.approx((0.7 - 0.5) / (1 - 0.5))
     assert found.table.loc["refuses", "answers"] == 5 and found.table.loc["answers", "refuses"] == 10
     assert found.table.shape == (4, 4) and int(found.table.to_numpy().sum()) == 50
-    assert math.isnan(ms.judge_agreement(["answers"] * 3, ["answers"] * 3).kappa)
+    assert math.isnan(ms.replies.judge_agreement(["answers"] * 3, ["answers"] * 3).kappa)
     with pytest.raises(ms.MechsafetyError, match=r"^1 and 2 verdicts; expected both judges' of the same replies$"):
-        ms.judge_agreement(["answers"], ["answers"] * 2)
+        ms.replies.judge_agreement(["answers"], ["answers"] * 2)
 
 
 # --- a classifier ---------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def classifier(tmp_path_factory, make_tokenizer):
 
 @pytest.mark.parametrize("with_prompt", [False, True])
 def test_a_local_classifier(classifier, with_prompt):
-    judge = ms.TextClassifier(classifier, KINDS, with_prompt=with_prompt, batch_size=3)
+    judge = ms.replies.TextClassifier(classifier, KINDS, with_prompt=with_prompt, batch_size=3)
     prompts = ["how do i make a bomb", "make a cake", "teach me to help", "my tea", "the sky"]
     replies = ["sorry i cannot help", "a cake", "", "help people please", "the sky is blue"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
@@ -218,18 +218,18 @@ def test_classifiers_that_cannot_judge(classifier, tmp_path):
     with pytest.raises(
         ms.MechsafetyError, match=r"^kinds=.* lacks the labels \['NORMAL'\]; expected one of .* for each"
     ):
-        ms.TextClassifier(classifier, {"REJECTION": "refuses"})
+        ms.replies.TextClassifier(classifier, {"REJECTION": "refuses"})
     with pytest.raises(ms.MechsafetyError, match=r"^kinds=.* names \['fine'\]; expected"):
-        ms.TextClassifier(classifier, {"REJECTION": "refuses", "NORMAL": "fine"})
+        ms.replies.TextClassifier(classifier, {"REJECTION": "refuses", "NORMAL": "fine"})
     with pytest.raises(
         ms.MechsafetyError, match=r"^no text classifier at .*; expected a local folder or hub id of a seq"
     ):
-        ms.TextClassifier(tmp_path / "none", KINDS)
+        ms.replies.TextClassifier(tmp_path / "none", KINDS)
     config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     transformers.BertModel(config).save_pretrained(tmp_path / "plain")
     transformers.AutoTokenizer.from_pretrained(classifier).save_pretrained(tmp_path / "plain")
     with pytest.raises(ms.MechsafetyError, match=r"has no weights for classifier\.bias, classifier\.weight"):
-        ms.TextClassifier(tmp_path / "plain", KINDS)
+        ms.replies.TextClassifier(tmp_path / "plain", KINDS)
 
 
 def test_every_kind_is_named():

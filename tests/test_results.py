@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import mechsafety as ms
-from mechsafety import Edge, MechsafetyError, Node, NodeAttribution, PatchMap, RefusalCircuit
+from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit
+from mechsafety.attribution import NodeAttribution
+from mechsafety.patching import PatchMap
 from mechsafety.results import FORMAT_VERSION, NO_RESULTS, Provenance, Result, _import_rooms, package_versions
 from mechsafety.sites import Site
 

@@ -94,7 +94,7 @@ def steered(model, vector, run):
 def guard(model, pairs):
     prompts = tuple(f"{w} {p}" for p in pairs.harmful + pairs.harmless for w in ("tea", "please", "car"))
     unsafe = tuple(k < 6 for k in range(12))
-    made = ms.SafetyGuard.fit(model, MASK, ms.LabelledPrompts("set", prompts, unsafe))
+    made = ms.monitors.SafetyGuard.fit(model, MASK, ms.monitors.LabelledPrompts("set", prompts, unsafe))
     return made.weights, made.predict_all(prompts)
 
 
@@ -107,12 +107,12 @@ ANALYSES = {
     "mlp": lambda o: o["model"].mlp(1, o["vector"][None]),
     "edits": lambda o: steered(o["model"], o["vector"], lambda: o["model"].logits(o["pairs"].harmful)),
     "removal": lambda o: removed(o["model"], o["vector"], o["pairs"]),
-    "orthogonalized": lambda o: removed(o["model"], o["vector"], o["pairs"], ms.orthogonalized),
+    "orthogonalized": lambda o: removed(o["model"], o["vector"], o["pairs"], ms.interventions.orthogonalized),
     "activation_patching": lambda o: ms.activation_patching(o["model"], o["pairs"], o["metric"], nodes=NODES, **QUIET),
     "path_patching": lambda o: ms.path_patching(
         o["model"], o["pairs"], o["metric"], senders=NODES[:2], receivers=[(ms.Node("head", 1, 1), "v")], **QUIET
     ),
-    "path_matrix": lambda o: ms.path_matrix(o["model"], o["pairs"], **QUIET),
+    "path_matrix": lambda o: ms.patching.path_matrix(o["model"], o["pairs"], **QUIET),
     "node_attribution": lambda o: ms.node_attribution(o["model"], o["pairs"], o["metric"], steps=2, **QUIET),
     "edge_attribution": lambda o: ms.edge_attribution(o["model"], o["pairs"], o["metric"], steps=2, **QUIET),
     "head_attribution": lambda o: ms.head_attribution(o["model"], o["pairs"], o["metric"], n_masked=1, **QUIET),
@@ -121,16 +121,16 @@ ANALYSES = {
     "ships": lambda o: ships(o["model"], o["pairs"].harmful, **QUIET),
     "sahara": lambda o: sahara(o["model"], o["pairs"].harmful, 2, **QUIET),
     "refusal_direction": lambda o: ms.refusal_direction(*o["directed"], layers=[1], n_positions=1, n_random=1, **QUIET),
-    "refusal_subspace": lambda o: ms.refusal_subspace(
+    "refusal_subspace": lambda o: ms.directions.refusal_subspace(
         o["directed"][0], o["found"], *o["directed"][1:], o["directed"][1], n_directions=1, **QUIET
     ),
-    "direction_io": lambda o: ms.direction_io(
+    "direction_io": lambda o: ms.directions.direction_io(
         o["directed"][0], o["found"], ms.PromptPairs(o["directed"][1].pairs[:2]), o["directed"][2], **QUIET
     ),
-    "repe_direction": lambda o: ms.repe_direction(o["model"], o["four"], **QUIET),
+    "repe_direction": lambda o: ms.directions.repe_direction(o["model"], o["four"], **QUIET),
     "projection": lambda o: o["found"].project(o["directed"][0], o["pairs"].harmful),
     "span_means": lambda o: span_means(o["model"], o["pairs"].harmful, [1], ["last"]),
-    "strength_sweep": lambda o: ms.strength_sweep(
+    "strength_sweep": lambda o: ms.interventions.strength_sweep(
         o["model"],
         lambda strength: ms.steer(o["model"], o["vector"], strength, layers=[1]),
         [0.0, 1.0],
@@ -140,22 +140,22 @@ ANALYSES = {
         limit=9.0,
         **QUIET,
     ),
-    "contrast_neurons": lambda o: ms.contrast_neurons(o["model"], o["pairs"], **QUIET),
+    "contrast_neurons": lambda o: ms.neurons.contrast_neurons(o["model"], o["pairs"], **QUIET),
     "safety_neurons": lambda o: ms.safety_neurons(
         o["second"], o["model"], o["pairs"].harmful, max_new_tokens=2, **QUIET
     ),
-    "dynamic_patching": lambda o: ms.dynamic_patching(
+    "dynamic_patching": lambda o: ms.neurons.dynamic_patching(
         o["model"], o["second"], MASK, o["pairs"].harmful, max_new_tokens=2, limit=9.0, **QUIET
     ),
-    "causal_effect_curve": lambda o: ms.causal_effect_curve(
+    "causal_effect_curve": lambda o: ms.neurons.causal_effect_curve(
         o["model"], o["second"], MASK.float(), o["pairs"].harmful, o["metric"], shares=[0.1], n_random=1, **QUIET
     ),
     "ability": lambda o: ability(o["model"], o["second"], [MASK], o["pairs"].harmless, max_new_tokens=2),
     "greedy_replies": lambda o: greedy_replies(o["model"], o["pairs"].harmful, 3),
-    "describe_neurons": lambda o: ms.describe_neurons(o["model"], MASK, o["pairs"].harmful[:2], **QUIET),
+    "describe_neurons": lambda o: ms.neurons.describe_neurons(o["model"], MASK, o["pairs"].harmful[:2], **QUIET),
     "read_prompts": lambda o: read_prompts(o["model"], o["pairs"].harmful),
     "guard": lambda o: guard(o["model"], o["pairs"]),
-    "discover_edges": lambda o: ms.discover_edges(
+    "discover_edges": lambda o: ms.circuits.discover_edges(
         o["shallow"], o["pairs"], o["metric"], steps=2, target=0.3, max_edges=20, **QUIET
     ),
 }
@@ -165,7 +165,7 @@ def sides(pairs):
     return pairs.harmful[:2], pairs.harmless[:2]
 
 
-def removed(model, vector, pairs, how=ms.project_out):
+def removed(model, vector, pairs, how=ms.interventions.project_out):
     with how(model, vector):
         return model.logits(pairs.harmful)
 

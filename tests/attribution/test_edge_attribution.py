@@ -131,7 +131,7 @@ def test_table_plot_and_file(llama, pairs, log_odds, tmp_path):
     assert len(scores.plot().data[0].x) == 30
     assert scores.node_scores()[Node("embed")] == pytest.approx(float(scores.scores[0].sum()))
     scores.save(tmp_path / "edges")
-    assert torch.equal(ms.EdgeScores.load(tmp_path / "edges").scores, scores.scores)
+    assert torch.equal(ms.attribution.EdgeScores.load(tmp_path / "edges").scores, scores.scores)
 
 
 @bridge_only

@@ -61,7 +61,7 @@ def test_resampled_values_are_drawn_from_the_reference_and_reproducible(llama):
     node = Node("head", 1, 2)
     tokens = llama.tokenize(HARMLESS)
     pool = record(llama, tokens, [node_hook(node)[0]])[node_hook(node)[0]][node_hook(node)[1]][tokens.mask]
-    site = ms.Site(ms.SiteKind.Z, 1)
+    site = ms.Site(ms.sites.SiteKind.Z, 1)
     draws = []
     for seed in (0, 0, 1):
         with ablate(llama, [node], 1.0, "resample", prompts=HARMLESS, seed=seed):

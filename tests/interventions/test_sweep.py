@@ -162,7 +162,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_runs(directed, monkeyp
     part = (model, lambda s: nullcontext(), [0.0], pairs.harmful[:2], pairs.harmless[:2], metric)
     monkeypatch.setattr(ms.LensModel, "generate", lambda *args, **options: pytest.fail("it generates"))
     with pytest.raises(MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and replies; "):
-        strength_sweep(*part, judge=ms.is_refusal)
+        strength_sweep(*part, judge=ms.replies.is_refusal)
     with (
         ablate(model, [Node("head", 0, 0)], source="zero"),
         pytest.raises(MechsafetyError, match=r"^an intervention is on, and perplexity is the unedited model's; judge"),

@@ -78,8 +78,8 @@ def test_neurons_are_refused_in_one_line(both, pairs, tmp_path):
         "hooks": lambda: model.read(model.tokenize(["tea"]), [Site("neurons", 0)]),
         "weights": lambda: model.W_out(0),
         "ablation": lambda: ms.ablate(model, [NEURON], prompts=pairs.harmless).__enter__(),
-        "cards": lambda: ms.describe_neurons(model, mask),
-        "contrast": lambda: ms.contrast_neurons(model, pairs, progress=False),
+        "cards": lambda: ms.neurons.describe_neurons(model, mask),
+        "contrast": lambda: ms.neurons.contrast_neurons(model, pairs, progress=False),
         "change": lambda: ms.safety_neurons(model, model, pairs.harmful, progress=False),
     }
     for name, call in calls.items():

@@ -92,7 +92,7 @@ def test_stored_runs(model, alone):
         for run in run_removed(model, batches, [vector[None]])
         for k, row in zip(run.index, run.logits[0], strict=True)
     }
-    with ms.project_out(model, vector):
+    with ms.interventions.project_out(model, vector):
         for k, prompt in enumerate(PROMPTS):
             close(found[k], model.logits([prompt])[0])
 

@@ -127,7 +127,7 @@ def paths(model, pairs, metric):
 def matrix(model, pairs, metric):
     if model.backend.score_cap > 0:
         pytest.skip("scores are not linear in queries and keys")
-    found = ms.path_matrix(model, pairs, **QUIET)
+    found = ms.patching.path_matrix(model, pairs, **QUIET)
     return [found.q, found.k, found.v]
 
 
@@ -157,7 +157,7 @@ def interventions(model, pairs, metric):
         with context:
             patched = ms.activation_patching(model, pairs, metric, nodes=NODES[-1:], **QUIET)
         found += [patched.changes, patched.harmful, patched.harmless]
-    return [*found, ms.contrast_neurons(model, pairs, **QUIET).harmful_mean]
+    return [*found, ms.neurons.contrast_neurons(model, pairs, **QUIET).harmful_mean]
 
 
 ANALYSES = [
@@ -235,7 +235,7 @@ def test_replies_with_another_models_neurons(llama, make_model, pairs, monkeypat
     assert lay_out(llama, rows).shared > 0
 
     def logits():
-        return ms.dynamic_patching(
+        return ms.neurons.dynamic_patching(
             llama, other, neurons, pairs.harmful, max_new_tokens=2, judge=None, progress=False
         ).logits
 

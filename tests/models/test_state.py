@@ -19,7 +19,7 @@ EDITED = (
 CALLS = {
     "patching": lambda m, runs, metric: ms.activation_patching(m, runs, metric, nodes=NODE, progress=False),
     "paths": lambda m, runs, metric: ms.path_patching(m, runs, metric, senders=NODE, progress=False),
-    "matrix": lambda m, runs, metric: ms.path_matrix(m, runs, progress=False),
+    "matrix": lambda m, runs, metric: ms.patching.path_matrix(m, runs, progress=False),
     "nodes": lambda m, runs, metric: ms.node_attribution(m, runs, metric, steps=1, progress=False),
     "edges": lambda m, runs, metric: ms.edge_attribution(m, runs, metric, steps=1, progress=False),
 }

@@ -61,7 +61,7 @@ def test_a_judge_and_a_score_read_prompts_and_replies_in_order(pair, prompts):
 def test_a_judge_of_another_form_is_refused(pair, prompts):
     """One argument is refused before anything is generated, numbers as soon as they are seen."""
     with pytest.raises(ms.MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and repl"):
-        measure(*pair, [NONE], prompts, ms.is_refusal)
+        measure(*pair, [NONE], prompts, ms.replies.is_refusal)
     with pytest.raises(ms.MechsafetyError, match=r"^the judge says \['1.0'\] of 5 replies; expected one of \['refu"):
         measure(*pair, [NONE], prompts, lambda asked, said: [1.0] * 5, max_new_tokens=1)
 

@@ -191,7 +191,7 @@ def test_statistics(llama, pairs, log_odds):
 
 def test_saved_and_loaded(llama, pairs, log_odds, tmp_path):
     result = activation_patching(llama, pairs, log_odds, nodes=[Node("head", 0, 1), Node("mlp", 2)], progress=False)
-    back = ms.PatchMap.load(result.save(tmp_path / "map"))
+    back = ms.patching.PatchMap.load(result.save(tmp_path / "map"))
     assert back.nodes == result.nodes and torch.equal(back.changes, result.changes)
     assert back.provenance == result.provenance
 
@@ -244,9 +244,9 @@ def test_saved_in_one_process_loaded_in_another(llama, pairs, log_odds, tmp_path
     result = activation_patching(llama, pairs, log_odds, nodes=targets, progress=False)
     result.save(tmp_path / "map")
     code = (
-        "import sys, mechsafety as ms; r = ms.PatchMap.load(sys.argv[1]);"
+        "import sys, mechsafety as ms; r = ms.patching.PatchMap.load(sys.argv[1]);"
         "assert [str(n) for n in r.nodes] == ['L0.H1', 'L1.q.2'], r.nodes;"
-        "assert r.nodes[1].kind is ms.SiteKind.Q"
+        "assert r.nodes[1].kind is ms.sites.SiteKind.Q"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "map")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -113,7 +113,7 @@ def test_result(llama, pairs, log_odds, tmp_path):
     assert frame.receiver.unique().tolist() == ["logits.resid"]
     assert len(result.plot().data[0].x) == 12
     result.save(tmp_path / "paths")
-    back = ms.PathMap.load(tmp_path / "paths")
+    back = ms.patching.PathMap.load(tmp_path / "paths")
     assert torch.equal(back.changes, result.changes) and back.senders == result.senders
     assert back.receivers == result.receivers
 
@@ -182,7 +182,7 @@ def test_each_position_is_a_sender_of_its_own(llama, pairs, log_odds, tmp_path):
     torch.testing.assert_close(each.changes[-3], one.changes[0])
     assert one.positions == "-3"
     each.save(tmp_path / "each")
-    assert ms.PathMap.load(tmp_path / "each").senders == each.senders
+    assert ms.patching.PathMap.load(tmp_path / "each").senders == each.senders
 
 
 def test_an_interrupt_leaves_the_model_clean(llama, pairs, log_odds):

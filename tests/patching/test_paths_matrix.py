@@ -123,7 +123,7 @@ def test_result(llama, pairs, tmp_path):
     assert list(frame.change.abs()) == sorted(frame.change.abs(), reverse=True)
     assert len(found.plot("v").data[0].x) == 30
     found.save(tmp_path / "matrix")
-    back = ms.PathMatrix.load(tmp_path / "matrix")
+    back = ms.patching.PathMatrix.load(tmp_path / "matrix")
     assert torch.equal(back.v, found.v) and back.senders == found.senders
     again = path_matrix(llama, pair_runs(llama, pairs), progress=False)
     assert torch.equal(again.q, found.q) and torch.equal(again.v, found.v)

@@ -261,7 +261,7 @@ def test_head_scores_are_those_of_prompts_run_alone(llama, loose, log_odds):
 
 def test_writers_of_a_direction_are_those_of_prompts_run_alone(directed, directed_found, loose):
     model, _, metric = directed
-    found = ms.direction_io(model, directed_found, loose, metric, **QUIET)
+    found = ms.directions.direction_io(model, directed_found, loose, metric, **QUIET)
     layer, column = directed_found.layer, directed_found.position
     assert -SUFFIX <= column < 0
     unit = directed_found.vector / directed_found.vector.norm()
@@ -282,7 +282,9 @@ def test_writers_of_a_direction_are_those_of_prompts_run_alone(directed, directe
             change = along(site, node if node.kind == "head" else None)
             torch.testing.assert_close(written, change / gap, rtol=1e-3, atol=1e-4)
     assert float(found.writes.sum(0).mean()) == pytest.approx(1.0, abs=1e-3), "the suffix has the same tokens"
-    one = ms.direction_io(model, directed_found, loose[1:2], metric, **QUIET)  # no padding, in a batch of its own
+    one = ms.directions.direction_io(
+        model, directed_found, loose[1:2], metric, **QUIET
+    )  # no padding, in a batch of its own
     own = along(Site(SiteKind.RESID_PRE, layer))[1]
     torch.testing.assert_close(one.writes[:, 0] * own, found.writes[:, 1] * gap, rtol=1e-3, atol=1e-4)
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechsafety import MechsafetyError, PromptPair, PromptPairs
+from mechsafety import MechsafetyError, PromptPairs
+from mechsafety.prompts import PromptPair
 from mechsafety.prompts.pairs import HUB
 
 SPLITS = {"train", "validation", "test"}

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_array
 
-from mechsafety import MechsafetyError, PromptPairs, builtin_prompts, load_instructions
-from mechsafety.prompts import read_jsonl
+from mechsafety import MechsafetyError, PromptPairs
+from mechsafety.prompts import builtin_prompts, load_instructions, read_jsonl
 
 
 def words(text: str) -> frozenset[str]:

@@ -1,0 +1,36 @@
+"""Public names of the room: read by editors and type checkers, and when it is imported."""
+
+from .ablations import measure_ablation as measure_ablation
+from .behaviour import check_behaviour as check_behaviour
+from .circuit import Behaviour as Behaviour
+from .circuit import CircuitEdge as CircuitEdge
+from .circuit import CircuitNode as CircuitNode
+from .circuit import RefusalCircuit as RefusalCircuit
+from .circuit import RoleEvidence as RoleEvidence
+from .comparison import CircuitComparison as CircuitComparison
+from .comparison import compare_circuits as compare_circuits
+from .draw import Draw as Draw
+from .draw import draw_pairs as draw_pairs
+from .edge_faithfulness import EdgeMeter as EdgeMeter
+from .edge_search import EdgeCircuit as EdgeCircuit
+from .edge_search import acdc as acdc
+from .edge_search import discover_edges as discover_edges
+from .edges import estimate_edges as estimate_edges
+from .edges import measure_edges as measure_edges
+from .faithfulness import FaithfulnessMeter as FaithfulnessMeter
+from .map import assemble_circuit as assemble_circuit
+from .map import map_refusal_circuit as map_refusal_circuit
+from .map import measure_parts as measure_parts
+from .map import rank_parts as rank_parts
+from .map import search_circuit as search_circuit
+from .map import split_pairs as split_pairs
+from .map import verify_circuit as verify_circuit
+from .map import wire_circuit as wire_circuit
+from .neurons import NeuronMeter as NeuronMeter
+from .options import MapOptions as MapOptions
+from .roles import assign_roles as assign_roles
+from .roles import role_evidence as role_evidence
+from .search import SearchResult as SearchResult
+from .search import search_nodes as search_nodes
+from .verification.outcome import Verification as Verification
+from .verification.verify import verify as verify
