@@ -146,7 +146,7 @@ def bars(frame: "pd.DataFrame", x: str, y: str, label: str) -> "go.Figure":
     """Bar chart of the 30 rows with the largest absolute ``y``; with whiskers where there is an interval."""
     import plotly.express as px
 
-    top = frame.reindex(frame[y].abs().sort_values(ascending=False, kind="stable").index).head(30)
+    top = frame.sort_values(y, key=abs, ascending=False, kind="stable").head(30)
     whiskers = {}
     if "ci_low" in top:
         top = top.assign(up=top.ci_high - top[y], down=top[y] - top.ci_low)

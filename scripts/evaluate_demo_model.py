@@ -3,9 +3,10 @@
     python scripts/evaluate_demo_model.py            # or: make evaluate
 
 Greedy replies of 32 tokens, judged by `mechsafety.replies.is_refusal`. Public benchmarks are read from --data (JSON
-lines with an "instruction" each), else from the Hugging Face hub under a row name that says so (its HarmBench and Alpaca are other
-prompts), and are skipped, by name, where neither can be read. Replies are kept in --work, never committed, so
-that a stopped run goes on; rates with Wilson 95 % intervals go into docs/results/demo-model.json and the table.
+lines with an "instruction" each), else from the Hugging Face hub under a row name that says so (its HarmBench and
+Alpaca are other prompts), and are skipped, by name, where neither can be read. Replies are kept in --work, never
+committed, so that a stopped run goes on. Rates with Wilson 95 % intervals go into docs/results/demo-model.json and the
+table.
 """
 
 import argparse

@@ -100,7 +100,7 @@ class HeadAttribution(Result):
                 ends = [mean_interval(row, seed) for row in flat]
                 frame[f"{name}_low"], frame[f"{name}_high"] = zip(*ends, strict=True)
         order = "total" if "total" in frame else next(iter(names))
-        return frame.reindex(frame[order].abs().sort_values(ascending=False, kind="stable").index)
+        return frame.sort_values(order, key=abs, ascending=False, kind="stable")
 
     def rank_agreement(self) -> pd.DataFrame:
         """Spearman's rank correlation of the scores' absolute values over all heads, a square table.

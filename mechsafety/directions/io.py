@@ -84,7 +84,7 @@ class DirectionIO(Result):
                 row |= {f"reads_{slot}_low": ends[0], f"reads_{slot}_high": ends[1]}
             rows.append(row)
         frame = pd.DataFrame(rows)
-        return frame.reindex(frame.writes.abs().sort_values(ascending=False, kind="stable").index)
+        return frame.sort_values("writes", key=abs, ascending=False, kind="stable")
 
     def neurons_dataframe(self, top: int = 50) -> pd.DataFrame:
         """The ``top`` largest writers and readers among the neurons."""
@@ -96,7 +96,7 @@ class DirectionIO(Result):
             for k in sorted(chosen)
         ]
         frame = pd.DataFrame(rows, columns=["node", "layer", "index", "writes", "reads_estimate"])
-        return frame.reindex(frame.writes.abs().sort_values(ascending=False, kind="stable").index)
+        return frame.sort_values("writes", key=abs, ascending=False, kind="stable")
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 largest writers with intervals."""

@@ -92,7 +92,7 @@ class PathMatrix(Result):
                 if sender.order[:2] < receiver.order[:2]
             ]
         frame = pd.DataFrame(rows, columns=["sender", "receiver", "slot", "change", "sd"])
-        return frame.reindex(frame.change.abs().sort_values(ascending=False, kind="stable").index)
+        return frame.sort_values("change", key=abs, ascending=False, kind="stable")
 
     def plot(self, slot: str = "q") -> go.Figure:
         """Bar chart of the 30 largest mean changes in a slot."""

@@ -69,7 +69,7 @@ class PathMap(Result):
             "receiver": [name for _ in self.senders for name in names],
         }
         frame = pd.DataFrame(ends).join(effect_table(flat, self.harmful - self.harmless, seed))
-        return frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)
+        return frame.sort_values("effect", key=abs, ascending=False, kind="stable")
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 strongest paths with intervals."""

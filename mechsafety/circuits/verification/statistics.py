@@ -16,7 +16,7 @@ def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
         differences: One a prompt.
         margin: Above 0.
     """
-    from scipy.stats import t, ttest_1samp
+    from scipy.stats import ttest_1samp
 
     mean, n = float(np.mean(differences)), len(differences)
     if n < 2 or np.ptp(differences) == 0:
@@ -25,8 +25,8 @@ def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
         return Equivalence(margin, mean, UNBOUNDED if n < 2 else (mean, mean), p_value)
     above = ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = ttest_1samp(differences, margin, alternative="less").pvalue
-    half = float(t.ppf(0.95, n - 1) * np.std(differences, ddof=1) / np.sqrt(n))
-    return Equivalence(margin, mean, (mean - half, mean + half), float(max(above, below)))
+    interval = ttest_1samp(differences, 0.0).confidence_interval(0.9)
+    return Equivalence(margin, mean, (float(interval.low), float(interval.high)), float(max(above, below)))
 
 
 def independence_test(x: np.ndarray, y: np.ndarray, seed: int, n_permutations: int = 2000) -> Independence:
