@@ -222,7 +222,7 @@ def _summary(circuit: Any, out: Path) -> str:
         *_read(circuit.metric),
         ("circuit", size),
         ("faithfulness", _measured(check.faithfulness, f"{check.faithfulness:.2f} on the pairs it was found on")),
-        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), asked {check.target}")),
+        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), target {check.target}")),
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
         ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {check.random_p:.3g}")),
         ("  removing it", _measured(check.necessity, f"loses {check.necessity:.0%} of the gap")),
