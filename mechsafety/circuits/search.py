@@ -108,13 +108,17 @@ def search_parts(
     tidy: Callable[[Sequence[Part]], list[Part]] = list,
     max_exact: int | None = None,
 ) -> SearchResult:
-    """The smallest prefix of a ranking that reaches ``target``, less everything whose exact removal does not matter.
+    """The smallest prefix of a ranking that reaches ``target``, without the parts whose exact removal does not matter.
 
-    The prefix is found by bisection; then, of the parts that may leave on both sets of pairs, those whose exact removal
-    costs least on the search's pairs are dropped, as many at once as the target allows, and everything is measured
-    again, until no single part can leave (ACDC's criterion, Conmy et al. 2023, with the target in place of a
-    threshold). The held-out pairs set the size of the circuit, so their faithfulness lies just above the target by
-    construction: an unbiased figure needs fresh pairs (`verify`).
+    1. Find the smallest prefix of the ranking that reaches the target on both sets of pairs, by bisection.
+    2. Measure exactly what the circuit loses without each part. A part may leave if the circuit still reaches the
+       target on both sets of pairs.
+    3. Remove the parts that may leave and cost least on the search's pairs, as many as the target allows.
+    4. Repeat from step 2 until no single part may leave. This is the criterion of ACDC (Conmy et al. 2023), with the
+       target in place of a threshold.
+
+    The held-out pairs set the size of the circuit. Their faithfulness therefore lies just above the target by
+    construction. An unbiased figure needs fresh pairs (`verify`).
 
     Args:
         found_on: Meter on the pairs that the ranking comes from.
@@ -126,8 +130,8 @@ def search_parts(
         budget: Time to keep.
         shares: Of all parts, at which the curve is measured.
         tidy: Takes away parts of a set that change nothing.
-        max_exact: Largest set that removal measures part by part; of a larger one whole blocks are tried first, and
-            one that stays larger is left so.
+        max_exact: Largest set that removal measures part by part. Of a larger set whole blocks are removed first. A
+            set that stays larger is not measured part by part.
     """
     budget = budget or Budget()
     enough = target - ROUNDING
@@ -196,10 +200,11 @@ def _curve(
 def _without_blocks(
     circuit: Sequence[Part], reaches: Callable[[Sequence[Part]], bool], most: int, budget: Budget
 ) -> list[Part]:
-    """Drop blocks of a ranked set, the last first, halving their size, until ``most`` parts are left.
+    """Remove blocks of a ranked set, the last first, halving their size, until ``most`` parts are left.
 
-    Delta debugging (Zeller and Hildebrandt 2002): one part that a gradient cannot see, because something backs it up,
-    stands at the end of the ranking and would bring everything before it along.
+    A gradient cannot see a part that has a backup. Such a part stands at the end of the ranking, and a prefix that
+    holds it holds everything before it. Removing blocks gets rid of what came along (delta debugging, Zeller and
+    Hildebrandt 2002).
     """
     left, size = list(circuit), len(circuit) // 2
     smallest = max(1, len(circuit) // BLOCKS)
@@ -226,23 +231,23 @@ def _eliminate(
     rounds: int,
     budget: Budget,
 ) -> tuple[list[Part], dict[Part, float], bool | None]:
-    """Drop the parts that cost least, as many at once as the target allows; measure again; repeat.
+    """Remove the parts that cost least, as many at once as the target allows; measure again; repeat.
 
-    Only parts that may leave on the held-out pairs, which are fewer, are measured on the others. Between two
-    measurements of all parts only those are measured that seem able to leave still.
+    The held-out pairs are fewer, so every part is measured on them first. Only parts that may leave there are measured
+    on the search's pairs. Between full passes, only the parts that could still be removed are measured again.
 
     Returns:
-        What is left; what each of it costs on held-out pairs (empty if not measured); whether no single part more can
-        leave.
+        The parts that are left; what each of them costs on held-out pairs (empty if not measured); whether no single
+        part more can leave (None where that was not measured to the end).
     """
-    asked: list[Part] | None = None
+    some: list[Part] | None = None  # the parts of this pass; all of them where it is None
     spare = held_out.faithfulness([circuit])[0] - enough
-    while rounds or asked:
+    while rounds or some:
         if budget.over(SEARCH_SHARE):
             budget.left_out("removal of parts that do not matter: stopped before no part could leave")
             break
-        rounds -= asked is None
-        lost = marginals(held_out, circuit, asked)
+        rounds -= some is None
+        lost = marginals(held_out, circuit, some)
         may = [part for part, value in lost.items() if value <= spare]
         costs, whole = marginals(meter, circuit, may), meter.faithfulness([circuit])[0]
         free = sorted(
@@ -250,13 +255,13 @@ def _eliminate(
             key=lambda part: (costs[part], order_of(part)),
         )
         dropped = _largest(free, circuit, reaches)
-        if not dropped and asked is None:
+        if not dropped and some is None:
             return circuit, lost, True
         circuit = [part for part in circuit if part not in set(dropped)]
-        # what cost more than is left hardly can leave now: it waits until none of the others can
+        # a part that costs much more than the circuit can still lose waits for the next full pass
         spare = held_out.faithfulness([circuit])[0] - enough
-        asked = [part for part in free[len(dropped) :] if lost[part] <= NEAR * spare] if dropped else None
-        asked = asked or None
+        some = [part for part in free[len(dropped) :] if lost[part] <= NEAR * spare] if dropped else None
+        some = some or None
     return circuit, {}, None
 
 
@@ -264,7 +269,7 @@ def _eliminate(
 SEARCH_SHARE = 0.4
 # the smallest blocks that are tried are this share of a set too large to measure part by part
 BLOCKS = 32
-# parts that cost up to this multiple of what the circuit can still lose are measured again at once
+# parts that cost up to this multiple of what the circuit can still lose are measured again before the next full pass
 NEAR = 2.0
 
 
