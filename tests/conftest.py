@@ -96,8 +96,10 @@ hypothesis.settings.load_profile("mechsafety")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item) -> None:
     CALLS.clear()
+    # a test of what is said of wrong types gives them on purpose
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("unchecked") is not None)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from collections import OrderedDict
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -51,6 +51,8 @@ def public_functions():
 
 
 def kind_of(parameter):
+    if get_origin(parameter.annotation) is Literal:
+        return Literal
     return next((k for k in (parameter.annotation, *get_args(parameter.annotation)) if k in KINDS), None)
 
 
@@ -102,6 +104,7 @@ def test_every_entry_refuses_the_same(name, parameter, kind, llama):
         Prompts: [("tea", "a single string was given; expected a list of prompts; write [prompt]")],
         Texts: [("tea", "a single string was given; expected a list of texts; write [text]")],
         Count: [(0, f"{parameter}=0; expected at least 1"), (True, f"{parameter}=True; expected a whole number")],
+        Literal: [("nonsense", f"{parameter}='nonsense'; expected one of (")],
         Amount: [(-1, f"{parameter}=-1; expected at least 0"), (0.5, f"{parameter}=0.5; expected a whole number")],
     }[kind]
     if kind == Prompts:
@@ -217,6 +220,7 @@ def test_defaults_pass_and_wrong_calls_keep_pythons_words():
 
 
 @pytest.mark.parametrize("where", ["harmful", "harmless"])
+@pytest.mark.unchecked
 @pytest.mark.parametrize(("text", "said"), [(None, "None"), ("\udcff", "half a character"), (" ", "is empty")])
 def test_a_pair_holds_texts(where, text, said):
     pair = PromptPair(**{"harmful": "a", "harmless": "b", where: text})

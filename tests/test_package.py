@@ -67,7 +67,8 @@ EXPORTS = [
 ROOMS = (
     ("errors", "version"),
     ("output", "intervals", "settled"),
-    ("sites", "nodes", "inputs"),
+    ("sites", "inputs"),
+    ("nodes",),
     ("results",),
     ("prompts",),
     ("models",),
@@ -298,6 +299,6 @@ def test_nothing_is_unpickled():
 def test_no_device_is_hard_coded():
     named = {name for name in MODULES for node in strings(TREES[name]) if re.fullmatch(r"cuda(:\d+)?|mps", node.value)}
     # where the error lists the devices there are, and where free memory is asked for
-    assert named <= {"models/load.py", "models/budget.py"}
+    assert named <= {"models/load.py", "models/memory.py"}
     assert {name for name in MODULES if any(call.endswith(").cuda") for call in calls(TREES[name]))} == set()
     assert {name for name in MODULES if any(re.search(r"\w\.cuda$", call) for call in calls(TREES[name]))} == set()

@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jaxtyping
 import pytest
@@ -139,6 +139,8 @@ def example(kind: object) -> object:
         return ms.PromptPairs.from_lists(["harmful"], ["harmless"])
     if kind is ms.RefusalLogOdds:  # tokens of one set are in no other
         return ms.RefusalLogOdds((3,), ("no",), opener_ids=(4, 5), opener="I'm")
+    if get_origin(kind) is Literal:
+        return parts[0]
     if get_origin(kind) in (Union, types.UnionType):
         return example(parts[-1])
     if get_origin(kind) is tuple:

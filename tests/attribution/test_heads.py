@@ -131,7 +131,7 @@ def test_a_constant_score_has_no_ranks(llama, pairs, log_odds):
         ),
         (
             {"scores": ["path"], "direction": random_direction(3)},
-            "a direction at layer 3, column -1; expected layers 0",
+            "a direction at layer 3, position -1; expected layers 0",
         ),
         ({"scores": ["ships"], "mask": "half"}, "mask='half'; expected one of ('uniform', 'zero')"),
     ],

@@ -30,6 +30,7 @@ class Standing(ms.LensModel):
 
 
 MODEL = Standing()
+METRIC = RefusalLogOdds((3,), ("no",))
 
 
 def many(n: int, n_test: int) -> PromptPairs:
@@ -50,7 +51,7 @@ def refuses(monkeypatch):
             rounds.append((len(pairs), detect_on))
             n = len(pairs)
             row = Behaviour(n, sum(keep) / n, (0.0, 1.0), 0.0, (0.0, 0.0), "reply")
-            return "metric", {"harmful": row, "harmless": row}, (), keep
+            return METRIC, {"harmful": row, "harmless": row}, (), keep
 
         monkeypatch.setattr(draw, "check_behaviour", behave)
         return rounds

@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_result(directed, directed_found, tmp_path)
 def test_table_and_picture(directed_found):
     frame = directed_found.to_dataframe()
     assert len(frame) == 6 and frame.chosen.sum() == 1
-    assert list(frame.columns[:3]) == ["layer", "column", "norm"]
+    assert list(frame.columns[:3]) == ["layer", "position", "norm"]
     figure = directed_found.plot()
     assert [trace.type for trace in figure.data] == ["heatmap", "scatter"] * 4
     assert figure.data[0].z.shape == (3, 2)

@@ -136,7 +136,7 @@ def test_result(llama, pairs, log_odds, tmp_path):
         ({"receivers": []}, "no receivers; expected 'logits' or"),
         ({"positions": "middle"}, "no span is called 'middle'"),
         ({"positions": [-99]}, r"positions \[-99\]; expected positions from the end"),
-        ({"positions": "each", "senders": [At(Node("mlp", 0), (-1,))]}, "positions='each' and a sender with columns"),
+        ({"positions": "each", "senders": [At(Node("mlp", 0), (-1,))]}, "positions='each' and a sender with positions"),
         ({"receivers": [(Node("head", 2, 0), "mlp")]}, "L2.H0 has no slot 'mlp'"),
         ({"receivers": [(Node("logits"), "resid")], "joint": True}, "the logits cannot be a joint receiver"),
         (

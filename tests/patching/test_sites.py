@@ -176,7 +176,7 @@ def test_each_column_of_a_mean_begins_at_the_first_token(llama, log_odds):
 def test_stored_runs_that_begin_too_late(llama, log_odds, positions):
     site, runs = Site(SiteKind.Z, 1), pair_runs(llama, TWO_LENGTHS)
     options = {"nodes": [site], "source": "zero", "positions": positions, "progress": False}
-    message = rf"these runs begin at column {runs.start}, 'zero' at .* replaces earlier ones; use pair_runs"
+    message = rf"these runs begin at position {runs.start}, 'zero' at .* replaces earlier ones; use pair_runs"
     with pytest.raises(ms.MechsafetyError, match=message):
         activation_patching(llama, runs, log_odds, **options)
     whole = activation_patching(llama, pair_runs(llama, TWO_LENGTHS, start=0), log_odds, **options)
@@ -244,10 +244,10 @@ def test_resid_mid_reaches_both_branches(llama, pairs, log_odds):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "noise"}, "source 'noise'; expected one of"),
+        ({"source": "noise"}, "source='noise'; expected one of"),
         ({"nodes": [Site(SiteKind.K, 0, 2)]}, "L0.k.2 does not exist"),
         ({"nodes": [Site(SiteKind.FINAL_NORM_IN)]}, "final.final_norm_in cannot be patched"),
-        ({"nodes": [Site(SiteKind.Z, 0)], "positions": [-99]}, r"positions \[-99\]; expected columns from the end"),
+        ({"nodes": [Site(SiteKind.Z, 0)], "positions": [-99]}, r"positions \[-99\]; expected positions from the end"),
     ],
 )
 def test_errors(llama, pairs, log_odds, options, message):

@@ -184,6 +184,7 @@ def test_a_score_is_a_result(truth, tmp_path):
     assert found.plot().data
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("result", "text"),
     [
