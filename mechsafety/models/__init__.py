@@ -1,7 +1,6 @@
 """Models: loading, the wrapper, its checks, the forward engine, and the embedded demo model."""
 
-from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.lens_model import LensModel
 from mechsafety.models.load import load_model
 
-__all__ = ["ChatTokenizer", "LensModel", "load_model"]
+__all__ = ["LensModel", "load_model"]

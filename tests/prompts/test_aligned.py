@@ -12,7 +12,7 @@ import mechsafety as ms
 from mechsafety.circuits import measure_ablation
 from mechsafety.directions import direction_io
 from mechsafety.errors import MechsafetyError
-from mechsafety.models import ChatTokenizer
+from mechsafety.models.chat import ChatTokenizer
 from mechsafety.patching import PairRuns, Projection, pair_runs, path_matrix, path_projection
 from mechsafety.prompts import PromptPair, PromptPairs
 from mechsafety.sites import Site, SiteKind
