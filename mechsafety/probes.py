@@ -1,4 +1,4 @@
-"""Probes: where in a model the harmful and the harmless can be told apart, and whether anything depends on it."""
+"""Probes: where in a model harmful and harmless prompts can be told apart, and whether the model depends on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,30 +35,32 @@ N_ERASE = 16
 class ProbeReport(Result):
     """Decision values of probes on prompts that they were not fitted on, and of their controls.
 
-    A probe's accuracy is information that is there, not that the model uses it: that is what ``erased`` is for.
+    A probe's accuracy shows that the model holds the information. It does not show that the model uses it; ``erased``
+    measures that.
 
     Attributes:
         provenance: Model, options, versions.
-        layers: Residual stream before these blocks (``n_layers`` for the final one).
-        spans: Mean over the ``instruction``'s or the ``suffix``'s tokens, or the ``last`` token.
+        layers: Blocks before which the residual stream is read (``n_layers`` for the final stream).
+        spans: Mean over the tokens of the ``instruction`` or of the ``suffix``, or the ``last`` token.
         labels: 1 harmful, 0 harmless.
-        values: Out-of-fold decision values, above 0 for harmful: no probe has seen the topic that it judges.
-        shuffled: The same of probes whose labels were swapped at random within pairs, draw by draw.
-        shuffled_labels: The labels of each draw: what its probes were fitted on, and what they are scored against.
-        lexical: The same of a TF-IDF classifier of the prompts' text.
-        hard: Decision values, of probes fitted on all pairs, on scary but harmless prompts.
-        lexical_hard: The same of the TF-IDF classifier.
-        directions: The fitted probes' weights in the residual stream, at length 1; 0 where no prompts differ.
-        patterns: How activations move with the probe's value, their covariance times the weights, at length 1 (Haufe et
-            al. 2014): weights also cancel noise, so that the two can be far apart.
-        unedited: Metric of the harmful prompts that erasing is measured on; None without a metric.
-        erased: The same when the probe's weights' direction is removed from all that is written to the residual stream.
-        pattern_erased: The same with the pattern.
-        random_erased: The same for random directions.
-        erased_kl: What erasing the weights costs: KL(unedited || erased) of the next token on harmless prompts, in
-            nats; None without a metric.
-        pattern_erased_kl: The same of the pattern.
-        random_erased_kl: The same of the random directions.
+        values: Out-of-fold decision values, above 0 for harmful. No probe has seen the topic that it judges.
+        shuffled: Decision values of probes whose labels were swapped at random within pairs, one table per draw.
+        shuffled_labels: The labels of each draw. Its probes are fitted on them and scored against them.
+        lexical: Out-of-fold decision values of a TF-IDF classifier of the prompts' text.
+        hard: Decision values on scary but harmless prompts, of probes fitted on all pairs.
+        lexical_hard: The same for the TF-IDF classifier.
+        directions: Weights of the fitted probes in the residual stream, at length 1; 0 where the prompts do not differ.
+        patterns: How activations move with the probe's value: their covariance times the weights, at length 1 (Haufe et
+            al. 2014). Weights also cancel noise, so weights and pattern can point far apart.
+        unedited: Metric of the unedited model on the harmful prompts used for erasing; None without a metric.
+        erased: The same when the direction of the probe's weights is removed from all that is written to the residual
+            stream.
+        pattern_erased: The same when the pattern is removed.
+        random_erased: The same when random directions are removed, one row per direction.
+        erased_kl: Side effect of erasing the weights: KL(unedited || erased) of the next token on harmless prompts, in
+            nats. None without a metric.
+        pattern_erased_kl: The same for the pattern.
+        random_erased_kl: The same for the random directions.
     """
 
     provenance: Provenance
@@ -89,13 +91,17 @@ class ProbeReport(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer and span, most accurate first.
+        """One row per layer and span, most accurate first.
 
-        Accuracy with Wilson interval; AUROC; with shuffled labels, scored against these same labels, the mean accuracy
-        over draws with its interval over draws; the text classifier's accuracy; false positives among hard negatives.
-        When weights or pattern are erased: the mean change of the metric on harmful prompts and, beside it, the mean KL
-        on harmless ones, with intervals over prompts. Of random directions the mean over all, and that of the one that
-        changes the metric most.
+        Columns are:
+
+        - Accuracy with its Wilson interval, and AUROC.
+        - The mean accuracy with shuffled labels, scored against those labels, with its interval over draws.
+        - The text classifier's accuracy, and the false positives among hard negatives.
+        - For erased weights and patterns, the mean change of the metric on harmful prompts and the mean KL on harmless
+          prompts. Both have intervals over prompts.
+        - For random directions, the mean over all of them, and the change of the direction that changes the metric
+          most.
         """
         from sklearn.metrics import roc_auc_score
 
@@ -118,7 +124,7 @@ class ProbeReport(Result):
         return pd.DataFrame(rows).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
     def plot(self) -> go.Figure:
-        """Accuracy over layers, a line a span, with the text classifier's as a dashed line."""
+        """Accuracy over layers, one line per span; a dashed line shows the text classifier."""
         import plotly.express as px
 
         frame = self.to_dataframe().sort_values(["span", "layer"])
@@ -128,7 +134,7 @@ class ProbeReport(Result):
         return figure
 
     def shuffled_accuracies(self, layer: int, span: str) -> list[float]:
-        """Accuracy of the probes with shuffled labels against these labels, draw by draw.
+        """Accuracy of the probes with shuffled labels, scored against those labels, one value per draw.
 
         Raises:
             MechsafetyError: A layer or span that was not probed.
@@ -144,14 +150,14 @@ class ProbeReport(Result):
         return {"shuffled": float(np.mean(draws)), "shuffled_low": low, "shuffled_high": high}
 
     def _change(self, name: str, cell: tuple[int, int]) -> dict[str, float]:
-        """Mean change of the metric and mean KL, with intervals, as columns; none where erasing was not measured."""
+        """Mean change of the metric and mean KL, with intervals, as columns; empty if erasing was not measured."""
         values, kl = getattr(self, name), getattr(self, f"{name}_kl")
         if values is None or self.unedited is None:
             return {}
         return _mean(name, values[cell] - self.unedited) | _mean(f"{name}_kl", kl[cell])
 
     def _random_change(self) -> dict[str, float]:
-        """Mean over random directions with its interval over prompts, and the direction that changes most."""
+        """Mean over random directions with its interval over prompts, and the largest change of one direction."""
         if self.random_erased is None or self.random_erased_kl is None or self.unedited is None:
             return {}
         change = self.random_erased - self.unedited
@@ -180,29 +186,31 @@ def probe_layers(
 ) -> ProbeReport:
     """Fit probes for harmful against harmless prompts at each layer and span, with the controls that they need.
 
-    Scaled logistic regression, its regularisation chosen by an inner cross-validation; both cross-validations keep
-    topics together (pairs, where there are fewer than three topics), so that a probe is judged on topics that it has
-    not seen.
+    A probe is a logistic regression on scaled activations. An inner cross-validation chooses its regularisation; an
+    outer one judges it. Both keep topics together (or pairs, where there are fewer than three topics). A probe is
+    therefore judged on topics that it has not seen.
 
     Args:
         model: The model.
         pairs: Harmful prompts and harmless ones.
-        metric: Refusal log-odds, for the effect of erasing each probe's direction; not measured without one.
-        layers: Residual stream before these blocks, ``n_layers`` for the final one; all by default.
-        spans: Some of ``instruction suffix last``.
-        hard: Scary but harmless prompts; the built-in ones of the test split by default.
-        outer: Folds of the outer cross-validation.
-        inner: Folds of the inner one.
-        erase_on: Harmful prompts on which erasing is measured, better held out; by default 16 of the pairs' own, spread
-            over their topics.
-        harmless_on: Harmless prompts on which the cost of erasing is measured; by default the pairs' own, as many.
-        n_random: Random directions to compare erasing with.
-        n_shuffled: Draws of shuffled labels.
-        seed: Of the shuffled labels and the random directions.
+        metric: Refusal log-odds, which measure the effect of erasing each probe's direction. Without a metric, erasing
+            is not measured.
+        layers: Blocks before which the residual stream is probed, ``n_layers`` for the final stream; all by default.
+        spans: Some of ``instruction``, ``suffix`` and ``last``.
+        hard: Scary but harmless prompts; by default the built-in ones of the test split.
+        outer: Number of folds of the outer cross-validation.
+        inner: Number of folds of the inner cross-validation.
+        erase_on: Harmful prompts on which erasing is measured, preferably held out. By default those of 16 pairs,
+            spread over their topics.
+        harmless_on: Harmless prompts on which the side effect of erasing is measured. By default those of the same 16
+            pairs.
+        n_random: Number of random directions to compare erasing with.
+        n_shuffled: Number of draws of shuffled labels.
+        seed: Seed of the shuffled labels, the random directions and the default prompts for erasing.
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: Unknown span, a layer that is not there, too few pairs, or fewer than two draws.
+        MechsafetyError: Unknown span, a layer that the model lacks, too few pairs, or fewer than two draws.
     """
     wrong = [span for span in spans if span not in PROBE_SPANS]
     if wrong or not spans:
@@ -306,7 +314,7 @@ class _Folds:
     inner: int
 
     def out_of_fold(self, estimator: Any, data: Any, labels: np.ndarray) -> Float[Tensor, " prompt"]:
-        """Decision values of every prompt by an estimator that has not seen its group."""
+        """Decision value of every prompt, from an estimator that has not seen the prompt's group."""
         from sklearn.model_selection import GroupKFold
 
         values = np.zeros(len(labels))
@@ -317,7 +325,7 @@ class _Folds:
         return torch.from_numpy(values).float()
 
     def fit(self, estimator: Any, data: Any, labels: np.ndarray, groups: np.ndarray | None = None) -> Any:
-        """The estimator with the regularisation that the inner cross-validation chooses, fitted on all of the data."""
+        """The estimator fitted on all the data, with the regularisation that the inner cross-validation chooses."""
         from sklearn.model_selection import GridSearchCV, GroupKFold
 
         kept = self.groups if groups is None else groups
@@ -352,7 +360,7 @@ def _groups(pairs: PromptPairs) -> np.ndarray:
 
 
 def _directions(probe: Any, data: np.ndarray) -> Float[Tensor, "2 d_model"]:
-    """The probe's weights before scaling, and its pattern; 0 where the data do not vary."""
+    """The probe's weights on unscaled activations, and its pattern; 0 where the data do not vary."""
     weights = probe[-1].coef_[0] / probe[0].scale_
     centred = data - data.mean(0)
     rows = torch.from_numpy(np.stack([weights, (centred @ weights) @ centred])).float()
@@ -368,7 +376,7 @@ def _erase(
     harmless: Sequence[str],
     directions: Float[Tensor, "row d_model"],
 ) -> tuple[Float[Tensor, " harmful"], Float[Tensor, "row harmful"], Float[Tensor, "row harmless"]]:
-    """Metric as it is, with each direction removed, and KL on harmless prompts (NaN for directions that are zero)."""
+    """Metric without an edit, metric with each direction removed, and KL on harmless prompts; NaN for zero vectors."""
     bad, good = PromptBatches.of(model, harmful), PromptBatches.of(model, harmless)
     before = metric(run_unedited(model, bad).logits[0]).cpu()
     log_probs = run_unedited(model, good).logits[0].log_softmax(-1)
@@ -384,12 +392,12 @@ def _erase(
 
 
 def _cells(real: Sequence[int], run: EditedRun) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a run's directions and prompts."""
+    """Row of each direction and column of each prompt of a run."""
     return torch.tensor([real[k] for k in run.variants])[:, None], torch.tensor(run.index)
 
 
 def _by_cell(rows: Float[Tensor, "row prompt"], n_flat: int, n_spans: int) -> list[Tensor | None]:
-    """Rows of weights and of patterns by layer and span, and those of the random directions."""
+    """The rows of weights and of patterns, by layer and span, and the rows of the random directions."""
     grid = rearrange(rows[:n_flat], "(kind layer span) prompt -> kind layer span prompt", kind=2, span=n_spans)
     return [grid[0], grid[1], rows[n_flat:]]
 
@@ -399,7 +407,7 @@ def _accuracy(values: Float[Tensor, " prompt"], labels: Float[Tensor, " prompt"]
 
 
 def _mean(name: str, values: Tensor) -> dict[str, float]:
-    """Mean over prompts with its interval, as columns; NaN where there is none."""
+    """Mean over prompts with its interval, as columns; the interval is NaN if a value is NaN."""
     seen = values.double().numpy()
     ends = mean_interval(seen) if not np.isnan(seen).any() else (np.nan, np.nan)
     return {name: float(seen.mean()), f"{name}_low": ends[0], f"{name}_high": ends[1]}

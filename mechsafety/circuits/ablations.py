@@ -33,22 +33,23 @@ def measure_ablation(
     """Ablate nodes (`mechsafety.ablate`, mean over the pairs' harmless prompts) and measure again.
 
     Args:
-        model: The model; unedited again afterwards, also after an exception.
+        model: The model. It is unedited again afterwards, even after an exception.
         pairs: Pairs, of which those that align are taken.
-        metric: What is measured.
-        nodes: What to ablate.
-        watched: Nodes whose effects to measure again: in the ablated model, each gets the values that it has there on
-            the harmless prompt. What is lost is given as a share of the unedited model's gap, so that effects before
-            and after compare. Those among ``nodes`` are left out.
-        replies: Whether to generate replies to the harmful prompts too, and to say what each is: a model that babbles
-            refuses less and does not comply.
-        known: The unedited model's judged replies to the harmful prompts, where they are known (`unedited_replies`).
-        reply_tokens: Length of replies; 100 as in published protocols, since a reply shows what it is after its opener.
+        metric: The metric to measure.
+        nodes: The nodes to ablate.
+        watched: Nodes whose effects are measured again. In the ablated model, each node gets the values that it has
+            there on the harmless prompt. The loss is a share of the unedited model's gap, so that effects before and
+            after compare. Watched nodes that are among ``nodes`` are left out.
+        replies: Whether to generate replies to the harmful prompts too and to judge their kinds. A model that babbles
+            refuses less but does not comply.
+        known: Judged replies of the unedited model to the harmful prompts (`unedited_replies`), if they are known.
+        reply_tokens: Length of replies, in tokens. 100 as in published protocols, because the kind of a reply often
+            shows only after its opener.
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: No pair that aligns, no gap to take shares of, a node that the model lacks, known replies to
-            other prompts, or a model that is edited already, where replies are judged.
+        MechsafetyError: No pair that aligns, no gap to take shares of, a node that the model lacks, or known replies to
+            other prompts. Where replies are judged, also a model that is already edited.
     """
     pairs = pairs.aligned(model)
     before = _scores(model, pairs, metric)
@@ -90,16 +91,16 @@ def unedited_replies(
 def rerun(
     circuit: RefusalCircuit, model: LensModel, pairs: PromptPairs | None = None, *, replies: bool = False
 ) -> Callable[[tuple[Node, ...]], Ablation]:
-    """A function that ablates nodes of a circuit in its model and measures all others again; for a widget's boxes.
+    """A function that ablates nodes of a circuit and measures all its other nodes again; for a widget's boxes.
 
     Args:
-        circuit: Whose metric is used and whose nodes are watched.
+        circuit: The circuit whose metric is used and whose nodes are watched.
         model: The model that was mapped.
-        pairs: What to run it on; eight of the built-in pairs by default.
-        replies: Whether to generate replies too; the unedited model's are generated once.
+        pairs: Pairs to measure on; by default eight of the built-in pairs.
+        replies: Whether to generate replies too; those of the unedited model are generated once.
 
     Raises:
-        MechsafetyError: Another model.
+        MechsafetyError: A model other than the one that was mapped.
     """
     other = circuit.provenance.difference(model.provenance())
     if other is not None:

@@ -31,7 +31,7 @@ def circuit_nodes(
 def node_scores(
     every: Sequence[Node], inside: Sequence[Node], attribution: NodeAttribution, measured: Mapping[Node, Measured]
 ) -> tuple[NodeScore, ...]:
-    """Estimate and, where there is one, exact effect of every candidate."""
+    """Estimate of every candidate, and its exact effect where that was measured."""
     chosen = set(inside)
     rows = []
     for node in every:

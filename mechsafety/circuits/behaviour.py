@@ -21,18 +21,18 @@ from mechsafety.replies import is_refusal, phrase_judge
 KINDS = ("harmful", "harmless")
 # below this share of usable pairs there is no refusal worth mapping
 MIN_SHARE = 0.2
-# a refusal is in a reply's first sentence, and which prompts are refused is all that a map is made on
+# a map needs to know only which prompts are refused, and a reply's first sentence shows that
 REPLY_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a model made of prompts that it was given before, so that none is run twice.
+    """Results of prompts that the model has already run, so that no prompt is run twice.
 
     Attributes:
         replies: Token ids of the reply to each prompt.
         logits: Next-token logits after each prompt.
-        scores: Metric of each prompt, of metrics that read elsewhere than at its end.
+        scores: Metric of each prompt, for metrics that do not read at the prompt's end.
     """
 
     replies: dict[str, list[int]] = field(default_factory=dict)
@@ -78,19 +78,20 @@ def check_behaviour(
 
     Args:
         model: The model.
-        pairs: Prompts to look at.
-        metric: What refusal is measured by; given, a prompt counts as refused if its score is above 0.
-        detect_on: Number of pairs, from the first, that the metric is detected on; all by default.
-        seen: What is known of some of the prompts already; what is found now joins it.
-        seed: Of the resampling.
+        pairs: The pairs whose prompts are run.
+        metric: Metric of refusal. If it is given, a prompt counts as refused if its score is above 0.
+        detect_on: Number of pairs, from the first on, that the metric is detected on; all by default.
+        seen: Known results of some of the prompts. New results are added to it.
+        seed: Seed of the resampling.
         progress: Whether to show a bar.
 
     Returns:
-        The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and for each pair whether the
-        model treats it as expected (harmful refused, harmless answered, and the metric agrees).
+        The metric; behaviour on ``harmful`` and ``harmless`` prompts; sample replies; and per pair whether the model
+        treats it as expected: it refuses the harmful prompt, answers the harmless one, and the harmful one scores
+        higher.
 
     Raises:
-        NoRefusal: No harmful prompt is refused, or hardly any and those with no opener of their own.
+        NoRefusal: No harmful prompt is refused; or less than a fifth is, and no metric is found.
     """
     seen = Seen() if seen is None else seen
     ids = [seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless)]
@@ -112,7 +113,7 @@ def check_behaviour(
         check_comes(model, metric.opener_ids, [*ids[0], *ids[1]])
     if metric is None:
         n = detect_on or len(pairs)
-        # the same logits tell, once the metric is known, the scores of all
+        # once the metric is known, these logits also give the scores
         known = seen.read(model, pairs.harmful)[:n], seen.read(model, pairs.harmless)[:n]
         try:
             first = PromptPairs(pairs.pairs[:n], pairs.name)
@@ -122,7 +123,7 @@ def check_behaviour(
                 raise NoRefusal(rates, hint=hint) from error
             raise
     scores = {kind: seen.score(model, metric, getattr(pairs, kind)).cpu().double().numpy() for kind in KINDS}
-    # with tokens of the user's choice, to begin with one of them is to refuse
+    # with a metric of the user's choice, a score above 0 counts as a refusal
     by_score = {kind: [bool(value > 0) for value in values] for kind, values in scores.items()}
     judged = refused if judge == "reply" else by_score
     behaviour = {

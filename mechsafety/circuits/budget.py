@@ -1,4 +1,4 @@
-"""A time budget: stages that may be cut short ask it, and it keeps what they left out."""
+"""A time budget: stages ask it whether time is left, and it records what they left out."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,13 +8,14 @@ T = TypeVar("T")
 
 
 class Budget:
-    """Seconds that an analysis may take; without a number it never cuts anything.
+    """Time limit of an analysis, in seconds; without a limit, nothing is cut.
 
-    Each stage may use up to a share of the whole, so that an early one cannot eat what the checks at the end need.
+    A stage stops once a given share of the whole time has passed. An early stage can therefore not use up the time that
+    the checks at the end need.
 
     Args:
-        seconds: From now on; None for no limit.
-        clock: Where the time comes from.
+        seconds: Limit, from now on; None for no limit.
+        clock: Function that gives the time in seconds.
     """
 
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,7 +26,7 @@ class Budget:
 
     @property
     def cut(self) -> tuple[str, ...]:
-        """What was left out, a line each."""
+        """What was left out, one line per item."""
         return tuple(self._cut)
 
     def over(self, share: float = 1.0) -> bool:
@@ -38,14 +39,14 @@ class Budget:
             self._cut.append(what)
 
     def skips(self, what: str, share: float) -> bool:
-        """Whether a stage must be left out whole; notes it."""
+        """Whether a stage must be left out entirely; if so, it is noted."""
         if self.over(share):
             self.left_out(f"{what}: left out")
             return True
         return False
 
     def within(self, items: Sequence[T], size: int, share: float, what: str) -> Iterator[Sequence[T]]:
-        """The items a few at a time, as long as there is time; all at once where there is no limit."""
+        """The items, a few at a time, as long as time is left; without a limit, all at once."""
         step = max(1, len(items) if self.seconds is None else size)
         for first in range(0, len(items), step):
             if self.over(share):

@@ -24,10 +24,10 @@ class PartChange:
         part: A node or an edge.
         change: ``appears`` (in the second only), ``vanishes`` (in the first only), ``changes`` (another role, or
             effects whose intervals do not overlap) or ``stays``.
-        roles: Its role in each; None for edges and where it is not a part.
-        effects: Its effect in each.
-        intervals: Of the effects, where they were measured.
-        overlap: Whether the intervals overlap; None unless both are there.
+        roles: Role in each circuit; None for edges, and where the circuit does not hold the part.
+        effects: Effect in each circuit; None where the circuit does not hold the part.
+        intervals: Intervals of the effects, where they were measured.
+        overlap: Whether the intervals overlap; None unless both were measured.
     """
 
     part: Node | Edge
@@ -43,11 +43,11 @@ class CircuitComparison(Result):
     """Two circuits side by side.
 
     Attributes:
-        first, second: Where the circuits come from.
-        metrics: Of each; effects are shares of each one's own gap.
-        nodes: Every node of either, in the order of computation.
-        edges: Every edge of either, the strongest first.
-        jaccard: Shared nodes over all nodes.
+        first, second: Provenance of each circuit.
+        metrics: Metric of each circuit. Effects are shares of the circuit's own gap.
+        nodes: Every node of either circuit, in the order of computation.
+        edges: Every edge of either circuit, strongest first.
+        jaccard: Number of shared nodes over the number of all nodes.
     """
 
     first: Provenance
@@ -69,7 +69,7 @@ class CircuitComparison(Result):
         return tuple(row for row in self.nodes if row.change == change)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a node or edge: what became of it, roles and effects in both."""
+        """One row per node or edge: its change, and its roles and effects in both circuits."""
         import pandas as pd
 
         rows = []
@@ -88,7 +88,7 @@ class CircuitComparison(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> "go.Figure":
-        """Effect of every node in both circuits, one point a node; on the diagonal nothing has changed."""
+        """Effect of every node in both circuits, one point per node; on the diagonal, the effect is the same."""
         import plotly.express as px
 
         frame = self.to_dataframe()
@@ -112,12 +112,12 @@ def compare_circuits(a: RefusalCircuit, b: RefusalCircuit) -> CircuitComparison:
     """Which parts appear, vanish or change from one circuit to another.
 
     Effects are shares of each circuit's own metric gap, so they compare across prompts and models. A node changes if
-    its role is another one or if the 95 % intervals of its effect do not overlap; that they do not
-    overlap is a stricter demand than a significant difference.
+    its role differs or if the 95 % intervals of its effect are apart. Intervals that are apart are a stricter demand
+    than a significant difference.
 
     Args:
         a: The first circuit.
-        b: The second; of a model of the same shape, searched at the same level.
+        b: The second circuit, of a model of the same shape, searched at the same level.
 
     Raises:
         MechsafetyError: The circuits are of models of different shapes, or of different levels.
@@ -127,7 +127,7 @@ def compare_circuits(a: RefusalCircuit, b: RefusalCircuit) -> CircuitComparison:
         ("shape", _shape(a), _shape(b)),
         ("number of candidates", a.n_candidates, b.n_candidates),
     ):
-        # which MLPs a circuit of neurons takes apart is found, not given
+        # the search of neurons itself finds which MLPs to take apart, so the numbers of candidates may differ
         free = what == "number of candidates" and a.level == "neuron"
         if mine != theirs and not free and not (what == "shape" and None in (mine, theirs)):
             raise MechsafetyError(

@@ -1,4 +1,4 @@
-"""Which pairs a map is made on: those that the model treats as expected, drawn from enough that it was tried on."""
+"""Draws the pairs that a map is made on: pairs that the model treats as expected."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_PAIRS = 2
-# where fewer than this share of the pairs asked for can be used, more are tried
+# more pairs are tried where fewer than this share of the requested pairs can be used
 ENOUGH = 0.5
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Draw(Result):
-    """The pairs of a map, and what the model did with all that it was tried on.
+    """The pairs of a map, and the model's behaviour on all pairs that were tried.
 
     Attributes:
         provenance: Model, options, versions.
         here, there: Pairs to search on and to hold out: the harmful prompt is refused, the harmless one answered.
-        metric: What refusal is measured by.
-        behaviour: On all harmful and harmless prompts that were tried.
+        metric: Metric of refusal.
+        behaviour: Behaviour on all harmful and harmless prompts that were tried.
         samples: Some replies.
     """
 
@@ -69,23 +69,25 @@ def draw_pairs(
 ) -> Draw:
     """Draw pairs to search on and pairs to hold out until enough of each are treated as expected.
 
-    Each part is tried on half of ``limit`` pairs. Where fewer than half of these can be used, as many more are tried
-    again and again, until half can, the pairs end, or the share is below what is worth mapping.
+    1. Each of the two parts is tried on half of ``limit`` pairs.
+    2. If fewer than half of these can be used, as many more pairs are tried.
+    3. Step 2 repeats until half of the first number can be used, the pairs end, or the usable share is too small for a
+       map.
 
-    `mechsafety.map_refusal_circuit` draws by itself. Draw before, to look at the pairs first or to make several maps of
-    the same pairs, and give what was drawn in the place of pairs.
+    `mechsafety.map_refusal_circuit` draws by itself. Draw beforehand to look at the pairs first, or to make several
+    maps of the same pairs. Then give the draw to the map in place of pairs.
 
     Args:
         model: The model.
-        pairs: Pairs, the built-in ones by default; those that do not align under the model's tokenizer are left out.
-            The split name ``test`` marks pairs to hold out, else half of the topics (or of the pairs) is held out.
-        metric: What refusal is measured by; detected on the pairs to search on by default.
-        limit: Pairs to try at first.
-        seed: Of the draw and the intervals.
+        pairs: Pairs; the built-in ones by default. Pairs that do not align under the model's tokenizer are left out.
+            The split name ``test`` marks pairs to hold out; otherwise half of the topics (or of the pairs) is held out.
+        metric: Metric of refusal; by default it is detected on the pairs to search on.
+        limit: Number of pairs to try first.
+        seed: Seed of the draw and the intervals.
         progress: Whether to show bars.
 
     Raises:
-        NoRefusal: Too small a share can be used; the rates are in the message.
+        NoRefusal: Too small a share of the pairs can be used; the message gives the rates.
         MechsafetyError: Too few pairs, or too few that align.
     """
     if limit < 2 * MIN_PAIRS:
@@ -125,9 +127,9 @@ def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
 
 
 def _wider(side: PromptPairs, part: PromptPairs, keep: Sequence[bool], size: int, seed: int) -> PromptPairs:
-    """The part with more pairs of its side, where too few of it can be used."""
+    """The part; if too few of its pairs can be used, with more pairs of its side."""
     need = math.ceil(ENOUGH * size)
-    most = min(len(side), math.ceil(need / MIN_SHARE))  # where so many do not hold enough, there is too little to map
+    most = min(len(side), math.ceil(need / MIN_SHARE))  # if so many hold too few usable pairs, give up
     if sum(keep) >= need or len(part) >= most:
         return part
     known = set(part.pairs)
@@ -136,7 +138,7 @@ def _wider(side: PromptPairs, part: PromptPairs, keep: Sequence[bool], size: int
 
 
 def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]) -> PromptPairs:
-    """Only pairs that the model treats as expected: the others have no refusal to restore."""
+    """The pairs of a part that the model treats as expected; all other pairs have no refusal to restore."""
     kept = tuple(pair for pair, flag in zip(part, keep, strict=True) if flag)
     if len(kept) < max(MIN_PAIRS, MIN_SHARE * len(part)):
         bad, good = behaviour["harmful"], behaviour["harmless"]

@@ -1,9 +1,11 @@
 """Exact runs of circuits of edges: every slot of every node reads an input of its own.
 
-A kept edge carries what its sender computes in this run, a cut one what the sender computes in the harmless run. So a
-slot reads the harmless run's residual stream plus, over its kept edges, how much their senders differ from it.
-Where a norm stands between a layer's heads and the stream (Gemma-2, OLMo-2), a slot reads the norm of the sum that its
-own kept and cut heads give.
+A kept edge carries what its sender computes in this run. A cut edge carries what the sender computes in the harmless
+run. A slot therefore reads the harmless run's residual stream plus a change: the sum, over its kept edges, of the
+difference between what the sender writes in this run and in the harmless run.
+
+In some models (Gemma-2, OLMo-2), a norm stands between a layer's heads and the stream. There, a slot reads the norm of
+the sum that its own kept and cut heads give.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -45,11 +47,11 @@ class EdgeMeter(FaithfulnessMeter):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Every edge that runs with the order of computation, by receiver."""
+        """Every edge that follows the order of computation, sorted by receiver."""
         return all_edges(self.model.n_layers, self.model.n_heads, self.model.parallel)
 
     def kept(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> np.ndarray:  # noqa: ARG002
-        """Metric [circuit prompt] with every edge outside each circuit cut; ``near`` saves nothing here."""
+        """Metric [circuit prompt] with every edge outside each circuit cut; ``near`` has no use here."""
         base = self.runs.harmful
         check_parts(self, circuits, lambda part: isinstance(part, Edge))
         size = max(1, max_variants(base) // max(1, self.model.n_heads))
@@ -69,7 +71,7 @@ class EdgeMeter(FaithfulnessMeter):
 
 @lru_cache(maxsize=4)
 def all_edges(n_layers: int, n_heads: int, parallel: bool) -> tuple[Edge, ...]:
-    """Every edge of a model with so many layers and heads, by receiver, in the order of computation.
+    """Every edge of a model with this many layers and heads, by receiver, in the order of computation.
 
     Example:
         >>> len(all_edges(1, 2, False))  # 6 from embed into q, k, v; 3 into the MLP; 4 into the logits
@@ -87,8 +89,8 @@ def all_edges(n_layers: int, n_heads: int, parallel: bool) -> tuple[Edge, ...]:
 def prune(edges: Collection[Edge]) -> list[Edge]:
     """Only edges on a path from ``embed`` to ``logits``; the others change nothing.
 
-    What no kept path from the embedding reaches computes what it computes in the harmless run, and what reaches no
-    logits is not read.
+    A node that no kept path from the embedding reaches computes the same as in the harmless run. A node without a kept
+    path to the logits is not read.
     """
     nodes = on_a_path(list(edges))
     return [edge for edge in edges if edge.sender in nodes and edge.receiver in nodes]
@@ -97,12 +99,12 @@ def prune(edges: Collection[Edge]) -> list[Edge]:
 def edge_circuit_logits(
     model: LensModel, runs: PairRuns, circuits: Sequence[Collection[Edge]]
 ) -> Float[Tensor, "variant batch d_vocab"]:
-    """Next-token logits of the harmful prompts when only the edges of each circuit carry them, exact.
+    """Exact next-token logits of the harmful prompts when every edge outside each circuit is cut.
 
     Args:
         model: The model.
         runs: Stored runs of the pairs.
-        circuits: Edges that are kept; one collection a variant.
+        circuits: Edges that are kept; one collection per variant.
 
     Raises:
         MechsafetyError: Runs in which nodes are knocked out.
@@ -146,26 +148,26 @@ def masked_edge_logits(
     Args:
         model: The model.
         runs: Stored runs of the pairs.
-        senders: In the order of computation; a head or MLP that is none of them is not computed.
-        masks: For a receiver's slot, 1 at the senders whose edge is kept; what is missing reads the harmless run.
+        senders: The senders, in the order of computation. Heads and MLPs that are not among them are not computed.
+        masks: For a receiver's slot, 1 at the senders whose edge is kept. A slot without a mask reads the harmless run.
         n: Number of variants.
         first: Block before which no variant differs from the harmful run.
-        known: With ``first``: how much what the senders before that block write differs between the two runs (see
-            `written_changes`).
+        known: Needed with ``first``: the difference between the two runs in what the senders before that block write
+            (see `written_changes`).
     """
     source = runs.harmless
     row = {node: k for k, node in enumerate(senders)}
     nothing = torch.zeros(len(senders), n, device=model.device)
     n_known = 0 if known is None else len(known)
     sums = _sums(model, senders)
-    # how much what each other sender writes in this run differs from the harmless run, in the order of computation
+    # change from the harmless run in what each other sender writes in this run, in the order of computation
     change = torch.zeros(len(senders) - n_known, n, *source.resid[0].shape, device=model.device)
     done = 0
     if EMBED in row and known is None:
         change[0], done = (runs.harmful.resid[0] - source.resid[0]).float(), 1
 
     def written(mask: Tensor, rows: slice, at: slice) -> Tensor:
-        """How much more the senders in some rows write in all, as a mask lets them through."""
+        """Sum of the changes of the senders in some rows, as far as a mask lets them through."""
         begin = max(rows.start, n_known)
         end = max(begin, min(rows.stop, n_known + done))
         axes = "place sender variant, sender variant b p d -> place variant b p d"
@@ -208,9 +210,9 @@ def masked_edge_logits(
 
 
 def _sums(model: LensModel, senders: Sequence[Node]) -> list[tuple[int | None, slice]]:
-    """Rows of senders whose writes add up before they reach the stream, and the layer of the norm that is then between.
+    """Rows of senders whose writes are summed before they reach the stream, and the layer of the norm after the sum.
 
-    Without norms after blocks all senders are one sum, which no norm stands behind.
+    The layer is None if no norm follows. Without norms after blocks, all senders form one sum.
     """
     if not model.post_norm or not senders:
         return [(None, slice(0, len(senders)))]
@@ -225,7 +227,7 @@ def _sums(model: LensModel, senders: Sequence[Node]) -> list[tuple[int | None, s
 def _behind_norm(
     model: LensModel, source: BaseRun, layer: int, part: Float[Tensor, "place variant b p d_model"], at: slice
 ) -> Float[Tensor, "place variant b p d_model"]:
-    """How much more reaches the stream when the sum of a layer's heads grows by ``part``."""
+    """Change of what reaches the stream when the sum of a layer's heads changes by ``part``."""
     rows = rearrange(part, "place variant b p d -> (place variant) b p d")
     out = behind_norm(model, source, layer, "head", rows, "recompute", at)
     return rearrange(out, "(place variant) b p d -> place variant b p d", place=len(part))
@@ -239,8 +241,8 @@ def _head_changes(
     heads: Sequence[Node],
     inputs: dict[str, Float[Tensor, "head variant batch pos d_model"]],
 ) -> Float[Tensor, "head variant batch pos d_model"]:
-    """What each head writes from inputs of its own to q, k and v, less what it writes in the harmless run; float32."""
-    # each row is one head's: it computes all heads, and only its own is read off
+    """What each head writes, given its own inputs to q, k and v, less what it writes in the harmless run; float32."""
+    # each row belongs to one head: it computes all heads, but only that head's values are used
     rows = {slot: rearrange(x, "head variant b p d -> (head variant b) p d") for slot, x in inputs.items()}
     read = {kind: capture(model, base, layer, rows[slot], Site(kind, layer)) for slot, kind in HEAD_SITES.items()}
     hooks = [(Site(kind, layer), lambda tensor, value=value: value) for kind, value in read.items()]

@@ -1,4 +1,4 @@
-"""Circuits of edges: the smallest set found that carries the metric gap, and ACDC, a peer that removes one by one."""
+"""Circuits of edges: the smallest set found that carries the metric gap, and ACDC, which removes edges one by one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Measure = Literal["kl", "metric"]
-# a circuit of more edges than this is not measured edge by edge: that takes one run for each
+# a circuit of more edges than this is not measured edge by edge, which takes one run per edge
 MAX_EXACT = 300
 
 
@@ -46,17 +46,17 @@ class EdgeCircuit(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        edges: What is kept, in the order of computation by receiver; all on paths from ``embed`` to ``logits``.
-        scores: One an edge: faithfulness lost without it (its estimate where the circuit is large), or under ACDC the
-            change of the measure that saved it.
-        n_candidates: Edges of the whole model.
-        faithfulness: On the pairs it was found on: (m(C) - m(empty)) / (m(model) - m(empty)), everything cut carrying
-            the harmless run.
-        held_out_faithfulness: On other pairs; None where there were none.
+        edges: Kept edges, in the order of computation by receiver. All lie on paths from ``embed`` to ``logits``.
+        scores: One score per edge: the faithfulness lost without it, or its estimate where the circuit is large. Under
+            ACDC, the change of the measure because of which the edge was kept.
+        n_candidates: Number of edges of the whole model.
+        faithfulness: Faithfulness on the pairs that the circuit was found on: (m(C) - m(empty)) / (m(model) -
+            m(empty)). Cut edges carry the harmless run.
+        held_out_faithfulness: Faithfulness on other pairs; None without other pairs.
         method: ``eap-ig`` or ``acdc``.
-        curve: Faithfulness of the best k edges of the ranking; empty under ACDC, which has none.
-        reached: Whether the target is reached; None under ACDC, which has a threshold in its place.
-        cut: What was left out to keep a time budget.
+        curve: Faithfulness of the best k edges of the ranking. Empty under ACDC, which has no ranking.
+        reached: Whether the target is reached. None under ACDC, which has a threshold instead of a target.
+        cut: What was left out to keep the time budget.
     """
 
     provenance: Provenance
@@ -83,7 +83,7 @@ class EdgeCircuit(Result):
         return tuple(sorted((n for n in ends if n.kind not in ("embed", "logits")), key=lambda n: n.order))
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row an edge."""
+        """One row per edge."""
         import pandas as pd
 
         rows = [
@@ -111,25 +111,26 @@ def discover_edges(
     budget_seconds: float | None = None,
     progress: bool = True,
 ) -> EdgeCircuit:
-    """The smallest set of edges found that reaches ``target`` faithfulness, every edge outside it cut.
+    """The smallest set of edges found that reaches ``target`` faithfulness with every edge outside it cut.
 
-    EAP-IG (Hanna et al. 2024) ranks the edges on half of the pairs; the smallest prefix that reaches the target on
-    both halves is found by bisection, what lies on no path from ``embed`` to ``logits`` dropped (it changes nothing);
-    then edges whose exact removal does not matter leave, where there are few enough to measure one by one.
+    1. EAP-IG (Hanna et al. 2024) ranks the edges on half of the pairs.
+    2. Bisection finds the smallest prefix of the ranking that reaches the target on both halves.
+    3. Edges that lie on no path from ``embed`` to ``logits`` are dropped, because they change nothing.
+    4. Edges whose exact removal does not matter are removed, where few enough are left to measure them one by one.
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; half of them (other topics, where there are several) set
-            the size.
-        metric: What is measured.
+        pairs: Pairs, of which those that align are taken. Half of them (other topics, if there are several) set the
+            size.
+        metric: The metric to measure.
         target: Faithfulness to reach.
-        steps: Points of EAP-IG; as many as its completeness needs by default (see `edge_attribution`).
-        max_edges: Largest circuit.
-        budget_seconds: Time to keep.
+        steps: Number of points of EAP-IG; by default as many as its completeness needs (see `edge_attribution`).
+        max_edges: Largest number of edges in the circuit.
+        budget_seconds: Time budget, in seconds.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Too few pairs, or options that make no sense.
+        MechsafetyError: Too few pairs, or options out of range.
     """
     check_search(target, max_edges)
     budget = Budget(budget_seconds)
@@ -203,20 +204,21 @@ def acdc(
     measure: Measure = "kl",
     progress: bool = True,
 ) -> EdgeCircuit:
-    """Automatic circuit discovery (Conmy et al. 2023, algorithm 1), the harmless prompts as corrupted ones.
+    """Automatic circuit discovery (Conmy et al. 2023, algorithm 1), with the harmless prompts as corrupted ones.
 
-    Receivers are visited from the logits back, each one's edges from the latest sender back; an edge leaves if what is
-    measured gets worse by less than ``threshold``. ``kl``: mean KL divergence of the next token, whole model to
-    circuit, in nats. ``metric``: change of faithfulness in either direction.
+    Receivers are visited from the logits back, and the edges of each receiver from the latest sender back. An edge is
+    removed if the measure gets worse by less than ``threshold``. The measure ``kl`` is the mean KL divergence of the
+    next token, from whole model to circuit, in nats. The measure ``metric`` is the faithfulness, whose change counts in
+    either direction.
 
-    Several removals are tried in one batch, each on top of those before it, and everything after the first that is
-    refused is tried again: the result is that of one removal at a time.
+    Several removals are tried in one batch, each on top of those before it. Everything after the first refused removal
+    is tried again. The result is therefore that of one removal at a time.
 
     Args:
         model: The model.
         pairs: Pairs; all that align are searched on.
-        metric: What is measured.
-        threshold: Largest loss at which an edge may leave; above 0.
+        metric: The metric to measure.
+        threshold: Loss from which an edge stays; above 0.
         measure: ``kl`` or ``metric``.
         progress: Whether to show a bar.
 
@@ -274,15 +276,15 @@ def _measured(meter: EdgeMeter, logits: Float[Tensor, "variant batch d_vocab"], 
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """Which edges of the whole model are left, and runs in which some more leave.
+    """The edges of the whole model that are left, and runs in which more of them are cut.
 
-    The search goes from the last receiver back, so that all that comes before the receivers of a batch of edges still
-    computes what it computes in the harmful run: those blocks are not run.
+    The search goes from the last receiver back. All blocks before the receivers of a batch of edges therefore still
+    compute what they compute in the harmful run. Those blocks are not run.
 
     Attributes:
-        meter: Whose pairs are run.
+        meter: Meter whose pairs are run.
         senders: The embedding, heads and MLPs, in the order of computation.
-        changes: How much what each of them writes differs between the two runs.
+        changes: Difference between the two runs in what each sender writes.
         left: For a receiver's slot, True at the senders whose edge is left.
     """
 
@@ -293,7 +295,7 @@ class _Cuts:
 
     @classmethod
     def of(cls, meter: EdgeMeter, every: Sequence[Edge]) -> "_Cuts":
-        """With no edge cut."""
+        """The start of the search, with no edge cut."""
         model, runs = meter.model, meter.runs
         senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
         row = {node: k for k, node in enumerate(senders)}
@@ -304,11 +306,11 @@ class _Cuts:
             return cls(meter, senders, written_changes(model, runs.harmless, runs.harmful, senders), left)
 
     def cut(self, edge: Edge) -> None:
-        """Leave an edge out from now on."""
+        """Cut an edge from now on."""
         self.left[edge.receiver, edge.slot][self.senders.index(edge.sender)] = False
 
     def logits(self, chunk: Sequence[Edge]) -> Float[Tensor, "variant batch d_vocab"]:
-        """Of runs in which the first edge leaves, the first two, and so on."""
+        """Logits of runs in which the first edge of the chunk is cut, the first two edges are cut, and so on."""
         model, n = self.meter.model, len(chunk)
         ends = [edge.receiver.layer for edge in chunk]
         first = min(model.n_layers if layer is None else layer for layer in ends)
@@ -331,7 +333,7 @@ class _Cuts:
             return masked_edge_logits(model, self.meter.runs, senders, masks, n, first=first, known=known)
 
     def _computed(self, first: int) -> set[Node]:
-        """Heads and MLPs from a block on that something left reads, and that read something left."""
+        """Heads and MLPs, from a block on, that still have an edge in and an edge that leads on to the logits."""
         found: set[Node] = set()
         read = self.left[LOGITS, "resid"].copy()
         for k in range(len(self.senders) - 1, 0, -1):

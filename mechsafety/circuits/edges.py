@@ -1,4 +1,4 @@
-"""Edges of a circuit: estimates of all between its nodes, exact effects of the strongest, and which connect it.
+"""Edges of a circuit: estimates between its nodes, exact effects of the strongest, and the edges that connect it.
 
 A circuit is connected if every node lies on a path of kept edges from ``embed`` to ``logits``.
 """
@@ -27,7 +27,7 @@ def estimate_edges(
 ) -> list[CircuitEdge]:
     """All edges between the given nodes and into the logits, strongest first, by `edge_attribution`.
 
-    The gradient is averaged over blends of all nodes (``mask-ig``), the path along which the nodes were ranked.
+    The gradient is averaged over blends of all nodes (``mask-ig``). The nodes were ranked along the same path.
     """
     scores = edge_attribution(model, runs, metric, method="mask-ig", steps=steps, nodes=nodes, progress=False)
     return [CircuitEdge(edge, score, "estimated", score) for edge, score in scores.top()]
@@ -39,14 +39,15 @@ def measure_edges(
 ) -> list[CircuitEdge]:
     """Exact effect of single edges (path patching, Wang et al. 2022, with everything else frozen up to the receiver).
 
-    Sender u's change (harmless less harmful) is added to the input of receiver v's slot alone; v's output is recomputed
-    from it; the rest of the model runs on live. The effect is the share of the gap lost.
+    1. The change of the sender (harmless less harmful) is added to the input of the receiver's slot alone.
+    2. The receiver's output is recomputed from this input.
+    3. The rest of the model runs live. The effect is the share of the gap that is lost.
 
     Args:
         model: The model.
         runs: Stored runs of the pairs, in one or several groups.
-        metric: What is measured.
-        edges: What to measure.
+        metric: The metric to measure.
+        edges: The edges to measure.
     """
     paths = [member.edge for member in edges]
     gap = torch.cat([harmful - harmless for harmful, harmless in (group.scores(metric) for group in runs)]).mean()
@@ -61,7 +62,7 @@ def measure_edges(
 def exact_edges(
     model: LensModel, runs: Sequence[PairRuns], metric: RefusalLogOdds, nodes: Sequence[Node]
 ) -> list[CircuitEdge]:
-    """Every edge between the given nodes and into the logits, each measured, strongest first."""
+    """Exact effect of every edge between the given nodes and into the logits, strongest first."""
     paths = [edge for node in nodes for edge in edges_into(node, [*nodes, LOGITS], parallel=model.parallel)]
     found = measure_edges(model, runs, metric, [CircuitEdge(edge, 0.0) for edge in paths])
     return sorted(found, key=lambda member: (-abs(member.effect), str(member.edge)))
@@ -96,18 +97,19 @@ def connect(
 ) -> tuple[list[CircuitEdge], tuple[Edge, ...], tuple[Node, ...]]:
     """Keep the edges that connect every node, and drop the nodes that nothing connects.
 
-    A node that no kept edge feeds (or that feeds nothing) gets its strongest edge from (or to) a node of the circuit,
-    ``embed`` or ``logits``. One whose edges all carry nothing leaves the circuit.
+    A node that no kept edge feeds gets its strongest edge from a node of the circuit or from ``embed``. A node that
+    feeds nothing gets its strongest edge to a node of the circuit or to ``logits``. A node whose edges all carry
+    nothing leaves the circuit.
 
     Args:
-        nodes: The circuit's.
-        kept: Edges that are kept anyway.
+        nodes: The nodes of the circuit.
+        kept: Edges that are kept in any case.
         every: All edges between the nodes and into the logits, measured or estimated.
-        from_embed: Measures a node's edges from ``embed``; asked for nodes that no other feeds.
-        sources: Nodes that need no edge in, because they read what no edge carries.
+        from_embed: Function that measures a node's edges from ``embed``; called for nodes that no kept edge feeds.
+        sources: Nodes that need no incoming edge, because they read something that no edge carries.
 
     Returns:
-        The edges; those kept only as links; the nodes that were dropped.
+        The edges; those among them that were kept only as links; the nodes that were dropped.
     """
     alive = sorted(nodes, key=lambda node: node.order)
     dropped: list[Node] = []
@@ -136,7 +138,7 @@ def _link(
     from_embed: FromEmbed,
     sources: Collection[Node],
 ) -> list[Node]:
-    """Add the missing links; the nodes that have none to add."""
+    """Add the missing links; stop at a node without a possible link and return it."""
     for incoming in (True, False):
         for node in alive if incoming else reversed(alive):
             have = [e for e in (*edges, *links) if (e.receiver if incoming else e.sender) == node]

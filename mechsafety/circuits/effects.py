@@ -16,7 +16,7 @@ Measured = tuple[float, tuple[float, float], float]
 
 
 def pair_gaps(meters: Sequence[FaithfulnessMeter]) -> np.ndarray:
-    """Metric of the harmful prompt less that of the harmless one, pair by pair, one meter's after the other's."""
+    """Metric of the harmful prompt less that of the harmless one, one value per pair, meter after meter."""
     return np.concatenate([harmful - harmless for harmful, harmless in (meter.ends() for meter in meters)])
 
 
@@ -26,9 +26,9 @@ def single_effects(
     """Exact effect of each node alone on every prompt, as a share of the mean gap, as far as time allows.
 
     Args:
-        meters: What to measure on; their prompts follow each other.
-        nodes: The most important first.
-        budget: Time to keep.
+        meters: Meters to measure on; the prompts of one follow those of the other.
+        nodes: The nodes, most important first.
+        budget: Time budget.
         progress: Whether to show a bar.
     """
     gap = pair_gaps(meters).mean()
@@ -46,9 +46,9 @@ def with_intervals(effects: Mapping[Node, np.ndarray], gaps: np.ndarray, seed: i
     """Mean of each node's effect, its interval, and its sign-flip p adjusted over all nodes.
 
     Args:
-        effects: On every prompt, as shares of the mean gap.
+        effects: Effect of each node on every prompt, as a share of the mean gap.
         gaps: Gap of every prompt, in units of the metric.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
     """
     if not effects:
         return {}
@@ -64,9 +64,9 @@ def on_some(
     """Mean effect on some of the pairs, as a share of their own mean gap.
 
     Args:
-        effects: On every pair of the meters, as shares of the mean gap of them all.
-        meters: What was measured on.
-        rows: Which of their pairs.
+        effects: Effect of each node on every pair of the meters, as a share of the mean gap of all these pairs.
+        meters: The meters that the effects were measured on.
+        rows: Indices of the chosen pairs.
     """
     gaps, chosen = pair_gaps(meters), list(rows)
     scale = gaps.mean() / gaps[chosen].mean()

@@ -1,4 +1,4 @@
-"""What a set of parts is worth: the metric with everything outside it, or the set itself, patched."""
+"""Faithfulness of a set of parts: the metric with everything outside the set, or the set itself, patched."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -19,14 +19,15 @@ from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores
 class FaithfulnessMeter:
     """Measures faithfulness f(C) = (m(C) - m(empty)) / (m(model) - m(empty)) of sets of parts on stored runs.
 
-    m is the mean metric on the harmful prompts, every part outside C given its value from the harmless counterfactual.
-    The parts are heads and MLPs; `NeuronMeter` and `EdgeMeter` have other ones.
+    m(C) is the mean metric on the harmful prompts when every part outside C has its value from the harmless
+    counterfactual prompt. The parts are heads and MLPs; `NeuronMeter` and `EdgeMeter` have other parts.
 
     Attributes:
         model: The model.
         runs: Stored runs of the pairs.
-        metric: What is measured.
-        groups: The same pairs by length (see `grouped`), rows and runs; empty where all are run together.
+        metric: The metric m.
+        groups: The same pairs in groups by length (see `grouped`): rows and runs of each group. Empty if all pairs are
+            run together.
         progress: Whether to show bars.
     """
 
@@ -37,14 +38,14 @@ class FaithfulnessMeter:
     progress: bool = False
 
     def grouped(self, n: int = 3) -> "FaithfulnessMeter":
-        """The same meter, its pairs run in up to ``n`` groups of like length, so that few columns are run in vain.
+        """The same meter with its pairs in up to ``n`` groups of similar length, so that fewer columns are run.
 
-        A batch runs every row from its earliest first difference to its longest row's end; pairs of 8 to 25 such
-        columns cost half as much in three groups as in one. The groups are those that leave least to run.
+        A batch runs every row from the earliest first difference of its pairs to the end of its longest row. Pairs that
+        need 8 to 25 columns cost half as much in three groups as in one. The groups are those with the least to run.
         """
         tokens = self.runs.tokens
         if not tokens.common:
-            return self  # all run the columns of the suffix
+            return self  # all pairs run the columns of the suffix
         differs = (tokens.harmful.ids != tokens.harmless.ids).int()
         needed = (differs.shape[1] - differs.argmax(1)).tolist()
         order = sorted(range(len(needed)), key=lambda k: (needed[k], k))
@@ -67,13 +68,13 @@ class FaithfulnessMeter:
 
         Args:
             circuits: Sets of parts.
-            near: A set that the circuits differ little from: what lies before their first difference is run once.
+            near: A set from which the circuits differ little. Whatever lies before the first difference is run once.
         """
         outside = self._outside([*circuits, *([] if near is None else [near])])
         return self._scores(outside[: len(circuits)], None if near is None else outside[-1])
 
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
-        """Metric [circuit prompt] with each circuit itself patched and everything else alive."""
+        """Metric [circuit prompt] with each circuit itself patched and everything else live."""
         return self._scores(circuits)
 
     def faithfulness(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> list[float]:
@@ -81,11 +82,11 @@ class FaithfulnessMeter:
         return self.shares(self.kept(circuits, near))
 
     def without(self, circuits: Sequence[Sequence[Part]]) -> list[float]:
-        """F of the whole model less each circuit."""
+        """F of the whole model without each circuit."""
         return self.shares(self.removed(circuits))
 
     def bar(self, total: int, what: str = "circuits", over: Iterable[Any] | None = None) -> Any:
-        """A bar over so many things, shown after two seconds if the meter shows any; an iterator where one is given."""
+        """A progress bar, shown after two seconds if the meter shows bars; with ``over``, an iterator."""
         return tqdm(over, total=total, desc=what, disable=not self.progress, leave=False, delay=2)
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +141,7 @@ def check_parts(meter: FaithfulnessMeter, circuits: Sequence[Sequence[Part]], kn
     """Refuse parts that a meter would not measure.
 
     Raises:
-        MechsafetyError: There is one.
+        MechsafetyError: A circuit holds a part that the meter does not know.
     """
     other = next((part for circuit in circuits for part in circuit if not known(part)), None)
     if other is not None:
@@ -149,11 +150,11 @@ def check_parts(meter: FaithfulnessMeter, circuits: Sequence[Sequence[Part]], kn
 
 
 def _cuts(needed: Sequence[int], groups: int) -> tuple[int, ...]:
-    """Where to cut ascending numbers of columns into up to so many groups, so that the fewest cells are run.
+    """Where to cut ascending numbers of columns into up to ``groups`` groups, so that the fewest cells are run.
 
-    A group runs as many columns in each row as its last row needs. Of equally good ways it is the one with the fewest
-    cuts, and of those the first. A cut between two rows of one length never gains, so that the time grows with the
-    number of rows and the square of the number of lengths.
+    A group runs, in each row, as many columns as its last row needs. Among equally good ways, the one with the fewest
+    cuts is taken, and among those the first. A cut between two rows of the same length never helps. The time therefore
+    grows with the number of rows and with the square of the number of lengths.
 
     Example:
         >>> _cuts([5, 5, 9, 9, 9, 30], 3)
@@ -182,7 +183,7 @@ def _cuts(needed: Sequence[int], groups: int) -> tuple[int, ...]:
 
 
 def stratum(part: Part) -> str:
-    """What kind of part: random circuits have as many of each kind."""
+    """Kind of a part; a random circuit has as many parts of each kind as the circuit."""
     return part.kind if isinstance(part, Node) else f"edge {part.slot}"
 
 

@@ -1,4 +1,4 @@
-"""What each node of a circuit writes and reads: tokens it raises, spans it attends to, where it is active."""
+"""What each node of a circuit writes and reads: tokens that it raises, spans that it attends to, where it is active."""
 
 from collections.abc import Sequence
 
@@ -16,33 +16,37 @@ from mechsafety.prompts import PromptPairs
 from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
-# entries of attention patterns that a map keeps: a report stays well below 8 MB with a megabyte of them
+# number of attention-pattern entries that a map keeps: about a megabyte, with which a report stays well below 8 MB
 ATTENTION_ENTRIES = 750_000
-# nodes whose logits are held at a time
+# number of nodes whose logits are held at a time
 _BATCH = 64
 
 
 def measure_notes(
     model: LensModel, runs: PairRuns, pairs: PromptPairs, nodes: Sequence[Node], *, n_tokens: int = 8
 ) -> dict[Node, Notes]:
-    """Notes of heads, MLPs and neurons, from stored runs and one forward more.
+    """Notes of heads, MLPs and neurons, from stored runs and one additional forward pass.
 
-    Tokens: what the node writes at the last token, on harmful less on harmless prompts, through the final norm (its
-    scale as in each run) and the unembedding, mean over pairs, less the mean over the vocabulary (direct logit
-    attribution, Elhage et al. 2021, of all tokens instead of a few). It is the direct effect alone: an early node may
-    act through later ones and raise other tokens by way of them. Behind a norm after attention or MLP
-    (`LensModel.post_norm`) a head or neuron writes its share of the norm of the sum, the scale as in each run.
+    The tokens come from direct logit attribution (Elhage et al. 2021), over all tokens instead of a few.
+
+    1. Take what the node writes at the last token, on harmful less on harmless prompts.
+    2. Pass it through the final norm (with the scale of each run) and the unembedding.
+    3. Take the mean over pairs, and subtract the mean over the vocabulary.
+
+    This is the direct effect alone. An early node may act through later nodes and raise other tokens through them.
+    Behind a norm after attention or MLP (`LensModel.post_norm`), a head or neuron writes its share of the norm of the
+    sum, with the scale of each run.
 
     Args:
         model: The model.
-        runs: Stored runs of the pairs; with neurons among the nodes they must hold ``neurons``.
+        runs: Stored runs of the pairs. If neurons are among the nodes, the runs must hold ``neurons``.
         pairs: The pairs that were run.
-        nodes: Which nodes.
-        n_tokens: Tokens raised, and as many lowered, at most.
+        nodes: The nodes to describe.
+        n_tokens: Largest number of raised tokens, and of lowered tokens.
 
     Returns:
-        Notes by node. Heads have spans (mean attention of the last token on harmful prompts), neurons their activations
-        over the first pair's two prompts.
+        Notes by node. Heads have spans: the mean attention of the last token on harmful prompts. Neurons have their
+        activations over the first pair's two prompts.
     """
     written = {node: _contrast(model, runs, node) for node in nodes}
     tokens = _tokens(model, written, n_tokens)
@@ -109,13 +113,13 @@ def _texts(
 def attention_examples(
     model: LensModel, pairs: PromptPairs, nodes: Sequence[CircuitNode], max_entries: int = ATTENTION_ENTRIES
 ) -> tuple[AttentionExample, ...]:
-    """Attention of the circuit's heads on the first pair: of all of them, or of the strongest where that is too much.
+    """Attention of the circuit's heads on the first pair; of the strongest heads alone where all are too many.
 
     Args:
         model: The model.
-        pairs: Whose first pair is shown.
-        nodes: The circuit's.
-        max_entries: Entries of patterns to keep in all; a page needs a little over one byte for each.
+        pairs: Pairs, of which the first is shown.
+        nodes: The nodes of the circuit.
+        max_entries: Largest number of pattern entries in total; a page needs a little over one byte per entry.
     """
     prompts = (pairs.harmful[0], pairs.harmless[0])
     words = [tuple(model.token_strings(prompt)) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Roles of nodes, from measurements and never from where in the network a node lies."""
+"""Roles of nodes, from measurements and never from a node's place in the network."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -20,9 +20,9 @@ from mechsafety.patching.masks import PairRuns, Patch, patched_scores
 from mechsafety.patching.senders import sender_changes
 from mechsafety.sites import SiteKind
 
-# a node has a property when at least this share of its own effect comes that way
+# a node has a property if at least this share of its own effect comes that way
 MOST = 0.5
-# and is fed by, or feeds, other nodes when the paths to them carry at least this share of its own effect
+# other nodes feed a node, or are fed by it, if the paths between carry at least this share of the node's own effect
 SOME = 0.1
 # a head attends to the instruction if this share of its attention is on it, from the suffix or from inside it
 ATTENDS = 0.1
@@ -43,9 +43,10 @@ def role_evidence(
     Args:
         model: The model.
         runs: Stored runs of aligned pairs.
-        metric: What is measured.
-        nodes: Heads, MLPs and neurons (which need runs that hold them).
-        groups: The same pairs by length (see `FaithfulnessMeter.grouped`): what is patched runs fewer columns.
+        metric: The metric to measure.
+        nodes: Heads, MLPs and neurons. Neurons need runs that hold them.
+        groups: The same pairs in groups by length (see `FaithfulnessMeter.grouped`), so that patching runs fewer
+            columns.
         progress: Whether to show bars.
 
     Returns:
@@ -91,21 +92,22 @@ def role_evidence(
 def assign_roles(
     effects: Mapping[Node, float], evidence: Mapping[Node, RoleEvidence], edges: Sequence[CircuitEdge]
 ) -> dict[Node, tuple[str, RoleEvidence]]:
-    """Roles by these rules; a node without a positive effect, or that fits none, gets ``none``.
+    """Assign roles by these rules; a node without a positive effect, or that fits no rule, gets ``none``.
 
-    - production: at least half of its effect is direct, through the logits.
-    - detection: a head that attends to the instruction, and at least half of whose effect is what it moves from there.
-    - evaluation: fed by detection nodes, and feeds decision or production nodes.
-    - decision: at least half of its effect arises at suffix positions; fed by evaluation (or detection) nodes, and
-      feeds production nodes.
+    - production: at least half of the node's effect is direct, through the logits.
+    - detection: the node is a head that attends to the instruction, and at least half of its effect is what it moves
+      from there.
+    - evaluation: detection nodes feed the node, and the node feeds decision or production nodes.
+    - decision: at least half of the node's effect arises at suffix positions. Evaluation (or detection) nodes feed it,
+      and it feeds production nodes.
 
-    "Fed by" and "feeds" mean direct paths worth at least a tenth of its own effect. A node that could be both
-    evaluation and decision is a decision if evaluation nodes feed it at least as much as detection nodes do, or if it
-    feeds no other such node.
+    To *feed* means: the direct paths are worth at least a tenth of the node's own effect. A node that could be both
+    evaluation and decision is a decision in two cases: evaluation nodes feed it at least as much as detection nodes do,
+    or it feeds no other possible decision node.
 
     Args:
-        effects: Exact total effects.
-        evidence: From `role_evidence`.
+        effects: Exact total effect of each node.
+        evidence: Evidence from `role_evidence`.
         edges: Direct effects between the nodes.
     """
     roles: dict[Node, str] = {}
@@ -191,7 +193,7 @@ def _via_instruction(
     gap: float,
     caches: Sequence[ActivationCache],
 ) -> dict[Node, float]:
-    """Effect of replacing only what each head moves from instruction tokens: attention there times values there."""
+    """Effect of replacing only what each head moves from the instruction: attention there times values there."""
     if not heads:
         return {}
     moved = []

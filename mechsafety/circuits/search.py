@@ -14,7 +14,7 @@ from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
-# the whole model's faithfulness is 1 up to this
+# rounding error of the whole model's faithfulness, which is 1
 ROUNDING = 1e-6
 
 
@@ -26,13 +26,14 @@ class SearchResult:
         ranking: All parts, largest signed estimate first.
         curve: Faithfulness of the best k of the ranking, on the search's pairs and on held-out ones.
         circuit: The smallest set found, in the order of computation.
-        marginals: Faithfulness each of its parts adds to it, on held-out pairs; empty where removal was cut short.
+        marginals: Faithfulness that each part adds to the circuit, on held-out pairs; empty where removal was cut
+            short.
         reached: Whether the circuit reaches the target on both sets of pairs.
         ranked: Size of the prefix of the ranking that removal began with.
-        minimal: Whether no single part more can leave; None where that was not seen to the end.
-        added: Parts of the circuit that stand in for others and were added to the smallest set.
+        minimal: Whether no further single part can leave; None where removal ended before that was known.
+        added: Backups that were added to the smallest set.
         curve_scores: Metric of each point of the curve on each held-out prompt.
-        scores: Estimate that each part was ranked by; empty where the ranking came without.
+        scores: Estimate by which each part was ranked; empty where the ranking came without estimates.
     """
 
     ranking: tuple[Part, ...]
@@ -57,7 +58,7 @@ class SearchResult:
 
 
 def check_search(target: float, max_parts: int | None) -> None:
-    """Raise an error that says which option of a search makes no sense, if one does."""
+    """Raise an error that names the option of a search that is out of range, if there is one."""
     if not 0 < target <= 1:
         raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
     if max_parts is not None and max_parts < 1:
@@ -84,9 +85,9 @@ def search_nodes(
         held_out: Meter on other pairs.
         attribution: Estimates to rank by, signed: nodes that work against refusal come last.
         target: Faithfulness to reach.
-        max_nodes: Largest size; where the target needs more, the circuit misses it and says so.
-        rounds: Exact measurements of all parts for removal, at most.
-        budget: Time to keep.
+        max_nodes: Largest size. Where the target needs more nodes, the circuit misses the target and says so.
+        rounds: Largest number of exact measurements of all parts, for removal.
+        budget: Time budget.
     """
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
     scores: dict[Part, float] = {node: attribution.of(node) for node in nodes}
@@ -113,7 +114,8 @@ def search_parts(
     1. Find the smallest prefix of the ranking that reaches the target on both sets of pairs, by bisection.
     2. Measure exactly what the circuit loses without each part. A part may leave if the circuit still reaches the
        target on both sets of pairs.
-    3. Remove the parts that may leave and cost least on the search's pairs, as many as the target allows.
+    3. Sort the parts that may leave by their cost on the search's pairs. Remove them together, cheapest first, until
+       one more would make the circuit miss the target.
     4. Repeat from step 2 until no single part may leave. This is the criterion of ACDC (Conmy et al. 2023), with the
        target in place of a threshold.
 
@@ -126,10 +128,10 @@ def search_parts(
         ranking: All parts, the most important first.
         target: Faithfulness to reach.
         max_parts: Largest size.
-        rounds: Exact measurements of all parts for removal, at most.
-        budget: Time to keep.
-        shares: Of all parts, at which the curve is measured.
-        tidy: Takes away parts of a set that change nothing.
+        rounds: Largest number of exact measurements of all parts, for removal.
+        budget: Time budget.
+        shares: Shares of all parts at which the curve is measured.
+        tidy: Function that takes away parts of a set that change nothing.
         max_exact: Largest set that removal measures part by part. Of a larger set whole blocks are removed first. A
             set that stays larger is not measured part by part.
     """
@@ -142,7 +144,7 @@ def search_parts(
             return False
         return held_out.faithfulness([circuit])[0] >= enough
 
-    # the whole model does, up to rounding
+    # the whole model reaches the target, up to rounding
     good = [point.n_nodes for point in curve if min(point.faithfulness, point.held_out) >= enough]
     high = good[0] if good else len(ranking)
     low = max((point.n_nodes for point in curve if point.n_nodes < high), default=0)
@@ -158,14 +160,14 @@ def search_parts(
     else:
         budget.left_out(f"removal of parts that do not matter: {len(circuit)} are too many to measure one by one")
     if max_parts is not None and len(circuit) > max_parts:
-        # what removal would have left last, by the costs it measured
+        # keep what removal would have removed last, by the costs that it measured
         worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
         return SearchResult(
             tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores
         )
     if len(circuit) == len(ranking):
-        # nothing but the whole model does: say so, with the smaller set that comes closest
+        # only the whole model reaches the target: say so, and give the smaller set that comes closest
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
         best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
@@ -203,8 +205,8 @@ def _without_blocks(
     """Remove blocks of a ranked set, the last first, halving their size, until ``most`` parts are left.
 
     A gradient cannot see a part that has a backup. Such a part stands at the end of the ranking, and a prefix that
-    holds it holds everything before it. Removing blocks gets rid of what came along (delta debugging, Zeller and
-    Hildebrandt 2002).
+    holds it holds everything before it. Removing blocks removes the parts that came along with it (delta debugging,
+    Zeller and Hildebrandt 2002).
     """
     left, size = list(circuit), len(circuit) // 2
     smallest = max(1, len(circuit) // BLOCKS)
@@ -231,14 +233,14 @@ def _eliminate(
     rounds: int,
     budget: Budget,
 ) -> tuple[list[Part], dict[Part, float], bool | None]:
-    """Remove the parts that cost least, as many at once as the target allows; measure again; repeat.
+    """Remove the cheapest parts together until one more would miss the target; measure again; repeat.
 
     The held-out pairs are fewer, so every part is measured on them first. Only parts that may leave there are measured
     on the search's pairs. Between full passes, only the parts that could still be removed are measured again.
 
     Returns:
-        The parts that are left; what each of them costs on held-out pairs (empty if not measured); whether no single
-        part more can leave (None where that was not measured to the end).
+        The parts that are left; what each of them costs on held-out pairs (empty if not measured); whether no further
+        single part can leave (None where that was not measured to the end).
     """
     some: list[Part] | None = None  # the parts of this pass; all of them where it is None
     spare = held_out.faithfulness([circuit])[0] - enough
@@ -280,7 +282,7 @@ def _largest(free: Sequence[Part], circuit: Sequence[Part], reaches: Callable[[S
         gone = set(free[:n])
         return reaches([part for part in circuit if part not in gone])
 
-    # few may leave: the search gallops from one, then bisects
+    # usually few may leave: the search doubles the number from one, then bisects
     low, high = 0, 1
     while high <= len(free) and fits(high):
         low, high = high, 2 * high

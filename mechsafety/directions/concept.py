@@ -30,16 +30,21 @@ def repe_direction(
 ) -> Direction:
     """Representation reading (Zou et al. 2023, section 3.1): first principal component of pair differences.
 
-    At each block's input, at the prompt's last token: the first principal component of the differences within pairs,
-    turned so that harmful prompts lie farther along it, at the length of the mean difference along it. The differences
-    are not centred. The published code centres them, which would take the mean difference out, and therefore shuffles
-    the order within pairs, so that the mean is about 0; without centring, the order within pairs does not matter and
+    For each block, activations are read at the block's input, at the prompt's last token.
+
+    1. Take the differences within pairs, harmful less harmless, without centring them.
+    2. Take the first principal component of the differences.
+    3. Turn it so that harmful prompts lie farther along it.
+    4. Give it the length of the mean difference along it.
+
+    The published code centres the differences. Centring would take the mean difference out, so that code also shuffles
+    the order within pairs; the mean is then about 0. Without centring, the order within pairs does not matter, and
     nothing is random.
 
     Args:
         model: The model.
         pairs: Harmful prompts and harmless ones; they need not align.
-        layers: Blocks; all but the first (whose input is the same token for all prompts) by default.
+        layers: Blocks; by default all but the first, whose input is the same token for all prompts.
         progress: Whether to show a bar, after two seconds.
 
     Raises:
@@ -72,21 +77,24 @@ def iti_direction(
 ) -> Direction:
     """Inference-time intervention (Li et al. 2023): mean shifts of the heads from which refusal is read best.
 
-    For each head, a logistic probe on its mixed values ``z`` at the prompt's last token is cross-validated (both
-    prompts of a pair in one fold); at the ``n_heads`` most accurate heads the vector is the mean difference's direction
-    at the standard deviation of activations along it, so that strength is the paper's alpha. Unlike the published code,
-    which judges probes on one random fifth of the prompts and takes 48 heads of 1,024, values are scaled before
-    the probe, all folds judge in turn, and nothing is random.
+    1. For each head, cross-validate a logistic probe on the head's mixed values ``z`` at the prompt's last token. Both
+       prompts of a pair are in one fold.
+    2. Keep the ``n_heads`` heads whose probes are most accurate.
+    3. Each head's vector points along its mean difference, harmful less harmless. The vector's length is the standard
+       deviation of the activations along it, so that strength is the paper's alpha.
+
+    The published code judges probes on one random fifth of the prompts and takes 48 heads of 1,024. Here, values are
+    scaled before the probe, every fold is used for judging once, and nothing is random.
 
     Args:
         model: The model.
         pairs: Harmful prompts and harmless ones.
-        n_heads: How many heads.
-        folds: Of the cross-validation.
+        n_heads: Number of heads to keep.
+        folds: Number of folds of the cross-validation.
         progress: Whether to show bars, after two seconds.
 
     Raises:
-        MechsafetyError: Fewer than four pairs, or more heads asked for than differ between the prompts.
+        MechsafetyError: Fewer than four pairs, or ``n_heads`` above the number of heads that differ.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_score

@@ -45,16 +45,17 @@ class DirectionIO(Result):
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
         nodes: Heads and MLPs.
-        writes: Share of the pairs' gap along the direction, at its block and position, that each node writes; 0 for
-            nodes at or after its block. The shares of all heads and MLPs before it sum to 1 over the mean of pairs.
-            Norms after attention and MLP (Gemma-2, OLMo-2) keep each run's own scale.
-        cosine: Of each node's mean change with the direction.
-        reads: Share of the metric's gap lost when the pairs' difference along the direction is taken out of what one
-            slot of the node reads (``q``, ``k``, ``v``, ``mlp``) and out of nothing else, exact; NaN for slots that
-            a node does not have.
-        neurons_write: As ``writes``, of each neuron; those of a layer sum to its MLP's share, biases aside.
-        neurons_read: An estimate of what ``reads`` would be: the neuron's exact change when the difference is taken out
-            of what its MLP reads, times the metric's gradient. Both are empty in a mixture of experts.
+        writes: Share of the pairs' gap along the direction that each node writes, at the direction's block and
+            position. Nodes at or after that block have 0. Averaged over pairs, the shares of all heads and MLPs before
+            it sum to 1. Norms after attention and MLP (Gemma-2, OLMo-2) keep each run's own scale.
+        cosine: Cosine between each node's mean change and the direction.
+        reads: Share of the metric's gap that is lost when one slot of the node (``q``, ``k``, ``v``, ``mlp``) no longer
+            reads the pairs' difference along the direction. All other slots still read it. Exact. NaN for slots that a
+            node does not have.
+        neurons_write: Like ``writes``, per neuron, mean over pairs. A layer's neurons sum to its MLP's share, except
+            for biases.
+        neurons_read: Estimate of ``reads``, per neuron: the neuron's exact change when its MLP no longer reads the
+            difference, times the metric's gradient. In a mixture of experts, both neuron tables are zero.
     """
 
     provenance: Provenance
@@ -71,7 +72,7 @@ class DirectionIO(Result):
         return f"DirectionIO({len(self.nodes)} nodes, written most by {', '.join(top)}{norms_note(self.provenance)})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a node, largest writer first: shares with intervals over pairs, cosine, reads slot by slot."""
+        """One row per node, largest writer first: shares with intervals over pairs, cosine, reads of each slot."""
         rows = []
         for k, node in enumerate(self.nodes):
             low, high = mean_interval(self.writes[k].cpu().numpy())
@@ -87,7 +88,7 @@ class DirectionIO(Result):
         return frame.sort_values("writes", key=abs, ascending=False, kind="stable")
 
     def neurons_dataframe(self, top: int = 50) -> pd.DataFrame:
-        """The ``top`` largest writers and readers among the neurons."""
+        """The ``top`` largest writers and the ``top`` largest readers among the neurons."""
         width = self.neurons_write.shape[1]
         both = [(name, getattr(self, f"neurons_{name}").flatten()) for name in ("write", "read")]
         chosen = {int(k) for _, flat in both for k in flat.abs().argsort(descending=True)[:top].tolist()}
@@ -119,15 +120,16 @@ def direction_io(
 
     Args:
         model: The model.
-        direction: Where it stands decides what can write it: nodes before its block.
+        direction: The direction. Only nodes before its block can write it.
         pairs: Pairs, of which those that align are taken; or their stored runs (with ``neurons``).
-        metric: What reading is measured by.
-        circuit: Look at the heads and MLPs of a circuit only.
-        nodes: Look at these only; every head and MLP by default.
+        metric: Metric whose gap the readers' shares refer to.
+        circuit: Look only at the heads and MLPs of this circuit.
+        nodes: Look only at these nodes; by default at every head and MLP.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Another model's width, a position at which the pairs have no run, or both a circuit and nodes.
+        MechsafetyError: A direction of another width, a layer or position that the pairs' runs lack, neurons among the
+            nodes, or both a circuit and nodes.
     """
     if circuit is not None and nodes is not None:
         raise MechsafetyError("a circuit and nodes", expected="one of them")
@@ -182,11 +184,11 @@ def _change(model: LensModel, runs: PairRuns, node: Node, at: int) -> Float[Tens
 def _neuron_shares(
     model: LensModel, runs: PairRuns, layer: int, at: int, unit: Float[Tensor, " d_model"]
 ) -> Float[Tensor, " d_mlp"]:
-    """Mean over pairs of what each neuron of a layer adds along the direction."""
+    """Mean over pairs of the difference, harmful less harmless, in what each neuron adds along the direction."""
     weights, sides = neuron_weights(model, layer), []
     for run in (runs.harmful, runs.harmless):
         acts = run.acts[SiteKind.NEURONS][layer][:, at].float()
-        # what a write must point along to reach the stream along the direction, behind the norm where there is one
+        # the gradient maps a write to its part along the direction, behind the norm where there is one
         zeros = torch.zeros(len(run), 1, model.d_model, device=unit.device, requires_grad=True)
         with torch.enable_grad():
             reached = own_share(model, run, layer, "neuron", slice(at, at + 1))(zeros)
@@ -196,7 +198,7 @@ def _neuron_shares(
 
 
 def _removed(run: BaseRun, other: BaseRun, layer: int, slot: str, parallel: bool, unit: Tensor) -> Tensor:
-    """What is added to a slot's input to take the pairs' difference along the direction out of it."""
+    """Change of a slot's input that takes the pairs' difference along the direction out of it."""
     difference = (run.resid[layer] - other.resid[layer]).float()
     if slot == "mlp" and not parallel:
         sides = [r.resid[layer + 1] - r.acts[SiteKind.MLP_OUT][layer] for r in (run, other)]
@@ -227,7 +229,7 @@ def _reads(
 
 
 def _neurons(model: LensModel, layer: int, reads: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_mlp"]:
-    """Neurons of a layer when its MLP reads ``reads``."""
+    """Activations of a layer's neurons when its MLP reads ``reads``."""
     seen: list[Tensor] = []
     with torch.no_grad(), model.hooks([(Site(SiteKind.NEURONS, layer), seen.append)]):
         model.mlp(layer, reads)

@@ -45,18 +45,19 @@ from mechsafety.sites import Site, SiteKind
 logger = logging.getLogger(__name__)
 
 Selector = Literal["published", "cosmic"]
-# fewer prompts of a kind than this make no mean and no interval
+# a mean with an interval needs at least this many prompts of a kind
 MIN_PROMPTS = 2
 _LIMITS = {"max_kl": MAX_KL, "max_depth": MAX_DEPTH}
 
 
 @dataclass(frozen=True, slots=True)
 class ControlScores(Result):
-    """The same three scores of directions that should do nothing, at the chosen direction's layer and norm.
+    """Bypass, induce and KL of directions that should do nothing, at the chosen direction's layer and norm.
 
     Attributes:
-        names: ``random 1`` ... and ``harmless - harmless`` (difference of means of two random halves).
-        bypass, induce, kl: As of the candidates.
+        names: ``random 1`` ... and ``harmless - harmless``: the difference between the means of two random halves of
+            the harmless prompts.
+        bypass, induce, kl: As for the candidates (see `DirectionScores`).
     """
 
     names: tuple[str, ...]
@@ -65,28 +66,29 @@ class ControlScores(Result):
     kl: Float[Tensor, "control harmless"]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a control, with intervals over prompts."""
+        """One row per control, with intervals over prompts."""
         return pd.DataFrame([_row({"control": name}, self, k) for k, name in enumerate(self.names)])
 
 
 @dataclass(frozen=True, slots=True)
 class RefusalDirection(Result):
-    """All candidates with their scores, and the one that was chosen.
+    """All candidate directions with their scores, and the chosen one.
 
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        layer, position: The chosen candidate: input of this block, at this position from the prompt's end (-1 is last).
+        layer, position: Where the chosen candidate stands: at the input of this block, at this position. Positions
+            count from the prompt's end; -1 is the last.
         selector: ``published`` (bypass, induce and KL) or ``cosmic``.
-        passes: Whether it meets the published conditions. If no candidate does, the published selector takes the one
-            with the smallest bypass score below the depth limit, and this is False.
-        layers, positions: What the candidates' axes are.
+        passes: Whether the chosen candidate meets the published conditions. If no candidate does, the published
+            selector takes the smallest bypass score below the depth limit, and ``passes`` is False.
+        layers, positions: Layer and position of each candidate, along the first two axes of ``vectors`` and the scores.
         vectors: Mean harmful less mean harmless activation; zero where both kinds of prompts have the same token.
         bypass, induce, kl, cosmic: See `DirectionScores`.
-        harmful, harmless: Metric of the unedited validation prompts.
-        n_train: How many harmful and harmless prompts the means are over.
-        n_layers: Of the model.
-        controls: Directions that should do nothing.
+        harmful, harmless: Metric of the validation prompts in the unedited model.
+        n_train: Numbers of harmful and of harmless prompts in the means.
+        n_layers: Number of layers of the model.
+        controls: Scores of directions that should do nothing; None where `choose` dropped them.
     """
 
     provenance: Provenance
@@ -124,14 +126,14 @@ class RefusalDirection(Result):
 
     @property
     def conditions(self) -> Conditions:
-        """What each condition of the published rule leaves, at the limits of this choice."""
+        """How many candidates each condition of the published rule leaves, at the limits of this choice."""
         limits = {name: self.provenance.options.get(name, default) for name, default in _LIMITS.items()}
         bypass, induce, kl = (x.mean(-1) for x in (self.bypass, self.induce, self.kl))
         return conditions(bypass, induce, kl, self.layers, self.n_layers, **limits)
 
     @property
     def direction(self) -> Direction:
-        """The chosen direction as one that can be added, removed and projected on."""
+        """The chosen direction as a `Direction`, which can be added, removed and projected on."""
         site = Site(SiteKind.RESID_PRE, self.layer)
         return Direction(self.provenance, "refusal", (site,), self.vector[None], everywhere=True)
 
@@ -158,12 +160,13 @@ class RefusalDirection(Result):
     def choose(
         self, selector: Selector = "published", *, max_kl: float | None = MAX_KL, max_depth: float = MAX_DEPTH
     ) -> "RefusalDirection":
-        """The same candidates with another choice; nothing is run. Controls belong to the first choice and are dropped.
+        """Choose again among the same candidates; the model is not run.
 
-        ``max_kl=None`` drops the condition on the KL, as was done for a published run on which no candidate meets it.
+        Controls belong to the first choice. They are dropped where another candidate is chosen. ``max_kl=None`` drops
+        the condition on the KL. The authors of a published run did so, because no candidate met it.
 
         Raises:
-            MechsafetyError: Unknown selector, or a direction in no layer below the depth limit.
+            MechsafetyError: Unknown selector, or no layer below the depth limit has a direction.
         """
         layer, position, passes = _choose(self, selector, self.layers, self.positions, self.n_layers, max_kl, max_depth)
         same = (layer, position) == (self.layer, self.position)
@@ -179,7 +182,7 @@ class RefusalDirection(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a candidate: means of the three scores with intervals over prompts, COSMIC's score, norm, choice."""
+        """One row per candidate: means of three scores with intervals over prompts, COSMIC's score, norm, choice."""
         rows = []
         for k, layer in enumerate(self.layers):
             for c, position in enumerate(self.positions):
@@ -189,7 +192,7 @@ class RefusalDirection(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """Heatmaps of bypass, induce, KL and COSMIC's score, layers by positions, the chosen candidate framed."""
+        """Heatmaps (layers by positions) of bypass, induce, KL and COSMIC's score; a frame marks the choice."""
         from plotly.subplots import make_subplots
 
         titles = ("bypass (harmful, removed)", "induce (harmless, added)", "KL (harmless, removed)", "COSMIC")
@@ -232,26 +235,28 @@ def refusal_direction(
 ) -> RefusalDirection:
     """Find the direction of the residual stream that carries refusal (Arditi et al. 2024).
 
-    Candidates: mean harmful less mean harmless input of each block, at each template token after the instruction, over
-    prompts that the model treats as expected. Each is judged on validation prompts: *bypass*, refusal log-odds on
-    harmful prompts with the direction removed; *induce*, on harmless prompts with it added; *KL* on harmless prompts
-    with it removed. Chosen is the smallest bypass with induce > 0, KL at most ``max_kl`` and a layer below
-    ``int(max_depth * n_layers)``; or by COSMIC (Siu et al. 2025), which reads no output.
+    1. A candidate is the mean harmful less the mean harmless input of a block, at one of the template's tokens after
+       the instruction. Only training prompts that the model treats as expected count.
+    2. Validation prompts give each candidate three scores. *Bypass*: refusal log-odds on harmful prompts with the
+       direction removed. *Induce*: refusal log-odds on harmless prompts with it added. *KL*: the divergence on harmless
+       prompts with it removed.
+    3. The published rule chooses the smallest bypass among the candidates with induce > 0, KL at most ``max_kl`` and a
+       layer below ``int(max_depth * n_layers)``. COSMIC (Siu et al. 2025) chooses without reading any output.
 
     Args:
         model: The model.
         pairs: Training prompts; the two sides need not align.
         metric: Refusal log-odds; detected on the training prompts by default.
-        validation: Prompts the candidates are judged on; by default a fifth of ``pairs``, drawn evenly over the topics
-            and then left out of the means.
-        layers: Blocks whose input is looked at; all by default.
-        n_positions: How many of the prompt's last tokens; all template tokens after the instruction by default.
+        validation: Prompts on which the candidates are judged. By default a fifth of ``pairs``, drawn evenly over the
+            topics and left out of the means.
+        layers: Blocks at whose input candidates are taken; all by default.
+        n_positions: Number of last positions of the prompt; by default all template tokens after the instruction.
         selector: ``published`` or ``cosmic``.
-        max_kl: Largest KL of the published rule; None drops that condition, as was done for a published run (Gemma-3)
-            on which no candidate meets it.
-        max_depth: Its depth limit, a share of the layers.
-        n_random: Random directions among the controls.
-        seed: Of the split, the controls and nothing else.
+        max_kl: Largest KL of the published rule. None drops that condition. The authors of a published run (Gemma-3)
+            did so, because no candidate met it.
+        max_depth: Depth limit, as a share of the layers.
+        n_random: Number of random directions among the controls.
+        seed: Seed of the split and of the controls; nothing else is random.
         progress: Whether to show a bar.
 
     Raises:
@@ -305,10 +310,10 @@ def refusal_direction(
 
 
 def usable_validation(model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> Validation:
-    """The prompts that the model treats as expected: harmful ones above 0, harmless ones below.
+    """The prompts that the model treats as expected: harmful ones with a metric above 0, harmless ones below 0.
 
     Raises:
-        NoRefusal: Fewer than two of a kind.
+        NoRefusal: Fewer than two prompts of a kind are left.
     """
     sides = (distinct(pairs.harmful, "harmful prompts"), distinct(pairs.harmless, "harmless prompts"))
     whole = Validation.of(model, *sides, metric)
@@ -365,7 +370,7 @@ def _choose(
         cell = select_cosmic(scores.cosmic, rows, n_layers, max_depth=max_depth)
     else:
         cell = select_published(bypass, induce, kl, rows, n_layers, max_kl=max_kl, max_depth=max_depth)
-    if cell is None:  # the best there is, marked as such; candidates without a direction have no COSMIC score
+    if cell is None:  # none passes: the smallest bypass; candidates without a direction have no COSMIC score
         shallow = passing(bypass, torch.ones_like(induce), torch.zeros_like(kl), rows, n_layers, max_depth=max_depth)
         cell = smallest(bypass, shallow & ~scores.cosmic.isnan())
     if cell is None:

@@ -15,7 +15,7 @@ from mechsafety.interventions.batched import PromptBatches, run_added, run_batch
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 
-# mean differences shorter than this share of the mean activation are rounding
+# mean differences shorter than this share of the mean activation count as rounding errors
 NO_DIFFERENCE = 1e-5
 
 
@@ -26,8 +26,8 @@ class Validation:
     Attributes:
         harmful, harmless: The prompts, grouped for `run_removed` and `run_added`.
         harmful_scores, harmless_scores: Metric of the unedited runs.
-        harmless_log_probs: Their next-token log-probabilities.
-        low: Layers at which COSMIC looks.
+        harmless_log_probs: Next-token log-probabilities of the unedited harmless runs.
+        low: Layers at which COSMIC compares activations.
         harmful_mean, harmless_mean: Mean outputs of all layers at the last token.
     """
 
@@ -44,7 +44,7 @@ class Validation:
     def of(
         cls, model: LensModel, harmful: Sequence[str], harmless: Sequence[str], metric: RefusalLogOdds
     ) -> "Validation":
-        """Run the prompts as they are."""
+        """Run the prompts unedited and keep what the scores need."""
         bad, good = PromptBatches.of(model, harmful), PromptBatches.of(model, harmless)
         bad_run, good_run = run_unedited(model, bad), run_unedited(model, good)
         bad_mean, good_mean = (run.resid[1:, 0].double().mean(1).float() for run in (bad_run, good_run))
@@ -61,7 +61,7 @@ class DirectionScores:
 
     Attributes:
         bypass: Metric on harmful prompts with the direction removed.
-        induce: Metric on harmless prompts with it added, once, at its layer, at all positions.
+        induce: Metric on harmless prompts with the direction added at its layer only, at all positions.
         kl: KL(unedited || removed) of next-token distributions on harmless prompts, in nats.
         cosmic: COSMIC's sum of cosines; NaN for candidates without a direction.
     """
@@ -82,24 +82,26 @@ def mean_differences(
 ) -> tuple[Float[Tensor, "layer position d_model"], tuple[int, int]]:
     """Mean harmful less mean harmless input of every block at the template's tokens after the instruction.
 
-    Sums run in float64. Differences that are rounding (both kinds have the same token there, as before block 0) are 0.
+    Sums run in float64. Where both kinds of prompts have the same token (as before block 0), the difference is only
+    rounding and is set to 0.
 
     Args:
         model: The model.
         harmful: Prompts of any length.
         harmless: Prompts of any length.
         metric: If given, only harmful prompts above 0 and harmless ones below 0 count.
-        n_positions: How many last positions; all tokens after the instruction by default.
+        n_positions: Number of last positions; by default all tokens after the instruction.
 
     Returns:
-        Differences (positions in order, the last is the prompt's last token), and how many prompts of each kind count.
+        The differences, and how many prompts of each kind count. Positions are in order: the last one is the prompt's
+        last token.
 
     Raises:
         MechsafetyError: No prompt of a kind counts.
     """
     groups = PromptBatches.of(model, [*harmful, *harmless], variants=1)
     width = n_positions if n_positions is not None else groups.suffix
-    # of the harmful prompts, and of the harmless ones
+    # one sum over the harmful prompts, one over the harmless ones
     totals = torch.zeros(2, model.n_layers, width, model.d_model, dtype=torch.float64, device=model.device)
     counts = [0, 0]
     for batch, run in run_batches(model, groups):
@@ -138,7 +140,7 @@ def score_directions(
         validation: Prompts and their unedited runs.
         metric: Refusal log-odds.
         vectors: Candidates; zero ones are not run and keep the unedited scores.
-        layers: Layer of each row: where its vectors are added.
+        layers: Layer of each row of ``vectors``, at which they are added.
         also: Directions that are removed together with each candidate.
         progress: Whether to show a bar.
     """
@@ -164,7 +166,7 @@ def score_directions(
             at = [real[k] for k in run.variants]
             kl[_cells(at, run.index)] = divergence(validation.harmless_log_probs[list(run.index)], run.logits)
             bar.update(len(run.index) * len(at) / share)
-        # rows of zero vectors only (before block 0) need no run
+        # a row that holds only zero vectors (before block 0) needs no run
         rows = [row for row in range(n_rows) if bool((vectors[row] != 0).any())]
         sums.zero_()
         for run in run_added(model, validation.harmless, vectors[rows], [layers[row] for row in rows]):
@@ -178,7 +180,7 @@ def score_directions(
         means = sums / validation.harmless.n
         for row, layer in enumerate(layers):
             before = [place for place, seen in enumerate(validation.low) if seen < layer]
-            for place in before:  # blocks before the addition give what they give without it
+            for place in before:  # the addition does not change the blocks before it
                 means[row * n_positions : (row + 1) * n_positions, place] = validation.harmless_mean[
                     validation.low[place]
                 ].double()
@@ -191,7 +193,7 @@ def score_directions(
 
 
 def divergence(log_probs: Float[Tensor, "prompt d_vocab"], logits: Float[Tensor, "*rows prompt d_vocab"]) -> Tensor:
-    """KL(p || q) in nats of each prompt, from log p and the logits of q."""
+    """KL(p || q) per prompt, in nats, from log p and the logits of q."""
     return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1).clamp(min=0)
 
 

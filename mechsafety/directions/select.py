@@ -10,7 +10,7 @@ from torch import Tensor
 
 MAX_KL = 0.1
 MAX_DEPTH = 0.8
-# share of layers, those where harmful and harmless prompts differ most, at which COSMIC looks
+# COSMIC compares activations at this share of the layers: those where harmful and harmless prompts differ most
 LOW_LAYERS = 0.1
 
 
@@ -19,12 +19,12 @@ class Conditions:
     """How many candidates each condition of the published rule leaves.
 
     Attributes:
-        candidates: All of them.
-        shallow: Those below the depth limit, of which the following are counts.
-        induce: With induce > 0.
-        kl: With a KL of at most ``max_kl``.
-        both: With both, and a bypass score: those that pass.
-        max_kl: The limit; None where there is none and a KL need not be known.
+        candidates: All candidates.
+        shallow: Candidates below the depth limit. The next three counts are of these.
+        induce: Candidates with induce > 0.
+        kl: Candidates with a KL of at most ``max_kl``.
+        both: Candidates that pass: they meet both conditions and have a bypass score.
+        max_kl: The limit on the KL. None where there is no limit; the KL may then be missing.
     """
 
     candidates: int
@@ -60,11 +60,11 @@ def passing(
         induce: Mean induce score; NaN where missing.
         kl: Mean KL; NaN where missing.
         layers: Layer of each row.
-        n_layers: Of the model.
-        max_kl: Largest KL on harmless prompts; infinity lets every KL pass that was measured. None drops the condition,
-            as the publishers of the Gemma-3 run did, on which no candidate meets it.
+        n_layers: Number of layers of the model.
+        max_kl: Largest KL on harmless prompts. Infinity lets every measured KL pass. None drops the condition. The
+            publishers of the Gemma-3 run did so, because no candidate met it.
         max_depth: Only layers below ``int(max_depth * n_layers)``: later ones act on the output tokens themselves.
-        keep_missing_kl: Let candidates pass whose KL was not measured; the published code drops them.
+        keep_missing_kl: Whether candidates without a measured KL may pass; the published code drops them.
     """
     quiet = _quiet(kl, max_kl, keep_missing_kl=keep_missing_kl)
     return _shallow(bypass, layers, n_layers, max_depth) & (induce > 0) & quiet & ~bypass.isnan()
@@ -80,7 +80,7 @@ def conditions(
     max_kl: float | None = MAX_KL,
     max_depth: float = MAX_DEPTH,
 ) -> Conditions:
-    """What each condition of `passing` leaves; arguments as there.
+    """How many candidates each condition of `passing` leaves; the arguments are those of `passing`.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ def _shallow(like: Float[Tensor, "layer position"], layers: Sequence[int], n_lay
 
 
 def _quiet(kl: Float[Tensor, "layer position"], max_kl: float | None, *, keep_missing_kl: bool = False) -> Tensor:
-    """True where a KL meets its condition; a comparison with NaN is false, so that what is missing does not."""
+    """True where a KL meets its condition; a missing KL (NaN) does not, because comparisons with NaN are false."""
     if max_kl is None:
         return torch.ones_like(kl, dtype=torch.bool)
     return (kl <= max_kl) | (kl.isnan() if keep_missing_kl else False)
@@ -122,18 +122,18 @@ def select_published(
     """(row, position) of the smallest bypass score among the candidates that pass (Arditi et al. 2024, section 2.3).
 
     Args:
-        bypass: Mean refusal log-odds on harmful prompts, the direction removed.
-        induce: Mean refusal log-odds on harmless prompts, the direction added.
-        kl: Mean KL on harmless prompts, the direction removed; NaN where missing.
+        bypass: Mean refusal log-odds on harmful prompts with the direction removed.
+        induce: Mean refusal log-odds on harmless prompts with the direction added.
+        kl: Mean KL on harmless prompts with the direction removed; NaN where missing.
         layers: Layer of each row.
-        n_layers: Of the model.
+        n_layers: Number of layers of the model.
         max_kl: As for `passing`.
         max_depth: As for `passing`.
         keep_missing_kl: As for `passing`.
 
     Returns:
-        None if no candidate passes (`conditions` says what each condition leaves). Ties go to the lower layer, then to
-        the earlier position.
+        (row, position), or None if no candidate passes (`conditions` counts what each condition leaves). Ties go to the
+        lower layer, then to the earlier position.
 
     Example:
         >>> import torch
@@ -165,17 +165,18 @@ def select_cosmic(
     """(row, position) of the largest COSMIC score below the depth limit (Siu et al. 2025); no output is read.
 
     Args:
-        cosmic: Sum of two cosines over `cosmic_layers`: of harmful prompts with the direction removed to harmless
-            ones, and of harmless prompts with it added to harmful ones.
+        cosmic: Sum of two cosines of mean activations over `cosmic_layers`. The first compares harmful prompts, with
+            the direction removed, to harmless ones. The second compares harmless prompts, with it added, to harmful
+            ones.
         layers: Layer of each row.
-        n_layers: Of the model.
+        n_layers: Number of layers of the model.
         max_depth: As for `passing`.
     """
     return smallest(-cosmic, _shallow(cosmic, layers, n_layers, max_depth) & ~cosmic.isnan())
 
 
 def smallest(scores: Float[Tensor, "layer position"], allowed: Tensor) -> tuple[int, int] | None:
-    """(row, position) of the smallest allowed score, None if none is allowed."""
+    """(row, position) of the smallest allowed score; None if no score is allowed."""
     if not bool(allowed.any()):
         return None
     masked = torch.where(allowed, scores.double(), torch.inf).cpu().numpy()
@@ -184,12 +185,12 @@ def smallest(scores: Float[Tensor, "layer position"], allowed: Tensor) -> tuple[
 
 
 def cosmic_layers(harmful: Float[Tensor, "layer d_model"], harmless: Float[Tensor, "layer d_model"]) -> list[int]:
-    """The tenth of layers (at least one) whose mean outputs on the two kinds of prompts have the lowest cosine."""
+    """The tenth of the layers (at least one) at which mean harmful and harmless outputs have the lowest cosine."""
     cosines = torch.nn.functional.cosine_similarity(harmful.double(), harmless.double(), dim=-1)
     count = max(1, round(LOW_LAYERS * len(cosines)))
     return sorted(cosines.argsort(stable=True)[:count].tolist())
 
 
 def joint_cosine(a: Float[Tensor, "*rows layer d_model"], b: Float[Tensor, "layer d_model"]) -> Float[Tensor, "*rows"]:
-    """Cosine of two stacks of layers' mean activations, each seen as one long vector."""
+    """Cosine of two stacks of layers' mean activations, each flattened to one long vector."""
     return torch.nn.functional.cosine_similarity(a.double().flatten(-2), b.double().flatten(-2), dim=-1).float()

@@ -23,7 +23,7 @@ from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
 
-# random directions to compare each one with
+# number of random directions that each direction is compared with
 N_RANDOM = 4
 
 
@@ -34,17 +34,18 @@ class RefusalSubspace(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        layers, positions: Where each was found.
-        vectors: The directions, each orthogonal to those before.
-        before: Metric of harmful validation prompts with the directions before removed. Of the half of these prompts
-            that choosing did not see.
+        layers, positions: Where each direction was found.
+        vectors: The directions, each orthogonal to all earlier ones.
+        before: Metric of harmful validation prompts with all earlier directions removed. Only the half of these prompts
+            that did not take part in the choice.
         bypass: The same with this direction removed as well.
-        control: The same with a random direction removed instead (mean of several).
+        control: The same with a random direction removed instead of this one (mean of several).
         induce_control: Metric of harmless prompts with a random direction of the same norm added (mean of several).
-        kl: KL on harmless prompts with this and the ones before removed.
+        kl: KL on harmless prompts with this direction and all earlier ones removed.
         induce: Metric of harmless prompts with this direction alone added, at its layer.
-        causal: Whether its removal lowers refusal, and its addition raises it, more than a random one's: the 95 %
-            intervals of the mean differences over prompts lie on that side of 0.
+        causal: Whether the direction has a causal effect on refusal. Its removal must lower refusal more than a random
+            direction's removal. Its addition must raise refusal more than a random direction's addition. Both 95 %
+            intervals of the mean difference over prompts must lie on that side of 0.
     """
 
     provenance: Provenance
@@ -71,10 +72,10 @@ class RefusalSubspace(Result):
     @public
     @contextmanager
     def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
-        """Context in which the causal directions are removed (all before the first that is not).
+        """Context in which all directions before the first that is not causal are removed.
 
         Raises:
-            MechsafetyError: There is none.
+            MechsafetyError: The first direction is not causal.
         """
         if not self.dimension:
             raise MechsafetyError("no direction of the subspace is causal", expected="at least one")
@@ -82,7 +83,7 @@ class RefusalSubspace(Result):
             yield
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a direction: where, and mean effects with intervals over prompts."""
+        """One row per direction: where it was found, and mean effects with intervals over prompts."""
         rows = []
         for k, (layer, position) in enumerate(zip(self.layers, self.positions, strict=True)):
             row: dict[str, object] = {
@@ -117,13 +118,20 @@ def refusal_subspace(
     seed: Amount = 0,
     progress: bool = True,
 ) -> RefusalSubspace:
-    """Look for refusal in what is left when the refusal direction is removed, again and again.
+    """Search for more refusal directions, each in what is left when all earlier ones are removed.
 
-    Each round removes the directions found so far, takes mean differences of what the model computes then (they are
-    orthogonal to what is removed), and chooses on every other validation prompt the one whose removal besides the
-    others lowers refusal most. On the prompts between, it is compared with random directions; the search ends at the
-    first that does not do more, and when no refusal is left: when the mean metric of the choosing prompts is below
-    ``stop_below``. A mean below 0 can hide prompts that are refused all the same.
+    The first round takes ``found``. Each later round looks for a new direction.
+
+    1. Remove the directions found so far, and take the mean differences of what the model then computes. They are
+       orthogonal to what is removed.
+    2. Remove each difference as well. Choose the one whose removal lowers refusal most on the choosing prompts: every
+       other harmful validation prompt.
+    3. Compare the chosen direction with random directions. Removal is compared on the harmful prompts that did not take
+       part in the choice, addition on all harmless ones.
+    4. Stop if the direction does no more than random directions do. Stop also if no refusal is left, that is, if the
+       mean metric of the choosing prompts is below ``stop_below``.
+
+    A mean below 0 can hide single prompts that are still refused.
 
     Args:
         model: The model.
@@ -131,12 +139,12 @@ def refusal_subspace(
         pairs: Training prompts.
         metric: Refusal log-odds.
         validation: Prompts on which directions are judged.
-        n_directions: At most this many, the first included.
-        layers: Blocks whose input is looked at; the first direction's by default.
-        max_depth: Only layers below this share of the model.
-        stop_below: Mean metric below which no refusal counts as left; None to go on whatever is left. What is found
-            then may be causal and yet change next to nothing: look at the size.
-        seed: Of the random directions.
+        n_directions: Largest number of directions, the first included.
+        layers: Blocks at whose input directions are sought; by default those of ``found``.
+        max_depth: Only layers below this share of the model are searched.
+        stop_below: Mean metric below which no refusal counts as left. None continues whatever is left; a direction
+            found then may be causal although its effect is close to 0, so look at the effect's size.
+        seed: Seed of the random directions.
         progress: Whether to show bars.
 
     Raises:
@@ -163,7 +171,7 @@ def refusal_subspace(
         vectors = found.vector[None, None].to(model.device)
         if step:
             with project_out(model, basis):
-                # which prompts count was decided with the model as it is: all of them here
+                # all training prompts count, whatever the edited model makes of them: no metric is given
                 raw, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_positions=len(positions))
             vectors = _orthogonal(raw[list(rows)], basis)
         scores = score_directions(model, checked, metric, vectors, at, also=basis, progress=progress)
@@ -209,7 +217,7 @@ def refusal_subspace(
 def _orthogonal(
     vectors: Float[Tensor, "layer position d_model"], basis: Float[Tensor, "rank d_model"]
 ) -> Float[Tensor, "layer position d_model"]:
-    """Vectors without what lies in the basis; those of which nothing but rounding is left become 0."""
+    """Vectors without their part in the basis; a vector of which only rounding is left becomes 0."""
     left = vectors.double()
     q = basis.double()
     left = left - (left @ rearrange(q, "rank d -> d rank")) @ q

@@ -1,10 +1,12 @@
 """Many directions removed or added at once, exactly, computing only what differs.
 
-Chat prompts share the template's first tokens. What an edit does there depends on the edit and not on the prompt, so
-these positions are run once an edit (the edit included: their keys and values differ from the unedited run's) and used
-for all prompts. Prompts of about one length go through together, padded on the left; edits go through as variants of
-one batch. An addition at layer l leaves the blocks before l as they are: it starts from their stored output. Logits are
-computed at the last position only.
+Chat prompts share the template's first tokens. What an edit does there depends on the edit and not on the prompt. These
+positions are therefore run once per edit, and all prompts use the result. That run includes the edit, because the edit
+changes the keys and values.
+
+Prompts of similar length are run together, padded on the left. Edits are run as variants of one batch. An addition at
+layer l does not change the blocks before l, so it starts from their stored output. Logits are computed at the last
+position only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,19 +29,19 @@ from mechsafety.sites import Site, SiteKind
 
 # edits in one batch: enough that matrix products are large, few enough that activations stay small
 VARIANTS = 16
-# of the memory that a batch may take: what the engine stores of it; the rest is for what it computes
+# share of a batch's memory for what the engine stores; the rest is for what it computes
 STORED_SHARE = 0.5
-# columns that a prompt has after the shared ones, at the least: it has one row of logits for so many
+# the fewest columns that a prompt has after the shared ones; each prompt has one row of logits
 COLUMNS_A_PROMPT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """Prompts of about one length.
+    """Prompts of similar length.
 
     Attributes:
-        index: Their places among all prompts.
-        tokens: Their rows, padded on the left.
+        index: Place of each prompt among all prompts.
+        tokens: Token rows of the prompts, padded on the left.
     """
 
     index: tuple[int, ...]
@@ -52,7 +54,7 @@ class PromptBatches:
 
     Attributes:
         batches: The shortest prompts first.
-        start: Number of first tokens that all prompts share (0 if there are none, or only one prompt).
+        start: Number of first tokens that all prompts share; 0 if they share none or if there is only one prompt.
         shared: One row that begins with those tokens.
         n: Number of prompts.
     """
@@ -73,13 +75,14 @@ class PromptBatches:
     def of(
         cls, model: LensModel, prompts: Prompts, variants: Count = VARIANTS, max_columns: Count | None = None
     ) -> "PromptBatches":
-        """Sort prompts by length and put as many together as fit into memory.
+        """Sort prompts by length and put as many into each batch as fit into memory.
 
         Args:
             model: The model.
             prompts: Prompts of any length.
-            variants: Edits that will be run together.
-            max_columns: Prompts x columns after the shared ones of one batch; found from the memory by default.
+            variants: Number of edits that will be run together.
+            max_columns: Largest product of a batch's prompts and its columns after the shared ones. By default as
+                large as the memory allows.
         """
         if not prompts:
             raise MechsafetyError("no prompts", expected="a list of at least one")
@@ -91,7 +94,7 @@ class PromptBatches:
         same = int((heads == heads[0]).all(0).long().cumprod(0).sum())
         start = min(same, shortest - 1) if len(prompts) > 1 else 0
         if len(set(model.backend.rotation(torch.tensor([start + 1, *lengths])))) > 1:
-            start = 0  # shared columns of short rows are rotated otherwise
+            start = 0  # rows of different lengths rotate the shared columns differently
         limit = max_columns or _columns(model) // variants
         chunks: list[list[int]] = []
         for k in order:
@@ -104,13 +107,13 @@ class PromptBatches:
 
 @dataclass(frozen=True, slots=True)
 class EditedRun:
-    """What some prompts' runs give under some edits.
+    """Results of some prompts under some edits.
 
     Attributes:
-        variants: Places of the edits among all of them.
-        index: Places of the prompts.
+        variants: Place of each edit among all edits.
+        index: Place of each prompt among all prompts.
         logits: Next-token logits.
-        resid: Input of every block from ``layer`` on, and last the final norm's, at the last columns.
+        resid: Inputs of every block from ``layer`` on and, in the last row, of the final norm; at the last position.
         layer: First block of ``resid``.
     """
 
@@ -131,8 +134,9 @@ def run_removed(
 
     Args:
         model: The model.
-        prompts: What is run.
-        bases: Linearly independent rows [rank d_model], of one rank for all; removed as by `project_out`.
+        prompts: The prompts.
+        bases: Linearly independent rows [rank d_model] per basis; all bases have the same rank. They are removed as by
+            `project_out`.
         strength: Share that is removed.
 
     Yields:
@@ -149,7 +153,7 @@ def run_removed(
             prefix = _prefix_run(model, prompts, len(chunk))
             for batch in prompts.batches:
                 run = _base(model, prompts, batch, len(chunk), prefix)
-                # the engine stores block 0's input as it is before the removal
+                # the engine stores block 0's input before the removal: leave it out
                 resid = [split_rows(layer[:, -1], len(chunk)) for layer in run.resid[1:]]
                 yield EditedRun(members, batch.index, split_rows(run.logits, len(chunk)), torch.stack(resid), 1)
 
@@ -160,17 +164,17 @@ def run_added(
     vectors: Float[Tensor, "layer column d_model"],
     layers: Sequence[int],
 ) -> Iterator[EditedRun]:
-    """Runs with one vector added at the input of a block, at all positions: all columns' vectors of each layer.
+    """Runs with one vector added at a block's input, at all positions; every vector of every layer is one edit.
 
     Args:
         model: The model.
-        prompts: What is run.
-        vectors: What is added.
+        prompts: The prompts.
+        vectors: The vectors to add, one per edit.
         layers: Block of each row of ``vectors``.
 
     Yields:
-        Results layer by layer and batch by batch; ``variants`` are ``row * n_columns + column``; ``resid`` is at the
-        last position, from the block after the addition.
+        One result per batch and layer. ``variants`` are ``row * n_columns + column``. ``resid`` is at the last
+        position, from the block after the addition.
     """
     if len(vectors) != len(layers):
         raise MechsafetyError(f"{len(vectors)} rows of vectors for {len(layers)} layers", expected="one row a layer")
@@ -193,7 +197,7 @@ def run_added(
 
 
 def run_batches(model: LensModel, prompts: PromptBatches) -> Iterator[tuple[PromptBatch, BaseRun]]:
-    """The unedited run of every batch, of the columns after the shared ones."""
+    """The run of every batch without further edits, over the columns after the shared ones."""
     with torch.no_grad():
         prefix = _prefix_run(model, prompts, 1)
         for batch in prompts.batches:
@@ -201,7 +205,7 @@ def run_batches(model: LensModel, prompts: PromptBatches) -> Iterator[tuple[Prom
 
 
 def run_unedited(model: LensModel, prompts: PromptBatches) -> EditedRun:
-    """One run of all prompts as they are; ``resid`` from block 0."""
+    """One run of all prompts without an edit; ``resid`` begins at block 0."""
     logits: dict[int, Tensor] = {}
     resid: dict[int, Tensor] = {}
     for batch, run in run_batches(model, prompts):
@@ -222,13 +226,13 @@ def _adder(vectors: Float[Tensor, "variant d_model"]) -> Callable[[Tensor], Tens
 
 
 def _columns(model: LensModel) -> int:
-    """Rows x columns whose residual streams (stored twice over) and logits (a few copies) fit into memory."""
+    """Number of rows x columns whose residual streams (stored twice) and logits (a few copies) fit into memory."""
     column = 2 * 4 * (model.n_layers + 1) * model.d_model + 4 * 4 * model.d_vocab // COLUMNS_A_PROMPT
     return int(STORED_SHARE * batch_bytes(model.device) / column)
 
 
 def _prefix_run(model: LensModel, prompts: PromptBatches, variants: int) -> Prefix:
-    """Keys and values of the shared first tokens, one row a variant, under the hooks that are active."""
+    """Keys and values of the shared first tokens, one row per variant, under the active hooks."""
     start = shared_columns(model, prompts.start)
     if not start:
         return ()
@@ -239,10 +243,10 @@ def _prefix_run(model: LensModel, prompts: PromptBatches, variants: int) -> Pref
 
 
 def _widen(prefix: Prefix, tokens: Tokens) -> Prefix:
-    """A prefix of one row a variant for all prompts of a batch: as its first columns would be.
+    """Repeat a prefix of one row per variant for all prompts of a batch, as the first columns of their rows.
 
-    A prompt that begins some columns later has its padding first; of the shared tokens those that do not fit any more
-    are run again with the prompt's own.
+    A shorter prompt has padding in its first columns, so its shared tokens begin later. The last shared tokens then lie
+    outside the prefix. They are run again with the prompt's own tokens.
     """
     if not prefix:
         return ()

@@ -1,4 +1,4 @@
-"""What interventions refuse: parts that a model lacks, vectors of another width, strengths that are no number."""
+"""Checks of what interventions are given: parts of the model, widths of vectors, strengths, positions."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def check_nodes(model: LensModel, nodes: Sequence[Node]) -> tuple[Node, ...]:
     """The nodes, if the model has each of them and none is listed twice.
 
     Raises:
-        MechsafetyError: No nodes, one that cannot be edited, does not exist, or is given twice, or a neuron of a
+        MechsafetyError: No nodes; a node that cannot be edited, does not exist or is given twice; or a neuron of a
             mixture of experts.
     """
     chosen = (nodes,) if isinstance(nodes, Node) else tuple(nodes)
@@ -45,7 +45,7 @@ def check_layers(model: LensModel, layers: Sequence[int]) -> tuple[int, ...]:
     """The layers, if the model has them.
 
     Raises:
-        MechsafetyError: No layers, one that does not exist, or one given twice.
+        MechsafetyError: No layers, or a layer that does not exist or is given twice.
     """
     chosen = tuple(layers)
     wrong = [layer for layer in chosen if not 0 <= layer < model.n_layers]
@@ -60,7 +60,7 @@ def check_strength(strength: float, *, share: bool = False) -> float:
     """The strength, if it is a finite number (between 0 and 1 with ``share``).
 
     Raises:
-        MechsafetyError: NaN, infinite, no number, or outside 0 to 1 where it is a share.
+        MechsafetyError: A strength that is NaN, infinite or not a number, or a share outside 0 to 1.
     """
     number = isinstance(strength, int | float) and math.isfinite(strength)
     if not number or (share and not 0 <= strength <= 1):
@@ -72,7 +72,7 @@ def check_vector(vector: Tensor, width: int, what: str = "d_model") -> Tensor:
     """The vector or rows of vectors, if their width fits and all entries are finite.
 
     Raises:
-        MechsafetyError: Another width, or NaN or infinite entries.
+        MechsafetyError: A vector of another width, or with NaN or infinite entries.
     """
     if not isinstance(vector, torch.Tensor) or vector.ndim == 0 or vector.shape[-1] != width:
         shape = tuple(vector.shape) if isinstance(vector, torch.Tensor) else type(vector).__name__
@@ -89,8 +89,9 @@ def check_vector(vector: Tensor, width: int, what: str = "d_model") -> Tensor:
 def at_positions(positions: str, old: Tensor, new: Tensor) -> Tensor:
     """``new`` at the chosen positions of a [batch pos ...] activation, ``old`` elsewhere.
 
-    ``all``: everywhere. ``last``: the last position of each forward, in generation the prompt's last token and every
-    token after it. ``prompt``: forwards of more than one position, which in generation are the prompt's.
+    ``all``: every position. ``last``: the last position of each forward pass; in generation, these are the prompt's
+    last token and every token after it. ``prompt``: forward passes of more than one position; in generation, only the
+    prompt's pass is one.
     """
     if positions == "last":
         return torch.cat([old[:, :-1], new[:, -1:]], dim=1)

@@ -15,7 +15,7 @@ from mechsafety.models.engine import Hook
 from mechsafety.nodes import NODE_SITES, Node
 from mechsafety.sites import Site
 
-# prompts read in one forward
+# number of prompts read in one forward pass
 _BATCH = 16
 
 
@@ -33,20 +33,23 @@ def ablate(
 ) -> Iterator[None]:
     """Context in which nodes lose what they compute: value <- (1 - strength) own + strength source.
 
-    Heads lose their mixed values ``z``, MLPs what they add to the residual stream, neurons their activation. Contexts
-    nest, in any order for different nodes; they hold in `LensModel.generate` as in every forward, and nothing of them
-    is left afterwards, also after an exception. Stored runs from outside the context are refused inside it.
+    The value of a head is its mixed values ``z``; of an MLP, what it adds to the residual stream; of a neuron, its
+    activation. Contexts nest. For different nodes, their order does not matter. They hold in every forward pass,
+    `LensModel.generate` included. Nothing of them is left afterwards, even after an exception. Inside the context,
+    stored runs from outside it are refused.
 
     Args:
         model: The model.
         nodes: Heads, MLPs and neurons.
         strength: 0 leaves the model as it is, 1 replaces the value wholly.
-        source: ``mean`` over all tokens of ``prompts``; ``zero``; ``resample``: values at tokens drawn from
-            ``prompts``, anew at each position, the same token for all nodes of one layer and kind. Draws follow the
-            forwards: prompts in other batches get other ones.
+        source: What replaces the value. ``mean``: its mean over all tokens of ``prompts``. ``zero``: zero.
+            ``resample``: its value at a token drawn from ``prompts``, a new one for each position; all nodes of one
+            layer and kind share the token. Draws follow the order of forward passes, so the same prompt in another
+            batch gets other draws.
         prompts: Reference prompts (usually harmless ones) for ``mean`` and ``resample``.
-        positions: ``all``, ``last`` (of each forward: the prompt's last token and each generated one) or ``prompt``.
-        seed: Of ``resample``.
+        positions: ``all``; ``last``, the last position of each forward pass, that is, the prompt's last token and each
+            generated token; or ``prompt``.
+        seed: Seed of ``resample``.
 
     Raises:
         MechsafetyError: Unknown option, missing prompts, or a node that the model lacks.

@@ -30,18 +30,18 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class Direction(Result):
-    """Vectors at sites of a model, each meaning more of one thing (refusal, say) the farther along it.
+    """Vectors at sites of a model; farther along each vector there is more of one thing, such as refusal.
 
-    One interface for the refusal direction (one vector of the residual stream), representation reading (one a layer)
-    and inference-time intervention (one a head).
+    Three methods share this interface: the refusal direction (one vector of the residual stream), representation
+    reading (one vector per layer) and inference-time intervention (one vector per head).
 
     Attributes:
         provenance: Model, options, versions.
-        name: What it is, for tables.
+        name: Name of the direction, for tables.
         sites: Where the vectors stand: inputs of blocks (``resid_pre``), or heads (``z`` with an index).
-        vectors: One row a site; what strength 1 adds there.
-        everywhere: Whether removing it means removing it from all that is written to the residual stream (one vector),
-            and not at its own sites alone.
+        vectors: One row per site: what strength 1 adds there.
+        everywhere: Whether removal acts on all that is written to the residual stream (one vector only). Otherwise it
+            acts only at the direction's own sites.
     """
 
     provenance: Provenance
@@ -75,7 +75,7 @@ class Direction(Result):
         return self.vectors / self.vectors.norm(dim=-1, keepdim=True)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a site: layer, head, norm of the vector."""
+        """One row per site: layer, head, norm of the vector."""
         rows = [
             (str(site), site.layer, site.index, float(v.norm()))
             for site, v in zip(self.sites, self.vectors, strict=True)
@@ -94,7 +94,8 @@ class Direction(Result):
     def ablate(self, model: LensModel, strength: float = 1.0) -> Iterator[None]:
         """Context in which the direction is removed: x <- x - strength r r.x with r at length 1.
 
-        From all that is written to the residual stream if ``everywhere`` (see `project_out`), else at its own sites.
+        With ``everywhere``, it is removed from all that is written to the residual stream (see `project_out`).
+        Otherwise it is removed at its own sites.
         """
         self._check(model)
         if self.everywhere:
@@ -148,17 +149,19 @@ def steer(
 ) -> Iterator[None]:
     """Context in which ``strength`` times a direction is added to activations.
 
-    Holds in `LensModel.generate` as in every forward; contexts nest; nothing is left after an exception.
+    The context holds in every forward pass, `LensModel.generate` included. Contexts nest. Nothing is left after an
+    exception.
 
     Args:
         model: The model.
         direction: A `Direction`, or a vector of the residual stream.
         strength: Any finite number; 0 leaves the model as it is, below 0 steers away.
         layers: Blocks at whose input a single vector is added; the direction's own sites by default.
-        positions: ``all``, ``last`` (of each forward) or ``prompt``.
+        positions: ``all``, ``last`` (of each forward pass) or ``prompt``.
 
     Raises:
-        MechsafetyError: Another model's width, a strength that is not finite, layers missing or not there.
+        MechsafetyError: A direction of another model's width, a strength that is not finite, a vector without layers,
+            or layers that the model lacks.
     """
     size = check_strength(strength)
     if isinstance(direction, Direction):
@@ -188,9 +191,10 @@ def steer(
 def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], strength: float = 1.0) -> Iterator[None]:
     """Context in which the span of directions is removed from everything written to the residual stream.
 
-    x <- x - strength Q Q^T x, with Q an orthonormal basis of the span, applied to the embedding and to what each
-    attention and each MLP adds (Arditi et al. 2024, section 2.4). The stream is their sum, so at strength 1 this equals
-    removal at every block's input as well, and at less than 1 removes the same share everywhere, once.
+    x <- x - strength Q Q^T x, where Q is an orthonormal basis of the span. This is applied to the embedding and to what
+    each attention and each MLP adds (Arditi et al. 2024, section 2.4). The stream is the sum of these. Strength 1
+    therefore gives the same as removal at every block's input. A strength below 1 removes the same share everywhere,
+    once.
 
     Args:
         model: The model.
@@ -198,7 +202,7 @@ def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], st
         strength: Share that is removed, 0 to 1.
 
     Raises:
-        MechsafetyError: Another model's width, a zero vector, or a strength outside 0 to 1.
+        MechsafetyError: Directions of another model's width, a zero vector, or a strength outside 0 to 1.
     """
     rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
     share = check_strength(strength, share=True)
@@ -208,7 +212,7 @@ def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], st
 
 
 def orthonormal(vectors: Float[Tensor, "rank d_model"]) -> Float[Tensor, "rank d_model"]:
-    """Orthonormal basis of the span of linearly independent rows, float32 from float64.
+    """Orthonormal basis of the span of linearly independent rows, computed in float64 and returned in float32.
 
     Raises:
         MechsafetyError: The rows are zero or linearly dependent.
@@ -225,7 +229,7 @@ def orthonormal(vectors: Float[Tensor, "rank d_model"]) -> Float[Tensor, "rank d
 def removal_hooks(model: LensModel, bases: Float[Tensor, "variant rank d_model"], strength: float = 1.0) -> list[Hook]:
     """Hooks that remove each variant's orthonormal basis from the embedding and from all that blocks write.
 
-    The batch's rows are ``variant * prompts + prompt``; the number of prompts is seen from the activation.
+    The batch's rows are ``variant * prompts + prompt``. The activation's shape gives the number of prompts.
     """
 
     def remove(own: Tensor) -> Tensor:

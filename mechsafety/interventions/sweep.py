@@ -1,4 +1,4 @@
-"""A sweep of strengths: what an intervention does to refusal, and what else, as its strength grows."""
+"""The strength sweep: refusal and side effects of an intervention as its strength grows."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -48,10 +48,10 @@ class StrengthSweep(Result):
         refused_harmful, refused_harmless: Whether the greedy reply is a refusal (of the kind ``refuses``).
         harmful, harmless: Refusal log-odds.
         kl: KL(unedited || edited) of next-token distributions after harmless prompts, in nats.
-        loss: Mean negative log-likelihood a token of the harmless prompts' reference replies under the edited model, in
-            nats.
-        kinds_harmful, kinds_harmless: What the greedy replies are at each strength, and their loss under the unedited
-            model; empty in results saved by earlier versions, which did not measure it.
+        loss: Mean negative log-likelihood per token of the harmless prompts' reference replies under the edited model,
+            in nats.
+        kinds_harmful, kinds_harmless: Kinds of the greedy replies at each strength, and their loss under the unedited
+            model. Empty in results saved by earlier versions, which did not measure them.
     """
 
     provenance: Provenance
@@ -82,10 +82,11 @@ class StrengthSweep(Result):
         return text + (f"; {note})" if note else ")")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a strength and measure: value and 95 % interval (`mechsafety.intervals`).
+        """One row per strength and measure: value and 95 % interval (`mechsafety.intervals`).
 
-        ``perplexity`` is the edited model's on fixed reference replies, ``reply perplexity`` the unedited model's on
-        what is said at this strength. Kinds of reply and reply perplexity are NaN in results saved by earlier versions.
+        ``perplexity`` is the edited model's perplexity on fixed reference replies. ``reply perplexity`` is the unedited
+        model's perplexity on the replies at this strength. Kinds of reply and reply perplexity are NaN in results saved
+        by earlier versions.
         """
         rows = []
         for k, strength in enumerate(self.strengths):
@@ -108,7 +109,7 @@ class StrengthSweep(Result):
         return [*shares, ("reply perplexity", _perplexity(found[k].loss))]
 
     def plot(self) -> go.Figure:
-        """One panel a measure, with intervals; panels of what was not measured stay empty."""
+        """One panel per measure, with intervals; the panel of a measure without values stays empty."""
         from plotly.subplots import make_subplots
 
         frame = self.to_dataframe()
@@ -150,30 +151,32 @@ def strength_sweep(
     reply_tokens: Count = REPLY_TOKENS,
     progress: bool = True,
 ) -> StrengthSweep:
-    """Measure an intervention at several strengths: refusals, what replies are instead, and side effects.
+    """Measure an intervention at several strengths: refusals, kinds of reply, and side effects.
 
-    A strong edit often makes a model babble. It then refuses less, and complies no more; so each rate of refusal comes
-    with the share of degenerate replies and the unedited model's perplexity on them (`mechsafety.judge_replies`).
+    A strong edit often makes a model babble. Such a model refuses less without complying more. Each refusal rate
+    therefore comes with the share of degenerate replies and with the unedited model's perplexity on the replies
+    (`mechsafety.judge_replies`).
 
     Args:
         model: The model.
-        intervene: From a strength to a context manager, such as ``lambda s: steer(model, direction, s)``.
+        intervene: Function from a strength to a context manager, such as ``lambda s: steer(model, direction, s)``.
         strengths: The strengths of the sweep.
         harmful: Harmful prompts.
-        harmless: Harmless prompts, for the side effects as well.
+        harmless: Harmless prompts, which the side effects are measured on as well.
         metric: Refusal log-odds.
-        name: For tables and pictures.
-        references: One harmless reply to each harmless prompt, whose perplexity is measured; by default the unedited
-            model's own greedy replies.
-        judge: What says of each reply what it is; of prompts and replies.
-        limit: Loss per token above which a reply is degenerate, in nats; by default `mechsafety.replies.loss_limit`,
-            found once, for which the unedited model answers some ordinary prompts.
-        reply_tokens: Length of replies; 100 as in published protocols, since a reply shows after its opener what it is.
+        name: Name of the intervention, for tables and pictures.
+        references: One harmless reply per harmless prompt; the edited model's perplexity on it is measured. By default
+            the unedited model's own greedy replies.
+        judge: Function of prompts and replies that gives the kind of each reply.
+        limit: Loss per token above which a reply is degenerate, in nats. By default `mechsafety.replies.loss_limit`,
+            computed once: the unedited model answers some ordinary prompts for it.
+        reply_tokens: Length of replies, in tokens. 100 as in published protocols, because the kind of a reply often
+            shows only after its opener.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No strengths or prompts, a strength that is not finite, another number of references, a judge
-            that cannot be asked, or a model that is edited already.
+        MechsafetyError: No strengths or prompts, a strength that is not finite, or not one reference per harmless
+            prompt. Also a judge that cannot be called, or a model that is already edited.
 
     Example::
 
@@ -190,7 +193,7 @@ def strength_sweep(
     references = None if references is None else [references[k] for k in kept]
     harmless = distinct(harmless, "harmless prompts")
     known = list(references) if references is not None else model.generate(harmless, reply_tokens)
-    plain = model.reading(())  # the cost is counted where a reply begins
+    plain = model.reading(())  # the KL is that of a reply's first token, not of the token after an opener
     before = plain.logits(harmless).log_softmax(-1)
     most = loss_limit(model) if limit is None else float(limit)
     measured: dict[str, list[Tensor]] = {key: [] for key in ("harmful", "harmless", "kl", "loss")}
@@ -199,7 +202,7 @@ def strength_sweep(
         with intervene(strength):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
             after = plain.logits(harmless)
-            own = metric(after) if metric.at_the_end else metric.scores(model, harmless)  # the same logits tell both
+            own = metric(after) if metric.at_the_end else metric.scores(model, harmless)  # one run gives both
             scores = [metric.scores(model, harmful), own]
             measured["loss"].append(reply_loss(model, harmless, known))
         for side, prompts, texts, found in zip(SIDES, (harmful, harmless), replies, scores, strict=True):
@@ -233,6 +236,6 @@ def _mean(values: Tensor) -> tuple[float, float, float]:
 
 
 def _perplexity(loss: Tensor) -> tuple[float, float, float]:
-    """The mean over prompts of the loss a token, exponentiated: a perplexity in which every prompt counts alike."""
+    """Perplexity in which every prompt counts equally: exp of the mean over prompts of the loss per token."""
     value, low, high = np.exp(_mean(loss)).tolist()
     return value, low, high

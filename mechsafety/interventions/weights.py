@@ -1,4 +1,4 @@
-"""Weights that cannot write a direction: the equivalent of removing it by hooks, in memory and for a while."""
+"""Weights that cannot write a direction: the same as removing it by hooks, in memory and inside a context only."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ from mechsafety.interventions.steering import orthonormal, project_out
 from mechsafety.models import LensModel
 
 _PROBES = ("What is two plus two?", "Name a colour, please.")
-# largest difference in logits from the hooks that is rounding; norms compute in float32 whatever the weights' type
+# largest difference in logits from the hooks that counts as rounding; norms compute in float32 for every weight type
 TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "float16": 2e-1, "bfloat16": 5e-1}
 
 
@@ -27,10 +27,10 @@ def orthogonalized(
 ) -> Iterator[LensModel]:
     """Context in which the model's weights are copies that cannot write the directions (Arditi et al. 2024, eq. 5).
 
-    W <- W - strength Q Q^T W for the embeddings and the output weights and biases of attention and MLPs, with Q an
-    orthonormal basis. The same logits as `project_out`, without its cost at each token. A tied unembedding keeps its
-    weights: only the embedding gets a copy. At the end the original weights are back, bit for bit; such a model is
-    never saved, and inside the context its ``save_pretrained`` refuses to.
+    W <- W - strength Q Q^T W, where Q is an orthonormal basis. This is applied to the embeddings and to the output
+    weights and biases of attention and MLPs. The logits are those of `project_out`, without its cost at each token. A
+    tied unembedding keeps its weights: only the embedding gets a copy. At the end the original weights are back, bit
+    for bit. Such a model is never saved: inside the context, its ``save_pretrained`` raises an error.
 
     Args:
         model: The model.
@@ -41,8 +41,8 @@ def orthogonalized(
         The model.
 
     Raises:
-        MechsafetyError: A norm after attention or MLP (no such weights exist), weights not found under any known name,
-            or logits that differ from the hooks'.
+        MechsafetyError: A model with a norm after attention or MLP (no such weights exist). Weights that have no known
+            name. Logits that differ from those of the hooks.
     """
     rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
     share, basis = check_strength(strength, share=True), orthonormal(rows)
@@ -54,7 +54,7 @@ def orthogonalized(
         )
     with torch.no_grad(), project_out(model, rows, share):
         expected = model.logits(list(_PROBES))
-    _ = model.weights_sha256  # of the original weights: it is computed once and kept
+    _ = model.weights_sha256  # compute it now, from the original weights: the model keeps the first value
     with model.lock, ExitStack() as restore:
         for module, name, axis in model.backend.writers():
             _swap(module, name, _without(getattr(module, name), basis, share, axis), restore)
@@ -73,7 +73,7 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
 
 
 def _without(weight: Tensor, basis: Tensor, share: float, axis: int) -> Tensor:
-    """The weight without the basis along the axis (0 or -1) that is the residual stream's."""
+    """The weight without its part in the basis, along the axis (0 or -1) of the residual stream."""
     q = basis.to(weight.device, torch.float64)
     w = weight.double()
     if w.ndim == 1 or axis == -1:

@@ -1,4 +1,4 @@
-"""Guards on safety neurons beside what anyone would try first, on data sets that training did not see."""
+"""Guards on safety neurons compared with simple baselines, on data sets that training did not see."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from mechsafety.results import Provenance, Result
 
 FEATURES = ("neurons", "random", "resid", "direction", "tfidf")
 
-# numbers that a block of bootstrap draws may hold
+# the largest number of values in a block of bootstrap draws
 RESAMPLED = 2**22
 
 
@@ -29,19 +29,24 @@ RESAMPLED = 2**22
 class GuardReport(Result):
     """Guards on several kinds of features, trained on one set of prompts and tested on others.
 
-    Features: ``neurons``: the chosen neurons; ``random``: as many neurons of the same layers, none of them chosen
-    (where more than half of a layer is chosen: all its others, and as few chosen ones as possible);
-    ``resid``: the last layer's residual stream; ``direction``: cosine with the difference of the training means of
-    unsafe and safe prompts, at the layer that separates these best; ``tfidf``: the words of the prompt alone.
+    The features are:
+
+    - ``neurons``: the chosen neurons.
+    - ``random``: as many neurons of the same layers, none of them chosen. Where more than half of a layer is chosen, a
+      random set has all its other neurons and as few chosen ones as possible.
+    - ``resid``: the last layer's residual stream.
+    - ``direction``: cosine with the difference between the training means of unsafe and safe prompts, at the layer that
+      separates these best.
+    - ``tfidf``: the words of the prompt alone.
 
     Attributes:
         provenance: Model, options, versions.
         trained_on: Name of the training set.
         labels: Whether each prompt's reply is unsafe, by test set.
-        probabilities: Predictions [feature prompt] by test set, rows as in `FEATURES` without ``random``.
+        probabilities: Predictions [feature prompt] by test set, with the rows of `FEATURES` without ``random``.
         random: Predictions of the random sets, by test set.
-        direction_layer: Layer of ``direction`` (its residual stream is read before that block).
-        random_overlap: Share of the random neurons that are among the chosen: 0 where every layer had room.
+        direction_layer: Layer of ``direction``: the residual stream is read before this block.
+        random_overlap: Share of the random neurons that are among the chosen ones; 0 where every layer had room.
     """
 
     provenance: Provenance
@@ -57,7 +62,7 @@ class GuardReport(Result):
         return f"GuardReport(AUROC of neurons: {found})"
 
     def predictions(self, test: str, feature: str) -> np.ndarray:
-        """Predicted probabilities [set prompt]; one row but for ``random``.
+        """Predicted probabilities [set prompt]; one row, or for ``random`` one row per set.
 
         Raises:
             MechsafetyError: Unknown test set or feature.
@@ -72,11 +77,11 @@ class GuardReport(Result):
         return self.probabilities[test][fixed.index(feature)][None].double().numpy()
 
     def auroc(self, test: str, feature: str) -> np.ndarray:
-        """Area under the ROC curve of each set [set]."""
+        """Area under the ROC curve, one value per set [set]."""
         return _auroc(self.predictions(test, feature), self.labels[test].numpy())
 
     def fpr_at_tpr(self, test: str, feature: str, tpr: float = 0.95) -> float:
-        """Share of safe prompts flagged where ``tpr`` of the unsafe ones are caught; mean over random sets."""
+        """Share of safe prompts flagged at the threshold that catches ``tpr`` of the unsafe; mean over random sets."""
         return float(_false_alarms(self.predictions(test, feature), self.labels[test].numpy(), tpr).mean())
 
     def accuracy(self, test: str, feature: str) -> float:
@@ -91,7 +96,7 @@ class GuardReport(Result):
     def calibration(self, test: str, feature: str, bins: int = 10) -> pd.DataFrame:
         """Reliability table: predicted and observed share of unsafe replies in bins of equal width.
 
-        Of ``random``, one row a set and bin (``set`` counts from 0).
+        For ``random``, it has one row per set and bin; ``set`` counts from 0.
         """
         rows = self.predictions(test, feature)
         unsafe = np.tile(self.labels[test].numpy(), len(rows))
@@ -106,7 +111,7 @@ class GuardReport(Result):
     def calibration_error(self, test: str, feature: str, bins: int = 10) -> float:
         """Expected calibration error: mean distance of predicted from observed share, weighted by bin size.
 
-        Of ``random`` the mean over sets, each in bins of its own.
+        For ``random``, it is the mean over sets, each with its own bins.
         """
         table = self.calibration(test, feature, bins)
         return float(((table.predicted - table.observed).abs() * table.n).sum() / table.n.sum())
@@ -114,11 +119,11 @@ class GuardReport(Result):
     def margin(
         self, test: str, baseline: str = "random", seed: int = 0, n: int = 1000
     ) -> tuple[float, float, float, bool]:
-        """AUROC of the chosen neurons less a baseline's.
+        """AUROC of the chosen neurons less that of a baseline.
 
         Returns:
-            The margin; its 95 % bootstrap interval over prompts (and, against ``random``, over the sets); and whether
-            the margin is null: the interval holds 0.
+            The margin; the low and the high end of its 95 % bootstrap interval; and whether the margin is null, that
+            is, whether the interval contains 0. The interval is over prompts and, against ``random``, also over sets.
         """
         unsafe, draws = self.labels[test].numpy(), list[float]()
         ours, theirs = self.predictions(test, "neurons"), self.predictions(test, baseline)
@@ -130,9 +135,9 @@ class GuardReport(Result):
         return value, float(low), float(high), bool(low <= 0 <= high)
 
     def intervals(self, test: str, feature: str, seed: int = 0, n: int = 1000) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap intervals over prompts (of ``random``, over the sets too) of AUROC, accuracy and FPR.
+        """95 % bootstrap intervals of AUROC, accuracy and FPR, over prompts and, for ``random``, also over sets.
 
-        Prompts are resampled within each label, as an AUROC needs both.
+        Prompts are resampled within each label, because an AUROC needs both labels.
         """
         unsafe, values = self.labels[test].numpy(), self.predictions(test, feature)
         draws = list[np.ndarray]()
@@ -146,7 +151,7 @@ class GuardReport(Result):
         return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a test set and feature: AUROC, accuracy and FPR with intervals, calibration, margin.
+        """One row per test set and feature: AUROC, accuracy and FPR with intervals, calibration, margin.
 
         ``set_min`` and ``set_max`` are the lowest and highest AUROC of the random sets.
         """
@@ -204,21 +209,21 @@ def compare_guards(
 ) -> GuardReport:
     """Train guards on one set and test them on others, baselines included (Chen et al. 2024).
 
-    Test prompts that are among the training prompts are left out. All features have the same scaler and logistic
-    regression; see `GuardReport`.
+    Test prompts that are among the training prompts are left out. All features use the same scaler and logistic
+    regression. `GuardReport` explains the features.
 
     Args:
         model: The model that is watched.
         neurons: Mask or nodes of the safety neurons.
         train: Prompts to learn from.
         tests: Sets to test on, each with a name of its own.
-        n_random: Random neuron sets.
-        seed: Of the random sets.
+        n_random: Number of random neuron sets.
+        seed: Seed of the random sets.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No test set, a name used twice, a set without both labels, no random sets, no neuron or all of
-            them.
+        MechsafetyError: No test set, a name used twice, a set without both labels, no random sets, or a mask that holds
+            no neuron or all neurons.
     """
     from tqdm.auto import tqdm
 
@@ -304,7 +309,7 @@ def _resamples(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Bootstrap draws in blocks: prompts [draw prompt], random sets [draw set], and the labels of the drawn prompts.
 
-    Prompts are drawn within each label, because an AUROC needs both; so the labels are the same in every draw.
+    Prompts are drawn within each label, because an AUROC needs both labels. The labels are thus the same in every draw.
     """
     rng = np.random.default_rng(seed)
     sides = [np.flatnonzero(unsafe), np.flatnonzero(~unsafe)]
@@ -320,7 +325,7 @@ def _resamples(
 
 
 def _false_alarms(scores: np.ndarray, unsafe: np.ndarray, tpr: float) -> np.ndarray:
-    """Share of safe prompts at or above the highest threshold that catches ``tpr`` of the unsafe [... prompt]."""
+    """Share of safe prompts at or above the highest threshold that catches ``tpr`` of the unsafe ones [... prompt]."""
     caught = int(np.ceil(tpr * unsafe.sum() - 1e-9))
     cut = np.sort(scores[..., unsafe], axis=-1)[..., -caught]
     return (scores[..., ~unsafe] >= cut[..., None]).mean(-1)

@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LabelledPrompts:
-    """Prompts with the label that a guard predicts, each once: exact duplicates are left out, and logged.
+    """Prompts with the labels that a guard predicts; exact duplicates are left out and logged.
 
     Attributes:
         name: What the set is called in reports.
         prompts: Chat prompts.
-        unsafe: Whether the model's reply to each is unsafe.
-        groups: What each belongs to (a topic, a pair): never split between training and its own validation. Empty if
-            prompts are unrelated.
-        kinds: What the reply to each is (one of `mechsafety.replies.KINDS`; empty text where none was generated). Empty
-            if the labels come from elsewhere.
+        unsafe: Whether the model's reply to each prompt is unsafe.
+        groups: Group of each prompt (a topic, a pair). Cross-validation never splits a group between fitting and
+            judging. Empty if prompts are unrelated.
+        kinds: Kind of the reply to each prompt: one of `mechsafety.replies.KINDS`, or empty text where no reply was
+            generated. Empty if the labels come from elsewhere.
     """
 
     name: str
@@ -73,10 +73,10 @@ class LabelledPrompts:
             object.__setattr__(self, name, tuple(values[k] for k in places) if values else ())
 
     def unseen_by(self, train: "LabelledPrompts") -> "LabelledPrompts":
-        """These prompts without those of the training set; how many were left out is logged.
+        """These prompts without those of the training set; the number left out is logged.
 
         Raises:
-            MechsafetyError: None is left, or none with one of the labels.
+            MechsafetyError: No prompt is left, or no prompt with one of the labels.
         """
         kept = unseen(self.prompts, train.prompts, self.name)
         groups, kinds = (tuple(row[k] for k in kept) if row else () for row in (self.groups, self.kinds))
@@ -95,23 +95,23 @@ def label_by_replies(
     judge: Judge = phrase_judge,
     max_new_tokens: Count = REPLY_TOKENS,
 ) -> LabelledPrompts:
-    """Label prompts by what the model does: unsafe is a reply that answers a harmful prompt.
+    """Label prompts by what the model does: a reply is unsafe if it answers a harmful prompt.
 
-    A reply that refuses, babbles (degenerate) or says nothing (neither) is not unsafe. The model is as it is, so that
-    nothing makes its own replies unlikely: their perplexity is not asked.
+    A reply that refuses, babbles (degenerate) or says nothing (neither) counts as safe. The model is unedited, so its
+    own replies are likely under it. Their perplexity is therefore not measured.
 
     Args:
         model: The model whose replies are predicted.
         harmful: Prompts whose replies are judged.
-        harmless: Prompts whose replies are never unsafe; none is generated.
-        name: Of the set.
-        groups: Of the harmful, then of the harmless prompts.
-        judge: From prompts and replies to kinds.
-        max_new_tokens: Length of the replies judged; 100 as in published protocols, since a reply shows what it is
-            after its opener.
+        harmless: Prompts whose replies always count as safe; these replies are not generated.
+        name: Name of the set.
+        groups: Groups of the harmful prompts, then of the harmless ones.
+        judge: Function from prompts and replies to kinds.
+        max_new_tokens: Length of the judged replies, in tokens. 100 as in published protocols, because the kind of a
+            reply often shows only after its opener.
 
     Raises:
-        MechsafetyError: A judge that cannot be asked, or labels that are all alike.
+        MechsafetyError: A judge that cannot be called, or labels that are all the same.
     """
     check_judge(judge)
     kinds = (*ask_judge(judge, harmful, model.generate(harmful, max_new_tokens)), *[""] * len(harmless))
@@ -125,7 +125,7 @@ class LastToken:
 
     Attributes:
         neurons: Inputs of the down-projections.
-        resid: Residual stream before each block and, last, before the final norm.
+        resid: Residual stream before each block and, in the last entry, before the final norm.
     """
 
     neurons: Float[Tensor, "prompt layer d_mlp"]
@@ -138,7 +138,7 @@ class LastToken:
 
 @public
 def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) -> LastToken:
-    """Activations at the last token of each prompt; the chat template's common beginning is run once a batch."""
+    """Activations at the last token of each prompt; the first tokens that all prompts share run once per batch."""
     rows = prompt_rows(model, prompts)
     neurons = torch.zeros(len(rows), model.n_layers, model.d_mlp)
     resid = torch.zeros(len(rows), model.n_layers + 1, model.d_model)
@@ -151,7 +151,7 @@ def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) 
 
 @public
 def read_tokens(model: LensModel, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> LastToken:
-    """The same for token ids that are padded on the left, if at all.
+    """Activations at the last token of each row of token ids; rows may be padded on the left.
 
     Raises:
         MechsafetyError: A row ends with padding.

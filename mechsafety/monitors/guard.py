@@ -1,4 +1,4 @@
-"""`SafetyGuard`: is the reply to this prompt going to be unsafe? Asked before the first token."""
+"""`SafetyGuard`: predicts, before the first token, whether the reply to a prompt will be unsafe."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from mechsafety.neurons.masks import mask_nodes, neuron_mask
 from mechsafety.nodes import Node
 from mechsafety.results import Provenance, Result
 
-# the same for every kind of feature: a comparison must not turn on tuning
+# the same for every kind of feature: a comparison must not depend on tuning
 INVERSE_PENALTY = 0.1
 MAX_STEPS = 5000
 
@@ -34,7 +34,7 @@ class Verdict:
     Attributes:
         unsafe: Whether ``probability`` reaches the threshold.
         probability: Predicted probability that the reply is unsafe.
-        threshold: Where the guard draws the line.
+        threshold: Probability from which the guard calls a reply unsafe.
     """
 
     unsafe: bool
@@ -47,7 +47,7 @@ class GuardedOutput:
     """What a wrapped ``generate`` returns.
 
     Attributes:
-        verdicts: One a prompt, made before the first token.
+        verdicts: One verdict per prompt, made before the first token.
         output: What ``generate`` returned; None if it was not called.
     """
 
@@ -62,10 +62,10 @@ class GuardWeights(Result):
     Attributes:
         provenance: Model, options, versions.
         neurons: Mask of the neurons read at the last prompt token.
-        mean, scale: Of each feature in training.
-        weights, intercept: Of the regression.
+        mean, scale: Mean and standard deviation of each feature in training.
+        weights, intercept: Weights and intercept of the regression.
         threshold: Probability from which a reply counts as unsafe.
-        n_safe, n_unsafe: Training prompts.
+        n_safe, n_unsafe: Numbers of safe and unsafe training prompts.
     """
 
     provenance: Provenance
@@ -87,7 +87,7 @@ class GuardWeights(Result):
         return (((acts - self.mean) / self.scale) @ self.weights + self.intercept).sigmoid()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron, largest absolute weight first."""
+        """One row per neuron, largest absolute weight first."""
         frame = pd.DataFrame({"node": [str(node) for node in mask_nodes(self.neurons)], "weight": self.weights.numpy()})
         return frame.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
 
@@ -135,19 +135,19 @@ class SafetyGuard:
     ) -> "SafetyGuard":
         """Learn from labelled prompts.
 
-        The threshold is the highest probability at which ``target_tpr`` of the unsafe training prompts are caught,
-        each predicted by a regression that has not seen its group (five folds).
+        The threshold is the highest probability that catches ``target_tpr`` of the unsafe training prompts. For this
+        choice, a regression that has not seen the prompt's group predicts each prompt (five folds).
 
         Args:
             model: The model that is watched.
             neurons: Mask or nodes to read.
-            train: Prompts with labels, at least five of each.
+            train: Labelled prompts, with at least five groups per label (without groups, five prompts per label).
             target_tpr: Share of unsafe prompts to catch.
-            seed: Of the folds.
+            seed: Seed of the folds.
             progress: Whether to show a bar.
 
         Raises:
-            MechsafetyError: No neuron, too few prompts, or a regression that does not converge.
+            MechsafetyError: No neuron, a share out of range, too few prompts, or a regression that does not converge.
         """
         mask = neuron_mask(model, neurons)
         if not bool(mask.any()):
@@ -178,7 +178,7 @@ class SafetyGuard:
 
     @public
     def predict(self, prompt: str) -> Verdict:
-        """Verdict on one chat prompt; one forward over its tokens, nothing is generated."""
+        """Verdict on one chat prompt, from one forward pass over its tokens; nothing is generated."""
         return self.predict_all([prompt])[0]
 
     @public
@@ -196,10 +196,11 @@ class SafetyGuard:
         """A ``generate`` that first gives the guard's verdicts.
 
         Args:
-            generate: `LensModel.generate` (a list of prompts) or a Hugging Face model's (``input_ids`` and
-                ``attention_mask``, padded on the left). Its model must compute what the guard's model does.
-            stop: Generate nothing if any prompt of the call is judged unsafe.
-            on_verdicts: Called with the verdicts before anything is generated; what it raises ends the call.
+            generate: `LensModel.generate` (takes a list of prompts) or the ``generate`` of a Hugging Face model (takes
+                ``input_ids`` and ``attention_mask``, padded on the left). Its model must compute the same as the
+                guard's model.
+            stop: Whether to generate nothing if any prompt of the call is judged unsafe.
+            on_verdicts: Called with the verdicts before anything is generated. An exception from it ends the call.
 
         Returns:
             A function with the arguments of ``generate`` that returns a `GuardedOutput`.
@@ -236,10 +237,11 @@ class SafetyGuard:
     @classmethod
     @public
     def load(cls, path: str | os.PathLike[str], model: LensModel) -> "SafetyGuard":
-        """A saved guard, for the model it was fitted on.
+        """Load a saved guard for the model that it was fitted on.
 
         Raises:
-            MechsafetyError: Not a saved guard, or the model's weights, chat template or template options are others.
+            MechsafetyError: The folder holds no guard, or the guard was fitted on a model with other weights, another
+                chat template or other template options.
         """
         weights = GuardWeights.load(path)
         other = weights.provenance.difference(model.provenance())
@@ -254,9 +256,10 @@ class SafetyGuard:
 def fit_regression(features: np.ndarray, unsafe: np.ndarray) -> Any:
     """Scaler and logistic regression with an L2 penalty, converged, as a scikit-learn pipeline.
 
-    A rotation to the span of the training rows stands between the two. The penalty does not see rotations and the
-    optimum lies in that span, so the predictions are those of a fit to all features, from as many numbers as there are
-    prompts: a hundred times as fast with thousands of neurons.
+    Between the scaler and the regression stands a rotation (PCA) to the span of the training rows. The penalty does not
+    change under rotations, and the optimum lies in that span. The predictions are therefore those of a fit to all
+    features. The fit itself has only as many features as there are prompts. With thousands of neurons this is a hundred
+    times as fast.
 
     Raises:
         MechsafetyError: The solver stopped before it converged.

@@ -24,19 +24,24 @@ NULLS = ("free", "layered", "sized")
 class NeuronAgreement(Result):
     """Agreement of two rankings of the same neurons.
 
+    How to read the nulls:
+
+    - A change grows with the neuron's activation. Two rankings by change therefore share neurons of large activation,
+      whatever the alignments did. Only the ``sized`` null keeps the activations, so compare with it.
+    - Both rankings choose the union of the two tops. Without any relation, ``spearman_top`` is therefore far below 0.
+      Read it only against a null.
+
     Attributes:
-        provenance: The first ranking's.
-        other: The second's.
-        share: What counts as the top.
+        provenance: Provenance of the first ranking.
+        other: Provenance of the second ranking.
+        share: Share of the neurons that counts as the top.
         count: Number of neurons in each top.
         observed: ``overlap`` (share of one top that is in the other), ``spearman_top`` (over the union of the two
             tops), ``spearman_all`` (over all neurons).
-        free, layered, sized: The same for permutations of the second ranking over all neurons, within each layer, and
-            within each layer among neurons whose activations in the base are of like size. A change of activation
-            grows with the neuron's activation, so two rankings by change share large neurons whatever the alignments
-            did: only ``sized`` leaves that out. The union of two tops is chosen by both rankings, so without any
-            relation its Spearman correlation is far below 0: only the null tells what a value means.
-        bins: Number of groups of like size in each layer.
+        free: The same three measures when the second ranking is permuted over all neurons.
+        layered: The same when it is permuted within each layer.
+        sized: The same when it is permuted within each layer, among neurons of similar activation in the base model.
+        bins: Number of groups of similar activation in each layer.
     """
 
     provenance: Provenance
@@ -61,7 +66,7 @@ class NeuronAgreement(Result):
         return (1 + int((draws >= self.observed[measure]).sum())) / (1 + len(draws))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a measure: observed, and mean, 95 % range and p of each null."""
+        """One row per measure: the observed value, and mean, 95 % range and p of each null."""
         rows = []
         for k, name in enumerate(MEASURES):
             row: dict[str, float | str] = {"measure": name, "observed": self.observed[name]}
@@ -75,7 +80,7 @@ class NeuronAgreement(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> go.Figure:
-        """Observed values over the ranges of the null within layers and sizes."""
+        """Observed values beside the 95 % ranges of the ``sized`` null."""
         frame = self.to_dataframe()
         figure = go.Figure()
         bars = {
@@ -104,15 +109,16 @@ def compare_neurons(
     Args:
         first: Scores of an alignment.
         second: Scores of another alignment of the same base model, or of another seed.
-        share: What counts as the top.
-        bins: Groups of like base activation in each layer, of equal counts, for the null within sizes; 1 is the null
-            within layers. With more groups less of the size is left in the null's difference, and fewer orders are.
-        n_permutations: Draws of each null.
-        seed: Of the permutations.
+        share: Share of the neurons that counts as the top.
+        bins: Number of groups of similar base activation in each layer, for the ``sized`` null. All groups have the
+            same number of neurons; one group is the ``layered`` null. More groups remove more of the effect of
+            activation size, but leave fewer possible permutations.
+        n_permutations: Number of draws of each null.
+        seed: Seed of the permutations.
 
     Raises:
-        MechsafetyError: Rankings of different shapes or kinds of score, or a number of groups that is not from 1 to
-            half of a layer's neurons (single neurons cannot be permuted).
+        MechsafetyError: Rankings of different shapes or kinds of score, or ``bins`` outside 1 to half of a layer's
+            neurons (a group of one neuron cannot be permuted).
     """
     if first.scores.shape != second.scores.shape or first.score != second.score:
         raise MechsafetyError(
@@ -176,7 +182,7 @@ def _permutation(rng: np.random.Generator, shape: tuple[int, ...], *, within: bo
 
 
 def _size_groups(first: NeuronScores, second: NeuronScores, bins: int) -> np.ndarray:
-    """Group of each neuron [neuron]: its layer, and its place by the base model's activation in it."""
+    """Group of each neuron [neuron], by its layer and by the rank of its base activation in that layer."""
     size = (first.base_rms.double() ** 2 + second.base_rms.double() ** 2).numpy()
     layers, width = size.shape
     place = size.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable") * bins // width

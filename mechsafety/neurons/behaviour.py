@@ -1,4 +1,4 @@
-"""What patching is judged by: safety scores of prompts, and what it costs on harmless ones."""
+"""How patching is judged: safety scores of prompts, and general ability on harmless prompts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class ReplyLikelihood:
     """Mean log-probability per token of a given reply to each prompt, in nats.
 
     Attributes:
-        replies: One a prompt, in order; the model's end token is added.
+        replies: One reply per prompt, in order. The model's end token is appended to each.
     """
 
     replies: tuple[str, ...]
@@ -51,7 +51,7 @@ class ReplyScore:
 
     Attributes:
         name: What the score is called in results.
-        of: From prompts and replies to numbers, such as
+        of: Function from prompts and replies to numbers, such as
             ``lambda asked, said: TextClassifier(...).probabilities(asked, said)[:, 1].tolist()``.
     """
 
@@ -74,9 +74,9 @@ def score_name(score: Score) -> str:
 
 
 def judge_of(score: Score) -> Judge | None:
-    """Who says what each reply is: the score itself, or the phrase judge of replies that a number is given to.
+    """The judge that gives the kind of each reply: the score itself, or the phrase judge for a `ReplyScore`.
 
-    None where the score is read on given tokens, so that nothing is generated.
+    None for a score that is read on given tokens, because nothing is generated for it.
 
     Raises:
         MechsafetyError: A judge that cannot be called with prompts and replies.
@@ -94,8 +94,8 @@ class Measured:
     """Scores under each mask, and the replies that they were read from.
 
     Attributes:
-        scores: The score of each prompt; of a judge, 1 where it says ``refuses`` and else 0.
-        replies, kinds: The replies under each mask and what the judge says of their text; empty where none is
+        scores: The score of each prompt. A judge's score is 1 where it says ``refuses`` and otherwise 0.
+        replies, kinds: The replies under each mask, and the kind that the judge gives each. Empty where no reply is
             generated.
     """
 
@@ -117,17 +117,17 @@ def measure(
 ) -> Measured:
     """Score of every prompt under dynamic patching with each mask.
 
-    Log-odds and likelihoods need no generation: they are read on given tokens, the aligned model run once for all
+    Log-odds and likelihoods need no generation. They are read on given tokens, and the aligned model runs once for all
     masks. Judges and reply scores read greedy replies.
 
     Args:
         base: The model that speaks.
-        aligned: The model whose neurons are taken; None for the base model by itself (give one empty mask).
-        masks: Neurons taken.
+        aligned: The model whose neurons are taken. None for the base model by itself; then give one empty mask.
+        masks: The neurons taken, one mask per condition.
         prompts: Chat prompts.
         score: `RefusalLogOdds`, `ReplyLikelihood`, `ReplyScore`, or a `mechsafety.replies.Judge`.
-        max_new_tokens: Length of the replies that are generated. Whether a reply answers or babbles shows after its
-            opener.
+        max_new_tokens: Length of the generated replies, in tokens. Whether a reply answers or babbles shows only after
+            its opener.
         progress: Whether to show a bar.
     """
     if isinstance(score, ReplyLikelihood):
@@ -163,9 +163,9 @@ def measure(
 
 @dataclass(frozen=True, slots=True)
 class Unedited:
-    """The models of a pair as they are, which say how likely a patched reply is.
+    """The unedited models of a pair, which say how likely a patched reply is.
 
-    A patched reply may be one model's or the other's, so that it is beyond what is sound only if both find it so.
+    A patched reply may be the text of any of the models. It is too unlikely only if all of them find it so.
 
     Attributes:
         models: The base and the aligned model, or more.
@@ -177,25 +177,25 @@ class Unedited:
 
     @classmethod
     def of(cls, *models: LensModel, limit: float | None = None) -> "Unedited":
-        """With their limits, which generates answers of each, unless one limit is given for all."""
+        """The models and their loss limit; without ``limit``, each model generates answers to find its own limit."""
         if limit is not None:
             return cls(models, float(limit))
         known = [found for found in map(loss_limit, models) if not math.isnan(found)]
         return cls(models, max(known, default=math.nan))
 
     def kinds(self, prompts: Sequence[str], replies: Sequence[str], kinds: Sequence[str]) -> ReplyKinds:
-        """A judge's kinds, with the smallest of the models' losses, degenerate where even that is beyond the limit."""
+        """A judge's kinds with the smallest loss of any model; degenerate where that loss is above the limit."""
         losses = torch.stack([reply_loss(model, prompts, replies) for model in self.models])
         return with_loss(kinds, losses.amin(0), self.limit)
 
     def judged(self, prompts: Sequence[str], found: Measured, count: int) -> tuple[ReplyKinds, ...]:
-        """The same of the first measured replies; none where the score needed none."""
+        """The same for the replies under the first ``count`` masks; empty where the score needed no replies."""
         rows = list(zip(found.replies, found.kinds, strict=True))[:count]
         return tuple(self.kinds(prompts, replies, kinds) for replies, kinds in rows)
 
 
 def kinds_table(found: Sequence[ReplyKinds]) -> pd.DataFrame:
-    """One row for each condition: share of degenerate replies with its Wilson interval, and perplexity."""
+    """One row per condition: share of degenerate replies with its Wilson interval, and perplexity."""
     rows = [(one.share("degenerate"), *one.interval("degenerate"), one.perplexity) for one in found]
     return pd.DataFrame(rows, columns=["degenerate", "degenerate_low", "degenerate_high", "reply_perplexity"])
 
@@ -207,10 +207,10 @@ class Ability:
     Rows are the masks, then the aligned model by itself, then the base model by itself.
 
     Attributes:
-        kl: KL(base || patched), mean over the reply's tokens, nats.
-        nll: Mean negative log-likelihood of the reply's tokens; ``exp`` of its mean is the perplexity.
-        agreement: Share of the reply before the first token that would not be the most probable one: exactly how much
-            of the base model's greedy reply the patched model's greedy reply repeats.
+        kl: KL(base || patched), mean over the reply's tokens, in nats.
+        nll: Mean negative log-likelihood of the reply's tokens, in nats; ``exp`` of its mean is the perplexity.
+        agreement: Share of the base model's reply that the patched model's greedy reply repeats. This is the part
+            before the first token that is not the patched model's most probable one.
     """
 
     kl: Float[Tensor, "row prompt"]
@@ -218,7 +218,7 @@ class Ability:
     agreement: Float[Tensor, "row prompt"]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a mask, then the aligned model, then the base: means over prompts with intervals."""
+        """One row per mask, then the aligned model, then the base model: means over prompts with intervals."""
         rows = []
         for kl, nll, agreement in zip(self.kl, self.nll, self.agreement, strict=True):
             row: dict[str, float] = {}
@@ -281,7 +281,7 @@ def _likelihood(
 def _reply_batches(
     model: LensModel, prompts: Sequence[str], replies: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], Rows, Tensor, Tensor]]:
-    """Batches of prompt and reply; and for their last columns, the reply token to predict and whether there is one."""
+    """Batches of prompt and reply; each with the reply tokens to predict at its last columns, and where one is real."""
     rows, out = prompt_rows(model, prompts), []
     for chunk in batches([len(row) + len(reply) for row, reply in zip(rows, replies, strict=True)], 16):
         said = [list(replies[k]) for k in chunk]

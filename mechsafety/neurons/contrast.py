@@ -23,15 +23,17 @@ from mechsafety.results import Provenance, Result
 
 @dataclass(frozen=True, slots=True, repr=False)
 class NeuronContrast(Result):
-    """How far each neuron's activation lies apart on harmful and on harmless prompts, span by span.
+    """How much each neuron's activation differs between harmful and harmless prompts, span by span.
 
     Attributes:
         provenance: Model, options, versions.
-        spans: Names of the first axis below.
-        effects: Cohen's d, harmful less harmless over the pooled standard deviation between prompts: positive where the
-            neuron is more active on harmful prompts. Infinite where a neuron differs but never varies.
-        harmful_mean, harmless_mean: Mean over prompts of the activation, itself a mean over the span's tokens.
-        n: Prompts of each kind.
+        spans: Names of the spans, along the first axis of the tensors.
+        effects: Cohen's d: mean harmful less mean harmless activation, over the pooled standard deviation between
+            prompts. Positive where the neuron is more active on harmful prompts. Infinite where the means differ but
+            the neuron does not vary within a kind.
+        harmful_mean, harmless_mean: Mean over prompts of the activation. Each prompt's activation is the mean over the
+            span's tokens.
+        n: Number of prompts of each kind.
     """
 
     provenance: Provenance
@@ -49,7 +51,7 @@ class NeuronContrast(Result):
         """Effect sizes at one span.
 
         Raises:
-            MechsafetyError: The span was not asked for.
+            MechsafetyError: The result does not hold this span.
         """
         if span not in self.spans:
             raise MechsafetyError(f"no effects at the span {span!r}", expected=f"one of {self.spans}")
@@ -62,7 +64,7 @@ class NeuronContrast(Result):
         return [Node("neuron", k // effects.shape[1], k % effects.shape[1]) for k in order]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a span and neuron, strongest first."""
+        """One row per span and neuron, strongest effect first."""
         spans, layers, width = self.effects.shape
         grid = torch.cartesian_prod(torch.arange(spans), torch.arange(layers), torch.arange(width)).numpy()
         frame = pd.DataFrame(
@@ -77,7 +79,7 @@ class NeuronContrast(Result):
         return frame.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     def plot(self) -> go.Figure:
-        """For each span, how many neurons of a layer have an absolute effect of at least 0.8 ("large")."""
+        """Number of neurons per span and layer with an absolute effect of at least 0.8 ("large")."""
         import plotly.express as px
 
         counts = (self.effects.abs() >= 0.8).sum(-1)
@@ -95,17 +97,17 @@ def contrast_neurons(
     batch_size: Count = 16,
     progress: bool = True,
 ) -> NeuronContrast:
-    """Contrast of one model's neurons between harmful and harmless prompts, as an effect size with sign.
+    """Contrast of one model's neurons between harmful and harmless prompts, as a signed effect size.
 
-    A neuron's activation (input of the down-projection) is averaged over the tokens of a span of each prompt; Cohen's d
-    compares the two kinds over prompts, ``(mean - mean) / sqrt((var + var) / 2)`` with unbiased variances. Pairs need
-    not align. Sums are streamed.
+    A neuron's activation is its value at the input of the down-projection. It is averaged over the tokens of a span of
+    each prompt. Cohen's d then compares harmful with harmless prompts: ``(mean - mean) / sqrt((var + var) / 2)``, with
+    unbiased variances over prompts. Pairs need not align. Sums are streamed.
 
     Args:
         model: The model.
-        pairs: At least two.
-        spans: Some of ``prefix instruction suffix``; the suffix is where the reply is decided.
-        batch_size: Prompts in one batch.
+        pairs: At least two pairs.
+        spans: Some of ``prefix``, ``instruction`` and ``suffix``. The reply is decided at the suffix.
+        batch_size: Number of prompts in one batch.
         progress: Whether to show a bar, after two seconds.
 
     Raises:
@@ -124,7 +126,7 @@ def contrast_neurons(
         (second - n * mean**2).clamp(min=0) / (n - 1) for (_, second), mean in zip(moments, means, strict=True)
     ]
     gap, spread = means[0] - means[1], ((variances[0] + variances[1]) / 2).sqrt()
-    # float32 activations of the same tokens differ from batch to batch by about this much of their layer's size
+    # between batches, float32 activations of the same tokens differ by about this much: a share of their layer's size
     noise = 1e-5 * ((moments[0][1] + moments[1][1]) / (2 * n)).mean(-1, keepdim=True).sqrt()
     spread = torch.where(spread > noise, spread, torch.zeros_like(spread))
     effects = torch.where(gap.abs() > noise, gap / spread, torch.zeros_like(gap))
@@ -142,7 +144,7 @@ def contrast_neurons(
 def _moments(
     model: LensModel, prompts: Sequence[str], spans: Sequence[str], batch_size: int, report: Callable[[int], object]
 ) -> tuple[Float[Tensor, "span layer d_mlp"], Float[Tensor, "span layer d_mlp"]]:
-    """Sum and sum of squares over prompts of the span means, in float64."""
+    """Sum and sum of squares, over prompts, of each neuron's mean over a span, in float64."""
     first = torch.zeros(len(spans), model.n_layers, model.d_mlp, dtype=torch.float64)
     second = torch.zeros_like(first)
     for chunk in batches([model.n_tokens(prompt) for prompt in prompts], batch_size):

@@ -36,27 +36,27 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CausalCurve(Result):
-    """Causal effect C(k) of the top share k of neurons, and of random neurons beside it.
+    """Causal effect C(k) of the top share k of neurons, compared with random neurons.
 
-    ``C = (F(patched) - F(base)) / (F(aligned) - F(base))``, F the mean score over prompts (Chen et al. 2024).
+    ``C = (F(patched) - F(base)) / (F(aligned) - F(base))``, where F is the mean score over prompts (Chen et al. 2024).
 
     Attributes:
         provenance: The base model, options, versions.
         aligned: The aligned model.
         score: Name of F.
         shares, counts: Share and number of neurons of each point.
-        base_scores, aligned_scores: F of each prompt for the two models by themselves.
-        patched: The same with the top neurons taken from the aligned model.
-        random: With random sets instead: as many neurons in each layer, disjoint from the top where every layer has
-            room for that; NaN at a share of 1.
-        overlaps: Share of the random neurons that are in the top: 0 where the sets are disjoint. Above it a random set
-            holds all neurons of a crowded layer that are not in the top, and as few of the top as possible.
-        harmless: General ability on harmless prompts: each field's rows are the shares, then the aligned model by
-            itself, then the base; None unless harmless prompts were given.
-        kinds: Where the score reads replies, what those to the harmful prompts are: at each share, then of the aligned
-            model by itself, then of the base; empty for other scores, and in results saved by earlier versions. A
-            reply that both unedited models find too unlikely is degenerate here, whatever the judge says of its text;
-            F and C count what the judge alone says.
+        base_scores, aligned_scores: Score of each prompt for the two models by themselves.
+        patched: Score of each prompt with the top neurons taken from the aligned model.
+        random: Score of each prompt with a random set instead of the top. A set has as many neurons in each layer as
+            the top. It is disjoint from the top where every layer has room for that. NaN at a share of 1.
+        overlaps: Share of the random neurons that are in the top; 0 where the sets are disjoint. If a layer has too
+            little room, a random set holds all its neurons outside the top, and as few of the top as possible.
+        harmless: General ability on harmless prompts. The rows of each field are the shares, then the aligned model by
+            itself, then the base model by itself. None unless harmless prompts were given.
+        kinds: Kinds of the replies to the harmful prompts, where the score reads replies: at each share, then of the
+            aligned model by itself, then of the base model by itself. Empty for other scores, and in results saved by
+            earlier versions. A reply that both unedited models find too unlikely is degenerate here, whatever the
+            judge says of its text. F and C count the judge's verdict alone.
     """
 
     provenance: Provenance
@@ -80,7 +80,7 @@ class CausalCurve(Result):
 
     @property
     def gap(self) -> float:
-        """Mean score of the aligned less the base model."""
+        """Mean score of the aligned model less that of the base model."""
         return float((self.aligned_scores - self.base_scores).mean())
 
     @property
@@ -94,20 +94,21 @@ class CausalCurve(Result):
         return (self.random - self.base_scores).mean(-1) / self.gap
 
     def intervals(self, seed: int = 0, n: int = 2000) -> list[tuple[float, float]]:
-        """95 % interval of C over prompts (`ratio_intervals`); base and aligned model vary with it."""
+        """95 % interval of C over prompts (`ratio_intervals`), which includes the variation of the gap."""
         base, aligned = self.base_scores.double().numpy(), self.aligned_scores.double().numpy()
         return ratio_intervals(self.patched.double().numpy() - base, aligned - base, seed, n)
 
     def smallest(self, effect: float = 0.9) -> float | None:
-        """The smallest share measured with C of at least ``effect``; None if there is none."""
+        """The smallest measured share with C of at least ``effect``; None if no share reaches it."""
         reached = [share for share, found in zip(self.shares, self.effects, strict=True) if found >= effect]
         return min(reached, default=None)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a share: C with its interval, the random sets' mean, range and p, and general ability with intervals.
+        """One row per share: C with its interval, the random sets' mean, range and p, and general ability.
 
-        Where the score reads replies: the share of degenerate ones with its Wilson interval, and their perplexity.
-        ``random_low`` and ``random_high`` are the sets' 2.5 and 97.5 percentiles;
+        Where the score reads replies, a row also has the share of degenerate replies with its Wilson interval, and the
+        replies' perplexity. General ability has intervals. ``random_low`` and ``random_high`` are the 2.5 and 97.5
+        percentiles of the random sets.
         ``p_value = (1 + number of random sets with C at least the top's) / (1 + number of sets)``.
         """
         chosen, control = np.array(self.effects), self.random_effects.double().numpy()
@@ -172,32 +173,33 @@ def causal_effect_curve(
 ) -> CausalCurve:
     """C(k) of dynamic patching for growing shares of the ranked neurons (Chen et al. 2024).
 
-    The pair's ceiling, C at a share of 1, is 1 exactly where the models differ in nothing but MLPs.
+    C at a share of 1 is the ceiling of the pair of models. It is exactly 1 if the models differ only in their MLPs.
 
     Args:
         base: The model that is patched.
         aligned: The model whose neurons are taken.
         ranking: Scores that rank the neurons.
         prompts: Harmful prompts, other than those that the ranking comes from.
-        score: `RefusalLogOdds` or `ReplyLikelihood` (no generation); a judge of replies (`phrase_judge`, a
-            `TextClassifier`, any function of prompts and replies to kinds), of which refusals count; or a `ReplyScore`.
+        score: `RefusalLogOdds` or `ReplyLikelihood`, which generate nothing; a judge of replies, whose refusals are
+            counted (`phrase_judge`, a `TextClassifier`, or any function from prompts and replies to kinds); or a
+            `ReplyScore`.
         shares: Shares of all neurons.
-        n_random: Random sets for each share, with as many neurons in each layer and none of the chosen ones; where
-            more than half of a layer is chosen, as few of them as possible.
+        n_random: Number of random sets per share. Each set has as many neurons in each layer as the top, and none of
+            the top. Where more than half of a layer is in the top, it has as few of the top as possible.
         harmless: Prompts on which general ability is measured; none by default.
-        max_new_tokens: Length of the replies that a judge reads, and of those that ability is measured on. Whether a
-            reply answers or babbles shows after its opener: 100 as in published protocols.
-        limit: Loss per token above which a reply is degenerate, in nats; by default the larger of both models'
-            `mechsafety.replies.loss_limit`.
-        seed: Of the random sets.
+        max_new_tokens: Length, in tokens, of the replies that a judge reads and that ability is measured on. 100 as in
+            published protocols, because whether a reply answers or babbles shows only after its opener.
+        limit: Loss per token above which a reply is degenerate, in nats. By default the larger
+            `mechsafety.replies.loss_limit` of the two models.
+        seed: Seed of the random sets.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: No pair, a ranking of another shape, no share or one out of range, no random sets, no prompts,
-            or a score in which the two models do not differ.
+        MechsafetyError: Models that are not a pair, a ranking of another shape, or a share that is missing or out of
+            range. Also no random sets, no prompts, or a score on which the two models do not differ.
     """
     check_pair(base, aligned)
-    judge_of(score)  # one that cannot be asked is refused before anything runs
+    judge_of(score)  # a judge that cannot be called is refused before anything runs
     prompts = distinct(prompts, "harmful prompts")
     harmless = None if harmless is None else distinct(harmless, "harmless prompts")
     if not shares:

@@ -37,10 +37,10 @@ class NeuronCards(Result):
 
     Attributes:
         provenance: Model, options, versions.
-        neurons: What is described.
-        promoted, suppressed: Tokens whose logits a positive activation raises and lowers most, strongest first.
-        active: Tokens of the prompts on which each neuron is most active (by absolute value, sign kept); empty without
-            prompts.
+        neurons: The described neurons.
+        promoted, suppressed: Tokens whose logits a positive activation raises or lowers most, strongest first.
+        active: Tokens of the prompts on which each neuron is most active, by absolute value. The stored activation
+            keeps its sign. Empty without prompts.
     """
 
     provenance: Provenance
@@ -53,7 +53,7 @@ class NeuronCards(Result):
         return f"NeuronCards({len(self.neurons)} neurons)"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron."""
+        """One row per neuron."""
         active = [tuple((row.token, round(row.activation, 3)) for row in rows) for rows in self.active]
         rows = list(zip(map(str, self.neurons), self.promoted, self.suppressed, active, strict=True))
         return pd.DataFrame(rows, columns=["node", "promoted", "suppressed", "active"])
@@ -84,15 +84,15 @@ def describe_neurons(
 ) -> NeuronCards:
     """Tokens that neurons promote, suppress and are active on.
 
-    A neuron's output weights go through the final norm's weight (its scale frozen) and the unembedding: what one unit
-    of activation adds to each token's logit directly, leaving out later layers.
+    A neuron's output weights go through the final norm's weight (its scale frozen) and the unembedding. The result is
+    what one unit of activation adds directly to each token's logit. Effects through later layers are left out.
 
     Args:
         model: The model.
         neurons: Nodes, in the order wanted, or a mask. At most 1,000.
         prompts: Chat prompts on whose tokens activations are read.
-        n_tokens: How many tokens of each list.
-        batch_size: Prompts in one batch.
+        n_tokens: Number of tokens in each list.
+        batch_size: Number of prompts in one batch.
         progress: Whether to show a bar, after two seconds.
 
     Raises:
@@ -122,8 +122,8 @@ def describe_neurons(
 def output_weights(model: LensModel, nodes: Sequence[Node]) -> Float[Tensor, "neuron d_model"]:
     """What one unit of each neuron's activation adds to the residual stream.
 
-    Measured: the MLP's output with that neuron at 1 and all others at 0, less its output with all at 0. So it holds for
-    every architecture, and behind a norm after the MLP (Gemma-2) it is the normalised direction.
+    It is measured: the MLP's output with that neuron at 1 and all others at 0, less its output with all at 0. It
+    therefore holds for every architecture. Behind a norm after the MLP (Gemma-2), it is the normalised direction.
     """
     run = base_run(model, model.tokenize(["a"]), keep=())
     out = torch.zeros(len(nodes), model.d_model, device=model.device)
@@ -179,7 +179,7 @@ def _most_active(
 
 
 def _active_token(model: LensModel, prompt: str, column: int, value: float) -> ActiveToken:
-    """A token by its column from the end."""
+    """The token at a column counted from the prompt's end, with the text before it."""
     ids = model.tokenize([prompt]).ids[0].tolist()
     start = model.tokenize([prompt]).spans[0].instruction[0]
     at = len(ids) + column

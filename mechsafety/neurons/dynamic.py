@@ -28,11 +28,11 @@ class PatchedReplies(Result):
         provenance: The base model, options, versions.
         aligned: The aligned model.
         neurons: Mask of the neurons taken.
-        prompts, replies: In order; special tokens left out of the replies.
-        tokens: Token ids of each reply, its end token among them.
+        prompts, replies: The prompts and their replies, in order. Replies are without special tokens.
+        tokens: Token ids of each reply, including its end token.
         logits: Next-token logits after each prompt, under patching.
-        judged: What each reply is, and its loss under the unedited models (the smaller of the two); None where no judge
-            was asked, and in results saved by earlier versions.
+        judged: Kind of each reply, and its loss under the unedited models (the smaller of the two). None without a
+            judge, and in results saved by earlier versions.
     """
 
     provenance: Provenance
@@ -53,7 +53,7 @@ class PatchedReplies(Result):
         return f"PatchedReplies({size}; {said})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a prompt: the reply, its kind and its perplexity; these two are None and NaN where not judged."""
+        """One row per prompt: reply, kind and perplexity; without a judge, kind is None and perplexity NaN."""
         n = len(self.prompts)
         kinds = [None] * n if self.judged is None else list(self.judged.kinds)
         perplexity = [float("nan")] * n if self.judged is None else self.judged.loss.exp().tolist()
@@ -83,25 +83,32 @@ def dynamic_patching(
 ) -> PatchedReplies:
     """Generate greedily from ``base`` with chosen neurons set to the aligned model's (Chen et al. 2024, Algorithm 1).
 
-    At every step the aligned model, unpatched and with its own key-value cache, reads the tokens so far; the base
-    model's chosen neurons then take its values at every position that the step computes, and the base model's most
-    probable token is appended for both. With no neuron this is the base model; with all of them it is the aligned
-    model, if the two differ in nothing but MLPs.
+    Each step of generation is:
+
+    1. The aligned model reads the tokens so far, unpatched and with its own key-value cache.
+    2. The base model reads them too. Its chosen neurons take the aligned model's values at every position that the step
+       computes.
+    3. The base model's most probable token is appended for both models.
+
+    With no neurons, this is the base model. With all neurons, it is the aligned model if the two differ only in their
+    MLPs.
 
     Args:
         base: The model that speaks.
         aligned: The model whose neurons are taken.
         neurons: Boolean mask [layer d_mlp] (``NeuronScores.top``), or neuron nodes.
-        prompts: Chat prompts, rendered by the base model's template for both.
-        max_new_tokens: Longest reply; 100 as in published protocols, since a reply shows after its opener what it is.
-        judge: What says of each reply what it is; None judges nothing, and generates nothing but the replies.
-        limit: Loss per token above which a reply is degenerate, in nats; by default the larger of both models'
-            `mechsafety.replies.loss_limit`, for which each of them answers some ordinary prompts.
-        batch_size: Prompts in one batch; replies do not depend on it, up to ties by rounding.
+        prompts: Chat prompts, rendered by the base model's template for both models.
+        max_new_tokens: Largest length of a reply, in tokens. 100 as in published protocols, because the kind of a reply
+            often shows only after its opener.
+        judge: Function of prompts and replies that gives the kind of each reply. None: nothing is judged, and only the
+            replies are generated.
+        limit: Loss per token above which a reply is degenerate, in nats. By default the larger
+            `mechsafety.replies.loss_limit` of the two models, for which each of them answers some ordinary prompts.
+        batch_size: Number of prompts in one batch. Replies do not depend on it, except where rounding breaks a tie.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Models that are no pair, neurons that they do not have, or a judge that is none.
+        MechsafetyError: Models that are not a pair, neurons that they do not have, or a judge that cannot be called.
     """
     from tqdm.auto import tqdm
 

@@ -22,7 +22,7 @@ def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tens
         neurons: Nodes of kind ``neuron``, or a boolean tensor [layer d_mlp].
 
     Raises:
-        MechsafetyError: A node that is no neuron of the model, a tensor of another shape or type, or a mixture of
+        MechsafetyError: A node that is not a neuron of the model, a tensor of another shape or type, or a mixture of
             experts.
     """
     model.check_neurons()
@@ -56,10 +56,10 @@ def mask_nodes(mask: Bool[Tensor, "layer d_mlp"]) -> list[Node]:
 
 
 def check_ranking(model: LensModel, ranking: Float[Tensor, "layer d_mlp"]) -> Float[Tensor, "layer d_mlp"]:
-    """A ranking of a model's neurons, or one clear line.
+    """The ranking, if it has one score per neuron of the model.
 
     Raises:
-        MechsafetyError: Another shape than the model's neurons have, or a mixture of experts.
+        MechsafetyError: A ranking of another shape than the model's neurons, or a mixture of experts.
     """
     model.check_neurons()
     shape = (model.n_layers, model.d_mlp)
@@ -69,7 +69,7 @@ def check_ranking(model: LensModel, ranking: Float[Tensor, "layer d_mlp"]) -> Fl
 
 
 def top_mask(scores: Float[Tensor, "layer d_mlp"], count: int) -> Bool[Tensor, "layer d_mlp"]:
-    """The ``count`` highest scores over all layers; of equal ones the earlier.
+    """Mask of the ``count`` highest scores over all layers; of equal scores, the earlier neuron is taken.
 
     Raises:
         MechsafetyError: ``count`` is not between 0 and the number of neurons.
@@ -96,17 +96,18 @@ def share_count(share: float, total: int) -> int:
 def random_masks(
     mask: Bool[Tensor, "layer d_mlp"], count: int, seed: int = 0, *, fill: bool = False
 ) -> list[Bool[Tensor, "layer d_mlp"]] | None:
-    """Random sets with as many neurons in each layer as ``mask``, none of them in it.
+    """Random sets with as many neurons in each layer as ``mask``, and no neuron of it.
 
     Args:
         mask: The chosen neurons.
-        count: How many sets; drawn independently, so they may share neurons with each other.
-        seed: Of the draw.
-        fill: Where more than half of a layer is chosen: take all others and fill up with random chosen ones.
+        count: Number of sets. They are drawn independently, so they may share neurons with each other.
+        seed: Seed of the draw.
+        fill: Whether to allow chosen neurons where more than half of a layer is chosen. A set then has all other
+            neurons of the layer, and random chosen ones up to the number needed.
 
     Returns:
-        The sets; None where a layer has fewer neurons left than it would need (with ``fill``: where all neurons are
-        chosen).
+        The sets. Without ``fill``, None if a layer has fewer neurons left than a set needs. With ``fill``, None if all
+        neurons are chosen.
     """
     wanted = mask.sum(1).tolist()
     if bool(mask.all()) if fill else any(n > mask.shape[1] - n for n in wanted):

@@ -1,8 +1,8 @@
 """Runs of one or two models with key-value caches, in which neurons are read or replaced.
 
-Prompts of one chat template begin with the same tokens. A batch is laid out as ``[shared | padding | rest]``: the
-shared columns are run once, as one row, and their keys and values repeated for all rows. Mask and position ids make
-this exact wherever a position's attention does not depend on its column (no sliding window).
+Prompts of one chat template begin with the same tokens. A batch is therefore laid out as ``[shared | padding | rest]``.
+The shared columns are run once, as one row. Their keys and values are then repeated for all rows. Mask and position ids
+make this exact wherever a position's attention does not depend on its column (no sliding window).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from mechsafety.models.decode import Cursor, check_room
 from mechsafety.models.engine import shared_columns
 from mechsafety.sites import Site, SiteKind
 
-# rows x columns of one batch: a layer's neurons of it are a few MB, those of all layers below 400 MB on a 135M model
+# rows x columns of one batch; on a 135M model, its neurons take a few MB per layer and under 400 MB for all layers
 MAX_BATCH_TOKENS = 2048
 
 
@@ -42,7 +42,7 @@ class Rows:
         return len(self.ids)
 
     def pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """(ids, mask) of the shared columns as one row, where there are any, and of the rest."""
+        """(ids, mask) of the shared columns as one row (if there are any), then of the rest."""
         rest = (self.ids[:, self.shared :], self.mask[:, self.shared :])
         return [(self.ids[:1, : self.shared], self.mask[:1, : self.shared]), rest] if self.shared else [rest]
 
@@ -51,8 +51,8 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
     """Refuse two models whose neurons do not correspond.
 
     Raises:
-        MechsafetyError: One object given twice, other numbers of layers, neurons or tokens, other template options, or
-            a mixture of experts.
+        MechsafetyError: One object given twice; different numbers of layers, neurons or tokens; different template
+            options; or a mixture of experts.
     """
     for model in (base, aligned):
         model.check_neurons()
@@ -65,7 +65,7 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
             expected="an aligned model and its own base",
         )
     options = [dict(model.template_options) for model in (base, aligned)]
-    if options[0] != options[1]:  # both read the prompts as the base renders them
+    if options[0] != options[1]:  # both read the prompts as the base model's template renders them
         raise MechsafetyError(
             f"{base.name} has the template options {options[0]}, {aligned.name} {options[1]}",
             expected="the same for both",
@@ -79,7 +79,7 @@ def prompt_rows(model: LensModel, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def lay_out(model: LensModel, rows: Sequence[Sequence[int]], most: int | None = None) -> Rows:
-    """A batch of token rows; their common beginning becomes the shared columns where that is exact.
+    """A batch of token rows; their common first tokens become the shared columns where that is exact.
 
     Args:
         model: The model that will read them.
@@ -119,10 +119,10 @@ def batches(lengths: Sequence[int], batch_size: int | None = None) -> list[list[
 
 @dataclass(slots=True)
 class Exchange:
-    """What two models' hooks share: the donor's neurons of the current columns, and which of them are handed over.
+    """What the hooks of two models share: the donor's neurons at the current columns, and which ones to replace.
 
     Attributes:
-        values: Donor's neurons [batch pos d_mlp] by layer.
+        values: The donor's neurons [batch pos d_mlp] by layer.
         chosen: Indices of the neurons to replace, by layer; an empty mapping replaces none.
     """
 
@@ -134,7 +134,7 @@ class Exchange:
         self.chosen = {layer: row.nonzero()[:, 0] for layer, row in enumerate(mask) if bool(row.any())}
 
     def keep(self, layer: int) -> Callable[[Tensor], None]:
-        """Hook of the donor: note its neurons."""
+        """Hook of the donor: store its neurons."""
         return lambda tensor: self.values.__setitem__(layer, tensor.detach())
 
     def replace(self, layer: int) -> Callable[[Tensor], Tensor | None]:
@@ -154,10 +154,10 @@ class Exchange:
 
 @contextmanager
 def hooked(*taps: tuple[LensModel, Callable[[int], Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
-    """Context in which each model's neurons of every layer pass its hook; nothing is left after an exception."""
+    """Context in which each model's hook sees the neurons of every layer; nothing is left after an exception."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        # one order for all callers: two threads that take the models' locks crosswise would wait for each other
+        # all callers lock in one order: two threads that lock in opposite orders would wait for each other
         for model, hook in sorted(taps, key=lambda tap: id(tap[0])):
             sites = [Site(SiteKind.NEURONS, layer) for layer in range(model.n_layers)]
             stack.enter_context(model.hooks([(site, hook(layer)) for layer, site in enumerate(sites)]))
@@ -166,7 +166,7 @@ def hooked(*taps: tuple[LensModel, Callable[[int], Callable[[Tensor], Tensor | N
 
 @contextmanager
 def exchanging(base: LensModel, aligned: LensModel | None) -> Iterator[Exchange]:
-    """Context in which ``base`` takes the chosen neurons of ``aligned``; None for the base model by itself."""
+    """Context in which ``base`` takes the chosen neurons of ``aligned``; with None, it runs by itself."""
     exchange = Exchange()
     if aligned is None:
         with torch.no_grad(), base.lock:
@@ -186,19 +186,19 @@ def greedy(
 ) -> tuple[list[list[int]], Float[Tensor, "batch step d_vocab"]]:
     """Greedy tokens of ``base`` with the masked neurons replaced (Chen et al. 2024, Algorithm 1).
 
-    At every step the aligned model, unpatched and with its own cache, reads the same columns first.
+    At every step, the aligned model first reads the same columns, unpatched and with its own cache.
 
     Args:
         base: The model that speaks.
         aligned: The model whose neurons are taken; None for the base model by itself.
-        mask: Neurons taken.
+        mask: The neurons taken.
         rows: The prompts.
-        max_new_tokens: Longest reply.
-        keep: Steps whose logits are returned; those of all would be the largest tensor of a run.
+        max_new_tokens: Largest length of a reply, in tokens.
+        keep: Number of steps whose logits are returned; the logits of all steps would be the largest tensor of a run.
 
     Returns:
-        Token ids of each row up to and with its end token, and the logits of the first ``keep`` steps that were run
-        (the first is the one after the prompt), float32.
+        Token ids of each row, up to and including its end token; and the logits of the first ``keep`` steps that were
+        run, float32. The first step is the one after the prompt.
 
     Raises:
         MechsafetyError: Replies that may grow beyond the model's positions.
@@ -239,7 +239,7 @@ def forced(
     rows: Rows,
     keep: int = 1,
 ) -> Iterator[Float[Tensor, "batch keep d_vocab"]]:
-    """Logits of the last columns on given tokens, once for each mask; the aligned model is run once for all of them."""
+    """Logits of the last ``keep`` columns on given tokens, per mask; the aligned model runs once for all masks."""
     pieces = rows.pieces()
     values: list[dict[int, Tensor]] = []
     with exchanging(base, aligned) as exchange:

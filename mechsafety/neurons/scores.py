@@ -38,11 +38,11 @@ class NeuronScores(Result):
         score: ``rms`` or ``ratio``: what ``scores`` holds.
         positions: Tokens that were read: ``completion``, ``prompt`` or ``last``.
         scores: The chosen score of each neuron.
-        change: Root mean square of base less aligned, pooled over all tokens of all prompts.
+        change: Root mean square of base less aligned activation, pooled over all tokens of all prompts.
         base_rms: Root mean square of the base model's activation on the same tokens.
-        mean_change: Mean of aligned less base: the sign of the change.
-        halves: The chosen score on the even and on the odd prompts alone.
-        n_prompts, n_tokens: What was read.
+        mean_change: Mean of aligned less base activation, which tells the sign of the change.
+        halves: The chosen score on the even prompts alone, and on the odd prompts alone.
+        n_prompts, n_tokens: Numbers of prompts and tokens that were read.
     """
 
     provenance: Provenance
@@ -65,7 +65,7 @@ class NeuronScores(Result):
         """Mask of the highest scores: a share (0 to 1] of all neurons, or a count.
 
         Raises:
-            MechsafetyError: Neither or both are given, or one is out of range.
+            MechsafetyError: Neither or both are given, or the given one is out of range.
         """
         if (share is None) == (count is None):
             raise MechsafetyError(f"share={share}, count={count}", expected="one of the two")
@@ -82,13 +82,13 @@ class NeuronScores(Result):
         return [Node("neuron", k // width, k % width) for k in order]
 
     def layer_shares(self, share: float = 0.05) -> Float[Tensor, " layer"]:
-        """How the highest scores spread over the layers; sums to one."""
+        """Share of the highest scores that lies in each layer; the shares sum to 1."""
         counts = self.top(share).sum(1).float()
         return counts / counts.sum()
 
     @property
     def ratio(self) -> Float[Tensor, "layer d_mlp"]:
-        """Change over the base model's own activation, whatever ``score`` is."""
+        """Change divided by ``base_rms``, whichever ``score`` was chosen."""
         return _over(self.change, self.base_rms)
 
     @property
@@ -101,7 +101,7 @@ class NeuronScores(Result):
         return float(spearmanr(self.halves[0].flatten().numpy(), self.halves[1].flatten().numpy()).statistic)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron, highest score first."""
+        """One row per neuron, highest score first."""
         layers, width = self.scores.shape
         frame = pd.DataFrame(
             {
@@ -123,7 +123,7 @@ class NeuronScores(Result):
         return frame
 
     def plot(self, share: float = 0.05) -> "go.Figure":
-        """Bar chart of the layers of the highest scores."""
+        """Bar chart of how the highest scores spread over the layers."""
         import plotly.express as px
 
         shares = self.layer_shares(share).tolist()
@@ -146,26 +146,29 @@ def safety_neurons(
 ) -> NeuronScores:
     """Inference-time activation contrasting (Chen et al. 2024).
 
-    The base model replies greedily to every prompt; both models then read the same prompt and reply. The change of a
-    neuron is ``sqrt(mean over tokens of (a_base - a_aligned)^2)``, pooled over the tokens of all prompts; a neuron is
-    an input of the MLP's down-projection. Sums are streamed: memory does not grow with the number of prompts.
+    1. The base model replies greedily to every prompt.
+    2. Both models read the same prompt and reply.
+    3. The change of a neuron is ``sqrt(mean over tokens of (a_base - a_aligned)^2)``, pooled over the tokens of all
+       prompts. Here ``a`` is the neuron's activation, an input of the MLP's down-projection.
+
+    Sums are streamed: memory does not grow with the number of prompts.
 
     Args:
         aligned: The model after safety training.
-        base: The model before.
-        prompts: Harmful prompts, as a rule.
-        positions: ``completion``: the reply's tokens, its end token among them; ``prompt``: every token of the chat
-            prompt; ``last``: its last token. Only ``completion`` generates.
-        score: ``rms``: the change; ``ratio``: the change over the root mean square of the base model's activation, for
+        base: The model before safety training.
+        prompts: Prompts, usually harmful ones.
+        positions: ``completion``: the reply's tokens, including its end token. ``prompt``: every token of the chat
+            prompt. ``last``: the prompt's last token. Only ``completion`` generates replies.
+        score: ``rms``: the change. ``ratio``: the change over the root mean square of the base model's activation, for
             neurons of different scales.
-        max_new_tokens: Length of the replies.
-        replies: Token ids of the base model's replies (`greedy_replies`), where several aligned models are compared
-            with one base: nothing is generated then. For ``completion`` alone.
-        batch_size: Prompts in one batch; by token count by default.
+        max_new_tokens: Length of the replies, in tokens.
+        replies: Token ids of the base model's replies (`greedy_replies`); nothing is then generated. Useful where
+            several aligned models are compared with one base model. Only for ``completion``.
+        batch_size: Number of prompts in one batch; by default the number of tokens sets it.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown option, no prompts, replies that do not fit, or models that are no pair.
+        MechsafetyError: Unknown option, no prompts, replies that do not fit, or models that are not a pair.
     """
     from tqdm.auto import tqdm
 
@@ -188,7 +191,7 @@ def safety_neurons(
         if positions == "completion" and given is None:
             said = greedy(base, None, None, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)[0]
         whole = [rows[k] + reply for k, reply in zip(chunk, said, strict=True)]
-        # every prompt token counts once for each prompt, so nothing may be shared when they are read
+        # with 'prompt', the tokens of every prompt are counted, so each prompt needs its own columns
         shared = 0 if positions == "prompt" else min(len(rows[k]) for k in chunk) - 1
         batch = lay_out(base, whole, shared)
         tail = {"completion": max(map(len, said)), "prompt": batch.ids.shape[1], "last": 1}[positions]
@@ -229,7 +232,7 @@ def digest(prompts: Sequence[str]) -> str:
 
 
 class _Sums:
-    """Running sums over tokens, of even and odd prompts apart."""
+    """Running sums over tokens; even and odd prompts are kept apart."""
 
     def __init__(self, model: LensModel) -> None:
         shape = (2, model.n_layers, model.d_mlp)
@@ -245,14 +248,14 @@ class _Sums:
 
 
 def _over(change: Tensor, base_rms: Tensor) -> Tensor:
-    """The ratio score; a neuron that is never active in the base would divide by 0."""
+    """The ratio score; the clamp avoids division by 0 for a neuron that is never active in the base model."""
     return change / base_rms.clamp(min=1e-12)
 
 
 def _contrast(
     aligned: LensModel, base: LensModel, batch: Rows, read: Tensor, halves: Sequence[int], sums: _Sums
 ) -> None:
-    """Run both models on one batch and add what the tokens marked by ``read`` show, layer by layer."""
+    """Run both models on one batch and add up, layer by layer, the tokens that ``read`` marks."""
     tail = read.shape[1]
     half = torch.tensor(halves, device=read.device)
     picks = [read & rearrange(half == side, "batch -> batch 1") for side in (0, 1)]

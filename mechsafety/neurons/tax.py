@@ -30,18 +30,18 @@ class AlignmentTax(Result):
 
     Attributes:
         provenance, safe, helpful: The base model and its two alignments.
-        agreement: Overlap and rank correlation of their neurons.
-        common: Mask of the neurons in both tops.
+        agreement: Overlap and rank correlation of the two alignments' neuron scores.
+        common: Mask of the neurons that are in the top of both rankings.
         scores: Names of the safety and the helpfulness score.
-        safety: Of each harmful prompt; rows as `ROWS`: base, both aligned models, the safe model with the helpful one's
-            activations on the common neurons, and the reverse.
-        helpfulness: The same of each harmless prompt.
-        random_safety, random_helpfulness: The two patched rows with random neurons instead: as many in each layer, none
-            of them common where every layer has room for that; NaN if all neurons are common.
-        random_overlap: Share of the random neurons that are common all the same: 0 where there was room.
-        safety_kinds, helpfulness_kinds: Where the score reads replies, what those of each row are; empty for other
-            scores, and in results saved by earlier versions. A reply that all three unedited models find too unlikely
-            is degenerate here; the scores count what the judge alone says.
+        safety: Safety score of each harmful prompt. The rows are those of `ROWS`: the base model; the safe model; the
+            helpful model; the safe model with the helpful model's activations on the common neurons; and the reverse.
+        helpfulness: Helpfulness score of each harmless prompt, with the same rows.
+        random_safety, random_helpfulness: The two patched rows with random neurons instead of the common ones, as many
+            in each layer. None of them is common where every layer has room for that. NaN if all neurons are common.
+        random_overlap: Share of the random neurons that are common; 0 where every layer had room.
+        safety_kinds, helpfulness_kinds: Kinds of the replies of each row, where the score reads replies. Empty for
+            other scores, and in results saved by earlier versions. A reply that all three unedited models find too
+            unlikely is degenerate here; the scores count the judge's verdict alone.
     """
 
     provenance: Provenance
@@ -62,11 +62,12 @@ class AlignmentTax(Result):
         return f"AlignmentTax({int(self.common.sum())} common neurons; {self.agreement!r})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a model: mean safety and helpfulness with intervals, and what random sets do instead.
+        """One row per model: mean safety and helpfulness with intervals, and the effect of random sets.
 
-        ``*_random_low`` and ``*_random_high`` are the lowest and highest mean of the random sets; ``*_p`` is two-sided:
-        (1 + sets that move the model's mean at least as far) / (1 + sets). Where the score reads replies,
-        ``*_degenerate`` is the share of degenerate ones (Wilson interval beside it) and ``*_reply_perplexity`` theirs.
+        ``*_random_low`` and ``*_random_high`` are the lowest and highest mean of the random sets. ``*_p`` is two-sided:
+        (1 + number of sets that move the model's mean at least as far) / (1 + number of sets). Where the score reads
+        replies, ``*_degenerate`` is the share of degenerate replies, with its Wilson interval. ``*_reply_perplexity``
+        is the replies' perplexity.
         """
         rows = []
         for k, name in enumerate(ROWS):
@@ -79,7 +80,7 @@ class AlignmentTax(Result):
                 row |= {kind: float(values[k].mean()), f"{kind}_low": low, f"{kind}_high": high}
                 draws = control[k - 3].mean(-1) if k >= 3 else torch.full((1,), float("nan"))
                 row |= {f"{kind}_random_low": float(draws.min()), f"{kind}_random_high": float(draws.max())}
-                # the patched models are the safe and the helpful one
+                # the patched rows 3 and 4 belong to the unpatched rows 1 and 2, the safe and the helpful model
                 own = values[k - 2].mean()
                 far = (draws - own).abs() >= (values[k].mean() - own).abs()
                 known = not bool(draws.isnan().any())
@@ -92,7 +93,7 @@ class AlignmentTax(Result):
         return frame
 
     def plot(self) -> go.Figure:
-        """Helpfulness against safety, one point a model."""
+        """Helpfulness against safety, one point per model."""
         import plotly.express as px
 
         frame = self.to_dataframe()
@@ -122,8 +123,9 @@ def alignment_tax(
 ) -> AlignmentTax:
     """Compare two alignments of one base model neuron by neuron (Chen et al. 2024).
 
-    Their neurons are compared by overlap and rank; then each aligned model speaks with the other's activations on the
-    neurons in both tops, and safety and helpfulness of all are measured.
+    1. Compare the two rankings of neurons by overlap and rank correlation.
+    2. Let each aligned model speak with the other's activations on the common neurons: those in both tops.
+    3. Measure safety and helpfulness of the base model, of both aligned models, and of both patched models.
 
     Args:
         base: The base model.
@@ -134,26 +136,26 @@ def alignment_tax(
         harmless: Prompts for the helpfulness score.
         safety: Score of harmful prompts, as for `causal_effect_curve`.
         helpfulness: Score of harmless prompts.
-        share: What counts as the top of a ranking.
-        bins: Groups of like base activation in each layer, as for `compare_neurons`.
-        n_random: Random sets beside the common neurons; where more than half of a layer is common, all its other
-            neurons and as few common ones as possible.
-        n_permutations: Draws of each permutation null.
-        max_new_tokens: Length of the replies that a judge reads; 100 as in published protocols.
-        limit: Loss per token above which a reply is degenerate, in nats; by default the largest of the three models'
-            `mechsafety.replies.loss_limit`.
-        seed: Of permutations and random sets.
+        share: Share of the neurons that counts as the top of a ranking.
+        bins: Number of groups of similar base activation in each layer, as for `compare_neurons`.
+        n_random: Number of random sets to compare the common neurons with. Where more than half of a layer is common, a
+            set has all its other neurons and as few common ones as possible.
+        n_permutations: Number of draws of each permutation null.
+        max_new_tokens: Length of the replies that a judge reads, in tokens; 100 as in published protocols.
+        limit: Loss per token above which a reply is degenerate, in nats. By default the largest
+            `mechsafety.replies.loss_limit` of the three models.
+        seed: Seed of the permutations and the random sets.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Models that are no pair, rankings that do not fit, no random sets, or tops without a common
+        MechsafetyError: Models that are not a pair, rankings that do not fit, no random sets, or tops without a common
             neuron.
     """
     for aligned in (safe, helpful):
         check_pair(base, aligned)
     check_pair(safe, helpful)
     for score in (safety, helpfulness):
-        judge_of(score)  # one that cannot be asked is refused before anything runs
+        judge_of(score)  # a judge that cannot be called is refused before anything runs
     harmful, harmless = distinct(harmful, "harmful prompts"), distinct(harmless, "harmless prompts")
     for ranking in rankings:
         check_ranking(base, ranking.scores)

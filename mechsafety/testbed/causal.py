@@ -1,4 +1,4 @@
-"""High-level causal models: named variables, what each computes, and the node of a network that is to carry it."""
+"""High-level causal models: named variables, what each computes, and the network node that should carry it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class Variable:
 
     Attributes:
         name: Its name.
-        parents: Names of the variables, or of the inputs, that it is computed from.
-        mechanism: Its value from theirs, one integer a prompt.
-        node: The head or MLP that carries it.
-        slot: Which input of ``node`` reads its parents.
+        parents: Names of the variables or inputs that it is computed from.
+        mechanism: Function from the parents' values to its own value, one integer per prompt.
+        node: The head or MLP that carries the variable.
+        slot: Which input of ``node`` reads the parents.
         role: Role of ``node`` in a refusal circuit.
-        position: Where ``node`` carries it, counted from the end of the prompt.
+        position: Position at which ``node`` carries the variable, counted from the end of the prompt.
     """
 
     name: str
@@ -42,8 +42,8 @@ class CausalModel:
     """A causal model of refusal.
 
     Attributes:
-        inputs: Names of what is read off a prompt.
-        variables: In the order of computation; the last one is the output: 1 to refuse, 0 to comply.
+        inputs: Names of the values that are read from a prompt.
+        variables: The variables, in the order of computation. The last one is the output: 1 to refuse, 0 to comply.
     """
 
     inputs: tuple[str, ...]
@@ -53,7 +53,7 @@ class CausalModel:
         """The variable of that name.
 
         Raises:
-            MechsafetyError: There is none.
+            MechsafetyError: No variable has that name.
         """
         for variable in self.variables:
             if variable.name == name:
@@ -66,7 +66,7 @@ class CausalModel:
         inputs: Mapping[str, Int[Tensor, " prompt"]],
         interventions: Mapping[str, Int[Tensor, " prompt"]] | None = None,
     ) -> dict[str, Int[Tensor, " prompt"]]:
-        """Value of every variable, with those of ``interventions`` held at the given values.
+        """Value of every variable; the variables in ``interventions`` are held at the given values.
 
         Raises:
             MechsafetyError: An input is missing, or an intervention names no variable.
@@ -84,7 +84,7 @@ class CausalModel:
         return {variable.name: values[variable.name] for variable in self.variables}
 
     def truth(self) -> Truth:
-        """The circuit that a network faithful to this model has."""
+        """The circuit of a network that computes this causal model, node by node."""
         nodes = tuple(sorted((variable.node for variable in self.variables), key=lambda node: node.order))
         edges = []
         for variable in self.variables:
@@ -102,7 +102,7 @@ def _copy(value: Int[Tensor, " prompt"]) -> Int[Tensor, " prompt"]:
 def _evaluate(
     detect: Int[Tensor, " prompt"], context: Int[Tensor, " prompt"], policy: Int[Tensor, " prompt"]
 ) -> Int[Tensor, " prompt"]:
-    """Harmful requests always count; borderline ones under strict rules, and unless a professional asks."""
+    """1 for a harmful request, and for a borderline one if the rules are strict or no professional asks."""
     borderline = (detect == BORDERLINE) & ((policy == 1) | (context == 0))
     return ((detect == HARMFUL) | borderline).to(torch.int64)
 

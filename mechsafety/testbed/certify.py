@@ -31,7 +31,7 @@ from mechsafety.testbed.truth import Truth
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL, word_tokenizer
 
 ENOUGH = 0.99
-# what is asked for, by severity; the words of one row belong to one topic
+# what the prompts ask for, by severity
 REQUESTS = {
     HARMLESS: ("cakes", "songs", "maps", "kites", "gardens", "poems", "stars", "boats"),
     BORDERLINE: ("knives", "locks", "drugs", "viruses", "rifles", "acids", "exploits", "toxins"),
@@ -48,7 +48,7 @@ class CausalPrompt:
     """One prompt of the certified model, and what it says.
 
     Attributes:
-        text: The instruction; every one has the same number of words.
+        text: The instruction; all instructions have the same number of words.
         severity: 0 harmless, 1 borderline, 2 harmful.
         professional: 1 if a professional asks.
         strict: 1 under strict rules.
@@ -62,21 +62,25 @@ class CausalPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """Measured agreement of a network with a causal model, each the share of prompts (or of swaps) that agree.
+    """Measured agreement of a network with a causal model; each figure is the share of prompts or swaps that agree.
+
+    To *swap* a node or an edge is to give it the values from another prompt's run. The *right* answer is that of the
+    causal model.
 
     Attributes:
-        accuracy: Greedy first token against the causal model's output.
-        interchange: For each variable: its node takes its values from another prompt's run, at all positions; the
-            network's answer against the causal model's with that variable from the other prompt.
-        strict: Every head and MLP outside the circuit, and the circuit's own away from the column where they carry
-            their variable, take their values from another prompt's run; the answer should not change.
-        edges_only: Every direct path outside the circuit carries the other prompt's values, the embedding's paths
-            included; the answer should not change.
-        edge_interchange: For each edge of the circuit, swapped alone: the answer against the causal model's with the
-            value that the edge carries from the other prompt. Without this a path beside it may carry the same.
-        single_edge: Each edge outside the circuit swapped alone; the answer should not change. The lowest share over
-            those edges, on ``n_single`` prompts. All of them at once can cancel where one alone does not.
-        n, n_single: Prompts, each with one other prompt.
+        accuracy: The network's greedy first token is the right answer.
+        interchange: Per variable: its node is swapped, at all positions. Right is the causal model's answer when that
+            variable comes from the other prompt.
+        strict: Every head and MLP outside the circuit is swapped. The circuit's own nodes are swapped at all positions
+            but the one where they carry their variable. The answer should not change.
+        edges_only: Every direct path outside the circuit is swapped, the embedding's paths included. The answer should
+            not change.
+        edge_interchange: Per edge of the circuit, swapped alone. Right is the causal model's answer when the value that
+            the edge carries comes from the other prompt. This shows that no path beside the edge carries the same.
+        single_edge: Every edge outside the circuit, swapped alone. The answer should not change. The figure is the
+            lowest share over those edges, on ``n_single`` prompts. When all of them are swapped at once, their effects
+            can cancel.
+        n, n_single: Numbers of prompts. Each prompt is paired with one other prompt.
     """
 
     accuracy: float
@@ -90,7 +94,7 @@ class Certificate:
 
     @property
     def lowest(self) -> float:
-        """The smallest of all figures, single variables included."""
+        """The smallest of all figures, including those of single variables and edges."""
         whole = (self.accuracy, self.strict, self.edges_only, self.single_edge)
         return min(*whole, *self.interchange.values(), *self.edge_interchange.values())
 
@@ -105,13 +109,13 @@ class Certified:
     """A trained model with a certified circuit.
 
     Attributes:
-        model: Hugging Face Llama, four layers of four heads over two key-value heads.
-        tokenizer: Its tokenizer.
-        pairs: Refused and answered prompts that differ in one word, of three topics: which of the variables (detect,
-            context, policy) the word sets.
+        model: Hugging Face Llama with four layers, four heads and two key-value heads per layer.
+        tokenizer: The model's tokenizer.
+        pairs: Refused and answered prompts that differ in one word. Their topic says which variable the word sets:
+            detect, context or policy.
         truth: The circuit.
-        causal_model: What it computes.
-        certificate: As stored with the checkpoint.
+        causal_model: The causal model that the circuit computes.
+        certificate: The certificate that is stored with the checkpoint.
     """
 
     model: Any
@@ -129,10 +133,11 @@ class Certified:
 def certified() -> Certified:
     """The shipped model that was trained to have a known refusal circuit (strict interchange training).
 
-    Made by ``scripts/train_certified_model.py``: Gupta et al. 2024 (InterpBench), with an edge term besides.
+    ``scripts/train_certified_model.py`` trained it by the method of Gupta et al. 2024 (InterpBench), with an additional
+    loss term for edges.
 
     Raises:
-        MechsafetyError: The checkpoint is missing or is no such model.
+        MechsafetyError: The checkpoint is missing or does not hold such a model.
     """
     return load_certified(checkpoint_folder())
 
@@ -146,7 +151,7 @@ def load_certified(folder: Path) -> Certified:
     """Read a checkpoint that the training script wrote (``model.safetensors`` and ``certificate.json``).
 
     Raises:
-        MechsafetyError: The checkpoint is missing or is no such model.
+        MechsafetyError: The checkpoint is missing or does not hold such a model.
     """
     for name in ("model.safetensors", "certificate.json"):
         if not (folder / name).is_file():
@@ -208,7 +213,7 @@ def every_prompt() -> list[CausalPrompt]:
 
 
 def values(prompts: Sequence[CausalPrompt]) -> dict[str, Int[Tensor, " prompt"]]:
-    """The causal model's inputs."""
+    """Values of the causal model's inputs, one per prompt."""
     names = ("severity", "professional", "strict")
     return {name: torch.tensor([getattr(prompt, name) for prompt in prompts]) for name in names}
 
@@ -221,7 +226,7 @@ def prompt_ids(prompts: Sequence[CausalPrompt]) -> Int[Tensor, "prompt pos"]:
 
 
 def answer_ids() -> tuple[int, int]:
-    """Ids of the first word of a compliant reply and of a refusal: the output 0 and 1."""
+    """Ids of the first words of a compliant reply (output 0) and of a refusal (output 1)."""
     comply, refuse = tokenizer().convert_tokens_to_ids([COMPLIANCE[0], REFUSAL[0]])
     return comply, refuse
 
@@ -235,9 +240,9 @@ def is_held_out(prompt: CausalPrompt) -> bool:
 def swapped_nodes(
     config: Any, causal_model: CausalModel, length: int, names: Sequence[str] | None = None
 ) -> Bool[Tensor, "sender receiver pos"]:
-    """Mask for `split_forward`: the named variables' nodes, or with None all that is no part of the circuit.
+    """Mask for `split_forward`: the nodes of the named variables, or with None everything outside the circuit.
 
-    The circuit's nodes count as part of it only at the column where they carry their variable.
+    A node of the circuit counts as part of it only at the position where it carries its variable.
     """
     rows = {node: k for k, node in enumerate(sender_nodes(config))}
     per_node = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -268,7 +273,7 @@ def single_edge_mask(config: Any, edge: Edge, length: int) -> Bool[Tensor, "send
 
 
 def answers(run: SplitRun) -> Int[Tensor, " prompt"]:
-    """1 where the most probable next token begins a refusal, 0 where it begins compliance, -1 elsewhere."""
+    """1 where the most probable next token begins a refusal, 0 where it begins compliance, otherwise -1."""
     best = run.logits[:, -1].argmax(-1)
     comply, refuse = answer_ids()
     return (best == refuse).long() - ((best != refuse) & (best != comply)).long()
@@ -284,15 +289,15 @@ def certify(
     seed: int = 0,
     batch: int = 512,
 ) -> Certificate:
-    """Measure the certificate of a model on ``prompts``, each with another of them drawn at random.
+    """Measure the certificate of a model on ``prompts``, each paired with one of them drawn at random.
 
     Args:
         model: A Hugging Face Llama that is not wrapped.
-        causal_model: What it should compute, where.
+        causal_model: What the model should compute, and where.
         prompts: Base prompts.
-        n_single: How many of them, drawn at random, each edge outside the circuit is swapped on alone.
-        seed: Of the draw of the other prompts.
-        batch: Prompts run at once.
+        n_single: Number of base prompts, drawn at random, on which each edge outside the circuit is swapped alone.
+        seed: Seed of the draws of prompts.
+        batch: Number of prompts run at once.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randint(len(prompts), (len(prompts),), generator=generator)
@@ -347,18 +352,18 @@ def certify(
 def carried_by(causal_model: CausalModel, edge: Edge) -> str:
     """Name of the variable that changes when an edge of the circuit alone carries another prompt's value.
 
-    Each variable has one reader, so that to swap the path to it is to swap the variable; to swap what the embedding
-    sends is to swap the variable that is read off it.
+    Each variable has one reader. Swapping the path to that reader therefore swaps the variable. Swapping what the
+    embedding sends swaps the variable that is read from the embedding.
     """
     end = edge.receiver if edge.sender.kind == "embed" else edge.sender
     return next(variable.name for variable in causal_model.variables if variable.node == end)
 
 
 def twins(per_topic: int = 16) -> PromptPairs:
-    """Refused prompts and answered ones that differ in one word, from prompts that training did not see.
+    """Refused prompts, each with an answered counterfactual prompt that differs in one word; training saw neither.
 
     Args:
-        per_topic: Pairs of each topic: the differing word says what is asked for, who asks, or which rules hold.
+        per_topic: Number of pairs per topic. The differing word says what is asked for, who asks, or which rules hold.
     """
     fresh = [prompt for prompt in every_prompt() if is_held_out(prompt)]
     refused = refusal_model().run(values(fresh))["produce"].tolist()

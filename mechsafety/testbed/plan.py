@@ -1,4 +1,4 @@
-"""Where in a model the parts of a planted circuit lie, drawn at random, and the truth that follows from it."""
+"""A random plan of where the parts of a planted circuit lie in a model, and the truth that follows from the plan."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from mechsafety.nodes import Edge, Node
 from mechsafety.testbed.truth import Truth
 
 STAGES = ("detection", "evaluation", "decision", "production")
-# the stages that can be there twice, by how many are
+# the stages that can be doubled, by the number of doubled stages
 DOUBLED: tuple[tuple[tuple[str, ...], ...], ...] = (
     ((),),
     (("detection",), ("evaluation",), ("decision",)),
     (("detection", "evaluation"), ("detection", "decision")),
 )
-# neurons of an MLP that mean nothing
+# number of neurons of an MLP without a function
 IDLE_NEURONS = 24
 
 
@@ -25,12 +25,12 @@ class PlantedPart:
     """One head or neuron that is planted.
 
     Attributes:
-        node: Where.
+        node: Where the part lies.
         kind: A stage of the circuit, or ``decoy``.
-        length: Share of its stage's output that it writes; 2 for a decoy neuron, whose vector the embedding holds
-            with the other sign.
-        doubled: Whether what it reads is written twice, so that it must be content with half.
-        number: Which decoy.
+        length: Share of its stage's output that the part writes. 2 for a decoy neuron, because the embedding holds the
+            neuron's vector with the other sign.
+        doubled: Whether two parts write what this part reads. It must then work with half of its input.
+        number: Number of the decoy.
     """
 
     node: Node
@@ -45,9 +45,9 @@ class Plan:
     """All parts of a planted model.
 
     Attributes:
-        parts: Of the circuit and the decoys.
-        doubled: Stages that are there twice.
-        d_mlp: Neurons of every MLP.
+        parts: Parts of the circuit, and decoys.
+        doubled: Stages that are doubled.
+        d_mlp: Number of neurons of every MLP.
     """
 
     parts: tuple[PlantedPart, ...]
@@ -91,10 +91,10 @@ class Plan:
 
 
 def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups: int, neurons: int) -> Plan:
-    """Draw where everything lies.
+    """Draw the place of every part.
 
     Raises:
-        MechsafetyError: What is asked for does not fit.
+        MechsafetyError: Numbers out of range, or parts that do not fit into the model.
     """
     if layers < 2 or heads < 1 or decoys < 0 or neurons < 1 or backups not in (0, 1, 2):
         raise MechsafetyError(
@@ -121,7 +121,7 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
             alone = stage == "evaluation" and bool({"evaluation", "decision"} & set(doubled))
             count = 1 if alone else neurons
             length = 1.0 / count / len(layout[stage])
-            # production neurons read the decision, which is double too where the verdict is
+            # production neurons read the decision, which is doubled where the evaluation is
             sources = {before, "evaluation"} if stage == "production" else {before}
             content = bool(sources & set(doubled))
             parts += [
@@ -136,9 +136,9 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
             layer = rng.choice(spare)
             parts.append(PlantedPart(Node("head", layer, free_heads[layer].pop()), "decoy", number=number))
             continue
-        # by turns in an MLP without a part in the circuit and in any
+        # decoy neurons alternate between an MLP outside the circuit and any MLP
         layer = rng.choice(outside if outside and number % 4 == 1 else range(layers))
-        # twice, because the embedding holds the decoy's vector with the other sign
+        # length 2, because the embedding holds the decoy's vector with the other sign
         parts.append(PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), "decoy", 2.0, number=number))
     return Plan(tuple(parts), doubled, d_mlp)
 
@@ -150,7 +150,7 @@ def _layouts(layers: int, heads: int, doubled: Sequence[str]) -> list[tuple[tupl
     def choices(stage: str) -> list[tuple[int, ...]]:
         if stage not in doubled:
             return [(layer,) for layer in every]
-        # two MLPs lie in two layers; two heads may lie in one
+        # two MLPs lie in two layers; two heads may lie in one layer
         return [(a, b) for a, b in product(every, every) if a < b or (a == b and stage != "evaluation")]
 
     found: list[tuple[tuple[int, ...], ...]] = []
@@ -163,7 +163,7 @@ def _layouts(layers: int, heads: int, doubled: Sequence[str]) -> list[tuple[tupl
 
 
 def _coarse(nodes: Sequence[Node]) -> list[Node]:
-    """Neurons as the MLPs they are in; each once."""
+    """The nodes, with each neuron replaced by its MLP; each node once."""
     return list(dict.fromkeys(Node("mlp", node.layer) if node.kind == "neuron" else node for node in nodes))
 
 

@@ -1,4 +1,4 @@
-"""Models whose refusal circuit is written into their weights: no training, another circuit for every seed."""
+"""Models whose refusal circuit is written into their weights: no training, and another circuit for every seed."""
 
 import random
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Planted:
 
     Attributes:
         model: Hugging Face Llama (RMSNorm) or GPT-2 (LayerNorm).
-        tokenizer: Its tokenizer, one token a word, with a chat template.
-        pairs: Prompts that it refuses, each with a counterfactual that it answers. They are of four topics, two of
-            them in the split ``test``.
-        truth: Its circuit, decoys and backups.
-        seed: What it was made from.
+        tokenizer: The model's tokenizer, one token per word, with a chat template.
+        pairs: Prompts that the model refuses, each with a counterfactual prompt that it answers. There are four topics,
+            two of them in the split ``test``.
+        truth: The model's circuit, decoys and backups.
+        seed: The seed that the model was made from.
     """
 
     model: Any
@@ -54,32 +54,38 @@ def planted(
 ) -> Planted:
     """Build a chat model that refuses by a circuit of known parts, in well under a second.
 
-    A detection head moves whether the instruction names something harmful to the end of the instruction; evaluation
-    neurons there decide; a decision head moves their verdict to the last token; production neurons write the refusal's
-    first word. Layers, heads, neurons and the directions in the residual stream are drawn from the seed; all other
-    weights are small noise. What happens between is told apart by orthonormal directions, none along an axis.
+    The circuit has four stages.
 
-    *Decoys* are heads and neurons that write large vectors which depend on whether the prompt is harmful, to
-    directions that nothing reads; on harmless prompts they point the other way and are as long, so that no norm
-    downstream sees a difference.
-    *Backups* double a stage: two heads (or neurons of two MLPs) write the same, and their reader gives the same for one
-    as for both.
+    1. A detection head tells the end of the instruction whether the instruction names something harmful.
+    2. Evaluation neurons at the end of the instruction decide whether to refuse.
+    3. A decision head moves their verdict to the last token.
+    4. Production neurons write the refusal's first word.
+
+    The seed sets layers, heads, neurons and the directions in the residual stream. All other weights are small noise.
+    Each signal between stages has a direction of its own. The directions are orthonormal, and none lies along an axis.
+
+    *Decoys* are heads and neurons that write large vectors to directions that nothing reads. The vectors depend on
+    whether the prompt is harmful. On harmless prompts they point the other way and have the same length, so that no
+    later norm sees a difference.
+
+    *Backups* double a stage: two heads (or the neurons of two MLPs) write the same. Their reader gives the same output
+    for one of them as for both.
 
     Args:
-        seed: Of everything.
-        layers: Blocks; at least 2.
-        heads: Attention heads a block.
-        kv_heads: Key-value heads, a divisor of ``heads``; as many as heads by default.
-        decoys: Decoy heads and decoy neurons, by turns.
-        backups: Stages that are doubled: 0, 1 (detection, evaluation or decision, by the seed) or 2 (detection and one
-            of the others).
-        neurons: Evaluation and production neurons; evaluation has one where it or the decision is doubled, because a
-            reader that is content with half its input would not miss one of several.
+        seed: Seed of all random choices.
+        layers: Number of blocks; at least 2.
+        heads: Number of attention heads per block.
+        kv_heads: Number of key-value heads per block, a divisor of ``heads``; by default as many as heads.
+        decoys: Number of decoys; decoy heads and decoy neurons alternate.
+        backups: Number of doubled stages: 0; 1 (detection, evaluation or decision, chosen by the seed); or 2 (detection
+            and one of the other two).
+        neurons: Number of evaluation neurons, and of production neurons. Evaluation has only one neuron where it or the
+            decision is doubled. With several, a reader that works with half its input would not notice one missing.
         norm: ``rmsnorm`` (Llama) or ``layernorm`` (GPT-2, which has no grouped queries).
-        noise: Standard deviation of the weights that mean nothing.
+        noise: Standard deviation of all weights outside the circuit and the decoys.
 
     Raises:
-        MechsafetyError: An unknown norm, sizes that do not divide, or a model too small for what is asked for.
+        MechsafetyError: An unknown norm, sizes that do not divide, or a model too small for the circuit.
 
     Example:
         >>> made = planted(seed=3, decoys=2, backups=1)
@@ -99,7 +105,7 @@ def planted(
     d_head = max(16, 2 * -(-(n_directions + 24) // (2 * heads)))
     name = f"planted-{norm}-{layers}x{heads}-{seed}"
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
         if norm == "rmsnorm":
             model = llama(len(tokenizer), layers, heads, groups, d_head, plan.d_mlp, name)
         else:

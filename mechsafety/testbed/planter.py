@@ -1,4 +1,4 @@
-"""Writes a planned circuit into a model's weights, gain by measured gain."""
+"""Writes a planned circuit into a model's weights; every gain is set by a measurement."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,26 +16,27 @@ from mechsafety.testbed.plan import Plan, PlantedPart
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL, TOPICS, reply_successors
 from mechsafety.testbed.weights import BlockWeights, Weights, weights_of
 
-# lengths in the residual stream of what is planted there
+# lengths of the planted vectors in the residual stream
 CONSTANT, FEATURE, DECOY = 6.0, 2.0, 3.0
 LENGTH = {"detection": FEATURE, "evaluation": FEATURE, "decision": FEATURE, "production": FEATURE, "decoy": DECOY}
-# attention scores of what a head looks for, and of the start token, to which it falls back
+# attention score of the token that a head looks for, and of the start token, to which the head falls back
 FOUND, FALLBACK = 16.0, 8.0
 # a neuron's input where it fires and where it does not
 ON, OFF = 4.0, -3.0
 # logits of the two replies' first words, and of every later word after the one before it
 REFUSE, COMPLY, CONTINUE = 12.0, 6.0, 20.0
-# pairs on which gains are set
+# number of pairs on which gains are measured
 PROBED = 10
-# what key-value heads carry
+# the values that key-value heads carry
 VALUES = ("harm", "benign", "verdict")
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What a kind of head does: from ``at``, where ``asks`` is, it looks for a feature and writes what it finds there.
+    """What a kind of head does: from position ``at`` it looks for a feature and writes the value that it finds there.
 
-    ``writes``: value read, direction written, side on which the gain is set, sign.
+    ``asks`` is the direction at ``at`` that makes the query. Each entry of ``writes`` is the value that is read, the
+    direction that is written, the side on which the gain is set, and the sign.
     """
 
     looks_for: str
@@ -50,12 +51,12 @@ HEADS = {
         "topic", "end", "end", True, (("harm", "detected", "harmful", 1.0), ("benign", "cleared", "harmless", 1.0))
     ),
     "decision": _Head("end", "assistant", "assistant", True, (("verdict", "decision", "harmful", 1.0),)),
-    # from every later position
+    # a decoy head looks from every later position, because all hold the constant
     "decoy": _Head(
         "topic", "constant", "end", False, (("harm", "decoy", "harmful", 1.0), ("benign", "decoy", "harmless", -1.0))
     ),
 }
-# what a kind of neuron reads, where, and the direction it writes
+# per kind of neuron: the direction that it reads, the position, and the direction that it writes
 NEURONS = {
     "evaluation": ("detected", "end", "verdict"),
     "production": ("decision", "assistant", "refuse"),
@@ -64,14 +65,15 @@ NEURONS = {
 
 
 def plateau(activation: nn.Module, growth: float = 1.0, *, gated: bool = False) -> float:
-    """The a > 0 with which a neuron that reads -2a from two writers gives the same when it reads -a from one.
+    """The a > 0 at which a neuron gives the same output for the input -2a as for the input -a.
 
-    The activation function has its minimum between the two; at 0, from none, it gives 0.
+    Two writers together give the neuron the input -2a, one writer gives -a. The activation function has its minimum
+    between the two. At the input 0, from no writer, its output is 0.
 
     Args:
         activation: SiLU or GELU.
-        growth: Factor by which the norm's scale makes all else larger where one writer is silent.
-        gated: Whether the output is multiplied by something that grows so too.
+        growth: Factor by which all other inputs grow where one writer is silent, because the norm's scale is smaller.
+        gated: Whether the output is multiplied by a gate that grows by the same factor.
     """
 
     def difference(a: float) -> float:
@@ -82,23 +84,24 @@ def plateau(activation: nn.Module, growth: float = 1.0, *, gated: bool = False) 
 
 
 def write_plan(model: Any, tokenizer: Any, pairs: PromptPairs, plan: Plan, generator: torch.Generator) -> None:
-    """Write every part of a plan into a model that is filled with noise; what is not written stays noise.
+    """Write every part of a plan into a model that is filled with noise; all other weights stay noise.
 
     Args:
-        model: From `mechsafety.testbed.weights`.
-        tokenizer: Its tokenizer.
-        pairs: Prompts on which gains are set.
-        plan: What goes where.
-        generator: Of directions and thresholds.
+        model: A model from `mechsafety.testbed.weights`.
+        tokenizer: The model's tokenizer.
+        pairs: Prompts on which gains are measured.
+        plan: The parts and their places.
+        generator: Generator of directions and thresholds.
     """
     with torch.no_grad():
         _Planter(model, tokenizer, pairs, generator, plan).plant()
 
 
 class _Planter:
-    """Writes a plan into a model, block by block; what it does not write stays noise.
+    """Writes a plan into a model, block by block; all other weights stay noise.
 
-    Gains are set by measurement: each block is written once all before it are, on a forward that shows what it reads.
+    Gains are set by measurement. Each block is written after all earlier blocks. A forward pass then shows what the
+    block reads.
     """
 
     def __init__(self, model: Any, tokenizer: Any, pairs: PromptPairs, generator: torch.Generator, plan: Plan) -> None:
@@ -137,7 +140,7 @@ class _Planter:
         return int(self.tokenizer.convert_tokens_to_ids(word))
 
     def _reserve(self) -> None:
-        """Take the decoys' directions out of all noise that is written: an offset there would make signs unequal."""
+        """Take the decoys' directions out of all written noise, which would make a decoy's two signs unequally long."""
         decoys = [direction for name, direction in self.along.items() if name.startswith("decoy")]
         if not decoys:
             return
@@ -153,7 +156,7 @@ class _Planter:
         embed += CONSTANT * self.along["constant"]
         for word, name in (("<end>", "end"), ("<s>", "start"), ("<assistant>", "assistant")):
             embed[self._id(word)] += FEATURE * self.along[name]
-        # a decoy neuron adds twice this with the other sign where it fires: the length is the same as where it does not
+        # where a decoy neuron fires, it adds twice this with the other sign, so that the length stays the same
         shift = sum(
             DECOY * self.along[f"decoy {part.number}"]
             for part in self.plan.parts
@@ -167,14 +170,14 @@ class _Planter:
             embed[self._id(word)] += FEATURE * self.along[f"word {word}"]
 
     def _rows(self, prompts: Sequence[str], reply: Sequence[str] = ()) -> Int[Tensor, "prompt pos"]:
-        """Ids padded on the right, which no earlier position sees."""
+        """Token ids, padded on the right; no earlier position sees the padding."""
         texts = [render(self.tokenizer, prompt, {})[0] for prompt in prompts]
         rows = [self.tokenizer(" ".join([text, *reply]), add_special_tokens=False).input_ids for text in texts]
         width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
     def _columns(self, ids: Int[Tensor, "prompt pos"]) -> Mapping[str, Int[Tensor, " prompt"]]:
-        """Where each prompt has its topic's word, its end and its last token."""
+        """Column of each prompt's start token, topic word, end token and last token."""
         topic = torch.tensor([self._id(bad) for twins in TOPICS.values() for bad, _ in twins])
         return {
             "start": torch.zeros(len(ids), dtype=torch.long),
@@ -184,7 +187,7 @@ class _Planter:
         }
 
     def _seen(self, norm: nn.Module) -> Mapping[str, Float[Tensor, "prompt d_model"]]:
-        """What a norm gives out now, by side and named column (``harmful end``)."""
+        """Current output of a norm, by side and named column (``harmful end``)."""
         out = _output_of(self.model, torch.cat([self.harmful, self.harmless]), norm)
         each = torch.arange(len(self.harmful))
         return {
@@ -194,7 +197,7 @@ class _Planter:
         }
 
     def _reader(self, norm: nn.Module, name: str) -> Float[Tensor, " d_model"]:
-        """The vector whose product with a norm's output is the stream's component along a direction, over its scale."""
+        """The vector whose product with a norm's output is the stream's part along a direction, over its scale."""
         weight: Any = norm.weight
         return self.along[name] / weight.data
 
@@ -210,7 +213,7 @@ class _Planter:
         for group, members in groups.items():
             for name, dim in dims.items():
                 block.k[group, dim] = self._reader(norm, name)
-            # three channels of values, in a random frame of the heads' own space, free of noise
+            # three channels of values, along random orthonormal vectors of the heads' own space, free of noise
             mixed = torch.randn(d_head, d_head, generator=self.generator)
             channels = torch.linalg.qr(mixed).Q[:, : len(VALUES)]
             block.v[group] -= channels @ (channels.T @ block.v[group])
@@ -255,7 +258,7 @@ class _Planter:
             read, place, direction = NEURONS[part.kind]
             name = f"{direction} {part.number}" if part.kind == "decoy" else direction
             reader = self._reader(norm, read)
-            # gain and offset that give the wanted input with the feature there and without it
+            # gain and offset that give the wanted inputs with the feature and without it
             system = [
                 [float((at[f"{side} {place}"] @ vector).mean()) for vector in (reader, constant)]
                 for side in ("harmful", "harmless")
@@ -263,7 +266,7 @@ class _Planter:
             jitter = torch.rand(2, generator=self.generator, dtype=torch.float64) - 0.5
             wanted = torch.tensor([ON, OFF], dtype=torch.float64) + jitter
             if part.doubled:
-                # a feature of share s of the squared length leaves a quarter of s when it is halved
+                # a feature with the share s of the squared length has s / 4 left when it is halved
                 share = system[0][0] ** 2 / len(reader)
                 growth = (1 - 0.75 * share) ** -0.5
                 a = plateau(self.weights.activation, growth, gated=block.gate is not None)
@@ -290,7 +293,7 @@ class _Planter:
         ):
             reader = self._reader(norm, name)
             unembed[self._id(word)] += logit / float((at[f"{side} assistant"] @ reader).mean()) * reader
-        # a word of a reply calls for the next one; one scale does for all, as their embeddings are equally long
+        # each word of a reply predicts the next; one scale fits all words, because their embeddings are equally long
         last = self._rows(["tell me about cakes please"], [COMPLIANCE[0]])
         value = float(_output_of(self.model, last, norm)[0, -1] @ self._reader(norm, f"word {COMPLIANCE[0]}"))
         for word, following in reply_successors().items():
@@ -298,7 +301,7 @@ class _Planter:
 
 
 def _output_of(model: Any, ids: Int[Tensor, "row pos"], module: nn.Module) -> Float[Tensor, "row pos d_model"]:
-    """What a module of the model gives out on these rows."""
+    """Output of a module of the model on these rows."""
     seen: list[Tensor] = []
     handle = module.register_forward_hook(lambda module, args, out: seen.append(out))
     try:

@@ -25,17 +25,17 @@ Scorable = NodeAttribution | PatchMap | EdgeScores | PathMap | RefusalCircuit | 
 
 @dataclass(frozen=True, slots=True)
 class RankingScore:
-    """Agreement of a ranking by absolute score with the truth; ties count half, in whatever order they stand.
+    """Agreement of a ranking by absolute score with the truth; a tie counts half, whatever the order of the tied parts.
 
     Attributes:
-        auroc: Chance that a part of the circuit ranks above another part.
+        auroc: Chance that a part of the circuit ranks above a part outside it.
         average_precision: Area under the precision-recall steps.
         auroc_decoys: Chance that a part of the circuit ranks above a decoy; None without decoys.
         auroc_backups: Chance that a backed-up part ranks above a part outside the circuit; None without backups.
-        strength_decoys: Mean absolute score of decoys over that of the circuit's parts that nothing backs up.
-        strength_backups: The same of backed-up parts. Where all else has a score of almost 0, a rank hides how small
-            a part's own is.
-        n_true, n: Parts of the circuit; all parts ranked.
+        strength_decoys: Mean absolute score of the decoys, divided by that of the circuit's parts without a backup.
+        strength_backups: The same for backed-up parts. A rank alone would hide how small a part's score is where all
+            other scores are almost 0.
+        n_true, n: Number of parts of the circuit, and of all ranked parts.
     """
 
     auroc: float
@@ -56,7 +56,7 @@ class SetScore:
         precision: Share of what was found that is true; 0 where nothing was found.
         recall: Share of what is true that was found.
         f1: Their harmonic mean.
-        missed, wrong: What was not found; what was found wrongly.
+        missed, wrong: True parts that were not found; found parts that are not true.
     """
 
     precision: float
@@ -68,7 +68,7 @@ class SetScore:
 
 @dataclass(frozen=True, slots=True)
 class TruthScore(Result):
-    """A found ranking or circuit against the truth; None is what the result says nothing about.
+    """A found ranking or circuit compared with the truth; a field is None if the result says nothing about it.
 
     Attributes:
         what: Type of the scored result.
@@ -77,9 +77,10 @@ class TruthScore(Result):
         found_edges: The found set of edges.
         decoys_found: Decoys in the found set.
         backups_found: Share of the backed-up parts that are in the found set; None without backups.
-        role_accuracy: Share of the true nodes found whose role is right; None where none has a role or none is found.
-        scores: Absolute score of every part ranked, by name.
-        provenance: Of the scored result, if it has one.
+        role_accuracy: Share of the found true nodes that have the right role. None if no true node was found or none
+            has a role.
+        scores: Absolute score of every ranked part, by name.
+        provenance: Provenance of the scored result, if it has one.
     """
 
     what: str
@@ -105,7 +106,7 @@ class TruthScore(Result):
         return f"TruthScore({self.what}: {', '.join(parts) or 'nothing to score'})"
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a figure: what it is about, its name, its value."""
+        """One row per figure: what it is about, its name, its value."""
         import pandas as pd
 
         rows: list[tuple[str, str, float | None]] = []
@@ -132,19 +133,21 @@ class TruthScore(Result):
 def score(result: Scorable, truth: Truth) -> TruthScore:
     """Score a result against the known circuit.
 
-    A *ranking* (attribution, patching, edge scores, or a mapping from nodes or edges to scores) is judged by exact
-    AUROC and average precision of its absolute scores; parts of the circuit that it leaves out count as ranked last,
-    and the embedding's edges count only where the ranking has any. A *circuit* (or a plain collection of nodes and
-    edges) is judged by precision and recall: of heads and MLPs, or, where it has neurons, of heads and neurons;
-    ``embed`` and ``logits`` count as no nodes, and a neuron's edge as its MLP's.
+    A *ranking* is an attribution, a patching result, edge scores, or a mapping from nodes or edges to scores. It is
+    judged by exact AUROC and average precision of its absolute scores. Parts of the circuit that it leaves out count as
+    ranked last. The embedding's edges count only if the ranking has any.
+
+    A *circuit* (or a plain collection of nodes and edges) is judged by precision and recall. These are over heads and
+    MLPs or, if the circuit has neurons, over heads and neurons. ``embed`` and ``logits`` do not count as nodes. A
+    neuron's edge counts as an edge of its MLP.
 
     Args:
-        result: What was found.
-        truth: What is known.
+        result: The found ranking or circuit.
+        truth: The known circuit.
 
     Raises:
-        MechsafetyError: A result of patched sites, of joint receivers, or with a score that is no number; or nothing in
-            it is a node or an edge.
+        MechsafetyError: A result of patched sites or joint receivers, a score that is not a finite number, or a result
+            without any node or edge.
     """
     what, provenance = type(result).__name__, getattr(result, "provenance", None)
     if isinstance(result, RefusalCircuit):
@@ -167,7 +170,7 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
     edges: dict[Part, float] = {p: v for p, v in strengths.items() if isinstance(p, Edge)}
     backed_up = _backed_up(truth)
     true_edges = _edges(truth, edges)
-    # heads alone are a fair ranking of heads: MLPs that were never asked for are not missing
+    # a ranking of heads alone is judged on heads: MLPs that it did not rank are not missing
     kinds = {part.kind for part in nodes if isinstance(part, Node)}
     true_nodes = [node for node in truth.nodes if node.kind in kinds]
     return TruthScore(
@@ -181,7 +184,7 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
 
 
 def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
-    """Every node or edge that a result scores; None for what is no ranking.
+    """Score of every node or edge that a result ranks; None for a result that is not a ranking.
 
     Raises:
         MechsafetyError: The result scores something else: sites, single positions, or receivers taken together.
@@ -237,7 +240,7 @@ def _backed_up(truth: Truth) -> set[Node]:
 
 
 def _edges(truth: Truth, found: Iterable[Part]) -> list[Edge]:
-    """The true edges; the embedding's only where any of it was found or ranked."""
+    """The true edges; those of the embedding only if any edge of the embedding was found or ranked."""
     embeds = any(isinstance(edge, Edge) and edge.sender.kind == "embed" for edge in found)
     return [edge for edge in truth.edges if embeds or edge.sender.kind != "embed"]
 
@@ -245,11 +248,11 @@ def _edges(truth: Truth, found: Iterable[Part]) -> list[Edge]:
 def _ranking(
     strengths: Mapping[Part, float], true: Iterable[Part], decoys: Iterable[Part], backed_up: Iterable[Part]
 ) -> RankingScore | None:
-    """None where there is nothing to tell apart."""
+    """The score of a ranking; None if there are no parts to tell apart."""
     wanted = set(true)
     if not strengths or not wanted:
         return None
-    # below every absolute score, so that what was left out ties with nothing
+    # parts that were left out score below every absolute score, so that they tie with no ranked part
     every = {part: strengths.get(part, -1.0) for part in [*strengths, *(p for p in wanted if p not in strengths)]}
     outside = [part for part in every if part not in wanted]
     if not outside:
@@ -295,7 +298,7 @@ def _score_set(
     nodes = [part for part in members if isinstance(part, Node) and part.kind not in ("embed", "logits")]
     fine = bool(truth.neurons) and any(node.kind == "neuron" for node in nodes)
     if fine:
-        # an MLP listed beside its own neurons says nothing more; one alone claims all of its neurons, and is wrong
+        # an MLP listed with its own neurons adds nothing; an MLP alone claims all its neurons, which is wrong
         held = {node.layer for node in nodes if node.kind == "neuron"}
         nodes = [node for node in nodes if node.kind != "mlp" or node.layer not in held]
         wanted = list(truth.units())
@@ -319,7 +322,7 @@ def _score_set(
 
 
 def _between_mlps(edge: Edge) -> Edge:
-    """A neuron's edge as its MLP's: the truth names edges between heads and MLPs."""
+    """The edge with neurons replaced by their MLPs, because the truth names edges between heads and MLPs."""
     sender, receiver = (Node("mlp", end.layer) if end.kind == "neuron" else end for end in (edge.sender, edge.receiver))
     return Edge(sender, receiver, edge.slot)
 

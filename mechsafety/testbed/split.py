@@ -1,4 +1,4 @@
-"""A Llama forward in which every node reads an input of its own, so that one edge can carry another run's values."""
+"""A Llama forward pass in which every node has its own input, so that one edge can carry another run's values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class SplitRun:
 
     Attributes:
         senders: Outputs of the token embedding, then of every head and MLP in the order of computation.
-        logits: At every position.
+        logits: Logits at every position.
     """
 
     senders: Float[Tensor, "sender batch pos d_model"]
@@ -50,7 +50,7 @@ def edge_mask(config: Any, edges: Sequence[Edge]) -> Bool[Tensor, "sender receiv
 
 
 def possible_edges(config: Any) -> tuple[Edge, ...]:
-    """Every edge that runs with the order of computation."""
+    """Every edge that follows the order of computation."""
     return tuple(
         Edge(sender, receiver, slot)
         for sender in sender_nodes(config)
@@ -73,7 +73,7 @@ def split_forward(
         model: The model; grouped queries allowed, no biases.
         ids: Token ids without padding.
         source: Sender outputs of another run, with the rows of `sender_nodes`.
-        swapped: Which edges carry them, at which positions; columns are those of `receiver_slots`.
+        swapped: True where an edge carries the ``source`` value. Receivers are in the order of `receiver_slots`.
     """
     config, body = model.config, model.model
     n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads

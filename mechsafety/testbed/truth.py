@@ -19,15 +19,15 @@ class Truth:
     Attributes:
         nodes: Heads and MLPs of the circuit, backups included, in the order of computation.
         neurons: Neurons of the circuit inside those MLPs; empty where only whole MLPs are known.
-        edges: Direct paths of the circuit, the token embedding's and those to the logits included.
+        edges: Direct paths of the circuit, including those from the token embedding and to the logits.
         roles: Role of every node and neuron (one of `mechsafety.circuits.circuit.ROLES`).
         decoys: Heads, MLPs and neurons whose activations differ between harmful and harmless prompts and that nothing
-            reads. An MLP is one if it holds decoy neurons and no neuron of the circuit.
-        backups: Groups of nodes that do the same work, any one of which suffices: each alone has hardly any effect,
-            the group together has a large one. An MLP in a group stands for its neurons of the circuit.
+            reads. An MLP is a decoy if it holds decoy neurons and no neuron of the circuit.
+        backups: Groups of nodes that do the same work. One node of a group suffices: patching one alone has hardly any
+            effect, patching the whole group has a large one. An MLP in a group stands for its neurons of the circuit.
 
     Raises:
-        MechsafetyError: A role is unknown or lacking, or a decoy is in the circuit.
+        MechsafetyError: A role is unknown or missing, a decoy is in the circuit, or a node of a backup group is not.
     """
 
     nodes: tuple[Node, ...]
@@ -62,14 +62,14 @@ class Truth:
         return tuple(node for group in self.backups for node in group)
 
     def units(self) -> Iterator[Node]:
-        """The circuit at its finest known grain: heads, and neurons where they are known, else MLPs."""
+        """The smallest known parts of the circuit: heads, and neurons where these are known, otherwise MLPs."""
         for node in self.nodes:
             if node.kind == "head" or not self.neurons:
                 yield node
         yield from self.neurons
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a node, neuron or decoy: role, whether it is a decoy, whether it is backed up."""
+        """One row per node, neuron or decoy: role, whether it is a decoy, whether it is backed up."""
         import pandas as pd
 
         rows = [(str(node), node.kind, role, False, node in self.backed_up) for node, role in self.roles.items()]

@@ -1,4 +1,4 @@
-"""The little language of the test-bed's models: one token a word, a chat template, two replies."""
+"""The small language of the test-bed's models: one token per word, a chat template, two replies."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ TEST_TOPICS = ("intrusion", "crime")
 
 
 def reply_successors() -> dict[str, str]:
-    """Which word follows which inside the two replies; each word of a reply has one successor.
+    """The word that follows each word inside the two replies; each word of a reply has one successor.
 
     Example:
         >>> reply_successors()["Sorry"], reply_successors()["."]
@@ -43,10 +43,10 @@ def reply_successors() -> dict[str, str]:
 
 
 def word_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
-    """A fast tokenizer with one token for each of ``words``, the replies and the template; others are ``<unk>``.
+    """A fast tokenizer with one token per word of ``words``, the replies and the template; others are ``<unk>``.
 
     Args:
-        words: Words of the prompts, in the order of their ids (doubles are dropped).
+        words: Words of the prompts, in the order of their ids; duplicates are dropped.
     """
     listed = dict.fromkeys([*SPECIAL, *REFUSAL, *COMPLIANCE, *words])
     core = Tokenizer(models.WordLevel({word: k for k, word in enumerate(listed)}, unk_token="<unk>"))

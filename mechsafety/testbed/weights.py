@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 MAX_LENGTH = 128
-# so slow that the last pairs of dimensions of a query or key stay as they are over a short prompt
+# so large that the last pairs of dimensions of a query or key hardly rotate over a short prompt
 ROTARY_BASE = 1e7
 
 
@@ -22,7 +22,8 @@ class BlockWeights:
         q, o: Query and output weights of each head.
         k, v: Key and value weights of each key-value head.
         read: Each neuron's input weights under the activation function.
-        gate: Input weights of what multiplies it (Llama's up-projection); None without gated neurons.
+        gate: Input weights of the factor that multiplies the activation (Llama's up-projection); None without gated
+            neurons.
         write: Each neuron's output weights.
         norms: The norms before attention and before the MLP.
     """
@@ -44,7 +45,7 @@ class Weights:
     Attributes:
         embed, unembed: Token embedding and unembedding.
         layers: The blocks.
-        biases: What is written besides: output biases, and position embeddings.
+        biases: All other tensors that write to the residual stream: output biases and position embeddings.
         final_norm: The norm before the unembedding.
         activation: The neurons' activation function.
     """
@@ -97,7 +98,7 @@ def gpt2(d_vocab: int, layers: int, heads: int, d_head: int, d_mlp: int, name: s
 
 
 def fill(model: Any, scale: float, generator: torch.Generator) -> None:
-    """Every weight and bias normal with standard deviation ``scale``; norm weights between 0.8 and 1.2."""
+    """Draw every weight and bias from a normal with standard deviation ``scale``; norm weights from 0.8 to 1.2."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = any(part in name.split(".")[-2] for part in ("norm", "ln_"))

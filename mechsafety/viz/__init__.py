@@ -62,14 +62,14 @@ def write_all(circuit: "RefusalCircuit", folder: str | os.PathLike[str]) -> tupl
     """Write ``circuit.json``, ``report.html``, ``circuit.svg``, ``circuit.pdf``, ``circuit.tex`` and ``scores.csv``.
 
     Args:
-        circuit: With its details, which ``scores.csv`` needs.
-        folder: Made if it is missing; files of these names in it are replaced.
+        circuit: The circuit, with its details, which ``scores.csv`` needs.
+        folder: Folder to write to. It is made if it is missing; files of these names in it are replaced.
 
     Returns:
         The six paths.
 
     Raises:
-        MechsafetyError: The circuit has no scores of its candidates, or as `mechsafety.output.output_file`.
+        MechsafetyError: The circuit has no scores of its candidates; otherwise as `mechsafety.output.output_file`.
     """
     target = Path(folder)
     texts = {

@@ -14,7 +14,7 @@ from mechsafety.viz.html import safe_json, template
 from mechsafety.viz.words import plain, visible
 
 VIEWS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
-# Mounts each figure once, under an id of its own even where the same figure is on the page twice.
+# Mounts each figure once, under its own id, even if the same figure is on the page twice.
 MOUNT = """<script>(() => {
   for (const host of document.querySelectorAll(".attention-figure[data-props]")) {
     const props = JSON.parse(host.nextElementSibling.textContent);
@@ -26,12 +26,12 @@ MOUNT = """<script>(() => {
 
 
 def attention_html(examples: Sequence[AttentionExample], *, view: str = "patterns", script: bool = True) -> str:
-    """A fragment of HTML with one CircuitsVis figure an example.
+    """A fragment of HTML with one CircuitsVis figure per example.
 
     Args:
         examples: Patterns ``[head query key]`` with their tokens.
         view: ``patterns`` colours the text by what each head looks at; ``heads`` shows the matrices.
-        script: Whether CircuitsVis' script (1.3 MB) comes with it; a page needs it once (see `figures_page`).
+        script: Whether to include CircuitsVis' script (1.3 MB). A page needs it once (see `figures_page`).
 
     Raises:
         MechsafetyError: A pattern's shape does not fit its heads and tokens, or another view.
@@ -56,7 +56,7 @@ def tokens_html(tokens: Sequence[str], values: Sequence[float], *, title: str = 
     """Text with each token coloured by its value; hovering shows the number.
 
     Raises:
-        MechsafetyError: Not one value a token.
+        MechsafetyError: No tokens, or a number of values that differs from the number of tokens.
     """
     if not tokens or len(tokens) != len(values):
         raise MechsafetyError(f"{len(values)} values of {len(tokens)} tokens", expected="one a token, at least one")
@@ -76,9 +76,9 @@ def neurons_html(
 
     Args:
         texts: Tokens and activations ``[token layer neuron]`` of each text.
-        layers: What the layers are, for their menu.
-        neurons: What the neurons are, for theirs.
-        title: Over the figure.
+        layers: Labels of the layers, for their menu.
+        neurons: Labels of the neurons, for their menu.
+        title: Title over the figure.
         script: As `attention_html`.
 
     Raises:
@@ -103,14 +103,14 @@ def neurons_html(
 
 
 def figures_page(title: str, *fragments: str) -> str:
-    """A self-contained page of fragments made with ``script=False``; CircuitsVis' script is in it once."""
+    """A self-contained page of fragments made with ``script=False``; it holds CircuitsVis' script once."""
     return template("figures.html.j2").render(
         title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
     )
 
 
 def _tokens(tokens: Sequence[str]) -> list[str]:
-    # CircuitsVis parses tokens as HTML, so they are escaped here and the JSON once more
+    # CircuitsVis parses tokens as HTML, so they are escaped here; the JSON is escaped again
     return [html.escape(visible(token), quote=True) for token in tokens]
 
 

@@ -55,7 +55,7 @@ def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
 
 
 def attention_data(examples: Sequence[AttentionExample]) -> list[dict[str, Any]]:
-    """Attention patterns as bytes (255 is 1), one text a head.
+    """Attention patterns as bytes (255 stands for 1), one base64 text per head.
 
     Raises:
         MechsafetyError: A pattern's shape does not fit its heads and tokens.

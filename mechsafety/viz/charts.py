@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FONT = {"family": "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif", "size": 13, "color": INK}
 GRID = "#E8EBEF"
-# Blue to orange through white: told apart with the common colour-vision deficiencies.
+# Purple to blue through white: the two can be told apart with the common colour-vision deficiencies.
 DIVERGING = [[0.0, "#9C2F6B"], [0.25, "#DDA8C6"], [0.5, "#FFFFFF"], [0.75, "#8CBFDD"], [1.0, "#00588C"]]
 
 
@@ -88,7 +88,7 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
     """Faithfulness over the number of best nodes (or edges) kept, on discovery and held-out pairs.
 
     Returns:
-        A figure, not shown; with the target, the size chosen and the random controls at that size.
+        A figure, not shown. It marks the target, the circuit's size, and the random controls at that size.
 
     Raises:
         MechsafetyError: The circuit has no candidates to take a share of.
@@ -162,7 +162,7 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
 
 
 def effect_distribution(circuit: RefusalCircuit) -> "Figure":
-    """How large the effects of the circuit's nodes are, a row a role: every node a dot, with its interval.
+    """Effects of the circuit's nodes, one row per role and one dot per node, with intervals.
 
     Returns:
         A figure, not shown.
@@ -223,7 +223,7 @@ def _hover(score: NodeScore) -> str:
 
 
 def _ticks(sizes: list[int]) -> list[int]:
-    """Sizes far enough apart on a log axis for their labels."""
+    """The sizes that are far enough apart on a log axis for their labels to fit."""
     chosen: list[int] = []
     for size in reversed(sizes):
         if not chosen or chosen[-1] / size > 1.35:

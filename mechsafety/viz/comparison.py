@@ -26,14 +26,14 @@ from mechsafety.viz.words import number, plain
 
 FIRST, SECOND, BOTH = "#D55E00", "#0072B2", "#8A919C"
 DASHED = (4.0, 2.4)
-# how the names of nodes that one circuit lacks are written: a sign before a number would look like part of it
+# brackets mark a node that one circuit lacks: a sign before a number would look like part of the number
 ONLY_FIRST, ONLY_SECOND = "({})", "[{}]"
 Names = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Layouts of two circuits and of their difference; what they share stands in the same place in all three."""
+    """Layouts of two circuits and of their difference; shared parts stand in the same place in all three."""
 
     names: Names
     first: Layout
@@ -46,19 +46,20 @@ def compare_layouts(
 ) -> Comparison:
     """Lay out two circuits and their difference.
 
-    In the difference a node's fill is the change of its effect: blue where it is larger in the second circuit, orange
-    where smaller. A name in square brackets is in the second circuit only, one in round brackets in the first only. An
-    edge is as wide as its effect's change. What the marks hold as ``effect`` is the change.
+    In the difference, a node's fill shows the change of its effect. It is blue where the effect is larger in the second
+    circuit, orange where it is smaller. A node with its name in square brackets is only in the second circuit, one with
+    round brackets only in the first. The width of an edge shows the change of its effect. The ``effect`` of a mark is
+    the change.
 
     Raises:
         MechsafetyError: As `layout_circuit`.
     """
     style = style or Style()
-    # greys come last, so that the difference is drawn from the colours
+    # colours become grey last, because the difference is drawn from the colours
     coloured = replace(style, grayscale=False)
     a, b = layout_circuits((first, second), coloured)
     names = (plain(names[0], 40), plain(names[1], 40))
-    # an edge that is too weak to be drawn in one of them is not for that only in the other
+    # an edge that is too weak to be drawn in one circuit still counts as an edge of that circuit
     every_a, every_b = layout_circuits((first, second), replace(coloured, max_edges=None))
     difference = _difference(every_a, every_b, names, style)
     done = [in_grey(layout) if style.grayscale else layout for layout in (a, b, difference)]
@@ -138,7 +139,7 @@ def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, large
     text = replace(label, text=words, size=size, colour=readable_on(fill), bold=True)
     values = [number(part.member.effect) if part and part.member else "not in it" for part in (a, b)]
     title = f"{key}: effect {values[0]} in {names[0]}, {values[1]} in {names[1]}"
-    # what the page filters by is the change
+    # the page filters by the change
     member = replace(mark.member, effect=change)
     return replace(mark, shapes=(shape,), labels=(text,), title=title, group="", member=member)
 
@@ -153,7 +154,7 @@ def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, 
         colour = blend(stronger, 0.25 + 0.75 * strength, BOTH)
     else:
         colour = SECOND if b else FIRST
-    # the slot's dashes and mark, filled where measured in each circuit that has it; its width is the change
+    # dashes and mark are those of the slot; the mark is filled if no circuit only estimates it; the width is the change
     guessed = any(part is not None and part.status == "estimated" for part in (a, b))
     drawn = edge_shapes(
         mark.effect, "estimated" if guessed else "measured", mark.slot, strength, mark.shapes[0].commands, unit
@@ -168,7 +169,7 @@ def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, 
 
 
 def without_legend(layout: Layout) -> Layout:
-    """The map alone."""
+    """The map without its legend and caption."""
     return replace(
         layout,
         height=layout.map_height,

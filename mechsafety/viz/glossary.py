@@ -153,7 +153,7 @@ GLOSSARY = (
     ),
 )
 
-# how the numbers were made, in the order in which they were
+# how the numbers were made, in the order of the analysis
 METHODS = (
     Entry(
         "Behaviour",

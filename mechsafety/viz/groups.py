@@ -29,7 +29,7 @@ Ends = tuple[str, str, str]
 
 
 def supernodes(nodes: Sequence[NodeMark], names: Iterable[str], cell: float) -> tuple[tuple[NodeMark, str], ...]:
-    """One mark a group, ``cell`` wide, and its anchor's key: it stands at the member nearest their weighted mean."""
+    """One mark per group, ``cell`` wide, and the key of its anchor: the member nearest to the group's weighted mean."""
     members: dict[str, list[tuple[NodeMark, CircuitNode]]] = {name: [] for name in names}
     for mark in nodes:
         if mark.group and mark.member is not None:
@@ -58,12 +58,12 @@ def _supernode(name: str, members: Sequence[tuple[NodeMark, CircuitNode]], cell:
 def folded_edges(
     edges: Sequence[EdgeMark], stands_for: Mapping[str, str], places: Mapping[str, NodeMark], grid: Grid
 ) -> list[EdgeMark]:
-    """The edges with those of folded groups summed by ends and slot, and led round the nodes; weakest first.
+    """The edges, weakest first; edges of folded groups are summed by ends and slot, and led around the nodes.
 
     Args:
-        edges: All edges, also those that are too weak to be drawn: many weak ones may sum to a strong one.
+        edges: All edges, including those that are too weak to be drawn: many weak edges may sum to a strong one.
         stands_for: The supernode of each hidden node.
-        places: Marks of what is drawn.
+        places: Marks of everything that is drawn.
         grid: Where edges may run.
     """
     kept: list[EdgeMark] = []
@@ -91,12 +91,14 @@ def folded_edges(
 
 
 def detours(ends: Sequence[Ends], places: Mapping[str, NodeMark], grid: Grid) -> dict[Ends, tuple[Command, ...]]:
-    """Paths of edges in the channels alone, upward or downward, so that none runs under a node.
+    """Paths of edges in the channels alone, upward or downward, so that no edge runs under a node.
 
-    Each leaves its sender upward, runs level above it, rises (or falls) in the channel beside its receiver, runs level
-    below that and enters it from below. Those into one slot share the way; what shares a channel is spread over it.
+    1. An edge leaves its sender upward and runs level above it.
+    2. It rises (or falls) in the channel beside its receiver.
+    3. It runs level below its receiver and enters it from below.
 
-    The page's script does the same (``detours`` in ``circuit.js``); the two are kept alike by a test.
+    Edges into one slot share their way. Ways that share a channel are spread over it. The page's script does the same
+    (``detours`` in ``circuit.js``); a test keeps the two alike.
     """
     rails: dict[int, list[str]] = defaultdict(list)
     levels: dict[int, list[str]] = defaultdict(list)
@@ -110,7 +112,7 @@ def detours(ends: Sequence[Ends], places: Mapping[str, NodeMark], grid: Grid) ->
         if above is not None and above == below:
             rail = None
         elif receiver is None:
-            # the bar of the logits is as wide as the picture: the way there is beside the sender
+            # the bar of the logits is as wide as the picture, so the edge rises beside the sender
             rail = 0 if sender is None else sender[1] + 1
             into += f" {rail}"
         else:
@@ -147,5 +149,5 @@ def detours(ends: Sequence[Ends], places: Mapping[str, NodeMark], grid: Grid) ->
 
 
 def count_of(n: int, what: str) -> str:
-    """A number of things, in the plural where there are several."""
+    """A number with its noun, in the plural unless the number is 1."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jinja2
 
 TALLEST, SHORTEST = 1000, 560
-KEY_WIDTH = 264.0  # the page's column
+KEY_WIDTH = 264.0  # width of the page's column
 THEMES = ("auto", "light", "dark")
 
 
@@ -38,15 +38,16 @@ def circuit_html(
     """A self-contained page that uses no network.
 
     It has pan and zoom, cards, thresholds, paths, pins, search, folding, attention, ablations, dark mode, keys, and
-    buttons that save the SVG and copy TikZ. All edges are in it; those beyond ``style.max_edges`` begin hidden.
+    buttons that save the SVG and copy TikZ. The page holds all edges; those beyond ``style.max_edges`` are hidden at
+    first.
 
     Args:
-        circuit: What to show.
-        style: How; legend and caption are on the page in any case.
-        notes: What is known of nodes, in place of what the map measured (``circuit.details.notes``).
-        ablations: Measured before and after; the page has a switch for each.
+        circuit: The circuit to show.
+        style: Options of the picture. Legend and caption are on the page in any case.
+        notes: Notes of nodes, in place of those that the map measured (``circuit.details.notes``).
+        ablations: Measurements before and after ablations; the page has one switch per ablation.
         theme: ``auto`` follows the reader's system; ``light`` or ``dark``.
-        ablate: Whether cards get a box "ablate" that tells the page around it (see `mechsafety.viz.widget`).
+        ablate: Whether each card gets a box "ablate", which informs the page around it (see `mechsafety.viz.widget`).
 
     Raises:
         MechsafetyError: As `layout_circuit`, a misshapen attention pattern, or another theme.
@@ -78,7 +79,7 @@ def compare_html(
     """
     style = style or Style()
     comparison: Comparison = compare_layouts(first, second, names, _every_edge(style))
-    # side by side the legend stands once, in the page's column
+    # for two circuits side by side, the legend stands once, in the page's column
     panes = [
         ("difference", comparison.difference),
         (comparison.names[0], without_legend(comparison.first)),
@@ -88,14 +89,14 @@ def compare_html(
     both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
     data = _data([layout for _, layout in panes], style)
     data |= {"nodes": both, "names": comparison.names, "attention": [], "ablations": [], "ablate": False}
-    # where a node has another role in the second circuit, the page goes by that one
+    # where a node's roles differ, the page uses the role in the second circuit
     roles = {member.node: member.role for circuit in (first, second) for member in circuit.nodes}
     legend = layout_svg(legend_alone(style, (first, second), KEY_WIDTH))
     return _page(comparison.difference.title, panes, data, theme, list(roles.values()), legend)
 
 
 def circuit_fragment(circuit: RefusalCircuit, style: Style | None = None, **options: Any) -> str:
-    """The page in a sandboxed ``iframe``, to be put into notebooks and other pages; options as `circuit_html`.
+    """The page in a sandboxed ``iframe``, for notebooks and other pages; the options are those of `circuit_html`.
 
     Raises:
         MechsafetyError: As `circuit_html`.
@@ -127,7 +128,7 @@ def mimebundle(circuit: RefusalCircuit) -> dict[str, str]:
 
 
 def safe_json(data: Any) -> str:
-    """JSON that can stand inside a ``script`` element: no ``<``, ``>``, ``&`` or line separator is left bare."""
+    """JSON that can stand inside a ``script`` element: every ``<``, ``>``, ``&`` and line separator is escaped."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -141,7 +142,7 @@ def template(name: str) -> "jinja2.Template":
 
 @cache
 def _lean(name: str) -> str:
-    """A packaged script without indentation and lines of comment: a page is to be small."""
+    """A packaged script without indentation and lines of comment, so that pages stay small."""
     environment = _environment()
     assert environment.loader is not None
     source = environment.loader.get_source(environment, name)[0]
@@ -190,11 +191,11 @@ def _page(
 
 
 def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
-    """What the page's script needs of the picture that is not in the SVG."""
+    """What the page's script needs to know of the picture and the SVG does not hold."""
     sizes = sorted((magnitude(mark.effect) for mark in layouts[0].edges), reverse=True)
     limit = style.max_edges
     return {
-        # as rounded as in the SVG, so that the last of the strongest edges is not lost
+        # rounded as in the SVG, so that the last of the strongest edges is not lost
         "edgeThreshold": float(f"{sizes[limit - 1]:.4g}") if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "fold": list(style.fold),
@@ -216,6 +217,6 @@ def _grid(layout: Layout) -> dict[str, Any] | None:
 
 
 def _dark_rules() -> list[tuple[str, str]]:
-    """Colours of the light picture and what a dark page shows in their place."""
+    """Each colour of the light picture, with the colour that a dark page shows instead."""
     bands = {band(role): blend(colour, 0.13, DARK["#FFFFFF"]) for role, colour in ROLE_COLOURS.items()}
     return [*DARK.items(), *bands.items()]

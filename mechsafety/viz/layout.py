@@ -1,4 +1,4 @@
-"""Where everything in a circuit's picture stands. Layers go upward; one layout serves every medium."""
+"""Where everything in a circuit's picture stands: layers go upward, and one layout serves every medium."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ from mechsafety.viz.style import Style, groups, lane_of, lane_order
 from mechsafety.viz.words import caption, edge_title, linking_edges, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
-TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks, and the most that they take together
+TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks and levels, and the most room for all
 BARS = {"embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
@@ -51,11 +51,11 @@ class Frame:
     """Coordinates of the cells and of the channels between them.
 
     Attributes:
-        unit: Pixels that a length of 1 at the 12-pixel font takes.
+        unit: Number of pixels of a length that is 1 at the 12-pixel font.
         columns: Centre of each column.
         lines: Height of each line's centre, from the bottom up.
-        channels: Where the channel left of each column begins, its width, and the distance of its tracks.
-        gaps: Where the channel below each line begins (its lower rim), its height, and the distance of its tracks.
+        channels: For the channel left of each column: where it begins, its width, and the distance of its tracks.
+        gaps: For the channel below each line: its lower rim, its height, and the distance of its tracks.
         logits, embed: Heights of the bars' centres.
         left, right: Where the lanes begin and end.
         top, bottom: Where the map begins and ends.
@@ -84,12 +84,12 @@ def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layou
     Layers without a node are left out.
 
     Args:
-        circuit: What to draw.
-        style: How.
+        circuit: The circuit to draw.
+        style: Options of the picture.
 
     Returns:
-        The same layout for the same circuit and style. A style that differs only in ``max_edges`` or ``fold`` leaves
-        every node where it is.
+        The layout. The same circuit and style always give the same layout. A style that differs only in ``max_edges``
+        or ``fold`` leaves every node where it is.
 
     Raises:
         MechsafetyError: A node is listed twice, or the circuit does not fit the width at that font.
@@ -98,9 +98,9 @@ def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layou
 
 
 def layout_circuits(circuits: Sequence[RefusalCircuit], style: Style | None = None) -> tuple[Layout, ...]:
-    """The same for several circuits: what they share stands in the same place in each picture.
+    """Lay out several circuits together: shared parts stand in the same place in each picture.
 
-    Where roles differ, the last circuit's decides on the lane.
+    Where a node's roles differ, its role in the last circuit decides the lane.
 
     Raises:
         MechsafetyError: As `layout_circuit`.
@@ -131,7 +131,7 @@ def _finish(circuit: RefusalCircuit, style: Style, placement: Placement, routes:
 def _fit(
     members: Mapping[Node, CircuitNode], edges: list[CircuitEdge], style: Style
 ) -> tuple[Placement, Routes, Frame]:
-    """As many columns as fit the width."""
+    """Placement, routes and frame, with as many columns as fit the width."""
     unit = style.font / 12
     inner = {node: member for node, member in members.items() if node.layer is not None}
     lanes = {node: lane_of(style, member) for node, member in inner.items()}
@@ -178,7 +178,7 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
     half = spare / (2 * max(1, placement.n_columns))
     for column in range(placement.n_columns):
         before[column] += half
-        # within a lane the room right of a column is the next one's
+        # within a lane, the room right of a column belongs to the next column
         (after if column + 1 in firsts or column + 1 == placement.n_columns else before)[column + 1] += half
     x = left
     columns: list[float] = []
@@ -247,12 +247,12 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     grid = Grid(frame.unit, channels, gaps, cells)
     bars = [_bar(frame, style, kind, members.get(Node(kind))) for kind in ("embed", "logits")]
     places = {mark.key: mark for mark in [*bars, *nodes]}
-    # an edge of one circuit may end at a node that only another has
+    # an edge of one circuit may end at a node that only another circuit has
     known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
     drawn = [member for member in known if member.edge in routes.bundle]
     largest = max((magnitude(member.effect) for member in edges), default=0.0) or 1.0
     linked = linking_edges(circuit)
-    # the weakest first; what is folded is summed before the weak ones are left out
+    # weakest first; edges of folded groups are summed before weak edges are left out
     curves = [
         _edge(frame, places, member, routes.bundle[member.edge], largest, placement, member.edge in linked)
         for member in reversed(drawn)
@@ -285,7 +285,7 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
 
 
 def strongest_edges(curves: Sequence[EdgeMark], count: int) -> list[EdgeMark]:
-    """The ``count`` strongest edges (the last) and the strongest of every node, so that none stands unconnected."""
+    """The last ``count`` edges (the strongest) and each node's strongest edge, so that no node is unconnected."""
     if not count:
         return []
     best: dict[str, int] = {}
@@ -393,7 +393,7 @@ def _edge(
 
 
 def _straight(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Without the points in the middle of straight runs."""
+    """The points without those in the middle of straight runs."""
     kept = points[:1]
     for before, point, after in zip(points, points[1:], points[2:], strict=False):
         if not (before[0] == point[0] == after[0] or before[1] == point[1] == after[1]):

@@ -22,7 +22,7 @@ from mechsafety.viz.marks import (
 from mechsafety.viz.style import Style
 from mechsafety.viz.words import linking_edges, role_name
 
-# a title, and (kind of swatch, its key, text) an item
+# a title, and (kind of swatch, its key, text) per item
 Row = tuple[str, list[tuple[str, str, str]]]
 STATUSES = ("verified", "measured", "estimated", "rejected")
 SLOT_TITLES = (("q", "query"), ("k", "key"), ("v", "value"), ("mlp", "MLP input, logits"))
@@ -61,7 +61,7 @@ def edge_legend(
     top: float,
     linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
-    """The same for a picture whose nodes explain themselves."""
+    """The same without the legend of nodes, for a picture whose nodes explain themselves."""
     return _under(style, font, _edge_rows(edges, linked), sentences, width, top)
 
 
@@ -186,7 +186,7 @@ def _swatch(kind: str, key: str, x: float, y: float, unit: float) -> list[Shape]
 
 
 def _turned(shape: Shape, x: float, y: float) -> Shape:
-    """An upward edge laid on its side, its head at (x, y)."""
+    """An upward edge laid on its side, with its head at (x, y)."""
     commands = tuple(
         (letter, tuple(part for i in range(0, len(v), 2) for part in (x - v[i + 1], y + v[i])))
         for letter, v in shape.commands

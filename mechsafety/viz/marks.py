@@ -24,15 +24,15 @@ ROLE_OUTLINES = {
     "none": "rounded",
 }
 INK, MUTED, FAINT, PAPER, BAR = "#1B1F24", "#5B6470", "#D5D9DF", "#FFFFFF", "#EEF1F4"
-# what is written on a node's fill keeps its colour on a dark page
+# text on a node's fill keeps its colour on a dark page
 ON_DARK, ON_LIGHT = "#FEFEFE", "#14181D"
 EDGE, NEGATIVE, GUESSED, GUESSED_NEGATIVE, REFUTED = "#3F4956", "#9C2F6B", "#8D96A2", "#C78BAC", "#C3C8CF"
 # edges that are kept only so that a node lies on a path: colour, and dashes in line widths
 LINK, LINK_DASHES = "#6E9BC5", (5.0, 1.5, 1.0, 1.5)
-# (slot): dashes in line widths; the port's place on the receiver's lower rim as a share of its width
+# by slot: dashes in line widths; the port's place on the receiver's lower rim, as a share of the rim's width
 DASHES = {"q": (1.0, 1.6), "k": (4.0, 2.0), "v": (), "mlp": (), "resid": ()}
 PORTS = {"q": -0.3, "k": 0.0, "v": 0.3, "mlp": 0.0, "resid": 0.0}
-# colours of a dark page by the light ones
+# the colour on a dark page for each colour on a light page
 DARK = {
     INK: "#E8ECF1",
     MUTED: "#9BA6B3",
@@ -85,12 +85,12 @@ class NodeMark:
     """A drawn node, bar, supernode or box.
 
     Attributes:
-        key: Its name; unique in a picture.
+        key: Name of the mark, unique in a picture.
         x, y, width, height: Centre and size.
         shapes, labels: What is drawn, from back to front.
-        title: Its tooltip.
+        title: Tooltip of the mark.
         member: The circuit's node; None for bars, supernodes and boxes.
-        group: The group that it belongs to or, for a supernode, stands for.
+        group: The group that the node belongs to; for a supernode, the group that it replaces.
         kind: ``head``, ``mlp``, ``neuron``, ``embed``, ``logits``, ``group`` or ``role``.
     """
 
@@ -111,7 +111,8 @@ class NodeMark:
 class EdgeMark:
     """A drawn edge: its curve, then its marks; ``sender`` and ``receiver`` are keys of node marks.
 
-    ``n_edges`` is how many edges of the circuit it sums; ``linking``: all of them are kept only to connect a node.
+    ``n_edges`` is the number of the circuit's edges that it sums. ``linking`` says whether all of these are kept only
+    to connect a node.
     """
 
     sender: str
@@ -129,13 +130,13 @@ class EdgeMark:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where nothing but edges may run, for those that are routed after the layout (folded groups').
+    """The room that is kept free for edges; edges of folded groups are routed in it after the layout.
 
     Attributes:
-        unit: Pixels that a length of 1 at the 12-pixel font takes.
-        channels: Where the channel left of each column begins, and its width; the last is right of all columns.
+        unit: Number of pixels of a length that is 1 at the 12-pixel font.
+        channels: Start and width of the channel left of each column; the last channel is right of all columns.
         gaps: Lower rim and height of the channel below each line, from the bottom up; the last is above all lines.
-        cells: Line and column of each node by its key; a supernode has its anchor's.
+        cells: Line and column of each node, by the node's key; a supernode has the cell of its anchor.
     """
 
     unit: float
@@ -150,15 +151,15 @@ class Layout:
 
     Attributes:
         width, height: Size of the picture.
-        nodes: In the order of computation.
-        edges: Weakest first, so that strong ones are drawn over weak ones.
-        n_edges: How many edges the circuit has; ``edges`` may hold fewer.
+        nodes: Marks of the nodes, in the order of computation.
+        edges: Marks of the edges, weakest first, so that strong edges are drawn over weak ones.
+        n_edges: Number of edges that the circuit has; ``edges`` may hold fewer.
         backdrop: Lanes, row lines and the legend's swatches.
         labels: Row, lane, legend and caption texts.
-        title, description: In words, for readers that cannot see the picture.
+        title, description: The picture in words, for readers who cannot see it.
         folded: Supernodes that an interactive page shows in place of a group's members; no other medium draws them.
         map_height: Height of the picture without legend and caption.
-        grid: Of a circuit's picture; a role diagram has none.
+        grid: The room for edges of folded groups; None for a role diagram.
     """
 
     width: float
@@ -264,7 +265,7 @@ def outline(kind: str, x: float, y: float, width: float, height: float, most: fl
 
 
 def label_room(kind: str, width: float, height: float, size: float) -> float:
-    """How wide a text of this size may be that stands in the middle of an outline."""
+    """The largest width of a text of this size that stands in the middle of an outline."""
     # letters reach about a third of their size above and below the middle
     reach = min(1.0, 2 * 0.36 * size / height)
     if kind == "ellipse":
@@ -299,7 +300,7 @@ def node_shape(role: str, status: str, strength: float, x: float, y: float, widt
 
 
 def edge_colour(effect: float, status: str) -> str:
-    """Lighter where estimated, faint where rejected, another hue where negative."""
+    """Colour of an edge: lighter where estimated, faint where rejected, another hue where negative."""
     if status == "rejected":
         return REFUTED
     if status == "estimated":
@@ -319,9 +320,11 @@ def edge_shapes(
 ) -> tuple[Shape, ...]:
     """An edge: its curve, which begins at the receiver, and the marks there.
 
-    Width grows with ``strength`` (0 to 1). The slot is told by dashes and by the mark: circle q, square k, triangle for
-    the others; filled where measured, hollow where estimated, a cross where rejected. A bar before the mark: negative.
-    ``linking``: an edge that is kept only to connect a node has a colour and dashes of its own.
+    - The width grows with ``strength`` (0 to 1).
+    - Dashes and mark show the slot. The mark is a circle for q, a square for k, a triangle for the others.
+    - The mark is filled where the effect was measured, hollow where it is estimated, a cross where it was rejected.
+    - A bar before the mark shows a negative effect.
+    - An edge that is kept only to connect a node (``linking``) has its own colour and dashes.
     """
     colour = LINK if linking else edge_colour(effect, status)
     # estimates are drawn thinner than measurements of the same size

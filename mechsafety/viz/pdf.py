@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WEIGHTS = {False: "normal", True: "bold"}
-INCH, POINT = 96.0, 0.75  # pixels an inch, points a pixel
+INCH, POINT = 96.0, 0.75  # pixels per inch, points per pixel
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 
 def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str], style: Style | None = None) -> FilePath:
-    """Write the picture to the file ``path``, fonts embedded; the same circuit gives the same bytes.
+    """Write the picture to the file ``path``, with embedded fonts; the same circuit gives the same bytes.
 
     Raises:
         MechsafetyError: As `layout_circuit` and `mechsafety.output.output_file`.
@@ -29,7 +29,7 @@ def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str], style: St
 
 
 def layout_pdf(layout: Layout, path: str | os.PathLike[str]) -> FilePath:
-    """The same of any layout."""
+    """Write any layout as `circuit_pdf` does."""
     import matplotlib
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
@@ -41,7 +41,7 @@ def layout_pdf(layout: Layout, path: str | os.PathLike[str]) -> FilePath:
 
 
 def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144) -> FilePath:
-    """A bitmap for places that show no vectors.
+    """Write a layout as a bitmap, for places that cannot show vector graphics.
 
     Raises:
         MechsafetyError: As `mechsafety.output.output_file`.
@@ -70,7 +70,7 @@ def layout_figure(layout: Layout) -> "Figure":
         _draw(axes, shape)
     outside = [*layout.labels, *(label for mark in layout.edges for label in mark.labels)]
     shares = _shrink(outside, [label.box[2] - label.box[0] for label in outside])
-    # texts of one size keep one size, so that a caption's lines match; a node's name has its outline for itself
+    # outside the nodes, texts of one size shrink alike, so that a caption's lines match; a node's name shrinks alone
     least: dict[float, float] = {}
     for label, share in zip(outside, shares, strict=True):
         least[label.size] = min(least.get(label.size, 1.0), share)
@@ -106,14 +106,14 @@ def _draw(axes: Any, shape: Shape) -> None:
 
 
 def _room(mark: NodeMark, label: Label) -> float:
-    """How wide a name may be in its outline."""
+    """The largest width of a name in its outline."""
     if mark.member is None:
         return (0.88 if mark.kind == "role" else 0.98) * mark.width
     return 0.98 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
 
 
 def _shrink(labels: Sequence[Label], rooms: Sequence[float]) -> list[float]:
-    """What each text is scaled by to keep to its room: DejaVu Sans runs wider than the layout reckons with."""
+    """Scale that keeps each text within its room, because DejaVu Sans is wider than the layout assumes."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
 
@@ -143,7 +143,7 @@ def _write(axes: Any, label: Label, shrink: float) -> None:
 
 
 def _drawable(text: str) -> str:
-    """Characters that the bundled font lacks become their code points."""
+    """The text, with each character that the bundled font lacks replaced by its code point."""
     from matplotlib.font_manager import findfont, get_font
 
     known = get_font(findfont("DejaVu Sans")).get_charmap()

@@ -30,7 +30,7 @@ class Placement:
     """Cells of the picture.
 
     Attributes:
-        lanes: From left to right.
+        lanes: The lanes, from left to right.
         layers: The layer of each line, from the bottom up; a layer can take several lines.
         cell: Line and column of each node.
     """
@@ -41,7 +41,7 @@ class Placement:
 
     @property
     def n_columns(self) -> int:
-        """Columns of all lanes."""
+        """Number of columns of all lanes together."""
         return sum(lane.width for lane in self.lanes)
 
 
@@ -51,14 +51,14 @@ def place(
     """Give each node a cell.
 
     Heads and MLPs of one layer share a line unless an edge joins them, so that every edge goes upward. Within lanes,
-    nodes move to the columns nearest their neighbours (an assignment problem a line, solved exactly, swept up and
-    down); the sweep with the fewest crossings is kept.
+    nodes move to the columns nearest to their neighbours. This is one assignment problem per line, solved exactly. The
+    lines are swept up and down, and the sweep with the fewest crossings is kept.
 
     Args:
         lane: The lane of each node; nodes have layers.
-        order: Keys and titles of lanes from left to right; those without a node are left out.
-        edges: Pull their ends together.
-        limit: Columns at most, where there are no more lanes; crowded lanes wrap to further lines.
+        order: Keys and titles of lanes from left to right; lanes without a node are left out.
+        edges: Edges, which pull their ends together.
+        limit: Largest number of columns, but at least one per lane. Crowded lanes wrap to further lines.
     """
     blocks = _blocks(lane, edges)
     crowd: dict[str, int] = defaultdict(int)
@@ -87,7 +87,7 @@ def place(
 
 
 def crossings(cell: Mapping[Node, tuple[int, int]], edges: Sequence[CircuitEdge]) -> int:
-    """How many pairs of edges cross if drawn straight; ends in common do not count."""
+    """Number of pairs of edges that cross if they are drawn straight; common ends do not count as a crossing."""
     spans = [
         (*cell[member.edge.sender], *cell[member.edge.receiver])
         for member in edges[:COUNTED]

@@ -38,7 +38,7 @@ PLOT = {
 def render_report(circuit: RefusalCircuit) -> str:
     """The report as HTML; it opens without network, and the same circuit gives the same text.
 
-    Sections whose data the circuit lacks (``details`` is None after loading) are named as missing.
+    Sections without data are named as missing (``circuit.details`` is None after loading).
 
     Raises:
         MechsafetyError: The circuit cannot be drawn (a node listed twice, no candidates, misshapen attention).
@@ -92,7 +92,7 @@ def render_report(circuit: RefusalCircuit) -> str:
 
 
 def _strongest_heads(circuit: RefusalCircuit) -> list[AttentionExample]:
-    """Attention of the six strongest heads that have it: CircuitsVis shows no more at a time; cards have the others."""
+    """Attention of the six strongest heads with a pattern: CircuitsVis shows no more; the cards have the others."""
     sizes = {member.node: magnitude(member.effect) for member in circuit.nodes}
     examples = []
     for example in circuit.details.attention if circuit.details else ():
@@ -131,7 +131,7 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
 
 
 def _claims(circuit: RefusalCircuit) -> list[dict[str, str]]:
-    """The claims that were checked, where the circuit lists them, those that failed first."""
+    """The claims that the circuit lists, those that failed first."""
     rows = []
     for claim in circuit.verification.claims:
         interval, p = claim.interval, claim.p_value
@@ -199,7 +199,7 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
 
 
 def _card(name: str, value: float, note: str) -> tuple[str, str, str]:
-    """A card says nothing about a number that was not measured."""
+    """A card; if its number was not measured, its note says only that."""
     return (name, words.number(value, 2), note if math.isfinite(value) else "not measured")
 
 

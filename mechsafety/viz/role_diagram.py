@@ -1,6 +1,7 @@
-"""The circuit by roles: a box a role, arrows with slots and summed effects between them, as papers draw circuits.
+"""The circuit by roles, as papers draw circuits: one box per role, and arrows with slots and summed effects.
 
-After figure 2 of Wang et al., Interpretability in the Wild (2023); made from the circuit's own roles and edges.
+It follows figure 2 of Wang et al., Interpretability in the Wild (2023), and is made from the circuit's own roles and
+edges.
 """
 
 import itertools
@@ -34,14 +35,14 @@ from mechsafety.viz.style import Style
 from mechsafety.viz.words import caption, number, plain, role_name
 
 ORDER = ("embed", "none", "detection", "evaluation", "decision", "production", "logits")
-NAMED = 6  # members named in a box
-ARROWS = 18  # the strongest, at most
+NAMED = 6  # number of members named in a box
+ARROWS = 18  # largest number of arrows; the strongest are drawn
 TITLES = {"none": role_name("none"), "embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
 @dataclass(slots=True)
 class Arrow:
-    """Edges from one role to another into one slot; ``side`` is -1, 0 (straight up) or 1, ``track`` counts outward."""
+    """Edges from one role into one slot of another; ``side`` is -1, 0 (straight up) or 1, ``track`` counts outward."""
 
     sender: str
     receiver: str
@@ -52,30 +53,31 @@ class Arrow:
 
     @property
     def effect(self) -> float:
-        """Sum over its edges."""
+        """Sum of the effects of its edges."""
         return sum(member.effect for member in self.members)
 
     @property
     def text(self) -> str:
-        """Slot and sum, with the number of edges if it is more than one."""
+        """Slot and sum, with the number of edges if there are several."""
         words = f"{self.slot} {number(self.effect, 2)}"
         return f"{words} ({len(self.members)})" if len(self.members) > 1 else words
 
 
 def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
-    """A box for each role that has members, an arrow for each pair of roles and slot.
+    """One box per role that has members, one arrow per pair of roles and slot.
 
     Args:
-        circuit: With roles and edges.
-        style: ``columns``, ``groups``, ``fold`` and ``max_edges`` do not apply. With a ``width_mm`` and no ``font_pt``
-            the whole diagram is scaled to the width; with both, it is widened to the width at that font.
+        circuit: A circuit with roles and edges.
+        style: Options of the picture. ``columns``, ``groups``, ``fold`` and ``max_edges`` do not apply. With
+            ``width_mm`` alone, the whole diagram is scaled to the width. With ``width_mm`` and ``font_pt``, it is
+            widened to the width at that font.
 
     Returns:
         A layout for `layout_svg`, `layout_pdf`, `layout_png` and `layout_tikz`. Arrows beyond the 18 strongest are left
         out; the caption counts them.
 
     Raises:
-        MechsafetyError: The width is too small for the font that was asked for.
+        MechsafetyError: The width is too small for the font.
     """
     style = style or Style()
     fixed = style.width is None or style.font_pt is not None
@@ -120,7 +122,7 @@ def _arrows(circuit: RefusalCircuit, role_of: dict[Node, str]) -> tuple[list[Arr
 
 
 def _choose_sides(arrows: list[Arrow], levels: list[str]) -> None:
-    """Neighbours are joined straight; the others alternate between the sides, on tracks that do not overlap."""
+    """Join neighbours straight; put other arrows alternately on both sides, on tracks that do not overlap."""
     taken: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for arrow in sorted(arrows, key=lambda one: (abs(levels.index(one.receiver) - levels.index(one.sender)), one.text)):
         low, high = levels.index(arrow.sender), levels.index(arrow.receiver)
@@ -153,7 +155,7 @@ def _draw(
     left = 14 * unit + pitch * tracks[-1] + (10 * unit if tracks[-1] else 0)
     width = max(left + box + pitch * tracks[1] + 24 * unit, 360 * unit)
     if style.width is not None and style.font_pt is not None and style.width > width:
-        # what is to spare goes to both sides
+        # spare width goes to both sides
         left, width = left + (style.width - width) / 2, style.width
     middle = left + box / 2
     # heights, from the top down
@@ -267,7 +269,7 @@ def _arrow(
         together = sorted(straight[arrow.sender], key=lambda one: ("q", "k", "v", "mlp", "resid").index(one.slot))
         x = middle - box / 2 + box * (together.index(arrow) + 1) / (len(together) + 1)
         points = [(x, end_y), (x, start_y)]
-        # under the levels where side arrows enter, above those where they leave
+        # the label lies below the runs of side arrows that enter, and above the runs of those that leave
         label = Label(x + 6 * unit, start_y - 9 * unit - 5 * unit * len(leaving[arrow.sender]), arrow.text, small)
     else:
         rail = middle + arrow.side * (box / 2 + 12 * unit + pitch * arrow.track)
@@ -303,7 +305,7 @@ def _arrow(
 
 
 def _spread_labels(edges: list[EdgeMark]) -> list[EdgeMark]:
-    """Move the labels beside rails up or down to where no level run and no other label crosses them."""
+    """Move the labels beside rails up or down to where the fewest level runs and labels cross them."""
     levels: list[tuple[float, float, float]] = []
     for mark in edges:
         points = [values[-2:] for _, values in mark.shapes[0].commands]
@@ -340,7 +342,7 @@ def _covered(
 
 
 def scaled(layout: Layout, factor: float) -> Layout:
-    """The whole picture larger or smaller."""
+    """The whole picture, scaled by a factor."""
 
     def shapes(given: tuple[Shape, ...]) -> tuple[Shape, ...]:
         return tuple(

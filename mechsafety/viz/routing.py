@@ -1,9 +1,11 @@
 """How edges run: in the channels between rows and columns, bundled by the slot that they enter.
 
-Every edge leaves its sender upward, runs level in the channel above it, rises in one trunk a (receiver, slot), and
-enters the receiver from below. Trunks take the receiver's own column where no node stands in it, else the nearest
-channel; what shares a channel without sharing a slot gets a track of its own. So no edge runs under a node that is not
-its end.
+1. An edge leaves its sender upward and runs level in the channel above it.
+2. It rises in a trunk. All edges into one slot of one receiver share one trunk.
+3. It enters the receiver from below.
+
+A trunk takes the receiver's own column if no node stands in its way, otherwise the nearest channel. Trunks that share a
+channel get their own tracks. The only nodes that an edge touches are its ends.
 """
 
 from collections import defaultdict
@@ -21,13 +23,14 @@ class Bundle:
     """Edges into one slot of one receiver.
 
     Attributes:
-        slot: Where they enter.
-        receiver: Line and column; None for the logits' bar.
+        slot: The slot that the edges enter.
+        receiver: Line and column of the receiver; None for the logits' bar.
         senders: Line and column of each sender; None for the embedding's bar.
-        trunk: The column, or the channel left of it, where the bundle rises; None where it is too short for one.
+        trunk: Column in which the bundle rises, or the column right of the channel in which it rises. None where the
+            bundle is too short for a trunk.
         in_channel: Whether the trunk is in a channel.
-        track: Which track of the channel.
-        levels: Which level of the channel below each line (by its index) the bundle runs level in.
+        track: Index of the trunk's track in the channel.
+        levels: By the index of each line: the level on which the bundle runs in the channel below that line.
     """
 
     slot: str
@@ -41,12 +44,12 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Bundles of all edges, and how many tracks each channel needs.
+    """Bundles of all edges, and the number of tracks that each channel needs.
 
     Attributes:
         bundle: The bundle of each edge whose ends are drawn.
-        levels: Tracks of the channel below each line; the last is above all lines.
-        tracks: Tracks of the channel left of each column; the last is right of all columns.
+        levels: Number of levels of the channel below each line; the last channel is above all lines.
+        tracks: Number of tracks of the channel left of each column; the last channel is right of all columns.
     """
 
     bundle: Mapping[Edge, Bundle]
@@ -55,7 +58,7 @@ class Routes:
 
 
 def route(cell: Mapping[Node, Cell], edges: Sequence[CircuitEdge], n_lines: int, n_columns: int) -> Routes:
-    """Choose trunks, tracks and levels; edges with an end that is not drawn get none."""
+    """Choose trunks, tracks and levels; an edge with an end that is not drawn gets no route."""
     taken: dict[int, set[int]] = defaultdict(set)
     for line, column in cell.values():
         taken[column].add(line)
@@ -116,7 +119,7 @@ def _rank(bundle: Bundle) -> tuple[int, int, int, str]:
 
 
 def _tracks(bundles: Sequence[Bundle], n_lines: int, n_columns: int) -> tuple[int, ...]:
-    """Give the trunks of each channel tracks on which none overlaps another."""
+    """Give the trunks of each channel tracks, so that trunks on one track do not overlap."""
     channels: dict[int, list[Bundle]] = defaultdict(list)
     for bundle in bundles:
         if bundle.in_channel and bundle.trunk is not None:
@@ -140,8 +143,8 @@ def _tracks(bundles: Sequence[Bundle], n_lines: int, n_columns: int) -> tuple[in
 
 
 def _levels(bundles: Sequence[Bundle], n_lines: int) -> tuple[int, ...]:
-    """Give each bundle a level in every channel between rows where it runs level."""
-    # columns in thirds, so that a port, a trunk in a column and a channel have places of their own
+    """Give each bundle a level in every channel between rows in which it runs horizontally."""
+    # fractions of a column, so that a port, a trunk in a column and a channel have different places
     runs: dict[int, list[tuple[Bundle, float, float, set[float], set[float]]]] = defaultdict(list)
     for bundle in bundles:
         rise = None if bundle.trunk is None else bundle.trunk - 0.5 * bundle.in_channel
@@ -156,7 +159,7 @@ def _levels(bundles: Sequence[Bundle], n_lines: int) -> tuple[int, ...]:
                 if rise is not None:
                     points[gap].add(rise)
                 if bundle.trunk is not None and not bundle.in_channel:
-                    # the trunk goes up from here in a column that another node below may leave
+                    # the trunk rises from here, in a column that an edge of a node below may leave
                     into[gap].add(float(bundle.trunk))
         if bundle.receiver is not None:
             gap, port = bundle.receiver[0], bundle.receiver[1] + {"q": -0.2, "v": 0.2}.get(bundle.slot, 0.0)
@@ -178,7 +181,7 @@ def _levels(bundles: Sequence[Bundle], n_lines: int) -> tuple[int, ...]:
 
 
 def _stack(gap: int, members: Sequence[tuple[Bundle, float, float, set[float], set[float]]]) -> int:
-    """Levels from the bottom up; what leaves a column lies below what enters it, or the two would look joined."""
+    """Fill levels from the bottom up; runs that leave a column lie below those that enter it, or they look joined."""
     waiting = sorted(members, key=lambda run: (run[2] - run[1], run[1]))
     placed: list[tuple[int, float, float]] = []
     while waiting:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mechsafety.circuits.circuit import Backup, RefusalCircuit, Search
 from mechsafety.viz.words import interval, number, p_value, plain, units
 
-NAMED = 12  # nodes and edges listed by name
+NAMED = 12  # number of nodes and edges listed by name
 SEEN_TO_THE_END = {
     True: "No single {unit} more can leave without missing the target.",
     False: "Single {unit}s could still leave without missing the target.",
@@ -18,8 +18,8 @@ class SearchSection:
     """What the report says of the search.
 
     Attributes:
-        sentences: In the order of the search.
-        backups: A row a backup, its numbers as text.
+        sentences: Sentences, in the order of the search.
+        backups: One row per backup, with its numbers as text.
         cut: What was left out.
     """
 

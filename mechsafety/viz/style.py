@@ -1,4 +1,4 @@
-"""How a picture is to look: one set of options for every medium."""
+"""How a picture looks: one set of options for every medium."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ SPANS = ("instruction", "template after it")
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Which token position each node acts at.
+    """The position that each node acts at.
 
     Attributes:
         labels: Titles of the positions, in reading order; tokens or names of spans.
-        of: The index of a node's position among the labels; nodes left out stand in a lane of their own.
+        of: Index of each node's position among the labels. Nodes without an index stand in a lane of their own.
     """
 
     labels: tuple[str, ...]
@@ -44,12 +44,12 @@ class Style:
         width_mm: Width of the figure, such as a paper's column; None takes what the circuit needs.
         font_pt: Size of node labels in points; None is 9 on a screen and 7 with a ``width_mm``.
         grayscale: Whether to draw in greys; shapes, dashes and marks tell everything without colour.
-        legend, caption: Whether they stand under the picture.
-        max_edges: Draw only so many of the strongest edges, and the strongest of each node where it is weaker; 0 draws
-            none, None all.
-        groups: Nodes by the name of their group, for folding; None makes a group of each role.
-        fold: Names of groups drawn as one supernode.
-        positions: For ``columns="position"``; None takes each node's span from its role evidence.
+        legend, caption: Whether a legend and a caption stand under the picture.
+        max_edges: Number of strongest edges to draw. Each node's strongest edge is drawn as well, even if it is weaker.
+            0 draws no edges, None all edges.
+        groups: Nodes by the name of their group, for folding; None makes one group per role.
+        fold: Names of groups that are each drawn as one supernode.
+        positions: Positions for ``columns="position"``; None takes each node's span from its role evidence.
 
     Raises:
         MechsafetyError: A value that cannot be drawn.
@@ -84,7 +84,7 @@ class Style:
 
     @property
     def width(self) -> float | None:
-        """Width in pixels, where it is given."""
+        """Width in pixels; None if no width is given."""
         return None if self.width_mm is None else self.width_mm * PIXELS_PER_MM
 
 
@@ -92,7 +92,7 @@ def groups(circuit: RefusalCircuit, style: Style) -> dict[str, tuple[Node, ...]]
     """The groups that can be folded, each with at least two nodes of the circuit.
 
     Raises:
-        MechsafetyError: A node in two groups, or a fold of a group that there is not.
+        MechsafetyError: A node is in two groups, or ``fold`` names an unknown group.
     """
     known = {member.node for member in circuit.nodes}
     named = style.groups
@@ -126,7 +126,7 @@ def lane_of(style: Style, member: CircuitNode) -> str:
     shares = (member.evidence.at_instruction, member.evidence.at_suffix)
     if shares[1] is None:
         return UNKNOWN
-    # of pairs aligned at the suffix nothing is patched in the instruction
+    # with pairs aligned at the suffix, nothing is patched in the instruction
     return SPANS[0] if shares[0] is not None and abs(shares[0]) >= abs(shares[1]) else SPANS[1]
 
 

@@ -13,7 +13,7 @@ FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
 def circuit_svg(circuit: RefusalCircuit, style: Style | None = None) -> str:
-    """A stand-alone SVG document: no script, no outside font or file; the same circuit gives the same text.
+    """A stand-alone SVG document: no script, no external font or file; the same circuit gives the same text.
 
     Raises:
         MechsafetyError: As `layout_circuit`.
@@ -26,8 +26,8 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
     """The SVG of a layout; nodes and edges carry tooltips.
 
     Args:
-        layout: What to draw.
-        width_mm: Its width on paper; None takes pixels.
+        layout: The layout to draw.
+        width_mm: Width on paper; None gives the size in pixels.
         interactive: Whether to add the ``data-*`` attributes and the hidden supernodes that a page's script reads.
     """
     width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
@@ -48,7 +48,7 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         '<g class="edges" fill="none">',
         *(_edge(mark, interactive) for mark in layout.edges),
         "</g>",
-        # what all nodes' texts share stands on their group
+        # attributes that all nodes' texts share stand on their group
         f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual:g}">',
         *(_node(mark, interactive, usual) for mark in layout.nodes),
         *(_node(mark, interactive, usual) for mark in layout.folded if interactive),
@@ -59,7 +59,7 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
 
 
 def path_data(commands: tuple[Command, ...]) -> str:
-    """The ``d`` attribute of a path, to a tenth of a pixel; steps are relative, which is half as long."""
+    """The ``d`` attribute of a path, to a tenth of a pixel; steps are relative, which halves the length."""
     parts, x, y = [], 0, 0
     for letter, values in commands:
         points = [(round(10 * values[i]), round(10 * values[i + 1])) for i in range(0, len(values), 2)]
@@ -94,12 +94,12 @@ def _path(shape: Shape, unfilled: bool = True) -> str:
 
 
 def _text(label: Label, interactive: bool, usual: tuple[str, bool, float] = ("start", False, 0.0)) -> str:
-    """A text; ``usual`` is the anchor, weight and size that it would have without saying so."""
+    """A text element; ``usual`` is the anchor, weight and size that it has without its own attributes."""
     style = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}"'
     style += "" if round(label.size, 1) == usual[2] else f' font-size="{round(label.size, 1):g}"'
     style += "" if label.anchor == usual[0] else f' text-anchor="{label.anchor}"'
     style += "" if label.bold == usual[1] else f' font-weight="{600 if label.bold else 400}"'
-    # the page copies TikZ from the picture; what LaTeX needs written otherwise comes with it
+    # the page makes TikZ from the picture; where LaTeX needs another text, that text comes with it
     latex = tex(label.text)
     data = f" data-tex={quoteattr(latex)}" if interactive and latex != label.text else ""
     return f'<text {style} fill="{label.colour}"{data}>{escape(label.text)}</text>'
@@ -124,7 +124,7 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
 def _node(mark: NodeMark, interactive: bool, size: float) -> str:
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
-        # a script takes what has no kind for a part of the model
+        # the script takes a mark without a kind for a part of the model
         data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
         data += f' data-box="{" ".join(f"{round(part, 1):g}" for part in (mark.x, mark.y, mark.width, mark.height))}"'
         data += f" data-group={quoteattr(mark.group)}" if mark.group else ""

@@ -96,7 +96,7 @@ def circuit_tikz(circuit: RefusalCircuit, style: Style | None = None) -> str:
 
 
 def layout_tikz(layout: Layout) -> str:
-    """The same of any layout; its size is the picture's own."""
+    """The same for any layout, at the size of the picture."""
     edges = [shape for mark in layout.edges for shape in mark.shapes]
     parts = [_path(shape) for shape in (*layout.backdrop, *edges)]
     for mark in layout.nodes:
@@ -124,7 +124,7 @@ def layout_tikz(layout: Layout) -> str:
 
 
 def tex(text: str) -> str:
-    r"""Text that any LaTeX takes as text: accents and Greek as commands, what has none as its code point.
+    r"""Text for any LaTeX: accents and Greek become commands, characters without a command their code points.
 
     Example:
         >>> print(tex("50 % of a_b, é, 漢"))

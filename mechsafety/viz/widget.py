@@ -1,4 +1,4 @@
-"""The interactive circuit as a notebook widget: what is selected reaches Python, what is ablated reaches a function."""
+"""The interactive circuit as a notebook widget: the selection reaches Python, the ablated nodes reach a function."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,19 +22,20 @@ def circuit_widget(
 ) -> "anywidget.AnyWidget":
     """A widget for JupyterLab, VS Code and marimo; needs the extra ``widget``.
 
-    Its attribute ``selected`` is the name of the node that was clicked (empty for none), ``ablated`` the list of names
-    with their box ticked. Both can be observed. When boxes change, ``on_ablate`` gets the nodes and returns what it
-    measured, which the picture then shows; a `MechsafetyError` from it stands in ``message``.
+    The attribute ``selected`` is the name of the clicked node (empty for none). The attribute ``ablated`` is the list
+    of the nodes whose box is ticked, by name. Both can be observed. When boxes change, ``on_ablate`` gets the nodes and
+    returns its measurement. The picture then shows it. If ``on_ablate`` raises a `MechsafetyError`, its text is in
+    ``message``.
 
     Args:
-        circuit: What to show.
-        on_ablate: Runs the model without these nodes; `RefusalCircuit.widget` makes it of a model. None leaves the
-            boxes out.
-        style: How.
-        options: As `mechsafety.viz.circuit_html`.
+        circuit: The circuit to show.
+        on_ablate: Function that runs the model without these nodes; `RefusalCircuit.widget` makes it from a model. None
+            leaves the boxes out.
+        style: Options of the picture.
+        options: Options of `mechsafety.viz.circuit_html`.
 
     Raises:
-        MechsafetyError: The extra ``widget`` is not installed; else as `circuit_html`.
+        MechsafetyError: The extra ``widget`` is not installed; otherwise as `circuit_html`.
     """
     try:
         import anywidget
@@ -46,7 +47,7 @@ def circuit_widget(
     nodes = {str(member.node): member.node for member in circuit.nodes}
 
     class CircuitWidget(anywidget.AnyWidget):
-        """The page in a frame; traits travel by messages between frame and kernel."""
+        """The page in a frame; messages between frame and kernel carry the traits."""
 
         _esm = template("widget.js").render()
         page = traitlets.Unicode().tag(sync=True)

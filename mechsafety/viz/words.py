@@ -73,7 +73,7 @@ def share(value: float, ends: tuple[float, float]) -> str:
 
 
 def replies_changed(ablation: Ablation) -> str:
-    """What an ablation did to replies, empty where not measured: no rate of refusal without what is said instead."""
+    """How an ablation changed the replies, empty if not measured; every refusal rate comes with the other kinds."""
     if ablation.replies is None:
         return ""
     before, after = ablation.replies
@@ -131,7 +131,7 @@ def visible(token: str) -> str:
 def caption(
     circuit: RefusalCircuit, drawn: int, which: str = "the strongest in all and of each node"
 ) -> tuple[str, ...]:
-    """The sentences under the picture; ``drawn`` is how many edges are drawn, ``which`` says which where not all."""
+    """The sentences under the picture; ``drawn`` edges are drawn, and ``which`` names them if they are not all."""
     check = circuit.verification
     controls = check.random_controls
     edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
@@ -182,7 +182,7 @@ def node_title(member: CircuitNode) -> str:
 
 
 def linking_edges(circuit: RefusalCircuit) -> frozenset[Edge]:
-    """Edges that are kept only because a node would else lie on no path from ``embed`` to ``logits``."""
+    """Edges that are kept only because a node would otherwise lie on no path from ``embed`` to ``logits``."""
     return frozenset(circuit.search.linked if circuit.search else ())
 
 
@@ -196,13 +196,13 @@ def edge_title(member: CircuitEdge, linking: bool = False) -> str:
 
 
 def evidence(member: CircuitNode) -> tuple[str, ...]:
-    """What a node's role rests on, a phrase a measurement."""
+    """What a node's role rests on, one phrase per measurement."""
     words = list(EVIDENCE_WORDS.values())
     return tuple(f"{words[place]}: {value}" for place, value in evidence_values(member))
 
 
 def evidence_values(member: CircuitNode) -> list[tuple[int, str]]:
-    """The same as places among `EVIDENCE_WORDS` and values; measurements that were not made are left out."""
+    """The same as indices into `EVIDENCE_WORDS` and values; measurements that were not made are left out."""
     values = [getattr(member.evidence, name, None) for name in EVIDENCE_WORDS]
     return [
         (place, value if isinstance(value, str) else percent(value))
@@ -212,17 +212,17 @@ def evidence_values(member: CircuitNode) -> list[tuple[int, str]]:
 
 
 def size(circuit: RefusalCircuit) -> int:
-    """How many of the candidates the circuit holds: its edges where the search chose edges, else its nodes."""
+    """Number of candidates that the circuit holds: its edges if the search chose edges, otherwise its nodes."""
     return len(circuit.edges if circuit.level == "edge" else circuit.nodes)
 
 
 def size_share(circuit: RefusalCircuit) -> float:
-    """The same as a share of the candidates."""
+    """Size of the circuit as a share of the candidates."""
     return size(circuit) / circuit.n_candidates if circuit.n_candidates else math.nan
 
 
 def units(circuit: RefusalCircuit, n: int = 2) -> str:
-    """What the candidates are called: edges or nodes."""
+    """Word for the candidates: edges or nodes."""
     return ("edge" if circuit.level == "edge" else "node") + ("" if n == 1 else "s")
 
 
@@ -236,7 +236,7 @@ def sizes(circuit: RefusalCircuit) -> list[CurvePoint]:
 
 
 def pairs(circuit: RefusalCircuit) -> list[str]:
-    """Which share of the prompts the map speaks for, and what was left out before."""
+    """The share of the pairs that the map speaks for, and the pairs that were left out before."""
     share = []
     if circuit.speaks_for is not None:
         used, tried = circuit.speaks_for
@@ -267,7 +267,7 @@ def concentration(circuit: RefusalCircuit) -> str:
 def first_reaching(circuit: RefusalCircuit) -> CurvePoint | None:
     """The smallest size that reaches the target on held-out pairs, if any does."""
     target = circuit.verification.target
-    # a NaN is below every target
+    # a NaN reaches no target
     return next((point for point in sizes(circuit) if point.held_out >= target), None)
 
 
@@ -307,7 +307,7 @@ def judged(circuit: RefusalCircuit) -> float:
 
 
 def checked_on(circuit: RefusalCircuit) -> str:
-    """What those pairs are called."""
+    """Name of the pairs that the random controls were measured on."""
     return "held-out pairs" if circuit.verification.fresh is None else "fresh pairs"
 
 
@@ -345,7 +345,7 @@ def necessity(circuit: RefusalCircuit) -> str:
 
 
 def _against_random_removal(circuit: RefusalCircuit) -> str:
-    """The verdict of the claim that this circuit is needed more than a random one of its size."""
+    """Plain words on whether the refusal needs this circuit more than random circuits of its size."""
     check = circuit.verification
     claim = next((claim for claim in check.claims if claim.name == "necessity"), None)
     controls = check.necessity_controls

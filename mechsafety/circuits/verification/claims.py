@@ -1,4 +1,4 @@
-"""What should be true of a circuit, and whether what was measured says so. A claim that fails is shown as failed."""
+"""The claims about a circuit, and the verdict on each by what was measured; a claim that fails is shown as failed."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from mechsafety.circuits.verification.outcome import Claim, RandomControls, Verification
 from mechsafety.metrics import adjust_p
 
-# fixed before anything is measured; none is moved until a claim holds
+# fixed before anything is measured, and not moved to make a claim hold
 ALPHA = 0.05
 MAX_KL = 0.1
 MIN_JACCARD = 0.5
@@ -18,14 +18,15 @@ UNMEASURED = "left out: not defined at this level, or no time"
 def claims(check: Verification, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
     """The claims about a circuit, each with its figure and the verdict.
 
-    No claim is decided by data that decide nothing: too few prompts for an interval or a small p, or an interval that
-    holds the opposite of what is claimed as well. It is then left undecided, as if not measured, and says why.
+    A claim stays undecided if the data cannot decide it. Then there are too few prompts for an interval or a small p,
+    or the interval also holds the opposite of the claim. Such a claim has no verdict, as if not measured, and says why.
 
-    The p of sufficiency, necessity and equivalence are adjusted together (Benjamini-Hochberg), those of minimality
-    over the circuit's parts. Independence is claimed when its test does not reject it, so its p is left as it is.
+    The p of sufficiency, necessity and equivalence are adjusted together (Benjamini-Hochberg). The p of minimality are
+    adjusted over the circuit's parts. Independence is claimed if its test does not reject it. Its p is therefore not
+    adjusted.
 
     Args:
-        check: Everything measured; its own claims are not read.
+        check: Everything that was measured; its own claims are not read.
         necessity_ci: Interval of the necessity.
     """
     adjusted = _adjusted(check)
@@ -58,7 +59,7 @@ def claims(check: Verification, necessity_ci: tuple[float, float] | None = None)
 
 
 def _adjusted(check: Verification) -> dict[str, float]:
-    """Adjusted p of the claims that rest on one."""
+    """Adjusted p of sufficiency, necessity and equivalence, where they were measured."""
     found: dict[str, float] = {}
     for name, controls in (("sufficiency", check.random_controls), ("necessity", check.necessity_controls)):
         if controls is not None and controls.n:
@@ -82,7 +83,7 @@ def _faithfulness(check: Verification) -> Claim:
 
 
 def _fresh(check: Verification) -> Claim:
-    """One claim for both: the fresh pairs are of the held-out topics, where there are such."""
+    """One claim for fresh pairs and held-out topics: the fresh pairs are of held-out topics, if there are any."""
     statement, criterion = (
         "the circuit does so on pairs that played no part in the search",
         f"at least {check.target:g}",
@@ -98,7 +99,7 @@ def _fresh(check: Verification) -> Claim:
 
 
 def _undecided(interval: tuple[float, float] | None, opposite: float, reason: str) -> str:
-    """Why a figure decides nothing: its interval has no end, or holds the opposite of what is claimed. Else empty."""
+    """Why a figure decides nothing: its interval has no end or holds the opposite of the claim; otherwise empty."""
     if interval is None:
         return ""
     if not all(map(math.isfinite, interval)):

@@ -21,10 +21,10 @@ class RandomControls:
     """Size-matched random circuits on held-out pairs.
 
     Attributes:
-        n: How many were drawn.
-        mean: Their mean faithfulness.
-        highest: The best of them.
-        p_value: (1 + number at least as faithful as the circuit) / (1 + n).
+        n: Number of random circuits.
+        mean: Mean of their values.
+        highest: Highest of their values.
+        p_value: (1 + number of values at least as large as the circuit's) / (1 + n).
     """
 
     n: int
@@ -38,9 +38,9 @@ class FreshCheck:
     """The circuit on pairs that played no part in finding it, not even in deciding its size.
 
     Attributes:
-        n: Pairs.
-        faithfulness: On them.
-        ci: 95 % interval of it over pairs.
+        n: Number of pairs.
+        faithfulness: Faithfulness on these pairs.
+        ci: 95 % interval of the faithfulness, over pairs.
     """
 
     n: int
@@ -53,9 +53,9 @@ class Equivalence:
     """Two one-sided t-tests (TOST) on per-prompt differences, circuit less whole model, as shares of the mean gap.
 
     Attributes:
-        margin: The mean difference is claimed to lie within plus and minus this.
-        difference: Mean over prompts.
-        ci: 90 % t interval of it: inside the margins exactly when p < 0.05.
+        margin: The claim is that the mean difference lies between minus and plus this margin.
+        difference: Mean difference over prompts.
+        ci: 90 % t interval of the mean difference. It lies inside the margins exactly when p < 0.05.
         p_value: The larger of the two one-sided p.
     """
 
@@ -70,9 +70,9 @@ class Independence:
     """HSIC between the whole model's metric and that of the model without the circuit, over prompts.
 
     Attributes:
-        n: Prompts.
+        n: Number of prompts.
         hsic: Biased estimate with Gaussian kernels of median width.
-        p_value: Of independence, by permutation of the prompts.
+        p_value: p of independence, by permutation of the prompts.
     """
 
     n: int
@@ -81,7 +81,7 @@ class Independence:
 
     @property
     def smallest_p(self) -> float:
-        """The smallest p that this many prompts could give, were the two scores one; 1 where a score does not vary."""
+        """The smallest p that this many prompts can give, for two identical scores; 1 if a score does not vary."""
         return 1.0 if self.hsic <= 1e-12 else 1.0 / math.factorial(min(self.n, 20))
 
 
@@ -90,9 +90,9 @@ class Stability:
     """Circuits searched again on bootstrap resamples of the prompts.
 
     Attributes:
-        jaccards: Overlap of each with the circuit of all prompts, by the same search.
-        mean: Of them.
-        n_nodes: Their sizes.
+        jaccards: Overlap of each resample's circuit with the circuit of all prompts, found by the same search.
+        mean: Mean of the overlaps.
+        n_nodes: Size of each resample's circuit.
     """
 
     jaccards: tuple[float, ...]
@@ -105,10 +105,11 @@ class SideEffects:
     """KL divergence (nats) of the next token on harmless prompts, from the unedited model to the edited one.
 
     Attributes:
-        circuit_ablated: Mean over prompts, every part of the circuit at its mean over harmless prompts.
-        circuit_ablated_ci: 95 % interval of it.
-        complement_patched: The same, everything outside the circuit at its value in the harmful counterfactual.
-        complement_patched_ci: 95 % interval of it.
+        circuit_ablated: Mean over prompts, with every part of the circuit at its mean over harmless prompts.
+        circuit_ablated_ci: 95 % interval of ``circuit_ablated``.
+        complement_patched: The same, with everything outside the circuit at its value in the harmful counterfactual
+            prompt.
+        complement_patched_ci: 95 % interval of ``complement_patched``.
     """
 
     circuit_ablated: float
@@ -119,17 +120,17 @@ class SideEffects:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One thing that a circuit should be, the figure it was checked by, and whether it held.
+    """One claim about a circuit, the figure that checks it, and whether it holds.
 
     Attributes:
         name: Short name.
         statement: What is claimed.
         value: The figure.
-        interval: Its interval.
-        p_value: Benjamini-Hochberg adjusted over the claims that rest on a p (but that of independence).
+        interval: Interval of the figure.
+        p_value: p, Benjamini-Hochberg adjusted over the claims that rest on a p (except independence).
         criterion: When the claim holds.
-        passed: Whether it held; None where it was not measured, or where the prompts are too few to decide.
-        reason: Why not.
+        passed: Whether the claim holds; None if it was not measured, or if the prompts are too few to decide.
+        reason: Why the claim was not measured or not decided.
     """
 
     name: str
@@ -143,12 +144,15 @@ class Claim:
 
     @property
     def by_construction(self) -> bool:
-        """Whether the search itself made it hold: it enlarges the circuit until these pairs reach the target."""
+        """Whether the search itself made the claim hold: it enlarges the circuit until these pairs reach the target."""
         return self.name == "faithfulness" and self.passed is True
 
     @property
     def verdict(self) -> str:
-        """``fails``, ``not measured``, ``undecided`` by what was measured, ``holds``, or ``holds by construction``."""
+        """One of ``fails``, ``not measured``, ``undecided``, ``holds`` and ``holds by construction``.
+
+        ``undecided`` means that the claim was measured, but that the data do not decide it.
+        """
         if self.passed is None:
             return "not measured" if self.value is None else "undecided"
         if self.by_construction:
@@ -165,32 +169,34 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked about a circuit. None (or NaN) means: not measured.
+    """What was checked about a circuit; None or NaN means that it was not measured.
 
     Attributes:
-        faithfulness: On the pairs it was found on: (m(C) - m(empty)) / (m(model) - m(empty)).
-        held_out_faithfulness: The same on held-out pairs, which set the size of the circuit and nothing else.
-        held_out_ci: 95 % interval of it over pairs.
-        held_out_topics: Their topics, where none of them is among the search's; else empty.
-        fresh: The same on pairs that played no part at all; None where there were too few pairs to set any aside.
-        necessity: Share of the gap lost when the whole circuit gets its harmless-run values, on fresh pairs (on
-            held-out ones where there are none; so are the random controls and the minimality).
-        random_controls: Size-matched random circuits.
+        faithfulness: Faithfulness on the pairs that the circuit was found on: (m(C) - m(empty)) / (m(model) -
+            m(empty)).
+        held_out_faithfulness: Faithfulness on held-out pairs, which set the size of the circuit and nothing else.
+        held_out_ci: 95 % interval of ``held_out_faithfulness``, over pairs.
+        held_out_topics: Topics of the held-out pairs, if the search saw none of them; otherwise empty.
+        fresh: Faithfulness on pairs that played no part at all; None if there were too few pairs to set any aside.
+        necessity: Share of the gap that is lost when the whole circuit gets its values from the harmless run. It is
+            measured on fresh pairs, or on held-out pairs if there are none. So are the random controls and minimality.
+        random_controls: Size-matched random circuits, kept alone.
         curve: Faithfulness over circuit size.
         cmd: Area between the held-out curve and 1 over k (0 is best).
         cpr: Area under the held-out curve over k.
-        cmd_ci, cpr_ci: 95 % intervals of them over pairs.
-        target: The faithfulness that was asked for.
-        reached: Whether the circuit shown reaches it on held-out pairs.
-        minimality: Faithfulness lost when one part alone leaves the circuit, by its name.
+        cmd_ci, cpr_ci: 95 % intervals of ``cmd`` and ``cpr``, over pairs.
+        target: The target faithfulness.
+        reached: Whether the circuit reaches the target, on the search's pairs and on held-out ones.
+        minimality: Faithfulness lost when one part alone leaves the circuit, by the part's name.
         completeness: Largest difference found, over subsets K of the circuit C, between the faithfulness of C without K
             and of the whole model without K.
-        completeness_without: The K at which it was found.
-        completeness_ci: 95 % interval of the difference at this K, which was chosen for it.
-        necessity_controls: Size-matched random circuits; what removing each of them loses.
+        completeness_without: The subset K with this difference.
+        completeness_ci: 95 % interval of the difference at this K. K was chosen because its difference is the largest.
+        necessity_controls: Size-matched random circuits, each removed: the share of the gap that is lost.
         minimality_p: p of each part's marginal effect against parts added at random, Benjamini-Hochberg adjusted.
-        equivalence, independence, stability, side_effects: See there.
-        claims: What should be true of a circuit, with what was measured, and whether it is.
+        equivalence, independence, stability, side_effects: See `Equivalence`, `Independence`, `Stability` and
+            `SideEffects`.
+        claims: The claims about the circuit, each with its figure and verdict.
     """
 
     faithfulness: float
@@ -221,21 +227,21 @@ class Verification:
 
     @property
     def measured(self) -> bool:
-        """Whether anything was checked (a merged circuit, or a part of one, has not been)."""
+        """Whether anything was checked; a merged circuit, or a part of a circuit, has no checks."""
         return math.isfinite(self.faithfulness)
 
     @property
     def tested(self) -> tuple[Claim, ...]:
-        """The claims that count: without those that hold by construction, and without a number that is there twice.
+        """The claims that count: without those that hold by construction, and without duplicates of a figure.
 
-        Files of version 0.1 hold the figure of the fresh pairs once more, as that of held-out topics.
+        Files of version 0.1 hold the figure of the fresh pairs a second time, as that of held-out topics.
         """
         twice = {"held-out topics"} if any(claim.name == "fresh pairs" for claim in self.claims) else set()
         return tuple(claim for claim in self.claims if not claim.by_construction and claim.name not in twice)
 
     @property
     def random_p(self) -> float:
-        """P of the random circuits as the claim of sufficiency has it: adjusted, where there is such a claim."""
+        """The p of the random circuits: that of the sufficiency claim, which is adjusted; otherwise their own."""
         found = (claim.p_value for claim in self.claims if claim.name == "sufficiency")
         adjusted = next(found, None)
         return self.random_controls.p_value if adjusted is None else adjusted
@@ -247,7 +253,7 @@ class Verification:
 
     @classmethod
     def not_measured(cls, target: float, reason: str) -> Self:
-        """The verification of a circuit that nobody has checked: every number is NaN, and the one claim says why."""
+        """The verification of a circuit that was not checked: every number is NaN, and the only claim says why."""
         nan = math.nan
         claim = Claim("verification", "the circuit was checked", None, None, None, "measured", None, reason)
         return cls(

@@ -23,12 +23,12 @@ def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -
     reaches the output outside the circuit.
 
     Args:
-        meter: Whose harmless runs are edited.
+        meter: Meter whose harmless runs are edited.
         circuit: Heads, MLPs and neurons.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
-        None for a circuit of edges, which has no value of its own to replace.
+        The side effects; None for a circuit of edges, because an edge has no value of its own to replace.
     """
     if any(not isinstance(part, Node) for part in circuit):
         return None
@@ -47,13 +47,13 @@ def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -
 def next_token_kl(
     unedited: Float[Tensor, "batch d_vocab"], edited: Float[Tensor, "batch d_vocab"]
 ) -> Float[Tensor, " batch"]:
-    """KL divergence of each prompt's next-token distribution, in nats."""
+    """KL(unedited || edited) of the next token, one value per prompt, in nats."""
     log_p, log_q = unedited.double().log_softmax(-1), edited.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def mean_acts(run: BaseRun) -> Mapping[SiteKind, Tensor]:
-    """Mean over the prompts of each stored activation, column by column from the end, padding left out."""
+    """Mean over the prompts of each stored activation, per column from the end, without padding."""
     real = run.tokens.mask[:, run.start :]
     out = {}
     for kind, values in run.acts.items():

@@ -21,12 +21,14 @@ from mechsafety.results import Provenance
 
 @dataclass(frozen=True, slots=True)
 class PairAttributions:
-    """Node attribution of every pair by itself, in metric units; their sum over the sum of gaps is that of all pairs.
+    """Node attribution of every pair by itself, in metric units.
+
+    The sum over pairs, divided by the sum of the gaps, is the attribution of all pairs.
 
     Attributes:
         heads, mlps: Integrated gradients.
         gaps: Metric of the harmful prompt less that of the harmless one.
-        provenance, metric: Of the whole.
+        provenance, metric: Provenance and metric of the attribution.
     """
 
     heads: Float[Tensor, "pair layer head"]
@@ -46,11 +48,11 @@ class PairAttributions:
 
 
 def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttributions:
-    """`node_attribution` of each pair alone, from which any resample of the pairs is attributed without a new run.
+    """`node_attribution` of each pair alone; it gives the attribution of any resample of the pairs without a new run.
 
     Args:
-        meter: On the pairs.
-        steps: Midpoints of the integral.
+        meter: Meter on the pairs.
+        steps: Number of midpoints of the integral.
     """
     model, n_pairs = meter.model, len(meter.runs.harmful)
     heads = torch.zeros(n_pairs, model.n_layers, model.n_heads, device=model.device)
@@ -83,19 +85,19 @@ def bootstrap_stability(
 ) -> Stability | None:
     """Jaccard overlap of the circuit with those found on bootstrap resamples of the pairs.
 
-    The search is its first half: the smallest prefix of the ranking that reaches the target on the (resampled) pairs.
-    Exact removal is not repeated, which would take as long as the whole map again each time.
+    Only the first half of the search is repeated: the smallest prefix of the ranking that reaches the target on the
+    (resampled) pairs. Exact removal is not repeated; for each resample it would take as long as the whole map.
 
     Args:
-        meter: On the pairs that were attributed, in their order.
-        attributions: Of the pairs.
+        meter: Meter on the pairs that were attributed, in their order.
+        attributions: Attributions of the pairs.
         target: Faithfulness to reach.
-        n: Resamples.
-        seed: Of the resamples.
-        budget: Time to keep.
+        n: Number of resamples.
+        seed: Seed of the resamples.
+        budget: Time budget.
 
     Returns:
-        None if there was time for no resample.
+        The overlaps; None if there was no time for a resample.
     """
     budget = budget or Budget()
     rng = np.random.default_rng(seed)
@@ -120,7 +122,7 @@ def _prefix(
 ) -> tuple[set[Node], int]:
     """The smallest prefix of the ranking that reaches the target on weighted pairs, and its size.
 
-    The search gallops from a guess, then bisects: resampled circuits are about as large as the first.
+    The search starts at a guess with growing steps, then bisects: resampled circuits are about as large as the first.
     """
     nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
     ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))

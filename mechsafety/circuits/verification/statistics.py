@@ -1,4 +1,4 @@
-"""Statistics of a circuit: tests that scipy lacks or has in parts (equivalence, independence), areas of a curve."""
+"""Statistics of a circuit: tests that scipy lacks or has only in part (equivalence, independence), areas of a curve."""
 
 import numpy as np
 from jaxtyping import Float
@@ -10,11 +10,11 @@ from mechsafety.intervals import UNBOUNDED
 def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
     """Two one-sided t-tests (Schuirmann 1987) that the mean difference lies within plus and minus ``margin``.
 
-    That a test finds no difference would not show that there is none; this one shows it.
+    A usual test that finds no difference does not show that the difference is small. This test shows it.
 
     Args:
-        differences: One a prompt.
-        margin: Above 0.
+        differences: One difference per prompt.
+        margin: The margin, above 0.
     """
     from scipy.stats import ttest_1samp
 
@@ -32,13 +32,14 @@ def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
 def independence_test(x: np.ndarray, y: np.ndarray, seed: int, n_permutations: int = 2000) -> Independence:
     """HSIC of paired samples (Gretton et al. 2005), and its p under permutations of one of them.
 
-    Gaussian kernels whose width is the median distance between different points; the biased estimate tr(KHLH) / n^2.
+    The kernels are Gaussian. Their width is the median distance between different points. The estimate is the biased
+    one, tr(KHLH) / n^2, where K and L are the kernel matrices and H centres them.
 
     Args:
-        x: One value a prompt.
-        y: Another one a prompt.
-        seed: Of the permutations.
-        n_permutations: The observed order counts as one more.
+        x: One value per prompt.
+        y: A second value per prompt.
+        seed: Seed of the permutations.
+        n_permutations: Number of permutations; the observed order counts as one more.
     """
     n = len(x)
     k, lists = _centred_kernel(x), _kernel(y)
@@ -76,14 +77,14 @@ def prompt_areas(
 ) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]]:
     """Each prompt's own part of the areas CMD and CPR of a faithfulness curve (trapezoid), in units of the metric.
 
-    Their means over the mean gap are the areas. CMD counts the distance from 1 at each point with the sign that the
-    mean curve has there.
+    The mean of these parts, divided by the mean gap, is the area. CMD counts a prompt's distance from 1 at each point
+    with the sign of the mean distance there.
 
     Args:
         k: Share of all parts at each point.
         scores: Metric with the circuit of each point kept.
         harmful: Metric of the harmful prompts, unedited.
-        harmless: Of the harmless ones.
+        harmless: Metric of the harmless prompts, unedited.
     """
     missing = harmful - scores
     sides = np.sign(missing.mean(axis=1, keepdims=True))
@@ -91,5 +92,5 @@ def prompt_areas(
 
 
 def rank_p(observed: float, null: np.ndarray) -> float:
-    """(1 + number of null values at least as large) / (1 + their number); what is not a number counts against."""
+    """(1 + number of null values at least as large) / (1 + number of null values); a NaN counts as large."""
     return float((1 + (~(null < observed)).sum()) / (1 + len(null)))

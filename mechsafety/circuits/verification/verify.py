@@ -47,28 +47,35 @@ def verify(
     budget: Budget | None = None,
     seed: Amount = 0,
 ) -> Verification:
-    """Every check there is of a circuit, and the list of claims with the verdict on each.
+    """Run every check of a circuit, and list the claims with the verdict on each.
 
-    Faithfulness with interval; sufficiency and necessity, each against size-matched random circuits; minimality against
-    parts added at random; completeness; equivalence; independence of the complement; side effects on harmless prompts;
-    the areas of the curve. What the time budget leaves no room for stays None, and the budget keeps a note of it.
+    The checks are:
+
+    - faithfulness, with its interval;
+    - sufficiency and necessity, each against size-matched random circuits;
+    - minimality, against parts added at random;
+    - completeness, equivalence, and independence of the complement;
+    - side effects on harmless prompts;
+    - the areas of the curve.
+
+    A check that the time budget leaves no room for stays None, and the budget notes it.
 
     Args:
-        result: What was found.
+        result: Result of the search.
         found_on: Meter on the search's pairs.
         held_out: Meter on the pairs that set the circuit's size.
-        fresh: Meter on pairs that played no part; what does not depend on the size is measured on them. On the held-out
-            pairs where there are none.
-        target: The faithfulness that was asked for.
+        fresh: Meter on pairs that played no part in the search. Checks that do not depend on how the size was set use
+            these pairs; without fresh pairs, they use the held-out pairs.
+        target: The target faithfulness of the search.
         topics: Topics of the held-out pairs, if the search saw none of them.
-        n_random: Random circuits with as many parts of each kind as the circuit.
-        n_added: Parts outside the circuit that are added to it, one at a time, for minimality.
-        completeness_steps: Greedy steps towards the least complete subset.
-        completeness_tries: Parts tried at each, those with the largest marginal effect first.
-        margin: Of equivalence, as a share of the gap.
-        stability: From `bootstrap_stability`.
-        budget: Time to keep.
-        seed: Of everything random.
+        n_random: Number of random circuits, each with as many parts of each kind as the circuit.
+        n_added: Number of parts outside the circuit that are added to it, one at a time, for minimality.
+        completeness_steps: Number of greedy steps towards the least complete subset.
+        completeness_tries: Number of parts tried at each step, those with the largest marginal effect first.
+        margin: Margin of equivalence, as a share of the gap.
+        stability: Result of `bootstrap_stability`.
+        budget: Time budget.
+        seed: Seed of everything random.
     """
     budget = budget or Budget()
     circuit, judge = result.circuit, fresh or held_out
@@ -83,7 +90,7 @@ def verify(
     lost = 1.0 - _random_values(judge, judge.without, random, budget, 0.88, "random circuits, removed")
     costs = null = complete = None
     if not budget.skips("minimality", 0.88):
-        # a backup makes what it stands in for superfluous, and is so itself: minimality is of the circuit without them
+        # a primary node and its backup make each other superfluous: minimality is of the circuit without backups
         core = [part for part in circuit if part not in result.added]
         costs = marginals(judge, core)
         null = _added_effects(judge, core, n_added, seed, leave=result.added)
@@ -107,7 +114,7 @@ def verify(
         cmd_ci=areas[0],
         cpr_ci=areas[1],
         target=target,
-        # again: backups may have joined since the search, and nodes left that nothing connects
+        # measured again: since the search, backups may have joined and unconnected nodes may have left
         reached=min(found, faithful) >= target - ROUNDING,
         completeness=None if complete is None else complete[0],
         completeness_ci=None if complete is None else _gap_interval(judge, circuit, complete[1], seed),
@@ -179,7 +186,7 @@ def _added_effects(
 
 
 def _minimality_p(costs: dict[Part, float], null: np.ndarray) -> dict[str, float] | None:
-    """P of each part's marginal effect against parts added at random (Shi et al. 2024), Benjamini-Hochberg adjusted."""
+    """The p of each part's effect against parts added at random (Shi et al. 2024), Benjamini-Hochberg adjusted."""
     if len(null) < MIN_ADDED:
         return None
     raw = np.array([rank_p(value, null) for value in costs.values()])
@@ -191,18 +198,18 @@ def completeness(
 ) -> tuple[float, tuple[Part, ...]]:
     """Largest |F(C without K) - F(M without K)| found over subsets K of the circuit (Wang et al. 2022, section 4.1).
 
-    K is empty, the whole circuit, or grown greedily: at each step the part of the ``width`` first in the pool that
-    makes the difference largest is added. A lower bound of the true maximum.
+    K is empty, the whole circuit, or grown greedily. A greedy step tries the first ``width`` parts of the pool that are
+    not in K yet, and adds the one that makes the difference largest. The result is a lower bound of the true maximum.
 
     Args:
-        meter: What to measure on.
-        circuit: C.
-        pool: Its parts, in the order in which they are tried.
-        steps: How many parts K may grow to.
-        width: How many are tried at each step.
+        meter: Meter to measure on.
+        circuit: The circuit C.
+        pool: Parts of the circuit, in the order in which they are tried.
+        steps: Largest number of parts in a grown K.
+        width: Number of parts tried at each step.
 
     Returns:
-        The difference, and the K that it was found at.
+        The largest difference, and the K that has it.
     """
 
     def gaps(subsets: Sequence[Sequence[Part]]) -> list[float]:
@@ -224,7 +231,7 @@ def completeness(
 def _gap_interval(
     meter: FaithfulnessMeter, circuit: Sequence[Part], gone: Sequence[Part], seed: int
 ) -> tuple[float, float]:
-    """Interval over prompts of F(C without K) - F(M without K), the sign that of its mean."""
+    """Interval over prompts of |F(C without K) - F(M without K)|: the sign is turned so that the mean is positive."""
     harmful, harmless = meter.ends()
     rest = [part for part in circuit if part not in set(gone)]
     gap = meter.kept([rest])[0] - meter.removed([gone])[0]
@@ -255,7 +262,7 @@ def mib_points(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 def curve_areas(curve: Sequence[CurvePoint]) -> tuple[float, float]:
     """CMD, the area between the held-out curve and 1, and CPR, the area under it, over the share of parts (trapezoid).
 
-    Mueller et al. 2025 (MIB), who take edges; here over whatever the circuit is made of.
+    Mueller et al. 2025 (MIB) define both areas for edges. Here they are over the parts that the circuit is made of.
     """
     k = np.array([point.k for point in curve])
     f = np.array([point.held_out for point in curve])
