@@ -112,7 +112,7 @@ def ratio_intervals(
     for values in (rows, scale):
         _check(values)
     if scale.shape not in (rows.shape, rows.shape[1:]):
-        raise MechsafetyError(f"values of shapes {rows.shape} and {scale.shape}", expected="one a prompt in both")
+        raise MechsafetyError(f"values of shapes {rows.shape} and {scale.shape}", expected="one per prompt in both")
     scales = np.broadcast_to(scale, rows.shape)
     if rows.shape[1] >= MANY:
         return [_percentile(row, own, seed, n, confidence) for row, own in zip(rows, scales, strict=True)]
@@ -125,7 +125,7 @@ def ratio_intervals(
 
 def _check(values: np.ndarray) -> None:
     if not values.shape[-1:] or not values.shape[-1]:
-        raise MechsafetyError(f"values of shape {values.shape}", expected="one a prompt, of at least one prompt")
+        raise MechsafetyError(f"values of shape {values.shape}", expected="one per prompt, of at least one prompt")
     bad = int((~np.isfinite(values)).sum())
     if bad:
         raise MechsafetyError(f"{bad} of {values.size} values are not finite", expected="numbers")

@@ -111,13 +111,13 @@ def test_what_nothing_bounds_is_unbounded():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: mean_interval([]), r"values of shape \(1, 0\); expected one a prompt, of at least one prompt"),
+        (lambda: mean_interval([]), r"values of shape \(1, 0\); expected one per prompt, of at least one prompt"),
         (lambda: mean_interval([1.0, math.nan, math.inf]), "2 of 3 values are not finite; expected numbers"),
         (lambda: ratio_interval([1.0, 2.0], [1.0, math.nan]), "1 of 2 values are not finite"),
         (lambda: ratio_intervals(np.array([[1.0, math.nan]]), [1.0, 1.0]), "1 of 2 values are not finite"),
         (
             lambda: ratio_interval([1.0, 2.0, 3.0], [1.0, 2.0]),
-            r"values of shapes \(1, 3\) and \(2,\); expected one a prompt in both",
+            r"values of shapes \(1, 3\) and \(2,\); expected one per prompt in both",
         ),
         (lambda: wilson_interval(0, 0), "a rate of 0 prompts; expected at least 1"),
     ],

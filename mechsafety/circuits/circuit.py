@@ -260,7 +260,7 @@ class Notes:
     def __post_init__(self) -> None:
         for tokens, values in self.texts:
             if len(tokens) != len(values):
-                raise MechsafetyError(f"{len(values)} activations of {len(tokens)} tokens", expected="one a token")
+                raise MechsafetyError(f"{len(values)} activations of {len(tokens)} tokens", expected="one per token")
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ def run_added(
         position, from the block after the addition.
     """
     if len(vectors) != len(layers):
-        raise MechsafetyError(f"{len(vectors)} rows of vectors for {len(layers)} layers", expected="one row a layer")
+        raise MechsafetyError(f"{len(vectors)} rows of vectors for {len(layers)} layers", expected="one row per layer")
     n_columns = vectors.shape[1]
     prefixes = []
     for row, layer in enumerate(layers):

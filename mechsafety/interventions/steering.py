@@ -55,7 +55,7 @@ class Direction(Result):
         if kinds not in ({SiteKind.RESID_PRE}, {SiteKind.Z}) or len(self.sites) != len(self.vectors):
             raise MechsafetyError(
                 f"{len(self.vectors)} vectors at {len(self.sites)} sites of kinds {sorted(kinds)}",
-                expected="one a site, all at resid_pre or all at z",
+                expected="one per site, all at resid_pre or all at z",
             )
         if bool((self.vectors.norm(dim=-1) == 0).any()):
             raise MechsafetyError(f"the direction {self.name!r} holds a zero vector")

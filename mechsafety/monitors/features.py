@@ -47,12 +47,12 @@ class LabelledPrompts:
         if len(self.prompts) != len(self.unsafe) or (self.groups and len(self.groups) != len(self.prompts)):
             raise MechsafetyError(
                 f"{self.name}: {len(self.prompts)} prompts, {len(self.unsafe)} labels, {len(self.groups)} groups",
-                expected="one label a prompt, and one group or none",
+                expected="one label per prompt, and one group or none",
             )
         if self.kinds and len(self.kinds) != len(self.prompts):
             raise MechsafetyError(
                 f"{self.name}: {len(self.prompts)} prompts, {len(self.kinds)} kinds of reply",
-                expected="one kind a prompt, or none",
+                expected="one kind per prompt, or none",
             )
         labels: dict[str, set[bool]] = {}
         for prompt, label in zip(self.prompts, self.unsafe, strict=True):

@@ -267,7 +267,7 @@ def _likelihood(
 ) -> Float[Tensor, "mask prompt"]:
     """Mean log-probability per token of each prompt's reply and its end token."""
     if len(score.replies) != len(prompts):
-        raise MechsafetyError(f"{len(score.replies)} replies to {len(prompts)} prompts", expected="one a prompt")
+        raise MechsafetyError(f"{len(score.replies)} replies to {len(prompts)} prompts", expected="one per prompt")
     end = base.tokenizer.eos_token_id
     replies = [base.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in score.replies]
     out = torch.zeros(len(masks), len(prompts))

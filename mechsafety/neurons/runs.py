@@ -61,7 +61,7 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
     sizes = [(model.n_layers, model.d_mlp, model.d_vocab) for model in (base, aligned)]
     if sizes[0] != sizes[1]:
         raise MechsafetyError(
-            f"{base.name} has (layers, neurons a layer, tokens) {sizes[0]}, {aligned.name} {sizes[1]}",
+            f"{base.name} has (layers, neurons per layer, tokens) {sizes[0]}, {aligned.name} {sizes[1]}",
             expected="an aligned model and its own base",
         )
     options = [dict(model.template_options) for model in (base, aligned)]

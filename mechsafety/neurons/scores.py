@@ -175,7 +175,7 @@ def safety_neurons(
     if replies is not None and (positions != "completion" or len(replies) != len(prompts) or not all(replies)):
         raise MechsafetyError(
             f"{len(replies)} replies to {len(prompts)} prompts, positions {positions!r}",
-            expected="one reply of at least one token a prompt, positions 'completion'",
+            expected="one reply of at least one token per prompt, positions 'completion'",
         )
     check_pair(base, aligned)
     if replies is None:

@@ -164,7 +164,7 @@ def load_certified(folder: Path) -> Certified:
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise MechsafetyError(f"{folder.name} holds no certified model ({str(error).splitlines()[0]})") from error
     causal_model = refusal_model()
-    return Certified(model.eval(), tokenizer(), twins(), causal_model.truth(), causal_model, certificate)
+    return Certified(model.eval(), tokenizer(), counterfactual_pairs(), causal_model.truth(), causal_model, certificate)
 
 
 def untrained_model(seed: int) -> Any:
@@ -359,7 +359,7 @@ def carried_by(causal_model: CausalModel, edge: Edge) -> str:
     return next(variable.name for variable in causal_model.variables if variable.node == end)
 
 
-def twins(per_topic: int = 16) -> PromptPairs:
+def counterfactual_pairs(per_topic: int = 16) -> PromptPairs:
     """Refused prompts, each with an answered counterfactual prompt that differs in one word; training saw neither.
 
     Args:

@@ -59,7 +59,7 @@ def tokens_html(tokens: Sequence[str], values: Sequence[float], *, title: str = 
         MechsafetyError: No tokens, or a number of values that differs from the number of tokens.
     """
     if not tokens or len(tokens) != len(values):
-        raise MechsafetyError(f"{len(values)} values of {len(tokens)} tokens", expected="one a token, at least one")
+        raise MechsafetyError(f"{len(values)} values of {len(tokens)} tokens", expected="one per token, at least one")
     props = {"tokens": _tokens(tokens), "values": [_finite(float(value)) for value in values]}
     return _block([_figure("ColoredTokens", props, title)], script)
 

@@ -15,32 +15,35 @@ class Entry:
 GLOSSARY = (
     Entry(
         "Harmful and harmless prompts",
-        "Pairs of prompts that differ in whether the request is harmful. Nodes are ranked on discovery pairs. Held-out "
-        "pairs, of other topics where pairs have topics, set the size of the circuit, so faithfulness on them lies "
-        "just above the target by construction. Fresh pairs are used for the checks alone: the figure to trust.",
+        "Pairs of prompts that differ in whether the request is harmful. Nodes are ranked on discovery pairs. "
+        "Held-out pairs (of other topics, where pairs have topics) set the size of the circuit. Faithfulness on "
+        "them therefore lies just above the target by construction. Fresh pairs are used for the checks alone. "
+        "Trust the figures on fresh pairs.",
     ),
     Entry(
         "Metric, score",
-        "One number a prompt, read from the model's next-token logits: high when it is about to refuse, low when it is "
-        "about to comply. It is read where the reply begins, or after the first words that its replies share (the "
-        "opener): then the last token of each prompt is the opener's. Its name, tokens and opener stand under "
-        "Provenance.",
+        "One number per prompt, read from the model's next-token logits. It is high when the model is about to "
+        "refuse, low when it is about to comply. It is read where the reply begins, or after the opener: the "
+        "first words that the replies share. The last token of each prompt is then the opener's. Provenance lists"
+        " the metric's name, tokens and opener.",
     ),
     Entry(
         "Refusal rate",
-        "Share of greedy replies judged to be refusals (a refusal phrase in the first sentence; where the user chose "
-        "the refusal tokens: share of prompts with a metric above 0), with Wilson's 95 % interval.",
+        "Share of greedy replies that are judged to be refusals, with Wilson's 95 % interval. A refusal has a "
+        "refusal phrase in its first sentence. If the user chose the refusal tokens, it is the share of prompts "
+        "with a metric above 0.",
         "(p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96",
     ),
     Entry(
         "Degenerate reply",
-        "A reply that is no text: empty, a loop (over half of its runs of four words were said before), or mostly in a "
-        "script that the prompt does not use. After an intervention also one that the unedited model finds less likely "
-        "than sound text that answers something else. A model that babbles refuses less, and does not comply.",
+        "A reply that is not text: it is empty, it is a loop (over half of its runs of four words were said "
+        "before), or most of it is in a script that the prompt does not use. After an intervention, also a reply "
+        "that the unedited model finds less likely than sound text that answers something else. A model that "
+        "babbles refuses less but does not comply.",
     ),
     Entry(
         "Gap",
-        "The difference that refusal makes to the metric. All effects are shares of it.",
+        "The difference that refusal makes to the metric. Every effect is a share of the gap.",
         "gap = mean score on harmful prompts - mean score on harmless prompts",
     ),
     Entry(
@@ -50,45 +53,46 @@ GLOSSARY = (
     ),
     Entry(
         "Effect of a node",
-        "Share of the gap that is lost when this node alone is given the values it has on the paired harmless "
-        "prompt. 1 would mean that the gap vanishes; negative, that the node works against refusal.",
+        "Share of the gap that is lost when this node alone gets its values from the paired harmless prompt. At "
+        "1, the gap vanishes. A negative effect means that the node works against refusal.",
         "effect = (score - score with the node's harmless-run values) / gap",
     ),
     Entry(
         "Gradient estimate",
-        "The same effect guessed from one gradient instead of a run of its own: cheap, and often off for large or "
-        "saturating parts. It ranks candidates; it is not evidence.",
+        "An estimate of the same effect from gradients, without a run per node. It is cheap, but often wrong for "
+        "large or saturating parts. It ranks candidates; it is not evidence.",
     ),
     Entry(
         "95 % interval",
-        "Interval over prompts (or pairs): what the number would range over with other prompts of this "
-        "kind. It says nothing about other kinds of prompts.",
+        "Interval over prompts (or pairs): the range of the number with other prompts of this kind. It says "
+        "nothing about other kinds of prompts.",
     ),
     Entry(
         "p, adjusted",
         "Chance of an effect at least this large if its sign were random from prompt to prompt (sign-flip "
-        "permutation), adjusted by Benjamini and Hochberg over all measured nodes.",
+        "permutation). It is adjusted by Benjamini and Hochberg over all measured nodes.",
     ),
     Entry(
         "Status",
-        "estimated: gradient only. measured: exact. verified: measured, positive with adjusted p below 0.05, and "
-        "without it the circuit's faithfulness on fresh pairs falls. rejected: only in files made elsewhere, a part "
-        "whose measurement did not bear its estimate out; a map never assigns it.",
+        "estimated: only a gradient estimate. measured: exact effect. verified: measured; the effect is positive "
+        "with an adjusted p below 0.05; and the circuit's faithfulness falls without the node, on fresh pairs "
+        "(held-out ones if there are none). rejected: the measurement contradicts the estimate; only in files "
+        "made elsewhere, a map never assigns it.",
     ),
     Entry(
         "Role",
-        "production: at least half of the node's effect is direct, through the logits. detection: a head, at least "
-        "half of whose effect is what it moves from instruction tokens. decision: at least half of its effect arises "
-        "at the template tokens after the instruction, and its direct paths feed production. evaluation: fed by "
-        "detection, feeds decision or production. none: no rule fitted. A role sums up the evidence beside it and is "
-        "no further fact.",
+        "production: at least half of the node's effect is direct, through the logits. detection: the node is a "
+        "head that attends to the instruction, and at least half of its effect is what it moves from there. "
+        "decision: at least half of the effect arises at the template tokens after the instruction; evaluation or"
+        " detection nodes feed the node, and it feeds production. evaluation: detection nodes feed the node, and "
+        "it feeds decision or production. none: no rule fits. A role only summarises the evidence beside it.",
     ),
     Entry(
         "Role evidence",
-        "Direct: effect straight through the logits. At instruction, at suffix: exact effect of patching only at "
-        "those positions. What it moves from instruction tokens: exact effect of replacing only what a head "
-        "carries from there. Attention from suffix to instruction: mean attention, 0 to 1. Received from "
-        "detection, sent to decision and production: summed direct-path effects.",
+        "Direct: effect straight through the logits. At instruction, at suffix: exact effect of patching only "
+        "those positions. Moved from instruction tokens: exact effect of replacing only what a head carries from "
+        "there. Attention from suffix to instruction: mean attention, 0 to 1. Received from detection, sent to "
+        "decision and production: sums of direct-path effects.",
     ),
     Entry(
         "Effect of an edge",
@@ -97,59 +101,60 @@ GLOSSARY = (
     ),
     Entry(
         "Slot",
-        "Where an edge enters: a head's query (q), key (k) or value (v), an MLP (mlp), or the final residual "
-        "stream (resid).",
+        "The input by which an edge enters a node: a head's query (q), key (k) or value (v), an MLP (mlp), or the"
+        " final residual stream (resid).",
     ),
     Entry(
         "Faithfulness",
-        "How much of the behaviour the circuit carries when everything outside it is given its harmless-run "
-        "values. 1: as the whole model; 0: as with nothing.",
+        "How much of the behaviour the circuit carries when everything outside it gets its values from the "
+        "harmless run. 1 is the whole model, 0 is no circuit at all.",
         "faithfulness = (m(circuit) - m(empty)) / (m(model) - m(empty))",
     ),
     Entry(
         "Necessity",
-        "Share of the gap lost, on fresh pairs, when the whole circuit gets its harmless-run values. High "
-        "faithfulness with low necessity means that other parts can stand in.",
+        "Share of the gap that is lost, on fresh pairs, when the whole circuit gets its values from the harmless "
+        "run. High faithfulness with low necessity means that other parts can replace the circuit.",
     ),
     Entry(
         "Random controls",
-        "Circuits with as many heads and as many MLPs, drawn at random, on fresh pairs (on held-out ones if there are "
-        "none).",
+        "Random circuits with as many heads and MLPs as the circuit, measured on fresh pairs (on held-out pairs "
+        "if there are none).",
         "p = (1 + number at least as faithful as the circuit) / (1 + number drawn)",
     ),
     Entry(
         "Curve, k",
-        "Faithfulness when only the best k of all candidates are kept, for growing k.",
+        "Faithfulness when only the best share k of all candidates is kept, for growing k.",
     ),
     Entry(
         "CMD, CPR",
-        "The curve in one number each. CMD: area between the held-out curve and 1, over k (0 is best). CPR: area "
-        "under the held-out curve, over k (1 is the whole model at every size).",
+        "Two numbers that sum up the curve. CMD is the area between the held-out curve and 1, over k (0 is best)."
+        " CPR is the area under the held-out curve, over k (1 is the whole model at every size).",
     ),
     Entry(
         "Concentrated or spread out",
-        "By the smallest share of the candidates that reaches the target on held-out pairs: below 10 % "
+        "The smallest share of the candidates that reaches the target on held-out pairs decides: below 10 % is "
         "concentrated, 10 to 33 % moderately spread, above 33 % spread out.",
     ),
     Entry(
         "Completeness",
-        "Whether nothing that matters was left out: the circuit should still behave like the model when parts of "
-        "both are removed.",
+        "Whether the circuit holds everything that matters: when the same parts are removed from both, circuit "
+        "and model should lose the same.",
     ),
     Entry(
         "Minimality",
-        "Whether nothing superfluous is in it: the faithfulness lost by removing each single node.",
+        "Whether every node is needed: the faithfulness that is lost by removing each single node.",
     ),
     Entry(
         "Backup",
-        "A part that stands in for another: patched alone it hardly matters, patched together with the other it does. "
-        "The interval and p are of the joint effect less the effects of the members alone.",
+        "A part that replaces a primary part when that is patched. Patched alone, the backup hardly matters. "
+        "Patched together with the primary part, it does. The interval and p are those of the joint effect less "
+        "the sum of the single effects.",
         "excess = effect(all together) - sum of effect(each alone)",
     ),
     Entry(
         "Attention",
-        "For each token (row) how much a head looks at each earlier token (column). It shows where a head reads, "
-        "not what it does with it.",
+        "How much a head looks at each earlier token (column) from each token (row). It shows where a head reads,"
+        " but not what it does with it.",
     ),
 )
 
@@ -163,33 +168,33 @@ METHODS = (
     ),
     Entry(
         "Ranking",
-        "Integrated gradients over masks that blend every part between its value on the harmless counterfactual (0) "
-        "and its own (1). The scores of all parts sum to 1 but for the error of the integration.",
+        "Integrated gradients over masks. A mask blends a part between its value on the harmless counterfactual "
+        "prompt (0) and its own value (1). The scores of all parts sum to 1, except for the integration error.",
         "estimate(node) = integral from 0 to 1 of d metric / d mask(node), at mask = a for all parts, da / gap",
     ),
     Entry(
         "Search",
-        "The smallest prefix of the ranking that reaches the target on discovery and on held-out pairs, then removal "
-        "of the parts whose loss costs least, measured exactly.",
+        "1. Find the smallest prefix of the ranking that reaches the target on discovery and on held-out pairs. "
+        "2. Remove the parts whose exact removal costs least, while the circuit still reaches the target.",
         "faithfulness(C) = (m(C) - m(empty)) / (m(model) - m(empty))",
     ),
     Entry(
         "Node effects",
-        "Exact activation patching: the part alone gets its harmless-run values, everything after it runs. "
-        "Intervals over prompts; sign-flip permutation p, adjusted by Benjamini and Hochberg.",
+        "Exact activation patching: the part alone gets its values from the harmless run; everything after it "
+        "runs live. Intervals over prompts; sign-flip permutation p, adjusted by Benjamini and Hochberg.",
         "effect(node) = (m(harmful) - m(patched)) / gap",
     ),
     Entry(
         "Edges",
-        "Path patching along the direct path into one slot; the gradient estimate (edge attribution) where it was not "
-        "measured.",
+        "Path patching along the direct path into one slot. Where this was not measured, the gradient estimate "
+        "(edge attribution).",
         "estimate(u, v, slot) = change of u times d metric / d input of v's slot, averaged between the runs",
     ),
     Entry("Roles", "Rules on measured shares, in the order production, detection, decision, evaluation; see Role."),
     Entry(
         "Checks",
-        "Fresh pairs that played no part: faithfulness, size-matched random circuits, necessity, and what each single "
-        "part's removal costs.",
+        "On fresh pairs that played no part in the search: faithfulness, random circuits of the same size, "
+        "necessity, and the cost of removing each single part.",
         "p = (1 + number at least as faithful) / (1 + number drawn)",
     ),
 )

@@ -31,7 +31,7 @@ class Positions:
     def __post_init__(self) -> None:
         outside = sorted({place for place in self.of.values() if not 0 <= place < len(self.labels)})
         if outside:
-            raise MechsafetyError(f"positions {outside}", expected=f"0 to {len(self.labels) - 1}, one a label")
+            raise MechsafetyError(f"positions {outside}", expected=f"0 to {len(self.labels) - 1}, one per label")
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ def test_saved_for_the_same_model_only(llama, guard, gpt2, tmp_path, make_model)
 
 def test_bad_input(llama, mask):
     with pytest.raises(
-        ms.MechsafetyError, match=r"^x: 2 prompts, 1 labels, 0 groups; expected one label a prompt, and"
+        ms.MechsafetyError, match=r"^x: 2 prompts, 1 labels, 0 groups; expected one label per prompt, and"
     ):
         LabelledPrompts("x", ("a", "b"), (True,))
     with pytest.raises(ms.MechsafetyError, match=r"^x: all prompts have one label; expected both labels$"):

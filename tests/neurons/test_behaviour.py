@@ -37,7 +37,7 @@ def test_likelihood_of_given_replies(pair, prompts):
     for row, model in zip(found, pair, strict=True):
         expected = [mean_log_prob(model, p, r) for p, r in zip(prompts, REPLIES, strict=True)]
         assert row.tolist() == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ms.MechsafetyError, match=r"^1 replies to 5 prompts; expected one a prompt$"):
+    with pytest.raises(ms.MechsafetyError, match=r"^1 replies to 5 prompts; expected one per prompt$"):
         measure(*pair, [NONE], prompts, ReplyLikelihood(("no",)))
 
 

@@ -55,7 +55,7 @@ def test_given_replies_are_the_own_ones(pair, prompts):
     own = safety_neurons(aligned, base, prompts, max_new_tokens=6)
     torch.testing.assert_close(found.scores, own.scores, atol=1e-5, rtol=1e-4)
     assert found.n_tokens == own.n_tokens == sum(map(len, replies))
-    message = r"^1 replies to 5 prompts, positions 'completion'; expected one reply of at least one token a prompt"
+    message = r"^1 replies to 5 prompts, positions 'completion'; expected one reply of at least one token per prompt"
     with pytest.raises(ms.MechsafetyError, match=message):
         safety_neurons(aligned, base, prompts, replies=replies[:1])
     with pytest.raises(ms.MechsafetyError, match=r"^5 replies to 5 prompts, positions 'last'; expected one reply"):
@@ -178,7 +178,7 @@ def test_no_pair(pair, prompts, make_hf_model, make_tokenizer):
         safety_neurons(pair[0], pair[0], prompts)
     other = ms.load_model((make_hf_model("llama", layers=2), make_tokenizer()))
     with pytest.raises(
-        ms.MechsafetyError, match=r"has \(layers, neurons a layer, tokens\) \(3, 48, \d+\), .* \(2, 48,"
+        ms.MechsafetyError, match=r"has \(layers, neurons per layer, tokens\) \(3, 48, \d+\), .* \(2, 48,"
     ):
         safety_neurons(other, pair[0], prompts)
     with pytest.raises(ms.MechsafetyError, match=r"^no prompts; expected at least one$"):

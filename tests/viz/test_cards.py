@@ -38,7 +38,7 @@ def test_notes_reach_the_card_as_text(small: RefusalCircuit) -> None:
     assert card["promotes"][0] == "·Sorry" and card["promotes"][1].startswith("</script><img")
     assert card["spans"] == [["instruction", 0.31]] and card["texts"] == [[["·kill", "⏎"], [0.5, -0.1]]]
     assert "promotes" not in page_data(text)["nodes"][str(small.nodes[1].node)]
-    with pytest.raises(MechsafetyError, match="1 activations of 2 tokens; expected one a token"):
+    with pytest.raises(MechsafetyError, match="1 activations of 2 tokens; expected one per token"):
         Notes(texts=((("a", "b"), (1.0,)),))
 
 

@@ -173,7 +173,7 @@ def test_positions_have_lanes_named_by_tokens(small: RefusalCircuit) -> None:
     assert [title for title in titles if title in ("pick", "a", "lock", "position not measured")] == [
         "pick", "a", "lock", "position not measured",
     ]  # fmt: skip
-    with pytest.raises(MechsafetyError, match=r"positions \[3\]; expected 0 to 2, one a label"):
+    with pytest.raises(MechsafetyError, match=r"positions \[3\]; expected 0 to 2, one per label"):
         Positions(("a", "b", "c"), {nodes[0]: 3})
 
 

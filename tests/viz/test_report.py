@@ -261,7 +261,7 @@ def test_circuitsvis_views_escape_tokens_and_share_one_script(small: RefusalCirc
 
 
 def test_circuitsvis_views_name_wrong_shapes() -> None:
-    with pytest.raises(MechsafetyError, match="1 values of 2 tokens; expected one a token"):
+    with pytest.raises(MechsafetyError, match="1 values of 2 tokens; expected one per token"):
         tokens_html(["a", "b"], [1.0])
     with pytest.raises(MechsafetyError, match=r"expected \[token layer neuron\] = \(1, 1, 2\)"):
         neurons_html([(("a",), np.ones((1, 1, 1)))], layers=[0], neurons=["x", "y"])
