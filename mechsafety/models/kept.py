@@ -29,8 +29,8 @@ def kept_folder(name: str, make: Callable[[Path], None], needed: int = 0) -> Pat
 
     A new folder moves to its place only when it is complete, with a manifest that holds the SHA-256 of each file. It is
     used only while all files match the manifest; otherwise it is made again. If several processes need it, one makes it
-    and the others wait. If it cannot be kept (the disk is full, or the cache cannot be written to), it is made for this
-    process alone, and a warning says so.
+    and the others wait. If the disk is full or the cache cannot be written to, the folder is made for this process
+    alone, and a warning says so.
 
     Args:
         name: The folder's name. Other contents need another name.

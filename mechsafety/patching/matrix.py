@@ -41,9 +41,9 @@ class PathMatrix(Result):
         provenance: Model, options, versions.
         senders: The embedding, heads and MLPs, in the order of computation.
         receivers: Heads.
-        q, k: Change of the attention score from the last token to the instruction's tokens, mean over these tokens,
-            when the sender changes only the head's query (``q``) or only its keys (``k``). The score is the one before
-            the softmax, as the model scales it.
+        q, k: Change of the attention score from the last token to the instruction's tokens, mean over these tokens. The
+            sender changes only the head's query (``q``) or only its keys (``k``). The score is the one before the
+            softmax, as the model scales it.
         v: Change of what the head reads from the instruction, in units of the values. What it reads are its values,
             weighted by the base run's attention from the last token. The change is measured along the direction in
             which the source run changes it.

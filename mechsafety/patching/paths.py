@@ -81,8 +81,9 @@ def path_patching(
         pairs: Pairs, of which only those that align are used; or their stored runs, which must hold ``neurons`` if
             neurons send.
         metric: What is measured.
-        senders: The embedding, heads, MLPs and neurons (`Node`), the whole residual stream at a layer (`Site` of kind
-            ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some positions; every head by default.
+        senders: The embedding, heads, MLPs and neurons (`Node`), or the whole residual stream at a layer (`Site` of
+            kind ``resid_pre``, ``resid_mid`` or ``resid_post``). Any of these may be `At` some positions. By default
+            every head sends.
         receivers: ``"logits"``, or (node, slot) pairs: a head's ``q``, ``k`` or ``v``, an MLP's or neuron's ``mlp``.
             For a direction (`Projection`) see `path_projection`, which needs no metric.
         mlp: ``recompute`` or ``freeze``.
