@@ -1,7 +1,7 @@
 """The interface to a TransformerLens model, the same for both of its generations.
 
-Two modules implement it: `bridge` (TransformerLens 4) and `hooked` (TransformerLens 3.9). The only other module that
-knows TransformerLens is `sites`, which holds its hook names.
+Two modules implement it: `bridge` (TransformerLens 4) and `hooked` (TransformerLens 3.9). No other module calls
+TransformerLens. Its hook names are in `sites`.
 """
 
 import threading
