@@ -14,7 +14,7 @@ from mechsafety.models import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
-# public site name -> what is stored for it
+# public site name -> kind of site that is stored for it
 _STORED = {
     "resid": SiteKind.RESID_PRE,
     "z": SiteKind.Z,
@@ -33,9 +33,9 @@ _STORED = {
 class ActivationCache:
     """Activations of a batch of prompts, layer axis first.
 
-    Only what was asked for is stored; asking for anything else raises an error that says so. Padded columns hold
-    meaningless values: select with ``tokens.mask`` or a span mask. Stored tensors are read-only (inference tensors:
-    writing to one is an error, and so is training on one); ``.clone()`` gives one of your own.
+    Only the named sites are stored. Reading any other site raises an error that says so. Padded columns hold
+    meaningless values, so select positions with ``tokens.mask`` or a span mask. Stored tensors are read-only inference
+    tensors: writing to one is an error, and so is training on one. ``.clone()`` gives one of your own.
 
     Attributes:
         tokens: The prompts, with masks and spans.
@@ -77,7 +77,7 @@ class ActivationCache:
             layers = [store[Site(_STORED[name], layer)] for layer in range(model.n_layers)]
             if name == "resid":
                 layers.append(store[Site(SiteKind.FINAL_NORM_IN)])
-            with torch.inference_mode():  # its tensors refuse to be written to: torch's only read-only ones
+            with torch.inference_mode():  # its tensors are the only read-only tensors of torch
                 acts[name] = torch.stack(layers)
         weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]) if "head_out" in sites else None
         return cls(tokens, MappingProxyType(acts), weights)
@@ -112,7 +112,7 @@ class ActivationCache:
     def head_out(self) -> Float[Tensor, "layer head batch pos d_model"]:
         """What each head writes, z W_O in float32; a layer's heads and its output bias sum to ``attn_out``.
 
-        Where a norm stands after attention (Gemma-2, OLMo-2), they sum to what it reads.
+        If a norm follows attention (Gemma-2, OLMo-2), they sum to the input of that norm instead.
         """
         if self.output_weights is None:
             raise MechsafetyError("'head_out' was not stored", hint="ask for it: sites=['head_out']")
@@ -129,12 +129,12 @@ class ActivationCache:
 
     @property
     def k(self) -> Float[Tensor, "layer kv_head batch pos d_head"]:
-        """Keys, one a key-value head, before the rotary embedding."""
+        """Keys, one per key-value head, before the rotary embedding."""
         return rearrange(self._get("k"), "layer batch pos kv_head d_head -> layer kv_head batch pos d_head")
 
     @property
     def v(self) -> Float[Tensor, "layer kv_head batch pos d_head"]:
-        """Values, one a key-value head."""
+        """Values, one per key-value head."""
         return rearrange(self._get("v"), "layer batch pos kv_head d_head -> layer kv_head batch pos d_head")
 
     @property

@@ -18,9 +18,9 @@ from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.output import check_free_space, json_text, output_folder, writing
 from mechsafety.version import __version__
 
-# as shells count them: 128 and the number of the signal
+# exit codes; those of signals are 128 plus the number of the signal, as in shells
 MISTAKE, NOTHING_TO_MAP, INTERRUPTED, CLOSED, STOPPED = 2, 3, 130, 141, 143
-NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts, the pictures of a large map a few more
+NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts; the pictures of a large map take a few MB more
 
 app = App(
     name="mechsafety",
@@ -62,29 +62,29 @@ def map_command(
     model
         "demo", a hub id, a Hugging Face folder or a .gguf file.
     out
-        Folder to write; a new one, or that of an earlier map.
+        Folder to write: a new folder, or that of an earlier map.
     file
         The .gguf file of the hub repository, or folder, that MODEL names.
     pairs
-        File of pairs, "harmful" and "harmless": .jsonl (an object a line), .json (an array of objects) or .csv; the
-        built-in pairs by default.
+        File of pairs, "harmful" and "harmless": .jsonl (one object per line), .json (an array of objects) or .csv. By
+        default the built-in pairs.
     align
         tokens: pairs of equal length, patched at every token; suffix: pairs of any lengths, patched at the chat
         template's tokens after the instruction.
     limit
-        Pairs to try, half of them held out; more where the model refuses fewer than half.
+        Number of pairs to try, half of them held out. More pairs are tried if the model refuses fewer than half.
     level
-        node: heads and MLPs; neuron: the MLPs taken apart; edge: single edges (slow on large models).
+        node: heads and MLPs; neuron: heads, MLPs and single neurons; edge: single edges (slow on large models).
     max_nodes
         Largest circuit.
     budget_seconds
-        Time for the map; what does not fit is left out and listed.
+        Time for the map in seconds; work that does not fit is left out and listed.
     refusal_token
-        Tokens that begin a refusal; found from the model's own replies by default.
+        Tokens that begin a refusal. By default they are found from the model's own replies.
     comply_token
-        Tokens that begin a compliant reply; turns the metric into a logit difference.
+        Tokens that begin a compliant reply. They turn the metric into a logit difference.
     opener
-        First words of the reply after which the refusal tokens are read, such as "I'm".
+        First words of the reply, such as "I'm", after which the refusal tokens are read.
     adapter
         Folder of a peft adapter to merge.
     device
@@ -92,7 +92,7 @@ def map_command(
     dtype
         float32, bfloat16, float16; auto for the checkpoint's own.
     chat_template
-        "plain" for models without a chat template of their own.
+        A Jinja chat template, or "plain" for models without a chat template.
     template_option
         NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
     seed
@@ -102,7 +102,7 @@ def map_command(
     """
     from mechsafety.viz import FILES, write_all
 
-    with output_folder(out, FILES) as scratch:  # opened first: a place that cannot be written to is known at once
+    with output_folder(out, FILES) as scratch:  # opened first, so that a folder that cannot be written to fails at once
         check_free_space(scratch, NEEDED_BYTES)
         from mechsafety.prompts import PromptPairs
 
@@ -123,7 +123,7 @@ def map_command(
         asked = MapOptions(level=level, limit=limit, max_nodes=max_nodes, budget_seconds=budget_seconds, seed=seed)
 
         def fit(chat: Any) -> None:
-            """Leave out, and say, what does not align before the model's weights are needed."""
+            """Leave out pairs that do not align, and log them, before the model's weights are needed."""
             nonlocal chosen
             chosen = chosen.aligned(chat, least=2 * MIN_PAIRS)
 
@@ -145,7 +145,7 @@ def map_command(
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """A template option from ``NAME=VALUE``; the value is JSON where it can be read as JSON, otherwise text."""
+    """A template option from ``NAME=VALUE``; the value is read as JSON if it is JSON, otherwise as text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise MechsafetyError(f"--template-option {text!r}", expected="NAME=VALUE")
@@ -156,7 +156,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and warnings of the libraries underneath off the user's terminal."""
+    """Keep progress bars and warnings of other libraries off the user's terminal."""
     import warnings
 
     from transformers.utils import logging as hf_logging
@@ -194,7 +194,7 @@ def _summary_json(circuit: Any, out: Path) -> str:
 
 
 def _pairs(circuit: Any) -> dict[str, Any]:
-    """How many pairs the map speaks for, of how many that were tried, and what was left out before."""
+    """Number of pairs that the map speaks for, number of pairs tried, and notes on pairs left out before."""
     used, tried = circuit.speaks_for or (None, None)
     return {"used": used, "tried": tried, "left_out": circuit.provenance.options.get("left_out", [])}
 
@@ -241,7 +241,7 @@ def _summary(circuit: Any, out: Path) -> str:
 
 
 def _missed(circuit: Any) -> str:
-    """That the circuit misses its target: because no set that was tried reaches it, or though some do."""
+    """The line that says that the circuit misses its target, and whether any set that was tried reaches it."""
     check, most = circuit.verification, circuit.provenance.options.get("max_nodes")
     parts = {"node": "nodes", "edge": "edges", "neuron": "parts"}[circuit.level]
     largest = circuit.n_candidates - 1 if most is None else most
@@ -261,7 +261,7 @@ def _measured(value: float, text: str) -> str:
 
 
 def _claims(check: Any) -> str:
-    """How many of the claims that count hold, and which do not, or hold by construction."""
+    """How many of the tested claims hold, and the names of the claims with any other verdict."""
     claims = check.tested
     found = f"{sum(claim.passed is True for claim in claims)} of {len(claims)} hold"
     verdicts = {"fails": "failed", "undecided": "undecided", "not measured": "not measured"}
@@ -284,7 +284,7 @@ def _stability(found: Any) -> str:
 
 
 def _read(metric: Any) -> list[tuple[str, str]]:
-    """Where the metric reads, and how far refused and answered prompts part at each place that was tried."""
+    """Lines that say where the metric reads, and its AUROC at each place that was tried."""
     from mechsafety.results import parting, reads_where
 
     tried = [("  AUROC", f"{where} {value}") for where, value in parting(metric)]
@@ -298,13 +298,13 @@ def _roles(circuit: Any) -> list[str]:
 
 
 def _show(text: str, out: Path) -> int:
-    """Print the summary; where nobody reads it or the disk is full, say that the map is there all the same."""
+    """Print the summary; if it cannot be printed (no reader, full disk), say that the map is complete all the same."""
     try:
         # a terminal that lacks a token's characters shows their code points
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
     except OSError as error:
-        # what is left in the buffer would fail again at exit
+        # the rest of the buffer would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"the summary was not printed ({error.strerror}); the map is whole in {out}")
         return CLOSED if isinstance(error, BrokenPipeError) else MISTAKE
@@ -317,7 +317,7 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let a termination signal, which batch systems send at a time limit, clean up as Ctrl-C does."""
+    """Context in which a termination signal cleans up as Ctrl-C does; batch systems send it at a time limit."""
 
     def stop(*_: object) -> None:
         raise _Stopped
@@ -335,9 +335,17 @@ def _stoppable() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command and exit.
 
-    Exit codes: 0 done; 2 the user's mistake, or a place that cannot be written to; 3 nothing to map; 130 interrupted
-    (Ctrl-C); 141 the reader of the summary is gone; 143 terminated. All but 0 come with one line on stderr. After 2, 3,
-    130 and 143 nothing was written, but for 2 where that line says so.
+    Exit codes:
+
+    - 0: done.
+    - 2: the user's mistake, or a place that cannot be written to. Nothing was written, unless the message says that the
+      map is complete.
+    - 3: there is nothing to map. Nothing was written.
+    - 130: interrupted (Ctrl-C). Nothing was written.
+    - 141: the reader of the summary is gone. The map is complete.
+    - 143: terminated. Nothing was written.
+
+    Every code except 0 comes with one line on stderr.
     """
     try:
         with _stoppable():

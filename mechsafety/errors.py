@@ -1,10 +1,10 @@
-"""The one exception of this package, and its kind for models that do not refuse."""
+"""The one exception of this package, and its subclass for models that do not refuse."""
 
 from collections.abc import Iterable
 
 
 class MechsafetyError(ValueError):
-    """Bad input: one clear line that says what was given, what was expected, and the hint.
+    """Bad input: one clear line that says what was given, what was expected, and what fixes it.
 
     Args:
         problem: What was given and why it cannot be used.
@@ -36,7 +36,7 @@ def first_line(error: BaseException) -> str:
 
 
 def named(names: Iterable[str], noun: str) -> str:
-    """How many there are, and the first by name.
+    """The number of names, and the first of them in sorted order.
 
     Example:
         >>> named(["b", "a"], "tensor"), named(["a"], "tensor")

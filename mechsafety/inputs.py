@@ -1,8 +1,9 @@
-"""What public functions are given: one check of models, prompts, texts and counts each, and where they happen.
+"""Checks of the arguments of public functions: models, prompts, texts, counts and options.
 
-A function that users call, and that runs a model, is marked `public`. Its arguments annotated `LensModel`, `Prompts`,
-`Texts`, `Count`, `Amount` or as a `Literal` are checked before anything runs. While it runs, torch's switches stand as
-the analyses need them (`mechsafety.settled`). A dataclass of options checks its fields alike, by `check_fields`.
+A function that users call and that runs a model is marked `public`. Its arguments annotated `LensModel`, `Prompts`,
+`Texts`, `Count`, `Amount` or as a `Literal` are checked before anything runs. While it runs, torch's switches are set
+as the analyses need them (`mechsafety.settled`). A dataclass of options checks its fields in the same way, with
+`check_fields`.
 """
 
 import functools
@@ -21,7 +22,7 @@ R = TypeVar("R")
 Prompts = Annotated[Sequence[str], "prompts"]
 """Requests: a list, tuple, pandas or numpy column, or anything else that yields text in an order."""
 Texts = Annotated[Sequence[str], "texts"]
-"""The same for texts that may be empty (replies, tokens)."""
+"""Texts in the same forms; unlike requests, they may be empty (replies, tokens)."""
 Count = Annotated[int, "count"]
 """A whole number, at least 1."""
 Amount = Annotated[int, "amount"]
@@ -35,10 +36,10 @@ def prompt_text(prompt: Any, where: str = "") -> str:
 
     Args:
         prompt: What was given.
-        where: Which of several it is; a prompt by itself by default.
+        where: Which of several prompts it is, for the message. By default it is the only prompt.
 
     Raises:
-        MechsafetyError: It is no text, blank, or holds half of a character (a lone surrogate).
+        MechsafetyError: It is not text, is blank, or holds half of a character (a lone surrogate).
 
     Example:
         >>> prompt_text("\ud83d")
@@ -59,8 +60,8 @@ def prompt_list(given: Any, name: str = "prompts") -> list[str]:
         name: The parameter, for messages.
 
     Raises:
-        MechsafetyError: A single string, a table, something without an order, or (with its number) a prompt that is no
-            text or blank.
+        MechsafetyError: ``given`` is a single string, a table or something without an order; or a prompt is blank or
+            not text. The message then gives its number.
 
     Example:
         >>> import pandas
@@ -72,7 +73,7 @@ def prompt_list(given: Any, name: str = "prompts") -> list[str]:
 
 
 def text_list(given: Any, name: str = "texts") -> list[str]:
-    """The same for texts that may be empty.
+    """The texts in the order of their rows; unlike prompts, they may be empty.
 
     Example:
         >>> text_list(("Sure.", ""), "replies")
@@ -83,10 +84,10 @@ def text_list(given: Any, name: str = "texts") -> list[str]:
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """The number, if it is whole and large enough.
+    """The number, if it is whole and at least ``least``.
 
     Raises:
-        MechsafetyError: It is not.
+        MechsafetyError: The number is not whole, or it is smaller.
 
     Example:
         >>> whole_number("batch_size", 0)
@@ -108,7 +109,7 @@ def lens_model(given: Any, name: str = "model") -> Any:
     """What was given, if it is a `LensModel`.
 
     Raises:
-        MechsafetyError: It is not; the message names the call that makes one of it.
+        MechsafetyError: It is not. The message names the call that makes a `LensModel` of it.
 
     Example:
         >>> lens_model("demo")
@@ -130,13 +131,15 @@ def lens_model(given: Any, name: str = "model") -> Any:
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function whose arguments are checked by their annotations, and which runs under torch's usual switches.
+    """Mark a public function: its arguments are checked by their annotations, and it runs with torch's usual switches.
 
-    The checked parameters' names stand in its attribute ``checks``. A value that is the parameter's default is left as
-    it is. A context manager is entered and left under the usual switches; what its user does inside is not.
+    Its attribute ``checks`` holds the names of the checked parameters. A value that is the parameter's default is not
+    checked. If the function returns a context manager, torch's usual switches hold while it is entered and left, but
+    not while the user's code runs inside.
 
-    The metric says where the model is read: a function that is given a `RefusalLogOdds` gets `LensModel.reading` of its
-    opener for each of its models, and refuses tokens and runs that were made with another opener or without one.
+    The metric decides where the model is read. If a `RefusalLogOdds` is among the arguments, every model among them is
+    replaced by its `LensModel.reading` after the metric's opener. Tokens and runs that do not end in this opener are
+    refused.
     """
     signature = inspect.signature(function)
     models, metrics = (
@@ -151,7 +154,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError:
-                return function(*args, **kwargs)  # Python's own words for a wrong call
+                return function(*args, **kwargs)  # Python raises its own error for a wrong call
             for name, value in bound.arguments.items():
                 if name in checks and value is not signature.parameters[name].default:
                     bound.arguments[name] = checks[name](value)
@@ -179,10 +182,10 @@ def check_fields(options: Any) -> None:
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> Any:
-    """The value, if it is one of those that are known.
+    """The value, if it is one of the known values.
 
     Raises:
-        MechsafetyError: It is not.
+        MechsafetyError: It is not one of them.
 
     Example:
         >>> one_of("level", "nodes", ("node", "edge"))
@@ -218,7 +221,7 @@ make them with model.reading(metric.opener_ids)
 
 
 def _read_after(opener_ids: tuple[int, ...], arguments: Any, models: Sequence[str], metric: str) -> None:
-    """Read the models among a function's arguments after an opener, and check what was tokenized before."""
+    """Let a function's models read after an opener, and check the arguments that are tokenized already."""
     for name, value in arguments.items():
         if name in models:
             arguments[name] = value if value is None else value.reading(opener_ids)
@@ -229,7 +232,7 @@ def _read_after(opener_ids: tuple[int, ...], arguments: Any, models: Sequence[st
 
 
 def _mentions(annotation: Any, kind: str) -> bool:
-    """Whether an annotation is a class of that name, or one of several that are allowed."""
+    """Whether an annotation is the class named ``kind``, or allows it among others."""
     return any(kind in (part, getattr(part, "__name__", "")) for part in (annotation, *get_args(annotation)))
 
 
@@ -249,10 +252,13 @@ class _Settled(AbstractContextManager[Any]):
 
 
 def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
-    """What an annotation asks of a value; of several that are allowed, a value of another kind passes as it is."""
+    """The check that an annotation demands; None if it demands none.
+
+    If the annotation allows several types, a value of one of the other types passes unchanged.
+    """
     asked = (annotation, *get_args(annotation))
     kinds = [kind for kind in asked if kind in _KINDS]
-    if _mentions(annotation, "LensModel"):  # its module stands above this one
+    if _mentions(annotation, "LensModel"):  # by name, because its module imports this one
         optional = type(None) in asked
         return lambda value: value if value is None and optional else lens_model(value, name)
     if get_origin(annotation) is Literal:

@@ -1,6 +1,6 @@
-"""Every 95 % interval of the package: of means, ratios and rates over prompts. One definition for each kind.
+"""Every 95 % interval of the package: of means, ratios and rates over prompts, with one definition per kind.
 
-How often they hold the true value is simulated in ``scripts/simulate_coverage.py``; the table is in
+``scripts/simulate_coverage.py`` simulates how often they contain the true value. The table is in
 ``docs/results/coverage.md``.
 """
 
@@ -12,9 +12,10 @@ from jaxtyping import Float
 
 from mechsafety.errors import MechsafetyError
 
-# from this many values on the percentile bootstrap covers; of 40 skewed or heavy-tailed ones it misses 93 %
+# with at least this many values the percentile bootstrap covers; with 40 skewed or heavy-tailed values it covers less
+# than 93 %
 MANY = 50
-# with fewer values than this, too few resamples differ for a studentised bootstrap
+# with fewer values than this, too few resamples differ from one another for a studentised bootstrap
 FEW = 5
 RESAMPLES = 2000
 UNBOUNDED = (-np.inf, np.inf)
@@ -24,7 +25,7 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
     """Wilson score interval of a rate (scipy).
 
     Raises:
-        MechsafetyError: No trial.
+        MechsafetyError: There is no trial.
 
     Example:
         >>> low, high = wilson_interval(9, 10)
@@ -42,19 +43,20 @@ def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float,
 def mean_interval(values: Any, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the mean over prompts.
 
-    With fewer than `MANY` prompts: at each end, the wider of Student's t and the studentised bootstrap (see
-    `ratio_interval`). With more: percentile bootstrap (scipy, 2,000 resamples).
+    With fewer than `MANY` prompts, each end is the wider of Student's t and the studentised bootstrap (see
+    `ratio_intervals`). With `MANY` prompts or more, it is a percentile bootstrap (scipy, 2,000 resamples).
 
     Args:
-        values: One a prompt.
-        seed: Of the resampling.
-        confidence: Of the interval.
+        values: One value per prompt.
+        seed: Seed of the resampling.
+        confidence: Confidence of the interval.
 
     Returns:
-        Both ends. A point where several values are all equal; unbounded for a single value, which bounds nothing.
+        Both ends. If several values are all equal, the interval is a point. A single value bounds nothing, so its
+        interval is unbounded.
 
     Raises:
-        MechsafetyError: No value, or one that is not finite.
+        MechsafetyError: There is no value, or a value is not finite.
 
     Example:
         >>> low, high = mean_interval([1.0, 2.0, 3.0, 4.0])  # Student's t, 3 degrees of freedom
@@ -87,26 +89,30 @@ def ratio_intervals(
 ) -> list[tuple[float, float]]:
     """Interval of mean(part) / mean(whole) for each row of ``parts``, over the same prompts.
 
-    With fewer than `MANY` prompts it is Fieller's (1954): all ratios r at which the t statistic of the differences
-    ``part - r * whole`` lies between two critical values. These are, at each end, the wider of Student's t and the
-    studentised bootstrap of the differences at the ratio observed. The former is right for symmetric and heavy-tailed
-    values, the latter for skewed ones. Where the bootstrap's value finds no end and Student's finds one, the end is the
-    wider of Student's and of ``ratio - value * standard error``.
-    With `MANY` prompts or more: percentile bootstrap (scipy).
+    With fewer than `MANY` prompts, it is Fieller's interval (1954):
+
+    1. For a ratio r, take the t statistic of the differences ``part - r * whole``.
+    2. The interval holds all ratios r whose t statistic lies between two critical values.
+    3. Each critical value is the wider of two: Student's t, and the studentised bootstrap of the differences at the
+       observed ratio. Student's t is right for symmetric and heavy-tailed values, the bootstrap for skewed values.
+    4. If the bootstrap's critical value gives no end and Student's gives one, the end is the wider of Student's end and
+       ``ratio - value * standard error``. Here ``value`` is the bootstrap's critical value.
+
+    With `MANY` prompts or more, it is a percentile bootstrap (scipy).
 
     Args:
-        parts: One value a prompt in each row.
-        whole: One value a prompt, the same for all rows or a row for each.
-        seed: Of the resampling.
-        n: Resamples.
-        confidence: Of the intervals.
+        parts: One value per prompt in each row.
+        whole: One value per prompt, the same for all rows or one row each.
+        seed: Seed of the resampling.
+        n: Number of resamples.
+        confidence: Confidence of the intervals.
 
     Returns:
-        Both ends of each: a point where the ratio is the same on all prompts, unbounded where ``whole`` has a mean that
-        its spread does not tell from 0, or where there is one prompt.
+        Both ends of each interval. If the ratio is the same on all prompts, the interval is a point. It is unbounded if
+        there is only one prompt, or if the mean of ``whole`` cannot be told from 0.
 
     Raises:
-        MechsafetyError: No prompt, different numbers of them, or a value that is not finite.
+        MechsafetyError: There is no prompt, the numbers of prompts differ, or a value is not finite.
     """
     rows, scale = np.atleast_2d(np.asarray(parts, dtype=np.float64)), np.asarray(whole, dtype=np.float64)
     for values in (rows, scale):
@@ -134,7 +140,7 @@ def _check(values: np.ndarray) -> None:
 def _percentile(
     part: Float[np.ndarray, " prompt"], whole: Float[np.ndarray, " prompt"], seed: int, n: int, confidence: float
 ) -> tuple[float, float]:
-    """Percentile bootstrap of the ratio of means (of the mean of ``part`` where ``whole`` is 1 everywhere)."""
+    """Percentile bootstrap of the ratio of means (or of the mean of ``part``, if ``whole`` is 1 everywhere)."""
     from scipy.stats import bootstrap
 
     if not np.ptp(part - part.mean() / whole.mean() * whole):
@@ -163,7 +169,7 @@ def _fieller(
     from scipy.stats import t
 
     prompts = wholes.shape[1]
-    # turned so that the whole is above 0, which leaves the ratio as it is
+    # flip signs so that the whole is above 0; the ratio stays the same
     signs = np.sign(wholes.mean(axis=1, keepdims=True))
     rows, wholes = rows * signs, wholes * signs
     a, b = rows.mean(axis=1), wholes.mean(axis=1)
@@ -171,7 +177,7 @@ def _fieller(
         return [UNBOUNDED] * len(rows)
     ratio = np.divide(a, b, out=np.zeros_like(a), where=b > 0)
     differences = rows - ratio[:, None] * wholes
-    # what rounding leaves of differences that are 0 is no spread
+    # differences that are 0 up to rounding count as no spread
     sizes = np.maximum(np.abs(rows).max(axis=1), np.abs(ratio) * np.abs(wholes).max(axis=1))
     spread = np.ptp(differences, axis=1) > 1e-12 * sizes
     lower, upper = _critical(differences, seed, n, confidence)
@@ -182,7 +188,7 @@ def _fieller(
     error = np.sqrt(np.maximum(v_aa - 2 * ratio * v_ab + ratio**2 * v_bb, 0.0))
 
     def root(critical: np.ndarray, sign: int) -> np.ndarray:
-        """The ratio at which the squared t statistic is that of a critical value, on one side; NaN if there is none."""
+        """The ratio, on one side, at which the t statistic squared is the critical value squared; NaN without one."""
         c = critical**2
         quadratic, linear, constant = b * b - c * v_bb, a * b - c * v_ab, a * a - c * v_aa
         edge = np.sqrt(np.maximum(linear**2 - quadratic * constant, 0.0))
@@ -191,17 +197,17 @@ def _fieller(
     student = np.full_like(a, t.ppf((1 + confidence) / 2, prompts - 1))
     ends = []
     for critical, sign in ((upper, -1), (lower, 1)):
-        # the wider critical value alone may find no end: then that of Student's, or the straight line's if it is wider
+        # the wider critical value may give no end; the end is then Student's, or the straight line's if that is wider
         line = ratio - critical * np.divide(error, b, out=np.full_like(a, np.inf), where=b > 0)
         plain = root(student, sign)
         wider = np.minimum(plain, line) if sign < 0 else np.maximum(plain, line)
         found = root(critical, sign)
         ends.append(np.where(np.isnan(found), wider, found))
     low, high = ends
-    # where the whole's own mean may be 0 by Student's t, no ratio can be ruled out
+    # if the whole's own mean may be 0 by Student's t, no ratio can be excluded
     known = np.isfinite(low) & np.isfinite(high)
     low, high = np.where(known, low, -np.inf), np.where(known, high, np.inf)
-    # the same ratio on all prompts is a point, unless nothing is known of the whole
+    # if the ratio is the same on all prompts, the interval is a point, unless the whole's mean is 0
     same = ~spread & (b > 0)
     low, high = np.where(same, ratio, low), np.where(same, ratio, high)
     return [(float(x), float(y)) for x, y in zip(low, high, strict=True)]
@@ -210,7 +216,7 @@ def _fieller(
 def _critical(
     differences: Float[np.ndarray, "row prompt"], seed: int, n: int, confidence: float
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """Lower and upper critical value of each row's t statistic: the wider of Student's and the bootstrap's own."""
+    """Lower and upper critical value of each row's t statistic: the wider of Student's and the bootstrap's."""
     from scipy.stats import t
 
     prompts, tail = differences.shape[1], (1 - confidence) / 2
@@ -221,7 +227,7 @@ def _critical(
     centred = differences - differences.mean(axis=1, keepdims=True)
     means, squares = weights @ centred.T, weights @ (centred**2).T
     variance = squares - means**2
-    # a resample of one value repeated has no t statistic; here it has the one of the middle
+    # a resample that repeats one value has no t statistic; here it gets 0, the middle
     real = variance > 1e-12 * (centred**2).mean(axis=1)
     statistics = np.where(real, means, 0.0) / np.sqrt(np.where(real, variance, 1.0) / (prompts - 1))
     drawn = np.quantile(statistics, [tail, 1 - tail], axis=0)
@@ -230,7 +236,7 @@ def _critical(
 
 @lru_cache(maxsize=8)
 def _weights(prompts: int, seed: int, n: int) -> Float[np.ndarray, "resample prompt"]:
-    """How often each prompt is drawn in each resample, as a share."""
+    """Share of each prompt in the draws of each resample."""
     drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=n) / prompts
     drawn.flags.writeable = False
     return drawn

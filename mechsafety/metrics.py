@@ -35,7 +35,7 @@ from mechsafety.results import Opener, reads_where
 
 logger = logging.getLogger(__name__)
 
-BATCH = 16  # prompts at once
+BATCH = 16  # prompts per batch
 CHOOSE = "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
 
 
@@ -43,25 +43,26 @@ CHOOSE = "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
 class RefusalLogOdds:
     """How strongly a model leans to refusing, read from its next-token logits.
 
-    Read after the chat prompt, or, with an opener, after the prompt and the reply's first tokens, which are put in its
-    mouth: a model whose every reply begins with ``I'm`` decides one token later. Analyses read there by themselves.
+    The metric is read after the chat prompt. With an opener, it is read after the prompt and the reply's first tokens,
+    which are appended to the prompt. A model whose every reply begins with ``I'm`` decides one token later, so that an
+    opener is needed. Analyses read at that place by themselves.
 
-    Without a comply set: log P_R - log(1 - P_R), where P_R sums the probabilities of the refusal tokens, computed in
-    log space so that it does not saturate. With one: mean logit of the refusal tokens less that of the comply tokens.
-    In nats; above 0 the model is more likely than not to go on with a refusal token.
-
-    With whole openers (`whole`), P_R is the probability that the reply begins with one of them, each the product of its
-    tokens' probabilities. That needs the logits of several columns: `scores` gives it, and the analyses that score
-    prompts; those that read one column refuse it.
+    - Without comply tokens, the score is log P_R - log(1 - P_R), in nats. P_R is the sum of the refusal tokens'
+      probabilities. The score is computed in log space, so that it does not saturate. Above 0, the model is more likely
+      than not to continue with a refusal token.
+    - With comply tokens, the score is the mean logit of the refusal tokens minus that of the comply tokens.
+    - With whole openers (`whole`), P_R is the probability that the reply begins with one of them. The probability of an
+      opener is the product of its tokens' probabilities. This needs the logits of several positions. `scores` computes
+      it, and so do the analyses that score prompts. Analyses that read one position refuse it.
 
     Attributes:
         refusal_ids, comply_ids: Token ids.
-        refusal_tokens, comply_tokens: The same as text.
-        opener_ids: Tokens of the reply after which it is read; none for the prompt's end.
-        opener: The same as text.
-        whole_ids: Token ids of whole refusal openers, of which none begins with another.
-        whole_texts: The same as text.
-        tried: The openers that `detect` tried, with their AUROC; no part of what the metric is.
+        refusal_tokens, comply_tokens: The same tokens as text.
+        opener_ids: First tokens of the reply, after which the metric is read; empty if it is read at the prompt's end.
+        opener: The same tokens as text.
+        whole_ids: Token ids of whole refusal openers; none of them begins with another.
+        whole_texts: The same openers as text.
+        tried: The openers that `detect` tried, with their AUROC. They do not count when metrics are compared.
 
     Example:
         >>> import torch
@@ -107,10 +108,10 @@ class RefusalLogOdds:
         return f"RefusalLogOdds({reads_where(self.to_json())}{shown})"
 
     def __call__(self, logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
-        """Score of each row of next-token logits, of the column at which the metric reads.
+        """Score of each row of next-token logits, taken at the position where the metric reads.
 
         Raises:
-            MechsafetyError: Whole openers, which no single column tells.
+            MechsafetyError: The metric has whole openers, which need the logits of several positions.
         """
         self.check_one_column()
         logits = logits.float()
@@ -121,10 +122,10 @@ class RefusalLogOdds:
         return chosen.logsumexp(-1) - logits.index_fill(-1, ids, -torch.inf).logsumexp(-1)
 
     def check_one_column(self) -> None:
-        """Refuse whole openers, where an analysis reads the logits of one column.
+        """Refuse whole openers, for an analysis that reads the logits of one position.
 
         Raises:
-            MechsafetyError: The metric has some.
+            MechsafetyError: The metric has whole openers.
         """
         if self.whole_ids:
             raise MechsafetyError(
@@ -135,12 +136,12 @@ class RefusalLogOdds:
 
     @public
     def scores(self, model: LensModel, prompts: Prompts, batch_size: Count = BATCH) -> Float[Tensor, " prompt"]:
-        """Score of each prompt where the metric reads: at the prompt's end, after its opener, or along whole ones.
+        """Score of each prompt where the metric reads: at the prompt's end, after its opener, or along whole openers.
 
         Args:
             model: The model.
             prompts: Requests.
-            batch_size: Prompts at once.
+            batch_size: Prompts per batch.
 
         Raises:
             MechsafetyError: As `LensModel.tokenize`.
@@ -153,13 +154,15 @@ class RefusalLogOdds:
     def along(self, read: Callable[[tuple[int, ...]], Float[Tensor, "row after d_vocab"]]) -> Float[Tensor, " row"]:
         """Log-odds of whole openers, from the logits along each.
 
-        The openers are a tree of tokens. Every reply leaves it at one place: at the end of an opener, or before. The
-        log-odds are those of the two, each summed in log space, so that they do not saturate and count nothing twice.
+        The openers form a tree of tokens. Every reply leaves the tree at exactly one place: at the end of an opener, or
+        before it. The log-odds compare the total probabilities of these two cases. Each total is summed in log space.
+        The log-odds therefore do not saturate, and no reply counts twice.
 
         Args:
-            read: Gives, for an opener's tokens but the last, the next-token logits after none, one, two ... of them.
+            read: Function of an opener's tokens except the last one. It returns the next-token logits after none, one,
+                two ... of these tokens.
         """
-        begun: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # log-probability of coming there, and what follows
+        begun: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # log-probability of reaching it, and of what follows
         ends = []
         for ids in self.whole_ids:
             steps = read(ids[:-1]).log_softmax(-1)
@@ -177,14 +180,14 @@ class RefusalLogOdds:
 
     @property
     def name(self) -> str:
-        """``refusal_log_odds``, ``logit_difference`` with a comply set, ``whole_opener_log_odds`` of whole openers."""
+        """``refusal_log_odds``; ``logit_difference`` with comply tokens; ``whole_opener_log_odds`` of whole openers."""
         if self.whole_ids:
             return "whole_opener_log_odds"
         return "logit_difference" if self.comply_ids else "refusal_log_odds"
 
     @property
     def at_the_end(self) -> bool:
-        """Whether it reads the logits at the prompt's end alone."""
+        """Whether it reads only the logits at the prompt's end."""
         return not self.opener_ids and not self.whole_ids
 
     @property
@@ -193,7 +196,7 @@ class RefusalLogOdds:
         return bool(self.comply_ids)
 
     def to_json(self) -> dict[str, Any]:
-        """Name, token texts and token ids, as stored in results; and what there is of openers."""
+        """Name, token texts and token ids, as stored in results, and its openers if it has any."""
         found: dict[str, Any] = {
             "name": self.name,
             "refusal_tokens": list(self.refusal_tokens),
@@ -216,11 +219,11 @@ class RefusalLogOdds:
     def from_json(cls, data: Mapping[str, Any], model: LensModel) -> "RefusalLogOdds":
         """Inverse of `to_json`, for the model that the metric was made for.
 
-        A token's text does not always lead back to it (decoding may drop a space, or join bytes), so the ids count.
-        Results stored without ids are read by the texts.
+        The ids count, because a token's text does not always lead back to the token (decoding may drop a space, or join
+        bytes). Results stored without ids are read by the texts.
 
         Raises:
-            MechsafetyError: Another kind of metric, ids beyond the model's vocabulary, or as `of`.
+            MechsafetyError: The metric is of another kind, or an id is beyond the model's vocabulary; or as `of`.
         """
         if data.get("name") not in ("refusal_log_odds", "logit_difference", "whole_opener_log_odds"):
             raise MechsafetyError(f"the metric {data.get('name')!r}", expected="one that a RefusalLogOdds stored")
@@ -262,12 +265,13 @@ class RefusalLogOdds:
 
         Args:
             model: The model.
-            refusal_tokens: Tokens that a refusal goes on with where the metric reads.
-            comply_tokens: Tokens that an answer goes on with; turns the metric into a logit difference.
-            opener: First words (or token ids) of the reply after which it is read; none for the prompt's end.
+            refusal_tokens: Tokens with which a refusal continues at the place where the metric reads.
+            comply_tokens: Tokens with which an answer continues there. They turn the metric into a logit difference.
+            opener: First words (or token ids) of the reply, after which the metric is read. If it is None, the metric
+                is read at the prompt's end.
 
         Raises:
-            MechsafetyError: A text is not exactly one token (its tokens are in the message), or an opener without any.
+            MechsafetyError: A text is not exactly one token (the message shows its tokens), or the opener has no token.
         """
         refusal = tuple(_single_token(model, text) for text in refusal_tokens)
         comply = tuple(_single_token(model, text) for text in comply_tokens)
@@ -280,16 +284,16 @@ class RefusalLogOdds:
     def whole(cls, model: LensModel, openers: Texts) -> "RefusalLogOdds":
         """Metric of late refusals: the log-odds that a reply begins with one of several whole refusal openers.
 
-        log P - log(1 - P), where P sums over the openers the product of their tokens' probabilities, each token read
-        after the prompt and the tokens before it (teacher-forced). An opener that begins with another one adds nothing
-        to it and is left out.
+        The score is log P - log(1 - P). P is the sum of the openers' probabilities. The probability of an opener is the
+        product of its tokens' probabilities, each read after the prompt and the tokens before it (teacher-forced). An
+        opener that begins with another opener adds nothing to P and is left out.
 
         Args:
             model: The model.
-            openers: Such as ``["I'm sorry", "As an AI"]``.
+            openers: Openers such as ``["I'm sorry", "As an AI"]``.
 
         Raises:
-            MechsafetyError: No opener, or one without tokens.
+            MechsafetyError: There is no opener, or an opener has no token.
         """
         found = {opener_ids_of(model, text): text for text in openers}
         kept = [ids for ids in found if not any(begins(ids, other) for other in found if other != ids)]
@@ -311,26 +315,30 @@ class RefusalLogOdds:
     ) -> "RefusalLogOdds":
         """Find where this model's refusals and answers part: after which opener, and which tokens refuse there.
 
-        Openers are none (the prompt's end) and the first one to four tokens of the refusals, where at least a fifth of
-        them begin so. After each, the refusal tokens are those that follow it in the greedy replies to harmful prompts
-        that `is_refusal` judges refusals; kept are those that begin so at most ``max_harmless_share`` of the answers to
-        harmless prompts, so that an ambiguous token ("I") does not count. All prompts are then read after the opener,
-        whatever their own replies were, and the AUROC of the log-odds tells those that were refused from those that
-        were answered. Chosen is the shortest opener whose AUROC is at least 0.8 and at most 0.02 below the best;
-        ``tried`` lists all. Once an AUROC is 0.98 or more, no longer opener is tried.
+        1. The model replies to all prompts greedily, with 24 tokens. `is_refusal` judges which replies are refusals.
+        2. Candidate openers are no opener (the prompt's end) and the first one to four tokens of the refusals of
+           harmful prompts. At least a fifth of these refusals must begin with a candidate.
+        3. After each candidate, the refusal tokens are those that follow it in these refusals. A token is kept if at
+           most ``max_harmless_share`` of the answers to harmless prompts begin with the candidate and this token. An
+           ambiguous token ("I") therefore does not count.
+        4. All prompts are read after the candidate, whatever their own replies were. The AUROC of the log-odds measures
+           how well they tell refused prompts from answered ones. If the prompt's end reaches 0.98, no other candidate
+           is tried.
+        5. The shortest candidate is chosen whose AUROC is at least 0.8 and at most 0.02 below the best. ``tried`` lists
+           all candidates that were read.
 
         Args:
             model: The model.
-            pairs: Prompts to look at.
+            pairs: Prompts on which the opener is chosen.
             replies: Token ids of the greedy replies to (harmful, harmless) prompts (`LensModel.reply_ids`), if they are
                 known already.
             logits: Next-token logits at the ends of these prompts, if they are known already.
-            opener: First words (or token ids) of the reply, to read after them and nowhere else.
-            max_harmless_share: How often answers may begin like the refusals that a token stands for.
+            opener: First words (or token ids) of the reply, if the metric must be read after these and nowhere else.
+            max_harmless_share: Largest share of answers that may begin as the refusals with a refusal token begin.
 
         Raises:
-            MechsafetyError: The model refuses none of the harmful prompts; or no opener parts refusals from answers; or
-                an opener was given that no reply begins with.
+            MechsafetyError: The model refuses none of the harmful prompts; no opener tells refusals from answers; or no
+                reply begins with the given opener.
         """
         said = replies or tuple(model.reply_ids(side, 24) for side in (pairs.harmful, pairs.harmless))
         if any(isinstance(reply, str) for side in said for reply in side):
@@ -371,7 +379,7 @@ class RefusalLogOdds:
 
 
 def _opener(row: Mapping[str, Any]) -> Opener:
-    """An opener from JSON, whose lists are tuples here."""
+    """An opener from JSON; lists become tuples."""
     kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     return Opener(**kept)
 
@@ -390,7 +398,7 @@ def _scores(
     refused: Sequence[bool],
     logits: Sequence[Tensor] | None,
 ) -> dict[tuple[int, ...], float | None]:
-    """AUROC of each opener's metric; of none after the prompt's end, where no longer opener can better that."""
+    """AUROC of each opener's metric; only of the prompt's end, if no opener can be better by enough."""
     if () in metrics:
         own = metrics[()]
         first = auroc(own.scores(model, prompts) if logits is None else own(torch.cat(list(logits))), refused)
@@ -408,7 +416,7 @@ def _scores(
 
 
 def _nothing_parts(model: LensModel, found: Sequence[Candidate], opener: Any) -> MechsafetyError:
-    """What to say where no token follows an opener in refusals alone."""
+    """The error if no token follows an opener in refusals alone."""
     if not found:
         return MechsafetyError(f"no refusal goes on after the opener {opener!r}", hint=CHOOSE)
     texts = {model.tokenizer.decode([token]): round(share, 3) for token, share in found[0].following.items()}
@@ -424,7 +432,7 @@ def _single_token(model: LensModel, text: str) -> int:
 
 
 def check_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> None:
-    """Raise an error unless shares of the mean gap between harmful and harmless prompts mean something.
+    """Check that shares of the mean gap between harmful and harmless prompts are defined.
 
     Raises:
         MechsafetyError: The metric is not finite on a prompt, or the mean gap is 0.
@@ -450,10 +458,11 @@ def check_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " promp
 def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarray:
     """Two-sided sign-flip permutation p of a zero mean, for each row of ``values`` [row prompt].
 
-    All 2**prompts sign patterns where those are at most ``n``, else ``n`` random ones; the observed one is counted.
+    If there are at most ``n`` sign patterns (2**prompts), all are used. Otherwise ``n`` random patterns are used. The
+    observed pattern is counted in both cases.
 
     Raises:
-        MechsafetyError: No prompt, or a value that is not finite.
+        MechsafetyError: There is no prompt, or a value is not finite.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     prompts = values.shape[1]

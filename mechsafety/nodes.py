@@ -6,12 +6,12 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.sites import SiteKind
 
 KINDS = ("embed", "head", "mlp", "neuron", "logits")
-# through which slots a node of each kind reads the residual stream
+# slots through which a node of each kind reads the residual stream
 SLOTS = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",), "logits": ("resid",)}
 SLOT_NAMES = tuple(dict.fromkeys(slot for slots in SLOTS.values() for slot in slots))
-# where the value of a node of each kind is read and edited
+# site at which the value of a node of each kind is read and edited
 NODE_SITES = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
-# where a head's slots are
+# site of each slot of a head
 HEAD_SITES = {"q": SiteKind.Q, "k": SiteKind.K, "v": SiteKind.V}
 
 
@@ -65,7 +65,7 @@ class Edge:
     def __post_init__(self) -> None:
         if self.slot not in SLOT_NAMES:
             raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOT_NAMES}")
-        # heads of one layer run side by side, as do its neurons
+        # heads of one layer run side by side, and so do its neurons
         if self.sender.order[:2] >= self.receiver.order[:2]:
             raise MechsafetyError(f"edge {self.sender} -> {self.receiver} runs against the order of computation")
 

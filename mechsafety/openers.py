@@ -1,4 +1,4 @@
-"""Where in its reply a model decides to refuse: after which of its own openers refusals and answers part."""
+"""Where in its reply a model decides to refuse: after which of its own openers refusals and answers differ."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -15,11 +15,11 @@ from mechsafety.results import Opener
 
 # tokens of the longest opener that is tried
 MAX_OPENER = 4
-# share of the refusals that an opener has to begin; of fewer it tells too little
+# smallest share of the refusals that must begin with an opener; fewer refusals would tell too little
 MIN_SHARE = 0.2
-# an opener is chosen whose AUROC is at least this
+# smallest AUROC of an opener that is chosen
 FLOOR = 0.8
-# and at most this below the best one's
+# how far its AUROC may be below the best one
 MARGIN = 0.02
 
 
@@ -29,7 +29,8 @@ class Candidate:
 
     Attributes:
         opener_ids: Its tokens.
-        following: Tokens that follow it in refusals, and for each the share of all answers that begin so too.
+        following: Tokens that follow it in refusals. Each token has the share of all answers that begin with the opener
+            and this token.
         share: Share of the refusals that begin with it.
     """
 
@@ -38,19 +39,19 @@ class Candidate:
     share: float
 
     def kept(self, max_share: float) -> tuple[int, ...]:
-        """The tokens that follow in at most this share of the answers."""
+        """The following tokens whose share of the answers is at most ``max_share``."""
         return tuple(sorted(token for token, share in self.following.items() if share <= max_share))
 
 
 def candidates(
     refusals: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], end_ids: Collection[int] = ()
 ) -> list[Candidate]:
-    """The openers of refusals: the shortest first, of these the commonest.
+    """The openers of refusals, the shortest first; among equally long ones, the most common first.
 
     Args:
         refusals: Token ids of the refusals of harmful prompts.
         answers: Token ids of the answers to harmless prompts.
-        end_ids: Tokens that end a reply; no opener reaches them.
+        end_ids: Tokens that end a reply; no opener contains them.
 
     Example:
         >>> [(c.opener_ids, c.following) for c in candidates([(1, 2, 9), (1, 3)], [(1, 3)], {9})]
@@ -76,12 +77,13 @@ def begins(ids: Sequence[int], opener: Sequence[int]) -> bool:
 
 
 def best(tried: Sequence[Opener]) -> Opener | None:
-    """The shortest opener whose AUROC is at least `FLOOR` and within `MARGIN` of the best; of equals the best.
+    """The shortest opener whose AUROC is at least `FLOOR` and within `MARGIN` of the best.
 
-    Where no prompt was answered there is no AUROC, and the first one is taken.
+    Among equally long openers, the one with the largest AUROC is taken. If there is no AUROC because no prompt was
+    answered, the first opener is taken.
 
     Returns:
-        None where no opener parts refusals from answers.
+        The opener; None if no opener tells refusals from answers.
     """
     scored = [(one, one.auroc) for one in tried if one.auroc is not None]
     if not scored:
@@ -92,7 +94,7 @@ def best(tried: Sequence[Opener]) -> Opener | None:
 
 
 def settles(auroc: float | None) -> bool:
-    """Whether no longer opener could be chosen: none can be better by more than `MARGIN`."""
+    """Whether the search can end, because no longer opener can be better by more than `MARGIN`."""
     return auroc is None or auroc >= 1 - MARGIN
 
 
@@ -116,7 +118,7 @@ def logits_along(
 
 
 def longest(openers: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The openers that no other one begins with.
+    """The openers that are not the beginning of another opener.
 
     Example:
         >>> longest([(), (1,), (1, 2), (3,)])
@@ -140,14 +142,14 @@ def opener_ids_of(model: LensModel, opener: str | Sequence[int]) -> tuple[int, .
             expected='the first words of a reply, such as "I\'m"',
             hint="leave it out to read the reply's first token",
         )
-    return model.reading(ids).opener_ids  # which refuses tokens that the model has not
+    return model.reading(ids).opener_ids  # reading refuses tokens that the model lacks
 
 
 def check_comes(model: LensModel, opener_ids: Sequence[int], replies: Sequence[Sequence[int]]) -> None:
-    """Refuse an opener that no reply begins with: what follows it would say nothing of this model's replies.
+    """Refuse an opener with which no reply begins, because it would tell nothing about this model's replies.
 
     Raises:
-        MechsafetyError: None of the replies begins with it; how most of them begin is in the message.
+        MechsafetyError: No reply begins with it. The message shows how most replies begin.
     """
     if any(begins(reply, opener_ids) for reply in replies):
         return

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that every reader takes."""
+"""Write files completely or not at all, and JSON that every reader accepts."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from typing import Any
 from mechsafety.errors import MechsafetyError, first_line
 
 SCRATCH = ".mechsafety-"
-# what systems put into folders by themselves; it is left where it is
+# files that operating systems put into folders by themselves; they are left in place
 OF_THE_SYSTEM = ("lost+found", ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def json_text(data: Any, indent: int | None = 1) -> str:
-    """JSON by the standard: a number that is none (NaN, infinite) becomes ``null``.
+    """Standard JSON, in which NaN and infinite numbers become ``null``.
 
     Example:
         >>> json_text({"p": float("nan"), "share": (0.5, 1.0)}, indent=None)
@@ -39,11 +39,12 @@ def _finite(value: Any) -> Any:
 def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch file beside ``path`` that takes its place on success and vanishes on failure.
 
-    Folders on the way are made. A file that is replaced hands on its permissions; a link stays one, and the file that
-    it points to is replaced. What is no ordinary file (a pipe, ``/dev/stdout``) is written to directly.
+    Missing folders are made. A new file takes over the permissions of the file that it replaces. A link stays a link,
+    and the file that it points to is replaced. Anything that is not an ordinary file (a pipe, ``/dev/stdout``) is
+    written to directly.
 
     Raises:
-        MechsafetyError: ``path`` is a folder, or cannot be written to; the system's reason is in the message.
+        MechsafetyError: ``path`` is a folder, or cannot be written to. The message gives the system's reason.
     """
     with writing(path):
         target = Path(path)
@@ -65,7 +66,7 @@ def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    r"""Write a text file (UTF-8, lines end in ``\n``), whole or not at all.
+    r"""Write a text file (UTF-8, lines end in ``\n``), completely or not at all.
 
     Raises:
         MechsafetyError: As `output_file`.
@@ -77,23 +78,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 @contextmanager
 def output_folder(path: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Path]:
-    """A scratch folder whose files are those of ``path`` on success; it vanishes on failure.
+    """A scratch folder whose files move to ``path`` on success; on failure it vanishes.
 
-    A new ``path`` appears whole. An existing one, which may be a mount or a shell's own folder, stays, and its files
-    are replaced one by one. It may hold nothing but files of the given names, so that nobody's own file is lost.
+    A new ``path`` appears with all its files at once. An existing folder (it may be a mount, or a shell's working
+    folder) stays, and its files are replaced one by one. It may hold only files of the given names, so that no file of
+    the user is lost.
 
     Args:
-        path: The folder; folders on the way are made.
-        names: What the files of such a result are called, the one that makes the folder a result first. That one goes
-            first and comes last, so that nobody reads a part of one result beside a part of another.
+        path: The folder; missing folders above it are made.
+        names: Names of the files of such a result. The first name is the file that marks the folder as a result. This
+            file is removed first and written last, so that nobody reads parts of two results together.
 
     Raises:
-        MechsafetyError: ``path`` holds something else, or cannot be written to; both before any work is done.
+        MechsafetyError: ``path`` holds something else, or cannot be written to. Either error comes before any work is
+            done.
     """
     with writing(path):
         target = Path(path).resolve()
         check_output_folder(target, names)
-        # in the folder itself where there is one: that is on one file system with it, mounted or not
+        # the scratch folder lies inside an existing folder, so that both are on one file system, even if it is a mount
         place = target if target.is_dir() else target.parent
     with _folders(place, path):
         scratch = _scratch(place)
@@ -109,11 +112,11 @@ def output_folder(path: str | os.PathLike[str], names: Sequence[str]) -> Iterato
 
 
 def check_output_folder(path: Path, names: Sequence[str]) -> None:
-    """Refuse an output folder that holds anything but files of an earlier result of ours.
+    """Refuse an output folder that holds anything except the files of an earlier result.
 
     Args:
         path: The folder.
-        names: What our results are called.
+        names: Names of a result's files.
 
     Raises:
         MechsafetyError: ``path`` is a file, or a folder with other things in it.
@@ -131,14 +134,14 @@ def check_output_folder(path: Path, names: Sequence[str]) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Refuse a folder on a disk that is all but full.
+    """Refuse a folder on a disk that is nearly full.
 
     Args:
         folder: An existing folder.
-        needed: Bytes.
+        needed: Bytes that must be free.
 
     Raises:
-        MechsafetyError: The disk has fewer bytes left; systems that do not tell pass.
+        MechsafetyError: The disk has fewer free bytes. If the system does not report its size, the disk passes.
     """
     disk = shutil.disk_usage(folder)
     if disk.total and disk.free < needed:
@@ -151,15 +154,15 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what the system says against writing into one line that names what the user asked for, no scratch file.
+    """Context that turns a write error of the system into one line that names the user's path, not a scratch file.
 
     Raises:
-        MechsafetyError: An OSError was raised inside; its reason is in the message.
+        MechsafetyError: An OSError was raised inside. The message gives its reason.
     """
     try:
         yield
     except (OSError, MechsafetyError) as error:
-        # nested: the outermost path is the one that the user gave
+        # of nested contexts, the outermost one has the path that the user gave
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
             raise
@@ -174,14 +177,14 @@ def _scratch(folder: Path, suffix: str = "") -> Path:
 
 
 def _may_stay(entry: Path, names: Sequence[str]) -> bool:
-    """Whether an entry is a file of ours, scratch that a killed process left, or the system's."""
+    """Whether an entry is a result's file, scratch that a killed process left, or a file of the system."""
     known = entry.name.startswith(SCRATCH) or entry.name in OF_THE_SYSTEM
     return known or (entry.name in names and not entry.is_dir())
 
 
 @contextmanager
 def _folders(path: Path, asked: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a folder and its parents for what was ``asked``; take those away again on failure."""
+    """Make a folder and its parents, and remove those on failure; messages name the path ``asked``."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         with writing(asked):

@@ -1,4 +1,4 @@
-"""Torch's switches of the process and the thread, as the analyses need them."""
+"""Set torch's switches, of the process and of the thread, as the analyses need them."""
 
 import functools
 import threading
@@ -12,11 +12,11 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Context in which torch computes as if nobody had touched its switches; all of them are put back at the end.
+    """Context in which torch's switches have their usual values; the user's values come back at the end.
 
-    Inference mode is off (its tensors have no gradients), so is autocast; new tensors are float32 on the CPU unless
-    told otherwise. Grad mode stays as it is: what needs gradients says so. Deterministic algorithms stay as they are
-    too.
+    Inference mode is off, because its tensors have no gradients. Autocast is off too. New tensors are float32 on the
+    CPU unless told otherwise. Grad mode stays as the user set it: code that needs gradients switches it on itself. The
+    switch for deterministic algorithms stays as well.
 
     Example:
         >>> with torch.inference_mode(), settled():
@@ -46,8 +46,8 @@ def _devices() -> tuple[str, ...]:
 class _Float32:
     """Context in which new tensors are float32.
 
-    The default belongs to the whole process. So the first thread that comes in notes it and sets float32; the last one
-    that goes puts it back: a thread that ends earlier must not change what another one computes.
+    The default dtype belongs to the whole process. The first thread that enters stores it and sets float32. The last
+    thread that leaves restores it, because a thread that leaves earlier must not change what another thread computes.
     """
 
     def __init__(self) -> None:

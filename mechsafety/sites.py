@@ -1,6 +1,6 @@
-"""Typed addresses of activations. The only file that knows TransformerLens' hook names.
+"""Typed addresses of activations; no other file knows TransformerLens' hook names.
 
-Shapes are those of a batch of chat prompts: ``batch pos`` first, then what the site adds.
+Shapes are those of a batch of chat prompts: the axes ``batch pos`` first, then the axes of the site.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ class SiteKind(StrEnum):
 
 
 class Generation(StrEnum):
-    """Which of TransformerLens' two models is meant; they name some sites differently."""
+    """The two model classes of TransformerLens, which name some sites differently."""
 
     BRIDGE = "bridge"
     HOOKED = "hooked"
 
 
-# do not edit at resid_mid: TransformerBridge names the MLP branch's entry, so the skip branch would miss the edit
+# do not edit at resid_mid: in TransformerBridge it is the MLP branch's input, so the skip branch would miss the edit
 _HOOKS = {
     SiteKind.RESID_PRE: "blocks.{layer}.hook_resid_pre",
     SiteKind.RESID_MID: "blocks.{layer}.hook_resid_mid",
@@ -54,7 +54,7 @@ _HOOKS = {
     SiteKind.FINAL_NORM_IN: "ln_final.hook_in",
     SiteKind.FINAL_NORM_OUT: "ln_final.hook_out",
 }
-# HookedTransformer has no hook points there: what a module reads (:in) or gives (:out) is hooked on the module itself
+# HookedTransformer has no hook points there, so the input (:in) or output (:out) of the module itself is hooked
 _HOOKED = {
     **_HOOKS,
     SiteKind.MLP_IN: "blocks.{layer}.mlp:in",
@@ -99,6 +99,6 @@ class Site:
 
 
 def hook_name(site: Site, generation: Generation = Generation.BRIDGE) -> str:
-    """TransformerLens' name of a site; ``module:in`` or ``module:out`` where it has no hook point for it."""
+    """TransformerLens' name of a site; ``module:in`` or ``module:out`` if the site has no hook point."""
     names = _HOOKED if generation is Generation.HOOKED else _HOOKS
     return names[site.kind].format(layer=site.layer)

@@ -20,9 +20,9 @@ from mechsafety.patching.norms import at_own_scale, block_norms_option, norm_beh
 from mechsafety.prompts import PromptPairs, Tokens
 from mechsafety.results import Provenance, Result, norms_note
 
-# prompts at a time: their cached activations are what takes memory
+# prompts per batch; their cached activations take most of the memory
 _BATCH = 32
-# what has to be stored for it
+# sites that must be stored for the attribution
 DIRECT_SITES = ("resid", "z", "attn_out", "mlp_out")
 _PARTS = ("heads", "mlps", "embed", "rest", "total")
 
@@ -34,9 +34,10 @@ class DirectAttribution(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        heads, mlps: What each part adds to the residual stream, read by the unembedding.
-        embed: The token (and position) embedding's part.
-        rest: Output biases, the final norm's and the unembedding's bias, and the metric of all-zero logits.
+        heads, mlps: Contribution of what each head or MLP adds to the residual stream, read by the unembedding.
+        embed: Contribution of the token (and position) embedding.
+        rest: Contribution of the output biases and of the biases of final norm and unembedding, and the metric of
+            all-zero logits.
         total: The metric itself.
     """
 
@@ -53,7 +54,7 @@ class DirectAttribution(Result):
         return f"DirectAttribution({size}{norms_note(self.provenance)})"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a part: mean direct contribution in metric units."""
+        """One row per part: mean direct contribution in metric units."""
         layers, heads, _ = self.heads.shape
         rows = [("embed", "embed", float(self.embed.mean())), ("rest", "rest", float(self.rest.mean()))]
         for layer in range(layers):
@@ -86,20 +87,20 @@ def direct_logit_attribution(
 ) -> DirectAttribution:
     """Direct logit attribution at the last position, with the final norm's scale frozen and its weight applied.
 
-    Contributions are linear in logits, the refusal log-odds is not; its gradient is therefore averaged over the logits'
-    straight path from 0 (integrated gradients; one step is exact for a logit difference), which makes the parts sum to
-    the metric. A soft cap on the logits (Gemma-2) is part of what is averaged.
+    Contributions are linear in the logits, but the refusal log-odds are not. The gradient of the metric is therefore
+    averaged over the logits' straight path from 0 (integrated gradients). The parts then sum to the metric. For a logit
+    difference, one step is exact. A soft cap on the logits (Gemma-2) is part of what is averaged.
 
-    Behind a norm after attention (Gemma-2, OLMo-2) a head's output is its share of the norm of the heads' sum, with
-    that norm's scale frozen at the prompt's own as well. The result says so (``block_norms`` among its options, and
-    its line).
+    If a norm follows attention (Gemma-2, OLMo-2), a head's output is its share of the norm of the heads' sum. The scale
+    of that norm is frozen at the prompt's own as well. The result says so (``block_norms`` among its options, and its
+    ``repr``).
 
     Args:
         model: The model.
-        prompts: Chat prompts; or pairs, for the harmful prompts' attribution less that of their counterfactuals. The
-            parts of a pair then sum to its gap.
+        prompts: Chat prompts; or pairs, for the attribution of the harmful prompts minus that of their counterfactuals.
+            The parts of a pair then sum to its gap.
         metric: What is attributed.
-        steps: Gauss-Legendre nodes of that average.
+        steps: Number of Gauss-Legendre points of that average.
         progress: Whether to show a bar.
     """
     if isinstance(prompts, PromptPairs):
@@ -130,7 +131,7 @@ def direct_parts(
 ]:
     """Heads, MLPs, embedding, rest and total of `DirectAttribution` at one position, from stored `DIRECT_SITES`.
 
-    The metric is the one that the position's own stream gives, as if the model ended there.
+    The metric is read from the stream at that position, as if the prompt ended there.
     """
     final = cache.resid[-1, :, position]
     with torch.no_grad():
@@ -161,7 +162,7 @@ def direct_parts(
 
 
 def _heads_out(model: LensModel, cache: ActivationCache, position: int) -> Float[Tensor, "layer head prompt d_model"]:
-    """What heads add at one position only: all positions at once would be the cache's largest tensor."""
+    """What heads add at one position only, because a tensor of all positions would be the cache's largest."""
     weights = torch.stack([model.W_O(layer) for layer in range(model.n_layers)]).float()
     written = einsum(
         cache.z[:, :, :, position].float(),

@@ -32,7 +32,7 @@ from mechsafety.sites import SiteKind
 
 Method = Literal["eap", "eap-ig", "ig-activations", "mask-ig"]
 METHODS: tuple[Method, ...] = get_args(Method)
-# pairs x columns that are attributed at once: their graph, with all activations, is held
+# pairs x columns that are attributed at once, because autograd's graph holds all their activations
 BATCH_TOKENS = 96
 
 
@@ -43,11 +43,11 @@ class EdgeScores(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        senders: Rows: ``embed``, heads, MLPs and neurons in the order of computation.
-        receivers: Columns: (node, slot).
-        scores: Signed; 0 where the sender does not reach the receiver.
+        senders: Rows of ``scores``: ``embed``, heads, MLPs and neurons in the order of computation.
+        receivers: Columns of ``scores``: (node, slot) pairs.
+        scores: Signed scores; 0 if the sender does not reach the receiver.
         method: ``eap``, ``eap-ig``, ``ig-activations`` or ``mask-ig``.
-        steps: Points of each integral.
+        steps: Number of points of each integral.
         completeness: What the gradients sum to, as a share of the gap; 1 would be exact (see `attribution.steps`). None
             in results of older versions.
     """
@@ -74,7 +74,7 @@ class EdgeScores(Result):
         return sum(_reached(self.senders, self.receivers, parallel=parallel))
 
     def top(self, n: int | None = None) -> list[tuple[Edge, float]]:
-        """The strongest edges by absolute score, ties in the order of computation."""
+        """The ``n`` strongest edges by absolute score (all by default), ties in the order of computation."""
         flat = rearrange(self.scores, "sender receiver -> (sender receiver)")
         found = flat.nonzero().flatten()
         order = found[flat[found].abs().argsort(descending=True, stable=True)][:n]
@@ -89,7 +89,7 @@ class EdgeScores(Result):
         return dict(zip(self.senders, self.scores.sum(1).tolist(), strict=True))
 
     def to_dataframe(self, n: int | None = 1000) -> pd.DataFrame:
-        """The ``n`` strongest edges, one a row."""
+        """The ``n`` strongest edges, one per row."""
         rows = [(str(edge.sender), str(edge.receiver), edge.slot, score) for edge, score in self.top(n)]
         return pd.DataFrame(rows, columns=["sender", "receiver", "slot", "score"])
 
@@ -113,46 +113,49 @@ def edge_attribution(
     neurons: Sequence[int] = (),
     progress: bool = True,
 ) -> EdgeScores:
-    """Score every edge u -> v by (output of u, harmful less harmless) . (gradient of the metric in v's input).
+    """Score every edge u -> v by (output of u, harmful minus harmless) . (gradient of the metric in v's input).
 
-    The methods differ in where the gradient is taken, and so in what sums are exact. For each, the scores into one
-    receiver sum to the first-order change of what it reads: (its input, harmful less harmless) . (its gradient).
+    The methods differ in where they take the gradient, and therefore in which sums are exact. With every method, the
+    scores into one receiver sum to the first-order effect of its input: (its input, harmful minus harmless) . (its
+    gradient).
 
     - ``eap`` (Syed et al. 2023): at the harmful run.
     - ``eap-ig`` (Hanna et al. 2024): averaged over blends of the two runs' embeddings. As ``steps`` grow, the scores
       that ``embed`` sends sum to the whole gap.
     - ``ig-activations`` (Mueller et al. 2025): for each sublayer in turn (embedding, attention or MLP of a layer),
       averaged over blends of what that sublayer alone writes. As ``steps`` grow, the scores that its nodes send sum to
-      the exact effect of patching the sublayer. Costs about as many passes as there are layers for each of ``eap-ig``.
+      the exact effect of patching the sublayer. It costs as many passes as ``eap-ig``, times about the number of
+      layers.
     - ``mask-ig``: averaged over blends of every node's value, as in `node_attribution`.
 
-    Behind a norm after attention or MLP (Gemma-2, OLMo-2) the output of a head or neuron is its share of the norm of
-    the layer's sum, with the norm's scale frozen at each run's own: so all senders add up to what the receivers read,
-    and the sums above hold there too. The result says so (``block_norms`` among its options, and its line).
+    If a norm follows attention or MLP (Gemma-2, OLMo-2), the output of a head or neuron is its share of the norm of the
+    layer's sum. The norm's scale is frozen at each run's own. All senders then add up to what the receivers read, and
+    the sums above hold there too. The result says so (``block_norms`` among its options, and its ``repr``).
 
-    Sums over positions, averages over prompts. Scores are estimates: measure the ones that matter with
-    `path_patching`. Prompts are attributed a few at a time and senders streamed, so that memory grows neither with the
-    number of prompts nor with that of neurons (but for the scores themselves).
+    Scores are summed over positions and averaged over prompts. They are estimates: measure the ones that matter with
+    `path_patching`. Prompts are attributed a few at a time, and so are senders. Memory therefore grows neither with the
+    number of prompts nor with that of neurons, except for the scores themselves.
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; or their stored runs (which are run again, a few at a time,
-            if they are many).
+        pairs: Pairs, of which only those that align are used; or their stored runs. If these are many, they are run
+            again, a few at a time.
         metric: What is attributed.
         method: ``eap``, ``eap-ig``, ``ig-activations`` or ``mask-ig``.
-        steps: Points of each integral; ``eap`` has one. By default the first of 5, 10, 20, 40, 80 whose sum is within
-            5 % of what it should be, which takes a forward and a backward pass for each point tried, before the points
-            that are taken; the result says the number and the sum.
+        steps: Number of points of each integral; ``eap`` has one. The default is the first of 5, 10, 20, 40, 80 whose
+            sum is within 5 % of its exact value. To find it costs a forward and a backward pass per point tried, before
+            the points that are taken. The result holds the number and the sum.
         grid: ``midpoint``, ``left`` (the grid of the code published with EAP-IG) or ``gauss`` (Gauss-Legendre).
         nodes: Heads, MLPs and neurons to score edges among (and to the logits); all heads and MLPs, and ``embed``, by
             default. A neuron sends along its output weights and receives through the slot ``mlp``.
-        neurons: Layers whose MLP is taken apart into its neurons, which stand in its place.
+        neurons: Layers whose MLP is replaced by its single neurons.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown method, nodes or layers that the model lacks, or neurons of a mixture of experts.
+        MechsafetyError: The method is unknown; the model lacks a node or a layer; or neurons of a mixture of experts
+            are wanted.
     """
-    # at alpha = 0 a live blend hides what its receivers do
+    # at alpha = 0 a live blend hides what its receivers compute
     grids = tuple(name for name in GRIDS if name != "left" or method != "mask-ig")
     if grid not in grids:
         raise MechsafetyError(f"grid={grid!r} with method={method!r}", expected=f"one of {grids}")
@@ -174,7 +177,7 @@ def edge_attribution(
     batches = pair_batches(model, pairs, BATCH_TOKENS, extra)
     complete: float | None = None
     if steps is None and method != "eap":
-        batches = kept_runs(batches)  # gone through more than once
+        batches = kept_runs(batches)  # these batches are run through more than once
         points, complete = choose_points(model, batches, metric, method, grid, senders)
     else:
         points = integration_points(model, method, steps or 1, senders, grid)
@@ -240,7 +243,7 @@ def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int
 
 
 def _reached(senders: Sequence[Node], receivers: Sequence[Receiver], *, parallel: bool) -> list[int]:
-    """How many senders write into each receiver's input; as senders are in the order of computation, the first ones."""
+    """For each receiver, how many senders write into its input; these come first in the order of computation."""
     sublayers = [(node, len(list(same))) for node, same in groupby(map(_sublayer, senders))]
     counts: dict[Node, int] = {}
     for node in {_sublayer(receiver) for receiver, _ in receivers}:
@@ -249,7 +252,7 @@ def _reached(senders: Sequence[Node], receivers: Sequence[Receiver], *, parallel
 
 
 def _sublayer(node: Node) -> Node:
-    """A node that stands for all that read and write where it does."""
+    """A node that represents all nodes that read and write at the same places."""
     if node.kind == "head":
         return Node("head", node.layer, 0)
     return Node("mlp", node.layer) if node.kind == "neuron" else node

@@ -1,7 +1,7 @@
 """Gradients of the metric in what every receiver reads, taken at points between the two runs of each pair.
 
-Everything is read off the model's own graph, so grouped queries, rotary embeddings, query-key norms and parallel blocks
-need no cases of their own.
+All gradients come from autograd's graph of the model itself. Grouped queries, rotary embeddings, query-key norms and
+parallel blocks therefore need no code of their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ EMBEDDING = (Site(SiteKind.RESID_PRE, 0),)
 # bytes of the neurons' derivatives that are held at once
 DERIVATIVE_BYTES = 2**27
 
-# score of every sender [sender batch pos d_model] into some receivers: [sender receiver]
+# function from the senders' changes [sender batch pos d_model] to their scores into some receivers [sender receiver]
 Score = Callable[[Tensor], Tensor]
 
 
@@ -38,11 +38,12 @@ class Point:
     """A state of the model at which gradients are taken: the harmful run with some activations blended.
 
     Attributes:
-        alpha: Weight of the harmful value; the harmless run's has 1 - alpha.
-        sites: What is blended; nothing at the harmful run itself.
-        live: Blend what the run computes there, as node masks do, instead of the harmful run's stored value.
-        senders: Rows that are scored at this point: (first, one past the last).
-        weight: Share of this point in those rows' average.
+        alpha: Weight of the harmful value; the harmless value has the weight 1 - alpha.
+        sites: Activations that are blended; none at the harmful run itself.
+        live: Whether the harmful value is what the run computes there, as with node masks, instead of the harmful run's
+            stored value.
+        senders: Rows of senders that are scored at this point: (first, one past the last).
+        weight: Weight of this point in those rows' average.
     """
 
     alpha: float
@@ -63,7 +64,7 @@ def quadrature(grid: str, steps: int) -> list[tuple[float, float]]:
     Args:
         grid: ``midpoint``: the middles of equal parts; ``left``: their left ends, as in the code of Hanna et al. 2024;
             ``gauss``: Gauss-Legendre.
-        steps: How many.
+        steps: Number of points.
 
     Example:
         >>> quadrature("midpoint", 2), quadrature("left", 2)
@@ -79,14 +80,14 @@ def quadrature(grid: str, steps: int) -> list[tuple[float, float]]:
 def integration_points(
     model: LensModel, method: str, steps: int, senders: Sequence[Node], grid: Grid = "midpoint"
 ) -> list[Point]:
-    """Where each method takes its gradients.
+    """The points at which a method takes its gradients.
 
     Args:
         model: The model.
         method: ``eap``: the harmful run; ``eap-ig``: blends of the embeddings; ``mask-ig``: blends of all nodes;
             ``ig-activations``: for each sublayer that sends, blends of what it writes and of nothing else.
-        steps: Points of each integral; ``eap`` has one.
-        senders: In the order of computation.
+        steps: Number of points of each integral; ``eap`` has one.
+        senders: The senders, in the order of computation.
         grid: As for `quadrature`.
     """
     every = (0, len(senders))
@@ -107,9 +108,10 @@ def integration_points(
 
 
 def written_at(model: LensModel, node: Node) -> Site:
-    """The activation of a whole sublayer that a sender is a part of.
+    """The activation of the whole sublayer to which a sender belongs.
 
-    What reads the sublayer must be linear in it, so where a norm stands behind the heads it is the norm's output.
+    The residual stream must be linear in this activation. If a norm follows the heads, it is therefore the norm's
+    output.
     """
     if node.kind == "embed":
         return Site(SiteKind.RESID_PRE, 0)
@@ -125,18 +127,19 @@ def receiver_scores(
     reached: Sequence[int],
     point: Point,
 ) -> tuple[float, Iterator[tuple[list[int], Score]]]:
-    """The slope at one point (see `slope`), and how to score senders into each receiver there.
+    """The slope at one point (see `slope`), and functions that score senders into each receiver there.
 
-    The latter a slot of a layer at a time, as (columns, score): ``score(change)`` is the first-order change of the
-    summed metric, for each sender's ``change`` [sender batch pos d_model] of what the receivers read.
+    The functions come as (columns, score), one per slot of a layer. ``columns`` are indices of ``receivers``.
+    ``score(change)`` is the first-order change of the summed metric when each sender's ``change`` [sender batch pos
+    d_model] is added to what the receivers read.
 
     Args:
         model: The model.
         runs: Stored runs of the pairs.
         metric: What is differentiated.
-        receivers: (node, slot) pairs, the columns.
-        reached: How many of the first senders write into each receiver's input; receivers that no sender of the point
-            reaches are left out.
+        receivers: (node, slot) pairs.
+        reached: For each receiver, how many of the first senders write into its input. Receivers that no sender of the
+            point reaches are left out.
         point: Where the gradient is taken.
     """
     groups: dict[tuple[str, int | None, str], list[int]] = {}
@@ -154,7 +157,7 @@ def _scores(
     receivers: Sequence[Receiver],
     point: Point,
 ) -> Iterator[tuple[list[int], Score]]:
-    # in a live blend a receiver's own output is scaled by alpha on its way on, which is no part of the edge's effect
+    # a live blend scales a receiver's own output by alpha, which is not part of the edge's effect
     scale = 1.0 / point.alpha if point.live else 1.0
     for (kind, layer, slot), columns in groups.items():
         indices = [receivers[column][0].index or 0 for column in columns]
@@ -174,7 +177,7 @@ def _scores(
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """Activations of one run, attached to autograd, the summed metric's gradients in them, and the path's slope."""
+    """Activations of one run in autograd's graph, the summed metric's gradients in them, and the path's slope."""
 
     acts: Mapping[Site, Tensor]
     grads: Mapping[Site, Tensor]
@@ -193,7 +196,7 @@ def _graph(
     def keep(site: Site) -> Callable[[Tensor], Tensor]:
         def function(tensor: Tensor) -> Tensor:
             acts[site] = tensor
-            return tensor  # a hook that returns nothing may have seen a reshaped copy that is off the graph
+            return tensor  # without this return, the hook may have seen a reshaped copy that is not on the graph
 
         return function
 
@@ -220,8 +223,8 @@ def _at(
 
     Args:
         runs: Stored runs of the pairs.
-        point: The point; where it names no site, the end of the embeddings' path.
-        step: Goes so far on along the path: a zero, whose derivative is the path's slope.
+        point: The point. If it names no site, it is the end of the embeddings' path.
+        step: Moves the point along the path by this much. It is a zero, and the derivative in it is the path's slope.
     """
     base, source = runs.harmful, runs.harmless
     first = min((site.layer or 0 for site in point.sites), default=0)
@@ -238,7 +241,7 @@ def _at(
 
 
 def _blended(values: Tensor, alpha: float, own: Tensor | None, step: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """The edit that blends (see `blend`), and goes on by a step."""
+    """The edit that blends (see `blend`), and then moves along the path by ``step``."""
     mix = blend(values, alpha, own)
     if step is None:
         return mix
@@ -246,7 +249,7 @@ def _blended(values: Tensor, alpha: float, own: Tensor | None, step: Tensor | No
 
 
 def slope(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> float:
-    """Derivative of the summed metric along the path that a point lies on (the embeddings' where it names no site)."""
+    """Derivative of the summed metric along a point's path, which is the embeddings' path if it names no site."""
     with torch.enable_grad():
         step = torch.zeros((), device=model.device, requires_grad=True)
         first, start, blends = _at(runs, point, step)
@@ -255,26 +258,26 @@ def slope(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point
 
 
 def path_end(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> Float[Tensor, " batch"]:
-    """Metric where the path begins: what is blended has its harmless value, all else is the harmful run's own."""
+    """Metric where the path begins: blended activations have their harmless values, all else is the harmful run's."""
     first, start, blends = _at(runs, replace(point, alpha=0.0))
     with torch.no_grad():
         return metric(run_from(model, runs.harmful, first, start, blends))
 
 
 def _parts(model: LensModel, kind: str) -> tuple[SiteKind, ...]:
-    """What must be seen of a layer for its receivers of one kind."""
+    """The activations of a layer that its receivers of one kind need."""
     if kind == "head":
         return (SiteKind.RESID_PRE, SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.SCORES, SiteKind.Z)
     return (_middle(model), NODE_SITES[kind])
 
 
 def _middle(model: LensModel) -> SiteKind:
-    """What the MLP reads."""
+    """The stream that the MLP reads."""
     return SiteKind.RESID_PRE if model.parallel else SiteKind.RESID_MID
 
 
 def _product(gradient: Float[Tensor, "receiver batch pos d_model"]) -> Score:
-    # a gradient that stands for the last columns only meets those of the senders
+    # a gradient of the last columns alone is multiplied with the senders' last columns
     return lambda change: einsum(
         change[:, :, -gradient.shape[2] :],
         gradient.float(),
@@ -285,9 +288,9 @@ def _product(gradient: Float[Tensor, "receiver batch pos d_model"]) -> Score:
 def _slot_gradient(
     graph: _Graph, layer: int, slot: str, heads: Sequence[int], model: LensModel
 ) -> Float[Tensor, "head batch pos d_model"]:
-    """Gradient in the block's input through one slot of each head alone, one backward pass for all heads."""
-    # a key-value head serves several heads, and so does a norm over all queries: the shares of the heads are told
-    # apart where each has its own tensor
+    """Gradient in the block's input through one slot of each head alone; one backward pass serves all heads."""
+    # several heads share a key-value head, or a norm over all queries; their shares are separated at an activation in
+    # which each head has a tensor of its own
     q_via = SiteKind.SCORES if normed_over_heads(model, layer, "q") else None
     kind, via = {"q": (SiteKind.Q, q_via), "k": (SiteKind.K, SiteKind.SCORES), "v": (SiteKind.V, SiteKind.Z)}[slot]
     resid, target = graph.acts[Site(SiteKind.RESID_PRE, layer)], graph.acts[Site(kind, layer)]
@@ -306,8 +309,9 @@ def _slot_gradient(
 def _neuron_score(graph: _Graph, model: LensModel, layer: int, neurons: Sequence[int], scale: float) -> Score:
     """Score into single neurons: the derivative of every neuron along a sender's change, times the neuron's gradient.
 
-    A gradient in the MLP's input for each neuron alone would be [neuron batch pos d_model]; along a sender it is [batch
-    pos neuron]. The pull-back is linear in what is pulled back, so that its own derivative is the push-forward.
+    A gradient in the MLP's input for each neuron alone would be a tensor [neuron batch pos d_model]. The derivative
+    along a sender's change is only [batch pos neuron]. The pull-back is linear in what is pulled back. The derivative
+    of the pull-back is therefore the push-forward.
     """
     out, read = graph.acts[Site(SiteKind.NEURONS, layer)], graph.acts[Site(_middle(model), layer)]
     probe = torch.zeros_like(out).requires_grad_()

@@ -41,25 +41,27 @@ class DirectionAt(Protocol):
 
     @property
     def layer(self) -> int:
-        """Block at whose input it stands."""
+        """Block at whose input the direction lies."""
 
     @property
     def position(self) -> int:
-        """Column, counted from the prompt's end."""
+        """Position, counted from the prompt's end."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadAttribution(Result):
-    """Scores of every head; those that were not asked for are None.
+    """Scores of every head; scores that were not computed are None.
 
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        direct: Share of the metric's gap that reaches it through the unembedding alone (see
-            `direct_logit_attribution`; norms after attention keep each run's own scale there, and nowhere else).
-        total: Share of the gap lost when the head takes its value from the harmless prompt, everything after it live.
-        path: Share of the gap along the refusal direction that the head's change makes, MLPs between them responding
-            and attention frozen; 0 for heads at or after the direction's block.
+        direct: Share of the metric's gap that the head adds through the unembedding alone (see
+            `direct_logit_attribution`). In this score alone, norms after attention keep each run's own scale.
+        total: Share of the gap that is lost when the head takes its value from the harmless prompt and everything after
+            it is live.
+        path: Share of the gap along the refusal direction that is lost when the head alone takes its value from the
+            harmless prompt. MLPs between head and direction respond, and attention is frozen. 0 for heads at or after
+            the direction's block.
         attention: Attention of the last token to prefix, instruction and suffix in the harmful prompts.
         ships: KL(p || p with the head masked) of the next token on the harmful prompts, nats.
         sahara: Generalised Ships: rotation, in degrees, of the harmful prompts' leading left singular vectors when the
@@ -81,7 +83,10 @@ class HeadAttribution(Result):
         return f"HeadAttribution({layers} layers x {heads} heads: {scores}{norms_note(self.provenance)})"
 
     def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
-        """One row a head, largest total effect first (else the first score there is): means, and effects' intervals."""
+        """One row per head: the mean of each score, with intervals for ``direct``, ``total``, ``path`` and ``ships``.
+
+        The row with the largest absolute total effect comes first. Without total effects, the first score decides.
+        """
         names, first = self._means()
         layers, heads = first.shape
         frame = pd.DataFrame(
@@ -119,7 +124,7 @@ class HeadAttribution(Result):
         return pd.DataFrame(rows, index=list(flat), columns=list(flat))
 
     def plot(self) -> go.Figure:
-        """One heatmap a score, layers by heads."""
+        """One heatmap per score, layers by heads."""
         from plotly.subplots import make_subplots
 
         names, first = self._means()
@@ -132,7 +137,7 @@ class HeadAttribution(Result):
         return figure.update_layout(template="none", height=max(320, 60 + 16 * first.shape[0]))
 
     def _means(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Mean over prompts of each score that there is, and the first of them."""
+        """Mean over prompts of each score that was computed, and the first of these means."""
         means: dict[str, Tensor] = {}
         for name in SCORES:
             values = getattr(self, name)
@@ -162,18 +167,20 @@ def head_attribution(
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; or their stored runs.
+        pairs: Pairs, of which only those that align are used; or their stored runs.
         metric: What the effects are on.
         direction: A `RefusalDirection`, needed for ``path``.
-        scores: Some of ``direct total path attention ships sahara``; by default all that can be computed: ``path``
-            needs a direction, ``sahara`` more prompts than its rank.
-        mask: What masking a head is in Ships and Sahara: ``uniform`` or ``zero``.
-        rank: Left singular vectors that Sahara compares, fewer than the prompts used; 1 in the published code.
-        n_masked: Ships and Sahara use this many of the harmful prompts.
+        scores: Some of ``direct total path attention ships sahara``; by default all that can be computed. ``path``
+            needs a direction, and ``sahara`` needs more prompts than its rank.
+        mask: How Ships and Sahara mask a head: ``uniform`` or ``zero``.
+        rank: Number of left singular vectors that Sahara compares; it must be smaller than the number of prompts used.
+            The published code takes 1.
+        n_masked: Number of harmful prompts that Ships and Sahara use.
         progress: Whether to show bars.
 
     Raises:
-        MechsafetyError: Unknown score, ``path`` without a direction, or a direction of another model's width.
+        MechsafetyError: A score is unknown; ``path`` is wanted without a direction; or the direction has another width
+            than the model.
     """
     pairs = aligned_pairs(model, pairs)
     impossible = {"path"} if direction is None else set()
@@ -230,7 +237,8 @@ def path_to_direction(model: LensModel, runs: PairRuns, direction: DirectionAt) 
     """Share of the pairs' gap along a direction that each head alone makes (path patching into the direction).
 
     Raises:
-        MechsafetyError: Another model's width, or a position outside the pairs' difference.
+        MechsafetyError: The direction has another width than the model, its layer is not in the model, or its position
+            lies before the first difference of the pairs.
     """
     if direction.vector.shape[-1] != model.d_model:
         raise MechsafetyError(

@@ -34,11 +34,11 @@ class LogitLens(Result):
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
         positions: Positions from the prompt's end, -1 the last token.
-        harmful, harmless: The metric as if the model ended there. NaN where a prompt has no such position.
+        harmful, harmless: The metric as if the model ended there. NaN if a prompt has no such position.
         share_positions: Positions of ``attention`` and ``mlps``: the last one, or all ``positions``.
         attention, mlps: What each layer's heads, and its MLP, add through the unembedding alone to the gap that the
-            stream shows at a position, in units of the metric's own gap (the last position's). NaN where a prompt has
-            no such position.
+            stream shows at a position. The unit is the metric's own gap, which is the gap at the last position. NaN if
+            a prompt has no such position.
     """
 
     provenance: Provenance
@@ -56,11 +56,11 @@ class LogitLens(Result):
 
     @property
     def gap(self) -> Float[Tensor, "layer_plus_1 place"]:
-        """Mean metric of harmful less harmless prompts."""
+        """Mean metric of harmful minus harmless prompts."""
         return (self.harmful - self.harmless).nanmean(-1)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer and position: mean metric of both sides, the gap with its interval over pairs."""
+        """One row per layer and position: mean metric of both sides, and the gap with its interval over pairs."""
         rows = []
         for layer in range(self.harmful.shape[0]):
             for place, position in enumerate(self.positions):
@@ -74,10 +74,10 @@ class LogitLens(Result):
         return pd.DataFrame(rows, columns=["layer", "position", "harmful", "harmless", "gap", "ci_low", "ci_high"])
 
     def shares_dataframe(self) -> pd.DataFrame:
-        """One row a layer's heads or MLP and a position: mean share of the metric's gap, with its interval over pairs.
+        """One row per layer, part (heads or MLP) and position: mean share of the metric's gap, interval over pairs.
 
         Raises:
-            MechsafetyError: An older version made the result, of a model with norms after its blocks.
+            MechsafetyError: The result has no shares: an older version made it, of a model with norms after its blocks.
         """
         if self.attention is None or self.mlps is None:
             raise MechsafetyError(
@@ -119,19 +119,20 @@ def logit_lens(
 ) -> LogitLens:
     """Read the metric from the residual stream at every layer and the last positions (nostalgebraist 2020).
 
-    The stream is sent through the final norm, with its own scale there, and the unembedding. Pairs need not align.
+    The stream goes through the final norm, with the stream's own scale at that place, and through the unembedding.
+    Pairs need not align.
 
     Args:
         model: The model.
         pairs: Harmful and harmless prompts.
         metric: What is read.
-        n_positions: How many last positions; by default the template's tokens after the instruction and the shortest
-            instruction.
-        positions: Where the shares of layers are taken: ``last`` position, or ``all`` positions that are read.
+        n_positions: Number of last positions. By default it is the number of tokens in the shortest instruction and the
+            template's suffix after it.
+        positions: Where the shares of layers are taken: the ``last`` position, or ``all`` positions that are read.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Fewer than one position, or unknown positions.
+        MechsafetyError: ``n_positions`` is less than 1, or ``positions`` is unknown.
     """
     sides = [model.tokenize(side) for side in (pairs.harmful, pairs.harmless)]
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)
@@ -141,7 +142,7 @@ def logit_lens(
     shared = read_at if positions == "all" else (-1,)
     with tqdm(total=4 * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
         read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
-        # the lens' last row is the metric itself, so the layers' shares are of the gap that it shows
+        # the lens' last row is the metric itself, so the layers' shares are shares of its gap
         check_gap(read[0][-1, -1], read[1][-1, -1])
         gap = (read[0] - read[1])[-1, -1].mean()
         bad, good = (_shares(model, tokens, metric, shared, bar.update) for tokens in sides)
@@ -172,7 +173,7 @@ def _shares(
 
 
 def _batches(tokens: Tokens) -> Iterator[Tokens]:
-    """A few prompts at a time, with the positions of all."""
+    """A few prompts at a time, padded to the columns of the whole batch."""
     for first in range(0, len(tokens), _BATCH):
         rows = slice(first, first + _BATCH)
         yield replace(tokens, ids=tokens.ids[rows], mask=tokens.mask[rows], spans=tokens.spans[rows])

@@ -20,7 +20,7 @@ from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
 
-# pairs x columns that are attributed at once: their graph takes about 2 MB a column of a 135M model
+# pairs x columns that are attributed at once; in a 135M model their graph takes about 2 MB per column
 BATCH_TOKENS = 256
 
 
@@ -31,9 +31,9 @@ class NodeAttribution(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        heads, mlps: Estimates.
-        neurons: The same for neurons; those of a layer sum to what its MLP carries, unless a norm follows the MLP. None
-            unless asked for.
+        heads, mlps: Estimates for heads and MLPs.
+        neurons: Estimates for neurons; None if they were not computed. Those of a layer sum to what its MLP carries,
+            unless a norm follows the MLP.
         total: Sum over heads and MLPs (or neurons); its distance from 1 is the integration's error.
     """
 
@@ -61,7 +61,7 @@ class NodeAttribution(Result):
         return sorted(nodes, key=lambda node: (-abs(self.of(node)), node.order))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head or MLP, largest first."""
+        """One row per head or MLP, largest absolute estimate first."""
         rows = [(str(node), node.kind, node.layer, node.index, self.of(node)) for node in self.ranked()]
         return pd.DataFrame(rows, columns=["node", "kind", "layer", "index", "estimate"])
 
@@ -82,20 +82,21 @@ def node_attribution(
 ) -> NodeAttribution:
     """Integrated gradients over node masks (Sundararajan et al. 2017, eq. 1, with nodes as the features).
 
-    Every node's value is a blend, alpha times its own in the harmful run and 1 - alpha times that of the harmless
-    prompt; the score of a node is the integral over alpha of the metric's gradient in its blend. At alpha = 0 the model
-    computes the harmless run, at 1 the harmful one, so the scores sum to the whole gap (completeness).
+    Every node's value is a blend: alpha times its own value in the harmful run, plus 1 - alpha times its value in the
+    harmless run. The score of a node is the integral, over alpha, of the metric's gradient in the node's own weight
+    alpha. At alpha = 0 the model computes the harmless run, at alpha = 1 the harmful run. The scores therefore sum to
+    the whole gap (completeness).
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; or their stored runs.
+        pairs: Pairs, of which only those that align are used; or their stored runs.
         metric: What is attributed.
-        steps: Midpoints of the integral.
-        neurons: Attribute neurons (instead of whole MLPs; the MLP scores are then their sums).
+        steps: Number of midpoints of the integral.
+        neurons: Attribute neurons instead of whole MLPs. The MLP scores are then the sums of their neurons' scores.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Neurons of a mixture of experts, or no pair that aligns.
+        MechsafetyError: Neurons of a mixture of experts are wanted, or no pair aligns.
     """
     if neurons:
         model.check_neurons()
@@ -138,13 +139,13 @@ def mask_gradients(
         model: The model.
         runs: Stored runs of the pairs; the harmful ones are edited.
         metric: What is differentiated.
-        alpha: How much of each live node is its own value.
-        neurons: Masks on neurons instead of MLP outputs.
-        live: Masks ([layer head], [layer] or [layer d_mlp]) of nodes that are live; the others stay at 0.
-        each: Masks, and gradients of its own metric, for each pair.
+        alpha: Weight of each live node's own value.
+        neurons: Put masks on neurons instead of MLP outputs.
+        live: Masks ([layer head], [layer] or [layer d_mlp]) of the nodes that are live; the others stay at 0.
+        each: Give each pair its own masks, and take the gradients of each pair's own metric.
 
     Returns:
-        Gradients [layer head] and [layer] (or [layer d_mlp]); with a first axis of pairs under ``each``.
+        Gradients [layer head] and [layer] (or [layer d_mlp]); with ``each`` they have a first axis of pairs.
     """
     shapes = _zero_grads(model, neurons)
     masks = []

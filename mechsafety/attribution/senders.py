@@ -1,4 +1,4 @@
-"""What senders write to the residual stream, harmful less harmless, a bounded number of them at a time."""
+"""What senders write to the residual stream, harmful minus harmless, for a bounded number of senders at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,9 +17,10 @@ Chunks = Callable[[int, int], Iterator[tuple[slice, Tensor]]]
 
 
 def sender_chunks(model: LensModel, runs: PairRuns, senders: Sequence[Node]) -> Chunks:
-    """Changes of the senders from one row to another, in chunks (rows, [sender batch pos d_model]) that fit in memory.
+    """Function that yields the changes of a range of senders in chunks (rows, [sender batch pos d_model]).
 
-    If all of them fit they are computed once and kept; if not, each call computes its chunks anew.
+    A chunk fits into memory. If all senders fit, their changes are computed once and kept. Otherwise each call computes
+    its chunks again.
     """
     row = 4 * model.d_model * len(runs.harmful) * runs.harmful.n_pos
     size = max(1, SENDER_BYTES // row)

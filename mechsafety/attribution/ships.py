@@ -1,9 +1,9 @@
 """Safety-head baselines of Zhou et al. 2024: Ships (KL of a masked head) and Sahara (rotation of a subspace).
 
-Generalised Ships is equation 11 of the paper: principal angles between the leading left singular vectors of two
-matrices [prompt d_model], so that it compares how the prompts lie to each other, and not which directions of the stream
-they use. The paper leaves the number of vectors open; its code takes one, reads the last token after the final norm,
-and gives degrees. So does this module, with the number as an option.
+Generalised Ships is equation 11 of the paper: the principal angles between the leading left singular vectors of two
+matrices [prompt d_model]. It therefore compares how the prompts lie to each other, not which directions of the stream
+they use. The paper leaves the number of vectors open. Its code takes one vector, reads the last token after the final
+norm, and returns degrees. This module does the same, with the number of vectors as an option.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
 Mask = Literal["uniform", "zero"]
-# left singular vectors that are compared: as in the published code
+# number of left singular vectors that are compared, as in the published code
 RANK = 1
 
 
@@ -34,22 +34,23 @@ def ships(
 ) -> tuple[Float[Tensor, "layer head prompt"], Float[Tensor, "layer head"]]:
     """Every head's Ships and generalised Ships when it alone is masked, at all positions.
 
-    Ships (Zhou et al. 2024, equation 6): KL(p || p without the head) of the next token, in nats. Generalised Ships
-    (equation 11), which Sahara searches by: sum of the principal angles, in degrees, between the spans of the first
-    ``rank`` left singular vectors of the last token's states after the final norm [prompt d_model], with and without
-    the head.
+    Ships (Zhou et al. 2024, equation 6) is KL(p || p without the head) of the next token, in nats.
+
+    Generalised Ships (equation 11), by which Sahara searches, is a sum of principal angles, in degrees. The angles are
+    between two spans, one with the head and one without it. Each is the span of the first ``rank`` left singular
+    vectors of the last token's states after the final norm [prompt d_model].
 
     Args:
         model: The model.
         prompts: Harmful prompts.
         mask: ``uniform``: the head attends to all visible positions alike (the paper's undifferentiated attention with
             epsilon = 0); ``zero``: it writes nothing (scaling contribution with epsilon = 0).
-        rank: Left singular vectors that are compared. The paper's code takes 1. As many as there are prompts span the
-            same space whatever is masked.
+        rank: Number of left singular vectors that are compared; the paper's code takes 1. There must be more prompts
+            than this, because as many vectors as prompts span the same space, whatever is masked.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown mask, or no more prompts than the rank.
+        MechsafetyError: The mask is unknown, or there are no more prompts than the rank.
     """
     found, base = masked_heads(model, prompts, mask, rank, progress)
     return divergences(model, base, found), rotations(model, base, found, rank)
@@ -60,7 +61,7 @@ def masked_heads(
 ) -> tuple[Float[Tensor, "layer head prompt d_model"], BaseRun]:
     """The final norm's input at the last token with each head masked alone, and the unmasked run.
 
-    With a ``rank`` there must be more prompts than that.
+    If ``rank`` is given, there must be more prompts than that.
     """
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     found, base = _masked(model, prompts, [[head] for head in heads], mask, rank, progress)
@@ -77,9 +78,9 @@ def sahara(
     rank: Count = RANK,
     progress: bool = True,
 ) -> list[tuple[Node, float]]:
-    """Sahara's greedy group of safety heads: at each step the head that rotates the subspace most, those before masked.
+    """Sahara's greedy group of safety heads (Zhou et al. 2024, algorithm 1).
 
-    Zhou et al. 2024, algorithm 1.
+    Each step adds the head that rotates the subspace most when it is masked together with all heads found before.
 
     Args:
         model: The model.
@@ -93,7 +94,7 @@ def sahara(
         Heads in the order found, with the group's generalised Ships so far, in degrees.
 
     Raises:
-        MechsafetyError: As `ships`, or a size that is no number of heads.
+        MechsafetyError: As `ships`; or ``size`` is not between 1 and the number of heads.
     """
     left = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     if not 1 <= size <= len(left):
@@ -173,7 +174,7 @@ def divergences(
 
 
 def _uniform(model: LensModel, tokens: Tokens) -> Float[Tensor, "layer batch pos head d_head"]:
-    """Heads' mixed values if they attended to all visible positions alike."""
+    """The values that heads would mix if they attended to all visible positions alike."""
     cache = model.cache(tokens, ["pattern", "v"])
     visible = (cache.pattern > 0).float()
     weights = visible / visible.sum(-1, keepdim=True).clamp(min=1)
@@ -188,7 +189,7 @@ def _uniform(model: LensModel, tokens: Tokens) -> Float[Tensor, "layer batch pos
 
 
 def _hooks(model: LensModel, groups: Sequence[Sequence[Node]], values: Tensor) -> list[Hook]:
-    """One hook a layer that masks each variant's heads."""
+    """One hook per layer that masks each variant's heads."""
     masked = torch.zeros(model.n_layers, len(groups), model.n_heads, dtype=torch.bool, device=values.device)
     for row, group in enumerate(groups):
         for node in group:

@@ -17,7 +17,7 @@ from mechsafety.patching.masks import PairRuns
 # numbers of points that are tried in turn, and how far from 1 the completeness may be
 SERIES = (5, 10, 20, 40, 80)
 TOLERANCE = 0.05
-# batches whose runs are held while numbers of points are tried: memory does not grow with the number of prompts
+# number of batches whose runs are held while numbers of points are tried, so that memory does not grow with prompts
 KEPT = 4
 
 logger = logging.getLogger(__name__)
@@ -28,29 +28,31 @@ Batches = Sequence[Callable[[], PairRuns]]
 def choose_points(
     model: LensModel, batches: Batches, metric: RefusalLogOdds, method: str, grid: Grid, senders: Sequence[Node]
 ) -> tuple[list[Point], float]:
-    """The points of the first number in `SERIES` that is complete within `TOLERANCE`, and their completeness.
+    """The points for the first number in `SERIES` that is complete within `TOLERANCE`, and their completeness.
 
-    If none does, the largest number is taken and a warning logged.
+    If no number is, the largest one is taken, and a warning is logged.
     """
     points, found = [], 0.0
     for steps in SERIES:
         points = integration_points(model, method, steps, senders, grid)
         found = completeness(model, batches, metric, points)
-        if abs(found - 1) <= TOLERANCE or found != found:  # no gap: the caller says so
+        if abs(found - 1) <= TOLERANCE or found != found:  # NaN: there is no gap, and the caller raises the error
             return points, found
     logger.warning("%s of %s sums to %.2f of the gap at %d steps", method, model.name, found, SERIES[-1])
     return points, found
 
 
 def completeness(model: LensModel, batches: Batches, metric: RefusalLogOdds, points: Sequence[Point]) -> float:
-    """What the gradients at ``points`` sum to, as a share of the gap where one path leads from run to run.
+    """What the gradients at ``points`` sum to, as a share of the gap; 1 is exact.
 
-    The derivative of the metric along a path from the harmless to the harmful run integrates to the gap; its weighted
-    sum over the points would be that, and 1 as a share, were there enough of them. Each sublayer of ``ig-activations``
-    has a path of its own, which integrates to the exact effect of patching it: then 1 plus the largest difference
-    between sum and effect, as a share of the gap.
+    Along a path from the harmless run to the harmful run, the derivative of the metric integrates to the gap. The
+    weighted sum of the derivative over the points approximates this integral. Its share of the gap is 1 if there are
+    enough points.
 
-    Costs a forward and a backward pass a point, and another forward a sublayer.
+    With ``ig-activations``, each sublayer has a path of its own, which integrates to the exact effect of patching the
+    sublayer. The completeness is then 1 plus the largest difference between sum and effect, as a share of the gap.
+
+    The cost is a forward and a backward pass per point, and one more forward per sublayer.
     """
     gap, missed = 0.0, np.zeros(1)
     for batch in batches:
@@ -63,14 +65,14 @@ def completeness(model: LensModel, batches: Batches, metric: RefusalLogOdds, poi
 
 
 def kept_runs(batches: Batches) -> list[Callable[[], PairRuns]]:
-    """The same batches, of which the first `KEPT` are run once only, however often they are asked for."""
+    """The same batches; the first `KEPT` of them run only once, however often they are called."""
     return [lru_cache(maxsize=1)(batch) if k < KEPT else batch for k, batch in enumerate(batches)]
 
 
 def misses(
     model: LensModel, runs: PairRuns, metric: RefusalLogOdds, points: Sequence[Point], slopes: Sequence[float]
 ) -> Float[np.ndarray, " path"]:
-    """For each path, the weighted sum of the slopes at its points less what it should be, summed over pairs."""
+    """For each path, the weighted sum of the slopes at its points minus the exact value, summed over pairs."""
     found = []
     harmful, harmless = runs.scores(metric)
     for _, same in groupby(zip(points, slopes, strict=True), key=lambda row: row[0].sites):
@@ -83,5 +85,5 @@ def misses(
 
 
 def share(missed: Float[np.ndarray, " path"], gap: float) -> float:
-    """Completeness from what paths miss: of the path that misses most; NaN where there is no gap."""
+    """Completeness of the path that misses most; NaN if there is no gap."""
     return float("nan") if gap == 0 else 1.0 + float(max(missed, key=abs)) / gap

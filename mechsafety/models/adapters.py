@@ -1,4 +1,4 @@
-"""Merging adapters, so that the analyses see one plain model that computes what peft computes."""
+"""Merge adapters, so that the analyses see one plain model that computes what peft computes."""
 
 import copy
 import json
@@ -22,19 +22,22 @@ CONFIG = "adapter_config.json"
 MERGEABLE = "an adapter that changes weights, such as LoRA, DoRA, VeRA or (IA)3"
 # how far a merged layer's output may be from peft's, as a share of the output's norm
 LAYER_ROUNDING = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
-# the same of logits, for logits of up to 50; in half precision rounding alone moves them by 1.6 on the demo model
+# how far a logit may be from peft's, for logits of up to 50; half precision has no entry, because rounding alone moves
+# logits of the demo model by 1.6 there
 LOGIT_ROUNDING = {"float64": 1e-5, "float32": 1e-3}
 
 
 def apply_adapter(model: Any, adapter: str | os.PathLike[str], probes: Sequence[Int[Tensor, "1 _"]]) -> Any:
     """Merge a peft adapter into a plain Hugging Face model, in place, and compare with peft's own output.
 
-    An (IA)3 adapter on ``down_proj`` scales the MLP neurons' activations. Where the MLP is gated (act(gate) * up), it
-    is folded into the rows of ``up_proj``, which multiplies the same activations: the function computed is the same,
-    and the scaled value is what stands at the input of ``down_proj``, where the safety-neuron method (Chen et al. 2024)
-    reads and patches. Folded into ``down_proj`` itself, the base and the aligned model would differ in weights that
-    patching cannot reach. Everything else is merged by peft. A weight that two places share (a tied unembedding,
-    replicated layers) is copied first where an adapter changes one of them.
+    An (IA)3 adapter on ``down_proj`` scales the MLP neurons' activations. If the MLP is gated (act(gate) * up), the
+    scales are folded into the rows of ``up_proj``, which multiplies the same activations. The model then computes the
+    same function. The scaled value stands at the input of ``down_proj``, where the safety-neuron method (Chen et al.
+    2024) reads and patches. If the scales were folded into ``down_proj`` itself, the base and the aligned model would
+    differ in weights that patching cannot reach.
+
+    peft merges everything else. If two places share a weight (a tied unembedding, replicated layers) and an adapter
+    changes one of them, the weight is copied first.
 
     Args:
         model: The base model.
@@ -42,8 +45,8 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str], probes: Sequence[
         probes: Token ids on which the merged model is compared with peft's.
 
     Raises:
-        MechsafetyError: The folder holds no adapter, one that changes no weights, or one that does not fit the model;
-            or the merged model computes something else than peft.
+        MechsafetyError: The folder holds no adapter; the adapter changes no weights or does not fit the model; or the
+            merged model computes something else than peft.
     """
     folder = Path(adapter)
     name, config = folder.name, read_config(folder)
@@ -72,7 +75,7 @@ def apply_adapter(model: Any, adapter: str | os.PathLike[str], probes: Sequence[
 def check_fits(model: Any, adapter: str | os.PathLike[str]) -> None:
     """Refuse an adapter for another base model before the base model's weights are read.
 
-    What only the weights show is left to `apply_adapter`.
+    `apply_adapter` checks what only the weights can show.
 
     Args:
         model: The base model without weights (on the meta device); the adapter's layers are put into it.
@@ -92,7 +95,7 @@ def check_fits(model: Any, adapter: str | os.PathLike[str]) -> None:
     except Exception as error:
         if "not found in the base model" in str(error):
             raise _misfit(name, model, config, error) from error
-        return  # perhaps for want of weights: `apply_adapter` will know
+        return  # the missing weights may be the cause: `apply_adapter` will find out
     for key, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items():
         if key in stored and stored[key].shape != tensor.shape:
             shapes = f"{tuple(stored[key].shape)} for {tuple(tensor.shape)}"
@@ -100,7 +103,7 @@ def check_fits(model: Any, adapter: str | os.PathLike[str]) -> None:
 
 
 def _options(folder: Path) -> Any:
-    """An adapter's configuration, without its base model's name: peft warns where the base is called otherwise here."""
+    """An adapter's configuration without its base model's name, because peft warns if the model's name differs."""
     from peft import PeftConfig
 
     options = PeftConfig.from_pretrained(str(folder))
@@ -109,19 +112,20 @@ def _options(folder: Path) -> Any:
 
 
 def merged_copy(wrapped: Any, probes: Sequence[Int[Tensor, "1 _"]]) -> Any:
-    """A plain model that computes what a `PeftModel` with its active adapters does; the `PeftModel` stays as it is."""
+    """A plain model that computes what a `PeftModel` computes with its active adapters; the original is unchanged."""
     name = "+".join(wrapped.active_adapters)
     _check_kind(name, wrapped.active_peft_config)
     return _merge(copy.deepcopy(wrapped).eval(), name, probes, None)
 
 
 def base_and_adapter(given: str | os.PathLike[str]) -> tuple[str, Path] | None:
-    """Base model and folder of an adapter that was given as the model; None where it is none.
+    """Base model and folder of an adapter that was given as the model; None if it is not an adapter.
 
-    The base is a local folder (from here, or from the adapter's own folder) or a hub id.
+    The base is a hub id or a local folder. A relative folder is looked up from the working folder, then from the
+    adapter's folder.
 
     Raises:
-        MechsafetyError: The adapter names no base model, or a folder that is not there.
+        MechsafetyError: The adapter names no base model, or a folder that does not exist.
     """
     folder = Path(given).expanduser()
     if not (folder / CONFIG).is_file():
@@ -160,7 +164,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter folder.
 
     Raises:
-        MechsafetyError: There is none, or it is not peft's.
+        MechsafetyError: The folder has no configuration, or peft did not write it.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -191,21 +195,21 @@ def _misfit(name: str, model: Any, config: dict[str, Any], error: Exception) -> 
 
 
 def _trained_tokens(config: Any) -> list[int]:
-    """Tokens whose rows of the embedding an adapter trains: no other prompt shows what it does."""
+    """Tokens whose embedding rows an adapter trains, at most 64; only prompts with these tokens show its effect."""
     found = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     lists = found.values() if isinstance(found, dict) else [found]
     return sorted({int(token) for tokens in lists for token in tokens})[:64]
 
 
 def _load_weights(wrapped: Any, folder: Path) -> None:
-    """Load an adapter's tensors; one that is missing or left over is an error, where peft warns or says nothing."""
+    """Load an adapter's tensors; a missing or unused tensor is an error here, while peft at most warns."""
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     mapping = getattr(wrapped.get_base_model(), "_checkpoint_conversion_mapping", {})
     try:
         result = wrapped.load_adapter(str(folder), "default", torch_device=str(wrapped.device), key_mapping=mapping)
-    except KeyError as error:  # of a module that is saved whole
+    except KeyError as error:  # a module that the adapter saves whole is missing
         raise ValueError(f"it lacks {error.args[0]}") from None
     stored = load_peft_weights(str(folder), device="cpu")
     broken = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
@@ -223,13 +227,13 @@ def _load_weights(wrapped: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def _merge(wrapped: Any, name: str, probes: Sequence[Tensor], before: Sequence[Tensor] | None) -> Any:
-    """The merged model, once its layers and its logits are known to be peft's.
+    """Merge an adapter, and check that the merged layers and logits are peft's.
 
     Args:
         wrapped: The `PeftModel`, not merged.
-        name: What the adapter is called.
+        name: The adapter's name.
         probes: Token ids.
-        before: The base model's logits on them, where the adapter must change something.
+        before: The base model's logits on the probes, to check that the adapter has an effect; None skips that check.
     """
     calls: list[_Call] = []
     with ExitStack() as stack:
@@ -266,7 +270,7 @@ def _merge(wrapped: Any, name: str, probes: Sequence[Tensor], before: Sequence[T
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of an adapted layer: what it read and wrote before it was merged."""
+    """One call of an adapted layer before the merge: its arguments and its output."""
 
     path: str
     layer: Any
@@ -275,7 +279,7 @@ class _Call:
     out: Tensor
 
     def gap(self) -> float:
-        """How far the merged layer is off, as a share of the output's norm."""
+        """Distance of the merged layer's output from the stored one, as a share of the stored output's norm."""
         found = self.layer.get_base_layer()(*self.args, **self.kwargs)
         return float((found - self.out).float().norm() / self.out.float().norm().clamp(min=1e-9))
 
@@ -283,7 +287,7 @@ class _Call:
 def _recorder(path: str, layer: Any, calls: list[_Call]) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if isinstance(out, Tensor):
-            # copies: a block may add to either in place (Falcon)
+            # store copies: a block may add to the input or the output in place (Falcon)
             read = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
             calls.append(_Call(path, layer, read, kwargs, out.clone()))
 
@@ -308,7 +312,7 @@ def _logits(model: Any, rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _layers(wrapped: Any) -> dict[str, Any]:
-    """The layers that adapters are merged into, by name; none of those inside another."""
+    """The layers that adapters are merged into, by name; a layer inside another such layer is left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, Any] = {}
@@ -319,7 +323,7 @@ def _layers(wrapped: Any) -> dict[str, Any]:
 
 
 def _copy_shared(wrapped: Any) -> None:
-    """Give a layer that is merged into a weight of its own where others share it: they would be changed too."""
+    """Copy weights that an adapted layer shares with others, so that merging changes the adapted layer alone."""
     owners: dict[int, list[tuple[Any, str]]] = {}
     for module in wrapped.modules():
         for name, parameter in module._parameters.items():
@@ -334,7 +338,7 @@ def _copy_shared(wrapped: Any) -> None:
 
 
 def _fold_feedforward_scales(wrapped: Any) -> set[str]:
-    """Move (IA)3 scales from ``down_proj`` inputs to ``up_proj`` rows; names of the layers where that was done."""
+    """Move (IA)3 scales from ``down_proj`` inputs to ``up_proj`` rows; return the names of the changed layers."""
     folded: set[str] = set()
     for path, mlp in wrapped.named_modules():
         up: Any = getattr(mlp, "up_proj", None)
@@ -345,7 +349,10 @@ def _fold_feedforward_scales(wrapped: Any) -> set[str]:
 
 
 def _fold(mlp: Any, up: Any, down: Any) -> bool:
-    """Fold one MLP's scales; undone where the MLP then computes something else, as behind a nonlinearity."""
+    """Fold one MLP's scales, and return whether that worked.
+
+    The fold is undone if the MLP then computes something else, for example because a nonlinearity follows ``up_proj``.
+    """
     weight, bias = up.weight, up.bias
     names = [name for name in down.active_adapters if name in down.ia3_l]
     probe = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)

@@ -1,6 +1,7 @@
-"""What the package needs of a TransformerLens model, whichever generation it is of.
+"""The interface to a TransformerLens model, the same for both of its generations.
 
-Two files implement it, `bridge` and `hooked`; nothing else (but `sites`, for names) knows TransformerLens.
+Two modules implement it: `bridge` (TransformerLens 4) and `hooked` (TransformerLens 3.9). No other module calls
+TransformerLens. Its hook names are in `sites`.
 """
 
 import threading
@@ -21,10 +22,10 @@ from mechsafety.prompts import Tokens
 from mechsafety.sites import Site
 
 Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
-# keys and values of a layer's first columns, each [batch kv_head pos d_head]; how far they are processed (rotated,
-# normed) is the backend's own business
+# keys and values of a layer's first columns, each [batch kv_head pos d_head]; each backend decides how far they are
+# processed (rotated, normed)
 Prefix = tuple[tuple[Tensor, Tensor], ...]
-# a module, the name of a parameter of it, and which of that parameter's axes (0 or -1) is the residual stream's
+# a module, the name of one of its parameters, and that parameter's axis (0 or -1) along the residual stream
 Writer = tuple[nn.Module, str, int]
 
 
@@ -54,7 +55,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class NormForm:
-    """A norm as numbers: ``(x - mean, if centred) / sqrt(mean square + eps) * weight + bias``."""
+    """A norm as numbers: ``(x - mean) / sqrt(square + eps) * weight + bias``.
+
+    ``mean`` is the mean of ``x`` over its last axis if ``centred`` (LayerNorm), otherwise 0. ``square`` is the mean of
+    ``(x - mean) ** 2`` over that axis.
+    """
 
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"]
@@ -68,7 +73,7 @@ class NormForm:
         return (square + self.eps).sqrt()
 
     def frozen(self, x: Float[Tensor, "*rows d_model"]) -> Callable[[Tensor], Tensor]:
-        """The norm as a linear map (plus bias) of parts of ``x``, its scale frozen at that of ``x``; float32."""
+        """The norm as a linear map (plus bias) for parts of ``x``, with its scale frozen at that of ``x``; float32."""
         scale = self.scale(x)
         if not self.centred:
             return lambda part: part.float() / scale * self.weight
@@ -77,13 +82,13 @@ class NormForm:
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """What a block was called with besides its input; only the backend that made it reads it."""
+    """A block call's arguments besides its input; only the backend that stored them reads them."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def rows(self, batch: int, rows: slice) -> "BlockCall":
-        """The call as it is for some rows of a run of ``batch`` prompts."""
+        """The same call for some rows of a run of ``batch`` prompts."""
         return BlockCall(rows_of(self.args, batch, rows), {k: rows_of(v, batch, rows) for k, v in self.kwargs.items()})
 
 
@@ -94,8 +99,8 @@ class Backend(ABC):
         tl_model: TransformerLens' own object.
         module: The torch module that holds the weights.
         sizes: Sizes.
-        rounding: How many times the usual tolerance its logits may be off from Hugging Face's: 1 where it runs the same
-            code.
+        rounding: Factor on the usual tolerance for the distance of its logits from Hugging Face's. It is 1 if the
+            backend runs Hugging Face's own code.
     """
 
     tl_model: Any
@@ -128,7 +133,7 @@ class Backend(ABC):
     def run(
         self, tokens: Tokens, start: int, prefix: Prefix, keep: int
     ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
-        """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+        """Run the columns from ``start`` on; return logits of the last ``keep`` and each block call's arguments."""
 
     @abstractmethod
     def cache(self, prefix: Prefix, variants: int) -> Any:
@@ -138,7 +143,7 @@ class Backend(ABC):
     def block(
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], call: BlockCall, batch: int, cache: Any
     ) -> Float[Tensor, "row pos d_model"]:
-        """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
+        """Run one block on rows that repeat ``batch`` prompts; ``call`` is from the stored run of these prompts."""
 
     @abstractmethod
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
@@ -160,23 +165,23 @@ class Backend(ABC):
     def feed(
         self, cache: Any, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int
     ) -> Float[Tensor, "batch keep d_vocab"]:
-        """Read further columns into a cache; ``mask`` is of all columns that were read, these the last of them."""
+        """Read further columns into a cache; ``mask`` covers all columns read so far, with these at its end."""
 
     @property
     @abstractmethod
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply, as the model's own files name them; empty where they name none."""
+        """Tokens that end a reply, from the model's own files; empty if the files name none."""
 
     @property
     @abstractmethod
     def by_position(self) -> bool:
-        """Whether attention depends on tokens' positions alone: padding between columns of a row then changes nothing.
+        """Whether attention depends on tokens' positions alone, so that padding inside a row changes nothing.
 
-        A sliding window counts columns instead.
+        This is False for a sliding window, which counts columns.
         """
 
     def rotation(self, lengths: Int[Tensor, " batch"]) -> tuple[Any, ...]:
-        """For each row of these lengths, what its rotary angles depend on; () where they never change."""
+        """One entry per row of these lengths: what its rotary angles depend on; () if they never change."""
         return ()
 
     @abstractmethod
@@ -185,17 +190,17 @@ class Backend(ABC):
 
     @abstractmethod
     def norms(self, layer: int, *names: str) -> list[nn.Module]:
-        """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
+        """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), without missing ones."""
 
     @abstractmethod
     def norm_form(self, norm: nn.Module) -> NormForm:
-        """A norm of the residual stream's width as numbers: the final one, or one of `norms`."""
+        """The numbers of a norm over the residual stream: of the final norm, or of one from `norms`."""
 
     @abstractmethod
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output.
+        """Context of one pass, in which a layer's heads read what ``edit`` makes of their norm's output.
 
-        It is called once; not at all where no norm stands before the heads.
+        ``edit`` is called once, or never if no norm stands before the heads.
         """
 
     @abstractmethod
@@ -203,12 +208,12 @@ class Backend(ABC):
         """All parameters that write to the residual stream: embeddings, and output weights and biases of the blocks.
 
         Raises:
-            MechsafetyError: They are not found under any known name.
+            MechsafetyError: Some of them have no known name.
         """
 
     @contextmanager
     def block_inputs(self) -> Iterator[dict[int, Tensor]]:
-        """Context in which what every block is called with is noted, as it is before any edit in the block."""
+        """Context that records the input of every block, as it is before any edit in that block."""
         seen: dict[int, Tensor] = {}
 
         def note(layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -219,7 +224,7 @@ class Backend(ABC):
 
     @contextmanager
     def block_calls(self, note: Callable[[int, tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
-        """Context in which ``note(layer, args, kwargs)`` sees what every block is called with, before it runs."""
+        """Context in which ``note(layer, args, kwargs)`` gets each block call's arguments before the block runs."""
 
         def hook(layer: int) -> Callable[..., None]:
             return lambda module, args, kwargs: note(layer, args, kwargs)
@@ -234,7 +239,7 @@ class Backend(ABC):
                 handle.remove()
 
     def head_norm(self, layer: int, slot: str) -> nn.Module | None:
-        """The norm of a layer's queries or keys (slot ``q`` or ``k``), where it has one."""
+        """The norm of a layer's queries or keys (slot ``q`` or ``k``); None if there is none."""
         return getattr(self._block(layer).attn, f"{slot}_norm", None)
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
@@ -279,7 +284,7 @@ class Backend(ABC):
         return max(0.0, float(getattr(self.tl_model.cfg, "attn_scores_soft_cap", None) or 0.0))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """The logits under their soft cap, where there is one."""
+        """The logits under their soft cap; unchanged if the model has none."""
         cap = self.logit_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
@@ -297,15 +302,15 @@ def is_wrapped(model: Any) -> bool:
 
 
 def wrapped_name(model: Any) -> str:
-    """What a TransformerLens model was loaded as; empty if nobody said."""
+    """The name that a TransformerLens model was loaded under; empty if it has none."""
     return "" if model.cfg.model_name == "custom" else model.cfg.model_name
 
 
 def check_known(model: Any) -> None:
-    """Refuse a Hugging Face model that the installed TransformerLens does not know; its weights are not looked at.
+    """Refuse a Hugging Face model that the installed TransformerLens does not know; its weights are not read.
 
     Raises:
-        MechsafetyError: It names the model's class.
+        MechsafetyError: TransformerLens does not know the model's class, which the message names.
     """
     from mechsafety.models import bridge, hooked
 
@@ -313,7 +318,7 @@ def check_known(model: Any) -> None:
 
 
 def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
-    """The backend of a TransformerLens model; a Hugging Face model is made one by the installed TransformerLens.
+    """The backend of a TransformerLens model; the installed TransformerLens first wraps a Hugging Face model.
 
     Raises:
         MechsafetyError: TransformerLens does not know the architecture, or the model was changed in a way that the
@@ -343,8 +348,8 @@ def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
 
 
 def _own_tensors(model: nn.Module) -> None:
-    """Put copies in the place of weights that were made in inference mode, through which no gradient can pass."""
-    copies: dict[int, Any] = {}  # by the original, so that tied weights stay tied
+    """Replace weights that were made in inference mode by copies, because no gradient can pass through such weights."""
+    copies: dict[int, Any] = {}  # one copy per original, so that tied weights stay tied
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -358,11 +363,13 @@ def _own_tensors(model: nn.Module) -> None:
 
 @dataclass(slots=True)
 class Use:
-    """Who runs a model now; one a model, however often it is wrapped: hooks live on its shared modules.
+    """Who runs a model now.
+
+    A model has one `Use`, however often it is wrapped, because hooks live on its shared modules.
 
     Attributes:
-        lock: Held by whoever runs it.
-        edits: Of each open edit its number and whether it acts by column; changed under the lock alone.
+        lock: A thread holds it while it runs the model.
+        edits: One pair per open edit: its number, and whether it acts by column. They change only under the lock.
     """
 
     lock: Any = field(default_factory=threading.RLock)
@@ -380,7 +387,7 @@ def use_of(module: nn.Module) -> Use:
 
 
 def _or_zeros(module: Any, name: str, weight: Tensor) -> Tensor:
-    """A bias, or zeros as wide as what its weight writes."""
+    """A module's bias; zeros of the width that its weight writes if it has none."""
     bias = getattr(module, name, None)
     return bias if bias is not None else weight.new_zeros(weight.shape[-1])
 
@@ -391,7 +398,7 @@ def expand_rows(tensor: Tensor, variants: int) -> Tensor:
 
 
 def expand_batched(value: Any, batch: int, variants: int) -> Any:
-    """Repeat whatever has the batch axis of a stored run for each variant; tuples item by item."""
+    """Repeat a value once per variant if its first axis is the batch of a stored run; tuples item by item."""
     if isinstance(value, torch.Tensor):
         has_batch = value.ndim > 1 and value.shape[0] == batch and batch > 1
         return expand_rows(value, variants) if has_batch and variants > 1 else value
@@ -401,7 +408,7 @@ def expand_batched(value: Any, batch: int, variants: int) -> Any:
 
 
 def rows_of(value: Any, batch: int, rows: slice) -> Any:
-    """Some rows of whatever has the batch axis of a stored run; tuples item by item."""
+    """Some rows of a value if its first axis is the batch of a stored run; tuples item by item."""
     if isinstance(value, torch.Tensor):
         return value[rows] if value.ndim > 1 and value.shape[0] == batch else value
     if isinstance(value, tuple):
@@ -410,7 +417,7 @@ def rows_of(value: Any, batch: int, rows: slice) -> Any:
 
 
 def adapt(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., "Tensor | None"]:
-    """A function of a tensor as TransformerLens calls it."""
+    """A function of a tensor in the form that TransformerLens calls, which passes the hook as well."""
     return lambda tensor, hook: function(tensor)
 
 
@@ -421,7 +428,7 @@ def is_lens(model: Any, name: str) -> bool:
 
 @contextmanager
 def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    """Context in which ``hook(module, args, out)`` sees each module's output and may return another in its place."""
+    """Context in which ``hook(module, args, out)`` sees each module's output and may return a replacement."""
     handles: list[Any] = []
     try:
         for module in modules:

@@ -34,7 +34,7 @@ from mechsafety.prompts.spans import positions
 from mechsafety.sites import Generation, hook_name
 
 NAME = "TransformerBridge"
-# names under which Hugging Face models keep what writes to the residual stream
+# names of the Hugging Face modules that write to the residual stream
 _ATTENTION = re.compile(r"(?:self_attn|attention|attn)\.(?:o_proj|out_proj|c_proj|dense|o)$")
 _MLP = re.compile(r"mlp\.(?:down_proj|c_proj|dense_4h_to_h|fc2|fc_out|out)$")
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings)$")
@@ -50,7 +50,7 @@ def check_known(model: Any) -> None:
     """Refuse a Hugging Face model whose architecture TransformerLens does not know.
 
     Raises:
-        MechsafetyError: It names the model's class.
+        MechsafetyError: TransformerLens does not know the architecture. The message names the model's class.
     """
     if not _known(model):
         raise MechsafetyError(
@@ -60,19 +60,19 @@ def check_known(model: Any) -> None:
 
 
 def _known(model: Any) -> list[str]:
-    """Architectures that TransformerLens knows a model as, the nearest first."""
+    """Names of a model's architecture that TransformerLens knows, the most specific first."""
     logging_level = logging.getLogger().level
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
     from transformer_lens.model_bridge import TransformerBridge  # noqa: F401
 
     logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
-    # TransformerLens goes by the configuration's name, which a model made in memory lacks
+    # TransformerLens takes the architecture's name from the configuration, where a model made in memory has none
     names = [kind.__name__ for kind in type(model).__mro__] + list(model.config.architectures or [])
     return [name for name in names if name in SUPPORTED_ARCHITECTURES]
 
 
 def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
-    """Wrap a Hugging Face model in place: it goes over to eager attention and its blocks become TransformerLens'.
+    """Wrap a Hugging Face model in place: it switches to eager attention, and its blocks become TransformerLens'.
 
     Raises:
         MechsafetyError: TransformerLens does not know the architecture.
@@ -80,9 +80,10 @@ def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
     check_known(model)
     from transformer_lens.model_bridge import TransformerBridge
 
-    # TransformerLens would read the tokenizer again from where it came, with a start token added: from the hub, or not
-    # at all for one made in memory. Prompts are rendered and tokenized here, so its copy is marked as having one.
-    # It adds an end token to the vocabulary of a tokenizer without one.
+    # TransformerLens would load the tokenizer again from its source, with a start token added. That needs the hub, and
+    # fails for a tokenizer made in memory. This package renders and tokenizes prompts itself, so TransformerLens gets a
+    # copy that is marked as adding a start token. If a tokenizer has no end token, TransformerLens adds one to its
+    # vocabulary. Such a tokenizer is therefore copied with its vocabulary.
     copied = tokenizer_copy(tokenizer) if tokenizer.eos_token_id is not None else copy.deepcopy(tokenizer)
     model.config.architectures = _known(model)[:1]
     copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
@@ -91,10 +92,11 @@ def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
 
 
 def wrap(bridge: Any) -> "BridgeBackend":
-    """The backend of a bridge that its owner made.
+    """The backend of a bridge that the user made.
 
     Raises:
-        MechsafetyError: It is in compatibility mode, which folds norms into weights, or of a kind that is not taken.
+        MechsafetyError: The bridge is in compatibility mode, which folds norms into weights, or its model is of a kind
+            that is not accepted.
     """
     if getattr(bridge, "compatibility_mode", False):
         raise MechsafetyError(
@@ -160,13 +162,13 @@ class BridgeBackend(Backend):
     def run(
         self, tokens: Tokens, start: int, prefix: Prefix, keep: int
     ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
-        """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+        """Run the columns from ``start`` on; return logits of the last ``keep`` and each block call's arguments."""
         from transformers import Cache, DynamicCache
 
         calls: dict[int, BlockCall] = {}
 
         def without_cache(value: Any) -> Any:
-            # only its place is kept: every run has a cache of its own, and this one's keys and values are many
+            # an empty cache keeps its place: every run brings a cache of its own, and this one is large
             return DynamicCache() if isinstance(value, Cache) else value
 
         def note(layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -178,7 +180,7 @@ class BridgeBackend(Backend):
         return logits, [calls[layer] for layer in range(self.sizes.n_layers)]
 
     def cache(self, prefix: Prefix, variants: int) -> Any:
-        """A fresh key-value cache that holds the prefix; running on appends to it, so every run needs its own."""
+        """A fresh key-value cache that holds the prefix; a run appends to it, so every run needs its own."""
         cache = self.new_cache(variants)
         for layer, (keys, values) in enumerate(prefix):
             cache.update(expand_rows(keys, variants), expand_rows(values, variants), layer)
@@ -187,7 +189,7 @@ class BridgeBackend(Backend):
     def block(
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], call: BlockCall, batch: int, cache: Any
     ) -> Float[Tensor, "row pos d_model"]:
-        """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
+        """Run one block on rows that repeat ``batch`` prompts; ``call`` is from the stored run of these prompts."""
         from transformers import Cache
 
         variants = hidden.shape[0] // batch
@@ -207,7 +209,7 @@ class BridgeBackend(Backend):
         elif self.sizes.parallel:
             resid = block.ln1(resid)
         out = block.mlp(resid)
-        out = out[0] if isinstance(out, tuple) else out  # some experts give the router's scores as well
+        out = out[0] if isinstance(out, tuple) else out  # some experts return the router's scores as well
         return block.ln2_post(out) if hasattr(block, "ln2_post") else out
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
@@ -227,12 +229,15 @@ class BridgeBackend(Backend):
     def feed(
         self, cache: Any, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int
     ) -> Float[Tensor, "batch keep d_vocab"]:
-        """Read further columns into a cache; ``mask`` is of all columns that were read, these the last of them."""
+        """Read further columns into a cache; ``mask`` covers all columns read so far, with these at its end."""
         return self._run(ids, mask, keep, cache)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply: the generation configuration's, of whose options nothing else is read."""
+        """Tokens that end a reply, from the generation configuration or, if it names none, from the model's.
+
+        No other option of the generation configuration is read.
+        """
         for config in (getattr(self.module, "generation_config", None), self.module.config):
             ends = getattr(config, "eos_token_id", None)
             if ends is not None:
@@ -249,14 +254,14 @@ class BridgeBackend(Backend):
         return getattr(config, "sliding_window", None) is None
 
     def rotation(self, lengths: Int[Tensor, " batch"]) -> tuple[Any, ...]:
-        """For each row of these lengths, what its rotary angles depend on; () where they never change."""
+        """One entry per row of these lengths: what its rotary angles depend on; () if they never change."""
         return rotation(self._rotary, lengths)
 
     def _run(
         self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int, cache: Any = None
     ) -> Float[Tensor, "batch keep d_vocab"]:
-        """Logits of the last ``keep`` columns; ``mask`` and ``cache`` are of all columns, ``ids`` may be the last."""
-        if not self.module.config.return_dict:  # Hugging Face's own code then fails within the model
+        """Logits of the last ``keep`` columns of ``ids``; ``mask`` also covers the columns in ``cache`` before them."""
+        if not self.module.config.return_dict:  # without it Hugging Face's own code fails inside the model
             self.module.config.return_dict = True
         return self.module(
             input_ids=ids,
@@ -272,17 +277,17 @@ class BridgeBackend(Backend):
         return self.tl_model.blocks[layer]
 
     def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
-        """A block's norms of the given names, where it has them."""
+        """A block's norms of the given names; names that it lacks are skipped."""
         block = self._block(layer)
         return [getattr(block, name) for name in names if hasattr(block, name)]
 
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
+        """Context of one pass, in which a layer's heads read what ``edit`` makes of their norm's output."""
         return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: edit(out))
 
     def writers(self) -> list[Writer]:
-        """All parameters that write to the residual stream; a tied unembedding keeps its weights."""
-        # modules that hold a weight themselves, TransformerLens' wrappers left out
+        """All parameters that write to the residual stream; a tied unembedding is not among them."""
+        # modules that hold a weight themselves, under names without TransformerLens' wrappers
         plain = {k.replace(_WRAPPER, ""): m for k, m in self.module.named_modules() if "weight" in m._parameters}
         embedding = self.module.get_input_embeddings().weight
         tables = [m for m in plain.values() if isinstance(m, torch.nn.Embedding) and m.weight is embedding]

@@ -1,4 +1,4 @@
-"""How prompts become tokens: a tokenizer, its chat template and what the template is given. No weights are needed."""
+"""How prompts become tokens: a tokenizer, its chat template and the template's options. No weights are needed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from mechsafety.prompts import Spans
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatTokenizer:
-    """What a model makes of a prompt before it runs.
+    """Turns prompts into the token ids that a model reads.
 
     Attributes:
-        name: The model's.
-        tokenizer: Hugging Face's, with a chat template.
-        options: What the template is given besides the prompt.
-        opener_ids: Tokens of a reply's opener that follow the template's own; see `LensModel.reading`.
+        name: The model's name.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        options: The template's options besides the prompt.
+        opener_ids: Tokens of a reply's opener, which follow the template's tokens; see `LensModel.reading`.
     """
 
     name: str
@@ -31,10 +31,10 @@ class ChatTokenizer:
         return render(self.tokenizer, prompt_text(prompt), self.options)
 
     def rows(self, prompts: Sequence[str]) -> tuple[list[list[int]], list[Spans]]:
-        """Token ids of each chat prompt, and where its parts lie among them.
+        """Token ids of each chat prompt, and where the prompt's parts lie among them.
 
         Raises:
-            MechsafetyError: A prompt that is empty, that the template cannot take, or that has no token.
+            MechsafetyError: A prompt is empty, the template cannot take it, or it has no token.
         """
         if not prompts:
             return [], []
@@ -47,7 +47,7 @@ class ChatTokenizer:
             if not inside:
                 raise MechsafetyError(f"the tokenizer gives no token to the prompt {prompt!r}")
             spans.append(Spans((inside[0], inside[-1] + 1), len(offsets) + len(self.opener_ids)))
-        # as ids: as text, the opener could merge with the template's last token
+        # append the opener as ids: as text, it could merge with the template's last token
         return [[*row, *self.opener_ids] for row in encoded["input_ids"]], spans
 
     def ids(self, prompt: str) -> list[int]:

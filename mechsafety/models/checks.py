@@ -1,4 +1,4 @@
-"""What is checked about every model at load; a check that fails is named in the error."""
+"""Checks of every model at load; the error names the check that failed."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -20,25 +20,26 @@ from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
 
-# of different lengths for any tokenizer, so that padding is looked at too
+# prompts of different lengths under any tokenizer, so that padding is checked too
 PROBES = ("What is two plus two?", "Name a colour that you like, and one that you do not like, please.")
-# columns of the rows on which parts of a model are compared with one another
+# number of columns in checks that compare parts of a model with one another
 SHORT = 8
-# float64: Llama-like models compute norms and rotary angles in float32 whatever their dtype
+# float64 is not tighter because Llama-like models compute norms and rotary angles in float32 whatever their dtype
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
 
 
 def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tensor]:
     """Logits [pos d_vocab] of the untouched Hugging Face model on each probe alone, before it is wrapped.
 
-    With eager attention, which the wrapped model has too: rounding alone sets it 1e-4 apart from the other kinds.
+    The model runs with eager attention, as the wrapped model does. Other kinds of attention differ from it by 1e-4,
+    through rounding alone.
 
     Raises:
         MechsafetyError: The model cannot run a chat prompt, or its logits depend on later tokens.
     """
     device, kind = next(model.parameters()).device, model.config._attn_implementation
     model.config.return_dict = True  # outputs are read by name
-    row_by_row(model)  # "dynamic" rotary angles would be those of the longest probe so far
+    row_by_row(model)  # otherwise "dynamic" rotary angles would be those of the longest probe so far
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
@@ -72,7 +73,9 @@ def probe_rows(tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tens
 
 
 def check_start_token(tokenizer: Any, template_options: Mapping[str, Any]) -> None:
-    """Refuse a chat prompt that begins with two start tokens. In some chat models one also opens a turn (SmolLM2).
+    """Refuse a chat prompt that begins with two start tokens.
+
+    Start tokens at later places are allowed, because in some chat models (SmolLM2) they open every turn.
 
     Raises:
         MechsafetyError: The check failed.
@@ -84,15 +87,14 @@ def check_start_token(tokenizer: Any, template_options: Mapping[str, Any]) -> No
 
 
 def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
-    """Run all checks, and leave in ``model.shortcuts`` what is exact on it.
+    """Run all checks, and set ``model.shortcuts`` to the shortcuts that are exact on the model.
 
     Args:
         model: The model.
-        reference: The Hugging Face model's logits on each probe alone; without them TransformerLens' own forward is
-            taken.
+        reference: The Hugging Face model's logits on each probe alone; None takes TransformerLens' own forward.
 
     Raises:
-        MechsafetyError: The first check that fails, by name.
+        MechsafetyError: A check fails. The message names the first one that does.
     """
     tokens = model.tokenize([PROBES[0]])
     tolerance = TOLERANCE.get(model.dtype_name, 1e-4)
@@ -120,7 +122,7 @@ def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
 
 @contextmanager
 def _called(model: LensModel, name: str) -> Iterator[None]:
-    """Context of a check: an error of code that TransformerLens runs becomes one line with the check's name."""
+    """Context of a check: an error in the code that TransformerLens runs becomes one line with the check's name."""
     try:
         yield
     except MechsafetyError:
@@ -130,13 +132,13 @@ def _called(model: LensModel, name: str) -> Iterator[None]:
 
 
 def _beginning(tokens: Tokens) -> Tokens:
-    """The first columns of one prompt, where any will do: a large model's forward takes as long as it has columns."""
+    """The first columns of one prompt, for checks that need no whole prompt, because each column costs time."""
     n = min(SHORT, tokens.ids.shape[1])
     return Tokens(tokens.ids[:, :n], tokens.mask[:, :n], (Spans((0, n), n),))
 
 
 def _ends(tokens: Tokens) -> Tokens:
-    """The last columns of two prompts, padding before the first one's."""
+    """The last columns of two prompts, with padding before those of the first prompt."""
     width = min(SHORT + 4, tokens.ids.shape[1])
     mask = tokens.mask[:, -width:].clone()
     mask[0, :-SHORT] = False
@@ -149,7 +151,7 @@ def _said(error: Exception) -> str:
 
 
 def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
-    """The shortcuts that are exact on this model, measured; one that is not is named in a warning."""
+    """The shortcuts that are measured to be exact on this model; a warning names every other shortcut."""
     tokens = _ends(model.tokenize(PROBES))
     if check_engine(model, tokens, Shortcuts()) <= tolerance:
         return Shortcuts()
@@ -162,7 +164,7 @@ def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
     gaps = {name: check_engine(model, tokens, Shortcuts.only(name)) for name in Shortcuts().on}
     wrong = [name for name, gap in gaps.items() if not gap <= tolerance]
     left = Shortcuts().without(*wrong)
-    if not check_engine(model, tokens, left) <= tolerance:  # exact alone, not together
+    if not check_engine(model, tokens, left) <= tolerance:  # each is exact alone, but not all together
         wrong, left = list(gaps), Shortcuts.none()
     for name in wrong:
         logger.warning(
@@ -198,12 +200,12 @@ def _check_padding(model: LensModel, reference: list[Tensor], tolerance: float) 
 
 
 def _gap(found: Tensor, reference: Tensor, tolerance: float) -> tuple[float, float]:
-    """Largest difference, and what is tolerated: rounding grows with the logits."""
+    """Largest difference, and the tolerated one, which grows with the logits as rounding does."""
     return float((found - reference).abs().max()), tolerance * max(1.0, float(reference.abs().max()) / 50)
 
 
 def _check_sites(model: LensModel, tokens: Tokens) -> dict[Site, Tensor]:
-    """The activations at all sites, which the checks of what is written where look at as well."""
+    """Check that every site exists and has its promised shape; return the activations for the later checks."""
     wanted = [Site(kind, layer) for layer in range(model.n_layers) for kind in expected_shapes(model, 1, 1)]
     ends = [Site(SiteKind.FINAL_NORM_IN), Site(SiteKind.FINAL_NORM_OUT)]
     try:
@@ -223,7 +225,7 @@ def expected_shapes(model: LensModel, batch: int, pos: int) -> dict[SiteKind, tu
     """The promised shape of each site kind."""
     stream = (batch, pos, model.d_model)
     heads, kv_heads = (batch, pos, model.n_heads, model.d_head), (batch, pos, model.n_kv_heads, model.d_head)
-    # where attention and MLP read the same residual stream (GPT-NeoX), there is none between them
+    # if attention and MLP read the same residual stream (GPT-NeoX), there is no stream between them
     middle = {} if model.parallel else {SiteKind.RESID_MID: stream}
     return {
         SiteKind.RESID_PRE: stream,
@@ -297,5 +299,5 @@ def _check_mlp(model: LensModel, acts: Mapping[Site, Tensor], tolerance: float) 
 
 
 def _size(tensor: Tensor) -> float:
-    """The largest number of a tensor, 1 at least: rounding grows with it."""
+    """The largest absolute value of a tensor, at least 1; rounding grows with it."""
     return max(1.0, float(tensor.abs().max()))

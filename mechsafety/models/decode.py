@@ -11,12 +11,12 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import Backend
 
-# token ids [batch pos] and where they are real
+# token ids [batch pos], and a mask that is True at real tokens
 Columns = tuple[Tensor, Tensor]
 
 
 class Cursor:
-    """How far a model has read a batch: the tokens so far, and a key-value cache of them.
+    """How far a model has read a batch: the tokens so far, and their key-value cache.
 
     Args:
         backend: The model.
@@ -32,9 +32,9 @@ class Cursor:
     def feed(
         self, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], keep: int = 1
     ) -> Float[Tensor, "batch kept d_vocab"]:
-        """Read further columns; logits of the last ``keep`` of them (of all, where those are fewer).
+        """Read further columns; return logits of the last ``keep`` of them (of all, if there are fewer).
 
-        The first columns may be one row that all rows share.
+        The first call may pass one row of columns, which all rows of later calls then share.
         """
         rows, keep = len(ids), min(keep, ids.shape[1])
         if self._ids is None or self._mask is None:
@@ -60,19 +60,19 @@ def greedy(
     keep: int = 0,
     said: Callable[[], object] = lambda: None,
 ) -> tuple[list[list[int]], list[Float[Tensor, "batch d_vocab"]]]:
-    """The most probable token again and again; nothing but logits decides.
+    """Greedy decoding: each step takes the most probable token, and nothing but the logits decides.
 
     Args:
-        read: Reads further columns (ids and where they are real), and gives the last one's next-token logits.
+        read: Reads further columns (ids and mask), and returns the next-token logits of the last column.
         prompts: The prompts' columns, in one or more pieces.
         ends: Tokens that end a reply.
         max_new_tokens: Longest reply, at least 1.
-        keep: Steps whose logits are returned.
+        keep: Number of first steps whose logits are returned.
         said: Called after each new column.
 
     Returns:
-        Token ids of each row's reply, up to and with its end token; and the logits of the first ``keep`` steps that
-        were run (the first is the one after the prompt).
+        Token ids of each row's reply, up to and including its end token. Then the logits of the first ``keep`` steps
+        that were run; the first of them are the logits after the prompt.
     """
     for ids, real in prompts:
         last = read(ids, real)
@@ -89,7 +89,7 @@ def greedy(
         said()
         if not running or step + 1 == max_new_tokens:
             break
-        # a finished row goes on with whatever it says: nothing reads it
+        # a finished row goes on generating, and nothing reads its further tokens
         new = rearrange(chosen, "batch -> batch 1")
         last = read(new, torch.ones_like(new, dtype=torch.bool))
     return replies, logits

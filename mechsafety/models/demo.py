@@ -1,4 +1,4 @@
-"""The embedded demo model: SmolLM2-135M-Instruct from a PyPI wheel, and the (IA)3 adapters trained here."""
+"""The embedded demo model: SmolLM2-135M-Instruct from a PyPI wheel, and this package's own (IA)3 adapters."""
 
 import importlib.util
 from importlib import resources
@@ -15,7 +15,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def gguf_path() -> Path:
     """Path of the GGUF file inside the installed wheel.
 
-    The wheel's own module imports an inference engine that is not needed, so it is located, never imported.
+    The wheel's own module would import an inference engine that is not needed. The wheel is therefore located, and
+    never imported.
 
     Raises:
         MechsafetyError: The wheel is not installed; the message holds the one command that installs it.

@@ -1,9 +1,15 @@
 """The forward engine: runs only what an intervention can change.
 
-Its shortcuts, each exact and each with a switch (`Shortcuts`): positions before the first difference of a pair are run
-once, their keys and values kept, and dropped from every variant; blocks before the first edited layer are not run,
-their output is taken from the stored base run; logits are computed at the last position only; variants of one base run
-(other heads patched, other circuits) go through as one larger batch.
+A *base run* is a stored forward of some prompts. A *variant* is a run of the same prompts with edits. A *column* is a
+position in the padded token rows of a batch.
+
+The engine takes shortcuts. Each is exact, and each has a switch in `Shortcuts`:
+
+- The columns before the first difference of a pair are run once, and their keys and values are kept. Variants leave
+  these columns out.
+- Blocks before the first edited layer are not run. Their output comes from the base run.
+- Logits are computed at the last column only.
+- Variants of one base run (other heads patched, other circuits) run together as one larger batch.
 """
 
 import contextlib
@@ -24,19 +30,19 @@ from mechsafety.models.state import ModelState, tells_columns_apart
 from mechsafety.prompts import TokenPairs, Tokens
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
-# activations with a head axis before their positions
+# kinds of activation whose head axis comes before their column axis
 _HEAD_FIRST = frozenset({SiteKind.SCORES, SiteKind.PATTERN})
 _PROJECTIONS = frozenset({SiteKind.Q, SiteKind.K, SiteKind.V})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fixed:
-    """Values that a site has in a run, whatever the run itself computes there.
+    """Values that a site has in a run instead of what the run computes there.
 
     Attributes:
-        site: Where; the whole site, without index.
-        values: What stands there, up to the last column of the prompts; columns before are the run's own.
-        parts: Heads or neurons that have them; all if None.
+        site: The whole site, without index.
+        values: Values of the prompts' last ``pos`` columns. Columns before these keep the run's own values.
+        parts: True at the heads or neurons that get the values; None means all.
     """
 
     site: Site
@@ -44,11 +50,11 @@ class Fixed:
     parts: Bool[Tensor, " part"] | None = None
 
     def rows(self, keep: slice | Sequence[int]) -> "Fixed":
-        """The same for some of the prompts."""
+        """The same values for some of the prompts."""
         return replace(self, values=self.values[keep])
 
     def hook(self, variants: int, after: int = 0) -> Hook:
-        """The edit of a run of so many variants, that ends ``after`` columns before the last one of the prompts."""
+        """The edit for a run of ``variants`` variants that ends ``after`` columns before the prompts' last column."""
 
         def edit(tensor: Tensor) -> Tensor:
             stop = self.values.shape[1] - after
@@ -58,7 +64,7 @@ class Fixed:
             new, own = expand_rows(self.values[:, stop - n : stop], variants).to(tensor.dtype), tensor[:, -n:]
             parts = torch.ones((), dtype=torch.bool, device=own.device) if self.parts is None else self.parts
             where = rearrange(parts, "part -> part 1") if own.ndim == 4 and parts.ndim else parts
-            # a choice, not the values alone: what is not chosen keeps a gradient, which is 0
+            # torch.where and not the new values alone: the replaced values then keep a gradient, which is 0
             new = torch.where(where, new, own)
             return new if n == tensor.shape[1] else torch.cat([tensor[:, :-n], new], dim=1)
 
@@ -67,23 +73,23 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True)
 class BaseRun:
-    """A stored run of some prompts: everything that is needed to run on from any layer.
+    """A stored run of some prompts, with everything that is needed to continue from any layer.
 
     Attributes:
         tokens: The prompts.
         start: First column that variants can change; ``pos`` in the shapes below counts from here.
-        resid: Input of every block, before edits of it, and last the input of the final norm.
-        calls: What each block was called with besides its input.
-        prefix: Keys and values of the columns before ``start``, one pair of [batch kv_head pos d_head] a layer; empty
-            if there are none or they are not kept.
+        resid: Input of every block, before any edit of that input. The last entry is the input of the final norm.
+        calls: Each block call's arguments besides its input.
+        prefix: Keys and values of the columns before ``start``, one pair of [batch kv_head pos d_head] per layer. It is
+            empty if there are no such columns or they are not kept.
         acts: Stored activations by site kind, each with a leading layer axis.
         logits: Next-token logits of the base run, float32.
-        shortcuts: What its variants leave out.
-        before: Where variants run all columns: the columns of ``resid`` before ``start``. Else None.
-        max_batch_tokens: Rows x columns of one engine batch.
+        shortcuts: The shortcuts of its variants.
+        before: The columns of ``resid`` before ``start`` if variants run all columns; otherwise None.
+        max_batch_tokens: Largest number of rows x columns in one engine batch.
         fixed: Values that hold in this run and in all of its variants.
-        patched: Values that hold in this run, and in a variant before the block that it goes on from.
-        made: The model as it was when this was stored.
+        patched: Values that hold in this run. In a variant they hold only before the block where the variant begins.
+        made: State of the model when this run was stored.
     """
 
     tokens: Tokens
@@ -130,15 +136,17 @@ def base_run(
     Args:
         model: The model.
         tokens: The prompts.
-        start: First column to run in every variant; the columns before must be common to base and source run.
-        keep: Site kinds to store, of all layers, columns from ``start``.
-        prefix: Keys and values of the columns before ``start``, or a run of other prompts with the same such columns.
-        shortcuts: What this run and its variants leave out; the model's by default.
-        max_batch_tokens: Rows x columns of one batch of variants; the model's by default, or what memory allows.
+        start: First column that every variant runs. Base run and source run must have the same columns before it.
+        keep: Site kinds to store, in all layers and from column ``start`` on.
+        prefix: Keys and values of the columns before ``start``, or a run of other prompts that begin with the same
+            columns.
+        shortcuts: The shortcuts of this run and of its variants; by default the model's.
+        max_batch_tokens: Largest number of rows x columns in one batch of variants. By default it is the model's; if
+            the model has none, memory sets it.
         fixed: Values that hold in this run and in all of its variants.
 
     Raises:
-        MechsafetyError: A start outside the prompts.
+        MechsafetyError: ``start`` lies outside the prompts.
     """
     on = model.shortcuts if shortcuts is None else shortcuts
     if not 0 <= start < tokens.ids.shape[1]:
@@ -166,7 +174,7 @@ def base_run(
                 logits, calls = model.backend.run(tokens, first, past, last)
         layers = range(model.n_layers)
         stacks = {kind: torch.stack([store[Site(kind, layer)] for layer in layers]) for kind in keep}
-        # before any edit at a block's input, which happens again when a variant goes on from there
+        # inputs before any edit at a block's input: a variant that begins there makes this edit itself
         inputs = torch.stack([*(entered[layer] for layer in layers), store[Site(SiteKind.FINAL_NORM_IN)]])
     acts = {kind: from_column(stacks[kind], kind, start - first, axis=1) for kind in keep}
     if made is not None:
@@ -196,7 +204,7 @@ def paired_runs(
     max_batch_tokens: int | None = None,
     fixed: Sequence[Fixed] = (),
 ) -> tuple[BaseRun, BaseRun]:
-    """`base_run` of the harmful and of the harmless prompts of aligned pairs, in one batch where nothing forbids it.
+    """`base_run` of the harmful and of the harmless prompts of aligned pairs, in one batch if that is exact.
 
     Args:
         model: The model.
@@ -208,9 +216,9 @@ def paired_runs(
     """
     on, n = model.shortcuts, len(pairs)
     one_batch = on.batch_variants and on.drop_positions and on.shared_prefix
-    with torch.no_grad(), model.lock:  # other threads' edits are not this run's
+    with torch.no_grad(), model.lock:  # the lock keeps other threads' edits out of this run
         shares = pairs.common and start <= pairs.start
-        if not one_batch or model.edited or not shares:  # an edit may tell rows apart
+        if not one_batch or model.edited or not shares:  # an edit may treat rows differently
             harmful = base_run(model, pairs.harmful, start, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
             shared = harmful if shares else None
             harmless = base_run(
@@ -244,43 +252,44 @@ def paired_runs(
 
 
 def _twice(tensor: Tensor) -> Tensor:
-    """The rows, and the same rows again; no copy where all of them are one row."""
+    """The rows twice in a row; nothing is copied if all rows are one expanded row."""
     if tensor.stride(0) == 0:
         return tensor[:1].expand(2 * len(tensor), *tensor.shape[1:])
     return torch.cat([tensor, tensor])
 
 
 def from_later(model: LensModel, base: BaseRun, column: int) -> BaseRun:
-    """The same prompts as a run that begins ``column`` columns later: for variants that change nothing before."""
+    """A run of the same prompts that begins ``column`` columns later, for variants that change no earlier column."""
     if column == 0:
         return base
     held = (*base.fixed, *base.patched)
     later = base_run(model, base.tokens, base.start + column, (), shortcuts=base.shortcuts, fixed=held)
-    # each row carries more keys and values along, so that fewer may fit
+    # each row now carries more keys and values, so that fewer rows may fit
     most = min(base.max_batch_tokens, later.max_batch_tokens)
     return replace(later, max_batch_tokens=most, fixed=base.fixed, patched=base.patched)
 
 
 def may_begin_later(model: LensModel, base: BaseRun) -> bool:
-    """Whether `from_later` leaves anything out: not where the model is edited, or all columns are run anyway."""
-    with model.lock:  # other threads' edits have ended then
+    """Whether `from_later` saves work; it saves none if the model is edited or if all columns are run anyway."""
+    with model.lock:  # under the lock no other thread has an open edit
         return base.before is None and base.shortcuts.drop_positions and not model.edited
 
 
 def shared_columns(model: LensModel, n: int) -> int:
-    """How many of ``n`` first columns may be run once for all edits that reach them, each edit's in a run of its own.
+    """How many of the first ``n`` columns may be run once per edit, in a run before the remaining columns.
 
-    None of them where the shortcuts that this needs are off, or an edit counts columns.
+    The number is 0 if a shortcut that this needs is off, or if an edit counts columns.
     """
     on = model.shortcuts.drop_positions and model.shortcuts.shared_prefix
     return n if on and not tells_columns_apart(model.backend.module) else 0
 
 
 def check_current(model: LensModel, *runs: BaseRun) -> None:
-    """Refuse stored runs that the model as it is would not give.
+    """Refuse stored runs that the model would no longer give.
 
     Raises:
-        MechsafetyError: Another model made them, or the model was edited or its weights changed since.
+        MechsafetyError: Another model made the runs. Or since then the model was edited, an edit of it ended, or its
+            weights changed.
     """
     for run in runs:
         what = "" if run.made is None else run.made.difference(model.backend.module)
@@ -293,7 +302,7 @@ def check_current(model: LensModel, *runs: BaseRun) -> None:
 
 
 def from_column(tensor: Tensor, kind: SiteKind, start: int, axis: int = 0) -> Tensor:
-    """The columns from ``start`` on of an activation; ``axis`` axes stand before the batch's."""
+    """An activation's columns from ``start`` on; ``axis`` is the number of axes before the batch axis."""
     axis += 2 if kind in _HEAD_FIRST else 1
     return tensor.narrow(axis, start, tensor.shape[axis] - start)
 
@@ -309,14 +318,14 @@ def resume(
 ) -> Float[Tensor, "row ..."]:
     """Next-token logits of variants of a stored run, in which ``edits`` hold from block ``layer`` on.
 
-    Before that block a variant is what the stored run is, and nothing of it needs to be run again.
+    Before that block a variant equals the stored run, so that these blocks need not be run again.
 
     Args:
         model: The model.
         run: The stored run.
-        edits: Edits, as for `LensModel.hooks`, of rows ``variant * batch + prompt``.
-        variants: How many.
-        layer: First block in which a variant differs from the run; the first edited one by default.
+        edits: Edits, as for `LensModel.hooks`. They see the rows in the order ``variant * batch + prompt``.
+        variants: Number of variants.
+        layer: First block in which a variant differs from the run; by default the first edited block.
         stop: As for `run_from`.
 
     Returns:
@@ -333,15 +342,15 @@ def resume(
 
 
 def patched_run(model: LensModel, run: BaseRun, patched: Sequence[Fixed]) -> BaseRun:
-    """The stored run of the same prompts with some values patched, to `resume` at any block; holds no activations.
+    """Store a run of the same prompts with some values patched, to `resume` at any block; it holds no activations.
 
-    A variant that goes on from it at a block has the patched values before that block, and its own edits alone from
-    there on.
+    A variant that begins at some block has the patched values before that block. From that block on it has its own
+    edits alone.
 
     Args:
         model: The model.
         run: The stored run.
-        patched: Values; of columns from the run's start on.
+        patched: Values to patch, for columns from the run's start on.
     """
     held = (*run.patched, *patched)
     with torch.no_grad(), model.lock:
@@ -354,7 +363,7 @@ def patched_run(model: LensModel, run: BaseRun, patched: Sequence[Fixed]) -> Bas
 
 
 def holding(model: LensModel, run: BaseRun) -> contextlib.AbstractContextManager[None]:
-    """Context for whole forwards of exactly the run's prompts: what is fixed in the run is fixed there too."""
+    """Context for whole forwards of exactly the run's prompts, in which the run's fixed values hold too."""
     return model.hooks([part.hook(1) for part in run.fixed]) if run.fixed else contextlib.nullcontext()
 
 
@@ -370,7 +379,7 @@ def run_from(
 ) -> Float[Tensor, "row ..."]:
     """Next-token logits when the residual stream before block ``layer`` is ``resid`` and ``hooks`` edit what follows.
 
-    For variants whose stream is the stored one there is `resume`.
+    For variants whose stream is the stored one, use `resume`.
 
     Args:
         model: The model.
@@ -378,11 +387,11 @@ def run_from(
         layer: First block to run; ``n_layers`` runs the final norm and the unembedding only.
         resid: Input of that block. Gradients flow through it under grad mode.
         hooks: Edits, as for `LensModel.hooks`, of that block and those after it.
-        stop: Block before which to stop, for its input instead of logits.
-        reads: Gives what the heads of block ``layer`` read, in place of their norm's output.
+        stop: Block before which the run stops. Its input is then returned instead of logits.
+        reads: Function from the norm's output to what the heads of block ``layer`` read instead.
 
     Returns:
-        Logits [row d_vocab] in float32 at the last position; with ``stop`` the residual stream [row pos d_model].
+        Logits [row d_vocab] in float32 at the last position; with ``stop``, the residual stream [row pos d_model].
 
     Raises:
         MechsafetyError: The model is no longer what it was when the base run was stored.
@@ -398,7 +407,7 @@ def run_from(
         check_current(model, base)
         cache = None
         if base.start and not dropped:
-            # a block run alone needs its own keys and values only
+            # a block that runs alone needs the keys and values of its own layer only
             past = base.prefix or _prefix(model, base)
             if end == first + 1:
                 past = tuple(_only(pair, k == first) for k, pair in enumerate(past))
@@ -419,7 +428,7 @@ def run_from(
 
 
 class _Captured(Exception):
-    """Ends a run once what it was for has been seen."""
+    """Ends a run as soon as the wanted activation has been seen."""
 
 
 def capture(
@@ -430,14 +439,14 @@ def capture(
     site: Site,
     hooks: Sequence[Hook] = (),
 ) -> Tensor:
-    """Activation at a site of one block run alone, which stops there: what comes after it is not computed."""
+    """Activation at a site of one block; the block runs alone and stops at that site."""
     seen: list[Tensor] = []
 
     def stop(tensor: Tensor) -> None:
         seen.append(tensor)
         raise _Captured
 
-    # projections are made column by column: they need no keys and values from before
+    # projections work column by column, so they need no keys and values of earlier columns
     local = site.kind in _PROJECTIONS and base.before is None and base.shortcuts.start_layer
     with contextlib.suppress(_Captured):
         run_block(model, replace(base, start=0) if local else base, layer, resid, [*hooks, (site, stop)])
@@ -457,13 +466,13 @@ def run_block(
 
 
 def unembed(model: LensModel, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-    """Final norm, unembedding and the logit soft cap where there is one; float32."""
+    """Final norm, unembedding and, if the model has one, the soft cap of the logits; float32."""
     with model.lock:
         return model.backend.unembed(resid)
 
 
 def max_variants(base: BaseRun, max_batch_tokens: int | None = None) -> int:
-    """How many variants of a base run fit into one engine batch (one, where they may not share one)."""
+    """How many variants of a base run fit into one engine batch; 1 if variants may not share a batch."""
     if not base.shortcuts.batch_variants:
         return 1
     columns = base.n_pos if base.before is None else base.tokens.ids.shape[1]
@@ -476,12 +485,12 @@ def split_rows(tensor: Tensor, variants: int) -> Tensor:
 
 
 def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None = None) -> float:
-    """Largest difference of the engine's logits from whole forwards', with a layer edited and without.
+    """Largest difference between the engine's logits and those of whole forwards, with and without an edited layer.
 
     Args:
         model: The model.
         tokens: Two or more prompts.
-        shortcuts: What the engine leaves out; the model's by default.
+        shortcuts: The engine's shortcuts; by default the model's.
     """
     on = model.shortcuts if shortcuts is None else shortcuts
     width, middle = tokens.ids.shape[1], model.n_layers // 2
@@ -491,10 +500,10 @@ def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None =
         plain = model.backend.logits(tokens, width)[:, -1].float()
         with model.hooks([(site, lambda tensor: torch.cat([tensor[:, :start], tensor[:, start:] / 2], dim=1))]):
             edited = model.backend.logits(tokens, width)[:, -1].float()
-        budget = tokens.ids.numel()  # all at once; to find one costs as much as the run
+        budget = tokens.ids.numel()  # all prompts at once; to measure a limit would cost as much as the run
         base = base_run(model, tokens, start, (), shortcuts=on, max_batch_tokens=budget)
         base = base_run(model, tokens, start, (), base, shortcuts=on, max_batch_tokens=budget)
-        # another run in between: what a block remembers of its last run must not matter
+        # another run in between, because no state that a block keeps from its last run may matter
         model.backend.logits(tokens.rows(slice(0, 1)), 1)
         gaps = [(base.logits - plain).abs().max()]
         chunks = [[False, True]] if on.batch_variants else [[False], [True]]
@@ -506,16 +515,16 @@ def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None =
                 found = run_from(model, base, layer, expand_rows(base.resid[layer], len(chunk)), hooks)
                 for logits, edit in zip(split_rows(found, len(chunk)), chunk, strict=True):
                     gaps.append((logits - (edited if edit and hooks else plain)).abs().max())
-    return float(torch.stack(gaps).max())  # NaN if any is: Python's max would lose it
+    return float(torch.stack(gaps).max())  # NaN if any gap is NaN; Python's max would lose it
 
 
 def _token_bytes(model: LensModel, made: int, ids: Tensor, past: Prefix, acts: Mapping[SiteKind, Tensor]) -> float:
-    """What one column of one row of a variant needs at most, from what the base run made of ``ids``."""
+    """Upper bound on the bytes per row and column of a variant, from the bytes that the base run of ``ids`` made."""
     block = made / model.n_layers
-    replaced = sum(tensor.nbytes for tensor in acts.values())  # every layer's values, where a variant replaces them
+    replaced = sum(tensor.nbytes for tensor in acts.values())  # a variant may replace the values of every layer
     kept = sum(keys.nbytes + values.nbytes for keys, values in past)
-    joined = 1 + ids.shape[1] / past[0][0].shape[2] if past else 1.0  # the run's own columns join the prefix
-    logits = 4 * len(ids) * model.d_vocab * 4  # float32, and a few copies in the metric
+    joined = 1 + ids.shape[1] / past[0][0].shape[2] if past else 1.0  # the run appends its own columns to the prefix
+    logits = 4 * len(ids) * model.d_vocab * 4  # float32, and the metric makes a few copies
     return (block + replaced + kept * joined + logits) / ids.numel()
 
 
@@ -535,15 +544,15 @@ def _prefix(model: LensModel, base: BaseRun) -> Prefix:
 
 
 def _past(model: LensModel, tokens: Tokens, stop: int, fixed: Sequence[Fixed] = ()) -> Prefix:
-    """Keys and values of the columns before ``stop``; prompts of one length begin alike: one row is run for all."""
+    """Keys and values of the columns before ``stop``; if all rows are alike there, one row is run for all."""
     ids, mask = tokens.ids[:, :stop], tokens.mask[:, :stop]
     after = tokens.ids.shape[1] - stop
     held = [part.hook(1, after) for part in fixed if part.values.shape[1] > after]
     alike = bool((ids == ids[:1]).all()) and bool((mask == mask[:1]).all())
-    if model.edited or held or not alike:  # an edit may tell rows apart
+    if model.edited or held or not alike:  # an edit may treat rows differently
         with model.hooks(held):
             return model.backend.prefix(tokens, stop)
-    # no columns may go: where only suffixes correspond, some are padding for all of one side
+    # keep every column: if only suffixes correspond, some columns are padding in all prompts of one side
     past = model.backend.prefix(Tokens(tokens.ids[:1], tokens.mask[:1], tokens.spans[:1]), stop)
     return tuple((keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1)) for keys, values in past)
 
@@ -555,7 +564,7 @@ def _only(pair: tuple[Tensor, Tensor], whole: bool) -> tuple[Tensor, Tensor]:
 def _reading(
     model: LensModel, layer: int, dropped: int, reads: Callable[[Tensor], Tensor] | None
 ) -> contextlib.AbstractContextManager[None]:
-    """Context in which the heads of a layer read other values in the columns from the start on."""
+    """Context in which a layer's heads read the values from ``reads``, in the columns from ``dropped`` on."""
     if reads is None:
         return contextlib.nullcontext()
     return model.backend.reads(
@@ -564,13 +573,13 @@ def _reading(
 
 
 def _change(base: BaseRun, layer: int, resid: Tensor, dropped: int) -> Tensor:
-    """What a caller's stream differs by from the stored one, for the columns that are run."""
+    """Difference between a caller's stream and the stored one, with zeros for ``dropped`` columns before them."""
     change = resid - expand_rows(base.resid[layer], resid.shape[0] // len(base))
     return torch.nn.functional.pad(change, (0, 0, dropped, 0))
 
 
 def _from_start(hook: Hook, dropped: int, last_only: bool) -> Hook:
-    """The same hook where all columns are run: it sees, and edits, those from the start on."""
+    """The same hook for a run of all columns: it sees and edits only the columns from ``dropped`` on."""
     site, function = hook
     if not dropped or (site.kind in GLOBAL and last_only):
         return hook

@@ -1,7 +1,7 @@
-"""GGUF files as plain float32 Hugging Face folders; what transformers would leave unread is understood or an error.
+"""Convert GGUF files to plain float32 Hugging Face folders, without losing a setting that transformers does not read.
 
-transformers reads the tensors and settings that it has names for and passes over all others without a word. A setting
-that changes what the model computes must not get lost that way.
+transformers reads the tensors and settings for which it has names, and skips all others silently. A skipped setting may
+change what the model computes. This module applies such a setting itself or raises an error.
 
 A file is converted once, into a folder that is kept (see `mechsafety.models.kept`).
 """
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 # the scaling of Llama 3.1 to 3.3, which differ in the factor alone
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# settings that change what is computed: everything under these heads, and the names below
+# settings that change what a model computes: their names begin with one of HEADS or end with one of NAMES
 HEADS = ("rope.", "attention.")
 NAMES = ("_scale", "softcapping", "use_parallel_residual")
 ROPE_FREQS = "rope_freqs.weight"
 WINDOW = "sliding_window"
-# settings that transformers has a place for and does not read from files of every architecture
+# settings for which transformers' configurations have a field, but which it does not read for every architecture
 PLACES = {
     f"attention.{WINDOW}": WINDOW,
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -42,23 +42,23 @@ PLACES = {
 }
 CHECKPOINT = "load the Hugging Face checkpoint that it was made from"
 TEMPLATE = "tokenizer.chat_template"
-# names of the two parts that a file is given to transformers in
+# names of the two parts into which a file is split for transformers
 VOCABULARY, WEIGHTS = "vocabulary.gguf", "weights.gguf"
-# counted up when a folder that was made by earlier code may no longer be used
+# raised by 1 when folders that earlier code made may no longer be used
 FORMAT = 1
 
 
 def gguf_folder(header: Header, check: Callable[[Any, Any], None] | None = None) -> Path:
-    """The Hugging Face folder of a file: made once for each content, and kept.
+    """The Hugging Face folder of a GGUF file, which is made once per file content and kept.
 
     Args:
-        header: The file's, from `read_header`.
-        check: Called with the model (its weights not read yet) and the tokenizer before the weights are de-quantised;
-            what it raises is raised here.
+        header: The file's header, from `read_header`.
+        check: Called with the model (its weights not read yet) and the tokenizer before the weights are de-quantised.
+            Its errors are passed on.
 
     Raises:
         MechsafetyError: The file holds a tensor or setting that would stay unread, or lacks one; its model is of a kind
-            that is not taken; its weights are no finite numbers.
+            that is not accepted; or its weights are not finite.
     """
     parts = (sha256_of(header.path)[:32], f"transformers-{version('transformers')}", f"gguf-{version('gguf')}")
     size = 4 * sum(math.prod(tensor.shape) for tensor in header.tensors)
@@ -95,7 +95,7 @@ def _convert(header: Header, folder: Path, check: Callable[[Any, Any], None] | N
             model.generation_config.eos_token_id = sorted(ends)
         try:
             model.save_pretrained(folder)
-        except Exception as error:  # safetensors' own kind where a disk is full
+        except Exception as error:  # safetensors raises its own type if the disk is full
             raise OSError(errno.EIO, first_line(error)) from error
     finally:
         shutil.rmtree(parts, ignore_errors=True)
@@ -108,7 +108,7 @@ def _config(header: Header, parts: Path) -> Any:
     try:
         try:
             made: Any = AutoConfig.from_pretrained(parts, gguf_file=WEIGHTS)
-        except KeyError:  # of some architectures transformers looks for the vocabulary here: it is given the whole file
+        except KeyError:  # for some architectures transformers reads the vocabulary here, so it gets the whole file
             made = AutoConfig.from_pretrained(header.path.parent, gguf_file=header.path.name)
     except Exception as error:  # gguf and transformers raise whatever they meet; the user needs one line
         raise _unreadable(header, error) from error
@@ -123,16 +123,19 @@ def _tokenizer(header: Header, parts: Path, config: Any) -> Any:
 
     try:
         try:
-            # its kind is known: transformers need not read the settings another time
+            # the model type is known, so transformers need not read the settings again
             return AutoTokenizer.from_pretrained(parts, gguf_file=VOCABULARY, tokenizer_type=config.model_type)
-        except Exception:  # a kind that has no class of its own, or one for other files
+        except Exception:  # this model type has no tokenizer class, or its class reads other files
             return AutoTokenizer.from_pretrained(parts, gguf_file=VOCABULARY)
     except Exception as error:  # as above
         raise _unreadable(header, error) from error
 
 
 def _keep_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer as what it is: a class of its own would be built again at every load, of other parts perhaps."""
+    """Save a tokenizer as a plain fast tokenizer.
+
+    A class of the model's own would rebuild the tokenizer at every load, perhaps from other parts.
+    """
     tokenizer.save_pretrained(folder)
     place = folder / "tokenizer_config.json"
     settings = json.loads(place.read_text(encoding="utf-8"))
@@ -175,7 +178,7 @@ def _lacks(header: Header, names: Iterable[str], model: Any) -> MechsafetyError:
 
 
 def _check_tensors(header: Header, model: Any) -> None:
-    """Every tensor of the file is in the model, and every one of the model in the file, with as many numbers."""
+    """Check that file and model have the same tensors, each with the same number of values."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     kinds = {arch: kind for kind, arch in MODEL_ARCH_NAMES.items()}
@@ -187,7 +190,7 @@ def _check_tensors(header: Header, model: Any) -> None:
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     stored, wanted = model.state_dict().keys(), dict[int, list[tuple[str | None, Any]]]()
     for key, tensor in ((key, tensor) for key, tensor in tensors if key in stored):
-        # names of one tensor: those of a tied one are alternatives
+        # GGUF names per tensor; the file may hold a tied tensor under any one of its names
         name = names.get_name(key, try_suffixes=ends) or names.get_name(key.removeprefix(prefix), try_suffixes=ends)
         wanted.setdefault(id(tensor), []).append((name, tensor))
     read = {name for places in wanted.values() for name, _ in places}
@@ -212,7 +215,7 @@ def _check_tensors(header: Header, model: Any) -> None:
 
 
 def _apply_settings(header: Header, config: Any) -> None:
-    """Give the model the settings that transformers has a place for and does not read from the file."""
+    """Copy into the configuration the settings that have a field there and that transformers does not read."""
     arch, values = header.architecture, header.values
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     for key, field in PLACES.items():
@@ -227,7 +230,7 @@ def _apply_settings(header: Header, config: Any) -> None:
 
 
 def _rope_scaling(header: Header, theta: float) -> dict[str, Any]:
-    """The scaling of the rotary embedding that a file of Llama 3.1 and later holds as factors of its frequencies."""
+    """Settings of the rotary scaling, which files of Llama 3.1 and later hold as one factor per frequency."""
     found = next((tensor for tensor in header.tensors if tensor.name == ROPE_FREQS), None)
     factors = torch.ones(1).double() if found is None else numbers(header, found).double()
     factor = float(factors.max())
@@ -243,10 +246,11 @@ def _rope_scaling(header: Header, theta: float) -> dict[str, Any]:
 
 
 def _llama3_factors(n: int, theta: float, factor: float) -> Float[Tensor, " n"]:
-    """By what Llama 3's scaling divides each of ``n`` rotary frequencies.
+    """The number by which Llama 3's scaling divides each of ``n`` rotary frequencies.
 
-    With w the wavelength of a frequency and s = (original / w - low) / (high - low), kept within 0 and 1, the factor is
-    1 / ((1 - s) / factor + s): 1 for short waves, ``factor`` for those that are longer than the original context.
+    For a frequency of wavelength w, let s = (original / w - low) / (high - low), clipped to the range 0 to 1. The
+    frequency is divided by 1 / ((1 - s) / factor + s). This is 1 for short waves, and ``factor`` for waves longer than
+    the original context. ``low``, ``high`` and ``original`` are the three values of `LLAMA3`.
     """
     wavelengths = 2 * math.pi * theta ** (torch.arange(n, dtype=torch.float64) / n)
     low, high, original = LLAMA3.values()
@@ -255,7 +259,7 @@ def _llama3_factors(n: int, theta: float, factor: float) -> Float[Tensor, " n"]:
 
 
 def _check_settings(header: Header, config: Any) -> None:
-    """The settings that change what is computed are those of the model that is made."""
+    """Check that the model has the file's value of every setting that changes what is computed."""
     arch, known = f"{header.architecture}.", _known(config)
     for key, found in header.values.items():
         short = key.removeprefix(arch)
@@ -277,9 +281,9 @@ def _same(found: Any, made: Any) -> bool:
 
 
 def _known(config: Any) -> dict[str, Any]:
-    """GGUF settings as a configuration has them, under the names that llama.cpp gives them."""
+    """A configuration's settings under llama.cpp's names for them."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    local = rope.get("sliding_attention", rope)  # Gemma-3 has one for each kind of attention
+    local = rope.get("sliding_attention", rope)  # Gemma-3 has one per kind of attention
     rope = rope.get("full_attention", rope)
     heads = config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads

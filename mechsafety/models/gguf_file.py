@@ -1,8 +1,8 @@
-"""The header of a GGUF file, read once, and the file in two parts that transformers reads quickly.
+"""Read a GGUF file's header once, and split the file into two parts that transformers reads quickly.
 
-gguf's own reader keeps every text of a vocabulary as several arrays, and transformers calls it once for each of its
-questions: for a vocabulary of 150,000 tokens that is half a minute. Here a header is read in one pass, and transformers
-is given the vocabulary without tensors, and the tensors without vocabulary.
+gguf's own reader keeps every text of a vocabulary as several arrays, and transformers calls this reader several times.
+For a vocabulary of 150,000 tokens, that takes half a minute. This module reads the header in one pass. It then gives
+transformers two files: the vocabulary without tensors, and the tensors without the vocabulary.
 """
 
 import math
@@ -24,22 +24,22 @@ from mechsafety.errors import MechsafetyError, first_line, named
 
 AGAIN = "download it again"
 TOKENS = "tokenizer.ggml.tokens"
-# lists with an entry for each token or merge
+# lists with one entry per token or per merge
 LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
-# the format of a setting's value by its type in the file; 8 is a text and 9 a list
+# struct format of a setting's value, by its type number in the file; type 8 is a text, type 9 a list
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST, _WHOLE_NUMBER = 8, 9, 4
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor is.
+    """Where a tensor lies in a file.
 
     Attributes:
         name: Its name in the file.
         shape: Its shape in torch's order.
-        kind: How its numbers are stored, by ggml's number.
-        start, end: Its bytes in the file.
+        kind: ggml's number for the format of its values.
+        start, end: Its bytes in the file, from ``start`` to before ``end``.
     """
 
     name: str
@@ -51,15 +51,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Header:
-    """What stands before a GGUF file's tensors.
+    """Everything before the tensors of a GGUF file.
 
     Attributes:
         path: The file.
-        values: Settings. Of a list of texts (the vocabulary) only how many there are.
-        places: Where each setting stands, from its name on (bytes).
-        table: Where the list of tensors stands (bytes).
+        values: Settings by name. A list of texts (the vocabulary) is represented by its length only.
+        places: Byte range of each setting, from the start of its name.
+        table: Byte range of the list of tensors.
         tensors: The tensors.
-        data: Where their numbers begin.
+        data: Byte at which the tensors' values begin.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Header:
 
 
 class _Reader:
-    """Reads a header from its beginning on; struct.error or EOFError where the file ends too soon."""
+    """Reads a header from its beginning on; raises struct.error or EOFError if the file ends too soon."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -95,7 +95,7 @@ class _Reader:
         return raw.decode()
 
     def value(self, kind: int) -> Any:
-        """A setting's value; of a list of texts its length."""
+        """A setting's value; for a list of texts, its length."""
         if kind in _FORMATS:
             return self.take(_FORMATS[kind])[0]
         if kind == _TEXT:
@@ -115,10 +115,11 @@ class _Reader:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check what stands before a file's tensors.
+    """Read and check the header of a GGUF file.
 
     Raises:
-        MechsafetyError: It is no GGUF file, it is cut off or damaged, or it lacks what a model needs.
+        MechsafetyError: The package gguf is missing; or the file is not a GGUF file, is cut off or damaged, or lacks
+            something that a model needs.
     """
     try:
         import gguf  # noqa: F401
@@ -170,13 +171,13 @@ def _parsed(path: Path, reader: _Reader) -> Header:
 
 
 def _aligned(at: int, values: Mapping[str, Any]) -> int:
-    """Where the tensors' numbers begin behind a header that ends ``at``."""
+    """Byte at which the tensors' values begin, after a header that ends at byte ``at``."""
     step = int(values.get("general.alignment", 32))
     return -(-at // step) * step
 
 
 def _check_whole(header: Header, size: int) -> None:
-    """The file has all that its header promises, and what a model needs."""
+    """Check that the file holds all that its header promises and all that a model needs."""
     name, values = str(header.path), header.values
     if "general.architecture" not in values:
         raise MechsafetyError(
@@ -203,12 +204,14 @@ def _check_whole(header: Header, size: int) -> None:
 
 
 def write_parts(header: Header, vocabulary: Path, weights: Path) -> None:
-    """Write a file in two parts, the second with zeros for its tensors' numbers, which take no room on most disks.
+    """Write a file in two parts, the second with zeros instead of its tensors' values.
+
+    The zeros take no room on most disks. `fill_part` replaces them.
 
     Args:
-        header: The file's.
-        vocabulary: Written with all settings and no tensors.
-        weights: Written with all tensors, and all settings but the vocabulary's lists.
+        header: The file's header.
+        vocabulary: Path of the first part, with all settings and no tensors.
+        weights: Path of the second part, with all tensors, and all settings except the vocabulary's lists.
     """
     size, added = f"{header.architecture}.vocab_size", b""
     if TOKENS in header.values and size not in header.values:
@@ -225,7 +228,7 @@ def write_parts(header: Header, vocabulary: Path, weights: Path) -> None:
 
 
 def fill_part(header: Header, weights: Path) -> None:
-    """Write the tensors' numbers into the part that was made without them."""
+    """Copy the tensors' values into the part that `write_parts` filled with zeros."""
     with header.path.open("rb") as stream, weights.open("r+b") as out:
         stream.seek(header.data)
         out.seek(-_n_bytes(header), os.SEEK_END)
@@ -242,7 +245,7 @@ def _bytes(stream: IO[bytes], start: int, end: int) -> bytes:
 
 
 def numbers(header: Header, tensor: TensorInfo) -> Float[Tensor, " n"]:
-    """The numbers of a small tensor."""
+    """The de-quantised values of a small tensor."""
     from gguf import GGMLQuantizationType, dequantize
 
     with header.path.open("rb") as stream:

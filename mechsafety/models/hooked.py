@@ -46,10 +46,11 @@ def installed() -> bool:
 
 
 def check_known(model: Any) -> None:
-    """Refuse a Hugging Face model that is not converted.
+    """Refuse a Hugging Face model that cannot be converted to a HookedTransformer.
 
     Raises:
-        MechsafetyError: It names the model's class, or what its configuration has besides.
+        MechsafetyError: The model's class has no converter, or HookedTransformer lacks a setting of its configuration.
+            The message names the class or the setting.
     """
     architecture = type(model).__name__
     if architecture not in _CONVERTERS:
@@ -62,12 +63,13 @@ def check_known(model: Any) -> None:
 
 
 def convert(name: str, model: Any, tokenizer: Any) -> "HookedBackend":
-    """A HookedTransformer with the weights of a Hugging Face model, which is left as it is.
+    """Make a HookedTransformer with the weights of a Hugging Face model.
 
-    TransformerLens' own loader goes by official model names; here the configuration is read from the model's.
+    The Hugging Face model stays unchanged. TransformerLens' own loader looks a model up by its official name. This
+    function reads the model's own configuration instead.
 
     Raises:
-        MechsafetyError: The architecture is not among those that are converted.
+        MechsafetyError: The architecture has no converter.
     """
     logging_level = logging.getLogger().level
     with _quiet():
@@ -89,22 +91,22 @@ def convert(name: str, model: Any, tokenizer: Any) -> "HookedBackend":
         lens = transformer_lens.HookedTransformer(cfg, tokenizer=None, move_to_device=False)
         with torch.no_grad():
             weights = getattr(weight_conversions, _CONVERTERS[architecture])(model, cfg)
-        # as they are: folding would move the residual stream's basis, the unembedding's zero and the heads' biases
+        # load unfolded: folding would change the residual stream's basis, the unembedding's zero and the heads' biases
         lens.load_and_process_state_dict(
             weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
         )
     logging.getLogger().setLevel(logging_level)  # importing TransformerLens changes the root logger
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
-    # another implementation of the same model, which rounds differently
+    # HookedTransformer is another implementation of the same model, so it rounds differently
     return HookedBackend(lens.eval().to(parameter.device, print_details=False), ends, rounding=10.0)
 
 
 def wrap(lens: Any) -> "HookedBackend":
-    """The backend of a HookedTransformer that its owner made, with norms folded or not.
+    """The backend of a HookedTransformer that the user made, with norms folded or not.
 
     Raises:
-        MechsafetyError: It repeats keys and values for all heads, or lacks parts that the analyses read.
+        MechsafetyError: The model repeats keys and values for all heads, or it lacks parts that the analyses read.
     """
     cfg = lens.cfg
     if cfg.ungroup_grouped_query_attention and cfg.n_key_value_heads:
@@ -130,7 +132,7 @@ class HookedBackend(Backend):
         self.rounding = rounding
         self.ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
         cfg = lens.cfg
-        # after attention and MLP: the block's two norms where there are no others (OLMo-2)
+        # OLMo-2 and OLMo-3 blocks have two norms only: one after attention, one after the MLP
         self.norms_last = cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
         self.sizes = Sizes(
             n_layers=cfg.n_layers,
@@ -147,7 +149,7 @@ class HookedBackend(Backend):
 
     def weights(self) -> Mapping[str, Tensor]:
         """All parameters by name."""
-        return dict(self.module.named_parameters())  # no buffers: rotary tables grow with use
+        return dict(self.module.named_parameters())  # buffers are left out: rotary tables grow with use
 
     @contextlib.contextmanager
     def hooks(self, edits: Sequence[Hook]) -> Iterator[None]:
@@ -184,13 +186,13 @@ class HookedBackend(Backend):
     def run(
         self, tokens: Tokens, start: int, prefix: Prefix, keep: int
     ) -> tuple[Float[Tensor, "batch keep d_vocab"], list[BlockCall]]:
-        """Run the columns from ``start`` on; logits of the last ``keep``, and what each block was called with."""
+        """Run the columns from ``start`` on; return logits of the last ``keep`` and each block call's arguments."""
         cache = self._past(tokens, start, prefix) if start else None
         stream = self._stream(tokens.ids[:, start:], tokens.mask[:, start:], cache)
         return self._last(stream, keep), [BlockCall((), {"attention_mask": tokens.mask.long()})] * self.sizes.n_layers
 
     def cache(self, prefix: Prefix, variants: int) -> Any:
-        """A key-value cache that holds the prefix and is not appended to, one entry a layer."""
+        """A frozen key-value cache that holds the prefix, one entry per layer."""
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
 
         def rows(tensor: Tensor) -> Tensor:
@@ -201,7 +203,7 @@ class HookedBackend(Backend):
     def block(
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], call: BlockCall, batch: int, cache: Any
     ) -> Float[Tensor, "row pos d_model"]:
-        """One block; ``call`` is that of a stored run of ``batch`` prompts, whose copies the rows are."""
+        """Run one block on rows that repeat ``batch`` prompts; ``call`` is from the stored run of these prompts."""
         mask = expand_rows(call.kwargs["attention_mask"], hidden.shape[0] // batch)
         entry = None if cache is None else cache[layer]
         return self._block(layer)(hidden, past_kv_cache_entry=entry, attention_mask=mask)
@@ -230,12 +232,12 @@ class HookedBackend(Backend):
     def feed(
         self, cache: Any, ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch seen"], keep: int
     ) -> Float[Tensor, "batch keep d_vocab"]:
-        """Read further columns into a cache; ``mask`` is of all columns that were read, these the last of them."""
+        """Read further columns into a cache; ``mask`` covers all columns read so far, with these at its end."""
         return self._last(self._stream(ids, mask[:, -ids.shape[1] :], cache), keep)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply, as the model's own files name them; empty where they name none."""
+        """Tokens that end a reply, from the model's own files; empty if the files name none."""
         return self.ends
 
     @property
@@ -248,18 +250,18 @@ class HookedBackend(Backend):
         return self.tl_model.blocks[layer]
 
     def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
-        """A block's norms of the given names, where it has them."""
+        """A block's norms of the given names; names that it lacks are skipped."""
         block = self._block(layer)
-        # where norms stand after attention and MLP alone, TransformerLens calls those ln1 and ln2
+        # if a block has norms only after attention and MLP, TransformerLens calls these ln1 and ln2
         known = {"ln1_post": "ln1", "ln2_post": "ln2"} if self.norms_last else {name: name for name in names}
         return [getattr(block, known[name]) for name in names if name in known and hasattr(block, known[name])]
 
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Context of one pass, in which ``edit`` gives what a layer's heads read in place of their norm's output."""
+        """Context of one pass, in which a layer's heads read what ``edit`` makes of their norm's output."""
         made: list[Tensor] = []
 
         def once(module: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            # the norm runs once for each of queries, keys and values, on the same input
+            # the norm runs three times on the same input: for queries, keys and values
             if not made:
                 made.append(edit(out))
             return made[0]
@@ -276,7 +278,7 @@ class HookedBackend(Backend):
         return tables + [(part, f"{kind}_{end}", -1) for part, end in parts for kind in ("W", "b")]
 
     def norm_form(self, norm: torch.nn.Module) -> NormForm:
-        """A norm as numbers; its weight is 1 and its bias 0 where they were folded into what reads it."""
+        """A norm as numbers; weight 1 and bias 0 if they were folded into the weights that read the norm."""
         own, bias = getattr(norm, "w", None), getattr(norm, "b", None)
         eps: Any = norm.eps
         weight = torch.ones(self.sizes.d_model, device=self.W_U.device) if own is None else own.float()
@@ -284,16 +286,16 @@ class HookedBackend(Backend):
         return NormForm(weight, shift, float(eps), not type(norm).__name__.startswith("RMS"))
 
     def _stream(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """The residual stream behind the last block."""
+        """The residual stream after the last block."""
         layers = self.sizes.n_layers
         return self.tl_model(ids, attention_mask=mask.long(), past_kv_cache=cache, stop_at_layer=layers)
 
     def _last(self, stream: Tensor, keep: int) -> Tensor:
-        # the norm reads all columns, as its site promises; the unembedding is what costs
+        # the norm runs on all columns, as its site promises; only the unembedding is expensive
         return self.capped(self.tl_model.unembed(self.tl_model.ln_final(stream)[:, -keep:]))
 
     def _past(self, tokens: Tokens, start: int, prefix: Prefix) -> Any:
-        """TransformerLens' cache of all layers that holds a prefix, and stays as it is."""
+        """A frozen TransformerLens cache of all layers that holds a prefix."""
         cache = self.new_cache(len(tokens))
         cache.entries = self.cache(prefix, 1)
         cache.previous_attention_mask = tokens.mask[:, :start].long()
@@ -311,7 +313,7 @@ def _on_output(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., A
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TransformerLens' notice that this class goes away in 4.0."""
+    """Context that hides TransformerLens' warning that 4.0 removes this class."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*deprecated and will be removed in 4.0", category=DeprecationWarning
@@ -391,9 +393,9 @@ def _neox(config: Any) -> dict[str, Any]:
 
 
 def _llama(config: Any) -> dict[str, Any]:
-    """Of every architecture that is built like Llama."""
+    """Fields of every architecture that is built like Llama."""
     grouped = config.num_key_value_heads != config.num_attention_heads
-    # the converters of Mistral, Qwen2 and Gemma name grouped weights even where every head has its own
+    # the converters of Mistral, Qwen2 and Gemma use the names of grouped weights even if no heads share keys and values
     always = config.model_type in ("mistral", "qwen2", "gemma2", "gemma3_text")
     options = {
         "d_mlp": config.intermediate_size,

@@ -1,4 +1,4 @@
-"""Folders that are made once and kept in the user's cache: whole or not at all, and checked before each use."""
+"""Folders that are made once and kept in the user's cache, complete or not at all, and checked before each use."""
 
 import atexit
 import errno
@@ -20,25 +20,25 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "kept.json"
 _MAKING, _OLD = ".making", ".old"
-# made for this process alone, where nothing can be kept; they go with it
+# folders made for this process alone because they cannot be kept; they are removed when it ends
 _UNKEPT: dict[str, Path] = {}
 
 
 def kept_folder(name: str, make: Callable[[Path], None], needed: int = 0) -> Path:
     """A folder that ``make`` filled, now or in an earlier process.
 
-    The folder takes its place when it is whole, with a manifest that holds the SHA-256 of each file. It is used only
-    while all files are what the manifest says; one that is not is made anew. Of several processes one makes the folder
-    while the others wait. Where nothing can be kept (a full disk, a cache that cannot be written to), the folder is
-    made for this process alone, and a warning says so.
+    A new folder moves to its place only when it is complete, with a manifest that holds the SHA-256 of each file. It is
+    used only while all files match the manifest; otherwise it is made again. If several processes need it, one makes it
+    and the others wait. If the disk is full or the cache cannot be written to, the folder is made for this process
+    alone, and a warning says so.
 
     Args:
-        name: What the folder is called; another name for other contents.
+        name: The folder's name. Other contents need another name.
         make: Fills an empty folder.
-        needed: Bytes that making it takes.
+        needed: Bytes that the folder needs while it is made.
 
     Raises:
-        MechsafetyError: There is room nowhere; or whatever ``make`` raises, after which no folder is left.
+        MechsafetyError: No disk has enough room. An error of ``make`` is passed on, and no folder is left.
     """
     folder = cache_folder() / name
     if _whole(folder):
@@ -107,7 +107,7 @@ def _lock(folder: Path) -> AbstractContextManager[Any]:
 def _fill(folder: Path, make: Callable[[Path], None]) -> None:
     """Make the folder; the caller holds its lock."""
     scratch, old = (folder.with_name(folder.name + end) for end in (_MAKING, _OLD))
-    for left in (scratch, old):  # of a process that was killed
+    for left in (scratch, old):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir()
     try:
@@ -125,7 +125,7 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _unkept(name: str, make: Callable[[Path], None], needed: int) -> Path:
-    """A folder in the system's place for temporary files, for this process alone."""
+    """A folder among the system's temporary files, for this process alone."""
     _check_room(Path(tempfile.gettempdir()), needed)
     folder = Path(tempfile.mkdtemp(prefix="mechsafety-"))
     try:

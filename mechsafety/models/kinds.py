@@ -1,6 +1,6 @@
-"""Which kinds of model are taken; every other one is refused in one line, before TransformerLens sees it.
+"""Which kinds of model are accepted; every other kind is refused in one line, before TransformerLens sees it.
 
-TransformerLens wraps more than the analyses are exact on, and for multimodal models it installs packages.
+TransformerLens also wraps models on which the analyses are not exact. For multimodal models it installs packages.
 """
 
 import math
@@ -11,13 +11,14 @@ import torch
 from mechsafety.errors import MechsafetyError, named
 
 DECODER = "a decoder whose layers are attention and one MLP each (Llama, Qwen, Mistral, Phi, Gemma, OLMo, GPT ...)"
-# what a layer may be called that is plain attention
+# names of layer types that are plain attention
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"})
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# what a configuration may multiply logits by (-1: divide) and what blocks add, unseen by analyses that read weights
+# settings that multiply (1) or divide (-1) the logits, and one that multiplies what each block adds; analyses that read
+# weights would not see these factors
 LOGIT_SCALES = {"logit_scale": 1, "logits_scaling": -1}
 BLOCK_SCALE = "residual_multiplier"
-# weights of a block that write to the residual stream, in the classes that have that multiplier
+# weights of a block that write to the residual stream, in the classes that have BLOCK_SCALE
 OF_ATTENTION = ("self_attn.o_proj.",)
 OF_MLP = ("mlp.down_proj.", "block_sparse_moe.experts.down_proj", "shared_mlp.output_linear.")
 
@@ -26,7 +27,7 @@ def check_kind(model: Any) -> None:
     """Refuse a Hugging Face model on which the analyses cannot be exact.
 
     Raises:
-        MechsafetyError: What it is, and what is taken.
+        MechsafetyError: The model is of another kind. The message says what it is and what is accepted.
     """
     name, config = type(model).__name__, model.config
     if config.is_encoder_decoder:
@@ -51,7 +52,7 @@ def check_kind(model: Any) -> None:
         return
     norm, writers = _final_norm(model), _writers(model)
     for field, factor in scales.items():
-        known = isinstance(factor, int | float) and factor != 0  # MPT's may be the name of a rule
+        known = isinstance(factor, int | float) and factor != 0  # MPT's factor may be the name of a rule
         if known and (writers if field == BLOCK_SCALE else norm is not None):
             continue
         raise MechsafetyError(
@@ -61,10 +62,10 @@ def check_kind(model: Any) -> None:
 
 
 def check_folded(model: Any) -> None:
-    """Refuse a model, wrapped by others, whose configuration still multiplies logits or block outputs.
+    """Refuse a model that the user wrapped and whose configuration still multiplies logits or block outputs.
 
     Raises:
-        MechsafetyError: By what.
+        MechsafetyError: The configuration has such a factor, which the message names.
     """
     for field, factor in _scales(model.config).items():
         raise MechsafetyError(
@@ -75,10 +76,11 @@ def check_folded(model: Any) -> None:
 
 
 def fold_scales(model: Any) -> None:
-    """Put what the configuration multiplies logits and block outputs by into the weights, where analyses see it.
+    """Move the configuration's factors on logits and block outputs into the weights, where analyses see them.
 
-    Logits are linear in the final norm's weight, and what a block adds in its output weights: the same function, up to
-    rounding. The model then has neutral multipliers in its configuration, so that a second call changes nothing.
+    Logits are linear in the final norm's weight, and what a block adds is linear in its output weights. The model
+    therefore computes the same function, up to rounding. Its configuration then holds factors of 1, so that a second
+    call changes nothing.
     """
     scales = _scales(model.config)
     if not scales:
@@ -95,19 +97,19 @@ def fold_scales(model: Any) -> None:
 
 
 def _scales(config: Any) -> dict[str, Any]:
-    """The multipliers of a configuration that are not neutral, by name."""
+    """The factors of a configuration that differ from 1, by name."""
     found = {field: getattr(config, field, None) for field in (*LOGIT_SCALES, BLOCK_SCALE)}
     return {field: factor for field, factor in found.items() if factor not in (None, 1.0)}
 
 
 def _final_norm(model: Any) -> Any:
-    """The norm before the language-model head, if it multiplies by a weight and nothing else follows."""
+    """The norm before the language-model head if it multiplies by a weight and nothing else follows; otherwise None."""
     norm = getattr(model.base_model, "norm", None)
     return norm if getattr(getattr(norm, "weight", None), "ndim", 0) == 1 else None
 
 
 def _writers(model: Any) -> list[torch.Tensor]:
-    """The weights that write what the blocks add; none if attention or MLP of some block has other ones."""
+    """The weights that write what the blocks add; empty if some attention or MLP has weights of other names."""
     found = []
     for layer in getattr(model.base_model, "layers", ()):
         own = dict(layer.named_parameters())
@@ -133,12 +135,12 @@ def is_multimodal(config: Any) -> bool:
 
 
 def text_part(model: Any) -> Any:
-    """The language model inside a multimodal one, of the same weights; a text model as it is.
+    """The language model inside a multimodal model, with the same weights; a text model is returned as it is.
 
-    The caller compares the part's logits with the whole model's (see `load_model`).
+    The caller compares the logits of the language model with those of the whole model (see `load_model`).
 
     Raises:
-        MechsafetyError: transformers has no class for the part alone.
+        MechsafetyError: transformers has no class for the language model alone.
     """
     if not is_multimodal(model.config):
         return model
@@ -165,10 +167,10 @@ def text_part(model: Any) -> Any:
 
 
 def check_weights(model: Any) -> None:
-    """Refuse weights that are not there, not plain numbers, or not finite.
+    """Refuse weights that are not in memory, are quantised, or are not finite.
 
     Raises:
-        MechsafetyError: How many they are, and the name of one.
+        MechsafetyError: The model has such weights. The message gives their number and one name.
     """
     parameters = dict(model.named_parameters())
     absent = [name for name, tensor in parameters.items() if tensor.is_meta]
@@ -198,5 +200,5 @@ def check_weights(model: Any) -> None:
 def _finite(tensor: torch.Tensor) -> bool:
     if tensor.numel() == 0:
         return True
-    ends = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any is; makes no copy of the tensor
+    ends = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any value is NaN; makes no copy of the tensor
     return bool(torch.isfinite(ends).all())

@@ -32,23 +32,24 @@ if TYPE_CHECKING:
 class LensModel:
     """A chat model whose activations can be read and edited by `Site`.
 
-    Made by `load_model`, which also runs the checks. Prompts are strings: each is one user turn, rendered by the chat
-    template. One thread at a time runs a model (hooks live on shared modules); a lock sees to it.
+    `load_model` makes it and runs its checks. A prompt is a string: one user turn, which the chat template renders.
+    Only one thread at a time runs a model, because hooks live on shared modules. A lock ensures this.
 
     Attributes:
-        name: What it was loaded as.
+        name: Name under which it was loaded.
         backend: The TransformerLens model, of either generation, behind one interface.
         tokenizer: Its tokenizer.
-        template_options: What the chat template was given besides the prompt (see `load_model`).
+        template_options: Options of the chat template besides the prompt (see `load_model`).
         n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, d_vocab: Sizes; d_mlp is 0 in a mixture of experts.
         post_norm: Whether a norm stands between the heads' summed output and the residual stream (Gemma-2, OLMo-2).
-            What heads write then reaches the stream as shares of the norm of their sum.
+            The stream then receives the norm of the heads' sum, and each head writes a share of that norm's output.
         parallel: Whether attention and MLP of a block read the same stream (GPT-NeoX).
         experts: Whether it is a mixture of experts: each MLP is one node, without neurons.
-        shortcuts: What the forward engine leaves out; set at load to what is exact on this model.
-        max_batch_tokens: Rows x columns of one engine batch; None finds a budget (see `mechsafety.models.memory`).
-        opener_ids: Tokens of a reply after which it is read; empty unless `reading` made this.
-        lock: Held by whoever runs the model; one a TransformerLens model, however often it is wrapped.
+        shortcuts: The forward engine's shortcuts; at load they are set to those that are exact on this model.
+        max_batch_tokens: Largest number of rows x columns in one engine batch. If it is None, memory sets the number
+            (see `mechsafety.models.memory`).
+        opener_ids: First tokens of a reply, after which the model is read. Empty unless `reading` made this view.
+        lock: A thread holds it while it runs the model. All wrappers of one TransformerLens model share one lock.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class LensModel:
 
     @property
     def hf_model(self) -> Any:
-        """The torch module that holds the weights: the Hugging Face model where one runs, else TransformerLens'."""
+        """The torch module that holds the weights: the Hugging Face model if one runs, otherwise TransformerLens'."""
         return self.backend.module
 
     @property
@@ -114,21 +115,21 @@ class LensModel:
 
     @property
     def chat(self) -> ChatTokenizer:
-        """How its prompts become tokens."""
+        """The tokenizer, chat template and options that turn its prompts into tokens."""
         return ChatTokenizer(self.name, self.tokenizer, self.template_options, self.opener_ids)
 
     def reading(self, opener_ids: Sequence[int]) -> "LensModel":
-        """This model, read after the first tokens of a reply instead of at the end of the prompt.
+        """A view of this model that is read after a reply's first tokens (its opener), not at the end of the prompt.
 
-        Weights, hooks, edits and the lock are this model's own. What the view tokenizes ends in the opener's tokens,
-        which belong to the suffix; its replies begin where the prompt ends, as before. Every analysis takes this view
-        by itself where its metric has an opener.
+        The view shares weights, hooks, edits and the lock with this model. Token rows of the view end in the opener's
+        tokens, which belong to the suffix. Its replies still begin where the prompt ends. If a metric has an opener,
+        every analysis takes this view by itself.
 
         Args:
-            opener_ids: The tokens; none for the model as it was loaded.
+            opener_ids: The opener's tokens. Without tokens, the model as it was loaded is returned.
 
         Raises:
-            MechsafetyError: A token that the model has not.
+            MechsafetyError: The model's vocabulary lacks one of the tokens.
         """
         opener = tuple(int(token) for token in opener_ids)
         if opener == self.opener_ids:
@@ -153,8 +154,8 @@ class LensModel:
         """Token rows of chat prompts, padded on the left, with spans.
 
         Raises:
-            MechsafetyError: No prompts, or one that is empty, longer than the model's positions, or holds a token that
-                the model has not.
+            MechsafetyError: There are no prompts; or a prompt is empty, is longer than the model's positions, or holds
+                a token that the model's vocabulary lacks.
         """
         if not prompts:
             raise MechsafetyError("no prompts", expected="at least one")
@@ -174,11 +175,13 @@ class LensModel:
 
     @public
     def tokenize_pairs(self, pairs: PromptPairs) -> TokenPairs:
-        """Aligned token rows of both sides of the pairs; `PromptPairs.aligned` gives the pairs that have them.
+        """Aligned token rows of both sides of the pairs.
+
+        `PromptPairs.aligned` returns only the pairs that align.
 
         Raises:
-            MechsafetyError: A pair's chat prompts differ in length or span; both token rows and the first difference
-                are in the message.
+            MechsafetyError: A pair's chat prompts differ in length or span. The message shows both token rows and their
+                first difference.
         """
         harmful, harmless = self.tokenize(pairs.harmful), self.tokenize(pairs.harmless)
         if pairs.align == "suffix":
@@ -197,11 +200,11 @@ class LensModel:
         return len(self.chat.ids(prompt))
 
     def token_strings(self, prompt: str) -> list[str]:
-        """The chat prompt's tokens as text, one string a token."""
+        """The chat prompt's tokens as text, one string per token."""
         return [self.tokenizer.decode([token]) for token in self.chat.ids(prompt)]
 
     def explain_tokens(self, prompt: str) -> TokenTable:
-        """The exact token row of a chat prompt; shows itself as a table of position, id, span and text."""
+        """The exact token row of a chat prompt, shown as a table of position, id, span and text."""
         tokens = self.tokenize([prompt])
         names = {k: name for name in SPANS for k in range(*tokens.spans[0].range(name))}
         ids = tokens.ids[0].tolist()
@@ -226,15 +229,15 @@ class LensModel:
     ) -> Iterator[None]:
         """Context in which each function sees its site's activation and may return a new one in its place.
 
-        No hook is left behind, also after an exception.
+        No hook stays behind, even after an exception.
 
         Args:
             hooks: Sites and functions.
-            by_column: Each function does with a column what it would do with it alone. Otherwise the engine runs all
-                columns of a prompt in one forward, so that a function may count them.
+            by_column: A promise of the caller that each function treats every column independently of the others.
+                Otherwise the engine runs all columns of a prompt in one forward, so that a function may count them.
 
         Raises:
-            MechsafetyError: Neurons of a mixture of experts.
+            MechsafetyError: A site is in the neurons of a mixture of experts.
         """
         if any(site.kind is SiteKind.NEURONS for site, _ in hooks):
             self.check_neurons()
@@ -243,10 +246,10 @@ class LensModel:
             yield
 
     def check_neurons(self) -> None:
-        """Refuse to look at single neurons where the layers have none that are the same for all tokens.
+        """Refuse single neurons in a mixture of experts, where the neurons that run differ from token to token.
 
         Raises:
-            MechsafetyError: A mixture of experts.
+            MechsafetyError: The model is a mixture of experts.
         """
         if self.experts:
             raise MechsafetyError(
@@ -257,18 +260,18 @@ class LensModel:
 
     @property
     def edited(self) -> bool:
-        """Whether some hook of `hooks` sees this model's activations now, through whichever of its wrappers."""
+        """Whether a hook from `hooks` is active on this model now, through any of its wrappers."""
         return bool(open_edits(self.backend.module))
 
     @property
     def pad_id(self) -> int:
-        """What stands in padded columns, which the mask hides: the tokenizer's pad token where the model has it."""
+        """Token id in padded columns, which the mask hides: the tokenizer's pad token, or 0 if the model lacks it."""
         own = self.tokenizer.pad_token_id
         return own if own is not None and own < self.d_vocab else 0
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply: those that the model's files name, or the tokenizer's."""
+        """Tokens that end a reply: those that the model's files name, otherwise the tokenizer's."""
         own = self.tokenizer.eos_token_id
         return self.backend.end_ids or (() if own is None else (own,))
 
@@ -289,12 +292,12 @@ class LensModel:
         """Next-token logits after each prompt, float32.
 
         Args:
-            prompts: Requests, run ``batch_size`` at a time; or tokens, run at once.
-            batch_size: Prompts at once.
+            prompts: Requests, run ``batch_size`` at a time; or tokens, run in one batch.
+            batch_size: Prompts per batch.
         """
         if isinstance(prompts, Tokens):
             batches = [prompts]
-        else:  # no prompts are an error of tokenize
+        else:  # if there are no prompts, tokenize raises the error
             batches = [self.tokenize(prompts[k : k + batch_size]) for k in range(0, len(prompts) or 1, batch_size)]
         with torch.no_grad(), self.lock:
             return torch.cat([self.forward(tokens)[:, -1].float() for tokens in batches])
@@ -314,20 +317,20 @@ class LensModel:
     def generate(
         self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
     ) -> list[str]:
-        """Greedy replies to chat prompts, special tokens left out; one reply a prompt, in order.
+        """Greedy replies to chat prompts, without special tokens; one reply per prompt, in order.
 
-        At each step the most probable token; a penalty, a beam or any other option of the model's generation
-        configuration changes nothing. Its end tokens end a reply.
+        Each step takes the most probable token. The end tokens of the model's generation configuration end a reply. Its
+        other options, such as a penalty or a beam, change nothing.
 
         Args:
-            prompts: Requests: a list, or a column of pandas or numpy; in the order of its rows.
-            max_new_tokens: Length of a reply at most.
-            batch_size: Prompts at once.
+            prompts: Requests: a list, or a column of pandas or numpy in the order of its rows.
+            max_new_tokens: Largest number of tokens in a reply.
+            batch_size: Prompts per batch.
             progress: Whether to show a bar, after two seconds.
 
         Raises:
-            MechsafetyError: A single string, or what `tokenize` refuses; or replies that may grow beyond the model's
-                positions.
+            MechsafetyError: A single string is given, `tokenize` refuses a prompt, or a reply may grow beyond the
+                model's positions.
         """
         return self.decode(self.reply_ids(prompts, max_new_tokens, batch_size, progress=progress))
 
@@ -335,7 +338,7 @@ class LensModel:
     def reply_ids(
         self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
     ) -> list[list[int]]:
-        """The token ids of the replies that `generate` gives as text, each up to and with its end token."""
+        """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
         from tqdm.auto import tqdm
 
         if not prompts:
@@ -363,14 +366,14 @@ class LensModel:
         return replies
 
     def decode(self, replies: Sequence[Sequence[int]]) -> list[str]:
-        """Replies as text, special tokens and blanks around left out."""
+        """Replies as text, without special tokens and surrounding blanks."""
         return [self.tokenizer.decode(list(reply), skip_special_tokens=True).strip() for reply in replies]
 
     @public
     def cache(
         self, prompts: Prompts | Tokens, sites: Sequence[str] = ("resid", "z")
     ) -> "mechsafety.cache.ActivationCache":
-        """Run prompts once and keep the asked-for activations (see `ActivationCache`)."""
+        """Run prompts once and keep the activations at ``sites`` (see `ActivationCache`)."""
         from mechsafety.cache import ActivationCache
 
         return ActivationCache.run(self, prompts if isinstance(prompts, Tokens) else self.tokenize(prompts), sites)
@@ -392,7 +395,7 @@ class LensModel:
 
     @public
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """What a layer's MLP adds when it reads ``resid``: norm, MLP, and the norm after it where there is one.
+        """What a layer's MLP adds when it reads ``resid``: norm, MLP and, if there is one, the norm after the MLP.
 
         ``resid`` is the stream after attention (before it in parallel blocks).
         """
@@ -415,8 +418,8 @@ class LensModel:
     ) -> Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows d_model"]]:
         """The final norm as a linear map (plus bias), its scale frozen at that of ``resid`` and its weight applied.
 
-        Parts of a residual stream can be sent through it one by one: their images sum to the norm's output, once the
-        bias (LayerNorm only), which the returned function adds each time, is counted once.
+        Parts of a residual stream can be sent through the map one by one. Their images sum to the norm's output. A
+        LayerNorm has a bias, which the returned function adds every time: count it only once in the sum.
         """
         return self.backend.final_norm.frozen(resid)
 
@@ -428,7 +431,7 @@ class LensModel:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.backend.weights().items()):
             digest.update(name.encode())
-            flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # bytes of a number alone have no last axis
+            flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # a scalar has no last axis to view as bytes
             digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

@@ -37,36 +37,45 @@ def load_model(
     """Load a chat model, wrap it for TransformerLens, and check what the analyses rely on.
 
     Args:
-        name_or_path: ``"demo"`` (the embedded model with its refusal adapter), ``"demo-helpful"`` (with the one for
-            short answers), ``"demo-base"`` (without), a hub id, a local Hugging Face folder, a ``.gguf`` file, the
-            folder of a peft adapter (which names its base model), or a ``(model, tokenizer)`` pair. A `pathlib.Path`
-            is always a folder or file. A pair's model is wrapped in place: it goes over to eager attention and its
-            blocks become TransformerLens'; multipliers of its logits and blocks (Cohere, Granite) move from the
-            configuration into the weights. (Under TransformerLens 3.9 its weights are copied.) Of a `PeftModel` a copy
-            is merged. It may also be TransformerLens' own, a `TransformerBridge` (4.x) or a `HookedTransformer` (3.9,
-            with norms folded or not), alone if it has its tokenizer. Of a multimodal model the language model is taken.
+        name_or_path: One of these:
+
+            - ``"demo"`` (the embedded model with its refusal adapter), ``"demo-helpful"`` (with the adapter for short
+              answers) or ``"demo-base"`` (without adapter);
+            - a hub id, a local Hugging Face folder or a ``.gguf`` file;
+            - the folder of a peft adapter, which names its base model;
+            - a ``(model, tokenizer)`` pair;
+            - TransformerLens' own model: a `TransformerBridge` (4.x) or a `HookedTransformer` (3.9, with norms folded
+              or not). It may stand alone if it has its tokenizer.
+
+            A `pathlib.Path` is always a folder or file. The model of a pair is wrapped in place: it switches to eager
+            attention, and its blocks become TransformerLens'. Factors on its logits and blocks (Cohere, Granite) move
+            from the configuration into the weights. Under TransformerLens 3.9, its weights are copied. A `PeftModel` is
+            copied, and the copy is merged. From a multimodal model, the language model is taken.
         adapter: Folder of a peft adapter to merge; not for TransformerLens' own models.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or torch's own; ``"auto"`` is the checkpoint's (of a GGUF
-            file float32); None means float32. A pair keeps its own under ``"auto"`` and None.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. ``"auto"`` takes the checkpoint's dtype,
+            which is float32 for a GGUF file. None means float32. A pair keeps its own dtype under ``"auto"`` and None.
         file: A ``.gguf`` file of the hub repository, or folder, that ``name_or_path`` names.
-        chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models that bring none.
-        template_options: What the chat template is given besides the prompt: ``system``, text of a system turn;
-            ``date``, what a template that writes the date takes for today (26 July 2024 by default, so that results
-            repeat); ``thinking``, how a model that thinks is read: ``"off"``, by the template's own switch, or
-            ``"closed"``, after an empty thinking block (by default off where there is a switch, otherwise closed where
-            the prompt would end in an open block); and any variable that the template reads, such as
-            ``enable_thinking``. Provenance keeps them.
-        on_tokenizer: Called with the tokenizer as soon as there is one, before anything slow, for checks of prompts
-            such as `PromptPairs.aligned`; an error that it raises ends the call.
+        chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models without one.
+        template_options: Options of the chat template besides the prompt. Provenance keeps them.
+
+            - ``system``: text of a system turn.
+            - ``date``: the day that the template writes as today. By default it is 26 July 2024, so that results
+              repeat.
+            - ``thinking``: how a model that thinks is read. ``"off"`` uses the template's own switch; ``"closed"``
+              reads after an empty thinking block. The default is ``"off"`` if the template has a switch. Otherwise it
+              is ``"closed"`` if the prompt would end in an open block.
+            - Any other variable that the template reads, such as ``enable_thinking``.
+        on_tokenizer: Called with the tokenizer as soon as there is one, before any slow step. It is meant for checks of
+            prompts, such as `PromptPairs.aligned`. An error that it raises ends the call.
 
     Returns:
         The model; never a tuple.
 
     Raises:
-        MechsafetyError: Unknown name, device or dtype; no chat template, or options that it does not take; a
-            checkpoint that does not fit its model; a kind of model that the analyses are not exact on; or a check that
-            failed, by its name.
+        MechsafetyError: The name, device or dtype is unknown; there is no chat template, or it does not take an option;
+            the checkpoint does not fit its model; the analyses are not exact on this kind of model; or a check failed,
+            which the message names.
     """
     kind = _dtype(dtype)
     place = _device(device)
@@ -75,7 +84,7 @@ def load_model(
     def prepare(name: str, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         nonlocal told
         ready, options = _prepared(chat_template, template_options, name, tokenizer)
-        if on_tokenizer is not None and not told:  # of a GGUF file that is converted now there are two
+        if on_tokenizer is not None and not told:  # a GGUF file that is converted now comes here twice
             on_tokenizer(ChatTokenizer(public_name(name), ready, options))
             told = True
         return ready, options
@@ -96,7 +105,7 @@ def load_model(
         model = model.to(place)
     if isinstance(kind, torch.dtype):
         model = model.to(kind)
-    # before the model is wrapped; a multimodal model's logits are those of the whole
+    # computed before the model is wrapped; for a multimodal model, with the whole model
     reference = None
     if not is_wrapped(model):
         reference = reference_logits(whole, tokenizer, options)
@@ -109,7 +118,7 @@ def load_model(
 def _prepared(
     chat_template: str | None, template_options: Mapping[str, Any] | None, name: str, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer as the model has it, and checked template options."""
+    """The tokenizer with its chat template and padding token, and the checked template options."""
     ready = _ready(tokenizer, chat_template, name)
     options = checked_options(ready, template_options)
     check_start_token(ready, options)
@@ -117,7 +126,7 @@ def _prepared(
 
 
 def _merged(source: Source, adapter: str | os.PathLike[str] | None) -> tuple[str, str | os.PathLike[str] | None]:
-    """What the model is called, and the adapter that is merged into it; None for none, and for a `PeftModel`'s own."""
+    """The model's name in results, and the adapter to merge; None if there is none or if a `PeftModel` holds it."""
     if adapter is not None and source.adapter is not None:
         raise MechsafetyError(
             f"the model {source.adapter.name!r} is an adapter, and adapter={adapter!r} was given",
@@ -138,14 +147,15 @@ def _merged(source: Source, adapter: str | os.PathLike[str] | None) -> tuple[str
 def _ready(tokenizer: Any, chat_template: str | None, name: str) -> Any:
     """The tokenizer with a chat template and a padding token.
 
-    A copy where either is set: the caller's own, and the models that were loaded with it, keep theirs.
+    If either is set here, the result is a copy. The caller's tokenizer, and models that were loaded with it, keep
+    their own.
     """
     if not tokenizer.is_fast:
         raise MechsafetyError("a slow tokenizer", expected="a fast one (spans need character offsets)")
     if chat_template is not None or (tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None):
         tokenizer = tokenizer_copy(tokenizer)
     if chat_template is not None:
-        # a start token that the tokenizer would add by itself is not in a rendered text
+        # a rendered text lacks the start token that the tokenizer would add by itself
         start = "{{ bos_token }}" if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
         tokenizer.chat_template = start + PLAIN_TEMPLATE if chat_template == "plain" else chat_template
     if not tokenizer.chat_template:

@@ -1,7 +1,7 @@
 """How many rows x columns of variants the engine runs at once: as many as the machine's memory allows, within bounds.
 
-What else runs on the machine has no say in it, so that the same call rounds alike every time; only where too little is
-free for that are batches smaller.
+The number depends on the machine's whole memory, not on what other programs use. The same call therefore rounds the
+same way every time. Only if too little memory is free are the batches smaller.
 """
 
 import functools
@@ -18,20 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # on a CPU larger batches gain nothing; on a GPU they do
 CPU_TOKENS = 2048
 GPU_TOKENS = 65536
-# of the whole memory; on a CPU others need it too, so never more than a gibibyte
+# share of the whole memory; on a CPU never more than a gibibyte, because other programs need memory too
 SHARE = 0.25
 CPU_BYTES = 2**30
-# of the free memory, where that share is not free
+# share of the free memory, used if SHARE of the whole memory is not free
 FREE_SHARE = 0.5
 
 logger = logging.getLogger(__name__)
 
 
 class Allocated(TorchDispatchMode):
-    """Context that counts the bytes of all new tensors, views not counted: what a run would hold if it freed nothing.
+    """Context that counts the bytes of all new tensors, without views: what a run would hold if it freed nothing.
 
     Args:
-        weights: Tensors whose copies are not counted: their size does not depend on the batch.
+        weights: Tensors whose copies are not counted, because their size does not depend on the batch.
 
     Attributes:
         total: Bytes so far.
@@ -75,7 +75,7 @@ def batch_tokens(device: torch.device, bytes_per_token: float) -> int:
 
 
 def batch_bytes(device: torch.device) -> int:
-    """Memory that a batch may take: a share of the device's, or of what is free where that share is not."""
+    """Bytes that a batch may take: a share of the device's memory, or of its free memory if that share is not free."""
     total, free = _memory(device)
     wanted = SHARE * total if device.type == "cuda" else min(SHARE * total, CPU_BYTES)
     if wanted <= free:
@@ -93,7 +93,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes that the device has, and how many of them are free."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # torch keeps what it has freed for itself
+        # torch keeps freed memory reserved for itself
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil
 

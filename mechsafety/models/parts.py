@@ -9,7 +9,7 @@ def has_node(model: LensModel, node: Node) -> bool:
     """Whether the model has this node; every model has ``embed`` and ``logits``.
 
     Raises:
-        MechsafetyError: A neuron, in a mixture of experts.
+        MechsafetyError: The node is a neuron, and the model is a mixture of experts.
     """
     if node.kind == "neuron":
         model.check_neurons()
@@ -21,7 +21,7 @@ def check_patchable(model: LensModel, node: Node) -> None:
     """Refuse a node whose value cannot be replaced in a run.
 
     Raises:
-        MechsafetyError: ``embed``, ``logits``, no node at all, or one that the model lacks.
+        MechsafetyError: The node is ``embed`` or ``logits``, it is not a `Node`, or the model lacks it.
     """
     if not isinstance(node, Node) or node.kind not in NODE_SITES:
         raise MechsafetyError(

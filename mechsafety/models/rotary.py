@@ -1,8 +1,9 @@
 """Rotary embeddings whose angles depend on a row's length, computed for each row by itself.
 
-Hugging Face chooses the angles of two kinds by the longest row of a batch: ``longrope`` (Phi-3) takes other frequencies
-beyond a length, ``dynamic`` scales them with the length, and also remembers the longest batch so far. A long prompt
-would change the numbers of a short one beside it or after it. Here rows that need other angles are computed apart.
+For two kinds of rotary embedding, Hugging Face chooses the angles by the longest row of a batch. ``longrope`` (Phi-3)
+takes other frequencies beyond a certain length. ``dynamic`` scales the frequencies with the length, and also remembers
+the longest batch so far. A long prompt would therefore change the numbers of a short prompt beside it or after it. This
+module computes rows with different angles separately.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,11 @@ _KINDS = ("dynamic", "longrope")
 
 
 class RowByRow(nn.Module):
-    """What is put before a rotary embedding's own class.
+    """Base class that is put before a rotary embedding's own class.
 
     Attributes:
-        row_lengths: Lengths of the rows where a call holds only their first columns; None where it holds the last.
+        row_lengths: Full lengths of the rows, set if a call holds only their first columns. None if a call holds their
+            last column.
     """
 
     row_lengths: Int[Tensor, " batch"] | None = None
@@ -28,7 +30,7 @@ class RowByRow(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [batch pos d_rotary], each row's for its own length."""
         whole = position_ids.max(1).values + 1 if self.row_lengths is None else self.row_lengths
-        # one more column, cut off again: the class reads the length from the largest position
+        # one more column, which is cut off again, because the class reads the length from the largest position
         positions = torch.cat([position_ids, (whole - 1)[:, None].to(position_ids)], 1)
         keys = _keys(self, layer_type, whole.tolist())
         out: list[Tensor] = []
@@ -45,7 +47,7 @@ class RowByRow(nn.Module):
         return out[0], out[1]
 
     def _forget(self, layer_type: str | None) -> None:
-        """The state of a new module: ``dynamic`` keeps the angles of the longest batch so far."""
+        """Reset the module to its first state, because ``dynamic`` keeps the angles of the longest batch so far."""
         start = "" if layer_type is None else f"{layer_type}_"
         own = getattr(self, f"{start}inv_freq")
         setattr(self, f"{start}inv_freq", getattr(self, f"{start}original_inv_freq").to(own.device).clone())
@@ -53,7 +55,7 @@ class RowByRow(nn.Module):
 
 
 def row_by_row(model: nn.Module) -> list[RowByRow]:
-    """Let a model's rotary embeddings compute each row by itself; those whose angles depend on the length, if any."""
+    """Let the rotary embeddings whose angles depend on the length compute each row by itself; return them."""
     found: list[Any] = [m for m in model.modules() if any(kind in _KINDS for _, kind in _kinds(m))]
     for module in found:
         if not isinstance(module, RowByRow):
@@ -63,7 +65,7 @@ def row_by_row(model: nn.Module) -> list[RowByRow]:
 
 @contextmanager
 def of_lengths(modules: Sequence[RowByRow], lengths: Int[Tensor, " batch"]) -> Iterator[None]:
-    """Context in which first columns get the angles of rows of these lengths."""
+    """Context in which the first columns of rows get the angles of these full lengths."""
     try:
         for module in modules:
             module.row_lengths = lengths
@@ -74,27 +76,27 @@ def of_lengths(modules: Sequence[RowByRow], lengths: Int[Tensor, " batch"]) -> I
 
 
 def rotation(modules: Sequence[RowByRow], lengths: Int[Tensor, " batch"]) -> tuple[Any, ...]:
-    """For each row, what its angles depend on; empty where they never change."""
+    """One entry per row: what its angles depend on; empty if they never change."""
     rows = lengths.tolist() if modules else []
     return tuple(zip(*(_keys(m, layer_type, rows) for m in modules for layer_type, _ in _kinds(m)), strict=True))
 
 
 def n_positions(config: Any, n_ctx: int) -> int:
-    """Longest row that a model is made for: ``dynamic`` angles reach beyond the configuration's positions."""
+    """Longest row that a model is made for; with ``dynamic`` angles, more than the configuration's positions."""
     rope = getattr(config, "rope_parameters", None) or {}
     return int(n_ctx * rope.get("factor", 1.0)) if rope.get("rope_type") == "dynamic" else n_ctx
 
 
 def _kinds(module: nn.Module) -> list[tuple[str | None, str]]:
-    """Kinds of angles by the layers that they are for; None for all layers. Empty for other modules."""
-    kind = vars(module).get("rope_type")  # its own: TransformerLens' wrappers pass on their module's attributes
+    """Pairs of layer type (None means all layers) and kind of angles; empty if a module is no rotary embedding."""
+    kind = vars(module).get("rope_type")  # its own attribute: TransformerLens' wrappers pass on those of their module
     if isinstance(kind, dict):
         return [(layer_type, one) for layer_type, one in kind.items() if one]
     return [(None, kind)] if isinstance(kind, str) else []
 
 
 def _keys(module: Any, layer_type: str | None, lengths: Sequence[int]) -> list[int]:
-    """Rows of one key have the same angles."""
+    """One key per row; rows with the same key have the same angles."""
     kind = dict(_kinds(module))[layer_type]
     if kind == "longrope":
         rope = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]

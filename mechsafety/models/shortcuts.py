@@ -7,16 +7,16 @@ from mechsafety.errors import MechsafetyError
 
 @dataclass(frozen=True, slots=True)
 class Shortcuts:
-    """What the forward engine leaves out; results are the same with each on or off.
+    """Which work the forward engine leaves out; results are the same with each shortcut on or off.
 
-    A model carries one (`LensModel.shortcuts`); stored runs keep the one they were made under. At load each is tested
-    on the model itself, and one that is not exact there is off from the start.
+    Every model has one `Shortcuts` (`LensModel.shortcuts`). A stored run keeps the `Shortcuts` that it was made with.
+    At load, each shortcut is tested on the model itself. A shortcut that is not exact there is off from the start.
 
     Attributes:
         shared_prefix: Keys and values of the columns before the first difference are computed once, for both runs of a
             pair and all their variants. Off: every run computes them again.
-        start_layer: Blocks before the first edited one are not run; the stream enters from the stored run. Off: every
-            run starts at the first block.
+        start_layer: Blocks before the first edited one are not run; the residual stream comes from the stored run. Off:
+            every run starts at the first block.
         drop_positions: Columns before the first difference are not run in variants. Off: every run has all columns
             (and needs no keys and values from before).
         last_logits: The unembedding is applied to the last column only. Off: to every column.
@@ -35,14 +35,14 @@ class Shortcuts:
 
     @property
     def on(self) -> tuple[str, ...]:
-        """Names of those that are on."""
+        """Names of the shortcuts that are on."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
 
     def without(self, *names: str) -> "Shortcuts":
-        """The same with some switched off.
+        """The same with some shortcuts switched off.
 
         Raises:
-            MechsafetyError: A name that is none of them.
+            MechsafetyError: A name is not a shortcut.
         """
         unknown = [name for name in names if name not in _names()]
         if unknown:
@@ -56,7 +56,7 @@ class Shortcuts:
 
     @classmethod
     def only(cls, name: str) -> "Shortcuts":
-        """One on, and what it needs: a kept prefix shows only where columns are dropped."""
+        """One shortcut on, with what it needs: a shared prefix has an effect only if columns are dropped."""
         needed = {name, "drop_positions"} if name == "shared_prefix" else {name}
         on = cls().without(name).on  # an unknown name is an error there
         return cls().without(*(other for other in (*on, name) if other not in needed))

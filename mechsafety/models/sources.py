@@ -1,7 +1,7 @@
 """What may be given as a model: a name, a folder, a file, an adapter, or a model in memory.
 
-Each is opened without its weights. What a configuration, a tokenizer or a file's header already shows to be impossible
-is said before any weight is read.
+Each is opened without its weights. If a configuration, a tokenizer or a file's header already shows that it cannot be
+used, the error comes before any weight is read.
 """
 
 import os
@@ -25,18 +25,19 @@ from mechsafety.models.kinds import DECODER, check_kind, is_multimodal, text_par
 from mechsafety.models.lens_model import LensModel
 
 WANTED = "'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens model"
-# buffers of older checkpoints that today's models make for themselves, and the value head that trainers leave behind
+# tensors that a checkpoint may hold although the model does not read them: buffers that today's models make themselves,
+# and the value head that trainers leave behind
 HARMLESS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|inv_freq|position_ids|attn\.(masked_bias|embed_positions)"
     r"|attention\.(masked_bias|embed_positions)|(attn|attention)\.bias|scale_attn)$|^v_head\."
 )
-# the embedded model and what is merged into it
+# names of the embedded model, each with the adapter that is merged into it
 DEMO = {"demo": "refusal", "demo-helpful": "helpful", "demo-base": None}
-# code that comes with a checkpoint is not run, and nobody is asked whether it should be
+# code that comes with a checkpoint is never run, and the user is not asked about it
 _OWN_CODE = {"trust_remote_code": False}
 
 
-# called with what a model is called and its tokenizer; raises what speaks against them
+# called with a model's name and its tokenizer; raises an error if they cannot be used
 Prepare = Callable[[str, Any], Any]
 
 
@@ -45,14 +46,15 @@ class Source:
     """A model as it was given.
 
     Attributes:
-        name: What it was given as.
-        shown: What it is called in results; no machine's folders.
-        model: With its weights, if it was handed over; otherwise without (on the meta device), for checks.
+        name: The name, folder or file that was given.
+        shown: Its name in results, which holds no folders of this machine.
+        model: The model. A model that was given in memory has its weights. Any other has none (it is on the meta
+            device) and serves for checks.
         tokenizer: Its tokenizer.
         read: Reads the model with its weights, in a dtype or ``"auto"``.
-        adapter: The folder of the adapter that was given as the model, if one was.
+        adapter: Folder of the adapter, if an adapter was given as the model.
         embedded: Whether it is the embedded model.
-        in_memory: Whether it was handed over.
+        in_memory: Whether it was given in memory.
     """
 
     name: str
@@ -71,11 +73,11 @@ def open_source(given: Any, file: str | None, chat_template: str | None, prepare
     Args:
         given: As `load_model` takes it.
         file: A GGUF file of the hub repository or folder that ``given`` names.
-        chat_template: As `load_model` takes it: where a file brings none, one has to be given.
-        prepare: Looks at the tokenizer of a GGUF file before the file is de-quantised.
+        chat_template: As `load_model` takes it. It must be given if a GGUF file has none.
+        prepare: Checks the tokenizer of a GGUF file before the file is de-quantised.
 
     Raises:
-        MechsafetyError: It is no model, or none that the analyses are exact on.
+        MechsafetyError: ``given`` is not a model, or the analyses are not exact on it.
     """
     if file is not None:
         return _open_gguf(*_file_of(given, file), chat_template, prepare)
@@ -131,7 +133,7 @@ def _open_folder(name: str, source: str, tokenizer_from: Any = None) -> Source:
 
 
 def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str) -> Any:
-    """The model with its weights, all of which are the checkpoint's."""
+    """The model with its weights; every weight comes from the checkpoint."""
     with _named(name):
         model, report = kind.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **_OWN_CODE
@@ -141,10 +143,10 @@ def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str) ->
 
 
 def check_class(model: Any) -> None:
-    """Refuse a Hugging Face model of a class that the analyses are not exact on, or that TransformerLens does not know.
+    """Refuse a Hugging Face model on which the analyses are not exact, or that TransformerLens does not know.
 
     Raises:
-        MechsafetyError: What it is, and what is taken.
+        MechsafetyError: The model is such a model. The message says what it is and what is accepted.
     """
     part = text_part(model)
     check_kind(part)
@@ -153,7 +155,7 @@ def check_class(model: Any) -> None:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Turn an error of the libraries underneath into one line."""
+    """Context that turns an error of another library into a `MechsafetyError` of one line."""
     try:
         yield
     except MechsafetyError:
@@ -163,7 +165,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _auto_class(config: Any) -> Any:
-    """The class of transformers that loads a checkpoint; for a multimodal model that of the whole."""
+    """The class of transformers that loads a checkpoint; for a multimodal model, the class of the whole model."""
     import transformers
 
     named = (config.architectures or [""])[0]
@@ -173,15 +175,16 @@ def _auto_class(config: Any) -> Any:
 
 
 def _check_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not those of its model: transformers fills gaps with random numbers.
+    """Refuse a checkpoint whose tensors are not those of its model; transformers would fill gaps with random numbers.
 
     Args:
         name: What the user gave.
         model: The loaded model.
-        report: What `from_pretrained` says under ``output_loading_info``.
+        report: The loading info that `from_pretrained` returns under ``output_loading_info``.
 
     Raises:
-        MechsafetyError: How many tensors are missing, unread or of another shape, with the name of one of each.
+        MechsafetyError: Tensors are missing, unread or of another shape. The message gives the number of each kind, and
+            one name.
     """
     unread = [key for key in report["unexpected_keys"] if not HARMLESS.search(key)]
     shapes = {key: f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]}
@@ -203,7 +206,7 @@ def _check_complete(name: str, model: Any, report: Mapping[str, Any]) -> None:
 
 
 def public_name(name: str) -> str:
-    """A local path is shortened to its last part, so that no machine's folders end up in results."""
+    """A model's name for results; a local path is shortened to its last part, so that results hold no folders."""
     return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
@@ -211,26 +214,26 @@ def public_name(name: str) -> str:
 
 
 def _open_gguf(name: str, path: Path, chat_template: str | None, prepare: Prepare) -> Source:
-    """A GGUF file, by way of the folder that is kept of it."""
+    """A GGUF file, opened through the folder into which it was converted."""
     from transformers import PreTrainedTokenizerFast
 
     header = read_header(path)
     if chat_template is None and TEMPLATE not in header.values:
-        raise no_template(name)  # to convert a tokenizer takes long
+        raise no_template(name)  # before the tokenizer is converted, which takes long
 
     folder = gguf_folder(header, partial(_check_unread, name, prepare))
-    # not the class that the configuration names: it may split text otherwise than the file says
+    # not the tokenizer class that the configuration names: it may split text differently from the file's settings
     return _open_folder(name, str(folder), PreTrainedTokenizerFast)
 
 
 def _check_unread(name: str, prepare: Prepare, model: Any, tokenizer: Any) -> None:
-    """Refuse what a file's model without weights, or its tokenizer, shows to be impossible."""
+    """Refuse a GGUF file if its model (without weights) or its tokenizer already shows that it cannot be used."""
     check_class(model)
     prepare(name, tokenizer)
 
 
 def _file_of(given: Any, file: str) -> tuple[str, Path]:
-    """Name and path of a file in a folder, or in a repository on the hub (or in the local copy of one)."""
+    """Name and path of a file in a folder, or in a repository on the hub (or in its local copy)."""
     if not str(file).lower().endswith(".gguf"):
         raise MechsafetyError(f"file={str(file)!r}", expected="the name of a .gguf file")
     if not isinstance(given, str | os.PathLike) or is_embedded(given):
@@ -255,7 +258,7 @@ def _file_of(given: Any, file: str) -> tuple[str, Path]:
 
 
 def no_template(name: str) -> MechsafetyError:
-    """What is said of a base model."""
+    """The error for a model without a chat template."""
     return MechsafetyError(
         f"{name} has no chat template",
         expected="a chat model",
@@ -271,7 +274,7 @@ def _open_adapted(base: str, folder: Path, chat_template: str | None, prepare: P
     from transformers import AutoTokenizer
 
     tokenizer = None
-    if (folder / "tokenizer_config.json").is_file():  # what it was trained with
+    if (folder / "tokenizer_config.json").is_file():  # the tokenizer that the adapter was trained with
         with _named(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN_CODE)
         chat_template, prepare = "its own", partial(_instead, prepare, tokenizer)
@@ -285,7 +288,7 @@ def _open_adapted(base: str, folder: Path, chat_template: str | None, prepare: P
 
 
 def _instead(prepare: Prepare, tokenizer: Any, name: str, base: Any) -> None:
-    """Look at an adapter's tokenizer where its base model brings one."""
+    """Check an adapter's tokenizer instead of its base model's."""
     prepare(name, tokenizer)
 
 
@@ -297,7 +300,7 @@ def _read_base(folder: Path, source: Source, dtype: torch.dtype | str) -> Any:
 
 
 def _of_base(folder: Path, error: MechsafetyError) -> MechsafetyError:
-    """What is wrong with the base model of an adapter."""
+    """The error of an adapter's base model, with the adapter's name added."""
     return MechsafetyError(
         f"the base model of the adapter {folder.name!r}: {error.problem}",
         expected=error.expected,
@@ -309,7 +312,7 @@ def _of_base(folder: Path, error: MechsafetyError) -> MechsafetyError:
 
 
 def _open_memory(given: Any) -> Source:
-    """A model that was handed over."""
+    """A model that was given in memory."""
     model, tokenizer = _pair(given)
     base = model.get_base_model() if is_peft(model) else model
     if not is_wrapped(base):
@@ -319,7 +322,7 @@ def _open_memory(given: Any) -> Source:
 
 
 def _pair(given: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of what was handed over in memory."""
+    """Model and tokenizer of a model that was given in memory."""
     if isinstance(given, LensModel):
         raise MechsafetyError(f"{given.name} is loaded already", hint="use it as it is")
     alone = not isinstance(given, tuple)
@@ -327,7 +330,7 @@ def _pair(given: Any) -> tuple[Any, Any]:
     if not isinstance(model, torch.nn.Module) or not hasattr(tokenizer, "apply_chat_template"):
         kinds = f"a tuple of {tuple(type(item).__name__ for item in given)}"
         raise MechsafetyError(kinds, expected="(Hugging Face model, tokenizer)")
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):  # of a multimodal model
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):  # the processor of a multimodal model
         raise MechsafetyError(f"a {type(tokenizer).__name__} as tokenizer", hint="pass processor.tokenizer")
     if is_wrapped(model):
         return model, tokenizer
@@ -345,7 +348,7 @@ def _pair(given: Any) -> tuple[Any, Any]:
 
 
 def _own_tokenizer(model: Any) -> Any:
-    """The tokenizer that a TransformerLens model brings."""
+    """The tokenizer that a TransformerLens model holds."""
     if not isinstance(model, torch.nn.Module):
         hint = "write (model, tokenizer)" if isinstance(model, list) else ""
         raise MechsafetyError(f"a {type(model).__name__} was given as the model", expected=WANTED, hint=hint)
@@ -355,6 +358,6 @@ def _own_tokenizer(model: Any) -> Any:
 
 
 def _name(model: Any) -> str:
-    """What a model that was handed over is called."""
+    """Name of a model that was given in memory."""
     own = wrapped_name(model) if is_wrapped(model) else getattr(model.config, "_name_or_path", "")
     return own or type(model).__name__

@@ -1,4 +1,4 @@
-"""Whether a model is still what it was when something was stored about it: the same one, its edits, its weights."""
+"""Whether a model is unchanged since a run was stored: the same model, the same edits, the same weights."""
 
 import itertools
 import weakref
@@ -12,7 +12,8 @@ from torch import nn
 from mechsafety.models.backend import use_of
 
 _NUMBERS = itertools.count(1)
-# where each parameter hangs: to walk all modules takes as long as a small model's forward
+# the dictionary and name under which each parameter is found; walking all modules takes as long as a small model's
+# forward
 _PLACES: "weakref.WeakKeyDictionary[nn.Module, list[tuple[MutableMapping[str, Any], str]]]" = (
     weakref.WeakKeyDictionary()
 )
@@ -20,7 +21,7 @@ _PLACES: "weakref.WeakKeyDictionary[nn.Module, list[tuple[MutableMapping[str, An
 
 @contextmanager
 def open_edit(module: nn.Module, by_column: bool = False) -> Iterator[None]:
-    """Context in which the model counts as edited, through whichever of its wrappers; see `LensModel.hooks`."""
+    """Context in which the model counts as edited, whichever of its wrappers is used; see `LensModel.hooks`."""
     edits, edit = use_of(module).edits, (next(_NUMBERS), by_column)
     edits.append(edit)
     try:
@@ -30,13 +31,13 @@ def open_edit(module: nn.Module, by_column: bool = False) -> Iterator[None]:
 
 
 def open_edits(module: nn.Module) -> tuple[int, ...]:
-    """Numbers of the edits that are open, each given once a process."""
+    """Numbers of the open edits; a process gives each number only once."""
     return tuple(number for number, _ in use_of(module).edits)
 
 
 def tells_columns_apart(module: nn.Module) -> bool:
     """Whether an open edit may depend on which columns a forward has."""
-    with use_of(module).lock:  # other threads' edits have ended then
+    with use_of(module).lock:  # under the lock no other thread has an open edit
         return not all(by_column for _, by_column in use_of(module).edits)
 
 
@@ -45,10 +46,10 @@ class ModelState:
     """A model as it is at one moment.
 
     Attributes:
-        module: It.
+        module: The model.
         edits: Numbers of its open edits.
-        weights: Hash of which parameters it has, and of how often each was written to. A change behind autograd's
-            back (``parameter.data``) is not seen.
+        weights: Hash of which parameters it has, and of how often each was written to. A change that autograd does not
+            count (through ``parameter.data``) is not seen.
     """
 
     module: "weakref.ref[nn.Module]"
@@ -57,14 +58,14 @@ class ModelState:
 
     @classmethod
     def of(cls, module: nn.Module) -> "ModelState":
-        """Its state now."""
+        """The state of a model now."""
         return cls(weakref.ref(module), open_edits(module), _weights(module))
 
     def difference(self, module: nn.Module) -> str:
-        """What differs in a model from this state, in words; empty if nothing does."""
+        """How a model now differs from this state, in words; empty if it does not."""
         if self.module() is not module:
             return "another model made them"
-        with use_of(module).lock:  # other threads' edits have ended then
+        with use_of(module).lock:  # under the lock no other thread has an open edit
             if self.edits != open_edits(module):
                 return "the model was edited, or an edit ended, since they were stored"
             return "" if self.weights == _weights(module) else "the model's weights changed since they were stored"
@@ -79,5 +80,5 @@ def _weights(module: nn.Module) -> int:
 
 
 def _mark(parameter: Any) -> tuple[int, int]:
-    # tensors of inference mode count no writes
+    # tensors of inference mode do not count writes
     return (id(parameter), 0 if parameter is None or parameter.is_inference() else parameter._version)

@@ -13,16 +13,16 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# what a template writes as today: a fixed day, or the same seed would give other numbers tomorrow
+# the day that a template writes as today; it is fixed, so that the same seed gives the same numbers on every day
 DATE = datetime.date(2024, 7, 26)
 # a marker that no template adds by itself, to find where the instruction stands in the rendered text
 _MARK = "\u2042instruction\u2042"
 # options that are not template variables of the same name
 _SYSTEM, _DATE, _THINKING = "system", "date", "thinking"
-# where a model that thinks before it replies is read: with thinking switched off by the template's own switch, or
-# after a thinking block that is closed and empty
+# how a model that thinks before it replies is read: "off" uses the template's own switch, "closed" reads after a
+# thinking block that is closed and empty
 THINKING = ("off", "closed")
-# names of such a switch, a variable that the template reads: Qwen-3 and SmolLM3; Granite and DeepSeek-V3.1
+# template variables that are such a switch: the first in Qwen-3 and SmolLM3, the second in Granite and DeepSeek-V3.1
 _SWITCHES = ("enable_thinking", "thinking")
 # what opens and closes a thinking block
 _BLOCKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
@@ -32,21 +32,21 @@ def render(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> tuple[str
     """One user turn as the chat template writes it, ready for the reply.
 
     Args:
-        tokenizer: Hugging Face's, with a chat template.
+        tokenizer: A Hugging Face tokenizer with a chat template.
         prompt: What the user says.
         options: What `checked_options` returned.
 
     Returns:
-        The text, and where in it the prompt begins and ends (characters), without the white space that the template
-        takes from its ends.
+        The text, and where in it the prompt begins and ends (characters). White space that the template strips from the
+        ends of the prompt is not counted.
 
     Raises:
-        MechsafetyError: A template that is broken, that refuses the prompt, or that rewrites it.
+        MechsafetyError: The template is broken, refuses the prompt, or rewrites it.
     """
     text, marked = _text(tokenizer, prompt, options), _text(tokenizer, _MARK, options)
     before, mark, after = marked.partition(_MARK)
     start = len(before)
-    # what follows the prompt says where it ends, unless the template writes something else behind this prompt
+    # the text after the prompt shows where the prompt ends, unless the template writes another text after this prompt
     whole = [text[start : len(text) - len(after)]] if text.endswith(after) else [prompt, prompt.strip()]
     content = next((c for c in whole if text.startswith(c, start) and c.strip() == prompt.strip()), None)
     if not mark or content is None:
@@ -58,20 +58,20 @@ def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[s
     """Template options in the form that provenance keeps.
 
     Args:
-        tokenizer: Hugging Face's, with a chat template.
-        options: ``system``: text of a system turn before the prompt; ``date``: what the template writes as today, a
-            `datetime.date` or ``"2024-07-26"``; ``thinking``, of a template that thinks: ``"off"``, by the template's
-            own switch, or ``"closed"``, after a closed and empty thinking block; any other name is a variable that the
-            template reads, such as ``enable_thinking``.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        options: ``system`` is the text of a system turn before the prompt. ``date`` is the day that the template writes
+            as today: a `datetime.date` or ``"2024-07-26"``. ``thinking`` is for a template that thinks. ``"off"`` uses
+            the template's own switch; ``"closed"`` reads after a closed and empty thinking block. Any other name is a
+            variable that the template reads, such as ``enable_thinking``.
 
     Returns:
-        The options. Where neither ``thinking`` nor the template's own switch is given, and a prompt would otherwise end
-        where the model begins to think, ``thinking`` is in them as well: ``"off"`` where the template has a switch,
+        The options. ``thinking`` is added if neither it nor the template's own switch is given and a prompt would
+        otherwise end where the model begins to think. The added value is ``"off"`` if the template has a switch,
         otherwise ``"closed"``.
 
     Raises:
-        MechsafetyError: An option that the template does not read, that JSON cannot hold, a system text for a template
-            without a system turn, or ``thinking`` for one that does not think.
+        MechsafetyError: The template does not read an option; JSON cannot hold it; a system text is given for a
+            template without a system turn; or ``thinking`` is given for a template that does not think.
     """
     given = dict(options or {})
     if isinstance(given.get(_DATE), datetime.date):
@@ -95,10 +95,10 @@ def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[s
 
 
 def _with_thinking(tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with the default of ``thinking`` where none is given and a prompt would end in thought.
+    """The options, with a default for ``thinking`` if it is not given and a prompt would end in a thinking block.
 
     Raises:
-        MechsafetyError: A way of reading that the template does not offer.
+        MechsafetyError: The template does not offer the given way of reading.
     """
     switch, block, asked = _switch(tokenizer), _block(tokenizer), options.get(_THINKING)
     ways = [*(["off"] if switch else []), *(["closed"] if block else [])]
@@ -128,7 +128,7 @@ def _switch(tokenizer: Any) -> str:
 
 
 def _block(tokenizer: Any) -> tuple[str, str] | None:
-    """What opens and closes a thinking block of this template; None where it knows of none."""
+    """The tags that open and close a thinking block of this template; None if it has no such block."""
     source = tokenizer.get_chat_template()
     return next((pair for pair in _BLOCKS if any(tag in source for tag in pair)), None)
 
@@ -142,7 +142,7 @@ def _opened(text: str, block: tuple[str, str] | None) -> bool:
 
 
 def _closed(text: str, block: tuple[str, str]) -> str:
-    """A chat prompt that goes on with a closed and empty thinking block, as Qwen-3's template writes it."""
+    """A chat prompt with a closed and empty thinking block at its end, as Qwen-3's template writes it."""
     start, end = block
     shown = text.rstrip()
     if shown.endswith(end):
@@ -151,9 +151,9 @@ def _closed(text: str, block: tuple[str, str]) -> str:
 
 
 def tokenizer_copy(tokenizer: Any) -> Any:
-    """A tokenizer with special tokens and a chat template of its own, and the same vocabulary.
+    """A copy of a tokenizer with special tokens and a chat template of its own, and the same vocabulary.
 
-    The vocabulary is not copied: for 150,000 tokens that takes seconds. Nothing may be added to it.
+    The vocabulary is shared, because copying 150,000 tokens takes seconds. No token may be added to it.
     """
     vocabulary = tokenizer.backend_tokenizer
     return copy.deepcopy(tokenizer, {id(vocabulary): vocabulary})
@@ -180,8 +180,9 @@ def _check_system(tokenizer: Any, options: Mapping[str, Any]) -> None:
 def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
     """The rendered text.
 
-    transformers' ``apply_chat_template`` turns functions among its arguments into text, so a template that calls
-    ``strftime_now`` could be given no other day: its compiled template is rendered here, with the same variables.
+    transformers' ``apply_chat_template`` turns functions among its arguments into text. A template that calls
+    ``strftime_now`` could therefore not be given another day. This function renders the compiled template itself, with
+    the same variables.
     """
     rest = {name: value for name, value in options.items() if name not in (_SYSTEM, _DATE)}
     thinking = rest.pop(_THINKING) if rest.get(_THINKING) in THINKING else None
@@ -213,7 +214,7 @@ def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
 
 
 def _compiled(tokenizer: Any) -> Any:
-    """The chat template in the sandbox of transformers, which keeps compiled templates."""
+    """The chat template, compiled in transformers' sandbox; transformers keeps compiled templates."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(tokenizer.get_chat_template())
@@ -221,7 +222,7 @@ def _compiled(tokenizer: Any) -> Any:
 
 def _variables(tokenizer: Any) -> set[str]:
     """Names of the options that this template knows."""
-    _text(tokenizer, _MARK, {})  # a broken template says so here
+    _text(tokenizer, _MARK, {})  # a broken template raises its error here
     names = set(_names(tokenizer.get_chat_template()))
     if names & {"date_string", "strftime_now"}:
         names.add(_DATE)
@@ -231,7 +232,7 @@ def _variables(tokenizer: Any) -> set[str]:
 
 @functools.cache
 def _names(source: str) -> frozenset[str]:
-    """What a template reads of what it is given; ``strftime_now`` too where it is named at all."""
+    """The variables that a template reads, and ``strftime_now`` if the template names it anywhere."""
     from jinja2 import meta, nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

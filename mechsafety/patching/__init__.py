@@ -1,4 +1,4 @@
-"""Exact interventions: activation patching, and the masked runs that circuits are measured by."""
+"""Exact interventions: activation patching, path patching, and the masked runs by which circuits are measured."""
 
 from mechsafety.patching.activation import PatchMap, activation_patching
 from mechsafety.patching.masks import (

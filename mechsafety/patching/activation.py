@@ -35,7 +35,7 @@ from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
-# pairs x columns that are patched at once, so that many pairs need no more memory than these
+# pairs x columns that are patched at once, so that memory does not grow with the number of pairs
 BATCH_TOKENS = 1024
 PatchDirection = Literal["noising", "denoising"]
 
@@ -49,12 +49,13 @@ class PatchMap(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        nodes: What was patched, one row each.
+        nodes: What was patched in each row.
         changes: Change of the metric towards the source run when the node is patched, in metric units (nats).
         harmful, harmless: Metric of the unpatched runs.
         direction: ``noising`` (the harmful run gets harmless values) or ``denoising`` (the reverse).
-        positions: Where: ``all``, a span, ``each`` or a list of positions.
-        row_positions: For ``each``: the position of each row, counted from the end (-1 is the last token); else None.
+        positions: Where values were patched: ``all``, a span, ``each`` or a list of positions.
+        row_positions: With ``each``, the position of each row, counted from the end (-1 is the last token); otherwise
+            None.
         source: Where replacement values come from: ``other``, ``mean``, ``resample`` or ``zero``.
     """
 
@@ -74,7 +75,7 @@ class PatchMap(Result):
 
     @property
     def gap(self) -> float:
-        """Mean metric on harmful less on harmless prompts."""
+        """Mean metric on harmful prompts minus that on harmless prompts."""
         return mean_gap(self.harmful, self.harmless)
 
     @property
@@ -83,7 +84,7 @@ class PatchMap(Result):
         return self.changes.mean(dim=1) / self.gap
 
     def intervals(self, seed: int = 0) -> list[tuple[float, float]]:
-        """95 % interval of each effect over prompts; the gap varies with it (`ratio_intervals`)."""
+        """95 % interval of each effect over prompts; it counts the variation of the gap too (`ratio_intervals`)."""
         return effect_intervals(self.changes, self.harmful - self.harmless, seed)
 
     def p_values(self, seed: int = 0) -> list[float]:
@@ -91,7 +92,7 @@ class PatchMap(Result):
         return effect_p_values(self.changes, seed)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a node: effect (share of the gap), interval, adjusted p."""
+        """One row per node (and position): effect (share of the gap), interval, adjusted p."""
         rows = {
             "node": [str(node) for node in self.nodes],
             "kind": [str(node.kind) for node in self.nodes],
@@ -127,29 +128,33 @@ def activation_patching(
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; or their stored runs (which must hold the activations that
-            are patched).
+        pairs: Pairs, of which only those that align are used; or their stored runs, which must hold the activations
+            that are patched.
         metric: What is measured.
-        nodes: What to patch: heads, MLPs and neurons (`Node`), or any `Site`: residual stream before, between and
-            after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head), ``pattern``,
-            ``neurons``; with an index one head or neuron of it. Every head and MLP by default.
+        nodes: What to patch: heads, MLPs and neurons (`Node`), or any `Site`. Sites are the residual stream before,
+            between and after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head),
+            ``pattern`` and ``neurons``. A site with an index is one head or neuron. By default every head and MLP is
+            patched.
         direction: ``noising``: the harmful run is edited with the harmless run's values; ``denoising``: the reverse.
-        positions: ``all`` (every token), a span (``prefix``, ``instruction``, ``suffix``), ``each`` (one row for each
-            position), or positions counted from the end (negative), patched together. With ``source="other"`` ``each``
-            and listed positions begin at the first difference: before it both prompts have the same values.
-        source: ``other``: the other prompt of the pair; ``mean``: the mean of the other prompts of all pairs of the
-            same token length, position by position; ``resample``: the other prompt of another pair of the same length;
-            ``zero``. All but ``other`` replace the shared tokens' values too.
-        seed: Of ``resample``.
-        max_batch_tokens: Rows x positions that go through the model at once; None finds how many fit into memory.
+        positions: ``all`` (every token), a span (``prefix``, ``instruction``, ``suffix``), ``each`` (one row per
+            position), or positions counted from the end (negative), which are patched together. With
+            ``source="other"``, ``each`` and listed positions begin at the first difference, because before it both
+            prompts have the same values.
+        source: Where replacement values come from. ``other``: the other prompt of the pair. ``mean``: the mean over
+            the other prompts of all pairs of the same token length, position by position. ``resample``: the other
+            prompt of another pair of the same length. ``zero``: zeros. All except ``other`` also replace the values of
+            the tokens that both prompts share.
+        seed: Seed of ``resample``.
+        max_batch_tokens: Largest number of rows x positions that go through the model at once. If it is None, memory
+            sets the number.
         progress: Whether to show a bar.
 
     Returns:
         Changes per prompt; a positive effect moves the metric towards the source run.
 
     Raises:
-        MechsafetyError: Unknown option, a target that the model lacks, no pair that aligns, a pair without another
-            of its length (``mean``, ``resample``), stored runs that begin after a position to be patched.
+        MechsafetyError: An option is unknown; the model lacks a target; no pair aligns; no other pair has the length of
+            some pair (``mean``, ``resample``); or stored runs begin after a position to be patched.
     """
     from tqdm.auto import tqdm
 
@@ -157,7 +162,7 @@ def activation_patching(
     sites = [_checked_site(model, target) for target in targets]
     if not sites:
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
-    # at named positions, the other prompt's values and zeros are the same whatever else is in the batch
+    # with a named span, neither the other prompt's values nor zeros depend on what else is in the batch
     alone = source in ("other", "zero") and isinstance(positions, str) and positions != "each"
     pairs = aligned_pairs(model, pairs)
     batches: list[Callable[[], PairRuns]]
@@ -165,7 +170,7 @@ def activation_patching(
         check_current(model, pairs.harmful, pairs.harmless)
         batches = [lambda: pairs]
     else:
-        # columns before the first difference are the same in both prompts of a pair, but not in other pairs, nor zero
+        # before the first difference, both prompts of a pair have the same values; other pairs and zeros do not
         start = None if source == "other" or pairs.align == "suffix" else 0
         batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites), start)
     parts, scored = [], []
@@ -234,7 +239,7 @@ def _patched(
 def _by_first_column(
     model: LensModel, base: BaseRun, masks: Sequence[Bool[Tensor, "batch pos"]]
 ) -> list[tuple[int, list[int]]]:
-    """Rows by their first patched column, which need no earlier one run: up to four groups, and where each begins."""
+    """Up to four groups of rows by their first patched column, each with the first column that it must run."""
     if not may_begin_later(model, base):
         return [(0, list(range(len(masks))))]
     first = [int(mask.any(0).int().argmax()) for mask in masks]
@@ -266,7 +271,7 @@ def _checked_site(model: LensModel, target: Target) -> Site:
 
 
 def _sizes(model: LensModel) -> dict[SiteKind, int]:
-    """How many parts each kind of site with parts has."""
+    """Number of heads or neurons per kind of site."""
     heads = dict.fromkeys((SiteKind.Q, SiteKind.Z, SiteKind.PATTERN), model.n_heads)
     kv_heads = dict.fromkeys((SiteKind.K, SiteKind.V), model.n_kv_heads)
     return heads | kv_heads | {SiteKind.NEURONS: model.d_mlp}
@@ -283,7 +288,7 @@ def _site_hooks(
     values: Mapping[SiteKind, Tensor],
     sizes: Mapping[SiteKind, int],
 ) -> list[Hook]:
-    """One hook for each (kind, layer): rows whose variant patches it get the source's values there."""
+    """Hooks per (kind, layer) that give the source's values to the rows whose variant patches it."""
     groups: dict[tuple[SiteKind, int], list[int]] = {}
     for variant, site in enumerate(sites):
         groups.setdefault((site.kind, site.layer or 0), []).append(variant)

@@ -1,4 +1,4 @@
-"""What every exact effect is reported with: share of the gap, interval over prompts, adjusted p."""
+"""The numbers that are reported with every exact effect: share of the gap, interval over prompts, adjusted p."""
 
 import pandas as pd
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from mechsafety.metrics import adjust_p, sign_flip_p
 
 
 def mean_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> float:
-    """Mean metric on harmful less on harmless prompts."""
+    """Mean metric on harmful prompts minus that on harmless prompts."""
     return float((harmful - harmless).mean())
 
 
@@ -30,8 +30,8 @@ def effect_table(changes: Float[Tensor, "row prompt"], gaps: Float[Tensor, " pro
 
     Args:
         changes: Change of the metric on each prompt.
-        gaps: Metric of each harmful less that of its harmless prompt.
-        seed: Of the resampling.
+        gaps: Metric of each harmful prompt minus that of its harmless counterfactual.
+        seed: Seed of the resampling.
 
     Example:
         >>> import torch

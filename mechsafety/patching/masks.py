@@ -35,13 +35,13 @@ KEPT = (SiteKind.Z, SiteKind.MLP_OUT)
 
 @dataclass(frozen=True, slots=True)
 class PairRuns:
-    """The two runs of every pair, from the first column in which any pair differs.
+    """The two runs of every pair, by default from the first column in which any pair differs.
 
     Attributes:
         harmful, harmless: Stored runs.
-        start: That column.
-        left_out: What was left out of the pairs before they were run, in words.
-        align: ``tokens``, or ``suffix`` where only the template's tokens after the instruction correspond.
+        start: Their first column.
+        left_out: Notes, in words, about pairs that were left out before the runs.
+        align: ``tokens``, or ``suffix`` if only the template's tokens after the instruction correspond.
     """
 
     harmful: BaseRun
@@ -52,7 +52,7 @@ class PairRuns:
 
     @property
     def tokens(self) -> TokenPairs:
-        """Their token rows."""
+        """Token rows of the pairs."""
         sides = self.harmful.tokens, self.harmless.tokens
         return TokenPairs.of(*sides) if self.align == "tokens" else TokenPairs(*sides, self.start, common=False)
 
@@ -65,7 +65,7 @@ class PairRuns:
         """Metric of the unpatched (harmful, harmless) runs.
 
         Raises:
-            MechsafetyError: The metric reads after another opener than they end in.
+            MechsafetyError: The runs do not end in the opener after which the metric reads.
         """
         check_opener(self, metric.opener_ids, "runs")
         return metric(self.harmful.logits), metric(self.harmless.logits)
@@ -88,7 +88,8 @@ def pair_runs(
         pairs: Pairs; those that do not align are left out.
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; the first difference by default.
-        max_batch_tokens: Rows x columns of variants that go through the model at once; None finds how many fit.
+        max_batch_tokens: Largest number of rows x columns of variants that go through the model at once. If it is None,
+            memory sets the number.
         fixed: Values that hold in both runs, and in their variants.
 
     Raises:
@@ -106,12 +107,13 @@ def pair_runs(
 
 
 def _check_suffix(model: LensModel, tokens: TokenPairs, harmful: BaseRun, harmless: BaseRun) -> None:
-    """Refuse runs whose suffix columns cannot stand for each other.
+    """Refuse runs whose suffix columns cannot replace each other.
 
-    With every node's value exchanged there, one run has to become the other, so that the blocks must get the same.
+    If every node's value is exchanged in the suffix, one run must become the other. The first block must therefore get
+    the same input there in both runs.
 
     Raises:
-        MechsafetyError: A start before the suffix, or embeddings that differ by position.
+        MechsafetyError: The runs begin before the suffix, or the model's embeddings depend on the position.
     """
     if harmful.start < tokens.start:
         raise MechsafetyError(
@@ -127,10 +129,12 @@ def _check_suffix(model: LensModel, tokens: TokenPairs, harmful: BaseRun, harmle
 
 
 def aligned_pairs(model: LensModel, pairs: PromptPairs | PairRuns, least: int = 1) -> PromptPairs | PairRuns:
-    """The pairs that can be patched, which every analysis begins with; stored runs are of such pairs.
+    """The pairs that can be patched; stored runs, which are of such pairs, are returned as they are.
+
+    Every analysis begins with this call.
 
     Raises:
-        MechsafetyError: Fewer than ``least`` align.
+        MechsafetyError: Fewer than ``least`` pairs align.
     """
     return pairs.aligned(model, least) if isinstance(pairs, PromptPairs) else pairs
 
@@ -142,14 +146,14 @@ def pair_batches(
     extra: Sequence[SiteKind] = (),
     start: int | None = None,
 ) -> list[Callable[[], PairRuns]]:
-    """The runs of a few pairs at a time, each made when it is called, so that many pairs need no more memory than few.
+    """Functions that run a few pairs each when they are called, so that memory does not grow with the number of pairs.
 
-    Stored runs are used as they are if they fit and hold what is asked for; else their prompts are run again.
+    Stored runs are used as they are if they fit and hold the needed activations. Otherwise their prompts are run again.
 
     Args:
         model: The model.
         pairs: Pairs that align, or their stored runs.
-        max_tokens: Pairs x columns (those that variants run) of a batch.
+        max_tokens: Largest number of pairs x columns in a batch; it counts the columns that variants run.
         extra: Site kinds to store beside ``z`` and ``mlp_out``.
         start: First column to run in variants; each batch's first difference by default.
 
@@ -206,10 +210,10 @@ class Patch:
 
     @classmethod
     def of(cls, model: LensModel, variants: Sequence[Sequence[Node]]) -> "Patch":
-        """Patch the listed nodes, one list a variant.
+        """Patch the listed nodes, one list per variant.
 
         Raises:
-            MechsafetyError: A node that the model lacks, or that holds no value of its own (``embed``, ``logits``).
+            MechsafetyError: The model lacks a node, or a node holds no value of its own (``embed``, ``logits``).
         """
         for node in dict.fromkeys(node for nodes in variants for node in nodes):
             check_patchable(model, node)
@@ -253,16 +257,17 @@ def patched_logits(
 ) -> Float[Tensor, "variant batch d_vocab"]:
     """Next-token logits of ``base`` with the patched nodes' values from ``source``, exact, for every variant.
 
-    Variants whose first patched layers are alike should stand together: a batch starts at its first one's.
+    A batch starts at the first layer that any of its variants patches. Variants with similar first layers should
+    therefore stand next to each other.
 
     Args:
         model: The model.
         base: The run that is edited.
         source: Replacement activations by site kind, as `BaseRun.acts` (same columns).
         patch: What is replaced.
-        positions: Columns at which it is replaced (of those from ``base.start``); all by default.
-        max_batch_tokens: Rows x columns of one engine batch.
-        start: Block at which the variants begin to differ from the run; the first patched one by default.
+        positions: True at the columns (from ``base.start`` on) in which it is replaced; all by default.
+        max_batch_tokens: Largest number of rows x columns in one engine batch.
+        start: Block at which the variants begin to differ from the run; the first patched block by default.
     """
     size = max_variants(base, max_batch_tokens)
     columns = torch.ones_like(base.tokens.mask[:, base.start :]) if positions is None else positions
@@ -289,7 +294,7 @@ def patched_scores(
 ) -> Float[Tensor, "variant batch"]:
     """`patched_logits` reduced to the metric batch by batch, so that no [variant batch d_vocab] tensor is held.
 
-    ``report`` is told after each batch how many variants it had.
+    ``report`` is called after each batch with its number of variants.
     """
     size = max_variants(base)
     parts = [patch.rows(slice(first, first + size)) for first in range(0, len(patch), size)]
@@ -311,9 +316,10 @@ def scores_near(
     *,
     report: Callable[[int], object] | None = None,
 ) -> Float[Tensor, "variant batch"]:
-    """`patched_scores` of lists of nodes that differ little from ``common``, which is patched in one run for all.
+    """`patched_scores` for variants that patch nearly the same nodes as ``common``.
 
-    A variant goes on from that run at the first block in which its nodes differ from ``common``.
+    ``common`` is patched in one run, which all variants share. A variant begins at the first block in which its nodes
+    differ from ``common``.
 
     Args:
         model: The model.
@@ -322,7 +328,7 @@ def scores_near(
         common: Nodes that most variants patch.
         variants: The nodes that each variant patches.
         metric: What is measured.
-        report: Told after each batch how many variants it had.
+        report: Called after each batch with its number of variants.
     """
     base = patched_run(model, base, fixed_nodes(model, source, common))
     same = frozenset(common)
@@ -335,7 +341,7 @@ def scores_near(
     most, done = max_variants(base), 0
     while done < len(order):
         start = first[order[done]]
-        # a batch starts at its earliest block: past a fair size only variants of that block join it
+        # a batch starts at the earliest block of its variants; beyond half a batch, only variants of that block join
         fair = [k for k in order[done : done + most] if first[k] == start]
         chunk = order[done : done + max(len(fair), -(-most // 2))]
         done += len(chunk)
@@ -348,7 +354,7 @@ def scores_near(
 
 
 def stored(source: Mapping[SiteKind, Tensor], kind: SiteKind) -> Tensor:
-    """Stored activations of a kind; an error with the hint where the runs do not hold them."""
+    """Stored activations of a kind; if the runs lack them, the error says how to store them."""
     if kind not in source:
         raise MechsafetyError(
             f"these runs hold no {kind.value}", hint=f"use pair_runs(model, pairs, extra=[SiteKind.{kind.name}])"
@@ -363,11 +369,11 @@ def replacement(
     where: Bool[Tensor, "variant batch pos"],
     parts: Bool[Tensor, "variant part"] | None = None,
 ) -> list[Hook]:
-    """The hooks that give a site other values, in the variants, prompts and columns where it is asked to.
+    """Hooks that replace a site's values in the chosen variants, prompts and columns.
 
     Args:
         kind: What is replaced.
-        layer: Where.
+        layer: Its layer.
         values: New activations [batch pos ...], the same for all variants ([batch head pos key] for ``pattern``).
         where: Columns that are replaced.
         parts: Heads (key-value heads, neurons) that are replaced in each variant; all by default.
@@ -379,7 +385,7 @@ def replacement(
     new = expand_rows(values, len(where))
     if kind is not SiteKind.RESID_MID:
         return [(Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))]
-    # an edit at TransformerLens' resid_mid would miss the skip branch: attention's output makes up the stream instead
+    # an edit at TransformerLens' resid_mid would miss the skip branch, so attention's output is set to give this stream
     before: list[Tensor] = []
     return [
         (Site(SiteKind.RESID_PRE, layer), before.append),
@@ -416,11 +422,11 @@ def _patch_hooks(
 
 @dataclass(frozen=True, slots=True)
 class SoftMask:
-    """How much of each node is live: 1 keeps the run's own value, 0 takes the other prompt's, between is a blend.
+    """How much of each node is live: 1 keeps the run's own value, 0 takes the other prompt's, and between them blends.
 
     Attributes:
-        heads, mlps, neurons: Weights, shared by all prompts or (with a first axis) of each; neurons None leaves them
-            alone.
+        heads, mlps, neurons: Weights. All prompts share them, or with a first axis each prompt has its own. If
+            ``neurons`` is None, neurons keep their own values.
     """
 
     heads: Float[Tensor, "*batch layer head"]
@@ -444,12 +450,12 @@ def masked_logits(
 
 
 def fixed_nodes(model: LensModel, source: Mapping[SiteKind, Tensor], nodes: Sequence[Node]) -> tuple[Fixed, ...]:
-    """What holds nodes at their values in a stored run, of heads, MLPs and neurons.
+    """Fixed values that hold heads, MLPs and neurons at their values in a stored run.
 
     Args:
         model: The model.
-        source: Their values by site kind, as `BaseRun.acts`.
-        nodes: Which.
+        source: Values of the nodes by site kind, as `BaseRun.acts`.
+        nodes: The nodes that are held.
     """
     patch = Patch.of(model, [nodes])
     found: list[Fixed] = []
@@ -463,5 +469,5 @@ def fixed_nodes(model: LensModel, source: Mapping[SiteKind, Tensor], nodes: Sequ
 
 
 def blend(values: Tensor, weight: Tensor | float, own: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The edit that gives ``values + weight (own - values)``; ``own`` is what the run computes, unless it is given."""
+    """The edit to ``values + weight (own - values)``; unless ``own`` is given, it is what the run computes."""
     return lambda tensor: (values + weight * ((tensor if own is None else own) - values)).to(tensor.dtype)

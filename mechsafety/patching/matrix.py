@@ -1,7 +1,8 @@
-"""Every sender to every head at a glance: how attention to the instruction and values change along direct paths.
+"""Direct paths from every sender to every head: how they change attention to the instruction, and values read there.
 
-Closed form from stored runs: attention scores and values are linear in what a slot's norm puts out, so one pass of each
-layer's attention gives their gradients, and every sender's change is multiplied with them. No forward a sender.
+The numbers come in closed form from stored runs. Attention scores and values are linear in the output of the norm
+before a slot. One pass of each layer's attention therefore gives their gradients. Every sender's change is multiplied
+with these gradients, so that no sender needs a forward of its own.
 """
 
 import contextlib
@@ -40,12 +41,14 @@ class PathMatrix(Result):
         provenance: Model, options, versions.
         senders: The embedding, heads and MLPs, in the order of computation.
         receivers: Heads.
-        q, k: Change of the attention score (before the softmax, as the model scales it) from the last token to the
-            instruction's tokens, mean over these, when the sender changes the head's query, or its keys, alone.
-        v: Change of what the head reads from the instruction (its values weighted by the base run's attention from
-            the last token), in units of the values, along the direction in which the source run changes it.
-        norm: ``freeze`` (the norm in front of the head keeps the base run's scale; everything is linear) or
-            ``recompute`` (exact norm of the changed input).
+        q, k: Change of the attention score from the last token to the instruction's tokens, mean over these tokens. The
+            sender changes only the head's query (``q``) or only its keys (``k``). The score is the one before the
+            softmax, as the model scales it.
+        v: Change of what the head reads from the instruction, in units of the values. What it reads are its values,
+            weighted by the base run's attention from the last token. The change is measured along the direction in
+            which the source run changes it.
+        norm: ``freeze`` (the norm before the head keeps the base run's scale; everything is linear) or ``recompute``
+            (exact norm of the changed input).
         direction: ``noising``: changes of the harmful run; ``denoising``: of the harmless one.
     """
 
@@ -65,7 +68,7 @@ class PathMatrix(Result):
         """Mean over prompts of one slot's changes.
 
         Raises:
-            MechsafetyError: Not a slot of a head.
+            MechsafetyError: A head has no such slot.
         """
         if slot not in ("q", "k", "v"):
             raise MechsafetyError(f"a head has no slot {slot!r}", expected="q, k or v")
@@ -80,7 +83,7 @@ class PathMatrix(Result):
         return [(Edge(a, b, slot), float(flat[k])) for a, b, k in ends if float(flat[k])]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a path and slot, largest absolute mean change first, with its standard deviation over prompts."""
+        """One row per path and slot, largest absolute mean change first, with its standard deviation over prompts."""
         rows = []
         for slot in ("q", "k", "v"):
             values = getattr(self, slot)
@@ -112,21 +115,22 @@ def path_matrix(
 ) -> PathMatrix:
     """Every sender's direct path to every head, as changes in attention score and value: a first look.
 
-    MLPs and heads between the two stay as in the base run (``mlp="freeze"``), and so does the head's other side:
-    a change through the query meets the base run's keys. With ``norm="freeze"`` the changes of all senders of a head
-    sum to that of the whole residual stream. Layers are taken one by one; memory does not grow with their number
-    beyond that of the stored runs. What matters for the metric is for `path_patching` to measure.
+    MLPs and heads between the two stay as in the base run (``mlp="freeze"``). The head's other slots stay too: a change
+    of the query meets the base run's keys. With ``norm="freeze"``, the changes by all senders into a head sum to the
+    change by the whole residual stream. Layers are taken one by one, so that only the stored runs make memory grow with
+    their number. To measure which paths matter for the metric, use `path_patching`.
 
     Args:
         model: The model, without a soft cap on attention scores.
-        pairs: Pairs, of which those that align are taken; or their stored runs.
-        norm: ``freeze`` or ``recompute``: the norm in front of the receiving head. Norms of queries and keys (Qwen-3,
-            OLMo-2) keep the base run's scale; ``recompute`` refuses models that have them.
+        pairs: Pairs, of which only those that align are used; or their stored runs.
+        norm: What the norm before the receiving head does: ``freeze`` or ``recompute``. Norms of queries and keys
+            (Qwen-3, OLMo-2) keep the base run's scale; ``recompute`` refuses models that have them.
         direction: ``noising``: changes of the harmful run towards the harmless one; ``denoising``: the reverse.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown option, a soft cap on attention scores, or norms of queries that cannot be recomputed.
+        MechsafetyError: An option is unknown; the model caps its attention scores; or ``norm`` is ``recompute`` and the
+            model has norms of queries and keys.
     """
     if model.backend.score_cap > 0:
         raise MechsafetyError(
@@ -170,7 +174,7 @@ def _by_layer(senders: Sequence[Node], receiver: Node) -> Iterator[list[int]]:
 def _read_changes(
     model: LensModel, base: BaseRun, source: BaseRun, senders: Sequence[Node], layer: int, norm: NormOption
 ) -> Float[Tensor, "sender batch pos d_model"]:
-    """Change of what a layer's heads read, behind the norm in front of them; float32."""
+    """Change of what a layer's heads read, which is the output of the norm before them; float32."""
     with torch.no_grad():
         change = sender_changes(model, base, source, senders, norm=norm)
         for module in block_norms(model, layer, "ln1"):
@@ -181,14 +185,14 @@ def _read_changes(
 def _slopes(
     model: LensModel, base: BaseRun, source: BaseRun, layer: int
 ) -> dict[str, Float[Tensor, "head batch pos d_model"]]:
-    """Gradient of each head's score (through its query, its keys) and value in what the heads read."""
+    """Gradients of each head's score (through its query, through its keys) and value in what the heads read."""
     instruction = base.tokens.span_mask("instruction")
     own = _read_values(model, source, layer)
     with (
         torch.enable_grad(),
         keep_scales(model, "freeze", _head_norms(model, layer), lambda: _attend(model, base, layer)),
     ):
-        # one pass a slot: the others are cut off from what the heads read
+        # one pass per slot, in which the other slots are detached from what the heads read
         passes = {slot: _attend(model, base, layer, slot) for slot in "qkv"}
         weight = instruction.float() / instruction.sum(1, keepdim=True)
         out = {slot: _pull(passes[slot], _scores(passes[slot], weight)) for slot in "qk"}
@@ -198,7 +202,7 @@ def _slopes(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Attention:
-    """What one pass of a layer's attention shows."""
+    """Activations of one pass of a layer's attention."""
 
     reads: Float[Tensor, "batch pos d_model"]
     scores: Float[Tensor, "batch head pos key"]
@@ -207,11 +211,11 @@ class _Attention:
 
 
 class _Enough(Exception):
-    """Ends a pass behind the pattern."""
+    """Ends a pass after the attention pattern."""
 
 
 def _attend(model: LensModel, run: BaseRun, layer: int, live: str = "") -> _Attention:
-    """Run one layer's attention on a stored run, differentiable through one slot in what the heads read."""
+    """Run one layer's attention on a stored run; slot ``live`` stays differentiable in what the heads read."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[Tensor], Tensor | None]:
@@ -255,7 +259,7 @@ def _values(
     source: Float[Tensor, "batch pos kv_head d_head"],
     instruction: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch head"]:
-    """What each head reads from the instruction, along the way in which the source run changes it."""
+    """What each head reads from the instruction, projected on the direction in which the source run changes it."""
     n_pos, group = instruction.shape[1], model.n_heads // model.n_kv_heads
     weight = seen.pattern[:, :, -1, -n_pos:].float() * rearrange(instruction, "batch pos -> batch 1 pos")
     weight = rearrange(weight, "batch (kv_head group) pos -> batch kv_head group pos", group=group)
@@ -267,7 +271,7 @@ def _values(
 
 
 def _pull(seen: _Attention, targets: Float[Tensor, "batch head"]) -> Float[Tensor, "head batch pos d_model"]:
-    """Gradient of every head's target, each prompt's on its own."""
+    """Gradient of every head's target in what the heads read, separately per prompt."""
     heads = range(targets.shape[1])
     grads = [torch.autograd.grad(targets[:, head].sum(), seen.reads, retain_graph=True)[0].float() for head in heads]
     return torch.stack(grads)

@@ -1,4 +1,4 @@
-"""Norms whose scale stays as in the base run, so that what passes through them is linear."""
+"""Norms whose scale is frozen at the base run's, so that they are linear."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,25 +19,26 @@ Module = torch.nn.Module
 
 
 def block_norms(model: LensModel, layer: int, *names: str) -> list[Module]:
-    """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), where it has them."""
+    """A block's norms of the given names (``ln1``, ``ln1_post``, ``ln2``, ``ln2_post``), without missing ones."""
     return model.backend.norms(layer, *names)
 
 
 def norm_behind(model: LensModel, layer: int, kind: str) -> Module | None:
-    """The norm between what all heads (``kind`` head), or all neurons, of a layer write and the residual stream."""
+    """The norm between a layer's heads (``kind`` is ``head``) or neurons and the residual stream; None without one."""
     return next(iter(block_norms(model, layer, "ln1_post" if kind == "head" else "ln2_post")), None)
 
 
 def at_own_scale(model: LensModel, norm: Module, total: Float[Tensor, "*rows d_model"]) -> Callable[[Tensor], Tensor]:
-    """What reaches the residual stream of a part of ``total``, which a norm stands behind; float32.
+    """Function from a part of ``total`` to what the norm after it passes to the residual stream; float32.
 
-    ``N(sum of parts) = sum of (part / s * w)`` with ``s`` the norm's scale of the sum and ``w`` its weight: with the
-    scale frozen at the run's own, parts add up to what the block adds (but for a norm's bias, which no part writes).
+    ``N(sum of parts) = sum of (part / s * w)``. Here ``N`` is the norm, ``s`` its scale for the sum and ``w`` its
+    weight. The scale is frozen at the run's own. The parts then add up to what the block adds, except for a bias of the
+    norm, which no part writes.
 
     Args:
         model: The model.
         norm: The norm.
-        total: What all parts of the layer write together, its bias included.
+        total: Sum of what all parts of the layer write, its bias included.
     """
     form = model.backend.norm_form(norm)
     frozen = form.frozen(total)
@@ -45,17 +46,17 @@ def at_own_scale(model: LensModel, norm: Module, total: Float[Tensor, "*rows d_m
 
 
 def block_norms_option(model: LensModel, how: str) -> dict[str, str]:
-    """What a result's options say of norms after attention and MLP; nothing where the model has none.
+    """The option of a result that tells how norms after attention and MLP are treated; empty if there are none.
 
     Args:
         model: The model.
-        how: ``frozen``: they keep each run's own scale; ``recomputed``: they are those of the changed sum.
+        how: ``frozen``: they keep each run's own scale. ``recomputed``: their scale is that of the changed sum.
     """
     return {"block_norms": how} if model.post_norm else {}
 
 
 def mlp_norms(model: LensModel, layer: int) -> list[Module]:
-    """Norms that `LensModel.mlp` goes through."""
+    """Norms that `LensModel.mlp` applies."""
     own = block_norms(model, layer, "ln2", "ln2_post")
     return own if own or not model.parallel else block_norms(model, layer, "ln1")
 
@@ -81,9 +82,9 @@ def through_norm(
     change: Float[Tensor, "variant batch pos d_model"],
     norm: str,
 ) -> Float[Tensor, "variant batch pos d_model"]:
-    """Change of a norm's output when its input ``base`` changes, exactly or at the base's scale."""
+    """Change of a norm's output when ``change`` is added to its input ``base``; exact, or at the base's scale."""
     rows = rearrange(base + change.to(base.dtype), "variant batch pos d -> (variant batch) pos d")
-    with model.lock:  # other threads' hooks may sit on this norm
+    with model.lock:  # other threads may have hooks on this norm
         before = module(base)
         with keep_scales(model, norm, [module], lambda: module(base)):
             return split_rows(module(rows), len(change)) - before

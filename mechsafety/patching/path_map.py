@@ -21,16 +21,16 @@ class PathMap(Result):
 
     Attributes:
         provenance: Model, options, versions.
-        metric: Name and tokens of the metric; for `path_projection` where the projection was taken.
+        metric: Name and tokens of the metric. For `path_projection`, it tells where the projection was taken.
         senders: Where the changes start.
-        receivers: (node, slot) pairs where they end; one entry of several receivers when patched jointly.
+        receivers: (node, slot) pairs where the changes end. Receivers that are patched jointly form one entry.
         changes: Change of the metric towards the source run, in metric units.
         harmful, harmless: Metric of the unpatched runs.
         direction: ``noising`` or ``denoising``.
-        mlp: What MLPs between sender and receiver do: ``recompute`` or ``freeze``. Two different quantities.
+        mlp: What MLPs between sender and receiver do: ``recompute`` or ``freeze``. The two are different quantities.
         downstream: What happens after the receiver: ``live`` or ``frozen``.
         norm: Norms that read the change: ``recompute`` (exact) or ``freeze`` (at the base run's scale).
-        positions: Columns in which the senders' changes enter.
+        positions: Positions at which the senders' changes enter.
     """
 
     provenance: Provenance
@@ -52,7 +52,7 @@ class PathMap(Result):
 
     @property
     def gap(self) -> float:
-        """Mean metric on harmful less on harmless prompts."""
+        """Mean metric on harmful prompts minus that on harmless prompts."""
         return mean_gap(self.harmful, self.harmless)
 
     @property
@@ -61,7 +61,7 @@ class PathMap(Result):
         return self.changes.mean(-1) / self.gap
 
     def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
-        """One row a path, largest absolute effect first, with interval and adjusted p."""
+        """One row per path, largest absolute effect first, with interval and adjusted p."""
         flat = rearrange(self.changes.double(), "sender receiver prompt -> (sender receiver) prompt")
         names = [" + ".join(f"{node}.{slot}" for node, slot in group) for group in self.receivers]
         ends = {

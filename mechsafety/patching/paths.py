@@ -1,8 +1,8 @@
-"""Path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023), exact and without sweeps of whole forwards.
+"""Path patching (Wang et al. 2022; Goldowsky-Dill et al. 2023), exact and without a whole forward per path.
 
-A sender's change reaches a receiver along direct paths only: attention between them stays as in the base run. What the
-change does on its way is computed in closed form for all senders at once, because with attention frozen everything is
-local to a position.
+A sender's change reaches a receiver along direct paths only: attention between them stays as in the base run. With
+attention frozen, everything is local to a position. The change is therefore computed in closed form for all senders at
+once.
 """
 
 from collections import Counter
@@ -70,34 +70,36 @@ def path_patching(
 ) -> PathMap:
     """Exact effect of the paths from each sender to each receiver.
 
-    The sender's value from the source run changes what the receiver reads; attention between the two stays as in the
-    base run. ``mlp="recompute"`` (the IOI paper's definition) lets the MLPs between them respond;
-    ``mlp="freeze"`` keeps them too, so that the receiver's input is the base's plus the sender's change. These are
-    different quantities and can disagree in sign; the option is stored in the result. Formulas: docs/methods.md.
+    The sender takes its value from the source run, which changes what the receiver reads. Attention between the two
+    stays as in the base run. With ``mlp="recompute"`` (the IOI paper's definition), the MLPs between them respond. With
+    ``mlp="freeze"``, these MLPs stay as in the base run too. The receiver's input is then the base's plus the sender's
+    change. The two options are different quantities and can disagree in sign. The result stores the option. Formulas:
+    docs/methods.md.
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; or their stored runs (which must hold ``neurons`` where
-            neurons send).
+        pairs: Pairs, of which only those that align are used; or their stored runs, which must hold ``neurons`` if
+            neurons send.
         metric: What is measured.
-        senders: The embedding, heads, MLPs and neurons (`Node`), the whole residual stream at a layer (`Site` of kind
-            ``resid_pre``, ``resid_mid`` or ``resid_post``), or any of these `At` some positions; every head by default.
+        senders: The embedding, heads, MLPs and neurons (`Node`), or the whole residual stream at a layer (`Site` of
+            kind ``resid_pre``, ``resid_mid`` or ``resid_post``). Any of these may be `At` some positions. By default
+            every head sends.
         receivers: ``"logits"``, or (node, slot) pairs: a head's ``q``, ``k`` or ``v``, an MLP's or neuron's ``mlp``.
             For a direction (`Projection`) see `path_projection`, which needs no metric.
         mlp: ``recompute`` or ``freeze``.
-        norm: Norms that read the change on its way, the receiver's included, and norms after attention and MLP:
-            ``recompute`` takes the exact norm of the changed input, ``freeze`` keeps the scale of the base run, which
-            makes them linear. Norms of queries and keys (Qwen-3) are part of the head and always recomputed.
-        downstream: After a receiver other than the logits: ``live`` runs the rest of the model, ``frozen`` adds the
-            receiver's change to the final residual stream only.
+        norm: What the norms do that read the change (the receiver's included) and the norms after attention and MLP.
+            ``recompute`` takes the exact norm of the changed input. ``freeze`` keeps the base run's scale, which makes
+            the norms linear. Norms of queries and keys (Qwen-3) are part of the head and always recomputed.
+        downstream: What happens after a receiver other than the logits. ``live`` runs the rest of the model.
+            ``frozen`` only adds the receiver's change to the final residual stream.
         joint: Patch all receivers at once instead of one after the other.
-        direction: ``noising``: the harmful run is edited; ``denoising``: the harmless one.
+        direction: ``noising``: the harmful run is edited; ``denoising``: the harmless run is.
         positions: Where the senders' changes enter: ``all``, ``prefix``, ``instruction``, ``suffix``, positions
-            counted from the end, or ``each``: every sender once for each position, as `At`.
+            counted from the end, or ``each``. With ``each``, every sender is measured once per position, as `At`.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown option, or a node that cannot send or receive.
+        MechsafetyError: An option is unknown, or a node cannot send or receive.
     """
     groups = _groups(receivers, joint)
     for group in groups:
@@ -132,22 +134,22 @@ def path_projection(
 ) -> PathMap:
     """How far each sender's direct paths move the residual stream along a direction; no metric is needed.
 
-    As `path_patching` with the direction as the receiver: the result's ``changes`` are changes of the projection (in
-    units of the residual stream), ``harmful`` and ``harmless`` the projections of the unpatched runs.
+    This is `path_patching` with the direction as the receiver. The result's ``changes`` are changes of the projection,
+    in units of the residual stream. Its ``harmful`` and ``harmless`` are the projections of the unpatched runs.
 
     Args:
         model: The model.
-        pairs: Pairs, of which those that align are taken; or their stored runs.
+        pairs: Pairs, of which only those that align are used; or their stored runs.
         projection: The unit vector, and where in the residual stream it is read.
         senders: As for `path_patching`; those after the projection's site change nothing.
         mlp: ``recompute`` or ``freeze``.
-        norm: ``recompute`` or ``freeze``, of the norms of MLPs on the way and norms after attention and MLP.
+        norm: ``recompute`` or ``freeze``, for the norms of MLPs on the way and the norms after attention and MLP.
         direction: ``noising`` or ``denoising``.
         positions: As for `path_patching`.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Unknown option, a node that cannot send, a site or a vector that the model does not fit.
+        MechsafetyError: An option is unknown, a node cannot send, or the site or the vector does not fit the model.
     """
     check_senders(model, [projection.site])
     if len(projection.vector) != model.d_model:
@@ -183,7 +185,7 @@ def path_projection(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
-    """What both kinds of path patching have in common: who sends, from where to where, and how it travels."""
+    """Input of both kinds of path patching: the runs, the senders, and how changes travel."""
 
     model: LensModel
     runs: PairRuns
@@ -198,16 +200,16 @@ class _Task:
 
     @property
     def sign(self) -> float:
-        """Changes are counted towards the source run."""
+        """Sign that makes changes count towards the source run."""
         return 1.0 if self.direction == "noising" else -1.0
 
     def reaching(self, stop: int) -> list[int]:
-        """Indices of the senders that have entered by a moment, earliest first."""
+        """Indices of the senders whose changes have entered by moment ``stop``, earliest first."""
         reach = [k for k, sender in enumerate(self.senders) if entry(sender) <= stop]
         return sorted(reach, key=lambda k: entry(self.senders[k]))
 
     def chunks(self, stop: int, size: int) -> Iterator[list[int]]:
-        """The same, so many at a time."""
+        """The same indices, at most ``size`` at a time."""
         reach = self.reaching(stop)
         for begin in range(0, len(reach), size):
             yield reach[begin : begin + size]
@@ -346,7 +348,7 @@ def _shown(columns: str | Sequence[int]) -> str:
 def measured_edges(
     model: LensModel, runs: PairRuns, metric: RefusalLogOdds, edges: Sequence[Edge], *, progress: bool = False
 ) -> Float[Tensor, "edge prompt"]:
-    """Change of the metric along single edges, MLPs frozen between the ends, everything after the receiver live."""
+    """Change of the metric along single edges: MLPs between the ends are frozen, all after the receiver is live."""
     harmful, _ = runs.scores(metric)
     base, source = runs.harmful, runs.harmless
     order = sorted(range(len(edges)), key=lambda k: edges[k].receiver.order)
@@ -363,7 +365,7 @@ def measured_edges(
 def _edge_scores(
     model: LensModel, base: BaseRun, source: BaseRun, metric: RefusalLogOdds, edges: Sequence[tuple[int, Edge]]
 ) -> Iterator[tuple[list[int], Float[Tensor, "edge batch"]]]:
-    """Numbers of edges and the metric when each alone is patched; the edges into blocks run as one batch."""
+    """Edge numbers, and the metric when each edge alone is patched; the edges into blocks run as one batch."""
     groups: dict[tuple[int, str, str], list[int]] = {}
     of = dict(edges)
     for k, edge in edges:

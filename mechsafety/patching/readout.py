@@ -23,15 +23,16 @@ def final_scores(
 ) -> Float[Tensor, "variant batch"]:
     """Metric when ``change`` is added to the final residual stream at the last column.
 
-    Log-odds read every token's logit, so every variant is unembedded, in parts that bound memory. A logit difference
-    reads its own tokens' alone.
+    Log-odds read the logits of all tokens, so every variant is unembedded, in parts that bound memory. A logit
+    difference reads only the logits of its own tokens. If the model caps its logits or computes in half precision,
+    every variant is unembedded for it too.
 
     Args:
         model: The model.
         base: The run that is edited.
         change: Change of the final residual stream.
         metric: What is measured.
-        norm: ``recompute`` or ``freeze``, of the final norm.
+        norm: What the final norm does: ``recompute`` or ``freeze``.
     """
     check_current(model, base)
     final, ln = base.resid[-1][:, -1], model.backend.last_norm

@@ -1,4 +1,4 @@
-"""Receivers of path patching: what a slot makes of a changed input, and what the model makes of that."""
+"""Receivers of path patching: what a slot computes from a changed input, and what the model then computes."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -92,7 +92,7 @@ def reaches(sender: Node, receiver: Node, *, parallel: bool) -> bool:
 
 
 def check_receivers(model: LensModel, receivers: Sequence[Receiver]) -> None:
-    """Raise a `MechsafetyError` for whatever cannot receive in this model."""
+    """Raise a `MechsafetyError` for a node or slot that cannot receive in this model."""
     for node, slot in receivers:
         if slot not in SLOTS.get(node.kind, ()):
             raise MechsafetyError(f"{node} has no slot {slot!r}", expected=f"one of {SLOTS}")
@@ -102,13 +102,13 @@ def check_receivers(model: LensModel, receivers: Sequence[Receiver]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotEdit:
-    """What one slot of a layer holds, in each variant, once it has read its changed input.
+    """Values of one slot of a layer, in each variant, after the slot has read its changed input.
 
     Attributes:
         layer: The layer.
         slot: ``q``, ``k``, ``v``, ``mlp`` or ``neuron``.
         values: Activation at the slot's site, of all its heads or neurons.
-        chosen: Which heads or neurons receive; one column for an MLP.
+        chosen: True at the heads or neurons that receive; an MLP has one entry.
     """
 
     layer: int
@@ -135,14 +135,14 @@ def slot_edit(
     delta: Float[Tensor, "variant batch pos d_model"],
     norm: NormOption = "recompute",
 ) -> SlotEdit:
-    """What a layer's slot holds when it reads ``delta`` more than in the base run.
+    """Values of a layer's slot when ``delta`` is added to what it reads in the base run.
 
     Args:
         model: The model.
         base: The run that is edited.
-        receivers: Of each variant; all in one layer and of one slot.
+        receivers: Receivers of each variant; all are in one layer and of one slot.
         delta: Change of what the slot reads.
-        norm: ``recompute``, or ``freeze``: the norm in front of the slot keeps the base run's scale.
+        norm: ``recompute``, or ``freeze``: the norm before the slot keeps the base run's scale.
     """
     (node, slot), n = receivers[0][0], len(receivers)
     layer, kind = node.layer or 0, "neuron" if node.kind == "neuron" else slot
@@ -170,10 +170,10 @@ def live_logits(
     Args:
         model: The model.
         base: The run that is edited.
-        groups: Edits of some variants each; a group joins the batch at its first edited layer.
+        groups: Groups of edits, each for some variants. A group joins the batch at its first edited layer.
 
     Returns:
-        Logits of the variants of the first group, of the second, and so on.
+        Logits of the variants of the first group, then of the second group, and so on.
     """
     layers = sorted({edit.layer for group in groups for edit in group})
     hidden, spans = base.resid[layers[0]][:0], dict[int, slice]()
@@ -200,12 +200,12 @@ def edit_hooks(
         model: The model.
         base: The run that is edited.
         hidden: The residual stream before the layer, in that run.
-        edits: Of one layer; at most one a slot.
+        edits: Edits of one layer, at most one per slot.
     """
     shared = [edit for edit in edits if _is_shared(model, edit)]
     hooks = [edit.hook(len(base)) for edit in edits if not _is_shared(model, edit)]
     direct = tuple(hooks)
-    # a shared slot is changed for all heads in a run of its own, of which a receiver's z alone is kept
+    # a shared slot is changed for all heads in a run of its own; only the receivers' z of that run is kept
     for pattern in itertools.product((False, True), repeat=len(shared)):
         if not any(pattern):
             continue
@@ -236,7 +236,7 @@ def normed_over_heads(model: LensModel, layer: int, slot: str) -> bool:
 def frozen_change(
     model: LensModel, base: BaseRun, edits: Sequence[SlotEdit], norm: NormOption = "recompute"
 ) -> Float[Tensor, "variant batch d_model"]:
-    """What the nodes of the edited slots write more at the last column, with everything after them frozen."""
+    """Change of what the edited slots' nodes write at the last column, with everything after them frozen."""
     n, last = edits[0].chosen.shape[0], slice(base.n_pos - 1, base.n_pos)
     total = torch.zeros(n, len(base), 1, model.d_model, device=base.resid.device)
     for layer in sorted({edit.layer for edit in edits}):
@@ -273,7 +273,7 @@ def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_mo
 
 
 def _at_rows(hook: Hook, rows: slice) -> Hook:
-    """The hook on some rows of the batch alone."""
+    """The hook, applied to some rows of the batch only."""
     site, function = hook
 
     def edit(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Senders of path patching: what changes, and how the change travels along the residual stream with attention frozen.
 
-A *moment* counts places of the residual stream: ``2 * layer`` before a block, ``2 * layer + 1`` after its attention,
-``2 * n_layers`` before the final norm. A sender's change enters at a moment, a receiver reads at one.
+A *moment* is the number of a place in the residual stream: ``2 * layer`` before a block, ``2 * layer + 1`` after its
+attention, ``2 * n_layers`` before the final norm. A sender's change enters at one moment. A receiver reads at one.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ def entry(sender: Sender) -> int:
 
 
 def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
-    """Raise a `MechsafetyError` for whatever cannot send in this model."""
+    """Raise a `MechsafetyError` for a sender that cannot send in this model."""
     if not senders:
         raise MechsafetyError("no senders", expected="at least one")
     for sender in senders:
@@ -93,7 +93,7 @@ def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
 
 
 def extra_kinds(senders: Sequence[Sender]) -> tuple[SiteKind, ...]:
-    """Site kinds that runs must hold for these senders beside heads' and MLPs' outputs."""
+    """Site kinds that runs must hold for these senders, besides the outputs of heads and MLPs."""
     return (SiteKind.NEURONS,) if any(part_of(sender).kind == "neuron" for sender in senders) else ()
 
 
@@ -102,17 +102,18 @@ def node_outputs(
 ) -> Float[Tensor, "node batch column d_model"]:
     """What each head, MLP or neuron adds to the residual stream in a stored run, float32.
 
-    Behind a norm after attention or MLP (Gemma-2, OLMo-2) its share of the norm of the layer's sum, the scale being the
-    run's own. So the outputs of a layer's heads (neurons) and its bias add up to what the layer adds.
+    If a norm follows attention or MLP (Gemma-2, OLMo-2), a node adds its share of the norm of the layer's sum. The
+    norm's scale is the run's own. The outputs of a layer's heads (neurons) and its bias thus add up to what the layer
+    adds.
 
     Args:
         model: The model.
         run: A run that holds what the nodes need; for neurons, ``neurons``.
-        nodes: In any order.
+        nodes: The nodes, in any order.
         at: Columns to compute.
 
     Raises:
-        MechsafetyError: ``embed`` or ``logits``.
+        MechsafetyError: A node is ``embed`` or ``logits``.
     """
     strange = next((node for node in nodes if node.kind not in ("head", "mlp", "neuron")), None)
     if strange is not None:
@@ -141,15 +142,15 @@ def sender_changes(
 ) -> Float[Tensor, "sender batch column d_model"]:
     """What each sender adds to the residual stream when it alone takes its source value; float32.
 
-    Behind a norm after attention or MLP (Gemma-2, OLMo-2) a head's or neuron's change is the norm of the changed sum
-    less the norm of the base's sum.
+    If a norm follows attention or MLP (Gemma-2, OLMo-2), a head's or neuron's change is the norm of the changed sum
+    minus the norm of the base's sum.
 
     Args:
         model: The model.
         base: The run that is edited.
         source: Where the senders' values come from.
-        senders: In any order.
-        norm: ``recompute`` or ``freeze``, of norms after attention and MLP.
+        senders: The senders, in any order.
+        norm: ``recompute`` or ``freeze``, for norms after attention and MLP.
         at: Columns to compute.
         positions: Columns in which senders change; all by default.
     """
@@ -169,7 +170,7 @@ def written_changes(
     at: slice = slice(None),
     positions: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "sender batch column d_model"]:
-    """Source less base of what each sender itself writes, before a norm after its block; as for `sender_changes`."""
+    """Source minus base of what each sender itself writes, before any norm after it; arguments as `sender_changes`."""
     check_current(model, base, source)
     resid = base.resid[0][:, at]
     out = torch.zeros(len(senders), *resid.shape, device=resid.device)
@@ -185,10 +186,10 @@ def written_changes(
 def added_changes(
     model: LensModel, base: BaseRun, source: BaseRun, nodes: Sequence[Node]
 ) -> Float[Tensor, "node batch pos d_model"]:
-    """Source less base of what each node adds to the residual stream, as in `node_outputs`; float32.
+    """Source minus base of what each node adds to the residual stream, as in `node_outputs`; float32.
 
-    The changes of a layer's heads (neurons) add up to the layer's, also behind a norm, which keeps each run's own
-    scale. Patching one node alone has another effect there, see `sender_changes`.
+    The changes of a layer's heads (neurons) add up to the change of the layer. This holds with a norm after them too,
+    because the norm keeps each run's own scale. Patching one node alone then has another effect (see `sender_changes`).
 
     Args:
         model: The model.
@@ -232,19 +233,19 @@ def propagate(
         model: The model.
         base: The run that is edited.
         source: Where the senders' values come from.
-        senders: In any order; those that enter after ``stop`` change nothing.
-        stop: The moment that is asked for.
+        senders: The senders, in any order; those that enter after ``stop`` change nothing.
+        stop: Moment at which the change is read.
         mlp: ``recompute`` or ``freeze``.
         norm: ``recompute``, or ``freeze`` for norms on the way that keep the base run's scale.
         at: Columns to compute (everything is local to a column).
         positions: Columns in which senders change; all by default.
 
     Raises:
-        MechsafetyError: MLPs are to respond, in a run that keeps some of them at other values.
+        MechsafetyError: ``mlp`` is ``recompute``, and the run holds nodes at fixed values.
     """
     if base.fixed and mlp == "recompute":
         raise MechsafetyError("runs in which nodes are knocked out", expected="mlp='freeze' on such runs")
-    # senders in the order in which they enter, so that those that have entered are the first rows
+    # sort senders by the moment at which they enter, so that those that have entered are the first rows
     order = sorted(range(len(senders)), key=lambda row: entry(senders[row]))
     ordered = [senders[row] for row in order]
     enters = [entry(sender) for sender in ordered]
@@ -280,9 +281,9 @@ def behind_norm(
     norm: str,
     at: slice = slice(None),
 ) -> Float[Tensor, "variant batch column d_model"]:
-    """What reaches the residual stream when the sum that all heads (neurons) of a layer write changes; float32.
+    """Change of the residual stream when the sum of what a layer's heads (neurons) write changes; float32.
 
-    The change itself, unless a norm stands behind the sum.
+    Without a norm after the sum, it is the change itself.
     """
     module = norm_behind(model, layer, kind)
     if module is None:
@@ -294,7 +295,7 @@ def behind_norm(
 def written_sum(
     model: LensModel, run: BaseRun, layer: int, kind: str, at: slice = slice(None)
 ) -> Float[Tensor, "batch column d_model"]:
-    """What all heads (neurons) of a layer and its bias write together, before a norm behind them; float32."""
+    """Sum of what all heads (neurons) of a layer and its bias write, before any norm after them; float32."""
     if kind == "head":
         z, weights, bias = run.acts[SiteKind.Z][layer], model.W_O(layer), model.backend.b_O(layer)
         total = einsum(z[:, at].float(), weights.float(), "batch pos head k, head k d_model -> batch pos d_model")
@@ -307,7 +308,7 @@ def written_sum(
 def own_share(
     model: LensModel, run: BaseRun, layer: int, kind: str, at: slice = slice(None)
 ) -> Callable[[Tensor], Tensor]:
-    """What reaches the stream of a part of what a layer's heads (neurons) write in a run, at the run's own scale."""
+    """Function from a part of what a layer's heads (neurons) write to what the stream gets, at the run's own scale."""
     module = norm_behind(model, layer, kind)
     if module is None:
         return lambda part: part
@@ -315,7 +316,7 @@ def own_share(
 
 
 def _values(run: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice) -> Float[Tensor, "batch pos ..."]:
-    """What some heads (neurons) of a layer give to their output weights in a run; float32."""
+    """The input of the output weights of some heads (neurons) of a layer in a run; float32."""
     if kind == "head":
         return run.acts[SiteKind.Z][layer][:, at][:, :, indices].float()
     return stored(run.acts, SiteKind.NEURONS)[layer][:, at][..., indices].float()
@@ -324,7 +325,7 @@ def _values(run: BaseRun, kind: str, layer: int, indices: Sequence[int], at: sli
 def _through_weights(
     model: LensModel, kind: str, layer: int, indices: Sequence[int], values: Float[Tensor, "batch pos ..."]
 ) -> Float[Tensor, "node batch pos d_model"]:
-    """What some heads (neurons) of a layer write with such values, before a norm behind them; float32."""
+    """What some heads (neurons) of a layer write with such values, before any norm after them; float32."""
     if kind == "head":
         weights = model.W_O(layer)[indices].float()
         return einsum(values, weights, "batch pos node d_head, node d_head d_model -> node batch pos d_model")
@@ -334,7 +335,7 @@ def _through_weights(
 
 
 def neuron_weights(model: LensModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-    """What each neuron of a layer writes a unit of; float32."""
+    """What each neuron of a layer writes per unit of its activation; float32."""
     return model.W_out(layer).float()
 
 
@@ -352,7 +353,7 @@ def _mlp_response(
 def _own_changes(
     model: LensModel, base: BaseRun, source: BaseRun, kind: str, layer: int, indices: Sequence[int], at: slice
 ) -> Float[Tensor, "sender batch column d_model"]:
-    """Source less base of what senders of one kind and layer write."""
+    """Source minus base of what senders of one kind and layer write."""
     if kind in ("head", "neuron"):
         old, new = (_values(run, kind, layer, indices, at) for run in (base, source))
         return _through_weights(model, kind, layer, indices, new - old)
@@ -372,7 +373,7 @@ def stream(run: BaseRun, kind: str, layer: int) -> Float[Tensor, "batch pos d_mo
 def _limits(
     base: BaseRun, sender: Sender, positions: Bool[Tensor, "batch pos"] | None
 ) -> list[Bool[Tensor, "batch pos"]]:
-    """Where a sender may change: the columns of the call, and its own."""
+    """Masks of the columns in which a sender may change: those of the call, and the sender's own."""
     masks = [] if positions is None else [positions]
     if isinstance(sender, At):
         masks += column_masks(base, base.start, sender.positions)[1]

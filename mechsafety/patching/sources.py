@@ -1,4 +1,4 @@
-"""What a patch puts in place of a run's own values, and at which columns."""
+"""The values that a patch puts in place of a run's own, and the columns where it does so."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,9 +17,10 @@ Source = Literal["other", "mean", "resample", "zero"]
 
 
 def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> None:
-    """Stored runs hold every column whose values a source other than the pair's own replaces.
+    """Check that stored runs hold every column that a patch replaces.
 
-    Of pairs aligned at the suffix they hold no others, and none can be asked for.
+    A source that is not the other prompt of the pair also replaces columns before the first difference, where both
+    prompts are the same. Runs of pairs aligned at the suffix hold only the suffix, so earlier columns are refused.
     """
     if runs.align == "suffix" and positions in ("prefix", "instruction"):
         raise MechsafetyError(
@@ -46,7 +47,7 @@ def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> 
 def column_masks(
     base: BaseRun, start: int, positions: str | Sequence[int]
 ) -> tuple[list[int], list[Bool[Tensor, "batch pos"]]]:
-    """Columns (from the end) and, for each variant, where in the run columns it patches."""
+    """Positions from the end (for ``each`` only), and one mask per variant of the run's columns that it patches."""
     real = base.tokens.mask[:, start:]
     if isinstance(positions, str) and positions != "each":
         return [], [base.tokens.span_mask(positions)[:, start:]]
@@ -76,7 +77,7 @@ def source_values(
     out = {}
     groups: list[list[int]] = []
     if source in ("mean", "resample"):
-        # the columns of the suffix correspond in prompts of any length
+        # the suffix's columns correspond in prompts of any length
         groups = _same_length(other.tokens, source, any_length=align == "suffix")
     for kind in kinds:
         values = stored(other.acts, kind)
@@ -94,10 +95,10 @@ def source_values(
 
 
 def _same_length(tokens: Tokens, source: str, *, any_length: bool = False) -> list[list[int]]:
-    """Rows by their number of tokens: only in prompts of one length do columns correspond, and padding with padding.
+    """Groups of rows with the same number of tokens, because only in these do columns (and padding) correspond.
 
     Raises:
-        MechsafetyError: A prompt is alone with its length.
+        MechsafetyError: A prompt has a length that no other prompt has.
     """
     groups: dict[int, list[int]] = {}
     for row, spans in enumerate(tokens.spans):
@@ -114,7 +115,7 @@ def _same_length(tokens: Tokens, source: str, *, any_length: bool = False) -> li
 
 
 def _derangement(groups: Sequence[Sequence[int]], seed: int) -> list[int]:
-    """A random order of all rows in which none keeps its place and none leaves its group."""
+    """A random order of all rows in which every row changes its place and stays in its group."""
     generator = torch.Generator().manual_seed(seed)
     follows: dict[int, int] = {}
     for rows in groups:

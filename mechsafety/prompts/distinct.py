@@ -1,4 +1,4 @@
-"""Prompts that say nothing new: exact duplicates, which would count one observation several times."""
+"""Exact duplicates of prompts, which would count one observation several times."""
 
 import logging
 from collections.abc import Hashable, Sequence
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def first_of_each(items: Sequence[Hashable]) -> list[int]:
-    """Places of the items that did not come before, in order.
+    """Index of the first occurrence of each item, in order.
 
     Example:
         >>> first_of_each(["tea", "cake", "tea"])
@@ -21,11 +21,11 @@ def first_of_each(items: Sequence[Hashable]) -> list[int]:
 
 @public
 def distinct(prompts: Prompts, what: str) -> list[str]:
-    """The prompts without exact duplicates, in order; how many were left out is logged.
+    """The prompts without exact duplicates, in order; the number left out is logged.
 
     Args:
         prompts: Texts.
-        what: Names them in the log.
+        what: Name of the prompts in the log.
 
     Example:
         >>> distinct(["tea", "cake", "tea"], "prompts")
@@ -39,15 +39,15 @@ def distinct(prompts: Prompts, what: str) -> list[str]:
 
 @public
 def unseen(prompts: Prompts, seen: Prompts, what: str) -> list[int]:
-    """Places of the prompts that are not among those ``seen`` before; how many were left out is logged.
+    """Indices of the prompts that are not in ``seen``; the number left out is logged.
 
     Args:
         prompts: Texts to judge on.
         seen: Texts that were learned from.
-        what: Names the prompts in the log and in the error.
+        what: Name of the prompts in the log and in the error.
 
     Raises:
-        MechsafetyError: All were seen.
+        MechsafetyError: All prompts are in ``seen``.
     """
     known = set(seen)
     kept = [k for k, prompt in enumerate(prompts) if prompt not in known]
@@ -62,7 +62,7 @@ def unseen(prompts: Prompts, seen: Prompts, what: str) -> list[int]:
 
 
 def duplicates(n: int, kind: str) -> str:
-    """What is said of ``n`` duplicates that were left out.
+    """A note about ``n`` duplicates that were left out.
 
     Example:
         >>> duplicates(1, "pair"), duplicates(2, "prompt")

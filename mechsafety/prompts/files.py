@@ -15,26 +15,25 @@ from mechsafety.inputs import prompt_text
 LABELS = ("topic", "split")
 EDITION = "edition"
 _SPACE = re.compile(r"[ \t\n\r]*")
-# (number of the line it begins in, parsed value) of every row
+# one pair per row: the number of the line in which the row begins, and its parsed value
 Rows = Iterator[tuple[int, Any]]
 
 
 def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Read a file of prompts in the format that its suffix names.
 
-    ``.jsonl`` holds one object a line, ``.json`` one array of objects, ``.csv`` a line of column names and one row a
-    prompt.
+    ``.jsonl`` holds one object per line, ``.json`` one array of objects, ``.csv`` a line of column names and one row
+    per prompt.
 
     Args:
         path: The file (UTF-8).
-        keys: What every row must hold, as text that is not blank.
+        keys: Keys under which every row must hold a text that is not blank.
 
     Returns:
-        The rows; where they have a ``topic`` or ``split``, that is text (empty for ``null``), and an ``edition`` is a
-        whole number.
+        The rows. A ``topic`` or ``split`` becomes text (empty for ``null``). An ``edition`` becomes a whole number.
 
     Raises:
-        MechsafetyError: Another suffix; or as `read_jsonl`.
+        MechsafetyError: The suffix is not one of these; or as `read_jsonl`.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
@@ -47,10 +46,11 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
 
 
 def read_jsonl(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a JSON-lines file whose every object holds non-empty strings under ``keys``.
+    """Read a JSON-lines file in which every object holds a text, not blank, under each of ``keys``.
 
     Raises:
-        MechsafetyError: The file is missing or empty, or a line (named) is malformed, lacks a key or is blank there.
+        MechsafetyError: The file is missing or empty; or a line is malformed, lacks a key or has a blank text. The
+            message names the line.
     """
     return _read(path, keys, _json_lines, f"a .jsonl file with {_shape(keys)} a line")
 
@@ -81,7 +81,7 @@ def _json_lines(text: str, path: str, shape: str) -> Rows:
 
 
 def _json_array(text: str, path: str, shape: str) -> Rows:
-    """The elements one by one, because the parser of whole arrays forgets where they were."""
+    """The elements one by one, because the parser of whole arrays does not say in which lines they begin."""
     decoder, line, at = json.JSONDecoder(), 1, 0
 
     def skip(end: int) -> None:
@@ -139,7 +139,7 @@ def _csv(text: str, path: str, shape: str) -> Rows:
 
 
 def _checked(row: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """A row with text under ``keys``, its labels as text."""
+    """A row, checked for text under ``keys``, with its labels as text and its edition as a number."""
     if not isinstance(row, dict):
         raise MechsafetyError(f"{where}: a JSON {type(row).__name__}", expected=_shape(keys))
     for key in keys:
@@ -154,7 +154,7 @@ def _checked(row: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _edition(value: Any, where: str) -> int:
-    """A whole number from 1 on; ``null``, or an empty cell of a table, is the first edition."""
+    """An edition as a whole number, at least 1; ``null`` or an empty cell of a table means the first edition."""
     if value in (None, ""):
         return 1
     number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
@@ -164,7 +164,7 @@ def _edition(value: Any, where: str) -> int:
 
 
 def _label(value: Any, name: str, where: str) -> str:
-    """Text of a topic or split; ``null`` is none, and data sets number their topics."""
+    """A topic or split as text: ``null`` becomes empty; a number becomes text, because some data sets number topics."""
     if value is None:
         return ""
     if isinstance(value, str | int) and not isinstance(value, bool):

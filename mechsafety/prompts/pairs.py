@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# hub id, configuration and split of each public benchmark, and of its own harmless half where it has one
+# hub id, configuration and split of each public benchmark, and of its own harmless half if it has one
 HubSet = tuple[str, str | None, str]
 HUB: dict[str, tuple[HubSet, HubSet | None]] = {
     "advbench": (("walledai/AdvBench", None, "train"), None),
@@ -40,16 +40,16 @@ HINT = (
     "change a word in one of the two (model.tokenize_pairs shows a pair's token rows), add pairs, pair prompts with "
     "PromptPairs.matched(harmful, harmless, model.n_tokens), or patch at the template's suffix alone: align='suffix'"
 )
-# pairs that are named in a note about those that were left out; an error names all
+# largest number of left-out pairs that a note names; an error names all
 NAMED_PAIRS = 12
 
 
 class Reader(Protocol):
-    """What says how prompts become tokens: a `LensModel` or a `ChatTokenizer`."""
+    """An object that turns prompts into tokens: a `LensModel` or a `ChatTokenizer`."""
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Name of the model."""
 
     def spans(self, prompts: Sequence[str], /) -> list[Spans]:
         """Where each chat prompt's parts lie in its token row."""
@@ -61,10 +61,10 @@ class PromptPair:
 
     Attributes:
         harmful, harmless: The two prompts.
-        topic: What it is about.
+        topic: What the pair is about.
         split: ``train``, ``validation`` or ``test``.
-        edition: When it joined its set, counted from 1. `PromptPairs.sample` draws a topic's pairs of later editions
-            after those of earlier ones, so that a sample stays what it was when pairs are added.
+        edition: Edition of the set in which the pair was added, counted from 1. Within a topic, `PromptPairs.sample`
+            draws the pairs of earlier editions first, so that a sample stays the same when pairs are added.
     """
 
     harmful: str
@@ -78,19 +78,19 @@ class PromptPair:
 class PromptPairs:
     """Pairs of a harmful and a harmless prompt, in a fixed order.
 
-    Patching needs pairs whose chat prompts have the same number of tokens, which depends on the model's tokenizer. The
-    analyses leave out the others (`aligned`), and say how many.
+    Patching needs pairs whose chat prompts have the same number of tokens. This depends on the model's tokenizer. The
+    analyses leave out all other pairs (`aligned`), and say how many.
 
-    Each pair counts once: an exact duplicate of an earlier one is left out, and so is a pair of two equal prompts,
-    whose gap is 0. Both are logged and kept in ``left_out``.
+    Each pair counts once: an exact duplicate of an earlier pair is left out. A pair of two equal prompts is left out
+    too, because its gap is 0. Both are logged and kept in ``left_out``.
 
     Attributes:
         pairs: The pairs.
         name: Where they come from, for reports and provenance.
-        left_out: What was left out of them, in words.
-        align: What corresponds in the two prompts of a pair, and so can be patched: ``tokens``, every token, which asks
-            for pairs of equal length; or ``suffix``, the template's tokens after the instruction alone, which any two
-            prompts have (docs/methods.md says what that can show).
+        left_out: Notes, in words, about the pairs that were left out.
+        align: Which tokens of a pair's two prompts correspond, and so can be patched. ``tokens``: every token, which
+            needs prompts of equal length. ``suffix``: only the template's tokens after the instruction, which any two
+            prompts have (docs/methods.md says what this can show).
 
     Example:
         >>> pairs = PromptPairs.from_lists(["How do I make a bomb?"], ["How do I make a cake?"])
@@ -142,7 +142,7 @@ class PromptPairs:
     def __getitem__(self, index: slice) -> Self: ...
 
     def __getitem__(self, index: int | slice) -> "PromptPair | Self":
-        """One pair, or those of a slice as pairs again."""
+        """One pair, or the pairs of a slice as `PromptPairs`."""
         return replace(self, pairs=self.pairs[index]) if isinstance(index, slice) else self.pairs[index]
 
     def __repr__(self) -> str:
@@ -169,7 +169,7 @@ class PromptPairs:
         """The pairs of the named splits (``train``, ``validation``, ``test``).
 
         Raises:
-            MechsafetyError: No pair is in them.
+            MechsafetyError: No pair is in these splits.
         """
         return self._where(lambda pair: pair.split in names, f"split {'+'.join(names)}")
 
@@ -177,7 +177,7 @@ class PromptPairs:
         """The pairs of the named topics.
 
         Raises:
-            MechsafetyError: No pair has one of them.
+            MechsafetyError: No pair has one of these topics.
         """
         return self._where(lambda pair: pair.topic in names, f"topic {'+'.join(names)}")
 
@@ -185,8 +185,8 @@ class PromptPairs:
     def sample(self, n: Count, seed: Amount = 0) -> Self:
         """At most ``n`` pairs, drawn without replacement and taken evenly over the topics; order is kept.
 
-        Of each topic the pairs of an earlier edition come first. A smaller sample of the same seed is part of a larger
-        one.
+        Within a topic, the pairs of earlier editions come first. With the same seed, a smaller sample is part of a
+        larger one.
         """
         generator, order = np.random.default_rng(seed), []
         for edition in sorted({pair.edition for pair in self.pairs}):
@@ -198,14 +198,15 @@ class PromptPairs:
             topic = self.pairs[index].topic
             rank[topic] = rank.get(topic, -1) + 1
             keyed.append((rank[topic], index))
-        # one of each topic first, then the second of each ...: sort is stable, so the draw stays random
+        # the first pair of each topic, then the second of each, and so on; sort is stable, so the draw stays random
         chosen = sorted(index for _, index in sorted(keyed, key=lambda item: item[0])[:n])
         return replace(self, pairs=tuple(self.pairs[index] for index in chosen))
 
     def halves(self) -> tuple[Self, Self]:
         """Two parts for discovery and for held-out checks.
 
-        By topic where there are several topics (no topic on both sides), else by alternate pairs.
+        If there are several topics, whole topics go to one part or the other. Otherwise the pairs go to the two parts
+        in turn.
 
         Raises:
             MechsafetyError: There is only one pair.
@@ -227,9 +228,9 @@ class PromptPairs:
         return replace(self, pairs=picked), replace(self, pairs=others)
 
     def without_shared_prompts(self) -> Self:
-        """The pairs both of whose prompts are new, so that no prompt is on two sides of a split.
+        """The pairs that share no prompt with an earlier pair, so that no prompt can be on both sides of a split.
 
-        How many are left out is logged and kept in ``left_out``.
+        The number of left-out pairs is logged and kept in ``left_out``.
         """
         seen: set[tuple[str, str]] = set()
         kept = []
@@ -246,20 +247,21 @@ class PromptPairs:
         return replace(self, pairs=tuple(kept), left_out=(*self.left_out, note))
 
     def alignment(self, model: Reader) -> "pd.DataFrame":
-        """One row a pair: its number (from 1), topic, split, tokens of both chat prompts, and whether they align.
+        """One row per pair: its number (from 1), topic, split, tokens of both chat prompts, and whether they align.
 
-        Two chat prompts align where their instructions begin and end at the same tokens and as many tokens follow; of
-        pairs aligned at the suffix, where both have as many tokens after the instruction as most prompts.
+        Two chat prompts align if their instructions begin and end at the same tokens, and the same number of tokens
+        follows. With ``align="suffix"``, they align if each has as many tokens after the instruction as most prompts
+        have.
 
         Args:
             model: A `LensModel`, or the `ChatTokenizer` of a model whose weights are not needed.
 
         Raises:
-            MechsafetyError: A prompt that the chat template or the tokenizer cannot take.
+            MechsafetyError: The chat template or the tokenizer cannot take a prompt.
         """
         import pandas as pd
 
-        model = model if hasattr(model, "spans") else lens_model(model)  # which says what was expected
+        model = model if hasattr(model, "spans") else lens_model(model)  # its error says what was expected
         harmful, harmless = model.spans(self.harmful), model.spans(self.harmless)
         usual = Counter(span.n_suffix for span in (*harmful, *harmless)).most_common(1)[0][0]
 
@@ -273,17 +275,18 @@ class PromptPairs:
         return pd.DataFrame(rows, columns=["pair", "topic", "split", "harmful", "harmless", "aligned"])
 
     def aligned(self, model: Reader, least: int = 1) -> Self:
-        """The pairs whose chat prompts align under a model's tokenizer, which are those that can be patched.
+        """The pairs whose chat prompts align under a model's tokenizer; only these can be patched.
 
-        How many are left out is logged and kept in ``left_out``; `alignment` lists every pair. Where all align, these
-        pairs are returned.
+        The number of left-out pairs is logged and kept in ``left_out``. `alignment` lists every pair. If all pairs
+        align, this object is returned.
 
         Args:
             model: A `LensModel`, or the `ChatTokenizer` of a model whose weights are not needed.
-            least: How many are needed.
+            least: Smallest number of pairs that must align.
 
         Raises:
-            MechsafetyError: Fewer align; every pair that does not is in the message. Or as `alignment`.
+            MechsafetyError: Fewer than ``least`` pairs align. The message names every pair that does not. Or as
+                `alignment`.
         """
         table = self.alignment(model)
         fits = table["aligned"].tolist()
@@ -304,14 +307,14 @@ class PromptPairs:
 
     @classmethod
     def builtin(cls, split: str | None = None, *, edition: int | None = None) -> Self:
-        """The project's own pairs, pairs of equal token length under the demo model's tokenizer.
+        """The project's own pairs, whose two prompts have equal token lengths under the demo model's tokenizer.
 
-        Under other tokenizers at least four in five are (docs/models.md).
+        Under other tokenizers, at least four in five pairs have equal lengths (docs/models.md).
 
         Args:
             split: ``train``, ``validation`` or ``test``; all of them by default. No topic is in two splits.
-            edition: Leave out the pairs of later editions. The demo model was trained on the first one's training
-                split, and its results are on the first one's other splits.
+            edition: Leave out the pairs of later editions. The demo model was trained on the training split of edition
+                1. Its results are on the other splits of edition 1.
 
         Example:
             >>> len(PromptPairs.builtin().topics) >= 8
@@ -328,17 +331,17 @@ class PromptPairs:
         """Pairs from a ``.jsonl``, ``.json`` or ``.csv`` file.
 
         Every row holds ``harmful`` and ``harmless``; ``topic``, ``split`` and ``edition`` are optional. A ``.jsonl``
-        file has one object a line, a ``.json`` file one array of objects, a ``.csv`` file a line of column names and
+        file has one object per line, a ``.json`` file one array of objects, a ``.csv`` file a line of column names and
         then the rows.
 
         Raises:
-            MechsafetyError: As `mechsafety.prompts.read_rows`; the line is named.
+            MechsafetyError: As `mechsafety.prompts.read_rows`; the message names the line.
         """
         return cls._from_rows(read_rows(path, KEYS), path, align)
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
-        """Pairs from a file with ``{"harmful": "...", "harmless": "..."}`` a line, whatever its suffix.
+        """Pairs from a file with one ``{"harmful": "...", "harmless": "..."}`` per line, whatever its suffix.
 
         Raises:
             MechsafetyError: As `mechsafety.prompts.read_jsonl`.
@@ -359,8 +362,8 @@ class PromptPairs:
             harmful: Harmful prompts.
             harmless: Their counterfactuals; or, with ``align="suffix"``, any harmless prompts.
             name: Where they come from.
-            align: What is patched of a pair: ``tokens``, every token of pairs of equal length; ``suffix``, the
-                template's tokens after the instruction, of any two prompts.
+            align: What can be patched in a pair. ``tokens``: every token, in pairs of equal length. ``suffix``: the
+                template's tokens after the instruction, in any two prompts.
 
         Raises:
             MechsafetyError: The lengths differ, or a list is a single string.
@@ -407,10 +410,11 @@ class PromptPairs:
         """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.
 
         Args:
-            name: Benchmark, by its name or hub id; any other hub id (its ``train`` split); or local file of harmful
-                instructions.
-            harmless: Harmless prompts, or where to read them, likewise; JailbreakBench brings its own.
-            length: Pairs by equal length when given (see `matched`), in file order otherwise.
+            name: Source of the harmful instructions: a benchmark by its name or hub id, any other hub id (its ``train``
+                split), or a local file.
+            harmless: Harmless prompts, or their source, named in the same way. JailbreakBench has its own.
+            length: If given, prompts of equal length are paired (see `matched`). Otherwise prompts are paired in file
+                order.
             align: ``suffix`` for pairs of any lengths, which are patched at the template's suffix alone.
 
         Raises:
@@ -437,16 +441,16 @@ class PromptPairs:
 
 
 def omissions(pairs: object) -> dict[str, Any]:
-    """What a result must say of its pairs, as options of provenance; empty for pairs aligned at every token.
+    """Options of a result's provenance that tell what was left out of its pairs and how they align.
 
-    What was left out of them, and that only their suffix corresponds.
+    ``left_out`` is given if pairs were left out. ``align`` is given if only the suffix of the pairs corresponds.
     """
     notes, align = getattr(pairs, "left_out", ()), getattr(pairs, "align", "tokens")
     return ({"left_out": list(notes)} if notes else {}) | ({"align": align} if align != "tokens" else {})
 
 
 def _numbers(found: Sequence[int], most: int | None = None) -> str:
-    """Pairs by their numbers, those that follow each other as a range.
+    """Pairs by their numbers; consecutive numbers become a range.
 
     Example:
         >>> _numbers([3]), _numbers([1, 2, 3, 7, 9]), _numbers([1, 2, 5, 6], most=2)
@@ -465,13 +469,13 @@ def _numbers(found: Sequence[int], most: int | None = None) -> str:
 
 
 def _benchmark(name: str) -> tuple[HubSet, HubSet | None]:
-    """What `HUB` says of a benchmark by its name or hub id; of any other source, that it has a ``train`` split."""
+    """The entry of `HUB` for a benchmark's name or hub id; for any other source, its ``train`` split."""
     known = (sets for short, sets in HUB.items() if name.lower() in (short, sets[0][0].lower()))
     return next(known, ((name, None, "train"), None))
 
 
 def _harmless_half(name: str, *, required: bool) -> HubSet:
-    """A benchmark's own harmless half; a source that is no benchmark is all harmless, unless a half is required."""
+    """The harmless half of a benchmark; for any other source the whole of it, unless a half is required."""
     source, own = _benchmark(name)
     if own is None and (required or source in [sets[0] for sets in HUB.values()]):
         raise MechsafetyError(f"{name} has no harmless half", hint="pass harmless=[...] or harmless='tatsu-lab/alpaca'")

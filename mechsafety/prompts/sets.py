@@ -24,7 +24,7 @@ def builtin_prompts(name: str, split: str | None = None) -> list[Prompt]:
     """The project's own single prompts: ``"borderline"`` (scary but harmless) or ``"plain"`` (ordinary harmless).
 
     Raises:
-        MechsafetyError: No such set.
+        MechsafetyError: There is no such set.
 
     Example:
         >>> all(prompt.split == "test" for prompt in builtin_prompts("borderline", split="test"))

@@ -18,8 +18,8 @@ class Spans:
 
     Attributes:
         instruction: Start and end of the user's request.
-        length: Number of tokens. Before the instruction lies the ``prefix`` (system turn and template), after it the
-            ``suffix`` (template tokens), at whose last token the model decides how to begin its reply.
+        length: Number of tokens. The ``prefix`` (system turn and template) lies before the instruction. The ``suffix``
+            (template tokens) lies after it. At the suffix's last token, the model decides how to begin its reply.
     """
 
     instruction: tuple[int, int]
@@ -27,7 +27,7 @@ class Spans:
 
     @property
     def n_suffix(self) -> int:
-        """How many tokens the template writes after the instruction."""
+        """Number of tokens after the instruction."""
         return self.length - self.instruction[1]
 
     def range(self, span: str) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TokenTable:
-    """The tokens of one chat prompt, one a line when shown."""
+    """The tokens of one chat prompt, shown as one line per token."""
 
     rows: tuple[TokenRow, ...]
 
@@ -80,7 +80,7 @@ class Tokens:
     Attributes:
         ids: Token ids.
         mask: True at real tokens.
-        spans: Of each prompt, in its unpadded row; `span_mask` shifts them by the padding.
+        spans: Spans of each prompt in its unpadded row; `span_mask` shifts them by the padding.
         opener_ids: Tokens of a reply's opener, which end every row and belong to the suffix (`LensModel.reading`).
     """
 
@@ -110,20 +110,20 @@ class Tokens:
         return out
 
     def rows(self, keep: slice | Sequence[int]) -> "Tokens":
-        """A part of the batch, without columns that are padding for all of it."""
+        """Some prompts of the batch, without the columns that are padding in all of them."""
         chosen = list(range(len(self))[keep] if isinstance(keep, slice) else keep)
         spans = tuple(self.spans[k] for k in chosen)
         width = max(span.length for span in spans)
         return replace(self, ids=self.ids[chosen, -width:], mask=self.mask[chosen, -width:], spans=spans)
 
     def widened(self, width: int) -> "Tokens":
-        """The same prompts with so many columns, more padding in front."""
+        """The same prompts, padded on the left to ``width`` columns."""
         more = width - self.ids.shape[1]
         pad = torch.nn.functional.pad
         return replace(self, ids=pad(self.ids, (more, 0)), mask=pad(self.mask, (more, 0)))
 
     def joined(self, other: "Tokens") -> "Tokens":
-        """The prompts of both batches, which are equally wide."""
+        """The prompts of both batches, which must have equally many columns."""
         ids, masks = torch.cat([self.ids, other.ids]), torch.cat([self.mask, other.mask])
         return replace(self, ids=ids, mask=masks, spans=(*self.spans, *other.spans))
 
@@ -133,8 +133,9 @@ class TokenPairs:
     """Aligned token rows of harmful prompts and their harmless counterfactuals.
 
     Attributes:
-        harmful, harmless: Equal shapes; equal masks and spans too, unless only the suffix corresponds.
-        start: First column in which any pair differs, or, where only the suffix corresponds, its first column.
+        harmful, harmless: The two sides, of equal shapes. Masks and spans are equal too, unless only the suffix
+            corresponds.
+        start: First column in which any pair differs. If only the suffix corresponds, it is the suffix's first column.
         common: Whether all columns before ``start`` are common to both prompts of each pair.
     """
 
@@ -158,7 +159,7 @@ class TokenPairs:
 
     @classmethod
     def at_suffix(cls, harmful: Tokens, harmless: Tokens) -> "TokenPairs":
-        """Pair prompts of any lengths, of which the template's tokens after the instruction correspond.
+        """Pair prompts of any lengths, in which only the template's tokens after the instruction correspond.
 
         Raises:
             MechsafetyError: These tokens are not the same in all prompts, or there are none.
