@@ -257,7 +257,7 @@ def slope(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point
     return float(found)
 
 
-def path_end(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> Float[Tensor, " batch"]:
+def path_start(model: LensModel, runs: PairRuns, metric: RefusalLogOdds, point: Point) -> Float[Tensor, " batch"]:
     """Metric where the path begins: blended activations have their harmless values, all else is the harmful run's."""
     first, start, blends = _at(runs, replace(point, alpha=0.0))
     with torch.no_grad():

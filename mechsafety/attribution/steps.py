@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 from jaxtyping import Float
 
-from mechsafety.attribution.gradients import Grid, Point, integration_points, path_end, slope
+from mechsafety.attribution.gradients import Grid, Point, integration_points, path_start, slope
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
@@ -78,7 +78,7 @@ def misses(
     for _, same in groupby(zip(points, slopes, strict=True), key=lambda row: row[0].sites):
         path = list(same)
         first = path[0][0]
-        low = harmless if first.whole else path_end(model, runs, metric, first)
+        low = harmless if first.whole else path_start(model, runs, metric, first)
         total = sum(point.weight * own for point, own in path)
         found.append(total - float((harmful - low).sum()))
     return np.array(found)
