@@ -283,7 +283,7 @@ def _(e, toy):
 @check("logit difference of three logits")
 def _(e, toy):
     metric = ms.RefusalLogOdds((0,), ("Sorry",), (1, 2), ("Sure", "The"))
-    return {"score of R = {Sorry}, C = {Sure, The}": float(metric(torch.tensor(e["logits of Sorry, Sure, The"])))}
+    return {"score of R = {Sorry}, Y = {Sure, The}": float(metric(torch.tensor(e["logits of Sorry, Sure, The"])))}
 
 
 @check("which tokens are refusal tokens")
@@ -387,7 +387,7 @@ def _(e, toy):
     return {
         "p": sign_flip_p(changes)[0],
         "patterns with an absolute sum of at least 6": int((sums >= sums.max()).sum()),
-        "smallest possible p with 3 pairs": sign_flip_p(np.ones(3))[0],
+        **{f"smallest possible p with {n} pairs": sign_flip_p(np.ones(n))[0] for n in (3, 13, 20)},
     }
 
 
@@ -550,7 +550,7 @@ def _(e, toy):
 
 @check("Ships of a head")
 def _(e, toy):
-    rows = (torch.tensor([e[name]]).log() for name in ("p of two tokens", "q, with the head masked"))
+    rows = (torch.tensor([e[name]]).log() for name in ("P of two tokens", "Q, with the head masked"))
     return {"Ships": float(next_token_kl(*rows))}
 
 
@@ -609,7 +609,7 @@ def _(e, toy):
         "faithfulness of the first 2": meters[1].faithfulness([prefix[:2]])[0],
         "faithfulness of the first 3": meters[1].faithfulness([prefix])[0],
         "size of the smallest prefix": found.ranked,
-        "cost of removing L1.H0": marginals(meters[1], prefix, [H10])[H10],
+        "marginal effect of L1.H0": marginals(meters[1], prefix, [H10])[H10],
         "size after pruning": len(found.circuit),
         "faithfulness after pruning": meters[1].faithfulness([found.circuit])[0],
     }
@@ -731,9 +731,13 @@ def _(e, toy):
     x, y = (np.array(e[f"score {how} the circuit"]) for how in ("with", "without"))
     found = independence_test(x, y, 0)
     distances = [abs(a - b) for k, a in enumerate(x) for b in x[k + 1 :]]
+    orders = [independence_test(x, y[list(order)], 0, 0).hsic for order in itertools.permutations(range(len(y)))]
+    # permutations are drawn: the share of the orders, up to chance
+    assert found.p_value == pytest.approx(found.smallest_p, abs=0.03)
     return {
         "median distance": np.median(distances),
         "HSIC": found.hsic,
+        "orders with an HSIC of at least 0.0578": sum(hsic >= found.hsic * (1 - 1e-12) for hsic in orders),
         "smallest p that three prompts can give": found.smallest_p,
     }
 
