@@ -1,4 +1,4 @@
-"""Every 95 % interval of the package: of means, ratios and rates over prompts, with one definition per kind.
+"""The 95 % intervals of means, ratios and rates over prompts, with one definition per kind.
 
 ``scripts/simulate_coverage.py`` simulates how often they contain the true value. The table is in
 ``docs/results/coverage.md``.

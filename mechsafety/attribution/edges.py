@@ -115,9 +115,9 @@ def edge_attribution(
 ) -> EdgeScores:
     """Score every edge u -> v by (output of u, harmful minus harmless) . (gradient of the metric in v's input).
 
-    The methods differ in where they take the gradient, and therefore in which sums are exact. With every method, the
-    scores into one receiver sum to the first-order effect of its input: (its input, harmful minus harmless) . (its
-    gradient).
+    The methods differ in where they take the gradient, and therefore in which sums are exact. With every method but
+    ``ig-activations``, the scores into one receiver sum to the first-order effect of its input: (its input, harmful
+    minus harmless) . (its gradient).
 
     - ``eap`` (Syed et al. 2023): at the harmful run.
     - ``eap-ig`` (Hanna et al. 2024): averaged over blends of the two runs' embeddings. As ``steps`` grow, the scores

@@ -111,7 +111,7 @@ class Split:
         budget: Time to keep.
         progress: Whether to show bars.
         held: Pairs that set the circuit's size.
-        fresh: Pairs for the checks alone; None where there are too few.
+        fresh: Pairs that the search never sees; None where there are too few.
         meters: Faithfulness on the three parts.
         alone: Meters that patch single nodes, on held-out and fresh pairs.
         few: The same on as many held-out pairs as roles are measured on.

@@ -128,7 +128,7 @@ GLOSSARY = (
     Entry(
         "CMD, CPR",
         "Two numbers that sum up the curve. CMD is the area between the held-out curve and 1, over k (0 is best)."
-        " CPR is the area under the held-out curve, over k (1 is the whole model at every size).",
+        " CPR is the area under the held-out curve, over k (close to 1 if every size does as much as the whole model).",
     ),
     Entry(
         "Concentrated or spread out",

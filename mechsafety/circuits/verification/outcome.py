@@ -18,7 +18,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class RandomControls:
-    """Size-matched random circuits on held-out pairs.
+    """Size-matched random circuits on fresh pairs, or on held-out pairs where there are no fresh ones.
 
     Attributes:
         n: Number of random circuits.
@@ -81,7 +81,10 @@ class Independence:
 
     @property
     def smallest_p(self) -> float:
-        """The smallest p that this many prompts can give, for two identical scores; 1 if a score does not vary."""
+        """A lower bound of the p that this many prompts can give, for two identical scores; 1 if a score does not vary.
+
+        Scores whose differences repeat, such as evenly spaced ones, cannot reach it.
+        """
         return 1.0 if self.hsic <= 1e-12 else 1.0 / math.factorial(min(self.n, 20))
 
 
