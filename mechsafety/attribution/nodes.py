@@ -83,9 +83,9 @@ def node_attribution(
     """Integrated gradients over node masks (Sundararajan et al. 2017, eq. 1, with nodes as the features).
 
     Every node's value is a blend: alpha times the value that it computes in the blended run itself, plus 1 - alpha
-    times its value in the harmless run. The score of a node is the integral, over alpha, of the metric's gradient in the node's own weight
-    alpha. At alpha = 0 the model computes the harmless run, at alpha = 1 the harmful run. The scores therefore sum to
-    the whole gap (completeness).
+    times its value in the harmless run. The score of a node is the integral, over alpha, of the metric's gradient in
+    the node's own weight alpha. At alpha = 0 the model computes the harmless run, at alpha = 1 the harmful run. The
+    scores therefore sum to the whole gap (completeness).
 
     Args:
         model: The model.
