@@ -170,11 +170,11 @@ def test_every_kind_of_result_loads_after_a_bare_import(tmp_path):
     for kind in sorted(kinds, key=lambda kind: kind.__name__ != "PathMap"):
         example(kind).save(tmp_path / kind.__name__)
     code = """if True:
-        import sys, mechsafety
+        import sys
+        from mechsafety.results import Result
         assert "torch" not in sys.modules
         for name in sys.argv[2:]:
-            found = getattr(mechsafety, name, None) or sys.modules["mechsafety.results"].Result
-            assert type(found.load(f"{sys.argv[1]}/{name}")).__name__ == name, name
+            assert type(Result.load(f"{sys.argv[1]}/{name}")).__name__ == name, name
             print(name)
     """
     names = [path.name for path in sorted(tmp_path.iterdir(), key=lambda path: path.name != "PathMap")]
