@@ -199,7 +199,7 @@ def test_labels_are_what_the_model_does(planted):
     assert found.unsafe == (True,) * 5 + (False,) * 3, "this model refuses bombs, so cakes called harmful are answered"
     with pytest.raises(ms.MechsafetyError, match=r"^refused: all prompts have one label"):
         label_by_replies(model, pairs.harmful, pairs.harmless, "refused", judge=lambda asked, replies: ["refuses"] * 8)
-    with pytest.raises(ms.MechsafetyError, match=r"^x: 2 prompts, 1 kinds of reply; expected one kind a"):
+    with pytest.raises(ms.MechsafetyError, match=r"^x: 2 prompts, 1 kinds of reply; expected one kind per"):
         LabelledPrompts("x", ("a", "b"), (True, False), (), ("answers",))
 
 
