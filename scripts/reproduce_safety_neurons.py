@@ -11,7 +11,6 @@ the `test` split, whose topics are others, or from public data.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -31,7 +30,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool
 from safety_neurons_page import NAME, PAGE, TOP, code, figures, page, plain, write
-from steps import check_store
+from steps import Steps
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +38,7 @@ import mechsafety as ms
 from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.models.demo import adapter_folder, base_folder
+from mechsafety.models.kept import sha256_of
 from mechsafety.monitors import GuardReport, LabelledPrompts, compare_guards, label_by_replies
 from mechsafety.neurons import (
     AlignmentTax,
@@ -106,35 +106,30 @@ SMALL = Size(8, 8, 4, (0.05, 1.0), 3, 4, 4, (0.05, 1.0), 3, 2, 3, 2, 4, 12, 8, 8
 SEED_OPTIONS = ("--epochs", "1", "--batch", "8", "--lr", "4e-2")
 
 
-class Run:
-    """The steps, their stores and the models, each loaded when it is first needed."""
+class Run(Steps):
+    """The steps, their store and the models, each loaded when it is first needed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size, self.inner = args, SMALL if args.small else Size(), 0.0
         self.loaded = 0.0
-        args.work.mkdir(parents=True, exist_ok=True)
-        self.check_store()
+        args.work.mkdir(parents=True, exist_ok=True)  # what loads models has its time kept there
+        super().__init__(args.work, self.made_of(), besides=("clock.json",))
         self.train = ms.PromptPairs.builtin("train").sample(self.size.ranked, seed=0)
         self.test = ms.PromptPairs.builtin("test").sample(self.size.curve, seed=0)
         self.answers = read_jsonl(data_file("helpful"), ["prompt", "reply"])
 
-    def check_store(self) -> None:
-        """Refuse a store of other sizes, weights or data: its steps would be mixed with new ones.
-
-        Raises:
-            SystemExit: The store is another run's.
-        """
+    def made_of(self) -> dict[str, Any]:
+        """Sizes, weights and data that the steps depend on."""
         names = ["demo", "demo-base", *(["demo-helpful"] if self.has_helpful() else [])]
         files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
-        now = {
+        return {
             "size": {**dataclasses.asdict(self.size), "seed_options": SEED_OPTIONS},
             "weights": {name: self.model(name).weights_sha256 for name in names},
             "data": {
-                name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+                name: sha256_of(path) if path.is_file() else None
                 for name, path in (files | {name: data_file(name) for name in PACKAGED}).items()
             },
         }
-        check_store(self.args.work, now, besides=("clock.json",))
 
     @cache  # noqa: B019 - one run a process
     def model(self, name: str) -> ms.LensModel:
@@ -143,12 +138,11 @@ class Run:
 
     @property
     def metric(self) -> ms.RefusalLogOdds:
-        stored = self.step("metric", dict, self._metric)
-        return ms.RefusalLogOdds.from_json(stored, self.model("demo"))
+        def detect() -> dict[str, Any]:
+            pairs = ms.PromptPairs.builtin("validation").sample(24, seed=0)
+            return ms.RefusalLogOdds.detect(self.model("demo"), pairs).to_json()
 
-    def _metric(self) -> dict[str, Any]:
-        found = ms.RefusalLogOdds.detect(self.model("demo"), ms.PromptPairs.builtin("validation").sample(24, seed=0))
-        return found.to_json()
+        return ms.RefusalLogOdds.from_json(self.json("metric", detect), self.model("demo"))
 
     # --- steps and what they took ---------------------------------------------------------------------------------
 
@@ -184,32 +178,21 @@ class Run:
             (self.args.work / "clock.json").write_text(json.dumps(record, indent=1, allow_nan=False))
             self.inner = outer + took
 
-    def step(self, name: str, kind: type, make: Callable[[], Any]) -> Any:
-        """The stored result of a step, or a new one."""
-        path = self.args.work / name
-        if path.exists():
-            return json.loads(path.read_text()) if kind is dict else kind.load(path)
-        print(f"{name} ...", flush=True)
+    def measured(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A step's outcome; its time is added to the clock, also where it is interrupted."""
         with self.timed(name):
-            found = make()
-        if kind is dict:
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(found, indent=1, allow_nan=False))
-            scratch.replace(path)
-        else:
-            found.save(path)
-        return found
+            return super().measured(name, compute)
 
     # --- neurons and their effect ---------------------------------------------------------------------------------
 
     def scores(self) -> NeuronScores:
         prompts, tokens = self.train.harmful, self.size.reply_tokens
         pair = self.model("demo"), self.model("demo-base")
-        return self.step("scores", NeuronScores, lambda: safety_neurons(*pair, prompts, max_new_tokens=tokens))
+        return self.result("scores", NeuronScores, lambda: safety_neurons(*pair, prompts, max_new_tokens=tokens))
 
     def cards(self) -> NeuronCards:
         nodes = self.scores().ranked(12)
-        return self.step(
+        return self.result(
             "cards", NeuronCards, lambda: describe_neurons(self.model("demo"), nodes, self.test.harmful, n_tokens=6)
         )
 
@@ -222,7 +205,7 @@ class Run:
         else:
             options["shares"] = self.size.ratio_shares
         pair = self.model("demo-base"), self.model("demo")
-        return self.step(
+        return self.result(
             f"curve-log-odds-{ranking}",
             CausalCurve,
             lambda: causal_effect_curve(*pair, values, self.test.harmful, metric, **options),
@@ -233,7 +216,7 @@ class Run:
         prompts = self.test.sample(self.size.judged, seed=1).harmful
         options: dict[str, Any] = {"n_random": self.size.random_sets, "max_new_tokens": self.size.judged_tokens}
         options |= {"shares": self.size.judged_shares, "limit": self.limit}
-        return self.step(
+        return self.result(
             "curve-judge", CausalCurve, lambda: causal_effect_curve(*pair, scores, prompts, phrase_judge, **options)
         )
 
@@ -244,7 +227,7 @@ class Run:
         def make() -> dict[str, float | None]:
             return plain({name: loss_limit(self.model(name)) for name in ("demo-base", "demo")})
 
-        known = [value for value in self.step("loss-limit", dict, make).values() if value is not None]
+        known = [value for value in self.json("loss-limit", make).values() if value is not None]
         return max(known, default=math.nan)
 
     def judged_replies(self) -> list[dict[str, Any]]:
@@ -252,21 +235,21 @@ class Run:
         base, demo, scores = self.model("demo-base"), self.model("demo"), self.scores()
         prompts, tokens = self.test.sample(self.size.judged, seed=1).harmful, self.size.said_tokens
 
-        def make() -> dict[str, Any]:
+        def make() -> list[dict[str, Any]]:
             unedited, rows, options = Unedited((base, demo), self.limit), [], {"judge": None, "progress": False}
             for share in self.size.judged_shares:
                 found = dynamic_patching(base, demo, scores.top(share), prompts, max_new_tokens=tokens, **options)
                 rows.append((f"{share:.1%}", list(found.replies)))
             rows += [("aligned model", demo.generate(prompts, tokens)), ("base model", base.generate(prompts, tokens))]
             said = {name: unedited.kinds(prompts, texts, phrase_judge(prompts, texts)) for name, texts in rows}
-            return {"rows": plain([{"top share": name, **reply_row(found)} for name, found in said.items()])}
+            return plain([{"top share": name, **reply_row(found)} for name, found in said.items()])
 
-        return self.step("judged-replies", dict, make)["rows"]
+        return self.json("judged-replies", make)
 
     def contrast(self, split: str) -> NeuronContrast:
         """Harmful against harmless prompts in the aligned model alone, on the train or the test pairs."""
         pairs = self.train if split == "train" else self.test
-        return self.step(f"contrast-{split}", NeuronContrast, lambda: contrast_neurons(self.model("demo"), pairs))
+        return self.result(f"contrast-{split}", NeuronContrast, lambda: contrast_neurons(self.model("demo"), pairs))
 
     def planted(self) -> dict[str, Any]:
         """Share of planted neurons among as many of the highest scores, by both scores."""
@@ -282,7 +265,7 @@ class Run:
             }
             return {**recalls, "neurons": PLANTED, "factor": FACTOR, "prompts": n, "tokens": tokens}
 
-        return self.step("planted", dict, make)
+        return self.json("planted", make)
 
     def ends(self) -> dict[str, Any]:
         """No neuron patched against the base model, all of them against the aligned one: replies and logits."""
@@ -298,7 +281,7 @@ class Run:
                 found[name] = {"same_replies": sum(same), "prompts": len(prompts), "largest_logit_difference": off}
             return found
 
-        return self.step("ends", dict, make)
+        return self.json("ends", make)
 
     def cost(self) -> dict[str, float]:
         """Dynamic patching against plain generation of both models, interleaved, best of three."""
@@ -321,7 +304,7 @@ class Run:
                     best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
             return {name: round(value, 2) for name, value in best.items()}
 
-        return self.step("cost", dict, make)
+        return self.json("cost", make)
 
     # --- two alignments, and five seeds of one --------------------------------------------------------------------
 
@@ -337,23 +320,20 @@ class Run:
 
     def replies(self, name: str, prompts: Sequence[str]) -> list[list[int]]:
         """The base model's replies, generated once for all alignments that are compared on them."""
-        stored = self.step(
-            f"replies-{name}", dict, lambda: {"tokens": greedy_replies(self.model("demo-base"), prompts, 32)}
-        )
-        return stored["tokens"]
+        return self.json(f"replies-{name}", lambda: greedy_replies(self.model("demo-base"), prompts, 32))
 
     def mixed_scores(self, name: str) -> NeuronScores:
         """Both alignments on the same prompts, half of them harmful, so that prompts cannot make their tops differ."""
         prompts = self.train.sample(self.size.mixed, seed=3).harmful
         prompts += [row["prompt"] for row in self.questions("train", self.size.mixed)]
         pair, replies = (self.model(name), self.model("demo-base")), self.replies("mixed", prompts)
-        return self.step(f"mixed-{name}", NeuronScores, lambda: safety_neurons(*pair, prompts, replies=replies))
+        return self.result(f"mixed-{name}", NeuronScores, lambda: safety_neurons(*pair, prompts, replies=replies))
 
     def tax(self) -> AlignmentTax:
         rankings, metric = (self.mixed_scores("demo"), self.mixed_scores("demo-helpful")), self.metric
         rows = self.questions("test", self.size.taxed)
         models = [self.model(name) for name in ("demo-base", "demo", "demo-helpful")]
-        return self.step(
+        return self.result(
             "tax",
             AlignmentTax,
             lambda: alignment_tax(
@@ -391,14 +371,14 @@ class Run:
     def seed_scores(self, seed: int) -> NeuronScores:
         prompts = self.train.sample(self.size.seed_prompts, seed=4).harmful
         base, replies = self.model("demo-base"), self.replies("seeds", prompts)
-        return self.step(
+        return self.result(
             f"scores-seed-{seed}",
             NeuronScores,
             lambda: safety_neurons(self.seed_model(seed), base, prompts, replies=replies),
         )
 
     def seed_refusals(self, seed: int) -> dict[str, Any]:
-        """How many harmful prompts and how many harmless twins a seed's model refuses."""
+        """How many harmful prompts and how many harmless counterfactuals a seed's model refuses."""
         pairs = self.test.sample(self.size.seed_refusals, seed=1)
 
         def make() -> dict[str, Any]:
@@ -408,7 +388,7 @@ class Run:
             found = {name: sum(map(ms.is_refusal, model.generate(texts, 12))) for name, texts in sides.items()}
             return {**found, "n": len(pairs)}
 
-        return self.step(f"refusals-seed-{seed}", dict, make)
+        return self.json(f"refusals-seed-{seed}", make)
 
     def seed_pairs(self) -> dict[tuple[int, int], NeuronAgreement]:
         """Agreement of every two seeds."""
@@ -419,7 +399,7 @@ class Run:
             self.seed_refusals(seed)
 
         return {
-            (a, b): self.step(
+            (a, b): self.result(
                 f"agreement-{a}-{b}",
                 NeuronAgreement,
                 lambda a=a, b=b: compare_neurons(scores[a], scores[b], share=TOP, n_permutations=200),
@@ -451,7 +431,7 @@ class Run:
                 }
             return found
 
-        return self.step("scale", dict, make)
+        return self.json("scale", make)
 
     # --- the guard ------------------------------------------------------------------------------------------------
 
@@ -486,7 +466,7 @@ class Run:
                         sets.append(labelled(bad, good[k * n : (k + 1) * n], f"{name}, Alpaca"))
             return {"sets": sets, "left_out": left_out}
 
-        return self.step("guard-sets", dict, make)
+        return self.json("guard-sets", make)
 
     def guard(self) -> GuardReport:
         top, sets = self.scores().top(TOP), self.guard_sets()["sets"]
@@ -494,7 +474,7 @@ class Run:
             LabelledPrompts(one["name"], *(tuple(one[key]) for key in ("prompts", "unsafe", "groups", "kinds")))
             for one in sets
         ]
-        return self.step(
+        return self.result(
             "guard",
             GuardReport,
             lambda: compare_guards(self.model("demo-base"), top, rows[0], rows[1:], n_random=self.size.random_sets),
@@ -634,7 +614,7 @@ def seed_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def refusal_rows(run: Run) -> list[dict[str, Any]]:
-    """How many harmful prompts and harmless twins every seed refuses."""
+    """How many harmful prompts and harmless counterfactuals every seed refuses."""
     rows = []
     for seed in range(1, run.size.seeds + 1):
         found = run.seed_refusals(seed)
@@ -677,7 +657,7 @@ def sized_null(run: Run, found: NeuronAgreement) -> dict[str, Any]:
     return {
         "bins": found.bins,
         "rows": agreement_rows(found, sized=True),
-        "by_bins": run.step("sized", dict, make),
+        "by_bins": run.json("sized", make),
     }
 
 

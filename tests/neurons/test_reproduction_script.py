@@ -42,7 +42,7 @@ def test_a_store_of_another_run_is_refused(make_run, script, tmp_path):
     with pytest.raises(SystemExit, match=r"work holds steps of another data; delete it"):
         make_run()
     (tmp_path / "work" / "store.json").unlink()
-    (tmp_path / "work" / "metric").write_text("{}")
+    (tmp_path / "work" / "metric.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"work holds steps of an unknown run; delete it"):
         make_run()
 
@@ -54,10 +54,10 @@ def test_steps_are_stored_and_their_time_added_up(make_run, script, monkeypatch)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.step("one", dict, fails)
+        run.json("one", fails)
     assert run.clock()["seconds"].keys() == {"one"}, "an interrupted attempt counts"
     for _ in range(2):
-        assert run.step("one", dict, lambda: made.append(1) or {"found": 2}) == {"found": 2}
+        assert run.json("one", lambda: made.append(1) or {"found": 2}) == {"found": 2}
     assert made == [1]
     now = [0.0]
     monkeypatch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
@@ -93,7 +93,8 @@ def test_ends_and_contrast(make_run):
 
 def test_replies_of_the_judged_shares_and_of_both_models(make_run, script, tmp_path):
     run = make_run()
-    (run.args.work / "loss-limit").write_text('{"demo-base": 0.5, "demo": null}')
+    limits = '{"seconds": 0, "found": {"demo-base": 0.5, "demo": null}}'
+    (run.args.work / "loss-limit.json").write_text(limits)
     rows = run.judged_replies()
     assert [row["top share"] for row in rows] == ["5.0%", "100.0%", "aligned model", "base model"]
     assert all(row["n"] == 3 and row["perplexity"] > 1 for row in rows) and run.limit == 0.5
