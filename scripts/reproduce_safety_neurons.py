@@ -1,4 +1,4 @@
-"""Safety neurons of the demo pair, with every control; writes docs/results/safety-neurons.md, .json and figures.
+"""Safety neurons of the demo pair, with every control; writes docs/results/safety-neurons.json.
 
     python scripts/reproduce_safety_neurons.py               # some 35 minutes on two cores
     python scripts/reproduce_safety_neurons.py --small --out OUT                 # minutes: does it run?
@@ -6,7 +6,8 @@
 Every step is saved in --work and skipped when it is there, so that a stopped run goes on; a store of other sizes,
 weights or data is refused. Public benchmarks are read from --data (JSON lines with an "instruction" each) and are left
 out, by name, where they are missing. Neurons are ranked and guards trained on the `train` split; all figures come from
-the `test` split, whose topics are others, or from public data.
+the `test` split, whose topics are others, or from public data. The page and its figures are drawn from the JSON alone,
+by scripts/pages.
 """
 
 import argparse
@@ -26,10 +27,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool
-from safety_neurons_page import NAME, PAGE, TOP, code, figures, page, plain, write
+from pages.render import publish
+from pages.safety_neurons import TOP
 from steps import Steps
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -63,7 +66,8 @@ from mechsafety.prompts import read_jsonl
 from mechsafety.prompts.sets import data_file
 from mechsafety.replies import KINDS, REPLY_TOKENS, ReplyKinds, loss_limit, phrase_judge
 
-LOADING = "loading"
+# parts of the time that are no steps
+LOADING, PAGE = "loading", "page and figures"
 TRAIN = Path(__file__).with_name("train_demo_adapter.py")
 BENCHMARKS = ("jailbreakbench", "advbench", "harmbench_test")
 ALPACA = "alpaca_harmless"
@@ -453,7 +457,7 @@ class Run(Steps):
             scary = drawn(scary, min(40, self.size.guard_test), seed=0)
             sets = [
                 labelled(train.harmful, train.harmless, "own pairs, train topics", paired=True),
-                labelled(test.harmful, test.harmless, "own twins, other topics", paired=True),
+                labelled(test.harmful, test.harmless, "own pairs, other topics", paired=True),
                 labelled(test.sample(len(scary), seed=3).harmful, scary, "against scary but harmless"),
             ]
             files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
@@ -479,6 +483,22 @@ class Run(Steps):
             GuardReport,
             lambda: compare_guards(self.model("demo-base"), top, rows[0], rows[1:], n_random=self.size.random_sets),
         )
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no numpy types."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def code(text: str) -> str:
+    """A token as Markdown code; one that holds a backtick needs longer quotes."""
+    shown = repr(text)
+    return f"`` {shown} ``" if "`" in shown else f"`{shown}`"
 
 
 def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer d_mlp"]]:
@@ -675,10 +695,8 @@ def main() -> None:
     torch.manual_seed(0)
     run = Run(args)
     with run.timed(PAGE):  # drawn once to know what all of it took
-        found = plain(record(run))
-        page(found)
-        figures(found, args.out / NAME)
-    write(args.out, record(run))
+        publish("safety-neurons", plain(record(run)), args.out)
+    publish("safety-neurons", plain(record(run)), args.out)
 
 
 if __name__ == "__main__":

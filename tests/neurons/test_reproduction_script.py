@@ -3,7 +3,7 @@
 import argparse
 import types
 
-import pandas as pd
+import numpy as np
 import pytest
 
 import mechsafety as ms
@@ -118,12 +118,9 @@ def test_planted_neurons(make_run, script, monkeypatch, make_hf_model):
     assert found["ratio"] >= 0.75 and found["neurons"] == 4  # of 144: 0.03 by chance
 
 
-def test_tables_survive_bars_and_backticks(script):
-    from safety_neurons_page import code, table
-
-    assert code("a`") == "`` 'a`' ``" and code("a|") == "`'a|'`"
-    text = table(pd.DataFrame({"token": [code("||")], "x": [0.5], "y": [float("nan")]}))
-    assert text.splitlines()[-1] == "| `'\\|\\|'` | 0.500 |  |"
+def test_tokens_as_code_and_numbers_as_json(script):
+    assert script.code("a`") == "`` 'a`' ``" and script.code("a|") == "`'a|'`"
+    assert script.plain({"a": (np.float32(0.5), float("nan")), "n": np.int64(3)}) == {"a": [0.5, None], "n": 3}
 
 
 def test_drawn_prompts_spread(script):
