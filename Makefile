@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE := 1
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser models coverage gallery lint format train train-certified evaluate bench bench-truth clean
+.PHONY: demo test test-tl3 test-browser pages models coverage gallery lint format train train-certified evaluate bench bench-truth clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -42,6 +42,10 @@ test-browser: $(DEV)
 	    apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
 	  else echo "no Chromium: install it (apt-get install chromium) or set CHROMIUM to its path" >&2; exit 1; fi; fi
 	$(BIN)/python -m pytest tests/browser
+
+# pages and figures of what was measured, again from the stored JSON; PAGES="coverage models" draws these alone
+pages: $(DEV)
+	$(BIN)/python scripts/pages $(PAGES)
 
 # pictures for the README and the docs; CIRCUITS="a.json b.json" draws maps of your own in place of docs/gallery/demo.json
 gallery: $(DEV)

@@ -11,7 +11,7 @@ from targets import Target
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from statements import Sentence, say
+from pages.statements import Sentence, say
 
 GPU_COLUMNS = {
     "forward_s": "forward",

@@ -3,8 +3,8 @@
     python benchmarks/truth.py [--jobs N]     # or: make bench-truth
 
 36 planted models of varied shape (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one.
-Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and at the end the table
-docs/results/ground-truth.md. To add a method, write a function like those below and put it into METHODS.
+Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and draws its page at the end.
+To add a method, write a function like those below and put it into METHODS.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -31,7 +31,6 @@ import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits.edge_faithfulness import all_edges
 from mechsafety.cli import quiet_libraries
-from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.output import json_text
@@ -45,10 +44,9 @@ from mechsafety.sites import SiteKind
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from statements import Sentence, say
+from pages.ground_truth import PAGE
+from pages.render import publish
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-DEMO = RESULTS.parent / "gallery" / "demo.json"
 # name: (decoys, stages doubled, models)
 PLANTED = {"neither": (0, 0, 10), "decoys": (6, 0, 10), "backups": (0, 1, 10), "both": (4, 1, 6)}
 N_PAIRS = 12
@@ -275,210 +273,13 @@ def figures(found: testbed.TruthScore) -> dict[str, Any]:
     return {key: round(value, 6) for key, value in rows.items() if value is not None}
 
 
-def interval(values: Iterable[float], share: bool = False) -> str:
-    """Mean and 95 % interval over models; that of a share ends at 0 and 1."""
-    listed = list(values)
-    if not listed:
-        return ""
-    mean = f"{np.mean(listed):.2f}"
-    if len(listed) == 1:
-        return mean
-    low, high = np.clip(mean_interval(listed), 0, 1) if share else mean_interval(listed)
-    return f"{mean} [{low:.2f}, {high:.2f}]"
-
-
-# column: (heading, figure)
-RANKINGS = (
-    ("nodes AP", "nodes_average_precision"),
-    ("neurons AP", "neurons_average_precision"),
-    ("edges AP", "edges_average_precision"),
-    ("nodes AUROC", "nodes_auroc"),
-    ("above decoys", "nodes_auroc_decoys"),
-    ("decoys' strength", "nodes_strength_decoys"),
-    ("backups above the rest", "nodes_auroc_backups"),
-    ("backups' strength", "nodes_strength_backups"),
-)
-SETS = (
-    ("precision", "found_nodes_precision"),
-    ("recall", "found_nodes_recall"),
-    ("F1", "found_nodes_f1"),
-    ("decoys in it", "decoys_found"),
-    ("backups found", "backups_found"),
-    ("edges F1", "found_edges_f1"),
-    ("roles", "roles"),
-    ("seconds", "seconds"),
-)
-CONDITIONS = {
-    "neither": "Neither decoys nor backups",
-    "decoys": "Decoys only",
-    "backups": "Backups only",
-    "both": "Decoys and backups",
-    "certified": "The certified model",
-}
-MAPS = ("map_nodes", "map_neurons", "map_edges")
-
-
-def table(store: Mapping[str, Any]) -> str:
-    """The page."""
-    machine = store["machine"]
-    lines = [
-        "# Methods on models whose circuit is known",
-        "",
-        f"{store['date']}, {len(store['models'])} models, {machine['cpu']}, one thread a model, "
-        f"{', '.join(f'{k} {v}' for k, v in store['versions'].items())}. `make bench-truth`.",
-        "",
-        "Means over models, with 95 % intervals over models. *AP*: average precision of the truth in the",
-        "ranking by absolute score. *Above decoys*: chance that a node of the circuit ranks above a decoy; *backups",
-        "above the rest*: that a backed-up node ranks above one outside the circuit; 0.5 is a coin. *Strength*: mean",
-        "absolute score, as a share of that of the circuit's nodes that nothing backs up: a method that is not fooled",
-        "gives decoys about 0, and backups a share that shows. Circuits with neurons are judged by neurons, the others",
-        "by MLPs. Formulas: [methods](../methods.md#ground-truth).",
-        *_summary(store),
-    ]
-    for condition, title in CONDITIONS.items():
-        models = [row for row in store["models"].values() if row["condition"] == condition]
-        if not models:
-            continue
-        lines += ["", f"## {title} ({len(models)} model{'s' * (len(models) > 1)})"]
-        for columns, heading in ((RANKINGS, "ranking"), (SETS, "circuit")):
-            lines += _rows(models, columns, heading)
-    return "\n".join(lines) + "\n"
-
-
-SUMMARY = {
-    "precision": "found_nodes_precision",
-    "recall": "found_nodes_recall",
-    "decoys in all circuits": "decoys_found",
-    "backups found": "backups_found",
-    "roles right": "roles",
-    "edges: precision": "found_edges_precision",
-    "edges: recall": "found_edges_recall",
-    "seconds (longest)": "seconds",
-}
-
-
-def _planted(store: Mapping[str, Any], method: str, figure: str) -> list[float]:
-    """A figure of a method on every planted model that has it."""
-    rows = [row["methods"].get(method, {}) for row in store["models"].values() if row["condition"] != "certified"]
-    return [row[figure] for row in rows if figure in row]
-
-
-def _mean(
-    method: str, figure: str, how: Callable[[list[float]], Any] = np.mean
-) -> Callable[[Mapping[str, Any]], float]:
-    return lambda store: float(how(_planted(store, method, figure)))
-
-
-def _lowest(figure: str) -> Callable[[Mapping[str, Any]], float]:
-    """The lowest value of any model, over the maps of heads and MLPs and of neurons."""
-    return lambda store: min(min(_planted(store, name, figure)) for name in ("map_nodes", "map_neurons"))
-
-
-def _demo() -> dict[str, Any]:
-    """The demo model's map."""
-    return json.loads(DEMO.read_text())
-
-
-SENTENCES = {
-    "nodes": Sentence(
-        "Nodes: the default map and that of neurons find all nodes and no other, in every one of {n} models (lowest "
-        "precision {precision:.3g}, lowest recall {recall:.3g}, lowest share of backups {backups:.3g}, {decoys:.0f} "
-        "decoys).",
-        {
-            "n": lambda store: len(_planted(store, "map_nodes", "found_nodes_recall")),
-            "precision": _lowest("found_nodes_precision"),
-            "recall": _lowest("found_nodes_recall"),
-            "backups": _lowest("backups_found"),
-            "decoys": _mean("map_nodes", "decoys_found", sum),
-        },
-        lambda precision, recall, backups, decoys: precision == recall == backups == 1 and decoys == 0,
-    ),
-    "edges": Sentence(
-        "Edges: those of the default map hold the true ones (recall {recall:.2f}) among others: their precision is "
-        "{precision:.2f} ({worst:.2f} in the worst model), so most of the lines that it draws are no direct "
-        "path of the circuit. In the demo model's map {estimated} of {drawn} edges are estimates, and {linked} are "
-        "there only to connect a node. The map of edges has a precision of {exact:.2f}, and a recall of "
-        "{exact_recall:.2f}.",
-        {
-            "recall": _mean("map_nodes", "found_edges_recall"),
-            "precision": _mean("map_nodes", "found_edges_precision"),
-            "worst": _mean("map_nodes", "found_edges_precision", min),
-            "exact": _mean("map_edges", "found_edges_precision"),
-            "exact_recall": _mean("map_edges", "found_edges_recall"),
-            "estimated": lambda _: sum(edge["status"] == "estimated" for edge in _demo()["edges"]),
-            "drawn": lambda _: len(_demo()["edges"]),
-            "linked": lambda _: len(_demo()["search"]["linked"]),
-        },
-        lambda precision, recall, exact, linked: precision < 0.5 < recall and exact > 0.9 and linked > 0,
-    ),
-    "smallest": Sentence(
-        "A map of edges is the smallest set and has no search for backups: of two ways that do the same work it holds "
-        "one, so that it finds {backups:.2f} of the backed-up nodes and has a recall of nodes of {recall:.2f}.",
-        {"backups": _mean("map_edges", "backups_found"), "recall": _mean("map_edges", "found_nodes_recall")},
-        lambda backups, recall: backups < 1 and recall < 1,
-    ),
-}
-
-
-def _summary(store: Mapping[str, Any]) -> list[str]:
-    """What the maps found over all planted models, the worst model beside the mean."""
-    planted = [row for row in store["models"].values() if row["condition"] != "certified"]
-    if len(planted) < sum(n for _, _, n in PLANTED.values()):
-        return ["", "Not all planted models were measured."]
-    lines = [
-        "",
-        f"## The maps on all {len(planted)} planted models",
-        "",
-        *(f"- {say(store, sentence)}" for sentence in SENTENCES.values()),
-        "",
-        "Worst model in brackets.",
-        "",
-        f"| map | {' | '.join(SUMMARY)} |",
-        "|" + " --- |" * (1 + len(SUMMARY)),
-    ]
-    for name in MAPS:
-        cells = [name.replace("_", " ")]
-        for figure in SUMMARY.values():
-            values = _planted(store, name, figure)
-            worst = max if figure == "seconds" else min
-            mean = f"{np.mean(values):.3g} ({worst(values):.3g})" if values else ""
-            cells.append(f"{sum(values)}" if figure == "decoys_found" else mean)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _rows(models: list[Mapping[str, Any]], columns: Iterable[tuple[str, str]], heading: str) -> list[str]:
-    wanted = "found_nodes_f1" if heading == "circuit" else "nodes_auroc"
-    names = list(dict.fromkeys(name for row in models for name in row["methods"]))
-
-    def values(name: str, figure: str) -> list[float]:
-        return [row["methods"][name][figure] for row in models if figure in row["methods"].get(name, {})]
-
-    methods = [n for n in names if values(n, wanted) or (heading == "ranking" and values(n, "edges_auroc"))]
-    shown = [(title, figure) for title, figure in columns if any(values(name, figure) for name in methods)]
-    if not methods:
-        return []
-    lines = ["", f"| {heading} | {' | '.join(title for title, _ in shown)} |", "|" + " --- |" * (len(shown) + 1)]
-    for name in methods:
-        cells = [interval(values(name, figure), _is_share(figure)) for _, figure in shown]
-        run = sum(name in row["methods"] for row in models)
-        some = f" ({run} models)" if run < len(models) else ""
-        lines.append(f"| {name.replace('_', ' ')}{some} | {' | '.join(cells)} |")
-    return lines
-
-
-def _is_share(figure: str) -> bool:
-    """Whether a figure lies between 0 and 1 by its definition."""
-    return figure not in ("seconds", "decoys_found") and "strength" not in figure
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="models at a time")
     parser.add_argument("--again", action="store_true", help="measure all models again")
     parser.add_argument("--only", nargs="*", help="names of models")
     args = parser.parse_args()
-    target = RESULTS / "ground-truth.json"
+    target = PAGE.stored()
     store: dict[str, Any] = json.loads(target.read_text()) if target.is_file() and not args.again else {"models": {}}
     store |= {
         "date": datetime.date.today().isoformat(),
@@ -498,8 +299,7 @@ def main() -> None:
             store["models"][waiting[done]] = done.result()
             target.write_text(json_text(store) + "\n")
     store["models"] = {name: store["models"][name] for name in cases if name in store["models"]}
-    target.write_text(json_text(store) + "\n")
-    (RESULTS / "ground-truth.md").write_text(table(store))
+    publish(PAGE.name, store)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How many of the built-in pairs align under other tokenizers: docs/results/alignment.json and its table.
+"""How many of the built-in pairs align under other tokenizers: docs/results/alignment.json.
 
 Patching needs pairs whose two prompts have as many tokens, which depends on the tokenizer. Tokenizers are not shipped,
 so their paths are arguments; what was measured before stays as long as the pairs are the same.
 
-Run: python scripts/alignment.py NAME=PATH ... (a minute for ten tokenizers), then put the table into docs/models.md
-with `make models`. PATH is a ``tokenizer.json``, a sentencepiece ``.model`` file (needs the package sentencepiece), a
-``tekken.json`` (needs tiktoken), or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+Run: python scripts/alignment.py NAME=PATH ... (a minute for ten tokenizers). The tables are in docs/models.md. PATH is
+a ``tokenizer.json``, a sentencepiece ``.model`` file (needs the package sentencepiece), a ``tekken.json`` (needs
+tiktoken), or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
 """
 
 import base64
@@ -16,38 +16,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from statements import table
+from pages.page import RESULTS
+from pages.render import PAGES, redraw
 
 import mechsafety as ms
 from mechsafety.output import write_text
 from mechsafety.prompts.sets import data_file
 
-STORE = Path(__file__).resolve().parents[1] / "docs" / "results" / "alignment.json"
-SPLITS = ("train", "validation", "test")
-# at least this share of every split is meant to align
-WANTED = 0.8
+STORE = RESULTS / "alignment.json"
 
 Encode = Callable[[Sequence[str]], list[int]]
-
-SECTION = """## Built-in pairs under other tokenizers
-
-Patching needs pairs whose two prompts have as many tokens. `scripts/alignment.py` measured it: of the {n} built-in
-pairs ({splits}), this share aligns under each tokenizer. The pairs that do not are left out and counted when an
-analysis runs (`PromptPairs.aligned`). The last columns name the topic with the smallest share.
-
-{table}
-
-By topic (in brackets the number of pairs):
-
-{topics}
-"""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the named tokenizers and store the result."""
     given = dict(argument.split("=", 1) for argument in arguments)
     write_text(STORE, json.dumps(measured(given), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    print(section(load()))
+    redraw(PAGES["models"])
 
 
 def measured(given: dict[str, str]) -> dict[str, Any]:
@@ -109,32 +94,6 @@ def encoder(path: Path) -> Encode:
 def load() -> dict[str, Any]:
     """What was stored."""
     return json.loads(STORE.read_text(encoding="utf-8"))
-
-
-def section(store: dict[str, Any]) -> str:
-    """The part of docs/models.md that shows it."""
-    rows = store["tokenizers"]
-    first = next(iter(rows.values()))
-    sizes = {split: first["splits"][split][1] for split in SPLITS}
-    lines = []
-    for name, row in rows.items():
-        topic, (fits, n) = min(row["topics"].items(), key=lambda item: item[1][0] / item[1][1])
-        shares = [_share(row["splits"][split]) for split in SPLITS]
-        lines.append([f"of {name}", *shares, topic.replace("_", " "), _share((fits, n))])
-    topics = [
-        [f"{topic.replace('_', ' ')} ({n})", *(_share(row["topics"][topic]) for row in rows.values())]
-        for topic, (_, n) in first["topics"].items()
-    ]
-    return SECTION.format(
-        n=sum(sizes.values()),
-        splits=", ".join(f"{n} {split}" for split, n in sizes.items()),
-        table="\n".join(table(["tokenizer", *SPLITS, "smallest topic", "share"], lines)),
-        topics="\n".join(table(["topic", *rows], topics)),
-    )
-
-
-def _share(cell: Sequence[int]) -> str:
-    return f"{cell[0] / cell[1]:.2f}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
 
 The map docs/gallery/demo.json of the demo model, or the maps given as arguments in its place, are drawn by role, by
 part and as role diagram; so is a test-bed model whose circuit is known, mapped here. The other pictures are of
-synthetic circuits (those of tests/viz), whose numbers mean nothing. With a Chromium, the interactive page is
+synthetic circuits (circuits_drawn.py), whose numbers mean nothing. With a Chromium, the interactive page is
 photographed too.
 """
 
@@ -16,11 +16,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "viz"))  # the synthetic circuits
-
-# ruff: noqa: E402
 from circuits_drawn import build, large_circuit, neuron_circuit, small_circuit
+from pages.gallery import PAGE
+from pages.page import WIDTH
+from pages.render import publish
 
 import mechsafety as ms
 from mechsafety import testbed
@@ -37,13 +36,8 @@ from mechsafety.viz import (
 )
 from mechsafety.viz.marks import Layout
 
-WIDTH = 1200  # of a PNG: labels can be read at the width of a page
 LARGE = 600_000  # bytes of a PNG
-DEMO = ROOT / "docs" / "gallery" / "demo.json"
-INTRODUCTION = (
-    "Made by `make gallery`. Each picture of a circuit is an SVG, with a PNG beside it; those of the interactive page "
-    "are photographs, PNG alone. The demo model's circuit is [demo.json](demo.json)."
-)
+DEMO = PAGE.folder / "demo.json"
 NOTE = "Synthetic: drawn to show the figure; its numbers mean nothing."
 
 
@@ -146,19 +140,18 @@ def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the gallery.")
     parser.add_argument("circuits", nargs="*", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gallery")
+    parser.add_argument("--out", type=Path, default=PAGE.folder)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     paths = options.circuits or [DEMO]
-    lines = ["# Gallery", "", INTRODUCTION, ""]
+    listed = []
     for name, text, layout, width in pictures(paths):
         (options.out / f"{name}.svg").write_text(layout_svg(layout, width_mm=width), encoding="utf-8", newline="\n")
         layout_png(layout, options.out / f"{name}.png", dpi=max(110.0, 96 * WIDTH / layout.width))
         shrink(options.out / f"{name}.png")
-        lines += [f"## {text}", "", f"[![{text}]({name}.png)]({name}.svg)", ""]
-    for name, text in photographs(paths, options.out):
-        lines += [f"## {text}", "", f"![{text}]({name}.png)", ""]
-    (options.out / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        listed.append({"name": name, "text": text, "svg": True})
+    listed += [{"name": name, "text": text, "svg": False} for name, text in photographs(paths, options.out)]
+    publish("gallery", {"pictures": listed}, options.out)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,30 @@
-"""Which architectures load, how exact they are and what can be asked of them: writes docs/models.md.
+"""Which architectures load, how exact they are and what can be asked of them: docs/results/models.json.
 
-Every row is a tiny random model of transformers' own configuration class (tests/architectures.py). It is compared with
+Every row is a tiny random model of transformers' own configuration class (architectures.py). It is compared with
 the same weights before TransformerLens wrapped them, and one small call of each kind of analysis is made.
 
-Run: python scripts/models_table.py (about three minutes on one core)
+Run: python scripts/models_table.py (about three minutes on one core). docs/models.md is drawn from the JSON.
 """
 
 import copy
 import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from architectures import CONFIGS, random_model, tiny_tokenizer
+from pages.render import publish
 from tqdm import tqdm
+from whole_forwards import patched_whole, whole_logits
 
 import mechsafety as ms
 from mechsafety.models.shortcuts import Shortcuts
+from mechsafety.nodes import head_and_mlp_nodes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
-
-from alignment import load, section  # noqa: E402
-from architectures import CONFIGS, random_model, tiny_tokenizer  # noqa: E402
-from reference import patched_whole, whole_logits  # noqa: E402
-
-from mechsafety.nodes import head_and_mlp_nodes  # noqa: E402
-
-PAGE = ROOT / "docs" / "models.md"
 PROMPTS = [
     "tea",
     "how do i make a bomb",
@@ -47,35 +40,6 @@ FOLDERS = {
     "Llama, a folder of several files": ("Llama", torch.float32, "20KB"),
     "GPT-2, a folder of several files": ("GPT-2", torch.float32, "20KB"),
 }
-
-PAGE_TEXT = """# Models
-
-`scripts/models_table.py` wrote this page. It tried {total} architectures: tiny random models of transformers' own
-classes, in float32 where the name says nothing else ({versions}). {loaded} load, {refused} are refused with one line.
-A real checkpoint goes through the same checks when it is loaded.
-
-## Architectures that load
-
-- *alone*: the largest difference of next-token logits from Hugging Face's own model with the same weights (eager
-  attention), over {prompts} prompts of different lengths, each run by itself. In bfloat16 two neighbouring numbers
-  between 4 and 8 are 3e-02 apart, so that rounding alone makes differences of that size.
-- *padded*: the same, with all prompts in one padded batch.
-- *shortcuts*: which shortcuts of the forward engine are on. `load_model` measures each one on the model and switches
-  off what is not exact.
-- *hooks*: the largest difference of the effects of all heads and MLPs (activation patching, in nats) from those of
-  whole forwards with TransformerLens' own hooks, which use none of the shortcuts.
-- *heads*: activation patching of heads and MLPs runs. *neurons*: activation patching of a neuron runs. *paths*: path
-  patching runs. *edges*: edge attribution runs.
-
-{table}
-
-{lines}
-
-## Architectures that are refused
-
-{refusals}
-
-{alignment}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +66,12 @@ class Row:
 
 
 def main() -> None:
-    """Measure every architecture and write the page."""
+    """Measure every architecture."""
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows = [measure(name, tiny_tokenizer()) for name in tqdm([*CONFIGS, *FOLDERS], desc="architectures")]
-    PAGE.write_text(page(rows), encoding="utf-8")
+    publish("models", record(rows))
 
 
 def measure(name: str, tokenizer: transformers.PreTrainedTokenizerFast) -> Row:
@@ -172,41 +136,24 @@ def analyses(model: ms.LensModel) -> dict[str, str]:
     return found
 
 
-def page(rows: list[Row]) -> str:
-    """docs/models.md."""
-    loaded, refused = [row for row in rows if not row.refused], [row for row in rows if row.refused]
-    head = ["architecture", "alone", "padded", "shortcuts", "hooks", *(name for name, _ in loaded[0].analyses)]
-    every = set(Shortcuts().on)
-    table = [
-        [
-            row.name,
-            f"{row.alone:.0e}",
-            f"{row.padded:.0e}",
-            "all" if set(row.shortcuts) == every else ", ".join(row.shortcuts) or "none",
-            f"{row.hooks:.0e}",
-            *("no" if line else "yes" for _, line in row.analyses),
-        ]
-        for row in loaded
-    ]
-    # the line names the model's class: one example for each kind of analysis
-    lines = {name: line for row in reversed(loaded) for name, line in row.analyses if line}
-    return PAGE_TEXT.format(
-        total=len(rows),
-        loaded=len(loaded),
-        refused=len(refused),
-        prompts=len(PROMPTS),
-        versions=", ".join(f"{name} {version(name)}" for name in ("transformers", "transformer_lens")),
-        table=markdown(head, table),
-        lines="\n\n".join(f"Where *{name}* says no, the line is such as: {line}." for name, line in lines.items()),
-        alignment=section(load()),
-        refusals=markdown(["architecture", "the line"], [[row.name, row.refused] for row in refused]),
-    )
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def record(rows: list[Row]) -> dict[str, Any]:
+    """What docs/models.md is drawn from."""
+    loaded = [row for row in rows if not row.refused]
+    return {
+        "versions": {name: version(name) for name in ("transformers", "transformer_lens")},
+        "prompts": len(PROMPTS),
+        "shortcuts": list(Shortcuts().on),
+        "loaded": [
+            {
+                **{name: getattr(row, name) for name in ("name", "alone", "padded", "shortcuts", "hooks")},
+                "analyses": {name: not line for name, line in row.analyses},
+            }
+            for row in loaded
+        ],
+        "refused": [{"name": row.name, "line": row.refused} for row in rows if row.refused],
+        # a line names the model's class: one example for each kind of analysis
+        "lines": {name: line for row in reversed(loaded) for name, line in row.analyses if line},
+    }
 
 
 if __name__ == "__main__":

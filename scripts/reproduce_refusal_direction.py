@@ -1,4 +1,4 @@
-"""Find and judge the demo model's refusal direction (Arditi et al. 2024); write docs/results/refusal-direction.md.
+"""Find and judge the demo model's refusal direction (Arditi et al. 2024); write docs/results/refusal-direction.json.
 
     python scripts/reproduce_refusal_direction.py
 
@@ -6,7 +6,7 @@ Directions come from 64 AdvBench and 64 Alpaca prompts, are chosen on 32 HarmBen
 prompts, and are judged on 100 JailbreakBench, 100 other AdvBench and 100 other Alpaca prompts: read from --data (JSON
 lines with an "instruction" each). Each step is kept in --work and not done again, so that a stopped run goes on; delete
 a step's file or folder there to do it again. Of replies only their kind and their loss under the unedited model are
-kept, never their text. The page is drawn from the JSON alone, by refusal_direction_page.py.
+kept, never their text. The page and its figures are drawn from the JSON alone, by scripts/pages.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from refusal_direction_page import write
+from pages.render import publish
 from steps import Steps
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--n-train", type=int, default=64)
     parser.add_argument("--n-validation", type=int, default=32)
     parser.add_argument("--n-test", type=int, default=100)
-    parser.add_argument("--n-dose", type=int, default=24)
+    parser.add_argument("--n-sweep", type=int, default=24, help="prompts of the sweep of strengths, on either side")
     parser.add_argument("--n-pairs", type=int, default=12, help="aligned pairs for heads, writers and readers")
     parser.add_argument("--n-probe", type=int, default=120, help="pairs for probes")
     parser.add_argument("--n-detect", type=int, default=40)
@@ -102,14 +102,14 @@ def main() -> None:
     found = study.result("direction", RefusalDirection, lambda: find(study))
     print(found, flush=True)
     study.layer = found.layer
-    write(args.out, record(study, found))
+    publish("refusal-direction", record(study, found), args.out)
 
 
 def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
     """All that the page is drawn from."""
     cosmic = found.choose("cosmic")
-    doses_of = {
-        way: study.result(way, StrengthSweep, lambda w=way: doses(study, found, w)) for way in ("removed", "added")
+    sweeps = {
+        way: study.result(way, StrengthSweep, lambda w=way: sweep(study, found, w)) for way in ("removed", "added")
     }
     measured = rates(study, found)
     further = study.result("subspace", RefusalSubspace, lambda: subspace(study, found))
@@ -119,7 +119,7 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
         "sizes": {
             "train": list(found.n_train),
             "validation": [len(found.harmful), len(found.harmless)],
-            "dose": doses_of["removed"].harmful.shape[1],
+            "strengths": sweeps["removed"].harmful.shape[1],
             "erased": N_ERASE,
             "harmless": N_ERASE,
             "random": N_RANDOM,
@@ -127,15 +127,15 @@ def record(study: Study, found: RefusalDirection) -> dict[str, Any]:
             "reply_tokens": REPLY_TOKENS,
         },
         "unedited": {"bypass": float(found.harmful.mean()), "induce": float(found.harmless.mean())},
-        "chosen": {"layer": found.layer, "column": found.position, "passes": found.passes},
-        "cosmic": {"layer": cosmic.layer, "column": cosmic.position},
+        "chosen": {"layer": found.layer, "position": found.position, "passes": found.passes},
+        "cosmic": {"layer": cosmic.layer, "position": cosmic.position},
         "seconds": study.seconds("direction"),
         "candidates": rows_of(found.to_dataframe()),
         "controls": rows_of(found.controls.to_dataframe()) if found.controls else [],
         "rates": {s: {c: rate(said) for c, said in row.items()} for s, row in measured.items()},
         "replies": {s: {c: summary(said, row["as it is"]) for c, said in row.items()} for s, row in measured.items()},
         "loss_limit": number(study.limit),
-        "doses": {way: rows_of(one.to_dataframe()) for way, one in doses_of.items()},
+        "strengths": {way: rows_of(one.to_dataframe()) for way, one in sweeps.items()},
         "subspace": rows_of(further.to_dataframe()),
         "equality": study.json("equality", lambda: equality(study, found)),
         "writers": study.json("writers", lambda: writers(study, found)),
@@ -246,8 +246,8 @@ def equality(study: Study, found: RefusalDirection) -> dict[str, float]:
     return {name: float(gap.abs().max()) for name, gap in gaps.items()}
 
 
-def doses(study: Study, found: RefusalDirection, way: str) -> StrengthSweep:
-    n, model = study.args.n_dose, study.model
+def sweep(study: Study, found: RefusalDirection, way: str) -> StrengthSweep:
+    n, model = study.args.n_sweep, study.model
     sets = study.prompts("jailbreakbench", n), study.prompts("alpaca_harmless", n, skip=400)
     make, strengths = (found.ablate, REMOVED) if way == "removed" else (found.add, ADDED)
     options = {"name": f"direction {way}", "limit": study.limit}

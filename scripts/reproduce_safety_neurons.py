@@ -1,4 +1,4 @@
-"""Safety neurons of the demo pair, with every control; writes docs/results/safety-neurons.md, .json and figures.
+"""Safety neurons of the demo pair, with every control; writes docs/results/safety-neurons.json.
 
     python scripts/reproduce_safety_neurons.py               # some 35 minutes on two cores
     python scripts/reproduce_safety_neurons.py --small --out OUT                 # minutes: does it run?
@@ -6,12 +6,12 @@
 Every step is saved in --work and skipped when it is there, so that a stopped run goes on; a store of other sizes,
 weights or data is refused. Public benchmarks are read from --data (JSON lines with an "instruction" each) and are left
 out, by name, where they are missing. Neurons are ranked and guards trained on the `train` split; all figures come from
-the `test` split, whose topics are others, or from public data.
+the `test` split, whose topics are others, or from public data. The page and its figures are drawn from the JSON alone,
+by scripts/pages.
 """
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -27,11 +27,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool
-from safety_neurons_page import NAME, PAGE, TOP, code, figures, page, plain, write
-from steps import check_store
+from pages.render import publish
+from pages.safety_neurons import TOP
+from steps import Steps
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +41,7 @@ import mechsafety as ms
 from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.models.demo import adapter_folder, base_folder
+from mechsafety.models.kept import sha256_of
 from mechsafety.monitors import GuardReport, LabelledPrompts, compare_guards, label_by_replies
 from mechsafety.neurons import (
     AlignmentTax,
@@ -63,7 +66,8 @@ from mechsafety.prompts import read_jsonl
 from mechsafety.prompts.sets import data_file
 from mechsafety.replies import KINDS, REPLY_TOKENS, ReplyKinds, loss_limit, phrase_judge
 
-LOADING = "loading"
+# parts of the time that are no steps
+LOADING, PAGE = "loading", "page and figures"
 TRAIN = Path(__file__).with_name("train_demo_adapter.py")
 BENCHMARKS = ("jailbreakbench", "advbench", "harmbench_test")
 ALPACA = "alpaca_harmless"
@@ -106,35 +110,30 @@ SMALL = Size(8, 8, 4, (0.05, 1.0), 3, 4, 4, (0.05, 1.0), 3, 2, 3, 2, 4, 12, 8, 8
 SEED_OPTIONS = ("--epochs", "1", "--batch", "8", "--lr", "4e-2")
 
 
-class Run:
-    """The steps, their stores and the models, each loaded when it is first needed."""
+class Run(Steps):
+    """The steps, their store and the models, each loaded when it is first needed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size, self.inner = args, SMALL if args.small else Size(), 0.0
         self.loaded = 0.0
-        args.work.mkdir(parents=True, exist_ok=True)
-        self.check_store()
+        args.work.mkdir(parents=True, exist_ok=True)  # what loads models has its time kept there
+        super().__init__(args.work, self.made_of(), besides=("clock.json",))
         self.train = ms.PromptPairs.builtin("train").sample(self.size.ranked, seed=0)
         self.test = ms.PromptPairs.builtin("test").sample(self.size.curve, seed=0)
         self.answers = read_jsonl(data_file("helpful"), ["prompt", "reply"])
 
-    def check_store(self) -> None:
-        """Refuse a store of other sizes, weights or data: its steps would be mixed with new ones.
-
-        Raises:
-            SystemExit: The store is another run's.
-        """
+    def made_of(self) -> dict[str, Any]:
+        """Sizes, weights and data that the steps depend on."""
         names = ["demo", "demo-base", *(["demo-helpful"] if self.has_helpful() else [])]
         files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
-        now = {
+        return {
             "size": {**dataclasses.asdict(self.size), "seed_options": SEED_OPTIONS},
             "weights": {name: self.model(name).weights_sha256 for name in names},
             "data": {
-                name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+                name: sha256_of(path) if path.is_file() else None
                 for name, path in (files | {name: data_file(name) for name in PACKAGED}).items()
             },
         }
-        check_store(self.args.work, now, besides=("clock.json",))
 
     @cache  # noqa: B019 - one run a process
     def model(self, name: str) -> ms.LensModel:
@@ -143,12 +142,11 @@ class Run:
 
     @property
     def metric(self) -> ms.RefusalLogOdds:
-        stored = self.step("metric", dict, self._metric)
-        return ms.RefusalLogOdds.from_json(stored, self.model("demo"))
+        def detect() -> dict[str, Any]:
+            pairs = ms.PromptPairs.builtin("validation").sample(24, seed=0)
+            return ms.RefusalLogOdds.detect(self.model("demo"), pairs).to_json()
 
-    def _metric(self) -> dict[str, Any]:
-        found = ms.RefusalLogOdds.detect(self.model("demo"), ms.PromptPairs.builtin("validation").sample(24, seed=0))
-        return found.to_json()
+        return ms.RefusalLogOdds.from_json(self.json("metric", detect), self.model("demo"))
 
     # --- steps and what they took ---------------------------------------------------------------------------------
 
@@ -184,32 +182,21 @@ class Run:
             (self.args.work / "clock.json").write_text(json.dumps(record, indent=1, allow_nan=False))
             self.inner = outer + took
 
-    def step(self, name: str, kind: type, make: Callable[[], Any]) -> Any:
-        """The stored result of a step, or a new one."""
-        path = self.args.work / name
-        if path.exists():
-            return json.loads(path.read_text()) if kind is dict else kind.load(path)
-        print(f"{name} ...", flush=True)
+    def measured(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A step's outcome; its time is added to the clock, also where it is interrupted."""
         with self.timed(name):
-            found = make()
-        if kind is dict:
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(found, indent=1, allow_nan=False))
-            scratch.replace(path)
-        else:
-            found.save(path)
-        return found
+            return super().measured(name, compute)
 
     # --- neurons and their effect ---------------------------------------------------------------------------------
 
     def scores(self) -> NeuronScores:
         prompts, tokens = self.train.harmful, self.size.reply_tokens
         pair = self.model("demo"), self.model("demo-base")
-        return self.step("scores", NeuronScores, lambda: safety_neurons(*pair, prompts, max_new_tokens=tokens))
+        return self.result("scores", NeuronScores, lambda: safety_neurons(*pair, prompts, max_new_tokens=tokens))
 
     def cards(self) -> NeuronCards:
         nodes = self.scores().ranked(12)
-        return self.step(
+        return self.result(
             "cards", NeuronCards, lambda: describe_neurons(self.model("demo"), nodes, self.test.harmful, n_tokens=6)
         )
 
@@ -222,7 +209,7 @@ class Run:
         else:
             options["shares"] = self.size.ratio_shares
         pair = self.model("demo-base"), self.model("demo")
-        return self.step(
+        return self.result(
             f"curve-log-odds-{ranking}",
             CausalCurve,
             lambda: causal_effect_curve(*pair, values, self.test.harmful, metric, **options),
@@ -233,7 +220,7 @@ class Run:
         prompts = self.test.sample(self.size.judged, seed=1).harmful
         options: dict[str, Any] = {"n_random": self.size.random_sets, "max_new_tokens": self.size.judged_tokens}
         options |= {"shares": self.size.judged_shares, "limit": self.limit}
-        return self.step(
+        return self.result(
             "curve-judge", CausalCurve, lambda: causal_effect_curve(*pair, scores, prompts, phrase_judge, **options)
         )
 
@@ -244,7 +231,7 @@ class Run:
         def make() -> dict[str, float | None]:
             return plain({name: loss_limit(self.model(name)) for name in ("demo-base", "demo")})
 
-        known = [value for value in self.step("loss-limit", dict, make).values() if value is not None]
+        known = [value for value in self.json("loss-limit", make).values() if value is not None]
         return max(known, default=math.nan)
 
     def judged_replies(self) -> list[dict[str, Any]]:
@@ -252,21 +239,21 @@ class Run:
         base, demo, scores = self.model("demo-base"), self.model("demo"), self.scores()
         prompts, tokens = self.test.sample(self.size.judged, seed=1).harmful, self.size.said_tokens
 
-        def make() -> dict[str, Any]:
+        def make() -> list[dict[str, Any]]:
             unedited, rows, options = Unedited((base, demo), self.limit), [], {"judge": None, "progress": False}
             for share in self.size.judged_shares:
                 found = dynamic_patching(base, demo, scores.top(share), prompts, max_new_tokens=tokens, **options)
                 rows.append((f"{share:.1%}", list(found.replies)))
             rows += [("aligned model", demo.generate(prompts, tokens)), ("base model", base.generate(prompts, tokens))]
             said = {name: unedited.kinds(prompts, texts, phrase_judge(prompts, texts)) for name, texts in rows}
-            return {"rows": plain([{"top share": name, **reply_row(found)} for name, found in said.items()])}
+            return plain([{"top share": name, **reply_row(found)} for name, found in said.items()])
 
-        return self.step("judged-replies", dict, make)["rows"]
+        return self.json("judged-replies", make)
 
     def contrast(self, split: str) -> NeuronContrast:
         """Harmful against harmless prompts in the aligned model alone, on the train or the test pairs."""
         pairs = self.train if split == "train" else self.test
-        return self.step(f"contrast-{split}", NeuronContrast, lambda: contrast_neurons(self.model("demo"), pairs))
+        return self.result(f"contrast-{split}", NeuronContrast, lambda: contrast_neurons(self.model("demo"), pairs))
 
     def planted(self) -> dict[str, Any]:
         """Share of planted neurons among as many of the highest scores, by both scores."""
@@ -282,7 +269,7 @@ class Run:
             }
             return {**recalls, "neurons": PLANTED, "factor": FACTOR, "prompts": n, "tokens": tokens}
 
-        return self.step("planted", dict, make)
+        return self.json("planted", make)
 
     def ends(self) -> dict[str, Any]:
         """No neuron patched against the base model, all of them against the aligned one: replies and logits."""
@@ -298,7 +285,7 @@ class Run:
                 found[name] = {"same_replies": sum(same), "prompts": len(prompts), "largest_logit_difference": off}
             return found
 
-        return self.step("ends", dict, make)
+        return self.json("ends", make)
 
     def cost(self) -> dict[str, float]:
         """Dynamic patching against plain generation of both models, interleaved, best of three."""
@@ -321,7 +308,7 @@ class Run:
                     best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
             return {name: round(value, 2) for name, value in best.items()}
 
-        return self.step("cost", dict, make)
+        return self.json("cost", make)
 
     # --- two alignments, and five seeds of one --------------------------------------------------------------------
 
@@ -337,23 +324,20 @@ class Run:
 
     def replies(self, name: str, prompts: Sequence[str]) -> list[list[int]]:
         """The base model's replies, generated once for all alignments that are compared on them."""
-        stored = self.step(
-            f"replies-{name}", dict, lambda: {"tokens": greedy_replies(self.model("demo-base"), prompts, 32)}
-        )
-        return stored["tokens"]
+        return self.json(f"replies-{name}", lambda: greedy_replies(self.model("demo-base"), prompts, 32))
 
     def mixed_scores(self, name: str) -> NeuronScores:
         """Both alignments on the same prompts, half of them harmful, so that prompts cannot make their tops differ."""
         prompts = self.train.sample(self.size.mixed, seed=3).harmful
         prompts += [row["prompt"] for row in self.questions("train", self.size.mixed)]
         pair, replies = (self.model(name), self.model("demo-base")), self.replies("mixed", prompts)
-        return self.step(f"mixed-{name}", NeuronScores, lambda: safety_neurons(*pair, prompts, replies=replies))
+        return self.result(f"mixed-{name}", NeuronScores, lambda: safety_neurons(*pair, prompts, replies=replies))
 
     def tax(self) -> AlignmentTax:
         rankings, metric = (self.mixed_scores("demo"), self.mixed_scores("demo-helpful")), self.metric
         rows = self.questions("test", self.size.taxed)
         models = [self.model(name) for name in ("demo-base", "demo", "demo-helpful")]
-        return self.step(
+        return self.result(
             "tax",
             AlignmentTax,
             lambda: alignment_tax(
@@ -391,14 +375,14 @@ class Run:
     def seed_scores(self, seed: int) -> NeuronScores:
         prompts = self.train.sample(self.size.seed_prompts, seed=4).harmful
         base, replies = self.model("demo-base"), self.replies("seeds", prompts)
-        return self.step(
+        return self.result(
             f"scores-seed-{seed}",
             NeuronScores,
             lambda: safety_neurons(self.seed_model(seed), base, prompts, replies=replies),
         )
 
     def seed_refusals(self, seed: int) -> dict[str, Any]:
-        """How many harmful prompts and how many harmless twins a seed's model refuses."""
+        """How many harmful prompts and how many harmless counterfactuals a seed's model refuses."""
         pairs = self.test.sample(self.size.seed_refusals, seed=1)
 
         def make() -> dict[str, Any]:
@@ -408,7 +392,7 @@ class Run:
             found = {name: sum(map(ms.replies.is_refusal, model.generate(texts, 12))) for name, texts in sides.items()}
             return {**found, "n": len(pairs)}
 
-        return self.step(f"refusals-seed-{seed}", dict, make)
+        return self.json(f"refusals-seed-{seed}", make)
 
     def seed_pairs(self) -> dict[tuple[int, int], NeuronAgreement]:
         """Agreement of every two seeds."""
@@ -419,7 +403,7 @@ class Run:
             self.seed_refusals(seed)
 
         return {
-            (a, b): self.step(
+            (a, b): self.result(
                 f"agreement-{a}-{b}",
                 NeuronAgreement,
                 lambda a=a, b=b: compare_neurons(scores[a], scores[b], share=TOP, n_permutations=200),
@@ -451,7 +435,7 @@ class Run:
                 }
             return found
 
-        return self.step("scale", dict, make)
+        return self.json("scale", make)
 
     # --- the guard ------------------------------------------------------------------------------------------------
 
@@ -473,7 +457,7 @@ class Run:
             scary = drawn(scary, min(40, self.size.guard_test), seed=0)
             sets = [
                 labelled(train.harmful, train.harmless, "own pairs, train topics", paired=True),
-                labelled(test.harmful, test.harmless, "own twins, other topics", paired=True),
+                labelled(test.harmful, test.harmless, "own pairs, other topics", paired=True),
                 labelled(test.sample(len(scary), seed=3).harmful, scary, "against scary but harmless"),
             ]
             files = {name: self.args.data / f"{name}.jsonl" for name in (*BENCHMARKS, ALPACA)}
@@ -486,7 +470,7 @@ class Run:
                         sets.append(labelled(bad, good[k * n : (k + 1) * n], f"{name}, Alpaca"))
             return {"sets": sets, "left_out": left_out}
 
-        return self.step("guard-sets", dict, make)
+        return self.json("guard-sets", make)
 
     def guard(self) -> GuardReport:
         top, sets = self.scores().top(TOP), self.guard_sets()["sets"]
@@ -494,11 +478,27 @@ class Run:
             LabelledPrompts(one["name"], *(tuple(one[key]) for key in ("prompts", "unsafe", "groups", "kinds")))
             for one in sets
         ]
-        return self.step(
+        return self.result(
             "guard",
             GuardReport,
             lambda: compare_guards(self.model("demo-base"), top, rows[0], rows[1:], n_random=self.size.random_sets),
         )
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no numpy types."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def code(text: str) -> str:
+    """A token as Markdown code; one that holds a backtick needs longer quotes."""
+    shown = repr(text)
+    return f"`` {shown} ``" if "`" in shown else f"`{shown}`"
 
 
 def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer d_mlp"]]:
@@ -634,7 +634,7 @@ def seed_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def refusal_rows(run: Run) -> list[dict[str, Any]]:
-    """How many harmful prompts and harmless twins every seed refuses."""
+    """How many harmful prompts and harmless counterfactuals every seed refuses."""
     rows = []
     for seed in range(1, run.size.seeds + 1):
         found = run.seed_refusals(seed)
@@ -677,7 +677,7 @@ def sized_null(run: Run, found: NeuronAgreement) -> dict[str, Any]:
     return {
         "bins": found.bins,
         "rows": agreement_rows(found, sized=True),
-        "by_bins": run.step("sized", dict, make),
+        "by_bins": run.json("sized", make),
     }
 
 
@@ -695,10 +695,8 @@ def main() -> None:
     torch.manual_seed(0)
     run = Run(args)
     with run.timed(PAGE):  # drawn once to know what all of it took
-        found = plain(record(run))
-        page(found)
-        figures(found, args.out / NAME)
-    write(args.out, record(run))
+        publish("safety-neurons", plain(record(run)), args.out)
+    publish("safety-neurons", plain(record(run)), args.out)
 
 
 if __name__ == "__main__":

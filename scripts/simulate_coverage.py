@@ -1,21 +1,21 @@
 """How often the package's intervals hold the true value, and how often its tests reject what is true.
 
-    python scripts/simulate_coverage.py            # docs/results/coverage.json and coverage.md, about five minutes
-    python scripts/simulate_coverage.py --quick    # a tenth of the samples, printed and not written
-    python scripts/simulate_coverage.py --page     # the page again, from the JSON alone
+    python scripts/simulate_coverage.py            # docs/results/coverage.json and its page, about five minutes
+    python scripts/simulate_coverage.py --quick    # a tenth of the samples; the page is printed, nothing is written
 
 Every sample comes from a population whose true value is known. Intervals are at 95 %, tests at 5 %.
 """
 
 import argparse
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages.page import RESULTS
+from pages.render import PAGES, publish
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -23,9 +23,7 @@ from mechsafety.circuits.verification.statistics import equivalence_test, indepe
 from mechsafety.intervals import MANY, ratio_intervals, wilson_interval
 from mechsafety.metrics import adjust_p, sign_flip_p
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SIZES = (7, 12, 20, 40)
-GOOD = (0.93, 0.97)
 RATES = (0.5, 0.7, 0.8, 0.9, 0.95)
 # shares of all parts at which the simulated curves are measured, and their mean faithfulness there
 K = np.array([0.0, 0.05, 0.1, 0.2, 0.5, 1.0])
@@ -44,14 +42,6 @@ NOISE: dict[str, Draw] = {
     "bounded": lambda rng, size: (rng.beta(2, 5, size) - 2 / 7) / 0.1597,
     "half zeros": lambda rng, size: (np.where(rng.random(size) < 0.5, 0, rng.beta(2, 5, size)) - 1 / 7) / 0.1819,
 }
-WORDS = {
-    "normal": "normal",
-    "skewed": "lognormal, sigma 0.5 (skewness 1.8)",
-    "very skewed": "lognormal, sigma 1 (skewness 6.2)",
-    "heavy tails": "Student's t with 3 degrees of freedom",
-    "bounded": "beta(2, 5), between 0 and 1",
-    "half zeros": "0 for half of the prompts, beta(2, 5) for the others",
-}
 
 
 def held(ends: np.ndarray, truth: float) -> dict[str, float]:
@@ -60,7 +50,9 @@ def held(ends: np.ndarray, truth: float) -> dict[str, float]:
     return {"held": float(inside.mean()), "unbounded": float(np.isinf(ends).any(1).mean())}
 
 
-def _rows(method: Callable[..., list[tuple[float, float]]], parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+def all_intervals(
+    method: Callable[..., list[tuple[float, float]]], parts: np.ndarray, wholes: np.ndarray
+) -> np.ndarray:
     """Intervals of all rows, twenty seeds in turn."""
     ends = np.zeros((len(parts), 2))
     for k in range(20):
@@ -73,7 +65,7 @@ def means(samples: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     for name, draw in NOISE.items():
         for n in SIZES:
             values = 1 + draw(rng, (samples, n))
-            ends = _rows(ratio_intervals, values, np.ones_like(values))
+            ends = all_intervals(ratio_intervals, values, np.ones_like(values))
             yield {"of": "mean", "data": name, "n": n, **held(ends, 1.0)}
 
 
@@ -84,7 +76,7 @@ def ratios(samples: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
             for n in SIZES:
                 whole = 1 + spread * rng.normal(size=(samples, n))
                 part = 0.4 * whole + scale * draw(rng, (samples, n))
-                ends = _rows(ratio_intervals, part, whole)
+                ends = all_intervals(ratio_intervals, part, whole)
                 yield {"of": kind, "data": name, "n": n, **held(ends, 0.4)}
 
 
@@ -117,7 +109,7 @@ def areas(samples: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
                 scores = mean[:, None, None] * gaps + own
                 parts = [prompt_areas(K, scores[:, k], gaps[k], np.zeros(n)) for k in range(samples)]
                 for place, area in enumerate(("CMD", "CPR")):
-                    ends = _rows(ratio_intervals, np.array([part[place] for part in parts]), gaps)
+                    ends = all_intervals(ratio_intervals, np.array([part[place] for part in parts]), gaps)
                     yield {"of": f"{area}, {curve}", "data": name, "n": n, **held(ends, truth[place])}
 
 
@@ -205,130 +197,17 @@ def simulate(samples: int, seed: int) -> dict[str, Any]:
     return store
 
 
-def page(store: Mapping[str, Any]) -> str:
-    """The page, from the tables alone."""
-    rows = store["coverage"]
-    outside = [row for row in rows if row["data"] != "all" and not GOOD[0] <= row["held"] <= GOOD[1]]
-    lines = [
-        "# How often intervals hold the true value, and tests reject what is true",
-        "",
-        f"`python scripts/simulate_coverage.py`, seed {store['seed']}. An interval should hold the true value in 95 %",
-        f"of the samples. Each cell is the share of {store['samples']:,} samples in which it does, known to about ±",
-        f"{2 * math.sqrt(0.05 * 0.95 / store['samples']):.1%}. Cells outside {GOOD[0]:.0%} to {GOOD[1]:.0%} are bold.",
-        "The formulas are in [methods](../methods.md#behaviour-and-metrics).",
-        "",
-        "Values over prompts are " + "; ".join(f"*{name}*: {text}" for name, text in WORDS.items()) + ".",
-    ]
-    for title, kinds, text in SECTIONS:
-        lines += ["", f"## {title}", "", text, ""]
-        for kind in kinds:
-            some = [row for row in rows if row["of"] == kind]
-            lines += [f"**{kind[0].upper()}{kind[1:]}**", "", *_table(some, "data", "held", GOOD), ""]
-            open_ended = [row for row in some if row["unbounded"] > 0.005]
-            if open_ended:
-                shown = ", ".join(f"{row['data']}, n = {row['n']}: {row['unbounded']:.1%}" for row in open_ended)
-                lines += [f"Share of samples in which the interval has no end ({shown}).", ""]
-    lines += ["## Where none covers", "", *_outside(outside, rows)]
-    lines += ["", "## Other intervals of a mean", ""]
-    lines += [f"On the same kinds of values, {max(50, store['samples'] // 2)} samples a cell."]
-    lines += [f"The package uses *percentile* from {store['many']} prompts on.", ""]
-    for method in dict.fromkeys(row["method"] for row in store["others"]):
-        some = [row for row in store["others"] if row["method"] == method]
-        lines += [f"**{method}**", "", *_table(some, "data", "held", GOOD), ""]
-    lines += ["## Tests", "", *TESTS, _fewer(store["samples"]), ""]
-    for test in dict.fromkeys(row["test"] for row in store["tests"]):
-        some = [row for row in store["tests"] if row["test"] == test]
-        lines += [f"**{test[0].upper()}{test[1:]}**", ""]
-        if test == "random circuits":
-            lines += [", ".join(f"{row['data']}: {row['rejected']:.1%}" for row in some) + ".", ""]
-            continue
-        lines += [*_table(some, "data", "rejected", (0.0, 0.06)), ""]
-        if "found" in some[0] and some[0]["found"]:
-            found = ", ".join(f"{row['found']:.0%} at {row['n']}" for row in some)
-            lines += [f"Share of the real effects that is found: {found} prompts.", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-SECTIONS = (
-    ("Means", ("mean",), "Scores, KL, effects in units of the metric."),
-    (
-        "Ratios of two means",
-        ("share of the gap", "ratio"),
-        "*Share of the gap*: an effect or a faithfulness. The gap has a standard deviation of 0.3 of its mean. "
-        "*Ratio*: as C of two models that hardly differ on some prompts. The whole has one of 0.6 of its mean. "
-        "In both, the part is 0.4 of the whole plus values of the kind named.",
-    ),
-    (
-        "Rates",
-        ("rate",),
-        "Exact, not simulated. A rate of few prompts takes few values, so no interval covers 95 % at each true rate; "
-        "*all* is the mean over true rates from 0 to 1.",
-    ),
-    (
-        "Areas of a faithfulness curve",
-        tuple(f"{area}, {curve}" for curve in CURVES for area in ("CPR", "CMD")),
-        "CPR is the area under the curve, CMD the area between it and 1, which cannot be below 0.",
-    ),
-)
-TESTS = (
-    "Share of samples in which a true null hypothesis is rejected at p < 0.05. Cells above 6 % are bold.",
-    "*Sign flips*: the mean is 0. The test assumes random signs, which skewed values of mean 0 do not have.",
-    "*Equivalence*: the true difference is the margin. *Random circuits*: the circuit is one of them.",
-    "*Independence*: two unrelated scores. *Sweep*: 300 parts, p values adjusted by Benjamini and Hochberg. Its",
-    "figure is the mean share of the rejected parts that is not real, which the adjustment should keep below 5 %.",
-)
-
-
-def _fewer(n: int) -> str:
-    """How many samples the slow tests have; see `tests`."""
-    return (
-        f"Equivalence has {max(50, n // 2)} samples a cell, independence {max(50, n // 10)}, sweeps {max(5, n // 40)}."
-    )
-
-
-def _table(rows: list[Mapping[str, Any]], by: str, figure: str, good: tuple[float, float]) -> list[str]:
-    sizes = sorted({row["n"] for row in rows})
-    lines = [f"| {by} | " + " | ".join(f"n = {n}" for n in sizes) + " |", "| --- |" + " --- |" * len(sizes)]
-    for name in dict.fromkeys(row[by] for row in rows):
-        cells = []
-        for n in sizes:
-            value = next(row[figure] for row in rows if (row[by], row["n"]) == (name, n))
-            text = f"{value:.1%}"
-            cells.append(text if good[0] <= value <= good[1] or name == "all" else f"**{text}**")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def _outside(outside: list[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> list[str]:
-    """The cells outside the limits, by what they are of."""
-    lines = [f"{len(outside)} of {len(rows)} cells lie outside {GOOD[0]:.0%} to {GOOD[1]:.0%}:", ""]
-    for kind in dict.fromkeys(row["of"] for row in outside):
-        some = [row for row in outside if row["of"] == kind]
-        for word, part in (
-            ("below", [row for row in some if row["held"] < GOOD[0]]),
-            ("above", [row for row in some if row["held"] > GOOD[1]]),
-        ):
-            if part:
-                cells = ", ".join(f"{row['data']} at {row['n']} ({row['held']:.1%})" for row in part)
-                lines.append(f"- {kind}, {word}: {cells}.")
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100 samples a cell; print the page, write nothing")
-    parser.add_argument("--page", action="store_true", help="write the page from the JSON again")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    target = args.out / "coverage.json"
     if args.quick:
-        print(page(simulate(100, args.seed)))
-        return
-    if not args.page:
-        target.write_text(json.dumps(simulate(args.samples, args.seed), indent=1, allow_nan=False) + "\n")
-    (args.out / "coverage.md").write_text(page(json.loads(target.read_text())))
+        print(PAGES["coverage"].text(simulate(100, args.seed)))
+    else:
+        publish("coverage", simulate(args.samples, args.seed), args.out)
 
 
 if __name__ == "__main__":

@@ -14,33 +14,33 @@ class Steps:
         folder: Made if it is missing.
         made_of: What the numbers depend on, such as sizes and hashes of weights and data. A folder with steps of
             something else is refused, since old and new ones would be mixed.
+        besides: As for `check_store`.
 
     Raises:
         SystemExit: The folder holds steps of something else.
     """
 
-    def __init__(self, folder: Path, made_of: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, made_of: Mapping[str, Any] | None = None, besides: Collection[str] = ()) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         if made_of is not None:
-            check_store(folder, made_of)
+            check_store(folder, made_of, besides)
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is plain data."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
-            start = time.perf_counter()
-            found = compute()
-            _write(path, {"seconds": self._took(name, start), "found": found})
+            found, seconds = self.measured(name, compute)
+            _write(path, {"seconds": seconds, "found": found})
         return json.loads(path.read_text())["found"]
 
     def result(self, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is a result, or a circuit."""
         path = self.folder / name
         if not path.exists():
-            start = time.perf_counter()
-            compute().save(path)
-            _write(self.folder / f"{name}-seconds.json", self._took(name, start))
+            found, seconds = self.measured(name, compute)
+            found.save(path)
+            _write(self.folder / f"{name}-seconds.json", seconds)
         return kind.load(path)
 
     def seconds(self, name: str) -> float | None:
@@ -48,11 +48,13 @@ class Steps:
         path = self.folder / f"{name}-seconds.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    @staticmethod
-    def _took(name: str, start: float) -> float:
+    def measured(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A step's outcome, and the seconds that it took."""
+        start = time.perf_counter()
+        found = compute()
         seconds = round(time.perf_counter() - start, 1)
         print(f"{name}: {seconds} s", flush=True)
-        return seconds
+        return found, seconds
 
 
 def check_store(folder: Path, made_of: Mapping[str, Any], besides: Collection[str] = ()) -> None:

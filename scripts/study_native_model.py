@@ -1,16 +1,16 @@
-"""Map the refusal of a model that nobody here trained, beside the demo model; write docs/results/native-model.md.
+"""Map the refusal of a model that nobody here trained, beside the demo model; write docs/results/native-model.json.
 
     python scripts/study_native_model.py qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 The file is the official one of Qwen2.5-Coder-0.5B-Instruct; its SHA-256 is checked. Both models go through the same
-parts: replies to public benchmarks and to the built-in twins, the map by nodes and by neurons, the refusal direction,
+parts: replies to public benchmarks and to the built-in pairs, the map by nodes and by neurons, the refusal direction,
 heads, contrast neurons, replies once what was found is ablated, and probes. Benchmarks are read from --data (JSON lines
 with an "instruction" each).
 
 Each step is kept in --work and not done again, so that a stopped run goes on: the native model takes hours on two
 cores. A store of other sizes, weights or data is refused. Of replies only their kind and their loss under the unedited
-model are kept, never their text. The page is drawn from the stored JSON alone, by native_model_page.py, once every part
-of both models is there.
+model are kept, never their text. The page is drawn from the stored JSON and circuits alone, by scripts/pages, once
+every part of both models is there.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from native_model_page import CIRCUITS, write
+from pages.native_model import BUILT_IN, CIRCUITS
+from pages.render import publish
 from reproduce_refusal_direction import (
     N_RANDOM,
     Study,
@@ -148,12 +149,12 @@ class Side:
         return self.steps.result(f"map-{level}.json", RefusalCircuit, compute)
 
     def prompts(self, name: str) -> list[str]:
-        """A benchmark's first prompts, or one side of the built-in twins of held-out topics."""
+        """A benchmark's first prompts, or one side of the built-in pairs of held-out topics."""
         if name in BENCHMARKS:
             every = ms.prompts.load_instructions(str(self.args.data / f"{BENCHMARKS[name]}.jsonl"))
         else:
-            twins = ms.PromptPairs.builtin("test").sample(self.size.replies)
-            every = twins.harmful if name == "twins, harmful" else twins.harmless
+            built_in = ms.PromptPairs.builtin("test").sample(self.size.replies)
+            every = built_in.harmful if name == BUILT_IN["harmful"] else built_in.harmless
         return every[: self.size.replies]
 
 
@@ -195,7 +196,7 @@ def maps(side: Side) -> dict[str, Any]:
 def replies(side: Side) -> dict[str, Any]:
     """Kinds of reply to every set of prompts."""
     found = {}
-    for name in (*BENCHMARKS, "twins, harmful", "twins, harmless"):
+    for name in (*BENCHMARKS, *BUILT_IN.values()):
         said = judged(side.study, name, side.prompts(name), nullcontext)
         found[name] = summary(said, said)
     return {"sets": found, "tokens": REPLY_TOKENS, "loss_limit": number(side.study.limit)}
@@ -220,7 +221,7 @@ def direction(side: Side) -> dict[str, Any]:
                 kinds = judged(side.study, f"direction {name} {condition}", side.prompts(name)[:n], make)
                 said[name][condition] = summary(kinds, before)
     return {
-        "chosen": {"layer": found.layer, "column": found.position, "passes": found.passes},
+        "chosen": {"layer": found.layer, "position": found.position, "passes": found.passes},
         "candidates": rows_of(found.to_dataframe()),
         "conditions": dataclasses.asdict(found.conditions),
         "without_kl": without_kl(found),
@@ -236,7 +237,7 @@ def direction(side: Side) -> dict[str, Any]:
 def without_kl(found: RefusalDirection) -> dict[str, Any]:
     """What the published rule chooses once its condition on KL is dropped."""
     other = found.choose("published", max_kl=None)
-    return {"layer": other.layer, "column": other.position, "passes": other.passes}
+    return {"layer": other.layer, "position": other.position, "passes": other.passes}
 
 
 def head_scores(side: Side) -> dict[str, Any]:
@@ -392,7 +393,7 @@ def study(args: argparse.Namespace, given: Mapping[str, tuple[str, str]]) -> Non
             for level in LEVELS:
                 side.circuit(level).save(args.out / CIRCUITS.format(name, level))
     if set(record) == {"native", "demo"} and set(args.parts) == set(PARTS):
-        write(args.out, record)
+        publish("native-model", record, args.out)
 
 
 if __name__ == "__main__":

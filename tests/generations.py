@@ -86,7 +86,8 @@ def demo_results(model):
 
 def main():
     """Write the file."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    here = Path(__file__).resolve().parent
+    sys.path[:0] = [str(here), str(here.parent / "scripts")]
     from safetensors.torch import save_file
     from tiny import tiny_hf_model, tiny_model, tiny_pairs
 

@@ -19,8 +19,8 @@ from cases import PEER_CASES, acdc_of
 from flops import Shape, floor_ratio, forward, least_for_head
 from growth import grow, growth_cases, plot
 from measure import alone, compare
+from pages.statements import say
 from report import markdown
-from statements import say
 from targets import Target
 
 from mechsafety.errors import MechsafetyError

@@ -5,6 +5,8 @@ import json
 import shutil
 
 import pytest
+from pages.records import PageError
+from pages.render import PAGES
 from planted_direction import FRAMES, directed_pairs
 
 import mechsafety as ms
@@ -58,6 +60,7 @@ def test_the_study_runs_resumes_and_gives_the_same_bytes(script, args, monkeypat
     assert record["native"]["direction-found"]["replies"]["JailbreakBench"]["removed"]["kinds"]["refuses"] == 0
     assert record["native"]["ablations"]["rows"]["the circuit"]["after"]["kinds"]["refuses"] == 0
     page = (args.out / "native-model.md").read_text()
+    assert record["native"]["direction-found"]["chosen"]["position"] < 0
     assert "JailbreakBench below both intervals: 100% (2 of 2" in page, "two prompts carry no sentence"
     assert not {"nan", "None"} & set(page.replace("|", " ").split())
     for part in ("ablations", "replies"):  # their own steps are kept
@@ -67,6 +70,25 @@ def test_the_study_runs_resumes_and_gives_the_same_bytes(script, args, monkeypat
     script.study(args, given)
     again = {path: path.read_bytes() for path in sorted(args.out.rglob("*")) if path.is_file()}
     assert again == files
+    check_older_words(args.out)
+
+
+def check_older_words(out):
+    """A study that began before "column" and "twins" were replaced has the same page; a missing key is refused."""
+    stored, page = out / "native-model.json", PAGES["native-model"]
+    text, drawn = stored.read_text(), (out / "native-model.md").read_text()
+    assert page.text(page.read(out)) == drawn
+    old_words = {"position": "column", "built-in pairs, harmful": "twins, harmful"}
+    old_words["built-in pairs, harmless"] = "twins, harmless"
+    for new, old in old_words.items():
+        assert f'"{new}":' in text
+        text = text.replace(f'"{new}":', f'"{old}":')
+    stored.write_text(text)
+    record = page.read(out)
+    assert page.text(record) == drawn and "column" not in record["native"]["direction-found"]["without_kl"]
+    del record["demo"]["facts"]["d_mlp"]
+    with pytest.raises(PageError, match=r"^native-model\.json: nothing stands at 'demo/facts/d_mlp'$"):
+        page.text(record)
 
 
 def test_a_store_of_other_weights_or_sizes_is_refused(script, args):

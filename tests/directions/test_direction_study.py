@@ -25,7 +25,7 @@ def test_rates_come_with_kinds_and_no_text(script, directed, directed_found, tmp
     model, pairs, metric = directed
     study = object.__new__(script.Study)
     study.folder, study.model, study.metric, study.layer = tmp_path, model, metric, directed_found.layer
-    study.args = types.SimpleNamespace(n_dose=2)
+    study.args = types.SimpleNamespace(n_sweep=2)
     (tmp_path / "loss-limit.json").write_text('{"seconds": 0, "found": 50.0}')
     sets = {"JailbreakBench": pairs.harmful[:4], "Alpaca (rest)": pairs.harmless[:4]}
     monkeypatch.setattr(script, "test_sets", lambda study: sets)
@@ -43,5 +43,5 @@ def test_rates_come_with_kinds_and_no_text(script, directed, directed_found, tmp
     assert script.rates(study, directed_found)["JailbreakBench"]["direction removed"].kinds == removed.kinds
     monkeypatch.undo()
     monkeypatch.setattr(script.Study, "prompts", lambda self, file, n, **rest: list(sets.values())["alp" in file][:n])
-    doses = script.doses(study, directed_found, "removed")
-    assert {one.limit for one in doses.kinds_harmful} == {50.0} and doses.kinds_harmful[-1].kinds == ("answers",) * 2
+    kinds = script.sweep(study, directed_found, "removed").kinds_harmful
+    assert {one.limit for one in kinds} == {50.0} and kinds[-1].kinds == ("answers",) * 2

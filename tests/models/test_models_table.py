@@ -1,5 +1,6 @@
 """docs/models.md: some of its rows measured again."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from architectures import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
+STORED = ROOT / "docs" / "results" / "models.json"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,17 @@ def test_rows_that_load(name, script, make_tokenizer):
 def test_rows_that_are_refused(name, script, make_tokenizer):
     line = script["measure"](name, make_tokenizer()).refused
     assert line and "\n" not in line and cells(name) == [name, line]
+
+
+def test_what_is_stored_of_rows(script):
+    """The same as in the stored record."""
+    analyses = (("heads", ""), ("neurons", "no neurons"), ("paths", ""), ("edges", ""))
+    rows = [script["Row"]("a", analyses=analyses), script["Row"]("b", "cannot load")]
+    found, stored = script["record"](rows), json.loads(STORED.read_text())
+    assert found.keys() == stored.keys() and found["loaded"][0].keys() == stored["loaded"][0].keys()
+    assert found["loaded"][0]["analyses"] == {"heads": True, "neurons": False, "paths": True, "edges": True}
+    assert found["lines"] == {"neurons": "no neurons"} and found["refused"] == [{"name": "b", "line": "cannot load"}]
+    assert found["shortcuts"] == stored["shortcuts"] and found["prompts"] == stored["prompts"]
 
 
 def test_the_page_has_every_architecture(script):

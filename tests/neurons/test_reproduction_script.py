@@ -3,7 +3,7 @@
 import argparse
 import types
 
-import pandas as pd
+import numpy as np
 import pytest
 
 import mechsafety as ms
@@ -42,7 +42,7 @@ def test_a_store_of_another_run_is_refused(make_run, script, tmp_path):
     with pytest.raises(SystemExit, match=r"work holds steps of another data; delete it"):
         make_run()
     (tmp_path / "work" / "store.json").unlink()
-    (tmp_path / "work" / "metric").write_text("{}")
+    (tmp_path / "work" / "metric.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"work holds steps of an unknown run; delete it"):
         make_run()
 
@@ -54,10 +54,10 @@ def test_steps_are_stored_and_their_time_added_up(make_run, script, monkeypatch)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.step("one", dict, fails)
+        run.json("one", fails)
     assert run.clock()["seconds"].keys() == {"one"}, "an interrupted attempt counts"
     for _ in range(2):
-        assert run.step("one", dict, lambda: made.append(1) or {"found": 2}) == {"found": 2}
+        assert run.json("one", lambda: made.append(1) or {"found": 2}) == {"found": 2}
     assert made == [1]
     now = [0.0]
     monkeypatch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
@@ -93,7 +93,8 @@ def test_ends_and_contrast(make_run):
 
 def test_replies_of_the_judged_shares_and_of_both_models(make_run, script, tmp_path):
     run = make_run()
-    (run.args.work / "loss-limit").write_text('{"demo-base": 0.5, "demo": null}')
+    limits = '{"seconds": 0, "found": {"demo-base": 0.5, "demo": null}}'
+    (run.args.work / "loss-limit.json").write_text(limits)
     rows = run.judged_replies()
     assert [row["top share"] for row in rows] == ["5.0%", "100.0%", "aligned model", "base model"]
     assert all(row["n"] == 3 and row["perplexity"] > 1 for row in rows) and run.limit == 0.5
@@ -117,12 +118,9 @@ def test_planted_neurons(make_run, script, monkeypatch, make_hf_model):
     assert found["ratio"] >= 0.75 and found["neurons"] == 4  # of 144: 0.03 by chance
 
 
-def test_tables_survive_bars_and_backticks(script):
-    from safety_neurons_page import code, table
-
-    assert code("a`") == "`` 'a`' ``" and code("a|") == "`'a|'`"
-    text = table(pd.DataFrame({"token": [code("||")], "x": [0.5], "y": [float("nan")]}))
-    assert text.splitlines()[-1] == "| `'\\|\\|'` | 0.500 |  |"
+def test_tokens_as_code_and_numbers_as_json(script):
+    assert script.code("a`") == "`` 'a`' ``" and script.code("a|") == "`'a|'`"
+    assert script.plain({"a": (np.float32(0.5), float("nan")), "n": np.int64(3)}) == {"a": [0.5, None], "n": 3}
 
 
 def test_drawn_prompts_spread(script):

@@ -12,15 +12,16 @@ from string import Formatter
 from typing import Any
 
 from mechsafety.intervals import wilson_interval
-
-
-class UncarriedError(ValueError):
-    """A sentence whose numbers do not carry it."""
+from pages.records import PageError, Record, Stored
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Hits of a number of trials; as text with its Wilson interval, with the format ``short`` the share alone."""
+    """Hits of a number of trials.
+
+    Its text is the share with the counts and the Wilson interval. The format is that of the shares; ``short`` gives the
+    share alone.
+    """
 
     hits: int
     n: int
@@ -45,7 +46,8 @@ class Rate:
     def __format__(self, spec: str) -> str:
         if spec == "short":
             return f"{self.value:.0%}"
-        return f"{self.value:.0%} ({self.hits} of {self.n}; {self.low:.0%} to {self.high:.0%})"
+        kind = spec or ".0%"
+        return f"{self.value:{kind}} ({self.hits} of {self.n}; {self.low:{kind}} to {self.high:{kind}})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], name: str, low: str = "", high: str = "") -> "Interval":
+    def of(cls, row: Record, name: str, low: str = "", high: str = "") -> "Interval":
         """From a row of a stored table: ``name``, ``name_low`` and ``name_high`` unless named otherwise."""
         return cls(row[name], row[low or f"{name}_low"], row[high or f"{name}_high"])
 
@@ -93,11 +95,11 @@ class Sentence:
         unnamed = sorted((needed - fields) | (fields - set(self.numbers)) | (set(self.numbers) - fields))
         if unnamed or not needed:
             what = f"{', '.join(unnamed)} not both stored and named" if unnamed else "a condition on no number"
-            raise UncarriedError(f"{self.text!r}: {what}")
+            raise PageError(f"{self.text!r}: {what}")
         if isinstance(self.otherwise, str) and fields_of(self.otherwise) != fields:
-            raise UncarriedError(f"{self.otherwise!r} names other numbers than {self.text!r}")
+            raise PageError(f"{self.otherwise!r} names other numbers than {self.text!r}")
 
-    def values(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def values(self, record: Record) -> dict[str, Any]:
         """The numbers, by name."""
         return {
             name: found(record) if callable(found) else look_up(record, found) for name, found in self.numbers.items()
@@ -108,18 +110,18 @@ class Sentence:
         return bool(self.holds(**{name: values[name] for name in inspect.signature(self.holds).parameters}))
 
 
-def say(record: Mapping[str, Any], sentence: Sentence) -> str:
+def say(record: Record, sentence: Sentence) -> str:
     """The sentence, if its numbers carry it; else its other wording.
 
     Raises:
-        UncarriedError: They do not, and there is no other wording.
+        PageError: They do not, and there is no other wording.
     """
     values = sentence.values(record)
     if sentence.carried(values):
         return sentence.text.format(**values)
     if sentence.otherwise is None:
         numbers = ", ".join(f"{name} = {value}" for name, value in values.items())
-        raise UncarriedError(f"no longer carried by its numbers ({numbers}): {sentence.text!r}")
+        raise PageError(f"no longer carried by its numbers ({numbers}): {sentence.text!r}")
     if isinstance(sentence.otherwise, Sentence):
         return say(record, sentence.otherwise)
     return sentence.otherwise.format(**values)
@@ -143,7 +145,7 @@ def look_up(record: Any, path: str) -> Any:
         0.4
 
     Raises:
-        UncarriedError: Nothing stands there, or more than one row.
+        PageError: Nothing stands there, or more than one row.
     """
     found = record
     for part in path.split("/"):
@@ -151,18 +153,12 @@ def look_up(record: Any, path: str) -> Any:
             wanted = dict(pair.split("=", 1) for pair in re.split(r",(?=[\w ]+=)", part))
             rows = [row for row in found if all(str(row.get(key)) == value for key, value in wanted.items())]
             if len(rows) != 1:
-                raise UncarriedError(f"{path!r}: {len(rows)} rows are {part!r}")
+                raise PageError(f"{path!r}: {len(rows)} rows are {part!r}")
             found = rows[0]
         elif isinstance(found, list) and part.lstrip("-").isdigit() and -len(found) <= int(part) < len(found):
             found = found[int(part)]
-        elif isinstance(found, Mapping) and part in found:
+        elif isinstance(found, Stored) or (isinstance(found, Mapping) and part in found):
             found = found[part]
         else:
-            raise UncarriedError(f"nothing stands at {part!r} of {path!r}")
+            raise PageError(f"nothing stands at {part!r} of {path!r}")
     return found
-
-
-def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; a bar in a cell would end it."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [columns, ["---"] * len(columns), *rows]]
-    return ["| " + " | ".join(row) + " |" for row in cells]

@@ -1,0 +1,51 @@
+"""All pages, and the command that draws them."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.output import json_text, write_text
+from pages import coverage, demo_model, gallery, ground_truth, models, native_model, refusal_direction, safety_neurons
+from pages.page import Page
+from pages.records import PageError
+
+MODULES = (refusal_direction, safety_neurons, native_model, coverage, ground_truth, demo_model, models, gallery)
+PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}
+
+
+def publish(name: str, record: Any, folder: Path | None = None) -> None:
+    """Store what a script measured, and draw its page, into the page's own folder unless another is named."""
+    write_text(PAGES[name].stored(folder), json_text(record) + "\n")
+    redraw(PAGES[name], folder)
+
+
+def redraw(page: Page, folder: Path | None = None) -> None:
+    """Draw a page from its record.
+
+    Raises:
+        SystemExit: There is no record, or the page cannot be drawn from it.
+    """
+    if not page.stored(folder).is_file():
+        raise SystemExit(f"{page.name}: {page.stored(folder)} is not there; its script writes it")
+    try:
+        page.draw(folder)
+    except (PageError, MechsafetyError) as error:
+        raise SystemExit(f"{page.name}: {error}") from None
+    print(f"wrote {page.path(folder).resolve()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the named pages; of all pages, those whose record is there."""
+    parser = argparse.ArgumentParser(prog="python scripts/pages", description="Draw pages from their stored JSON.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(PAGES)}")
+    names = parser.parse_args(arguments).names
+    unknown = [name for name in names if name not in PAGES]
+    if unknown:
+        parser.error(f"no page {', '.join(unknown)}; there are {', '.join(PAGES)}")
+    for name in names or PAGES:
+        if names or PAGES[name].stored().is_file():
+            redraw(PAGES[name])
+        else:
+            print(f"{name}: left out, {PAGES[name].stored()} is not there")
