@@ -1,5 +1,6 @@
 """Parts of a model that can be in a circuit, and connections between them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mechsafety.errors import MechsafetyError
@@ -76,6 +77,17 @@ class Edge:
 EMBED, LOGITS = Node("embed"), Node("logits")
 # what a circuit is made of
 Part = Node | Edge
+
+
+def nodes_of(parts: Iterable[Part]) -> list[Node]:
+    """The heads, MLPs and neurons among parts, those at the ends of edges included, in the order of computation.
+
+    Example:
+        >>> [str(node) for node in nodes_of([Edge(EMBED, Node("mlp", 1), "mlp"), Node("head", 0, 2)])]
+        ['L0.H2', 'L1.MLP']
+    """
+    ends = {end for part in parts for end in ((part,) if isinstance(part, Node) else (part.sender, part.receiver))}
+    return sorted((node for node in ends if node.kind in NODE_SITES), key=lambda node: node.order)
 
 
 def head_and_mlp_nodes(n_layers: int, n_heads: int) -> tuple[Node, ...]:

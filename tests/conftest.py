@@ -4,7 +4,6 @@ The jaxtyping hook checks shapes and types of every annotated function of the pa
 each test it checks a function's first calls and then one of many, since checking all of them doubles the time.
 """
 
-import contextlib
 import functools
 import os
 import types
@@ -36,15 +35,18 @@ def with_known_hints(found):
     """A copy of a function without the hints that cannot be checked: ``Self``, and names that only editors import."""
     copy = types.FunctionType(found.__code__, found.__globals__, found.__name__, found.__defaults__, found.__closure__)
     copy.__kwdefaults__, copy.__qualname__, copy.__module__ = found.__kwdefaults__, found.__qualname__, found.__module__
-    known = {}
-    for name, hint in found.__annotations__.items():
-        copy.__annotations__ = {name: hint}
-        with contextlib.suppress(NameError, BeartypeDecorHintException):
-            known[name] = typing.get_type_hints(copy, include_extras=True)[name]
-            is_bearable(None, known[name])
-            continue
-        known.pop(name, None)
-    copy.__annotations__ = known
+
+    def checkable(name):
+        copy.__annotations__ = {name: found.__annotations__[name]}
+        try:
+            hints = typing.get_type_hints(copy, include_extras=True)
+            is_bearable(None, hints[name])
+        except (NameError, BeartypeDecorHintException):
+            return {}
+        return hints
+
+    known = [checkable(name) for name in found.__annotations__]
+    copy.__annotations__ = {name: hint for hints in known for name, hint in hints.items()}
     return copy
 
 

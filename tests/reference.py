@@ -8,7 +8,6 @@ import math
 import torch
 import transformers
 from whole_forwards import node_hook, record, whole_logits
-from whole_forwards import patched_whole as patched_whole  # for the tests that import it from here
 
 
 def random_model(kind, seed, kv_heads, make_hf_model):

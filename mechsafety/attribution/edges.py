@@ -22,7 +22,7 @@ from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.parts import has_node
-from mechsafety.nodes import EMBED, NODE_SITES, Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, NODE_SITES, SLOTS, Edge, Node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import INTO_LOGITS, Receiver, reaches
@@ -161,8 +161,7 @@ def edge_attribution(
         raise MechsafetyError(f"grid={grid!r} with method={method!r}", expected=f"one of {grids}")
     ordered = _nodes(model, nodes, neurons)
     senders = (EMBED, *ordered) if nodes is None else ordered
-    slots = {"head": ("q", "k", "v")}
-    receivers = (*((node, slot) for node in ordered for slot in slots.get(node.kind, ("mlp",))), INTO_LOGITS)
+    receivers = (*((node, slot) for node in ordered for slot in SLOTS[node.kind]), INTO_LOGITS)
     reached = _reached(senders, receivers, parallel=model.parallel)
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in ordered) else []
     if method == "ig-activations" and model.post_norm:

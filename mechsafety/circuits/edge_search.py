@@ -23,7 +23,7 @@ from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import max_variants
-from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node, Part, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node, Part, head_and_mlp_nodes, nodes_of
 from mechsafety.patching import pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.senders import written_changes
@@ -79,8 +79,7 @@ class EdgeCircuit(Result):
     @property
     def nodes(self) -> tuple[Node, ...]:
         """Heads and MLPs that the edges run between, in the order of computation."""
-        ends = {end for edge in self.edges for end in (edge.sender, edge.receiver)}
-        return tuple(sorted((n for n in ends if n.kind not in ("embed", "logits")), key=lambda n: n.order))
+        return tuple(nodes_of(self.edges))
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per edge."""

@@ -83,7 +83,7 @@ def map_refusal_circuit(
     LEVELS[options.level].check(model, align)
     budget = Budget(options.budget_seconds)
     if isinstance(pairs, Draw):
-        drawn = _of_this_model(pairs, model, metric)
+        drawn = _with_metric(pairs, metric)
     else:
         drawn = draw_pairs(model, pairs, metric, limit=options.limit, seed=options.seed, progress=progress)
     split = split_pairs(model, drawn, options, budget=budget, progress=progress)
@@ -148,9 +148,13 @@ def split_pairs(
         options: Of the map.
         budget: Time to keep; the options' own, from now on, by default.
         progress: Whether to show bars.
+
+    Raises:
+        MechsafetyError: Another model drew the pairs.
     """
     options = options or MapOptions()
     level, metric = LEVELS[options.level], drawn.metric
+    _check_drawn_by(model, drawn)
     model = model.reading(metric.opener_ids)
     held, fresh = _held_and_fresh(drawn.there)
     parts = [drawn.here, held] if fresh is None else [drawn.here, held, fresh]
@@ -404,11 +408,11 @@ def _provenance_options(split: Split) -> dict[str, Any]:
     }
 
 
-def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None) -> Draw:
-    """Pairs that were drawn before, if this model drew them and no other metric is given.
+def _check_drawn_by(model: LensModel, drawn: Draw) -> None:
+    """Refuse pairs that another model drew.
 
     Raises:
-        MechsafetyError: Otherwise.
+        MechsafetyError: Another model drew them.
     """
     other = drawn.provenance.difference(model.provenance())
     if other is not None:
@@ -418,6 +422,14 @@ def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None)
             expected="pairs that this model drew",
             hint="draw_pairs(model, pairs)",
         )
+
+
+def _with_metric(drawn: Draw, metric: RefusalLogOdds | None) -> Draw:
+    """Pairs that were drawn before, if no other metric is given.
+
+    Raises:
+        MechsafetyError: Another metric is given.
+    """
     if metric is not None and metric != drawn.metric:
         raise MechsafetyError(
             "pairs drawn with another metric", expected="theirs, or none", hint="draw_pairs(model, pairs, metric)"
@@ -426,7 +438,7 @@ def _of_this_model(drawn: Draw, model: LensModel, metric: RefusalLogOdds | None)
 
 
 def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None]:
-    """Every other pair is set aside for the checks alone, where there are enough of them."""
+    """Every other pair is kept from the search, where there are enough of them."""
     if len(there) < 3 * MIN_PAIRS:
         return there, None
     return there[::2], there[1::2]

@@ -68,7 +68,7 @@ def refine(
     Returns:
         The circuit found, meters for it, and the attribution with neurons.
     """
-    nodes = [part for part in result.circuit if isinstance(part, Node)]
+    nodes = result.nodes
     layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
     here, there = (NeuronMeter.of(meter, layers) for meter in (found_on, held_out))
     attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)

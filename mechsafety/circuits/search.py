@@ -1,7 +1,7 @@
 """Finding the smallest set of parts that carries the metric gap."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.budget import Budget
@@ -9,7 +9,7 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, order_
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
-from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
+from mechsafety.nodes import Node, Part, head_and_mlp_nodes, nodes_of
 
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -50,11 +50,7 @@ class SearchResult:
     @property
     def nodes(self) -> list[Node]:
         """The circuit's heads, MLPs and neurons, or those that its edges run between, in the order of computation."""
-        found = {part for part in self.circuit if isinstance(part, Node)}
-        for part in self.circuit:
-            if isinstance(part, Edge):
-                found |= {part.sender, part.receiver}
-        return sorted((node for node in found if node.kind not in ("embed", "logits")), key=lambda node: node.order)
+        return nodes_of(self.circuit)
 
 
 def check_search(target: float, max_parts: int | None) -> None:
@@ -90,10 +86,8 @@ def search_nodes(
         budget: Time budget.
     """
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
-    scores: dict[Part, float] = {node: attribution.of(node) for node in nodes}
-    ranking = sorted(nodes, key=lambda node: (-scores[node], node.order))
-    found = search_parts(found_on, held_out, ranking, target, max_parts=max_nodes, rounds=rounds, budget=budget)
-    return replace(found, scores=scores)
+    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
+    return search_parts(found_on, held_out, ranking, target, max_parts=max_nodes, rounds=rounds, budget=budget)
 
 
 def search_parts(

@@ -24,9 +24,6 @@ from mechsafety.results import Provenance, Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Where = Literal["completion", "prompt", "last"]
-Score = Literal["rms", "ratio"]
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class NeuronScores(Result):
@@ -137,8 +134,8 @@ def safety_neurons(
     base: LensModel,
     prompts: Prompts,
     *,
-    positions: Where = "completion",
-    score: Score = "rms",
+    positions: Literal["completion", "prompt", "last"] = "completion",
+    score: Literal["rms", "ratio"] = "rms",
     max_new_tokens: Count = 64,
     replies: Sequence[Sequence[int]] | None = None,
     batch_size: Count | None = None,

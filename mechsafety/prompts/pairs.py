@@ -5,12 +5,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, overload
 
 import numpy as np
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, Prompts, lens_model, prompt_text, public
+from mechsafety.inputs import Amount, Count, Prompts, lens_model, one_of, prompt_text, public
 from mechsafety.prompts.distinct import duplicates, first_of_each
 from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.sets import data_file, load_instructions
@@ -34,7 +34,7 @@ HUB: dict[str, tuple[HubSet, HubSet | None]] = {
 
 
 Align = Literal["tokens", "suffix"]
-ALIGN: tuple[Align, ...] = ("tokens", "suffix")
+ALIGN: tuple[Align, ...] = get_args(Align)
 KEYS, OPTIONAL = ("harmful", "harmless"), ("topic", "split", "edition")
 HINT = (
     "change a word in one of the two (model.tokenize_pairs shows a pair's token rows), add pairs, pair prompts with "
@@ -104,8 +104,7 @@ class PromptPairs:
     align: Align = "tokens"
 
     def __post_init__(self) -> None:
-        if self.align not in ALIGN:
-            raise MechsafetyError(f"align={self.align!r}", expected=f"one of {ALIGN}")
+        one_of("align", self.align, ALIGN)
         if not self.pairs:
             raise MechsafetyError("no prompt pairs", expected="at least one pair")
         for number, pair in enumerate(self.pairs, 1):

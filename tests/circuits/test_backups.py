@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from reference import hook_count, patched_whole
+from reference import hook_count
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.attribution.nodes import node_attribution

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import PlainModel, patched_whole
+from reference import PlainModel
+from whole_forwards import patched_whole
 
 from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
 from mechsafety.circuits.roles import ATTENDS, MOST, SOME, assign_roles, role_evidence

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import patched_whole
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.attribution import NodeAttribution, node_attribution

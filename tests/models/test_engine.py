@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from reference import hook_count, patched_whole, record, whole_logits
+from reference import hook_count, record, whole_logits
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.models.engine import base_run, check_engine, expand_rows, max_variants, run_from, split_rows

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import random_model, tiny_tokenizer
-from reference import patched_whole
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.directions import direction_io

@@ -8,7 +8,8 @@ from subprocess import run
 import pytest
 import torch
 import transformers
-from reference import patched_whole, whole_logits
+from reference import whole_logits
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from reference import patched_whole, whole_logits
+from reference import whole_logits
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.models import checks, hooked

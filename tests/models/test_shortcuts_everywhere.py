@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from reference import patched_whole
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.attribution.nodes import mask_gradients

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import hook_count, patched_whole, random_model, whole_logits
+from reference import hook_count, random_model, whole_logits
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError

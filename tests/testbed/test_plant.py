@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import patched_whole
+from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.nodes import Node, head_and_mlp_nodes
