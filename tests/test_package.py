@@ -107,7 +107,7 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
-    ("output", "intervals", "settled"),
+    ("codec", "output", "intervals", "settled"),
     ("sites", "nodes", "inputs"),
     ("results",),
     ("prompts",),

@@ -160,7 +160,7 @@ def test_nodes_that_cannot_be(args, expected):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ((HEAD, MLP, "w"), "edge slot 'w'; expected one of ('q', 'k', 'v', 'mlp', 'resid')"),
+        ((HEAD, MLP, "w"), "edge slot 'w'; expected one of ('mlp',)"),
         ((MLP, HEAD, "q"), "edge L1.MLP -> L1.H3 runs against the order of computation"),
         ((HEAD, HEAD, "q"), "edge L1.H3 -> L1.H3 runs against the order of computation"),
         ((Node("logits"), HEAD, "q"), "edge logits -> L1.H3 runs against the order of computation"),
