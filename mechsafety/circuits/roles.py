@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.cache import ActivationCache
-from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
+from mechsafety.circuits.circuit import CircuitEdge, Role, RoleEvidence
 from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -90,7 +90,7 @@ def role_evidence(
 
 def assign_roles(
     effects: Mapping[Node, float], evidence: Mapping[Node, RoleEvidence], edges: Sequence[CircuitEdge]
-) -> dict[Node, tuple[str, RoleEvidence]]:
+) -> dict[Node, tuple[Role, RoleEvidence]]:
     """Roles by these rules; a node without a positive effect, or that fits none, gets ``none``.
 
     - production: at least half of its effect is direct, through the logits.
@@ -108,7 +108,7 @@ def assign_roles(
         evidence: From `role_evidence`.
         edges: Direct effects between the nodes.
     """
-    roles: dict[Node, str] = {}
+    roles: dict[Node, Role] = {}
     for node, seen in evidence.items():
         effect = effects[node]
         if effect <= 0:
