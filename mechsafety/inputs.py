@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from mechsafety.codec import Amount
 from mechsafety.errors import MechsafetyError
 from mechsafety.settled import settled
 
@@ -25,8 +26,6 @@ Texts = Annotated[Sequence[str], "texts"]
 """Texts in the same forms; unlike requests, they may be empty (replies, tokens)."""
 Count = Annotated[int, "count"]
 """A whole number, at least 1."""
-Amount = Annotated[int, "amount"]
-"""A whole number, at least 0."""
 
 _KINDS = (Prompts, Texts, Count, Amount)
 

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.codec import SPARSE, decode, encode
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, public
 from mechsafety.models import LensModel
@@ -77,11 +78,11 @@ class RefusalLogOdds:
     refusal_tokens: tuple[str, ...]
     comply_ids: tuple[int, ...] = ()
     comply_tokens: tuple[str, ...] = ()
-    opener_ids: tuple[int, ...] = ()
-    opener: str = ""
-    whole_ids: tuple[tuple[int, ...], ...] = ()
-    whole_texts: tuple[str, ...] = ()
-    tried: tuple[Opener, ...] = field(default=(), compare=False)
+    opener_ids: tuple[int, ...] = field(default=(), metadata=SPARSE)
+    opener: str = field(default="", metadata=SPARSE)
+    whole_ids: tuple[tuple[int, ...], ...] = field(default=(), metadata=SPARSE)
+    whole_texts: tuple[str, ...] = field(default=(), metadata=SPARSE)
+    tried: tuple[Opener, ...] = field(default=(), compare=False, metadata=SPARSE)
 
     def __post_init__(self) -> None:
         if not self.refusal_ids:
@@ -197,22 +198,7 @@ class RefusalLogOdds:
 
     def to_json(self) -> dict[str, Any]:
         """Name, token texts and token ids, as stored in results, and its openers if it has any."""
-        found: dict[str, Any] = {
-            "name": self.name,
-            "refusal_tokens": list(self.refusal_tokens),
-            "comply_tokens": list(self.comply_tokens),
-            "refusal_ids": list(self.refusal_ids),
-            "comply_ids": list(self.comply_ids),
-        }
-        if self.opener_ids:
-            found |= {"opener": self.opener, "opener_ids": list(self.opener_ids)}
-        if self.whole_ids:
-            found |= {"whole_texts": list(self.whole_texts), "whole_ids": [list(ids) for ids in self.whole_ids]}
-        if self.tried:
-            found["tried"] = [
-                {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(one).items()} for one in self.tried
-            ]
-        return found
+        return {"name": self.name, **encode(RefusalLogOdds, self)}
 
     @classmethod
     @public
@@ -227,29 +213,14 @@ class RefusalLogOdds:
         """
         if data.get("name") not in ("refusal_log_odds", "logit_difference", "whole_opener_log_odds"):
             raise MechsafetyError(f"the metric {data.get('name')!r}", expected="one that a RefusalLogOdds stored")
-        refusal, comply = tuple(data["refusal_tokens"]), tuple(data["comply_tokens"])
         if "refusal_ids" not in data:
-            return cls.of(model, refusal, comply)
-        ids = tuple(data["refusal_ids"]), tuple(data["comply_ids"])
-        opener, whole = tuple(data.get("opener_ids", ())), tuple(tuple(one) for one in data.get("whole_ids", ()))
-        strange = [
-            token
-            for token in (*ids[0], *ids[1], *opener, *chain.from_iterable(whole))
-            if not 0 <= token < model.d_vocab
-        ]
+            return cls.of(model, tuple(data["refusal_tokens"]), tuple(data["comply_tokens"]))
+        found: RefusalLogOdds = decode(cls, {key: item for key, item in data.items() if key != "name"}, "metric")
+        ids = (*found.refusal_ids, *found.comply_ids, *found.opener_ids, *chain.from_iterable(found.whole_ids))
+        strange = [token for token in ids if not 0 <= token < model.d_vocab]
         if strange:
             raise MechsafetyError(f"token {strange[0]}", expected=f"ids of {model.name}, below {model.d_vocab}")
-        return cls(
-            ids[0],
-            refusal,
-            ids[1],
-            comply,
-            opener,
-            data.get("opener", ""),
-            whole,
-            tuple(data.get("whole_texts", ())),
-            tuple(_opener(row) for row in data.get("tried", ())),
-        )
+        return found
 
     @classmethod
     @public
@@ -376,12 +347,6 @@ class RefusalLogOdds:
                 hint="give other prompts, or " + CHOOSE,
             )
         return replace(metrics[chosen.opener_ids], tried=tuple(tried))
-
-
-def _opener(row: Mapping[str, Any]) -> Opener:
-    """An opener from JSON; lists become tuples."""
-    kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return Opener(**kept)
 
 
 def _reading(kind: type[RefusalLogOdds], model: LensModel, one: Candidate, max_share: float) -> RefusalLogOdds:

@@ -1,15 +1,15 @@
 """Parts of a model that can be in a circuit, and connections between them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mechsafety.codec import REQUIRED, Amount
 from mechsafety.errors import MechsafetyError
 from mechsafety.sites import SiteKind
 
 KINDS = ("embed", "head", "mlp", "neuron", "logits")
 # slots through which a node of each kind reads the residual stream
 SLOTS = {"head": ("q", "k", "v"), "mlp": ("mlp",), "neuron": ("mlp",), "logits": ("resid",)}
-SLOT_NAMES = tuple(dict.fromkeys(slot for slots in SLOTS.values() for slot in slots))
 # site at which the value of a node of each kind is read and edited
 NODE_SITES = {"head": SiteKind.Z, "mlp": SiteKind.MLP_OUT, "neuron": SiteKind.NEURONS}
 # site of each slot of a head
@@ -31,8 +31,8 @@ class Node:
     """
 
     kind: str
-    layer: int | None = None
-    index: int | None = None
+    layer: Amount | None = field(default=None, metadata=REQUIRED)
+    index: Amount | None = field(default=None, metadata=REQUIRED)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -59,16 +59,16 @@ class Node:
 class Edge:
     """A connection from one node's output to another's input slot (``q``, ``k``, ``v``, ``mlp`` or ``resid``)."""
 
-    sender: Node
-    receiver: Node
+    sender: Node = field(metadata={"name": "from"})
+    receiver: Node = field(metadata={"name": "to"})
     slot: str
 
     def __post_init__(self) -> None:
-        if self.slot not in SLOT_NAMES:
-            raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOT_NAMES}")
         # heads of one layer run side by side, and so do its neurons
         if self.sender.order[:2] >= self.receiver.order[:2]:
             raise MechsafetyError(f"edge {self.sender} -> {self.receiver} runs against the order of computation")
+        if self.slot not in SLOTS[self.receiver.kind]:
+            raise MechsafetyError(f"edge slot {self.slot!r}", expected=f"one of {SLOTS[self.receiver.kind]}")
 
     def __str__(self) -> str:
         return f"{self.sender} -> {self.receiver} ({self.slot})"

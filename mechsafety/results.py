@@ -1,28 +1,25 @@
 """What every result carries and can do: provenance, a table, one way to save and load."""
 
+import base64
 import dataclasses
-import importlib
-import json
-import math
 import os
-import pkgutil
-import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from mechsafety.codec import SPARSE, decode, encode, parse
 from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.output import json_text, output_folder, writing
+from mechsafety.output import json_text, output_folder, write_text, writing
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+    from torch import Tensor
 
-FORMAT_VERSION = 2  # 1 wrote numbers that are none (NaN, infinite) as literals that JSON does not know
+FORMAT = "mechsafety.result"
+FORMAT_VERSION = 3  # 1 and 2 named the type of every part
 FILES = ("result.json", "tensors.safetensors")
-NO_RESULTS = ("mechsafety.viz", "mechsafety.cli")
 PACKAGES = ("mechsafety", "torch", "transformers", "transformer_lens")
 
 
@@ -50,12 +47,12 @@ class Provenance:
     seed: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, metadata=SPARSE)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; without template options where none were given."""
-        row = dataclasses.asdict(self)
-        return row if self.template_options else {k: v for k, v in row.items() if k != "template_options"}
+        row: dict[str, Any] = encode(type(self), self)
+        return row
 
     def difference(self, other: "Provenance") -> tuple[str, str, str] | None:
         """What of two models is not the same, and what each has; None where prompts give both the same numbers."""
@@ -69,11 +66,8 @@ class Provenance:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`; unknown keys are refused by name."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - names)
-        if unknown:
-            raise MechsafetyError(f"provenance has the unknown fields {unknown}", expected=f"some of {sorted(names)}")
-        return cls(**data)
+        found: Self = decode(cls, data, "provenance")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,36 +162,33 @@ def package_versions() -> dict[str, str]:
 class Result:
     """Base of the frozen result dataclasses: ``save``, ``load`` and a table.
 
-    A result is saved as a folder with ``result.json`` (everything but tensors) and ``tensors.safetensors``.
-    Fields may be tensors, numbers, text, None, tuples or mappings (by text) of those, and dataclasses of the same.
+    A result is saved as a folder, with ``result.json`` (everything but tensors) and ``tensors.safetensors``, or as one
+    file where the path ends in ``.json``; there the tensors are text (base64 of the same safetensors bytes). Either way
+    it is read by its own class: ``PatchMap.load(path)``. What fields may hold: see `mechsafety.codec`.
     """
 
     __slots__ = ()
-    TYPES: ClassVar[dict[str, type]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        Result.TYPES[cls.__name__] = cls
 
     def to_dataframe(self) -> "pd.DataFrame":
         """The result as a table, one row a part."""
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result to the folder ``path``, whole or not at all; folders on the way are made.
+        """Write the result, whole or not at all; folders on the way are made.
+
+        Args:
+            path: A folder, or one file where it ends in ``.json``.
 
         Raises:
-            MechsafetyError: ``path`` is no saved result, or cannot be written to, or a field cannot be stored.
+            MechsafetyError: ``path`` holds something else, or cannot be written to, or a field cannot be stored.
         """
-        from safetensors.torch import save
-
-        tensors: dict[str, Any] = {}
-        body = _encode(self, "", tensors)
-        text = json_text({"format": "mechsafety.result", "version": FORMAT_VERSION, "result": body})
+        if Path(path).suffix == ".json":
+            return write_text(path, self.to_json())
+        data, tensors = _written(self)
         with output_folder(path, FILES) as scratch, writing(path):
-            (scratch / "result.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+            (scratch / FILES[0]).write_text(json_text(data) + "\n", encoding="utf-8", newline="\n")
             if tensors:
-                (scratch / "tensors.safetensors").write_bytes(save(tensors))
+                (scratch / FILES[1]).write_bytes(tensors)
         return Path(path)
 
     @classmethod
@@ -205,112 +196,72 @@ class Result:
         """Read a result that `save` wrote.
 
         Raises:
-            MechsafetyError: Not a saved result (or a damaged one), of a newer format, or of another type.
+            MechsafetyError: Not a saved result (or a damaged one), of another format version, or of another type.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        source, stored = Path(path) / "result.json", Path(path) / "tensors.safetensors"
+        folder = Path(path).is_dir()
+        source = Path(path) / FILES[0] if folder else Path(path)
         if not source.is_file():
-            raise _not_saved(path)
+            raise MechsafetyError(f"no such file: {source}", expected=f"what {cls.__name__}.save wrote")
+        tensors = source.with_name(FILES[1])
         try:
-            data = json.loads(source.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise _not_saved(path, f" (malformed JSON ({error.msg}))") from None
+            text = source.read_bytes().decode()
+            if folder:
+                return _read(cls, text, tensors.read_bytes() if tensors.is_file() else b"")
+            return cls.from_json(text)
         except UnicodeDecodeError:
-            raise _not_saved(path, " (not UTF-8 text)") from None
-        if not isinstance(data, dict) or "result" not in data:
-            raise _not_saved(path, " (no result in it)")
-        if not isinstance(data.get("version", 0), int):
-            raise _not_saved(path, f" (format version {data['version']!r})")
-        if data.get("version", 0) > FORMAT_VERSION:
-            raise MechsafetyError(
-                f"{path} has format version {data['version']}",
-                expected=f"at most {FORMAT_VERSION}",
-                hint="pip install --upgrade mechsafety",
-            )
+            raise MechsafetyError(f"{source}: not UTF-8 text", expected=f"what {cls.__name__}.save wrote") from None
+        except MechsafetyError as error:
+            raise MechsafetyError(f"{path}: {error.problem}", expected=error.expected, hint=error.hint) from None
+
+    def to_json(self) -> str:
+        """The text of the one file that holds the result. The same result gives the same bytes."""
+        data, tensors = _written(self)
+        return json_text(data | ({"tensors": base64.b64encode(tensors).decode()} if tensors else {})) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`.
+
+        Raises:
+            MechsafetyError: As `load`.
+        """
+        return _read(cls, text)
+
+
+def _written(result: Result) -> tuple[dict[str, Any], bytes]:
+    """A result's JSON data, and the safetensors bytes of its tensors; none where it has none."""
+    tensors: dict[str, Tensor] = {}
+    kind = type(result)
+    body = encode(kind, result, "", tensors)
+    data = {"format": FORMAT, "version": FORMAT_VERSION, "type": kind.__name__, "result": body}
+    if not tensors:
+        return data, b""
+    from safetensors.torch import save
+
+    return data, save(tensors)
+
+
+def _read(kind: Any, text: str, stored: bytes = b"") -> Any:
+    """A result of a kind from its JSON text; the tensors are in it where they are not stored beside it."""
+    data = parse(text, FORMAT, FORMAT_VERSION, FORMAT_VERSION)
+    name = data.get("type")
+    if name != kind.__name__:
+        raise MechsafetyError(f"a {name}", expected=f"a {kind.__name__}", hint=f"{name}.load reads it")
+    if "tensors" in data:
         try:
-            result = _decode(data["result"], load_file(stored) if stored.is_file() else {})
-        except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-            raise _not_saved(path, f" ({reason})") from error
-        if not isinstance(result, cls):
-            raise MechsafetyError(f"{path} holds a {type(result).__name__}", expected=cls.__name__)
-        return result
+            stored = base64.b64decode(data["tensors"], validate=True)
+        except (TypeError, ValueError):
+            raise MechsafetyError("tensors: no base64 text", expected="safetensors bytes as such") from None
+    return decode(kind, data.get("result"), "", _tensors(stored))
 
 
-def _not_saved(path: str | os.PathLike[str], reason: str = "") -> MechsafetyError:
-    return MechsafetyError(f"{path} is not a saved result{reason}", expected="a folder that .save(path) wrote")
+def _tensors(stored: bytes) -> "dict[str, Tensor]":
+    if not stored:
+        return {}
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-
-def _encode(value: Any, where: str, tensors: dict[str, Any]) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        # a copy, because safetensors refuses tensors that share memory
-        tensors[where] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": where}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        Result.TYPES.setdefault(type(value).__name__, type(value))
-        fields = {
-            field.name: _encode(getattr(value, field.name), f"{where}.{field.name}".strip("."), tensors)
-            for field in dataclasses.fields(value)
-        }
-        return {"type": type(value).__name__, "fields": fields}
-    if isinstance(value, tuple | list):
-        return [_encode(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"map": {key: _encode(item, f"{where}.{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(float(value))}
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise MechsafetyError(
-        f"{where} is a {type(value).__name__}", expected="a tensor, number, text, None, or tuples, mappings of them"
-    )
-
-
-def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
-    if isinstance(value, list):
-        return tuple(_decode(item, tensors) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "float" in value:
-        return float(value["float"])
-    if "map" in value:
-        return {key: _decode(item, tensors) for key, item in value["map"].items()}
-    kind = _type(value["type"])
-    return kind(**{key: _decode(item, tensors) for key, item in value["fields"].items()})
-
-
-def _type(name: str) -> type:
-    """The class of a stored part: one that this process has met, otherwise the package's own of that name."""
-    found = Result.TYPES.get(name) or _loaded(name)
-    if found is None:
-        _import_rooms(importlib.import_module("mechsafety"))
-        found = _loaded(name)
-    if found is None:
-        raise MechsafetyError(
-            f"unknown result type {name!r}", expected="one of mechsafety's", hint="import the module that defines it"
-        )
-    Result.TYPES[name] = found
-    return found
-
-
-def _loaded(name: str) -> type | None:
-    """A dataclass of the package by its name, from the modules that are imported."""
-    for place, module in list(sys.modules.items()):
-        value = vars(module).get(name) if place.startswith("mechsafety.") and not place.startswith(NO_RESULTS) else None
-        if isinstance(value, type) and dataclasses.is_dataclass(value):
-            return value
-    return None
-
-
-def _import_rooms(package: ModuleType) -> None:
-    for entry in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        if not entry.name.startswith(NO_RESULTS):
-            module = importlib.import_module(entry.name)
-            if entry.ispkg:
-                _import_rooms(module)
+    try:
+        return load(stored)
+    except SafetensorError as error:
+        raise MechsafetyError(f"damaged tensors ({first_line(error)})", expected="safetensors") from None

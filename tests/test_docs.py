@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mechsafety.circuits.circuit import LEVELS, NODE_STATUS, ROLES
+from mechsafety.circuits.circuit import NODE_STATUS, ROLES
+from mechsafety.circuits.levels import LEVELS
 from mechsafety.nodes import KINDS as NODE_KINDS
-from mechsafety.nodes import SLOT_NAMES
+from mechsafety.nodes import SLOTS
 from mechsafety.prompts.spans import SPANS
 from mechsafety.replies import KINDS as REPLY_KINDS
 
@@ -18,6 +19,7 @@ METHODS = (ROOT / "docs" / "methods.md", *sorted((ROOT / "docs" / "methods").glo
 GLOSSARY = ROOT / "docs" / "glossary.md"
 WRITTEN = (*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").rglob("*.md")))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SLOT_NAMES = sorted({slot for slots in SLOTS.values() for slot in slots})
 VERDICTS = ("holds", "holds by construction", "fails", "undecided", "not measured")
 
 

@@ -621,7 +621,7 @@ def _(e, toy):
     suspicion = {node: worth[node] - single[str(node)] for node in (H00, M1)}
     found = backups.find_backups(toy.meter, [H00, M1], suspicion)
     assert [backup.node for backup in found] == [H01, H11]
-    assert all((backup.behind, backup.group) == (H00, (H00, H01, H11)) for backup in found)
+    assert all((backup.primary, backup.group) == (H00, (H00, H01, H11)) for backup in found)
     effects = backups._Effects(toy.meter)
     excess = [float(values.mean()) for values in effects.excess([[H00, H01], [H00, H01, H11]])]
     before, after = (float(backups._attribution(toy.meter, gone, 8)[1]) for gone in (None, H00))
@@ -629,7 +629,7 @@ def _(e, toy):
     added = backups.with_backups(result, found, None, [toy.meter], 0.75).added
     return {
         "marginal effect of L0.H0 in the circuit": worth[H00],
-        "single effect of L0.H0": found[0].first,
+        "single effect of L0.H0": found[0].primary_effect,
         "suspicion of L0.H0": suspicion[H00],
         "attribution of L0.H1 as the model is": before,
         "attribution of L0.H1 with L0.H0 patched": after,

@@ -17,7 +17,7 @@ from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.replies import is_refusal
 
 VOCAB = 7
-KEYS = ["name", "refusal_tokens", "comply_tokens", "refusal_ids", "comply_ids"]
+KEYS = ["name", "refusal_ids", "refusal_tokens", "comply_ids", "comply_tokens"]
 ONE = RefusalLogOdds((2,), ("I",))
 TWO = RefusalLogOdds((2, 5), ("I", "Sorry"))
 DIFFERENCE = RefusalLogOdds((2, 5), ("I", "Sorry"), (0, 1, 6), ("Sure", "Here", "The"))

@@ -66,7 +66,7 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
-    ("output", "intervals", "settled"),
+    ("codec", "output", "intervals", "settled"),
     ("sites", "inputs"),
     ("nodes",),
     ("results",),

@@ -97,7 +97,7 @@ def test_results_saved_before_kinds_had_a_type_of_their_own_load(judged, tmp_pat
     path = folder / "result.json"
     stored = json.loads(path.read_text())
     order = ("provenance", "prompts", "replies", "kinds", "loss", "limit")
-    stored["result"]["fields"] = {name: stored["result"]["fields"][name] for name in order}
+    stored["result"] = {name: stored["result"][name] for name in order}
     path.write_text(json.dumps(stored))
     assert ms.replies.JudgedReplies.load(folder).to_dataframe().equals(judged.to_dataframe())
     assert judged.without_text().rates().equals(judged.rates())

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from mechsafety.attribution import NodeAttribution
-from mechsafety.circuits.circuit import CircuitNode, NodeScore, RoleEvidence
+from mechsafety.circuits.circuit import CircuitNode, NodeScore, Role, RoleEvidence
 from mechsafety.circuits.effects import Measured
 from mechsafety.nodes import Node
 
@@ -12,7 +12,7 @@ def circuit_nodes(
     nodes: Sequence[Node],
     attribution: NodeAttribution,
     measured: Mapping[Node, Measured],
-    roles: Mapping[Node, tuple[str, RoleEvidence]],
+    roles: Mapping[Node, tuple[Role, RoleEvidence]],
     minimality: Mapping[str, float] | None,
 ) -> tuple[CircuitNode, ...]:
     """The circuit's nodes with effect, role and status; estimates where there was no time to measure."""

@@ -1,16 +1,14 @@
 """The circuit: its parts, its roles, its verification, and the file that holds them."""
 
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Verification
+from mechsafety.codec import INLINE, REQUIRED, SPARSE, Amount, PValue
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
-from mechsafety.output import write_text
 from mechsafety.results import Provenance, Result
 
 if TYPE_CHECKING:
@@ -43,9 +41,11 @@ __all__ = [
     "ModelShape",
     "Verification",
 ]
-LEVELS = ("node", "edge", "neuron")
-ROLES = ("detection", "evaluation", "decision", "production", "none")
-NODE_STATUS = ("estimated", "measured", "verified", "rejected")
+Level = Literal["node", "neuron", "edge"]
+Role = Literal["detection", "evaluation", "decision", "production", "none"]
+Status = Literal["estimated", "measured", "verified", "rejected"]
+ROLES: tuple[Role, ...] = get_args(Role)
+NODE_STATUS: tuple[Status, ...] = get_args(Status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +67,17 @@ class RoleEvidence:
         joint: Effect of patching both, and its other backups, together (backups only).
     """
 
-    direct: float | None = None
-    at_instruction: float | None = None
-    at_suffix: float | None = None
-    via_instruction: float | None = None
-    attention_to_instruction: float | None = None
-    attention_within_instruction: float | None = None
-    from_detection: float | None = None
-    from_evaluation: float | None = None
-    to_decision: float | None = None
-    backup_of: str | None = None
-    joint: float | None = None
+    direct: float | None = field(default=None, metadata=SPARSE)
+    at_instruction: float | None = field(default=None, metadata=SPARSE)
+    at_suffix: float | None = field(default=None, metadata=SPARSE)
+    via_instruction: float | None = field(default=None, metadata=SPARSE)
+    attention_to_instruction: float | None = field(default=None, metadata=SPARSE)
+    attention_within_instruction: float | None = field(default=None, metadata=SPARSE)
+    from_detection: float | None = field(default=None, metadata=SPARSE)
+    from_evaluation: float | None = field(default=None, metadata=SPARSE)
+    to_decision: float | None = field(default=None, metadata=SPARSE)
+    backup_of: str | None = field(default=None, metadata=SPARSE)
+    joint: float | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,12 @@ class CircuitNode:
         evidence: What the role rests on.
     """
 
-    node: Node
-    role: str = "none"
-    effect: float = 0.0
-    ci: tuple[float, float] | None = None
-    p_value: float | None = None
-    status: str = "estimated"
+    node: Node = field(metadata=INLINE)
+    role: Role = field(default="none", metadata=REQUIRED)
+    effect: float = field(default=0.0, metadata=REQUIRED)
+    ci: tuple[float, float] | None = field(default=None, metadata=REQUIRED)
+    p_value: PValue | None = field(default=None, metadata=REQUIRED)
+    status: Status = field(default="estimated", metadata=REQUIRED)
     evidence: RoleEvidence = field(default_factory=RoleEvidence)
 
 
@@ -115,9 +115,9 @@ class CircuitEdge:
         estimate: The gradient estimate, also where a measurement replaced it.
     """
 
-    edge: Edge
+    edge: Edge = field(metadata=INLINE)
     effect: float
-    status: str = "estimated"
+    status: Status = field(default="estimated", metadata=REQUIRED)
     estimate: float | None = None
 
 
@@ -127,10 +127,10 @@ class Backup:
 
     Attributes:
         node: The backup.
-        behind: The node it stands in for.
-        group: Everything patched for the joint effect: ``behind`` and its backups.
+        primary: The node it stands in for.
+        group: Everything patched for the joint effect: ``primary`` and its backups.
         single: Effect of patching the backup alone (share of the gap).
-        first: Effect of patching ``behind`` alone.
+        primary_effect: Effect of patching ``primary`` alone.
         joint: Effect of patching the group.
         ci: 95 % interval, over prompts, of the joint effect less the effects of the members alone.
         p_value: Sign-flip permutation p of the same, Benjamini-Hochberg adjusted over the backups that were found. They
@@ -138,13 +138,13 @@ class Backup:
     """
 
     node: Node
-    behind: Node
+    primary: Node
     group: tuple[Node, ...]
     single: float
-    first: float
+    primary_effect: float
     joint: float
     ci: tuple[float, float]
-    p_value: float
+    p_value: PValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +183,10 @@ class ModelShape:
 class KindCounts:
     """How many replies are of each of `mechsafety.replies.KINDS`."""
 
-    refuses: int
-    answers: int
-    degenerate: int
-    neither: int
+    refuses: Amount
+    answers: Amount
+    degenerate: Amount
+    neither: Amount
 
     def share(self, kind: str) -> tuple[float, float, float]:
         """Share of a kind with its Wilson 95 % interval."""
@@ -217,7 +217,12 @@ class Behaviour:
     score_mean: float
     score_ci: tuple[float, float]
     judge: str = "reply"
-    kinds: KindCounts | None = None
+    kinds: KindCounts | None = field(default=None, metadata=SPARSE)
+
+    def __post_init__(self) -> None:
+        counts = list(asdict(self.kinds).values()) if self.kinds else [self.n]
+        if sum(counts) != self.n:
+            raise MechsafetyError(f"kinds of reply {counts}", expected=f"counts that sum to {self.n}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +338,7 @@ class RefusalCircuit(Result):
         edges: Its edges, strongest first.
         verification: Faithfulness, controls, curve.
         n_candidates: Parts the search could choose from.
-        details: For the report; None after loading from ``circuit.json``.
+        details: For the report; None after loading from ``circuit.json`` (a folder holds them).
         level: What the search chose: ``node`` (heads and MLPs), ``edge`` or ``neuron`` (heads and neurons).
         search: How the circuit was found; None in files of version 1.
         shape: Size of the model; None in files of version 1.
@@ -345,9 +350,9 @@ class RefusalCircuit(Result):
     nodes: tuple[CircuitNode, ...]
     edges: tuple[CircuitEdge, ...]
     verification: Verification
-    n_candidates: int
+    n_candidates: Amount
     details: MapDetails | None = None
-    level: str = "node"
+    level: Level = "node"
     search: Search | None = None
     shape: ModelShape | None = None
 
@@ -499,14 +504,14 @@ class RefusalCircuit(Result):
         )
 
     def to_json(self) -> str:
-        """The text of ``circuit.json``. The same circuit gives the same bytes."""
+        """The text of ``circuit.json``, which `save` writes where a path ends in ``.json``; without the details."""
         from mechsafety.circuits.files import write
 
         return write(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of `to_json`; reads files of version 1 too.
+        """Inverse of `to_json`; reads files of versions 1 and 2 too.
 
         Raises:
             MechsafetyError: Not JSON, another format, a newer version, or a wrong or missing field, which is named.
@@ -514,31 +519,6 @@ class RefusalCircuit(Result):
         from mechsafety.circuits.files import read
 
         return read(cls, text)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``circuit.json`` to the file ``path`` (its details are not part of that format).
-
-        Folders on the way are made; the file is there whole or as it was before.
-
-        Raises:
-            MechsafetyError: ``path`` is a folder, or cannot be written to.
-        """
-        return write_text(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a ``circuit.json``.
-
-        Raises:
-            MechsafetyError: As `from_json`, or the file is missing.
-        """
-        if not Path(path).is_file():
-            raise MechsafetyError(f"no such file: {path}", expected="a circuit.json")
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise MechsafetyError(f"{path} is not UTF-8 text", expected="a circuit.json") from None
-        return cls.from_json(text)
 
     def plot(self) -> "go.Figure":
         """Heatmap of every node's effect (see `mechsafety.viz` for the circuit's picture, which Jupyter shows)."""
@@ -585,19 +565,15 @@ class RefusalCircuit(Result):
 
 
 def _in_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What both mappings have keys for, with lists for tuples: older files hold less, and files know lists alone."""
+    """What both mappings have keys for: older files hold less."""
     kept = [key for key in one if key in other]
-    first, second = ({key: _as_list(row[key]) for key in kept} for row in (one, other))
+    first, second = ({key: row[key] for key in kept} for row in (one, other))
     return first, second
 
 
 def _read_there(metric: Mapping[str, Any]) -> dict[str, Any]:
     """What a metric is, without what was tried to find it; older files say nothing of an opener, and have none."""
     return {"opener_ids": [], **{key: value for key, value in metric.items() if key != "tried"}}
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _unverified(member: CircuitNode) -> CircuitNode:

@@ -90,7 +90,7 @@ def refine(
         if backup.node.kind == "head":
             added.append(backup.node)
             continue
-        gone = [node for node in {backup.behind, *backup.group} if node != backup.node]
+        gone = [node for node in {backup.primary, *backup.group} if node != backup.node]
         added += _stand_in(here, there, backup, gone, circuit, added, target)
     return replace(found, circuit=in_order([*circuit, *added]), added=tuple(added)), (here, there), attribution
 

@@ -1,13 +1,11 @@
 """What can be chosen of a map."""
 
 import dataclasses
-from typing import Literal
 
+from mechsafety.circuits.circuit import Level
 from mechsafety.circuits.search import check_search
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, check_fields
-
-Level = Literal["node", "neuron", "edge"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

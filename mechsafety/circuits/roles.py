@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.cache import ActivationCache
-from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
+from mechsafety.circuits.circuit import CircuitEdge, Role, RoleEvidence
 from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -91,7 +91,7 @@ def role_evidence(
 
 def assign_roles(
     effects: Mapping[Node, float], evidence: Mapping[Node, RoleEvidence], edges: Sequence[CircuitEdge]
-) -> dict[Node, tuple[str, RoleEvidence]]:
+) -> dict[Node, tuple[Role, RoleEvidence]]:
     """Assign roles by these rules; a node without a positive effect, or that fits no rule, gets ``none``.
 
     - production: at least half of the node's effect is direct, through the logits.
@@ -110,7 +110,7 @@ def assign_roles(
         evidence: Evidence from `role_evidence`.
         edges: Direct effects between the nodes.
     """
-    roles: dict[Node, str] = {}
+    roles: dict[Node, Role] = {}
     for node, seen in evidence.items():
         effect = effects[node]
         if effect <= 0:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.circuit import Backup, CircuitEdge, RoleEvidence
+from mechsafety.circuits.circuit import Backup, CircuitEdge, Role, RoleEvidence
 from mechsafety.circuits.edges import connect, edges_into, estimate_edges, exact_edges, measure_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.roles import assign_roles, role_evidence
@@ -15,7 +15,7 @@ from mechsafety.nodes import EMBED, Edge, Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.masks import PairRuns
 
-Roles = dict[Node, tuple[str, RoleEvidence]]
+Roles = dict[Node, tuple[Role, RoleEvidence]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Wiring:
     """
 
     edges: tuple[CircuitEdge, ...]
-    roles: Mapping[Node, tuple[str, RoleEvidence]]
+    roles: Mapping[Node, tuple[Role, RoleEvidence]]
     linked: tuple[Edge, ...] = ()
     dropped: tuple[Node, ...] = ()
 
@@ -68,8 +68,8 @@ def wire(
     ways: dict[tuple[Node, ...], list[Node]] = {tuple(second): [node for node in nodes if node not in second]}
     for node, backup in second.items():
         # one way at each doubled stage: this one here, the first one at the others
-        elsewhere = {other for other, its in second.items() if its.behind != backup.behind}
-        others = {backup.behind, *backup.group, *elsewhere} - {node}
+        elsewhere = {other for other, its in second.items() if its.primary != backup.primary}
+        others = {backup.primary, *backup.group, *elsewhere} - {node}
         ways.setdefault(tuple(sorted(others, key=lambda n: n.order)), []).append(node)
     every: dict[Edge, CircuitEdge] = {}
     kept: dict[Edge, CircuitEdge] = {}
@@ -96,7 +96,7 @@ def wire(
         roles |= {node: named[node] for node in asked}
     for node, backup in second.items():
         role, evidence = roles[node]
-        roles[node] = (role, replace(evidence, backup_of=str(backup.behind), joint=backup.joint))
+        roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))
     # at the suffix, heads read the instruction from tokens that no node there wrote
     sources = [node for node in nodes if node.kind == "head" and meter.runs.align == "suffix"]
     edges, linked, dropped = connect(

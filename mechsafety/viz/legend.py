@@ -160,6 +160,7 @@ def _edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list
     if not edges:
         return []
     slots = {"mlp" if member.edge.slot == "resid" else member.edge.slot for member in edges}
+    marks: list[tuple[str, str, str]]
     marks = [("edge", status, status) for status in NODE_STATUS if any(member.status == status for member in edges)]
     if any(member.effect < 0 for member in edges):
         marks.append(("edge", "negative", "negative effect"))

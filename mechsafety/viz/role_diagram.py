@@ -6,6 +6,7 @@ edges.
 
 import itertools
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mechsafety.circuits.circuit import ROLES, CircuitEdge, CircuitNode, RefusalCircuit
@@ -82,7 +83,7 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     style = style or Style()
     fixed = style.width is None or style.font_pt is not None
     font = style.font if fixed else 12.0
-    members = {role: sorted(circuit.by_role(role), key=_strength) for role in ROLES}
+    members: dict[str, list[CircuitNode]] = {role: sorted(circuit.by_role(role), key=_strength) for role in ROLES}
     levels = [name for name in ORDER if name in ("embed", "logits") or members[name]]
     role_of = {member.node: member.role for member in circuit.nodes}
     arrows, inside = _arrows(circuit, role_of)
@@ -104,7 +105,7 @@ def _strength(member: CircuitNode) -> tuple[float, str]:
     return -magnitude(member.effect), str(member.node)
 
 
-def _arrows(circuit: RefusalCircuit, role_of: dict[Node, str]) -> tuple[list[Arrow], dict[str, list[CircuitEdge]]]:
+def _arrows(circuit: RefusalCircuit, role_of: Mapping[Node, str]) -> tuple[list[Arrow], dict[str, list[CircuitEdge]]]:
     found: dict[tuple[str, str, str], Arrow] = {}
     inside: dict[str, list[CircuitEdge]] = defaultdict(list)
     for member in circuit.edges:

@@ -71,9 +71,9 @@ def _backups(circuit: RefusalCircuit, search: Search) -> str:
 def _row(backup: Backup, circuit: RefusalCircuit) -> dict[str, str]:
     return {
         "node": str(backup.node),
-        "behind": str(backup.behind),
+        "primary": str(backup.primary),
         "single": number(backup.single),
-        "first": number(backup.first),
+        "primary_effect": number(backup.primary_effect),
         "joint": number(backup.joint),
         "ci": interval(backup.ci),
         "p": p_value(backup.p_value).removeprefix("p ").removeprefix("= "),

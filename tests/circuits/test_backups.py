@@ -66,8 +66,8 @@ def test_formula_of_two_that_do_the_same():
     found = search(lambda on: 2.0 * ((on(A) or on(B)) and on(C)), [A, C])
     assert set(found) == {B}
     backup = found[B]
-    assert (backup.behind, backup.group) == (A, (A, B))
-    assert (backup.single, backup.first, backup.joint) == pytest.approx((0.0, 0.0, 1.0))
+    assert (backup.primary, backup.group) == (A, (A, B))
+    assert (backup.single, backup.primary_effect, backup.joint) == pytest.approx((0.0, 0.0, 1.0))
     assert 0.9 < backup.ci[0] <= backup.ci[1] < 1.1 and backup.p_value < 0.02
 
 

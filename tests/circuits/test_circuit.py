@@ -7,9 +7,11 @@ import math
 import re
 
 import pytest
+import torch
 
 from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit
 from mechsafety.circuits.circuit import (
+    AttentionExample,
     Backup,
     Behaviour,
     CircuitEdge,
@@ -20,6 +22,7 @@ from mechsafety.circuits.circuit import (
     MapDetails,
     ModelShape,
     NodeScore,
+    Notes,
     RandomControls,
     RoleEvidence,
     Search,
@@ -160,7 +163,8 @@ def test_nodes_that_cannot_be(args, expected):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ((HEAD, MLP, "w"), "edge slot 'w'; expected one of ('q', 'k', 'v', 'mlp', 'resid')"),
+        ((HEAD, MLP, "w"), "edge slot 'w'; expected one of ('mlp',)"),
+        ((MLP, NEURON, "q"), "edge slot 'q'; expected one of ('mlp',)"),
         ((MLP, HEAD, "q"), "edge L1.MLP -> L1.H3 runs against the order of computation"),
         ((HEAD, HEAD, "q"), "edge L1.H3 -> L1.H3 runs against the order of computation"),
         ((Node("logits"), HEAD, "q"), "edge logits -> L1.H3 runs against the order of computation"),
@@ -219,7 +223,7 @@ def test_tables(circuit):
 
 def test_json_has_the_designed_shape(circuit):
     data = json.loads(circuit.to_json())
-    assert (data["format"], data["version"]) == ("mechsafety.circuit", 2)
+    assert (data["format"], data["version"]) == ("mechsafety.circuit", 3)
     assert data["provenance"]["mechsafety"] == "0.1.0"
     assert data["nodes"][0] == {
         "kind": "head",
@@ -294,7 +298,7 @@ def test_nodes_without_measurements_stay_so(circuit):
 def test_missing_file(tmp_path):
     with pytest.raises(MechsafetyError) as caught:
         RefusalCircuit.load(tmp_path / "none.json")
-    assert str(caught.value) == f"no such file: {tmp_path / 'none.json'}; expected a circuit.json"
+    assert str(caught.value) == f"no such file: {tmp_path / 'none.json'}; expected what RefusalCircuit.save wrote"
 
 
 def test_not_utf8(circuit, tmp_path):
@@ -302,7 +306,7 @@ def test_not_utf8(circuit, tmp_path):
     path.write_bytes(circuit.to_json().encode("latin-1"))
     with pytest.raises(MechsafetyError) as caught:
         RefusalCircuit.load(path)
-    assert str(caught.value) == f"{path} is not UTF-8 text; expected a circuit.json"
+    assert str(caught.value) == f"{path}: not UTF-8 text; expected what RefusalCircuit.save wrote"
 
 
 def put(*path_and_value):
@@ -321,8 +325,8 @@ def put(*path_and_value):
 
 
 DROP = object()
-THIS = "; expected a circuit.json of this format"
-UPGRADE = "; expected 1 to 2; pip install --upgrade mechsafety"
+FIELDS = "; expected the fields of "
+AGAIN = "; expected 1 to 3; make the circuit again"
 ROLES = "('detection', 'evaluation', 'decision', 'production', 'none')"
 STATUS = "('estimated', 'measured', 'verified', 'rejected')"
 
@@ -332,54 +336,63 @@ STATUS = "('estimated', 'measured', 'verified', 'rejected')"
     [
         (put("format", "mechsafety.result"), 'not a circuit file; expected "format": "mechsafety.circuit"'),
         (put("format", DROP), 'not a circuit file; expected "format": "mechsafety.circuit"'),
-        (put("version", 3), "circuit format version 3" + UPGRADE),
-        (put("version", 0), "circuit format version 0" + UPGRADE),
-        (put("version", True), "circuit format version True" + UPGRADE),
-        (put("version", "1"), "circuit format version '1'" + UPGRADE),
-        (put("version", DROP), "circuit format version None" + UPGRADE),
-        (put("provenance", DROP), "the file: field 'provenance' is missing" + THIS),
-        (put("behaviour", "harmful", "refusal_ci", DROP), "behaviour.harmful: field 'refusal_ci' is missing" + THIS),
-        (put("behaviour", "harmless", DROP), "behaviour: field 'harmless' is missing" + THIS),
-        (put("verification", "held_out", DROP), "verification: field 'held_out' is missing" + THIS),
-        (put("verification", "held_out", "topics", DROP), "verification.held_out: field 'topics' is missing" + THIS),
-        (put("verification", "luck", 1), "verification: unknown field 'luck'" + THIS),
+        (put("version", 4), "circuit format version 4; expected 1 to 3; pip install --upgrade mechsafety"),
+        (put("version", 0), "circuit format version 0" + AGAIN),
+        (put("version", True), "circuit format version True" + AGAIN),
+        (put("version", "1"), "circuit format version '1'" + AGAIN),
+        (put("version", DROP), "circuit format version None" + AGAIN),
+        (put("provenance", DROP), "field 'provenance' is missing" + FIELDS + "RefusalCircuit"),
+        (
+            put("behaviour", "harmful", "refusal_ci", DROP),
+            "behaviour.harmful: field 'refusal_ci' is missing" + FIELDS + "Behaviour",
+        ),
+        (put("behaviour", "harmless", DROP), "behaviour: field 'harmless' is missing; expected harmful and harmless"),
+        (put("verification", "held_out", DROP), "verification: field 'held_out' is missing" + FIELDS + "Verification"),
+        (
+            put("verification", "held_out", "topics", DROP),
+            "verification.held_out: field 'topics' is missing" + FIELDS + "Verification",
+        ),
+        (put("verification", "luck", 1), "verification: unknown field 'luck'" + FIELDS + "Verification"),
         (put("verification", "curve", 0, "k", "x"), "verification.curve[0].k: 'x'; expected a number"),
-        (put("nodes", 1, "role", DROP), "nodes[1]: field 'role' is missing" + THIS),
+        (put("nodes", 1, "role", DROP), "nodes[1]: field 'role' is missing" + FIELDS + "CircuitNode"),
         (put("nodes", 1, "role", "detector"), f"nodes[1].role: 'detector'; expected one of {ROLES}"),
         (put("nodes", 1, "status", "guessed"), f"nodes[1].status: 'guessed'; expected one of {STATUS}"),
         (put("nodes", 0, "effect", None), "nodes[0].effect: None; expected a number"),
         (put("nodes", 0, "effect", True), "nodes[0].effect: True; expected a number"),
         (put("nodes", 0, "p_value", 1.5), "nodes[0].p_value: 1.5; expected a number from 0 to 1"),
         (put("nodes", 0, "ci", [0.1]), "nodes[0].ci: 1 values; expected 2"),
-        (put("nodes", 0, "evidence", {"hunch": 1}), "nodes[0].evidence: unknown field 'hunch'" + THIS),
+        (
+            put("nodes", 0, "evidence", {"hunch": 1}),
+            "nodes[0].evidence: unknown field 'hunch'" + FIELDS + "RoleEvidence",
+        ),
         (put("nodes", 0, "L1.H3"), "nodes[0]: 'L1.H3'; expected an object"),
         (put("nodes", 3), "nodes: 3; expected a list"),
         (
             put("nodes", 0, "kind", "tail"),
-            "nodes[0].kind: node kind 'tail'; expected one of ('embed', 'head', 'mlp', 'neuron', 'logits')",
+            "nodes[0]: node kind 'tail'; expected one of ('embed', 'head', 'mlp', 'neuron', 'logits')",
         ),
-        (put("nodes", 0, "index", None), "nodes[0].kind: a node of kind 'head' with layer 1 and index None"),
+        (put("nodes", 0, "index", None), "nodes[0]: a node of kind 'head' with layer 1 and index None"),
         (put("nodes", 0, "layer", -1), "nodes[0].layer: -1; expected at least 0"),
         (
             put("nodes", 0, {"kind": "logits", "layer": None, "index": None}),
-            "nodes[0]: field 'ci' is missing" + THIS,
+            "nodes[0]: field 'ci' is missing" + FIELDS + "CircuitNode",
         ),
         (put("edges", 0, "effect", None), "edges[0].effect: None; expected a number"),
         (put("edges", 0, "status", "sure"), f"edges[0].status: 'sure'; expected one of {STATUS}"),
-        (put("edges", 0, "slot", "z"), "edges[0].slot: 'z'; expected one of ('mlp',)"),
-        (put("edges", 1, "slot", "mlp"), "edges[1].slot: 'mlp'; expected one of ('q', 'k', 'v')"),
+        (put("edges", 0, "slot", "z"), "edges[0]: edge slot 'z'; expected one of ('mlp',)"),
+        (put("edges", 1, "slot", "mlp"), "edges[1]: edge slot 'mlp'; expected one of ('q', 'k', 'v')"),
         (
             put("edges", 0, "from", {"kind": "neuron", "layer": 2, "index": 40}),
-            "edges[0].to: edge L2.N40 -> L1.MLP runs against the order of computation",
+            "edges[0]: edge L2.N40 -> L1.MLP runs against the order of computation",
         ),
         (
             put("edges", 0, "from", {"kind": "head", "layer": 0, "index": 0}),
             "edges[0].from: L0.H0; expected a node of this circuit",
         ),
-        (put("provenance", "user", "me"), "provenance: unknown field 'user'" + THIS),
-        (put("level", "layer"), "level: 'layer'; expected one of ('node', 'edge', 'neuron')"),
-        (put("shape", {"n_layers": 2}), "shape: field 'd_mlp' is missing" + THIS),
-        (put("colour", "red"), "the file: unknown field 'colour'" + THIS),
+        (put("provenance", "user", "me"), "provenance: unknown field 'user'" + FIELDS + "Provenance"),
+        (put("level", "layer"), "level: 'layer'; expected one of ('node', 'neuron', 'edge')"),
+        (put("shape", {"n_layers": 2}), "shape: field 'd_mlp' is missing" + FIELDS + "ModelShape"),
+        (put("colour", "red"), "unknown field 'colour'" + FIELDS + "RefusalCircuit"),
     ],
 )
 def test_files_that_are_refused(circuit, tmp_path, change, expected):
@@ -389,7 +402,7 @@ def test_files_that_are_refused(circuit, tmp_path, change, expected):
     path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(MechsafetyError) as caught:
         RefusalCircuit.load(path)
-    assert str(caught.value) == expected
+    assert str(caught.value) == f"{path}: {expected}"
 
 
 @pytest.mark.parametrize("part", ["nodes", "edges"])
@@ -409,7 +422,9 @@ def test_kinds_of_reply_are_kept_and_may_be_absent(circuit):
     again = RefusalCircuit.from_json(counted.to_json())
     assert again.behaviour["harmful"].kinds == bad.kinds and again.behaviour["harmless"].kinds is None
     wrong = counted.to_json().replace('"degenerate": 1', '"degenerate": 2')
-    with pytest.raises(MechsafetyError, match=r"^behaviour.harmful.kinds: \[3, 0, 2, 0\]; expected counts that"):
+    with pytest.raises(
+        MechsafetyError, match=r"^behaviour.harmful: kinds of reply \[3, 0, 2, 0\]; expected counts that"
+    ):
         RefusalCircuit.from_json(wrong)
 
 
@@ -518,7 +533,33 @@ def test_a_file_of_version_1_loads(circuit):
     loaded = RefusalCircuit.from_json(json.dumps(data))
     assert (loaded.level, loaded.search, loaded.shape, loaded.verification.claims) == ("node", None, None, ())
     assert loaded.nodes == circuit.nodes and loaded.verification.faithfulness == 0.75
-    assert json.loads(loaded.to_json())["version"] == 2
+    assert json.loads(loaded.to_json())["version"] == 3
+
+
+def test_a_file_of_version_2_named_two_fields_of_backups_otherwise(full):
+    data = json.loads(full.to_json())
+    (row,) = data["search"]["backups"]
+    assert list(row) == ["node", "primary", "group", "single", "primary_effect", "joint", "ci", "p_value"]
+    data["version"] = 2
+    old = {"behind": row.pop("primary"), "first": row.pop("primary_effect")}
+    row |= old
+    assert RefusalCircuit.from_json(json.dumps(data)) == full.without_details()
+    data["version"] = 3
+    with pytest.raises(MechsafetyError, match=r"^search.backups\[0\]: field 'primary' is missing"):
+        RefusalCircuit.from_json(json.dumps(data))
+
+
+def test_a_folder_holds_the_details_and_every_digit(full, tmp_path):
+    nearly = dataclasses.replace(full.nodes[0], effect=0.1 + 0.2)
+    seen = AttentionExample("a", ("b",), (HEAD,), torch.rand(1, 1, 1))
+    notes = {HEAD: Notes(("x",), spans={"suffix": 0.5}), NEURON: Notes(texts=((("a", "b"), (0.5, -1.0)),))}
+    details = dataclasses.replace(full.details, attention=(seen,), notes=notes)
+    whole = dataclasses.replace(full, nodes=(nearly, *full.nodes[1:]), details=details)
+    path = whole.save(tmp_path / "circuit")
+    loaded = RefusalCircuit.load(path)
+    assert loaded.nodes[0] == nearly and loaded.details.notes == notes and loaded.details.scores == details.scores
+    assert torch.equal(loaded.details.attention[0].patterns, seen.patterns)
+    assert loaded.to_json() == whole.to_json()
 
 
 # --- claims, parts, unions --------------------------------------------------------------------------------------------
@@ -604,9 +645,12 @@ def test_ids_of_the_metric_are_kept_and_old_files_have_none(circuit):
         assert back.metric == some.metric and back.to_json() == some.to_json()
     assert len(old.merge(new)) == len(new.merge(old)) == 3, "one metric, in an older and a newer file"
     for wrong, message in (
-        ({"refusal_ids": [40], "comply_ids": []}, "metric.refusal_ids: 1 ids of 2 tokens; expected one each"),
+        (
+            {"refusal_ids": [40], "comply_ids": []},
+            "metric: [1, 0] refusal_ids, comply_ids of [2, 0] tokens; expected one each",
+        ),
         ({"refusal_ids": [40, "b"], "comply_ids": []}, "metric.refusal_ids[1]: 'b'; expected a whole number"),
-        ({"refusal_ids": [40, 518]}, "metric: field 'comply_ids' is missing; expected a circuit.json of this format"),
+        ({"refusal_ids": [40, 518]}, "metric: [2, None] refusal_ids, comply_ids of [2, 0] tokens; expected one each"),
     ):
         with pytest.raises(MechsafetyError) as caught:
             RefusalCircuit.from_json(dataclasses.replace(circuit, metric=metric | wrong).to_json())

@@ -33,12 +33,12 @@ def test_everything_planted_and_nothing_else_is_found(mapped):
 
 def test_backups_are_named_with_what_they_stand_in_for(mapped):
     made, _, circuit = mapped
-    pairs = {frozenset((backup.node, backup.behind)) for backup in circuit.search.backups}
+    pairs = {frozenset((backup.node, backup.primary)) for backup in circuit.search.backups}
     assert pairs == set(map(frozenset, made.truth.backups))
     for backup in circuit.search.backups:
         (member,) = [member for member in circuit.nodes if member.node == backup.node]
-        assert member.evidence.backup_of == str(backup.behind)
-        assert member.evidence.joint == backup.joint > backup.single + backup.first
+        assert member.evidence.backup_of == str(backup.primary)
+        assert member.evidence.joint == backup.joint > backup.single + backup.primary_effect
         # it has edges of its own, measured while what it stands in for is patched
         ends = {edge.edge.sender for edge in circuit.edges} & {backup.node}, {e.edge.receiver for e in circuit.edges}
         assert ends[0] and backup.node in ends[1]

@@ -127,7 +127,7 @@ def test_a_result_of_an_earlier_version_says_that_babble_was_not_measured(babbli
     path = babbling.save(tmp_path / "old") / "result.json"
     stored = json.loads(path.read_text())
     for side in ("harmful", "harmless"):
-        del stored["result"]["fields"][f"kinds_{side}"]
+        del stored["result"][f"kinds_{side}"]
     path.write_text(json.dumps(stored))
     old = StrengthSweep.load(tmp_path / "old")
     assert repr(old).endswith("harmful refused 100% at 0 and 0% at 1000; degenerate replies not measured)")

@@ -168,7 +168,7 @@ def test_replies_are_judged(pair, prompts, tmp_path):
     # what earlier versions saved
     path = tmp_path / "judged" / "result.json"
     stored = json.loads(path.read_text())
-    del stored["result"]["fields"]["judged"]
+    del stored["result"]["judged"]
     path.write_text(json.dumps(stored))
     assert type(found).load(tmp_path / "judged").judged is None
 

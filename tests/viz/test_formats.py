@@ -95,6 +95,14 @@ def test_same_circuit_gives_same_text(draw, circuit: RefusalCircuit) -> None:
     assert draw(circuit) == draw(circuit)
 
 
+def test_every_map_is_read_back_from_either_form(circuit: RefusalCircuit, tmp_path: Path) -> None:
+    text = circuit.to_json()
+    assert RefusalCircuit.from_json(text).to_json() == text
+    whole = RefusalCircuit.load(circuit.save(tmp_path / "map"))
+    assert whole.to_json() == text and (whole.details is None) == (circuit.details is None)
+    assert circuit_svg(whole) == circuit_svg(circuit)
+
+
 def test_same_bytes_in_another_process(small: RefusalCircuit, tmp_path: Path) -> None:
     path = tmp_path / "circuit.json"
     small.save(path)

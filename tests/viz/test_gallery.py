@@ -18,7 +18,8 @@ def test_every_picture_is_named_once_and_drawn(
     spec = importlib.util.spec_from_file_location("gallery", SCRIPT)
     gallery = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gallery)
-    assert RefusalCircuit.load(gallery.DEMO).provenance.model == "demo"
+    shown = RefusalCircuit.load(gallery.DEMO)
+    assert shown.provenance.model == "demo" and shown.to_json() == gallery.DEMO.read_text(encoding="utf-8")
     path = small.save(tmp_path / "circuit.json")
     monkeypatch.setattr(gallery, "planted_circuit", lambda level: small)  # `make gallery` maps them
     found = list(gallery.pictures([path]))

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
+
+from mechsafety.codec import OrNan, PValue
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
     """Faithfulness of the best ``n_nodes`` nodes found; ``k`` is their share of all candidate nodes."""
 
-    k: float
+    k: OrNan
     n_nodes: int
-    faithfulness: float
-    held_out: float
+    faithfulness: OrNan
+    held_out: OrNan
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,9 @@ class RandomControls:
     """
 
     n: int
-    mean: float
-    highest: float
-    p_value: float
+    mean: OrNan
+    highest: OrNan
+    p_value: PValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class FreshCheck:
     """
 
     n: int
-    faithfulness: float
+    faithfulness: OrNan
     ci: tuple[float, float]
 
 
@@ -59,10 +61,10 @@ class Equivalence:
         p_value: The larger of the two one-sided p.
     """
 
-    margin: float
-    difference: float
+    margin: OrNan
+    difference: OrNan
     ci: tuple[float, float]
-    p_value: float
+    p_value: PValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,8 @@ class Independence:
     """
 
     n: int
-    hsic: float
-    p_value: float
+    hsic: OrNan
+    p_value: PValue
 
     @property
     def smallest_p(self) -> float:
@@ -98,8 +100,8 @@ class Stability:
         n_nodes: Size of each resample's circuit.
     """
 
-    jaccards: tuple[float, ...]
-    mean: float
+    jaccards: tuple[OrNan, ...]
+    mean: OrNan
     n_nodes: tuple[int, ...]
 
 
@@ -115,9 +117,9 @@ class SideEffects:
         complement_patched_ci: 95 % interval of ``complement_patched``.
     """
 
-    circuit_ablated: float
+    circuit_ablated: OrNan
     circuit_ablated_ci: tuple[float, float]
-    complement_patched: float
+    complement_patched: OrNan
     complement_patched_ci: tuple[float, float]
 
 
@@ -140,7 +142,7 @@ class Claim:
     statement: str
     value: float | None
     interval: tuple[float, float] | None
-    p_value: float | None
+    p_value: PValue | None
     criterion: str
     passed: bool | None
     reason: str = ""
@@ -202,23 +204,23 @@ class Verification:
         claims: The claims about the circuit, each with its figure and verdict.
     """
 
-    faithfulness: float
-    held_out_faithfulness: float
-    held_out_ci: tuple[float, float]
-    held_out_topics: tuple[str, ...]
-    necessity: float
+    faithfulness: OrNan
+    held_out_faithfulness: OrNan = field(metadata={"name": "held_out.faithfulness"})
+    held_out_ci: tuple[float, float] = field(metadata={"name": "held_out.ci"})
+    held_out_topics: tuple[str, ...] = field(metadata={"name": "held_out.topics"})
+    necessity: OrNan
     random_controls: RandomControls
     curve: tuple[CurvePoint, ...]
-    cmd: float
-    cpr: float
-    target: float
+    cmd: OrNan
+    cpr: OrNan
+    target: OrNan
     reached: bool
     completeness: float | None = None
-    minimality: Mapping[str, float] | None = None
+    minimality: Mapping[str, OrNan] | None = None
     fresh: FreshCheck | None = None
     completeness_without: tuple[str, ...] | None = None
     necessity_controls: RandomControls | None = None
-    minimality_p: Mapping[str, float] | None = None
+    minimality_p: Mapping[str, PValue] | None = None
     equivalence: Equivalence | None = None
     independence: Independence | None = None
     stability: Stability | None = None
