@@ -1,10 +1,13 @@
 """A layout as SVG."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.marks import PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
+from mechsafety.viz.marks import INK, PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
 from mechsafety.viz.style import Style
 from mechsafety.viz.tikz import tex
 from mechsafety.viz.words import edge_title, node_title
@@ -33,8 +36,13 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
     width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
     if width_mm is not None:
         width, height = f'"{width_mm:g}mm"', f'"{width_mm * layout.height / layout.width:.5g}mm"'
-    sizes = [round(label.size, 1) for mark in layout.nodes for label in mark.labels]
-    usual = max(sorted(set(sizes)), key=sizes.count, default=12.0)
+    names = [label for mark in layout.nodes for label in mark.labels]
+    usual = _Usual(
+        "middle",
+        True,
+        _most_common([round(label.size, 1) for label in names], 12.0),
+        _most_common([label.colour for label in names], INK),
+    )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
         f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
@@ -49,7 +57,7 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         *(_edge(mark, interactive) for mark in layout.edges),
         "</g>",
         # what all nodes' texts share stands on their group
-        f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual:g}">',
+        f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual.size:g}" fill="{usual.colour}">',
         *(_node(mark, interactive, usual) for mark in layout.nodes),
         *(_node(mark, interactive, usual) for mark in layout.folded if interactive),
         "</g>",
@@ -85,7 +93,9 @@ def _numbers(*tenths: int) -> str:
 def _path(shape: Shape, unfilled: bool = True) -> str:
     style = f' fill="{shape.fill or "none"}"' if shape.fill or unfilled else ""
     if shape.stroke:
-        style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.3g}"'
+        style += f' stroke="{shape.stroke}"'
+        # 1 is what it is in any SVG
+        style += "" if f"{shape.width:.3g}" == "1" else f' stroke-width="{shape.width:.3g}"'
     if shape.dashes:
         style += f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dashes)}"'
     if shape.opacity < 1:
@@ -93,16 +103,31 @@ def _path(shape: Shape, unfilled: bool = True) -> str:
     return f'<path d="{path_data(shape.commands)}"{style}/>'
 
 
-def _text(label: Label, interactive: bool, usual: tuple[str, bool, float] = ("start", False, 0.0)) -> str:
-    """A text; ``usual`` is the anchor, weight and size that it would have without saying so."""
+@dataclass(frozen=True, slots=True)
+class _Usual:
+    """What a text looks like without saying so."""
+
+    anchor: str = "start"
+    bold: bool = False
+    size: float = 0.0
+    colour: str = ""
+
+
+def _most_common(values: Sequence[Any], default: Any) -> Any:
+    return max(sorted(set(values)), key=values.count, default=default)
+
+
+def _text(label: Label, interactive: bool, usual: _Usual | None = None) -> str:
+    usual = usual or _Usual()
     style = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}"'
-    style += "" if round(label.size, 1) == usual[2] else f' font-size="{round(label.size, 1):g}"'
-    style += "" if label.anchor == usual[0] else f' text-anchor="{label.anchor}"'
-    style += "" if label.bold == usual[1] else f' font-weight="{600 if label.bold else 400}"'
+    style += "" if round(label.size, 1) == usual.size else f' font-size="{round(label.size, 1):g}"'
+    style += "" if label.anchor == usual.anchor else f' text-anchor="{label.anchor}"'
+    style += "" if label.bold == usual.bold else f' font-weight="{600 if label.bold else 400}"'
+    style += "" if label.colour == usual.colour else f' fill="{label.colour}"'
     # the page copies TikZ from the picture; what LaTeX needs written otherwise comes with it
     latex = tex(label.text)
     data = f" data-tex={quoteattr(latex)}" if interactive and latex != label.text else ""
-    return f'<text {style} fill="{label.colour}"{data}>{escape(label.text)}</text>'
+    return f"<text {style}{data}>{escape(label.text)}</text>"
 
 
 def _edge(mark: EdgeMark, interactive: bool) -> str:
@@ -121,7 +146,7 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
     return f'<g class="edge"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
-def _node(mark: NodeMark, interactive: bool, size: float) -> str:
+def _node(mark: NodeMark, interactive: bool, names: _Usual) -> str:
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
         # a script takes what has no kind for a part of the model
@@ -132,7 +157,7 @@ def _node(mark: NodeMark, interactive: bool, size: float) -> str:
             member = mark.member
             data += f' data-role="{member.role}" data-effect="{_raw(member.effect)}"'
     body = "".join(_path(shape) for shape in mark.shapes)
-    body += "".join(_text(label, interactive, ("middle", True, size)) for label in mark.labels)
+    body += "".join(_text(label, interactive, names) for label in mark.labels)
     usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
     return f'<g class="node"{data}>{_title(mark.title, usual)}{body}</g>'
 
