@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TALLEST, SHORTEST = 1000, 560
 KEY_WIDTH = 264.0  # the page's column
 THEMES = ("auto", "light", "dark")
+SOURCES = ("model", "drawing", "cards", "export")  # of the page's script
 
 
 def circuit_html(
@@ -140,13 +141,12 @@ def template(name: str) -> "jinja2.Template":
 
 
 @cache
-def _lean(name: str) -> str:
-    """A packaged script without indentation and lines of comment: a page is to be small."""
+def page_script() -> str:
+    """The page's script: its sources one after the other, in one function, so that none of their names is global."""
     environment = _environment()
     assert environment.loader is not None
-    source = environment.loader.get_source(environment, name)[0]
-    lines = (line.strip() for line in source.splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    sources = [environment.loader.get_source(environment, f"circuit-{part}.js")[0] for part in SOURCES]
+    return "\n".join(['(() => {\n"use strict";', *sources, "start();\n})();"])
 
 
 @cache
@@ -183,7 +183,7 @@ def _page(
         groups=[mark.group for mark in panes[0][1].folded],
         roles=[(role, ROLE_COLOURS[role], roles.count(role)) for role in ROLES],
         legend=legend,
-        script=_lean("circuit.js"),
+        script=page_script(),
         measure="change" if len(panes) > 1 else "effect",
         dark=_dark_rules(),
     )
