@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import ROLES, Ablation, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.cards import ablation_data, attention_data, card_words, node_cards
+from mechsafety.viz.cards import ablations_on, attention_data, card_words, node_cards
 from mechsafety.viz.comparison import Comparison, compare_layouts, without_legend
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.legend import legend_alone
@@ -58,7 +58,7 @@ def circuit_html(
     data = _data([layout], style) | {
         "nodes": node_cards(circuit, known),
         "attention": attention_data(circuit.details.attention if circuit.details else ()),
-        "ablations": ablation_data(ablations),
+        "ablations": ablations_on(circuit, ablations, grayscale=style.grayscale),
         "ablate": ablate,
     }
     return _page(layout.title, [("", layout)], data, theme, [member.role for member in circuit.nodes])
@@ -198,7 +198,6 @@ def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
         "edgeThreshold": float(f"{sizes[limit - 1]:.4g}") if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "fold": list(style.fold),
-        "colours": ROLE_COLOURS,
         "words": card_words(),
         "grid": _grid(layouts[0]),
     }

@@ -31,6 +31,7 @@ from mechsafety.viz.marks import (
     line,
     magnitude,
     node_shape,
+    node_strength,
     outline,
     readable_on,
     rounded,
@@ -306,7 +307,7 @@ def _node(
     up, column = placement.cell[member.node]
     x, y = frame.columns[column], frame.lines[up]
     largest = max((magnitude(other.effect) for other in members.values()), default=0.0) or 1.0
-    strength = math.sqrt(magnitude(member.effect) / largest)
+    strength = node_strength(member.effect, largest)
     scale = 0.86 + 0.14 * strength
     width, height = frame.cell[0] * scale, frame.cell[1] * scale
     shape = node_shape(member.role, member.status, strength, x, y, width, height)

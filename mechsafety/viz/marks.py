@@ -294,8 +294,18 @@ def node_shape(role: str, status: str, strength: float, x: float, y: float, widt
         return Shape(path, PAPER, colour, 1.6)
     if status == "rejected":
         return Shape(path, PAPER, MUTED, 1.1, (4.0, 2.4))
-    fill = blend(colour, 0.42 + 0.58 * strength)
+    fill = effect_fill(role, strength)
     return Shape(path, fill, INK, 1.5) if status == "verified" else Shape(path, fill, colour, 1.0)
+
+
+def effect_fill(role: str, strength: float) -> str:
+    """The role's colour, deeper for a stronger effect (0 to 1)."""
+    return blend(ROLE_COLOURS[role], 0.42 + 0.58 * strength)
+
+
+def node_strength(effect: float | None, largest: float) -> float:
+    """How strong an effect looks beside the largest; a square root, since most are small."""
+    return math.sqrt(min(1.0, magnitude(effect) / largest))
 
 
 def edge_colour(effect: float, status: str) -> str:

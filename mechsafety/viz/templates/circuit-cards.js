@@ -188,8 +188,7 @@ function setAblation(one) {
     for (const { el } of node.els) {
       const body = el.querySelector("path");
       if (!el.dataset.fill) el.dataset.fill = body.getAttribute("fill");
-      const strength = 0.42 + 0.58 * Math.sqrt(Math.min(1, Math.abs(after || 0) / most.node));
-      body.setAttribute("fill", one && !gone && after !== undefined ? blend(data.colours[node.role], after ? strength : 0) : el.dataset.fill);
+      body.setAttribute("fill", (one && one.fills[node.key]) || el.dataset.fill);
     }
   }
   rest();
