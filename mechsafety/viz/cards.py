@@ -11,8 +11,12 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.marks import ROLE_COLOURS, blend, effect_fill, grey, magnitude, node_strength
 from mechsafety.viz.words import (
+    EDGE_TITLE,
+    ESTIMATE_TITLE,
     EVIDENCE_WORDS,
+    LINKING_TITLE,
     STATUS_WORDS,
+    SUM_TITLES,
     evidence_values,
     interval,
     number,
@@ -27,9 +31,17 @@ TOKENS_SHOWN = 12
 ROWS = ("effect, of the gap", "95 % interval", "p, adjusted", "role", "status")
 
 
-def card_words() -> dict[str, list[str]]:
-    """The words that all cards share, so that a page holds them once."""
-    return {"rows": list(ROWS), "status": list(STATUS_WORDS.values()), "evidence": list(EVIDENCE_WORDS.values())}
+def card_words() -> dict[str, Any]:
+    """The words that all cards and tooltips share, so that a page holds them once."""
+    return {
+        "rows": list(ROWS),
+        "status": list(STATUS_WORDS.values()),
+        "evidence": list(EVIDENCE_WORDS.values()),
+        "edge": EDGE_TITLE,
+        "estimate": ESTIMATE_TITLE,
+        "linking": LINKING_TITLE,
+        "sums": list(SUM_TITLES),
+    }
 
 
 def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes]) -> dict[str, dict[str, Any]]:

@@ -10,10 +10,11 @@ from mechsafety.circuits.circuit import ROLES, Ablation, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.cards import ablations_on, attention_data, card_words, node_cards
-from mechsafety.viz.comparison import Comparison, compare_layouts, without_legend
+from mechsafety.viz.comparison import Comparison, compare_layouts, side_by_side, without_legend
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.legend import legend_alone
-from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend, magnitude
+from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend
+from mechsafety.viz.page_data import picture_data
 from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
 from mechsafety.viz.words import plain
@@ -55,7 +56,8 @@ def circuit_html(
     style = style or Style()
     layout = layout_circuit(circuit, _every_edge(style))
     known = {**(circuit.details.notes if circuit.details else {}), **(notes or {})}
-    data = _data([layout], style) | {
+    data = picture_data([layout], style) | {
+        "words": card_words(),
         "nodes": node_cards(circuit, known),
         "attention": attention_data(circuit.details.attention if circuit.details else ()),
         "ablations": ablations_on(circuit, ablations, grayscale=style.grayscale),
@@ -87,8 +89,9 @@ def compare_html(
     ]
     cards = [node_cards(circuit, {}) for circuit in (first, second)]
     both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
-    data = _data([layout for _, layout in panes], style)
-    data |= {"nodes": both, "names": comparison.names, "attention": [], "ablations": [], "ablate": False}
+    data = picture_data([layout for _, layout in panes], style, side_by_side(panes[1:], 1))
+    data |= {"words": card_words(), "nodes": both, "names": comparison.names}
+    data |= {"attention": [], "ablations": [], "ablate": False}
     # where a node has another role in the second circuit, the page goes by that one
     roles = {member.node: member.role for circuit in (first, second) for member in circuit.nodes}
     legend = layout_svg(legend_alone(style, (first, second), KEY_WIDTH))
@@ -187,31 +190,6 @@ def _page(
         measure="change" if len(panes) > 1 else "effect",
         dark=_dark_rules(),
     )
-
-
-def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
-    """What the page's script needs of the picture that is not in the SVG."""
-    sizes = sorted((magnitude(mark.effect) for mark in layouts[0].edges), reverse=True)
-    limit = style.max_edges
-    return {
-        # as rounded as in the SVG, so that the last of the strongest edges is not lost
-        "edgeThreshold": float(f"{sizes[limit - 1]:.4g}") if limit and len(sizes) > limit else 0,
-        "map": [[layout.width, layout.map_height] for layout in layouts],
-        "fold": list(style.fold),
-        "words": card_words(),
-        "grid": _grid(layouts[0]),
-    }
-
-
-def _grid(layout: Layout) -> dict[str, Any] | None:
-    """Where the script may lead the edges of folded groups."""
-    if layout.grid is None:
-        return None
-    rows = {"channels": layout.grid.channels, "gaps": layout.grid.gaps}
-    return {
-        "unit": layout.grid.unit,
-        **{name: [[round(part, 2) for part in pair] for pair in pairs] for name, pairs in rows.items()},
-    }
 
 
 def _dark_rules() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
+from mechsafety.viz.detours import detours
 from mechsafety.viz.groups import folded_edges, supernodes
 from mechsafety.viz.legend import legend_and_caption
 from mechsafety.viz.marks import (
@@ -260,10 +261,10 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     ]
     if style.fold:
         shown = [mark for mark, _ in supers if mark.group in style.fold]
+        paths = detours(curves, [*bars, *nodes], [mark for mark, _ in supers], grid)
         stands_for = {mark.key: f"group:{mark.group}" for mark in nodes if mark.group in style.fold}
         nodes = [*(mark for mark in nodes if mark.key not in stands_for), *shown]
-        places = {mark.key: mark for mark in [*bars, *nodes]}
-        curves = folded_edges(curves, stands_for, places, grid)
+        curves = folded_edges(curves, stands_for, paths, grid.unit)
     curves = curves if style.max_edges is None else strongest_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)

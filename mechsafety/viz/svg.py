@@ -43,6 +43,7 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         _most_common([round(label.size, 1) for label in names], 12.0),
         _most_common([label.colour for label in names], INK),
     )
+    groups = frozenset(mark.group for mark in layout.folded)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
         f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
@@ -58,12 +59,22 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         "</g>",
         # what all nodes' texts share stands on their group
         f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual.size:g}" fill="{usual.colour}">',
-        *(_node(mark, interactive, usual) for mark in layout.nodes),
-        *(_node(mark, interactive, usual) for mark in layout.folded if interactive),
+        *(_node(mark, interactive, usual, groups) for mark in layout.nodes),
+        *(_node(mark, interactive, usual, groups) for mark in layout.folded if interactive),
         "</g>",
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def sheet_svg(width: float, height: float, labels: Sequence[Label]) -> str:
+    """White paper with texts, on which a page's script puts pictures."""
+    texts = "".join(_text(label, True) for label in labels)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.5g}" height="{height:.5g}" '
+        f'viewBox="0 0 {width:.5g} {height:.5g}" font-family="{FONTS}">'
+        f'<rect width="{width:.5g}" height="{height:.5g}" fill="{PAPER}"/>{texts}</svg>'
+    )
 
 
 def path_data(commands: tuple[Command, ...]) -> str:
@@ -135,27 +146,32 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
     if interactive:
         data = (
             f" data-from={quoteattr(mark.sender)} data-to={quoteattr(mark.receiver)} data-slot={quoteattr(mark.slot)}"
-            f' data-effect="{_raw(mark.effect)}" data-status={quoteattr(mark.status)}'
+            f' data-effect="{shortened(mark.effect)}"'
         )
+        # a script takes what has no status for measured
+        data += f" data-status={quoteattr(mark.status)}" if mark.status != "measured" else ""
         if mark.member is not None and mark.member.estimate is not None and mark.status != "estimated":
-            data += f' data-estimate="{_raw(mark.member.estimate)}"'
+            data += f' data-estimate="{shortened(mark.member.estimate)}"'
     body = "".join(_path(shape, False) for shape in mark.shapes)
     body += "".join(_text(label, interactive) for label in mark.labels)
     # a page's script writes the usual tooltips itself
-    usual = interactive and mark.member is not None and mark.title == edge_title(mark.member)
-    return f'<g class="edge"{data}>{_title(mark.title, usual)}{body}</g>'
+    usual = interactive and mark.member is not None and mark.title == edge_title(mark.member, mark.linking)
+    kind = "edge linking" if interactive and mark.linking else "edge"
+    return f'<g class="{kind}"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
-def _node(mark: NodeMark, interactive: bool, names: _Usual) -> str:
+def _node(mark: NodeMark, interactive: bool, names: _Usual, groups: frozenset[str]) -> str:
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
         # a script takes what has no kind for a part of the model
         data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
-        data += f' data-box="{" ".join(f"{round(part, 1):g}" for part in (mark.x, mark.y, mark.width, mark.height))}"'
-        data += f" data-group={quoteattr(mark.group)}" if mark.group else ""
+        data += f' data-at="{round(mark.x, 1):g} {round(mark.y, 1):g}"'
+        # a script takes what has no group for a member of its role's, where there is one
+        role = mark.member.role if mark.member is not None else ""
+        data += f" data-group={quoteattr(mark.group)}" if mark.group != (role if role in groups else "") else ""
         if mark.member is not None:
             member = mark.member
-            data += f' data-role="{member.role}" data-effect="{_raw(member.effect)}"'
+            data += f' data-role="{member.role}" data-effect="{shortened(member.effect)}"'
     body = "".join(_path(shape) for shape in mark.shapes)
     body += "".join(_text(label, interactive, names) for label in mark.labels)
     usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
@@ -166,5 +182,9 @@ def _title(text: str, usual: bool) -> str:
     return "" if usual else f"<title>{escape(text)}</title>"
 
 
-def _raw(effect: float | None) -> str:
-    return "" if effect is None else f"{effect:.4g}"
+def shortened(effect: float | None) -> str:
+    """An effect with as few digits as a page's script needs to say the same number of it as the tooltips here do."""
+    if effect is None:
+        return ""
+    short = f"{effect:.4g}"
+    return short if f"{float(short):.3f}" == f"{effect:.3f}" else f"{effect:.7g}"

@@ -39,7 +39,7 @@ function showNode(node, note) {
 function fillCard(panel, node, note, isPinned) {
   const info = data.nodes[node.key], title = add(panel, "h2", node.key);
   if (!info) {
-    add(panel, "p", node.els[0].el.querySelector("title").textContent);
+    add(panel, "p", node.els[0].querySelector("title").textContent);
     if (note) add(panel, "p", note);
     if (node.kind === "group") {
       const button = add(title, "button", "unfold");
@@ -185,7 +185,7 @@ function setAblation(one) {
     const after = one && one.effects[node.key], gone = Boolean(one) && one.nodes.includes(node.key);
     toggle(node, "ablated", gone);
     toggle(node, "unknown", Boolean(one) && !gone && after === undefined);
-    for (const { el } of node.els) {
+    for (const el of node.els) {
       const body = el.querySelector("path");
       if (!el.dataset.fill) el.dataset.fill = body.getAttribute("fill");
       body.setAttribute("fill", (one && one.fills[node.key]) || el.dataset.fill);

@@ -1,146 +1,54 @@
 // The picture: what is shown, folding, paths, zoom, and what keys and controls do.
+const toggle = (item, name, on) => item.els.forEach((el) => el.classList.toggle(name, on));
+
+// ---- what is shown ----
 function update() {
   for (const kind of ["node", "edge"]) find(kind + "Value").textContent = threshold[kind].toFixed(4);
-  const roles = new Set([...find("roles").querySelectorAll("input:checked")].map((box) => box.value));
-  for (const node of all) {
-    node.kept = node.bar || (node.size >= threshold.node && roles.has(node.role));
-    node.shown = node.kept && !folded.has(node.group);
-    toggle(node, "gone", !node.shown);
-  }
-  for (const group of supers.values()) {
-    group.shown = folded.has(group.group);
-    toggle(group, "gone", !group.shown);
-  }
-  for (const edge of edges) {
-    edge.ends = nodes.get(edge.from).kept && nodes.get(edge.to).kept;
-    edge.summed = anchor(edge.from).key !== edge.from || anchor(edge.to).key !== edge.to;
-    edge.kept = edge.shown = edge.ends && !edge.summed && edge.size >= threshold.edge;
-    toggle(edge, "gone", !edge.shown);
-  }
-  drawSummed();
+  choose(new Set([...find("roles").querySelectorAll("input:checked")].map((box) => box.value)));
+  sumUp();
+  for (const item of [...all, ...supers.values(), ...edges]) toggle(item, "gone", !item.shown);
+  drawSums();
   const count = (list) => list.filter((item) => item.kept).length;
   find("nodeCount").textContent = `${count(drawn)} of ${drawn.length} nodes shown`;
   find("edgeCount").textContent = `${count(edges)} of ${edges.length} edges shown`;
-  // in a comparison the captions speak of each circuit alone
-  for (const pane of panes.length === 1 ? panes : []) {
-    const text = [...pane.svg.querySelectorAll("text")].find((el) => /edges\sdrawn/.test(el.textContent));
-    if (text) {
-      const counts = `${count(edges)} of ${edges.length} edges drawn`;
-      text.textContent = text.textContent.replace(/\d+\sof\s\d+\sedges\sdrawn( \(the strongest[^)]*\))?/, counts);
-    }
+  if (data.caption) {
+    const line = panes[0].svg.querySelectorAll(".backdrop text")[data.caption.place];
+    line.textContent = data.caption.text.join(count(edges));
+    line.dataset.tex = data.caption.tex.join(count(edges));
   }
   if (picked && !picked.shown) picked = null;
   trace();
 }
 
-// edges of folded groups: summed by pair and slot before weak ones are hidden, drawn as in the exports
-let sums = [];
-function drawSummed() {
+function drawSums() {
   for (const old of document.querySelectorAll(".edge.summed")) old.remove();
-  sums = [];
-  if (!folded.size) return;
-  const found = new Map();
-  for (const edge of edges.filter((edge) => edge.ends && edge.summed)) {
-    const from = anchor(edge.from), to = anchor(edge.to);
-    if (from === to) continue;
-    const id = [from.key, to.key, edge.slot].join("\0");
-    const sum = found.get(id) || { id, from, to, slot: edge.slot, effect: 0, edges: [], guessed: false };
-    sum.effect += edge.effect;
-    sum.edges.push(edge);
-    sum.guessed ||= edge.status === "estimated";
-    found.set(id, sum);
-  }
-  const scale = Math.max(most.edge, ...[...found.values()].map((sum) => Math.abs(sum.effect)));
-  sums = [...found.values()].filter((sum) => Math.abs(sum.effect) >= threshold.edge);
-  const paths = detours(sums), dashes = { q: [1, 1.6], k: [4, 2] }, { unit } = data.grid;
-  for (const sum of sums.sort((a, b) => Math.abs(a.effect) - Math.abs(b.effect))) {
-    for (const edge of sum.edges) edge.kept = true;
-    const points = paths.get(sum.id), [x, y] = points[0];
-    const width = unit * (0.8 + ((sum.guessed ? 1.6 : 2.4) * Math.abs(sum.effect)) / scale);
-    const guessed = sum.guessed, negative = sum.effect < 0, tip = 2.6 * unit + 0.45 * width;
-    const colour = guessed ? (negative ? "#C78BAC" : "#8D96A2") : negative ? "#9C2F6B" : "#3F4956";
-    const group = make("g", { class: "edge summed", "data-from": sum.from.key, "data-to": sum.to.key });
-    const many = sum.edges.length > 1 ? `${sum.edges.length} edges, effects sum to` : "1 edge, effect";
-    const words = `${sum.from.key} to ${sum.to.key}, slot ${sum.slot}: ${many} ${numbers(sum.effect)}`;
-    group.append(make("title", {}, words));
-    const curve = make("path", { d: rounded(points, 5 * unit), fill: "none", stroke: colour, "stroke-width": width });
-    if (dashes[sum.slot]) curve.setAttribute("stroke-dasharray", dashes[sum.slot].map((part) => part * Math.max(width, 1.2 * unit)).join(" "));
-    const r = 0.95 * tip, k = 0.5523 * r, low = y + 0.8 * tip, s = 0.85 * tip;
-    const marks = {
-      q: `M${x} ${low - r}C${x + k} ${low - r} ${x + r} ${low - k} ${x + r} ${low}C${x + r} ${low + k} ${x + k} ${low + r} ${x} ${low + r}`
-        + `C${x - k} ${low + r} ${x - r} ${low + k} ${x - r} ${low}C${x - r} ${low - k} ${x - k} ${low - r} ${x} ${low - r}Z`,
-      k: `M${x - s} ${low - s}L${x + s} ${low - s}L${x + s} ${low + s}L${x - s} ${low + s}Z`,
-    };
-    const form = marks[sum.slot] || `M${x} ${y}L${x + tip} ${y + 1.7 * tip}L${x - tip} ${y + 1.7 * tip}Z`;
-    group.append(curve, make("path", { d: form, fill: guessed ? "#FFFFFF" : colour, stroke: colour, "stroke-width": unit }));
-    if (negative) {
-      const bar = y + 1.8 * tip + 1.6 * unit;
-      group.append(make("path", { d: `M${x - 1.5 * tip} ${bar}L${x + 1.5 * tip} ${bar}`, fill: "none", stroke: colour, "stroke-width": 1.5 * unit }));
-    }
-    group.addEventListener("pointerenter", () => showText(`${sum.from.key} → ${sum.to.key}`, words));
-    group.addEventListener("pointerleave", leave);
-    panes[0].svg.querySelector(".edges").append(group);
-    sum.el = group;
+  for (const sum of sums) {
+    const words = sumWords(sum);
+    sum.el = make("g", { class: "edge summed", "data-from": sum.from.key, "data-to": sum.to.key });
+    sum.el.append(make("title", {}, words), ...sumMarks(sum));
+    sum.el.addEventListener("pointerenter", () => showText(`${sum.from.key} → ${sum.to.key}`, words));
+    sum.el.addEventListener("pointerleave", leave);
+    panes[0].svg.querySelector(".edges").append(sum.el);
   }
 }
 
-// ways in the channels between nodes alone: the same as mechsafety.viz.groups.detours
-function detours(list) {
-  const { channels, gaps } = data.grid, ports = { q: -0.3, v: 0.3 };
-  // line and column, by the channels that lie below and left
-  const cell = (node) => (node.bar ? null : [
-    gaps.filter(([low, height]) => low - height / 2 > node.y).length - 1, channels.filter(([left]) => left < node.x).length - 1,
-  ]);
-  const rails = new Map(), levels = new Map(), ways = new Map();
-  const enter = (map, place, into) => {
-    if (!map.has(place)) map.set(place, []);
-    if (!map.get(place).includes(into)) map.get(place).push(into);
-  };
-  for (const sum of [...list].sort((a, b) => (a.id < b.id ? -1 : 1))) {
-    const sender = cell(sum.from), receiver = cell(sum.to);
-    const above = sender ? sender[0] + 1 : null, below = receiver ? receiver[0] : null;
-    let into = `${sum.to.key} ${sum.slot}`, rail = null;
-    if (above === null || above !== below) {
-      if (!receiver) rail = sender ? sender[1] + 1 : 0;
-      else rail = sender && sender[1] < receiver[1] ? receiver[1] : receiver[1] + 1;
-      into += ` ${rail}`;
-      enter(rails, rail, into);
-    }
-    for (const gap of [above, below]) if (gap !== null) enter(levels, gap, into);
-    ways.set(sum.id, { sum, into, rail, above, below });
-  }
-  const share = (map, place, into) => (map.get(place).indexOf(into) + 1) / (map.get(place).length + 1);
-  const paths = new Map();
-  for (const [id, { sum, into, rail, above, below }] of ways) {
-    const level = (gap) => gaps[gap][0] - gaps[gap][1] * (0.25 + 0.7 * share(levels, gap, into));
-    const end = sum.to.x + (ports[sum.slot] || 0) * sum.to.width;
-    const foot = sum.to.y + sum.to.height / 2, head = sum.from.y - sum.from.height / 2;
-    const x = rail === null ? end : channels[rail][0] + channels[rail][1] * share(rails, rail, into);
-    const points = below === null ? [[x, foot]] : [[end, foot], [end, level(below)], [x, level(below)]];
-    points.push(...(above === null ? [[x, head]] : [[x, level(above)], [sum.from.x, level(above)], [sum.from.x, head]]));
-    paths.set(id, points);
-  }
-  return paths;
-}
-function rounded(points, radius) {
-  const far = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1]);
-  const towards = (a, b, length) => [0, 1].map((i) => a[i] + (length / (far(a, b) || 1)) * (b[i] - a[i]));
-  const kept = points.slice(0, 1), parts = [`M${points[0].join(" ")}`];
-  for (const point of points.slice(1)) if (far(point, kept[kept.length - 1]) > 0.05) kept.push(point);
-  for (let i = 1; i + 1 < kept.length; i++) {
-    const [before, corner, after] = kept.slice(i - 1, i + 2);
-    const turn = Math.min(radius, far(before, corner) / 2, far(corner, after) / 2);
-    const curve = [towards(corner, before, 0.4477 * turn), towards(corner, after, 0.4477 * turn), towards(corner, after, turn)];
-    parts.push(`L${towards(corner, before, turn).join(" ")}`, `C${curve.flat().join(" ")}`);
-  }
-  if (kept.length > 1) parts.push(`L${kept[kept.length - 1].join(" ")}`);
-  return parts.join("");
-}
-function make(tag, attributes, text) {
-  const el = document.createElementNS(NS, tag);
-  for (const [name, part] of Object.entries(attributes)) el.setAttribute(name, part);
-  if (text !== undefined) el.textContent = text;
-  return el;
+// the path is Python's; how wide a sum is depends on the thresholds, so that its marks are stretched here
+function sumMarks({ from, to, slot, effect, strength, guessed, linking }) {
+  const look = data.sums, ways = look.paths[to.key][slot];
+  const path = ((ways[""] || "") + ways[from.key]).replace(/~(\d+)/g, (_, turn) => look.turns[turn]);
+  const [x, y] = path.match(/-?[\d.]+/g).map(Number);
+  const [thin, wide] = look.widths[guessed ? "estimated" : "measured"], width = thin + strength * (wide - thin);
+  const stroke = look.colours[linking ? "linking" : guessed ? "estimated" : "measured"][Number(effect < 0)];
+  const dashes = look.dashes[linking ? "linking" : slot].map((part) => part * Math.max(width, look.thinnestDashed));
+  const mark = ([none, one]) => none.map(([letter, ...at], i) => letter
+    + at.map((n, k) => (n + width * (one[i][k + 1] - n) + (k % 2 ? y : x)).toFixed(1)).join(" ")).join("");
+  const marks = [
+    make("path", { d: path, fill: "none", stroke, "stroke-width": Number(width.toPrecision(3)) }),
+    make("path", { d: mark(look.tips[slot]), fill: guessed ? look.paper : stroke, stroke, "stroke-width": look.rims[0] }),
+  ];
+  if (dashes.length) marks[0].setAttribute("stroke-dasharray", dashes.map((part) => Number(part.toFixed(2))).join(" "));
+  if (effect < 0) marks.push(make("path", { d: mark(look.bar), fill: "none", stroke, "stroke-width": look.rims[1] }));
+  return marks;
 }
 
 function fold(name, on) {
@@ -168,10 +76,10 @@ function pick(node) { picked = node; trace(); }
 
 // ---- search ----
 function search(text) {
-  query = text.trim().toLowerCase();
+  const query = text.trim().toLowerCase();
   const words = (node) => {
     const { promotes = [], suppresses = [], texts = [] } = data.nodes[node.key];
-    return [node.key, node.role, node.els[0].el.textContent, ...promotes, ...suppresses, ...texts.flat(2)].join(" ").toLowerCase();
+    return [node.key, node.role, node.els[0].textContent, ...promotes, ...suppresses, ...texts.flat(2)].join(" ").toLowerCase();
   };
   const hits = query ? drawn.filter((node) => words(node).includes(query)) : [];
   for (const node of all) toggle(node, "hit", hits.includes(node));
@@ -182,7 +90,7 @@ function search(text) {
 
 // ---- events on parts ----
 for (const node of [...all, ...supers.values()]) {
-  for (const { el } of node.els) {
+  for (const el of node.els) {
     el.setAttribute("tabindex", "0");
     el.setAttribute("role", "button");
     el.setAttribute("aria-label", el.querySelector("title").textContent);
@@ -194,7 +102,7 @@ for (const node of [...all, ...supers.values()]) {
   }
 }
 for (const edge of edges) {
-  for (const { el } of edge.els) {
+  for (const el of edge.els) {
     el.addEventListener("pointerenter", () => showText(`${edge.from} → ${edge.to}`, edge.text));
     el.addEventListener("pointerleave", leave);
   }
@@ -202,7 +110,7 @@ for (const edge of edges) {
 
 function nodeKey(event, node) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const go = (key) => key && (nodes.get(key) || supers.get(key)).els[0].el.focus();
+  const go = (key) => key && (nodes.get(key) || supers.get(key)).els[0].focus();
   const strongest = (end, other) => {
     const some = edges.filter((edge) => edge.kept && anchor(edge[end]) === node && anchor(edge[other]) !== node);
     return some.length && anchor(some.sort((a, b) => b.size - a.size)[0][other]).key;

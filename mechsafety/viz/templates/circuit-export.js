@@ -1,13 +1,11 @@
 // What is shown now as SVG and as TikZ, in the light colours; and the dialog.
-// ---- exports: what is shown now, in the light colours ----
-// panes that are shown stand side by side, each under its name
-const GAP = 20, HEAD = 24;
+// panes that are shown stand side by side on a sheet of Python's, each under its name
 function shownPanes() {
   const shown = panes.filter((pane) => !pane.el.hidden);
   if (shown.length === 1) return { places: [{ pane: shown[0], x: 0, y: 0 }], size: shown[0].full };
-  let x = 0;
-  const places = shown.map((pane) => { const place = { pane, x, y: HEAD }; x += pane.full[0] + GAP; return place; });
-  return { places, size: [x - GAP, HEAD + Math.max(...shown.map((pane) => pane.full[1]))] };
+  const sheet = new DOMParser().parseFromString(data.sides.sheet, "image/svg+xml").documentElement;
+  const places = data.sides.places.map(([i, x, y]) => ({ pane: panes[i], x, y }));
+  return { places, sheet, size: ["width", "height"].map((name) => sheet.getAttribute(name)) };
 }
 function cleaned(pane) {
   const copy = pane.svg.cloneNode(true);
@@ -19,16 +17,15 @@ function cleaned(pane) {
   return copy;
 }
 function shownSvg() {
-  const { places, size } = shownPanes();
-  if (places.length === 1) return cleaned(places[0].pane);
-  const whole = make("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size.join(" ")}` });
-  whole.append(make("rect", { width: size[0], height: size[1], fill: "#FFFFFF" }));
+  const { places, sheet } = shownPanes();
+  if (!sheet) return cleaned(places[0].pane);
+  for (const text of sheet.querySelectorAll("text")) text.removeAttribute("data-tex");
   for (const { pane, x, y } of places) {
-    const copy = cleaned(pane), font = copy.getAttribute("font-family");
+    const copy = cleaned(pane);
     for (const [name, part] of Object.entries({ x, y, width: pane.full[0], height: pane.full[1] })) copy.setAttribute(name, part);
-    whole.append(make("text", { x: x + 12, y: 16, "font-family": font, "font-size": 13, "font-weight": 600, fill: "#1B1F24" }, pane.name), copy);
+    sheet.append(copy);
   }
-  return whole;
+  return sheet;
 }
 function saveSvg() {
   const link = document.createElement("a");
@@ -38,8 +35,10 @@ function saveSvg() {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+// The TikZ of all parts would be two thirds of the page more. So it is made of the SVG that Python drew: the same paths,
+// colours and sizes in another language. What LaTeX needs written otherwise comes with each text.
 function tikz() {
-  const { places, size } = shownPanes(), lines = [], colours = new Set();
+  const { places, sheet, size } = shownPanes(), lines = [], colours = new Set();
   const name = (colour) => { colours.add(colour.slice(1).toLowerCase()); return "c" + colour.slice(1).toLowerCase(); };
   const pt = (pixels) => `${Number((0.75 * pixels).toPrecision(4))}bp`;
   const anchors = { start: "base west", middle: "base", end: "base east" };
@@ -66,23 +65,18 @@ function tikz() {
     return `\\path[${options.join(", ")}] ${steps.join(" ")};`;
   }
   function text(el) {
-    const get = (key) => (el.closest(`[${key}]`) || el).getAttribute(key), pixels = Number(get("font-size"));
-    const font = `\\sffamily\\fontsize{${pt(pixels)}}{${pt(pixels)}}\\selectfont${get("font-weight") === "600" ? "\\bfseries" : ""}`;
+    const get = (key) => (el.closest(`[${key}]`) || el).getAttribute(key), height = pt(get("font-size"));
+    const font = `\\sffamily\\fontsize{${height}}{${height}}\\selectfont${get("font-weight") === "600" ? "\\bfseries" : ""}`;
     const options = `anchor=${anchors[get("text-anchor") || "start"]}, text=${name(get("fill"))}, font=${font}`;
-    // texts that LaTeX needs written otherwise carry their LaTeX; a count that was changed here is plain
-    return `\\node[${options}] at (${get("x")},${get("y")}) {${el.dataset.tex && !/edges\sdrawn/.test(el.textContent) ? el.dataset.tex : latex(el.textContent)}};`;
+    return `\\node[${options}] at (${get("x")},${get("y")}) {${el.dataset.tex || el.textContent}};`;
   }
-  const latex = (words) => words.replace(/[^\x20-\x7e]/g, " ").replace(/[\\{}$&#_%~^]/g, (char) =>
-    ({ "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}" })[char] || "\\" + char);
+  for (const el of sheet ? sheet.querySelectorAll("text") : []) lines.push(text(el));
   for (const { pane, x, y } of places) {
-    if (places.length > 1) {
-      lines.push(`\\begin{scope}[xshift=${pt(x)}, yshift=-${pt(y)}]`);
-      lines.push(`\\node[anchor=base west, text=${name("#1b1f24")}, font=\\sffamily\\bfseries] at (12,-8) {${latex(pane.name)}};`);
-    }
+    if (sheet) lines.push(`\\begin{scope}[xshift=${pt(x)}, yshift=-${pt(y)}]`);
     for (const el of pane.svg.querySelectorAll("path, text")) {
       if (!el.closest(".gone")) lines.push(el.tagName === "text" ? text(el) : path(el));
     }
-    if (places.length > 1) lines.push("\\end{scope}");
+    if (sheet) lines.push("\\end{scope}");
   }
   return [
     "\\begingroup",
