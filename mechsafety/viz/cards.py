@@ -9,9 +9,14 @@ import numpy as np
 from mechsafety.circuits.circuit import Ablation, AttentionExample, CircuitNode, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
+from mechsafety.viz.marks import ROLE_COLOURS, blend, effect_fill, grey, magnitude, node_strength
 from mechsafety.viz.words import (
+    EDGE_TITLE,
+    ESTIMATE_TITLE,
     EVIDENCE_WORDS,
+    LINKING_TITLE,
     STATUS_WORDS,
+    SUM_TITLES,
     evidence_values,
     interval,
     number,
@@ -26,9 +31,17 @@ TOKENS_SHOWN = 12
 ROWS = ("effect, of the gap", "95 % interval", "p, adjusted", "role", "status")
 
 
-def card_words() -> dict[str, list[str]]:
-    """The words that all cards share, so that a page holds them once."""
-    return {"rows": list(ROWS), "status": list(STATUS_WORDS.values()), "evidence": list(EVIDENCE_WORDS.values())}
+def card_words() -> dict[str, Any]:
+    """The words that all cards and tooltips share, so that a page holds them once."""
+    return {
+        "rows": list(ROWS),
+        "status": list(STATUS_WORDS.values()),
+        "evidence": list(EVIDENCE_WORDS.values()),
+        "edge": EDGE_TITLE,
+        "estimate": ESTIMATE_TITLE,
+        "linking": LINKING_TITLE,
+        "sums": list(SUM_TITLES),
+    }
 
 
 def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes]) -> dict[str, dict[str, Any]]:
@@ -51,6 +64,26 @@ def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
                 "effects": {str(node): float(f"{value:.6g}") for node, value in one.effects.items()},
             }
         )
+    return rows
+
+
+def ablations_on(
+    circuit: RefusalCircuit, ablations: Sequence[Ablation], *, grayscale: bool = False
+) -> list[dict[str, Any]]:
+    """The same with ``fills``: the colour that each node with an effect then gets in the picture of the circuit."""
+    largest = max((magnitude(member.effect) for member in circuit.nodes), default=0.0) or 1.0
+    roles = {member.node: member.role for member in circuit.nodes}
+    tone = grey if grayscale else str
+
+    def fill(node: Node, effect: float) -> str:
+        if not effect:
+            return blend(ROLE_COLOURS[roles[node]], 0.0)
+        return tone(effect_fill(roles[node], node_strength(effect, largest)))
+
+    rows = ablation_data(ablations)
+    for row, one in zip(rows, ablations, strict=True):
+        known = {node: effect for node, effect in one.effects.items() if node in roles and node not in one.nodes}
+        row["fills"] = {str(node): fill(node, effect) for node, effect in known.items()}
     return rows
 
 

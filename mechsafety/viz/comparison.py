@@ -1,6 +1,6 @@
 """Two circuits: side by side at the same places, or one picture of what differs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.circuits.circuit import RefusalCircuit
@@ -11,6 +11,7 @@ from mechsafety.viz.marks import (
     PAPER,
     ROLE_OUTLINES,
     EdgeMark,
+    Label,
     Layout,
     NodeMark,
     Shape,
@@ -166,6 +167,35 @@ def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, 
     values = [number(part.effect) if part else "not in it" for part in (a, b)]
     title = f"{mark.sender} → {mark.receiver}, slot {mark.slot}: {values[0]} in {names[0]}, {values[1]} in {names[1]}"
     return replace(mark, shapes=shapes, title=title, effect=change, member=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """A sheet with pictures beside each other, each under its name.
+
+    Attributes:
+        width: Of the sheet.
+        height: Of the sheet.
+        names: The pictures' names.
+        places: The index of each picture, and its left upper corner.
+    """
+
+    width: float
+    height: float
+    names: tuple[Label, ...]
+    places: tuple[tuple[int, float, float], ...]
+
+
+def side_by_side(panes: Sequence[tuple[str, Layout]], first: int = 0) -> Sides:
+    """A sheet for named pictures, whose indices begin at ``first``."""
+    gap, head = 20.0, 24.0
+    x, places, names = 0.0, [], []
+    for index, (name, layout) in enumerate(panes, first):
+        places.append((index, round(x, 1), head))
+        names.append(Label(x + 12, 16.0, name, 13.0, bold=True))
+        x += layout.width + gap
+    height = head + max(layout.height for _, layout in panes)
+    return Sides(x - gap, height, tuple(names), tuple(places))
 
 
 def without_legend(layout: Layout) -> Layout:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import ROLES, Ablation, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.cards import ablation_data, attention_data, card_words, node_cards
-from mechsafety.viz.comparison import Comparison, compare_layouts, without_legend
+from mechsafety.viz.cards import ablations_on, attention_data, card_words, node_cards
+from mechsafety.viz.comparison import Comparison, compare_layouts, side_by_side, without_legend
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.legend import legend_alone
-from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend, magnitude
+from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend
+from mechsafety.viz.page_data import picture_data
 from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
 from mechsafety.viz.words import plain
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 TALLEST, SHORTEST = 1000, 560
 KEY_WIDTH = 264.0  # width of the page's column
 THEMES = ("auto", "light", "dark")
+SOURCES = ("model", "drawing", "cards", "export")  # of the page's script
 
 
 def circuit_html(
@@ -55,10 +57,11 @@ def circuit_html(
     style = style or Style()
     layout = layout_circuit(circuit, _every_edge(style))
     known = {**(circuit.details.notes if circuit.details else {}), **(notes or {})}
-    data = _data([layout], style) | {
+    data = picture_data([layout], style) | {
+        "words": card_words(),
         "nodes": node_cards(circuit, known),
         "attention": attention_data(circuit.details.attention if circuit.details else ()),
-        "ablations": ablation_data(ablations),
+        "ablations": ablations_on(circuit, ablations, grayscale=style.grayscale),
         "ablate": ablate,
     }
     return _page(layout.title, [("", layout)], data, theme, [member.role for member in circuit.nodes])
@@ -87,8 +90,9 @@ def compare_html(
     ]
     cards = [node_cards(circuit, {}) for circuit in (first, second)]
     both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
-    data = _data([layout for _, layout in panes], style)
-    data |= {"nodes": both, "names": comparison.names, "attention": [], "ablations": [], "ablate": False}
+    data = picture_data([layout for _, layout in panes], style, side_by_side(panes[1:], 1))
+    data |= {"words": card_words(), "nodes": both, "names": comparison.names}
+    data |= {"attention": [], "ablations": [], "ablate": False}
     # where a node's roles differ, the page uses the role in the second circuit
     roles = {member.node: member.role for circuit in (first, second) for member in circuit.nodes}
     legend = layout_svg(legend_alone(style, (first, second), KEY_WIDTH))
@@ -141,13 +145,12 @@ def template(name: str) -> "jinja2.Template":
 
 
 @cache
-def _lean(name: str) -> str:
-    """A packaged script without indentation and lines of comment, so that pages stay small."""
+def page_script() -> str:
+    """The page's script: its sources one after the other, in one function, so that none of their names is global."""
     environment = _environment()
     assert environment.loader is not None
-    source = environment.loader.get_source(environment, name)[0]
-    lines = (line.strip() for line in source.splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    sources = [environment.loader.get_source(environment, f"circuit-{part}.js")[0] for part in SOURCES]
+    return "\n".join(['(() => {\n"use strict";', *sources, "start();\n})();"])
 
 
 @cache
@@ -184,36 +187,10 @@ def _page(
         groups=[mark.group for mark in panes[0][1].folded],
         roles=[(role, ROLE_COLOURS[role], roles.count(role)) for role in ROLES],
         legend=legend,
-        script=_lean("circuit.js"),
+        script=page_script(),
         measure="change" if len(panes) > 1 else "effect",
         dark=_dark_rules(),
     )
-
-
-def _data(layouts: Sequence[Layout], style: Style) -> dict[str, Any]:
-    """What the page's script needs to know of the picture and the SVG does not hold."""
-    sizes = sorted((magnitude(mark.effect) for mark in layouts[0].edges), reverse=True)
-    limit = style.max_edges
-    return {
-        # rounded as in the SVG, so that the last of the strongest edges is not lost
-        "edgeThreshold": float(f"{sizes[limit - 1]:.4g}") if limit and len(sizes) > limit else 0,
-        "map": [[layout.width, layout.map_height] for layout in layouts],
-        "fold": list(style.fold),
-        "colours": ROLE_COLOURS,
-        "words": card_words(),
-        "grid": _grid(layouts[0]),
-    }
-
-
-def _grid(layout: Layout) -> dict[str, Any] | None:
-    """Where the script may lead the edges of folded groups."""
-    if layout.grid is None:
-        return None
-    rows = {"channels": layout.grid.channels, "gaps": layout.grid.gaps}
-    return {
-        "unit": layout.grid.unit,
-        **{name: [[round(part, 2) for part in pair] for pair in pairs] for name, pairs in rows.items()},
-    }
 
 
 def _dark_rules() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
+from mechsafety.viz.detours import detours
 from mechsafety.viz.groups import folded_edges, supernodes
 from mechsafety.viz.legend import legend_and_caption
 from mechsafety.viz.marks import (
@@ -31,6 +32,7 @@ from mechsafety.viz.marks import (
     line,
     magnitude,
     node_shape,
+    node_strength,
     outline,
     readable_on,
     rounded,
@@ -259,10 +261,10 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     ]
     if style.fold:
         shown = [mark for mark, _ in supers if mark.group in style.fold]
+        paths = detours(curves, [*bars, *nodes], [mark for mark, _ in supers], grid)
         stands_for = {mark.key: f"group:{mark.group}" for mark in nodes if mark.group in style.fold}
         nodes = [*(mark for mark in nodes if mark.key not in stands_for), *shown]
-        places = {mark.key: mark for mark in [*bars, *nodes]}
-        curves = folded_edges(curves, stands_for, places, grid)
+        curves = folded_edges(curves, stands_for, paths, grid.unit)
     curves = curves if style.max_edges is None else strongest_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
@@ -306,7 +308,7 @@ def _node(
     up, column = placement.cell[member.node]
     x, y = frame.columns[column], frame.lines[up]
     largest = max((magnitude(other.effect) for other in members.values()), default=0.0) or 1.0
-    strength = math.sqrt(magnitude(member.effect) / largest)
+    strength = node_strength(member.effect, largest)
     scale = 0.86 + 0.14 * strength
     width, height = frame.cell[0] * scale, frame.cell[1] * scale
     shape = node_shape(member.role, member.status, strength, x, y, width, height)

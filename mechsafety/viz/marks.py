@@ -32,6 +32,8 @@ LINK, LINK_DASHES = "#6E9BC5", (5.0, 1.5, 1.0, 1.5)
 # by slot: dashes in line widths; the port's place on the receiver's lower rim, as a share of the rim's width
 DASHES = {"q": (1.0, 1.6), "k": (4.0, 2.0), "v": (), "mlp": (), "resid": ()}
 PORTS = {"q": -0.3, "k": 0.0, "v": 0.3, "mlp": 0.0, "resid": 0.0}
+# edges thinner than this have the dashes of this width; widths of the mark's rim and of the bar
+THINNEST_DASHED, TIP_RIM, BAR_WIDTH = 1.2, 1.0, 1.5
 # the colour on a dark page for each colour on a light page
 DARK = {
     INK: "#E8ECF1",
@@ -295,8 +297,18 @@ def node_shape(role: str, status: str, strength: float, x: float, y: float, widt
         return Shape(path, PAPER, colour, 1.6)
     if status == "rejected":
         return Shape(path, PAPER, MUTED, 1.1, (4.0, 2.4))
-    fill = blend(colour, 0.42 + 0.58 * strength)
+    fill = effect_fill(role, strength)
     return Shape(path, fill, INK, 1.5) if status == "verified" else Shape(path, fill, colour, 1.0)
+
+
+def effect_fill(role: str, strength: float) -> str:
+    """The role's colour, deeper for a stronger effect (0 to 1)."""
+    return blend(ROLE_COLOURS[role], 0.42 + 0.58 * strength)
+
+
+def node_strength(effect: float | None, largest: float) -> float:
+    """How strong an effect looks beside the largest; a square root, since most are small."""
+    return math.sqrt(min(1.0, magnitude(effect) / largest))
 
 
 def edge_colour(effect: float, status: str) -> str:
@@ -327,27 +339,48 @@ def edge_shapes(
     - An edge that is kept only to connect a node (``linking``) has its own colour and dashes.
     """
     colour = LINK if linking else edge_colour(effect, status)
-    # estimates are drawn thinner than measurements of the same size
-    width = unit * (0.8 + (2.4 if status in ("measured", "verified") else 1.6) * strength)
-    dashes = tuple(round(part * max(width, 1.2 * unit), 2) for part in (LINK_DASHES if linking else DASHES[slot]))
+    width = edge_width(status, strength, unit)
+    dashes = tuple(
+        round(part * max(width, THINNEST_DASHED * unit), 2) for part in (LINK_DASHES if linking else DASHES[slot])
+    )
     x, y = commands[0][1]
-    size = unit * 2.6 + 0.45 * width
+    size = _tip_size(width, unit)
     shapes = [Shape(commands, None, colour, width, dashes)]
     if status == "rejected":
         shapes.append(Shape(line((x - size, y - size + 1), (x + size, y + size + 1)), None, colour, 1.1))
         shapes.append(Shape(line((x - size, y + size + 1), (x + size, y - size + 1)), None, colour, 1.1))
         return tuple(shapes)
-    if slot == "q":
-        tip = outline("ellipse", x, y + size * 0.8, 1.9 * size, 1.9 * size)
-    elif slot == "k":
-        tip = outline("rectangle", x, y + size * 0.8, 1.7 * size, 1.7 * size)
-    else:
-        tip = polygon((x, y), (x + size, y + 1.7 * size), (x - size, y + 1.7 * size))
-    shapes.append(Shape(tip, PAPER if status == "estimated" else colour, colour, 1.0 * unit))
+    fill = PAPER if status == "estimated" else colour
+    shapes.append(Shape(edge_tip(slot, width, x, y, unit), fill, colour, TIP_RIM * unit))
     if effect < 0:
-        bar = y + 1.8 * size + 1.6 * unit
-        shapes.append(Shape(line((x - 1.5 * size, bar), (x + 1.5 * size, bar)), None, colour, 1.5 * unit))
+        shapes.append(Shape(edge_bar(width, x, y, unit), None, colour, BAR_WIDTH * unit))
     return tuple(shapes)
+
+
+def edge_width(status: str, strength: float, unit: float = 1.0) -> float:
+    """How wide an edge is; estimates are drawn thinner than measurements of the same size."""
+    return unit * (0.8 + (2.4 if status in ("measured", "verified") else 1.6) * strength)
+
+
+def edge_tip(slot: str, width: float, x: float, y: float, unit: float = 1.0) -> tuple[Command, ...]:
+    """The mark of an edge at its receiver, (x, y). Its coordinates are linear in ``width``, which a page relies on."""
+    size = _tip_size(width, unit)
+    if slot == "q":
+        return outline("ellipse", x, y + size * 0.8, 1.9 * size, 1.9 * size)
+    if slot == "k":
+        return outline("rectangle", x, y + size * 0.8, 1.7 * size, 1.7 * size)
+    return polygon((x, y), (x + size, y + 1.7 * size), (x - size, y + 1.7 * size))
+
+
+def edge_bar(width: float, x: float, y: float, unit: float = 1.0) -> tuple[Command, ...]:
+    """The bar before the mark of a negative edge; linear in ``width`` too."""
+    size = _tip_size(width, unit)
+    bar = y + 1.8 * size + 1.6 * unit
+    return line((x - 1.5 * size, bar), (x + 1.5 * size, bar))
+
+
+def _tip_size(width: float, unit: float) -> float:
+    return unit * 2.6 + 0.45 * width
 
 
 def rounded(points: Sequence[tuple[float, float]], radius: float) -> tuple[Command, ...]:

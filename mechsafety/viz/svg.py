@@ -1,10 +1,13 @@
 """A layout as SVG."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.marks import PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
+from mechsafety.viz.marks import INK, PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
 from mechsafety.viz.style import Style
 from mechsafety.viz.tikz import tex
 from mechsafety.viz.words import edge_title, node_title
@@ -33,8 +36,14 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
     width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
     if width_mm is not None:
         width, height = f'"{width_mm:g}mm"', f'"{width_mm * layout.height / layout.width:.5g}mm"'
-    sizes = [round(label.size, 1) for mark in layout.nodes for label in mark.labels]
-    usual = max(sorted(set(sizes)), key=sizes.count, default=12.0)
+    names = [label for mark in layout.nodes for label in mark.labels]
+    usual = _Usual(
+        "middle",
+        True,
+        _most_common([round(label.size, 1) for label in names], 12.0),
+        _most_common([label.colour for label in names], INK),
+    )
+    groups = frozenset(mark.group for mark in layout.folded)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
         f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
@@ -49,13 +58,23 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         *(_edge(mark, interactive) for mark in layout.edges),
         "</g>",
         # attributes that all nodes' texts share stand on their group
-        f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual:g}">',
-        *(_node(mark, interactive, usual) for mark in layout.nodes),
-        *(_node(mark, interactive, usual) for mark in layout.folded if interactive),
+        f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual.size:g}" fill="{usual.colour}">',
+        *(_node(mark, interactive, usual, groups) for mark in layout.nodes),
+        *(_node(mark, interactive, usual, groups) for mark in layout.folded if interactive),
         "</g>",
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def sheet_svg(width: float, height: float, labels: Sequence[Label]) -> str:
+    """White paper with texts, on which a page's script puts pictures."""
+    texts = "".join(_text(label, True) for label in labels)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.5g}" height="{height:.5g}" '
+        f'viewBox="0 0 {width:.5g} {height:.5g}" font-family="{FONTS}">'
+        f'<rect width="{width:.5g}" height="{height:.5g}" fill="{PAPER}"/>{texts}</svg>'
+    )
 
 
 def path_data(commands: tuple[Command, ...]) -> str:
@@ -85,7 +104,9 @@ def _numbers(*tenths: int) -> str:
 def _path(shape: Shape, unfilled: bool = True) -> str:
     style = f' fill="{shape.fill or "none"}"' if shape.fill or unfilled else ""
     if shape.stroke:
-        style += f' stroke="{shape.stroke}" stroke-width="{shape.width:.3g}"'
+        style += f' stroke="{shape.stroke}"'
+        # 1 is what it is in any SVG
+        style += "" if f"{shape.width:.3g}" == "1" else f' stroke-width="{shape.width:.3g}"'
     if shape.dashes:
         style += f' stroke-dasharray="{" ".join(f"{part:g}" for part in shape.dashes)}"'
     if shape.opacity < 1:
@@ -93,16 +114,32 @@ def _path(shape: Shape, unfilled: bool = True) -> str:
     return f'<path d="{path_data(shape.commands)}"{style}/>'
 
 
-def _text(label: Label, interactive: bool, usual: tuple[str, bool, float] = ("start", False, 0.0)) -> str:
-    """A text element; ``usual`` is the anchor, weight and size that it has without its own attributes."""
+@dataclass(frozen=True, slots=True)
+class _Usual:
+    """The anchor, weight, size and colour that a text has without its own attributes."""
+
+    anchor: str = "start"
+    bold: bool = False
+    size: float = 0.0
+    colour: str = ""
+
+
+def _most_common(values: Sequence[Any], default: Any) -> Any:
+    return max(sorted(set(values)), key=values.count, default=default)
+
+
+def _text(label: Label, interactive: bool, usual: _Usual | None = None) -> str:
+    """A text element; ``usual`` is what it need not say."""
+    usual = usual or _Usual()
     style = f'x="{round(label.x, 1):g}" y="{round(label.y, 1):g}"'
-    style += "" if round(label.size, 1) == usual[2] else f' font-size="{round(label.size, 1):g}"'
-    style += "" if label.anchor == usual[0] else f' text-anchor="{label.anchor}"'
-    style += "" if label.bold == usual[1] else f' font-weight="{600 if label.bold else 400}"'
+    style += "" if round(label.size, 1) == usual.size else f' font-size="{round(label.size, 1):g}"'
+    style += "" if label.anchor == usual.anchor else f' text-anchor="{label.anchor}"'
+    style += "" if label.bold == usual.bold else f' font-weight="{600 if label.bold else 400}"'
+    style += "" if label.colour == usual.colour else f' fill="{label.colour}"'
     # the page makes TikZ from the picture; where LaTeX needs another text, that text comes with it
     latex = tex(label.text)
     data = f" data-tex={quoteattr(latex)}" if interactive and latex != label.text else ""
-    return f'<text {style} fill="{label.colour}"{data}>{escape(label.text)}</text>'
+    return f"<text {style}{data}>{escape(label.text)}</text>"
 
 
 def _edge(mark: EdgeMark, interactive: bool) -> str:
@@ -110,29 +147,34 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
     if interactive:
         data = (
             f" data-from={quoteattr(mark.sender)} data-to={quoteattr(mark.receiver)} data-slot={quoteattr(mark.slot)}"
-            f' data-effect="{_raw(mark.effect)}" data-status={quoteattr(mark.status)}'
+            f' data-effect="{shortened(mark.effect)}"'
         )
+        # a script takes what has no status for measured
+        data += f" data-status={quoteattr(mark.status)}" if mark.status != "measured" else ""
         if mark.member is not None and mark.member.estimate is not None and mark.status != "estimated":
-            data += f' data-estimate="{_raw(mark.member.estimate)}"'
+            data += f' data-estimate="{shortened(mark.member.estimate)}"'
     body = "".join(_path(shape, False) for shape in mark.shapes)
     body += "".join(_text(label, interactive) for label in mark.labels)
     # a page's script writes the usual tooltips itself
-    usual = interactive and mark.member is not None and mark.title == edge_title(mark.member)
-    return f'<g class="edge"{data}>{_title(mark.title, usual)}{body}</g>'
+    usual = interactive and mark.member is not None and mark.title == edge_title(mark.member, mark.linking)
+    kind = "edge linking" if interactive and mark.linking else "edge"
+    return f'<g class="{kind}"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
-def _node(mark: NodeMark, interactive: bool, size: float) -> str:
+def _node(mark: NodeMark, interactive: bool, names: _Usual, groups: frozenset[str]) -> str:
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
         # the script takes a mark without a kind for a part of the model
         data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
-        data += f' data-box="{" ".join(f"{round(part, 1):g}" for part in (mark.x, mark.y, mark.width, mark.height))}"'
-        data += f" data-group={quoteattr(mark.group)}" if mark.group else ""
+        data += f' data-at="{round(mark.x, 1):g} {round(mark.y, 1):g}"'
+        # a script takes what has no group for a member of its role's, where there is one
+        role = mark.member.role if mark.member is not None else ""
+        data += f" data-group={quoteattr(mark.group)}" if mark.group != (role if role in groups else "") else ""
         if mark.member is not None:
             member = mark.member
-            data += f' data-role="{member.role}" data-effect="{_raw(member.effect)}"'
+            data += f' data-role="{member.role}" data-effect="{shortened(member.effect)}"'
     body = "".join(_path(shape) for shape in mark.shapes)
-    body += "".join(_text(label, interactive, ("middle", True, size)) for label in mark.labels)
+    body += "".join(_text(label, interactive, names) for label in mark.labels)
     usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
     return f'<g class="node"{data}>{_title(mark.title, usual)}{body}</g>'
 
@@ -141,5 +183,9 @@ def _title(text: str, usual: bool) -> str:
     return "" if usual else f"<title>{escape(text)}</title>"
 
 
-def _raw(effect: float | None) -> str:
-    return "" if effect is None else f"{effect:.4g}"
+def shortened(effect: float | None) -> str:
+    """An effect with as few digits as a page's script needs to say the same number of it as the tooltips here do."""
+    if effect is None:
+        return ""
+    short = f"{effect:.4g}"
+    return short if f"{float(short):.3f}" == f"{effect:.3f}" else f"{effect:.7g}"

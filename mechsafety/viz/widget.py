@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import Ablation, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
-from mechsafety.viz.cards import ablation_data
+from mechsafety.viz.cards import ablations_on
 from mechsafety.viz.html import circuit_html, template
 from mechsafety.viz.style import Style
 
@@ -45,6 +45,7 @@ def circuit_widget(
             "a widget without the package anywidget", hint='pip install "mechsafety[widget]"'
         ) from None
     nodes = {str(member.node): member.node for member in circuit.nodes}
+    grayscale = style is not None and style.grayscale
 
     class CircuitWidget(anywidget.AnyWidget):
         """The page in a frame; messages between frame and kernel carry the traits."""
@@ -65,7 +66,7 @@ def circuit_widget(
                 self.ablation = {"name": "", "text": "", "nodes": [], "effects": {}}
                 return
             try:
-                self.ablation = ablation_data([on_ablate(chosen)])[0]
+                self.ablation = ablations_on(circuit, [on_ablate(chosen)], grayscale=grayscale)[0]
             except MechsafetyError as error:
                 self.message = str(error)
 

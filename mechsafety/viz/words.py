@@ -31,6 +31,27 @@ STATUS_WORDS = {
 }
 
 
+# an edge's tooltip; a page's script fills in the same words
+EDGE_TITLE = "<sender> → <receiver>, slot <slot>: effect <effect>, <status>"
+ESTIMATE_TITLE, LINKING_TITLE = " (gradient estimate <estimate>)", "; kept only to connect a node"
+# of several edges: of one, of more
+SUM_TITLES = (
+    "<sender> to <receiver>, slot <slot>: 1 edge, effect <effect>",
+    "<sender> to <receiver>, slot <slot>: <n> edges, effects sum to <effect>",
+)
+STRONGEST = "the strongest in all and of each node"
+
+
+def filled(template: str, **parts: object) -> str:
+    """A template with its ``<names>`` replaced.
+
+    Example:
+        >>> filled("<n> edges", n=3)
+        '3 edges'
+    """
+    return re.sub(r"<(\w+)>", lambda found: str(parts[found[1]]), template)
+
+
 def role_name(role: str) -> str:
     """What a role is called in pictures, pages and reports."""
     return "no role" if role == "none" else role
@@ -128,13 +149,16 @@ def visible(token: str) -> str:
     return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
 
 
-def caption(
-    circuit: RefusalCircuit, drawn: int, which: str = "the strongest in all and of each node"
-) -> tuple[str, ...]:
+def edges_drawn(drawn: int, total: int) -> str:
+    """How many of the edges are drawn, on one line of a caption."""
+    return f"{drawn} of {total} edges drawn".replace(" ", NO_BREAK)
+
+
+def caption(circuit: RefusalCircuit, drawn: int, which: str = STRONGEST) -> tuple[str, ...]:
     """The sentences under the picture; ``drawn`` edges are drawn, and ``which`` names them if they are not all."""
     check = circuit.verification
     controls = check.random_controls
-    edges = f"{drawn} of {len(circuit.edges)} edges drawn".replace(" ", NO_BREAK)
+    edges = edges_drawn(drawn, len(circuit.edges))
     edges += f" ({which})" if drawn < len(circuit.edges) else ""
     linked = len(linking_edges(circuit))
     edges += f", {linked} of the circuit's kept only to connect a node" if linked else ""
@@ -189,10 +213,24 @@ def linking_edges(circuit: RefusalCircuit) -> frozenset[Edge]:
 def edge_title(member: CircuitEdge, linking: bool = False) -> str:
     """An edge's tooltip."""
     edge = member.edge
-    text = f"{edge.sender} → {edge.receiver}, slot {edge.slot}: effect {number(member.effect)}, {member.status}"
-    replaced = member.estimate is not None and member.status != "estimated"
-    text = f"{text} (gradient estimate {number(member.estimate)})" if replaced else text
-    return f"{text}; kept only to connect a node" if linking else text
+    template = EDGE_TITLE
+    template += ESTIMATE_TITLE if member.estimate is not None and member.status != "estimated" else ""
+    template += LINKING_TITLE if linking else ""
+    return filled(
+        template,
+        sender=edge.sender,
+        receiver=edge.receiver,
+        slot=edge.slot,
+        effect=number(member.effect),
+        status=member.status,
+        estimate=number(member.estimate),
+    )
+
+
+def sum_title(sender: str, receiver: str, slot: str, n: int, effect: float) -> str:
+    """The tooltip of several edges that are drawn as one."""
+    template = SUM_TITLES[n > 1]
+    return filled(template, sender=sender, receiver=receiver, slot=slot, n=n, effect=number(effect))
 
 
 def evidence(member: CircuitNode) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from circuits_drawn import HOSTILE, build, large_circuit, small_circuit
 
 from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.viz import Ablation, Notes, Style, circuit_html, circuit_svg, circuit_tikz, compare_html, layout_circuit
+from mechsafety.viz.svg import path_data
 
 DEMO = Path(__file__).parents[2] / "docs" / "gallery" / "demo.json"
 VISIBLE = ".node:not(.gone)"
@@ -178,17 +179,22 @@ def test_groups_fold_and_unfold(show, large) -> None:
     set_slider(page, "edgeSlider", 0)
     drawn = page.eval_on_selector_all(
         ".edge.summed",
-        """all => all.map(el => [el.querySelector('title').textContent,
-        [...el.children].slice(1).map(p => [p.getAttribute('d'), p.getAttribute('stroke')])])""",
+        """all => all.map(el => [el.querySelector('title').textContent, [...el.children].slice(1).map(
+        p => ['d', 'fill', 'stroke', 'stroke-width', 'stroke-dasharray'].map(name => p.getAttribute(name)))])""",
     )
     paths = dict(drawn)
     folded = {mark.title: mark for mark in python.edges if "group:detection" in (mark.sender, mark.receiver)}
     assert paths.keys() == folded.keys() and len(drawn) == len(folded) > 0
     for title, mark in folded.items():
-        values = np.array([value for _, part in mark.shapes[0].commands for value in part])
-        assert np.abs(numbers(paths[title][0][0]) - values).max() < 0.11
-        # the same number of marks, and the same colour
-        assert (len(mark.shapes), mark.shapes[0].stroke) == (len(paths[title]), paths[title][0][1])
+        assert paths[title][0][0] == path_data(mark.shapes[0].commands)
+        # the marks too, which the page makes as large as the sum is strong
+        for shape, (path, fill, stroke, width, dashes) in zip(mark.shapes, paths[title], strict=True):
+            assert (shape.fill or "none", shape.stroke) == (fill, stroke)
+            assert float(width) == pytest.approx(shape.width, abs=0.01)
+            assert numbers(dashes or "") == pytest.approx(np.array(shape.dashes), abs=0.02)
+            if shape is not mark.shapes[0]:
+                values = np.array([value for _, part in shape.commands for value in part])
+                assert np.abs(numbers(path) - values).max() < 0.11
     group.focus()
     page.keyboard.press("f")
     assert not group.is_visible() and count(page, ".edge.summed") == 0
@@ -360,13 +366,18 @@ def test_copied_tikz_compiles(show, tmp_path: Path) -> None:
     circuit = small_circuit(model=HOSTILE)
     page = show(circuit_html(circuit)).page
     page.click("#copyTikz")
-    # unfolded, it is Python's own, path by path
-    shown = set(re.findall(r"\\path\[fill.*", page.input_value("#dialogArea")))
-    assert shown == set(re.findall(r"\\path\[fill.*", circuit_tikz(circuit))) and len(shown) > 30
+    # unfolded, it is Python's own, path by path, and text by text but for the digits of their sizes
+    for kind in (r"\\path\[fill.*", r"\\node\[.*"):
+        shown, python = (
+            {re.sub(r"fontsize\{\S*\}", "", line) for line in re.findall(kind, text)}
+            for text in (page.input_value("#dialogArea"), circuit_tikz(circuit))
+        )
+        assert shown == python and len(shown) > 30
     page.click("#dialog button")
     page.click('[data-fold="evaluation"]')
     page.click("#copyTikz")
     text = page.input_value("#dialogArea")
+    assert "15~of~16~edges~drawn" in text
     assert text.startswith("\\begingroup") and text.isascii() and "tikzpicture" in page.inner_text("#dialog") + text
     check_compiles(text, tmp_path)
 
@@ -436,10 +447,10 @@ def test_comparison_switches_between_difference_and_sides(show, small) -> None:
     assert page.locator('[data-pane="aligned"]').is_visible() and page.locator('[data-pane="base"]').is_visible()
     key = str(small.nodes[3].node)
     places = [
-        page.locator(f'[data-pane="{side}"] .node[data-node="{key}"]').get_attribute("data-box")
+        page.locator(f'[data-pane="{side}"] .node[data-node="{key}"]').get_attribute("data-at")
         for side in ("aligned", "base")
     ]
-    assert places[0].split()[:2] == places[1].split()[:2]
+    assert places[0] == places[1]
     page.mouse.move(300, 300)
     page.mouse.wheel(0, -300)
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")

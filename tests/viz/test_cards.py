@@ -12,7 +12,8 @@ from test_formats import Tags
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.replies import ReplyKinds
-from mechsafety.viz import Ablation, Notes, circuit_html
+from mechsafety.viz import Ablation, Notes, Style, circuit_html, layout_circuit
+from mechsafety.viz.marks import grey
 
 
 def page_data(text: str) -> dict:
@@ -57,6 +58,19 @@ def test_ablations_are_optional(small: RefusalCircuit) -> None:
         "3 of 4 replies that no longer refuse are degenerate: the model babbles rather than complies"
     )
     assert (row["nodes"], row["effects"]) == ([str(first)], {str(second): 0.25})
+
+
+def test_nodes_get_the_colour_of_what_an_ablation_leaves(small: RefusalCircuit) -> None:
+    layout = layout_circuit(small)
+    drawn = {mark.key: mark.shapes[0].fill for mark in layout.nodes}
+    gone, *others = (member for member in small.nodes if member.status in ("measured", "verified"))
+    same = Ablation("same", (gone.node,), (1.0, 0.5), {member.node: member.effect for member in (gone, *others)})
+    none = Ablation("none", (gone.node,), (1.0, 0.0), {member.node: 0.0 for member in others})
+    rows = page_data(circuit_html(small, ablations=[same, none]))["ablations"]
+    assert rows[0]["fills"] == {str(member.node): drawn[str(member.node)] for member in others}
+    assert set(rows[1]["fills"].values()) == {"#ffffff"}
+    greys = page_data(circuit_html(small, Style(grayscale=True), ablations=[same]))["ablations"][0]["fills"]
+    assert greys == {key: grey(fill) for key, fill in rows[0]["fills"].items()}
 
 
 def test_attention_is_packed_and_comes_back(small: RefusalCircuit) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,7 +36,7 @@ from mechsafety.viz import (
     mimebundle,
     role_diagram,
 )
-from mechsafety.viz.html import safe_json
+from mechsafety.viz.html import SOURCES, safe_json
 from mechsafety.viz.pdf import layout_figure
 from mechsafety.viz.tikz import tex
 
@@ -155,6 +156,14 @@ def test_page_is_small_without_attention(large: RefusalCircuit, small: RefusalCi
     every = [Node("head", layer, head) for layer in range(24) for head in range(16)]
     huge = build(rng.sample(every, 300), 200, n_layers=24, n_heads=16)
     assert len(circuit_html(replace(huge, details=None)).encode()) < 300_000
+
+
+def test_pages_script_is_its_sources_in_one_function(small: RefusalCircuit) -> None:
+    script = Tags(circuit_html(small)).scripts[1]
+    assert script.startswith('(() => {\n"use strict";\n') and script.endswith("start();\n})();")
+    sources = [(files("mechsafety.viz") / "templates" / f"circuit-{part}.js").read_text("utf-8") for part in SOURCES]
+    places = [script.index(source) for source in sources]
+    assert places == sorted(places) and len(script) - sum(map(len, sources)) < 60
 
 
 def test_pages_theme_is_checked(small: RefusalCircuit) -> None:

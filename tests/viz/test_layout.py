@@ -350,6 +350,28 @@ def test_folded_edges_run_beside_nodes(large: RefusalCircuit, neurons: RefusalCi
     assert downward > 0  # a group's members stand above and below it
 
 
+def test_what_else_is_folded_moves_no_sum(large: RefusalCircuit) -> None:
+    roles = ("detection", "evaluation", "decision", "production")
+    found: dict[tuple[str, str, str], set[object]] = {}
+    for fold in itertools.chain.from_iterable(itertools.combinations(roles, n) for n in range(1, 5)):
+        layout = layout_circuit(large, Style(fold=fold, max_edges=None))
+        runs: dict[tuple[float, str], list[tuple[float, float]]] = {}
+        for mark in layout.edges:
+            if mark.member is None:
+                path = mark.shapes[0].commands
+                found.setdefault((mark.sender, mark.receiver, mark.slot), set()).add(path)
+                ends = [(start[-2:], end) for (_, start), (letter, end) in itertools.pairwise(path) if letter == "L"]
+                for start, end in ends:
+                    if start[1] == end[1]:
+                        runs.setdefault((end[1], f"{mark.receiver} {mark.slot}"), []).append((start[0], end[0]))
+        # level runs into different slots lie on each other nowhere
+        for (one, first), (other, second) in itertools.combinations(runs, 2):
+            if one == other and first != second:
+                spans = [(min(map(min, runs[key])), max(map(max, runs[key]))) for key in ((one, first), (one, second))]
+                assert spans[0][1] < spans[1][0] or spans[1][1] < spans[0][0]
+    assert len(found) > 100 and all(len(paths) == 1 for paths in found.values())
+
+
 def test_own_groups_are_checked(small: RefusalCircuit) -> None:
     one, two, three = (member.node for member in small.nodes[:3])
     layout = layout_circuit(small, Style(groups={"pair": [one, two]}, fold=("pair",)))
