@@ -212,23 +212,12 @@ def probe_layers(
     Raises:
         MechsafetyError: Unknown span, a layer that the model lacks, too few pairs, or fewer than two draws.
     """
-    wrong = [span for span in spans if span not in PROBE_SPANS]
-    if wrong or not spans:
-        raise MechsafetyError(f"spans {wrong or list(spans)}", expected=f"some of {PROBE_SPANS}")
-    chosen = tuple(layers) if layers is not None else tuple(range(model.n_layers + 1))
-    if not chosen or any(not 0 <= layer <= model.n_layers for layer in chosen):
-        raise MechsafetyError(f"layers {list(chosen)}", expected=f"some of 0 to {model.n_layers}")
+    chosen = _chosen_layers(model, layers, spans)
     pairs = pairs.without_shared_prompts()
     groups = _groups(pairs)
-    if len(set(groups)) < MIN_GROUPS:
-        raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_GROUPS}, so that some can be held out")
-    if n_shuffled < 2:
-        raise MechsafetyError(f"n_shuffled={n_shuffled}", expected="at least 2 draws, so that there is an interval")
-    both = set(pairs.harmful) & set(pairs.harmless)
-    if both:
-        raise MechsafetyError(f"{min(both)!r} is a harmful and a harmless prompt", expected="one label for each prompt")
-    scary = list(hard) if hard is not None else [prompt.text for prompt in builtin_prompts("borderline", "test")]
+    _check_groups(pairs, groups, n_shuffled)
     texts = [*pairs.harmful, *pairs.harmless]
+    scary = list(hard) if hard is not None else [prompt.text for prompt in builtin_prompts("borderline", "test")]
     scary = distinct(scary, "hard negatives")
     scary = [scary[k] for k in unseen(scary, texts, "hard negatives")]
     labels = np.repeat([1, 0], len(pairs))
@@ -236,20 +225,7 @@ def probe_layers(
     swapped = np.where(swaps == 1, 1 - labels, labels)
     seen, seen_hard = (span_means(model, prompts, chosen, spans) for prompts in (texts, scary))
     folds = _Folds(np.tile(groups, 2), outer, inner)
-    shape = (len(chosen), len(spans))
-    values, shuffled = torch.zeros(*shape, len(texts)), torch.zeros(n_shuffled, *shape, len(texts))
-    on_hard, directions = torch.zeros(*shape, len(scary)), torch.zeros(2, *shape, model.d_model)
-    with tqdm(total=shape[0] * shape[1], desc="probes", disable=not progress, leave=False) as bar:
-        for k in range(shape[0]):
-            for s in range(shape[1]):
-                data = seen[k, s].numpy()
-                values[k, s] = folds.out_of_fold(_linear(), data, labels)
-                for draw, own in enumerate(swapped):
-                    shuffled[draw, k, s] = folds.out_of_fold(_linear(), data, own)
-                probe = folds.fit(_linear(), data, labels)
-                on_hard[k, s] = torch.from_numpy(probe.decision_function(seen_hard[k, s].numpy()))
-                directions[:, k, s] = _directions(probe, data)
-                bar.update()
+    values, shuffled, on_hard, directions = _fit_all(folds, seen, seen_hard, labels, swapped, progress)
     lexical = folds.out_of_fold(_lexical(), texts, labels)
     lexical_hard = torch.from_numpy(folds.fit(_lexical(), texts, labels).decision_function(scary)).float()
     chosen_prompts = pairs.sample(N_ERASE, seed)
@@ -283,6 +259,68 @@ def probe_layers(
         *erased,
         *cost,
     )
+
+
+def _chosen_layers(model: LensModel, layers: Sequence[int] | None, spans: Sequence[str]) -> tuple[int, ...]:
+    """Layers to probe, all by default.
+
+    Raises:
+        MechsafetyError: Unknown span, or a layer that the model lacks.
+    """
+    wrong = [span for span in spans if span not in PROBE_SPANS]
+    if wrong or not spans:
+        raise MechsafetyError(f"spans {wrong or list(spans)}", expected=f"some of {PROBE_SPANS}")
+    chosen = tuple(layers) if layers is not None else tuple(range(model.n_layers + 1))
+    if not chosen or any(not 0 <= layer <= model.n_layers for layer in chosen):
+        raise MechsafetyError(f"layers {list(chosen)}", expected=f"some of 0 to {model.n_layers}")
+    return chosen
+
+
+def _check_groups(pairs: PromptPairs, groups: np.ndarray, n_shuffled: int) -> None:
+    """Refuse what leaves nothing to hold out, a prompt with both labels, or a single draw of shuffled labels."""
+    if len(set(groups)) < MIN_GROUPS:
+        raise MechsafetyError(f"{len(pairs)} pairs", expected=f"at least {MIN_GROUPS}, so that some can be held out")
+    if n_shuffled < 2:
+        raise MechsafetyError(f"n_shuffled={n_shuffled}", expected="at least 2 draws, so that there is an interval")
+    both = set(pairs.harmful) & set(pairs.harmless)
+    if both:
+        raise MechsafetyError(f"{min(both)!r} is a harmful and a harmless prompt", expected="one label for each prompt")
+
+
+def _fit_all(
+    folds: "_Folds",
+    seen: Float[Tensor, "layer span prompt d_model"],
+    seen_hard: Float[Tensor, "layer span hard d_model"],
+    labels: np.ndarray,
+    shuffled_labels: np.ndarray,
+    progress: bool,
+) -> tuple[
+    Float[Tensor, "layer span prompt"],
+    Float[Tensor, "draw layer span prompt"],
+    Float[Tensor, "layer span hard"],
+    Float[Tensor, "kind layer span d_model"],
+]:
+    """The probes of every layer and span.
+
+    Returns:
+        Out-of-fold values; those under each draw of shuffled labels; values on hard negatives; weights and patterns.
+    """
+    n_layers, n_spans, n_prompts, d_model = seen.shape
+    values = torch.zeros(n_layers, n_spans, n_prompts)
+    shuffled = torch.zeros(len(shuffled_labels), n_layers, n_spans, n_prompts)
+    on_hard, directions = torch.zeros(seen_hard.shape[:3]), torch.zeros(2, n_layers, n_spans, d_model)
+    with tqdm(total=n_layers * n_spans, desc="probes", disable=not progress, leave=False) as bar:
+        for k in range(n_layers):
+            for s in range(n_spans):
+                data = seen[k, s].numpy()
+                values[k, s] = folds.out_of_fold(_linear(), data, labels)
+                for draw, own in enumerate(shuffled_labels):
+                    shuffled[draw, k, s] = folds.out_of_fold(_linear(), data, own)
+                probe = folds.fit(_linear(), data, labels)
+                on_hard[k, s] = torch.from_numpy(probe.decision_function(seen_hard[k, s].numpy()))
+                directions[:, k, s] = _directions(probe, data)
+                bar.update()
+    return values, shuffled, on_hard, directions
 
 
 @public

@@ -170,7 +170,7 @@ class Result:
     __slots__ = ()
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """The result as a table, one row a part."""
+        """The result as a table, one row per part."""
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> Path:

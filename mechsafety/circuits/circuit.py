@@ -62,8 +62,8 @@ class RoleEvidence:
         from_detection: Summed direct paths it receives from detection nodes, measured or estimated.
         from_evaluation: The same from evaluation nodes.
         to_decision: The same of what it sends to nodes with a decision or production role.
-        backup_of: Name of the node it stands in for; then everything above was measured with that node (and its other
-            backups) patched.
+        backup_of: Name of the primary node, for a backup. Everything above was then measured with that node and its
+            other backups patched.
         joint: Effect of patching both, and its other backups, together (backups only).
     """
 
@@ -87,7 +87,7 @@ class CircuitNode:
     Attributes:
         node: Which part.
         role: One of `ROLES`.
-        effect: Share of the metric gap that is lost when this node alone is given its harmless-run values.
+        effect: Share of the metric gap that is lost when this node alone gets its values from the harmless run.
         ci: 95 % interval of ``effect`` over prompts; None where only estimated.
         p_value: Sign-flip permutation p over prompts, Benjamini-Hochberg adjusted over all measured nodes.
         status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, significant, and the circuit
@@ -123,11 +123,13 @@ class CircuitEdge:
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A node that stands in for another: alone it hardly matters, together with the other it does.
+    """A node that replaces a primary node when that is patched.
+
+    Patched alone, a backup hardly matters. Patched together with its primary node, it does.
 
     Attributes:
         node: The backup.
-        primary: The node it stands in for.
+        primary: The node that it replaces.
         group: Everything patched for the joint effect: ``primary`` and its backups.
         single: Effect of patching the backup alone (share of the gap).
         primary_effect: Effect of patching ``primary`` alone.
@@ -152,13 +154,14 @@ class Search:
     """How a circuit was found.
 
     Attributes:
-        ranked: Size of the smallest prefix of the ranking that reaches the target (or fits the size asked for).
+        ranked: Size of the smallest prefix of the ranking that reaches the target (or fits the requested size).
         removed: How many of these exact removal took away again.
-        minimal: Whether no single part more can leave without missing the target; None where the search was cut short.
-        backups: Parts added because they stand in for others.
-        linked: Edges kept only because a node would else lie on no path from ``embed`` to ``logits``.
-        dropped: Nodes taken out because no edge of theirs carries anything.
-        cut: What was left out to keep the time budget, a line each.
+        minimal: Whether no further single part can be removed without missing the target; None where the search was
+            cut short.
+        backups: Parts added because they replace others when those are patched.
+        linked: Edges kept only to connect a node that would otherwise lie on no path from ``embed`` to ``logits``.
+        dropped: Nodes taken out because none of their edges carries anything.
+        cut: What was left out to keep the time budget, one line each.
     """
 
     ranked: int

@@ -55,7 +55,7 @@ def refine(
     Every neuron of the circuit's MLPs is attributed (integrated gradients over neuron masks); the parts of the circuit
     are ranked, the smallest prefix that reaches the target found, and exact removal follows, as in `search_parts`. The
     rest of the model comes after them in the ranking, so that a circuit whose neurons do not reach the target grows.
-    An MLP that stands in for another node keeps its smallest prefix of neurons that reaches the target in its place.
+    A backup MLP keeps its smallest prefix of neurons that reaches the target without its primary node.
 
     Args:
         found_on: Meter on the search's pairs; its runs must hold neurons.
@@ -75,7 +75,7 @@ def refine(
     core = {node for node in nodes if node not in result.added}
     first = [part for part in here.parts if isinstance(part, Node) and _home(part) in core]
     rest = [part for part in here.parts if isinstance(part, Node) and _home(part) not in core]
-    # a backup's neurons would stand in for what removal takes away: they come last, and are added by themselves
+    # a backup's neurons would replace what removal takes away, so they come last and are added by themselves
     late = {node for node in rest if _home(node) in set(result.added)}
     ranking = _ranked(first, attribution) + _ranked([n for n in rest if n not in late], attribution)
     ranking += _ranked(sorted(late, key=lambda node: node.order), attribution)
@@ -113,7 +113,7 @@ def _stand_in(
     added: Sequence[Part],
     target: float,
 ) -> list[Part]:
-    """The fewest neurons of a backup MLP with which the circuit reaches the target without what it stands in for."""
+    """The fewest neurons of a backup MLP with which the circuit reaches the target without the MLP's primary node."""
     runs = knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order))
     attribution = node_attribution(here.model, runs, here.metric, neurons=True)
     own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]

@@ -23,8 +23,8 @@ class Wiring:
     """How the nodes of a circuit connect, and what each does.
 
     Attributes:
-        edges: Strongest first.
-        roles: With evidence.
+        edges: Edges of the circuit, strongest first.
+        roles: Role of each node, with its evidence.
         linked: Edges that are kept only to connect a node.
         dropped: Nodes that nothing connects.
     """
@@ -48,53 +48,48 @@ def wire(
 ) -> Wiring:
     """Edges and roles of a circuit's nodes, connected from ``embed`` to ``logits``.
 
-    Where there are backups, everything is measured with them patched, since what they stand in for shows no effect
-    while they do; a backup's own edges and roles with what it stands in for, and the backups of other nodes, patched.
+    A backup masks the node that it replaces. All backups are therefore patched while the other nodes are measured. A
+    backup is measured with its primary node, its primary node's other backups, and all backups of other primary nodes
+    patched.
 
     Args:
         meter: What to measure on.
         nodes: The circuit's, backups included.
         backups: Those among them.
-        n_edges: Edges to keep, strongest first (links come on top).
+        n_edges: Edges to keep, strongest first. Edges that only connect a node come on top.
         n_measured: How many of them to measure exactly.
         budget: Time to keep.
         progress: Whether to show bars.
-        effects: Exact effect of each node on these pairs, where it is known; measured here else.
+        effects: Exact effect of each node on these pairs, if it is known; otherwise it is measured here.
     """
     no_roles: Roles = {node: ("none", RoleEvidence()) for node in nodes}
     if budget.skips("edges and roles", 0.6):
         return Wiring((), no_roles)
-    second = {backup.node: backup for backup in backups}
-    ways: dict[tuple[Node, ...], list[Node]] = {tuple(second): [node for node in nodes if node not in second]}
-    for node, backup in second.items():
-        # one way at each doubled stage: this one here, the first one at the others
-        elsewhere = {other for other, its in second.items() if its.primary != backup.primary}
-        others = {backup.primary, *backup.group, *elsewhere} - {node}
-        ways.setdefault(tuple(sorted(others, key=lambda n: n.order)), []).append(node)
+    by_node = {backup.node: backup for backup in backups}
     every: dict[Edge, CircuitEdge] = {}
     kept: dict[Edge, CircuitEdge] = {}
     roles = dict(no_roles)
     from_embed: dict[Node, list[CircuitEdge]] = {}
     model, metric = meter.model, meter.metric
-    for gone, asked in ways.items():
-        alive = [node for node in nodes if node not in gone]
-        here = knocked_out(model, meter.runs, gone)
-        # the runs by length are of the model as it is
-        groups = [here] if gone or not meter.groups else [group for _, group in meter.groups]
-        found, strongest, named = _one_way(
-            model, here, groups, metric, alive, n_edges, n_measured, progress, None if gone else effects
+    for patched, measured in _patched_sets(nodes, by_node).items():
+        alive = [node for node in nodes if node not in patched]
+        here = knocked_out(model, meter.runs, patched)
+        # the runs by length are of the model without patches
+        groups = [here] if patched or not meter.groups else [group for _, group in meter.groups]
+        found, strongest, named = _edges_and_roles(
+            model, here, groups, metric, alive, n_edges, n_measured, progress, None if patched else effects
         )
-        paths = edges_into(EMBED, _unfed(asked, strongest), parallel=model.parallel)
+        paths = edges_into(EMBED, _unfed(measured, strongest), parallel=model.parallel)
         for member in measure_edges(model, groups, metric, [CircuitEdge(edge, 0.0) for edge in paths]):
             from_embed.setdefault(member.edge.receiver, []).append(member)
         first = not every
-        mine = set(asked)
+        mine = set(measured)
         for members, into in ((found, every), (strongest, kept)):
             for member in members:
                 if first or {member.edge.sender, member.edge.receiver} & mine:
                     into.setdefault(member.edge, member)
-        roles |= {node: named[node] for node in asked}
-    for node, backup in second.items():
+        roles |= {node: named[node] for node in measured}
+    for node, backup in by_node.items():
         role, evidence = roles[node]
         roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))
     # at the suffix, heads read the instruction from tokens that no node there wrote
@@ -105,7 +100,17 @@ def wire(
     return Wiring(tuple(edges), roles, linked, dropped)
 
 
-def _one_way(
+def _patched_sets(nodes: Sequence[Node], backups: Mapping[Node, Backup]) -> dict[tuple[Node, ...], list[Node]]:
+    """Which nodes are patched at a time, and which nodes are measured then; nodes that are no backups come first."""
+    sets = {tuple(backups): [node for node in nodes if node not in backups]}
+    for node, backup in backups.items():
+        of_others = {other for other, its in backups.items() if its.primary != backup.primary}
+        patched = {backup.primary, *backup.group, *of_others} - {node}
+        sets.setdefault(tuple(sorted(patched, key=lambda n: n.order)), []).append(node)
+    return sets
+
+
+def _edges_and_roles(
     model: LensModel,
     runs: PairRuns,
     groups: Sequence[PairRuns],
@@ -116,7 +121,10 @@ def _one_way(
     progress: bool,
     effects: Mapping[Node, float] | None,
 ) -> tuple[list[CircuitEdge], list[CircuitEdge], Roles]:
-    """Every edge, the strongest (measured as far as asked), and the roles, in one state of the model."""
+    """Every edge between nodes, the strongest of them, and the nodes' roles, with the same nodes patched throughout.
+
+    The strongest edges are measured exactly, up to ``n_measured`` of them. The effects of the others are estimates.
+    """
     if effects is None or not effects.keys() >= set(nodes):
         whole = activation_patching(model, runs, metric, nodes=nodes, progress=progress)
         effects = dict(zip(nodes, whole.effects.tolist(), strict=True))

@@ -162,56 +162,91 @@ def refusal_subspace(
         raise MechsafetyError(f"{n_harmful} refused validation prompts", expected="at least 4: half choose, half judge")
     generator = torch.Generator().manual_seed(seed)
     basis = torch.zeros(0, model.d_model, device=model.device)
-    found_at: list[tuple[int, int]] = []
-    rounds: list[tuple[Tensor, ...]] = []
-    causal: list[bool] = []
+    rounds: list[_Round] = []
     before = checked.harmful_scores
     for step in range(n_directions):
-        positions, at = (found.positions, rows) if step else ((found.position,), (found.layer,))
-        vectors = found.vector[None, None].to(model.device)
         if step:
+            positions, at = found.positions, rows
             with project_out(model, basis):
                 # all training prompts count, whatever the edited model makes of them: no metric is given
                 raw, _ = mean_differences(model, pairs.harmful, pairs.harmless, n_positions=len(positions))
             vectors = _orthogonal(raw[list(rows)], basis)
+        else:
+            positions, at, vectors = (found.position,), (found.layer,), found.vector[None, None].to(model.device)
         scores = score_directions(model, checked, metric, vectors, at, also=basis, progress=progress)
         cell = smallest(scores.bypass[..., pick].mean(-1), vectors.norm(dim=-1) > 0)
         if cell is None:
             break
         vector, layer = vectors[cell], at[cell[0]]
-        noise = torch.randn(1, N_RANDOM, model.d_model, generator=generator).to(vector)
-        noise = _orthogonal(noise, basis)
+        noise = _orthogonal(torch.randn(1, N_RANDOM, model.d_model, generator=generator).to(vector), basis)
         noise = noise / noise.norm(dim=-1, keepdim=True) * vector.norm()
         random = score_directions(model, checked, metric, noise, [layer], also=basis, progress=False)
-        control, added = random.bypass[0].mean(0), random.induce[0].mean(0)
-        lost, gained = (scores.bypass[cell] - control)[judge], scores.induce[cell] - added
-        found_at.append((layer, positions[cell[1]]))
-        parts = (before[judge], scores.bypass[cell][judge], control[judge], scores.kl[cell], scores.induce[cell], added)
-        rounds.append((vector, *parts))
-        lower, raised = mean_interval(lost.cpu().numpy())[1] < 0, mean_interval(gained.cpu().numpy())[0] > 0
-        causal.append(lower and raised)
+        rounds.append(
+            _Round(
+                layer,
+                positions[cell[1]],
+                vector,
+                before[judge],
+                scores.bypass[cell][judge],
+                random.bypass[0].mean(0)[judge],
+                scores.induce[cell],
+                random.induce[0].mean(0),
+                scores.kl[cell],
+            )
+        )
         before = scores.bypass[cell]
         ended = stop_below is not None and float(before[pick].mean()) < stop_below
-        if not causal[-1] or ended:
+        if not rounds[-1].causal or ended:
             break
         basis = orthonormal(torch.cat([basis, vector[None]]))
-    vectors, before, bypass, control, kl, induce, added = (torch.stack(part) for part in zip(*rounds, strict=True))
     options = {"n_directions": n_directions, "layers": list(rows), "max_depth": max_depth, "train": len(pairs)}
     options["stop_below"] = stop_below
     return RefusalSubspace(
         model.provenance(seed=seed, options=options),
         metric.to_json(),
-        tuple(layer for layer, _ in found_at),
-        tuple(position for _, position in found_at),
-        vectors,
-        before,
-        bypass,
-        control,
-        added,
-        kl,
-        induce,
-        tuple(causal),
+        tuple(one.layer for one in rounds),
+        tuple(one.position for one in rounds),
+        torch.stack([one.vector for one in rounds]),
+        torch.stack([one.before for one in rounds]),
+        torch.stack([one.bypass for one in rounds]),
+        torch.stack([one.control for one in rounds]),
+        torch.stack([one.induce_control for one in rounds]),
+        torch.stack([one.kl for one in rounds]),
+        torch.stack([one.induce for one in rounds]),
+        tuple(one.causal for one in rounds),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One direction of the search, and what it does.
+
+    Attributes:
+        layer, position: Where it was found.
+        vector: The direction.
+        before: Metric of the judging prompts with all earlier directions removed.
+        bypass: The same with this direction removed too.
+        control: The same with a random direction removed in its place, mean over directions.
+        induce: Metric of the harmless prompts with the direction added.
+        induce_control: The same with a random direction added, mean over directions.
+        kl: Divergence on the harmless prompts with the direction removed.
+    """
+
+    layer: int
+    position: int
+    vector: Float[Tensor, " d_model"]
+    before: Float[Tensor, " harmful"]
+    bypass: Float[Tensor, " harmful"]
+    control: Float[Tensor, " harmful"]
+    induce: Float[Tensor, " harmless"]
+    induce_control: Float[Tensor, " harmless"]
+    kl: Float[Tensor, " harmless"]
+
+    @property
+    def causal(self) -> bool:
+        """Whether removing it lowers refusal, and adding it raises refusal, by more than random directions do."""
+        lost, gained = self.bypass - self.control, self.induce - self.induce_control
+        return bool(mean_interval(lost.cpu().numpy())[1] < 0 and mean_interval(gained.cpu().numpy())[0] > 0)
 
 
 def _orthogonal(

@@ -112,7 +112,7 @@ def wrap(lens: Any) -> "HookedBackend":
     if cfg.ungroup_grouped_query_attention and cfg.n_key_value_heads:
         raise MechsafetyError(
             "a HookedTransformer that repeats its keys and values for all heads",
-            expected="one a key-value head",
+            expected="one per key-value head",
             hint="call set_ungroup_grouped_query_attention(False) on it",
         )
     plain = cfg.positional_embedding_type in ("standard", "rotary") and not cfg.num_experts and not cfg.attn_only

@@ -39,7 +39,7 @@ def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tens
         if not isinstance(node, Node):
             raise MechsafetyError(f"{node!r} among the neurons", expected="nodes: Node('neuron', layer, index)")
         if node.kind != "neuron" or not (0 <= (node.layer or 0) < shape[0] and 0 <= (node.index or 0) < shape[1]):
-            raise MechsafetyError(f"{node} is no neuron of {model!r}")
+            raise MechsafetyError(f"{node} is not a neuron of {model!r}")
         mask[node.layer, node.index] = True
     return mask
 

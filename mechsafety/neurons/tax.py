@@ -1,5 +1,6 @@
 """The alignment tax: what two alignments' common neurons do to safety and to helpfulness."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -13,7 +14,7 @@ from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import mean_interval
 from mechsafety.models import LensModel
 from mechsafety.neurons.agreement import NeuronAgreement, compare_neurons
-from mechsafety.neurons.behaviour import Score, Unedited, judge_of, kinds_table, measure, score_name
+from mechsafety.neurons.behaviour import Measured, Score, Unedited, judge_of, kinds_table, measure, score_name
 from mechsafety.neurons.masks import check_ranking, random_masks
 from mechsafety.neurons.runs import check_pair
 from mechsafety.neurons.scores import NeuronScores, digest
@@ -167,28 +168,18 @@ def alignment_tax(
         )
     sets = random_masks(common, n_random, seed, fill=True)
     overlap = float((sets[0] & common).sum() / common.sum()) if sets else 1.0
-    none = torch.zeros_like(common)
     masks = [common, *(sets or [])]
     found, said = {}, {}
     unedited: Unedited | None = None
     for kind, prompts, score in (("safety", harmful, safety), ("helpfulness", harmless, helpfulness)):
-        alone = [
-            measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)
-            for model in (base, safe, helpful)
-        ]
-        both = [
-            measure(model, donor, masks, prompts, score, max_new_tokens=max_new_tokens, progress=progress)
-            for model, donor in ((safe, helpful), (helpful, safe))
-        ]
-        control = (
-            torch.stack([one.scores[1:] for one in both])
-            if sets
-            else torch.full((2, n_random, len(prompts)), torch.nan)
-        )
-        found[kind] = torch.cat([one.scores[:1] for one in (*alone, *both)]), control
-        if alone[0].replies and unedited is None:
+        runs = _five_models(base, safe, helpful, masks, prompts, score, max_new_tokens, progress)
+        control = torch.stack([one.scores[1:] for one in runs[3:]])
+        if not sets:
+            control = torch.full((2, n_random, len(prompts)), torch.nan)
+        found[kind] = torch.cat([one.scores[:1] for one in runs]), control
+        if runs[0].replies and unedited is None:
             unedited = Unedited.of(base, safe, helpful, limit=limit)
-        said[kind] = tuple(row for one in (*alone, *both) if unedited for row in unedited.judged(prompts, one, 1))
+        said[kind] = tuple(row for one in runs if unedited for row in unedited.judged(prompts, one, 1))
     options = {
         "share": share,
         "common": int(common.sum()),
@@ -212,3 +203,27 @@ def alignment_tax(
         said["safety"],
         said["helpfulness"],
     )
+
+
+def _five_models(
+    base: LensModel,
+    safe: LensModel,
+    helpful: LensModel,
+    masks: Sequence[Bool[Tensor, "layer d_mlp"]],
+    prompts: Sequence[str],
+    score: Score,
+    max_new_tokens: int,
+    progress: bool,
+) -> list[Measured]:
+    """The three models as they are, then each aligned one with the other's activations on every set of neurons."""
+    none = torch.zeros_like(masks[0])
+    return [
+        *(
+            measure(model, None, [none], prompts, score, max_new_tokens=max_new_tokens)
+            for model in (base, safe, helpful)
+        ),
+        *(
+            measure(model, donor, masks, prompts, score, max_new_tokens=max_new_tokens, progress=progress)
+            for model, donor in ((safe, helpful), (helpful, safe))
+        ),
+    ]

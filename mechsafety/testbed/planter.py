@@ -162,8 +162,8 @@ class _Planter:
             for part in self.plan.parts
             if part.kind == "decoy" and part.node.kind == "neuron"
         )
-        for twins in TOPICS.values():
-            for words in twins:
+        for word_pairs in TOPICS.values():
+            for words in word_pairs:
                 for word, name in zip(words, ("harm", "benign"), strict=True):
                     embed[self._id(word)] += FEATURE * (self.along["topic"] + self.along[name]) - shift
         for word in reply_successors():
@@ -178,7 +178,7 @@ class _Planter:
 
     def _columns(self, ids: Int[Tensor, "prompt pos"]) -> Mapping[str, Int[Tensor, " prompt"]]:
         """Column of each prompt's start token, topic word, end token and last token."""
-        topic = torch.tensor([self._id(bad) for twins in TOPICS.values() for bad, _ in twins])
+        topic = torch.tensor([self._id(bad) for word_pairs in TOPICS.values() for bad, _ in word_pairs])
         return {
             "start": torch.zeros(len(ids), dtype=torch.long),
             "topic": torch.isin(ids, topic).long().argmax(1),

@@ -48,7 +48,7 @@ class Truth:
         for what, nodes in (("decoy", self.decoys), ("node of the circuit", self.backed_up)):
             wrong_side = [node for node in nodes if (node in members) == (what == "decoy")]
             if wrong_side:
-                raise MechsafetyError(f"{wrong_side[0]} is no {what}", expected="decoys outside, backups inside")
+                raise MechsafetyError(f"{wrong_side[0]} is not a {what}", expected="decoys outside, backups inside")
 
     def __repr__(self) -> str:
         return (

@@ -62,7 +62,7 @@ def word_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast
 def planted_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of all planted models."""
     words = [word for frame in FRAMES for word in frame.split() if word != "{}"]
-    words += [word for twins in TOPICS.values() for pair in twins for word in pair]
+    words += [word for word_pairs in TOPICS.values() for pair in word_pairs for word in pair]
     return word_tokenizer(words)
 
 
@@ -70,8 +70,8 @@ def planted_pairs() -> PromptPairs:
     """The prompts of all planted models: every word pair in every frame."""
     pairs = tuple(
         PromptPair(frame.format(bad), frame.format(good), topic, "test" if topic in TEST_TOPICS else "train")
-        for topic, twins in TOPICS.items()
-        for bad, good in twins
+        for topic, word_pairs in TOPICS.items()
+        for bad, good in word_pairs
         for frame in FRAMES
     )
     return PromptPairs(pairs, "planted")

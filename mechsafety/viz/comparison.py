@@ -97,7 +97,7 @@ def _difference(a: Layout, b: Layout, names: Names, style: Style) -> Layout:
     lines = [
         (SECOND, f"edge only in {names[1]}, or stronger there"),
         (FIRST, f"edge only in {names[0]}, or stronger there"),
-        (blend(SECOND, 0.25, BOTH), "in both, little changed; width: |change|"),
+        (blend(SECOND, 0.25, BOTH), "in both, small change; width: |change|"),
     ]
     swatches, texts, height = keys(style, items, lines, (sentence,), b.width, b.map_height)
     bare = without_legend(b)
@@ -138,7 +138,7 @@ def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, large
     room = 0.96 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
     size = label.size * min(1.0, room / text_width(words, label.size))
     text = replace(label, text=words, size=size, colour=readable_on(fill), bold=True)
-    values = [number(part.member.effect) if part and part.member else "not in it" for part in (a, b)]
+    values = [number(part.member.effect) if part and part.member else "not in this circuit" for part in (a, b)]
     title = f"{key}: effect {values[0]} in {names[0]}, {values[1]} in {names[1]}"
     # the page filters by the change
     member = replace(mark.member, effect=change)
@@ -164,7 +164,7 @@ def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, 
         replace(one, stroke=colour if one.stroke else None, fill=one.fill and (PAPER if one.fill == PAPER else colour))
         for one in drawn
     )
-    values = [number(part.effect) if part else "not in it" for part in (a, b)]
+    values = [number(part.effect) if part else "not in this circuit" for part in (a, b)]
     title = f"{mark.sender} → {mark.receiver}, slot {mark.slot}: {values[0]} in {names[0]}, {values[1]} in {names[1]}"
     return replace(mark, shapes=shapes, title=title, effect=change, member=None)
 

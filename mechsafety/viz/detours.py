@@ -1,4 +1,4 @@
-"""How the summed edges of folded groups run: in the channels alone, on a way that depends on nothing else."""
+"""Paths of the summed edges of folded groups. They run in the channels between rows and columns of nodes."""
 
 import math
 from collections import defaultdict
@@ -15,14 +15,14 @@ Fold = frozenset[tuple[str, bool]]
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """The channels that a sum takes, and its ends.
+    """The channels that a sum of edges takes, and its ends.
 
     Attributes:
-        into: What shares the way: its receiver, slot and rail.
-        above: The channel above its sender; None above the embedding's bar.
-        below: The channel below its receiver; None below the logits' bar.
-        rail: The channel between the two, by columns; None where both are the same.
-        start, stop: Where it leaves its sender and enters its receiver.
+        into: Receiver, slot and rail. Sums for which these are the same share a track in each channel.
+        above: The level channel above the sender; None if the sender is the embedding's bar.
+        below: The level channel below the receiver; None if the receiver is the logits' bar.
+        rail: The upright channel from one level channel to the other; None if both are the same channel.
+        start, stop: Where the sum leaves its sender and enters its receiver.
     """
 
     into: str
@@ -35,14 +35,14 @@ class _Way:
 
 @dataclass(slots=True)
 class _Run:
-    """What the sums of one way take of a channel: from where to where, and under which foldings."""
+    """The part of a channel that a way takes: from where to where, and which foldings show it."""
 
     low: float = math.inf
     high: float = -math.inf
     folds: set[Fold] = field(default_factory=set)
 
     def meets(self, other: "_Run", apart: float) -> bool:
-        """Whether the two overlap in some folding; ends that are less than ``apart`` from each other do too."""
+        """Whether some folding shows both, and they overlap or come nearer to each other than ``apart``."""
         near = self.low < other.high + apart and other.low < self.high + apart
         return near and any(_together(one, two) for one in self.folds for two in other.folds)
 
@@ -50,23 +50,26 @@ class _Run:
 def detours(
     edges: Iterable[EdgeMark], nodes: Sequence[NodeMark], supers: Sequence[NodeMark], grid: Grid
 ) -> dict[Ends, tuple[Command, ...]]:
-    """The path of every sum of edges that some folding shows; none runs under a node.
+    """The path of every sum of edges that can appear when groups are folded. No path runs under a node.
 
-    Each leaves its sender upward, runs level above it, rises (or falls) in the channel beside its receiver, runs level
-    below that and enters it from below. Those into one slot share the way. What meets in a channel is spread over it.
+    1. A path leaves its sender upward and runs level above it.
+    2. It rises (or falls) in the channel beside its receiver.
+    3. It runs level below its receiver and enters it from below.
 
-    A sum's path is the same whatever else is folded. So a page can hold the paths of all of them.
+    Sums into one slot share their way. Ways that would meet in a channel are spread over it.
+
+    A sum's path does not depend on what else is folded. A page can therefore hold the paths of all sums.
 
     Args:
         edges: All edges between nodes.
-        nodes: Marks of all nodes, also of those that are folded.
+        nodes: Marks of all nodes, including those that are folded.
         supers: Marks of all supernodes.
-        grid: Where the sums may run.
+        grid: The channels.
     """
     places = {mark.key: mark for mark in [*nodes, *supers]}
     folds = _possible_sums(edges, {mark.key: f"group:{mark.group}" for mark in nodes if mark.group})
     ways = {ends: _way(ends, places, grid) for ends in sorted(folds)}
-    # a rail is taken from one row's channel to another's
+    # on its rail, a way runs from the row of its one level channel to the row of its other
     top = len(grid.gaps)
     rails = _spread(
         (
@@ -86,24 +89,24 @@ def detours(
 
 
 def _possible_sums(edges: Iterable[EdgeMark], group_of: Mapping[str, str]) -> dict[Ends, Fold]:
-    """Every sum of edges that some folding shows, and what must be folded for it."""
+    """Every sum of edges that some folding shows, and what must be folded (or open) for it."""
     sums: dict[Ends, Fold] = {}
     for mark in edges:
-        for sender, one in _stand_ins(mark.sender, group_of):
-            for receiver, other in _stand_ins(mark.receiver, group_of):
+        for sender, one in _drawn_as(mark.sender, group_of):
+            for receiver, other in _drawn_as(mark.receiver, group_of):
                 if sender != receiver and (sender, receiver) != (mark.sender, mark.receiver) and _together(one, other):
                     sums[sender, receiver, mark.slot] = one | other
     return sums
 
 
-def _stand_ins(key: str, group_of: Mapping[str, str]) -> tuple[tuple[str, Fold], ...]:
-    """A node and its supernode, each with what must be folded for it to be drawn."""
+def _drawn_as(key: str, group_of: Mapping[str, str]) -> tuple[tuple[str, Fold], ...]:
+    """What a node can be drawn as: itself or its supernode, each with what must be open or folded for it."""
     group = group_of.get(key)
     return ((key, Fold()),) if group is None else ((key, Fold({(group, False)})), (group, Fold({(group, True)})))
 
 
 def _together(one: Fold, other: Fold) -> bool:
-    """Whether some folding meets both."""
+    """Whether one folding can meet both conditions."""
     return not any((group, not folded) in other for group, folded in one)
 
 
@@ -114,7 +117,7 @@ def _way(ends: Ends, places: Mapping[str, NodeMark], grid: Grid) -> _Way:
     if above is not None and above == below:
         rail = None
     elif receiver is None:
-        # the bar of the logits is as wide as the picture: the way there is beside the sender
+        # the bar of the logits is as wide as the picture, so the way rises beside the sender
         rail = 0 if sender is None else sender[1] + 1
     else:
         rail = receiver[1] if sender is not None and sender[1] < receiver[1] else receiver[1] + 1
@@ -124,7 +127,7 @@ def _way(ends: Ends, places: Mapping[str, NodeMark], grid: Grid) -> _Way:
         above,
         below,
         rail,
-        # corners stand at tenths of a pixel, so that in a file most are the same
+        # corners are rounded to tenths of a pixel: then most turns are the same text, which a page stores once
         (round(start.x, 1), start.y - start.height / 2),
         (round(stop.x + PORTS[ends[2]] * stop.width, 1), stop.y + stop.height / 2),
     )
@@ -138,7 +141,7 @@ def _rise(way: _Way, rails: Mapping[tuple[int, str], float], grid: Grid) -> floa
 
 
 def _corners(way: _Way, rise: float, levels: Mapping[tuple[int, str], float], grid: Grid) -> list[tuple[float, float]]:
-    """The points of a way, from its receiver down to its sender."""
+    """The corners of a way, from its receiver to its sender."""
 
     def level(gap: int) -> float:
         low, height = grid.gaps[gap]
@@ -154,11 +157,11 @@ def _corners(way: _Way, rise: float, levels: Mapping[tuple[int, str], float], gr
 
 
 def _spread(runs: Iterable[tuple[int | None, str, Fold, float, float]], apart: float) -> dict[tuple[int, str], float]:
-    """Where in its channel each way lies, from 0 to 1; what never meets may lie in the same place.
+    """Where each way lies across its channel, from 0 to 1. Ways that never meet may lie in the same place.
 
     Args:
-        runs: A channel (those of None take none), a way, the folding in which it is there, and from where to where.
-        apart: How near the ends of two runs in one place may come.
+        runs: Channel (None for no channel), way, the folding that shows it, and its two ends along the channel.
+        apart: The least distance between the ends of two ways in one place.
     """
     channels: dict[int, dict[str, _Run]] = defaultdict(lambda: defaultdict(_Run))
     for channel, into, fold, *ends in runs:

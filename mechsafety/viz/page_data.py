@@ -1,4 +1,4 @@
-"""What a page's script needs of the pictures that does not stand in their SVG. It draws and measures nothing itself."""
+"""What a page's script needs besides the SVG of its pictures. The script lays out nothing itself."""
 
 import re
 from collections import Counter, defaultdict
@@ -30,24 +30,26 @@ from mechsafety.viz.svg import path_data, sheet_svg, shortened
 from mechsafety.viz.tikz import tex
 from mechsafety.viz.words import STRONGEST, edges_drawn
 
-# a corner of a path: the same few come again and again
+# a rounded corner of a path; few different ones occur, so each is stored once
 TURN = re.compile(r"c[-. \d]+")
 
 
 def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = None) -> dict[str, Any]:
-    """What the script needs of all panes.
+    """What the script needs to know of all panes.
 
     Returns:
-        ``edgeThreshold``: the effect of the weakest edge shown at first. ``map``: each map's size. ``groups``: those
-        that can be folded. ``fold``: those folded at first. ``sums``: edges of folded groups (`sums_data`).
-        ``caption``: the line that counts edges (`caption_data`). ``sides``: the sheet on which panes side by side are
-        exported, and where each stands.
+        - ``edgeThreshold``: the effect of the weakest edge that is shown at first.
+        - ``map``: width and height of each pane's map.
+        - ``groups``: groups that can be folded; ``fold``: those that are folded at first.
+        - ``sums``: edges of folded groups (`sums_data`).
+        - ``caption``: the line of the caption that counts edges (`caption_data`).
+        - ``sides``: the sheet on which panes side by side are exported, and each pane's place on it.
     """
     first = layouts[0]
     sizes = sorted((magnitude(mark.effect) for mark in first.edges), reverse=True)
     limit = style.max_edges
     return {
-        # as rounded as in the SVG, so that the last of the strongest edges is not lost
+        # rounded as in the SVG, so that the last of the strongest edges is not lost
         "edgeThreshold": float(shortened(sizes[limit - 1])) if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
         "groups": [mark.group for mark in first.folded],
@@ -59,10 +61,10 @@ def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = 
 
 
 def sums_data(layout: Layout, style: Style) -> dict[str, Any]:
-    """The edges that can come of folding groups: the path of each, and the marks of an edge at two widths.
+    """The edges that folding can make: the path of each, and an edge's marks at two widths.
 
-    How strong a sum is depends on the thresholds. All lengths are linear in an edge's width, and the width is linear in
-    its strength. So the script stretches each mark between the two that it is given.
+    The strength of a sum depends on the page's thresholds. A mark's lengths are linear in the edge's width, and the
+    width is linear in the strength. The script therefore interpolates between the two widths that it is given.
     """
     assert layout.grid is not None
     unit = layout.grid.unit
@@ -95,12 +97,12 @@ def sums_data(layout: Layout, style: Style) -> dict[str, Any]:
 
 
 def caption_data(layout: Layout) -> dict[str, Any] | None:
-    """The line of the caption that counts edges: what stands before and after their number, plain and as LaTeX."""
+    """The line of the caption that counts edges: its text before and after the number, plain and as LaTeX."""
     said = edges_drawn(sum(mark.n_edges for mark in layout.edges), layout.n_edges)
     for place, label in enumerate(layout.labels):
         before, found, after = label.text.partition(said)
         if found:
-            # the script counts among the edges of the page, and which of them it shows is up to the reader
+            # the script counts the edges that it shows, out of those that the page holds
             _, _, rest = edges_drawn(0, len(layout.edges)).partition("0")
             after = rest + after.removeprefix(f" ({STRONGEST})")
             return {"place": place, "text": [before, after], "tex": [tex(before), tex(after)]}
@@ -108,7 +110,7 @@ def caption_data(layout: Layout) -> dict[str, Any] | None:
 
 
 def _by_receiver(paths: Mapping[Ends, str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Paths by receiver, slot and sender; what all of one slot begin with stands once, under an empty name."""
+    """Paths by receiver, slot and sender. What all paths into a slot begin with is stored under an empty name."""
     slots: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for (sender, receiver, slot), path in paths.items():
         slots[receiver, slot][sender] = path

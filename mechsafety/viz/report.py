@@ -21,10 +21,10 @@ from mechsafety.viz.svg import layout_svg
 
 ROLE_WORDS = {
     "detection": "moves what the instruction says to other positions",
-    "evaluation": "fed by detection, feeds decision or production",
-    "decision": "acts where the reply begins, feeds production",
+    "evaluation": "detection feeds it; it feeds decision or production",
+    "decision": "acts where the reply begins; it feeds production",
     "production": "acts on the logits directly",
-    "none": "matters, but no rule for a role fitted",
+    "none": "has an effect, but fits no rule for a role",
 }
 HEADS_IN_TEXT = 6
 # An explicit list: plotly's default buttons include one that sends the data to its maker's cloud.
@@ -111,8 +111,8 @@ def unmeasured(circuit: RefusalCircuit) -> list[tuple[str, str]]:
         gaps.append(
             (
                 "Replies without the circuit",
-                "not generated: the gap that is lost is one of the metric. Whether the model then answers or babbles "
-                "is measured by measure_ablation(model, pairs, metric, nodes, replies=True).",
+                "not generated: necessity is measured on the metric alone. measure_ablation(model, pairs, metric, "
+                "nodes, replies=True) shows whether the model then answers or babbles.",
             )
         )
     if not check.measured:
@@ -212,8 +212,8 @@ def _size_note(circuit: RefusalCircuit) -> str:
 
 def _necessity_note(circuit: RefusalCircuit) -> str:
     controls = circuit.verification.necessity_controls
-    note = "share of the gap lost without the circuit"
-    return note if controls is None else f"{note}; without random ones {words.number(controls.mean, 2)} on average"
+    note = "share of the gap that is lost without the circuit"
+    return note if controls is None else f"{note}; without a random one {words.number(controls.mean, 2)} on average"
 
 
 def _fresh_card(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:

@@ -188,8 +188,8 @@ def _draw(
     drawn = sum(len(arrow.members) for arrow in arrows) + sum(map(len, inside.values()))
     sentences = [*caption(circuit, drawn, "those of the strongest arrows")]
     sentences.append(
-        "An arrow sums the effects of the edges from one role to another into one slot; in brackets, how many. "
-        "Filled: at least half of what is summed was measured."
+        "An arrow sums the effects of all edges from one role into one slot of another; the number of edges is in "
+        "brackets. A filled head: at least half of the sum was measured."
         + (f" {left_out} weaker arrows are left out." if left_out else "")
     )
     swatches, labels, height = edge_legend(

@@ -7,9 +7,9 @@ from mechsafety.viz.words import interval, number, p_value, plain, units
 
 NAMED = 12  # number of nodes and edges listed by name
 SEEN_TO_THE_END = {
-    True: "No single {unit} more can leave without missing the target.",
-    False: "Single {unit}s could still leave without missing the target.",
-    None: "Whether single {unit}s could still leave was not seen to the end.",
+    True: "No further single {unit} can be removed without missing the target.",
+    False: "Single {unit}s could still be removed without missing the target.",
+    None: "The search ended before it was known whether single {unit}s could still be removed.",
 }
 
 
@@ -35,19 +35,19 @@ def search_section(circuit: RefusalCircuit) -> SearchSection:
         return SearchSection(("This circuit does not say how it was found.",))
     unit = units(circuit, 1)
     sentences = [
-        f"The best {search.ranked} of the ranking of {circuit.n_candidates} candidate {unit}s are its shortest part "
-        "that was found to reach the target or to fit the size asked for. Exact removal then took "
-        f"{search.removed} of them away again. {SEEN_TO_THE_END[search.minimal].format(unit=unit)}",
+        f"The search kept the first {search.ranked} in the ranking of {circuit.n_candidates} candidate {unit}s: the "
+        "shortest such set that was found to reach the target or to fit the requested size. Exact removal then took "
+        f"{search.removed} of them away. {SEEN_TO_THE_END[search.minimal].format(unit=unit)}",
         _backups(circuit, search),
     ]
     if search.linked:
         sentences.append(
-            f"{_count(len(search.linked), 'edge')} of {len(circuit.edges)} stand only for connection: without them "
-            "some node would lie on no path from the prompt to the logits. They need not be strong."
+            f"Only to connect a node, which would otherwise lie on no path from the prompt to the logits, the circuit "
+            f"keeps {len(search.linked)} of its {_count(len(circuit.edges), 'edge')}. Such an edge may be weak."
         )
     if search.dropped:
         sentences.append(
-            f"{_count(len(search.dropped), 'node')} left the circuit because no edge of theirs carries anything: "
+            f"{_count(len(search.dropped), 'node')} left the circuit because none of their edges carries anything: "
             f"{_named(search.dropped)}."
         )
     if not search.cut:
@@ -58,13 +58,13 @@ def search_section(circuit: RefusalCircuit) -> SearchSection:
 
 def _backups(circuit: RefusalCircuit, search: Search) -> str:
     if circuit.level == "edge":
-        return "Backups (parts that stand in for others) are not looked for in a search of edges."
+        return "A search of edges does not look for backups (parts that replace a primary part when it is patched)."
     if not search.backups:
-        return "No backups (parts that stand in for others) were added."
+        return "No backups (parts that replace a primary part when it is patched) were added."
     n = len(search.backups)
     return (
-        f"{_count(n, 'backup')} {'was' if n == 1 else 'were'} found: alone such a part hardly matters, patched "
-        "together with what it stands in for it does."
+        f"{_count(n, 'backup')} {'was' if n == 1 else 'were'} found. Patched alone, a backup hardly matters. Patched "
+        "together with its primary part, it does."
     )
 
 

@@ -11,22 +11,22 @@ NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
 VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 EVIDENCE_WORDS = {
-    "backup_of": "stands in for",
+    "backup_of": "backup of",
     "direct": "direct effect through the logits",
-    "at_instruction": "patched at instruction positions only",
-    "at_suffix": "patched at suffix positions only",
-    "via_instruction": "what it moves from instruction tokens",
+    "at_instruction": "effect at instruction positions alone",
+    "at_suffix": "effect at suffix positions alone",
+    "via_instruction": "effect of what it moves from instruction tokens",
     "attention_to_instruction": "attention from suffix to instruction",
     "from_detection": "received from detection nodes (mostly estimated)",
     "to_decision": "sent to decision and production nodes (mostly estimated)",
     "attention_within_instruction": "attention within the instruction",
     "from_evaluation": "received from evaluation nodes (mostly estimated)",
-    "joint": "together with the node it stands in for",
+    "joint": "effect together with its primary node",
 }
 STATUS_WORDS = {
     "estimated": "estimated by gradient only",
     "measured": "measured exactly",
-    "verified": "measured, significant, and the circuit is worse without it",
+    "verified": "measured, significant, and needed by the circuit",
     "rejected": "rejected by the measurement",
 }
 
@@ -161,7 +161,7 @@ def caption(circuit: RefusalCircuit, drawn: int, which: str = STRONGEST) -> tupl
     edges = edges_drawn(drawn, len(circuit.edges))
     edges += f" ({which})" if drawn < len(circuit.edges) else ""
     linked = len(linking_edges(circuit))
-    edges += f", {linked} of the circuit's kept only to connect a node" if linked else ""
+    edges += f", {linked} of the circuit's edges kept only to connect a node" if linked else ""
     model = plain(circuit.provenance.model, 60)
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
@@ -279,8 +279,8 @@ def pairs(circuit: RefusalCircuit) -> list[str]:
     if circuit.speaks_for is not None:
         used, tried = circuit.speaks_for
         share = [
-            f"The map speaks for {used} of the {tried} pairs that were tried: of these the model refuses the harmful "
-            "prompt and answers the harmless one."
+            f"The map speaks for {used} of the {tried} pairs that were tried: those whose harmful prompt the model "
+            "refuses and whose harmless prompt it answers."
         ]
     return share + [f"Before that: {note}." for note in circuit.provenance.options.get("left_out", [])]
 
@@ -334,7 +334,7 @@ def verdict(circuit: RefusalCircuit) -> str:
         close = f"this refusal mechanism is moderately spread: a sizeable minority of the {parts} carries it."
     else:
         amount = amount.replace("are enough", "are needed")
-        close = f"this refusal mechanism is spread out; the circuit is no small set of {parts}."
+        close = f"this refusal mechanism is spread out; the circuit is not a small set of {parts}."
     return f"{opening}; {amount}: {close}"
 
 
@@ -361,7 +361,7 @@ def chance(circuit: RefusalCircuit) -> str:
     )
     if circuit.verification.random_p < 0.05:
         return f"{text} The circuit is better than chance."
-    chosen = f"its choice of {units(circuit)} is not supported."
+    chosen = f"the data do not support this choice of {units(circuit)}."
     return f"{text} By the usual 0.05 rule the circuit is not better than chance: {chosen}"
 
 
@@ -371,15 +371,15 @@ def necessity(circuit: RefusalCircuit) -> str:
     if not math.isfinite(lost):
         return "Not measured: the circuit as a whole was not taken out."
     text = (
-        f"When the whole circuit gets its harmless-run values and every other part keeps its own, {percent(lost)} of "
-        f"the gap is lost on {checked_on(circuit)}."
+        "When the whole circuit gets its values from the harmless run and every other part keeps its own, "
+        f"{percent(lost)} of the gap is lost on {checked_on(circuit)}."
     )
     text += f" {_against_random_removal(circuit)}"
     if lost >= 0.8:
         return text
     if lost >= 0.3:
-        return f"{text} Parts outside the circuit can keep up some of the refusal."
-    return f"{text} The refusal largely survives without it: other parts can stand in."
+        return f"{text} Parts outside the circuit keep up some of the refusal."
+    return f"{text} Most of the refusal survives without the circuit: other parts can replace it."
 
 
 def _against_random_removal(circuit: RefusalCircuit) -> str:
@@ -388,18 +388,18 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
     claim = next((claim for claim in check.claims if claim.name == "necessity"), None)
     controls = check.necessity_controls
     if controls is None or claim is None or claim.passed is None:
-        return "Whether removing random circuits of its size loses as much was not measured."
+        return "It was not measured whether removing random circuits of its size loses as much."
     text = (
         f"Removing one of {controls.n} random circuits of its size loses {percent(controls.mean)} on average "
         f"({p_value(claim.p_value)})"
     )
     if claim.passed:
-        return f"{text}: the refusal depends on this circuit more than on such a set."
-    return f"{text}: this does not show that the refusal depends on this circuit more than on any such set."
+        return f"{text}: the refusal depends on this circuit more than on a random one."
+    return f"{text}: this does not show that the refusal depends on this circuit more than on a random one."
 
 
 def finding(circuit: RefusalCircuit) -> str:
-    """The result in one sentence."""
+    """The result in a few sentences."""
     check = circuit.verification
     what = "edges" if circuit.level == "edge" else "parts"
     if not math.isfinite(check.held_out_faithfulness):
@@ -409,11 +409,11 @@ def finding(circuit: RefusalCircuit) -> str:
     text = (
         f"{size(circuit)} of {circuit.n_candidates} candidate {what} ({percent(size_share(circuit))}) restore "
         f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on {where}, "
-        f"{reached} the target of {percent(check.target)} that set their number"
+        f"{reached} the target of {percent(check.target)}. This target set their number"
     )
     if check.fresh is not None:
-        text += f"; on {check.fresh.n} fresh pairs, used for nothing before, they restore "
+        text += f". On {check.fresh.n} fresh pairs, which were used for nothing before, they restore "
         text += percent(check.fresh.faithfulness)
     if not check.random_controls.n:
-        return f"{text}; no random sets of the same size were drawn."
-    return f"{text}; random sets of the same size restore {percent(check.random_controls.mean)}."
+        return f"{text}. No random sets of the same size were drawn."
+    return f"{text}. Random sets of the same size restore {percent(check.random_controls.mean)} on average."

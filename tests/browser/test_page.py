@@ -457,7 +457,7 @@ def test_comparison_switches_between_difference_and_sides(show, small) -> None:
     boxes = page.eval_on_selector_all(".pane svg", "all => all.map(el => el.getAttribute('viewBox'))")
     assert len(set(boxes)) == 1
     node(page, "L9.H1").hover()
-    assert "in aligned\nnot in it" in card(page)
+    assert "in aligned\nnot in this circuit" in card(page)
 
 
 def test_comparison_shows_every_role_and_filters_by_the_change(show, small) -> None:

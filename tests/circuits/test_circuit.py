@@ -613,7 +613,7 @@ def test_what_was_not_measured_is_not_judged(circuit):
         circuit.verification, random_controls=RandomControls(0, math.nan, math.nan, math.nan), necessity=math.nan
     )
     cut = dataclasses.replace(circuit, verification=check)
-    assert finding(cut).endswith("; no random sets of the same size were drawn.")
+    assert finding(cut).endswith(". No random sets of the same size were drawn.")
     assert "no random circuits were drawn" in caption(cut, 1)[1]
     assert repr(cut).endswith("held-out faithfulness 0.50)")
 

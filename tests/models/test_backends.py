@@ -148,7 +148,7 @@ def test_repeated_keys_and_values(make_hf_model, make_tokenizer):
     with pytest.raises(MechsafetyError) as caught:
         ms.load_model((lens, make_tokenizer()))
     assert str(caught.value) == (
-        "a HookedTransformer that repeats its keys and values for all heads; expected one a key-value head; "
+        "a HookedTransformer that repeats its keys and values for all heads; expected one per key-value head; "
         "call set_ungroup_grouped_query_attention(False) on it"
     )
 

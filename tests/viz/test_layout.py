@@ -271,7 +271,8 @@ def test_edges_kept_only_to_connect_have_a_look_of_their_own(small: RefusalCircu
     assert marks[link.edge].title.endswith("; kept only to connect a node")
     texts = [label.text for label in layout_circuit(linked).labels]
     assert "kept only to connect a node" in texts
-    assert "1 of the circuit's kept only to connect a node" in layout_circuit(linked).description.replace("\u00a0", " ")
+    description = layout_circuit(linked).description.replace("\u00a0", " ")
+    assert "1 of the circuit's edges kept only to connect a node" in description
     plain = layout_circuit(replace(small, search=None))
     assert not any(mark.linking for mark in plain.edges) and "only to connect" not in plain.description
     assert "kept only to connect a node" not in [label.text for label in plain.labels]

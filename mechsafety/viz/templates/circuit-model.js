@@ -25,7 +25,7 @@ const status = (card) => data.words.status[card.rows[4]];
 function rowsOf(info) {
   if (!info.pair) return info.rows.map((text, i) => [data.words.rows[i], i === 4 ? status(info) : text]);
   return info.pair.flatMap((card, i) => (card ? [[`in ${data.names[i]}`, `${card.rows[0]}; ${card.rows[3]}; ${status(card)}`]]
-    : [[`in ${data.names[i]}`, "not in it"]]));
+    : [[`in ${data.names[i]}`, "not in this circuit"]]));
 }
 function edgeWords({ from, to, slot, effect, status = "measured", estimate }, linking) {
   const { words } = data;
@@ -37,7 +37,7 @@ function sumWords({ from, to, slot, effect, edges }) {
     { sender: from.key, receiver: to.key, slot, n: edges.length, effect: numbers(effect) });
 }
 
-// ---- one object a node and edge, with its element in each pane ----
+// ---- one object per node and edge, with its element in each pane ----
 const nodes = new Map();
 const edges = [];
 const supers = new Map();
