@@ -21,6 +21,7 @@ RESAMPLES = 2000
 UNBOUNDED = (-np.inf, np.inf)
 
 
+@lru_cache(maxsize=4096)
 def wilson_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a rate (scipy).
 

@@ -68,7 +68,7 @@ def test_many_edges_are_not_measured_one_by_one(planted, metric, monkeypatch):
 
 def plain_acdc(meter, threshold, measure):
     """Conmy et al.'s algorithm 1 as it is written: one edge, one run."""
-    every = all_edges(3, 4, False)
+    every = all_edges(2, 4, False)
     target = meter.runs.harmful.logits.log_softmax(-1)
 
     def value(kept):
@@ -91,13 +91,16 @@ def plain_acdc(meter, threshold, measure):
     return in_order(prune(kept))
 
 
-@pytest.mark.parametrize(("measure", "threshold"), [("kl", 0.05), ("metric", 0.03)])
-def test_acdc_equals_the_plain_loop(planted, metric, few, measure, threshold):
-    model, _ = planted
+@pytest.mark.parametrize(("measure", "threshold"), [("kl", 0.01), ("metric", 0.03)])
+def test_acdc_equals_the_plain_loop(make_hf_model, make_tokenizer, few, measure, threshold):
+    """Two layers, since the plain loop runs the model once per edge."""
+    model = ms.load_model((make_hf_model("llama", seed=3, layers=2), make_tokenizer()))
+    change = (model.logits(few.harmful) - model.logits(few.harmless))[0]
+    metric = ms.RefusalLogOdds((int(change.argmax()),), ("x",), (int(change.argmin()),), ("y",))
     found = acdc(model, few, metric, threshold=threshold, measure=measure)
     meter = EdgeMeter(model, pair_runs(model, few), metric)
     assert found.edges == plain_acdc(meter, threshold, measure)
-    assert 0 < len(found.edges) < 200 and all(score >= threshold for score in found.scores)
+    assert 10 < len(found.edges) < found.n_candidates / 2 and all(score >= threshold for score in found.scores)
     assert found.faithfulness == pytest.approx(meter.faithfulness([found.edges])[0], abs=1e-5)
     assert (found.method, found.reached, found.curve, found.held_out_faithfulness) == ("acdc", None, (), None)
 

@@ -179,10 +179,10 @@ def test_edge_limits(planted):
 
 
 @pytest.mark.parametrize("level", ["node", "edge"])
-def test_norms_after_blocks(level, make_model, pairs, monkeypatch):
+def test_norms_after_blocks(level, make_hf_model, make_tokenizer, pairs, monkeypatch):
     """Gemma-2, whose heads share a norm: its circuit has edges, and the result says how the norms were taken."""
     monkeypatch.setattr("mechsafety.attribution.steps.SERIES", (2,))
-    model = make_model("gemma2")
+    model = ms.load_model((make_hf_model("gemma2", seed=3, layers=2), make_tokenizer()))
     high, low = model.logits(pairs.harmful), model.logits(pairs.harmless)
     refuse, comply = split_tokens(high, low)
     metric = ms.RefusalLogOdds((refuse,), ("x",), (comply,), ("y",))
@@ -210,8 +210,7 @@ def split_tokens(high, low):
     """Two tokens of which the first leads after all harmful prompts, and the second after all harmless ones."""
     worst = ((high[:, :, None] - high[:, None, :]).amin(0)).minimum((low[:, None, :] - low[:, :, None]).amin(0))
     best = int(worst.argmax())
-    if float(worst.max()) <= 0:
-        pytest.skip("no two tokens tell these prompts apart")
+    assert float(worst.max()) > 0, "some two tokens tell the prompts of this seed apart"
     return divmod(best, high.shape[1])
 
 

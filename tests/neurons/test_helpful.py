@@ -23,8 +23,8 @@ def words(text):
 
 def overlaps(ours, theirs, least):
     known = [(text, words(text)) for text in theirs]
-    found = [(a, b) for a in ours for b, w in known if len(words(a) & w) / len(words(a) | w) >= least]
-    return found
+    own = [(text, words(text)) for text in ours]
+    return [(a, b) for a, mine in own for b, w in known if len(mine & w) / len(mine | w) >= least]
 
 
 def test_size_form_and_splits(rows):

@@ -293,7 +293,7 @@ def test_probes_do_not_ask_for_twins_either(llama, log_odds):
     words = ["car", "bomb", "tea", "cake"]
     rows = [PromptPair(f"kill the {word} please", f"help {word}", word) for word in words] * 2
     pairs = PromptPairs(tuple(dict.fromkeys(rows)), "loose", align="suffix")
-    options = {"layers": [1], "spans": ["last"], "n_shuffled": 2, "n_random": 2, **QUIET}
+    options = {"layers": [1], "spans": ["last"], "n_shuffled": 2, "n_random": 2, "outer": 2, "inner": 2, **QUIET}
     found = ms.probe_layers(llama, pairs, log_odds, **options)
     again = ms.probe_layers(llama, replace(pairs, align="tokens"), log_odds, **options)
     assert found.provenance.options["align"] == "suffix"
