@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ import transformers
 import mechsafety as ms
 import mechsafety.models
 from mechsafety import RefusalCircuit, cli, testbed
+from mechsafety.circuits.circuit import Level
 from mechsafety.cli import main
+from mechsafety.prompts.pairs import Align
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
 
 FILES = ["circuit.json", "circuit.pdf", "circuit.svg", "circuit.tex", "report.html", "scores.csv"]
@@ -127,6 +130,12 @@ def untemplated(tmp_path_factory, make_hf_model, make_tokenizer) -> Path:
 
 SHAPE = '{"harmful": "...", "harmless": "..."}'
 FILE = f"a .jsonl, .json or .csv file with {SHAPE} in every row"
+
+
+def test_the_command_offers_what_the_package_takes():
+    """The command names these choices itself, so that its help is there without loading the package."""
+    hints = get_type_hints(cli.map_command)
+    assert (hints["level"], hints["align"]) == (Level, Align)
 
 
 @pytest.mark.parametrize(

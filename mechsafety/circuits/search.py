@@ -133,10 +133,11 @@ def search_parts(
     enough = target - ROUNDING
     curve, scores = _curve(found_on, held_out, ranking, shares)
 
+    # on fewer pairs first: a circuit that misses the target there need not be run on the others
+    fewest_first = sorted((found_on, held_out), key=lambda meter: len(meter.runs.harmful))
+
     def reaches(circuit: Sequence[Part]) -> bool:
-        if found_on.faithfulness([circuit])[0] < enough:
-            return False
-        return held_out.faithfulness([circuit])[0] >= enough
+        return all(meter.faithfulness([circuit])[0] >= enough for meter in fewest_first)
 
     # the whole model reaches the target, up to rounding
     good = [point.n_nodes for point in curve if min(point.faithfulness, point.held_out) >= enough]
