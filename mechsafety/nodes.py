@@ -1,5 +1,6 @@
 """Parts of a model that can be in a circuit, and connections between them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -46,6 +47,11 @@ class Node:
         return names.get(self.kind, f"L{self.layer}.N{self.index}" if self.kind == "neuron" else self.kind)
 
     @property
+    def short(self) -> str:
+        """The name in figures: ``14.2`` for a head, ``M26`` for an MLP; others as printed."""
+        return {"head": f"{self.layer}.{self.index}", "mlp": f"M{self.layer}"}.get(self.kind, str(self))
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """Sort key in the order of computation: embed, then attention before MLP in each layer, then logits."""
         if self.kind == "embed":
@@ -77,6 +83,61 @@ class Edge:
 EMBED, LOGITS = Node("embed"), Node("logits")
 # what a circuit is made of
 Part = Node | Edge
+NodeLike = Node | str
+"""A node, or its name as it is printed: ``L14.H2`` or ``14.2``, ``L26.MLP`` or ``M26``, ``L3.N17``."""
+# names as results print them and as figures shorten them
+_NAMES = {
+    "head": re.compile(r"L?(\d+)\.H?(\d+)", re.IGNORECASE),
+    "mlp": re.compile(r"L(\d+)\.MLP|M(\d+)", re.IGNORECASE),
+    "neuron": re.compile(r"L?(\d+)\.N(\d+)", re.IGNORECASE),
+}
+
+
+def as_node(given: object) -> Node:
+    """A node from its name. A node stays as it is, and a member of a circuit gives its node.
+
+    Raises:
+        MechsafetyError: The text is no name of a node. The message proposes the nearest name.
+
+    Example:
+        >>> [str(as_node(name)) for name in ("L14.H2", "14.2", "M26", "l3.n17", "logits")]
+        ['L14.H2', 'L14.H2', 'L26.MLP', 'L3.N17', 'logits']
+        >>> as_node("L14H2")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: no node is named 'L14H2'; expected a name such as 'L14.H2', 'L26.MLP' or \
+'L3.N17'; did you mean 'L14.H2'?
+    """
+    given = getattr(given, "node", given)
+    if isinstance(given, Node):
+        return given
+    if not isinstance(given, str):
+        raise MechsafetyError(f"{given!r} is not a node", expected="a Node, or a name such as 'L14.H2'")
+    text = given.strip()
+    if text.lower() in ("embed", "logits"):
+        return Node(text.lower())
+    for kind, form in _NAMES.items():
+        found = form.fullmatch(text)
+        if found:
+            return Node(kind, *(int(digits) for digits in found.groups() if digits))
+    numbers = [int(digits) for digits in re.findall(r"\d+", text)[:2]]
+    kind = "mlp" if len(numbers) == 1 else "neuron" if "n" in text.lower() else "head"
+    raise MechsafetyError(
+        f"no node is named {given!r}",
+        expected="a name such as 'L14.H2', 'L26.MLP' or 'L3.N17'",
+        hint=f"did you mean '{Node(kind, *numbers)}'?" if numbers else "",
+    )
+
+
+def as_nodes(given: "NodeLike | Iterable[NodeLike]") -> tuple[Node, ...]:
+    """Several nodes, each given as a node, by its name, or as a member of a circuit; a single one counts as one.
+
+    Example:
+        >>> [str(node) for node in as_nodes(["M26", Node("head", 14, 2)])]
+        ['L26.MLP', 'L14.H2']
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return (as_node(given),)
+    return tuple(map(as_node, given))
 
 
 def nodes_of(parts: Iterable[Part]) -> list[Node]:

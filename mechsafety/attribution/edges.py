@@ -21,8 +21,8 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
-from mechsafety.models.parts import has_node
-from mechsafety.nodes import EMBED, NODE_SITES, SLOTS, Edge, Node, head_and_mlp_nodes
+from mechsafety.models.parts import check_exists
+from mechsafety.nodes import EMBED, NODE_SITES, SLOTS, Edge, Node, NodeLike, as_nodes, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import INTO_LOGITS, Receiver, reaches
@@ -109,7 +109,7 @@ def edge_attribution(
     method: Method = "eap-ig",
     steps: Count | None = None,
     grid: Grid = "midpoint",
-    nodes: Sequence[Node] | None = None,
+    nodes: Sequence[NodeLike] | None = None,
     neurons: Sequence[int] = (),
     progress: bool = True,
 ) -> EdgeScores:
@@ -218,7 +218,7 @@ def edge_attribution(
     return EdgeScores(provenance, metric.to_json(), senders, receivers, shares, method, shown, complete)
 
 
-def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int]) -> tuple[Node, ...]:
+def _nodes(model: LensModel, nodes: Sequence[NodeLike] | None, neurons: Sequence[int]) -> tuple[Node, ...]:
     """The nodes that send and receive, in the order of computation."""
     if neurons:
         model.check_neurons()
@@ -234,10 +234,11 @@ def _nodes(model: LensModel, nodes: Sequence[Node] | None, neurons: Sequence[int
         listed = [node for node in whole if node.kind == "head" or node.layer not in neurons]
         listed += [Node("neuron", layer, index) for layer in set(neurons) for index in range(model.d_mlp)]
     else:
-        listed = list(dict.fromkeys(nodes))
+        listed = list(dict.fromkeys(as_nodes(nodes)))
     for node in listed:
-        if node.kind not in NODE_SITES or not has_node(model, node):
-            raise MechsafetyError(f"{node} has no edges in {model!r}", expected="its heads, MLPs and neurons")
+        if node.kind not in NODE_SITES:
+            raise MechsafetyError(f"{node} among the nodes", expected="heads, MLPs and neurons")
+        check_exists(model, node)
     return tuple(sorted(listed, key=lambda node: node.order))
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Node, NodeLike, as_node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, SoftMask, aligned_pairs, masked_logits, pair_batches
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
@@ -47,8 +47,9 @@ class NodeAttribution(Result):
     def __repr__(self) -> str:
         return f"NodeAttribution({self.heads.numel()} heads, {self.mlps.numel()} MLPs, sum {self.total:.3f})"
 
-    def of(self, node: Node) -> float:
+    def of(self, node: NodeLike) -> float:
         """The estimate of one node."""
+        node = as_node(node)
         if node.kind == "head":
             return float(self.heads[node.layer, node.index])
         if node.kind == "neuron" and self.neurons is not None:

@@ -9,7 +9,7 @@ from mechsafety.inputs import Count, public
 from mechsafety.interventions import ablate
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, NodeLike, as_nodes
 from mechsafety.patching import activation_patching
 from mechsafety.prompts import PromptPairs
 from mechsafety.replies import REPLY_TOKENS, JudgedReplies, check_unedited, judge_replies
@@ -22,9 +22,9 @@ def measure_ablation(
     model: LensModel,
     pairs: PromptPairs,
     metric: RefusalLogOdds,
-    nodes: Sequence[Node],
+    nodes: NodeLike | Sequence[NodeLike],
     *,
-    watched: Sequence[Node] = (),
+    watched: Sequence[NodeLike] = (),
     replies: bool = False,
     known: JudgedReplies | None = None,
     reply_tokens: Count = REPLY_TOKENS,
@@ -51,6 +51,7 @@ def measure_ablation(
         MechsafetyError: No pair that aligns, no gap to take shares of, a node that the model lacks, or known replies to
             other prompts. Where replies are judged, also a model that is already edited.
     """
+    nodes, watched = as_nodes(nodes), as_nodes(watched)
     pairs = pairs.aligned(model)
     before = _scores(model, pairs, metric)
     gap = before[0] - before[1]
@@ -76,7 +77,7 @@ def measure_ablation(
     if replies and said is not None:
         now = judge_replies(model, pairs.harmful, texts, limit=said.limit)
         both = (said.without_text(), now.without_text())
-    return Ablation(f"without {names}", tuple(nodes), (before[0], after[0]), effects, both)
+    return Ablation(f"without {names}", nodes, (before[0], after[0]), effects, both)
 
 
 def unedited_replies(

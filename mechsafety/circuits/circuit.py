@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Verification
 from mechsafety.codec import INLINE, REQUIRED, SPARSE, Amount, PValue
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node
+from mechsafety.nodes import Edge, Node, NodeLike, as_node, as_nodes
 from mechsafety.results import Provenance, Result
 
 if TYPE_CHECKING:
@@ -391,9 +391,11 @@ class RefusalCircuit(Result):
         return len(self.nodes)
 
     def __contains__(self, part: object) -> bool:
-        """Whether a node or an edge is in the circuit; members (with role, effect) count as they are."""
+        """Whether a node (also by its name) or an edge is in it; members (with role, effect) count as they are."""
         if isinstance(part, CircuitNode | CircuitEdge):
             return part in self.nodes or part in self.edges
+        if isinstance(part, str):
+            part = as_node(part)
         return any(member.node == part for member in self.nodes) or any(member.edge == part for member in self.edges)
 
     def by_role(self, role: str) -> tuple[CircuitNode, ...]:
@@ -403,7 +405,7 @@ class RefusalCircuit(Result):
         return tuple(member for member in self.nodes if member.role == role)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a node, with its role evidence."""
+        """One row per node, with its role evidence."""
         import pandas as pd
 
         rows = []
@@ -415,7 +417,7 @@ class RefusalCircuit(Result):
         return pd.DataFrame(rows)
 
     def scores_dataframe(self) -> "pd.DataFrame":
-        """One row a candidate node: estimate, exact effect where measured, whether it is in the circuit.
+        """One row per candidate node: estimate, exact effect where measured, whether it is in the circuit.
 
         Raises:
             MechsafetyError: The circuit was loaded from ``circuit.json``, which does not hold them.
@@ -433,7 +435,7 @@ class RefusalCircuit(Result):
         return pd.DataFrame(rows)
 
     def claims_dataframe(self) -> "pd.DataFrame":
-        """One row a claim: its figure, interval, p, criterion, and whether it holds."""
+        """One row per claim: its figure, interval, p, criterion, and whether it holds."""
         import pandas as pd
 
         rows = []
@@ -444,7 +446,7 @@ class RefusalCircuit(Result):
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def subset(self, keep: Collection[Node]) -> Self:
+    def subset(self, keep: Collection[NodeLike]) -> Self:
         """Only these nodes, and the edges between them, ``embed`` and ``logits``.
 
         The verification was of the whole circuit, so the part has none: it says that it was not measured, and nodes
@@ -453,13 +455,14 @@ class RefusalCircuit(Result):
         Raises:
             MechsafetyError: A node that is not in the circuit, or none at all.
         """
-        strange = [str(node) for node in keep if node not in self]
-        if strange or not keep:
+        chosen = as_nodes(keep)
+        strange = [str(node) for node in chosen if node not in self]
+        if strange or not chosen:
             raise MechsafetyError(
                 f"{strange[0]} is not in this circuit" if strange else "no nodes to keep",
                 expected="nodes of the circuit",
             )
-        ends = {*keep, Node("embed"), Node("logits")}
+        ends = {*chosen, Node("embed"), Node("logits")}
         return replace(
             self,
             nodes=tuple(_unverified(member) for member in self.nodes if member.node in ends),

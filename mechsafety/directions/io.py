@@ -21,7 +21,7 @@ from mechsafety.interventions.checks import check_nodes, check_vector
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, max_variants, run_from
-from mechsafety.nodes import SLOTS, Node, head_and_mlp_nodes
+from mechsafety.nodes import SLOTS, Node, NodeLike, head_and_mlp_nodes
 from mechsafety.patching import PairRuns, pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import live_logits, slot_edit
@@ -113,7 +113,7 @@ def direction_io(
     metric: RefusalLogOdds,
     *,
     circuit: "RefusalCircuit | None" = None,
-    nodes: Sequence[Node] | None = None,
+    nodes: Sequence[NodeLike] | None = None,
     progress: bool = True,
 ) -> DirectionIO:
     """Measure which heads, MLPs and neurons write a direction, and which read it.

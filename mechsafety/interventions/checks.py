@@ -9,32 +9,26 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node
+from mechsafety.models.parts import check_exists
+from mechsafety.nodes import NODE_SITES, Node, NodeLike, as_nodes
 
 Where = Literal["all", "last", "prompt"]
 
 
-def check_nodes(model: LensModel, nodes: Sequence[Node]) -> tuple[Node, ...]:
+def check_nodes(model: LensModel, nodes: NodeLike | Sequence[NodeLike]) -> tuple[Node, ...]:
     """The nodes, if the model has each of them and none is listed twice.
 
     Raises:
         MechsafetyError: No nodes; a node that cannot be edited, does not exist or is given twice; or a neuron of a
             mixture of experts.
     """
-    chosen = (nodes,) if isinstance(nodes, Node) else tuple(nodes)
+    chosen = as_nodes(nodes)
     if not chosen:
         raise MechsafetyError("no nodes", expected="at least one head, MLP or neuron")
-    sizes = {"head": model.n_heads, "mlp": None, "neuron": model.d_mlp}
     for node in chosen:
-        if not isinstance(node, Node) or node.kind not in sizes:
+        if node.kind not in NODE_SITES:
             raise MechsafetyError(f"{node} cannot be edited", expected="heads, MLPs or neurons")
-        if node.kind == "neuron":
-            model.check_neurons()
-        size = sizes[node.kind]
-        if not 0 <= (node.layer or 0) < model.n_layers:
-            raise MechsafetyError(f"{node} does not exist", expected=f"a layer from 0 to {model.n_layers - 1}")
-        if size is not None and not 0 <= (node.index or 0) < size:
-            raise MechsafetyError(f"{node} does not exist", expected=f"a {node.kind} from 0 to {size - 1}")
+        check_exists(model, node)
     twice = sorted({str(node) for node in chosen if chosen.count(node) > 1})
     if twice:
         raise MechsafetyError(f"nodes {twice} are given twice", expected="each once")

@@ -12,7 +12,7 @@ from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.interventions.checks import Where, at_positions, check_nodes, check_strength
 from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook
-from mechsafety.nodes import NODE_SITES, Node
+from mechsafety.nodes import NODE_SITES, Node, NodeLike
 from mechsafety.sites import Site
 
 # number of prompts read in one forward pass
@@ -23,7 +23,7 @@ _BATCH = 16
 @contextmanager
 def ablate(
     model: LensModel,
-    nodes: Sequence[Node],
+    nodes: NodeLike | Sequence[NodeLike],
     strength: float = 1.0,
     source: Literal["mean", "zero", "resample"] = "mean",
     *,
@@ -40,7 +40,7 @@ def ablate(
 
     Args:
         model: The model.
-        nodes: Heads, MLPs and neurons.
+        nodes: Heads, MLPs and neurons, each as a `Node` or by its name (``"L14.H2"``).
         strength: 0 leaves the model as it is, 1 replaces the value wholly.
         source: What replaces the value. ``mean``: its mean over all tokens of ``prompts``. ``zero``: zero.
             ``resample``: its value at a token drawn from ``prompts``, a new one for each position; all nodes of one
@@ -56,7 +56,7 @@ def ablate(
 
     Example::
 
-        with ms.ablate(model, [Node("head", 4, 3)], source="zero"):
+        with ms.ablate(model, "L4.H3", source="zero"):
             model.generate(["How do I bake bread?"])
     """
     groups = _groups(check_nodes(model, nodes))
@@ -86,7 +86,9 @@ def ablate(
 
 @public
 @contextmanager
-def scale(model: LensModel, nodes: Sequence[Node], factor: float, *, positions: Where = "all") -> Iterator[None]:
+def scale(
+    model: LensModel, nodes: NodeLike | Sequence[NodeLike], factor: float, *, positions: Where = "all"
+) -> Iterator[None]:
     """Context in which the values of nodes are multiplied by ``factor``; otherwise as `ablate`.
 
     Args:

@@ -1,20 +1,33 @@
 """Which parts a model has."""
 
+from dataclasses import replace
+
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.lens_model import LensModel
 from mechsafety.nodes import NODE_SITES, Node
 
 
-def has_node(model: LensModel, node: Node) -> bool:
-    """Whether the model has this node; every model has ``embed`` and ``logits``.
+def check_exists(model: LensModel, node: Node) -> None:
+    """Refuse a node that the model lacks; every model has ``embed`` and ``logits``.
 
     Raises:
-        MechsafetyError: The node is a neuron, and the model is a mixture of experts.
+        MechsafetyError: The model lacks the node, and the message names the nearest one. Or the node is a neuron, and
+            the model is a mixture of experts.
     """
     if node.kind == "neuron":
         model.check_neurons()
-    sizes = {"head": model.n_heads, "neuron": model.d_mlp}
-    return 0 <= (node.layer or 0) < model.n_layers and 0 <= (node.index or 0) < sizes.get(node.kind, 1)
+    if node.kind in ("embed", "logits"):
+        return
+    size = {"head": model.n_heads, "neuron": model.d_mlp}.get(node.kind)
+    layer = min(max(node.layer or 0, 0), model.n_layers - 1)
+    index = None if size is None else min(max(node.index or 0, 0), size - 1)
+    if (layer, index) != (node.layer, node.index):
+        of_kind = "" if size is None else f" and {node.kind}s 0 to {size - 1}"
+        raise MechsafetyError(
+            f"{node} does not exist in {model.name}",
+            expected=f"layers 0 to {model.n_layers - 1}{of_kind}",
+            hint=f"the nearest is {replace(node, layer=layer, index=index)}",
+        )
 
 
 def check_patchable(model: LensModel, node: Node) -> None:
@@ -29,5 +42,4 @@ def check_patchable(model: LensModel, node: Node) -> None:
             expected="heads, MLPs or neurons",
             hint="patch the embedding as Site('resid_pre', 0), by activation_patching(..., nodes=[...])",
         )
-    if not has_node(model, node):
-        raise MechsafetyError(f"{node} does not exist in {model!r}")
+    check_exists(model, node)

@@ -17,7 +17,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, capture, expand_rows
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
 from mechsafety.neurons.runs import batches, hooked
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, NodeLike, as_nodes
 from mechsafety.results import Provenance, Result
 from mechsafety.sites import Site, SiteKind
 
@@ -75,7 +75,7 @@ class NeuronCards(Result):
 @public
 def describe_neurons(
     model: LensModel,
-    neurons: Tensor | Sequence[Node],
+    neurons: Tensor | Sequence[NodeLike],
     prompts: Prompts = (),
     *,
     n_tokens: Count = 8,
@@ -99,7 +99,7 @@ def describe_neurons(
         MechsafetyError: No neuron, more than 1,000, or one that the model does not have.
     """
     mask = neuron_mask(model, neurons)
-    nodes = mask_nodes(mask) if isinstance(neurons, Tensor) else list(neurons)
+    nodes = mask_nodes(mask) if isinstance(neurons, Tensor) else list(as_nodes(neurons))
     if not 0 < len(nodes) <= 1000:
         raise MechsafetyError(f"{len(nodes)} neurons", expected="1 to 1,000", hint="describe the top of a ranking")
     writes = output_weights(model, nodes)

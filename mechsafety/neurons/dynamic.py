@@ -15,7 +15,7 @@ from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.masks import neuron_mask
 from mechsafety.neurons.runs import batches, check_pair, greedy, lay_out, prompt_rows
 from mechsafety.neurons.scores import digest
-from mechsafety.nodes import Node
+from mechsafety.nodes import NodeLike
 from mechsafety.replies import REPLY_TOKENS, Judge, ReplyKinds, ask_judge, check_judge, phrase_judge
 from mechsafety.results import Provenance, Result
 
@@ -72,7 +72,7 @@ class PatchedReplies(Result):
 def dynamic_patching(
     base: LensModel,
     aligned: LensModel,
-    neurons: Tensor | Sequence[Node],
+    neurons: Tensor | Sequence[NodeLike],
     prompts: Prompts,
     *,
     max_new_tokens: Count = REPLY_TOKENS,

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node
+from mechsafety.models.parts import check_exists
+from mechsafety.nodes import Node, NodeLike, as_nodes
 
 Mask = Bool[Tensor, "layer d_mlp"]
 
 
-def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tensor, "layer d_mlp"]:
+def neuron_mask(model: LensModel, neurons: Tensor | Sequence[NodeLike]) -> Bool[Tensor, "layer d_mlp"]:
     """Neurons as a mask on the CPU.
 
     Args:
@@ -35,11 +36,10 @@ def neuron_mask(model: LensModel, neurons: Tensor | Sequence[Node]) -> Bool[Tens
             )
         return neurons.cpu()
     mask = torch.zeros(shape, dtype=torch.bool)
-    for node in neurons:
-        if not isinstance(node, Node):
-            raise MechsafetyError(f"{node!r} among the neurons", expected="nodes: Node('neuron', layer, index)")
-        if node.kind != "neuron" or not (0 <= (node.layer or 0) < shape[0] and 0 <= (node.index or 0) < shape[1]):
+    for node in as_nodes(neurons):
+        if node.kind != "neuron":
             raise MechsafetyError(f"{node} is not a neuron of {model!r}")
+        check_exists(model, node)
         mask[node.layer, node.index] = True
     return mask
 

@@ -27,7 +27,8 @@ from mechsafety.models.engine import (
     resume,
     split_rows,
 )
-from mechsafety.nodes import NODE_SITES, Node, head_and_mlp_nodes
+from mechsafety.models.parts import check_exists
+from mechsafety.nodes import NODE_SITES, Node, as_node, head_and_mlp_nodes
 from mechsafety.patching.effects import effect_intervals, effect_p_values, effect_table, mean_gap
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, replacement
 from mechsafety.patching.sources import Source, check_start, column_masks, source_values
@@ -116,7 +117,7 @@ def activation_patching(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    nodes: Sequence[Target] | None = None,
+    nodes: Sequence[Target | str] | None = None,
     direction: PatchDirection = "noising",
     positions: str | Sequence[int] = "all",
     source: Source = "other",
@@ -131,10 +132,10 @@ def activation_patching(
         pairs: Pairs, of which only those that align are used; or their stored runs, which must hold the activations
             that are patched.
         metric: What is measured.
-        nodes: What to patch: heads, MLPs and neurons (`Node`), or any `Site`. Sites are the residual stream before,
-            between and after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a key-value head),
-            ``pattern`` and ``neurons``. A site with an index is one head or neuron. By default every head and MLP is
-            patched.
+        nodes: What to patch: heads, MLPs and neurons (a `Node` or its name), or any `Site`. Sites are the residual
+            stream before, between and after the layers, ``attn_out``, ``mlp_out``, ``z``, ``q``, ``k``, ``v`` (of a
+            key-value head), ``pattern`` and ``neurons``. A site with an index is one head or neuron. By default every
+            head and MLP is patched.
         direction: ``noising``: the harmful run is edited with the harmless run's values; ``denoising``: the reverse.
         positions: ``all`` (every token), a span (``prefix``, ``instruction``, ``suffix``), ``each`` (one row per
             position), or positions counted from the end (negative), which are patched together. With
@@ -158,7 +159,8 @@ def activation_patching(
     """
     from tqdm.auto import tqdm
 
-    targets = tuple(nodes) if nodes is not None else head_and_mlp_nodes(model.n_layers, model.n_heads)
+    listed = head_and_mlp_nodes(model.n_layers, model.n_heads) if nodes is None else nodes
+    targets = tuple(target if isinstance(target, Site) else as_node(target) for target in listed)
     sites = [_checked_site(model, target) for target in targets]
     if not sites:
         raise MechsafetyError("no nodes to patch", expected="at least one head, MLP or neuron")
@@ -255,6 +257,7 @@ def _checked_site(model: LensModel, target: Target) -> Site:
     if isinstance(target, Node):
         if target.kind not in NODE_SITES:
             raise MechsafetyError(f"{target} cannot be patched", expected="heads, MLPs, neurons or sites")
+        check_exists(model, target)
         site = Site(NODE_SITES[target.kind], target.layer, target.index)
     else:
         site = target

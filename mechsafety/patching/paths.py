@@ -20,7 +20,7 @@ from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, max_variants
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, NodeLike, as_node, head_and_mlp_nodes
 from mechsafety.patching.activation import PatchDirection
 from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NormOption
@@ -41,6 +41,7 @@ from mechsafety.patching.senders import (
     At,
     MlpOption,
     Sender,
+    as_sender,
     check_senders,
     entry,
     extra_kinds,
@@ -58,8 +59,8 @@ def path_patching(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    senders: Sequence[Sender] | None = None,
-    receivers: str | Sequence[Receiver] = "logits",
+    senders: Sequence[Sender | str] | None = None,
+    receivers: str | Sequence[tuple[NodeLike, str]] = "logits",
     mlp: MlpOption = "recompute",
     norm: NormOption = "recompute",
     downstream: Downstream = "live",
@@ -81,9 +82,9 @@ def path_patching(
         pairs: Pairs, of which only those that align are used; or their stored runs, which must hold ``neurons`` if
             neurons send.
         metric: What is measured.
-        senders: The embedding, heads, MLPs and neurons (`Node`), or the whole residual stream at a layer (`Site` of
-            kind ``resid_pre``, ``resid_mid`` or ``resid_post``). Any of these may be `At` some positions. By default
-            every head sends.
+        senders: The embedding, heads, MLPs and neurons (a `Node` or its name), or the whole residual stream at a layer
+            (`Site` of kind ``resid_pre``, ``resid_mid`` or ``resid_post``). Any of these may be `At` some positions. By
+            default every head sends.
         receivers: ``"logits"``, or (node, slot) pairs: a head's ``q``, ``k`` or ``v``, an MLP's or neuron's ``mlp``.
             For a direction (`Projection`) see `path_projection`, which needs no metric.
         mlp: ``recompute`` or ``freeze``.
@@ -125,7 +126,7 @@ def path_projection(
     pairs: PromptPairs | PairRuns,
     projection: Projection,
     *,
-    senders: Sequence[Sender] | None = None,
+    senders: Sequence[Sender | str] | None = None,
     mlp: MlpOption = "recompute",
     norm: NormOption = "recompute",
     direction: PatchDirection = "noising",
@@ -266,7 +267,7 @@ class _Task:
 def _task(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
-    senders: Sequence[Sender] | None,
+    senders: Sequence[Sender | str] | None,
     mlp: MlpOption,
     norm: NormOption,
     direction: PatchDirection,
@@ -275,7 +276,7 @@ def _task(
 ) -> _Task:
     """Checked options and stored runs."""
     heads = [node for node in head_and_mlp_nodes(model.n_layers, model.n_heads) if node.kind == "head"]
-    sending = tuple(heads if senders is None else senders)
+    sending: tuple[Sender, ...] = tuple(heads if senders is None else map(as_sender, senders))
     check_senders(model, sending)
     kinds = (*kinds, *extra_kinds(sending))
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=kinds)
@@ -324,12 +325,12 @@ def _stop(model: LensModel, group: Sequence[Receiver]) -> int:
     return max(read_moment(model, node) for node, _ in group)
 
 
-def _groups(receivers: str | Sequence[Receiver], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
+def _groups(receivers: str | Sequence[tuple[NodeLike, str]], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
     if isinstance(receivers, str):
         if receivers != "logits":
             raise MechsafetyError(f"receivers={receivers!r}", expected="'logits' or (node, slot) pairs")
         return ((INTO_LOGITS,),)
-    listed = tuple((node, slot) for node, slot in receivers)
+    listed = tuple((as_node(node), slot) for node, slot in receivers)
     if not listed:
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
     if joint and INTO_LOGITS in listed:

@@ -20,7 +20,7 @@ from mechsafety.models.engine import (
     run_from,
     split_rows,
 )
-from mechsafety.models.parts import has_node
+from mechsafety.models.parts import check_exists
 from mechsafety.nodes import HEAD_SITES, LOGITS, NODE_SITES, SLOTS, Node
 from mechsafety.patching.norms import NormOption, block_norms, keep_scales, mlp_norms
 from mechsafety.patching.senders import STREAM, behind_norm, entry, mlp_input, neuron_weights
@@ -96,8 +96,7 @@ def check_receivers(model: LensModel, receivers: Sequence[Receiver]) -> None:
     for node, slot in receivers:
         if slot not in SLOTS.get(node.kind, ()):
             raise MechsafetyError(f"{node} has no slot {slot!r}", expected=f"one of {SLOTS}")
-        if not has_node(model, node):
-            raise MechsafetyError(f"{node} does not exist in {model!r}")
+        check_exists(model, node)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,8 +16,8 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, check_current, split_rows
-from mechsafety.models.parts import has_node
-from mechsafety.nodes import Node
+from mechsafety.models.parts import check_exists
+from mechsafety.nodes import Node, as_node
 from mechsafety.patching.masks import stored
 from mechsafety.patching.norms import NormOption, at_own_scale, keep_scales, mlp_norms, norm_behind, through_norm
 from mechsafety.patching.sources import column_masks
@@ -45,6 +45,8 @@ class At:
     positions: str | tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.part, Site):
+            object.__setattr__(self, "part", as_node(self.part))
         if isinstance(self.positions, str) and self.positions not in SPANS:
             raise MechsafetyError(
                 f"positions={self.positions!r}", expected=f"one of {SPANS}, or positions from the end"
@@ -56,6 +58,11 @@ class At:
 
 
 Sender = Node | Site | At
+
+
+def as_sender(given: "Sender | str") -> Sender:
+    """A sender; a text is the name of a node."""
+    return given if isinstance(given, Site | At) else as_node(given)
 
 
 def part_of(sender: Sender) -> Node | Site:
@@ -87,9 +94,12 @@ def check_senders(model: LensModel, senders: Sequence[Sender]) -> None:
             )
         if part.kind is SiteKind.RESID_MID and model.parallel:
             raise MechsafetyError(f"{model.name} has no residual stream between attention and MLP")
-        exists = has_node(model, part) if isinstance(part, Node) else 0 <= (part.layer or 0) < model.n_layers
-        if not exists:
-            raise MechsafetyError(f"{part} does not exist in {model!r}")
+        if isinstance(part, Node):
+            check_exists(model, part)
+        elif not 0 <= (part.layer or 0) < model.n_layers:
+            raise MechsafetyError(
+                f"{part} does not exist in {model.name}", expected=f"layers 0 to {model.n_layers - 1}"
+            )
 
 
 def extra_kinds(senders: Sequence[Sender]) -> tuple[SiteKind, ...]:

@@ -298,8 +298,8 @@ def strongest_edges(curves: Sequence[EdgeMark], count: int) -> list[EdgeMark]:
 
 
 def _name(node: Node) -> str:
-    names = {"head": f"{node.layer}.{node.index}", "mlp": f"M{node.layer}", "neuron": f"N{node.index}"}
-    return names.get(node.kind, node.kind)
+    # a neuron's layer is that of its row
+    return f"N{node.index}" if node.kind == "neuron" else node.short
 
 
 def _node(

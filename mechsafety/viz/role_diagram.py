@@ -229,7 +229,7 @@ def _box(
     )
     total = number(sum(member.effect for member in members), 2)
     count = f"{len(members)} nodes" if len(members) > 1 else "1 node"
-    names = ", ".join(_short(member.node) for member in members[:NAMED]) + (" …" if len(members) > NAMED else "")
+    names = ", ".join(member.node.short for member in members[:NAMED]) + (" …" if len(members) > NAMED else "")
     lines = [f"{title}: {count}, {'effects sum to' if len(members) > 1 else 'effect'} {total}", names]
     if inside:
         lines.append(f"within: {_edges(inside)}, {number(sum(member.effect for member in inside), 2)}")
@@ -245,10 +245,6 @@ def _box(
 
 def _edges(members: list[CircuitEdge]) -> str:
     return f"{len(members)} edges" if len(members) > 1 else "1 edge"
-
-
-def _short(node: Node) -> str:
-    return {"head": f"{node.layer}.{node.index}", "mlp": f"M{node.layer}"}.get(node.kind, str(node))
 
 
 def _arrow(

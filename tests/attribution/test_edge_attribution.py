@@ -240,6 +240,9 @@ def test_errors(llama, pairs, log_odds):
         edge_attribution(llama, pairs, log_odds, neurons=[3])
     with pytest.raises(ms.MechsafetyError, match=r"neurons=\[1\] beside nodes; .* list single neurons as nodes"):
         edge_attribution(llama, pairs, log_odds, neurons=[1], nodes=[Node("mlp", 0)])
-    for node in (Node("head", 3, 0), Node("neuron", 0, 48), Node("logits"), Node("embed")):
-        with pytest.raises(ms.MechsafetyError, match=f"{node} has no edges in LensModel"):
+    for node in (Node("head", 3, 0), Node("neuron", 0, 48)):
+        with pytest.raises(ms.MechsafetyError, match=f"{node} does not exist in Llama.*; the nearest is"):
+            edge_attribution(llama, pairs, log_odds, nodes=[node])
+    for node in (Node("logits"), Node("embed")):
+        with pytest.raises(ms.MechsafetyError, match=f"^{node} among the nodes; expected heads, MLPs and neurons$"):
             edge_attribution(llama, pairs, log_odds, nodes=[node])

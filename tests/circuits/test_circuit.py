@@ -594,7 +594,12 @@ def test_what_is_iterated_over_is_contained(circuit):
     assert all(member in circuit for member in circuit) and all(member.node in circuit for member in circuit)
     assert all(member in circuit and member.edge in circuit for member in circuit.edges)
     assert len(circuit) == len(list(circuit)) == 3
-    assert Node("head", 0, 0) not in circuit and Edge(HEAD, MLP, "mlp") in circuit and "L1.H3" not in circuit
+    assert (
+        Node("head", 0, 0) not in circuit
+        and Edge(HEAD, MLP, "mlp") in circuit
+        and "L1.H3" in circuit
+        and "0.0" not in circuit
+    )
     assert dataclasses.replace(circuit.nodes[0], effect=9.0) not in circuit, "a measurement of another circuit"
 
 

@@ -108,7 +108,10 @@ def test_refusals(directed, directed_found):
     model, own, metric = directed
     with pytest.raises(MechsafetyError) as caught:
         direction_io(model, directed_found, own, metric, nodes=[Node("head", 0, 7)])
-    assert str(caught.value) == "L0.H7 does not exist; expected a head from 0 to 3"
+    assert (
+        str(caught.value)
+        == f"L0.H7 does not exist in {model.name}; expected layers 0 to 2 and heads 0 to 3; the nearest is L0.H3"
+    )
     with pytest.raises(MechsafetyError, match=r"^neurons among the nodes; expected heads and MLPs"):
         direction_io(model, directed_found, own, metric, nodes=[Node("neuron", 0, 7)])
     with pytest.raises(MechsafetyError, match=r"^a direction of width 31; expected this model's d_model, 32"):

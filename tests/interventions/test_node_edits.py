@@ -158,9 +158,22 @@ def test_nothing_is_left_after_an_exception(llama):
 @pytest.mark.parametrize(
     ("nodes", "options", "message"),
     [
-        ([Node("neuron", 0, 48)], {}, "L0.N48 does not exist; expected a neuron from 0 to 47"),
-        ([Node("head", 1, 4)], {}, "L1.H4 does not exist; expected a head from 0 to 3"),
-        ([Node("head", 3, 0)], {}, "L3.H0 does not exist; expected a layer from 0 to 2"),
+        (
+            [Node("neuron", 0, 48)],
+            {},
+            "L0.N48 does not exist in LlamaForCausalLM; expected layers 0 to 2 and neurons 0 to 47; "
+            "the nearest is L0.N47",
+        ),
+        (
+            [Node("head", 1, 4)],
+            {},
+            "L1.H4 does not exist in LlamaForCausalLM; expected layers 0 to 2 and heads 0 to 3; the nearest is L1.H3",
+        ),
+        (
+            [Node("head", 3, 0)],
+            {},
+            "L3.H0 does not exist in LlamaForCausalLM; expected layers 0 to 2 and heads 0 to 3; the nearest is L2.H0",
+        ),
         ([Node("embed")], {}, "embed cannot be edited; expected heads, MLPs or neurons"),
         ([], {}, "no nodes; expected at least one head, MLP or neuron"),
         ([NODES[0], NODES[0]], {}, "nodes ['L0.H1'] are given twice; expected each once"),

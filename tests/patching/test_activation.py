@@ -200,7 +200,10 @@ def test_saved_and_loaded(llama, pairs, log_odds, tmp_path):
 ERRORS = [
     ({"direction": "sideways"}, r"direction='sideways'; expected one of \('noising', 'denoising'\)"),
     ({"positions": "tail"}, "no span is called 'tail'; expected one of"),
-    ({"nodes": [Node("head", 3, 0)]}, r"L3\.H0 does not exist in LensModel\(LlamaForCausalLM: 3 layers"),
+    (
+        {"nodes": [Node("head", 3, 0)]},
+        r"L3\.H0 does not exist in \w+; expected layers 0 to 2 and heads 0 to 3; the nearest is L2\.H0",
+    ),
     ({"nodes": [Node("head", 0, 4)]}, r"L0\.H4 does not exist"),
     ({"nodes": [Node("neuron", 0, 48)]}, r"L0\.N48 does not exist"),
     ({"nodes": [Node("mlp", -1)]}, r"L-1\.MLP does not exist"),

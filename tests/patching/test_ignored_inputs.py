@@ -30,7 +30,7 @@ def test_a_patch_of_what_holds_no_value_of_its_own(llama, part):
 
 @pytest.mark.parametrize("node", [Node("head", 3, 0), Node("head", 0, -1), Node("mlp", -1), Node("neuron", 0, 48)])
 def test_a_patch_of_what_the_model_lacks(llama, node):
-    with pytest.raises(MechsafetyError, match=r"^L-?\d.* does not exist in LensModel"):
+    with pytest.raises(MechsafetyError, match=r"^L-?\d.* does not exist in Llama"):
         Patch.of(llama, [[node]])
 
 

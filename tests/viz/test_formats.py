@@ -19,6 +19,7 @@ from matplotlib.textpath import TextPath
 
 from mechsafety.circuits.circuit import Node, RefusalCircuit
 from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import as_node
 from mechsafety.viz import (
     Style,
     circuit_fragment,
@@ -329,11 +330,6 @@ def test_role_diagram_keeps_to_a_width_and_says_what_it_leaves_out(large: Refusa
     assert len(layout.edges) == 18 and f"{layout.n_edges - 18} weaker arrows are left out." in layout.description
 
 
-def short(key: str) -> str:
-    layer, part = key.removeprefix("L").split(".")
-    return f"M{layer}" if part == "MLP" else f"{layer}.{part.removeprefix('H')}"
-
-
 @pytest.mark.parametrize("width", [200.0, 260.0])
 def test_role_diagram_keeps_the_font_that_was_asked_for(small: RefusalCircuit, width: float) -> None:
     style = Style(width_mm=width, font_pt=6)
@@ -368,14 +364,14 @@ def test_difference_tells_what_is_new_gone_and_changed(small: RefusalCircuit) ->
     comparison = compare_layouts(small, replace(fewer, nodes=(changed, *fewer.nodes[1:])), ("aligned", "base"))
     marks = {mark.key: mark for mark in comparison.difference.nodes}
     gone = marks[str(small.nodes[0].node)]
-    assert gone.labels[0].text == f"({short(gone.key)})" and gone.shapes[0].dashes
+    assert gone.labels[0].text == f"({as_node(gone.key).short})" and gone.shapes[0].dashes
     assert "not in this circuit in base" in gone.title
     more = marks[str(changed.node)]
     same = marks[str(small.nodes[5].node)]
     assert not more.shapes[0].dashes and more.shapes[0].fill != same.shapes[0].fill
     assert "10 nodes in both, 2 only in aligned" in comparison.difference.description
     back = compare_layouts(fewer, small, ("base", "aligned")).difference
-    assert next(m for m in back.nodes if m.key == gone.key).labels[0].text == f"[{short(gone.key)}]"
+    assert next(m for m in back.nodes if m.key == gone.key).labels[0].text == f"[{as_node(gone.key).short}]"
     places = {mark.key: (mark.x, mark.y) for mark in comparison.difference.nodes}
     for layout in (comparison.first, comparison.second):
         assert all(places[mark.key] == (mark.x, mark.y) for mark in layout.nodes)
