@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FORMAT = "mechsafety.result"
 FORMAT_VERSION = 3  # 1 and 2 named the type of every part
 FILES = ("result.json", "tensors.safetensors")
+VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 PACKAGES = ("mechsafety", "torch", "transformers", "transformer_lens")
 
 
@@ -146,6 +147,16 @@ def bars(frame: "pd.DataFrame", x: str, y: str, label: str) -> "go.Figure":
         top = top.assign(up=top.ci_high - top[y], down=top[y] - top.ci_low)
         whiskers = {"error_y": "up", "error_y_minus": "down"}
     return px.bar(top, x=x, y=y, category_orders={x: list(top[x])}, labels={x: "", y: label}, **whiskers)
+
+
+def visible(token: str) -> str:
+    r"""A token with its white space made visible; other control characters become U+FFFD.
+
+    Example:
+        >>> visible(" a\n")
+        '·a⏎'
+    """
+    return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
 
 
 def package_versions() -> dict[str, str]:

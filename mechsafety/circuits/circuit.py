@@ -12,6 +12,7 @@ from mechsafety.nodes import Edge, Node, NodeLike, as_node, as_nodes
 from mechsafety.results import Provenance, Result
 
 if TYPE_CHECKING:
+    import networkx as nx
     import pandas as pd
     import plotly.graph_objects as go
     from torch import Tensor
@@ -415,6 +416,47 @@ class RefusalCircuit(Result):
             row |= {"ci_low": low, "ci_high": high, "p_value": member.p_value, "status": member.status}
             rows.append(row | asdict(member.evidence))
         return pd.DataFrame(rows)
+
+    def edges_dataframe(self) -> "pd.DataFrame":
+        """One row per edge, strongest first: its ends, slot, effect, status, and whether it only connects a node."""
+        import pandas as pd
+
+        linked = set(self.search.linked) if self.search else set()
+        rows = [
+            {
+                "sender": str(member.edge.sender),
+                "receiver": str(member.edge.receiver),
+                "slot": member.edge.slot,
+                "effect": member.effect,
+                "status": member.status,
+                "estimate": member.estimate,
+                "links": member.edge in linked,
+            }
+            for member in self.edges
+        ]
+        columns = ["sender", "receiver", "slot", "effect", "status", "estimate", "links"]
+        return pd.DataFrame(rows, columns=columns).sort_values("effect", key=abs, ascending=False, ignore_index=True)
+
+    def to_networkx(self) -> "nx.MultiDiGraph[str]":
+        """The circuit as a directed graph of networkx.
+
+        Nodes are named as they are printed and have the attributes ``kind``, ``layer``, ``index``, ``role``,
+        ``effect`` and ``status``; ``embed`` and ``logits`` have ``kind`` alone. Several edges can run between two
+        nodes. An edge's key is its slot, and it has the attributes ``slot``, ``effect`` and ``status``.
+        """
+        import networkx as nx
+
+        graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(model=self.provenance.model, level=self.level)
+        for member in self.nodes:
+            own = {"role": member.role, "effect": member.effect, "status": member.status}
+            graph.add_node(str(member.node), **asdict(member.node), **own)
+        for path in self.edges:
+            for end in (path.edge.sender, path.edge.receiver):
+                if str(end) not in graph:
+                    graph.add_node(str(end), kind=end.kind)
+            ends = str(path.edge.sender), str(path.edge.receiver)
+            graph.add_edge(*ends, key=path.edge.slot, slot=path.edge.slot, effect=path.effect, status=path.status)
+        return graph
 
     def scores_dataframe(self) -> "pd.DataFrame":
         """One row per candidate node: estimate, exact effect where measured, whether it is in the circuit.

@@ -1,5 +1,6 @@
 """Activation patching (causal tracing, Meng et al. 2022): the exact effect of single nodes and sites."""
 
+import html
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from mechsafety.patching.effects import effect_intervals, effect_p_values, effec
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, replacement
 from mechsafety.patching.sources import Source, check_start, column_masks, source_values
 from mechsafety.prompts import PromptPairs, omissions
-from mechsafety.results import Provenance, Result, bars
+from mechsafety.results import Provenance, Result, bars, visible
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
 # pairs x columns that are patched at once, so that memory does not grow with the number of pairs
@@ -41,6 +42,7 @@ BATCH_TOKENS = 1024
 PatchDirection = Literal["noising", "denoising"]
 
 Target = Node | Site
+EFFECT = "share of the harmful-harmless gap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class PatchMap(Result):
         row_positions: With ``each``, the position of each row, counted from the end (-1 is the last token); otherwise
             None.
         source: Where replacement values come from: ``other``, ``mean``, ``resample`` or ``zero``.
+        tokens: With ``each``, the text of the token at each position, the first one first; empty where the prompts
+            have different tokens.
     """
 
     provenance: Provenance
@@ -70,6 +74,7 @@ class PatchMap(Result):
     positions: str
     row_positions: tuple[int, ...] | None = None
     source: str = "other"
+    tokens: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"PatchMap({len(self.nodes)} rows x {self.changes.shape[1]} pairs, {self.direction}, {self.positions})"
@@ -103,12 +108,50 @@ class PatchMap(Result):
         }
         return pd.DataFrame(rows).join(effect_table(self.changes, self.harmful - self.harmless))
 
-    def plot(self) -> go.Figure:
-        """Bar chart of the 30 strongest effects with intervals."""
-        frame = self.to_dataframe()
-        if self.row_positions is not None:
-            frame["node"] = frame.node + " @ " + frame.position.astype(str)
-        return bars(frame, "node", "effect", "share of the harmful-harmless gap")
+    def plot(self, most: int = 40) -> go.Figure:
+        """Bar chart of the strongest effects with intervals; with ``each``, a heat map of nodes by position.
+
+        The heat map shows the tokens under their positions. Its nodes go upward in the order that was patched.
+
+        Args:
+            most: Largest number of nodes in a heat map. It shows those with the largest effects.
+        """
+        if self.row_positions is None:
+            return bars(self.to_dataframe(), "node", "effect", EFFECT)
+        return self._heat_map(most)
+
+    def _heat_map(self, most: int) -> go.Figure:
+        positions = list(dict.fromkeys(self.row_positions or ()))
+        grid = rearrange(self.effects, "(node position) -> node position", position=len(positions))
+        nodes = self.nodes[:: len(positions)]
+        shown = sorted(grid.abs().amax(1).topk(min(most, len(nodes))).indices.tolist())
+        limit = float(grid.abs().max()) or 1.0
+        figure = go.Figure(
+            go.Heatmap(
+                z=grid[shown].tolist(),
+                x=positions,
+                y=[str(nodes[row]) for row in shown],
+                colorscale="RdBu_r",
+                zmin=-limit,
+                zmax=limit,
+                colorbar={"title": {"text": "effect<br>(share of gap)"}, "thickness": 14},
+                xgap=1,
+                ygap=1,
+                hovertemplate="%{y} at position %{x}: %{z:.3f}<extra></extra>",
+            )
+        )
+        labels = [visible(token) or "(differs)" for token in self.tokens or [""] * len(positions)]
+        names = [f"{html.escape(label)}<br>{at}" for label, at in zip(labels, positions, strict=True)]
+        angle = 0 if max(map(len, labels)) <= 11 else -45
+        figure.update_xaxes(title_text="token, and its position from the end", tickvals=positions, ticktext=names)
+        figure.update_xaxes(tickangle=angle, showgrid=False)
+        figure.update_yaxes(type="category")
+        most_of = f": the {len(shown)} of {len(nodes)} with the largest effects" if len(shown) < len(nodes) else ""
+        return figure.update_layout(
+            title_text=f"{self.direction.capitalize()} one node at one position{most_of}",
+            height=max(320, 160 + 18 * len(shown)),
+            width=max(520, 220 + 72 * len(positions)),
+        )
 
 
 @public
@@ -206,7 +249,15 @@ def activation_patching(
         shown,
         tuple(columns[at] for _, at in rows) if positions == "each" else None,
         source,
+        _token_texts(model, base, columns),
     )
+
+
+def _token_texts(model: LensModel, base: BaseRun, columns: Sequence[int]) -> tuple[str, ...]:
+    """The token at each column, counted from the end; empty where the prompts have different ones."""
+    ids, mask = base.tokens.ids, base.tokens.mask
+    found = [set(ids[mask[:, at], at].tolist()) for at in columns]
+    return tuple(model.tokenizer.decode(list(one)) if len(one) == 1 else "" for one in found)
 
 
 def _patched(

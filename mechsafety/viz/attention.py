@@ -9,9 +9,10 @@ from typing import Any
 
 from mechsafety.circuits.circuit import AttentionExample
 from mechsafety.errors import MechsafetyError
+from mechsafety.results import visible
 from mechsafety.viz.cards import check_pattern
 from mechsafety.viz.html import safe_json, template
-from mechsafety.viz.words import plain, visible
+from mechsafety.viz.words import plain
 
 VIEWS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
 # Mounts each figure once, under its own id, even if the same figure is on the page twice.

@@ -9,6 +9,7 @@ import numpy as np
 from mechsafety.circuits.circuit import Ablation, AttentionExample, CircuitNode, Notes, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
+from mechsafety.results import visible
 from mechsafety.viz.marks import ROLE_COLOURS, blend, effect_fill, grey, magnitude, node_strength
 from mechsafety.viz.words import (
     EDGE_TITLE,
@@ -24,7 +25,6 @@ from mechsafety.viz.words import (
     percent,
     replies_changed,
     role_name,
-    visible,
 )
 
 TOKENS_SHOWN = 12

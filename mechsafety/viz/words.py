@@ -9,7 +9,6 @@ from mechsafety.results import reads_where
 
 NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
-VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 EVIDENCE_WORDS = {
     "backup_of": "backup of",
     "direct": "direct effect through the logits",
@@ -137,16 +136,6 @@ def plain(text: str, limit: int = 0) -> str:
     if limit and len(flat) > limit:
         return flat[: limit * 2 // 3 - 1] + "…" + flat[-(limit // 3) :]
     return flat
-
-
-def visible(token: str) -> str:
-    r"""A token with its white space made visible; other control characters become U+FFFD.
-
-    Example:
-        >>> visible(" a\n")
-        '·a⏎'
-    """
-    return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
 
 
 def edges_drawn(drawn: int, total: int) -> str:

@@ -578,6 +578,21 @@ def test_claims_are_counted_and_tabled(full):
     assert [claim.name for claim in full.verification.failed] == ["faithfulness"]
 
 
+def test_edges_as_a_table_and_the_circuit_as_a_graph(full):
+    table, graph = full.edges_dataframe(), full.to_networkx()
+    assert list(table.effect.abs()) == sorted(table.effect.abs(), reverse=True) and len(table) == len(full.edges)
+    linked = {(str(edge.sender), str(edge.receiver), edge.slot) for edge in full.search.linked}
+    assert {(row.sender, row.receiver, row.slot) for row in table.itertuples() if row.links} == linked
+    assert graph.number_of_edges() == len(full.edges) and graph.graph["level"] == full.level
+    for member in full.nodes:
+        attributes = graph.nodes[str(member.node)]
+        assert (attributes["role"], attributes["effect"]) == (member.role, member.effect)
+    for row in table.itertuples():
+        assert graph.edges[row.sender, row.receiver, row.slot]["effect"] == row.effect
+    empty = dataclasses.replace(full, edges=()).edges_dataframe()
+    assert empty.empty and list(empty.columns) == list(table.columns)
+
+
 def unverified(circuit):
     check = circuit.verification
     assert not check.measured and math.isnan(check.faithfulness) and math.isnan(check.necessity)
@@ -594,12 +609,8 @@ def test_what_is_iterated_over_is_contained(circuit):
     assert all(member in circuit for member in circuit) and all(member.node in circuit for member in circuit)
     assert all(member in circuit and member.edge in circuit for member in circuit.edges)
     assert len(circuit) == len(list(circuit)) == 3
-    assert (
-        Node("head", 0, 0) not in circuit
-        and Edge(HEAD, MLP, "mlp") in circuit
-        and "L1.H3" in circuit
-        and "0.0" not in circuit
-    )
+    assert Node("head", 0, 0) not in circuit and Edge(HEAD, MLP, "mlp") in circuit
+    assert "L1.H3" in circuit and "0.0" not in circuit, "by name"
     assert dataclasses.replace(circuit.nodes[0], effect=9.0) not in circuit, "a measurement of another circuit"
 
 

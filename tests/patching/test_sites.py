@@ -77,6 +77,29 @@ def test_each_column_equals_plain_hooks(llama, pairs, log_odds):
         torch.testing.assert_close(result.harmful - result.changes[k], expected, atol=1e-4, rtol=0)
 
 
+def test_each_position_as_a_heat_map_with_its_token(llama, pairs, log_odds):
+    """Rows are the strongest nodes, in their order; a token is named where all prompts have it."""
+    nodes = [ms.Node("mlp", 2), ms.Node("head", 0, 1), ms.Node("mlp", 0)]
+    found = activation_patching(llama, pairs, log_odds, nodes=nodes, positions="each", progress=False)
+    width = len(found.tokens)
+    tokens = llama.tokenize_pairs(pairs).harmful
+    for text, at in zip(found.tokens, range(-width, 0), strict=True):
+        ids = {int(row[at]) for row, real in zip(tokens.ids, tokens.mask, strict=True) if real[at]}
+        assert text == (llama.tokenizer.decode(list(ids)) if len(ids) == 1 else "")
+    assert "" in found.tokens and found.tokens[-1]
+    figure = found.plot()
+    (drawn,) = figure.data
+    assert list(drawn.y) == [str(node) for node in nodes] and list(drawn.x) == list(range(-width, 0))
+    assert figure.layout.xaxis.ticktext[0].startswith("(differs)<br>-")
+    for row in range(3):
+        assert list(drawn.z[row]) == pytest.approx(found.effects[row * width : (row + 1) * width].tolist())
+    few = found.plot(most=1)
+    strongest = int(found.effects.abs().argmax()) // width
+    assert list(few.data[0].y) == [str(nodes[strongest])] and "the 1 of 3 with the largest" in few.layout.title.text
+    one = activation_patching(llama, ms.PromptPairs(pairs.pairs[:1]), log_odds, positions="each", progress=False)
+    assert all(one.tokens) and len(one.plot().data[0].y) == 15
+
+
 def test_listed_columns_are_patched_together(llama, pairs, log_odds):
     site = Site(SiteKind.RESID_PRE, 1)
     result = activation_patching(llama, pairs, log_odds, nodes=[site], positions=[-1, -2, -3], progress=False)

@@ -16,6 +16,7 @@ from test_formats import Tags, assert_inert
 from mechsafety.circuits.circuit import Backup, CurvePoint, Node, RandomControls, RefusalCircuit, Search
 from mechsafety.circuits.verification.outcome import Claim
 from mechsafety.errors import MechsafetyError
+from mechsafety.results import visible
 from mechsafety.viz import (
     attention_html,
     circuit_svg,
@@ -28,7 +29,7 @@ from mechsafety.viz import (
     tokens_html,
     write_all,
 )
-from mechsafety.viz.words import chance, concentration, necessity, number, p_value, percent, plain, verdict, visible
+from mechsafety.viz.words import chance, concentration, necessity, number, p_value, percent, plain, verdict
 
 
 def with_curve(circuit: RefusalCircuit, *points: tuple[int, float], own: float = 0.0) -> RefusalCircuit:
