@@ -89,6 +89,9 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 # (module, function, imported room): calls on an object that hand over to a room above, imported when called
 UPWARD = {
     ("models/lens_model.py", "cache", "cache"),
+    ("models/lens_model.py", "attention", "attribution"),
+    ("attribution/attention.py", "to_html", "viz"),
+    ("attribution/attention.py", "_repr_html_", "viz"),
     ("circuits/circuit.py", "_repr_mimebundle_", "viz"),
     ("circuits/circuit.py", "plot", "viz"),
     ("circuits/circuit.py", "widget", "viz"),

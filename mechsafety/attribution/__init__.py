@@ -1,5 +1,6 @@
-"""Attribution: direct effects on the logits, scores of heads, the logit lens, and gradient estimates for every node."""
+"""Attribution: attention patterns, direct effects on logits, scores of heads, the logit lens, gradient estimates."""
 
+from mechsafety.attribution.attention import AttentionPatterns, attention_patterns
 from mechsafety.attribution.direct import DirectAttribution, direct_logit_attribution
 from mechsafety.attribution.edges import EdgeScores, edge_attribution
 from mechsafety.attribution.heads import HeadAttribution, head_attribution
@@ -8,11 +9,13 @@ from mechsafety.attribution.nodes import NodeAttribution, node_attribution
 from mechsafety.attribution.ships import sahara, ships
 
 __all__ = [
+    "AttentionPatterns",
     "DirectAttribution",
     "EdgeScores",
     "HeadAttribution",
     "LogitLens",
     "NodeAttribution",
+    "attention_patterns",
     "direct_logit_attribution",
     "edge_attribution",
     "head_attribution",

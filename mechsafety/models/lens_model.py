@@ -20,12 +20,14 @@ from mechsafety.models.decode import Cursor, check_room, greedy
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
 from mechsafety.models.template import checked_options
+from mechsafety.nodes import NodeLike
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
 from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
+    import mechsafety.attribution
     import mechsafety.cache
 
 
@@ -377,6 +379,19 @@ class LensModel:
         from mechsafety.cache import ActivationCache
 
         return ActivationCache.run(self, prompts if isinstance(prompts, Tokens) else self.tokenize(prompts), sites)
+
+    def attention(
+        self, prompt: str, heads: NodeLike | Sequence[NodeLike]
+    ) -> "mechsafety.attribution.AttentionPatterns":
+        """What heads look at on one prompt, as a table and figures (see `attention_patterns`).
+
+        Example::
+
+            model.attention("How do I bake bread?", "L14.H2").plot()
+        """
+        from mechsafety.attribution import attention_patterns
+
+        return attention_patterns(self, prompt, heads)
 
     # --- weights ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mechsafety.circuits.circuit import AttentionExample
 from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Node
 from mechsafety.results import visible
 from mechsafety.viz.cards import check_pattern
 from mechsafety.viz.html import safe_json, template
@@ -51,6 +52,15 @@ def attention_html(examples: Sequence[AttentionExample], *, view: str = "pattern
         }
         figures.append(_figure(VIEWS[view], props, example.prompt))
     return _block(figures, script)
+
+
+def patterns_page(
+    prompt: str, tokens: Sequence[str], heads: Sequence[Node], patterns: Any, *, view: str = "patterns"
+) -> str:
+    """A page of its own with the attention of some heads on one prompt, as `attention_html` draws it."""
+    example = AttentionExample(prompt, tuple(tokens), tuple(heads), patterns)
+    title = "Attention of " + ", ".join(map(str, heads))
+    return figures_page(title, attention_html([example], view=view, script=False))
 
 
 def tokens_html(tokens: Sequence[str], values: Sequence[float], *, title: str = "", script: bool = True) -> str:
