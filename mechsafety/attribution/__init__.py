@@ -6,6 +6,7 @@ from mechsafety.attribution.edges import EdgeScores, edge_attribution
 from mechsafety.attribution.heads import HeadAttribution, head_attribution
 from mechsafety.attribution.lens import LogitLens, logit_lens
 from mechsafety.attribution.nodes import NodeAttribution, node_attribution
+from mechsafety.attribution.promoted import NodeCards, describe_nodes
 from mechsafety.attribution.ships import sahara, ships
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "HeadAttribution",
     "LogitLens",
     "NodeAttribution",
+    "NodeCards",
     "attention_patterns",
+    "describe_nodes",
     "direct_logit_attribution",
     "edge_attribution",
     "head_attribution",

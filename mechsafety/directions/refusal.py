@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.attribution.promoted import NodeCards, node_cards
 from mechsafety.directions.scores import (
     DirectionScores,
     Validation,
@@ -35,9 +36,10 @@ from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.intervals import mean_interval
 from mechsafety.interventions import Direction
-from mechsafety.interventions.checks import check_layers
+from mechsafety.interventions.checks import check_layers, check_vector
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.patching import pair_runs
 from mechsafety.prompts import PromptPairs, Tokens, distinct, omissions, unseen
 from mechsafety.results import Provenance, Result
 from mechsafety.sites import Site, SiteKind
@@ -180,6 +182,27 @@ class RefusalDirection(Result):
             passes=passes,
             controls=self.controls if same else None,
         )
+
+    @public
+    def describe(self, model: LensModel, pairs: PromptPairs, *, n_tokens: Count = 8) -> NodeCards:
+        """Tokens that the direction promotes where it reaches the logits directly, as `attribution.describe_nodes`.
+
+        The final norm has the scale that it has on the harmful prompts.
+
+        Args:
+            model: The model.
+            pairs: Pairs, of which only those that align are used.
+            n_tokens: Number of promoted tokens, and of suppressed tokens.
+
+        Raises:
+            MechsafetyError: A model of another width, or no pair aligns.
+        """
+        vector = check_vector(self.vector, model.d_model).to(model.device).float()
+        run = pair_runs(model, pairs).harmful
+        norm, rows = model.frozen_final_norm(run.resid[-1][:, -1]), vector.expand(len(run), -1)
+        written = (norm(rows) - norm(torch.zeros_like(rows))).mean(0)
+        options = {"pairs": len(run), "n_tokens": n_tokens, **omissions(pairs)}
+        return node_cards(model, {f"direction of layer {self.layer}": written}, n_tokens, options)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per candidate: means of three scores with intervals over prompts, COSMIC's score, norm, choice."""

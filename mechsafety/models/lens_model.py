@@ -380,6 +380,7 @@ class LensModel:
 
         return ActivationCache.run(self, prompts if isinstance(prompts, Tokens) else self.tokenize(prompts), sites)
 
+    @public
     def attention(
         self, prompt: str, heads: NodeLike | Sequence[NodeLike]
     ) -> "mechsafety.attribution.AttentionPatterns":

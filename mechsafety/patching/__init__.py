@@ -1,6 +1,7 @@
 """Exact interventions: activation patching, path patching, and the masked runs by which circuits are measured."""
 
 from mechsafety.patching.activation import PatchMap, activation_patching
+from mechsafety.patching.difference import EffectDifference, compare_effects
 from mechsafety.patching.masks import (
     PairRuns,
     Patch,
@@ -16,6 +17,7 @@ from mechsafety.patching.senders import At
 
 __all__ = [
     "At",
+    "EffectDifference",
     "PairRuns",
     "Patch",
     "PatchMap",
@@ -23,6 +25,7 @@ __all__ = [
     "PathMatrix",
     "Projection",
     "activation_patching",
+    "compare_effects",
     "masked_logits",
     "pair_runs",
     "patched_logits",

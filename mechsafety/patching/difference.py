@@ -1,0 +1,153 @@
+"""Two results of activation patching against each other: the same nodes under two settings, models or prompt sets."""
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.errors import MechsafetyError
+from mechsafety.patching.activation import PatchMap
+from mechsafety.patching.effects import effect_intervals
+from mechsafety.results import Provenance, Result
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EffectDifference(Result):
+    """Effects of the same nodes in two results, and their difference.
+
+    Attributes:
+        provenance, other: The first result's and the second's.
+        names: The two results' names, for tables and figures.
+        nodes: What was patched in each row; with ``each``, with its position.
+        first, second: Effects, shares of each result's own gap.
+        difference: Second less first.
+        intervals: 95 % interval of each difference.
+        paired: Whether both results are of the same prompts, whose differences are then taken prompt by prompt.
+    """
+
+    provenance: Provenance
+    other: Provenance
+    names: tuple[str, str]
+    nodes: tuple[str, ...]
+    first: Float[Tensor, " node"]
+    second: Float[Tensor, " node"]
+    difference: Float[Tensor, " node"]
+    intervals: tuple[tuple[float, float], ...]
+    paired: bool
+
+    def __repr__(self) -> str:
+        apart = sum(not low <= 0 <= high for low, high in self.intervals)
+        kind = "paired" if self.paired else "independent"
+        return f"EffectDifference({len(self.nodes)} nodes, {kind} prompts, {apart} intervals without 0)"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per node, the largest difference first: both effects, the difference and its interval."""
+        low, high = zip(*self.intervals, strict=True)
+        columns = {
+            "node": self.nodes,
+            self.names[0]: self.first.tolist(),
+            self.names[1]: self.second.tolist(),
+            "difference": self.difference.tolist(),
+            "ci_low": low,
+            "ci_high": high,
+        }
+        return pd.DataFrame(columns).sort_values("difference", key=abs, ascending=False, ignore_index=True)
+
+    def plot(self, named: int = 12) -> go.Figure:
+        """Scatter of the two effects; nodes whose interval lies off 0 are filled, and the largest differences named.
+
+        Args:
+            named: Largest number of nodes whose names are shown.
+        """
+        frame = self.to_dataframe()
+        apart = (frame.ci_low > 0) | (frame.ci_high < 0)
+        names = [name if k < named and off else "" for k, (name, off) in enumerate(zip(frame.node, apart, strict=True))]
+        figure = go.Figure(
+            go.Scatter(
+                x=frame[self.names[0]],
+                y=frame[self.names[1]],
+                mode="markers+text",
+                text=names,
+                textposition="top center",
+                customdata=frame[["node", "difference", "ci_low", "ci_high"]],
+                marker={"symbol": ["circle" if off else "circle-open" for off in apart], "size": 8, "color": "#0072B2"},
+                hovertemplate="%{customdata[0]}: difference %{customdata[1]:.3f} "
+                "[%{customdata[2]:.3f}, %{customdata[3]:.3f}]<extra></extra>",
+            )
+        )
+        ends = [float(torch.cat([self.first, self.second]).min()), float(torch.cat([self.first, self.second]).max())]
+        figure.add_scatter(x=ends, y=ends, mode="lines", line={"dash": "dot", "color": "#8D96A2"}, hoverinfo="skip")
+        figure.update_xaxes(title_text=f"effect: {self.names[0]}")
+        figure.update_yaxes(title_text=f"effect: {self.names[1]}")
+        return figure.update_layout(showlegend=False, width=620, height=560)
+
+
+def compare_effects(
+    first: PatchMap, second: PatchMap, names: tuple[str, str] = ("first", "second"), *, seed: int = 0
+) -> EffectDifference:
+    """Compare two results of activation patching node by node; no model is run.
+
+    If both results are of the same prompts (the same scores of the unpatched runs), the difference is taken prompt by
+    prompt, and its interval is that of a single effect (`ratio_intervals`). Otherwise the two sets of prompts count as
+    independent, and the interval is made of the two effects' own intervals (MOVER; Zou and Donner 2008).
+
+    The intervals are not adjusted for the number of nodes: of 100 nodes without any difference, about five have an
+    interval without 0.
+
+    Args:
+        first: A result of `activation_patching`.
+        second: Another one, of the same nodes in the same order and with the same kind of positions.
+        names: Names of the two, for tables and figures.
+        seed: Seed of the resampling.
+
+    Raises:
+        MechsafetyError: Other nodes or positions, or the same name twice.
+    """
+    rows = [_rows(found) for found in (first, second)]
+    if rows[0] != rows[1]:
+        strange = next((name for name in rows[1] if name not in rows[0]), rows[0][-1])
+        raise MechsafetyError(f"results of other nodes or positions ({strange})", expected="the same in both")
+    if len(set(names)) < 2 or set(names) & {"node", "difference", "ci_low", "ci_high"}:
+        raise MechsafetyError(f"names {names}", expected="two names that are no columns of the table")
+    paired = torch.equal(first.harmful, second.harmful) and torch.equal(first.harmless, second.harmless)
+    if paired:
+        found = effect_intervals(second.changes - first.changes, first.harmful - first.harmless, seed)
+    else:
+        ends = [result.intervals(seed) for result in (first, second)]
+        effects = first.effects.tolist(), second.effects.tolist()
+        found = [_mover(*row) for row in zip(*effects, *ends, strict=True)]
+    return EffectDifference(
+        first.provenance,
+        second.provenance,
+        names,
+        rows[0],
+        first.effects,
+        second.effects,
+        second.effects - first.effects,
+        tuple(found),
+        paired,
+    )
+
+
+def _rows(found: PatchMap) -> tuple[str, ...]:
+    if found.row_positions is None:
+        return tuple(map(str, found.nodes))
+    return tuple(f"{node} @ {at}" for node, at in zip(found.nodes, found.row_positions, strict=True))
+
+
+def _mover(a: float, b: float, ci_a: tuple[float, float], ci_b: tuple[float, float]) -> tuple[float, float]:
+    """Interval of b - a from the intervals of two independent estimates.
+
+    Example:
+        >>> low, high = _mover(0.2, 0.5, (0.1, 0.3), (0.4, 0.6))  # the half widths add in squares
+        >>> round(low, 3), round(high, 3)
+        (0.159, 0.441)
+    """
+    return (
+        b - a - math.hypot(b - ci_b[0], ci_a[1] - a),
+        b - a + math.hypot(ci_b[1] - b, a - ci_a[0]),
+    )
