@@ -1,8 +1,9 @@
 """Directions in activation space: adding them, removing them, and projecting on them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -138,52 +139,90 @@ class Direction(Result):
         check_layers(model, list(dict.fromkeys(site.layer or 0 for site in self.sites)))  # heads share layers
 
 
+@runtime_checkable
+class _Placed(Protocol):
+    """What holds a `Direction`, such as a `RefusalDirection`."""
+
+    @property
+    def direction(self) -> Direction: ...
+
+
+Steering = Direction | _Placed | Tensor
+"""A direction to steer along: one with sites, what holds one, or a vector of the residual stream."""
+
+
 @public
 @contextmanager
 def steer(
     model: LensModel,
-    direction: Direction | Float[Tensor, " d_model"],
-    strength: float = 1.0,
+    direction: Steering | Sequence[Steering],
+    strength: float | Sequence[float] = 1.0,
     layers: Sequence[int] | None = None,
     positions: Where = "all",
 ) -> Iterator[None]:
-    """Context in which ``strength`` times a direction is added to activations.
+    """Context in which ``strength`` times a direction is added to activations; also with several directions at once.
 
     The context holds in every forward pass, `LensModel.generate` included. Contexts nest. Nothing is left after an
     exception.
 
     Args:
         model: The model.
-        direction: A `Direction`, or a vector of the residual stream.
-        strength: Any finite number; 0 leaves the model as it is, below 0 steers away.
-        layers: Blocks at whose input a single vector is added; the direction's own sites by default.
+        direction: A `Direction`, a `RefusalDirection`, or a vector of the residual stream; or a list of them.
+        strength: Any finite number; 0 leaves the model as it is, below 0 steers away. With several directions, one
+            number for all of them or one per direction.
+        layers: Blocks at whose input vectors are added; by default a direction's own sites. A single vector is added at
+            each of the layers. A tensor with as many rows as layers adds one row at each.
         positions: ``all``, ``last`` (of each forward pass) or ``prompt``.
 
     Raises:
-        MechsafetyError: A direction of another model's width, a strength that is not finite, a vector without layers,
-            or layers that the model lacks.
-    """
-    size = check_strength(strength)
-    if isinstance(direction, Direction):
-        direction._check(model)
-        sites, vectors = direction.sites, direction.vectors
-    else:
-        vectors = rearrange(check_vector(direction, model.d_model), "... d_model -> (...) d_model")
-        if layers is None:
-            raise MechsafetyError("a vector without layers", expected="layers=[...] at which to add it")
-        sites = ()
-    if layers is not None:
-        if len(vectors) != 1 or (sites and sites[0].kind is not SiteKind.RESID_PRE):
-            raise MechsafetyError("layers for a direction with sites of its own", expected="a single residual vector")
-        sites = tuple(Site(SiteKind.RESID_PRE, layer) for layer in check_layers(model, layers))
-        vectors = repeat(vectors[0], "d_model -> site d_model", site=len(sites))
+        MechsafetyError: No direction, a direction of another model's width, a strength that is not finite, another
+            number of strengths than of directions, a vector without layers, or layers that the model lacks.
 
-    def edit(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    Example::
+
+        with ms.steer(model, [refusal, honesty], [-0.5, 1.0]):
+            model.generate(["How do I bake bread?"])
+    """
+    listed: list[Steering] = list(direction) if isinstance(direction, Sequence) else [direction]
+    strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(listed)
+    if not listed or len(strengths) != len(listed):
+        raise MechsafetyError(
+            f"{len(strengths)} strengths of {len(listed)} directions", expected="one strength, or one per direction"
+        )
+    sizes = [check_strength(one) for one in strengths]
+    placed = [_placed(model, one, layers) for one in listed]
+
+    def edit(vector: Tensor, size: float) -> Callable[[Tensor], Tensor]:
         return lambda own: own + size * vector.to(own)
 
-    hooks = _at_sites(sites, [edit(vector) for vector in vectors], positions)
-    with model.hooks(hooks, by_column=positions == "all"):
+    with ExitStack() as stack:
+        for (sites, vectors), size in zip(placed, sizes, strict=True):
+            hooks = _at_sites(sites, [edit(vector, size) for vector in vectors], positions)
+            stack.enter_context(model.hooks(hooks, by_column=positions == "all"))
         yield
+
+
+def _placed(
+    model: LensModel, direction: Steering, layers: Sequence[int] | None
+) -> tuple[tuple[Site, ...], Float[Tensor, "site width"]]:
+    """Where a direction's vectors are added, and the vectors."""
+    own = direction.direction if isinstance(direction, _Placed) else direction
+    sites: tuple[Site, ...] = ()
+    if isinstance(own, Direction):
+        own._check(model)
+        sites, vectors = own.sites, own.vectors
+    else:
+        vectors = rearrange(check_vector(own, model.d_model), "... d_model -> (...) d_model")
+        if layers is None:
+            raise MechsafetyError("a vector without layers", expected="layers=[...] at which to add it")
+    if layers is None:
+        return sites, vectors
+    if sites and (len(vectors) != 1 or sites[0].kind is not SiteKind.RESID_PRE):
+        raise MechsafetyError("layers for a direction with sites of its own", expected="a single residual vector")
+    sites = tuple(Site(SiteKind.RESID_PRE, layer) for layer in check_layers(model, layers))
+    if len(vectors) not in (1, len(sites)):
+        raise MechsafetyError(f"{len(vectors)} vectors at {len(sites)} layers", expected="one, or one per layer")
+    return sites, vectors if len(vectors) > 1 else repeat(vectors[0], "d_model -> site d_model", site=len(sites))
 
 
 @public

@@ -196,6 +196,25 @@ def refused(call):
     return str(caught.value)
 
 
+def test_several_directions_and_layers_in_one_context(llama, directed, directed_found):
+    one, two = vectors(0)[0], vectors(1)[0]
+    with steer(llama, one, 0.5, [0]), steer(llama, two, -1.0, [2]):
+        nested = llama.logits(PROMPTS)
+    with steer(llama, torch.stack([0.5 * one, -two]), 1.0, [0, 2]):
+        torch.testing.assert_close(llama.logits(PROMPTS), nested)
+    heads = head_direction(llama)
+    with steer(llama, one, 0.5, [1]), heads.add(llama, 2.0):
+        nested = llama.logits(PROMPTS)
+    own = Direction(llama.provenance(), "one", (Site(SiteKind.RESID_PRE, 1),), one[None])
+    with steer(llama, [own, heads], [0.5, 2.0]):
+        torch.testing.assert_close(llama.logits(PROMPTS), nested)
+    model = directed[0]
+    with directed_found.add(model, 0.3):
+        added = model.logits(PROMPTS)
+    with steer(model, directed_found, 0.3):
+        assert torch.equal(model.logits(PROMPTS), added), "a refusal direction is taken as it is"
+
+
 def test_nonsense_is_refused_in_one_line(llama):
     row = vectors(0)[0]
     wide = "a direction of width 33; expected this model's d_model, 32; compute it on this model"
@@ -208,6 +227,13 @@ def test_nonsense_is_refused_in_one_line(llama):
     )
     assert refused(lambda: steer(llama, row, 1.0, [3])) == "layers [3]; expected some of 0 to 2"
     assert refused(lambda: steer(llama, row, 1.0, [])) == "layers []; expected some of 0 to 2"
+    several = "3 strengths of 2 directions; expected one strength, or one per direction"
+    assert refused(lambda: steer(llama, [row, row], [1.0, 2.0, 3.0], [0])) == several
+    assert refused(lambda: steer(llama, [], 1.0, [0])) == several.replace("3", "0").replace("of 2", "of 0")
+    rows = torch.stack([row, row])
+    assert (
+        refused(lambda: steer(llama, rows, 1.0, [0, 1, 2])) == "2 vectors at 3 layers; expected one, or one per layer"
+    )
     assert refused(lambda: steer(llama, row * math.nan, 1.0, [0])) == "a direction with entries that are not finite"
     assert refused(lambda: project_out(llama, torch.zeros(32))) == "1 directions that are zero or linearly dependent"
     twice = torch.stack([row, -2 * row])
