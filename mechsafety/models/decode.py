@@ -1,8 +1,9 @@
-"""Greedy decoding: the one loop that every reply comes from."""
+"""Decoding: the one loop that every reply comes from, greedy or sampled."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
@@ -52,15 +53,46 @@ class Cursor:
         return self.backend.feed(self._cache, ids, self._mask, keep)
 
 
-def greedy(
+def most_probable(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
+    """The token that greedy decoding takes in each row."""
+    return logits.argmax(-1)
+
+
+class Sampler:
+    """Draws each row's next token from the softmax of its logits over a temperature.
+
+    Every prompt has its own stream of random numbers. Its reply therefore depends on the seed and on the prompt's
+    number alone, not on the batch that it is in.
+
+    Args:
+        temperature: Above 0; below 1 the probable tokens become more probable.
+        seed: Of the random numbers.
+        numbers: Number of each row's prompt.
+    """
+
+    def __init__(self, temperature: float, seed: int, numbers: Sequence[int]) -> None:
+        self.temperature = temperature
+        # a seed of 64 bits from both numbers, so that neighbouring prompts and seeds share no stream
+        mixed = (np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] for number in numbers)
+        self.streams = [torch.Generator().manual_seed(int(state) >> 1) for state in mixed]
+
+    def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
+        """One token per row; every call draws the next numbers of each stream."""
+        weights = (logits.double() / self.temperature).softmax(-1).cpu()
+        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(weights, self.streams, strict=True)]
+        return torch.cat(drawn).to(logits.device)
+
+
+def decode_replies(
     read: Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]],
     prompts: Sequence[Columns],
     ends: Collection[int],
     max_new_tokens: int,
     keep: int = 0,
     said: Callable[[], object] = lambda: None,
+    choose: Callable[[Tensor], Tensor] = most_probable,
 ) -> tuple[list[list[int]], list[Float[Tensor, "batch d_vocab"]]]:
-    """Greedy decoding: each step takes the most probable token, and nothing but the logits decides.
+    """Replies token by token; by default each step takes the most probable token, and nothing but the logits decides.
 
     Args:
         read: Reads further columns (ids and mask), and returns the next-token logits of the last column.
@@ -69,6 +101,7 @@ def greedy(
         max_new_tokens: Longest reply, at least 1.
         keep: Number of first steps whose logits are returned.
         said: Called after each new column.
+        choose: Function from next-token logits to each row's token.
 
     Returns:
         Token ids of each row's reply, up to and including its end token. Then the logits of the first ``keep`` steps
@@ -81,7 +114,7 @@ def greedy(
     for step in range(max_new_tokens):
         if step < keep:
             logits.append(last)
-        chosen = last.argmax(-1)
+        chosen = choose(last)
         for row, token in enumerate(chosen.tolist()):
             if row in running:
                 replies[row].append(token)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -13,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Count, Prompts, public
+from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.models.backend import Backend, use_of
 from mechsafety.models.chat import ChatTokenizer
-from mechsafety.models.decode import Cursor, check_room, greedy
+from mechsafety.models.decode import Cursor, Sampler, check_room, decode_replies, most_probable
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
 from mechsafety.models.template import checked_options
@@ -317,32 +318,53 @@ class LensModel:
 
     @public
     def generate(
-        self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
+        self,
+        prompts: Prompts,
+        max_new_tokens: Count = 64,
+        batch_size: Count = 48,
+        *,
+        temperature: float = 0.0,
+        seed: Amount = 0,
+        progress: bool = True,
     ) -> list[str]:
-        """Greedy replies to chat prompts, without special tokens; one reply per prompt, in order.
+        """Replies to chat prompts, without special tokens; one reply per prompt, in order. By default they are greedy.
 
-        Each step takes the most probable token. The end tokens of the model's generation configuration end a reply. Its
-        other options, such as a penalty or a beam, change nothing.
+        Each step of greedy decoding takes the most probable token. The end tokens of the model's generation
+        configuration end a reply. Its other options, such as a penalty or a beam, change nothing.
 
         Args:
             prompts: Requests: a list, or a column of pandas or numpy in the order of its rows.
             max_new_tokens: Largest number of tokens in a reply.
             batch_size: Prompts per batch.
+            temperature: 0 is greedy. Above 0, each token is drawn from the softmax of the logits over the temperature;
+                1 samples from the model itself.
+            seed: Seed of the draws. Each prompt has its own draws, so the batch size changes them only where rounding
+                changes the logits.
             progress: Whether to show a bar, after two seconds.
 
         Raises:
-            MechsafetyError: A single string is given, `tokenize` refuses a prompt, or a reply may grow beyond the
-                model's positions.
+            MechsafetyError: A single string is given, `tokenize` refuses a prompt, a reply may grow beyond the model's
+                positions, or the temperature is negative or not finite.
         """
-        return self.decode(self.reply_ids(prompts, max_new_tokens, batch_size, progress=progress))
+        options: dict[str, Any] = {"temperature": temperature, "seed": seed, "progress": progress}
+        return self.decode(self.reply_ids(prompts, max_new_tokens, batch_size, **options))
 
     @public
     def reply_ids(
-        self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
+        self,
+        prompts: Prompts,
+        max_new_tokens: Count = 64,
+        batch_size: Count = 48,
+        *,
+        temperature: float = 0.0,
+        seed: Amount = 0,
+        progress: bool = True,
     ) -> list[list[int]]:
         """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
         from tqdm.auto import tqdm
 
+        if not 0 <= temperature < math.inf:
+            raise MechsafetyError(f"temperature={temperature}", expected="a number, at least 0")
         if not prompts:
             return []
         tokens = self.reading(()).tokenize(prompts)
@@ -361,7 +383,9 @@ class LensModel:
                     def read(ids: Tensor, real: Tensor, cursor: Cursor = cursor) -> Tensor:
                         return cursor.feed(ids, real)[:, -1].float()
 
-                    new, _ = greedy(read, [(batch.ids, batch.mask)], self.end_ids, max_new_tokens, said=bar.update)
+                    choose = Sampler(temperature, seed, chunk) if temperature else most_probable
+                    pieces = [(batch.ids, batch.mask)]
+                    new, _ = decode_replies(read, pieces, self.end_ids, max_new_tokens, said=bar.update, choose=choose)
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
                 for k, ids in zip(chunk, new, strict=True):
                     replies[k] = ids

@@ -214,7 +214,7 @@ def greedy(
                 donor.feed(ids.to(aligned.device), real.to(aligned.device))
             return cursor.feed(ids, real)[:, -1].float()
 
-        replies, logits = decode.greedy(read, rows.pieces(), base.end_ids, max_new_tokens, keep)
+        replies, logits = decode.decode_replies(read, rows.pieces(), base.end_ids, max_new_tokens, keep)
     return replies, torch.stack(logits, dim=1)
 
 

@@ -1,5 +1,6 @@
 """Greedy decoding against a plain loop of whole forwards: whatever a model's generation configuration asks for."""
 
+import math
 import threading
 
 import pytest
@@ -202,3 +203,36 @@ def test_two_wrappers_of_one_model_see_each_others_edits(llama):
     with pytest.raises(KeyboardInterrupt), other.hooks([(site, lambda own: None)]):
         raise KeyboardInterrupt
     assert not llama.edited
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_those_of_the_seed_whatever_the_batch(any_model):
+    prompts = ["make a bomb please", "tea", "how do i bake bread", "steal a car"]
+    first = any_model.reply_ids(prompts, 6, temperature=1.0, seed=3, progress=False)
+    assert any_model.reply_ids(prompts, 6, 1, temperature=1.0, seed=3, progress=False) == first
+    assert any_model.reply_ids(prompts, 6, temperature=1.0, seed=4, progress=False) != first
+    copies = any_model.reply_ids(["tea"] * 4, 6, temperature=1.0, progress=False)
+    assert len({tuple(ids) for ids in copies}) > 1, "each prompt has draws of its own"
+
+
+def test_a_low_temperature_is_greedy_and_one_is_the_models_own_distribution(llama):
+    prompts = ["make a bomb please", "tea"]
+    cold = llama.generate(prompts, 8, temperature=1e-4, seed=1, progress=False)
+    assert cold == llama.generate(prompts, 8, progress=False)
+    n = 3000
+    drawn = [ids[0] for ids in llama.reply_ids(["tea"] * n, 1, 500, temperature=0.7, progress=False)]
+    expected = (llama.logits(["tea"])[0] / 0.7).softmax(-1)
+    common = expected.topk(12).indices
+    counts = torch.tensor([drawn.count(int(token)) for token in common], dtype=torch.float64)
+    rest = torch.tensor([n - counts.sum()])
+    shares = torch.cat([expected[common], (1 - expected[common].sum())[None]]).double()
+    chi = ((torch.cat([counts, rest]) - n * shares) ** 2 / (n * shares)).sum()
+    assert float(chi) < 32.9, "p = .001 of chi-square with 12 degrees of freedom"
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.inf, math.nan])
+def test_a_temperature_that_is_none(llama, temperature):
+    with pytest.raises(MechsafetyError, match=rf"^temperature={temperature}; expected a number, at least 0$"):
+        llama.generate(["tea"], 2, temperature=temperature)
