@@ -4,8 +4,8 @@ python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
 
 The map docs/gallery/demo.json of the demo model, or the maps given as arguments in its place, are drawn by role, by
 part and as role diagram; so is a test-bed model whose circuit is known, mapped here. The other pictures are of
-synthetic circuits (circuits_drawn.py), whose numbers mean nothing. With a Chromium, the interactive page is
-photographed too.
+synthetic circuits (circuits_drawn.py), whose numbers mean nothing. With a Chromium, the interactive page and the
+charts of docs/questions.md are photographed too.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from circuits_drawn import build, large_circuit, neuron_circuit, small_circuit
 from pages.gallery import PAGE
@@ -35,6 +36,9 @@ from mechsafety.viz import (
     role_diagram,
 )
 from mechsafety.viz.marks import Layout
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 LARGE = 600_000  # bytes of a PNG
 DEMO = PAGE.folder / "demo.json"
@@ -103,7 +107,7 @@ def shrink(path: Path) -> None:
 
 
 def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
-    """The interactive page, light, dark with a card open, and comparing; nothing without a browser."""
+    """Charts, and the interactive page: light, dark with a card open, comparing. Nothing without a browser."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         print("no Chromium: the interactive page is not photographed", file=sys.stderr)
@@ -122,6 +126,12 @@ def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
     )
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for name, text, figure in charts():
+            page = browser.new_page(viewport={"width": 1000, "height": 900}, device_scale_factor=1.25)
+            page.set_content(figure.to_html(include_plotlyjs=True, config={"displayModeBar": False}))
+            page.locator(".plotly-graph-div .main-svg").first.screenshot(path=out / f"{name}.png")
+            shrink(out / f"{name}.png")
+            yield name, text
         page = browser.new_page(viewport={"width": 960, "height": 700}, device_scale_factor=1.25)
         for name, text, html, action in shots:
             page.set_content(html)
@@ -135,6 +145,27 @@ def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
             shrink(out / f"{name}.png")
             yield name, text
         browser.close()
+
+
+def charts() -> Iterator[tuple[str, str, "go.Figure"]]:
+    """The figures of docs/questions.md, from its own calls on its own model."""
+    built = testbed.planted()
+    model = ms.load_model((built.model, built.tokenizer))
+    pairs = built.pairs.sample(8)
+    metric = ms.RefusalLogOdds.detect(model, pairs)
+    quiet: dict[str, Any] = {"progress": False}
+    of = "A test-bed model whose circuit is known"
+    one = ms.PromptPairs(pairs.pairs[:1])
+    found = ms.activation_patching(model, one, metric, positions="each", **quiet)
+    yield "question-positions", f"{of}: each node patched at each token", found.plot()
+    at = ("instruction", "suffix")
+    inside, after = (ms.activation_patching(model, pairs, metric, positions=span, **quiet) for span in at)
+    both = ms.patching.compare_effects(inside, after, ("at the instruction", "at the suffix"))
+    yield "question-compare", f"{of}: effects at the instruction and at the suffix", both.plot()
+    seen = model.attention(pairs.harmful[0], ["L1.H0", "L3.H2"])
+    yield "question-attention", f"{of}: what one head looks at", seen.plot("L1.H0")
+    cards = ms.attribution.describe_nodes(model, ["L3.MLP", "L3.H2"], pairs)
+    yield "question-promoted", f"{of}: tokens that an MLP promotes and suppresses", cards.plot()
 
 
 def main() -> None:

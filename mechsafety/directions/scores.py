@@ -153,21 +153,23 @@ def score_directions(
     low = torch.tensor(validation.low, device=flat.device)
     cosines = torch.full((2, len(flat)), torch.nan, device=flat.device)
     bases = [flat[[k]] if also is None else torch.cat([also.to(flat), flat[[k]]]) for k in real]
-    with tqdm(total=2 * validation.harmless.n + validation.harmful.n, desc="directions", disable=not progress) as bar:
+    # a row that holds only zero vectors (before block 0) needs no run
+    rows = [row for row in range(n_rows) if bool((vectors[row] != 0).any())]
+    # every prompt counts alike in each of the three passes, in whole numbers: fractions could add up to over 100 %
+    share, each = len(real) or 1, len(rows) or 1
+    total = (2 * validation.harmless.n + validation.harmful.n) * share * each
+    with tqdm(total=total, desc="directions", disable=not progress) as bar:
         sums = torch.zeros(len(flat), len(low), model.d_model, dtype=torch.float64, device=flat.device)
-        share = len(real) or 1
         for run in run_removed(model, validation.harmful, bases):
             at = [real[k] for k in run.variants]
             bypass[_cells(at, run.index)] = metric(run.logits)
             sums[at] += rearrange(run.resid[low + 1 - run.layer].double().sum(2), "layer variant d -> variant layer d")
-            bar.update(len(run.index) * len(at) / share)
+            bar.update(len(run.index) * len(at) * each)
         cosines[0, real] = joint_cosine(sums[real] / validation.harmful.n, validation.harmless_mean[low])
         for run in run_removed(model, validation.harmless, bases):
             at = [real[k] for k in run.variants]
             kl[_cells(at, run.index)] = divergence(validation.harmless_log_probs[list(run.index)], run.logits)
-            bar.update(len(run.index) * len(at) / share)
-        # a row that holds only zero vectors (before block 0) needs no run
-        rows = [row for row in range(n_rows) if bool((vectors[row] != 0).any())]
+            bar.update(len(run.index) * len(at) * each)
         sums.zero_()
         for run in run_added(model, validation.harmless, vectors[rows], [layers[row] for row in rows]):
             at = [rows[k // n_positions] * n_positions + k % n_positions for k in run.variants]
@@ -176,7 +178,7 @@ def score_directions(
                 after = layer + 1 - run.layer
                 if after >= 0:
                     sums[at, place] += run.resid[after].double().sum(1)
-            bar.update(len(run.index) / len(rows))
+            bar.update(len(run.index) * share)
         means = sums / validation.harmless.n
         for row, layer in enumerate(layers):
             before = [place for place, seen in enumerate(validation.low) if seen < layer]

@@ -57,33 +57,36 @@ class EffectDifference(Result):
         }
         return pd.DataFrame(columns).sort_values("difference", key=abs, ascending=False, ignore_index=True)
 
-    def plot(self, named: int = 12) -> go.Figure:
-        """Scatter of the two effects; nodes whose interval lies off 0 are filled, and the largest differences named.
+    def plot(self, most: int = 25) -> go.Figure:
+        """The nodes with the largest differences: both effects on the left, the difference with its interval beside.
 
         Args:
-            named: Largest number of nodes whose names are shown.
+            most: Largest number of nodes.
         """
-        frame = self.to_dataframe()
-        apart = (frame.ci_low > 0) | (frame.ci_high < 0)
-        names = [name if k < named and off else "" for k, (name, off) in enumerate(zip(frame.node, apart, strict=True))]
-        figure = go.Figure(
-            go.Scatter(
-                x=frame[self.names[0]],
-                y=frame[self.names[1]],
-                mode="markers+text",
-                text=names,
-                textposition="top center",
-                customdata=frame[["node", "difference", "ci_low", "ci_high"]],
-                marker={"symbol": ["circle" if off else "circle-open" for off in apart], "size": 8, "color": "#0072B2"},
-                hovertemplate="%{customdata[0]}: difference %{customdata[1]:.3f} "
-                "[%{customdata[2]:.3f}, %{customdata[3]:.3f}]<extra></extra>",
-            )
+        from plotly.subplots import make_subplots
+
+        frame = self.to_dataframe().head(most).iloc[::-1]
+        titles = ("effects", "difference, 95 % interval")
+        figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=titles)
+        for name, symbol, colour in zip(self.names, ("circle-open", "diamond"), ("#8D96A2", "#0072B2"), strict=True):
+            marker = {"symbol": symbol, "size": 8, "color": colour}
+            figure.add_scatter(x=frame[name], y=frame.node, mode="markers", name=name, marker=marker, row=1, col=1)
+        whiskers = {"array": frame.ci_high - frame.difference, "arrayminus": frame.difference - frame.ci_low}
+        figure.add_scatter(
+            x=frame.difference,
+            y=frame.node,
+            mode="markers",
+            error_x={"type": "data", "symmetric": False, "thickness": 1.2, **whiskers},
+            marker={"size": 7, "color": "#14181D"},
+            showlegend=False,
+            row=1,
+            col=2,
         )
-        ends = [float(torch.cat([self.first, self.second]).min()), float(torch.cat([self.first, self.second]).max())]
-        figure.add_scatter(x=ends, y=ends, mode="lines", line={"dash": "dot", "color": "#8D96A2"}, hoverinfo="skip")
-        figure.update_xaxes(title_text=f"effect: {self.names[0]}")
-        figure.update_yaxes(title_text=f"effect: {self.names[1]}")
-        return figure.update_layout(showlegend=False, width=620, height=560)
+        figure.update_xaxes(title_text="share of the gap", zeroline=True, zerolinecolor="#8D96A2")
+        figure.update_xaxes(title_text=f"{self.names[1]} less {self.names[0]}", row=1, col=2)
+        figure.update_yaxes(type="category")
+        legend = {"orientation": "h", "yanchor": "bottom", "y": 1.08, "x": 0}
+        return figure.update_layout(height=230 + 19 * len(frame), width=760, legend=legend)
 
 
 def compare_effects(

@@ -54,7 +54,11 @@ def test_table_figure_and_file(tmp_path):
     assert table.node[0] == "L1.MLP" and table.difference[0] == pytest.approx(0.4, abs=0.05)
     assert np.all(table.ci_low <= table.difference) and np.all(table.difference <= table.ci_high)
     figure = found.plot()
-    assert list(figure.data[0].text) == ["L1.MLP", "", ""] and figure.layout.yaxis.title.text == "effect: aligned"
+    first, second, apart = figure.data
+    assert (first.name, second.name) == ("base", "aligned") and list(first.y)[-1] == "L1.MLP", "the largest on top"
+    assert list(second.x) == list(table.aligned)[::-1] and list(apart.x) == list(table.difference)[::-1]
+    assert list(apart.x + apart.error_x.array) == pytest.approx(list(table.ci_high)[::-1])
+    assert list(found.plot(most=1).data[2].y) == ["L1.MLP"]
     again = EffectDifference.load(found.save(tmp_path / "difference.json"))
     assert again.to_dataframe().equals(table)
 
