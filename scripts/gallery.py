@@ -55,6 +55,10 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
         yield f"{name}-parts", f"{model}: lanes by part", layout_circuit(circuit, Style(columns="part")), None
         folded = Style(fold=("detection",), caption=False)
         yield f"{name}-folded", f"{model}: detection heads folded", layout_circuit(circuit, folded), None
+        column = Style(width_mm=85, font_pt=7, grayscale=True)
+        yield f"{name}-column", f"{model}: what fits a column of 85 mm, in greys", layout_circuit(circuit, column), 85
+        page = layout_circuit(circuit, Style(width_mm=178))
+        yield f"{name}-page", f"{model}: what fits the width of a page, 178 mm", page, 178
         yield f"{name}-diagram", f"{model}: role diagram, made from the circuit", role_diagram(circuit), None
     for level in ("node", "neuron"):
         text = f"A test-bed model with decoys and a backup, mapped by {level}s: what was planted, and no decoy"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.circuits.circuit import RefusalCircuit
-from mechsafety.viz.layout import in_grey, layout_circuits, strongest_edges
+from mechsafety.viz.layout import fit, in_grey, layouts_of, strongest_edges
 from mechsafety.viz.legend import keys
 from mechsafety.viz.marks import (
     INK,
@@ -58,10 +58,11 @@ def compare_layouts(
     style = style or Style()
     # colours become grey last, because the difference is drawn from the colours
     coloured = replace(style, grayscale=False)
-    a, b = layout_circuits((first, second), coloured)
+    coloured, nodes = fit((first, second), coloured, every_edge=True)
+    a, b = layouts_of((first, second), coloured, nodes, every_edge=True)
     names = (plain(names[0], 40), plain(names[1], 40))
     # an edge that is too weak to be drawn in one circuit still counts as an edge of that circuit
-    every_a, every_b = layout_circuits((first, second), replace(coloured, max_edges=None))
+    every_a, every_b = layouts_of((first, second), replace(coloured, max_edges=None), nodes, every_edge=True)
     difference = _difference(every_a, every_b, names, style)
     done = [in_grey(layout) if style.grayscale else layout for layout in (a, b, difference)]
     return Comparison(names, done[0], done[1], done[2])

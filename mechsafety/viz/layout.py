@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node
+from mechsafety.nodes import Node
 from mechsafety.viz.detours import detours
 from mechsafety.viz.groups import folded_edges, supernodes
 from mechsafety.viz.legend import legend_and_caption
@@ -40,7 +40,8 @@ from mechsafety.viz.marks import (
 )
 from mechsafety.viz.placement import Placement, place
 from mechsafety.viz.routing import Bundle, Routes, route
-from mechsafety.viz.style import Style, groups, lane_of, lane_order
+from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, groups, lane_of, lane_order
+from mechsafety.viz.views import chosen_nodes, edges_to_draw, left_out, part_of
 from mechsafety.viz.words import caption, edge_title, linking_edges, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
@@ -83,18 +84,20 @@ class Frame:
 def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     """Place a circuit's nodes and edges: layers upward, lanes side by side, edges in the channels between.
 
-    Layers without a node are left out.
+    Layers without a node are left out. With a width, so are as many nodes of the smallest effects as the figure has no
+    room for.
 
     Args:
         circuit: The circuit to draw.
         style: Options of the picture.
 
     Returns:
-        The layout. The same circuit and style always give the same layout. A style that differs only in ``max_edges``
-        or ``fold`` leaves every node where it is.
+        The layout. The same circuit and style always give the same layout. Without a width, a style that differs only
+        in ``max_edges`` or ``fold`` leaves every node where it is.
 
     Raises:
-        MechsafetyError: A node is listed twice, or the circuit does not fit the width at that font.
+        MechsafetyError: A node is listed twice, the style chooses no node of the circuit, or not even the node of the
+            largest effect fits the width at that font.
     """
     return layout_circuits((circuit,), style)[0]
 
@@ -107,26 +110,85 @@ def layout_circuits(circuits: Sequence[RefusalCircuit], style: Style | None = No
     Raises:
         MechsafetyError: As `layout_circuit`.
     """
-    style = style or Style()
-    members: dict[Node, CircuitNode] = {}
-    edges: dict[Edge, CircuitEdge] = {}
+    style, nodes = fit(circuits, style or Style())
+    return layouts_of(circuits, style, nodes)
+
+
+def fit(circuits: Sequence[RefusalCircuit], style: Style, *, every_edge: bool = False) -> tuple[Style, list[Node]]:
+    """The style with its font, and the nodes to draw: all that it chooses, or the largest effects that fit its width.
+
+    Args:
+        circuits: The circuits.
+        style: Options of the picture.
+        every_edge: Whether room is needed for all edges, and not only for those that are drawn.
+
+    Raises:
+        MechsafetyError: As `layout_circuit`.
+    """
     for circuit in circuits:
         listed = [member.node for member in circuit.nodes]
         twice = next((node for k, node in enumerate(listed) if node in listed[:k]), None)
         if twice is not None:
             raise MechsafetyError(f"the circuit lists {twice} twice", expected="each node once")
-        members |= {member.node: member for member in circuit.nodes}
-        edges |= {member.edge: member for member in circuit.edges}
-    placement, routes, frame = _fit(members, _ranked(edges.values()), style)
-    return tuple(_finish(circuit, style, placement, routes, frame) for circuit in circuits)
+    nodes = chosen_nodes(circuits, style)
+    if style.width is None or style.height is None:
+        return style, nodes
+    limit = style.height
+    sizes = (style.font_pt,) if style.font_pt else (PAPER_PT, SMALLEST_PT)
+    styles = [replace(style, font_pt=size) for size in sizes]
+
+    def fits(chosen: Style, count: int) -> bool:
+        try:
+            drawn = layouts_of(circuits, chosen, nodes[:count], every_edge=every_edge)
+        except MechsafetyError:
+            return False
+        return max(layout.height for layout in drawn) <= limit + 0.01
+
+    for chosen in styles:
+        if fits(chosen, len(nodes)):
+            return chosen, nodes
+    low, high = 0, len(nodes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(styles[-1], middle) else (low, middle)
+    if not low and nodes:
+        layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
+        raise MechsafetyError(
+            f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font * 0.75:g} pt labels",
+            expected="a greater height",
+            hint="legend=False or caption=False",
+        )
+    return styles[-1], nodes[:low]
+
+
+def layouts_of(
+    circuits: Sequence[RefusalCircuit], style: Style, nodes: Collection[Node], *, every_edge: bool = False
+) -> tuple[Layout, ...]:
+    """Layouts of the circuits with these nodes, whatever height they take.
+
+    Raises:
+        MechsafetyError: They do not fit the style's width.
+    """
+    drawn = [part_of(circuit, nodes) for circuit in circuits]
+    members = {member.node: member for circuit in drawn for member in circuit.nodes}
+    edges = _ranked({member.edge: member for circuit in drawn for member in circuit.edges}.values())
+    if style.width is not None and not every_edge:
+        # on paper, edges that are not drawn take no room
+        edges = edges_to_draw(edges, style.max_edges)
+    placement, routes, frame = _fit(members, edges, style)
+    return tuple(
+        _finish(whole, part, style, placement, routes, frame) for whole, part in zip(circuits, drawn, strict=True)
+    )
 
 
 def _ranked(edges: Iterable[CircuitEdge]) -> list[CircuitEdge]:
     return sorted(edges, key=lambda member: (-magnitude(member.effect), str(member.edge)))
 
 
-def _finish(circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame) -> Layout:
-    layout = _draw(circuit, style, placement, routes, frame)
+def _finish(
+    whole: RefusalCircuit, drawn: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame
+) -> Layout:
+    layout = _draw(whole, drawn, style, placement, routes, frame)
     return in_grey(layout) if style.grayscale else layout
 
 
@@ -232,7 +294,9 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
     )
 
 
-def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame) -> Layout:
+def _draw(
+    whole: RefusalCircuit, circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame
+) -> Layout:
     members = {member.node: member for member in circuit.nodes}
     edges = _ranked(circuit.edges)
     named = groups(circuit, style)
@@ -268,14 +332,14 @@ def _draw(circuit: RefusalCircuit, style: Style, placement: Placement, routes: R
     curves = curves if style.max_edges is None else strongest_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
-    sentences = caption(circuit, sum(mark.n_edges for mark in curves))
+    sentences = caption(whole, sum(mark.n_edges for mark in curves), left_out=left_out(whole, circuit))
     swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom, linked)
     return Layout(
         width,
         height,
         (bars[0], *nodes, bars[1]),
         tuple(curves),
-        len(circuit.edges),
+        len(whole.edges),
         backdrop + swatches,
         labels + texts,
         f"Refusal circuit of {plain(circuit.provenance.model)}",

@@ -33,6 +33,7 @@ from mechsafety.viz.marks import (
     text_width,
 )
 from mechsafety.viz.style import Style
+from mechsafety.viz.views import chosen_nodes, left_out, part_of
 from mechsafety.viz.words import caption, number, plain, role_name
 
 ORDER = ("embed", "none", "detection", "evaluation", "decision", "production", "logits")
@@ -83,13 +84,14 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     style = style or Style()
     fixed = style.width is None or style.font_pt is not None
     font = style.font if fixed else 12.0
+    whole, circuit = circuit, part_of(circuit, chosen_nodes((circuit,), style))
     members: dict[str, list[CircuitNode]] = {role: sorted(circuit.by_role(role), key=_strength) for role in ROLES}
     levels = [name for name in ORDER if name in ("embed", "logits") or members[name]]
     role_of = {member.node: member.role for member in circuit.nodes}
     arrows, inside = _arrows(circuit, role_of)
     kept = arrows[:ARROWS]
     _choose_sides(kept, levels)
-    layout = _draw(circuit, style, font, levels, members, kept, inside, len(arrows) - len(kept))
+    layout = _draw(whole, left_out(whole, circuit), style, font, levels, members, kept, inside, len(arrows) - len(kept))
     if style.width is not None and not fixed:
         layout = scaled(layout, style.width / layout.width)
     elif style.width is not None and layout.width > style.width + 0.01:
@@ -139,13 +141,14 @@ def _choose_sides(arrows: list[Arrow], levels: list[str]) -> None:
 
 def _draw(
     circuit: RefusalCircuit,
+    hidden: tuple[str, ...],
     style: Style,
     font: float,
     levels: list[str],
     members: dict[str, list[CircuitNode]],
     arrows: list[Arrow],
     inside: dict[str, list[CircuitEdge]],
-    left_out: int,
+    unshown: int,
 ) -> Layout:
     unit, small = font / 12, 0.86 * font
     texts = max((text_width(arrow.text, small) for arrow in arrows), default=0.0)
@@ -186,11 +189,11 @@ def _draw(
     ]
     edges = _spread_labels(edges)
     drawn = sum(len(arrow.members) for arrow in arrows) + sum(map(len, inside.values()))
-    sentences = [*caption(circuit, drawn, "those of the strongest arrows")]
+    sentences = [*caption(circuit, drawn, "those of the strongest arrows", hidden)]
     sentences.append(
         "An arrow sums the effects of all edges from one role into one slot of another; the number of edges is in "
         "brackets. A filled head: at least half of the sum was measured."
-        + (f" {left_out} weaker arrows are left out." if left_out else "")
+        + (f" {unshown} weaker arrows are left out." if unshown else "")
     )
     swatches, labels, height = edge_legend(
         style, font, [member for one in arrows for member in one.members], sentences, width, bottom
@@ -200,7 +203,7 @@ def _draw(
         height,
         tuple(marks[name] for name in levels),
         tuple(edges),
-        len(arrows) + left_out,
+        len(arrows) + unshown,
         swatches,
         labels,
         f"Roles in the refusal circuit of {plain(circuit.provenance.model)}",

@@ -1,16 +1,17 @@
 """How a picture looks: one set of options for every medium."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mechsafety.circuits.circuit import ROLES, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, NodeLike
 from mechsafety.viz.words import role_name
 
 COLUMNS = ("role", "part", "position")
 PIXELS_PER_MM, PIXELS_PER_PT = 96 / 25.4, 96 / 72
-SCREEN_PT, PAPER_PT = 9.0, 7.0
+SCREEN_PT, PAPER_PT, SMALLEST_PT = 9.0, 7.0, 6.0
+PAGE_MM = 230.0  # height of the text on a page
 PART_TITLES = {"head": "heads", "mlp": "MLPs", "neuron": "neurons"}
 UNKNOWN = "position not measured"
 SPANS = ("instruction", "template after it")
@@ -41,8 +42,11 @@ class Style:
     Attributes:
         columns: What the lanes are: ``role``, ``part`` (heads, MLPs, neurons) or ``position`` (where in the prompt the
             node acts).
-        width_mm: Width of the figure, such as a paper's column; None takes what the circuit needs.
-        font_pt: Size of node labels in points; None is 9 on a screen and 7 with a ``width_mm``.
+        width_mm: Width of the figure, such as a paper's column; None takes what the circuit needs. With a width, the
+            nodes of the smallest effects are left out until the figure fits, and the caption says which.
+        height_mm: Largest height with a width; None is a page of 230 mm.
+        font_pt: Size of node labels in points; None is 9 on a screen. With a width it is 7, or 6 where all nodes fit
+            only then.
         grayscale: Whether to draw in greys; shapes, dashes and marks tell everything without colour.
         legend, caption: Whether a legend and a caption stand under the picture.
         max_edges: Number of strongest edges to draw. Each node's strongest edge is drawn as well, even if it is weaker.
@@ -50,6 +54,10 @@ class Style:
         groups: Nodes by the name of their group, for folding; None makes one group per role.
         fold: Names of groups that are each drawn as one supernode.
         positions: Positions for ``columns="position"``; None takes each node's span from its role evidence.
+        top, min_effect, nodes, roles, layers: Which nodes are drawn: this many of the largest effects, those of at
+            least this absolute effect, these (also by name), those of these roles, those of these layers; by default
+            all. Together they narrow each other. The caption says what is left out and keeps the whole circuit's
+            numbers.
 
     Raises:
         MechsafetyError: A value that cannot be drawn.
@@ -57,6 +65,7 @@ class Style:
 
     columns: str = "role"
     width_mm: float | None = None
+    height_mm: float | None = None
     font_pt: float | None = None
     grayscale: bool = False
     legend: bool = True
@@ -65,13 +74,25 @@ class Style:
     groups: Mapping[str, Sequence[Node]] | None = None
     fold: tuple[str, ...] = ()
     positions: Positions | None = None
+    top: int | None = None
+    min_effect: float | None = None
+    nodes: Sequence[NodeLike] | None = None
+    roles: tuple[str, ...] | None = None
+    layers: Collection[int] | None = None
 
     def __post_init__(self) -> None:
         if self.columns not in COLUMNS:
             raise MechsafetyError(f"columns={self.columns!r}", expected=f"one of {COLUMNS}")
         if self.max_edges is not None and self.max_edges < 0:
             raise MechsafetyError(f"max_edges={self.max_edges}", expected="None or a number that is not negative")
-        for name, low, high in (("width_mm", 20, 2000), ("font_pt", 3, 40)):
+        if self.top is not None and self.top < 1:
+            raise MechsafetyError(f"top={self.top}", expected="None or at least 1")
+        strange = [role for role in self.roles or () if role not in ROLES]
+        if strange:
+            raise MechsafetyError(f"roles={strange}", expected=f"some of {ROLES}")
+        if self.height_mm is not None and self.width_mm is None:
+            raise MechsafetyError("height_mm without width_mm", expected="both, or a width alone")
+        for name, low, high in (("width_mm", 20, 2000), ("height_mm", 20, 2000), ("font_pt", 3, 40)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise MechsafetyError(f"{name}={value}", expected=f"{low} to {high}")
@@ -86,6 +107,11 @@ class Style:
     def width(self) -> float | None:
         """Width in pixels; None if no width is given."""
         return None if self.width_mm is None else self.width_mm * PIXELS_PER_MM
+
+    @property
+    def height(self) -> float | None:
+        """Largest height in pixels; None if no width is given."""
+        return None if self.width_mm is None else (self.height_mm or PAGE_MM) * PIXELS_PER_MM
 
 
 def groups(circuit: RefusalCircuit, style: Style) -> dict[str, tuple[Node, ...]]:

@@ -143,8 +143,17 @@ def edges_drawn(drawn: int, total: int) -> str:
     return f"{drawn} of {total} edges drawn".replace(" ", NO_BREAK)
 
 
-def caption(circuit: RefusalCircuit, drawn: int, which: str = STRONGEST) -> tuple[str, ...]:
-    """The sentences under the picture; ``drawn`` edges are drawn, and ``which`` names them if they are not all."""
+def caption(
+    circuit: RefusalCircuit, drawn: int, which: str = STRONGEST, left_out: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The sentences under the picture.
+
+    Args:
+        circuit: The whole circuit.
+        drawn: Number of edges that are drawn.
+        which: What these edges are, where they are not all.
+        left_out: Sentences on nodes that are not drawn.
+    """
     check = circuit.verification
     controls = check.random_controls
     edges = edges_drawn(drawn, len(circuit.edges))
@@ -158,6 +167,7 @@ def caption(circuit: RefusalCircuit, drawn: int, which: str = STRONGEST) -> tupl
     if not check.measured:
         return (
             f"{model}: {held}; {edges}.",
+            *left_out,
             "Not verified: nothing was measured on this circuit as a whole.",
             _metric(circuit),
         )
@@ -170,6 +180,7 @@ def caption(circuit: RefusalCircuit, drawn: int, which: str = STRONGEST) -> tupl
         others += f"({p_value(check.random_p).replace(' ', NO_BREAK)})"
     return (
         f"{model}: {held}; {edges}.",
+        *left_out,
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
         f"{interval(check.held_out_ci, 2)}{fresh}{others}.",
         _metric(circuit),

@@ -1,0 +1,85 @@
+"""Which nodes of a circuit are drawn: what a style asks for, and what fits a paper."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from mechsafety.circuits.circuit import CircuitEdge, RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import Node, as_nodes
+from mechsafety.viz.marks import magnitude
+from mechsafety.viz.style import Style
+from mechsafety.viz.words import role_name
+
+
+def chosen_nodes(circuits: Sequence[RefusalCircuit], style: Style) -> list[Node]:
+    """The nodes that a style asks for, the largest effect first; of several circuits, a node of any of them.
+
+    Raises:
+        MechsafetyError: A node that is in no circuit, or nothing is left.
+    """
+    members = [member for circuit in circuits for member in circuit.nodes if member.node.layer is not None]
+    sizes: dict[Node, float] = {}
+    for member in members:
+        sizes[member.node] = max(sizes.get(member.node, 0.0), magnitude(member.effect))
+    asked = None if style.nodes is None else set(as_nodes(style.nodes))
+    strange = sorted(str(node) for node in (asked or ()) if node not in sizes)
+    if strange:
+        raise MechsafetyError(f"{strange[0]} is not in this circuit", expected="nodes of the circuit")
+    kept = {
+        member.node
+        for member in members
+        if (asked is None or member.node in asked)
+        and (style.roles is None or member.role in style.roles)
+        and (style.layers is None or member.node.layer in style.layers)
+        and (style.min_effect is None or sizes[member.node] >= style.min_effect)
+    }
+    if members and not kept:
+        raise MechsafetyError("a view without nodes", expected="a wider choice of nodes, roles, layers or effects")
+    ranked = sorted(kept, key=lambda node: (-sizes[node], node.order))
+    return ranked if style.top is None else ranked[: style.top]
+
+
+def part_of(circuit: RefusalCircuit, nodes: Collection[Node]) -> RefusalCircuit:
+    """The circuit with these nodes alone, and the edges between them, ``embed`` and ``logits``; for drawing only.
+
+    It keeps the whole circuit's verification, which `RefusalCircuit.subset` does not.
+    """
+    kept = set(nodes)
+    inside = {*kept, Node("embed"), Node("logits")}
+    return replace(
+        circuit,
+        nodes=tuple(member for member in circuit.nodes if member.node in inside),
+        edges=tuple(m for m in circuit.edges if m.edge.sender in inside and m.edge.receiver in inside),
+    )
+
+
+def edges_to_draw(edges: Sequence[CircuitEdge], count: int | None) -> list[CircuitEdge]:
+    """The strongest edges, and each node's strongest, so that no node is unconnected; all where no number is given.
+
+    Args:
+        edges: Edges, the strongest first.
+        count: How many of the strongest; 0 for none.
+    """
+    if count is None or len(edges) <= count:
+        return list(edges)
+    if not count:
+        return []
+    best: dict[Node, int] = {}
+    for k, member in enumerate(edges):
+        best.setdefault(member.edge.sender, k)
+        best.setdefault(member.edge.receiver, k)
+    return [edges[k] for k in sorted({*best.values(), *range(count)})]
+
+
+def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
+    """A sentence of the caption on what is not drawn; none where every node is."""
+    hidden = Counter(member.role for member in circuit.nodes)
+    hidden.subtract(member.role for member in drawn.nodes)
+    roles = [f"{count} {role_name(role)}" for role, count in hidden.items() if count]
+    if not roles:
+        return ()
+    return (
+        f"{len(drawn.nodes)} of {len(circuit.nodes)} nodes are drawn (left out: {', '.join(roles)}). All numbers are "
+        "of the whole circuit.",
+    )

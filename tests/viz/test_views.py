@@ -1,0 +1,103 @@
+"""Drawing a part of a circuit: what a style chooses, what fits a paper, and what the caption says of the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.viz import Style, compare_layouts, layout_circuit, role_diagram
+from mechsafety.viz.style import PIXELS_PER_MM
+
+MAP = RefusalCircuit.load(Path(__file__).parents[2] / "docs" / "gallery" / "demo.json")
+
+
+def drawn(layout) -> set[str]:
+    return {mark.key for mark in layout.nodes} - {"embed", "logits"}
+
+
+def strongest(circuit, count) -> set[str]:
+    ranked = sorted(circuit.nodes, key=lambda member: (-abs(member.effect), member.node.order))
+    return {str(member.node) for member in ranked[:count]}
+
+
+@pytest.mark.parametrize("width", [85.0, 178.0])
+@pytest.mark.parametrize("more", [{}, {"font_pt": 7, "grayscale": True}, {"columns": "part"}], ids=str)
+def test_a_real_map_fits_a_column_and_a_page(width, more):
+    """At 6 points or more, no higher than a page; what is left out has the smallest effects, and is counted."""
+    layout = layout_circuit(MAP, Style(width_mm=width, **more))
+    assert layout.width == pytest.approx(width * PIXELS_PER_MM) and layout.height <= 230 * PIXELS_PER_MM + 0.1
+    shown = drawn(layout)
+    assert 10 < len(shown) < len(MAP) and shown == strongest(MAP, len(shown))
+    text = " ".join(label.text for label in layout.labels)
+    assert f"{len(shown)} of 73 nodes are drawn" in layout.description and "of the whole circuit" in layout.description
+    assert "73 of 300 candidate nodes" in text and "0.80" in text, "the whole circuit's numbers"
+    sizes = [label.size for mark in layout.nodes for label in mark.labels if mark.key in shown]
+    assert min(sizes) >= 6 * 0.8 * 96 / 72, "names shrink within their shape, but not below 80 %"
+
+
+def test_a_smaller_height_leaves_out_more():
+    heights = [layout_circuit(MAP, Style(width_mm=178, height_mm=height)) for height in (120, 180, 230)]
+    counts = [len(drawn(layout)) for layout in heights]
+    assert counts == sorted(counts) and counts[0] < counts[2]
+    assert all(a.height <= b * PIXELS_PER_MM for a, b in zip(heights, (120.1, 180.1, 230.1), strict=True))
+    with pytest.raises(MechsafetyError, match=r"^height_mm=30 with 6 pt labels; expected a greater height"):
+        layout_circuit(MAP, Style(width_mm=178, height_mm=30))
+    with pytest.raises(MechsafetyError, match=r"^width_mm=25 with 30 pt labels; expected at least \d+ mm"):
+        layout_circuit(MAP, Style(width_mm=25, font_pt=30))
+
+
+def test_a_small_circuit_is_drawn_whole(small):
+    layout = layout_circuit(small, Style(width_mm=178))
+    assert len(drawn(layout)) == len(small) and "are drawn" not in layout.description
+
+
+@pytest.mark.parametrize(
+    ("style", "kept"),
+    [
+        (Style(top=20), lambda m: str(m.node) in strongest(MAP, 20)),
+        (Style(min_effect=0.1), lambda m: abs(m.effect) >= 0.1),
+        (Style(roles=("decision", "production")), lambda m: m.role in ("decision", "production")),
+        (Style(layers=range(14, 18)), lambda m: m.node.layer in range(14, 18)),
+        (Style(nodes=["14.2", "M26"]), lambda m: str(m.node) in ("L14.H2", "L26.MLP")),
+        (Style(roles=("decision",), layers=(20,)), lambda m: m.role == "decision" and m.node.layer == 20),
+    ],
+    ids=["top", "min_effect", "roles", "layers", "nodes", "both"],
+)
+def test_a_view_draws_what_is_chosen_and_keeps_the_numbers(style, kept):
+    layout, whole = layout_circuit(MAP, style), layout_circuit(MAP)
+    chosen = {str(member.node) for member in MAP.nodes if kept(member)}
+    assert drawn(layout) == chosen and 0 < len(chosen) < len(MAP)
+    assert {(mark.sender, mark.receiver) for mark in layout.edges} <= {
+        (a, b) for a in {*chosen, "embed"} for b in {*chosen, "logits"}
+    }
+    hidden = len(MAP) - len(chosen)
+    said = layout.description.split("(left out: ")[1].split(")")[0]
+    assert sum(int(part.split()[0]) for part in said.split(", ")) == hidden
+    first, second = (text.split("Held-out faithfulness")[1] for text in (layout.description, whole.description))
+    assert first == second, "the verification is the whole circuit's"
+
+
+def test_other_figures_take_views_too():
+    diagram = role_diagram(MAP, Style(roles=("detection", "decision")))
+    assert {mark.key for mark in diagram.nodes} == {"detection", "decision", "embed", "logits"}
+    assert "33 of 73 nodes are drawn" in diagram.description
+    fewer = MAP.subset([member.node for member in MAP.nodes[:40]])
+    both = compare_layouts(MAP, fewer, ("all", "forty"), Style(top=5))
+    assert len(drawn(both.first)) == 5 and drawn(both.difference) == drawn(both.first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top": 0}, "top=0; expected None or at least 1"),
+        ({"roles": ("refusal",)}, "roles=['refusal']; expected some of"),
+        ({"height_mm": 100}, "height_mm without width_mm; expected both, or a width alone"),
+        ({"nodes": ["L0.H0"]}, "L0.H0 is not in this circuit; expected nodes of the circuit"),
+        ({"layers": (99,)}, "a view without nodes; expected a wider choice"),
+    ],
+)
+def test_a_view_of_nothing(options, message):
+    with pytest.raises(MechsafetyError) as caught:
+        layout_circuit(MAP, Style(**options))
+    assert str(caught.value).startswith(message)
