@@ -30,6 +30,17 @@ STATUS_WORDS = {
 }
 
 
+METRICS = {
+    "refusal_log_odds": "log-odds of a refusal's first token",
+    "logit_difference": "logit of a refusal's first token less that of an answer's",
+    "whole_opener_log_odds": "log-odds of a refusal's whole opener",
+}
+# how a figure names nodes, by an example of each kind
+NAMES = {
+    "head": "{name} is head {node.index} of layer {node.layer}",
+    "mlp": "{name} is the MLP of layer {node.layer}",
+    "neuron": "N{node.index} in row L{node.layer} is neuron {node.index} of that layer",
+}
 # an edge's tooltip; a page's script fills in the same words
 EDGE_TITLE = "<sender> → <receiver>, slot <slot>: effect <effect>, <status>"
 ESTIMATE_TITLE, LINKING_TITLE = " (gradient estimate <estimate>)", "; kept only to connect a node"
@@ -188,10 +199,16 @@ def caption(
 
 
 def _metric(circuit: RefusalCircuit) -> str:
+    """The metric in words, what an effect is, and how nodes are named, by the strongest of each kind."""
+    name = plain(str(circuit.metric.get("name", "unnamed")), 60)
     where = f", {plain(reads_where(circuit.metric), 80)}" if circuit.metric.get("opener") else ""
+    weakest_first = sorted(circuit.nodes, key=lambda member: (abs(member.effect or 0.0), str(member.node)))
+    kinds = {member.node.kind: member.node for member in weakest_first}
+    names = [NAMES[kind].format(node=kinds[kind], name=kinds[kind].short) for kind in NAMES if kind in kinds]
     return (
-        f"Metric: {plain(str(circuit.metric.get('name', 'unnamed')), 60)}{where}. An effect is the share of the "
+        f"Metric: {METRICS.get(name, name)}{where}. An effect is the share of the "
         "harmful\u2212harmless gap of this metric. Information flows upward."
+        + (f" Names: {', '.join(names)}." if names else "")
     )
 
 

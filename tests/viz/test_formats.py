@@ -138,7 +138,11 @@ def test_svg_caption_has_the_numbers(small: RefusalCircuit) -> None:
     text = circuit_svg(small)
     for part in ("12 of 300 candidate nodes", "Held-out faithfulness 0.89", "[0.84, 0.93]", "p\xa0=\xa00.005"):
         assert part in text
-    assert "refusal_log_odds" in text
+    flat = " ".join(re.sub("<[^>]+>", " ", text).split())
+    assert "Metric: log-odds of a refusal's first token. An effect is the share of the" in flat
+    strongest = sorted(small.nodes, key=lambda member: -abs(member.effect))
+    head, mlp = (next(m.node for m in strongest if m.node.kind == kind) for kind in ("head", "mlp"))
+    assert f"Names: {head.short} is head {head.index} of layer {head.layer}, {mlp.short} is the MLP of layer" in flat
 
 
 def test_html_is_inert_whatever_the_model_is_called(hostile: RefusalCircuit) -> None:
