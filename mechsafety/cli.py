@@ -264,12 +264,9 @@ def _claims(check: Any) -> str:
     """How many of the tested claims hold, and the names of the claims with any other verdict."""
     claims = check.tested
     found = f"{sum(claim.passed is True for claim in claims)} of {len(claims)} hold"
-    verdicts = {"fails": "failed", "undecided": "undecided", "not measured": "not measured"}
-    verdicts |= {"holds by construction": "by construction"}
-    for verdict, word in verdicts.items():
-        names = [claim.name for claim in check.claims if claim.verdict == verdict]
-        found += f"; {word}: {', '.join(names)}" if names else ""
-    return found
+    words = {"fails": "failed", "holds by construction": "by construction"}
+    others = {verdict: names for verdict, names in check.by_verdict.items() if verdict != "holds"}
+    return found + "".join(f"; {words.get(verdict, verdict)}: {', '.join(names)}" for verdict, names in others.items())
 
 
 def _fresh(fresh: Any) -> str:

@@ -54,6 +54,7 @@ def render_report(circuit: RefusalCircuit) -> str:
     ]
     return template("report.html.j2").render(
         model=words.plain(circuit.provenance.model),
+        checks=words.checks(circuit),
         finding=words.finding(circuit),
         concentration=words.concentration(circuit),
         verdict=words.verdict(circuit),
@@ -147,7 +148,7 @@ def _claims(circuit: RefusalCircuit) -> list[dict[str, str]]:
                 "verdict": claim.verdict,
             }
         )
-    order = ("fails", "undecided", "not measured", "holds", "holds by construction")
+    order = list(circuit.verification.by_verdict)
     return sorted(rows, key=lambda row: order.index(row["verdict"]))
 
 
@@ -183,24 +184,26 @@ def _missing(circuit: RefusalCircuit) -> list[str]:
     return missing if circuit.details.attention else [*missing, "attention of found heads"]
 
 
-def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
+def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str, bool]]:
+    """Title, number and note of each card, and whether the check of its number fails."""
     check = circuit.verification
+    failed = {claim.name for claim in check.failed}
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
     held += f"{'reaches' if check.reached else 'misses'} the target {words.number(check.target, 2)}"
     drawn = f"mean of {controls.n} of the same size; {words.p_value(check.random_p)}"
     return [
-        _card("Held-out faithfulness", check.held_out_faithfulness, held),
-        *_fresh_card(circuit),
-        ("Size", f"{words.size(circuit)} of {circuit.n_candidates}", _size_note(circuit)),
-        _card("Random circuits", controls.mean, drawn),
-        _card("Necessity", check.necessity, _necessity_note(circuit)),
+        _card("Held-out faithfulness", check.held_out_faithfulness, held, "faithfulness" in failed),
+        *_fresh_card(circuit, "fresh pairs" in failed),
+        ("Size", f"{words.size(circuit)} of {circuit.n_candidates}", _size_note(circuit), False),
+        _card("Random circuits", controls.mean, drawn, "sufficiency" in failed),
+        _card("Necessity", check.necessity, _necessity_note(circuit), "necessity" in failed),
     ]
 
 
-def _card(name: str, value: float, note: str) -> tuple[str, str, str]:
+def _card(name: str, value: float, note: str, fails: bool) -> tuple[str, str, str, bool]:
     """A card; if its number was not measured, its note says only that."""
-    return (name, words.number(value, 2), note if math.isfinite(value) else "not measured")
+    return (name, words.number(value, 2), note if math.isfinite(value) else "not measured", fails)
 
 
 def _size_note(circuit: RefusalCircuit) -> str:
@@ -216,12 +219,12 @@ def _necessity_note(circuit: RefusalCircuit) -> str:
     return note if controls is None else f"{note}; without a random one {words.number(controls.mean, 2)} on average"
 
 
-def _fresh_card(circuit: RefusalCircuit) -> list[tuple[str, str, str]]:
+def _fresh_card(circuit: RefusalCircuit, fails: bool) -> list[tuple[str, str, str, bool]]:
     fresh = circuit.verification.fresh
     if fresh is None:
         return []
     note = f"95 % interval {words.interval(fresh.ci, 2)}; {fresh.n} pairs that played no part in the search"
-    return [_card("Faithfulness on fresh pairs", fresh.faithfulness, note)]
+    return [_card("Faithfulness on fresh pairs", fresh.faithfulness, note, fails)]
 
 
 def _behaviour(kind: str, value: Behaviour) -> dict[str, Any]:

@@ -415,6 +415,26 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
     return f"{text}: this does not show that the refusal depends on this circuit more than on a random one."
 
 
+def checks(circuit: RefusalCircuit) -> list[tuple[str, str]]:
+    """The verdict on the circuit: how many checks hold, then the names of the checks with each verdict."""
+    tested, found = circuit.verification.tested, circuit.verification.by_verdict
+    if not tested:
+        return []
+    held = found.get("holds", ())
+    first = f"{len(held)} of {len(tested)} {'checks hold' if len(tested) > 1 else 'check holds'}"
+    verbs = {  # of one check, of more
+        "fails": ("fails", "fail"),
+        "undecided": ("is undecided", "are undecided"),
+        "not measured": ("was not measured", "were not measured"),
+        "holds by construction": ("holds by construction", "hold by construction"),
+    }
+    rows = [(first, ", ".join(held))]
+    for verdict, (one, more) in verbs.items():
+        names = found.get(verdict, ())
+        rows += [(f"{len(names)} {one if len(names) == 1 else more}", ", ".join(names))] if names else []
+    return rows
+
+
 def finding(circuit: RefusalCircuit) -> str:
     """The result in a few sentences."""
     check = circuit.verification

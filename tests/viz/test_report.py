@@ -313,6 +313,26 @@ def test_report_tells_how_the_circuit_was_found(small: RefusalCircuit) -> None:
     assert "does not say how it was found" in search_text(replace(small, search=None))
 
 
+def test_the_verdict_comes_first_and_a_failed_check_is_no_proud_number(small: RefusalCircuit) -> None:
+    made = (
+        Claim("faithfulness", "", 0.9, None, None, "", True),
+        Claim("fresh pairs", "", 0.4, None, None, "", False),
+        Claim("necessity", "", 1.0, None, 0.6, "", False),
+        Claim("sufficiency", "", 0.9, None, 0.01, "", True),
+        Claim("stability", "", None, None, None, "", None),
+    )
+    check = replace(small.verification, necessity=1.0, claims=made)
+    page = render_report(replace(small, verification=check))
+    head = Tags(page).text.replace("\n", "")
+    said = "1 of 4 checks hold: sufficiency2 fail: fresh pairs, necessity1 was not measured: stability"
+    assert f"{said}1 holds by construction: faithfulness" in head and head.index("1 of 4 checks") < head.index(
+        "candidate parts"
+    )
+    assert page.count('class="card failed"') == 1 and "Necessity: its check fails" in page, "no fresh pairs here"
+    whole = render_report(replace(small, verification=replace(check, claims=())))
+    assert "checks hold" not in whole and "its check fails" not in whole
+
+
 def search_text(circuit: RefusalCircuit) -> str:
     text = Tags(render_report(circuit)).text
     return text[text.index("How the circuit was found") : text.index("The same circuit by role")].replace("\n", "")

@@ -252,6 +252,13 @@ class Verification:
         return self.random_controls.p_value if adjusted is None else adjusted
 
     @property
+    def by_verdict(self) -> dict[str, tuple[str, ...]]:
+        """Names of the claims with each verdict that occurs; the worst verdict first."""
+        order = ("fails", "undecided", "not measured", "holds", "holds by construction")
+        found = {verdict: tuple(claim.name for claim in self.claims if claim.verdict == verdict) for verdict in order}
+        return {verdict: names for verdict, names in found.items() if names}
+
+    @property
     def failed(self) -> tuple[Claim, ...]:
         """The claims that were measured and do not hold."""
         return tuple(claim for claim in self.claims if claim.passed is False)
