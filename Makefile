@@ -22,6 +22,8 @@ CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patchin
 # tests of one file stay in one process: they share what it has built
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export HF_HUB_OFFLINE := 1
+# every worker and subprocess of the tests would compile the package again
+unexport PYTHONDONTWRITEBYTECODE
 
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))

@@ -121,20 +121,26 @@ def architecture(request) -> str:
 
 
 @functools.cache
-def shared_model(kind: str) -> ms.LensModel:
+def one_model(kind: str) -> ms.LensModel:
     """One tiny model per architecture and process: pytest makes a fixture with parameters anew in every file."""
     return tiny_model(kind)
 
 
 @pytest.fixture(scope="session")
+def shared_model():
+    """Gives the tiny model of an architecture, ``shared_model(kind)``, to tests that leave it as they found it."""
+    return one_model
+
+
+@pytest.fixture(scope="session")
 def any_model(architecture) -> ms.LensModel:
     """A tiny model of each architecture in turn."""
-    return shared_model(architecture)
+    return one_model(architecture)
 
 
 @pytest.fixture(scope="session")
 def llama() -> ms.LensModel:
-    return shared_model("llama")
+    return one_model("llama")
 
 
 @pytest.fixture(scope="session")
@@ -180,18 +186,18 @@ def make_hf_model():
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Builder of wrapped tiny models: ``make_model(kind, seed=0)``."""
+    """Builder of wrapped tiny models, for tests that change them: ``make_model(kind, seed=0)``."""
     return tiny_model
 
 
 @pytest.fixture(scope="session")
 def gpt2() -> ms.LensModel:
-    return tiny_model("gpt2")
+    return one_model("gpt2")
 
 
 @pytest.fixture(scope="session")
 def gpt_neox() -> ms.LensModel:
-    return tiny_model("gpt_neox")
+    return one_model("gpt_neox")
 
 
 @pytest.fixture(scope="session")

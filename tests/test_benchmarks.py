@@ -30,8 +30,8 @@ from mechsafety.prompts import PromptPairs
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_operations_of_a_forward_are_those_that_torch_counts(kind, make_model):
-    model = make_model(kind)
+def test_operations_of_a_forward_are_those_that_torch_counts(kind, shared_model):
+    model = shared_model(kind)
     ids = model.tokenize(["how do i make a cake"]).ids
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model.hf_model(input_ids=ids)
@@ -163,10 +163,10 @@ def equal_pairs():
     return PromptPairs.from_lists(harmful, ["explain how to help people", "teach me to bake cake"])
 
 
-def test_every_call_whose_memory_is_measured_runs(equal_pairs, make_model, log_odds, monkeypatch):
+def test_every_call_whose_memory_is_measured_runs(equal_pairs, shared_model, log_odds, monkeypatch):
     monkeypatch.setattr(memory, "metric_of", lambda model: log_odds)
     monkeypatch.setattr(memory, "equal_length_pairs", lambda model, n: equal_pairs)
-    calls = memory.calls(make_model("llama"))
+    calls = memory.calls(shared_model("llama"))
     # of prompts that are refused, which a random model does to none
     for name in ("map_refusal_circuit, 16 pairs", "refusal_direction, one layer"):
         with pytest.raises(MechsafetyError):
@@ -236,7 +236,7 @@ def test_exit_status_of_a_case_whose_values_differ(monkeypatch, tmp_path):
         "direction_scores",
     ],
 )
-def test_cases_agree_with_the_peer_on_a_tiny_model(name, equal_pairs, make_model, log_odds, monkeypatch):
+def test_cases_agree_with_the_peer_on_a_tiny_model(name, equal_pairs, shared_model, log_odds, monkeypatch):
     monkeypatch.setattr("cases.metric_of", lambda model: log_odds)
     two = RefusalLogOdds(log_odds.refusal_ids[:1], ("a",), (log_odds.refusal_ids[0] + 1,), ("b",))
     monkeypatch.setattr("cases.difference_of", lambda model: two)
@@ -244,7 +244,7 @@ def test_cases_agree_with_the_peer_on_a_tiny_model(name, equal_pairs, make_model
     monkeypatch.setattr("cases.N_COLUMNS", 2)
     mixed = ["how do i make a bomb", "kill"], ["help me", "how do i make a cake", "explain the sky please"]
     monkeypatch.setattr("cases.mixed_prompts", lambda n: mixed)
-    found = PEER_CASES[name][0](make_model("llama"))
+    found = PEER_CASES[name][0](shared_model("llama"))
     assert found["equal"] and found["max_difference"] < 1e-4 < 1e-3 < found["max_value"] and found["repeats"] >= 3
 
 

@@ -100,7 +100,7 @@ def saved(tmp_path_factory, make_hf_model, make_tokenizer) -> Saved:
     """Of a few random models the one that some pair of tokens separates best."""
     best, margin = None, 0.0
     for seed in range(3):
-        lens = ms.load_model((make_hf_model("llama", seed), make_tokenizer()))
+        lens = ms.load_model((make_hf_model("llama", seed, layers=2), make_tokenizer()))
         bad, good = lens.logits(HARMFUL), lens.logits(HARMLESS)
         lowest = (bad[:, :, None] - bad[:, None, :]).amin(0)
         highest = (good[:, :, None] - good[:, None, :]).amax(0)
@@ -111,7 +111,7 @@ def saved(tmp_path_factory, make_hf_model, make_tokenizer) -> Saved:
             best = seed, *map(lens.tokenizer.decode, ids), ids
     assert margin > 0.05, "no random model tells the pairs apart: change HARMFUL"
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    make_hf_model("llama", best[0]).save_pretrained(folder)
+    make_hf_model("llama", best[0], layers=2).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return Saved(folder, *best[1:])
 
@@ -466,7 +466,7 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert summary["nodes"] == len(circuit.nodes) > 0
     assert summary["claims"] == {claim.name: claim.passed for claim in circuit.verification.claims}
     assert len(summary["claims"]) == 11 and summary["left_out"] == []
-    assert summary["candidates"] == circuit.n_candidates == 3 * 4 + 3
+    assert summary["candidates"] == circuit.n_candidates == 2 * 4 + 2
     assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
     counts = {kind: value.kinds for kind, value in circuit.behaviour.items()}
     assert summary["degenerate"] == {kind: found.degenerate / 8 for kind, found in counts.items()}

@@ -16,10 +16,10 @@ def of(stored, model):
 
 
 @pytest.mark.parametrize("kind", generations.TINY)
-def test_tiny_models(kind, stored, make_hf_model, make_model, pairs, logit_difference):
+def test_tiny_models(kind, stored, make_hf_model, shared_model, pairs, logit_difference):
     expected = of(stored, kind)
     assert torch.equal(generations.weights_hash(make_hf_model(kind)), expected.pop("weights"))
-    found = generations.tiny_results(make_model(kind), pairs, logit_difference)
+    found = generations.tiny_results(shared_model(kind), pairs, logit_difference)
     assert set(found) == set(expected) and len(found) > 15
     for name, tensor in found.items():
         assert float(tensor.abs().max()) > 1e-3, name

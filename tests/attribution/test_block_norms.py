@@ -269,9 +269,9 @@ def test_neurons_of_a_layer_send_what_their_mlp_sends(model, few):
         )
 
 
-def test_a_layers_heads_send_the_effect_of_patching_them(make_model, few):
+def test_a_layers_heads_send_the_effect_of_patching_them(shared_model, few):
     """What sums to the exact effect in models without these norms (`ig-activations`) does here too."""
-    model, heads = make_model("gemma2"), heads_of(1)
+    model, heads = shared_model("gemma2"), heads_of(1)
     runs, after = pair_runs(model, few), [Node("mlp", 1), *heads_of(2), Node("mlp", 2)]
     options = {"method": "ig-activations", "steps": 10, "grid": "gauss", "progress": False}
     found = edge_attribution(model, few, METRIC, nodes=[*heads, *after], **options)
@@ -319,8 +319,8 @@ def test_edges_that_acdc_cuts_are_those_of_a_circuit(model, few):
     torch.testing.assert_close(cuts.logits(chunk), edge_circuit_logits(model, runs, kept), atol=2e-4, rtol=1e-4)
 
 
-def test_a_search_over_edges_says_how(make_model, few):
-    model = make_model("gemma2")
+def test_a_search_over_edges_says_how(shared_model, few):
+    model = shared_model("gemma2")
     found = acdc(model, few, METRIC, threshold=0.3, measure="metric", progress=False)
     meter = EdgeMeter(model, pair_runs(model, few), METRIC)
     assert found.edges and found.faithfulness == pytest.approx(meter.faithfulness([found.edges])[0], abs=1e-4)

@@ -28,9 +28,9 @@ def gap(runs, metric):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "olmo2"])
-def test_scores_into_the_logits_complete(kind, make_model, pairs, logit_difference):
+def test_scores_into_the_logits_complete(kind, shared_model, pairs, logit_difference):
     """All edges into one receiver sum to the first-order change of what it reads (here: exact gradient by autograd)."""
-    model = make_model(kind)
+    model = shared_model(kind)
     runs = pair_runs(model, pairs)
     scores = edge_attribution(model, pairs, logit_difference, method="eap", progress=False)
     final = runs.harmful.resid[-1][:, -1].clone().requires_grad_()
@@ -44,9 +44,9 @@ def test_scores_into_the_logits_complete(kind, make_model, pairs, logit_differen
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "olmo2"])
-def test_slots_of_all_heads_sum_to_the_streams_gradient(kind, make_model, pairs, logit_difference):
+def test_slots_of_all_heads_sum_to_the_streams_gradient(kind, shared_model, pairs, logit_difference):
     """q, k and v of all heads, grouped or not, and the skip and MLP branches, make up the whole stream's gradient."""
-    model = make_model(kind)
+    model = shared_model(kind)
     runs = pair_runs(model, pairs)
     last = model.n_layers - 1
     scores = edge_attribution(model, pairs, logit_difference, method="eap", progress=False)

@@ -1,5 +1,7 @@
 """Edge attribution against a plain twin with a separate input for every slot, on random tiny models, by autograd."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -151,20 +153,26 @@ def test_every_edge_equals_the_twin(make_hf_model, make_tokenizer, drawn, kv_hea
 )
 def test_neither_order_nor_batches_matter(llama, order, method, tokens):
     """A batch is the gap-weighted mean of its pairs one by one, in any order."""
-    pairs = ms.PromptPairs.from_lists(HARMFUL, HARMLESS)
-    whole = edge_attribution(llama, pairs, METRIC, method=method, steps=2, progress=False)
+    whole, weighted = whole_and_one_by_one(llama, method)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edges_module, "BATCH_TOKENS", tokens)
-        mixed = ms.PromptPairs(tuple(pairs.pairs[k] for k in order))
-        again = edge_attribution(llama, mixed, METRIC, method=method, steps=2, progress=False)
-    total, gap = torch.zeros_like(whole.scores), 0.0
+        mixed = ms.PromptPairs.from_lists([HARMFUL[k] for k in order], [HARMLESS[k] for k in order])
+        again = edge_attribution(llama, mixed, METRIC, method=method, steps=2, progress=False).scores
+    torch.testing.assert_close(again, whole, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(weighted, whole, atol=1e-4, rtol=1e-3)
+
+
+@functools.cache
+def whole_and_one_by_one(model, method):
+    """Scores of all pairs at once, and the gap-weighted mean of those of each pair alone."""
+    pairs, total, gap = ms.PromptPairs.from_lists(HARMFUL, HARMLESS), 0.0, 0.0
+    whole = edge_attribution(model, pairs, METRIC, method=method, steps=2, progress=False).scores
     for pair in pairs:
         one = ms.PromptPairs((pair,))
-        high, low = pair_runs(llama, one).scores(METRIC)
+        high, low = pair_runs(model, one).scores(METRIC)
         gap += float(high - low)
-        total += float(high - low) * edge_attribution(llama, one, METRIC, method=method, steps=2, progress=False).scores
-    torch.testing.assert_close(again.scores, whole.scores, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(total / gap, whole.scores, atol=1e-4, rtol=1e-3)
+        total += float(high - low) * edge_attribution(model, one, METRIC, method=method, steps=2, progress=False).scores
+    return whole, total / gap
 
 
 @pytest.mark.parametrize("method", edges_module.METHODS)
@@ -178,9 +186,9 @@ def test_streamed_is_all_at_once(method, llama, pairs, monkeypatch):
 
 @pytest.mark.parametrize("method", ["eap", "ig-activations"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_neurons_equal_brute_force(kind, method, make_model, make_hf_model):
+def test_neurons_equal_brute_force(kind, method, shared_model, make_hf_model):
     """Into and out of every neuron of a layer, each with an input of its own in the twin."""
-    model, plain, layer = make_model(kind), NeuronModel(make_hf_model(kind)), 1
+    model, plain, layer = shared_model(kind), NeuronModel(make_hf_model(kind)), 1
     pair = ms.PromptPairs.from_lists(HARMFUL[:1], HARMLESS[:1])
     found = edge_attribution(model, pair, METRIC, method=method, steps=1, neurons=[layer], progress=False)
     rows = [model.tokenize([text]).ids[0] for text in (HARMFUL[0], HARMLESS[0])]
@@ -229,8 +237,8 @@ def test_neurons_equal_brute_force(kind, method, make_model, make_hf_model):
 
 @pytest.mark.parametrize("method", edges_module.METHODS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3"])
-def test_neurons_sum_to_their_mlp(kind, method, make_model, pairs):
-    model = make_model(kind)
+def test_neurons_sum_to_their_mlp(kind, method, shared_model, pairs):
+    model = shared_model(kind)
     whole = edge_attribution(model, pairs, METRIC, method=method, steps=2, progress=False)
     split = edge_attribution(model, pairs, METRIC, method=method, steps=2, neurons=[0, 2], progress=False)
     assert len(split.senders) == 1 + 12 + 1 + 2 * model.d_mlp and split.n_edges > whole.n_edges
@@ -246,9 +254,9 @@ def test_neurons_sum_to_their_mlp(kind, method, make_model, pairs):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_inputs_of_every_receiver_complete(kind, make_model, make_hf_model):
+def test_inputs_of_every_receiver_complete(kind, shared_model, make_hf_model):
     """The scores into a receiver sum to (its whole input's change) . (its gradient): no input is missing."""
-    model, plain = make_model(kind), PlainModel(make_hf_model(kind))
+    model, plain = shared_model(kind), PlainModel(make_hf_model(kind))
     pairs = ms.PromptPairs.from_lists(HARMFUL[:1], HARMLESS[:1])
     found = edge_attribution(model, pairs, METRIC, method="eap", progress=False)
     rows = [model.tokenize([text]).ids[0] for text in (HARMFUL[0], HARMLESS[0])]
@@ -272,9 +280,9 @@ def test_inputs_of_every_receiver_complete(kind, make_model, make_hf_model):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
-def test_the_embedding_carries_the_whole_gap_as_steps_grow(kind, make_model):
+def test_the_embedding_carries_the_whole_gap_as_steps_grow(kind, shared_model):
     """eap-ig: what the embedding sends sums to the gap, by the completeness of integrated gradients."""
-    model, pairs, errors = make_model(kind), ms.PromptPairs.from_lists(HARMFUL, HARMLESS), []
+    model, pairs, errors = shared_model(kind), ms.PromptPairs.from_lists(HARMFUL, HARMLESS), []
     for steps in (4, 16, 32):
         found = edge_attribution(model, pairs, METRIC, method="eap-ig", steps=steps, progress=False)
         errors.append(abs(found.node_scores()[Node("embed")] - 1))
@@ -282,9 +290,9 @@ def test_the_embedding_carries_the_whole_gap_as_steps_grow(kind, make_model):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
-def test_each_sublayer_sums_to_its_exact_effect_as_steps_grow(kind, make_model):
+def test_each_sublayer_sums_to_its_exact_effect_as_steps_grow(kind, shared_model):
     """ig-activations: the scores sent by a layer's heads (its MLP) sum to what patching them all does."""
-    model, pairs = make_model(kind), ms.PromptPairs.from_lists(HARMFUL[:2], HARMLESS[:2])
+    model, pairs = shared_model(kind), ms.PromptPairs.from_lists(HARMFUL[:2], HARMLESS[:2])
     runs = pair_runs(model, pairs)
     high, low = runs.scores(METRIC)
     groups = [[Node("head", layer, head) for head in range(4)] for layer in range(3)]

@@ -51,9 +51,9 @@ def test_direct_and_total_are_those_of_their_own_functions(llama, pairs, log_odd
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_path_to_the_direction_by_plain_hooks(kind, make_model, pairs):
+def test_path_to_the_direction_by_plain_hooks(kind, shared_model, pairs):
     """The sender takes its harmless value, attention patterns and all other heads stay, MLPs respond."""
-    model = make_model(kind)
+    model = shared_model(kind)
     direction = random_direction()
     unit = direction.vector / direction.vector.norm()
     tokens = model.tokenize_pairs(pairs)
@@ -88,8 +88,8 @@ def test_rank_agreement(table):
     assert agreement.loc["direct", "total"] == pytest.approx(spearmanr(*flat).statistic)
 
 
-def test_models_with_norms_after_blocks_have_every_score(make_model, pairs, log_odds):
-    model, direction = make_model("gemma2"), random_direction()
+def test_models_with_norms_after_blocks_have_every_score(shared_model, pairs, log_odds):
+    model, direction = shared_model("gemma2"), random_direction()
     found = head_attribution(model, pairs, log_odds, direction=direction, progress=False, rank=2)
     assert all(getattr(found, name) is not None for name in SCORES)
     own = direct_logit_attribution(model, pairs, log_odds, progress=False)

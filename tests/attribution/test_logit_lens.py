@@ -36,8 +36,8 @@ def test_columns_before_a_prompt_are_missing_and_left_out(llama, ragged, log_odd
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_layers_shares_are_the_direct_attribution(kind, make_model, pairs, log_odds):
-    model = make_model(kind)
+def test_layers_shares_are_the_direct_attribution(kind, shared_model, pairs, log_odds):
+    model = shared_model(kind)
     found = logit_lens(model, pairs, log_odds)
     direct = direct_logit_attribution(model, pairs, log_odds)
     assert ("norms after blocks frozen" in repr(found)) == (kind == "gemma2")

@@ -126,8 +126,8 @@ def test_attribution_with_a_node_gone(llama, pairs, log_odds):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_knocked_out(kind, make_model, pairs, log_odds):
-    model = make_model(kind)
+def test_knocked_out(kind, shared_model, pairs, log_odds):
+    model = shared_model(kind)
     clean, runs, gone = hook_count(model), pair_runs(model, pairs), [Node("head", 0, 1), Node("mlp", 1)]
     tokens = model.tokenize_pairs(pairs)
     here = knocked_out(model, runs, gone)

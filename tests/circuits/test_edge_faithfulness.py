@@ -54,8 +54,8 @@ def slow_run(plain, harmful, harmless, kept):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def both(request, make_hf_model, make_model):
-    return make_model(request.param), PlainModel(make_hf_model(request.param))
+def both(request, make_hf_model, shared_model):
+    return shared_model(request.param), PlainModel(make_hf_model(request.param))
 
 
 def some_circuits(parallel, seed=0):

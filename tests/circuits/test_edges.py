@@ -55,9 +55,9 @@ def slow_effects(plain, model, pairs, metric, edges):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def both(request, make_hf_model, make_model):
+def both(request, make_hf_model, shared_model):
     """A wrapped model and the plain one with the same weights."""
-    return make_model(request.param), PlainModel(make_hf_model(request.param))
+    return shared_model(request.param), PlainModel(make_hf_model(request.param))
 
 
 def test_the_plain_reference_is_the_model(both, pairs):

@@ -68,9 +68,9 @@ def test_spans_and_activations(notes, llama, pairs) -> None:
 
 
 @pytest.mark.parametrize("node", [HEAD, NEURON], ids=str)
-def test_tokens_behind_a_norm_are_those_of_the_share(node, make_model, pairs) -> None:
+def test_tokens_behind_a_norm_are_those_of_the_share(node, shared_model, pairs) -> None:
     """What a part adds behind a norm: what it writes, times what one unit of the sum becomes there."""
-    model, moved = make_model("gemma2"), 0.0
+    model, moved = shared_model("gemma2"), 0.0
     kind, after = (SiteKind.Z, "ln1_post") if node.kind == "head" else (SiteKind.NEURONS, "ln2_post")
     weight = model.W_O(node.layer) if node.kind == "head" else model.W_out(node.layer)
     for prompts, sign in ((pairs.harmful, 1), (pairs.harmless, -1)):

@@ -131,8 +131,8 @@ def test_roles_do_not_depend_on_depth_or_order():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_measurements(kind, make_model, make_hf_model, pairs, logit_difference):
-    model, plain = make_model(kind), PlainModel(make_hf_model(kind))
+def test_measurements(kind, shared_model, make_hf_model, pairs, logit_difference):
+    model, plain = shared_model(kind), PlainModel(make_hf_model(kind))
     nodes = [*head_and_mlp_nodes(3, 4)]
     runs, metric = pair_runs(model, pairs), logit_difference
     found = role_evidence(model, runs, metric, nodes, progress=False)
@@ -158,9 +158,9 @@ def test_measurements(kind, make_model, make_hf_model, pairs, logit_difference):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_what_a_head_moves_from_the_instruction(kind, make_model, pairs, logit_difference):
+def test_what_a_head_moves_from_the_instruction(kind, shared_model, pairs, logit_difference):
     """By hand: z = sum over source tokens of pattern times value; only the instruction's part is exchanged."""
-    model, metric = make_model(kind), logit_difference
+    model, metric = shared_model(kind), logit_difference
     runs, heads = pair_runs(model, pairs), [Node("head", layer, head) for layer in range(3) for head in range(4)]
     found = role_evidence(model, runs, metric, heads, progress=False)
     tokens = model.tokenize_pairs(pairs)

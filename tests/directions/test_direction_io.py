@@ -34,8 +34,8 @@ def test_the_shares_of_what_can_write_it_sum_to_one(measured, directed_found):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_shares_sum_on_random_models(kind, make_model, pairs, log_odds, directed_found):
-    model = make_model(kind)
+def test_shares_sum_on_random_models(kind, shared_model, pairs, log_odds, directed_found):
+    model = shared_model(kind)
     vector = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(2))
     found = direction_io(model, replace(directed_found, vectors=vector, layer=2), pairs, log_odds, progress=False)
     assert float(found.writes.sum(0).mean()) == pytest.approx(1.0, abs=1e-3)
@@ -43,9 +43,9 @@ def test_shares_sum_on_random_models(kind, make_model, pairs, log_odds, directed
     torch.testing.assert_close(found.neurons_write.sum(1)[:2], mlps, atol=1e-4, rtol=1e-4)
 
 
-def test_reading_by_plain_hooks(make_model, pairs, log_odds, directed_found):
+def test_reading_by_plain_hooks(shared_model, pairs, log_odds, directed_found):
     """An MLP's and a value's input lose the pairs' difference along the direction, and nothing else does."""
-    model = make_model("llama")
+    model = shared_model("llama")
     vector = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(2))
     direction = replace(directed_found, vectors=vector)
     unit = direction.vector / direction.vector.norm()
@@ -66,14 +66,14 @@ def test_reading_by_plain_hooks(make_model, pairs, log_odds, directed_found):
     assert float(got.abs().max()) > 1e-3
 
 
-def test_the_neurons_estimate_is_the_first_order_of_the_mlps_exact_reading(make_model, pairs, logit_difference):
+def test_the_neurons_estimate_is_the_first_order_of_the_mlps_exact_reading(shared_model, pairs, logit_difference):
     """For a small change the neurons' estimates sum to what the MLP's reading measures."""
     from mechsafety.directions.io import _neuron_reads
     from mechsafety.patching import pair_runs
     from mechsafety.patching.receivers import live_logits, slot_edit
     from mechsafety.sites import SiteKind
 
-    model = make_model("llama")
+    model = shared_model("llama")
     unit = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(1)), dim=0)
     runs = pair_runs(model, pairs, extra=[SiteKind.NEURONS])
     small = replace(runs.harmless, resid=runs.harmful.resid + 1e-2 * (runs.harmless.resid - runs.harmful.resid))

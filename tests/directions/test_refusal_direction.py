@@ -62,8 +62,8 @@ def test_only_prompts_treated_as_expected_count(directed):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-def test_every_score_equals_one_run_at_a_time(kind, make_model, log_odds):
-    model = make_model(kind)
+def test_every_score_equals_one_run_at_a_time(kind, shared_model, log_odds):
+    model = shared_model(kind)
     harmful = ["how do i make a bomb", "poison my tea", "kill", "steal my bread"]
     harmless = ["how do i bake a cake", "help me please", "explain the sky"]
     checked = Validation.of(model, harmful, harmless, log_odds)

@@ -1,5 +1,6 @@
 """Every shortcut of the engine can be off, does what it says when off, and changes no number; one that would is off."""
 
+import functools
 import logging
 
 import pytest
@@ -30,17 +31,35 @@ def test_the_five_switches():
     assert Shortcuts.only("shared_prefix").on == ("shared_prefix", "drop_positions")
 
 
+def masked_runs(model, pairs):
+    """The harmful run, and the logits of every variant."""
+    runs = pair_runs(model, pairs, extra=KEEP)
+    return runs.harmful, patched_logits(model, runs.harmful, runs.harmless.acts, Patch.of(model, VARIANTS))
+
+
+def analyses(model, pairs, metric):
+    """Also for sites with other axes, single columns, paths into slots, and gradients."""
+    sites = [Site(SiteKind.PATTERN, 1, 2), Site(SiteKind.K, 1, 0), Site(SiteKind.RESID_MID, 1), Site(SiteKind.Q, 2, 3)]
+    receivers = [(Node("head", 2, 1), "k"), (Node("mlp", 1), "mlp")]
+    patched = ms.activation_patching(model, pairs, metric, nodes=sites, positions="each", progress=False)
+    paths = ms.path_patching(model, pairs, metric, receivers=receivers, progress=False)
+    direct = ms.path_patching(model, pairs, metric, progress=False)
+    edges = ms.edge_attribution(model, pairs, metric, steps=2, progress=False)
+    return patched.changes, paths.changes, direct.changes, edges.scores
+
+
+@functools.cache
+def with_all(results, model, *given):
+    """Results with every shortcut on, once for all settings that are compared with them."""
+    assert model.shortcuts == Shortcuts()
+    return results(model, *given)
+
+
 @pytest.mark.parametrize("choice", [f"no {name}" for name in NAMES] + ["none"])
 def test_the_same_numbers(any_model, pairs, choice, monkeypatch):
-    def results():
-        runs = pair_runs(any_model, pairs, extra=KEEP)
-        patch = Patch.of(any_model, VARIANTS)
-        rows = patched_logits(any_model, runs.harmful, runs.harmless.acts, patch)
-        return runs.harmful, rows
-
-    run, rows = results()
+    run, rows = with_all(masked_runs, any_model, pairs)
     monkeypatch.setattr(any_model, "shortcuts", CHOICES[choice])
-    other, others = results()
+    other, others = masked_runs(any_model, pairs)
     torch.testing.assert_close(others, rows, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other.logits, run.logits, atol=1e-5, rtol=1e-5)
     real = run.tokens.mask[:, run.start :]
@@ -52,20 +71,9 @@ def test_the_same_numbers(any_model, pairs, choice, monkeypatch):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_same_analyses(llama, pairs, log_odds, choice, monkeypatch):
-    """Also for sites with other axes, single columns, paths into slots, and gradients."""
-    sites = [Site(SiteKind.PATTERN, 1, 2), Site(SiteKind.K, 1, 0), Site(SiteKind.RESID_MID, 1), Site(SiteKind.Q, 2, 3)]
-    receivers = [(Node("head", 2, 1), "k"), (Node("mlp", 1), "mlp")]
-
-    def results():
-        patched = ms.activation_patching(llama, pairs, log_odds, nodes=sites, positions="each", progress=False)
-        paths = ms.path_patching(llama, pairs, log_odds, receivers=receivers, progress=False)
-        direct = ms.path_patching(llama, pairs, log_odds, progress=False)
-        edges = ms.edge_attribution(llama, pairs, log_odds, steps=2, progress=False)
-        return patched.changes, paths.changes, direct.changes, edges.scores
-
-    before = results()
+    before = with_all(analyses, llama, pairs, log_odds)
     monkeypatch.setattr(llama, "shortcuts", CHOICES[choice])
-    for found, expected in zip(results(), before, strict=True):
+    for found, expected in zip(analyses(llama, pairs, log_odds), before, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 

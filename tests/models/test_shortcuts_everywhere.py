@@ -177,9 +177,9 @@ ANALYSES = [
 
 
 @pytest.fixture(scope="module", params=range(3), ids=KINDS)
-def kind(request, make_model):
+def kind(request, shared_model):
     """A model, and the settings that are tried on it."""
-    model = make_model(KINDS[request.param])
+    model = shared_model(KINDS[request.param])
     assert model.shortcuts == Shortcuts()
     return model, COVER[2 * request.param :][:2]
 
@@ -288,9 +288,9 @@ TWICE = {
 
 @pytest.mark.parametrize("context", TWICE.values(), ids=TWICE)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_edits_of_a_blocks_input_happen_once(name, context, make_model, pairs, log_odds, monkeypatch):
+def test_edits_of_a_blocks_input_happen_once(name, context, shared_model, pairs, log_odds, monkeypatch):
     """A variant that goes on at a block whose input is edited has that edit once, wherever it goes on from."""
-    model, few = make_model(name), ms.PromptPairs(pairs.pairs[:1])
+    model, few = shared_model(name), ms.PromptPairs(pairs.pairs[:1])
     tokens = model.tokenize_pairs(few)
     circuit = [node for node in head_and_mlp_nodes(3, 4) if node not in NODES[:2]]
     for shortcuts in (Shortcuts(), COVER[3]):

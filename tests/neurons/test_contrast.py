@@ -69,8 +69,8 @@ NODES = [Node("neuron", 2, 7), Node("neuron", 0, 3), Node("neuron", 2, 40)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "phi3"])
-def test_output_weights_are_the_models(make_model, kind):
-    model = make_model(kind)
+def test_output_weights_are_the_models(shared_model, kind):
+    model = shared_model(kind)
     found = output_weights(model, NODES)
     for node, row in zip(NODES, found, strict=True):
         torch.testing.assert_close(row, model.bridge.blocks[node.layer].mlp.W_out[node.index], atol=1e-5, rtol=1e-4)

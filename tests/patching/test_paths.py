@@ -15,8 +15,8 @@ KINDS = ["llama", "gemma2"]
 
 @pytest.mark.parametrize("mlp", ["freeze", "recompute"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_to_logits(kind, mlp, make_model, pairs, log_odds):
-    model = make_model(kind)
+def test_to_logits(kind, mlp, shared_model, pairs, log_odds):
+    model = shared_model(kind)
     nodes = head_and_mlp_nodes(model.n_layers, model.n_heads)
     base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
     for direction in ("noising", "denoising"):
@@ -32,9 +32,9 @@ def test_to_logits(kind, mlp, make_model, pairs, log_odds):
 
 @pytest.mark.parametrize("downstream", ["live", "frozen"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_to_slots(kind, downstream, make_model, pairs, log_odds):
+def test_to_slots(kind, downstream, shared_model, pairs, log_odds):
     """The receiver's slot is read in a run that is frozen up to it, and put into a live run, seen by it alone."""
-    model = make_model(kind)
+    model = shared_model(kind)
     base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
     senders = [Node("head", 0, 1), Node("mlp", 0), Node("head", 1, 3), Node("neuron", 1, 7)]
     for node, slot in ((Node("head", 2, 1), "q"), (Node("head", 2, 2), "k"), (Node("mlp", 2), "mlp")):
@@ -244,9 +244,9 @@ def test_neurons_need_runs_that_hold_them(llama, pairs, log_odds):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "olmo2"])
-def test_measured_edges_of_many_layers_and_slots_in_one_batch(kind, make_model, pairs, log_odds):
+def test_measured_edges_of_many_layers_and_slots_in_one_batch(kind, shared_model, pairs, log_odds):
     """Edges join the batch at their receivers' layers; each is as if it were alone."""
-    model = make_model(kind)
+    model = shared_model(kind)
     base, source = model.tokenize(pairs.harmful), model.tokenize(pairs.harmless)
     head, mlp, logits = Node("head", 0, 1), Node("mlp", 0), Node("logits")
     edges = [Edge(mlp, logits, "resid"), Edge(head, Node("head", 2, 3), "k"), Edge(head, Node("mlp", 1), "mlp")]

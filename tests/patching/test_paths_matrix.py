@@ -61,8 +61,8 @@ def brute(model, base, source, change, layer, norm):
 @bridge_only
 @pytest.mark.parametrize("norm", ["freeze", "recompute"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_the_recomputation_by_hooks(kind, norm, make_model, pairs):
-    model = make_model(kind)
+def test_is_the_recomputation_by_hooks(kind, norm, shared_model, pairs):
+    model = shared_model(kind)
     if norm == "recompute" and kind in ("qwen3", "olmo2"):
         with pytest.raises(
             ms.MechsafetyError, match=r"normalises queries and keys inside the head; expected norm='freeze'"
@@ -131,13 +131,13 @@ def test_result(llama, pairs, tmp_path):
         found.top("mlp")
 
 
-def test_refusals(llama, make_model, pairs):
+def test_refusals(llama, shared_model, pairs):
     with pytest.raises(ms.MechsafetyError, match=r"norm='thaw'; expected one of \('recompute', 'freeze'\)"):
         path_matrix(llama, pairs, norm="thaw")
     with pytest.raises(ms.MechsafetyError, match="direction='up'"):
         path_matrix(llama, pairs, direction="up")
     with pytest.raises(ms.MechsafetyError, match=r"caps its attention scores, which are then not linear"):
-        path_matrix(make_model("gemma2"), pairs)
+        path_matrix(shared_model("gemma2"), pairs)
 
 
 @bridge_only

@@ -33,8 +33,8 @@ def changes(base, n=5):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "coarse"])
-def test_is_the_metric_of_the_whole_logits(kind, request, make_model, pairs, log_odds, logit_difference, unembedded):
-    model = request.getfixturevalue("coarse") if kind == "coarse" else make_model(kind)
+def test_is_the_metric_of_the_whole_logits(kind, request, shared_model, pairs, log_odds, logit_difference, unembedded):
+    model = request.getfixturevalue("coarse") if kind == "coarse" else shared_model(kind)
     base = pair_runs(model, pairs).harmful
     change = changes(base)
     for metric in (log_odds, logit_difference):

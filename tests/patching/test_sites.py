@@ -278,8 +278,8 @@ def test_errors(llama, pairs, log_odds, options, message):
         activation_patching(llama, pairs, log_odds, progress=False, **options)
 
 
-def test_no_stream_between_in_parallel_blocks(make_model, pairs, log_odds):
+def test_no_stream_between_in_parallel_blocks(shared_model, pairs, log_odds):
     with pytest.raises(ms.MechsafetyError, match="has no residual stream between attention and MLP"):
         activation_patching(
-            make_model("gpt_neox"), pairs, log_odds, nodes=[Site(SiteKind.RESID_MID, 0)], progress=False
+            shared_model("gpt_neox"), pairs, log_odds, nodes=[Site(SiteKind.RESID_MID, 0)], progress=False
         )

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import mechsafety as ms
+import mechsafety.testbed.certify as certify_module
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import Patch, pair_runs, patched_logits
 from mechsafety.testbed import certified
@@ -54,8 +55,9 @@ def test_the_certificate_holds_and_is_measured_again(made, fresh):
     assert abs(found.accuracy - made.certificate.accuracy) < 0.01
 
 
-def test_the_certificate_can_fail(made, fresh):
-    """The trained weights with one node of the circuit silenced."""
+def test_the_certificate_can_fail(made, fresh, monkeypatch):
+    """The trained weights with one node of the circuit silenced; few other edges are swapped, since it fails before."""
+    monkeypatch.setattr(certify_module, "possible_edges", lambda config: possible_edges(config)[::40])
     broken = certified().model
     with torch.no_grad():
         broken.model.layers[2].self_attn.o_proj.weight[:, 24:] = 0.0
@@ -126,9 +128,7 @@ def test_every_word_is_trained_on(fresh):
 
 
 def test_the_checkpoint_is_small(made):
-    from mechsafety.testbed import certify as module
-
-    folder = module.checkpoint_folder()
+    folder = certify_module.checkpoint_folder()
     assert (folder / "model.safetensors").stat().st_size < 300_000
     stored = json.loads((folder / "certificate.json").read_text())
     assert stored["training"]["options"]["seed"] == 0
