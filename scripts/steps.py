@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mechsafety.codec import decode, encode
+
 
 class Steps:
     """The folder of finished steps; delete a step's file or folder there to do it again.
@@ -42,6 +44,21 @@ class Steps:
             found.save(path)
             _write(self.folder / f"{name}-seconds.json", seconds)
         return kind.load(path)
+
+    def value(self, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
+        """A step whose outcome is an annotated dataclass that is no result, such as a stage of a map."""
+        from safetensors.torch import load_file, save
+
+        path, beside = self.folder / f"{name}.json", self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            found, seconds = self.measured(name, compute)
+            tensors: dict[str, Any] = {}
+            row = encode(kind, found, "", tensors)
+            if tensors:
+                _whole(beside, save(tensors))
+            _write(path, {"seconds": seconds, "found": row})
+        row = json.loads(path.read_text())["found"]
+        return decode(kind, row, name, load_file(beside) if beside.is_file() else {})
 
     def seconds(self, name: str) -> float | None:
         """How long a result's step took when it was done."""
@@ -81,7 +98,11 @@ def check_store(folder: Path, made_of: Mapping[str, Any], besides: Collection[st
 
 
 def _write(path: Path, data: Any) -> None:
+    _whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _whole(path: Path, data: bytes) -> None:
     """The file is there whole or not at all."""
     scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    scratch.write_bytes(data)
     scratch.replace(path)

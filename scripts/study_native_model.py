@@ -41,8 +41,23 @@ from reproduce_refusal_direction import (
 from steps import Steps
 
 import mechsafety as ms
-from mechsafety.circuits import Draw, RefusalCircuit, draw_pairs, measure_ablation
+from mechsafety.circuits import (
+    Draw,
+    RefusalCircuit,
+    SearchResult,
+    assemble_circuit,
+    draw_pairs,
+    measure_ablation,
+    measure_parts,
+    rank_parts,
+    search_circuit,
+    split_pairs,
+    verify_circuit,
+    wire_circuit,
+)
 from mechsafety.circuits.ablations import unedited_replies
+from mechsafety.circuits.map import Found, Ranked
+from mechsafety.circuits.verification.stability import PairAttributions
 from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection
 from mechsafety.interventions import project_out, steer
@@ -144,7 +159,13 @@ class Side:
             # neurons are looked for in the circuit of nodes, whose search would be repeated alike
             resamples = self.size.n_resamples if level == "node" else 0
             options = ms.MapOptions(level=level, n_random=self.size.n_random, n_resamples=resamples)
-            return ms.map_refusal_circuit(self.model, self.drawn, options=options, progress=False)
+            # the stages of map_refusal_circuit; both levels begin with the same ranking and search of nodes
+            split = split_pairs(self.model, self.drawn, options, progress=False)
+            by_pair = self.steps.value("ranking", PairAttributions, lambda: rank_parts(split).by_pair)
+            ranked = Ranked(split, by_pair, by_pair.mean())
+            result = self.steps.value("search", SearchResult, lambda: search_circuit(ranked).result)
+            measured = measure_parts(Found(ranked, result))
+            return assemble_circuit(verify_circuit(wire_circuit(measured)))
 
         return self.steps.result(f"map-{level}.json", RefusalCircuit, compute)
 

@@ -16,7 +16,7 @@ from mechsafety.models import LensModel
 from mechsafety.models.parts import check_patchable
 from mechsafety.nodes import Node, NodeLike, as_node, as_nodes
 from mechsafety.patching import pair_runs
-from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.masks import PairRuns, aligned_pairs
 from mechsafety.patching.senders import node_outputs
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, visible
@@ -106,6 +106,7 @@ def describe_nodes(
     for node in chosen:
         check_patchable(model, node)
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in chosen) else []
+    pairs = aligned_pairs(model, pairs)
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=extra)
     written = {str(node): written_contrast(model, runs, node) for node in chosen}
     options = {"pairs": len(runs.harmful), "n_tokens": n_tokens, **omissions(pairs)}

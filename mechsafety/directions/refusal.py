@@ -198,6 +198,7 @@ class RefusalDirection(Result):
             MechsafetyError: A model of another width, or no pair aligns.
         """
         vector = check_vector(self.vector, model.d_model).to(model.device).float()
+        pairs = pairs.aligned(model)
         run = pair_runs(model, pairs).harmful
         norm, rows = model.frozen_final_norm(run.resid[-1][:, -1]), vector.expand(len(run), -1)
         written = (norm(rows) - norm(torch.zeros_like(rows))).mean(0)

@@ -9,6 +9,7 @@ import torch
 from test_inputs import PUBLIC
 
 import mechsafety as ms
+from mechsafety.attribution import describe_nodes
 from mechsafety.circuits import measure_ablation
 from mechsafety.directions import direction_io
 from mechsafety.errors import MechsafetyError
@@ -87,6 +88,7 @@ CALLS = {
     "node_attribution": lambda m, p, o, _: ms.node_attribution(m, p, o, steps=1, **QUIET),
     "edge_attribution": lambda m, p, o, _: ms.edge_attribution(m, p, o, method="eap", **QUIET),
     "head_attribution": lambda m, p, o, _: ms.head_attribution(m, p, o, scores=["total"], **QUIET),
+    "describe_nodes": lambda m, p, _o, _d: describe_nodes(m, [FLAT], p),
     "direction_io": lambda m, p, o, d: direction_io(m, d, p, o, nodes=[FLAT], **QUIET),
 }
 

@@ -23,10 +23,10 @@ def test_units_are_heads_and_neurons_or_heads_and_mlps():
     ("change", "text"),
     [
         ({"roles": {HEAD: "detection"}}, "the role of L1.MLP; expected one for every node of the circuit and no other"),
-        ({"decoys": (MLP,)}, "L1.MLP is no decoy; expected decoys outside, backups inside"),
+        ({"decoys": (MLP,)}, "L1.MLP is not a decoy; expected decoys outside, backups inside"),
         (
             {"backups": ((Node("mlp", 0), MLP),)},
-            "L0.MLP is no node of the circuit; expected decoys outside, backups inside",
+            "L0.MLP is not a node of the circuit; expected decoys outside, backups inside",
         ),
         (
             {"roles": {HEAD: "thinking", MLP: "production"}},
