@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechsafety import Edge, MechsafetyError, Node
@@ -53,6 +53,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), st.lists(leaves).map(tuple)), plain)
 def test_what_is_encoded_comes_back(rows, free):
     """Through the text of a file, NaN and infinities too (repr, since NaN is not equal to itself)."""
