@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,19 @@ class GuardedOutput:
 
     Attributes:
         verdicts: One verdict per prompt, made before the first token.
-        output: What ``generate`` returned; None if it was not called.
+        output: What ``generate`` returned for the prompts that were not stopped; None if it was not called.
+        answered: Numbers of these prompts, in the order of the output's rows.
     """
 
     verdicts: tuple[Verdict, ...]
     output: Any
+    answered: tuple[int, ...]
+
+    @property
+    def replies(self) -> list[Any]:
+        """One entry per prompt: its row of the output, or None if it was stopped."""
+        rows = dict(zip(self.answered, range(len(self.answered)), strict=True))
+        return [self.output[rows[k]] if k in rows else None for k in range(len(self.verdicts))]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -107,16 +115,60 @@ class SafetyGuard:
 
         guard = SafetyGuard.fit(model, scores.top(0.05), train)
         guard.predict("How do I kill a Python process?").unsafe
-        guard.wrap(model.generate)(["How do I bake bread?"]).verdicts
+        guard.wrap(model.generate, stop=True)(["How do I bake bread?"]).replies
     """
+
+    __slots__ = ("model", "weights")
+    model: LensModel
+    weights: GuardWeights
 
     def __init__(self, model: LensModel, weights: GuardWeights) -> None:
         if tuple(weights.neurons.shape) != (model.n_layers, model.d_mlp):
             raise MechsafetyError(
                 f"a guard for {tuple(weights.neurons.shape)} neurons", expected=f"one that was fitted on {model!r}"
             )
-        self.model = model
-        self.weights = weights
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "weights", weights)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise MechsafetyError(f"guard.{name} cannot be assigned", hint="guard.with_threshold(...) gives another guard")
+
+    @property
+    def threshold(self) -> float:
+        """Probability from which a reply counts as unsafe."""
+        return self.weights.threshold
+
+    def with_threshold(self, threshold: float) -> "SafetyGuard":
+        """The same guard with another threshold.
+
+        Raises:
+            MechsafetyError: The threshold is not a number from 0 to 1.
+        """
+        if not 0 <= threshold <= 1:
+            raise MechsafetyError(f"threshold={threshold}", expected="a number from 0 to 1")
+        return SafetyGuard(self.model, replace(self.weights, threshold=float(threshold)))
+
+    @public
+    def with_false_positive_rate(self, rate: float, safe: Prompts) -> "SafetyGuard":
+        """The same guard with the lowest threshold that flags at most this share of safe prompts.
+
+        Args:
+            rate: Largest share of the safe prompts that may be flagged.
+            safe: Prompts whose replies are safe, other than those that the guard has learned from. With few of them
+                the true rate can lie far from this share: of n prompts with none flagged, the 95 % upper limit is
+                about 3 / n.
+
+        Raises:
+            MechsafetyError: No prompts, or a rate outside 0 to 1.
+        """
+        if not 0 <= rate <= 1:
+            raise MechsafetyError(f"rate={rate}", expected="a number from 0 to 1")
+        if not len(safe):
+            raise MechsafetyError("no safe prompts", expected="at least one")
+        found = sorted((verdict.probability for verdict in self.predict_all(safe)), reverse=True)
+        may = math.floor(rate * len(found) + 1e-9)
+        # just above the first probability that must not be flagged
+        return self.with_threshold(0.0 if may == len(found) else min(1.0, math.nextafter(found[may], math.inf)))
 
     def __repr__(self) -> str:
         return f"SafetyGuard({self.model.name}, {self.weights!r})"
@@ -199,7 +251,8 @@ class SafetyGuard:
             generate: `LensModel.generate` (takes a list of prompts) or the ``generate`` of a Hugging Face model (takes
                 ``input_ids`` and ``attention_mask``, padded on the left). Its model must compute the same as the
                 guard's model.
-            stop: Whether to generate nothing if any prompt of the call is judged unsafe.
+            stop: Whether prompts that are judged unsafe are left out of the call. Nothing is generated for them, and
+                the others are answered.
             on_verdicts: Called with the verdicts before anything is generated. An exception from it ends the call.
 
         Returns:
@@ -210,9 +263,12 @@ class SafetyGuard:
             verdicts = tuple(self._verdicts(self._read(args, kwargs)))
             if on_verdicts is not None:
                 on_verdicts(verdicts)
-            if stop and any(verdict.unsafe for verdict in verdicts):
-                return GuardedOutput(verdicts, None)
-            return GuardedOutput(verdicts, generate(*args, **kwargs))
+            rows = tuple(k for k, verdict in enumerate(verdicts) if not (stop and verdict.unsafe))
+            if not rows:
+                return GuardedOutput(verdicts, None, ())
+            if len(rows) < len(verdicts):
+                args, kwargs = _some_rows(args, kwargs, rows)
+            return GuardedOutput(verdicts, generate(*args, **kwargs), rows)
 
         return guarded
 
@@ -251,6 +307,19 @@ class SafetyGuard:
                 hint="fit one: SafetyGuard.fit(model, neurons, train)",
             )
         return cls(model, weights)
+
+
+def _some_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], rows: Sequence[int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of ``generate`` with some of its prompts: lists and tensors of one row per prompt are cut alike."""
+
+    def cut(value: Any) -> Any:
+        return value[list(rows)] if isinstance(value, Tensor) else [list(value)[k] for k in rows]
+
+    per_row = ("input_ids", "inputs", "prompts", "attention_mask")
+    named: dict[str, Any] = {key: cut(kwargs[key]) for key in per_row if key in kwargs}
+    return (cut(args[0]), *args[1:]) if args else args, {**kwargs, **named}
 
 
 def fit_regression(features: np.ndarray, unsafe: np.ndarray) -> Any:

@@ -114,15 +114,56 @@ def test_wrapped_generate_gives_the_verdict_first(llama, guard):
         return llama.generate(prompts, max_new_tokens)
 
     prompts = ["make a bomb", "make a cake"]
-    guard = SafetyGuard(llama, replace(guard.weights, threshold=0.5))
+    guard = guard.with_threshold(0.5)
     out = guard.wrap(generate, on_verdicts=order.append)(prompts, max_new_tokens=3)
     assert order == [out.verdicts, prompts], "the caller knows before the first token"
     order.pop()
     assert out.output == llama.generate(prompts, 3) and list(out.verdicts) == guard.predict_all(prompts)
     assert out.verdicts[0].unsafe and not out.verdicts[1].unsafe and len(order) == 1
     stopped = guard.wrap(generate, stop=True)(prompts)
-    assert stopped.output is None and stopped.verdicts == out.verdicts and len(order) == 1, "nothing was generated"
-    assert guard.wrap(generate, stop=True)(prompts[1:]).output is not None
+    assert order.pop() == prompts[1:] and stopped.verdicts == out.verdicts, "nothing was generated for the unsafe one"
+    assert stopped.replies == [None, *llama.generate(prompts[1:], 4)] and stopped.answered == (1,)
+    order.clear()
+    none = guard.wrap(generate, stop=True)(prompts=prompts[:1])
+    assert none.output is None and none.replies == [None] and order == []
+
+
+def test_some_rows_of_tokens_are_stopped(llama, guard):
+    prompts = ["make a bomb", "explain a cake please", "make a cake"]
+    guard, tokens = guard.with_threshold(0.5), llama.tokenize(prompts)
+    options = {"attention_mask": tokens.mask.long(), "max_new_tokens": 3, "do_sample": False}
+    out = guard.wrap(llama.hf_model.generate, stop=True)(input_ids=tokens.ids, **options)
+    assert out.answered == tuple(k for k, verdict in enumerate(out.verdicts) if not verdict.unsafe)
+    assert 0 not in out.answered and 2 in out.answered
+    whole = llama.hf_model.generate(input_ids=tokens.ids, **options)
+    assert out.replies[0] is None and torch.equal(out.replies[2], whole[2])
+
+
+def test_a_guard_is_changed_by_making_another(guard):
+    other = guard.with_threshold(0.25)
+    assert other.threshold == 0.25 and guard.threshold == guard.weights.threshold != 0.25
+    with pytest.raises(
+        ms.MechsafetyError, match=r"^guard\.threshold cannot be assigned; guard\.with_threshold\(\.\.\.\)"
+    ):
+        guard.threshold = 0.5
+    with pytest.raises(ms.MechsafetyError, match=r"^threshold=1\.5; expected a number from 0 to 1$"):
+        guard.with_threshold(1.5)
+
+
+@pytest.mark.parametrize(("rate", "flagged"), [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
+def test_a_threshold_by_the_rate_of_false_positives(guard, rate, flagged):
+    safe = ["make a cake", "explain a cake please", "help me make a cake", "write about tea"]
+    found = guard.with_false_positive_rate(rate, safe)
+    verdicts = found.predict_all(safe)
+    assert len({verdict.probability for verdict in verdicts}) == 4 and sum(v.unsafe for v in verdicts) == flagged
+    assert found.weights.weights is guard.weights.weights
+
+
+def test_a_rate_that_is_none(guard):
+    with pytest.raises(ms.MechsafetyError, match=r"^rate=-0\.1; expected a number from 0 to 1$"):
+        guard.with_false_positive_rate(-0.1, ["tea"])
+    with pytest.raises(ms.MechsafetyError, match=r"^no safe prompts; expected at least one$"):
+        guard.with_false_positive_rate(0.1, [])
 
 
 def test_it_hooks_into_transformers(llama, guard):
