@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.circuits.circuit import RefusalCircuit
-from mechsafety.viz.layout import fit, in_grey, layouts_of, strongest_edges
+from mechsafety.viz.layout import drawn_edges, fit, in_grey, layouts_of
 from mechsafety.viz.legend import keys
 from mechsafety.viz.marks import (
     INK,
@@ -79,7 +79,7 @@ def _difference(a: Layout, b: Layout, names: Names, style: Style) -> Layout:
     widest = max((magnitude((y.effect if y else 0.0) - (x.effect if x else 0.0)) for x, y in pairs), default=0.0)
     edges = [_edge(x, y, widest or 1.0, names, style.font / 12) for x, y in pairs]
     edges.sort(key=lambda mark: (magnitude(mark.effect), mark.title))
-    shown = edges if style.max_edges is None else strongest_edges(edges, style.max_edges)
+    shown = drawn_edges(edges, style.max_edges)
     only_a = sum(key not in in_b for key in order)
     only_b = sum(key not in in_a for key in order)
     shared = len(order) - only_a - only_b - sum(mark.member is None for mark in b.nodes)

@@ -41,7 +41,7 @@ from mechsafety.viz.marks import (
 from mechsafety.viz.placement import Placement, place
 from mechsafety.viz.routing import Bundle, Routes, route
 from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, groups, lane_of, lane_order
-from mechsafety.viz.views import chosen_nodes, edges_to_draw, left_out, part_of
+from mechsafety.viz.views import chosen_nodes, left_out, part_of, strongest_edges
 from mechsafety.viz.words import caption, edge_title, linking_edges, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
@@ -174,7 +174,7 @@ def layouts_of(
     edges = _ranked({member.edge: member for circuit in drawn for member in circuit.edges}.values())
     if style.width is not None and not every_edge:
         # on paper, edges that are not drawn take no room
-        edges = edges_to_draw(edges, style.max_edges)
+        edges = strongest_edges(edges, style.max_edges, lambda member: (member.edge.sender, member.edge.receiver))
     placement, routes, frame = _fit(members, edges, style)
     return tuple(
         _finish(whole, part, style, placement, routes, frame) for whole, part in zip(circuits, drawn, strict=True)
@@ -329,7 +329,7 @@ def _draw(
         stands_for = {mark.key: f"group:{mark.group}" for mark in nodes if mark.group in style.fold}
         nodes = [*(mark for mark in nodes if mark.key not in stands_for), *shown]
         curves = folded_edges(curves, stands_for, paths, grid.unit)
-    curves = curves if style.max_edges is None else strongest_edges(curves, style.max_edges)
+    curves = drawn_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
     sentences = caption(whole, sum(mark.n_edges for mark in curves), left_out=left_out(whole, circuit))
@@ -350,15 +350,9 @@ def _draw(
     )
 
 
-def strongest_edges(curves: Sequence[EdgeMark], count: int) -> list[EdgeMark]:
-    """The last ``count`` edges (the strongest) and each node's strongest edge, so that no node is unconnected."""
-    if not count:
-        return []
-    best: dict[str, int] = {}
-    for k, mark in enumerate(curves):
-        best |= {mark.sender: k, mark.receiver: k}
-    kept = {*best.values(), *range(max(0, len(curves) - count), len(curves))}
-    return [curves[k] for k in sorted(kept)]
+def drawn_edges(curves: Sequence[EdgeMark], count: int | None) -> list[EdgeMark]:
+    """Marks of the edges that are drawn (`strongest_edges`), the weakest first, so that strong ones lie on top."""
+    return strongest_edges(curves[::-1], count, lambda mark: (mark.sender, mark.receiver))[::-1]
 
 
 def _name(node: Node) -> str:

@@ -1,15 +1,18 @@
 """Which nodes of a circuit are drawn: what a style asks for, and what fits a paper."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from mechsafety.circuits.circuit import CircuitEdge, RefusalCircuit
+from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node, as_nodes
 from mechsafety.viz.marks import magnitude
 from mechsafety.viz.style import Style
 from mechsafety.viz.words import role_name
+
+E = TypeVar("E")
 
 
 def chosen_nodes(circuits: Sequence[RefusalCircuit], style: Style) -> list[Node]:
@@ -54,22 +57,21 @@ def part_of(circuit: RefusalCircuit, nodes: Collection[Node]) -> RefusalCircuit:
     )
 
 
-def edges_to_draw(edges: Sequence[CircuitEdge], count: int | None) -> list[CircuitEdge]:
+def strongest_edges(edges: Sequence[E], count: int | None, ends: Callable[[E], tuple[Hashable, Hashable]]) -> list[E]:
     """The strongest edges, and each node's strongest, so that no node is unconnected; all where no number is given.
 
     Args:
         edges: Edges, the strongest first.
         count: How many of the strongest; 0 for none.
+        ends: Sender and receiver of an edge.
     """
-    if count is None or len(edges) <= count:
-        return list(edges)
-    if not count:
-        return []
-    best: dict[Node, int] = {}
-    for k, member in enumerate(edges):
-        best.setdefault(member.edge.sender, k)
-        best.setdefault(member.edge.receiver, k)
-    return [edges[k] for k in sorted({*best.values(), *range(count)})]
+    if count is None or not count:
+        return list(edges) if count is None else []
+    best: dict[Hashable, int] = {}
+    for k, edge in enumerate(edges):
+        for end in ends(edge):
+            best.setdefault(end, k)
+    return [edges[k] for k in sorted({*best.values(), *range(min(count, len(edges)))})]
 
 
 def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
