@@ -44,6 +44,7 @@ from mechsafety.nodes import EMBED, LOGITS, Edge, Node
 from mechsafety.openers import FLOOR, auroc, best, candidates
 from mechsafety.openers import MARGIN as OPENER_MARGIN
 from mechsafety.patching import pair_runs
+from mechsafety.patching.difference import _mover as mover
 from mechsafety.patching.effects import effect_table
 from mechsafety.patching.senders import node_outputs
 from mechsafety.probes import _directions
@@ -401,6 +402,13 @@ def _(e, toy):
 def _(e, toy):
     n, higher = int(e.one("random circuits")), int(e.one("of these at least as faithful as the circuit"))
     return {"p": rank_p(0.8, np.array([0.9] * higher + [0.1] * (n - higher)))}
+
+
+@check("two effects on other prompts")
+def _(e, toy):
+    (a, *ci_a), (b, *ci_b) = e["a and its interval"], e["b and its interval"]
+    low, high = mover(a, b, tuple(ci_a), tuple(ci_b))
+    return {"lower end": low, "upper end": high}
 
 
 # pairs.md
