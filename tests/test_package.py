@@ -305,3 +305,10 @@ def test_no_device_is_hard_coded():
     assert named <= {"models/load.py", "models/memory.py"}
     assert {name for name in MODULES if any(call.endswith(").cuda") for call in calls(TREES[name]))} == set()
     assert {name for name in MODULES if any(re.search(r"\w\.cuda$", call) for call in calls(TREES[name]))} == set()
+
+
+def test_the_citation_has_the_packages_version():
+    root = PACKAGE.parent
+    said = re.findall(r"^version: (.+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), flags=re.M)
+    assert said == [ms.__version__]
+    assert f"version = {{{ms.__version__}}}" in (root / "README.md").read_text(encoding="utf-8")
