@@ -93,6 +93,7 @@ UPWARD = {
     ("attribution/attention.py", "to_html", "viz"),
     ("attribution/attention.py", "_repr_html_", "viz"),
     ("circuits/circuit.py", "_repr_mimebundle_", "viz"),
+    ("circuits/circuit.py", "draw", "viz"),
     ("circuits/circuit.py", "plot", "viz"),
     ("circuits/circuit.py", "widget", "viz"),
 }

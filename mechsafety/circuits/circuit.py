@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
     import plotly.graph_objects as go
+    from matplotlib.axes import Axes
     from torch import Tensor
 
     from mechsafety.models import LensModel
     from mechsafety.prompts import PromptPairs
     from mechsafety.replies import ReplyKinds
+    from mechsafety.viz import Style
 
 __all__ = [
     "Ablation",
@@ -573,6 +575,18 @@ class RefusalCircuit(Result):
         from mechsafety.viz.charts import node_heatmap
 
         return node_heatmap(self)
+
+    def draw(self, ax: "Axes | None" = None, style: "Style | None" = None) -> "Axes":
+        """Draw the picture into axes of matplotlib (see `mechsafety.viz.draw_circuit`).
+
+        Example::
+
+            figure, (left, right) = plt.subplots(1, 2, figsize=(7, 6))
+            circuit.draw(left)
+        """
+        from mechsafety.viz import draw_circuit
+
+        return draw_circuit(self, ax, style)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:  # noqa: ARG002 (Jupyter gives both)
         # the one result that reaches up to viz: Jupyter asks the object itself

@@ -11,7 +11,7 @@ from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_
 from mechsafety.viz.comparison import Comparison, compare_layouts
 from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.pdf import circuit_pdf, layout_pdf, layout_png
+from mechsafety.viz.pdf import circuit_pdf, draw_circuit, layout_pdf, layout_png
 from mechsafety.viz.report import render_report
 from mechsafety.viz.role_diagram import role_diagram
 from mechsafety.viz.style import Positions, Style
@@ -40,6 +40,7 @@ __all__ = [
     "circuit_widget",
     "compare_html",
     "compare_layouts",
+    "draw_circuit",
     "effect_distribution",
     "faithfulness_curve",
     "figures_page",

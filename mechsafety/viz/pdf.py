@@ -1,21 +1,25 @@
-"""A layout as a vector PDF or a PNG, drawn by matplotlib: no browser, no global figure state."""
+"""A layout as a vector PDF, as a PNG, or in axes of one's own, drawn by matplotlib: no browser, no global state."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.errors import MechsafetyError
 from mechsafety.output import output_file
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import ROLE_OUTLINES, EdgeMark, Label, Layout, NodeMark, Shape, label_room
 from mechsafety.viz.style import Style
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WEIGHTS = {False: "normal", True: "bold"}
 INCH, POINT = 96.0, 0.75  # pixels per inch, points per pixel
+MM, SMALLEST_MM = 25.4, 20  # millimetres per inch; the smallest width and height of a style
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 
@@ -56,14 +60,50 @@ def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144
     return FilePath(path)
 
 
+def draw_circuit(circuit: RefusalCircuit, ax: "Axes | None" = None, style: Style | None = None) -> "Axes":
+    """Draw a circuit into axes of matplotlib, so that it can stand beside other panels of a figure.
+
+    Args:
+        circuit: The circuit.
+        ax: Axes; the picture fits their present size (see ``width_mm`` of `Style`), so give the figure its size first.
+            By default a figure of its own is made (``.figure`` of what is returned), without pyplot.
+        style: Options of the picture.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MechsafetyError: As `layout_circuit`; axes that are too small for any node are refused.
+    """
+    style = style or Style()
+    if ax is None:
+        return layout_figure(layout_circuit(circuit, style)).axes[0]
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    box = ax.get_position()
+    width, height = (float(part) for part in figure.get_size_inches() * (box.width, box.height))
+    if min(width, height) * MM < SMALLEST_MM:
+        raise MechsafetyError(
+            f"axes of {width * MM:.0f} x {height * MM:.0f} mm", expected=f"at least {SMALLEST_MM} mm each way"
+        )
+    layout = layout_circuit(circuit, replace(style, width_mm=width * MM, height_mm=height * MM))
+    draw_layout(layout, ax, height * INCH)
+    return ax
+
+
 def layout_figure(layout: Layout) -> "Figure":
     """The picture as a matplotlib figure of its own."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(layout.width / INCH, layout.height / INCH))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    draw_layout(layout, figure.add_axes((0.0, 0.0, 1.0, 1.0)), layout.height)
+    return figure
+
+
+def draw_layout(layout: Layout, axes: "Axes", height: float) -> None:
+    """Draw a layout into axes of its width and of a height in pixels; the picture stands at their top."""
     axes.set_xlim(0, layout.width)
-    axes.set_ylim(layout.height, 0)
+    axes.set_ylim(height, 0)
     axes.axis("off")
     marks: list[EdgeMark | NodeMark] = [*layout.edges, *layout.nodes]
     for shape in [*layout.backdrop, *(shape for mark in marks for shape in mark.shapes)]:
@@ -78,7 +118,6 @@ def layout_figure(layout: Layout) -> "Figure":
     own = _shrink([label for label, _ in inside], [room for _, room in inside])
     for label, share in [*((one, least[one.size]) for one in outside), *zip((x for x, _ in inside), own, strict=True)]:
         _write(axes, label, share)
-    return figure
 
 
 def _draw(axes: Any, shape: Shape) -> None:

@@ -16,11 +16,12 @@ def test_every_example_runs(tmp_path, monkeypatch, planted):
     shutil.copy(DOCS / "gallery" / "demo.json", tmp_path / "out" / "circuit.json")
     names: dict = {}
     drawing = [block for block in BLOCKS if "model" not in block]
-    assert len(BLOCKS) == 4 and len(drawing) == 3
+    assert len(BLOCKS) == 5 and len(drawing) == 4
     for block in drawing:
         exec(block, names)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "out", "circuit.html", "circuit.pdf", "circuit.tex", "column.pdf", "page.pdf"
+        "out", "circuit.html", "circuit.pdf", "circuit.tex", "column.pdf", "page.pdf",
+        "panels.pdf",
     }  # fmt: skip
     model, pairs = planted
     metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])

@@ -1,8 +1,10 @@
 """Drawing a part of a circuit: what a style chooses, what fits a paper, and what the caption says of the rest."""
 
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
@@ -101,3 +103,22 @@ def test_a_view_of_nothing(options, message):
     with pytest.raises(MechsafetyError) as caught:
         layout_circuit(MAP, Style(**options))
     assert str(caught.value).startswith(message)
+
+
+def test_a_circuit_in_axes_of_ones_own(small):
+    """Beside another panel, at its size; texts keep their points, and nothing of pyplot is used."""
+    figure = Figure(figsize=(7, 8))
+    left, right = figure.subplots(1, 2)
+    right.plot([0, 1], [0, 1])
+    assert MAP.draw(left) is left and not left.axison
+    width, height = left.get_position().width * 7 * 96, left.get_position().height * 8 * 96
+    assert left.get_xlim() == pytest.approx((0, width)) and left.get_ylim() == pytest.approx((height, 0))
+    texts = {text.get_text(): text for text in left.texts}
+    assert "M0" in texts and "14.2" in texts and texts["M0"].get_fontsize() > 4.5
+    assert max(text.get_position()[1] for text in left.texts) <= height
+    assert any("of 73 nodes are drawn" in text for text in texts)
+    figure.savefig(BytesIO(), format="png")
+    alone = small.draw(style=Style(caption=False))
+    assert len(alone.patches) > len(small) and len(alone.figure.axes) == 1
+    with pytest.raises(MechsafetyError, match=r"^axes of \d+ x \d+ mm; expected at least 20 mm each way$"):
+        small.draw(Figure(figsize=(0.5, 5)).subplots())
