@@ -118,10 +118,8 @@ def attention_patterns(model: LensModel, prompt: str, heads: NodeLike | Sequence
         if node.kind != "head":
             raise MechsafetyError(f"{node} has no attention", expected="a head, such as 'L14.H2'")
         check_exists(model, node)
-    tokens = model.tokenize([prompt])
     sites = {node.layer or 0: Site(SiteKind.PATTERN, node.layer) for node in chosen}
-    found = model.read(tokens, list(sites.values()))
+    found = model.read(model.tokenize([prompt]), list(sites.values()))
     rows = [found[sites[node.layer or 0]][0, node.index].float().cpu() for node in chosen]
-    texts = tuple(model.tokenizer.decode([token]) for token in tokens.ids[0].tolist())
     provenance = model.provenance(options={"prompt": prompt})
-    return AttentionPatterns(provenance, prompt, texts, chosen, torch.stack(rows))
+    return AttentionPatterns(provenance, prompt, tuple(model.token_strings(prompt)), chosen, torch.stack(rows))

@@ -33,7 +33,7 @@ class NodeCards(Result):
 
     Attributes:
         provenance: Model, options, versions.
-        names: Names of the nodes; a direction is named by its layer and position.
+        names: Names of the nodes; a direction is named by its layer.
         promoted: For each of them, tokens whose logit it raises most, each with that change; strongest first.
         suppressed: The same for tokens whose logit it lowers most.
     """

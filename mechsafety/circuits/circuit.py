@@ -387,6 +387,11 @@ class RefusalCircuit(Result):
         tried = self.behaviour["harmful"].n if "harmful" in self.behaviour else 0
         return (used, tried) if used and tried else None
 
+    @property
+    def linked(self) -> frozenset[Edge]:
+        """Edges that are kept only because a node would otherwise lie on no path from ``embed`` to ``logits``."""
+        return frozenset(self.search.linked if self.search else ())
+
     def __iter__(self) -> Iterator[CircuitNode]:
         return iter(self.nodes)
 
@@ -423,7 +428,7 @@ class RefusalCircuit(Result):
         """One row per edge, strongest first: its ends, slot, effect, status, and whether it only connects a node."""
         import pandas as pd
 
-        linked = set(self.search.linked) if self.search else set()
+        linked = self.linked
         rows = [
             {
                 "sender": str(member.edge.sender),

@@ -58,8 +58,7 @@ def compare_layouts(
     style = style or Style()
     # colours become grey last, because the difference is drawn from the colours
     coloured = replace(style, grayscale=False)
-    coloured, nodes = fit((first, second), coloured, every_edge=True)
-    a, b = layouts_of((first, second), coloured, nodes, every_edge=True)
+    coloured, nodes, (a, b) = fit((first, second), coloured, every_edge=True)
     names = (plain(names[0], 40), plain(names[1], 40))
     # an edge that is too weak to be drawn in one circuit still counts as an edge of that circuit
     every_a, every_b = layouts_of((first, second), replace(coloured, max_edges=None), nodes, every_edge=True)

@@ -42,7 +42,7 @@ from mechsafety.viz.placement import Placement, place
 from mechsafety.viz.routing import Bundle, Routes, route
 from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, groups, lane_of, lane_order
 from mechsafety.viz.views import chosen_nodes, left_out, part_of, strongest_edges
-from mechsafety.viz.words import caption, edge_title, linking_edges, node_title, plain
+from mechsafety.viz.words import caption, edge_title, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
 TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks and levels, and the most room for all
@@ -110,12 +110,15 @@ def layout_circuits(circuits: Sequence[RefusalCircuit], style: Style | None = No
     Raises:
         MechsafetyError: As `layout_circuit`.
     """
-    style, nodes = fit(circuits, style or Style())
-    return layouts_of(circuits, style, nodes)
+    return fit(circuits, style or Style())[2]
 
 
-def fit(circuits: Sequence[RefusalCircuit], style: Style, *, every_edge: bool = False) -> tuple[Style, list[Node]]:
-    """The style with its font, and the nodes to draw: all that it chooses, or the largest effects that fit its width.
+def fit(
+    circuits: Sequence[RefusalCircuit], style: Style, *, every_edge: bool = False
+) -> tuple[Style, list[Node], tuple[Layout, ...]]:
+    """The style with its font, the nodes that are drawn, and the layouts with them.
+
+    They are all nodes that the style chooses, or as many of the largest effects as fit its width.
 
     Args:
         circuits: The circuits.
@@ -131,34 +134,37 @@ def fit(circuits: Sequence[RefusalCircuit], style: Style, *, every_edge: bool = 
         if twice is not None:
             raise MechsafetyError(f"the circuit lists {twice} twice", expected="each node once")
     nodes = chosen_nodes(circuits, style)
-    if style.width is None or style.height is None:
-        return style, nodes
     limit = style.height
+    if limit is None:
+        return style, nodes, layouts_of(circuits, style, nodes)
     sizes = (style.font_pt,) if style.font_pt else (PAPER_PT, SMALLEST_PT)
     styles = [replace(style, font_pt=size) for size in sizes]
 
-    def fits(chosen: Style, count: int) -> bool:
+    def tried(chosen: Style, count: int) -> tuple[Layout, ...] | None:
+        """The layouts with the first nodes, if they fit."""
         try:
             drawn = layouts_of(circuits, chosen, nodes[:count], every_edge=every_edge)
         except MechsafetyError:
-            return False
-        return max(layout.height for layout in drawn) <= limit + 0.01
+            return None
+        return drawn if max(layout.height for layout in drawn) <= limit + 0.01 else None
 
     for chosen in styles:
-        if fits(chosen, len(nodes)):
-            return chosen, nodes
-    low, high = 0, len(nodes)
+        whole = tried(chosen, len(nodes))
+        if whole is not None:
+            return chosen, nodes, whole
+    low, high, best = 0, len(nodes), tuple[Layout, ...]()
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(styles[-1], middle) else (low, middle)
-    if not low and nodes:
+        drawn = tried(styles[-1], middle)
+        low, high, best = (low, middle, best) if drawn is None else (middle, high, drawn)
+    if not low:
         layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
         raise MechsafetyError(
             f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font * 0.75:g} pt labels",
             expected="a greater height",
             hint="legend=False or caption=False",
         )
-    return styles[-1], nodes[:low]
+    return styles[-1], nodes[:low], best
 
 
 def layouts_of(
@@ -317,7 +323,7 @@ def _draw(
     known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
     drawn = [member for member in known if member.edge in routes.bundle]
     largest = max((magnitude(member.effect) for member in edges), default=0.0) or 1.0
-    linked = linking_edges(circuit)
+    linked = circuit.linked
     # weakest first; edges of folded groups are summed before weak edges are left out
     curves = [
         _edge(frame, places, member, routes.bundle[member.edge], largest, placement, member.edge in linked)

@@ -20,7 +20,7 @@ from mechsafety.viz.marks import (
     text_width,
 )
 from mechsafety.viz.style import Style
-from mechsafety.viz.words import linking_edges, role_name
+from mechsafety.viz.words import role_name
 
 # a title, and (kind of swatch, its key, text) per item
 Row = tuple[str, list[tuple[str, str, str]]]
@@ -46,7 +46,7 @@ def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float)
     """The legend of several circuits as a picture of its own."""
     nodes = [member for circuit in circuits for member in circuit.nodes]
     edges = [member for circuit in circuits for member in circuit.edges]
-    linked = frozenset().union(*map(linking_edges, circuits))
+    linked = frozenset().union(*(circuit.linked for circuit in circuits))
     shown = replace(style, legend=True, caption=False)
     shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0, linked)
     return Layout(width, height, (), (), 0, shapes, labels, "Legend", "What shapes, colours and lines mean.")

@@ -11,7 +11,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.output import output_file
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.marks import ROLE_OUTLINES, EdgeMark, Label, Layout, NodeMark, Shape, label_room
-from mechsafety.viz.style import Style
+from mechsafety.viz.style import PIXELS_PER_MM, SMALLEST_MM, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = {False: "normal", True: "bold"}
 INCH, POINT = 96.0, 0.75  # pixels per inch, points per pixel
-MM, SMALLEST_MM = 25.4, 20  # millimetres per inch; the smallest width and height of a style
+MM = INCH / PIXELS_PER_MM  # millimetres per inch
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 

@@ -43,7 +43,7 @@ def render_report(circuit: RefusalCircuit) -> str:
     Raises:
         MechsafetyError: The circuit cannot be drawn (a node listed twice, no candidates, misshapen attention).
     """
-    details, check = circuit.details, circuit.verification
+    details, check, linked = circuit.details, circuit.verification, circuit.linked
     figures = [
         figure.to_html(full_html=False, include_plotlyjs=first, div_id=name, config=PLOT)
         for figure, name, first in (
@@ -78,7 +78,7 @@ def render_report(circuit: RefusalCircuit) -> str:
             _node(member, (check.minimality or {}).get(str(member.node)))
             for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))
         ],
-        edges=[_edge(member, member.edge in words.linking_edges(circuit)) for member in circuit.edges],
+        edges=[_edge(member, member.edge in linked) for member in circuit.edges],
         n_measured=sum(member.status != "estimated" for member in circuit.edges),
         attention=attention_html(_strongest_heads(circuit)) if details and details.attention else None,
         samples=_samples(circuit),

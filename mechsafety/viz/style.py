@@ -11,6 +11,7 @@ from mechsafety.viz.words import role_name
 COLUMNS = ("role", "part", "position")
 PIXELS_PER_MM, PIXELS_PER_PT = 96 / 25.4, 96 / 72
 SCREEN_PT, PAPER_PT, SMALLEST_PT = 9.0, 7.0, 6.0
+SMALLEST_MM = 20  # width and height of a figure
 PAGE_MM = 230.0  # height of the text on a page
 PART_TITLES = {"head": "heads", "mlp": "MLPs", "neuron": "neurons"}
 UNKNOWN = "position not measured"
@@ -92,7 +93,7 @@ class Style:
             raise MechsafetyError(f"roles={strange}", expected=f"some of {ROLES}")
         if self.height_mm is not None and self.width_mm is None:
             raise MechsafetyError("height_mm without width_mm", expected="both, or a width alone")
-        for name, low, high in (("width_mm", 20, 2000), ("height_mm", 20, 2000), ("font_pt", 3, 40)):
+        for name, low, high in (("width_mm", SMALLEST_MM, 2000), ("height_mm", SMALLEST_MM, 2000), ("font_pt", 3, 40)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise MechsafetyError(f"{name}={value}", expected=f"{low} to {high}")

@@ -4,8 +4,8 @@ import math
 import re
 
 from mechsafety.circuits.circuit import Ablation, Behaviour, CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
-from mechsafety.nodes import Edge
 from mechsafety.results import reads_where
+from mechsafety.viz.marks import magnitude
 
 NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
@@ -169,7 +169,7 @@ def caption(
     controls = check.random_controls
     edges = edges_drawn(drawn, len(circuit.edges))
     edges += f" ({which})" if drawn < len(circuit.edges) else ""
-    linked = len(linking_edges(circuit))
+    linked = len(circuit.linked)
     edges += f", {linked} of the circuit's edges kept only to connect a node" if linked else ""
     model = plain(circuit.provenance.model, 60)
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
@@ -202,7 +202,7 @@ def _metric(circuit: RefusalCircuit) -> str:
     """The metric in words, what an effect is, and how nodes are named, by the strongest of each kind."""
     name = plain(str(circuit.metric.get("name", "unnamed")), 60)
     where = f", {plain(reads_where(circuit.metric), 80)}" if circuit.metric.get("opener") else ""
-    weakest_first = sorted(circuit.nodes, key=lambda member: (abs(member.effect or 0.0), str(member.node)))
+    weakest_first = sorted(circuit.nodes, key=lambda member: (magnitude(member.effect), str(member.node)))
     kinds = {member.node.kind: member.node for member in weakest_first}
     names = [NAMES[kind].format(node=kinds[kind], name=kinds[kind].short) for kind in NAMES if kind in kinds]
     return (
@@ -220,11 +220,6 @@ def node_title(member: CircuitNode) -> str:
     return "; ".join(
         [*parts, "no role" if member.role == "none" else f"role {member.role}", STATUS_WORDS[member.status]]
     )
-
-
-def linking_edges(circuit: RefusalCircuit) -> frozenset[Edge]:
-    """Edges that are kept only because a node would otherwise lie on no path from ``embed`` to ``logits``."""
-    return frozenset(circuit.search.linked if circuit.search else ())
 
 
 def edge_title(member: CircuitEdge, linking: bool = False) -> str:

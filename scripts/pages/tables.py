@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
 from pages.records import Record
 from pages.statements import Interval, Rate
@@ -28,9 +27,8 @@ def table(rows: Any, columns: Sequence[str] | None = None, digits: int = 3) -> s
             return ""
         return f"{value:.{digits}f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
-    frame = pd.DataFrame(rows, columns=columns, dtype=object)
-    cells = [[cell(value) for value in row] for row in frame.to_numpy().tolist()]
-    return tabulate(cells, list(map(cell, frame)), tablefmt="github", disable_numparse=True, stralign=None)
+    cells = pd.DataFrame(rows, columns=columns, dtype=object).map(cell)
+    return cells.rename(columns=cell).to_markdown(index=False, tablefmt="github", disable_numparse=True, stralign=None)
 
 
 def interval(row: Record, name: str, spec: str = ".2f", missing: str = "") -> str:
