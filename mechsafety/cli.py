@@ -42,6 +42,8 @@ def map_command(
     align: Literal["tokens", "suffix"] = "tokens",
     limit: int = 40,
     level: Literal["node", "edge", "neuron"] = "node",
+    target: float = 0.8,
+    goal: Literal["reach", "match"] = "reach",
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
@@ -75,6 +77,10 @@ def map_command(
         Number of pairs to try, half of them held out. More pairs are tried if the model refuses fewer than half.
     level
         node: heads and MLPs; neuron: heads, MLPs and single neurons; edge: single edges (slow on large models).
+    target
+        Share of the difference between refusing and answering that the circuit has to restore.
+    goal
+        reach: at least the target; match: at most 1 - target away from the whole model, on either side.
     max_nodes
         Largest circuit.
     budget_seconds
@@ -120,7 +126,8 @@ def map_command(
         from mechsafety.metrics import RefusalLogOdds
         from mechsafety.models import load_model
 
-        asked = MapOptions(level=level, limit=limit, max_nodes=max_nodes, budget_seconds=budget_seconds, seed=seed)
+        size = {"level": level, "limit": limit, "target": target, "goal": goal, "max_nodes": max_nodes}
+        asked = MapOptions(**size, budget_seconds=budget_seconds, seed=seed)
 
         def fit(chat: Any) -> None:
             """Leave out pairs that do not align, and log them, before the model's weights are needed."""
@@ -177,7 +184,10 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "edges": len(circuit.edges),
             "faithfulness": check.faithfulness,
             "held_out_faithfulness": check.held_out_faithfulness,
+            "target": check.target,
+            "goal": check.goal,
             "target_reached": check.reached,
+            "cmd": check.cmd,
             "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
             "random_control_p": check.random_p,
             "claims": {claim.name: claim.passed for claim in check.claims},
@@ -222,8 +232,9 @@ def _summary(circuit: Any, out: Path) -> str:
         *_read(circuit.metric),
         ("circuit", size),
         ("faithfulness", _measured(check.faithfulness, f"{check.faithfulness:.2f} on the pairs it was found on")),
-        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), target {check.target}")),
+        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), {_asked(check)}")),
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
+        ("  over all sizes", _measured(check.cmd, f"CMD {check.cmd:.2f}, the mean distance from 1 (0 is best)")),
         ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {check.random_p:.3g}")),
         ("  removing it", _measured(check.necessity, f"loses {check.necessity:.0%} of the gap")),
         *([("  resampled", _stability(check.stability))] if check.stability is not None else []),
@@ -241,16 +252,26 @@ def _summary(circuit: Any, out: Path) -> str:
 
 
 def _missed(circuit: Any) -> str:
-    """The line that says that the circuit misses its target, and whether any set that was tried reaches it."""
+    """The line that says that the circuit misses its goal, and whether any set that was tried meets it."""
+    from mechsafety.circuits.goal import Goal
+
     check, most = circuit.verification, circuit.provenance.options.get("max_nodes")
     parts = {"node": "nodes", "edge": "edges", "neuron": "parts"}[circuit.level]
     largest = circuit.n_candidates - 1 if most is None else most
-    enough = [p for p in check.curve if p.n_nodes <= largest and min(p.faithfulness, p.held_out) >= check.target]
+    goal = Goal(check.target, check.goal)
+    enough = [p for p in check.curve if p.n_nodes <= largest and goal.met(p.faithfulness, p.held_out)]
     if enough:
-        size = f"the first {enough[0].n_nodes} {parts} of the ranking reach it"
-        return f"The circuit misses {check.target:.2f} on held-out pairs, though {size}."
+        size = f"the first {enough[0].n_nodes} {parts} of the ranking meet this"
+        return f"On held-out pairs the circuit's faithfulness is not {goal.words}, though {size}."
     set_of = f"set of {parts} short of the whole model" if most is None else f"set of at most {most} {parts}"
-    return f"No {set_of} reached {check.target:.2f} on held-out pairs."
+    return f"No {set_of} has a faithfulness of {goal.words} on held-out pairs."
+
+
+def _asked(check: Any) -> str:
+    """What the search was asked for."""
+    from mechsafety.circuits.goal import Goal
+
+    return f"asked for {Goal(check.target, check.goal).words}"
 
 
 _PARTS = {"node": "heads and MLPs", "neuron": "heads, MLPs and neurons"}

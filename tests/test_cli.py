@@ -465,7 +465,7 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     assert summary["model"] == circuit.provenance.model == "tiny-llama"
     assert summary["nodes"] == len(circuit.nodes) > 0
     assert summary["claims"] == {claim.name: claim.passed for claim in circuit.verification.claims}
-    assert len(summary["claims"]) == 11 and summary["left_out"] == []
+    assert len(summary["claims"]) == 10 and summary["left_out"] == []
     assert summary["candidates"] == circuit.n_candidates == 2 * 4 + 2
     assert summary["behaviour"] == {"harmful": 1.0, "harmless": 0.0}
     counts = {kind: value.kinds for kind, value in circuit.behaviour.items()}
@@ -585,13 +585,18 @@ def test_a_planted_folder_by_hand(norm, run, tmp_path):
 def test_a_missed_target_is_said_as_it_is():
     """Nothing short of the whole model reaches it, or some set does and the circuit does not."""
     curve = [ms.circuits.circuit.CurvePoint(k / 10, k, 0.09 * k, 0.1 * k) for k in (2, 5, 9, 10)]
-    check = SimpleNamespace(target=0.8, curve=curve)
+    check = SimpleNamespace(target=0.8, goal="reach", curve=curve)
     made = SimpleNamespace(
         verification=check, provenance=SimpleNamespace(options={"max_nodes": None}), level="node", n_candidates=10
     )
-    though = "though the first 9 nodes of the ranking reach it"
-    assert cli._missed(made) == f"The circuit misses 0.80 on held-out pairs, {though}."
+    though = "though the first 9 nodes of the ranking meet this"
+    assert cli._missed(made) == f"On held-out pairs the circuit's faithfulness is not at least 0.8, {though}."
     check.curve = [point for point in curve if point.n_nodes != 9]
-    assert cli._missed(made) == "No set of nodes short of the whole model reached 0.80 on held-out pairs."
+    assert (
+        cli._missed(made)
+        == "No set of nodes short of the whole model has a faithfulness of at least 0.8 on held-out pairs."
+    )
     made.provenance.options["max_nodes"] = 5
-    assert cli._missed(made) == "No set of at most 5 nodes reached 0.80 on held-out pairs."
+    assert cli._missed(made) == "No set of at most 5 nodes has a faithfulness of at least 0.8 on held-out pairs."
+    check.goal = "match"
+    assert cli._missed(made).endswith("has a faithfulness of 0.8 to 1.2 on held-out pairs.")

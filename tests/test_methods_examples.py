@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from toy import COORDINATES, toy_model, toy_pairs
 
 import mechsafety as ms
@@ -26,12 +27,14 @@ from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
 from mechsafety.circuits.draw import ENOUGH
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
+from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.roles import assign_roles
 from mechsafety.circuits.search import SearchResult, marginals, search_nodes
+from mechsafety.circuits.verification.claims import decide, decide_correlation
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.circuits.verification.side_effects import next_token_kl
-from mechsafety.circuits.verification.statistics import equivalence_test, independence_test, rank_p, ratio
-from mechsafety.circuits.verification.verify import MARGIN, completeness, curve_areas
+from mechsafety.circuits.verification.statistics import independence_test, rank_p, ratio
+from mechsafety.circuits.verification.verify import completeness, curve_areas
 from mechsafety.directions.select import passing, select_published
 from mechsafety.intervals import mean_interval, ratio_interval, wilson_interval
 from mechsafety.interventions import scale
@@ -41,8 +44,7 @@ from mechsafety.models.engine import max_variants
 from mechsafety.models.memory import CPU_TOKENS
 from mechsafety.neurons import AlignmentTax, NeuronScores
 from mechsafety.nodes import EMBED, LOGITS, Edge, Node
-from mechsafety.openers import FLOOR, auroc, best, candidates
-from mechsafety.openers import MARGIN as OPENER_MARGIN
+from mechsafety.openers import FLOOR, MARGIN, auroc, best, candidates
 from mechsafety.patching import pair_runs
 from mechsafety.patching.difference import _mover as mover
 from mechsafety.patching.effects import effect_table
@@ -314,7 +316,7 @@ def _(e, toy):
     names = ("AUROC at the prompt's end (0 tokens)", "AUROC after I'm (1 token)", "AUROC after I'm so (2 tokens)")
     tried = [Opener(tuple(range(k)), "", (), e.one(name), 10, 10, 1.0) for k, name in enumerate(names)]
     return {
-        "smallest AUROC that may be chosen": max(FLOOR, max(one.auroc for one in tried) - OPENER_MARGIN),
+        "smallest AUROC that may be chosen": max(FLOOR, max(one.auroc for one in tried) - MARGIN),
         "tokens of the chosen opener": len(best(tried).opener_ids),
     }
 
@@ -623,6 +625,13 @@ def _(e, toy):
     }
 
 
+@check("the two goals on the toy model")
+def _(e, toy):
+    most = toy.f(*(node for node in toy.meter.parts if node != H11))
+    met = {f"good enough to {kind} 0.9": float(Goal(0.9, kind).met(most)) for kind in ("reach", "match")}
+    return {"all nodes but L1.H1: faithfulness": most, **met}
+
+
 @check("a backup in the toy model")
 def _(e, toy):
     worth, single = marginals(toy.meter, [H00, M1]), toy.patched()
@@ -634,7 +643,7 @@ def _(e, toy):
     excess = [float(values.mean()) for values in effects.excess([[H00, H01], [H00, H01, H11]])]
     before, after = (float(backups._attribution(toy.meter, gone, 8)[1]) for gone in (None, H00))
     result = SearchResult(EVERY, (), (H00, M1), {}, True)
-    added = backups.with_backups(result, found, None, [toy.meter], 0.75).added
+    added = backups.with_backups(result, found, None, [toy.meter], Goal(0.75)).added
     return {
         "marginal effect of L0.H0 in the circuit": worth[H00],
         "single effect of L0.H0": found[0].primary_effect,
@@ -717,37 +726,37 @@ def _(e, toy):
     return found | {"K = C: difference": abs(toy.f() - toy.meter.without([[H00, M1]])[0])}
 
 
-@check("equivalence on four prompts")
-def _(e, toy):
-    from scipy.stats import ttest_1samp
-
-    rows = np.array(e["differences as shares of the gap"])
-    found = equivalence_test(rows, MARGIN)
-    low, high = found.ci
-    return {
-        "mean": found.difference,
-        "t against -0.2": ttest_1samp(rows, -MARGIN).statistic,
-        "t against 0.2": ttest_1samp(rows, MARGIN).statistic,
-        "p": found.p_value,
-        "lower end of the 90 % interval": low,
-        "upper end of the 90 % interval": high,
-    }
-
-
 @check("HSIC of three prompts")
 def _(e, toy):
     x, y = (np.array(e[f"score {how} the circuit"]) for how in ("with", "without"))
     found = independence_test(x, y, 0)
     distances = [abs(a - b) for k, a in enumerate(x) for b in x[k + 1 :]]
     orders = [independence_test(x, y[list(order)], 0, 0).hsic for order in itertools.permutations(range(len(y)))]
+    many = sum(hsic >= found.hsic * (1 - 1e-12) for hsic in orders)
     # permutations are drawn: the share of the orders, up to chance
-    assert found.p_value == pytest.approx(found.smallest_p, abs=0.03)
+    assert found.p_value == pytest.approx(many / len(orders), abs=0.03)
     return {
         "median distance": np.median(distances),
         "HSIC": found.hsic,
-        "orders with an HSIC of at least 0.0578": sum(hsic >= found.hsic * (1 - 1e-12) for hsic in orders),
-        "smallest p that three prompts can give": found.smallest_p,
+        "orders with an HSIC of at least 0.0578": many,
+        "smallest p that three prompts can give": many / len(orders),
     }
+
+
+@check("a correlation of 28 prompts")
+def _(e, toy):
+    half = norm.ppf(0.975) / np.sqrt(e["prompts"] - 3)
+    ends = np.tanh(np.arctanh(e["correlation"]) + np.array([-half, half]))
+    needed = decide_correlation(e["correlation"], tuple(ends), e["prompts"]).needed
+    return {"half width on Fisher's scale": half, "interval": list(ends), "prompts that would decide": needed}
+
+
+@check("pairs that would decide")
+def _(e, toy):
+    low, high = e["interval"]
+    found = decide(e["faithfulness on fresh pairs"], (low, high), e["fresh pairs"], low=0.8)
+    assert found.passed is None
+    return {"pairs that would decide": found.needed}
 
 
 @check("the overlap of two circuits")

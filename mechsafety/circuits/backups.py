@@ -12,7 +12,8 @@ from mechsafety.attribution.nodes import mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
-from mechsafety.circuits.search import ROUNDING, SearchResult, marginals
+from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.search import SearchResult, marginals
 from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import adjust_p, sign_flip_p
@@ -236,12 +237,12 @@ def with_backups(
     backups: Sequence[Backup],
     max_nodes: int | None,
     meters: Sequence[FaithfulnessMeter],
-    target: float,
+    goal: Goal,
 ) -> SearchResult:
     """The circuit with the backups that it lacks, the strongest first, as many as it may grow to.
 
-    A node that replaces another in the whole model may work against refusal in the circuit. Where the circuit reaches
-    the target, a backup that would make it miss the target on some of the pairs is left out; it stays listed.
+    A node that replaces another in the whole model may work against refusal in the circuit. Where the circuit meets its
+    goal, a backup that would make it miss the goal on some of the pairs is left out; it stays listed.
     """
     outside = [backup for backup in backups if backup.node not in result.circuit]
     outside.sort(key=lambda backup: (-backup.joint, backup.node.order))
@@ -251,7 +252,7 @@ def with_backups(
         if len(added) == room:
             break
         larger = in_order([*circuit, backup.node])
-        if result.reached and any(meter.faithfulness([larger])[0] < target - ROUNDING for meter in meters):
+        if result.reached and not all(goal.met(meter.faithfulness([larger])[0]) for meter in meters):
             continue
         circuit, added = larger, [*added, backup.node]
     return replace(result, circuit=circuit, added=tuple(added))

@@ -15,6 +15,7 @@ from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.edge_faithfulness import SENDER_BYTES, EdgeMeter, all_edges, masked_edge_logits, prune
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
+from mechsafety.circuits.goal import Goal, GoalKind
 from mechsafety.circuits.search import MIB_SHARES, SearchResult, check_search, search_parts
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.circuits.verification.side_effects import next_token_kl
@@ -105,15 +106,16 @@ def discover_edges(
     metric: RefusalLogOdds,
     *,
     target: float = 0.8,
+    goal: GoalKind = "reach",
     steps: Count | None = None,
     max_edges: Count | None = None,
     budget_seconds: float | None = None,
     progress: bool = True,
 ) -> EdgeCircuit:
-    """The smallest set of edges found that reaches ``target`` faithfulness with every edge outside it cut.
+    """The smallest set of edges found whose faithfulness is good enough with every edge outside it cut.
 
     1. EAP-IG (Hanna et al. 2024) ranks the edges on half of the pairs.
-    2. Bisection finds the smallest prefix of the ranking that reaches the target on both halves.
+    2. Bisection finds the smallest prefix of the ranking that meets the goal on both halves.
     3. Edges that lie on no path from ``embed`` to ``logits`` are dropped, because they change nothing.
     4. Edges whose exact removal does not matter are removed, where few enough are left to measure them one by one.
 
@@ -123,6 +125,7 @@ def discover_edges(
             size.
         metric: The metric to measure.
         target: Faithfulness to reach.
+        goal: ``reach``: at least the target. ``match``: at most ``1 - target`` away from 1, on either side.
         steps: Number of points of EAP-IG; by default as many as its completeness needs (see `edge_attribution`).
         max_edges: Largest number of edges in the circuit.
         budget_seconds: Time budget, in seconds.
@@ -139,9 +142,11 @@ def discover_edges(
     for meter in (found_on, held_out):
         check_gap(*meter.runs.scores(metric))
     scores = edge_scores(found_on, steps=steps, progress=progress)
-    found = search_edges(found_on, held_out, scores, target, max_edges=max_edges, budget=budget)
+    aim = Goal(target, goal)
+    found = search_edges(found_on, held_out, scores, aim, max_edges=max_edges, budget=budget)
     edges = [part for part in found.circuit if isinstance(part, Edge)]
-    options = {"target": target, "steps": steps, "max_edges": max_edges, "pairs": pairs.name, "n_pairs": len(pairs)}
+    options: dict[str, object] = {"target": target, "goal": goal, "steps": steps, "max_edges": max_edges}
+    options |= {"pairs": pairs.name, "n_pairs": len(pairs)}
     options |= block_norms_option(model, "recomputed") | omissions(pairs)
     return EdgeCircuit(
         model.provenance(options=options),
@@ -169,19 +174,19 @@ def search_edges(
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     scores: Mapping[Edge, float],
-    target: float,
+    goal: Goal,
     *,
     max_edges: int | None = None,
     budget: Budget | None = None,
 ) -> SearchResult:
-    """`search_parts` over edges ranked by signed score; exact removal where at most `MAX_EXACT` are left."""
+    """`search_parts` over edges ranked by score; exact removal where at most `MAX_EXACT` are left."""
     place = {edge: k for k, edge in enumerate(scores)}
-    ranking = sorted(scores, key=lambda edge: (-scores[edge], place[edge]))
+    ranking = sorted(scores, key=lambda edge: (goal.rank(scores[edge]), place[edge]))
     found = search_parts(
         found_on,
         held_out,
         ranking,
-        target,
+        goal,
         max_parts=max_edges,
         rounds=8,
         budget=budget,

@@ -11,8 +11,8 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
 from mechsafety.results import Opener
 
-FORMAT, VERSION = "mechsafety.circuit", 3
-# 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
+FORMAT, VERSION = "mechsafety.circuit", 4
+# 3 had a test of equivalence; 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
 RENAMED = {"behind": "primary", "first": "primary_effect"}
 ORDER = (
     *("provenance", "metric", "behaviour", "level", "shape"),
@@ -60,6 +60,8 @@ def read(kind: type[C], text: str) -> C:
     data = parse(text, FORMAT, 1, VERSION)
     if data["version"] < 3 and "search" in data:
         data["search"] = _renamed(data["search"])
+    if data["version"] < 4 and isinstance(data.get("verification"), dict):
+        data["verification"].pop("equivalence", None)
     if isinstance(data.get("provenance"), dict):
         decode(str, data["provenance"].pop("mechsafety", ""), "provenance.mechsafety")
     circuit: C = decode(kind, {name: row for name, row in data.items() if name not in ("format", "version")})

@@ -9,6 +9,7 @@ from mechsafety.circuits.circuit import Backup, CircuitEdge
 from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.neurons import NeuronMeter, refine
 from mechsafety.circuits.search import SearchResult, search_nodes
 from mechsafety.circuits.wiring import Wiring
@@ -89,13 +90,13 @@ class NodeLevel:
         return self.alone(model, pairs, metric, progress)
 
     def search(
-        self, meters: Meters, attribution: NodeAttribution, target: float, max_parts: int | None, budget: Budget
+        self, meters: Meters, attribution: NodeAttribution, goal: Goal, max_parts: int | None, budget: Budget
     ) -> SearchResult:
         """The smallest circuit found."""
         pairs = meters.found_on, meters.held_out
-        return search_nodes(*pairs, attribution, target, max_nodes=max_parts, budget=budget)
+        return search_nodes(*pairs, attribution, goal.target, goal=goal.kind, max_nodes=max_parts, budget=budget)
 
-    def refined(self, coarse: Refined, target: float, budget: Budget) -> Refined:  # noqa: ARG002 (neurons need them)
+    def refined(self, coarse: Refined, goal: Goal, budget: Budget) -> Refined:  # noqa: ARG002 (neurons need them)
         """The circuit of this level's parts, from one of heads and MLPs."""
         return coarse
 
@@ -109,13 +110,13 @@ class NeuronLevel(NodeLevel):
 
     sites = (SiteKind.NEURONS,)
 
-    def refined(self, coarse: Refined, target: float, budget: Budget) -> Refined:
+    def refined(self, coarse: Refined, goal: Goal, budget: Budget) -> Refined:
         """The same circuit with every MLP's neurons ranked, and those that do not matter removed."""
         if budget.skips("neurons", 0.5):
             return coarse
         meters = coarse.meters
         result, (found_on, held_out), attribution = refine(
-            meters.found_on, meters.held_out, coarse.result, coarse.backups, target, budget
+            meters.found_on, meters.held_out, coarse.result, coarse.backups, goal, budget
         )
         fresh = None if meters.fresh is None else NeuronMeter.of(meters.fresh, found_on.layers)
         backups = stand_in_neurons(coarse.backups, result)
@@ -137,13 +138,13 @@ class EdgeLevel(NodeLevel):
         self,
         meters: Meters,
         attribution: NodeAttribution,  # noqa: ARG002 (nodes need it)
-        target: float,
+        goal: Goal,
         max_parts: int | None,
         budget: Budget,
     ) -> SearchResult:
         """The smallest set of edges found, ranked by EAP-IG."""
         scores = edge_scores(meters.found_on)
-        return search_edges(meters.found_on, meters.held_out, scores, target, max_edges=max_parts, budget=budget)
+        return search_edges(meters.found_on, meters.held_out, scores, goal, max_edges=max_parts, budget=budget)
 
     def wired(self, wiring: Wiring, result: SearchResult) -> Wiring:
         """The circuit's own edges alone, measured where the wiring measured them."""

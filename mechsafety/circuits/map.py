@@ -33,7 +33,7 @@ from mechsafety.circuits.options import MapOptions
 from mechsafety.circuits.search import SearchResult
 from mechsafety.circuits.verification.outcome import Stability, Verification
 from mechsafety.circuits.verification.stability import PairAttributions, attribute_pairs, bootstrap_stability
-from mechsafety.circuits.verification.verify import MARGIN, verify
+from mechsafety.circuits.verification.verify import verify
 from mechsafety.circuits.wiring import Wiring, wire
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
@@ -59,7 +59,7 @@ def map_refusal_circuit(
     2. Split the pairs in three: pairs to rank on; held-out pairs, of other topics where pairs have topics; and, if
        there are at least six held-out pairs, every other one of them as a fresh pair.
     3. Rank every head and MLP by its gradient attribution on the first part.
-    4. Search the smallest circuit that reaches ``target`` faithfulness on the first two parts, measured exactly.
+    4. Search the smallest circuit whose faithfulness is good enough on the first two parts, measured exactly.
     5. Patch every node of the circuit, and a shortlist of others, one by one on held-out and fresh pairs. Look for
        nodes that replace others when these are patched (backups), and add them.
     6. Measure edges and roles on held-out pairs.
@@ -219,7 +219,7 @@ def search_circuit(ranked: Ranked) -> Found:
     split = ranked.split
     options = split.options
     result = LEVELS[options.level].search(
-        split.meters, ranked.attribution, options.target, options.max_nodes, split.budget
+        split.meters, ranked.attribution, options.aim, options.max_nodes, split.budget
     )
     return Found(ranked, result)
 
@@ -261,16 +261,16 @@ def measure_parts(found: Found) -> MeasuredParts:
         stability = bootstrap_stability(
             split.meters.found_on,
             found.ranked.by_pair,
-            options.target,
+            options.aim,
             n=options.n_resamples,
             seed=options.seed,
             budget=budget,
         )
     pairs = split.meters.found_on, split.meters.held_out
-    result = with_backups(result, backups, options.max_nodes, pairs, options.target)
+    result = with_backups(result, backups, options.max_nodes, pairs, options.aim)
     inside = tuple(backup for backup in backups if backup.node in result.circuit)
     coarse = Refined(result, split.meters, found.ranked.attribution, inside)
-    circuit = level.refined(coarse, options.target, budget)
+    circuit = level.refined(coarse, options.aim, budget)
     new = [node for node in circuit.result.nodes if node not in effects]
     effects |= single_effects(split.alone, new, budget, split.progress)
     intervals = with_intervals(effects, pair_gaps(split.alone), options.seed)
@@ -337,6 +337,7 @@ def verify_circuit(wired: Wired) -> Verified:
         meters.held_out,
         meters.fresh,
         target=options.target,
+        goal=options.goal,
         topics=_unseen_topics(drawn.here, drawn.there),
         n_random=options.n_random,
         n_added=options.n_added,
@@ -402,7 +403,6 @@ def _provenance_options(split: Split) -> dict[str, Any]:
         "fresh": 0 if split.fresh is None else len(split.fresh),
         "edge_mlp": "freeze",
         "edge_downstream": "live",
-        "equivalence_margin": MARGIN,
         **block_norms_option(split.model, "recomputed"),
         **omissions(split.drawn.here),
     }

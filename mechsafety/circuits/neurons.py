@@ -8,7 +8,8 @@ from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
-from mechsafety.circuits.search import CURVE_SHARES, ROUNDING, SearchResult, search_parts
+from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.search import CURVE_SHARES, SearchResult, search_parts
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 
 # a circuit of more parts than this is not measured part by part
@@ -47,22 +48,22 @@ def refine(
     held_out: FaithfulnessMeter,
     result: SearchResult,
     backups: Sequence[Backup],
-    target: float,
+    goal: Goal,
     budget: Budget,
 ) -> tuple[SearchResult, tuple[NeuronMeter, NeuronMeter], NodeAttribution]:
     """A circuit of heads and neurons from one of heads and MLPs.
 
     Every neuron of the circuit's MLPs is attributed (integrated gradients over neuron masks); the parts of the circuit
-    are ranked, the smallest prefix that reaches the target found, and exact removal follows, as in `search_parts`. The
-    rest of the model comes after them in the ranking, so that a circuit whose neurons do not reach the target grows.
-    A backup MLP keeps its smallest prefix of neurons that reaches the target without its primary node.
+    are ranked, the smallest prefix that meets the goal found, and exact removal follows, as in `search_parts`. The
+    rest of the model comes after them in the ranking, so that a circuit whose neurons do not meet the goal grows.
+    A backup MLP keeps its smallest prefix of neurons that meets the goal without its primary node.
 
     Args:
         found_on: Meter on the search's pairs; its runs must hold neurons.
         held_out: The same on the pairs that set the size.
         result: The circuit of heads and MLPs, with backups added.
         backups: Its backups.
-        target: Faithfulness to reach.
+        goal: Which faithfulness is good enough.
         budget: Time to keep.
 
     Returns:
@@ -77,11 +78,9 @@ def refine(
     rest = [part for part in here.parts if isinstance(part, Node) and _home(part) not in core]
     # a backup's neurons would replace what removal takes away, so they come last and are added by themselves
     late = {node for node in rest if _home(node) in set(result.added)}
-    ranking = _ranked(first, attribution) + _ranked([n for n in rest if n not in late], attribution)
-    ranking += _ranked(sorted(late, key=lambda node: node.order), attribution)
-    found = search_parts(
-        here, there, ranking, target, rounds=8, budget=budget, shares=CURVE_SHARES, max_exact=MAX_EXACT
-    )
+    ranking = _ranked(first, attribution, goal) + _ranked([n for n in rest if n not in late], attribution, goal)
+    ranking += _ranked(sorted(late, key=lambda node: node.order), attribution, goal)
+    found = search_parts(here, there, ranking, goal, rounds=8, budget=budget, shares=CURVE_SHARES, max_exact=MAX_EXACT)
     circuit: list[Part] = list(found.circuit)
     added: list[Part] = []
     for backup in backups:
@@ -91,7 +90,7 @@ def refine(
             added.append(backup.node)
             continue
         gone = [node for node in {backup.primary, *backup.group} if node != backup.node]
-        added += _stand_in(here, there, backup, gone, circuit, added, target)
+        added += _stand_in(here, there, backup, gone, circuit, added, goal)
     return replace(found, circuit=in_order([*circuit, *added]), added=tuple(added)), (here, there), attribution
 
 
@@ -100,8 +99,8 @@ def _home(part: Node) -> Node:
     return Node("mlp", part.layer) if part.kind == "neuron" else part
 
 
-def _ranked(parts: Sequence[Node], attribution: NodeAttribution) -> list[Node]:
-    return sorted(parts, key=lambda part: (-attribution.of(part), part.order))
+def _ranked(parts: Sequence[Node], attribution: NodeAttribution, goal: Goal) -> list[Node]:
+    return sorted(parts, key=lambda part: (goal.rank(attribution.of(part)), part.order))
 
 
 def _stand_in(
@@ -111,18 +110,18 @@ def _stand_in(
     gone: Sequence[Node],
     circuit: Sequence[Part],
     added: Sequence[Part],
-    target: float,
+    goal: Goal,
 ) -> list[Part]:
-    """The fewest neurons of a backup MLP with which the circuit reaches the target without the MLP's primary node."""
+    """The fewest neurons of a backup MLP with which the circuit meets the goal without the MLP's primary node."""
     runs = knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order))
     attribution = node_attribution(here.model, runs, here.metric, neurons=True)
     own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]
-    ranking = _ranked(own, attribution)
+    ranking = _ranked(own, attribution, goal)
     base = [part for part in (*circuit, *added) if isinstance(part, Node) and _home(part) not in gone]
 
     def reaches(size: int) -> bool:
         parts = [*base, *ranking[:size]]
-        return min(meter.faithfulness([parts])[0] for meter in (here, there)) >= target - ROUNDING
+        return goal.met(*(meter.faithfulness([parts])[0] for meter in (here, there)))
 
     low, high = 0, len(ranking)
     while high - low > 1:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from mechsafety.circuits.circuit import Level
+from mechsafety.circuits.goal import Goal, GoalKind
 from mechsafety.circuits.search import check_search
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, check_fields
@@ -21,6 +22,9 @@ class MapOptions:
             are there. A model that refuses a third of the prompts is therefore mapped on that third; ``speaks_for`` of
             the circuit says how many of how many.
         target: Faithfulness to reach, in (0, 1].
+        goal: ``reach``: the circuit restores at least the target. Parts that work against refusal stay out, so that it
+            may restore more than the whole model does. ``match``: its faithfulness is at most ``1 - target`` away from
+            1, on either side. Such a circuit holds the parts that work against refusal too.
         max_nodes: Largest circuit, in edges at level ``edge``. Where the target needs more, the circuit misses the
             target and says so.
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
@@ -48,6 +52,7 @@ class MapOptions:
     level: Level = "node"
     limit: Count = 40
     target: float = 0.8
+    goal: GoalKind = "reach"
     max_nodes: Count | None = None
     n_random: Amount = 100
     n_added: Amount = 40
@@ -65,3 +70,8 @@ class MapOptions:
         check_search(self.target, self.max_nodes)
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="above 0")
+
+    @property
+    def aim(self) -> Goal:
+        """Which faithfulness is good enough."""
+        return Goal(self.target, self.goal)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, order_of
+from mechsafety.circuits.goal import Goal, GoalKind
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
@@ -14,8 +15,6 @@ from mechsafety.nodes import Node, Part, head_and_mlp_nodes, nodes_of
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
-# rounding error of the whole model's faithfulness, which is 1
-ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +22,13 @@ class SearchResult:
     """What the search found.
 
     Attributes:
-        ranking: All parts, largest signed estimate first.
+        ranking: All parts, the most wanted first: the largest signed estimate, or the largest absolute one if the
+            circuit is to match the whole model.
         curve: Faithfulness of the best k of the ranking, on the search's pairs and on held-out ones.
         circuit: The smallest set found, in the order of computation.
         marginals: Faithfulness that each part adds to the circuit, on held-out pairs; empty where removal was cut
             short.
-        reached: Whether the circuit reaches the target on both sets of pairs.
+        reached: Whether the circuit meets the goal on both sets of pairs.
         ranked: Size of the prefix of the ranking that removal began with.
         minimal: Whether no further single part can leave; None where removal ended before that was known.
         added: Backups that were added to the smallest set.
@@ -68,33 +68,36 @@ def search_nodes(
     attribution: NodeAttribution,
     target: float,
     *,
+    goal: GoalKind = "reach",
     max_nodes: Count | None = None,
     rounds: Count = 3,
     budget: Budget | None = None,
 ) -> SearchResult:
-    """The smallest set of heads and MLPs found that reaches ``target`` faithfulness, on both sets of pairs.
+    """The smallest set of heads and MLPs found whose faithfulness is good enough, on both sets of pairs.
 
     The order comes from the attribution on the search's pairs; see `search_parts` for what follows.
 
     Args:
         found_on: Meter on the pairs that were attributed.
         held_out: Meter on other pairs.
-        attribution: Estimates to rank by, signed: nodes that work against refusal come last.
+        attribution: Estimates to rank by. With the goal ``reach``, nodes that work against refusal come last.
         target: Faithfulness to reach.
+        goal: ``reach``: at least the target. ``match``: at most ``1 - target`` away from 1, on either side.
         max_nodes: Largest size. Where the target needs more nodes, the circuit misses the target and says so.
         rounds: Largest number of exact measurements of all parts, for removal.
         budget: Time budget.
     """
+    aim = Goal(target, goal)
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
-    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
-    return search_parts(found_on, held_out, ranking, target, max_parts=max_nodes, rounds=rounds, budget=budget)
+    ranking = sorted(nodes, key=lambda node: (aim.rank(attribution.of(node)), node.order))
+    return search_parts(found_on, held_out, ranking, aim, max_parts=max_nodes, rounds=rounds, budget=budget)
 
 
 def search_parts(
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     ranking: Sequence[Part],
-    target: float,
+    goal: Goal,
     *,
     max_parts: int | None = None,
     rounds: int = 3,
@@ -103,13 +106,13 @@ def search_parts(
     tidy: Callable[[Sequence[Part]], list[Part]] = list,
     max_exact: int | None = None,
 ) -> SearchResult:
-    """The smallest prefix of a ranking that reaches ``target``, without the parts whose exact removal does not matter.
+    """The smallest prefix of a ranking that meets the goal, without the parts whose exact removal does not matter.
 
-    1. Find the smallest prefix of the ranking that reaches the target on both sets of pairs, by bisection.
-    2. Measure exactly what the circuit loses without each part. A part may leave if the circuit still reaches the
-       target on both sets of pairs.
-    3. Sort the parts that may leave by their cost on the search's pairs. Remove them together, cheapest first, until
-       one more would make the circuit miss the target.
+    1. Find the smallest prefix of the ranking that meets the goal on both sets of pairs, by bisection.
+    2. Measure exactly what the circuit loses without each part. A part may leave if the circuit still meets the goal on
+       both sets of pairs.
+    3. Sort the parts that may leave by their cost on the search's pairs, or by its absolute value if the circuit is to
+       match the whole model. Remove them together, cheapest first, until one more would make the circuit miss the goal.
     4. Repeat from step 2 until no single part may leave. This is the criterion of ACDC (Conmy et al. 2023), with the
        target in place of a threshold.
 
@@ -120,7 +123,7 @@ def search_parts(
         found_on: Meter on the pairs that the ranking comes from.
         held_out: Meter on other pairs.
         ranking: All parts, the most important first.
-        target: Faithfulness to reach.
+        goal: Which faithfulness is good enough.
         max_parts: Largest size.
         rounds: Largest number of exact measurements of all parts, for removal.
         budget: Time budget.
@@ -130,17 +133,16 @@ def search_parts(
             set that stays larger is not measured part by part.
     """
     budget = budget or Budget()
-    enough = target - ROUNDING
     curve, scores = _curve(found_on, held_out, ranking, shares)
 
-    # on fewer pairs first: a circuit that misses the target there need not be run on the others
+    # on fewer pairs first: a circuit that misses the goal there need not be run on the others
     fewest_first = sorted((found_on, held_out), key=lambda meter: len(meter.runs.harmful))
 
     def reaches(circuit: Sequence[Part]) -> bool:
-        return all(meter.faithfulness([circuit])[0] >= enough for meter in fewest_first)
+        return all(goal.met(meter.faithfulness([circuit])[0]) for meter in fewest_first)
 
-    # the whole model reaches the target, up to rounding
-    good = [point.n_nodes for point in curve if min(point.faithfulness, point.held_out) >= enough]
+    # the whole model meets every goal, up to rounding
+    good = [point.n_nodes for point in curve if goal.met(point.faithfulness, point.held_out)]
     high = good[0] if good else len(ranking)
     low = max((point.n_nodes for point in curve if point.n_nodes < high), default=0)
     while high - low > 1:
@@ -150,21 +152,21 @@ def search_parts(
     if max_exact is not None and len(circuit) > max_exact:
         circuit = tidy(_without_blocks(circuit, reaches, max_exact, budget))
     if max_exact is None or len(circuit) <= max_exact:
-        circuit, costs, minimal = _eliminate(found_on, held_out, circuit, enough, reaches, rounds, budget)
+        circuit, costs, minimal = _eliminate(found_on, held_out, circuit, goal, reaches, rounds, budget)
         circuit = tidy(circuit)
     else:
         budget.left_out(f"removal of parts that do not matter: {len(circuit)} are too many to measure one by one")
     if max_parts is not None and len(circuit) > max_parts:
         # keep what removal would have removed last, by the costs that it measured
-        worth = sorted(circuit, key=lambda part: -costs.get(part, 0.0)) if costs else list(ranking)
+        worth = sorted(circuit, key=lambda part: -goal.size(costs.get(part, 0.0))) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
         return SearchResult(
             tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores
         )
     if len(circuit) == len(ranking):
-        # only the whole model reaches the target: say so, and give the smaller set that comes closest
+        # only the whole model meets the goal: say so, and give the smaller set that comes closest
         smaller = [point for point in curve if point.n_nodes < len(ranking)]
-        best = max(smaller, key=lambda point: (min(point.faithfulness, point.held_out), -point.n_nodes))
+        best = min(smaller, key=lambda point: (goal.missing(point.faithfulness, point.held_out), point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
         return SearchResult(
             tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, curve_scores=scores
@@ -223,12 +225,12 @@ def _eliminate(
     meter: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     circuit: list[Part],
-    enough: float,
+    goal: Goal,
     reaches: Callable[[Sequence[Part]], bool],
     rounds: int,
     budget: Budget,
 ) -> tuple[list[Part], dict[Part, float], bool | None]:
-    """Remove the cheapest parts together until one more would miss the target; measure again; repeat.
+    """Remove the cheapest parts together until one more would miss the goal; measure again; repeat.
 
     The held-out pairs are fewer, so every part is measured on them first. Only parts that may leave there are measured
     on the search's pairs. Between full passes, only the parts that could still be removed are measured again.
@@ -238,26 +240,26 @@ def _eliminate(
         single part can leave (None where that was not measured to the end).
     """
     some: list[Part] | None = None  # the parts of this pass; all of them where it is None
-    spare = held_out.faithfulness([circuit])[0] - enough
+    there = held_out.faithfulness([circuit])[0]
     while rounds or some:
         if budget.over(SEARCH_SHARE):
             budget.left_out("removal of parts that do not matter: stopped before no part could leave")
             break
         rounds -= some is None
         lost = marginals(held_out, circuit, some)
-        may = [part for part, value in lost.items() if value <= spare]
+        may = [part for part, value in lost.items() if goal.met(there - value)]
         costs, whole = marginals(meter, circuit, may), meter.faithfulness([circuit])[0]
         free = sorted(
-            (part for part in may if whole - costs[part] >= enough),
-            key=lambda part: (costs[part], order_of(part)),
+            (part for part in may if goal.met(whole - costs[part])),
+            key=lambda part: (goal.size(costs[part]), order_of(part)),
         )
         dropped = _largest(free, circuit, reaches)
         if not dropped and some is None:
             return circuit, lost, True
         circuit = [part for part in circuit if part not in set(dropped)]
         # a part that costs much more than the circuit can still lose waits for the next full pass
-        spare = held_out.faithfulness([circuit])[0] - enough
-        some = [part for part in free[len(dropped) :] if lost[part] <= NEAR * spare] if dropped else None
+        there = held_out.faithfulness([circuit])[0]
+        some = [part for part in free[len(dropped) :] if goal.near(there, lost[part], NEAR)] if dropped else None
         some = some or None
     return circuit, {}, None
 

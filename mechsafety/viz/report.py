@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.circuits.goal import Goal
 from mechsafety.results import parting, reads_where
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
@@ -190,7 +191,10 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str, bool]]:
     failed = {claim.name for claim in check.failed}
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
-    held += f"{'reaches' if check.reached else 'misses'} the target {words.number(check.target, 2)}"
+    asked = Goal(check.target, check.goal).words
+    held += (
+        f"{'meets' if check.reached else 'misses'} the goal, {asked}; CMD over all sizes {words.number(check.cmd, 2)}"
+    )
     drawn = f"mean of {controls.n} of the same size; {words.p_value(check.random_p)}"
     return [
         _card("Held-out faithfulness", check.held_out_faithfulness, held, "faithfulness" in failed),

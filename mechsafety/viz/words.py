@@ -436,12 +436,17 @@ def finding(circuit: RefusalCircuit) -> str:
     what = "edges" if circuit.level == "edge" else "parts"
     if not math.isfinite(check.held_out_faithfulness):
         return f"{size(circuit)} of {circuit.n_candidates} candidate {what}; not verified as a whole."
-    reached = "which reaches" if check.reached else "which misses"
+    goal = "the target of" if check.goal == "reach" else "the whole model's, give or take"
+    within = percent(check.target if check.goal == "reach" else 1 - check.target)
+    if check.goal == "reach":
+        reached = "which reaches" if check.reached else "which misses"
+    else:
+        reached = "which matches" if check.reached else "which does not match"
     where = "held-out topics" if any(check.held_out_topics) else "held-out pairs"
     text = (
         f"{size(circuit)} of {circuit.n_candidates} candidate {what} ({percent(size_share(circuit))}) restore "
         f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on {where}, "
-        f"{reached} the target of {percent(check.target)}. This target set their number"
+        f"{reached} {goal} {within}. This target set their number"
     )
     if check.fresh is not None:
         text += f". On {check.fresh.n} fresh pairs, which were used for nothing before, they restore "

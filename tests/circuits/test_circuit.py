@@ -28,7 +28,7 @@ from mechsafety.circuits.circuit import (
     Search,
     Verification,
 )
-from mechsafety.circuits.verification.outcome import Claim, Equivalence, Independence, SideEffects, Stability
+from mechsafety.circuits.verification.outcome import Claim, Independence, SideEffects, Stability
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.replies import KINDS
 from mechsafety.results import Provenance
@@ -91,8 +91,10 @@ def full(circuit) -> RefusalCircuit:
         fresh=FreshCheck(5, 0.5, (0.25, 0.75)),
         necessity_controls=RandomControls(100, 0.5, 0.75, 0.5),
         minimality_p={"L1.H3": 0.5},
-        equivalence=Equivalence(0.2, -0.1, (-0.2, 0.1), 0.5),
-        independence=Independence(5, 0.125, 0.5),
+        independence=Independence(5, 0.125, 0.5, -0.25, (-0.5, 0.125)),
+        minimality_ci={"L1.H3": (0.25, 0.75)},
+        minimality_null=0.125,
+        goal="match",
         stability=Stability((0.5, 0.75), 0.625, (3, 4)),
         side_effects=SideEffects(0.1, (0.0, 0.2), 0.3, (0.2, 0.4)),
         claims=(
@@ -223,7 +225,7 @@ def test_tables(circuit):
 
 def test_json_has_the_designed_shape(circuit):
     data = json.loads(circuit.to_json())
-    assert (data["format"], data["version"]) == ("mechsafety.circuit", 3)
+    assert (data["format"], data["version"]) == ("mechsafety.circuit", 4)
     assert data["provenance"]["mechsafety"] == "0.1.0"
     assert data["nodes"][0] == {
         "kind": "head",
@@ -326,7 +328,7 @@ def put(*path_and_value):
 
 DROP = object()
 FIELDS = "; expected the fields of "
-AGAIN = "; expected 1 to 3; make the circuit again"
+AGAIN = "; expected 1 to 4; make the circuit again"
 ROLES = "('detection', 'evaluation', 'decision', 'production', 'none')"
 STATUS = "('estimated', 'measured', 'verified', 'rejected')"
 
@@ -336,7 +338,7 @@ STATUS = "('estimated', 'measured', 'verified', 'rejected')"
     [
         (put("format", "mechsafety.result"), 'not a circuit file; expected "format": "mechsafety.circuit"'),
         (put("format", DROP), 'not a circuit file; expected "format": "mechsafety.circuit"'),
-        (put("version", 4), "circuit format version 4; expected 1 to 3; pip install --upgrade mechsafety"),
+        (put("version", 5), "circuit format version 5; expected 1 to 4; pip install --upgrade mechsafety"),
         (put("version", 0), "circuit format version 0" + AGAIN),
         (put("version", True), "circuit format version True" + AGAIN),
         (put("version", "1"), "circuit format version '1'" + AGAIN),
@@ -429,7 +431,7 @@ def test_kinds_of_reply_are_kept_and_may_be_absent(circuit):
 
 
 # fields whose contents are free, and those that a file may lack
-FREE = ("options", "versions", "minimality", "minimality_p")
+FREE = ("options", "versions", "minimality", "minimality_p", "minimality_ci")
 OPTIONAL = {
     "evidence",
     "estimate",
@@ -445,7 +447,7 @@ OPTIONAL = {
 }
 OPTIONAL |= {field.name for field in dataclasses.fields(Verification) if field.default is not dataclasses.MISSING}
 OPTIONAL |= {field.name for field in dataclasses.fields(RoleEvidence)}
-OPTIONAL |= {"backups", "linked", "dropped", "cut", "minimal", "reason", "p_value"}
+OPTIONAL |= {"backups", "linked", "dropped", "cut", "minimal", "reason", "p_value", "pairs_needed", "correlation", "ci"}
 
 
 def places(value, path=()):
@@ -533,7 +535,17 @@ def test_a_file_of_version_1_loads(circuit):
     loaded = RefusalCircuit.from_json(json.dumps(data))
     assert (loaded.level, loaded.search, loaded.shape, loaded.verification.claims) == ("node", None, None, ())
     assert loaded.nodes == circuit.nodes and loaded.verification.faithfulness == 0.75
-    assert json.loads(loaded.to_json())["version"] == 3
+    assert json.loads(loaded.to_json())["version"] == 4
+
+
+def test_a_file_of_version_3_has_a_test_of_equivalence(full):
+    data = json.loads(full.to_json())
+    data["version"] = 3
+    data["verification"]["equivalence"] = {"margin": 0.2, "difference": -0.1, "ci": [-0.2, 0.1], "p_value": 0.5}
+    assert RefusalCircuit.from_json(json.dumps(data)) == full.without_details()
+    data["version"] = 4
+    with pytest.raises(MechsafetyError, match="equivalence"):
+        RefusalCircuit.from_json(json.dumps(data))
 
 
 def test_a_file_of_version_2_named_two_fields_of_backups_otherwise(full):

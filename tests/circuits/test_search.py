@@ -14,6 +14,7 @@ from mechsafety.attribution import NodeAttribution, node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
+from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.neurons import NeuronMeter
 from mechsafety.circuits.search import CURVE_SHARES, _without_blocks, faithfulness_curve, marginals, search_nodes
 from mechsafety.circuits.verification.stability import attribute_pairs
@@ -211,6 +212,79 @@ def test_a_target_that_only_the_whole_model_reaches(meters, attribution):
     steep = Steep(held_out.model, held_out.runs, held_out.metric)
     found = search_nodes(found_on, steep, attribution, 1.0)
     assert not found.reached and 0 < len(found.circuit) < 15
+
+
+class Sum(FaithfulnessMeter):
+    """Every part adds its own share, whatever else is there; some take away, and all together give 1."""
+
+    __slots__ = ()
+    SHARES = dict(zip(ALL, [0.5, -0.4, 0.4, 0.35, -0.3, 0.3, 0.25, -0.2, 0.1, *[0.0] * 6], strict=True))
+
+    def kept(self, circuits, near=None):
+        harmful, harmless = self.ends()
+        shares = np.array([[sum(self.SHARES[node] for node in circuit)] for circuit in circuits])
+        return harmless + (harmful - harmless) * shares
+
+
+@pytest.fixture
+def opposed(meters, attribution):
+    """Meters of a model with opposing parts, and an attribution that knows every share."""
+    made = [Sum(meter.model, meter.runs, meter.metric) for meter in meters]
+    heads, mlps = torch.zeros_like(attribution.heads), torch.zeros_like(attribution.mlps)
+    for node, share in Sum.SHARES.items():
+        (heads if node.kind == "head" else mlps)[(node.layer, node.index)[: 2 - (node.kind == "mlp")]] = share
+    return made, NodeAttribution(attribution.provenance, attribution.metric, heads, mlps, None, 1.0)
+
+
+def test_a_circuit_that_reaches_the_target_leaves_out_what_opposes(opposed):
+    (found_on, held_out), exact = opposed
+    found = search_nodes(found_on, held_out, exact, 0.8)
+    assert found.reached and len(found.circuit) == 2 and min(Sum.SHARES[node] for node in found.circuit) > 0
+    assert [round(point.faithfulness, 2) for point in found.curve if point.n_nodes == 6] == [1.9], "it overshoots"
+
+
+@pytest.mark.parametrize("target", [0.8, 0.95])
+def test_a_circuit_that_matches_holds_what_opposes(opposed, target):
+    (found_on, held_out), exact = opposed
+    found = search_nodes(found_on, held_out, exact, target, goal="match")
+    values = [meter.faithfulness([found.circuit])[0] for meter in (found_on, held_out)]
+    assert found.reached and all(target - 1e-6 <= value <= 2 - target + 1e-6 for value in values)
+    sizes = [abs(Sum.SHARES[node]) for node in found.ranking]
+    assert sizes == sorted(sizes, reverse=True) and found.minimal
+    for gone in found.circuit:  # no single part may leave
+        without = sum(Sum.SHARES[node] for node in found.circuit if node != gone)
+        assert not Goal(target, "match").met(without)
+
+
+def test_a_match_out_of_reach_is_the_set_that_comes_closest(opposed, attribution):
+    class Far(Sum):
+        """Of smaller sets the first prefix is much too faithful, the others are less so."""
+
+        __slots__ = ()
+
+        def kept(self, circuits, near=None):
+            harmful, harmless = self.ends()
+            shares = [[1.0 if len(c) == 15 else 3.0 - 0.1 * len(c)] for c in circuits]
+            return harmless + (harmful - harmless) * np.array(shares)
+
+    (found_on, held_out), exact = opposed
+    far = [Far(meter.model, meter.runs, meter.metric) for meter in (found_on, held_out)]
+    found = search_nodes(*far, exact, 0.9, goal="match")
+    sizes = [point.n_nodes for point in found.curve if point.n_nodes < 15]
+    assert not found.reached and len(found.circuit) == max(sizes)
+
+
+@given(st.floats(0.05, 1.0), st.sampled_from(["reach", "match"]), st.lists(st.floats(-3, 3), min_size=1, max_size=3))
+def test_goals(target, kind, values):
+    goal = Goal(target, kind)
+    assert goal.met(1.0) and not goal.met(target - 1e-3)
+    assert goal.met(*values) == all(goal.met(value) for value in values)
+    assert (goal.missing(*values) <= 1e-6) == goal.met(*values)
+    assert goal.met(5.0) is (kind == "reach") and goal.missing(1.0) == 0.0
+    assert sorted([0.1, -0.5, 0.3], key=goal.rank) == ([0.3, 0.1, -0.5] if kind == "reach" else [-0.5, 0.3, 0.1])
+    for value in values:
+        if goal.met(value):
+            assert goal.near(value, value - target, 1.0) and not goal.near(value, 3 * (value - target) + 0.1, 2.0)
 
 
 def test_ranking_and_curve(meters, attribution):

@@ -1,32 +1,102 @@
 """The claims about a circuit, and the verdict on each by what was measured; a claim that fails is shown as failed."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from mechsafety.circuits.verification.outcome import Claim, RandomControls, Verification
+from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.verification.outcome import Claim, Independence, RandomControls, Verification
 from mechsafety.metrics import adjust_p
 
 # fixed before anything is measured, and not moved to make a claim hold
 ALPHA = 0.05
 MAX_KL = 0.1
 MIN_JACCARD = 0.5
+MAX_CORRELATION = 0.5
+# more pairs than this are as good as none that would decide
+MOST_PAIRS = 100_000
 
 UNMEASURED = "left out: not defined at this level, or no time"
+NO_INTERVAL = "too few pairs, or too different ones, for an interval"
 
 
-def claims(check: Verification, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a claim holds, why it may be undecided, and how many pairs (or resamples) would decide it."""
+
+    passed: bool | None
+    reason: str = ""
+    needed: int | None = None
+
+
+Counted = Literal["pairs", "resamples"]
+
+
+def decide(
+    value: float,
+    interval: tuple[float, float],
+    n: int,
+    low: float = -math.inf,
+    high: float = math.inf,
+    of: Counted = "pairs",
+) -> Verdict:
+    """Whether a figure is known to lie between two limits, known to lie outside them, or neither.
+
+    It is known if its whole interval lies on one side of the limit. Otherwise the claim is undecided. An interval
+    narrows with the square root of the number of pairs. As many pairs would decide the claim as make the interval end
+    at the limit, if the figure and the spread stay as they are.
+
+    Args:
+        value: The figure.
+        interval: Its interval.
+        n: Number of pairs that the interval is over.
+        low: Lower limit.
+        high: Upper limit.
+        of: What ``n`` counts.
+
+    Example:
+        >>> decide(0.9, (0.5, 1.3), 7, low=0.8).needed  # the interval reaches 0.4 below 0.9, the limit is 0.1 below it
+        112
+    """
+    if not all(map(math.isfinite, (value, *interval))):
+        return Verdict(None, NO_INTERVAL)
+    if low <= interval[0] and interval[1] <= high:
+        return Verdict(True)
+    if interval[1] < low or interval[0] > high:
+        return Verdict(False)
+    if value < low:
+        ends = [(interval[1], low)]
+    elif value > high:
+        ends = [(interval[0], high)]
+    else:
+        ends = [(interval[0], low)] * (interval[0] < low) + [(interval[1], high)] * (interval[1] > high)
+    ratio = max(abs(end - value) / abs(limit - value) if limit != value else math.inf for end, limit in ends)
+    return _undecided(n * ratio**2, of)
+
+
+def _undecided(needed: float, of: Counted = "pairs") -> Verdict:
+    what = "the interval holds the limit"
+    if not needed <= MOST_PAIRS:
+        return Verdict(None, f"{what}; no number of {of} within reach would decide it")
+    whole = math.ceil(needed * (1 - 1e-9))  # 507 and not 508 because of rounding errors
+    return Verdict(None, f"{what}; about {whole} {of} would decide it", whole)
+
+
+def claims(check: Verification, n_pairs: int, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
     """The claims about a circuit, each with its figure and the verdict.
 
-    A claim stays undecided if the data cannot decide it. Then there are too few prompts for an interval or a small p,
-    or the interval also holds the opposite of the claim. Such a claim has no verdict, as if not measured, and says why.
+    A claim holds if its test says so: its p is small, or its whole interval lies on the right side of the limit. It
+    fails if the data show the opposite. Otherwise it is undecided, and says how many pairs would decide it. See
+    docs/methods/verification.md for each claim.
 
-    The p of sufficiency, necessity and equivalence are adjusted together (Benjamini-Hochberg). The p of minimality are
-    adjusted over the circuit's parts. Independence is claimed if its test does not reject it. Its p is therefore not
-    adjusted.
+    The p of sufficiency and necessity are adjusted together (Benjamini-Hochberg). The p of minimality are adjusted over
+    the circuit's parts. Independence is claimed if its test does not reject it. Its p is therefore not adjusted.
 
     Args:
         check: Everything that was measured; its own claims are not read.
+        n_pairs: Number of pairs that it was measured on.
         necessity_ci: Interval of the necessity.
     """
     adjusted = _adjusted(check)
@@ -38,6 +108,7 @@ def claims(check: Verification, necessity_ci: tuple[float, float] | None = None)
             "kept alone, the circuit is more faithful than random circuits of its size",
             check.held_out_faithfulness if check.fresh is None else check.fresh.faithfulness,
             check.held_out_ci if check.fresh is None else check.fresh.ci,
+            n_pairs,
             check.random_controls,
             adjusted.get("sufficiency"),
         ),
@@ -46,65 +117,64 @@ def claims(check: Verification, necessity_ci: tuple[float, float] | None = None)
             "removing the circuit loses more of the gap than removing random circuits of its size",
             check.necessity,
             necessity_ci,
+            n_pairs,
             check.necessity_controls,
             adjusted.get("necessity"),
         ),
-        _minimality(check),
-        _completeness(check),
-        _equivalence(check, adjusted.get("equivalence")),
-        _independence(check),
+        _minimality(check, n_pairs),
+        _completeness(check, n_pairs),
+        _independence(check.independence),
         _stability(check),
-        *_side_effects(check),
+        *_side_effects(check, n_pairs),
     )
 
 
 def _adjusted(check: Verification) -> dict[str, float]:
-    """Adjusted p of sufficiency, necessity and equivalence, where they were measured."""
+    """Adjusted p of sufficiency and necessity, where they were measured."""
     found: dict[str, float] = {}
     for name, controls in (("sufficiency", check.random_controls), ("necessity", check.necessity_controls)):
         if controls is not None and controls.n:
             found[name] = controls.p_value
-    if check.equivalence is not None:
-        found["equivalence"] = check.equivalence.p_value
     values = adjust_p(np.array(list(found.values())))
     return {name: float(value) for name, value in zip(found, values, strict=True)}
 
 
+def _claim(
+    name: str,
+    statement: str,
+    value: float | None,
+    interval: tuple[float, float] | None,
+    criterion: str,
+    verdict: Verdict,
+    p_value: float | None = None,
+) -> Claim:
+    return Claim(name, statement, value, interval, p_value, criterion, verdict.passed, verdict.reason, verdict.needed)
+
+
 def _faithfulness(check: Verification) -> Claim:
-    return Claim(
+    goal = Goal(check.target, check.goal)
+    return _claim(
         "faithfulness",
         "the circuit reaches the faithfulness that was asked for, on the search's pairs and on held-out ones",
         check.held_out_faithfulness,
         check.held_out_ci,
-        None,
-        f"at least {check.target:g} on both",
-        check.reached,
+        f"{goal.words} on both",
+        Verdict(check.reached),
     )
 
 
 def _fresh(check: Verification) -> Claim:
     """One claim for fresh pairs and held-out topics: the fresh pairs are of held-out topics, if there are any."""
-    statement, criterion = (
-        "the circuit does so on pairs that played no part in the search",
-        f"at least {check.target:g}",
-    )
+    goal = Goal(check.target, check.goal)
+    statement = "the circuit does so on pairs that played no part in the search"
     if check.held_out_topics:
         statement += ", of topics that it did not see"
     if check.fresh is None:
-        return Claim("fresh pairs", statement, None, None, None, criterion, None, "too few pairs to set any aside")
-    value, interval = check.fresh.faithfulness, check.fresh.ci
-    reason = _undecided(interval, 0.0, f"{check.fresh.n} pairs: the interval holds 0, what an empty circuit has")
-    passed = None if reason else value >= check.target
-    return Claim("fresh pairs", statement, value, interval, None, criterion, passed, reason)
-
-
-def _undecided(interval: tuple[float, float] | None, opposite: float, reason: str) -> str:
-    """Why a figure decides nothing: its interval has no end or holds the opposite of the claim; otherwise empty."""
-    if interval is None:
-        return ""
-    if not all(map(math.isfinite, interval)):
-        return "too few pairs, or too different ones, for an interval"
-    return reason if interval[0] <= opposite <= interval[1] else ""
+        reason = Verdict(None, "too few pairs to set any aside")
+        return _claim("fresh pairs", statement, None, None, goal.words, reason)
+    value, interval, n = check.fresh.faithfulness, check.fresh.ci, check.fresh.n
+    verdict = decide(value, interval, n, goal.target, goal.most)
+    return _claim("fresh pairs", statement, value, interval, goal.words, verdict)
 
 
 def _against_random(
@@ -112,66 +182,93 @@ def _against_random(
     statement: str,
     value: float,
     interval: tuple[float, float] | None,
+    n_pairs: int,
     controls: RandomControls | None,
     p_value: float | None,
 ) -> Claim:
     criterion = f"p < {ALPHA:g}"
     if controls is None or p_value is None:
-        return Claim(name, statement, value, interval, None, criterion, None, UNMEASURED)
-    reason = _undecided(interval, 0.0, "the interval holds 0, what an empty circuit has")
-    if reason:
-        return Claim(name, statement, value, interval, p_value, criterion, None, reason)
+        return _claim(name, statement, value, interval, criterion, Verdict(None, UNMEASURED))
     criterion += f" against {controls.n} random circuits"
     if 1 / (1 + controls.n) >= ALPHA:
-        reason = f"{controls.n} random circuits cannot give a p below {1 / (1 + controls.n):.2g}"
-        return Claim(name, statement, value, interval, p_value, criterion, None, reason)
-    return Claim(name, statement, value, interval, p_value, criterion, p_value < ALPHA)
+        verdict = Verdict(None, f"{controls.n} random circuits cannot give a p below {1 / (1 + controls.n):.2g}")
+    else:
+        verdict = Verdict(p_value < ALPHA)
+        from_empty = Verdict(True) if interval is None else decide(value, interval, n_pairs, low=0.0)
+        if from_empty.passed is None:
+            reason = from_empty.reason.replace("the limit", "0, what an empty circuit has")
+            verdict = Verdict(None, reason, from_empty.needed)
+    return _claim(name, statement, value, interval, criterion, verdict, p_value)
 
 
-def _minimality(check: Verification) -> Claim:
-    statement = "every part adds more faithfulness than parts added at random change it"
+def _minimality(check: Verification, n_pairs: int) -> Claim:
+    """A part that chance equals, and that more pairs would not save, refutes the claim."""
+    does = "adds more faithfulness" if check.goal == "reach" else "changes the faithfulness more"
+    statement = f"every part {does} than parts added at random do"
     criterion = f"p < {ALPHA:g} for all parts; the figure is the share of them that has it"
     if not check.minimality_p:
         reason = UNMEASURED if check.minimality is None else "too few parts outside the circuit for a p below 0.05"
-        return Claim("minimality", statement, None, None, None, criterion, None, reason)
-    values = list(check.minimality_p.values())
-    share = sum(value < ALPHA for value in values) / len(values)
-    return Claim("minimality", statement, share, None, max(values), criterion, share == 1.0)
+        return _claim("minimality", statement, None, None, criterion, Verdict(None, reason))
+    below = {part: p for part, p in check.minimality_p.items() if p >= ALPHA}
+    share = 1 - len(below) / len(check.minimality_p)
+    verdict = Verdict(not below)
+    if below and check.minimality_ci and check.minimality_null is not None:
+        verdict = _told_from_chance(check, tuple(below), n_pairs)
+    return _claim("minimality", statement, share, None, criterion, verdict, max(check.minimality_p.values()))
 
 
-def _completeness(check: Verification) -> Claim:
+def _told_from_chance(check: Verification, parts: tuple[str, ...], n_pairs: int) -> Verdict:
+    """The verdict on minimality where these parts have no small p: fails if one of them is known to add too little."""
+    values, intervals, limit = check.minimality or {}, check.minimality_ci or {}, check.minimality_null or 0.0
+    verdicts = []
+    for part in parts:
+        value, (low, high) = values[part], intervals[part]
+        if check.goal == "match" and value < 0:  # such a part counts by what it takes away
+            value, low, high = -value, -high, -low
+        verdicts.append(decide(value, (low, high), n_pairs, low=limit))
+    if any(found.passed is False for found in verdicts):
+        return Verdict(False)
+    open_still = [found.needed for found in verdicts if found.passed is None]
+    if not open_still:
+        return Verdict(None, f"parts that add more than chance one by one: {len(parts)}; a larger n_added decides")
+    most = max((MOST_PAIRS + 1 if needed is None else needed) for needed in open_still)
+    found = _undecided(most)
+    reason = found.reason.replace("the interval holds the limit", f"parts not told from chance: {len(open_still)}")
+    return Verdict(None, reason, found.needed)
+
+
+def _completeness(check: Verification, n_pairs: int) -> Claim:
     statement = "what the circuit loses without some of its parts, the whole model loses without them too"
     limit = 1.0 - check.target
     criterion = f"largest difference found at most {limit:.2g}"
-    if check.completeness is None:
-        return Claim("completeness", statement, None, None, None, criterion, None, UNMEASURED)
     value, interval = check.completeness, check.completeness_ci
-    reason = _undecided(interval, 1.0, "the interval holds 1, the whole gap")
-    return Claim(
-        "completeness", statement, value, interval, None, criterion, None if reason else value <= limit, reason
-    )
+    if value is None or interval is None:
+        return _claim("completeness", statement, value, interval, criterion, Verdict(None, UNMEASURED))
+    verdict = decide(value, interval, n_pairs, high=limit)
+    return _claim("completeness", statement, value, interval, criterion, verdict)
 
 
-def _equivalence(check: Verification, p_value: float | None) -> Claim:
-    statement, test = "circuit and model score the same prompts alike", check.equivalence
-    if test is None or p_value is None:
-        return Claim("equivalence", statement, None, None, None, f"p < {ALPHA:g}", None, UNMEASURED)
-    criterion = f"p < {ALPHA:g} that the mean difference is within {test.margin:g} of the gap"
-    if not all(map(math.isfinite, test.ci)):
-        return Claim("equivalence", statement, test.difference, None, None, criterion, None, "one pair decides nothing")
-    return Claim("equivalence", statement, test.difference, test.ci, p_value, criterion, p_value < ALPHA)
+def _independence(test: Independence | None) -> Claim:
+    statement = "without the circuit, the model's score tells nothing of what it was with it"
+    criterion = f"p >= {ALPHA:g}, and a correlation within ±{MAX_CORRELATION:g}"
+    if test is None or test.correlation is None or test.ci is None:
+        return _claim("independence", statement, None, None, criterion, Verdict(None, UNMEASURED))
+    value, interval = test.correlation, test.ci
+    verdict = Verdict(False) if test.p_value < ALPHA else decide_correlation(value, interval, test.n)
+    return _claim("independence", statement, value, interval, criterion, verdict, test.p_value)
 
 
-def _independence(check: Verification) -> Claim:
-    statement, test = "without the circuit, the model's score tells nothing of what it was with it", check.independence
-    criterion = f"p >= {ALPHA:g}: not rejected, which is no proof"
-    if test is None:
-        return Claim("independence", statement, None, None, None, criterion, None, UNMEASURED)
-    reason = ""
-    if test.smallest_p >= ALPHA:
-        reason = f"{test.n} pairs, or scores that do not vary, cannot give a p below {test.smallest_p:.2g}"
-    passed = None if reason else test.p_value >= ALPHA
-    return Claim("independence", statement, test.hsic, None, test.p_value, criterion, passed, reason)
+def decide_correlation(value: float, interval: tuple[float, float], n: int) -> Verdict:
+    """The verdict on a correlation, whose interval narrows on Fisher's scale with the number of pairs less 3."""
+    if not all(map(math.isfinite, interval)) or n < 4:
+        return Verdict(None, NO_INTERVAL)
+    if max(map(abs, interval)) <= MAX_CORRELATION:
+        return Verdict(True)
+    if min(interval) > MAX_CORRELATION or max(interval) < -MAX_CORRELATION:
+        return Verdict(False)
+    half = 1.959964 / math.sqrt(n - 3)
+    room = math.atanh(MAX_CORRELATION) - math.atanh(min(abs(value), 1 - 1e-12))
+    return _undecided(math.inf if room == 0 else 3 + (n - 3) * (half / room) ** 2)
 
 
 def _stability(check: Verification) -> Claim:
@@ -179,15 +276,18 @@ def _stability(check: Verification) -> Claim:
     criterion = f"mean Jaccard overlap at least {MIN_JACCARD:g}"
     found = check.stability
     if found is None or not found.jaccards or not math.isfinite(found.mean):
-        return Claim("stability", statement, None, None, None, criterion, None, UNMEASURED)
-    spread = (min(found.jaccards), max(found.jaccards))
+        return _claim("stability", statement, None, None, criterion, Verdict(None, UNMEASURED))
     if len(found.jaccards) < 2:
-        reason = "one resample decides nothing"
-        return Claim("stability", statement, found.mean, None, None, criterion, None, reason)
-    return Claim("stability", statement, found.mean, spread, None, criterion, found.mean >= MIN_JACCARD)
+        return _claim(
+            "stability", statement, found.mean, None, criterion, Verdict(None, "one resample decides nothing")
+        )
+    verdict = decide(found.mean, found.interval, len(found.jaccards), low=MIN_JACCARD, of="resamples")
+    return _claim(
+        "stability", statement, found.mean, found.interval, criterion, Verdict(verdict.passed, verdict.reason)
+    )
 
 
-def _side_effects(check: Verification) -> tuple[Claim, Claim]:
+def _side_effects(check: Verification, n_pairs: int) -> tuple[Claim, Claim]:
     criterion, found = f"KL at most {MAX_KL:g} nats", check.side_effects
     rows = (
         ("harmless prompts", "ablating the circuit leaves the next token of harmless prompts alone", "circuit_ablated"),
@@ -200,10 +300,8 @@ def _side_effects(check: Verification) -> tuple[Claim, Claim]:
     made = []
     for name, statement, field in rows:
         if found is None:
-            made.append(Claim(name, statement, None, None, None, criterion, None, UNMEASURED))
+            made.append(_claim(name, statement, None, None, criterion, Verdict(None, UNMEASURED)))
             continue
         value, interval = getattr(found, field), getattr(found, f"{field}_ci")
-        reason = _undecided(interval, math.inf, "")
-        passed = None if reason else value <= MAX_KL
-        made.append(Claim(name, statement, value, interval, None, criterion, passed, reason))
+        made.append(_claim(name, statement, value, interval, criterion, decide(value, interval, n_pairs, high=MAX_KL)))
     return made[0], made[1]

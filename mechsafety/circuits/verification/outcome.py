@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from mechsafety.circuits.goal import GoalKind
 from mechsafety.codec import OrNan, PValue
+from mechsafety.intervals import mean_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,43 +53,22 @@ class FreshCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Equivalence:
-    """Two one-sided t-tests (TOST) on per-prompt differences, circuit less whole model, as shares of the mean gap.
-
-    Attributes:
-        margin: The claim is that the mean difference lies between minus and plus this margin.
-        difference: Mean difference over prompts.
-        ci: 90 % t interval of the mean difference. It lies inside the margins exactly when p < 0.05.
-        p_value: The larger of the two one-sided p.
-    """
-
-    margin: OrNan
-    difference: OrNan
-    ci: tuple[float, float]
-    p_value: PValue
-
-
-@dataclass(frozen=True, slots=True)
 class Independence:
-    """HSIC between the whole model's metric and that of the model without the circuit, over prompts.
+    """How far the score of the model without the circuit still follows that of the whole model, over prompts.
 
     Attributes:
         n: Number of prompts.
-        hsic: Biased estimate with Gaussian kernels of median width.
+        hsic: Biased HSIC estimate with Gaussian kernels of median width.
         p_value: p of independence, by permutation of the prompts.
+        correlation: Pearson's correlation; 0 if a score does not vary. None in older files.
+        ci: 95 % interval of the correlation, by Fisher's transformation.
     """
 
     n: int
     hsic: OrNan
     p_value: PValue
-
-    @property
-    def smallest_p(self) -> float:
-        """A lower bound of the p that this many prompts can give, for two identical scores; 1 if a score does not vary.
-
-        Scores whose differences repeat, such as evenly spaced ones, cannot reach it.
-        """
-        return 1.0 if self.hsic <= 1e-12 else 1.0 / math.factorial(min(self.n, 20))
+    correlation: OrNan | None = None
+    ci: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +84,12 @@ class Stability:
     jaccards: tuple[OrNan, ...]
     mean: OrNan
     n_nodes: tuple[int, ...]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mean overlap, over resamples; overlaps lie between 0 and 1."""
+        low, high = mean_interval(self.jaccards)
+        return max(low, 0.0), min(high, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +121,10 @@ class Claim:
         interval: Interval of the figure.
         p_value: p, Benjamini-Hochberg adjusted over the claims that rest on a p (except independence).
         criterion: When the claim holds.
-        passed: Whether the claim holds; None if it was not measured, or if the prompts are too few to decide.
+        passed: Whether the claim holds; None if it was not measured, or if the data do not decide it.
         reason: Why the claim was not measured or not decided.
+        pairs_needed: Number of pairs that would decide an undecided claim, at the measured figure and spread; None if
+            no number would, or if the number of pairs is not what is missing.
     """
 
     name: str
@@ -146,6 +135,7 @@ class Claim:
     criterion: str
     passed: bool | None
     reason: str = ""
+    pairs_needed: int | None = None
 
     @property
     def by_construction(self) -> bool:
@@ -191,16 +181,19 @@ class Verification:
         cpr: Area under the held-out curve over k.
         cmd_ci, cpr_ci: 95 % intervals of ``cmd`` and ``cpr``, over pairs.
         target: The target faithfulness.
-        reached: Whether the circuit reaches the target, on the search's pairs and on held-out ones.
+        goal: ``reach`` if the circuit had to reach the target, ``match`` if it also had to match the whole model.
+        reached: Whether the circuit meets the goal, on the search's pairs and on held-out ones.
         minimality: Faithfulness lost when one part alone leaves the circuit, by the part's name.
+        minimality_ci: 95 % interval of each of these, over pairs.
+        minimality_null: What 95 % of the parts outside stay below, when each is added to the circuit alone.
         completeness: Largest difference found, over subsets K of the circuit C, between the faithfulness of C without K
             and of the whole model without K.
         completeness_without: The subset K with this difference.
         completeness_ci: 95 % interval of the difference at this K. K was chosen because its difference is the largest.
         necessity_controls: Size-matched random circuits, each removed: the share of the gap that is lost.
-        minimality_p: p of each part's marginal effect against parts added at random, Benjamini-Hochberg adjusted.
-        equivalence, independence, stability, side_effects: See `Equivalence`, `Independence`, `Stability` and
-            `SideEffects`.
+        minimality_p: p of each part's marginal effect against that of parts added at random, Benjamini-Hochberg
+            adjusted.
+        independence, stability, side_effects: See `Independence`, `Stability` and `SideEffects`.
         claims: The claims about the circuit, each with its figure and verdict.
     """
 
@@ -221,7 +214,6 @@ class Verification:
     completeness_without: tuple[str, ...] | None = None
     necessity_controls: RandomControls | None = None
     minimality_p: Mapping[str, PValue] | None = None
-    equivalence: Equivalence | None = None
     independence: Independence | None = None
     stability: Stability | None = None
     side_effects: SideEffects | None = None
@@ -229,6 +221,9 @@ class Verification:
     cmd_ci: tuple[float, float] | None = None
     cpr_ci: tuple[float, float] | None = None
     completeness_ci: tuple[float, float] | None = None
+    goal: GoalKind = "reach"
+    minimality_ci: Mapping[str, tuple[float, float]] | None = None
+    minimality_null: float | None = None
 
     @property
     def measured(self) -> bool:

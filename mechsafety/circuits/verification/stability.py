@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gradients
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
-from mechsafety.circuits.search import ROUNDING
+from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.verification.outcome import Stability
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import pair_batches
@@ -77,7 +77,7 @@ def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttribut
 def bootstrap_stability(
     meter: FaithfulnessMeter,
     attributions: PairAttributions,
-    target: float,
+    goal: Goal,
     *,
     n: int = 5,
     seed: int = 0,
@@ -85,13 +85,13 @@ def bootstrap_stability(
 ) -> Stability | None:
     """Jaccard overlap of the circuit with those found on bootstrap resamples of the pairs.
 
-    Only the first half of the search is repeated: the smallest prefix of the ranking that reaches the target on the
+    Only the first half of the search is repeated: the smallest prefix of the ranking that meets the goal on the
     (resampled) pairs. Exact removal is not repeated; for each resample it would take as long as the whole map.
 
     Args:
         meter: Meter on the pairs that were attributed, in their order.
         attributions: Attributions of the pairs.
-        target: Faithfulness to reach.
+        goal: Which faithfulness is good enough.
         n: Number of resamples.
         seed: Seed of the resamples.
         budget: Time budget.
@@ -102,13 +102,13 @@ def bootstrap_stability(
     budget = budget or Budget()
     rng = np.random.default_rng(seed)
     n_pairs = len(attributions.gaps)
-    whole, guess = _prefix(meter, attributions.mean(), np.ones(n_pairs), target, None)
+    whole, guess = _prefix(meter, attributions.mean(), np.ones(n_pairs), goal, None)
     jaccards, sizes = [], []
     with meter.bar(n, "resamples") as bar:
         for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
             for _ in batch:
                 weights = np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs)
-                found, _ = _prefix(meter, attributions.mean(weights.tolist()), weights, target, guess)
+                found, _ = _prefix(meter, attributions.mean(weights.tolist()), weights, goal, guess)
                 jaccards.append(len(whole & found) / len(whole | found))
                 sizes.append(len(found))
                 bar.update()
@@ -118,21 +118,21 @@ def bootstrap_stability(
 
 
 def _prefix(
-    meter: FaithfulnessMeter, attribution: NodeAttribution, weights: np.ndarray, target: float, guess: int | None
+    meter: FaithfulnessMeter, attribution: NodeAttribution, weights: np.ndarray, goal: Goal, guess: int | None
 ) -> tuple[set[Node], int]:
-    """The smallest prefix of the ranking that reaches the target on weighted pairs, and its size.
+    """The smallest prefix of the ranking that meets the goal on weighted pairs, and its size.
 
     The search starts at a guess with growing steps, then bisects: resampled circuits are about as large as the first.
     """
     nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
-    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
+    ranking = sorted(nodes, key=lambda node: (goal.rank(attribution.of(node)), node.order))
     harmful, harmless = meter.ends()
     floor, gap = weights @ harmless, weights @ (harmful - harmless)
 
     def reaches(size: int) -> bool:
         if size >= len(ranking):
             return True
-        return bool((weights @ meter.kept([ranking[:size]])[0] - floor) / gap >= target - ROUNDING)
+        return goal.met(float((weights @ meter.kept([ranking[:size]])[0] - floor) / gap))
 
     low, high = 0, len(ranking)
     if guess is not None:

@@ -1,36 +1,14 @@
-"""Statistics of a circuit: tests that scipy lacks or has only in part (equivalence, independence), areas of a curve."""
+"""Statistics of a circuit: independence (scipy lacks HSIC), areas of a curve."""
 
 import numpy as np
 from jaxtyping import Float
 
-from mechsafety.circuits.verification.outcome import Equivalence, Independence
+from mechsafety.circuits.verification.outcome import Independence
 from mechsafety.intervals import UNBOUNDED
 
 
-def equivalence_test(differences: np.ndarray, margin: float) -> Equivalence:
-    """Two one-sided t-tests (Schuirmann 1987) that the mean difference lies within plus and minus ``margin``.
-
-    A usual test that finds no difference does not show that the difference is small. This test shows it.
-
-    Args:
-        differences: One difference per prompt.
-        margin: The margin, above 0.
-    """
-    from scipy.stats import ttest_1samp
-
-    mean, n = float(np.mean(differences)), len(differences)
-    if n < 2 or np.ptp(differences) == 0:
-        # nothing varies: the mean is known, but a t-test has no scale
-        p_value = 1.0 if n < 2 or abs(mean) >= margin else 0.0
-        return Equivalence(margin, mean, UNBOUNDED if n < 2 else (mean, mean), p_value)
-    above = ttest_1samp(differences, -margin, alternative="greater").pvalue
-    below = ttest_1samp(differences, margin, alternative="less").pvalue
-    interval = ttest_1samp(differences, 0.0).confidence_interval(0.9)
-    return Equivalence(margin, mean, (float(interval.low), float(interval.high)), float(max(above, below)))
-
-
 def independence_test(x: np.ndarray, y: np.ndarray, seed: int, n_permutations: int = 2000) -> Independence:
-    """HSIC of paired samples (Gretton et al. 2005), and its p under permutations of one of them.
+    """HSIC of paired samples (Gretton et al. 2005), its p under permutations of one of them, and their correlation.
 
     The kernels are Gaussian. Their width is the median distance between different points. The estimate is the biased
     one, tr(KHLH) / n^2, where K and L are the kernel matrices and H centres them.
@@ -49,7 +27,20 @@ def independence_test(x: np.ndarray, y: np.ndarray, seed: int, n_permutations: i
     for _ in range(n_permutations):
         order = rng.permutation(n)
         hits += float((k * lists[np.ix_(order, order)]).sum()) / n**2 >= observed * (1 - 1e-12)
-    return Independence(n, observed, (1 + hits) / (1 + n_permutations))
+    return Independence(n, observed, (1 + hits) / (1 + n_permutations), *_correlation(x, y))
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Pearson's correlation with its 95 % interval by Fisher's transformation; 0 if a sample does not vary."""
+    from scipy.stats import pearsonr
+
+    if not (np.ptp(x) and np.ptp(y)):
+        return 0.0, (0.0, 0.0)
+    if len(x) < 4:
+        return float(np.corrcoef(x, y)[0, 1]), UNBOUNDED
+    found = pearsonr(x, y)
+    low, high = found.confidence_interval(0.95)
+    return float(found.statistic), (float(low), float(high))
 
 
 def _kernel(values: np.ndarray) -> np.ndarray:

@@ -1,30 +1,28 @@
 """Checks of a circuit, on pairs that set its size and on pairs that played no part."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, stratum
-from mechsafety.circuits.search import MIB_SHARES, ROUNDING, SearchResult, marginals
+from mechsafety.circuits.goal import Goal, GoalKind
+from mechsafety.circuits.search import MIB_SHARES, SearchResult
 from mechsafety.circuits.verification.claims import claims
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Stability, Verification
 from mechsafety.circuits.verification.side_effects import side_effects
 from mechsafety.circuits.verification.statistics import (
-    equivalence_test,
     independence_test,
     prompt_areas,
     rank_p,
     ratio,
 )
 from mechsafety.inputs import Amount, public
-from mechsafety.intervals import ratio_interval
+from mechsafety.intervals import ratio_interval, ratio_intervals
 from mechsafety.metrics import adjust_p
 from mechsafety.nodes import Part
 
-# the mean difference, as a share of the gap, below which circuit and model count as equivalent
-MARGIN = 0.2
 # fewer parts than this outside the circuit cannot give a p below 0.05: 19 give one of 0.05
 MIN_ADDED = 20
 
@@ -37,12 +35,12 @@ def verify(
     fresh: FaithfulnessMeter | None = None,
     *,
     target: float,
+    goal: GoalKind = "reach",
     topics: Sequence[str] = (),
     n_random: Amount = 100,
     n_added: Amount = 40,
     completeness_steps: int = 3,
     completeness_tries: int = 6,
-    margin: float = MARGIN,
     stability: Stability | None = None,
     budget: Budget | None = None,
     seed: Amount = 0,
@@ -54,7 +52,7 @@ def verify(
     - faithfulness, with its interval;
     - sufficiency and necessity, each against size-matched random circuits;
     - minimality, against parts added at random;
-    - completeness, equivalence, and independence of the complement;
+    - completeness, and independence of the complement;
     - side effects on harmless prompts;
     - the areas of the curve.
 
@@ -67,33 +65,33 @@ def verify(
         fresh: Meter on pairs that played no part in the search. Checks that do not depend on how the size was set use
             these pairs; without fresh pairs, they use the held-out pairs.
         target: The target faithfulness of the search.
+        goal: The goal of the search: ``reach`` or ``match`` (see `MapOptions`).
         topics: Topics of the held-out pairs, if the search saw none of them.
         n_random: Number of random circuits, each with as many parts of each kind as the circuit.
         n_added: Number of parts outside the circuit that are added to it, one at a time, for minimality.
         completeness_steps: Number of greedy steps towards the least complete subset.
         completeness_tries: Number of parts tried at each step, those with the largest marginal effect first.
-        margin: Margin of equivalence, as a share of the gap.
         stability: Result of `bootstrap_stability`.
         budget: Time budget.
         seed: Seed of everything random.
     """
-    budget = budget or Budget()
+    budget, aim = budget or Budget(), Goal(target, goal)
     circuit, judge = result.circuit, fresh or held_out
     faithful, interval = _faithfulness(held_out, circuit, seed)
     judged, judged_interval = _faithfulness(judge, circuit, seed)
     harmful, harmless = judge.ends()
     gap = harmful - harmless
-    kept, removed = judge.kept([circuit])[0], judge.removed([circuit])[0]
+    removed = judge.removed([circuit])[0]
     necessity = ratio(harmful - removed, gap)
     random = random_circuits(judge, circuit, n_random, seed)
     sufficient = _random_values(judge, judge.faithfulness, random, budget, 0.8, "random circuits, kept")
     lost = 1.0 - _random_values(judge, judge.without, random, budget, 0.88, "random circuits, removed")
-    costs = null = complete = None
+    costs = cost_ci = null = complete = None
     if not budget.skips("minimality", 0.88):
         # a primary node and its backup make each other superfluous: minimality is of the circuit without backups
         core = [part for part in circuit if part not in result.added]
-        costs = marginals(judge, core)
-        null = _added_effects(judge, core, n_added, seed, leave=result.added)
+        costs, cost_ci = marginal_intervals(judge, core, seed)
+        null = added_effects(judge, core, n_added, seed, leave=result.added)
     if costs is not None and not budget.skips("completeness", 0.95):
         tries = sorted(circuit, key=lambda part: -abs(costs.get(part, 0.0)))
         complete = completeness(judge, circuit, tries, steps=completeness_steps, width=completeness_tries)
@@ -115,26 +113,43 @@ def verify(
         cpr_ci=areas[1],
         target=target,
         # measured again: since the search, backups may have joined and unconnected nodes may have left
-        reached=min(found, faithful) >= target - ROUNDING,
+        reached=aim.met(found, faithful),
         completeness=None if complete is None else complete[0],
         completeness_ci=None if complete is None else _gap_interval(judge, circuit, complete[1], seed),
         minimality=None if costs is None else {str(part): value for part, value in costs.items()},
         fresh=None if fresh is None else FreshCheck(len(harmful), judged, judged_interval),
         completeness_without=None if complete is None else tuple(str(part) for part in complete[1]),
         necessity_controls=_controls(lost, necessity),
-        minimality_p=None if costs is None or null is None else _minimality_p(costs, null),
-        equivalence=equivalence_test((kept - harmful) / gap.mean(), margin),
+        minimality_p=None if costs is None or null is None else minimality_p(costs, null, aim),
         independence=independence_test(harmful, removed, seed),
         stability=stability,
         side_effects=effects,
+        goal=goal,
+        minimality_ci=None if cost_ci is None else {str(part): ends for part, ends in cost_ci.items()},
+        minimality_null=None if null is None or len(null) < MIN_ADDED else _most_of(null, aim),
     )
-    return replace(check, claims=claims(check, necessity_ci=ratio_interval(harmful - removed, gap, seed)))
+    return replace(check, claims=claims(check, len(harmful), ratio_interval(harmful - removed, gap, seed)))
 
 
 def _faithfulness(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> tuple[float, tuple[float, float]]:
     harmful, harmless = meter.ends()
     part, whole = meter.kept([circuit])[0] - harmless, harmful - harmless
     return ratio(part, whole), ratio_interval(part, whole, seed)
+
+
+def marginal_intervals(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int
+) -> tuple[dict[Part, float], dict[Part, tuple[float, float]]]:
+    """Faithfulness lost when each part alone leaves the circuit, exact, and its 95 % interval over pairs."""
+    order = in_order(circuit)
+    if not order:
+        return {}, {}
+    without = [[part for part in circuit if part != gone] for gone in order]
+    scores = meter.kept([circuit, *without], near=circuit)
+    harmful, harmless = meter.ends()
+    lost, gap = scores[0] - scores[1:], harmful - harmless
+    values = {part: ratio(row, gap) for part, row in zip(order, lost, strict=True)}
+    return values, dict(zip(order, ratio_intervals(lost, gap, seed), strict=True))
 
 
 def random_circuits(meter: FaithfulnessMeter, circuit: Sequence[Part], n: int, seed: int) -> list[list[Part]]:
@@ -173,24 +188,42 @@ def _controls(values: np.ndarray, observed: float) -> RandomControls:
     return RandomControls(len(values), float(values.mean()), float(values.max()), rank_p(observed, values))
 
 
-def _added_effects(
-    meter: FaithfulnessMeter, circuit: Sequence[Part], n: int, seed: int, leave: Sequence[Part]
+def added_effects(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], n: int, seed: int, leave: Sequence[Part] = ()
 ) -> np.ndarray:
-    """Absolute change of faithfulness when parts outside the circuit are added to it, one at a time."""
+    """Change of faithfulness when parts outside the circuit are added to it, one at a time.
+
+    Args:
+        meter: Meter to measure on.
+        circuit: The circuit.
+        n: Number of parts to add, drawn at random.
+        seed: Seed of the draw.
+        leave: Parts that are not drawn.
+    """
     inside = {*circuit, *leave}
     outside = [part for part in meter.parts if part not in inside]
     picked = np.random.default_rng(seed).permutation(len(outside))[:n]
     added = [[*circuit, outside[k]] for k in sorted(picked.tolist())]
     values = meter.faithfulness([circuit, *added], near=circuit)
-    return np.abs(np.asarray(values[1:]) - values[0])
+    return np.asarray(values[1:]) - values[0]
 
 
-def _minimality_p(costs: dict[Part, float], null: np.ndarray) -> dict[str, float] | None:
-    """The p of each part's effect against parts added at random (Shi et al. 2024), Benjamini-Hochberg adjusted."""
+def minimality_p(costs: Mapping[Part, float], null: np.ndarray, goal: Goal) -> dict[str, float] | None:
+    """The p of each part's effect against parts added at random (Shi et al. 2024), Benjamini-Hochberg adjusted.
+
+    To reach the target, a part counts by what it adds; to match the model, by what it changes in either direction. So
+    do the parts added at random. A part that is like them therefore has a p below 0.05 in one case of twenty.
+    """
     if len(null) < MIN_ADDED:
         return None
-    raw = np.array([rank_p(value, null) for value in costs.values()])
+    sizes = np.array([goal.size(value) for value in null])
+    raw = np.array([rank_p(goal.size(value), sizes) for value in costs.values()])
     return {str(part): float(p) for part, p in zip(costs, adjust_p(raw), strict=True)}
+
+
+def _most_of(null: np.ndarray, goal: Goal) -> float:
+    """What 95 % of the parts added at random stay below."""
+    return float(np.quantile([goal.size(value) for value in null], 0.95))
 
 
 def completeness(
