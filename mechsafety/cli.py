@@ -126,8 +126,15 @@ def map_command(
         from mechsafety.metrics import RefusalLogOdds
         from mechsafety.models import load_model
 
-        size = {"level": level, "limit": limit, "target": target, "goal": goal, "max_nodes": max_nodes}
-        asked = MapOptions(**size, budget_seconds=budget_seconds, seed=seed)
+        asked = MapOptions(
+            level=level,
+            limit=limit,
+            target=target,
+            goal=goal,
+            max_nodes=max_nodes,
+            budget_seconds=budget_seconds,
+            seed=seed,
+        )
 
         def fit(chat: Any) -> None:
             """Leave out pairs that do not align, and log them, before the model's weights are needed."""

@@ -18,6 +18,8 @@ from .edge_search import discover_edges as discover_edges
 from .edges import estimate_edges as estimate_edges
 from .edges import measure_edges as measure_edges
 from .faithfulness import FaithfulnessMeter as FaithfulnessMeter
+from .flow import Flow as Flow
+from .goal import Goal as Goal
 from .map import assemble_circuit as assemble_circuit
 from .map import map_refusal_circuit as map_refusal_circuit
 from .map import measure_parts as measure_parts
@@ -29,7 +31,6 @@ from .map import wire_circuit as wire_circuit
 from .neurons import NeuronMeter as NeuronMeter
 from .options import MapOptions as MapOptions
 from .roles import assign_roles as assign_roles
-from .roles import role_evidence as role_evidence
 from .search import SearchResult as SearchResult
 from .search import search_nodes as search_nodes
 from .verification.outcome import Verification as Verification

@@ -45,7 +45,7 @@ __all__ = [
     "Verification",
 ]
 Level = Literal["node", "neuron", "edge"]
-Role = Literal["detection", "evaluation", "decision", "production", "none"]
+Role = Literal["detection", "relay", "evaluation", "decision", "production", "none"]
 Status = Literal["estimated", "measured", "verified", "rejected"]
 ROLES: tuple[Role, ...] = get_args(Role)
 NODE_STATUS: tuple[Status, ...] = get_args(Status)
@@ -55,30 +55,35 @@ NODE_STATUS: tuple[Status, ...] = get_args(Status)
 class RoleEvidence:
     """The measurements a node's role rests on; each a share of the harmful-harmless metric gap unless said otherwise.
 
+    All are measured in the circuit: every node outside it has its value from the harmless prompt.
+
     Attributes:
-        direct: Direct effect on the metric through the logits.
-        at_instruction: Exact effect of patching the node at instruction positions only.
-        at_suffix: The same at suffix positions only.
-        via_instruction: Exact effect of replacing only what a head moves from instruction tokens (heads only).
-        attention_to_instruction: Mean attention from suffix positions to the instruction span, 0 to 1 (heads only).
-        attention_within_instruction: The same from the instruction's own positions.
-        from_detection: Summed direct paths it receives from detection nodes, measured or estimated.
-        from_evaluation: The same from evaluation nodes.
-        to_decision: The same of what it sends to nodes with a decision or production role.
+        in_circuit: Exact effect of patching the node in the circuit.
+        direct: Exact effect of its path to the logits.
+        from_embed: Exact effect of what it reads straight from the embeddings.
+        from_detection, from_evaluation: Exact effect of what it reads from the detection (evaluation) nodes together.
+        to_evaluation: Exact effect of what the evaluation nodes read from it.
+        to_decision: Exact effect of what the decision nodes and relays read from it.
+        to_production: Exact effect of what the production nodes read from it.
+        alike: Exact effect of what it reads from the nodes whose writing it repeats.
+        at_instruction, at_suffix: Exact effect of patching it at instruction (suffix) positions only. No role rests on
+            these two.
         backup_of: Name of the primary node, for a backup. Everything above was then measured with that node and its
             other backups patched.
         joint: Effect of patching both, and its other backups, together (backups only).
     """
 
+    in_circuit: float | None = field(default=None, metadata=SPARSE)
     direct: float | None = field(default=None, metadata=SPARSE)
-    at_instruction: float | None = field(default=None, metadata=SPARSE)
-    at_suffix: float | None = field(default=None, metadata=SPARSE)
-    via_instruction: float | None = field(default=None, metadata=SPARSE)
-    attention_to_instruction: float | None = field(default=None, metadata=SPARSE)
-    attention_within_instruction: float | None = field(default=None, metadata=SPARSE)
+    from_embed: float | None = field(default=None, metadata=SPARSE)
     from_detection: float | None = field(default=None, metadata=SPARSE)
     from_evaluation: float | None = field(default=None, metadata=SPARSE)
+    to_evaluation: float | None = field(default=None, metadata=SPARSE)
     to_decision: float | None = field(default=None, metadata=SPARSE)
+    to_production: float | None = field(default=None, metadata=SPARSE)
+    alike: float | None = field(default=None, metadata=SPARSE)
+    at_instruction: float | None = field(default=None, metadata=SPARSE)
+    at_suffix: float | None = field(default=None, metadata=SPARSE)
     backup_of: str | None = field(default=None, metadata=SPARSE)
     joint: float | None = field(default=None, metadata=SPARSE)
 
@@ -116,12 +121,20 @@ class CircuitEdge:
         effect: The measured effect where there is one, else the estimate.
         status: ``measured`` (exact direct-path patch) or ``estimated`` (gradient).
         estimate: The gradient estimate, also where a measurement replaced it.
+        ci: 95 % interval of a measured effect, over prompts.
     """
 
     edge: Edge = field(metadata=INLINE)
     effect: float
     status: Status = field(default="estimated", metadata=REQUIRED)
     estimate: float | None = None
+    ci: tuple[float, float] | None = None
+
+    def scaled(self, factor: float) -> "CircuitEdge":
+        """The same edge with effect, estimate and interval as shares of another gap."""
+        estimate = None if self.estimate is None else self.estimate * factor
+        low, high = sorted(end * factor for end in self.ci) if self.ci else (0.0, 0.0)
+        return replace(self, effect=self.effect * factor, estimate=estimate, ci=(low, high) if self.ci else None)
 
 
 @dataclass(frozen=True, slots=True)

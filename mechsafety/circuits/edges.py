@@ -3,7 +3,7 @@
 A circuit is connected if every node lies on a path of kept edges from ``embed`` to ``logits``.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import networkx as nx
 import torch
@@ -11,6 +11,7 @@ import torch
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.inputs import Count, public
+from mechsafety.intervals import ratio_intervals
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node
@@ -19,6 +20,8 @@ from mechsafety.patching.paths import measured_edges
 from mechsafety.patching.receivers import reaches
 
 FromEmbed = Callable[[Node], Sequence[CircuitEdge]]
+# an edge carries something if it has at least this share of the effect of one of its ends
+SOME = 0.1
 
 
 @public
@@ -41,7 +44,7 @@ def measure_edges(
 
     1. The change of the sender (harmless less harmful) is added to the input of the receiver's slot alone.
     2. The receiver's output is recomputed from this input.
-    3. The rest of the model runs live. The effect is the share of the gap that is lost.
+    3. The rest of the model runs live. The effect is the share of the gap that is lost, with its interval over pairs.
 
     Args:
         model: The model.
@@ -49,23 +52,37 @@ def measure_edges(
         metric: The metric to measure.
         edges: The edges to measure.
     """
+    if not edges:
+        return []
     paths = [member.edge for member in edges]
-    gap = torch.cat([harmful - harmless for harmful, harmless in (group.scores(metric) for group in runs)]).mean()
+    gaps = torch.cat([harmful - harmless for harmful, harmless in (group.scores(metric) for group in runs)])
     changes = torch.cat([measured_edges(model, group, metric, paths) for group in runs], dim=1)
-    effects = (changes.mean(1) / gap).tolist()
+    effects = (changes.mean(1) / gaps.mean()).tolist()
+    intervals = ratio_intervals(changes.cpu().double().numpy(), gaps.cpu().double().numpy())
     return [
-        CircuitEdge(member.edge, effect, "measured", member.estimate)
-        for member, effect in zip(edges, effects, strict=True)
+        CircuitEdge(member.edge, effect, "measured", member.estimate, ends)
+        for member, effect, ends in zip(edges, effects, intervals, strict=True)
     ]
 
 
-def exact_edges(
-    model: LensModel, runs: Sequence[PairRuns], metric: RefusalLogOdds, nodes: Sequence[Node]
-) -> list[CircuitEdge]:
-    """Exact effect of every edge between the given nodes and into the logits, strongest first."""
-    paths = [edge for node in nodes for edge in edges_into(node, [*nodes, LOGITS], parallel=model.parallel)]
-    found = measure_edges(model, runs, metric, [CircuitEdge(edge, 0.0) for edge in paths])
-    return sorted(found, key=lambda member: (-abs(member.effect), str(member.edge)))
+def carrying(edges: Sequence[CircuitEdge], effects: Mapping[Node, float]) -> list[CircuitEdge]:
+    """The measured edges that carry something.
+
+    The interval of such an edge's effect does not hold 0. And the effect is at least a tenth of that of the sender or
+    of the receiver.
+
+    Args:
+        edges: Measured edges.
+        effects: Effect of each node in the same runs.
+    """
+    return [
+        member
+        for member in edges
+        if member.ci is not None
+        and not member.ci[0] <= 0 <= member.ci[1]
+        and abs(member.effect)
+        >= SOME * min(abs(effects[node]) for node in (member.edge.sender, member.edge.receiver) if node in effects)
+    ]
 
 
 def edges_into(sender: Node, nodes: Sequence[Node], *, parallel: bool) -> list[Edge]:

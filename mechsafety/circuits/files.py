@@ -12,7 +12,11 @@ from mechsafety.nodes import Edge, Node
 from mechsafety.results import Opener
 
 FORMAT, VERSION = "mechsafety.circuit", 4
-# 3 had a test of equivalence; 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
+# 3 had a test of equivalence, and roles rested on these measurements; 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
+OLD_EVIDENCE = (
+    *("via_instruction", "attention_to_instruction", "attention_within_instruction"),
+    *("from_detection", "from_evaluation", "to_decision"),
+)
 RENAMED = {"behind": "primary", "first": "primary_effect"}
 ORDER = (
     *("provenance", "metric", "behaviour", "level", "shape"),
@@ -60,8 +64,10 @@ def read(kind: type[C], text: str) -> C:
     data = parse(text, FORMAT, 1, VERSION)
     if data["version"] < 3 and "search" in data:
         data["search"] = _renamed(data["search"])
-    if data["version"] < 4 and isinstance(data.get("verification"), dict):
-        data["verification"].pop("equivalence", None)
+    if data["version"] < 4:
+        _without(data.get("verification"), ("equivalence",))
+        for row in data["nodes"] if isinstance(data.get("nodes"), list) else ():
+            _without(row.get("evidence") if isinstance(row, dict) else None, OLD_EVIDENCE)
     if isinstance(data.get("provenance"), dict):
         decode(str, data["provenance"].pop("mechsafety", ""), "provenance.mechsafety")
     circuit: C = decode(kind, {name: row for name, row in data.items() if name not in ("format", "version")})
@@ -88,6 +94,11 @@ def _check_parts(nodes: tuple[CircuitNode, ...], edges: tuple[CircuitEdge, ...])
         if path.edge in paths:
             raise MechsafetyError(f"edges[{k}]: {path.edge}", expected="each edge once")
         paths.add(path.edge)
+
+
+def _without(row: Any, names: tuple[str, ...]) -> None:
+    for name in names if isinstance(row, dict) else ():
+        row.pop(name, None)
 
 
 def _renamed(value: Any) -> Any:

@@ -16,7 +16,7 @@ from mechsafety.circuits.wiring import Wiring
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Edge
+from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.prompts import PromptPairs
 from mechsafety.sites import SiteKind
@@ -89,6 +89,10 @@ class NodeLevel:
         """A meter of circuits of this level's parts, before they are refined."""
         return self.alone(model, pairs, metric, progress)
 
+    def nodes(self, meters: Meters) -> tuple[Node, ...]:
+        """Every node that a circuit of this level can hold, or run between."""
+        return tuple(part for part in meters.held_out.parts if isinstance(part, Node))
+
     def search(
         self, meters: Meters, attribution: NodeAttribution, goal: Goal, max_parts: int | None, budget: Budget
     ) -> SearchResult:
@@ -133,6 +137,10 @@ class EdgeLevel(NodeLevel):
     def meter(self, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, progress: bool) -> FaithfulnessMeter:
         """A meter of sets of edges."""
         return EdgeMeter(model, pair_runs(model, pairs), metric, progress=progress)
+
+    def nodes(self, meters: Meters) -> tuple[Node, ...]:
+        """Heads and MLPs."""
+        return head_and_mlp_nodes(meters.held_out.model.n_layers, meters.held_out.model.n_heads)
 
     def search(
         self,

@@ -296,16 +296,15 @@ def wire_circuit(measured: MeasuredParts) -> Wired:
     """Measure edges and roles, and drop nodes that nothing connects."""
     split, result = measured.found.ranked.split, measured.circuit.result
     options = split.options
+    inside = set(result.nodes)
     wiring = wire(
         split.few,
         result.nodes,
         measured.circuit.backups,
+        [node for node in LEVELS[options.level].nodes(measured.circuit.meters) if node not in inside],
         n_edges=options.n_edges,
-        n_measured=options.n_measured_edges,
         budget=split.budget,
         progress=split.progress,
-        # on the same pairs as the evidence, since roles compare the two
-        effects=on_some(measured.effects, split.alone, split.rows),
     )
     wiring = LEVELS[options.level].wired(wiring, result)
     left = tuple(part for part in result.circuit if part not in wiring.dropped)

@@ -31,8 +31,8 @@ class MapOptions:
         n_added: Parts outside the circuit that are added to it at random. Minimality is measured against them.
         n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
         n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
-        n_edges: Edges to keep, strongest first. Edges that a node needs to be connected come on top.
-        n_measured_edges: How many of them to measure exactly; the others stay estimates.
+        n_edges: Edges between nodes to measure, those with the largest estimates first. Those that carry something are
+            kept. Edges that a node needs to be connected come on top.
         n_role_pairs: Pairs on which roles, edges and backups are measured.
         shortlist: Nodes outside the circuit to measure as well, those with the largest estimates first.
         budget_seconds: Time to keep. Later stages are cut short, and ``search.cut`` of the circuit says which. The
@@ -59,7 +59,6 @@ class MapOptions:
     n_resamples: Amount = 5
     n_backup_parts: Amount = 4
     n_edges: Amount = 60
-    n_measured_edges: Amount = 30
     n_role_pairs: Count = 8
     shortlist: Amount = 30
     budget_seconds: float | None = None

@@ -133,6 +133,7 @@ def slot_edit(
     receivers: Sequence[Sequence[Receiver]],
     delta: Float[Tensor, "variant batch pos d_model"],
     norm: NormOption = "recompute",
+    stream: Float[Tensor, "row pos d_model"] | None = None,
 ) -> SlotEdit:
     """Values of a layer's slot when ``delta`` is added to what it reads in the base run.
 
@@ -142,6 +143,7 @@ def slot_edit(
         receivers: Receivers of each variant; all are in one layer and of one slot.
         delta: Change of what the slot reads.
         norm: ``recompute``, or ``freeze``: the norm before the slot keeps the base run's scale.
+        stream: The residual stream that the slot reads in each variant, if it is not that of the base run.
     """
     (node, slot), n = receivers[0][0], len(receivers)
     layer, kind = node.layer or 0, "neuron" if node.kind == "neuron" else slot
@@ -149,11 +151,13 @@ def slot_edit(
     if kind in ("q", "k", "v"):
         resid, norms, site = base.resid[layer], block_norms(model, layer, "ln1"), Site(_SITES[kind], layer)
         with keep_scales(model, norm, norms, lambda: capture(model, base, layer, resid, site)):
-            values = capture(model, base, layer, expand_rows(resid, n) + rows, site)
+            own = expand_rows(resid, n) if stream is None else stream
+            values = capture(model, base, layer, own + rows, site)
     else:
         reads = mlp_input(model, base, layer)
         with keep_scales(model, norm, mlp_norms(model, layer), lambda: model.mlp(layer, reads)):
-            values = _mlp_values(model, layer, expand_rows(reads, n) + rows, kind)
+            own = expand_rows(reads, n) if stream is None else stream
+            values = _mlp_values(model, layer, own + rows, kind)
     sizes = {"mlp": 1, "neuron": model.d_mlp}
     chosen = torch.zeros(n, sizes.get(kind, model.n_heads), dtype=torch.bool)
     for variant, group in enumerate(receivers):

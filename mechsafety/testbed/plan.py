@@ -1,12 +1,12 @@
 """A random plan of where the parts of a planted circuit lie in a model, and the truth that follows from the plan."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node
+from mechsafety.nodes import EMBED, LOGITS, Edge, Node
 from mechsafety.testbed.truth import Truth
 
 STAGES = ("detection", "evaluation", "decision", "production")
@@ -21,13 +21,50 @@ IDLE_NEURONS = 24
 
 
 @dataclass(frozen=True, slots=True)
+class Write:
+    """One thing that a part writes.
+
+    Attributes:
+        read: Direction that the part reads.
+        written: Direction that it writes.
+        side: Prompts on which the gain is set, ``harmful`` or ``harmless``.
+        sign: 1, or -1 to write the opposite.
+    """
+
+    read: str
+    written: str
+    side: str = "harmful"
+    sign: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a head or a neuron does.
+
+    Attributes:
+        at: Position at which it writes.
+        writes: What it writes. A neuron fires where all that it reads is there, and writes once.
+        looks_at: Position that a head attends to; empty for a neuron, which reads at its own position.
+        asks: Direction at ``at`` that makes a head's query; by default the position's own.
+        falls_back: Whether a head attends to the start token where it finds nothing.
+    """
+
+    at: str
+    writes: tuple[Write, ...]
+    looks_at: str = ""
+    asks: str = ""
+    falls_back: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class PlantedPart:
     """One head or neuron that is planted.
 
     Attributes:
         node: Where the part lies.
-        kind: A stage of the circuit, or ``decoy``.
-        length: Share of its stage's output that the part writes. 2 for a decoy neuron, because the embedding holds the
+        kind: The group of parts that do the same. Its first word is the role, or ``decoy``.
+        work: What the part reads and writes.
+        length: Share of its group's output that the part writes. 2 for a decoy neuron, because the embedding holds the
             neuron's vector with the other sign.
         doubled: Whether two parts write what this part reads. It must then work with half of its input.
         number: Number of the decoy.
@@ -35,9 +72,33 @@ class PlantedPart:
 
     node: Node
     kind: str
+    work: Work
     length: float = 1.0
     doubled: bool = False
     number: int = 0
+
+    @property
+    def role(self) -> str:
+        """The role, or ``decoy``."""
+        return self.kind.split()[0]
+
+
+# what the parts of a circuit of four stages do
+WORK = {
+    "detection": Work("end", (Write("harm", "detected"), Write("benign", "cleared", "harmless")), "topic"),
+    "evaluation": Work("end", (Write("detected", "verdict"),)),
+    "decision": Work("assistant", (Write("verdict", "decision"),), "end"),
+    "production": Work("assistant", (Write("decision", "refuse"),)),
+}
+# a decoy head looks from every later position, because all hold the constant
+DECOY_HEAD = Work(
+    "end", (Write("harm", "decoy"), Write("benign", "decoy", "harmless", -1.0)), "topic", "constant", falls_back=False
+)
+DECOY_NEURON = Work("topic", (Write("harm", "decoy"),))
+# directions that no part has to itself; and the positions that heads can look at, the slowest rotary dimension first
+DIRECTIONS = ("constant", "topic", "end", "start", "assistant", "harm", "benign")
+KEYS = ("topic", "end", "start")
+WIRES = tuple(zip(("embed", *STAGES), (*STAGES, "logits"), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +109,21 @@ class Plan:
         parts: Parts of the circuit, and decoys.
         doubled: Stages that are doubled.
         d_mlp: Number of neurons of every MLP.
+        wires: Which group of parts reads which; ``embed`` and ``logits`` are groups too.
+        directions: Directions of the residual stream besides those of words and decoys.
+        values: Directions that key-value heads carry.
+        keys: Positions that heads can look at.
+        two_words: Whether two words of a prompt are harmful, and neither alone.
     """
 
     parts: tuple[PlantedPart, ...]
     doubled: tuple[str, ...]
     d_mlp: int
+    wires: tuple[tuple[str, str], ...] = WIRES
+    directions: tuple[str, ...] = (*DIRECTIONS, "detected", "cleared", "verdict", "decision", "refuse")
+    values: tuple[str, ...] = ("harm", "benign", "verdict")
+    keys: tuple[str, ...] = KEYS
+    two_words: bool = False
 
     def part(self, node: Node) -> PlantedPart:
         """The part at a node."""
@@ -68,17 +139,18 @@ class Plan:
 
     def truth(self) -> Truth:
         """Nodes, edges, roles, decoys and backups."""
-        stages = {stage: _coarse([p.node for p in self.parts if p.kind == stage]) for stage in STAGES}
-        roles = {node: stage for stage in STAGES for node in stages[stage]}
-        neurons = {p.node: p.kind for p in self.parts if p.node.kind == "neuron" and p.kind != "decoy"}
-        slots = ("v", "mlp", "v", "mlp")
+        members = [part for part in self.parts if part.role != "decoy"]
+        kinds = dict.fromkeys(part.kind for part in sorted(members, key=lambda part: STAGES_FIRST.index(part.role)))
+        groups = {kind: _coarse([part.node for part in members if part.kind == kind]) for kind in kinds}
+        roles = {node: kind.split()[0] for kind in kinds for node in groups[kind]}
+        neurons = {part.node: part.role for part in members if part.node.kind == "neuron"}
+        ends = {**groups, "embed": [EMBED], "logits": [LOGITS]}
         edges = [
-            Edge(sender, receiver, slot)
-            for before, after, slot in zip(("embed", *STAGES), STAGES, slots, strict=False)
-            for sender, receiver in product([Node("embed")] if before == "embed" else stages[before], stages[after])
+            Edge(sender, receiver, {"head": "v", "mlp": "mlp", "logits": "resid"}[receiver.kind])
+            for before, after in self.wires
+            for sender, receiver in product(ends[before], ends[after])
         ]
-        edges += [Edge(sender, Node("logits"), "resid") for sender in stages["production"]]
-        decoys = [p.node for p in self.parts if p.kind == "decoy"]
+        decoys = [part.node for part in self.parts if part.role == "decoy"]
         decoys += [node for node in _coarse(decoys) if node.kind == "mlp" and node not in roles]
         return Truth(
             _ordered(roles),
@@ -86,8 +158,12 @@ class Plan:
             tuple(edges),
             {node: role for group in (roles, neurons) for node, role in group.items()},
             _ordered(decoys),
-            tuple(tuple(stages[stage]) for stage in self.doubled),
+            tuple(tuple(groups[stage]) for stage in self.doubled),
         )
+
+
+# the order in which roles are listed
+STAGES_FIRST = (*STAGES, "relay")
 
 
 def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups: int, neurons: int) -> Plan:
@@ -116,7 +192,7 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
         for layer in layout[stage]:
             if stage in ("detection", "decision"):
                 length = 1.0 / len(layout[stage])
-                parts.append(PlantedPart(Node("head", layer, free_heads[layer].pop()), stage, length))
+                parts.append(PlantedPart(Node("head", layer, free_heads[layer].pop()), stage, WORK[stage], length))
                 continue
             alone = stage == "evaluation" and bool({"evaluation", "decision"} & set(doubled))
             count = 1 if alone else neurons
@@ -125,22 +201,37 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
             sources = {before, "evaluation"} if stage == "production" else {before}
             content = bool(sources & set(doubled))
             parts += [
-                PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), stage, length, content)
+                PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), stage, WORK[stage], length, content)
                 for _ in range(count)
             ]
-    circuit_mlps = {layer for stage in ("evaluation", "production") for layer in layout[stage]}
+    parts += decoy_parts(rng, decoys, parts, free_heads, free_neurons)
+    return Plan(tuple(parts), doubled, d_mlp)
+
+
+def decoy_parts(
+    rng: random.Random,
+    decoys: int,
+    parts: Sequence[PlantedPart],
+    free_heads: Mapping[int, list[int]],
+    free_neurons: Mapping[int, list[int]],
+) -> list[PlantedPart]:
+    """Decoys in places that the circuit's parts leave free, heads and neurons by turns."""
+    layers, made = len(free_heads), list[PlantedPart]()
+    circuit_mlps = {part.node.layer for part in parts if part.node.kind == "neuron"}
     outside = [layer for layer in range(layers) if layer not in circuit_mlps]
     for number in range(decoys):
         spare = [layer for layer in range(layers) if len(free_heads[layer]) > 0]
         if number % 2 == 0 and spare:
             layer = rng.choice(spare)
-            parts.append(PlantedPart(Node("head", layer, free_heads[layer].pop()), "decoy", number=number))
+            node = Node("head", layer, free_heads[layer].pop())
+            made.append(PlantedPart(node, "decoy", DECOY_HEAD, number=number))
             continue
         # decoy neurons alternate between an MLP outside the circuit and any MLP
         layer = rng.choice(outside if outside and number % 4 == 1 else range(layers))
         # length 2, because the embedding holds the decoy's vector with the other sign
-        parts.append(PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), "decoy", 2.0, number=number))
-    return Plan(tuple(parts), doubled, d_mlp)
+        node = Node("neuron", layer, free_neurons[layer].pop())
+        made.append(PlantedPart(node, "decoy", DECOY_NEURON, 2.0, number=number))
+    return made
 
 
 def _layouts(layers: int, heads: int, doubled: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:

@@ -12,6 +12,7 @@ from mechsafety.prompts import PromptPairs
 from mechsafety.testbed.plan import make_plan
 from mechsafety.testbed.planter import write_plan
 from mechsafety.testbed.truth import Truth
+from mechsafety.testbed.varied import varied_plan
 from mechsafety.testbed.vocabulary import planted_pairs, planted_tokenizer, reply_successors
 from mechsafety.testbed.weights import fill, gpt2, llama
 
@@ -49,6 +50,7 @@ def planted(
     decoys: int = 4,
     backups: int = 0,
     neurons: int = 2,
+    varied: bool = False,
     norm: str = "rmsnorm",
     noise: float = 0.01,
 ) -> Planted:
@@ -71,6 +73,13 @@ def planted(
     *Backups* double a stage: two heads (or the neurons of two MLPs) write the same. Their reader gives the same output
     for one of them as for both.
 
+    With ``varied`` the seed also sets what else differs between circuits that do the same:
+
+    - at which position each stage happens: the harmful word, the instruction's last token, the template, the last token;
+    - whether heads or neurons do a stage's work, and how many heads share it;
+    - whether relays pass on unchanged what detection or evaluation wrote, on the only route or on one of two;
+    - whether two words of a request are harmful, and neither alone.
+
     Args:
         seed: Seed of all random choices.
         layers: Number of blocks; at least 2.
@@ -81,6 +90,7 @@ def planted(
             and one of the other two).
         neurons: Number of evaluation neurons, and of production neurons. Evaluation has only one neuron where it or the
             decision is doubled. With several, a reader that works with half its input would not notice one missing.
+        varied: Whether the seed also sets the circuit's shape. A varied circuit has no backups.
         norm: ``rmsnorm`` (Llama) or ``layernorm`` (GPT-2, which has no grouped queries).
         noise: Standard deviation of all weights outside the circuit and the decoys.
 
@@ -99,11 +109,17 @@ def planted(
         raise MechsafetyError(f"{heads} heads over {groups} key-value heads", expected="a divisor of the heads")
     if norm == "layernorm" and groups != heads:
         raise MechsafetyError("grouped queries with norm='layernorm'", expected="kv_heads=None (GPT-2 has none)")
-    plan = make_plan(random.Random(seed), layers, heads, decoys, backups, neurons)
-    tokenizer, pairs = planted_tokenizer(), planted_pairs()
-    n_directions = 12 + len(reply_successors()) + decoys
+    if varied and backups:
+        raise MechsafetyError(f"backups={backups} with varied=True", expected="backups=0")
+    rng = random.Random(seed)
+    if varied:
+        plan = varied_plan(rng, layers, heads, decoys, neurons)
+    else:
+        plan = make_plan(rng, layers, heads, decoys, backups, neurons)
+    tokenizer, pairs = planted_tokenizer(varied), planted_pairs(varied, plan.two_words)
+    n_directions = len(plan.directions) + len(reply_successors()) + decoys
     d_head = max(16, 2 * -(-(n_directions + 24) // (2 * heads)))
-    name = f"planted-{norm}-{layers}x{heads}-{seed}"
+    name = f"planted-{'varied-' if varied else ''}{norm}-{layers}x{heads}-{seed}"
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
         if norm == "rmsnorm":

@@ -1,7 +1,6 @@
 """Writes a planned circuit into a model's weights; every gain is set by a measurement."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from mechsafety.models.template import render
 from mechsafety.nodes import Node
 from mechsafety.prompts import PromptPairs
-from mechsafety.testbed.plan import Plan, PlantedPart
-from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL, TOPICS, reply_successors
+from mechsafety.testbed.plan import Plan, PlantedPart, Write
+from mechsafety.testbed.vocabulary import COMPLIANCE, MARKERS, QUALIFIERS, REFUSAL, TOPICS, reply_successors
 from mechsafety.testbed.weights import BlockWeights, Weights, weights_of
 
 # lengths of the planted vectors in the residual stream
 CONSTANT, FEATURE, DECOY = 6.0, 2.0, 3.0
-LENGTH = {"detection": FEATURE, "evaluation": FEATURE, "decision": FEATURE, "production": FEATURE, "decoy": DECOY}
 # attention score of the token that a head looks for, and of the start token, to which the head falls back
 FOUND, FALLBACK = 16.0, 8.0
 # a neuron's input where it fires and where it does not
@@ -27,41 +25,6 @@ ON, OFF = 4.0, -3.0
 REFUSE, COMPLY, CONTINUE = 12.0, 6.0, 20.0
 # number of pairs on which gains are measured
 PROBED = 10
-# the values that key-value heads carry
-VALUES = ("harm", "benign", "verdict")
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What a kind of head does: from position ``at`` it looks for a feature and writes the value that it finds there.
-
-    ``asks`` is the direction at ``at`` that makes the query. Each entry of ``writes`` is the value that is read, the
-    direction that is written, the side on which the gain is set, and the sign.
-    """
-
-    looks_for: str
-    asks: str
-    at: str
-    falls_back: bool
-    writes: tuple[tuple[str, str, str, float], ...]
-
-
-HEADS = {
-    "detection": _Head(
-        "topic", "end", "end", True, (("harm", "detected", "harmful", 1.0), ("benign", "cleared", "harmless", 1.0))
-    ),
-    "decision": _Head("end", "assistant", "assistant", True, (("verdict", "decision", "harmful", 1.0),)),
-    # a decoy head looks from every later position, because all hold the constant
-    "decoy": _Head(
-        "topic", "constant", "end", False, (("harm", "decoy", "harmful", 1.0), ("benign", "decoy", "harmless", -1.0))
-    ),
-}
-# per kind of neuron: the direction that it reads, the position, and the direction that it writes
-NEURONS = {
-    "evaluation": ("detected", "end", "verdict"),
-    "production": ("decision", "assistant", "refuse"),
-    "decoy": ("harm", "topic", "decoy"),
-}
 
 
 def plateau(activation: nn.Module, growth: float = 1.0, *, gated: bool = False) -> float:
@@ -108,10 +71,9 @@ class _Planter:
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.weights: Weights = weights_of(model)
         self.generator = generator
-        names = ["constant", "topic", "end", "start", "assistant", "harm", "benign"]
-        names += ["detected", "cleared", "verdict", "decision", "refuse"]
+        names = list(plan.directions)
         names += [f"word {word}" for word in reply_successors()]
-        names += [f"decoy {part.number}" for part in plan.parts if part.kind == "decoy"]
+        names += [f"decoy {part.number}" for part in plan.parts if part.role == "decoy"]
         self.along = self._directions(names)
         self._reserve()
         self._embed()
@@ -154,18 +116,23 @@ class _Planter:
     def _embed(self) -> None:
         embed = self.weights.embed
         embed += CONSTANT * self.along["constant"]
-        for word, name in (("<end>", "end"), ("<s>", "start"), ("<assistant>", "assistant")):
-            embed[self._id(word)] += FEATURE * self.along[name]
+        for name, word in MARKERS.items():
+            if name in self.along:
+                embed[self._id(word)] += FEATURE * self.along[name]
         # where a decoy neuron fires, it adds twice this with the other sign, so that the length stays the same
         shift = sum(
             DECOY * self.along[f"decoy {part.number}"]
             for part in self.plan.parts
-            if part.kind == "decoy" and part.node.kind == "neuron"
+            if part.role == "decoy" and part.node.kind == "neuron"
         )
         for word_pairs in TOPICS.values():
             for words in word_pairs:
                 for word, name in zip(words, ("harm", "benign"), strict=True):
                     embed[self._id(word)] += FEATURE * (self.along["topic"] + self.along[name]) - shift
+        if self.plan.two_words:
+            for words in QUALIFIERS:
+                for word, name in zip(words, ("harm too", "benign too"), strict=True):
+                    embed[self._id(word)] += FEATURE * (self.along["qualifier"] + self.along[name])
         for word in reply_successors():
             embed[self._id(word)] += FEATURE * self.along[f"word {word}"]
 
@@ -177,13 +144,14 @@ class _Planter:
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
     def _columns(self, ids: Int[Tensor, "prompt pos"]) -> Mapping[str, Int[Tensor, " prompt"]]:
-        """Column of each prompt's start token, topic word, end token and last token."""
-        topic = torch.tensor([self._id(bad) for word_pairs in TOPICS.values() for bad, _ in word_pairs])
+        """Column of each prompt's start token, harmful words, and tokens that mark a position."""
+        topic = [bad for word_pairs in TOPICS.values() for bad, _ in word_pairs]
+        words = {"topic": topic, "qualifier": [bad for bad, _ in QUALIFIERS]}
+        words |= {name: [word] for name, word in MARKERS.items()}
+        wanted = {name: some for name, some in words.items() if name in self.along}
         return {
-            "start": torch.zeros(len(ids), dtype=torch.long),
-            "topic": torch.isin(ids, topic).long().argmax(1),
-            "end": (ids == self._id("<end>")).long().argmax(1),
-            "assistant": (ids == self._id("<assistant>")).long().argmax(1),
+            name: torch.isin(ids, torch.tensor([self._id(word) for word in some])).long().argmax(1)
+            for name, some in wanted.items()
         }
 
     def _seen(self, norm: nn.Module) -> Mapping[str, Float[Tensor, "prompt d_model"]]:
@@ -205,19 +173,19 @@ class _Planter:
         norm = block.norms[0]
         at = self._seen(norm)
         n_heads, d_head = block.q.shape[:2]
-        # the slowest pair of rotary dimensions, and half of the next slowest
-        dims = {"topic": d_head // 2 - 1, "end": d_head - 1, "start": d_head // 2 - 2}
+        # both halves of the slowest pair of rotary dimensions, then of the next slowest
+        dims = {name: d_head // (2 - k % 2) - 1 - k // 2 for k, name in enumerate(self.plan.keys)}
         groups: dict[int, list[int]] = {}
         for head in self.plan.heads_of(layer):
             groups.setdefault(head * block.k.shape[0] // n_heads, []).append(head)
         for group, members in groups.items():
             for name, dim in dims.items():
                 block.k[group, dim] = self._reader(norm, name)
-            # three channels of values, along random orthonormal vectors of the heads' own space, free of noise
+            # one channel per value, along random orthonormal vectors of the heads' own space, free of noise
             mixed = torch.randn(d_head, d_head, generator=self.generator)
-            channels = torch.linalg.qr(mixed).Q[:, : len(VALUES)]
+            channels = torch.linalg.qr(mixed).Q[:, : len(self.plan.values)]
             block.v[group] -= channels @ (channels.T @ block.v[group])
-            block.v[group] += channels @ torch.stack([self._reader(norm, name) for name in VALUES])
+            block.v[group] += channels @ torch.stack([self._reader(norm, name) for name in self.plan.values])
             for head in members:
                 block.o[head] -= channels @ (channels.T @ block.o[head])
                 self._head(block, self.plan.part(Node("head", layer, head)), at, dims, channels)
@@ -231,23 +199,22 @@ class _Planter:
         channels: Float[Tensor, "d_head value"],
     ) -> None:
         """One head's queries and outputs."""
-        norm, head = block.norms[0], part.node.index or 0
-        what = HEADS[part.kind]
+        norm, head, work = block.norms[0], part.node.index or 0, part.work
 
         def mean(side: str, place: str, name: str) -> float:
             return float((at[f"{side} {place}"] @ self._reader(norm, name)).mean())
 
         def look(target: str, asked: str, score: float) -> None:
-            gain = score * block.q.shape[1] ** 0.5 / mean("harmful", target, target) / mean("harmful", what.at, asked)
+            gain = score * block.q.shape[1] ** 0.5 / mean("harmful", target, target) / mean("harmful", work.at, asked)
             block.q[head, dims[target]] = gain * self._reader(norm, asked)
 
-        look(what.looks_for, what.asks, FOUND)
-        if what.falls_back:
+        look(work.looks_at, work.asks or work.at, FOUND)
+        if work.falls_back:
             look("start", "constant", FALLBACK)
-        for value, direction, side, sign in what.writes:
-            name = f"{direction} {part.number}" if part.kind == "decoy" else direction
-            gain = sign * part.length * LENGTH[part.kind] / mean(side, what.looks_for, value)
-            block.o[head] += gain * torch.outer(channels[:, VALUES.index(value)], self.along[name])
+        for write in work.writes:
+            gain = write.sign * part.length * _length(part) / mean(write.side, work.looks_at, write.read)
+            channel = channels[:, self.plan.values.index(write.read)]
+            block.o[head] += gain * torch.outer(channel, self.along[_written(part, write)])
 
     def _neurons(self, block: BlockWeights, layer: int) -> None:
         norm = block.norms[1]
@@ -255,9 +222,8 @@ class _Planter:
         constant = self._reader(norm, "constant")
         for neuron in self.plan.neurons_of(layer):
             part = self.plan.part(Node("neuron", layer, neuron))
-            read, place, direction = NEURONS[part.kind]
-            name = f"{direction} {part.number}" if part.kind == "decoy" else direction
-            reader = self._reader(norm, read)
+            place, writes = part.work.at, part.work.writes
+            reader = torch.stack([self._reader(norm, write.read) for write in writes]).sum(0)
             # gain and offset that give the wanted inputs with the feature and without it
             system = [
                 [float((at[f"{side} {place}"] @ vector).mean()) for vector in (reader, constant)]
@@ -278,7 +244,7 @@ class _Planter:
                 block.gate[neuron] = constant / system[0][1]
             value = float(self.weights.activation(wanted)[0])
             block.write[neuron] *= 0.2
-            block.write[neuron] += part.length * LENGTH[part.kind] / value * self.along[name]
+            block.write[neuron] += part.length * _length(part) / value * self.along[_written(part, writes[0])]
 
     def _clear_bias(self, layer: int, neuron: int) -> None:
         if hasattr(self.model, "transformer"):
@@ -298,6 +264,16 @@ class _Planter:
         value = float(_output_of(self.model, last, norm)[0, -1] @ self._reader(norm, f"word {COMPLIANCE[0]}"))
         for word, following in reply_successors().items():
             unembed[self._id(following)] += CONTINUE / value * self._reader(norm, f"word {word}")
+
+
+def _length(part: PlantedPart) -> float:
+    """Length of what a part's group writes."""
+    return DECOY if part.role == "decoy" else FEATURE
+
+
+def _written(part: PlantedPart, write: Write) -> str:
+    """The direction that a part writes; every decoy has its own."""
+    return f"{write.written} {part.number}" if part.role == "decoy" else write.written
 
 
 def _output_of(model: Any, ids: Int[Tensor, "row pos"], module: nn.Module) -> Float[Tensor, "row pos d_model"]:

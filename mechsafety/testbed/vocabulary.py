@@ -30,6 +30,10 @@ TOPICS = {
     "crime": (("burglaries", "weddings"), ("frauds", "picnics"), ("forgeries", "paintings")),
 }
 TEST_TOPICS = ("intrusion", "crime")
+# of two harmful words, the first; with a harmless one in its place, or in that of the topic, a request is harmless
+QUALIFIERS = (("stolen", "borrowed"), ("hidden", "painted"), ("illegal", "ordinary"))
+# the token that marks each position: the start, the instruction's last token, the end of the turn, the reply's beginning
+MARKERS = {"end": "<end>", "start": "<s>", "assistant": "<assistant>", "last": "?"}
 
 
 def reply_successors() -> dict[str, str]:
@@ -59,19 +63,29 @@ def word_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast
     return tokenizer
 
 
-def planted_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer of all planted models."""
+def planted_tokenizer(varied: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer of all planted models; with ``varied`` it also knows question marks and the qualifiers."""
     words = [word for frame in FRAMES for word in frame.split() if word != "{}"]
     words += [word for word_pairs in TOPICS.values() for pair in word_pairs for word in pair]
+    if varied:
+        words += ["?", *(word for pair in QUALIFIERS for word in pair)]
     return word_tokenizer(words)
 
 
-def planted_pairs() -> PromptPairs:
-    """The prompts of all planted models: every word pair in every frame."""
-    pairs = tuple(
-        PromptPair(frame.format(bad), frame.format(good), topic, "test" if topic in TEST_TOPICS else "train")
-        for topic, word_pairs in TOPICS.items()
-        for bad, good in word_pairs
-        for frame in FRAMES
-    )
-    return PromptPairs(pairs, "planted")
+def planted_pairs(varied: bool = False, two_words: bool = False) -> PromptPairs:
+    """The prompts of all planted models: every word pair in every frame.
+
+    Args:
+        varied: Whether every request ends with a question mark.
+        two_words: Whether a qualifier precedes the topic; both words differ between the prompts of a pair.
+    """
+    pairs = []
+    for topic, word_pairs in TOPICS.items():
+        for k, words in enumerate(word_pairs):
+            for number, frame in enumerate(FRAMES):
+                named = [*words]
+                if two_words:
+                    named = [f"{first} {word}" for first, word in zip(QUALIFIERS[(k + number) % 3], words, strict=True)]
+                bad, good = (frame.format(name) + " ?" * varied for name in named)
+                pairs.append(PromptPair(bad, good, topic, "test" if topic in TEST_TOPICS else "train"))
+    return PromptPairs(tuple(pairs), "planted")

@@ -81,18 +81,19 @@ GLOSSARY = (
     ),
     Entry(
         "Role",
-        "production: at least half of the node's effect is direct, through the logits. detection: the node is a "
-        "head that attends to the instruction, and at least half of its effect is what it moves from there. "
-        "decision: at least half of the effect arises at the template tokens after the instruction; evaluation or"
-        " detection nodes feed the node, and it feeds production. evaluation: detection nodes feed the node, and "
-        "it feeds decision or production. none: no rule fits. A role only summarises the evidence beside it.",
+        "Each role is a share of the node's effect in the circuit, at least half of it. production: the path to the "
+        "logits. detection: what the node reads straight from the embeddings. decision: what goes to production "
+        "nodes and the logits. relay: what it reads from nodes whose writing it repeats. evaluation: what goes to decision nodes, relays "
+        "and other evaluation nodes. A node that no rule fits gets the role of its largest share. none: its shares "
+        "add up to less than half.",
     ),
     Entry(
         "Role evidence",
-        "Direct: effect straight through the logits. At instruction, at suffix: exact effect of patching only "
-        "those positions. Moved from instruction tokens: exact effect of replacing only what a head carries from "
-        "there. Attention from suffix to instruction: mean attention, 0 to 1. Received from detection, sent to "
-        "decision and production: sums of direct-path effects.",
+        "All of it is measured in the circuit, with every node outside at its harmless value. Of the node's effect "
+        "there: what it reads straight from the embeddings, from all detection nodes, from all evaluation nodes; "
+        "what reaches the logits straight, by way of the production nodes, of the decision nodes, of the evaluation "
+        "nodes. A node repeats what another wrote if what it reads of it and what it writes have a cosine of at least 0.7. At instruction, at suffix: the effect of "
+        "patching only those positions; no role rests on these two.",
     ),
     Entry(
         "Effect of an edge",
@@ -190,7 +191,7 @@ METHODS = (
         "(edge attribution).",
         "estimate(u, v, slot) = change of u times d metric / d input of v's slot, averaged between the runs",
     ),
-    Entry("Roles", "Rules on measured shares, in the order production, detection, decision, evaluation; see Role."),
+    Entry("Roles", "Rules on measured shares: production, detection, decision, relay, evaluation; see Role."),
     Entry(
         "Checks",
         "On fresh pairs that played no part in the search: faithfulness, random circuits of the same size, "

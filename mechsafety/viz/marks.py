@@ -12,6 +12,7 @@ Command = tuple[str, tuple[float, ...]]
 ROLE_COLOURS = {
     "detection": "#0072B2",
     "evaluation": "#E69F00",
+    "relay": "#CC79A7",
     "decision": "#D55E00",
     "production": "#009E73",
     "none": "#8A919C",
@@ -19,6 +20,7 @@ ROLE_COLOURS = {
 ROLE_OUTLINES = {
     "detection": "ellipse",
     "evaluation": "hexagon",
+    "relay": "trapezoid",
     "decision": "rectangle",
     "production": "slanted",
     "none": "rounded",
@@ -247,6 +249,9 @@ def outline(kind: str, x: float, y: float, width: float, height: float, most: fl
     if kind == "slanted":
         cut = min(height * 0.4, width / 5, most)
         return polygon((left + cut, top), (right, top), (right - cut, bottom), (left, bottom))
+    if kind == "trapezoid":
+        cut = min(height * 0.3, width / 5, most)
+        return polygon((left + cut, top), (right - cut, top), (right, bottom), (left, bottom))
     if kind == "rectangle":
         return polygon((left, top), (right, top), (right, bottom), (left, bottom))
     radius_x, radius_y = (width / 2, height / 2) if kind == "ellipse" else (min(6.0, height / 3),) * 2
@@ -276,6 +281,8 @@ def label_room(kind: str, width: float, height: float, size: float) -> float:
         return width - 2 * min(height / 2, width / 4) * reach
     if kind == "slanted":
         return width - min(height * 0.4, width / 5) * (1 + reach)
+    if kind == "trapezoid":
+        return width - min(height * 0.3, width / 5) * (1 + reach)
     return width
 
 

@@ -21,9 +21,10 @@ from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
 
 ROLE_WORDS = {
-    "detection": "moves what the instruction says to other positions",
-    "evaluation": "detection feeds it; it feeds decision or production",
-    "decision": "acts where the reply begins; it feeds production",
+    "detection": "reads what it passes on straight from the embeddings",
+    "relay": "passes on what it reads, unchanged",
+    "evaluation": "reads other nodes, and decision nodes or relays read it",
+    "decision": "production nodes read it",
     "production": "acts on the logits directly",
     "none": "has an effect, but fits no rule for a role",
 }

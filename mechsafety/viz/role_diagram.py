@@ -36,7 +36,7 @@ from mechsafety.viz.style import Style
 from mechsafety.viz.views import chosen_nodes, left_out, part_of
 from mechsafety.viz.words import caption, number, plain, role_name
 
-ORDER = ("embed", "none", "detection", "evaluation", "decision", "production", "logits")
+ORDER = ("embed", "none", "detection", "relay", "evaluation", "decision", "production", "logits")
 NAMED = 6  # number of members named in a box
 ARROWS = 18  # largest number of arrows; the strongest are drawn
 TITLES = {"none": role_name("none"), "embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}

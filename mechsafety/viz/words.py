@@ -11,15 +11,17 @@ NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
 EVIDENCE_WORDS = {
     "backup_of": "backup of",
-    "direct": "direct effect through the logits",
+    "in_circuit": "effect in the circuit alone",
+    "from_embed": "of it, read straight from the embeddings",
+    "from_detection": "of it, read from detection nodes",
+    "from_evaluation": "of it, read from evaluation nodes",
+    "direct": "of it, straight to the logits",
+    "to_production": "of it, by way of production nodes",
+    "to_decision": "of it, by way of decision nodes and relays",
+    "to_evaluation": "of it, by way of evaluation nodes",
+    "alike": "of it, read from nodes whose writing it repeats",
     "at_instruction": "effect at instruction positions alone",
     "at_suffix": "effect at suffix positions alone",
-    "via_instruction": "effect of what it moves from instruction tokens",
-    "attention_to_instruction": "attention from suffix to instruction",
-    "from_detection": "received from detection nodes (mostly estimated)",
-    "to_decision": "sent to decision and production nodes (mostly estimated)",
-    "attention_within_instruction": "attention within the instruction",
-    "from_evaluation": "received from evaluation nodes (mostly estimated)",
     "joint": "effect together with its primary node",
 }
 STATUS_WORDS = {

@@ -24,7 +24,7 @@ NAME = "native-model"
 CIRCUITS = NAME + "/{}-{}.json"
 SIDES, LEVELS = ("native", "demo"), ("node", "neuron")
 TITLES = {"native": "native model", "demo": "demo model"}
-ROLES = ("detection", "evaluation", "decision", "production")
+ROLES = ("detection", "relay", "evaluation", "decision", "production")
 KINDS = ("refuses", "answers", "degenerate", "neither")
 BUILT_IN = {"harmful": "built-in pairs, harmful", "harmless": "built-in pairs, harmless"}
 # keys of a record that was measured before these words changed: "column" of the direction's candidates and choices, the
@@ -486,8 +486,8 @@ def depths(record: Record) -> Figure:
             y = np.full(len(x), row + (0.18 if k == 0 else -0.18))
             label = TITLES[side] if row == 0 else None
             axis.scatter(x, y, size, COLOURS[side], alpha=0.6, label=label, linewidths=0)
-    axis.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(ROLES) - 0.4), xlabel="layer / number of layers", yticks=range(4))
-    axis.set_yticklabels(ROLES)
+    axis.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(ROLES) - 0.4), xlabel="layer / number of layers")
+    axis.set_yticks(range(len(ROLES)), ROLES)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, markerscale=1.0)
     return figure
 

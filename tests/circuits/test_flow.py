@@ -1,0 +1,138 @@
+"""Paths into and out of a circuit's nodes, against a plain model in which every slot reads a stream of its own."""
+
+import pytest
+import torch
+from reference import PlainModel
+from whole_forwards import patched_whole
+
+from mechsafety.circuits.backups import knocked_out
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.flow import Flow
+from mechsafety.nodes import EMBED, SLOTS, Node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
+from mechsafety.patching.receivers import reaches
+from mechsafety.sites import SiteKind
+
+EVERY = head_and_mlp_nodes(3, 4)
+SOME = [Node("head", 0, 1), Node("mlp", 0), Node("head", 1, 2), Node("head", 1, 3), Node("mlp", 1), Node("head", 2, 0)]
+
+
+def flow_of(model, runs, metric, nodes=EVERY):
+    high, low = runs.scores(metric)
+    return Flow(model, [runs], metric, nodes, float((high - low).mean()))
+
+
+class Slow:
+    """The same effects from whole runs of the plain model, pair by pair."""
+
+    def __init__(self, model, hf, pairs, metric):
+        self.plain, self.metric, self.model = PlainModel(hf), metric, model
+        self.rows = [(model.tokenize([p.harmful]).ids[0], model.tokenize([p.harmless]).ids[0]) for p in pairs]
+        self.clean = [(self.plain(a), self.plain(b)) for a, b in self.rows]
+        self.gap = sum(float(metric(a[0]) - metric(b[0])) for a, b in self.clean) / len(self.rows)
+
+    def change(self, k, sender):
+        (_, here), (_, there) = self.clean[k]
+        if sender == EMBED:
+            return self.plain.embed(self.rows[k][1]) - self.plain.embed(self.rows[k][0])
+        return there[sender.layer, sender.index] - here[sender.layer, sender.index]
+
+    def effect(self, forks_of):
+        lost = 0.0
+        for k, (a, _) in enumerate(self.rows):
+            changed, _ = self.plain(a, forks_of(k))
+            lost += float(self.metric(self.clean[k][0][0]) - self.metric(changed)) / len(self.rows)
+        return lost / self.gap
+
+
+def slots_of(node):
+    return [(slot, node.layer, node.index) for slot in SLOTS[node.kind]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_paths_into_a_node_and_out_of_it(kind, shared_model, make_hf_model, pairs, logit_difference):
+    model = shared_model(kind)
+    slow = Slow(model, make_hf_model(kind), pairs, logit_difference)
+    flow = flow_of(model, pair_runs(model, pairs), logit_difference)
+    into, out = flow.into(EVERY, [EMBED, *SOME]), flow.out_of(EVERY, SOME)
+    parallel = model.parallel
+    for node in EVERY:
+        senders = [one for one in (EMBED, *SOME) if reaches(one, node, parallel=parallel)]
+
+        def read(k, node=node, senders=senders):
+            total = torch.stack([slow.change(k, one) for one in senders]).sum(0)
+            return dict.fromkeys(slots_of(node), total)
+
+        assert into[node] == pytest.approx(slow.effect(read), abs=2e-3), node
+        receivers = [one for one in SOME if reaches(node, one, parallel=parallel)]
+
+        def sent(k, node=node, receivers=receivers):
+            return {slot: slow.change(k, node) for one in receivers for slot in slots_of(one)}
+
+        assert out[node] == pytest.approx(slow.effect(sent), abs=2e-3), node
+    direct = flow.direct()
+    for node in EVERY:
+        logits = slow.effect(lambda k, node=node: {("logits", None, None): slow.change(k, node)})
+        assert direct[node] == pytest.approx(logits, abs=2e-3)
+    assert max(map(abs, out.values())) > 0.02 and max(map(abs, into.values())) > 0.02
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_all_paths_into_a_node_are_the_node(kind, shared_model, pairs, log_odds):
+    """Embeddings and nodes are all that differs, so that with all of them exchanged the node has its harmless value."""
+    model = shared_model(kind)
+    flow = flow_of(model, pair_runs(model, pairs), log_odds)
+    every, alone = flow.into(EVERY, [EMBED, *EVERY]), flow.effects()
+    for node in EVERY:
+        assert every[node] == pytest.approx(alone[node], abs=2e-3)
+    prompt = flow.from_prompt()
+    assert prompt == flow.into(EVERY, [EMBED]) and prompt[EVERY[0]] == pytest.approx(alone[EVERY[0]], abs=2e-3)
+
+
+def test_in_a_circuit_nothing_else_differs(llama, pairs, log_odds):
+    runs = pair_runs(llama, pairs, extra=[SiteKind.NEURONS])
+    outside = [node for node in EVERY if node not in SOME]
+    flow = flow_of(llama, knocked_out(llama, runs, outside), log_odds, SOME)
+    high, low = runs.scores(log_odds)
+    flow.gap = float((high - low).mean())
+    meter = FaithfulnessMeter(llama, runs, log_odds)
+    (whole,) = meter.faithfulness([SOME])
+    tokens = llama.tokenize_pairs(pairs)
+    for node, effect in flow.effects().items():
+        (without,) = meter.faithfulness([[one for one in SOME if one != node]])
+        assert effect == pytest.approx(whole - without, abs=1e-3)
+        slow = log_odds(patched_whole(llama, tokens.harmful, tokens.harmless, [*outside, node])).mean()
+        kept = log_odds(patched_whole(llama, tokens.harmful, tokens.harmless, outside)).mean()
+        assert effect == pytest.approx(float(kept - slow) / flow.gap, abs=1e-3)
+    every, alone = flow.into(SOME, [EMBED, *SOME]), flow.effects()
+    assert every == pytest.approx(alone, abs=2e-3)
+
+
+def test_groups_of_pairs_and_batches_change_nothing(llama, pairs, log_odds):
+    whole = flow_of(llama, pair_runs(llama, pairs), log_odds)
+    tokens = llama.tokenize_pairs(pairs)
+    halves = [
+        pair_runs(llama, tokens.rows(slice(0, 2)), max_batch_tokens=1),
+        pair_runs(llama, tokens.rows(slice(2, None))),
+    ]
+    parted = Flow(llama, halves, log_odds, EVERY, whole.gap)
+    for name in ("into", "out_of"):
+        one, other = (getattr(flow, name)(EVERY, SOME) for flow in (whole, parted))
+        assert one == pytest.approx(other, abs=1e-4)
+    assert whole.direct() == pytest.approx(parted.direct(), abs=1e-4)
+    assert whole.into([], SOME) == whole.out_of([], SOME) == {}
+    assert whole.into(SOME, []) == dict.fromkeys(SOME, 0.0)
+
+
+def test_who_repeats_whom(planted, log_odds):
+    """By hand: cosine of what a node writes and what it reads of another, attention taken into account."""
+    model, pairs = planted
+    runs = pair_runs(model, pairs)
+    flow = flow_of(model, runs, log_odds)
+    known = flow._change(0, EVERY)
+    node, sender = Node("head", 2, 0), Node("mlp", 1)
+    pattern = model.cache(runs.harmful.tokens, ["pattern"]).pattern[2, 0][:, runs.start :, runs.start :]
+    read, wrote = pattern @ known[sender], known[node]
+    cosine = float((read * wrote).sum() / (read.norm() * wrote.norm()))
+    assert (sender in flow.repeated(cosine - 1e-3)[node]) and (sender not in flow.repeated(cosine + 1e-3)[node])
+    assert node not in flow.repeated(-1.0)[sender], "what comes later is not read"
