@@ -30,8 +30,8 @@ TOKENS = ("<|im_start|>", "user", "\n", "How", " do", " I", " pick", " a", " loc
 
 
 def pick_role(rng: random.Random, depth: float) -> str:
-    roles = ("detection", "evaluation", "decision", "production")
-    return "none" if rng.random() < 0.15 else roles[min(3, max(0, int(4 * depth + rng.uniform(-0.7, 0.7))))]
+    roles = ("detection", "relay", "evaluation", "decision", "production")
+    return "none" if rng.random() < 0.15 else roles[min(4, max(0, int(5 * depth + rng.uniform(-0.7, 0.7))))]
 
 
 def circuit_node(rng: random.Random, node: Node, n_layers: int, scale: float = 0.1) -> CircuitNode:
@@ -45,7 +45,11 @@ def circuit_node(rng: random.Random, node: Node, n_layers: int, scale: float = 0
         (effect - 0.01, effect + 0.01) if measured else None,
         rng.random() ** 4 if measured else None,
         status,
-        RoleEvidence(effect / 2, effect / 3, effect / 4, 0.01, 0.31, 0.02, 0.04) if measured else RoleEvidence(),
+        RoleEvidence(
+            effect, effect / 2, effect / 3, 0.01, 0.31, 0.02, 0.04, at_instruction=effect / 3, at_suffix=effect / 4
+        )
+        if measured
+        else RoleEvidence(),
     )
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from made_paths import Made
 from scipy.stats import norm
 from toy import COORDINATES, toy_model, toy_pairs
 
@@ -23,7 +24,6 @@ import mechsafety as ms
 from mechsafety.attribution.ships import principal_angles
 from mechsafety.circuits import backups
 from mechsafety.circuits.behaviour import MIN_SHARE
-from mechsafety.circuits.circuit import CircuitEdge, RoleEvidence
 from mechsafety.circuits.draw import ENOUGH
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
@@ -664,22 +664,18 @@ def _(e, toy):
 @check("roles of four nodes")
 def _(e, toy):
     a, v, d, p = H00, M1, Node("head", 2, 0), Node("mlp", 3)
-    whole, direct, via, attention = e["A = L0.H0: effect, direct, via the instruction, attention to it"]
-    names = ((v, "E = L1.MLP"), (d, "D = L2.H0"), (p, "P = L3.MLP"))
-    rows = {node: e[f"{name}: effect, direct, at suffix"] for node, name in names}
-    effects = {a: whole} | {node: row[0] for node, row in rows.items()}
-    evidence = {a: RoleEvidence(direct=direct, at_suffix=0.0, via_instruction=via, attention_to_instruction=attention)}
-    evidence |= {node: RoleEvidence(direct=row[1], at_suffix=row[2]) for node, row in rows.items()}
-    ends = (Edge(a, v, "mlp"), Edge(v, d, "v"), Edge(d, p, "mlp"))
-    wired = [CircuitEdge(edge, value) for edge, value in zip(ends, e["edges A → E, E → D, D → P"], strict=True)]
-    roles = assign_roles(effects, evidence, wired)
+    names = dict(zip((a, v, d, p), ("A = L0.H0", "E = L1.MLP", "D = L2.H0", "P = L3.MLP"), strict=True))
+    rows = {node: e[f"{name}: effect, from the embeddings, to the logits"] for node, name in names.items()}
+    effects, embedded, direct = ({node: row[k] for node, row in rows.items()} for k in range(3))
+    ways = dict(zip(((a, v), (v, d), (d, p)), e["paths A → E, E → D, D → P"], strict=True))
+    roles = assign_roles(Made(effects, direct, embedded, ways))
     shares = {
-        "E: share fed by detection": roles[v][1].from_detection / effects[v],
-        "E: share sent to decision": roles[v][1].to_decision / effects[v],
-        "D: share fed by evaluation": roles[d][1].from_evaluation / effects[d],
-        "D: share sent to production": roles[d][1].to_decision / effects[d],
+        "A: share from the embeddings": roles[a][1].from_embed / effects[a],
+        "E: share by way of decision": roles[v][1].to_decision / effects[v],
+        "D: share to the logits and by way of production": (direct[d] + roles[d][1].to_production) / effects[d],
+        "P: share to the logits": roles[p][1].direct / effects[p],
     }
-    return shares | {f"role of {name}": roles[node][0] for name, node in zip("AEDP", (a, v, d, p), strict=True)}
+    return shares | {f"role of {name[0]}": roles[node][0] for node, name in names.items()}
 
 
 @check("circuits of edges of the toy model")

@@ -190,7 +190,6 @@ def test_a_small_map_says_where_it_reads(opened, tmp_path):
             n_resamples=0,
             n_backup_parts=0,
             n_edges=4,
-            n_measured_edges=2,
             shortlist=2,
         ),
         progress=False,

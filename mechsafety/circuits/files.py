@@ -12,11 +12,12 @@ from mechsafety.nodes import Edge, Node
 from mechsafety.results import Opener
 
 FORMAT, VERSION = "mechsafety.circuit", 4
-# 3 had a test of equivalence, and roles rested on these measurements; 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
+# 3 had a test of equivalence, and its roles rested on these measurements
 OLD_EVIDENCE = (
     *("via_instruction", "attention_to_instruction", "attention_within_instruction"),
     *("from_detection", "from_evaluation", "to_decision"),
 )
+# 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
 RENAMED = {"behind": "primary", "first": "primary_effect"}
 ORDER = (
     *("provenance", "metric", "behaviour", "level", "shape"),

@@ -75,7 +75,8 @@ def planted(
 
     With ``varied`` the seed also sets what else differs between circuits that do the same:
 
-    - at which position each stage happens: the harmful word, the instruction's last token, the template, the last token;
+    - at which position each stage happens: the harmful word, the instruction's last token, a token of the template, the
+      last token;
     - whether heads or neurons do a stage's work, and how many heads share it;
     - whether relays pass on unchanged what detection or evaluation wrote, on the only route or on one of two;
     - whether two words of a request are harmful, and neither alone.

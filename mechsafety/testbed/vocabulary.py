@@ -32,7 +32,7 @@ TOPICS = {
 TEST_TOPICS = ("intrusion", "crime")
 # of two harmful words, the first; with a harmless one in its place, or in that of the topic, a request is harmless
 QUALIFIERS = (("stolen", "borrowed"), ("hidden", "painted"), ("illegal", "ordinary"))
-# the token that marks each position: the start, the instruction's last token, the end of the turn, the reply's beginning
+# the token at each position: the start, the instruction's last token, the end of the turn, the reply's beginning
 MARKERS = {"end": "<end>", "start": "<s>", "assistant": "<assistant>", "last": "?"}
 
 

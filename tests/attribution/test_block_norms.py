@@ -16,9 +16,10 @@ from tiny import GENERATION, tiny_hf_model, tiny_pairs
 
 import mechsafety as ms
 from mechsafety.attribution import direct_logit_attribution, edge_attribution
+from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges, edge_circuit_logits
 from mechsafety.circuits.edge_search import _Cuts, acdc
-from mechsafety.circuits.edges import exact_edges
+from mechsafety.circuits.edges import edges_into, measure_edges
 from mechsafety.directions import direction_io
 from mechsafety.models.engine import unembed
 from mechsafety.nodes import Edge, Node
@@ -334,11 +335,8 @@ def test_an_edge_into_the_logits_is_its_path(model, few):
     runs = pair_runs(model, few)
     meter = EdgeMeter(model, runs, METRIC)
     nodes = [*heads_of(1), Node("mlp", 2)]
-    measured = {
-        member.edge: member.effect
-        for member in exact_edges(model, [runs], METRIC, nodes)
-        if member.edge.receiver == LOGITS
-    }
+    edges = [CircuitEdge(edge, 0.0) for node in nodes for edge in edges_into(node, [LOGITS], parallel=False)]
+    measured = {member.edge: member.effect for member in measure_edges(model, [runs], METRIC, edges)}
     harmful, harmless = meter.ends()
     lost = (harmful - meter.removed([[edge] for edge in measured])).mean(1) / (harmful - harmless).mean()
     np.testing.assert_allclose(lost, list(measured.values()), atol=1e-3)

@@ -103,7 +103,7 @@ def full(circuit) -> RefusalCircuit:
             Claim("stability", "still", None, None, None, "mean Jaccard overlap at least 0.5", None, "left out"),
         ),
     )
-    evidence = RoleEvidence(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, "L1.H3", 0.25)
+    evidence = RoleEvidence(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.15, 0.35, "L1.H3", 0.25)
     return dataclasses.replace(
         circuit,
         nodes=(dataclasses.replace(circuit.nodes[0], evidence=evidence), *circuit.nodes[1:]),

@@ -1,8 +1,9 @@
 """Roles: each rule by hand-made paths, and on models whose roles are known."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
+from made_paths import Made
 
 import mechsafety as ms
 from mechsafety import testbed
@@ -13,46 +14,12 @@ DETECT, RELAY, EVALUATE, DECIDE, PRODUCE = (Node("head", layer, 0) for layer in 
 OTHER = Node("mlp", 1)
 
 
-@dataclass
-class Made:
-    """Paths by hand: effects, shares of direct and embedded effects, and edges as (sender, receiver): effect."""
-
-    effects_: dict
-    direct_: dict = field(default_factory=dict)
-    embed: dict = field(default_factory=dict)
-    edges: dict = field(default_factory=dict)
-    repeats: dict = field(default_factory=dict)
-
-    @property
-    def nodes(self):
-        return list(self.effects_)
-
-    def effects(self, positions="all"):
-        return {node: value if positions == "all" else value / 2 for node, value in self.effects_.items()}
-
-    def direct(self):
-        return {node: self.direct_.get(node, 0.0) for node in self.nodes}
-
-    def from_prompt(self):
-        return {node: self.embed.get(node, 0.0) for node in self.nodes}
-
-    def into(self, receivers, senders):
-        return {one: sum(self.edges.get((other, one), 0.0) for other in senders) for one in receivers}
-
-    def out_of(self, senders, receivers):
-        return {one: sum(self.edges.get((one, other), 0.0) for other in receivers) for one in senders}
-
-    def repeated(self, least):
-        assert least == ALIKE
-        return {node: self.repeats.get(node, []) for node in self.nodes}
-
-
 def roles(**made):
     return {node: role for node, (role, _) in assign_roles(Made(**made)).items()}
 
 
 def chain(**changes):
-    """Detection, evaluation, decision, production, each with half of its effect, or more, where the rule asks for it."""
+    """Detection, evaluation, decision, production, each with half of its effect where the rule asks for it."""
     made = {
         "effects_": {DETECT: 0.4, EVALUATE: 0.4, DECIDE: 0.4, PRODUCE: 0.4},
         "direct_": {PRODUCE: 0.2},

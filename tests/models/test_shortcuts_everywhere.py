@@ -17,8 +17,8 @@ from mechsafety.circuits.circuit import CircuitEdge
 from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.edges import estimate_edges, measure_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.flow import Flow
 from mechsafety.circuits.neurons import NeuronMeter
-from mechsafety.circuits.roles import role_evidence
 from mechsafety.circuits.search import marginals, search_nodes
 from mechsafety.circuits.verification.verify import completeness
 from mechsafety.interventions import ablate, project_out, scale
@@ -81,8 +81,9 @@ def knocked(model, pairs, metric):
     gone = knocked_out(model, many, [Node("mlp", 0), Node("head", 1, 1)])
     whole = ms.activation_patching(model, gone, metric, nodes=NODES[-2:], positions="suffix", **QUIET).changes
     each = mask_gradients(model, gone, metric, 0.5)
-    roles = role_evidence(model, gone, metric, HEADS[:2], progress=False).values()
-    found = [whole, *each, [[e.direct, e.at_suffix, e.via_instruction] for e in roles]]
+    flow = Flow(model, [gone], metric, HEADS, 1.0)
+    paths = [flow.direct(), flow.from_prompt(), flow.into(HEADS, HEADS), flow.out_of(HEADS, [*HEADS, NODES[-1]])]
+    found = [whole, *each, [[shares[node] for node in HEADS] for shares in paths]]
     return found + [[m.effect for m in measure(model, gone, metric)] for measure in (guessed, measured)]
 
 

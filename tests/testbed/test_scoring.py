@@ -122,7 +122,7 @@ def test_edges_of_neurons_count_as_their_mlps(truth):
 def results(planted):
     model, pairs = planted
     metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
-    options = ms.MapOptions(n_random=5, n_measured_edges=5)
+    options = ms.MapOptions(n_random=5)
     circuit = ms.map_refusal_circuit(model, pairs, metric, options, progress=False)
     return model, pairs, metric, circuit
 

@@ -1,0 +1,37 @@
+"""Paths between nodes by hand, in place of measured ones."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Made:
+    """Paths by hand: effects, shares of direct and embedded effects, and edges as (sender, receiver): effect."""
+
+    effects_: dict
+    direct_: dict = field(default_factory=dict)
+    embed: dict = field(default_factory=dict)
+    edges: dict = field(default_factory=dict)
+    repeats: dict = field(default_factory=dict)
+
+    @property
+    def nodes(self):
+        return list(self.effects_)
+
+    def effects(self, positions="all"):
+        return {node: value if positions == "all" else value / 2 for node, value in self.effects_.items()}
+
+    def direct(self):
+        return {node: self.direct_.get(node, 0.0) for node in self.nodes}
+
+    def from_prompt(self):
+        return {node: self.embed.get(node, 0.0) for node in self.nodes}
+
+    def into(self, receivers, senders):
+        return {one: sum(self.edges.get((other, one), 0.0) for other in senders) for one in receivers}
+
+    def out_of(self, senders, receivers):
+        return {one: sum(self.edges.get((one, other), 0.0) for other in receivers) for one in senders}
+
+    def repeated(self, least):
+        assert least == 0.7
+        return {node: self.repeats.get(node, []) for node in self.nodes}
