@@ -111,6 +111,11 @@ class CircuitNode:
     status: Status = field(default="estimated", metadata=REQUIRED)
     evidence: RoleEvidence = field(default_factory=RoleEvidence)
 
+    @property
+    def opposes(self) -> bool:
+        """Whether the node works against the behaviour: the interval of its effect lies below 0."""
+        return self.ci is not None and self.ci[1] < 0
+
 
 @dataclass(frozen=True, slots=True)
 class CircuitEdge:

@@ -33,6 +33,7 @@ from mechsafety.viz.marks import (
     magnitude,
     node_shape,
     node_strength,
+    opposing_line,
     outline,
     readable_on,
     rounded,
@@ -381,8 +382,9 @@ def _node(
     room = 0.96 * label_room(ROLE_OUTLINES[member.role], width, height, style.font)
     size = style.font * min(1.0, 0.84 * width / text_width(text, style.font), room / text_width(text, style.font))
     label = centred(x, y, text, size, colour, bold=True)
+    shapes = (shape, opposing_line(x, y, width, height, colour)) if member.opposes else (shape,)
     return NodeMark(
-        str(member.node), x, y, width, height, (shape,), (label,), node_title(member), member, "", member.node.kind
+        str(member.node), x, y, width, height, shapes, (label,), node_title(member), member, "", member.node.kind
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.nodes import Edge
 from mechsafety.viz.marks import (
+    BAR,
     FAINT,
     INK,
     MUTED,
@@ -16,7 +17,9 @@ from mechsafety.viz.marks import (
     edge_shapes,
     line,
     node_shape,
+    opposing_line,
     outline,
+    readable_on,
     text_width,
 )
 from mechsafety.viz.style import Style
@@ -147,12 +150,11 @@ def _caption(style: Style, font: float, sentences: Sequence[str], width: float, 
 
 def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
     roles, statuses = {member.role for member in nodes}, {member.status for member in nodes}
+    marks = [("status", key, key) for key in STATUSES if key in statuses]
+    marks += [("opposing", "measured", "works against refusal")] * any(member.opposes for member in nodes)
     return [
         ("role", [("role", role, role_name(role)) for role in ROLES if role in roles]),
-        (
-            "node",
-            [*(("status", key, key) for key in STATUSES if key in statuses), ("", "", "depth of colour: |effect|")],
-        ),
+        ("node", [*marks, ("", "", "depth of colour: |effect|")]),
     ]
 
 
@@ -175,8 +177,10 @@ def _edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list
 def _swatch(kind: str, key: str, x: float, y: float, unit: float) -> list[Shape]:
     if kind == "role":
         return [node_shape(key, "measured", 1.0, x, y, 24 * unit, 13 * unit)]
-    if kind == "status":
-        return [node_shape("none", key, 0.7, x, y, 24 * unit, 13 * unit)]
+    if kind in ("status", "opposing"):
+        shape = node_shape("none", key, 0.7, x, y, 24 * unit, 13 * unit)
+        under = opposing_line(x, y, 24 * unit, 13 * unit, readable_on(shape.fill or BAR))
+        return [shape, under] if kind == "opposing" else [shape]
     if not kind:
         return []
     status = "measured" if kind == "slot" or key in ("negative", "linking") else key

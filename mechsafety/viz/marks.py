@@ -308,6 +308,12 @@ def node_shape(role: str, status: str, strength: float, x: float, y: float, widt
     return Shape(path, fill, INK, 1.5) if status == "verified" else Shape(path, fill, colour, 1.0)
 
 
+def opposing_line(x: float, y: float, width: float, height: float, colour: str) -> Shape:
+    """The line under the name of a node that works against the behaviour."""
+    half, below = 0.28 * width, y + 0.34 * height
+    return Shape(line((x - half, below), (x + half, below)), None, colour, 1.5)
+
+
 def effect_fill(role: str, strength: float) -> str:
     """The role's colour, deeper for a stronger effect (0 to 1)."""
     return blend(ROLE_COLOURS[role], 0.42 + 0.58 * strength)

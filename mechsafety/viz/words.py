@@ -219,6 +219,7 @@ def node_title(member: CircuitNode) -> str:
     parts = [f"{member.node}: effect {number(member.effect)}"]
     parts += [f"95 % interval {interval(member.ci)}"] if member.ci else []
     parts += [p_value(member.p_value)] if member.p_value is not None else []
+    parts += ["works against refusal"] if member.opposes else []
     return "; ".join(
         [*parts, "no role" if member.role == "none" else f"role {member.role}", STATUS_WORDS[member.status]]
     )
@@ -453,6 +454,11 @@ def finding(circuit: RefusalCircuit) -> str:
     if check.fresh is not None:
         text += f". On {check.fresh.n} fresh pairs, which were used for nothing before, they restore "
         text += percent(check.fresh.faithfulness)
+    against = sum(member.opposes for member in circuit.nodes)
+    if against:
+        text += (
+            f". {against} of the nodes work against refusal" if against > 1 else ". One of the nodes works against it"
+        )
     if not check.random_controls.n:
         return f"{text}. No random sets of the same size were drawn."
     return f"{text}. Random sets of the same size restore {percent(check.random_controls.mean)} on average."

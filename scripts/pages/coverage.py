@@ -18,7 +18,7 @@ SECTIONS = {
     "areas": ("CPR, rises to 1", "CMD, rises to 1", "CPR, at 1 early", "CMD, at 1 early"),
 }
 # samples of the slower parts: at least so many, and this share of those of the others
-FEWER = {"others": (50, 2), "equivalence": (50, 2), "independence": (50, 10), "sweeps": (5, 40)}
+FEWER = {"others": (50, 2), "independence": (50, 10), "sweeps": (5, 40)}
 
 
 def context(record: Record) -> dict[str, Any]:

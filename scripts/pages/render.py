@@ -7,11 +7,24 @@ from typing import Any
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.output import json_text, write_text
-from pages import coverage, demo_model, gallery, ground_truth, models, native_model, refusal_direction, safety_neurons
+from pages import (
+    claims,
+    coverage,
+    demo_model,
+    gallery,
+    ground_truth,
+    models,
+    native_model,
+    refusal_direction,
+    safety_neurons,
+)
 from pages.page import Page
 from pages.records import PageError
 
-MODULES = (refusal_direction, safety_neurons, native_model, coverage, ground_truth, demo_model, models, gallery)
+MODULES = (
+    *(refusal_direction, safety_neurons, native_model, coverage, claims),
+    *(ground_truth, demo_model, models, gallery),
+)
 PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}
 
 

@@ -202,7 +202,7 @@ def test_by_role(circuit):
     with pytest.raises(MechsafetyError) as caught:
         circuit.by_role("detector")
     assert str(caught.value) == (
-        "role 'detector'; expected one of ('detection', 'evaluation', 'decision', 'production', 'none')"
+        "role 'detector'; expected one of ('detection', 'relay', 'evaluation', 'decision', 'production', 'none')"
     )
 
 
@@ -329,7 +329,7 @@ def put(*path_and_value):
 DROP = object()
 FIELDS = "; expected the fields of "
 AGAIN = "; expected 1 to 4; make the circuit again"
-ROLES = "('detection', 'evaluation', 'decision', 'production', 'none')"
+ROLES = "('detection', 'relay', 'evaluation', 'decision', 'production', 'none')"
 STATUS = "('estimated', 'measured', 'verified', 'rejected')"
 
 

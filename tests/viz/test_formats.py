@@ -155,7 +155,7 @@ def test_html_is_inert_whatever_the_model_is_called(hostile: RefusalCircuit) -> 
 
 def test_page_is_small_without_attention(large: RefusalCircuit, small: RefusalCircuit) -> None:
     bare = replace(large, details=None)
-    assert len(circuit_html(bare).encode()) < 300_000
+    assert len(circuit_html(bare).encode()) < 320_000
     assert len(circuit_html(replace(small, details=None)).encode()) < 100_000
     rng = random.Random(2)
     every = [Node("head", layer, head) for layer in range(24) for head in range(16)]

@@ -153,8 +153,8 @@ def in_order(ranges: dict[str, tuple[float, float]], names: list[str]) -> bool:
 
 def test_roles_have_lanes(large: RefusalCircuit) -> None:
     ranges = lanes(layout_circuit(large), lambda member: member.role)
-    assert len(ranges) == 5
-    assert in_order(ranges, ["none", "detection", "evaluation", "decision", "production"])
+    assert len(ranges) == 6
+    assert in_order(ranges, ["none", "detection", "relay", "evaluation", "decision", "production"])
 
 
 def test_parts_have_lanes(neurons: RefusalCircuit) -> None:
@@ -420,12 +420,28 @@ def test_hollow_means_estimated(circuit: RefusalCircuit) -> None:
 
 def test_labels_contrast_with_their_fill(circuit: RefusalCircuit) -> None:
     for mark in layout_circuit(circuit).nodes:
-        light, dark = sorted((luminance(mark.shapes[-1].fill), luminance(mark.labels[0].colour)), reverse=True)
+        fill = next(shape.fill for shape in reversed(mark.shapes) if shape.fill)
+        light, dark = sorted((luminance(fill), luminance(mark.labels[0].colour)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.0, mark.key
 
 
 def test_roles_differ_in_colour_and_in_outline() -> None:
-    assert len(set(ROLE_COLOURS.values())) == len(set(ROLE_OUTLINES.values())) == 5
+    assert len(set(ROLE_COLOURS.values())) == len(set(ROLE_OUTLINES.values())) == 6
+
+
+def test_nodes_that_work_against_refusal_are_underlined(small: RefusalCircuit) -> None:
+    first = small.nodes[0]
+    for ends, opposes in (((-0.5, -0.3), True), ((-0.5, 0.1), False), (None, False)):
+        member = replace(first, effect=-0.4, ci=ends, status="measured")
+        layout = layout_circuit(replace(small, nodes=(member, *(replace(m, ci=None) for m in small.nodes[1:]))))
+        mark = next(mark for mark in layout.nodes if mark.member == member)
+        assert member.opposes is opposes and (len(mark.shapes) == 2) is opposes
+        assert ("works against refusal" in mark.title) is opposes
+        assert any(label.text == "works against refusal" for label in layout.labels) is opposes
+        if opposes:  # in the ink of the name, inside the node
+            (_, start), (_, end) = mark.shapes[1].commands
+            assert mark.shapes[1].stroke == mark.labels[0].colour and abs(end[0] - start[0]) < mark.width
+            assert mark.labels[0].y < start[1] < mark.y + mark.height / 2
 
 
 def test_missing_layers_are_marked(small: RefusalCircuit) -> None:

@@ -77,8 +77,8 @@ def verify(
     """
     budget, aim = budget or Budget(), Goal(target, goal)
     circuit, judge = result.circuit, fresh or held_out
-    faithful, interval = _faithfulness(held_out, circuit, seed)
-    judged, judged_interval = _faithfulness(judge, circuit, seed)
+    faithful, interval = faithfulness_of(held_out, circuit, seed)
+    judged, judged_interval = faithfulness_of(judge, circuit, seed)
     harmful, harmless = judge.ends()
     gap = harmful - harmless
     removed = judge.removed([circuit])[0]
@@ -115,7 +115,7 @@ def verify(
         # measured again: since the search, backups may have joined and unconnected nodes may have left
         reached=aim.met(found, faithful),
         completeness=None if complete is None else complete[0],
-        completeness_ci=None if complete is None else _gap_interval(judge, circuit, complete[1], seed),
+        completeness_ci=None if complete is None else gap_interval(judge, circuit, complete[1], seed),
         minimality=None if costs is None else {str(part): value for part, value in costs.items()},
         fresh=None if fresh is None else FreshCheck(len(harmful), judged, judged_interval),
         completeness_without=None if complete is None else tuple(str(part) for part in complete[1]),
@@ -131,7 +131,8 @@ def verify(
     return replace(check, claims=claims(check, len(harmful), ratio_interval(harmful - removed, gap, seed)))
 
 
-def _faithfulness(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> tuple[float, tuple[float, float]]:
+def faithfulness_of(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> tuple[float, tuple[float, float]]:
+    """Faithfulness of a circuit, and its 95 % interval over pairs."""
     harmful, harmless = meter.ends()
     part, whole = meter.kept([circuit])[0] - harmless, harmful - harmless
     return ratio(part, whole), ratio_interval(part, whole, seed)
@@ -261,7 +262,7 @@ def completeness(
     return values[best], in_order(tried[best])
 
 
-def _gap_interval(
+def gap_interval(
     meter: FaithfulnessMeter, circuit: Sequence[Part], gone: Sequence[Part], seed: int
 ) -> tuple[float, float]:
     """Interval over prompts of |F(C without K) - F(M without K)|: the sign is turned so that the mean is positive."""

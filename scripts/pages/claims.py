@@ -1,0 +1,56 @@
+"""How often the tests behind claims err: tables of their page."""
+
+from typing import Any
+
+from pages.page import Page
+from pages.records import Record
+from pages.tables import table
+
+# what is called calibrated: a nominal 5 %, give or take
+GOOD = (0.03, 0.07)
+
+
+def context(record: Record) -> dict[str, Any]:
+    """What the template is given."""
+    rows = record["rows"]
+    tests = [row for row in rows if row["kind"] == "p"]
+    decided = [row for row in rows if row["kind"] == "interval"]
+    above = [row for row in rows if row["errs"] > GOOD[1]]
+    return {
+        "times": record["times"],
+        "parts": record["parts"],
+        "n_true": record["true"],
+        "pairs": record["pairs"],
+        "faithfulness": record["faithfulness"],
+        "good": GOOD,
+        "inside": sum(GOOD[0] <= row["errs"] <= GOOD[1] for row in rows),
+        "rows": len(rows),
+        "above": [f"{row['claim']} at {row['n']} ({row['errs']:.1%})" for row in above],
+        "below": [f"{row['claim']} at {row['n']} ({row['errs']:.1%})" for row in rows if row["errs"] < GOOD[0]],
+        "tests": table(
+            [
+                [row["claim"], str(row["n"]), row["null"], share(row["errs"]), row["other"], f"{row['power']:.0%}"]
+                for row in tests
+            ],
+            ["claim", "pairs", "what is true", "p below 0.05", "alternative", "p below 0.05 there"],
+        ),
+        "decided": table(
+            [
+                [
+                    *(row["claim"], str(row["n"]), row["null"], share(row["errs"])),
+                    *(f"{row['holds']:.1%}", f"{row['fails']:.1%}", row["other"] or "not simulated"),
+                    "" if row["power"] is None else f"{row['power']:.0%}",
+                ]
+                for row in decided
+            ],
+            ["claim", "n", "what is true", "decided", "holds", "fails", "alternative", "holds there"],
+        ),
+    }
+
+
+def share(value: float) -> str:
+    """A share of simulations; bold where it is not as it should be."""
+    return f"{value:.1%}" if GOOD[0] <= value <= GOOD[1] else f"**{value:.1%}**"
+
+
+PAGE = Page("claims", context)
