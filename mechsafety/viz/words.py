@@ -456,9 +456,8 @@ def finding(circuit: RefusalCircuit) -> str:
         text += percent(check.fresh.faithfulness)
     against = sum(member.opposes for member in circuit.nodes)
     if against:
-        text += (
-            f". {against} of the nodes work against refusal" if against > 1 else ". One of the nodes works against it"
-        )
+        text += f". {against} of the nodes work" if against > 1 else ". One of the nodes works"
+        text += " against refusal"
     if not check.random_controls.n:
         return f"{text}. No random sets of the same size were drawn."
     return f"{text}. Random sets of the same size restore {percent(check.random_controls.mean)} on average."
