@@ -2,7 +2,8 @@
 
     python benchmarks/truth.py [--jobs N]     # or: make bench-truth
 
-36 planted models of varied shape (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one.
+36 planted models (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one. On 200 more, whose
+circuits differ in shape as well, the maps alone are measured, and which role each node gets.
 Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and draws its page at the end.
 To add a method, write a function like those below and put it into METHODS.
 """
@@ -15,6 +16,7 @@ import platform
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -49,6 +51,7 @@ from pages.render import publish
 
 # name: (decoys, stages doubled, models)
 PLANTED = {"neither": (0, 0, 10), "decoys": (6, 0, 10), "backups": (0, 1, 10), "both": (4, 1, 6)}
+VARIED = 200
 N_PAIRS = 12
 # exact path patching of more edges than this is left out
 AFFORDABLE_EDGES = 1500
@@ -206,6 +209,29 @@ METHODS: tuple[Callable[[Case], Any], ...] = (
 )
 
 
+# what varied circuits are for: the maps, and their roles
+MAPPED: tuple[Callable[[Case], Any], ...] = (map_nodes, map_neurons)
+
+
+def varied() -> dict[str, dict[str, Any]]:
+    """Options of the models with varied circuits, by name; drawn once, the same in every run."""
+    found = {}
+    for k in range(VARIED):
+        rng = random.Random(9000 + k)
+        norm, layers = ("rmsnorm", "layernorm")[k % 2], 2 + k % 11
+        heads = rng.choice((4, 6, 8) if layers < 4 else (2, 3, 4, 6))
+        found[f"varied-{k}"] = {
+            "seed": 9000 + k,
+            "layers": layers,
+            "heads": heads,
+            "norm": norm,
+            "decoys": rng.choice((0, 2, 4)),
+            "neurons": rng.choice((1, 2, 3)),
+            "varied": True,
+        }
+    return found
+
+
 def shapes() -> dict[str, dict[str, Any]]:
     """Options of every planted model by name; drawn once, the same in every run."""
     found = {}
@@ -246,16 +272,28 @@ def measure(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     quiet_libraries()
     case = build(options)
     rows = {}
-    for method in METHODS:
+    for method in MAPPED if options and options.get("varied") else METHODS:
         begin = time.perf_counter()
         result = method(case)
         seconds = time.perf_counter() - begin
         if result is None:
             continue
         rows[method.__name__] = figures(testbed.score(result, case.truth)) | {"seconds": round(seconds, 2)}
+        if method in MAPPED:
+            rows[method.__name__]["named"] = named(result, case.truth)
     condition = name.split("-")[0]
     truth = {"nodes": len(case.truth.nodes), "neurons": len(case.truth.neurons), "edges": len(case.truth.edges)}
     return {"condition": condition, "options": options, "truth": truth, "methods": rows}
+
+
+def named(circuit: ms.RefusalCircuit, truth: testbed.Truth) -> list[list[Any]]:
+    """True role, kind, role found, and number of nodes, of the true nodes that were found."""
+    counts = Counter(
+        (truth.roles[member.node], member.node.kind, member.role)
+        for member in circuit.nodes
+        if member.node in truth.roles
+    )
+    return [[*key, count] for key, count in sorted(counts.items())]
 
 
 def figures(found: testbed.TruthScore) -> dict[str, Any]:
@@ -287,7 +325,7 @@ def main() -> None:
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
         "pairs": N_PAIRS,
     }
-    cases: dict[str, dict[str, Any] | None] = {**shapes(), "certified": None}
+    cases: dict[str, dict[str, Any] | None] = {**shapes(), "certified": None, **varied()}
     methods = sorted(method.__name__ for method in METHODS)
     if store.get("method_names") != methods:
         store["models"] = {}

@@ -1,11 +1,13 @@
 """Methods on models whose refusal circuit is known: sentences and tables of their page."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mechsafety.circuits.circuit import ROLES
 from mechsafety.intervals import mean_interval
 from pages.page import Page
 from pages.records import Record, Stored, load
@@ -65,7 +67,32 @@ def completed(record: Record, folder: Path) -> Record:
 
 
 def planted(record: Record) -> list[Record]:
-    return [row for row in record["models"].values() if row["condition"] != "certified"]
+    return [row for row in record["models"].values() if row["condition"] not in ("certified", "varied")]
+
+
+def varied(record: Record, method: str = "map_nodes") -> list[Record]:
+    """A method's figures on every model with a varied circuit."""
+    models = [row for row in record["models"].values() if row["condition"] == "varied"]
+    return [row["methods"][method] for row in models]
+
+
+def role_counts(record: Record, method: str) -> Counter[tuple[str, str, str]]:
+    """Number of nodes of varied circuits, by true role, kind and role found."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for row in varied(record, method):
+        for true, kind, found, count in row["named"]:
+            counts[true, kind, found] += count
+    return counts
+
+
+def right(record: Record, method: str) -> float:
+    """Share of the true nodes of varied circuits that were found and have their true role."""
+    counts = role_counts(record, method)
+    return sum(n for (true, _, found), n in counts.items() if true == found) / counts.total()
+
+
+def over_varied(method: str, figure: str, how: Callable[[list[float]], Any] = np.mean) -> Callable[[Record], float]:
+    return lambda record: float(how([row[figure] for row in varied(record, method)]))
 
 
 def on_planted(record: Record, method: str, figure: str) -> list[float]:
@@ -98,27 +125,51 @@ SENTENCES = {
         lambda precision, recall, backups, decoys: precision == recall == backups == 1 and decoys == 0,
     ),
     "edges": Sentence(
-        "Edges: those of the default map hold the true ones (recall {recall:.2f}) among others. Their precision is "
-        "{precision:.2f} ({worst:.2f} in the worst model), so that most of the lines that it draws are no direct path "
-        "of the circuit. In the demo model's map {estimated} of {drawn} edges are estimates, and {linked} are there "
-        "only to connect a node. The map of edges has a precision of {exact:.2f}, and a recall of {exact_recall:.2f}.",
+        "Edges: those of the default map have a precision of {precision:.2f} ({worst:.2f} in the worst model) and a "
+        "recall of {recall:.2f}; those of the map of edges have {exact:.2f} and {exact_recall:.2f}. In the demo model's map "
+        "{linked} of {drawn} edges are there only to connect a node.",
         {
             "recall": mean("map_nodes", "found_edges_recall"),
             "precision": mean("map_nodes", "found_edges_precision"),
             "worst": mean("map_nodes", "found_edges_precision", min),
             "exact": mean("map_edges", "found_edges_precision"),
             "exact_recall": mean("map_edges", "found_edges_recall"),
-            "estimated": lambda record: sum(edge["status"] == "estimated" for edge in record["demo"]["edges"]),
             "drawn": lambda record: len(record["demo"]["edges"]),
             "linked": lambda record: len(record["demo"]["search"]["linked"]),
         },
-        lambda precision, recall, exact, linked: precision < 0.5 < recall and exact > 0.9 and linked > 0,
+        lambda precision, recall: min(precision, recall) > 0.9,
     ),
     "smallest": Sentence(
         "A map of edges is the smallest set, and has no search for backups. Of two ways that do the same work it holds "
         "one. It therefore finds {backups:.2f} of the backed-up nodes, and has a recall of nodes of {recall:.2f}.",
         {"backups": mean("map_edges", "backups_found"), "recall": mean("map_edges", "found_nodes_recall")},
         lambda backups, recall: backups < 1 and recall < 1,
+    ),
+}
+
+
+ON_VARIED = {
+    "roles": Sentence(
+        "Roles: {nodes:.1%} of the heads and MLPs that were found have their true role, and {neurons:.1%} of the heads "
+        "and neurons.",
+        {
+            "nodes": lambda record: right(record, "map_nodes"),
+            "neurons": lambda record: right(record, "map_neurons"),
+        },
+        lambda nodes, neurons: min(nodes, neurons) >= 0.95,
+    ),
+    "parts": Sentence(
+        "Nodes: mean F1 {nodes:.3f} (lowest {worst:.2f}), with neurons {neurons:.3f}. {decoys:.0f} decoys were taken "
+        "for parts. Edges: precision {precision:.3f}, recall {recall:.3f}.",
+        {
+            "nodes": over_varied("map_nodes", "found_nodes_f1"),
+            "worst": over_varied("map_nodes", "found_nodes_f1", min),
+            "neurons": over_varied("map_neurons", "found_nodes_f1"),
+            "decoys": over_varied("map_nodes", "decoys_found", sum),
+            "precision": over_varied("map_nodes", "found_edges_precision"),
+            "recall": over_varied("map_nodes", "found_edges_recall"),
+        },
+        lambda nodes, neurons, precision, recall: min(nodes, neurons, precision, recall) > 0.9,
     ),
 }
 
@@ -137,7 +188,26 @@ def context(record: Record) -> dict[str, Any]:
         "planted": len(planted(record)),
         "said": [say(record, sentence) for sentence in SENTENCES.values()] if whole else None,
         "summary": summary_table(record) if whole else None,
+        "varied": varied_tables(record) if varied(record) else None,
         "conditions": [found for name in CONDITIONS if (found := condition(record, name))],
+    }
+
+
+def varied_tables(record: Record) -> dict[str, Any]:
+    """Sentences about varied circuits, and which role the nodes of each true role got."""
+    counts = role_counts(record, "map_nodes") + role_counts(record, "map_neurons")
+    named = [role for role in ROLES if any(found == role for _, _, found in counts)]
+    rows = []
+    for true in dict.fromkeys(true for true, _, _ in sorted(counts, key=lambda key: ROLES.index(key[0]))):
+        for kind in ("head", "mlp", "neuron"):
+            own = {found: n for (role, part, found), n in counts.items() if (role, part) == (true, kind)}
+            if own:
+                share = own.get(true, 0) / sum(own.values())
+                rows.append([true, kind, f"{share:.1%}", *(str(own.get(found, 0)) for found in named)])
+    return {
+        "n": len(varied(record)),
+        "said": [say(record, sentence) for sentence in ON_VARIED.values()],
+        "roles": table(rows, ["true role", "part", "right", *(f"found: {found}" for found in named)]),
     }
 
 
