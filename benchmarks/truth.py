@@ -2,8 +2,8 @@
 
     python benchmarks/truth.py [--jobs N]     # or: make bench-truth
 
-36 planted models (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one. On 200 more, whose
-circuits differ in shape as well, the maps alone are measured, and which role each node gets.
+36 planted models (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one. On 200 more,
+whose circuits differ in shape as well, the maps alone are measured, and which role each node gets.
 Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and draws its page at the end.
 To add a method, write a function like those below and put it into METHODS.
 """

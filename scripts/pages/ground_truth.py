@@ -126,8 +126,8 @@ SENTENCES = {
     ),
     "edges": Sentence(
         "Edges: those of the default map have a precision of {precision:.2f} ({worst:.2f} in the worst model) and a "
-        "recall of {recall:.2f}; those of the map of edges have {exact:.2f} and {exact_recall:.2f}. In the demo model's map "
-        "{linked} of {drawn} edges are there only to connect a node.",
+        "recall of {recall:.2f}; those of the map of edges have {exact:.2f} and {exact_recall:.2f}. In the demo "
+        "model's map {linked} of {drawn} edges are there only to connect a node.",
         {
             "recall": mean("map_nodes", "found_edges_recall"),
             "precision": mean("map_nodes", "found_edges_precision"),
