@@ -27,6 +27,12 @@ def context(record: Record) -> dict[str, Any]:
         "rows": len(rows),
         "above": [f"{row['claim']} at {row['n']} ({row['errs']:.1%})" for row in above],
         "below": [f"{row['claim']} at {row['n']} ({row['errs']:.1%})" for row in rows if row["errs"] < GOOD[0]],
+        "blind": all(row["power"] < 0.1 for row in tests if row["claim"] == "necessity"),
+        "lopsided": [
+            f"{row['claim']} at {row['n']} (holds {row['holds']:.1%}, fails {row['fails']:.1%})"
+            for row in decided
+            if row["errs"] > GOOD[1] and max(row["holds"], row["fails"]) > 3 * min(row["holds"], row["fails"])
+        ],
         "tests": table(
             [
                 [row["claim"], str(row["n"]), row["null"], share(row["errs"]), row["other"], f"{row['power']:.0%}"]
