@@ -260,12 +260,10 @@ def _summary(circuit: Any, out: Path) -> str:
 
 def _missed(circuit: Any) -> str:
     """The line that says that the circuit misses its goal, and whether any set that was tried meets it."""
-    from mechsafety.circuits.goal import Goal
-
     check, most = circuit.verification, circuit.provenance.options.get("max_nodes")
     parts = {"node": "nodes", "edge": "edges", "neuron": "parts"}[circuit.level]
     largest = circuit.n_candidates - 1 if most is None else most
-    goal = Goal(check.target, check.goal)
+    goal = check.aim
     enough = [p for p in check.curve if p.n_nodes <= largest and goal.met(p.faithfulness, p.held_out)]
     if enough:
         size = f"the first {enough[0].n_nodes} {parts} of the ranking meet this"
@@ -276,9 +274,7 @@ def _missed(circuit: Any) -> str:
 
 def _asked(check: Any) -> str:
     """What the search was asked for."""
-    from mechsafety.circuits.goal import Goal
-
-    return f"asked for {Goal(check.target, check.goal).words}"
+    return f"asked for {check.aim.words}"
 
 
 _PARTS = {"node": "heads and MLPs", "neuron": "heads, MLPs and neurons"}

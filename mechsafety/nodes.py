@@ -47,6 +47,11 @@ class Node:
         return names.get(self.kind, f"L{self.layer}.N{self.index}" if self.kind == "neuron" else self.kind)
 
     @property
+    def home(self) -> "Node":
+        """The head or MLP that holds the node: a neuron's MLP, otherwise the node itself."""
+        return Node("mlp", self.layer) if self.kind == "neuron" else self
+
+    @property
     def short(self) -> str:
         """The name in figures: ``14.2`` for a head, ``M26`` for an MLP; others as printed."""
         return {"head": f"{self.layer}.{self.index}", "mlp": f"M{self.layer}"}.get(self.kind, str(self))

@@ -19,6 +19,7 @@ import mechsafety as ms
 import mechsafety.models
 from mechsafety import RefusalCircuit, cli, testbed
 from mechsafety.circuits.circuit import Level
+from mechsafety.circuits.goal import Goal
 from mechsafety.cli import main
 from mechsafety.prompts.pairs import Align
 from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
@@ -585,7 +586,7 @@ def test_a_planted_folder_by_hand(norm, run, tmp_path):
 def test_a_missed_target_is_said_as_it_is():
     """Nothing short of the whole model reaches it, or some set does and the circuit does not."""
     curve = [ms.circuits.circuit.CurvePoint(k / 10, k, 0.09 * k, 0.1 * k) for k in (2, 5, 9, 10)]
-    check = SimpleNamespace(target=0.8, goal="reach", curve=curve)
+    check = SimpleNamespace(aim=Goal(0.8), curve=curve)
     made = SimpleNamespace(
         verification=check, provenance=SimpleNamespace(options={"max_nodes": None}), level="node", n_candidates=10
     )
@@ -598,5 +599,5 @@ def test_a_missed_target_is_said_as_it_is():
     )
     made.provenance.options["max_nodes"] = 5
     assert cli._missed(made) == "No set of at most 5 nodes has a faithfulness of at least 0.8 on held-out pairs."
-    check.goal = "match"
+    check.aim = Goal(0.8, "match")
     assert cli._missed(made).endswith("has a faithfulness of 0.8 to 1.2 on held-out pairs.")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.circuit import CircuitNode, NodeScore, Role, RoleEvidence
 from mechsafety.circuits.effects import Measured
+from mechsafety.circuits.goal import Goal
 from mechsafety.nodes import Node
 
 
@@ -14,6 +15,7 @@ def circuit_nodes(
     measured: Mapping[Node, Measured],
     roles: Mapping[Node, tuple[Role, RoleEvidence]],
     minimality: Mapping[str, float] | None,
+    goal: Goal,
 ) -> tuple[CircuitNode, ...]:
     """The circuit's nodes with effect, role and status; estimates where there was no time to measure."""
     rows = []
@@ -23,7 +25,10 @@ def circuit_nodes(
             rows.append(CircuitNode(node, role, attribution.of(node), evidence=evidence))
             continue
         effect, ci, p_value = measured[node]
-        verified = p_value < 0.05 and effect > 0 and (minimality or {}).get(str(node), 0.0) > 0
+        marginal = (minimality or {}).get(str(node), 0.0)
+        # a circuit that matches the model also needs the nodes that work against the behaviour
+        needed = min(effect, marginal) > 0 or (goal.kind == "match" and max(effect, marginal) < 0)
+        verified = p_value < 0.05 and needed
         rows.append(CircuitNode(node, role, effect, ci, p_value, "verified" if verified else "measured", evidence))
     return tuple(rows)
 

@@ -135,12 +135,6 @@ class CircuitEdge:
     estimate: float | None = None
     ci: tuple[float, float] | None = None
 
-    def scaled(self, factor: float) -> "CircuitEdge":
-        """The same edge with effect, estimate and interval as shares of another gap."""
-        estimate = None if self.estimate is None else self.estimate * factor
-        low, high = sorted(end * factor for end in self.ci) if self.ci else (0.0, 0.0)
-        return replace(self, effect=self.effect * factor, estimate=estimate, ci=(low, high) if self.ci else None)
-
 
 @dataclass(frozen=True, slots=True)
 class Backup:
@@ -534,7 +528,7 @@ class RefusalCircuit(Result):
             self,
             nodes=tuple(_unverified(member) for member in self.nodes if member.node in ends),
             edges=tuple(e for e in self.edges if e.edge.sender in ends and e.edge.receiver in ends),
-            verification=Verification.not_measured(self.verification.target, "part of a circuit, not checked alone"),
+            verification=Verification.not_measured(self.verification.aim, "part of a circuit, not checked alone"),
             details=None,
             search=None,
         )
@@ -571,7 +565,7 @@ class RefusalCircuit(Result):
             nodes=tuple(_unverified(member) for member in sorted(nodes, key=lambda member: member.node.order)),
             edges=tuple(sorted(paths, key=lambda member: -abs(member.effect))),
             n_candidates=max(self.n_candidates, other.n_candidates),
-            verification=Verification.not_measured(self.verification.target, "merged, not checked as one circuit"),
+            verification=Verification.not_measured(self.verification.aim, "merged, not checked as one circuit"),
             details=None,
             search=None,
         )

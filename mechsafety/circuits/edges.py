@@ -6,6 +6,7 @@ A circuit is connected if every node lies on a path of kept edges from ``embed``
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import networkx as nx
+import numpy as np
 import torch
 
 from mechsafety.attribution.edges import edge_attribution
@@ -38,7 +39,11 @@ def estimate_edges(
 
 @public
 def measure_edges(
-    model: LensModel, runs: Sequence[PairRuns], metric: RefusalLogOdds, edges: Sequence[CircuitEdge]
+    model: LensModel,
+    runs: Sequence[PairRuns],
+    metric: RefusalLogOdds,
+    edges: Sequence[CircuitEdge],
+    gaps: Sequence[float] | None = None,
 ) -> list[CircuitEdge]:
     """Exact effect of single edges (path patching, Wang et al. 2022, with everything else frozen up to the receiver).
 
@@ -51,14 +56,16 @@ def measure_edges(
         runs: Stored runs of the pairs, in one or several groups.
         metric: The metric to measure.
         edges: The edges to measure.
+        gaps: Gap of each pair that effects are shares of; by default that of the runs.
     """
     if not edges:
         return []
     paths = [member.edge for member in edges]
-    gaps = torch.cat([harmful - harmless for harmful, harmless in (group.scores(metric) for group in runs)])
-    changes = torch.cat([measured_edges(model, group, metric, paths) for group in runs], dim=1)
-    effects = (changes.mean(1) / gaps.mean()).tolist()
-    intervals = ratio_intervals(changes.cpu().double().numpy(), gaps.cpu().double().numpy())
+    own = torch.cat([harmful - harmless for harmful, harmless in (group.scores(metric) for group in runs)])
+    whole = own.cpu().double().numpy() if gaps is None else np.asarray(gaps, dtype=np.float64)
+    changes = torch.cat([measured_edges(model, group, metric, paths) for group in runs], dim=1).cpu().double().numpy()
+    effects = (changes.mean(1) / whole.mean()).tolist()
+    intervals = ratio_intervals(changes, whole)
     return [
         CircuitEdge(member.edge, effect, "measured", member.estimate, ends)
         for member, effect, ends in zip(edges, effects, intervals, strict=True)

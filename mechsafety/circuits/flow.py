@@ -5,7 +5,7 @@ pair, the input of a node then differs by the embeddings and by what the circuit
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,24 +23,28 @@ from mechsafety.models.engine import (
     max_variants,
     run_from,
     split_rows,
-    unembed,
 )
 from mechsafety.nodes import EMBED, SLOTS, Node
 from mechsafety.patching import activation_patching
 from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.readout import final_scores
 from mechsafety.patching.receivers import SlotEdit, edit_hooks, live_logits, read_moment, slot_edit
-from mechsafety.patching.senders import added_changes, entry, sender_changes
+from mechsafety.patching.senders import added_changes, added_sum, entry
 from mechsafety.sites import Site, SiteKind
 
 Shares = Mapping[Node, float]
+Senders = Sequence[Node] | Mapping[Node, Sequence[Node]]
+# nodes whose writing is held at a time
+AT_ONCE = 64
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Flow:
     """Direct paths into and out of the nodes of a circuit, in the circuit's own runs.
 
     A path's sender takes its harmless value for one receiver alone. MLPs and attention between the two stay as they
-    are, and everything after the receiver runs live. Effects are shares of ``gap`` that are lost.
+    are, and everything after the receiver runs live. Effects are shares of ``gap`` that are lost. With a norm after
+    each block (Gemma-2, OLMo-2), what a node writes is its share of the norm of the layer's sum, at each run's scale.
 
     Attributes:
         model: The model.
@@ -57,7 +61,6 @@ class Flow:
     nodes: Sequence[Node]
     gap: float
     progress: bool = False
-    _changes: dict[int, dict[Node, Tensor]] = field(default_factory=dict)
 
     def effects(self, positions: str = "all") -> Shares:
         """Effect of patching each node alone, at all positions or at those of a span."""
@@ -71,13 +74,11 @@ class Flow:
 
     def direct(self) -> Shares:
         """Effect of each node's path to the logits."""
-        found = []
+        found, last = [], slice(-1, None)
         for runs in self.groups:
             with torch.no_grad():
-                last = slice(-1, None)
-                change = sender_changes(self.model, runs.harmful, runs.harmless, self.nodes, at=last)[:, :, 0]
-                final = runs.harmful.resid[-1][:, -1]
-                changed = self.metric(unembed(self.model, final + change.to(final.dtype)))
+                change = added_changes(self.model, runs.harmful, runs.harmless, self.nodes, at=last)[:, :, 0]
+                changed = final_scores(self.model, runs.harmful, change, self.metric)
             found.append(self.metric(runs.harmful.logits) - changed)
         return self._shares(self.nodes, torch.cat(found, dim=1))
 
@@ -92,11 +93,17 @@ class Flow:
         whole, written = self.effects(), self.into(self.nodes, self.nodes)
         return {node: whole[node] - written[node] for node in self.nodes}
 
-    def into(self, receivers: Sequence[Node], senders: Sequence[Node]) -> Shares:
-        """Effect of all paths together from the senders to each receiver, through all its slots at once."""
-        if not receivers or not senders:
-            return dict.fromkeys(receivers, 0.0)
-        return self._shares(receivers, self._lost(receivers, lambda k: self._received(k, receivers, senders)))
+    def into(self, receivers: Sequence[Node], senders: Senders) -> Shares:
+        """Effect of all paths together from the senders to each receiver, through all its slots at once.
+
+        Args:
+            receivers: Nodes that read.
+            senders: Nodes that are read: the same for every receiver, or those of each.
+        """
+        of = senders if isinstance(senders, Mapping) else dict.fromkeys(receivers, senders)
+        asked = [node for node in receivers if of[node]]
+        found = self._shares(asked, self._lost(asked, lambda k: self._received(k, asked, of))) if asked else {}
+        return {node: found.get(node, 0.0) for node in receivers}
 
     def out_of(self, senders: Sequence[Node], receivers: Sequence[Node]) -> Shares:
         """Effect of all paths together from each sender to the receivers, through all their slots at once.
@@ -107,33 +114,39 @@ class Flow:
             return dict.fromkeys(senders, 0.0)
         return self._shares(senders, self._lost(senders, lambda k: self._sent(k, senders, receivers)))
 
-    def repeated(self, least: float) -> Mapping[Node, list[Node]]:
-        """The senders whose writing each node repeats: those whose change, as it reads it, has at least this cosine.
+    def repeated(self, receivers: Sequence[Node], least: float) -> Mapping[Node, list[Node]]:
+        """The senders whose writing each receiver repeats.
 
-        A head reads the mean over the positions that it attends to, weighted by its attention in the harmful prompt.
+        What it reads of such a sender and what it writes have at least this cosine. Both are differences between the
+        prompts of a pair. A head reads the mean over the positions that it attends to, weighted by its attention in
+        the harmful prompt.
         """
-        products = {node: np.zeros((3, len(self.nodes))) for node in self.nodes}
-        for k, runs in enumerate(self.groups):
+        products = np.zeros((3, len(receivers), len(self.nodes)))
+        for runs in self.groups if receivers else ():
             with holding(self.model, runs.harmful):
                 pattern = self.model.cache(runs.harmful.tokens, ["pattern"]).pattern[..., runs.start :, runs.start :]
-            known = self._change(k, self.nodes)
-            every = torch.stack([known[node] for node in self.nodes])
-            for node in self.nodes:
-                wrote, reads = known[node], every
-                if node.kind == "head":
-                    weights = pattern[node.layer, node.index].to(reads)
-                    reads = einsum(weights, reads, "batch query key, sender batch key d -> sender batch query d")
-                pairs = ((reads, wrote), (reads, reads), (wrote, wrote))
-                shape = "sender batch pos d, sender batch pos d -> sender"
-                products[node] += np.stack(
-                    [einsum(a.expand_as(reads), b.expand_as(reads), shape).double().cpu().numpy() for a, b in pairs]
-                )
+            for row in range(0, len(receivers), AT_ONCE):
+                own = receivers[row : row + AT_ONCE]
+                wrote = added_changes(self.model, runs.harmful, runs.harmless, own)
+                for column in range(0, len(self.nodes), AT_ONCE):
+                    others = self.nodes[column : column + AT_ONCE]
+                    every = added_changes(self.model, runs.harmful, runs.harmless, others)
+                    for k, node in enumerate(own):
+                        reads = every
+                        if node.kind == "head":
+                            weights = pattern[node.layer, node.index].to(every)
+                            shape = "batch query key, sender batch key d -> sender batch query d"
+                            reads = einsum(weights, every, shape)
+                        into = products[:, row + k, column : column + len(others)]
+                        into[0] += einsum(reads, wrote[k], "sender batch pos d, batch pos d -> sender").cpu().numpy()
+                        into[1] += reduce(reads.square(), "sender batch pos d -> sender", "sum").cpu().numpy()
+                        into[2] += float(wrote[k].square().sum())
+        both, read, written = products
+        alike = (both >= least * np.sqrt(read * written)) & (read > 0) & (written > 0)
         found: dict[Node, list[Node]] = {}
-        for node, (both, read, written) in products.items():
-            alike = both >= least * np.sqrt(read * written)
-            earlier = [entry(sender) <= read_moment(self.model, node) for sender in self.nodes]
-            rows = np.flatnonzero(alike & (read > 0) & (written > 0) & earlier)
-            found[node] = [self.nodes[row] for row in rows.tolist()]
+        for node, row_of in zip(receivers, alike, strict=True):
+            moment = read_moment(self.model, node)
+            found[node] = [self.nodes[k] for k in np.flatnonzero(row_of).tolist() if entry(self.nodes[k]) <= moment]
         return found
 
     def _shares(self, nodes: Sequence[Node], changes: Float[Tensor, "node prompt"]) -> Shares:
@@ -149,27 +162,17 @@ class Flow:
             found.append(self.metric(runs.harmful.logits) - torch.stack([rows[node] for node in nodes]))
         return torch.cat(found, dim=1)
 
-    def _change(self, k: int, nodes: Sequence[Node]) -> dict[Node, Float[Tensor, "batch pos d_model"]]:
-        """Harmless less harmful of what each node adds to the residual stream in one group of pairs."""
-        known, runs = self._changes.setdefault(k, {}), self.groups[k]
-        new = [node for node in nodes if node not in known]
-        if new:
-            with torch.no_grad():
-                known |= dict(zip(new, added_changes(self.model, runs.harmful, runs.harmless, new), strict=True))
-        return known
-
     def _sum(self, k: int, senders: Sequence[Node], moment: int) -> Float[Tensor, "batch pos d_model"]:
         """Sum of the changes of the senders that have entered the residual stream by a moment."""
-        known, total = self._change(k, senders), torch.zeros_like(self.groups[k].harmful.resid[0])
-        for node in senders:
-            if entry(node) <= moment:
-                total = total + known[node].to(total.dtype)
-        return total
+        runs = self.groups[k]
+        return added_sum(
+            self.model, runs.harmful, runs.harmless, [node for node in senders if entry(node) <= moment]
+        ).to(runs.harmful.resid.dtype)
 
     def _received(
-        self, k: int, receivers: Sequence[Node], senders: Sequence[Node]
+        self, k: int, receivers: Sequence[Node], senders: Mapping[Node, Sequence[Node]]
     ) -> Iterator[tuple[list[Node], Float[Tensor, "receiver batch"]]]:
-        """The receivers, and the metric when each alone reads the senders' changes, in batches."""
+        """The receivers, and the metric when each alone reads its senders' changes, in batches."""
         base, edits, members = self.groups[k].harmful, list[list[SlotEdit]](), list[Node]()
         most = max_variants(base)
         for (moment, kind, _), here in _by_moment(self.model, receivers).items():
@@ -178,8 +181,9 @@ class Flow:
                 if edits and len(members) + len(some) > most:
                     yield members, self._scores(k, edits)
                     edits, members = [], []
-                delta = self._sum(k, senders, moment).expand(len(some), -1, -1, -1)
                 with torch.no_grad():
+                    sums = {key: self._sum(k, key, moment) for key in dict.fromkeys(tuple(senders[n]) for n in some)}
+                    delta = torch.stack([sums[tuple(senders[node])] for node in some])
                     edits.append([slot_edit(self.model, base, [[(n, s)] for n in some], delta) for s in SLOTS[kind]])
                 members = [*members, *some]
         if edits:
@@ -193,8 +197,8 @@ class Flow:
         most, ordered = max_variants(base), sorted(senders, key=lambda node: (entry(node), node.order))
         for first in range(0, len(ordered), most):
             some = ordered[first : first + most]
-            known = self._change(k, some)
-            changes = torch.stack([known[node] for node in some])
+            with torch.no_grad():
+                changes = added_changes(self.model, base, self.groups[k].harmless, some).to(base.resid.dtype)
             yield some, self._carried(k, some, changes, receivers)
 
     def _carried(

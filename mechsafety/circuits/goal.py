@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from mechsafety.errors import MechsafetyError
 
 GoalKind = Literal["reach", "match"]
 # rounding error of the whole model's faithfulness, which is 1
@@ -21,6 +23,9 @@ class Goal:
         target: Faithfulness to reach, in (0, 1].
         kind: ``reach`` or ``match``.
 
+    Raises:
+        MechsafetyError: An unknown kind.
+
     Example:
         >>> Goal(0.8).met(1.7), Goal(0.8, "match").met(1.7), Goal(0.8, "match").met(1.1)
         (True, False, True)
@@ -28,6 +33,10 @@ class Goal:
 
     target: float = 0.8
     kind: GoalKind = "reach"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GoalKind):
+            raise MechsafetyError(f"goal {self.kind!r}", expected=f"one of {get_args(GoalKind)}")
 
     @property
     def most(self) -> float:

@@ -104,6 +104,10 @@ class NodeLevel:
         """The circuit of this level's parts, from one of heads and MLPs."""
         return coarse
 
+    def own_edges(self, result: SearchResult) -> list[CircuitEdge] | None:  # noqa: ARG002 (edges need it)
+        """The circuit's own edges with their estimates, the strongest first; None if it is made of nodes."""
+        return None
+
     def wired(self, wiring: Wiring, result: SearchResult) -> Wiring:  # noqa: ARG002 (edges need it)
         """The wiring, with the edges that this level keeps."""
         return wiring
@@ -154,11 +158,15 @@ class EdgeLevel(NodeLevel):
         scores = edge_scores(meters.found_on)
         return search_edges(meters.found_on, meters.held_out, scores, goal, max_edges=max_parts, budget=budget)
 
+    def own_edges(self, result: SearchResult) -> list[CircuitEdge]:
+        """The circuit's edges, with their EAP-IG scores."""
+        own, scores = [edge for edge in result.circuit if isinstance(edge, Edge)], result.scores
+        edges = [CircuitEdge(edge, scores[edge], "estimated", scores[edge]) for edge in own]
+        return sorted(edges, key=lambda member: -abs(member.effect))
+
     def wired(self, wiring: Wiring, result: SearchResult) -> Wiring:
         """The circuit's own edges alone, measured where the wiring measured them."""
-        known, scores = {member.edge: member for member in wiring.edges}, result.scores
-        own = [edge for edge in result.circuit if isinstance(edge, Edge)]
-        edges = [known.get(edge, CircuitEdge(edge, scores[edge], "estimated", scores[edge])) for edge in own]
+        edges = [wiring.measured.get(member.edge, member) for member in self.own_edges(result)]
         return replace(wiring, edges=tuple(sorted(edges, key=lambda m: -abs(m.effect))), linked=(), dropped=())
 
 

@@ -305,6 +305,7 @@ def wire_circuit(measured: MeasuredParts) -> Wired:
         n_edges=options.n_edges,
         budget=split.budget,
         progress=split.progress,
+        own=LEVELS[options.level].own_edges(result),
     )
     wiring = LEVELS[options.level].wired(wiring, result)
     left = tuple(part for part in result.circuit if part not in wiring.dropped)
@@ -354,7 +355,9 @@ def assemble_circuit(verified: Verified) -> RefusalCircuit:
     split = measured.found.ranked.split
     model, drawn, attribution = split.model, split.drawn, measured.circuit.attribution
     before = measured.circuit.result
-    members = circuit_nodes(result.nodes, attribution, measured.intervals, wiring.roles, check.minimality)
+    members = circuit_nodes(
+        result.nodes, attribution, measured.intervals, wiring.roles, check.minimality, split.options.aim
+    )
     neurons = [node for node in before.nodes if node.kind == "neuron"]
     every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *neurons]
     some = replace(split.held, pairs=tuple(split.held.pairs[row] for row in split.rows))

@@ -74,10 +74,10 @@ def refine(
     here, there = (NeuronMeter.of(meter, layers) for meter in (found_on, held_out))
     attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)
     core = {node for node in nodes if node not in result.added}
-    first = [part for part in here.parts if isinstance(part, Node) and _home(part) in core]
-    rest = [part for part in here.parts if isinstance(part, Node) and _home(part) not in core]
+    first = [part for part in here.parts if isinstance(part, Node) and part.home in core]
+    rest = [part for part in here.parts if isinstance(part, Node) and part.home not in core]
     # a backup's neurons would replace what removal takes away, so they come last and are added by themselves
-    late = {node for node in rest if _home(node) in set(result.added)}
+    late = {node for node in rest if node.home in set(result.added)}
     ranking = _ranked(first, attribution, goal) + _ranked([n for n in rest if n not in late], attribution, goal)
     ranking += _ranked(sorted(late, key=lambda node: node.order), attribution, goal)
     found = search_parts(here, there, ranking, goal, rounds=8, budget=budget, shares=CURVE_SHARES, max_exact=MAX_EXACT)
@@ -92,11 +92,6 @@ def refine(
         gone = [node for node in {backup.primary, *backup.group} if node != backup.node]
         added += _stand_in(here, there, backup, gone, circuit, added, goal)
     return replace(found, circuit=in_order([*circuit, *added]), added=tuple(added)), (here, there), attribution
-
-
-def _home(part: Node) -> Node:
-    """The head or MLP that a part belongs to."""
-    return Node("mlp", part.layer) if part.kind == "neuron" else part
 
 
 def _ranked(parts: Sequence[Node], attribution: NodeAttribution, goal: Goal) -> list[Node]:
@@ -117,7 +112,7 @@ def _stand_in(
     attribution = node_attribution(here.model, runs, here.metric, neurons=True)
     own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]
     ranking = _ranked(own, attribution, goal)
-    base = [part for part in (*circuit, *added) if isinstance(part, Node) and _home(part) not in gone]
+    base = [part for part in (*circuit, *added) if isinstance(part, Node) and part.home not in gone]
 
     def reaches(size: int) -> bool:
         parts = [*base, *ranking[:size]]

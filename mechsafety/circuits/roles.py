@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from mechsafety.circuits.circuit import Role, RoleEvidence
+from mechsafety.circuits.flow import Senders, Shares
 from mechsafety.inputs import public
 from mechsafety.nodes import Node
 
@@ -12,14 +13,18 @@ MOST = 0.5
 # a node repeats what another wrote if what it reads of it and what it writes have at least this cosine
 ALIKE = 0.7
 
-Shares = Mapping[Node, float]
+# a node whose effect is smaller than this share of the gap has no role: shares of rounding errors say nothing
+LEAST = 1e-4
+
 Named = dict[Node, tuple[Role, RoleEvidence]]
 
 
 class Paths(Protocol):
     """What roles rest on; see `mechsafety.circuits.flow.Flow`, which measures it."""
 
-    nodes: Sequence[Node]
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The circuit's nodes."""
 
     def effects(self, positions: str = "all") -> Shares:
         """Effect of each node alone."""
@@ -30,14 +35,14 @@ class Paths(Protocol):
     def from_prompt(self) -> Shares:
         """Effect of what each node reads straight from the embeddings."""
 
-    def into(self, receivers: Sequence[Node], senders: Sequence[Node]) -> Shares:
-        """Effect of the paths from the senders to each receiver."""
+    def into(self, receivers: Sequence[Node], senders: Senders) -> Shares:
+        """Effect of the paths from the senders, or from its own senders, to each receiver."""
 
     def out_of(self, senders: Sequence[Node], receivers: Sequence[Node]) -> Shares:
         """Effect of the paths from each sender to the receivers."""
 
-    def repeated(self, least: float) -> Mapping[Node, list[Node]]:
-        """The senders whose writing each node repeats, by the cosine of the two."""
+    def repeated(self, receivers: Sequence[Node], least: float) -> Mapping[Node, list[Node]]:
+        """The senders whose writing each receiver repeats, by the cosine of the two."""
 
 
 @public
@@ -53,7 +58,7 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
     5. *Evaluation*: at least half of the effect goes to decision nodes and relays; then, whoever feeds such a node.
     6. A node that no rule fits gets the role of the largest of its shares: production for the path to the logits,
        decision for production nodes, evaluation for decision nodes, relays and evaluation nodes. The shares must add up
-       to at least half. Otherwise it has no role.
+       to at least half. Otherwise it has no role. Nor has a node whose effect is below 0.0001 of the gap.
 
     Args:
         flow: The measured paths.
@@ -81,8 +86,7 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
     roles |= dict.fromkeys(most(embedded), "detection")
     to_production = flow.out_of(left(), having("production"))
     roles |= dict.fromkeys(most(to_production, direct), "decision")
-    repeated = flow.repeated(ALIKE)
-    alike = {node: flow.into([node], repeated[node])[node] for node in left()}
+    alike = flow.into(left(), flow.repeated(left(), ALIKE))
     roles |= dict.fromkeys(most(alike), "relay")
     to_decision = dict(flow.out_of([*left(), *having("relay")], having("decision", "relay")))
     roles |= dict.fromkeys(most(to_decision), "evaluation")
@@ -126,5 +130,7 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
 
 
 def _share(parts: Iterable[Shares], effects: Shares, node: Node) -> float:
-    """What these effects are of the node's own effect; 0 for a node without an effect."""
-    return sum(part.get(node, 0.0) for part in parts) / effects[node] if effects[node] else 0.0
+    """What these effects are of the node's own effect; 0 for a node with hardly any effect."""
+    if abs(effects[node]) < LEAST:
+        return 0.0
+    return sum(part.get(node, 0.0) for part in parts) / effects[node]

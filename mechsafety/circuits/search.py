@@ -165,7 +165,7 @@ def search_parts(
         )
     if len(circuit) == len(ranking):
         # only the whole model meets the goal: say so, and give the smaller set that comes closest
-        smaller = [point for point in curve if point.n_nodes < len(ranking)]
+        smaller = [point for point in curve if 0 < point.n_nodes < len(ranking)]
         best = min(smaller, key=lambda point: (goal.missing(point.faithfulness, point.held_out), point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
         return SearchResult(

@@ -1,9 +1,9 @@
 """How the nodes of a circuit connect, and what each does: edges and roles, measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import torch
+import numpy as np
 
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
@@ -26,12 +26,14 @@ class Wiring:
         roles: Role of each node, with its evidence.
         linked: Edges that are kept only to connect a node.
         dropped: Nodes that nothing connects.
+        measured: Every edge that was measured, kept or not.
     """
 
     edges: tuple[CircuitEdge, ...]
     roles: Mapping[Node, tuple[Role, RoleEvidence]]
     linked: tuple[Edge, ...] = ()
     dropped: tuple[Node, ...] = ()
+    measured: Mapping[Edge, CircuitEdge] = field(default_factory=dict)
 
 
 def wire(
@@ -43,6 +45,7 @@ def wire(
     n_edges: int,
     budget: Budget,
     progress: bool,
+    own: Sequence[CircuitEdge] | None = None,
 ) -> Wiring:
     """Edges and roles of a circuit's nodes, connected from ``embed`` to ``logits``.
 
@@ -60,31 +63,34 @@ def wire(
         n_edges: Edges to measure, those with the largest estimates first.
         budget: Time to keep.
         progress: Whether to show bars.
+        own: Edges with their estimates, the strongest first, if the circuit has edges of its own; by default all edges
+            between the nodes are estimated.
     """
     no_roles: Roles = {node: ("none", RoleEvidence()) for node in nodes}
-    if budget.skips("edges and roles", 0.6):
+    if not nodes or budget.skips("edges and roles", 0.6):
         return Wiring((), no_roles)
     by_node = {backup.node: backup for backup in backups}
     every: dict[Edge, CircuitEdge] = {}
     kept: dict[Edge, CircuitEdge] = {}
+    exact: dict[Edge, CircuitEdge] = {}
     roles = dict(no_roles)
     states: dict[Node, _State] = {}
     align = meter.runs.align
     spans = ("instruction", "suffix") if align == "tokens" else ("suffix",)
     for patched, measured in _patched_sets(nodes, by_node).items():
-        alive = [node for node in nodes if node not in patched]
+        # the neurons of a patched MLP are patched with it
+        alive = [node for node in nodes if not {node, node.home} & set(patched)]
         state = _State(meter, [*outside, *patched])
         named = assign_roles(state.flow(alive, progress), spans)
         effects = {node: evidence.in_circuit or 0.0 for node, (_, evidence) in named.items()}
-        estimated = state.estimated(alive)
+        estimated = state.estimated(alive) if own is None else own
         embedded = [node for node in measured if named[node][0] == "detection"]
         strongest = [*state.measured(estimated[:n_edges]), *(m for node in embedded for m in state.from_embed(node))]
         mine = set(measured)
-        for members, into in ((estimated, every), (carrying(strongest, effects), kept)):
+        for members, into in ((estimated, every), (strongest, exact), (carrying(strongest, effects), kept)):
             for member in members:
                 if not states or {member.edge.sender, member.edge.receiver} & mine:
                     into.setdefault(member.edge, member)
-        every |= {m.edge: m for m in strongest if m.edge in every}
         states |= dict.fromkeys(measured, state)
         roles |= {node: named[node] for node in measured}
     for node, backup in by_node.items():
@@ -92,16 +98,18 @@ def wire(
         roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))
     # at the suffix, heads read the instruction from tokens that no node there wrote
     sources = [node for node in nodes if node.kind == "head" and align == "suffix"]
+    known = list({**every, **{edge: member for edge, member in exact.items() if edge in every}}.values())
     edges, linked, dropped = connect(
-        nodes, list(kept.values()), list(every.values()), lambda node: states[node].from_embed(node), sources
+        nodes, list(kept.values()), known, lambda node: states[node].from_embed(node), sources
     )
-    # what only connects a node is measured too, where the node is
-    exact = {}
+    # what only connects a node is measured too, in a state in which both of its ends are alive
     for edge in linked:
-        end = edge.receiver if edge.receiver in states else edge.sender
-        exact[edge] = states[end].measured([every.get(edge, CircuitEdge(edge, 0.0))])[0]
+        if edge not in exact:
+            ends = [node for node in (edge.receiver, edge.sender) if node in states]
+            state = states[min(ends, key=lambda node: node not in by_node)]
+            exact[edge] = state.measured([every.get(edge, CircuitEdge(edge, 0.0))])[0]
     edges = sorted((exact.get(member.edge, member) for member in edges), key=lambda member: -abs(member.effect))
-    return Wiring(tuple(edges), roles, linked, dropped)
+    return Wiring(tuple(edges), roles, linked, dropped, exact)
 
 
 class _State:
@@ -110,29 +118,27 @@ class _State:
     def __init__(self, meter: FaithfulnessMeter, patched: Sequence[Node]) -> None:
         self.model, self.metric = meter.model, meter.metric
         harmful, harmless = meter.ends()
-        self.gap = float((harmful - harmless).mean())
-        parts = [runs for _, runs in meter.groups] or [meter.runs]
-        self.groups = [knocked_out(meter.model, runs, patched) for runs in parts]
+        parts = meter.groups or ((tuple(range(len(harmful))), meter.runs),)
+        self.gaps = np.concatenate([(harmful - harmless)[list(rows)] for rows, _ in parts])
+        self.groups = [knocked_out(meter.model, runs, patched) for _, runs in parts]
         self.whole = knocked_out(meter.model, meter.runs, patched) if meter.groups else self.groups[0]
-        rest = torch.cat([a - b for a, b in (runs.scores(meter.metric) for runs in self.groups)]).mean()
-        # edges are measured as shares of the gap that is left
-        self.left = float(rest) / self.gap
         self.known: dict[Node, list[CircuitEdge]] = {}
 
     def flow(self, nodes: Sequence[Node], progress: bool) -> Flow:
         """Paths among nodes that are not patched."""
-        return Flow(self.model, self.groups, self.metric, nodes, self.gap, progress)
+        return Flow(self.model, self.groups, self.metric, nodes, float(self.gaps.mean()), progress)
 
     def estimated(self, nodes: Sequence[Node]) -> list[CircuitEdge]:
         """Every edge between nodes that are not patched, the strongest first, by gradients."""
-        return [one.scaled(self.left) for one in estimate_edges(self.model, self.whole, self.metric, nodes)]
+        harmful, harmless = self.whole.scores(self.metric)
+        # estimates are shares of the gap that is left
+        share = float((harmful - harmless).mean()) / float(self.gaps.mean())
+        found = estimate_edges(self.model, self.whole, self.metric, nodes)
+        return [CircuitEdge(one.edge, one.effect * share, "estimated", one.effect * share) for one in found]
 
     def measured(self, edges: Sequence[CircuitEdge]) -> list[CircuitEdge]:
         """Exact effects of single edges; estimates stay as they are."""
-        found = measure_edges(self.model, self.groups, self.metric, edges)
-        return [
-            replace(one.scaled(self.left), estimate=given.estimate) for one, given in zip(found, edges, strict=True)
-        ]
+        return measure_edges(self.model, self.groups, self.metric, edges, self.gaps.tolist())
 
     def from_embed(self, node: Node) -> list[CircuitEdge]:
         """Exact effects of a node's edges from the embeddings."""

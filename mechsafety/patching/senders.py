@@ -194,7 +194,7 @@ def written_changes(
 
 
 def added_changes(
-    model: LensModel, base: BaseRun, source: BaseRun, nodes: Sequence[Node]
+    model: LensModel, base: BaseRun, source: BaseRun, nodes: Sequence[Node], *, at: slice = slice(None)
 ) -> Float[Tensor, "node batch pos d_model"]:
     """Source minus base of what each node adds to the residual stream, as in `node_outputs`; float32.
 
@@ -206,13 +206,38 @@ def added_changes(
         base: The run that is edited.
         source: Where the nodes' values come from.
         nodes: The embedding, heads, MLPs and neurons, in any order.
+        at: Columns to compute.
     """
-    out = written_changes(model, base, source, nodes)
+    out = written_changes(model, base, source, nodes, at=at)
     for (kind, layer), rows in _by_sublayer(nodes).items():
         if kind in ("head", "neuron") and norm_behind(model, layer, kind) is not None:
             some = [nodes[row] for row in rows]
-            out[rows] = node_outputs(model, source, some) - node_outputs(model, base, some)
+            out[rows] = node_outputs(model, source, some, at) - node_outputs(model, base, some, at)
     return out
+
+
+def added_sum(
+    model: LensModel, base: BaseRun, source: BaseRun, nodes: Sequence[Node]
+) -> Float[Tensor, "batch pos d_model"]:
+    """Sum of `added_changes` over nodes; one tensor is held per kind and layer, however many neurons there are."""
+    check_current(model, base, source)
+    total = torch.zeros_like(base.resid[0], dtype=torch.float32)
+    for (kind, layer), rows in _by_sublayer(nodes).items():
+        if kind not in ("head", "neuron"):
+            total += _own_changes(model, base, source, kind, layer, [0], slice(None))[0]
+            continue
+        indices = [nodes[row].index or 0 for row in rows]
+        written = []
+        for run in (base, source):
+            values = _values(run, kind, layer, indices, slice(None))
+            if kind == "head":
+                weights = model.W_O(layer)[indices].float()
+                own = einsum(values, weights, "batch pos node d_head, node d_head d_model -> batch pos d_model")
+            else:
+                own = values @ neuron_weights(model, layer)[indices]
+            written.append(own_share(model, run, layer, kind)(own))
+        total += written[1] - written[0]
+    return total
 
 
 def _by_sublayer(senders: Sequence[Sender]) -> dict[tuple[str, int], list[int]]:

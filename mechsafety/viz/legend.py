@@ -150,7 +150,7 @@ def _caption(style: Style, font: float, sentences: Sequence[str], width: float, 
 
 def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
     roles, statuses = {member.role for member in nodes}, {member.status for member in nodes}
-    marks = [("status", key, key) for key in STATUSES if key in statuses]
+    marks: list[tuple[str, str, str]] = [("status", key, key) for key in STATUSES if key in statuses]
     marks += [("opposing", "measured", "works against refusal")] * any(member.opposes for member in nodes)
     return [
         ("role", [("role", role, role_name(role)) for role in ROLES if role in roles]),

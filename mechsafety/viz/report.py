@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
-from mechsafety.circuits.goal import Goal
 from mechsafety.results import parting, reads_where
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
@@ -192,7 +191,7 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str, bool]]:
     failed = {claim.name for claim in check.failed}
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
-    asked = Goal(check.target, check.goal).words
+    asked = check.aim.words
     held += (
         f"{'meets' if check.reached else 'misses'} the goal, {asked}; CMD over all sizes {words.number(check.cmd, 2)}"
     )

@@ -13,6 +13,7 @@ from mechsafety.circuits.circuit import (
     Verification,
 )
 from mechsafety.circuits.comparison import CircuitComparison, compare_circuits
+from mechsafety.circuits.goal import Goal
 from mechsafety.nodes import Edge
 from mechsafety.results import Provenance
 
@@ -26,7 +27,7 @@ def circuit(nodes, edges=(), model="a", **changes):
         {},
         tuple(nodes),
         tuple(edges),
-        Verification.not_measured(0.8, "made by hand"),
+        Verification.not_measured(Goal(0.8), "made by hand"),
         10,
         shape=ModelShape(2, 4, 16),
     )

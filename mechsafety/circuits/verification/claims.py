@@ -1,12 +1,11 @@
 """The claims about a circuit, and the verdict on each by what was measured; a claim that fails is shown as failed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.verification.outcome import Claim, Independence, RandomControls, Verification
 from mechsafety.metrics import adjust_p
 
@@ -152,20 +151,19 @@ def _claim(
 
 
 def _faithfulness(check: Verification) -> Claim:
-    goal = Goal(check.target, check.goal)
     return _claim(
         "faithfulness",
         "the circuit reaches the faithfulness that was asked for, on the search's pairs and on held-out ones",
         check.held_out_faithfulness,
         check.held_out_ci,
-        f"{goal.words} on both",
+        f"{check.aim.words} on both",
         Verdict(check.reached),
     )
 
 
 def _fresh(check: Verification) -> Claim:
     """One claim for fresh pairs and held-out topics: the fresh pairs are of held-out topics, if there are any."""
-    goal = Goal(check.target, check.goal)
+    goal = check.aim
     statement = "the circuit does so on pairs that played no part in the search"
     if check.held_out_topics:
         statement += ", of topics that it did not see"
@@ -195,7 +193,9 @@ def _against_random(
     else:
         verdict = Verdict(p_value < ALPHA)
         from_empty = Verdict(True) if interval is None else decide(value, interval, n_pairs, low=0.0)
-        if from_empty.passed is None:
+        if from_empty.passed is False:
+            verdict = Verdict(False)
+        elif from_empty.passed is None:
             reason = from_empty.reason.replace("the limit", "0, what an empty circuit has")
             verdict = Verdict(None, reason, from_empty.needed)
     return _claim(name, statement, value, interval, criterion, verdict, p_value)
@@ -222,10 +222,12 @@ def _told_from_chance(check: Verification, parts: tuple[str, ...], n_pairs: int)
     values, intervals, limit = check.minimality or {}, check.minimality_ci or {}, check.minimality_null or 0.0
     verdicts = []
     for part in parts:
-        value, (low, high) = values[part], intervals[part]
-        if check.goal == "match" and value < 0:  # such a part counts by what it takes away
-            value, low, high = -value, -high, -low
-        verdicts.append(decide(value, (low, high), n_pairs, low=limit))
+        if check.goal == "reach":
+            verdicts.append(decide(values[part], intervals[part], n_pairs, low=limit))
+            continue
+        # a part counts by what it changes: it is known to change too little if its whole interval lies within the limit
+        within = decide(values[part], intervals[part], n_pairs, -limit, limit)
+        verdicts.append(replace(within, passed=None if within.passed is None else not within.passed))
     if any(found.passed is False for found in verdicts):
         return Verdict(False)
     open_still = [found.needed for found in verdicts if found.passed is None]
@@ -244,7 +246,8 @@ def _completeness(check: Verification, n_pairs: int) -> Claim:
     value, interval = check.completeness, check.completeness_ci
     if value is None or interval is None:
         return _claim("completeness", statement, value, interval, criterion, Verdict(None, UNMEASURED))
-    verdict = decide(value, interval, n_pairs, high=limit)
+    # the interval is that of a difference whose sign was turned; the claim is about its size
+    verdict = decide(value, interval, n_pairs, -limit, limit)
     return _claim("completeness", statement, value, interval, criterion, verdict)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from mechsafety.circuits.goal import GoalKind
+from mechsafety.circuits.goal import Goal, GoalKind
 from mechsafety.codec import OrNan, PValue
 from mechsafety.intervals import mean_interval
 
@@ -226,6 +226,11 @@ class Verification:
     minimality_null: float | None = None
 
     @property
+    def aim(self) -> Goal:
+        """Which faithfulness was good enough."""
+        return Goal(self.target, self.goal)
+
+    @property
     def measured(self) -> bool:
         """Whether anything was checked; a merged circuit, or a part of a circuit, has no checks."""
         return math.isfinite(self.faithfulness)
@@ -259,7 +264,7 @@ class Verification:
         return tuple(claim for claim in self.claims if claim.passed is False)
 
     @classmethod
-    def not_measured(cls, target: float, reason: str) -> Self:
+    def not_measured(cls, aim: Goal, reason: str) -> Self:
         """The verification of a circuit that was not checked: every number is NaN, and the only claim says why."""
         nan = math.nan
         claim = Claim("verification", "the circuit was checked", None, None, None, "measured", None, reason)
@@ -273,7 +278,8 @@ class Verification:
             curve=(),
             cmd=nan,
             cpr=nan,
-            target=target,
+            target=aim.target,
+            goal=aim.kind,
             reached=False,
             claims=(claim,),
         )
