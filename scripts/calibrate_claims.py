@@ -1,6 +1,6 @@
 """How often the tests behind a circuit's claims err, on a model whose circuit is known; write docs/results/claims.json.
 
-    python scripts/calibrate_claims.py            # about ten minutes on one core
+    python scripts/calibrate_claims.py            # about five minutes on one core
     python scripts/calibrate_claims.py --quick    # a twentieth of the simulations; the page is printed, nothing written
 
 The model is a planted one. Its pairs are the population: a simulation draws pairs from them with replacement, so that
@@ -256,14 +256,24 @@ def simulate(times: int, seed: int) -> dict[str, Any]:
             for one in simulated(given, n, times, rng):
                 rows.append({key: round(v, 4) if isinstance(v, float) else v for key, v in one.items()})
     about = {"model": MODEL, "parts": len(given.whole.parts), "true": len(given.true), "pairs": len(given.whole.rows)}
-    faithfulness = round(given.whole.faithfulness([given.partial])[0], 4)
-    return {"times": times, "seed": seed, **about, "faithfulness": faithfulness, "rows": rows}
+    return {"times": times, "seed": seed, **about, **on_all_pairs(given), "rows": rows}
+
+
+def on_all_pairs(given: Setting) -> dict[str, Any]:
+    """True values of the population: of the partial circuit, and of random circuits."""
+    own, *others = lost(given.whole)([given.partial, *given.pool])
+    return {
+        "faithfulness": round(given.whole.faithfulness([given.partial])[0], 4),
+        "lost": round(own, 4),
+        "random_lost": round(float(np.median(others)), 4),
+        "random_as_much": round(float(np.mean(np.array(others) >= own)), 4),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="25 simulations each; print the page, write nothing")
-    parser.add_argument("--times", type=int, default=1000, help="simulations of each row")
+    parser.add_argument("--times", type=int, default=500, help="simulations of each row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -27,11 +27,12 @@ class Made:
         return {node: self.embed.get(node, 0.0) for node in self.nodes}
 
     def into(self, receivers, senders):
-        return {one: sum(self.edges.get((other, one), 0.0) for other in senders) for one in receivers}
+        of = senders if isinstance(senders, dict) else dict.fromkeys(receivers, senders)
+        return {one: sum(self.edges.get((other, one), 0.0) for other in of[one]) for one in receivers}
 
     def out_of(self, senders, receivers):
         return {one: sum(self.edges.get((one, other), 0.0) for other in receivers) for one in senders}
 
-    def repeated(self, least):
+    def repeated(self, receivers, least):
         assert least == 0.7
-        return {node: self.repeats.get(node, []) for node in self.nodes}
+        return {node: self.repeats.get(node, []) for node in receivers}

@@ -169,9 +169,9 @@ class Search:
     """How a circuit was found.
 
     Attributes:
-        ranked: Size of the smallest prefix of the ranking that reaches the target (or fits the requested size).
+        ranked: Size of the smallest prefix of the ranking that meets the goal (or fits the requested size).
         removed: How many of these exact removal took away again.
-        minimal: Whether no further single part can be removed without missing the target; None where the search was
+        minimal: Whether no further single part can be removed without missing the goal; None where the search was
             cut short.
         backups: Parts added because they replace others when those are patched.
         linked: Edges kept only to connect a node that would otherwise lie on no path from ``embed`` to ``logits``.

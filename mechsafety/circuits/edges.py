@@ -122,8 +122,8 @@ def connect(
     """Keep the edges that connect every node, and drop the nodes that nothing connects.
 
     A node that no kept edge feeds gets its strongest edge from a node of the circuit or from ``embed``. A node that
-    feeds nothing gets its strongest edge to a node of the circuit or to ``logits``. A node whose edges all carry
-    nothing leaves the circuit.
+    feeds nothing gets its strongest edge to a node of the circuit or to ``logits``. A node all of whose edges have the
+    effect 0 leaves the circuit.
 
     Args:
         nodes: The nodes of the circuit.

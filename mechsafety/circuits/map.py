@@ -3,7 +3,7 @@
     drawn = draw_pairs(model)                   # does it refuse, and which pairs show it?
     split = split_pairs(model, drawn)           # pairs to rank on, to hold out, and to check on
     ranked = rank_parts(split)                  # gradient estimates of all heads and MLPs
-    found = search_circuit(ranked)              # the smallest circuit that reaches the target
+    found = search_circuit(ranked)              # the smallest circuit that meets the goal
     measured = measure_parts(found)             # exact effects, backups, neurons
     wired = wire_circuit(measured)              # edges and roles
     checked = verify_circuit(wired)             # every claim
@@ -203,7 +203,7 @@ def rank_parts(split: Split) -> Ranked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """The smallest circuit that reaches the target.
+    """The smallest circuit that meets the goal.
 
     Attributes:
         ranked: The stage before.

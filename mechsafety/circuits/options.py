@@ -25,15 +25,16 @@ class MapOptions:
         goal: ``reach``: the circuit restores at least the target. Parts that work against refusal stay out, so that it
             may restore more than the whole model does. ``match``: its faithfulness is at most ``1 - target`` away from
             1, on either side. Such a circuit holds the parts that work against refusal too.
-        max_nodes: Largest circuit, in edges at level ``edge``. Where the target needs more, the circuit misses the
-            target and says so.
+        max_nodes: Largest circuit, in edges at level ``edge``. Where the goal needs more, the circuit misses the goal
+            and says so.
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
         n_added: Parts outside the circuit that are added to it at random. Minimality is measured against them.
         n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
         n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
         n_edges: Edges between nodes to measure, those with the largest estimates first. Those that carry something are
             kept. Edges that a node needs to be connected come on top.
-        n_role_pairs: Pairs on which roles, edges and backups are measured.
+        n_role_pairs: Pairs on which roles, edges and backups are measured. With fewer than four, hardly any edge can be
+            told from 0.
         shortlist: Nodes outside the circuit to measure as well, those with the largest estimates first.
         budget_seconds: Time to keep. Later stages are cut short, and ``search.cut`` of the circuit says which. The
             behaviour check, the attribution and the curve are always run. Only without a budget does the same seed

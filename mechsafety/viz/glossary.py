@@ -81,19 +81,19 @@ GLOSSARY = (
     ),
     Entry(
         "Role",
-        "Each role is a share of the node's effect in the circuit, at least half of it. production: the path to the "
-        "logits. detection: what the node reads straight from the embeddings. decision: what goes to production "
-        "nodes and the logits. relay: what it reads from nodes whose writing it repeats. evaluation: what goes to "
-        "decision nodes, relays and other evaluation nodes. A node that no rule fits gets the role of its largest "
-        "share. none: its shares add up to less than half.",
+        "production: at least half of the node's effect is its path to the logits. detection: at least half of it is "
+        "read straight from the embeddings. decision: at least half of it goes to production nodes and the logits. "
+        "relay: at least half of it is read from nodes whose writing the node repeats. evaluation: at least half of it "
+        "goes to decision nodes, relays and other evaluation nodes. A node that no rule fits gets the role of its "
+        "largest share. none: these shares add up to less than half of its effect.",
     ),
     Entry(
         "Role evidence",
-        "All of it is measured in the circuit, with every node outside at its harmless value. Of the node's effect "
-        "there: what it reads straight from the embeddings, from all detection nodes, from all evaluation nodes; "
-        "what reaches the logits straight, by way of the production nodes, of the decision nodes, of the evaluation "
-        "nodes. A node repeats what another wrote if what it reads of it and what it writes have a cosine of at least "
-        "0.7. At instruction, at suffix: the effect of patching only those positions; no role rests on these two.",
+        "All of it is measured in the circuit, with every node outside at its harmless value. All numbers are shares "
+        "of the gap between harmful and harmless prompts: what is lost when the node reads, or sends, its harmless "
+        "value on these paths alone. A node repeats what another wrote if what it reads of it and what it writes have "
+        "a cosine of at least 0.7. At instruction, at suffix: the effect of patching only those positions; no role "
+        "rests on these two.",
     ),
     Entry(
         "Effect of an edge",

@@ -21,7 +21,7 @@ from mechsafety.viz.svg import layout_svg
 
 ROLE_WORDS = {
     "detection": "reads what it passes on straight from the embeddings",
-    "relay": "passes on what it reads, unchanged",
+    "relay": "passes on mostly what it reads",
     "evaluation": "reads other nodes, and decision nodes or relays read it",
     "decision": "production nodes read it",
     "production": "acts on the logits directly",

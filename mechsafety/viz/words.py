@@ -11,15 +11,15 @@ NO_BREAK, DASH = "\xa0", "\u2013"
 CONCENTRATED_BELOW, MODERATE_BELOW = 0.10, 1 / 3
 EVIDENCE_WORDS = {
     "backup_of": "backup of",
-    "in_circuit": "effect in the circuit alone",
-    "from_embed": "of it, read straight from the embeddings",
-    "from_detection": "of it, read from detection nodes",
-    "from_evaluation": "of it, read from evaluation nodes",
-    "direct": "of it, straight to the logits",
-    "to_production": "of it, by way of production nodes",
-    "to_decision": "of it, by way of decision nodes and relays",
-    "to_evaluation": "of it, by way of evaluation nodes",
-    "alike": "of it, read from nodes whose writing it repeats",
+    "in_circuit": "in the circuit: share of the gap lost without it",
+    "from_embed": "share of the gap that it reads straight from the embeddings",
+    "from_detection": "share of the gap that it reads from detection nodes",
+    "from_evaluation": "share of the gap that it reads from evaluation nodes",
+    "alike": "share of the gap that it reads from nodes whose writing it repeats",
+    "direct": "share of the gap that it sends straight to the logits",
+    "to_production": "share of the gap that it sends to production nodes",
+    "to_decision": "share of the gap that it sends to decision nodes and relays",
+    "to_evaluation": "share of the gap that it sends to evaluation nodes",
     "at_instruction": "effect at instruction positions alone",
     "at_suffix": "effect at suffix positions alone",
     "joint": "effect together with its primary node",
@@ -439,17 +439,13 @@ def finding(circuit: RefusalCircuit) -> str:
     what = "edges" if circuit.level == "edge" else "parts"
     if not math.isfinite(check.held_out_faithfulness):
         return f"{size(circuit)} of {circuit.n_candidates} candidate {what}; not verified as a whole."
-    goal = "the target of" if check.goal == "reach" else "the whole model's, give or take"
-    within = percent(check.target if check.goal == "reach" else 1 - check.target)
-    if check.goal == "reach":
-        reached = "which reaches" if check.reached else "which misses"
-    else:
-        reached = "which matches" if check.reached else "which does not match"
+    asked = percent(check.target) if check.goal == "reach" else f"{percent(check.target)} to {percent(check.aim.most)}"
+    enough = "which meets" if check.reached else "which misses"
     where = "held-out topics" if any(check.held_out_topics) else "held-out pairs"
     text = (
         f"{size(circuit)} of {circuit.n_candidates} candidate {what} ({percent(size_share(circuit))}) restore "
         f"{percent(check.held_out_faithfulness)} of the difference between refusing and complying on {where}, "
-        f"{reached} {goal} {within}. This target set their number"
+        f"{enough} the goal of {'at least ' if check.goal == 'reach' else ''}{asked}. This goal set their number"
     )
     if check.fresh is not None:
         text += f". On {check.fresh.n} fresh pairs, which were used for nothing before, they restore "

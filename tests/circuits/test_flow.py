@@ -5,12 +5,14 @@ import torch
 from reference import PlainModel
 from whole_forwards import patched_whole
 
+import mechsafety as ms
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.flow import Flow
 from mechsafety.nodes import EMBED, SLOTS, Node, head_and_mlp_nodes
-from mechsafety.patching import pair_runs
+from mechsafety.patching import pair_runs, path_patching
 from mechsafety.patching.receivers import reaches
+from mechsafety.patching.senders import added_changes
 from mechsafety.sites import SiteKind
 
 EVERY = head_and_mlp_nodes(3, 4)
@@ -92,9 +94,8 @@ def test_all_paths_into_a_node_are_the_node(kind, shared_model, pairs, log_odds)
 def test_in_a_circuit_nothing_else_differs(llama, pairs, log_odds):
     runs = pair_runs(llama, pairs, extra=[SiteKind.NEURONS])
     outside = [node for node in EVERY if node not in SOME]
-    flow = flow_of(llama, knocked_out(llama, runs, outside), log_odds, SOME)
     high, low = runs.scores(log_odds)
-    flow.gap = float((high - low).mean())
+    flow = Flow(llama, [knocked_out(llama, runs, outside)], log_odds, SOME, float((high - low).mean()))
     meter = FaithfulnessMeter(llama, runs, log_odds)
     (whole,) = meter.faithfulness([SOME])
     tokens = llama.tokenize_pairs(pairs)
@@ -129,10 +130,56 @@ def test_who_repeats_whom(planted, log_odds):
     model, pairs = planted
     runs = pair_runs(model, pairs)
     flow = flow_of(model, runs, log_odds)
-    known = flow._change(0, EVERY)
     node, sender = Node("head", 2, 0), Node("mlp", 1)
+    wrote, written = added_changes(model, runs.harmful, runs.harmless, [node, sender])
     pattern = model.cache(runs.harmful.tokens, ["pattern"]).pattern[2, 0][:, runs.start :, runs.start :]
-    read, wrote = pattern @ known[sender], known[node]
+    read = pattern @ written
     cosine = float((read * wrote).sum() / (read.norm() * wrote.norm()))
-    assert (sender in flow.repeated(cosine - 1e-3)[node]) and (sender not in flow.repeated(cosine + 1e-3)[node])
-    assert node not in flow.repeated(-1.0)[sender], "what comes later is not read"
+    near, far = (flow.repeated([node, sender], cosine + gap) for gap in (-1e-3, 1e-3))
+    assert sender in near[node] and sender not in far[node]
+    assert node not in flow.repeated([sender], -1.0)[sender], "what comes later is not read"
+    assert flow.repeated([], 0.7) == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_neurons_send_and_receive(kind, shared_model, pairs, log_odds):
+    """All neurons of an MLP together are the MLP, as senders; into one neuron all paths are the neuron."""
+    model = shared_model(kind)
+    runs = pair_runs(model, pairs, extra=[SiteKind.NEURONS])
+    neurons = [Node("neuron", 1, index) for index in range(model.d_mlp)]
+    some, late = neurons[:3], [Node("head", 2, 0), Node("head", 2, 3), Node("mlp", 2)]
+    flow = flow_of(model, runs, log_odds, [*EVERY, *neurons])
+    whole, parts = flow.into(late, [Node("mlp", 1)]), flow.into(late, neurons)
+    assert parts == pytest.approx(whole, abs=2e-3)
+    every, alone = flow.into(some, [EMBED, *EVERY]), flow_of(model, runs, log_odds, some).effects()
+    assert every == pytest.approx(alone, abs=2e-3)
+
+
+def test_one_neurons_path_is_path_patching(llama, pairs, log_odds):
+    runs = pair_runs(llama, pairs, extra=[SiteKind.NEURONS])
+    some, end = [Node("neuron", 1, index) for index in (0, 7)], Node("mlp", 2)
+    flow = flow_of(llama, runs, log_odds, [*EVERY, *some])
+    options = {"senders": some, "receivers": [(end, "mlp")], "mlp": "freeze", "progress": False}
+    known = path_patching(llama, runs, log_odds, **options).changes[:, 0].mean(1) / flow.gap
+    assert list(flow.out_of(some, [end]).values()) == pytest.approx(known.tolist(), abs=1e-4)
+
+
+def test_each_receiver_may_have_senders_of_its_own(llama, pairs, log_odds):
+    flow = flow_of(llama, pair_runs(llama, pairs), log_odds)
+    of = {Node("head", 2, 0): [Node("mlp", 1)], Node("mlp", 2): SOME, Node("head", 1, 1): []}
+    found = flow.into(list(of), of)
+    for node, senders in of.items():
+        assert found[node] == pytest.approx(flow.into([node], senders)[node], abs=1e-5)
+
+
+def test_at_the_suffix_the_prompt_is_read_by_attention(planted, log_odds):
+    """The embeddings of an aligned suffix are the same, and what no node there wrote was read from the instruction."""
+    model, pairs = planted
+    metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
+    loose = ms.PromptPairs(pairs.pairs, "loose", align="suffix")
+    runs = pair_runs(model, loose)
+    flow = flow_of(model, runs, metric)
+    prompt, whole, written = flow.from_prompt(), flow.effects(), flow.into(EVERY, EVERY)
+    assert flow.into(EVERY, [EMBED]) == pytest.approx(dict.fromkeys(EVERY, 0.0), abs=1e-6)
+    assert prompt == pytest.approx({node: whole[node] - written[node] for node in EVERY}, abs=1e-6)
+    assert max(map(abs, prompt.values())) > 0.1

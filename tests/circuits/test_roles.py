@@ -94,7 +94,9 @@ def test_what_works_against_the_behaviour_has_a_role_too():
     against = chain(effects_={OTHER: -0.4}, edges={(OTHER, PRODUCE): -0.2})
     assert against[OTHER] == "decision"
     assert chain(effects_={OTHER: -0.4}, edges={(OTHER, PRODUCE): 0.2})[OTHER] == "none"
-    assert chain(effects_={OTHER: 0.0}, edges={(OTHER, PRODUCE): 0.2})[OTHER] == "none", "no effect, no shares"
+    for effect in (0.0, 1e-7):
+        made = {"effects_": {OTHER: effect}, "edges": {(OTHER, PRODUCE): effect}, "embed": {OTHER: effect}}
+        assert chain(**made)[OTHER] == "none", "shares of rounding errors say nothing"
 
 
 def test_the_evidence_is_what_was_measured():

@@ -27,7 +27,7 @@ def test_cards_have_the_numbers(small: RefusalCircuit) -> None:
     rows = dict(zip(words["rows"], card["rows"], strict=True))
     assert rows["effect, of the gap"].startswith(f"{member.effect:.3f}".replace("-", "\u2212"))
     assert rows["95 % interval"].startswith("[") and rows["role"] in (member.role, "no role")
-    assert any("straight to the logits" in words["evidence"][place] for place, _ in card["evidence"])
+    assert any("sends straight to the logits" in words["evidence"][place] for place, _ in card["evidence"])
     assert words["status"][rows["status"]].startswith(("measured", "rejected"))
 
 

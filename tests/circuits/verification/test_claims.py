@@ -100,7 +100,8 @@ def test_the_p_that_is_shown_is_the_adjusted_one(check):
         ("fresh pairs", {"fresh": FreshCheck(3, 0.8, (0.5, 1.2))}, "the interval holds the limit; no number", None),
         ("fresh pairs", {"fresh": FreshCheck(1, 0.9, (-math.inf, math.inf))}, "too few pairs, or too different", None),
         ("sufficiency", {"fresh": FreshCheck(3, 0.9, (-0.4, 2.2))}, "the interval holds 0, what an empty circuit", 84),
-        ("completeness", {"completeness_ci": (-0.5, 0.3)}, "the interval holds the limit; about 160 pairs", 160),
+        # of a difference whose sign was turned: -0.5 is farther from -0.2 than 0.3 is from 0.2
+        ("completeness", {"completeness_ci": (-0.5, 0.19)}, "the interval holds the limit; about 160 pairs", 160),
         ("completeness", {"completeness_ci": (-math.inf, math.inf)}, "too few pairs, or too different ones", None),
         ("independence", {"independence": Independence(3, 0.02, 0.5, 0.1, (-1.0, 1.0))}, "too few pairs, or", None),
         ("independence", {"independence": Independence(9, 0.02, 0.5, 0.2, (-0.5, 0.8))}, "the interval holds the", 35),
@@ -128,6 +129,7 @@ def test_data_that_decide_nothing(check, name, changes, reason, needed):
         ("fresh pairs", {"fresh": FreshCheck(9, 0.6, (0.5, 0.7))}),
         ("fresh pairs", {"fresh": FreshCheck(9, 1.5, (1.3, 1.7)), "goal": "match"}),
         ("completeness", {"completeness": 0.5, "completeness_ci": (0.3, 0.8)}),
+        ("sufficiency", {"fresh": FreshCheck(40, -0.4, (-0.5, -0.3))}),
         ("independence", {"independence": Independence(40, 0.2, 0.01, 0.1, (-0.2, 0.4))}),
         ("independence", {"independence": Independence(400, 0.2, 0.3, -0.7, (-0.8, -0.6))}),
         ("stability", {"stability": Stability((0.1, 0.12, 0.11), 0.11, (3, 4, 4))}),
@@ -182,6 +184,10 @@ def test_minimality_fails_only_where_a_part_is_known_to_add_too_little(check):
     above = minimality(value=0.08, interval=(0.06, 0.1))
     assert above.verdict == "undecided" and above.reason.endswith("a larger n_added decides")
     assert of(check, "minimality", minimality_p={"L0.H0": 0.3}, minimality_ci=None).verdict == "fails", "older results"
+    both = minimality(value=0.01, interval=(-0.4, 0.03), goal="match")
+    assert both.verdict == "undecided", "a change by 0.4 is not excluded"
+    assert minimality(value=-0.01, interval=(-0.04, 0.03), goal="match").verdict == "fails"
+    assert minimality(value=-0.3, interval=(-0.4, -0.2), goal="match").reason.endswith("a larger n_added decides")
 
 
 def test_what_was_not_measured(check):
