@@ -8,9 +8,11 @@ from reference import PlainModel, hook_count
 import mechsafety as ms
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.circuit import CircuitEdge
-from mechsafety.circuits.edges import estimate_edges, measure_edges
+from mechsafety.circuits.edges import carrying, estimate_edges, measure_edges
+from mechsafety.intervals import ratio_interval
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.patching.paths import measured_edges
 from mechsafety.patching.senders import node_outputs
 
 KINDS = ("llama", "gpt2", "gpt_neox")
@@ -186,3 +188,32 @@ def test_gradients_at_the_harmful_run_are_the_first_order_of_every_edge(close_pa
         some = np.array([(m.estimate, m.effect) for m in measured if m.edge.slot == slot])
         assert len(some) >= 14  # 15, less the first MLP of a parallel model, which says nothing at the last token
         np.testing.assert_allclose(some[:, 0], some[:, 1], atol=0.08 * np.abs(some[:, 1]).max() + 1e-5, err_msg=slot)
+
+
+@pytest.mark.parametrize(
+    ("effect", "ends", "kept"),
+    [
+        (0.05, (0.01, 0.09), True),  # a tenth of the sender's effect
+        (0.049, (0.01, 0.09), False),
+        (-0.05, (-0.09, -0.01), True),
+        (0.2, (-0.01, 0.4), False),  # not told from 0
+        (0.2, (-float("inf"), float("inf")), False),
+        (0.2, None, False),  # not measured
+    ],
+)
+def test_edges_that_carry_something(effect, ends, kept):
+    sender, receiver = Node("head", 0, 0), Node("mlp", 1)
+    edge = CircuitEdge(Edge(sender, receiver, "mlp"), effect, "measured", None, ends)
+    assert carrying([edge], {sender: 0.5, receiver: -0.9}) == [edge] * kept
+    from_embed = CircuitEdge(Edge(Node("embed"), receiver, "mlp"), 0.1, "measured", None, (0.05, 0.15))
+    assert carrying([from_embed], {receiver: 0.9}) == [from_embed], "the embeddings have no effect of their own"
+
+
+def test_intervals_of_edges_are_those_of_shares_of_the_given_gaps(llama, pairs, log_odds):
+    runs = pair_runs(llama, pairs)
+    edges = [CircuitEdge(Edge(Node("head", 0, 1), Node("mlp", 2), "mlp"), 0.0)]
+    gaps = [3.0, 1.0, 2.0, 5.0][: len(pairs)]
+    (found,) = measure_edges(llama, [runs], log_odds, edges, gaps)
+    changes = measured_edges(llama, runs, log_odds, [edges[0].edge])[0].double().numpy()
+    assert found.effect == pytest.approx(changes.mean() / np.mean(gaps), abs=1e-6)
+    assert found.ci == pytest.approx(ratio_interval(changes, gaps), rel=1e-4)

@@ -27,7 +27,8 @@ def test_everything_planted_and_nothing_else_is_found(mapped):
     made, _, circuit = mapped
     found = testbed.score(circuit, made.truth)
     assert found.found_nodes.f1 == 1.0 and found.decoys_found == () and found.role_accuracy == 1.0
-    assert found.found_edges.recall == 1.0
+    assert (found.found_edges.recall, found.found_edges.precision) == (1.0, 1.0)
+    assert {edge.status for edge in circuit.edges} == {"measured"}
     assert circuit.verification.reached
 
 
@@ -42,6 +43,27 @@ def test_backups_are_named_with_what_they_stand_in_for(mapped):
         # it has edges of its own, measured while what it stands in for is patched
         ends = {edge.edge.sender for edge in circuit.edges} & {backup.node}, {e.edge.receiver for e in circuit.edges}
         assert ends[0] and backup.node in ends[1]
+
+
+def test_links_of_a_backup_are_measured_while_it_is_alive():
+    """No edge is kept for what it carries, so that all are links; those into and out of the backup carry its effect."""
+    made = testbed.planted(seed=3, layers=4, heads=2, backups=1)
+    model = ms.load_model((made.model, made.tokenizer))
+    options = replace(OPTIONS, n_edges=0, n_random=0, n_added=0, n_resamples=0)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=options, **QUIET)
+    (backup,) = circuit.search.backups
+    own = [edge for edge in circuit.edges if backup.node in (edge.edge.sender, edge.edge.receiver)]
+    assert len(own) >= 2 and min(abs(edge.effect) for edge in own) > 0.5
+
+
+def test_neurons_of_a_patched_mlp_are_patched_with_it():
+    """The primary MLP of this model is patched while its backup is measured: its neurons then send nothing."""
+    made = testbed.planted(seed=6, layers=4, heads=2, backups=1, decoys=0)
+    model = ms.load_model((made.model, made.tokenizer))
+    options = replace(OPTIONS, level="neuron", n_random=0, n_added=0, n_resamples=0)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=options, **QUIET)
+    found = testbed.score(circuit, made.truth)
+    assert found.found_edges.precision == 1.0 and min(abs(edge.effect) for edge in circuit.edges) > 0.05
 
 
 def test_neurons_of_the_circuit(mapped):

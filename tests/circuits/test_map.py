@@ -89,7 +89,8 @@ def test_every_node_lies_on_a_path_from_embed_to_logits(circuit):
     assert nodes <= on_a_path([member.edge for member in circuit.edges])
     assert circuit.search.minimal and circuit.search.dropped == () and circuit.search.cut == ()
     assert circuit.search.ranked - circuit.search.removed + len(circuit.search.backups) == len(nodes)
-    assert {edge.sender for edge in circuit.search.linked if edge.sender.kind == "embed"} == {Node("embed")}
+    from_embed = {member.edge.receiver for member in circuit.edges if member.edge.sender.kind == "embed"}
+    assert {member.node for member in circuit.by_role("detection")} <= from_embed
 
 
 def test_a_circuit_of_neurons(planted):
@@ -181,6 +182,26 @@ def test_edge_limits(planted):
         assert (low > 0 or high < 0) and abs(edge.effect) >= 0.1 * least and low <= edge.effect <= high
     measured = [row.node for row in few.details.scores if row.effect is not None]
     assert set(measured) == {member.node for member in few.nodes}
+
+
+def test_a_map_that_matches(planted):
+    options = replace(SMALL, goal="match", target=0.9)
+    found = ms.map_refusal_circuit(*planted, options=options, **QUIET)
+    check = found.verification
+    assert check.reached and (check.goal, check.target) == ("match", 0.9) == (check.aim.kind, check.aim.target)
+    assert all(0.9 - 1e-6 <= value <= 1.1 + 1e-6 for value in (check.faithfulness, check.held_out_faithfulness))
+    assert found.provenance.options["goal"] == "match"
+    assert next(claim for claim in check.claims if claim.name == "faithfulness").criterion == "0.9 to 1.1 on both"
+    part = found.subset([found.nodes[0].node])
+    assert (part.verification.goal, part.verification.target) == ("match", 0.9)
+    assert ms.RefusalCircuit.from_json(found.to_json()).verification.goal == "match"
+
+
+def test_a_map_of_no_edge_at_all(planted):
+    """One edge of this model is on no path to the logits: nothing is left to draw, and nothing reaches the target."""
+    options = replace(SMALL, level="edge", max_nodes=1, n_random=2, n_resamples=0)
+    found = ms.map_refusal_circuit(*planted, options=options, **QUIET)
+    assert (found.nodes, found.edges) == ((), ()) and not found.verification.reached
 
 
 @pytest.mark.parametrize("level", ["node", "edge"])
