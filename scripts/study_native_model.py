@@ -8,9 +8,10 @@ heads, contrast neurons, replies once what was found is ablated, and probes. Ben
 with an "instruction" each).
 
 Each step is kept in --work and not done again, so that a stopped run goes on: the native model takes hours on two
-cores. A store of other sizes, weights or data is refused. Of replies only their kind and their loss under the unedited
-model are kept, never their text. The page is drawn from the stored JSON and circuits alone, by scripts/pages, once
-every part of both models is there.
+cores. The steps done so far are in docs/results/native-model/steps; delete that folder to measure everything again. A
+store of other sizes, weights or data is refused. Of replies only their kind and their loss under the unedited model are
+kept, never their text. The page is drawn from the stored JSON and circuits alone, by scripts/pages, once every part of
+both models is there.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pages.native_model import BUILT_IN, CIRCUITS
+from pages.native_model import BUILT_IN, CIRCUITS, NAME
+from pages.page import RESULTS
 from pages.render import publish
 from reproduce_refusal_direction import (
     N_RANDOM,
@@ -390,7 +392,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the native model's GGUF file")
     parser.add_argument("--sha256", default=SHA256, help="what the file's SHA-256 has to be")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the benchmarks")
-    parser.add_argument("--work", type=Path, default=Path(".work/native-model"), help="where steps are kept")
+    parser.add_argument("--work", type=Path, default=RESULTS / NAME / "steps", help="where steps are kept")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--models", nargs="*", choices=("native", "demo"), default=["native", "demo"])
     parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=list(PARTS))
