@@ -72,7 +72,7 @@ def refine(
     nodes = result.nodes
     layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
     here, there = (NeuronMeter.of(meter, layers) for meter in (found_on, held_out))
-    attribution = node_attribution(here.model, here.runs, here.metric, neurons=True)
+    attribution = node_attribution(here.model, here.runs, here.metric, neurons=True, progress=here.progress)
     core = {node for node in nodes if node not in result.added}
     first = [part for part in here.parts if isinstance(part, Node) and part.home in core]
     rest = [part for part in here.parts if isinstance(part, Node) and part.home not in core]
@@ -109,7 +109,7 @@ def _stand_in(
 ) -> list[Part]:
     """The fewest neurons of a backup MLP with which the circuit meets the goal without the MLP's primary node."""
     runs = knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order))
-    attribution = node_attribution(here.model, runs, here.metric, neurons=True)
+    attribution = node_attribution(here.model, runs, here.metric, neurons=True, progress=here.progress)
     own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]
     ranking = _ranked(own, attribution, goal)
     base = [part for part in (*circuit, *added) if isinstance(part, Node) and part.home not in gone]
