@@ -741,16 +741,17 @@ def _(e, toy):
 
 @check("a correlation of 28 prompts")
 def _(e, toy):
-    half = norm.ppf(0.975) / np.sqrt(e["prompts"] - 3)
-    ends = np.tanh(np.arctanh(e["correlation"]) + np.array([-half, half]))
-    needed = decide_correlation(e["correlation"], tuple(ends), e["prompts"]).needed
-    return {"half width on Fisher's scale": half, "interval": list(ends), "prompts that would decide": needed}
+    (n,), (correlation,) = e["prompts"], e["correlation"]
+    half = norm.ppf(0.975) / np.sqrt(n - 3)
+    low, high = np.tanh(np.arctanh(correlation) + np.array([-half, half])).tolist()
+    needed = decide_correlation(correlation, (low, high), int(n)).needed
+    return {"half width on Fisher's scale": half, "interval": [low, high], "prompts that would decide": needed}
 
 
 @check("pairs that would decide")
 def _(e, toy):
-    low, high = e["interval"]
-    found = decide(e["faithfulness on fresh pairs"], (low, high), e["fresh pairs"], low=0.8)
+    (value,), (n,), ends = e["faithfulness on fresh pairs"], e["fresh pairs"], e["interval"]
+    found = decide(value, tuple(ends), int(n), low=0.8)
     assert found.passed is None
     return {"pairs that would decide": found.needed}
 
