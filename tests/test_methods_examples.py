@@ -30,7 +30,7 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
 from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.roles import assign_roles
 from mechsafety.circuits.search import SearchResult, marginals, search_nodes
-from mechsafety.circuits.verification.claims import decide, decide_correlation
+from mechsafety.circuits.verification.claims import MAX_CORRELATION, decide, decide_correlation
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.circuits.verification.statistics import independence_test, rank_p, ratio
@@ -745,7 +745,13 @@ def _(e, toy):
     half = norm.ppf(0.975) / np.sqrt(n - 3)
     low, high = np.tanh(np.arctanh(correlation) + np.array([-half, half])).tolist()
     needed = decide_correlation(correlation, (low, high), int(n)).needed
-    return {"half width on Fisher's scale": half, "interval": [low, high], "prompts that would decide": needed}
+    return {
+        "half width on Fisher's scale": half,
+        "correlation on Fisher's scale": np.arctanh(correlation),
+        "interval": [low, high],
+        "the limit 0.5 on Fisher's scale": np.arctanh(MAX_CORRELATION),
+        "prompts that would decide": needed,
+    }
 
 
 @check("pairs that would decide")
