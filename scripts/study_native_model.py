@@ -50,6 +50,7 @@ from mechsafety.circuits import (
     assemble_circuit,
     draw_pairs,
     measure_ablation,
+    measure_nodes,
     measure_parts,
     rank_parts,
     search_circuit,
@@ -58,7 +59,7 @@ from mechsafety.circuits import (
     wire_circuit,
 )
 from mechsafety.circuits.ablations import unedited_replies
-from mechsafety.circuits.map import Found, Ranked
+from mechsafety.circuits.map import Found, NodeEffects, Ranked
 from mechsafety.circuits.verification.stability import PairAttributions
 from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection
@@ -161,12 +162,14 @@ class Side:
             # neurons are looked for in the circuit of nodes, whose search would be repeated alike
             resamples = self.size.n_resamples if level == "node" else 0
             options = ms.MapOptions(level=level, n_random=self.size.n_random, n_resamples=resamples)
-            # the stages of map_refusal_circuit; both levels begin with the same ranking and search of nodes
+            # the stages of map_refusal_circuit; both levels begin with the same ranking, search and effects of nodes
             split = split_pairs(self.model, self.drawn, options, progress=False)
             by_pair = self.steps.value("ranking", PairAttributions, lambda: rank_parts(split).by_pair)
             ranked = Ranked(split, by_pair, by_pair.mean())
             result = self.steps.value("search", SearchResult, lambda: search_circuit(ranked).result)
-            measured = measure_parts(Found(ranked, result))
+            found = Found(ranked, result)
+            effects = self.steps.value("effects", NodeEffects, lambda: measure_nodes(found))
+            measured = measure_parts(found, effects)
             return assemble_circuit(verify_circuit(wire_circuit(measured)))
 
         return self.steps.result(f"map-{level}.json", RefusalCircuit, compute)

@@ -22,6 +22,7 @@ from .flow import Flow as Flow
 from .goal import Goal as Goal
 from .map import assemble_circuit as assemble_circuit
 from .map import map_refusal_circuit as map_refusal_circuit
+from .map import measure_nodes as measure_nodes
 from .map import measure_parts as measure_parts
 from .map import rank_parts as rank_parts
 from .map import search_circuit as search_circuit

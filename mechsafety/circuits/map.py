@@ -4,7 +4,8 @@
     split = split_pairs(model, drawn)           # pairs to rank on, to hold out, and to check on
     ranked = rank_parts(split)                  # gradient estimates of all heads and MLPs
     found = search_circuit(ranked)              # the smallest circuit that meets the goal
-    measured = measure_parts(found)             # exact effects, backups, neurons
+    nodes = measure_nodes(found)                # exact effects of single nodes, backups
+    measured = measure_parts(found, nodes)      # the circuit with backups, and its neurons
     wired = wire_circuit(measured)              # edges and roles
     checked = verify_circuit(wired)             # every claim
     circuit = assemble_circuit(checked)
@@ -18,6 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.assemble import circuit_nodes, node_scores
@@ -225,6 +229,38 @@ def search_circuit(ranked: Ranked) -> Found:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class NodeEffects:
+    """Exact effects of single heads and MLPs, and the backups among them: the same for circuits of nodes and neurons.
+
+    Attributes:
+        nodes: The nodes that were patched alone.
+        effects: Effect of each on every held-out and fresh pair, as a share of the mean gap; float64.
+        backups: All backups that were found.
+    """
+
+    nodes: tuple[Node, ...]
+    effects: Float[Tensor, "node pair"]
+    backups: tuple[Backup, ...]
+
+
+def measure_nodes(found: Found) -> NodeEffects:
+    """Patch the circuit's nodes and a shortlist of others one by one, and look for backups."""
+    split, result = found.ranked.split, found.result
+    options, budget = split.options, split.budget
+    asked = _to_measure(result, found.ranked.attribution, options.shortlist)
+    effects = single_effects(split.alone, asked, budget, split.progress)
+    backups: tuple[Backup, ...] = ()
+    if LEVELS[options.level].of_nodes:
+        known = result.marginals if split.few is split.meters.held_out else {}
+        alone = on_some(effects, split.alone, split.rows)
+        n_parts = options.n_backup_parts
+        backups = backups_of(split.few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
+    n_pairs = sum(len(meter.runs.harmful) for meter in split.alone)
+    rows = np.stack(list(effects.values())) if effects else np.zeros((0, n_pairs))
+    return NodeEffects(tuple(effects), torch.from_numpy(rows), backups)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MeasuredParts:
     """The circuit with backups, of the parts that its level asks for, and exact effects of its nodes.
 
@@ -233,31 +269,28 @@ class MeasuredParts:
         circuit: The circuit, its meters, and the backups in it.
         backups: All backups that were found.
         stability: Of the search under resampled prompts; None where it was not measured.
-        effects: Exact effect of single nodes on every held-out and fresh pair.
-        intervals: Their means, intervals and p values.
+        intervals: Mean exact effect of single nodes, its interval and its p value.
     """
 
     found: Found
     circuit: Refined
     backups: tuple[Backup, ...]
     stability: Stability | None
-    effects: Mapping[Node, np.ndarray]
     intervals: Mapping[Node, Measured]
 
 
-def measure_parts(found: Found) -> MeasuredParts:
-    """Patch single nodes, add backups, and take MLPs apart where the level asks for neurons."""
+def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredParts:
+    """Add backups, repeat the ranking on resampled pairs, and take MLPs apart where the level asks for neurons.
+
+    Args:
+        found: The circuit.
+        nodes: What `measure_nodes` has measured; by default it is measured here.
+    """
     split, result = found.ranked.split, found.result
     options, budget, level = split.options, split.budget, LEVELS[split.options.level]
-    asked = _to_measure(result, found.ranked.attribution, options.shortlist)
-    effects = single_effects(split.alone, asked, budget, split.progress)
-    backups: tuple[Backup, ...] = ()
+    nodes = measure_nodes(found) if nodes is None else nodes
     stability = None
     if level.of_nodes:
-        known = result.marginals if split.few is split.meters.held_out else {}
-        alone = on_some(effects, split.alone, split.rows)
-        n_parts = options.n_backup_parts
-        backups = backups_of(split.few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
         stability = bootstrap_stability(
             split.meters.found_on,
             found.ranked.by_pair,
@@ -267,14 +300,15 @@ def measure_parts(found: Found) -> MeasuredParts:
             budget=budget,
         )
     pairs = split.meters.found_on, split.meters.held_out
-    result = with_backups(result, backups, options.max_nodes, pairs, options.aim)
-    inside = tuple(backup for backup in backups if backup.node in result.circuit)
+    result = with_backups(result, nodes.backups, options.max_nodes, pairs, options.aim)
+    inside = tuple(backup for backup in nodes.backups if backup.node in result.circuit)
     coarse = Refined(result, split.meters, found.ranked.attribution, inside)
     circuit = level.refined(coarse, options.aim, budget)
+    effects = dict(zip(nodes.nodes, nodes.effects.numpy(), strict=True))
     new = [node for node in circuit.result.nodes if node not in effects]
     effects |= single_effects(split.alone, new, budget, split.progress)
     intervals = with_intervals(effects, pair_gaps(split.alone), options.seed)
-    return MeasuredParts(found, circuit, backups, stability, effects, intervals)
+    return MeasuredParts(found, circuit, nodes.backups, stability, intervals)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
