@@ -85,6 +85,7 @@ def wire(
         effects = {node: evidence.in_circuit or 0.0 for node, (_, evidence) in named.items()}
         estimated = state.estimated(alive) if own is None else own
         embedded = [node for node in measured if named[node][0] == "detection"]
+        state.measure_from_embed(embedded)
         strongest = [*state.measured(estimated[:n_edges]), *(m for node in embedded for m in state.from_embed(node))]
         mine = set(measured)
         for members, into in ((estimated, every), (strongest, exact), (carrying(strongest, effects), kept)):
@@ -98,16 +99,22 @@ def wire(
         roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))
     # at the suffix, heads read the instruction from tokens that no node there wrote
     sources = [node for node in nodes if node.kind == "head" and align == "suffix"]
+    fed = {edge.receiver for edge in kept}
+    for state in dict.fromkeys(states.values()):  # those that `connect` may ask for, in one batch
+        state.measure_from_embed([node for node in nodes if states.get(node) is state and node not in fed])
     known = list({**every, **{edge: member for edge, member in exact.items() if edge in every}}.values())
     edges, linked, dropped = connect(
         nodes, list(kept.values()), known, lambda node: states[node].from_embed(node), sources
     )
     # what only connects a node is measured too, in a state in which both of its ends are alive
+    asked: dict[_State, list[CircuitEdge]] = {}
     for edge in linked:
         if edge not in exact:
             ends = [node for node in (edge.receiver, edge.sender) if node in states]
             state = states[min(ends, key=lambda node: node not in by_node)]
-            exact[edge] = state.measured([every.get(edge, CircuitEdge(edge, 0.0))])[0]
+            asked.setdefault(state, []).append(every.get(edge, CircuitEdge(edge, 0.0)))
+    for state, links in asked.items():
+        exact |= {member.edge: member for member in state.measured(links)}
     edges = sorted((exact.get(member.edge, member) for member in edges), key=lambda member: -abs(member.effect))
     return Wiring(tuple(edges), roles, linked, dropped, exact)
 
@@ -140,11 +147,17 @@ class _State:
         """Exact effects of single edges; estimates stay as they are."""
         return measure_edges(self.model, self.groups, self.metric, edges, self.gaps.tolist())
 
+    def measure_from_embed(self, nodes: Sequence[Node]) -> None:
+        """Measure the edges of some nodes from the embeddings, in one batch."""
+        new = [node for node in nodes if node not in self.known]
+        self.known |= {node: [] for node in new}
+        paths = edges_into(EMBED, new, parallel=self.model.parallel)
+        for member in self.measured([CircuitEdge(edge, 0.0) for edge in paths]):
+            self.known[member.edge.receiver].append(member)
+
     def from_embed(self, node: Node) -> list[CircuitEdge]:
         """Exact effects of a node's edges from the embeddings."""
-        if node not in self.known:
-            paths = edges_into(EMBED, [node], parallel=self.model.parallel)
-            self.known[node] = self.measured([CircuitEdge(edge, 0.0) for edge in paths])
+        self.measure_from_embed([node])
         return self.known[node]
 
 
