@@ -25,11 +25,11 @@ from mechsafety.models.engine import (
     split_rows,
 )
 from mechsafety.nodes import EMBED, SLOTS, Node
-from mechsafety.patching import activation_patching
-from mechsafety.patching.masks import PairRuns
+from mechsafety.patching.masks import PairRuns, Patch, patched_scores
 from mechsafety.patching.readout import final_scores
 from mechsafety.patching.receivers import SlotEdit, edit_hooks, live_logits, read_moment, slot_edit
 from mechsafety.patching.senders import added_changes, added_sum, entry
+from mechsafety.patching.sources import column_masks
 from mechsafety.sites import Site, SiteKind
 
 Shares = Mapping[Node, float]
@@ -64,13 +64,15 @@ class Flow:
 
     def effects(self, positions: str = "all") -> Shares:
         """Effect of patching each node alone, at all positions or at those of a span."""
-        found = [
-            activation_patching(
-                self.model, runs, self.metric, nodes=self.nodes, positions=positions, progress=self.progress
-            ).changes
-            for runs in self.groups
-        ]
-        return self._shares(self.nodes, torch.cat(found, dim=1))
+        ordered = sorted(self.nodes, key=lambda node: node.order)
+        found = []
+        for runs in self.groups:
+            base = runs.harmful
+            where = None if positions == "all" else column_masks(base, runs.start, positions)[1][0]
+            patch = Patch.of(self.model, [[node] for node in ordered])
+            scores = patched_scores(self.model, base, runs.harmless.acts, patch, self.metric, positions=where)
+            found.append(self.metric(base.logits) - scores)
+        return self._shares(ordered, torch.cat(found, dim=1))
 
     def direct(self) -> Shares:
         """Effect of each node's path to the logits."""

@@ -183,3 +183,16 @@ def test_at_the_suffix_the_prompt_is_read_by_attention(planted, log_odds):
     assert flow.into(EVERY, [EMBED]) == pytest.approx(dict.fromkeys(EVERY, 0.0), abs=1e-6)
     assert prompt == pytest.approx({node: whole[node] - written[node] for node in EVERY}, abs=1e-6)
     assert max(map(abs, prompt.values())) > 0.1
+
+
+def test_effects_of_a_span(llama, pairs, log_odds):
+    """And no complaint about a group of pairs whose gap in the circuit is 0 or negative: the whole gap counts."""
+    runs = pair_runs(llama, pairs)
+    flow = Flow(llama, [runs], log_odds, SOME, 2.0)
+    for span in ("instruction", "suffix", "all"):
+        known = ms.activation_patching(llama, runs, log_odds, nodes=SOME, positions=span, progress=False).changes
+        assert [flow.effects(span)[node] for node in SOME] == pytest.approx((known.mean(1) / 2.0).tolist(), abs=1e-5)
+    nothing = knocked_out(llama, runs, EVERY)
+    assert float((nothing.scores(log_odds)[0] - nothing.scores(log_odds)[1]).abs().max()) < 1e-4
+    still = Flow(llama, [nothing], log_odds, SOME, 2.0)
+    assert still.effects() == pytest.approx(dict.fromkeys(SOME, 0.0), abs=1e-4)
