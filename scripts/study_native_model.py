@@ -269,7 +269,7 @@ def without_kl(found: RefusalDirection) -> dict[str, Any]:
 def head_scores(side: Side) -> dict[str, Any]:
     """Six scores of every head, the first ten listed with their place in the map."""
     some = side.drawn.there.sample(side.size.head_pairs)
-    found = heads(side.study, side.direction, some)
+    found = side.steps.json("head-scores", lambda: heads(side.study, side.direction, some))
     inside = {str(member.node): member.role for member in side.circuit("node").nodes}
     top = [{**row, "role": inside.get(row["node"])} for row in found["top"]]
     return {"top": top, "agreement": found["agreement"], "pairs": len(some)}

@@ -3,6 +3,7 @@
 import pytest
 
 import mechsafety as ms
+from mechsafety.circuits import circuit
 from mechsafety.nodes import Edge, Node
 from mechsafety.testbed import Truth
 
@@ -30,7 +31,7 @@ def test_units_are_heads_and_neurons_or_heads_and_mlps():
         ),
         (
             {"roles": {HEAD: "thinking", MLP: "production"}},
-            "roles ['thinking']; expected some of ('detection', 'evaluation', 'decision', 'production', 'none')",
+            f"roles ['thinking']; expected some of {circuit.ROLES}",
         ),
     ],
 )
