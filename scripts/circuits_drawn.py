@@ -26,12 +26,15 @@ from mechsafety.results import Provenance
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & % _ \\ $x^2$ # ~ {a} 'q' \"d\" \x00\x1b é 漢 🙂"
 SIZES = (1, 2, 5, 10, 20, 30, 60, 90, 150, 200, 300)
+# evaluation nodes from this depth on are relays
+RELAYS_FROM = 0.5
 TOKENS = ("<|im_start|>", "user", "\n", "How", " do", " I", " pick", " a", " lock", "?", "<|im_end|>", "\n")
 
 
 def pick_role(rng: random.Random, depth: float) -> str:
-    roles = ("detection", "relay", "evaluation", "decision", "production")
-    return "none" if rng.random() < 0.15 else roles[min(4, max(0, int(5 * depth + rng.uniform(-0.7, 0.7))))]
+    roles = ("detection", "evaluation", "decision", "production")
+    role = "none" if rng.random() < 0.15 else roles[min(3, max(0, int(4 * depth + rng.uniform(-0.7, 0.7))))]
+    return "relay" if role == "evaluation" and depth >= RELAYS_FROM else role
 
 
 def circuit_node(rng: random.Random, node: Node, n_layers: int, scale: float = 0.1) -> CircuitNode:
