@@ -239,7 +239,7 @@ def _summary(circuit: Any, out: Path) -> str:
         *_read(circuit.metric),
         ("circuit", size),
         ("faithfulness", _measured(check.faithfulness, f"{check.faithfulness:.2f} on the pairs it was found on")),
-        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), {_asked(check)}")),
+        ("  held out", _measured(held, f"{held:.2f} (95 % CI {low:.2f} to {high:.2f}), asked for {check.aim.words}")),
         *([("  fresh pairs", _fresh(check.fresh))] if check.fresh is not None else []),
         ("  over all sizes", _measured(check.cmd, f"CMD {check.cmd:.2f}, the mean distance from 1 (0 is best)")),
         ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {check.random_p:.3g}")),
@@ -270,11 +270,6 @@ def _missed(circuit: Any) -> str:
         return f"On held-out pairs the circuit's faithfulness is not {goal.words}, though {size}."
     set_of = f"set of {parts} short of the whole model" if most is None else f"set of at most {most} {parts}"
     return f"No {set_of} has a faithfulness of {goal.words} on held-out pairs."
-
-
-def _asked(check: Any) -> str:
-    """What the search was asked for."""
-    return f"asked for {check.aim.words}"
 
 
 _PARTS = {"node": "heads and MLPs", "neuron": "heads, MLPs and neurons"}

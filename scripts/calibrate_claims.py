@@ -13,16 +13,13 @@ every figure's true value is known. Two kinds of claims are tested in two ways:
 For each there is one alternative, for the power. The package's own functions do everything but the drawing.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages.page import RESULTS
-from pages.render import PAGES, publish
+from pages.render import simulation
 from tqdm.auto import tqdm
 
 import mechsafety as ms
@@ -270,19 +267,6 @@ def on_all_pairs(given: Setting) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="25 simulations each; print the page, write nothing")
-    parser.add_argument("--times", type=int, default=500, help="simulations of each row")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    quiet_libraries()
-    if args.quick:
-        print(PAGES["claims"].text(simulate(25, args.seed)))
-    else:
-        publish("claims", simulate(args.times, args.seed), args.out)
-
-
 if __name__ == "__main__":
-    main()
+    quiet_libraries()
+    simulation("claims", __doc__, simulate, few=25, many=500)

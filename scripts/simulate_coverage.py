@@ -6,16 +6,13 @@
 Every sample comes from a population whose true value is known. Intervals are at 95 %, tests at 5 %.
 """
 
-import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages.page import RESULTS
-from pages.render import PAGES, publish
+from pages.render import simulation
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -191,18 +188,5 @@ def simulate(samples: int, seed: int) -> dict[str, Any]:
     return store
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 samples a cell; print the page, write nothing")
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    if args.quick:
-        print(PAGES["coverage"].text(simulate(100, args.seed)))
-    else:
-        publish("coverage", simulate(args.samples, args.seed), args.out)
-
-
 if __name__ == "__main__":
-    main()
+    simulation("coverage", __doc__, simulate, few=100, many=1000)

@@ -23,7 +23,7 @@ class Made:
     def direct(self):
         return {node: self.direct_.get(node, 0.0) for node in self.nodes}
 
-    def from_prompt(self):
+    def from_prompt(self, effects):
         return {node: self.embed.get(node, 0.0) for node in self.nodes}
 
     def into(self, receivers, senders):

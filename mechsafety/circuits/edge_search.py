@@ -181,7 +181,7 @@ def search_edges(
 ) -> SearchResult:
     """`search_parts` over edges ranked by score; exact removal where at most `MAX_EXACT` are left."""
     place = {edge: k for k, edge in enumerate(scores)}
-    ranking = sorted(scores, key=lambda edge: (goal.rank(scores[edge]), place[edge]))
+    ranking = sorted(scores, key=lambda edge: (-goal.size(scores[edge]), place[edge]))
     found = search_parts(
         found_on,
         held_out,

@@ -52,7 +52,6 @@ class Flow:
         metric: What is measured.
         nodes: The circuit's nodes.
         gap: Mean metric of the harmful prompts less that of the harmless ones, in the whole model.
-        progress: Whether to show bars.
     """
 
     model: LensModel
@@ -60,7 +59,6 @@ class Flow:
     metric: RefusalLogOdds
     nodes: Sequence[Node]
     gap: float
-    progress: bool = False
 
     def effects(self, positions: str = "all") -> Shares:
         """Effect of patching each node alone, at all positions or at those of a span."""
@@ -84,16 +82,19 @@ class Flow:
             found.append(self.metric(runs.harmful.logits) - changed)
         return self._shares(self.nodes, torch.cat(found, dim=1))
 
-    def from_prompt(self) -> Shares:
+    def from_prompt(self, effects: Shares) -> Shares:
         """Effect of what each node reads of the prompt itself: the path from the embeddings.
 
         At an aligned suffix the embeddings of both prompts are the same, and a node reads the instruction by attending
         to it. What it reads of the prompt is then whatever the circuit's nodes did not write.
+
+        Args:
+            effects: Effect of each node alone.
         """
         if self.groups[0].align == "tokens":
             return self.into(self.nodes, [EMBED])
-        whole, written = self.effects(), self.into(self.nodes, self.nodes)
-        return {node: whole[node] - written[node] for node in self.nodes}
+        written = self.into(self.nodes, self.nodes)
+        return {node: effects[node] - written[node] for node in self.nodes}
 
     def into(self, receivers: Sequence[Node], senders: Senders) -> Shares:
         """Effect of all paths together from the senders to each receiver, through all its slots at once.

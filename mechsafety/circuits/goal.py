@@ -63,16 +63,11 @@ class Goal:
             return cost <= factor * (faithfulness - self.target + ROUNDING)
         return -cost <= factor * (self.most + ROUNDING - faithfulness)
 
-    def rank(self, estimate: float) -> float:
-        """Sort key of a part's estimated effect, the most wanted first.
-
-        To reach the target, the largest effects are wanted, and those against the behaviour come last. To match the
-        whole model, effects of either sign are wanted.
-        """
-        return -self.size(estimate)
-
     def size(self, effect: float) -> float:
-        """How much an effect counts: to reach the target as much as it adds, to match the model in either direction."""
+        """How much an effect counts: to reach the target as much as it adds, to match the model in either direction.
+
+        Parts are ranked by it, the largest first. To reach the target, those against the behaviour therefore come last.
+        """
         return effect if self.kind == "reach" else abs(effect)
 
     @property

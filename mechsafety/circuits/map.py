@@ -338,7 +338,6 @@ def wire_circuit(measured: MeasuredParts) -> Wired:
         [node for node in LEVELS[options.level].nodes(measured.circuit.meters) if node not in inside],
         n_edges=options.n_edges,
         budget=split.budget,
-        progress=split.progress,
         own=LEVELS[options.level].own_edges(result),
     )
     wiring = LEVELS[options.level].wired(wiring, result)

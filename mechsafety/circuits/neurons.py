@@ -9,7 +9,7 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.goal import Goal
-from mechsafety.circuits.search import CURVE_SHARES, SearchResult, search_parts
+from mechsafety.circuits.search import CURVE_SHARES, SearchResult, ranked, search_parts
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 
 # a circuit of more parts than this is not measured part by part
@@ -78,8 +78,8 @@ def refine(
     rest = [part for part in here.parts if isinstance(part, Node) and part.home not in core]
     # a backup's neurons would replace what removal takes away, so they come last and are added by themselves
     late = {node for node in rest if node.home in set(result.added)}
-    ranking = _ranked(first, attribution, goal) + _ranked([n for n in rest if n not in late], attribution, goal)
-    ranking += _ranked(sorted(late, key=lambda node: node.order), attribution, goal)
+    ranking = ranked(first, attribution, goal) + ranked([n for n in rest if n not in late], attribution, goal)
+    ranking += ranked(sorted(late, key=lambda node: node.order), attribution, goal)
     found = search_parts(here, there, ranking, goal, rounds=8, budget=budget, shares=CURVE_SHARES, max_exact=MAX_EXACT)
     circuit: list[Part] = list(found.circuit)
     added: list[Part] = []
@@ -92,10 +92,6 @@ def refine(
         gone = [node for node in {backup.primary, *backup.group} if node != backup.node]
         added += _stand_in(here, there, backup, gone, circuit, added, goal)
     return replace(found, circuit=in_order([*circuit, *added]), added=tuple(added)), (here, there), attribution
-
-
-def _ranked(parts: Sequence[Node], attribution: NodeAttribution, goal: Goal) -> list[Node]:
-    return sorted(parts, key=lambda part: (goal.rank(attribution.of(part)), part.order))
 
 
 def _stand_in(
@@ -111,7 +107,7 @@ def _stand_in(
     runs = knocked_out(here.model, here.runs, sorted(gone, key=lambda node: node.order))
     attribution = node_attribution(here.model, runs, here.metric, neurons=True, progress=here.progress)
     own = [Node("neuron", backup.node.layer, index) for index in range(here.model.d_mlp)]
-    ranking = _ranked(own, attribution, goal)
+    ranking = ranked(own, attribution, goal)
     base = [part for part in (*circuit, *added) if isinstance(part, Node) and part.home not in gone]
 
     def reaches(size: int) -> bool:

@@ -12,7 +12,6 @@ from mechsafety.nodes import Node
 MOST = 0.5
 # a node repeats what another wrote if what it reads of it and what it writes have at least this cosine
 ALIKE = 0.7
-
 # a node whose effect is smaller than this share of the gap has no role: shares of rounding errors say nothing
 LEAST = 1e-4
 
@@ -32,8 +31,8 @@ class Paths(Protocol):
     def direct(self) -> Shares:
         """Effect of each node's path to the logits."""
 
-    def from_prompt(self) -> Shares:
-        """Effect of what each node reads straight from the embeddings."""
+    def from_prompt(self, effects: Shares) -> Shares:
+        """Effect of what each node reads straight from the embeddings, given its effect alone."""
 
     def into(self, receivers: Sequence[Node], senders: Senders) -> Shares:
         """Effect of the paths from the senders, or from its own senders, to each receiver."""
@@ -68,13 +67,13 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
         The role of each node, with the measurements.
     """
     effects, direct = flow.effects(), flow.direct()
-    embedded = flow.from_prompt()
+    embedded = flow.from_prompt(effects)
     at = {span: flow.effects(span) for span in spans}
     roles: dict[Node, Role] = {}
 
-    def most(shares: Shares, *more: Shares) -> list[Node]:
+    def most(*shares: Shares) -> list[Node]:
         """Nodes without a role of whose effect these shares are at least half."""
-        return [node for node in left() if _share([shares, *more], effects, node) >= MOST]
+        return [node for node in left() if _share(shares, effects, node) >= MOST]
 
     def left() -> list[Node]:
         return [node for node in flow.nodes if node not in roles]

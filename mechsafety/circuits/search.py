@@ -61,6 +61,11 @@ def check_search(target: float, max_parts: int | None) -> None:
         raise MechsafetyError(f"a circuit of at most {max_parts} parts", expected="at least 1")
 
 
+def ranked(nodes: Sequence[Node], attribution: NodeAttribution, goal: Goal) -> list[Node]:
+    """The nodes by how much their estimates count for the goal, the largest first."""
+    return sorted(nodes, key=lambda node: (-goal.size(attribution.of(node)), node.order))
+
+
 @public
 def search_nodes(
     found_on: FaithfulnessMeter,
@@ -89,7 +94,7 @@ def search_nodes(
     """
     aim = Goal(target, goal)
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)
-    ranking = sorted(nodes, key=lambda node: (aim.rank(attribution.of(node)), node.order))
+    ranking = ranked(nodes, attribution, aim)
     return search_parts(found_on, held_out, ranking, aim, max_parts=max_nodes, rounds=rounds, budget=budget)
 
 
@@ -290,6 +295,11 @@ def _largest(free: Sequence[Part], circuit: Sequence[Part], reaches: Callable[[S
     return list(free[:low])
 
 
+def each_left_out(circuit: Sequence[Part], parts: Sequence[Part]) -> list[list[Part]]:
+    """The circuit without each of these parts."""
+    return [[part for part in circuit if part != gone] for gone in parts]
+
+
 def marginals(
     meter: FaithfulnessMeter, circuit: Sequence[Part], parts: Sequence[Part] | None = None
 ) -> dict[Part, float]:
@@ -297,6 +307,5 @@ def marginals(
     order = in_order(circuit if parts is None else parts)
     if not order:
         return {}
-    without = [[part for part in circuit if part != gone] for gone in order]
-    scores = meter.faithfulness([circuit, *without], near=circuit)
+    scores = meter.faithfulness([circuit, *each_left_out(circuit, order)], near=circuit)
     return {part: scores[0] - score for part, score in zip(order, scores[1:], strict=True)}

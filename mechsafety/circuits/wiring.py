@@ -7,14 +7,12 @@ import numpy as np
 
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.budget import Budget
-from mechsafety.circuits.circuit import Backup, CircuitEdge, Role, RoleEvidence
+from mechsafety.circuits.circuit import Backup, CircuitEdge, RoleEvidence
 from mechsafety.circuits.edges import carrying, connect, edges_into, estimate_edges, measure_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.flow import Flow
-from mechsafety.circuits.roles import assign_roles
+from mechsafety.circuits.roles import Named, assign_roles
 from mechsafety.nodes import EMBED, Edge, Node
-
-Roles = dict[Node, tuple[Role, RoleEvidence]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class Wiring:
     """
 
     edges: tuple[CircuitEdge, ...]
-    roles: Mapping[Node, tuple[Role, RoleEvidence]]
+    roles: Named
     linked: tuple[Edge, ...] = ()
     dropped: tuple[Node, ...] = ()
     measured: Mapping[Edge, CircuitEdge] = field(default_factory=dict)
@@ -44,7 +42,6 @@ def wire(
     *,
     n_edges: int,
     budget: Budget,
-    progress: bool,
     own: Sequence[CircuitEdge] | None = None,
 ) -> Wiring:
     """Edges and roles of a circuit's nodes, connected from ``embed`` to ``logits``.
@@ -62,11 +59,10 @@ def wire(
         outside: Every other node.
         n_edges: Edges to measure, those with the largest estimates first.
         budget: Time to keep.
-        progress: Whether to show bars.
         own: Edges with their estimates, the strongest first, if the circuit has edges of its own; by default all edges
             between the nodes are estimated.
     """
-    no_roles: Roles = {node: ("none", RoleEvidence()) for node in nodes}
+    no_roles: Named = {node: ("none", RoleEvidence()) for node in nodes}
     if not nodes or budget.skips("edges and roles", 0.6):
         return Wiring((), no_roles)
     by_node = {backup.node: backup for backup in backups}
@@ -81,7 +77,7 @@ def wire(
         # the neurons of a patched MLP are patched with it
         alive = [node for node in nodes if not {node, node.home} & set(patched)]
         state = _State(meter, [*outside, *patched])
-        named = assign_roles(state.flow(alive, progress), spans)
+        named = assign_roles(state.flow(alive), spans)
         effects = {node: evidence.in_circuit or 0.0 for node, (_, evidence) in named.items()}
         estimated = state.estimated(alive) if own is None else own
         embedded = [node for node in measured if named[node][0] == "detection"]
@@ -102,7 +98,7 @@ def wire(
     fed = {edge.receiver for edge in kept}
     for state in dict.fromkeys(states.values()):  # those that `connect` may ask for, in one batch
         state.measure_from_embed([node for node in nodes if states.get(node) is state and node not in fed])
-    known = list({**every, **{edge: member for edge, member in exact.items() if edge in every}}.values())
+    known = [exact.get(edge, member) for edge, member in every.items()]
     edges, linked, dropped = connect(
         nodes, list(kept.values()), known, lambda node: states[node].from_embed(node), sources
     )
@@ -124,23 +120,25 @@ class _State:
 
     def __init__(self, meter: FaithfulnessMeter, patched: Sequence[Node]) -> None:
         self.model, self.metric = meter.model, meter.metric
+        self.meter, self.patched = meter, patched
         harmful, harmless = meter.ends()
         parts = meter.groups or ((tuple(range(len(harmful))), meter.runs),)
         self.gaps = np.concatenate([(harmful - harmless)[list(rows)] for rows, _ in parts])
         self.groups = [knocked_out(meter.model, runs, patched) for _, runs in parts]
-        self.whole = knocked_out(meter.model, meter.runs, patched) if meter.groups else self.groups[0]
         self.known: dict[Node, list[CircuitEdge]] = {}
 
-    def flow(self, nodes: Sequence[Node], progress: bool) -> Flow:
+    def flow(self, nodes: Sequence[Node]) -> Flow:
         """Paths among nodes that are not patched."""
-        return Flow(self.model, self.groups, self.metric, nodes, float(self.gaps.mean()), progress)
+        return Flow(self.model, self.groups, self.metric, nodes, float(self.gaps.mean()))
 
     def estimated(self, nodes: Sequence[Node]) -> list[CircuitEdge]:
         """Every edge between nodes that are not patched, the strongest first, by gradients."""
-        harmful, harmless = self.whole.scores(self.metric)
+        # all pairs in one run
+        whole = knocked_out(self.model, self.meter.runs, self.patched) if self.meter.groups else self.groups[0]
+        harmful, harmless = whole.scores(self.metric)
         # estimates are shares of the gap that is left
         share = float((harmful - harmless).mean()) / float(self.gaps.mean())
-        found = estimate_edges(self.model, self.whole, self.metric, nodes)
+        found = estimate_edges(self.model, whole, self.metric, nodes)
         return [CircuitEdge(one.edge, one.effect * share, "estimated", one.effect * share) for one in found]
 
     def measured(self, edges: Sequence[CircuitEdge]) -> list[CircuitEdge]:

@@ -191,10 +191,8 @@ def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str, bool]]:
     failed = {claim.name for claim in check.failed}
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
-    asked = check.aim.words
-    held += (
-        f"{'meets' if check.reached else 'misses'} the goal, {asked}; CMD over all sizes {words.number(check.cmd, 2)}"
-    )
+    held += f"{'meets' if check.reached else 'misses'} the goal, {check.aim.words}; "
+    held += f"CMD over all sizes {words.number(check.cmd, 2)}"
     drawn = f"mean of {controls.n} of the same size; {words.p_value(check.random_p)}"
     return [
         _card("Held-out faithfulness", check.held_out_faithfulness, held, "faithfulness" in failed),

@@ -4,7 +4,7 @@ from typing import Any
 
 from pages.page import Page
 from pages.records import Record
-from pages.tables import table
+from pages.tables import marked, table
 
 # what is called calibrated: a nominal 5 %, give or take; and of the two errors at a limit, each nominally 2.5 %
 GOOD = (0.03, 0.07)
@@ -60,13 +60,13 @@ def context(record: Record) -> dict[str, Any]:
 
 
 def share(value: float) -> str:
-    """A share of simulations; bold where it is not as it should be."""
-    return f"{value:.1%}" if GOOD[0] <= value <= GOOD[1] else f"**{value:.1%}**"
+    """A share of simulations with any error."""
+    return marked(value, GOOD[0] <= value <= GOOD[1])
 
 
 def one_sided(value: float) -> str:
-    """A share of simulations with one of two errors; bold where it comes up too often."""
-    return f"{value:.1%}" if value <= MOST_ONE_SIDED else f"**{value:.1%}**"
+    """A share of simulations with one of two errors."""
+    return marked(value, value <= MOST_ONE_SIDED)
 
 
 PAGE = Page("claims", context)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pages.page import Page
 from pages.records import Record
-from pages.tables import table
+from pages.tables import marked, table
 
 # shares of samples that are as they should be; others are bold
 GOOD, REJECTED = (0.93, 0.97), (0.0, 0.06)
@@ -79,12 +79,8 @@ def by_size(rows: Iterable[Mapping[str, Any]], figure: str, good: tuple[float, f
     cells = []
     for name in dict.fromkeys(row["data"] for row in rows):
         found = {row["n"]: row[figure] for row in rows if row["data"] == name}
-        cells.append([name, *(cell(found[n], name == "all" or good[0] <= found[n] <= good[1]) for n in sizes)])
+        cells.append([name, *(marked(found[n], name == "all" or good[0] <= found[n] <= good[1]) for n in sizes)])
     return table(cells, ["data", *(f"n = {n}" for n in sizes)])
-
-
-def cell(value: float, good: bool) -> str:
-    return f"{value:.1%}" if good else f"**{value:.1%}**"
 
 
 def by_side(outside: list[Record]) -> Iterable[str]:

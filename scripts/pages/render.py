@@ -1,7 +1,7 @@
 """All pages, and the command that draws them."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pages import (
     refusal_direction,
     safety_neurons,
 )
-from pages.page import Page
+from pages.page import RESULTS, Page
 from pages.records import PageError
 
 MODULES = (
@@ -32,6 +32,28 @@ def publish(name: str, record: Any, folder: Path | None = None) -> None:
     """Store what a script measured, and draw its page, into the page's own folder unless another is named."""
     write_text(PAGES[name].stored(folder), json_text(record) + "\n")
     redraw(PAGES[name], folder)
+
+
+def simulation(name: str, about: str | None, simulate: Callable[[int, int], Any], few: int, many: int) -> None:
+    """The command of a script that simulates what its page shows.
+
+    Args:
+        name: The page.
+        about: What the script does.
+        simulate: Function of the number of samples and the seed that gives the page's record.
+        few: Number of samples for a look at the page; nothing is written.
+        many: Number of samples by default.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{few} samples; print the page, write nothing")
+    parser.add_argument("--samples", type=int, default=many, help="samples of each number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.quick:
+        print(PAGES[name].text(simulate(few, args.seed)))
+    else:
+        publish(name, simulate(args.samples, args.seed), args.out)
 
 
 def redraw(page: Page, folder: Path | None = None) -> None:

@@ -31,6 +31,11 @@ def table(rows: Any, columns: Sequence[str] | None = None, digits: int = 3) -> s
     return cells.rename(columns=cell).to_markdown(index=False, tablefmt="github", disable_numparse=True, stralign=None)
 
 
+def marked(share: float, good: bool) -> str:
+    """A share with one decimal; bold where it is not as it should be."""
+    return f"{share:.1%}" if good else f"**{share:.1%}**"
+
+
 def interval(row: Record, name: str, spec: str = ".2f", missing: str = "") -> str:
     """A value with its interval; alone where the interval has no end, ``missing`` where it was not measured."""
     if row[name] is None:

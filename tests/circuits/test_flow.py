@@ -87,7 +87,7 @@ def test_all_paths_into_a_node_are_the_node(kind, shared_model, pairs, log_odds)
     every, alone = flow.into(EVERY, [EMBED, *EVERY]), flow.effects()
     for node in EVERY:
         assert every[node] == pytest.approx(alone[node], abs=2e-3)
-    prompt = flow.from_prompt()
+    prompt = flow.from_prompt(alone)
     assert prompt == flow.into(EVERY, [EMBED]) and prompt[EVERY[0]] == pytest.approx(alone[EVERY[0]], abs=2e-3)
 
 
@@ -179,7 +179,8 @@ def test_at_the_suffix_the_prompt_is_read_by_attention(planted, log_odds):
     loose = ms.PromptPairs(pairs.pairs, "loose", align="suffix")
     runs = pair_runs(model, loose)
     flow = flow_of(model, runs, metric)
-    prompt, whole, written = flow.from_prompt(), flow.effects(), flow.into(EVERY, EVERY)
+    whole, written = flow.effects(), flow.into(EVERY, EVERY)
+    prompt = flow.from_prompt(whole)
     assert flow.into(EVERY, [EMBED]) == pytest.approx(dict.fromkeys(EVERY, 0.0), abs=1e-6)
     assert prompt == pytest.approx({node: whole[node] - written[node] for node in EVERY}, abs=1e-6)
     assert max(map(abs, prompt.values())) > 0.1

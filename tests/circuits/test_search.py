@@ -281,7 +281,8 @@ def test_goals(target, kind, values):
     assert goal.met(*values) == all(goal.met(value) for value in values)
     assert (goal.missing(*values) <= 1e-6) == goal.met(*values)
     assert goal.met(5.0) is (kind == "reach") and goal.missing(1.0) == 0.0
-    assert sorted([0.1, -0.5, 0.3], key=goal.rank) == ([0.3, 0.1, -0.5] if kind == "reach" else [-0.5, 0.3, 0.1])
+    wanted = sorted([0.1, -0.5, 0.3], key=goal.size, reverse=True)
+    assert wanted == ([0.3, 0.1, -0.5] if kind == "reach" else [-0.5, 0.3, 0.1])
     for value in values:
         if goal.met(value):
             assert goal.near(value, value - target, 1.0) and not goal.near(value, 3 * (value - target) + 0.1, 2.0)

@@ -82,7 +82,12 @@ def knocked(model, pairs, metric):
     whole = ms.activation_patching(model, gone, metric, nodes=NODES[-2:], positions="suffix", **QUIET).changes
     each = mask_gradients(model, gone, metric, 0.5)
     flow = Flow(model, [gone], metric, HEADS, 1.0)
-    paths = [flow.direct(), flow.from_prompt(), flow.into(HEADS, HEADS), flow.out_of(HEADS, [*HEADS, NODES[-1]])]
+    paths = [
+        flow.direct(),
+        flow.from_prompt(flow.effects()),
+        flow.into(HEADS, HEADS),
+        flow.out_of(HEADS, [*HEADS, NODES[-1]]),
+    ]
     found = [whole, *each, [[shares[node] for node in HEADS] for shares in paths]]
     return found + [[m.effect for m in measure(model, gone, metric)] for measure in (guessed, measured)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from whole_forwards import patched_whole
+from planted_checks import effect, wrapped
 
 import mechsafety as ms
 from mechsafety.nodes import Node, head_and_mlp_nodes
@@ -27,18 +27,7 @@ SHAPES = {
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def made(request):
     """The planted model, wrapped, its metric, and a pair of each topic."""
-    built = planted(**SHAPES[request.param])
-    model = ms.load_model((built.model, built.tokenizer))
-    return built, model, ms.RefusalLogOdds.of(model, ["Sorry"]), built.pairs.sample(4, 1)
-
-
-def effect(made, nodes):
-    """Share of the gap lost when ``nodes`` together take their harmless values."""
-    _, model, metric, pairs = made
-    tokens = model.tokenize_pairs(pairs)
-    harmful, harmless = metric(model.logits(tokens.harmful)), metric(model.logits(tokens.harmless))
-    patched = metric(patched_whole(model, tokens.harmful, tokens.harmless, nodes))
-    return float((harmful - patched).mean() / (harmful - harmless).mean())
+    return wrapped(planted(**SHAPES[request.param]))
 
 
 def backed_up(truth):

@@ -155,6 +155,7 @@ def test_html_is_inert_whatever_the_model_is_called(hostile: RefusalCircuit) -> 
 
 def test_page_is_small_without_attention(large: RefusalCircuit, small: RefusalCircuit) -> None:
     bare = replace(large, details=None)
+    # 300 nodes, a fifth of which work against refusal and are marked so, with every measurement that a role rests on
     assert len(circuit_html(bare).encode()) < 320_000
     assert len(circuit_html(replace(small, details=None)).encode()) < 100_000
     rng = random.Random(2)

@@ -263,15 +263,13 @@ def _independence(test: Independence | None) -> Claim:
 
 def decide_correlation(value: float, interval: tuple[float, float], n: int) -> Verdict:
     """The verdict on a correlation, whose interval narrows on Fisher's scale with the number of pairs less 3."""
-    if not all(map(math.isfinite, interval)) or n < 4:
+    if n < 4:
         return Verdict(None, NO_INTERVAL)
-    if max(map(abs, interval)) <= MAX_CORRELATION:
-        return Verdict(True)
-    if min(interval) > MAX_CORRELATION or max(interval) < -MAX_CORRELATION:
-        return Verdict(False)
-    half = 1.959964 / math.sqrt(n - 3)
-    room = math.atanh(MAX_CORRELATION) - math.atanh(min(abs(value), 1 - 1e-12))
-    return _undecided(math.inf if room == 0 else 3 + (n - 3) * (half / room) ** 2)
+    # a correlation may round to ±1, whose arctanh is infinite
+    middle, low, high = np.arctanh(np.clip((value, *interval), -1 + 1e-12, 1 - 1e-12)).tolist()
+    limit = math.atanh(MAX_CORRELATION)
+    found = decide(middle, (low, high), n - 3, -limit, limit)
+    return found if found.needed is None else _undecided(found.needed + 3)
 
 
 def _stability(check: Verification) -> Claim:

@@ -13,6 +13,7 @@ from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gra
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.search import ranked
 from mechsafety.circuits.verification.outcome import Stability
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.masks import pair_batches
@@ -125,7 +126,7 @@ def _prefix(
     The search starts at a guess with growing steps, then bisects: resampled circuits are about as large as the first.
     """
     nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
-    ranking = sorted(nodes, key=lambda node: (goal.rank(attribution.of(node)), node.order))
+    ranking = ranked(nodes, attribution, goal)
     harmful, harmless = meter.ends()
     floor, gap = weights @ harmless, weights @ (harmful - harmless)
 

@@ -8,7 +8,7 @@ import numpy as np
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, stratum
 from mechsafety.circuits.goal import Goal, GoalKind
-from mechsafety.circuits.search import MIB_SHARES, SearchResult
+from mechsafety.circuits.search import MIB_SHARES, SearchResult, each_left_out
 from mechsafety.circuits.verification.claims import claims
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Stability, Verification
 from mechsafety.circuits.verification.side_effects import side_effects
@@ -145,8 +145,7 @@ def marginal_intervals(
     order = in_order(circuit)
     if not order:
         return {}, {}
-    without = [[part for part in circuit if part != gone] for gone in order]
-    scores = meter.kept([circuit, *without], near=circuit)
+    scores = meter.kept([circuit, *each_left_out(circuit, order)], near=circuit)
     harmful, harmless = meter.ends()
     lost, gap = scores[0] - scores[1:], harmful - harmless
     values = {part: ratio(row, gap) for part, row in zip(order, lost, strict=True)}

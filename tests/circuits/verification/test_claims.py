@@ -104,7 +104,12 @@ def test_the_p_that_is_shown_is_the_adjusted_one(check):
         ("completeness", {"completeness_ci": (-0.5, 0.19)}, "the interval holds the limit; about 160 pairs", 160),
         ("completeness", {"completeness_ci": (-math.inf, math.inf)}, "too few pairs, or too different ones", None),
         ("independence", {"independence": Independence(3, 0.02, 0.5, 0.1, (-1.0, 1.0))}, "too few pairs, or", None),
-        ("independence", {"independence": Independence(9, 0.02, 0.5, 0.2, (-0.5, 0.8))}, "the interval holds the", 35),
+        (
+            "independence",
+            {"independence": Independence(9, 0.02, 0.5, 0.2, (-0.5352, 0.7628))},
+            "the interval holds the",
+            35,
+        ),
         ("stability", {"stability": Stability((0.9,), 0.9, (3,))}, "one resample decides nothing", None),
         ("stability", {"stability": Stability((0.9, 0.3), 0.6, (3, 4))}, "the interval holds the limit; about", None),
         (
