@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from mechsafety.nodes import LOGITS
+
 
 @dataclass
 class Made:
@@ -31,7 +33,11 @@ class Made:
         return {one: sum(self.edges.get((other, one), 0.0) for other in of[one]) for one in receivers}
 
     def out_of(self, senders, receivers):
-        return {one: sum(self.edges.get((one, other), 0.0) for other in receivers) for one in senders}
+        straight = self.direct_ if LOGITS in receivers else {}
+        return {
+            one: sum(self.edges.get((one, other), 0.0) for other in receivers) + straight.get(one, 0.0)
+            for one in senders
+        }
 
     def repeated(self, receivers, least):
         assert least == 0.7

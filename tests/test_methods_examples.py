@@ -671,8 +671,9 @@ def _(e, toy):
     roles = assign_roles(Made(effects, direct, embedded, ways))
     shares = {
         "A: share from the embeddings": roles[a][1].from_embed / effects[a],
-        "E: share by way of decision": roles[v][1].to_decision / effects[v],
-        "D: share to the logits and by way of production": (direct[d] + roles[d][1].to_production) / effects[d],
+        "E: share by way of decision": roles[v][1].to_evaluation_or_decision / effects[v],
+        "D: share to the logits and by way of production, if the two add up": roles[d][1].to_production_or_logits
+        / effects[d],
         "P: share to the logits": roles[p][1].direct / effects[p],
     }
     return shares | {f"role of {name[0]}": roles[node][0] for node, name in names.items()}

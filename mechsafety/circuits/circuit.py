@@ -62,9 +62,10 @@ class RoleEvidence:
         direct: Exact effect of its path to the logits.
         from_embed: Exact effect of what it reads straight from the embeddings.
         from_detection, from_evaluation: Exact effect of what it reads from the detection (evaluation) nodes together.
-        to_evaluation: Exact effect of what the evaluation nodes read from it.
-        to_decision: Exact effect of what the decision nodes and relays read from it.
-        to_production: Exact effect of what the production nodes read from it.
+        to_evaluation_or_decision: Exact effect of what the evaluation nodes, decision nodes and relays read from it,
+            together.
+        to_production: Exact effect of what the production nodes read from it, together.
+        to_production_or_logits: Exact effect of what the production nodes and the logits read from it, together.
         alike: Exact effect of what it reads from the nodes whose writing it repeats.
         at_instruction, at_suffix: Exact effect of patching it at instruction (suffix) positions only. No role rests on
             these two.
@@ -78,9 +79,9 @@ class RoleEvidence:
     from_embed: float | None = field(default=None, metadata=SPARSE)
     from_detection: float | None = field(default=None, metadata=SPARSE)
     from_evaluation: float | None = field(default=None, metadata=SPARSE)
-    to_evaluation: float | None = field(default=None, metadata=SPARSE)
-    to_decision: float | None = field(default=None, metadata=SPARSE)
+    to_evaluation_or_decision: float | None = field(default=None, metadata=SPARSE)
     to_production: float | None = field(default=None, metadata=SPARSE)
+    to_production_or_logits: float | None = field(default=None, metadata=SPARSE)
     alike: float | None = field(default=None, metadata=SPARSE)
     at_instruction: float | None = field(default=None, metadata=SPARSE)
     at_suffix: float | None = field(default=None, metadata=SPARSE)

@@ -11,11 +11,11 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node
 from mechsafety.results import Opener
 
-FORMAT, VERSION = "mechsafety.circuit", 4
-# 3 had a test of equivalence, and its roles rested on these measurements
+FORMAT, VERSION = "mechsafety.circuit", 5
+# the roles of 3 and 4 rested on these measurements, and 3 had a test of equivalence
 OLD_EVIDENCE = (
     *("via_instruction", "attention_to_instruction", "attention_within_instruction"),
-    *("from_detection", "from_evaluation", "to_decision"),
+    *("from_detection", "from_evaluation", "to_decision", "to_evaluation"),
 )
 # 2 named these two fields of backups otherwise; 1 had neither level, shape nor search
 RENAMED = {"behind": "primary", "first": "primary_effect"}
@@ -65,7 +65,7 @@ def read(kind: type[C], text: str) -> C:
     data = parse(text, FORMAT, 1, VERSION)
     if data["version"] < 3 and "search" in data:
         data["search"] = _renamed(data["search"])
-    if data["version"] < 4:
+    if data["version"] < 5:
         _without(data.get("verification"), ("equivalence",))
         for row in data["nodes"] if isinstance(data.get("nodes"), list) else ():
             _without(row.get("evidence") if isinstance(row, dict) else None, OLD_EVIDENCE)

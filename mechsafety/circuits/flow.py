@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import einsum, reduce
+from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -111,7 +111,7 @@ class Flow:
     def out_of(self, senders: Sequence[Node], receivers: Sequence[Node]) -> Shares:
         """Effect of all paths together from each sender to the receivers, through all their slots at once.
 
-        What one receiver then writes differently reaches the others as usual.
+        What one receiver then writes differently reaches the others as usual. The logits may be a receiver.
         """
         if not senders or not receivers:
             return dict.fromkeys(senders, 0.0)
@@ -212,7 +212,7 @@ class Flow:
         layers: dict[int, list[tuple[int, str, list[Node]]]] = {}
         for (moment, kind, layer), here in _by_moment(model, receivers).items():
             if entry(senders[0]) <= moment:
-                layers.setdefault(layer, []).append((moment, kind, here))
+                layers.setdefault(model.n_layers if kind == "logits" else layer, []).append((moment, kind, here))
         if not layers:
             return self.metric(base.logits).expand(n, -1)
         with torch.no_grad():
@@ -221,6 +221,9 @@ class Flow:
             for layer, after in zip(order, [*order[1:], None], strict=True):
                 hooks: list[Hook] = []
                 for moment, kind, here in layers[layer]:  # heads come before the MLP and its neurons
+                    if kind == "logits":
+                        hidden = hidden + rearrange(changes, "sender batch pos d -> (sender batch) pos d")
+                        continue
                     entered = sum(entry(node) <= moment for node in senders)
                     delta = changes.clone()
                     delta[entered:] = 0

@@ -1,12 +1,12 @@
 """Roles of nodes, from causal flow alone: never from depth, from attention, or from the span a token falls into."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mechsafety.circuits.circuit import Role, RoleEvidence
 from mechsafety.circuits.flow import Senders, Shares
 from mechsafety.inputs import public
-from mechsafety.nodes import Node
+from mechsafety.nodes import LOGITS, Node
 
 # a node has a property if at least this share of its own effect comes that way
 MOST = 0.5
@@ -38,7 +38,7 @@ class Paths(Protocol):
         """Effect of the paths from the senders, or from its own senders, to each receiver."""
 
     def out_of(self, senders: Sequence[Node], receivers: Sequence[Node]) -> Shares:
-        """Effect of the paths from each sender to the receivers."""
+        """Effect of the paths from each sender to the receivers, the logits among them if they are given."""
 
     def repeated(self, receivers: Sequence[Node], least: float) -> Mapping[Node, list[Node]]:
         """The senders whose writing each receiver repeats, by the cosine of the two."""
@@ -52,12 +52,17 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
 
     1. *Production*: at least half of the effect is the path to the logits.
     2. *Detection*: at least half of the effect comes straight from the embeddings.
-    3. *Decision*: at least half of the effect goes to the logits and to production nodes.
+    3. *Decision*: at least half of the effect goes to production nodes and to the logits, together.
     4. *Relay*: at least half of the effect is read from nodes whose writing this node repeats (cosine at least 0.7).
-    5. *Evaluation*: at least half of the effect goes to decision nodes and relays; then, whoever feeds such a node.
+    5. *Evaluation*: at least half of the effect goes to decision nodes, relays and other evaluation nodes, together.
+       All nodes that are left are candidates. Those whose share is smaller are dropped, until none is.
     6. A node that no rule fits gets the role of the largest of its shares: production for the path to the logits,
-       decision for production nodes, evaluation for decision nodes, relays and evaluation nodes. The shares must add up
-       to at least half. Otherwise it has no role. Nor has a node whose effect is below 0.0001 of the gap.
+       decision for production nodes, evaluation for decision nodes, relays and evaluation nodes. All these paths
+       together must carry at least half. Otherwise it has no role. Nor has a node whose effect is below 0.0001 of the
+       gap.
+
+    Paths to several nodes are patched together, because what such nodes do often does not add up: two that need each
+    other both lose their whole effect when either is patched.
 
     Args:
         flow: The measured paths.
@@ -71,9 +76,9 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
     at = {span: flow.effects(span) for span in spans}
     roles: dict[Node, Role] = {}
 
-    def most(*shares: Shares) -> list[Node]:
-        """Nodes without a role of whose effect these shares are at least half."""
-        return [node for node in left() if _share(shares, effects, node) >= MOST]
+    def most(paths: Shares) -> list[Node]:
+        """Nodes without a role of whose effect these paths are at least half."""
+        return [node for node in left() if _share(paths, effects, node) >= MOST]
 
     def left() -> list[Node]:
         return [node for node in flow.nodes if node not in roles]
@@ -84,27 +89,19 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
     roles |= dict.fromkeys(most(direct), "production")
     roles |= dict.fromkeys(most(embedded), "detection")
     to_production = flow.out_of(left(), having("production"))
-    roles |= dict.fromkeys(most(to_production, direct), "decision")
+    outward = flow.out_of(left(), [*having("production"), LOGITS])
+    roles |= dict.fromkeys(most(outward), "decision")
     alike = flow.into(left(), flow.repeated(left(), ALIKE))
     roles |= dict.fromkeys(most(alike), "relay")
-    to_decision = dict(flow.out_of([*left(), *having("relay")], having("decision", "relay")))
-    roles |= dict.fromkeys(most(to_decision), "evaluation")
-    to_evaluation: dict[Node, float] = {}
-    while left():
-        to_evaluation |= flow.out_of(left(), having("evaluation"))
-        found = most(to_decision, to_evaluation)
-        roles |= dict.fromkeys(found, "evaluation")
-        if not found:
-            break
+    inward = _between(flow, effects, left(), having("decision", "relay"))
+    roles |= dict.fromkeys(inward, "evaluation")
+    inner = having("decision", "relay", "evaluation")
+    inward |= flow.out_of([*left(), *having("relay")], inner)
+    onward = flow.out_of(left(), [*having("production"), *inner, LOGITS])
     for node in left():
-        ways: dict[Role, list[Shares]] = {
-            "production": [direct],
-            "decision": [to_production],
-            "evaluation": [to_decision, to_evaluation],
-        }
-        shares = {role: max(0.0, _share(group, effects, node)) for role, group in ways.items()}
-        best = max(shares, key=lambda role: shares[role])
-        roles[node] = best if sum(shares.values()) >= MOST else "none"
+        ways: dict[Role, Shares] = {"production": direct, "decision": to_production, "evaluation": inward}
+        best = max(ways, key=lambda role: _share(ways[role], effects, node))
+        roles[node] = best if _share(onward, effects, node) >= MOST else "none"
     middle = having("relay", "evaluation", "decision", "production", "none")
     from_detection, from_evaluation = (flow.into(middle, having(*names)) for names in (("detection",), ("evaluation",)))
     return {
@@ -116,9 +113,9 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
                 from_embed=embedded[node],
                 from_detection=from_detection.get(node),
                 from_evaluation=from_evaluation.get(node),
-                to_evaluation=to_evaluation.get(node),
-                to_decision=to_decision.get(node),
+                to_evaluation_or_decision=inward.get(node),
                 to_production=to_production.get(node),
+                to_production_or_logits=outward.get(node),
                 alike=alike.get(node),
                 at_instruction=at["instruction"][node] if "instruction" in at else None,
                 at_suffix=at["suffix"][node] if "suffix" in at else None,
@@ -128,8 +125,21 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
     }
 
 
-def _share(parts: Iterable[Shares], effects: Shares, node: Node) -> float:
-    """What these effects are of the node's own effect; 0 for a node with hardly any effect."""
-    if abs(effects[node]) < LEAST:
-        return 0.0
-    return sum(part.get(node, 0.0) for part in parts) / effects[node]
+def _between(flow: Paths, effects: Shares, candidates: Sequence[Node], readers: Sequence[Node]) -> dict[Node, float]:
+    """Candidates that have most of their effect by way of the readers and of each other, with the effect of that.
+
+    The others are dropped. What is left then has fewer readers, and is measured again, until none is dropped.
+    """
+    kept = list(candidates)
+    while kept:
+        paths = flow.out_of(kept, [*readers, *kept])
+        found = [node for node in kept if _share(paths, effects, node) >= MOST]
+        if found == kept:
+            return dict(paths)
+        kept = found
+    return {}
+
+
+def _share(paths: Shares, effects: Shares, node: Node) -> float:
+    """What the effect of some paths is of the node's own effect; 0 for a node with hardly any effect."""
+    return paths.get(node, 0.0) / effects[node] if abs(effects[node]) >= LEAST else 0.0

@@ -82,10 +82,11 @@ GLOSSARY = (
     Entry(
         "Role",
         "production: at least half of the node's effect is its path to the logits. detection: at least half of it is "
-        "read straight from the embeddings. decision: at least half of it goes to production nodes and the logits. "
-        "relay: at least half of it is read from nodes whose writing the node repeats. evaluation: at least half of it "
-        "goes to decision nodes, relays and other evaluation nodes. A node that no rule fits gets the role of its "
-        "largest share. none: these shares add up to less than half of its effect.",
+        "read straight from the embeddings. decision: at least half of it goes to production nodes and the logits, "
+        "patched together. relay: at least half of it is read from nodes whose writing the node repeats. evaluation: "
+        "at least half of it goes to decision nodes, relays and other evaluation nodes, patched together. A node "
+        "that no rule fits gets the role of its largest share. none: all these paths together carry less than half "
+        "of its effect.",
     ),
     Entry(
         "Role evidence",

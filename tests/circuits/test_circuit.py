@@ -225,7 +225,7 @@ def test_tables(circuit):
 
 def test_json_has_the_designed_shape(circuit):
     data = json.loads(circuit.to_json())
-    assert (data["format"], data["version"]) == ("mechsafety.circuit", 4)
+    assert (data["format"], data["version"]) == ("mechsafety.circuit", 5)
     assert data["provenance"]["mechsafety"] == "0.1.0"
     assert data["nodes"][0] == {
         "kind": "head",
@@ -329,7 +329,7 @@ def put(*path_and_value):
 
 DROP = object()
 FIELDS = "; expected the fields of "
-AGAIN = "; expected 1 to 4; make the circuit again"
+AGAIN = "; expected 1 to 5; make the circuit again"
 ROLES = "('detection', 'relay', 'evaluation', 'decision', 'production', 'none')"
 STATUS = "('estimated', 'measured', 'verified', 'rejected')"
 
@@ -339,7 +339,7 @@ STATUS = "('estimated', 'measured', 'verified', 'rejected')"
     [
         (put("format", "mechsafety.result"), 'not a circuit file; expected "format": "mechsafety.circuit"'),
         (put("format", DROP), 'not a circuit file; expected "format": "mechsafety.circuit"'),
-        (put("version", 5), "circuit format version 5; expected 1 to 4; pip install --upgrade mechsafety"),
+        (put("version", 6), "circuit format version 6; expected 1 to 5; pip install --upgrade mechsafety"),
         (put("version", 0), "circuit format version 0" + AGAIN),
         (put("version", True), "circuit format version True" + AGAIN),
         (put("version", "1"), "circuit format version '1'" + AGAIN),
@@ -536,12 +536,12 @@ def test_a_file_of_version_1_loads(circuit):
     loaded = RefusalCircuit.from_json(json.dumps(data))
     assert (loaded.level, loaded.search, loaded.shape, loaded.verification.claims) == ("node", None, None, ())
     assert loaded.nodes == circuit.nodes and loaded.verification.faithfulness == 0.75
-    assert json.loads(loaded.to_json())["version"] == 4
+    assert json.loads(loaded.to_json())["version"] == 5
 
 
 def without_paths(circuit):
     """What is left of an older file's circuit: its sums over paths were other quantities of the same names."""
-    gone = {"from_detection": None, "from_evaluation": None, "to_decision": None}
+    gone = {"from_detection": None, "from_evaluation": None}
     nodes = [dataclasses.replace(m, evidence=dataclasses.replace(m.evidence, **gone)) for m in circuit.nodes]
     return dataclasses.replace(circuit.without_details(), nodes=tuple(nodes))
 
@@ -551,7 +551,7 @@ def test_a_file_of_version_3_has_a_test_of_equivalence(full):
     data["version"] = 3
     data["verification"]["equivalence"] = {"margin": 0.2, "difference": -0.1, "ci": [-0.2, 0.1], "p_value": 0.5}
     assert RefusalCircuit.from_json(json.dumps(data)) == without_paths(full)
-    data["version"] = 4
+    data["version"] = 5
     with pytest.raises(MechsafetyError, match="equivalence"):
         RefusalCircuit.from_json(json.dumps(data))
 

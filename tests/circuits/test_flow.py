@@ -9,7 +9,7 @@ import mechsafety as ms
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.flow import Flow
-from mechsafety.nodes import EMBED, SLOTS, Node, head_and_mlp_nodes
+from mechsafety.nodes import EMBED, LOGITS, SLOTS, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs, path_patching
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import added_changes
@@ -72,10 +72,19 @@ def test_paths_into_a_node_and_out_of_it(kind, shared_model, make_hf_model, pair
             return {slot: slow.change(k, node) for one in receivers for slot in slots_of(one)}
 
         assert out[node] == pytest.approx(slow.effect(sent), abs=2e-3), node
-    direct = flow.direct()
+    direct, together = flow.direct(), flow.out_of(SOME, [*SOME, LOGITS])
+    assert flow.out_of(EVERY, [LOGITS]) == pytest.approx(direct, abs=2e-3)
     for node in EVERY:
         logits = slow.effect(lambda k, node=node: {("logits", None, None): slow.change(k, node)})
         assert direct[node] == pytest.approx(logits, abs=2e-3)
+        if node in SOME:  # together is not the sum of both
+
+            def everywhere(k, node=node):
+                receivers = [one for one in SOME if reaches(node, one, parallel=parallel)]
+                slots = [slot for one in receivers for slot in slots_of(one)]
+                return dict.fromkeys([*slots, ("logits", None, None)], slow.change(k, node))
+
+            assert together[node] == pytest.approx(slow.effect(everywhere), abs=2e-3), node
     assert max(map(abs, out.values())) > 0.02 and max(map(abs, into.values())) > 0.02
 
 

@@ -8,7 +8,7 @@ from made_paths import Made
 import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits.roles import ALIKE, MOST, assign_roles
-from mechsafety.nodes import Node
+from mechsafety.nodes import LOGITS, Node
 
 DETECT, RELAY, EVALUATE, DECIDE, PRODUCE = (Node("head", layer, 0) for layer in range(5))
 OTHER = Node("mlp", 1)
@@ -63,6 +63,33 @@ def test_evaluation_may_take_several_steps():
     assert both[OTHER] == "evaluation", "decision and evaluation nodes together"
 
 
+class Either(Made):
+    """Any path of a node to one of its readers is enough: its effect is lost only when all of them are patched."""
+
+    def out_of(self, senders, receivers):
+        read = {one: {other for sender, other in self.edges if sender == one} for one in senders}
+        return {one: self.effects_[one] if read[one] and read[one] <= set(receivers) else 0.0 for one in senders}
+
+
+def test_paths_are_patched_together_since_their_effects_do_not_add_up():
+    effects = {DETECT: 0.4, RELAY: 0.4, EVALUATE: 0.4, DECIDE: 0.4, PRODUCE: 0.4}
+    ways = [
+        (DETECT, RELAY),
+        (RELAY, EVALUATE),
+        (RELAY, DECIDE),
+        (EVALUATE, DECIDE),
+        (DECIDE, PRODUCE),
+        (DECIDE, LOGITS),
+    ]
+    made = Either(effects, {PRODUCE: 0.4}, {DETECT: 0.4}, dict.fromkeys(ways, 0.4))
+    found = {node: role for node, (role, _) in assign_roles(made).items()}
+    assert (found[DECIDE], found[EVALUATE], found[RELAY]) == ("decision", "evaluation", "evaluation")
+    made.edges[RELAY, OTHER] = 0.4  # one more reader, which does nothing
+    made.effects_[OTHER] = 0.4
+    found = {node: role for node, (role, _) in assign_roles(made).items()}
+    assert (found[OTHER], found[RELAY]) == ("none", "none")
+
+
 def test_a_relay_repeats_what_it_reads():
     made = {"effects_": {RELAY: 0.4}, "edges": {(DETECT, RELAY): 0.2, (RELAY, EVALUATE): 0.4, (DETECT, EVALUATE): None}}
     assert chain(**made, repeats={RELAY: [DETECT]})[RELAY] == "relay"
@@ -108,7 +135,12 @@ def test_the_evidence_is_what_was_measured():
     )
     found = assign_roles(made, ("instruction", "suffix"))
     seen = found[EVALUATE][1]
-    assert (seen.in_circuit, seen.from_embed, seen.from_detection, seen.to_decision) == (0.4, 0.0, 0.3, 0.2)
+    assert (seen.in_circuit, seen.from_embed, seen.from_detection, seen.to_evaluation_or_decision) == (
+        0.4,
+        0.0,
+        0.3,
+        0.2,
+    )
     assert (seen.at_instruction, seen.at_suffix) == (0.2, 0.2)
     assert found[DECIDE][1].from_evaluation == 0.2 and found[DECIDE][1].to_production == 0.2
     assert found[DETECT][1].from_detection is None and found[DETECT][1].from_embed == 0.2
