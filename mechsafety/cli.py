@@ -44,6 +44,7 @@ def map_command(
     level: Literal["node", "edge", "neuron"] = "node",
     target: float = 0.8,
     goal: Literal["reach", "match"] = "reach",
+    search: Literal["gradient", "masks"] = "gradient",
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
@@ -81,6 +82,8 @@ def map_command(
         Share of the difference between refusing and answering that the circuit has to restore.
     goal
         reach: at least the target; match: at most 1 - target away from the whole model, on either side.
+    search
+        gradient: rank parts by integrated gradients; masks: train masks for all parts together (slower).
     max_nodes
         Largest circuit.
     budget_seconds
@@ -131,6 +134,7 @@ def map_command(
             limit=limit,
             target=target,
             goal=goal,
+            search=search,
             max_nodes=max_nodes,
             budget_seconds=budget_seconds,
             seed=seed,

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits import FaithfulnessMeter, Goal
+from mechsafety.circuits.search import ranked
 from mechsafety.circuits.verification.claims import ALPHA, decide, decide_correlation
 from mechsafety.circuits.verification.side_effects import mean_acts, next_token_kl
 from mechsafety.circuits.verification.stability import attribute_pairs, bootstrap_stability
@@ -38,7 +39,7 @@ from mechsafety.circuits.verification.verify import (
 )
 from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
-from mechsafety.nodes import Node, Part
+from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.masks import Patch, patched_logits
 from mechsafety.testbed.vocabulary import REFUSAL
@@ -206,7 +207,12 @@ def harmless(given: Setting, n: int, times: int, rng: np.random.Generator) -> It
 def stable(given: Setting, n: int, times: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Mean overlap over five resamples of a noisier model, with the limit at the mean over many, and below it."""
     noisy = setting(1, noise=NOISY).whole
-    many = bootstrap_stability(noisy, attribute_pairs(noisy), Goal(), n=max(200, times // 2), seed=n)
+    by_pair, nodes = attribute_pairs(noisy), head_and_mlp_nodes(noisy.model.n_layers, noisy.model.n_heads)
+
+    def ranking_of(weights: Sequence[int] | None) -> list[Node]:
+        return ranked(nodes, by_pair.mean(weights), Goal())
+
+    many = bootstrap_stability(noisy, ranking_of, Goal(), n=max(200, times // 2), seed=n)
     assert many is not None
     overlaps, truth = np.array(many.jaccards), many.mean
     found, power = [], []

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from made_paths import Made
+from scipy.special import expit
 from scipy.stats import norm
 from toy import COORDINATES, toy_model, toy_pairs
 
 import mechsafety as ms
 from mechsafety.attribution.ships import principal_angles
-from mechsafety.circuits import backups
+from mechsafety.circuits import backups, masks
 from mechsafety.circuits.behaviour import MIN_SHARE
 from mechsafety.circuits.draw import ENOUGH
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges
@@ -69,7 +70,16 @@ OPERATIONS = {
     ast.FloorDiv: operator.floordiv,
     ast.Pow: operator.pow,
 }
-NAMES = {"exp": math.exp, "log": math.log, "sqrt": math.sqrt, "acos": math.acos, "abs": abs, "min": min, "max": max}
+NAMES = {
+    "exp": math.exp,
+    "sigmoid": expit,
+    "log": math.log,
+    "sqrt": math.sqrt,
+    "acos": math.acos,
+    "abs": abs,
+    "min": min,
+    "max": max,
+}
 
 
 @dataclass(frozen=True)
@@ -658,6 +668,20 @@ def _(e, toy):
         "faithfulness of the circuit with L0.H1": toy.f(H00, H01, M1),
         "faithfulness of the circuit with L1.H1 as well": toy.f(H00, H01, M1, H11),
         "backups added to the circuit": len(added),
+    }
+
+
+@check("gates and their cost")
+def _(e, toy):
+    rows = [e[f"parameter of the {name} gate, and its noise"] for name in ("first", "second")]
+    logits, noise = (torch.tensor([float(row[k]) for row in rows]) for k in range(2))
+    gates, chances = masks._gates(logits, noise), masks._open(logits)
+    return {
+        "the first gate": float(gates[0]),
+        "the second gate": float(gates[1]),
+        "chance that the first gate is not 0": float(chances[0]),
+        "chance that the second gate is not 0": float(chances[1]),
+        "cost of both at the first step": masks.Training().penalty[0] / 2 * float(chances.sum()),
     }
 
 

@@ -29,6 +29,9 @@ from .map import search_circuit as search_circuit
 from .map import split_pairs as split_pairs
 from .map import verify_circuit as verify_circuit
 from .map import wire_circuit as wire_circuit
+from .masks import Trained as Trained
+from .masks import Training as Training
+from .masks import train_masks as train_masks
 from .neurons import NeuronMeter as NeuronMeter
 from .options import MapOptions as MapOptions
 from .roles import assign_roles as assign_roles

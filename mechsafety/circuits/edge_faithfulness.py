@@ -63,6 +63,23 @@ class EdgeMeter(FaithfulnessMeter):
                 bar.update(len(some))
         return torch.cat(done).cpu().double().numpy() if done else np.zeros((0, len(base)))
 
+    def soft(self, runs: PairRuns, weights: Float[Tensor, " part"]) -> Float[Tensor, " batch"]:
+        """Metric of each pair with every edge carrying a share of its sender's difference; see `FaithfulnessMeter`."""
+        senders = (EMBED, *head_and_mlp_nodes(self.model.n_layers, self.model.n_heads))
+        row = {node: k for k, node in enumerate(senders)}
+        places: dict[tuple[Node, str], tuple[list[int], list[int]]] = {}
+        for k, edge in enumerate(self.parts):
+            if isinstance(edge, Edge):
+                at, own = places.setdefault((edge.receiver, edge.slot), ([], []))
+                at.append(row[edge.sender])
+                own.append(k)
+        nothing = weights.new_zeros(len(senders))
+        masks = {
+            place: nothing.index_put((torch.tensor(at, device=weights.device),), weights[own])[:, None]
+            for place, (at, own) in places.items()
+        }
+        return self.metric(masked_edge_logits(self.model, runs, senders, masks, 1)[0])
+
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
         """Metric [circuit prompt] with each circuit itself cut and every other edge kept."""
         check_parts(self, circuits, lambda part: isinstance(part, Edge))
@@ -171,7 +188,10 @@ def masked_edge_logits(
         begin = max(rows.start, n_known)
         end = max(begin, min(rows.stop, n_known + done))
         axes = "place sender variant, sender variant b p d -> place variant b p d"
-        total = einsum(mask[:, begin:end], change[begin - n_known : end - n_known, :, :, at], axes)
+        own = change[begin - n_known : end - n_known, :, :, at]
+        # a gradient needs these changes as they are now; later senders are written beside them
+        own = own.clone() if torch.is_grad_enabled() else own
+        total = einsum(mask[:, begin:end], own, axes)
         if known is not None:
             before = slice(rows.start, min(rows.stop, n_known))
             axes = "place sender variant, sender b p d -> place variant b p d"

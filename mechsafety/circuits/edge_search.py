@@ -176,16 +176,17 @@ def search_edges(
     scores: Mapping[Edge, float],
     goal: Goal,
     *,
+    ranking: Sequence[Part] | None = None,
     max_edges: int | None = None,
     budget: Budget | None = None,
 ) -> SearchResult:
-    """`search_parts` over edges ranked by score; exact removal where at most `MAX_EXACT` are left."""
+    """`search_parts` over edges, ranked by score by default; exact removal where at most `MAX_EXACT` are left."""
     place = {edge: k for k, edge in enumerate(scores)}
-    ranking = sorted(scores, key=lambda edge: (-goal.size(scores[edge]), place[edge]))
+    by_score = sorted(scores, key=lambda edge: (-goal.size(scores[edge]), place[edge]))
     found = search_parts(
         found_on,
         held_out,
-        ranking,
+        by_score if ranking is None else ranking,
         goal,
         max_parts=max_edges,
         rounds=8,

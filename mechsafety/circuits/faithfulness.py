@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, pair_runs, patched_scores, scores_near
+from mechsafety.patching.masks import PairRuns, Patch, SoftMask, masked_logits, pair_runs, patched_scores, scores_near
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,19 @@ class FaithfulnessMeter:
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
         """Metric [circuit prompt] with each circuit itself patched and everything else live."""
         return self._scores(circuits)
+
+    def soft(self, runs: PairRuns, weights: Float[Tensor, " part"]) -> Float[Tensor, " batch"]:
+        """Metric of each pair with every part blended: 1 keeps its own value, 0 takes that of the harmless run.
+
+        Differentiable in the weights.
+
+        Args:
+            runs: Runs of some pairs.
+            weights: One weight per part, in the order of ``parts``.
+        """
+        nodes = [part for part in self.parts if isinstance(part, Node)]
+        mask = SoftMask.of(self.model, nodes, weights)
+        return self.metric(masked_logits(self.model, runs.harmful, runs.harmless.acts, mask))
 
     def faithfulness(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> list[float]:
         """F of each circuit; ``near`` as in `kept`."""

@@ -1,5 +1,6 @@
 """What a circuit is made of: heads and MLPs, neurons, or edges. Everything that differs between the three is here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.attribution import NodeAttribution
@@ -9,14 +10,15 @@ from mechsafety.circuits.circuit import Backup, CircuitEdge
 from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
-from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.masks import train_masks
 from mechsafety.circuits.neurons import NeuronMeter, refine
-from mechsafety.circuits.search import SearchResult, search_nodes
+from mechsafety.circuits.options import MapOptions
+from mechsafety.circuits.search import SearchResult, ranked, search_parts
 from mechsafety.circuits.wiring import Wiring
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.prompts import PromptPairs
 from mechsafety.sites import SiteKind
@@ -93,14 +95,33 @@ class NodeLevel:
         """Every node that a circuit of this level can hold, or run between."""
         return tuple(part for part in meters.held_out.parts if isinstance(part, Node))
 
-    def search(
-        self, meters: Meters, attribution: NodeAttribution, goal: Goal, max_parts: int | None, budget: Budget
-    ) -> SearchResult:
-        """The smallest circuit found."""
-        pairs = meters.found_on, meters.held_out
-        return search_nodes(*pairs, attribution, goal.target, goal=goal.kind, max_nodes=max_parts, budget=budget)
+    def ranking(
+        self,
+        meters: Meters,
+        attribution: NodeAttribution,
+        options: MapOptions,
+        weights: Sequence[int] | None = None,
+    ) -> list[Part]:
+        """All parts, the most wanted first.
 
-    def refined(self, coarse: Refined, goal: Goal, budget: Budget) -> Refined:  # noqa: ARG002 (neurons need them)
+        Args:
+            meters: Pairs and parts.
+            attribution: Gradient estimates of nodes, on pairs that count as ``weights`` says.
+            options: Which search, and its goal.
+            weights: How often each pair counts; once by default.
+        """
+        if options.search == "masks":
+            return list(train_masks(meters.found_on, options.goal, options.training, weights=weights).ranking)
+        nodes = [part for part in meters.found_on.parts if isinstance(part, Node)]
+        return list(ranked(nodes, attribution, options.aim))
+
+    def search(self, meters: Meters, attribution: NodeAttribution, options: MapOptions, budget: Budget) -> SearchResult:
+        """The smallest circuit found."""
+        ranking = self.ranking(meters, attribution, options)
+        pairs = meters.found_on, meters.held_out
+        return search_parts(*pairs, ranking, options.aim, max_parts=options.max_nodes, budget=budget)
+
+    def refined(self, coarse: Refined, options: MapOptions, budget: Budget) -> Refined:  # noqa: ARG002 (for neurons)
         """The circuit of this level's parts, from one of heads and MLPs."""
         return coarse
 
@@ -118,13 +139,13 @@ class NeuronLevel(NodeLevel):
 
     sites = (SiteKind.NEURONS,)
 
-    def refined(self, coarse: Refined, goal: Goal, budget: Budget) -> Refined:
+    def refined(self, coarse: Refined, options: MapOptions, budget: Budget) -> Refined:
         """The same circuit with every MLP's neurons ranked, and those that do not matter removed."""
         if budget.skips("neurons", 0.5):
             return coarse
         meters = coarse.meters
         result, (found_on, held_out), attribution = refine(
-            meters.found_on, meters.held_out, coarse.result, coarse.backups, goal, budget
+            meters.found_on, meters.held_out, coarse.result, coarse.backups, options, budget
         )
         fresh = None if meters.fresh is None else NeuronMeter.of(meters.fresh, found_on.layers)
         backups = stand_in_neurons(coarse.backups, result)
@@ -149,14 +170,22 @@ class EdgeLevel(NodeLevel):
     def search(
         self,
         meters: Meters,
-        attribution: NodeAttribution,  # noqa: ARG002 (nodes need it)
-        goal: Goal,
-        max_parts: int | None,
+        attribution: NodeAttribution,
+        options: MapOptions,
         budget: Budget,
     ) -> SearchResult:
-        """The smallest set of edges found, ranked by EAP-IG."""
+        """The smallest set of edges found; each has its EAP-IG estimate, whatever ranks it."""
         scores = edge_scores(meters.found_on)
-        return search_edges(meters.found_on, meters.held_out, scores, goal, max_edges=max_parts, budget=budget)
+        trained = options.search == "masks"
+        return search_edges(
+            meters.found_on,
+            meters.held_out,
+            scores,
+            options.aim,
+            ranking=self.ranking(meters, attribution, options) if trained else None,
+            max_edges=options.max_nodes,
+            budget=budget,
+        )
 
     def own_edges(self, result: SearchResult) -> list[CircuitEdge]:
         """The circuit's edges, with their EAP-IG scores."""

@@ -222,9 +222,7 @@ def search_circuit(ranked: Ranked) -> Found:
     """Search the smallest circuit on the pairs that were ranked on and the held-out ones."""
     split = ranked.split
     options = split.options
-    result = LEVELS[options.level].search(
-        split.meters, ranked.attribution, options.aim, options.max_nodes, split.budget
-    )
+    result = LEVELS[options.level].search(split.meters, ranked.attribution, options, split.budget)
     return Found(ranked, result)
 
 
@@ -293,7 +291,7 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
     if level.of_nodes:
         stability = bootstrap_stability(
             split.meters.found_on,
-            found.ranked.by_pair,
+            lambda weights: level.ranking(split.meters, found.ranked.by_pair.mean(weights), options, weights),
             options.aim,
             n=options.n_resamples,
             seed=options.seed,
@@ -303,7 +301,7 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
     result = with_backups(result, nodes.backups, options.max_nodes, pairs, options.aim)
     inside = tuple(backup for backup in nodes.backups if backup.node in result.circuit)
     coarse = Refined(result, split.meters, found.ranked.attribution, inside)
-    circuit = level.refined(coarse, options.aim, budget)
+    circuit = level.refined(coarse, options, budget)
     effects = dict(zip(nodes.nodes, nodes.effects.numpy(), strict=True))
     new = [node for node in circuit.result.nodes if node not in effects]
     effects |= single_effects(split.alone, new, budget, split.progress)

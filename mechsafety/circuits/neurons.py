@@ -9,6 +9,8 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.masks import train_masks
+from mechsafety.circuits.options import MapOptions
 from mechsafety.circuits.search import CURVE_SHARES, SearchResult, ranked, search_parts
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 
@@ -48,7 +50,7 @@ def refine(
     held_out: FaithfulnessMeter,
     result: SearchResult,
     backups: Sequence[Backup],
-    goal: Goal,
+    options: MapOptions,
     budget: Budget,
 ) -> tuple[SearchResult, tuple[NeuronMeter, NeuronMeter], NodeAttribution]:
     """A circuit of heads and neurons from one of heads and MLPs.
@@ -63,13 +65,13 @@ def refine(
         held_out: The same on the pairs that set the size.
         result: The circuit of heads and MLPs, with backups added.
         backups: Its backups.
-        goal: Which faithfulness is good enough.
+        options: Which faithfulness is good enough, and how parts are ranked. Masks are trained for all parts at once.
         budget: Time to keep.
 
     Returns:
         The circuit found, meters for it, and the attribution with neurons.
     """
-    nodes = result.nodes
+    nodes, goal = result.nodes, options.aim
     layers = tuple(node.layer or 0 for node in nodes if node.kind == "mlp")
     here, there = (NeuronMeter.of(meter, layers) for meter in (found_on, held_out))
     attribution = node_attribution(here.model, here.runs, here.metric, neurons=True, progress=here.progress)
@@ -78,8 +80,12 @@ def refine(
     rest = [part for part in here.parts if isinstance(part, Node) and part.home not in core]
     # a backup's neurons would replace what removal takes away, so they come last and are added by themselves
     late = {node for node in rest if node.home in set(result.added)}
-    ranking = ranked(first, attribution, goal) + ranked([n for n in rest if n not in late], attribution, goal)
-    ranking += ranked(sorted(late, key=lambda node: node.order), attribution, goal)
+    if options.search == "masks":
+        ranking = [part for part in train_masks(here, goal.kind, options.training).ranking if isinstance(part, Node)]
+        ranking = [node for node in ranking if node not in late] + [node for node in ranking if node in late]
+    else:
+        ranking = ranked(first, attribution, goal) + ranked([n for n in rest if n not in late], attribution, goal)
+        ranking += ranked(sorted(late, key=lambda node: node.order), attribution, goal)
     found = search_parts(here, there, ranking, goal, rounds=8, budget=budget, shares=CURVE_SHARES, max_exact=MAX_EXACT)
     circuit: list[Part] = list(found.circuit)
     added: list[Part] = []

@@ -4,7 +4,8 @@ import dataclasses
 
 from mechsafety.circuits.circuit import Level
 from mechsafety.circuits.goal import Goal, GoalKind
-from mechsafety.circuits.search import check_search
+from mechsafety.circuits.masks import Training
+from mechsafety.circuits.search import SearchKind, check_search
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, check_fields
 
@@ -25,6 +26,9 @@ class MapOptions:
         goal: ``reach``: the circuit restores at least the target. Parts that work against refusal stay out, so that it
             may restore more than the whole model does. ``match``: its faithfulness is at most ``1 - target`` away from
             1, on either side. Such a circuit holds the parts that work against refusal too.
+        search: How parts are ranked before the search measures anything. ``gradient``: by integrated gradients, EAP-IG
+            for edges. ``masks``: by masks that are trained together (`train_masks`), which takes longer. Everything
+            after the ranking is the same.
         max_nodes: Largest circuit, in edges at level ``edge``. Where the goal needs more, the circuit misses the goal
             and says so.
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
@@ -54,6 +58,7 @@ class MapOptions:
     limit: Count = 40
     target: float = 0.8
     goal: GoalKind = "reach"
+    search: SearchKind = "gradient"
     max_nodes: Count | None = None
     n_random: Amount = 100
     n_added: Amount = 40
@@ -70,6 +75,11 @@ class MapOptions:
         check_search(self.target, self.max_nodes)
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="above 0")
+
+    @property
+    def training(self) -> Training:
+        """How masks are trained, where the search asks for them."""
+        return Training(seed=self.seed)
 
     @property
     def aim(self) -> Goal:

@@ -433,6 +433,24 @@ class SoftMask:
     mlps: Float[Tensor, "*batch layer"]
     neurons: Float[Tensor, "*batch layer d_mlp"] | None = None
 
+    @classmethod
+    def of(cls, model: LensModel, nodes: Sequence[Node], weights: Float[Tensor, " node"]) -> "SoftMask":
+        """Weights of these nodes; all others keep their own value. Differentiable in the weights."""
+
+        def of_kind(kind: str, *shape: int) -> Tensor | None:
+            rows = [k for k, node in enumerate(nodes) if node.kind == kind]
+            if not rows:
+                return None
+            places = [nodes[k] for k in rows]
+            axes = [[node.layer for node in places], [node.index for node in places]][: len(shape)]
+            at = tuple(torch.tensor(axis, device=weights.device) for axis in axes)
+            return weights.new_ones(shape).index_put(at, weights[rows])
+
+        heads, mlps = of_kind("head", model.n_layers, model.n_heads), of_kind("mlp", model.n_layers)
+        whole = weights.new_ones(model.n_layers, model.n_heads) if heads is None else heads
+        rest = weights.new_ones(model.n_layers) if mlps is None else mlps
+        return cls(whole, rest, of_kind("neuron", model.n_layers, model.d_mlp))
+
 
 @public
 def masked_logits(

@@ -34,9 +34,12 @@ def search_section(circuit: RefusalCircuit) -> SearchSection:
     if search is None:
         return SearchSection(("This circuit does not say how it was found.",))
     unit = units(circuit, 1)
+    trained = circuit.provenance.options.get("search") == "masks"
+    ranked = "Masks that were trained together ranked the parts. " if trained else ""
     sentences = [
-        f"The search kept the first {search.ranked} in the ranking of {circuit.n_candidates} candidate {unit}s: the "
-        "shortest such set that was found to reach the target or to fit the requested size. Exact removal then took "
+        f"{ranked}The search kept the first {search.ranked} in the ranking of {circuit.n_candidates} candidate "
+        f"{unit}s: the shortest such set that was found to reach the target or to fit the requested size. Exact "
+        "removal then took "
         f"{search.removed} of them away. {SEEN_TO_THE_END[search.minimal].format(unit=unit)}",
         _backups(circuit, search),
     ]

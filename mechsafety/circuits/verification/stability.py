@@ -1,6 +1,6 @@
 """Attribution pair by pair, and how much a circuit depends on which prompts were drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,8 @@ from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gra
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
-from mechsafety.circuits.search import ranked
 from mechsafety.circuits.verification.outcome import Stability
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Part
 from mechsafety.patching.masks import pair_batches
 from mechsafety.results import Provenance
 
@@ -77,7 +76,7 @@ def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttribut
 
 def bootstrap_stability(
     meter: FaithfulnessMeter,
-    attributions: PairAttributions,
+    ranking_of: Callable[[Sequence[int] | None], Sequence[Part]],
     goal: Goal,
     *,
     n: int = 5,
@@ -90,8 +89,8 @@ def bootstrap_stability(
     (resampled) pairs. Exact removal is not repeated; for each resample it would take as long as the whole map.
 
     Args:
-        meter: Meter on the pairs that were attributed, in their order.
-        attributions: Attributions of the pairs.
+        meter: Meter on the pairs that the search ranked on.
+        ranking_of: Ranking of all parts if each pair, in the meter's order, counts so many times; None for once each.
         goal: Which faithfulness is good enough.
         n: Number of resamples.
         seed: Seed of the resamples.
@@ -102,14 +101,14 @@ def bootstrap_stability(
     """
     budget = budget or Budget()
     rng = np.random.default_rng(seed)
-    n_pairs = len(attributions.gaps)
-    whole, guess = _prefix(meter, attributions.mean(), np.ones(n_pairs), goal, None)
+    n_pairs = len(meter.runs.harmful)
+    whole, guess = _prefix(meter, ranking_of(None), np.ones(n_pairs), goal, None)
     jaccards, sizes = [], []
     with meter.bar(n, "resamples") as bar:
         for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
             for _ in batch:
                 weights = np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs)
-                found, _ = _prefix(meter, attributions.mean(weights.tolist()), weights, goal, guess)
+                found, _ = _prefix(meter, ranking_of(weights.tolist()), weights, goal, guess)
                 jaccards.append(len(whole & found) / len(whole | found))
                 sizes.append(len(found))
                 bar.update()
@@ -119,14 +118,12 @@ def bootstrap_stability(
 
 
 def _prefix(
-    meter: FaithfulnessMeter, attribution: NodeAttribution, weights: np.ndarray, goal: Goal, guess: int | None
-) -> tuple[set[Node], int]:
+    meter: FaithfulnessMeter, ranking: Sequence[Part], weights: np.ndarray, goal: Goal, guess: int | None
+) -> tuple[set[Part], int]:
     """The smallest prefix of the ranking that meets the goal on weighted pairs, and its size.
 
     The search starts at a guess with growing steps, then bisects: resampled circuits are about as large as the first.
     """
-    nodes = head_and_mlp_nodes(meter.model.n_layers, meter.model.n_heads)
-    ranking = ranked(nodes, attribution, goal)
     harmful, harmless = meter.ends()
     floor, gap = weights @ harmless, weights @ (harmful - harmless)
 

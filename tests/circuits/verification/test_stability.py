@@ -11,9 +11,15 @@ from mechsafety.attribution import node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.search import ranked
 from mechsafety.circuits.verification.stability import _prefix, attribute_pairs, bootstrap_stability
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+
+
+def by_gradient(found):
+    """Rankings of resampled pairs, as the map makes them."""
+    return lambda weights: ranked(head_and_mlp_nodes(3, 4), found.mean(weights), Goal(0.8))
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +52,10 @@ def test_the_smallest_prefix_from_any_guess(setting, target):
     values = meter.faithfulness([ranking[:n] for n in range(16)])
     reached = [n for n, value in enumerate(values) if value >= target - 1e-6]
     if all(value >= target - 1e-6 for value in values[reached[0] :]):
-        sizes = {_prefix(meter, attribution, np.ones(4), Goal(target), guess)[1] for guess in (None, 1, 5, 15)}
+        sizes = {_prefix(meter, ranking, np.ones(4), Goal(target), guess)[1] for guess in (None, 1, 5, 15)}
         assert sizes == {reached[0]}
     weights = np.array([3.0, 0.0, 1.0, 0.0])
-    kept, size = _prefix(meter, attribution, weights, Goal(target), 4)
+    kept, size = _prefix(meter, ranking, weights, Goal(target), 4)
     harmful, harmless = meter.ends()
     value = weights @ (meter.kept([ranking[:size]])[0] - harmless) / (weights @ (harmful - harmless))
     assert value >= target - 1e-6 and kept == set(ranking[:size])
@@ -57,10 +63,10 @@ def test_the_smallest_prefix_from_any_guess(setting, target):
 
 def test_stability(setting):
     meter, _, found = setting
-    stability = bootstrap_stability(meter, found, Goal(0.8), n=6, seed=3)
+    stability = bootstrap_stability(meter, by_gradient(found), Goal(0.8), n=6, seed=3)
     assert len(stability.jaccards) == len(stability.n_nodes) == 6
     assert all(0 < value <= 1 for value in stability.jaccards) and stability.mean == np.mean(stability.jaccards)
-    assert bootstrap_stability(meter, found, Goal(0.8), n=6, seed=3) == stability
+    assert bootstrap_stability(meter, by_gradient(found), Goal(0.8), n=6, seed=3) == stability
     assert stability.mean > 0.5, "the planted parts are the same whatever prompts are drawn"
 
 
@@ -79,7 +85,9 @@ def test_unlike_rankings_overlap_little(setting):
             return np.stack([harmful if len(circuit) else harmless for circuit in circuits])
 
     made = type(found)(nodes, torch.zeros(4, 3), found.gaps, found.provenance, found.metric)
-    stability = bootstrap_stability(Kept(meter.model, meter.runs, meter.metric), made, Goal(0.8), n=8, seed=0)
+    stability = bootstrap_stability(
+        Kept(meter.model, meter.runs, meter.metric), by_gradient(made), Goal(0.8), n=8, seed=0
+    )
     assert stability.mean < 1.0 and set(stability.n_nodes) == {1}
     assert set(stability.jaccards) <= {0.0, 1.0} and 0.0 in stability.jaccards
 
@@ -87,5 +95,5 @@ def test_unlike_rankings_overlap_little(setting):
 def test_time_that_is_over(setting):
     meter, _, found = setting
     budget = Budget(1e-9, clock=iter(range(100)).__next__)
-    assert bootstrap_stability(meter, found, Goal(0.8), budget=budget) is None
+    assert bootstrap_stability(meter, by_gradient(found), Goal(0.8), budget=budget) is None
     assert budget.cut == ("resamples of the prompts: 0 of 5 done",)
