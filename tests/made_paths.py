@@ -19,14 +19,14 @@ class Made:
     def nodes(self):
         return list(self.effects_)
 
-    def effects(self, positions="all"):
-        return {node: value if positions == "all" else value / 2 for node, value in self.effects_.items()}
+    def effects(self, nodes, positions="all"):
+        return {node: self.effects_[node] / (1 if positions == "all" else 2) for node in nodes}
 
-    def direct(self):
-        return {node: self.direct_.get(node, 0.0) for node in self.nodes}
+    def direct(self, nodes):
+        return {node: self.direct_.get(node, 0.0) for node in nodes}
 
-    def from_prompt(self, effects):
-        return {node: self.embed.get(node, 0.0) for node in self.nodes}
+    def from_prompt(self, nodes, effects):
+        return {node: self.embed.get(node, 0.0) for node in nodes}
 
     def into(self, receivers, senders):
         of = senders if isinstance(senders, dict) else dict.fromkeys(receivers, senders)

@@ -692,7 +692,7 @@ def _(e, toy):
     rows = {node: e[f"{name}: effect, from the embeddings, to the logits"] for node, name in names.items()}
     effects, embedded, direct = ({node: row[k] for node, row in rows.items()} for k in range(3))
     ways = dict(zip(((a, v), (v, d), (d, p)), e["paths A → E, E → D, D → P"], strict=True))
-    roles = assign_roles(Made(effects, direct, embedded, ways))
+    roles = assign_roles(Made(effects, direct, embedded, ways), effects)
     shares = {
         "A: share from the embeddings": roles[a][1].from_embed / effects[a],
         "E: share by way of decision": roles[v][1].to_evaluation_or_decision / effects[v],

@@ -60,9 +60,9 @@ class Flow:
     nodes: Sequence[Node]
     gap: float
 
-    def effects(self, positions: str = "all") -> Shares:
+    def effects(self, nodes: Sequence[Node], positions: str = "all") -> Shares:
         """Effect of patching each node alone, at all positions or at those of a span."""
-        ordered = sorted(self.nodes, key=lambda node: node.order)
+        ordered = sorted(nodes, key=lambda node: node.order)
         found = []
         for runs in self.groups:
             base = runs.harmful
@@ -72,29 +72,30 @@ class Flow:
             found.append(self.metric(base.logits) - scores)
         return self._shares(ordered, torch.cat(found, dim=1))
 
-    def direct(self) -> Shares:
+    def direct(self, nodes: Sequence[Node]) -> Shares:
         """Effect of each node's path to the logits."""
         found, last = [], slice(-1, None)
         for runs in self.groups:
             with torch.no_grad():
-                change = added_changes(self.model, runs.harmful, runs.harmless, self.nodes, at=last)[:, :, 0]
+                change = added_changes(self.model, runs.harmful, runs.harmless, nodes, at=last)[:, :, 0]
                 changed = final_scores(self.model, runs.harmful, change, self.metric)
             found.append(self.metric(runs.harmful.logits) - changed)
-        return self._shares(self.nodes, torch.cat(found, dim=1))
+        return self._shares(nodes, torch.cat(found, dim=1))
 
-    def from_prompt(self, effects: Shares) -> Shares:
+    def from_prompt(self, nodes: Sequence[Node], effects: Shares) -> Shares:
         """Effect of what each node reads of the prompt itself: the path from the embeddings.
 
         At an aligned suffix the embeddings of both prompts are the same, and a node reads the instruction by attending
         to it. What it reads of the prompt is then whatever the circuit's nodes did not write.
 
         Args:
-            effects: Effect of each node alone.
+            nodes: The nodes that read.
+            effects: Effect of each of them alone.
         """
         if self.groups[0].align == "tokens":
-            return self.into(self.nodes, [EMBED])
-        written = self.into(self.nodes, self.nodes)
-        return {node: effects[node] - written[node] for node in self.nodes}
+            return self.into(nodes, [EMBED])
+        written = self.into(nodes, self.nodes)
+        return {node: effects[node] - written[node] for node in nodes}
 
     def into(self, receivers: Sequence[Node], senders: Senders) -> Shares:
         """Effect of all paths together from the senders to each receiver, through all its slots at once.

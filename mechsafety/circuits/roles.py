@@ -25,13 +25,13 @@ class Paths(Protocol):
     def nodes(self) -> Sequence[Node]:
         """The circuit's nodes."""
 
-    def effects(self, positions: str = "all") -> Shares:
+    def effects(self, nodes: Sequence[Node], positions: str = "all") -> Shares:
         """Effect of each node alone."""
 
-    def direct(self) -> Shares:
+    def direct(self, nodes: Sequence[Node]) -> Shares:
         """Effect of each node's path to the logits."""
 
-    def from_prompt(self, effects: Shares) -> Shares:
+    def from_prompt(self, nodes: Sequence[Node], effects: Shares) -> Shares:
         """Effect of what each node reads straight from the embeddings, given its effect alone."""
 
     def into(self, receivers: Sequence[Node], senders: Senders) -> Shares:
@@ -45,7 +45,9 @@ class Paths(Protocol):
 
 
 @public
-def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
+def assign_roles(
+    flow: Paths, effects: Shares, spans: Sequence[str] = (), known: Mapping[Node, Role] | None = None
+) -> Named:
     """Assign a role to every node of a circuit, by where its input's difference comes from and who reads its output.
 
     All shares are of the node's own effect in the circuit. The rules are tried in this order:
@@ -66,15 +68,17 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
 
     Args:
         flow: The measured paths.
+        effects: Effect of each node alone, as `flow` measures it.
         spans: Spans of the prompt in which each node is patched too. They decide nothing; figures use them.
+        known: Nodes whose roles are known already. They are not measured again.
 
     Returns:
-        The role of each node, with the measurements.
+        The role of each other node, with the measurements.
     """
-    effects, direct = flow.effects(), flow.direct()
-    embedded = flow.from_prompt(effects)
-    at = {span: flow.effects(span) for span in spans}
-    roles: dict[Node, Role] = {}
+    roles: dict[Node, Role] = dict(known or {})
+    asked = [node for node in flow.nodes if node not in roles]
+    direct, embedded = flow.direct(asked), flow.from_prompt(asked, effects)
+    at = {span: flow.effects(asked, span) for span in spans}
 
     def most(paths: Shares) -> list[Node]:
         """Nodes without a role of whose effect these paths are at least half."""
@@ -93,16 +97,16 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
     roles |= dict.fromkeys(most(outward), "decision")
     alike = flow.into(left(), flow.repeated(left(), ALIKE))
     roles |= dict.fromkeys(most(alike), "relay")
-    inward = _between(flow, effects, left(), having("decision", "relay"))
+    inward = _between(flow, effects, left(), having("decision", "relay", "evaluation"))
     roles |= dict.fromkeys(inward, "evaluation")
     inner = having("decision", "relay", "evaluation")
-    inward |= flow.out_of([*left(), *having("relay")], inner)
+    inward |= flow.out_of([node for node in asked if roles.get(node, "relay") == "relay"], inner)
     onward = flow.out_of(left(), [*having("production"), *inner, LOGITS])
     for node in left():
         ways: dict[Role, Shares] = {"production": direct, "decision": to_production, "evaluation": inward}
         best = max(ways, key=lambda role: _share(ways[role], effects, node))
         roles[node] = best if _share(onward, effects, node) >= MOST else "none"
-    middle = having("relay", "evaluation", "decision", "production", "none")
+    middle = [node for node in asked if roles[node] != "detection"]
     from_detection, from_evaluation = (flow.into(middle, having(*names)) for names in (("detection",), ("evaluation",)))
     return {
         node: (
@@ -121,7 +125,7 @@ def assign_roles(flow: Paths, spans: Sequence[str] = ()) -> Named:
                 at_suffix=at["suffix"][node] if "suffix" in at else None,
             ),
         )
-        for node in flow.nodes
+        for node in asked
     }
 
 

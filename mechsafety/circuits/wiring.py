@@ -77,8 +77,10 @@ def wire(
         # the neurons of a patched MLP are patched with it
         alive = [node for node in nodes if not {node, node.home} & set(patched)]
         state = _State(meter, [*outside, *patched])
-        named = assign_roles(state.flow(alive), spans)
-        effects = {node: evidence.in_circuit or 0.0 for node, (_, evidence) in named.items()}
+        flow = state.flow(alive)
+        effects = flow.effects(alive)
+        # backups come after all other nodes, which keep their roles
+        named = assign_roles(flow, effects, spans, {node: roles[node][0] for node in alive if node in states})
         estimated = state.estimated(alive) if own is None else own
         embedded = [node for node in measured if named[node][0] == "detection"]
         state.measure_from_embed(embedded)
@@ -89,7 +91,7 @@ def wire(
                 if not states or {member.edge.sender, member.edge.receiver} & mine:
                     into.setdefault(member.edge, member)
         states |= dict.fromkeys(measured, state)
-        roles |= {node: named[node] for node in measured}
+        roles |= named
     for node, backup in by_node.items():
         role, evidence = roles[node]
         roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))

@@ -72,7 +72,7 @@ def test_paths_into_a_node_and_out_of_it(kind, shared_model, make_hf_model, pair
             return {slot: slow.change(k, node) for one in receivers for slot in slots_of(one)}
 
         assert out[node] == pytest.approx(slow.effect(sent), abs=2e-3), node
-    direct, together = flow.direct(), flow.out_of(SOME, [*SOME, LOGITS])
+    direct, together = flow.direct(EVERY), flow.out_of(SOME, [*SOME, LOGITS])
     assert flow.out_of(EVERY, [LOGITS]) == pytest.approx(direct, abs=2e-3)
     for node in EVERY:
         logits = slow.effect(lambda k, node=node: {("logits", None, None): slow.change(k, node)})
@@ -93,10 +93,10 @@ def test_all_paths_into_a_node_are_the_node(kind, shared_model, pairs, log_odds)
     """Embeddings and nodes are all that differs, so that with all of them exchanged the node has its harmless value."""
     model = shared_model(kind)
     flow = flow_of(model, pair_runs(model, pairs), log_odds)
-    every, alone = flow.into(EVERY, [EMBED, *EVERY]), flow.effects()
+    every, alone = flow.into(EVERY, [EMBED, *EVERY]), flow.effects(EVERY)
     for node in EVERY:
         assert every[node] == pytest.approx(alone[node], abs=2e-3)
-    prompt = flow.from_prompt(alone)
+    prompt = flow.from_prompt(EVERY, alone)
     assert prompt == flow.into(EVERY, [EMBED]) and prompt[EVERY[0]] == pytest.approx(alone[EVERY[0]], abs=2e-3)
 
 
@@ -108,13 +108,13 @@ def test_in_a_circuit_nothing_else_differs(llama, pairs, log_odds):
     meter = FaithfulnessMeter(llama, runs, log_odds)
     (whole,) = meter.faithfulness([SOME])
     tokens = llama.tokenize_pairs(pairs)
-    for node, effect in flow.effects().items():
+    for node, effect in flow.effects(SOME).items():
         (without,) = meter.faithfulness([[one for one in SOME if one != node]])
         assert effect == pytest.approx(whole - without, abs=1e-3)
         slow = log_odds(patched_whole(llama, tokens.harmful, tokens.harmless, [*outside, node])).mean()
         kept = log_odds(patched_whole(llama, tokens.harmful, tokens.harmless, outside)).mean()
         assert effect == pytest.approx(float(kept - slow) / flow.gap, abs=1e-3)
-    every, alone = flow.into(SOME, [EMBED, *SOME]), flow.effects()
+    every, alone = flow.into(SOME, [EMBED, *SOME]), flow.effects(SOME)
     assert every == pytest.approx(alone, abs=2e-3)
 
 
@@ -129,7 +129,7 @@ def test_groups_of_pairs_and_batches_change_nothing(llama, pairs, log_odds):
     for name in ("into", "out_of"):
         one, other = (getattr(flow, name)(EVERY, SOME) for flow in (whole, parted))
         assert one == pytest.approx(other, abs=1e-4)
-    assert whole.direct() == pytest.approx(parted.direct(), abs=1e-4)
+    assert whole.direct(EVERY) == pytest.approx(parted.direct(EVERY), abs=1e-4)
     assert whole.into([], SOME) == whole.out_of([], SOME) == {}
     assert whole.into(SOME, []) == dict.fromkeys(SOME, 0.0)
 
@@ -160,7 +160,7 @@ def test_neurons_send_and_receive(kind, shared_model, pairs, log_odds):
     flow = flow_of(model, runs, log_odds, [*EVERY, *neurons])
     whole, parts = flow.into(late, [Node("mlp", 1)]), flow.into(late, neurons)
     assert parts == pytest.approx(whole, abs=2e-3)
-    every, alone = flow.into(some, [EMBED, *EVERY]), flow_of(model, runs, log_odds, some).effects()
+    every, alone = flow.into(some, [EMBED, *EVERY]), flow_of(model, runs, log_odds, some).effects(some)
     assert every == pytest.approx(alone, abs=2e-3)
 
 
@@ -188,8 +188,8 @@ def test_at_the_suffix_the_prompt_is_read_by_attention(planted, log_odds):
     loose = ms.PromptPairs(pairs.pairs, "loose", align="suffix")
     runs = pair_runs(model, loose)
     flow = flow_of(model, runs, metric)
-    whole, written = flow.effects(), flow.into(EVERY, EVERY)
-    prompt = flow.from_prompt(whole)
+    whole, written = flow.effects(EVERY), flow.into(EVERY, EVERY)
+    prompt = flow.from_prompt(EVERY, whole)
     assert flow.into(EVERY, [EMBED]) == pytest.approx(dict.fromkeys(EVERY, 0.0), abs=1e-6)
     assert prompt == pytest.approx({node: whole[node] - written[node] for node in EVERY}, abs=1e-6)
     assert max(map(abs, prompt.values())) > 0.1
@@ -201,8 +201,10 @@ def test_effects_of_a_span(llama, pairs, log_odds):
     flow = Flow(llama, [runs], log_odds, SOME, 2.0)
     for span in ("instruction", "suffix", "all"):
         known = ms.activation_patching(llama, runs, log_odds, nodes=SOME, positions=span, progress=False).changes
-        assert [flow.effects(span)[node] for node in SOME] == pytest.approx((known.mean(1) / 2.0).tolist(), abs=1e-5)
+        assert [flow.effects(SOME, span)[node] for node in SOME] == pytest.approx(
+            (known.mean(1) / 2.0).tolist(), abs=1e-5
+        )
     nothing = knocked_out(llama, runs, EVERY)
     assert float((nothing.scores(log_odds)[0] - nothing.scores(log_odds)[1]).abs().max()) < 1e-4
     still = Flow(llama, [nothing], log_odds, SOME, 2.0)
-    assert still.effects() == pytest.approx(dict.fromkeys(SOME, 0.0), abs=1e-4)
+    assert still.effects(SOME) == pytest.approx(dict.fromkeys(SOME, 0.0), abs=1e-4)

@@ -14,8 +14,12 @@ DETECT, RELAY, EVALUATE, DECIDE, PRODUCE = (Node("head", layer, 0) for layer in 
 OTHER = Node("mlp", 1)
 
 
+def assigned(made, spans=(), known=None):
+    return assign_roles(made, made.effects(made.nodes), spans, known)
+
+
 def roles(**made):
-    return {node: role for node, (role, _) in assign_roles(Made(**made)).items()}
+    return {node: role for node, (role, _) in assigned(Made(**made)).items()}
 
 
 def chain(**changes):
@@ -82,11 +86,11 @@ def test_paths_are_patched_together_since_their_effects_do_not_add_up():
         (DECIDE, LOGITS),
     ]
     made = Either(effects, {PRODUCE: 0.4}, {DETECT: 0.4}, dict.fromkeys(ways, 0.4))
-    found = {node: role for node, (role, _) in assign_roles(made).items()}
+    found = {node: role for node, (role, _) in assigned(made).items()}
     assert (found[DECIDE], found[EVALUATE], found[RELAY]) == ("decision", "evaluation", "evaluation")
     made.edges[RELAY, OTHER] = 0.4  # one more reader, which does nothing
     made.effects_[OTHER] = 0.4
-    found = {node: role for node, (role, _) in assign_roles(made).items()}
+    found = {node: role for node, (role, _) in assigned(made).items()}
     assert (found[OTHER], found[RELAY]) == ("none", "none")
 
 
@@ -133,7 +137,7 @@ def test_the_evidence_is_what_was_measured():
         {DETECT: 0.2},
         {(DETECT, EVALUATE): 0.3, (EVALUATE, DECIDE): 0.2, (DECIDE, PRODUCE): 0.2},
     )
-    found = assign_roles(made, ("instruction", "suffix"))
+    found = assigned(made, ("instruction", "suffix"))
     seen = found[EVALUATE][1]
     assert (seen.in_circuit, seen.from_embed, seen.from_detection, seen.to_evaluation_or_decision) == (
         0.4,
@@ -144,7 +148,21 @@ def test_the_evidence_is_what_was_measured():
     assert (seen.at_instruction, seen.at_suffix) == (0.2, 0.2)
     assert found[DECIDE][1].from_evaluation == 0.2 and found[DECIDE][1].to_production == 0.2
     assert found[DETECT][1].from_detection is None and found[DETECT][1].from_embed == 0.2
-    assert assign_roles(made)[EVALUATE][1].at_suffix is None
+    assert assigned(made)[EVALUATE][1].at_suffix is None
+
+
+def test_nodes_of_a_known_role_are_not_measured_again():
+    """The others are assigned as if all were, and read those that are known."""
+    made = Made(
+        dict.fromkeys((DETECT, EVALUATE, DECIDE, PRODUCE, OTHER), 0.4),
+        {PRODUCE: 0.2},
+        {DETECT: 0.2},
+        {(DETECT, EVALUATE): 0.3, (EVALUATE, DECIDE): 0.2, (DECIDE, PRODUCE): 0.2, (OTHER, EVALUATE): 0.2},
+    )
+    every = assigned(made)
+    for node in made.nodes:
+        others = {one: role for one, (role, _) in every.items() if one != node}
+        assert assigned(made, known=others) == {node: every[node]}
 
 
 # seeds whose circuits differ in whatever a rule might lean on; see `planted`

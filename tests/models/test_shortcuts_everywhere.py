@@ -83,8 +83,8 @@ def knocked(model, pairs, metric):
     each = mask_gradients(model, gone, metric, 0.5)
     flow = Flow(model, [gone], metric, HEADS, 1.0)
     paths = [
-        flow.direct(),
-        flow.from_prompt(flow.effects()),
+        flow.direct(HEADS),
+        flow.from_prompt(HEADS, flow.effects(HEADS)),
         flow.into(HEADS, HEADS),
         flow.out_of(HEADS, [*HEADS, NODES[-1]]),
     ]
