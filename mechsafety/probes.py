@@ -11,7 +11,6 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.directions.scores import divergence
 from mechsafety.errors import MechsafetyError
@@ -21,6 +20,7 @@ from mechsafety.interventions.batched import EditedRun, PromptBatches, run_remov
 from mechsafety.interventions.steering import token_batches
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, builtin_prompts, distinct, omissions, unseen
 from mechsafety.results import Provenance, Result
 
@@ -309,7 +309,7 @@ def _fit_all(
     values = torch.zeros(n_layers, n_spans, n_prompts)
     shuffled = torch.zeros(len(shuffled_labels), n_layers, n_spans, n_prompts)
     on_hard, directions = torch.zeros(seen_hard.shape[:3]), torch.zeros(2, n_layers, n_spans, d_model)
-    with tqdm(total=n_layers * n_spans, desc="probes", disable=not progress, leave=False) as bar:
+    with progress_bar(total=n_layers * n_spans, desc="probes", show=progress) as bar:
         for k in range(n_layers):
             for s in range(n_spans):
                 data = seen[k, s].numpy()

@@ -274,13 +274,13 @@ def opened() -> tuple[ms.LensModel, ms.PromptPairs, ms.RefusalLogOdds]:
 
 @pytest.fixture
 def recorded_bars(monkeypatch):
-    """Puts bars that are kept, and shown at once and nowhere, in the place of a module's ``tqdm``; gives their list."""
+    """Puts bars that are kept, and shown nowhere, in the place of a module's ``progress_bar``; gives their list."""
 
     def record(place):
         shown = []
 
-        def bar(*args, **options):
-            shown.append(tqdm(*args, **options | {"delay": 0, "file": StringIO()}))
+        def bar(*args, show, **options):
+            shown.append(tqdm(*args, **options | {"delay": 0, "disable": not show, "file": StringIO()}))
             return shown[-1]
 
         monkeypatch.setattr(place, bar)

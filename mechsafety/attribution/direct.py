@@ -9,7 +9,6 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.cache import ActivationCache
 from mechsafety.inputs import Count, Prompts, public
@@ -17,6 +16,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching.norms import at_own_scale, block_norms_option, norm_behind
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, Tokens
 from mechsafety.results import Provenance, Result, norms_note
 
@@ -111,7 +111,7 @@ def direct_logit_attribution(
         return replace(bad, **{name: getattr(bad, name) - getattr(good, name) for name in _PARTS})
     tokens = prompts if isinstance(prompts, Tokens) else model.tokenize(prompts)
     done = []
-    for first in tqdm(range(0, len(tokens), _BATCH), desc="direct", disable=not progress, leave=False):
+    for first in progress_bar(range(0, len(tokens), _BATCH), desc="direct", show=progress):
         cache = model.cache(tokens.rows(slice(first, first + _BATCH)), sites=DIRECT_SITES)
         done.append(direct_parts(model, cache, metric, steps=steps))
     parts = {name: torch.cat(tensors, -1) for name, tensors in zip(_PARTS, zip(*done, strict=True), strict=True)}

@@ -12,7 +12,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.attribution.gradients import GRIDS, Grid, integration_points, receiver_scores
 from mechsafety.attribution.senders import sender_chunks
@@ -26,6 +25,7 @@ from mechsafety.nodes import EMBED, NODE_SITES, SLOTS, Edge, Node, NodeLike, as_
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import INTO_LOGITS, Receiver, reaches
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
 from mechsafety.sites import SiteKind
@@ -182,7 +182,7 @@ def edge_attribution(
         points = integration_points(model, method, steps or 1, senders, grid)
     scores = torch.zeros(len(senders), len(receivers), device=model.device)
     gap, missed, n_pairs, scored = 0.0, np.zeros(1), 0, []
-    with tqdm(total=len(batches) * len(points), desc="edges", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(batches) * len(points), desc="edges", show=progress) as bar:
         for batch in batches:
             runs = batch()
             n_pairs += len(runs.harmful)

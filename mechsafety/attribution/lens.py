@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
@@ -20,6 +19,7 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, unembed
 from mechsafety.patching.norms import block_norms_option
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, Tokens, omissions
 from mechsafety.results import Provenance, Result, norms_note
 
@@ -140,7 +140,7 @@ def logit_lens(
     width = min(width, *(tokens.ids.shape[1] for tokens in sides))
     read_at = tuple(range(-width, 0))
     shared = read_at if positions == "all" else (-1,)
-    with tqdm(total=4 * len(pairs), desc="logit lens", disable=not progress, leave=False) as bar:
+    with progress_bar(total=4 * len(pairs), desc="logit lens", show=progress) as bar:
         read = [_read(model, tokens, metric, width, bar.update) for tokens in sides]
         # the lens' last row is the metric itself, so the layers' shares are shares of its gap
         check_gap(read[0][-1, -1], read[1][-1, -1])

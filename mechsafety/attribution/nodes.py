@@ -9,13 +9,13 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, NodeLike, as_node, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, SoftMask, aligned_pairs, masked_logits, pair_batches
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import SiteKind
@@ -104,7 +104,7 @@ def node_attribution(
     pairs = aligned_pairs(model, pairs)
     batches = pair_batches(model, pairs, BATCH_TOKENS, [SiteKind.NEURONS] if neurons else [])
     sums, gap, n_pairs, scored = _zero_grads(model, neurons), 0.0, 0, []
-    with tqdm(total=len(batches) * steps, desc="nodes", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(batches) * steps, desc="nodes", show=progress) as bar:
         for batch in batches:
             runs = batch()
             harmful, harmless = runs.scores(metric)

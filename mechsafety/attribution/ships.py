@@ -13,13 +13,13 @@ import torch
 from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
 from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows, max_variants, run_from, unembed
 from mechsafety.nodes import Node
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -129,7 +129,7 @@ def _masked(
     out = torch.zeros(len(groups), len(tokens), model.d_model, device=model.device)
     order = sorted(range(len(groups)), key=lambda k: min(node.layer or 0 for node in groups[k]))
     size = max_variants(base)
-    with torch.no_grad(), tqdm(total=len(groups), desc="masking", disable=not progress, leave=False) as bar:
+    with torch.no_grad(), progress_bar(total=len(groups), desc="masking", show=progress) as bar:
         for first in range(0, len(order), size):
             chunk = order[first : first + size]
             hooks = _hooks(model, [groups[k] for k in chunk], values)

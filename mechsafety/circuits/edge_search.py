@@ -9,7 +9,6 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.attribution.edges import edge_attribution
 from mechsafety.circuits.budget import Budget
@@ -28,6 +27,7 @@ from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node, Part, head_and_ml
 from mechsafety.patching import pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.senders import written_changes
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
 
@@ -243,7 +243,7 @@ def acdc(
     saved: dict[Edge, float] = {}
     fit = SENDER_BYTES // (4 * cuts.changes.numel())
     size, place = max(1, min(fit, max_variants(meter.runs.harmful) // model.n_heads)), 0
-    with tqdm(total=len(order), desc="edges", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(order), desc="edges", show=progress) as bar:
         while place < len(order):
             chunk = order[place : place + size]
             values = _measured(meter, cuts.logits(chunk), measure)

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.nodes import Node
 from mechsafety.patching.effects import effect_intervals, effect_p_values
+from mechsafety.progress import progress_bar
 
 # exact effect, its interval, its adjusted p
 Measured = tuple[float, tuple[float, float], float]
@@ -33,7 +33,7 @@ def single_effects(
     """
     gap = pair_gaps(meters).mean()
     found: dict[Node, np.ndarray] = {}
-    with tqdm(total=len(nodes), desc="nodes", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(nodes), desc="nodes", show=progress) as bar:
         for some in budget.within(nodes, 12, 0.5, "exact effects of single nodes"):
             alone = sorted(some, key=lambda node: node.order)
             lost = [meter.ends()[0] - meter.removed([[node] for node in alone]) for meter in meters]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching.masks import PairRuns, Patch, SoftMask, masked_logits, pair_runs, patched_scores, scores_near
+from mechsafety.progress import progress_bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class FaithfulnessMeter:
 
     def bar(self, total: int, what: str = "circuits", over: Iterable[Any] | None = None) -> Any:
         """A progress bar, shown after two seconds if the meter shows bars; with ``over``, an iterator."""
-        return tqdm(over, total=total, desc=what, disable=not self.progress, leave=False, delay=2)
+        return progress_bar(over, total=total, desc=what, show=self.progress, delay=2)
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Metric of the whole model on the (harmful, harmless) prompts; the latter is m(empty)."""

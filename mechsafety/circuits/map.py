@@ -13,8 +13,7 @@
 Each stage takes what the stage before it returns, and holds it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,6 +44,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.patching.norms import block_norms_option
+from mechsafety.progress import stages
 from mechsafety.prompts import PromptPairs, omissions
 
 
@@ -86,21 +86,22 @@ def map_refusal_circuit(
     align = "tokens" if pairs is None else (pairs.here if isinstance(pairs, Draw) else pairs).align
     LEVELS[options.level].check(model, align)
     budget = Budget(options.budget_seconds)
-    if isinstance(pairs, Draw):
-        drawn = _with_metric(pairs, metric)
-    else:
-        drawn = draw_pairs(model, pairs, metric, limit=options.limit, seed=options.seed, progress=progress)
-    split = split_pairs(model, drawn, options, budget=budget, progress=progress)
-    with _stages(5, progress) as stage:
-        stage("attributing every node")
+    with stages(6, progress) as stage:
+        stage.begin("checking whether the model refuses")
+        if isinstance(pairs, Draw):
+            drawn = _with_metric(pairs, metric)
+        else:
+            drawn = draw_pairs(model, pairs, metric, limit=options.limit, seed=options.seed, progress=progress)
+        split = split_pairs(model, drawn, options, budget=budget, progress=progress)
+        stage.begin("attributing every node")
         ranked = rank_parts(split)
-        stage("searching the smallest circuit")
+        stage.begin("searching the smallest circuit")
         found = search_circuit(ranked)
-        stage("patching nodes one by one, looking for backups")
+        stage.begin("patching nodes one by one, looking for backups")
         measured = measure_parts(found)
-        stage("measuring edges and roles")
+        stage.begin("measuring edges and roles")
         wired = wire_circuit(measured)
-        stage("checking the circuit")
+        stage.begin("checking the circuit")
         return assemble_circuit(verify_circuit(wired))
 
 
@@ -487,21 +488,3 @@ def _to_measure(result: SearchResult, attribution: NodeAttribution, shortlist: i
     inside = result.nodes
     outside = [node for node in attribution.ranked() if node not in set(inside)][:shortlist]
     return [*inside, *sorted(outside, key=lambda node: node.order)]
-
-
-@contextmanager
-def _stages(total: int, show: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr with one tick per stage; call what is yielded when a stage begins."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="mapping", disable=not show, leave=False) as bar:
-        started = False
-
-        def stage(name: str) -> None:
-            nonlocal started
-            if started:
-                bar.update()
-            started = True
-            bar.set_description(name)
-
-        yield stage

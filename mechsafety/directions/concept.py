@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
@@ -14,6 +13,7 @@ from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers
 from mechsafety.interventions.steering import token_batches
 from mechsafety.models import LensModel
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import Site, SiteKind
 
@@ -108,7 +108,7 @@ def iti_direction(
     groups = np.tile(np.arange(len(pairs)), 2)
     splits = GroupKFold(min(folds, len(pairs)))
     found: list[tuple[float, Site, Tensor]] = []
-    for site in tqdm(sites, desc="probes", delay=2, disable=not progress, leave=False):
+    for site in progress_bar(sites, desc="probes", delay=2, show=progress):
         for head in range(model.n_heads):
             bad, good = (side[site][:, head].double().cpu() for side in (harmful, harmless))
             shift = bad.mean(0) - good.mean(0)
@@ -146,7 +146,7 @@ def _last(
 ) -> dict[Site, Float[Tensor, "prompt ..."]]:
     """Activations at the last token of each prompt."""
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    with tqdm(total=len(prompts), desc="reading prompts", delay=2, disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(prompts), desc="reading prompts", delay=2, show=progress) as bar:
         for tokens in token_batches(model, prompts):
             for site, found in model.read(tokens, sites).items():
                 rows[site].append(found[:, -1].float())

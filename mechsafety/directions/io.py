@@ -11,7 +11,6 @@ import torch
 from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.directions.refusal import RefusalDirection
 from mechsafety.errors import MechsafetyError
@@ -26,6 +25,7 @@ from mechsafety.patching import PairRuns, pair_runs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import live_logits, slot_edit
 from mechsafety.patching.senders import neuron_weights, node_outputs, own_share
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
 from mechsafety.sites import Site, SiteKind
@@ -218,7 +218,7 @@ def _reads(
             groups.setdefault((node.layer or 0, place), []).append(k)
     size = max_variants(base)
     with torch.no_grad():
-        for (layer, place), members in tqdm(groups.items(), desc="readers", disable=not progress, leave=False):
+        for (layer, place), members in progress_bar(groups.items(), desc="readers", show=progress):
             delta = _removed(base, runs.harmless, layer, READ_SLOTS[place], model.parallel, unit)
             for first in range(0, len(members), size):
                 chunk = members[first : first + size]

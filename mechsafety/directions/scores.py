@@ -7,13 +7,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.directions.select import cosmic_layers, joint_cosine
 from mechsafety.errors import MechsafetyError
 from mechsafety.interventions.batched import PromptBatches, run_added, run_batches, run_removed, run_unedited
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.progress import progress_bar
 
 # mean differences shorter than this share of the mean activation count as rounding errors
 NO_DIFFERENCE = 1e-5
@@ -158,7 +158,7 @@ def score_directions(
     # every prompt counts alike in each of the three passes, in whole numbers: fractions could add up to over 100 %
     share, each = len(real) or 1, len(rows) or 1
     total = (2 * validation.harmless.n + validation.harmful.n) * share * each
-    with tqdm(total=total, desc="directions", disable=not progress) as bar:
+    with progress_bar(total=total, desc="directions", show=progress) as bar:
         sums = torch.zeros(len(flat), len(low), model.d_model, dtype=torch.float64, device=flat.device)
         for run in run_removed(model, validation.harmful, bases):
             at = [real[k] for k in run.variants]

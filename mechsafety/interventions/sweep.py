@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, public
@@ -18,6 +17,7 @@ from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.interventions.checks import check_strength
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import distinct, first_of_each
 from mechsafety.replies import (
     KINDS,
@@ -198,7 +198,7 @@ def strength_sweep(
     most = loss_limit(model) if limit is None else float(limit)
     measured: dict[str, list[Tensor]] = {key: [] for key in ("harmful", "harmless", "kl", "loss")}
     kinds: dict[str, list[ReplyKinds]] = {side: [] for side in SIDES}
-    for strength in tqdm(swept, desc=name, disable=not progress, leave=False):
+    for strength in progress_bar(swept, desc=name, show=progress):
         with intervene(strength):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
             after = plain.logits(harmless)

@@ -361,7 +361,7 @@ class LensModel:
         progress: bool = True,
     ) -> list[list[int]]:
         """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
-        from tqdm.auto import tqdm
+        from mechsafety.progress import progress_bar
 
         if not 0 <= temperature < math.inf:
             raise MechsafetyError(f"temperature={temperature}", expected="a number, at least 0")
@@ -373,7 +373,7 @@ class LensModel:
         replies: list[list[int]] = [[] for _ in prompts]
         starts = range(0, len(order), batch_size)
         total = len(starts) * max_new_tokens
-        with tqdm(total=total, desc="generating", leave=False, delay=2, disable=not progress) as bar:
+        with progress_bar(total=total, desc="generating", delay=2, show=progress) as bar:
             for number, start in enumerate(starts, 1):
                 chunk = order[start : start + batch_size]
                 batch = tokens.rows(chunk)

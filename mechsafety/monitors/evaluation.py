@@ -225,7 +225,7 @@ def compare_guards(
         MechsafetyError: No test set, a name used twice, a set without both labels, no random sets, or a mask that holds
             no neuron or all neurons.
     """
-    from tqdm.auto import tqdm
+    from mechsafety.progress import progress_bar
 
     names = [test.name for test in tests]
     if not names or len(set(names)) < len(names):
@@ -259,7 +259,7 @@ def compare_guards(
     ]
     drawn = [
         predict(own.chosen(one), {name: found.chosen(one) for name, found in acts.items()})
-        for one in tqdm(sets, desc="random neurons", disable=not progress, leave=False)
+        for one in progress_bar(sets, desc="random neurons", show=progress)
     ]
     options = {
         "neurons": int(mask.sum()),

@@ -8,13 +8,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
 from mechsafety.neurons.runs import batches, lay_out, prompt_rows
+from mechsafety.progress import progress_bar
 from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
 from mechsafety.replies import REPLY_TOKENS, Judge, ask_judge, check_judge, phrase_judge
 from mechsafety.sites import Site, SiteKind
@@ -142,7 +142,7 @@ def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) 
     rows = prompt_rows(model, prompts)
     neurons = torch.zeros(len(rows), model.n_layers, model.d_mlp)
     resid = torch.zeros(len(rows), model.n_layers + 1, model.d_model)
-    for chunk in tqdm(batches([len(row) for row in rows]), desc="reading prompts", disable=not progress, leave=False):
+    for chunk in progress_bar(batches([len(row) for row in rows]), desc="reading prompts", show=progress):
         batch = lay_out(model, [rows[k] for k in chunk])
         found = _read(model, batch.pieces())
         neurons[chunk], resid[chunk] = found.neurons, found.resid

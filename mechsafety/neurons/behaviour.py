@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public, text_list
@@ -18,6 +17,7 @@ from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
+from mechsafety.progress import progress_bar
 from mechsafety.replies import (
     REPLY_TOKENS,
     Judge,
@@ -136,7 +136,7 @@ def measure(
     rows = prompt_rows(base, prompts)
     out, texts = torch.zeros(len(masks), len(rows)), [[""] * len(rows) for _ in masks]
     chunks = batches([len(row) for row in rows], None if judge is None else 16)
-    with tqdm(total=len(chunks) * len(masks), desc="measuring", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(chunks) * len(masks), desc="measuring", show=progress) as bar:
         for chunk in chunks:
             if isinstance(score, RefusalLogOdds):
                 after = lay_out(base, [[*rows[k], *score.opener_ids] for k in chunk])
@@ -245,7 +245,7 @@ def ability(
     none = torch.zeros(base.n_layers, base.d_mlp, dtype=torch.bool)
     kl, nll, agreement = (torch.zeros(len(masks) + 2, len(prompts)) for _ in range(3))
     batch_rows = _reply_batches(base, prompts, replies)
-    for chunk, batch, labels, real in tqdm(batch_rows, desc="general ability", disable=not progress, leave=False):
+    for chunk, batch, labels, real in progress_bar(batch_rows, desc="general ability", show=progress):
         keep = labels.shape[1]
         own = next(forced(base, None, [none], batch, keep)).log_softmax(-1)
         runs = chain(forced(base, aligned, masks, batch, keep), forced(aligned, None, [none], batch, keep))
@@ -272,7 +272,7 @@ def _likelihood(
     replies = [base.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in score.replies]
     out = torch.zeros(len(masks), len(prompts))
     batch_rows = _reply_batches(base, prompts, [reply if end is None else [*reply, end] for reply in replies])
-    for chunk, batch, labels, real in tqdm(batch_rows, desc="measuring", disable=not progress, leave=False):
+    for chunk, batch, labels, real in progress_bar(batch_rows, desc="measuring", show=progress):
         for row, logits in enumerate(forced(base, aligned, masks, batch, labels.shape[1])):
             out[row, chunk] = _mean(_chosen(logits.log_softmax(-1), labels), real)
     return out

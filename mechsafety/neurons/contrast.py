@@ -9,13 +9,13 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
 from mechsafety.models import LensModel
 from mechsafety.neurons.runs import batches, hooked
 from mechsafety.nodes import Node
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, Result
@@ -119,7 +119,7 @@ def contrast_neurons(
     if len(pairs) < 2:
         raise MechsafetyError("one pair", expected="at least 2: an effect size needs variances")
     n, sides = len(pairs), (pairs.harmful, pairs.harmless)
-    with tqdm(total=2 * n, desc="reading prompts", delay=2, disable=not progress, leave=False) as bar:
+    with progress_bar(total=2 * n, desc="reading prompts", delay=2, show=progress) as bar:
         moments = [_moments(model, prompts, spans, batch_size, bar.update) for prompts in sides]
     means = [first / n for first, _ in moments]
     variances = [

@@ -9,7 +9,6 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
@@ -18,6 +17,7 @@ from mechsafety.models.engine import base_run, capture, expand_rows
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
 from mechsafety.neurons.runs import batches, hooked
 from mechsafety.nodes import Node, NodeLike, as_nodes
+from mechsafety.progress import progress_bar
 from mechsafety.results import Provenance, Result
 from mechsafety.sites import Site, SiteKind
 
@@ -113,7 +113,7 @@ def describe_neurons(
     )
     active: tuple[tuple[ActiveToken, ...], ...] = tuple(() for _ in nodes)
     if prompts:
-        with tqdm(total=len(prompts), desc="reading prompts", delay=2, disable=not progress, leave=False) as bar:
+        with progress_bar(total=len(prompts), desc="reading prompts", delay=2, show=progress) as bar:
             active = _most_active(model, nodes, prompts, n_tokens, batch_size, bar.update)
     options = {"prompts": len(prompts), "n_tokens": n_tokens}
     return NeuronCards(model.provenance(options=options), tuple(nodes), promoted, suppressed, active)

@@ -110,7 +110,7 @@ def dynamic_patching(
     Raises:
         MechsafetyError: Models that are not a pair, neurons that they do not have, or a judge that cannot be called.
     """
-    from tqdm.auto import tqdm
+    from mechsafety.progress import progress_bar
 
     check_pair(base, aligned)
     if judge is not None:
@@ -121,7 +121,7 @@ def dynamic_patching(
     logits = torch.empty(len(rows), base.d_vocab)
     donor = aligned if bool(mask.any()) else None
     chunks = batches([len(row) for row in rows], batch_size)
-    for chunk in tqdm(chunks, desc="patched replies", disable=not progress or len(chunks) < 2, leave=False):
+    for chunk in progress_bar(chunks, desc="patched replies", show=progress and len(chunks) > 1):
         found, steps = greedy(base, donor, mask, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)
         logits[chunk] = steps[:, 0].cpu()
         for k, reply in zip(chunk, found, strict=True):

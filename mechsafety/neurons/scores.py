@@ -167,7 +167,7 @@ def safety_neurons(
     Raises:
         MechsafetyError: Unknown option, no prompts, replies that do not fit, or models that are not a pair.
     """
-    from tqdm.auto import tqdm
+    from mechsafety.progress import progress_bar
 
     if replies is not None and (positions != "completion" or len(replies) != len(prompts) or not all(replies)):
         raise MechsafetyError(
@@ -183,7 +183,7 @@ def safety_neurons(
     generated = max_new_tokens if positions == "completion" else 0
     lengths = [len(row) + (len(given[k]) if given else generated) for k, row in enumerate(rows)]
     chunks = batches(lengths, batch_size)
-    for chunk in tqdm(chunks, desc="scoring neurons", disable=not progress or len(chunks) < 2, leave=False):
+    for chunk in progress_bar(chunks, desc="scoring neurons", show=progress and len(chunks) > 1):
         said: list[list[int]] = [given[k] if given else [] for k in chunk]
         if positions == "completion" and given is None:
             said = greedy(base, None, None, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)[0]

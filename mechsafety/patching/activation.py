@@ -200,7 +200,7 @@ def activation_patching(
         MechsafetyError: An option is unknown; the model lacks a target; no pair aligns; no other pair has the length of
             some pair (``mean``, ``resample``); or stored runs begin after a position to be patched.
     """
-    from tqdm.auto import tqdm
+    from mechsafety.progress import progress_bar
 
     listed = head_and_mlp_nodes(model.n_layers, model.n_heads) if nodes is None else nodes
     targets = tuple(target if isinstance(target, Site) else as_node(target) for target in listed)
@@ -219,7 +219,7 @@ def activation_patching(
         start = None if source == "other" or pairs.align == "suffix" else 0
         batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites), start)
     parts, scored = [], []
-    with tqdm(total=len(batches) * len(sites), desc="patching", disable=not progress, leave=False) as bar:
+    with progress_bar(total=len(batches) * len(sites), desc="patching", show=progress) as bar:
         for batch in batches:
             runs = batch()
             check_start(runs, positions, source)

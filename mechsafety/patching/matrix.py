@@ -16,7 +16,6 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
@@ -28,6 +27,7 @@ from mechsafety.patching.masks import PairRuns, pair_runs
 from mechsafety.patching.norms import NormOption, block_norms, keep_scales, through_norm
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import sender_changes
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.sites import Site, SiteKind
@@ -146,7 +146,7 @@ def path_matrix(
     senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
     receivers = tuple(node for node in senders if node.kind == "head")
     found = {slot: torch.zeros(len(senders), len(receivers), len(base), device=model.device) for slot in "qkv"}
-    with model.lock, tqdm(total=model.n_layers, desc="path matrix", disable=not progress, leave=False) as bar:
+    with model.lock, progress_bar(total=model.n_layers, desc="path matrix", show=progress) as bar:
         for layer in range(model.n_layers):
             slopes = _slopes(model, base, source, layer)
             columns = [k for k, node in enumerate(receivers) if node.layer == layer]

@@ -13,7 +13,6 @@ import torch
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
@@ -49,6 +48,7 @@ from mechsafety.patching.senders import (
     stream,
 )
 from mechsafety.patching.sources import check_start, column_masks
+from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.sites import Site, SiteKind
 
@@ -112,7 +112,7 @@ def path_patching(
     changes = torch.zeros(len(task.senders), len(groups), len(task.base), device=before.device)
     stops = Counter(_stop(model, group) for group in groups)
     total = sum(times * len(task.reaching(stop)) for stop, times in stops.items())
-    with torch.no_grad(), tqdm(total=total, desc="paths", disable=not progress, leave=False) as bar:
+    with torch.no_grad(), progress_bar(total=total, desc="paths", show=progress) as bar:
         for column, group in enumerate(groups):
             for rows, scores in _paths(task, group, metric, downstream):
                 changes[rows, column] = task.sign * (before - scores)
@@ -170,7 +170,7 @@ def path_projection(
     kind, layer = projection.site.kind, projection.site.layer or 0
     harmful, harmless = (project(stream(run, kind, layer)) for run in (task.runs.harmful, task.runs.harmless))
     total = len(task.reaching(projection.moment))
-    with torch.no_grad(), tqdm(total=total, desc="paths", disable=not progress, leave=False) as bar:
+    with torch.no_grad(), progress_bar(total=total, desc="paths", show=progress) as bar:
         for rows in task.chunks(projection.moment, size):
             change = task.change(rows, projection.moment)
             changes[rows, 0] = -task.sign * project(change)
@@ -354,7 +354,7 @@ def measured_edges(
     base, source = runs.harmful, runs.harmless
     order = sorted(range(len(edges)), key=lambda k: edges[k].receiver.order)
     scores = torch.zeros(len(edges), len(base), device=harmful.device)
-    with torch.no_grad(), tqdm(total=len(edges), desc="edges", disable=not progress, leave=False) as bar:
+    with torch.no_grad(), progress_bar(total=len(edges), desc="edges", show=progress) as bar:
         for first in range(0, len(order), max_variants(base)):
             chunk = order[first : first + max_variants(base)]
             for members, found in _edge_scores(model, base, source, metric, [(k, edges[k]) for k in chunk]):

@@ -111,7 +111,7 @@ def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
 
 
 def test_bars_count_what_is_measured(llama, ragged, log_odds, recorded_bars):
-    shown = recorded_bars("mechsafety.circuits.faithfulness.tqdm")
+    shown = recorded_bars("mechsafety.circuits.faithfulness.progress_bar")
     runs = pair_runs(llama, ragged)
     meter = FaithfulnessMeter(llama, runs, log_odds, progress=True).grouped(2)
     meter.kept(CIRCUITS)

@@ -205,7 +205,7 @@ def test_an_interrupt_leaves_the_model_clean(llama, pairs, log_odds):
 
 
 def test_bars_count_the_senders_that_reach(llama, pairs, log_odds, recorded_bars):
-    shown = recorded_bars("mechsafety.patching.paths.tqdm")
+    shown = recorded_bars("mechsafety.patching.paths.progress_bar")
     path_patching(llama, pairs, log_odds, receivers=[(Node("head", 1, 0), "q"), (Node("mlp", 1), "mlp")])
     unit = torch.nn.functional.one_hot(torch.tensor(0), 32).float()
     path_projection(llama, pairs, Projection(unit, Site("resid_pre", 2)))

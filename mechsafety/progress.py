@@ -1,0 +1,139 @@
+"""Progress bars. One is shown at a time: a bar that opens inside another one becomes words beside it."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from tqdm.auto import tqdm
+
+# seconds between two changes of the words beside a bar
+EVERY = 0.2
+_outer: ContextVar["_Bar | None"] = ContextVar("outer bar", default=None)
+
+
+def progress_bar(
+    over: Iterable[Any] | None = None, *, desc: str, total: int | None = None, show: bool = True, delay: float = 0.0
+) -> Any:
+    """A bar of tqdm on stderr or in a notebook, to open with ``with`` or to iterate over.
+
+    Args:
+        over: What is iterated over.
+        desc: What is counted.
+        total: Number of steps; the length of ``over`` by default.
+        show: Whether to show it.
+        delay: Seconds before it appears.
+    """
+    outer = _outer.get()
+    if show and outer is not None:
+        return _Inner(over, outer, desc, total)
+    return _Bar(over, total=total, desc=desc, disable=not show, leave=False, delay=delay)
+
+
+class _Bar(tqdm):
+    """A bar that knows when it is open."""
+
+    def __enter__(self) -> "_Bar":
+        self._open()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *about: Any) -> None:
+        self._close()
+        super().__exit__(*about)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._open()
+        try:
+            yield from super().__iter__()
+        finally:
+            self._close()
+
+    def _open(self) -> None:
+        if not self.disable:
+            _outer.set(self)
+
+    def _close(self) -> None:
+        if _outer.get() is self:
+            _outer.set(None)
+
+    def say(self, words: str) -> None:
+        """Show words beside the bar."""
+        self.set_postfix_str(words)
+
+
+class _Inner:
+    """What a bar inside another one does: it counts, and says so beside the outer bar."""
+
+    def __init__(self, over: Iterable[Any] | None, outer: _Bar, desc: str, total: int | None) -> None:
+        self.over, self.outer, self.desc = over, outer, desc
+        self.total = len(over) if total is None and isinstance(over, Sized) else total
+        self.n, self.said = 0, 0.0
+
+    def __enter__(self) -> "_Inner":
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.outer.say("")
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.over or ():
+            yield item
+            self.update()
+        self.outer.say("")
+
+    def update(self, n: int = 1) -> None:
+        """Count some steps."""
+        self.n += n
+        now = time.monotonic()
+        if now - self.said > EVERY:
+            self.said = now
+            self.outer.say(f"{self.desc} {self.n}" + (f" of {self.total}" if self.total else ""))
+
+
+class Stages:
+    """The stages of a long analysis, on one bar; where nothing can be drawn, one line per stage."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self.total, self.n = total, 0
+        self.lines = show and not drawn()
+        form = "{desc}: {n_fmt} of {total_fmt} stages done, {elapsed}{postfix}"
+        self.bar = _Bar(
+            total=total, disable=not show, leave=False, bar_format=form, file=_Nowhere() if self.lines else None
+        )
+
+    def begin(self, name: str) -> None:
+        """Begin a stage; the one before it is done."""
+        self.bar.update(min(1, self.n))
+        self.n += 1
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.set_description_str(name)
+        if self.lines:
+            sys.stderr.write(f"[{self.n}/{self.total}] {name}\n")
+            sys.stderr.flush()
+
+
+@contextmanager
+def stages(total: int, show: bool) -> Iterator[Stages]:
+    """Open the stages of a long analysis. Bars of the analyses inside it become words beside its own bar."""
+    found = Stages(total, show)
+    with found.bar:
+        yield found
+
+
+class _Nowhere:
+    """A stream for a bar that nobody can see."""
+
+    def write(self, text: str) -> None:
+        """Drop the text."""
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+def drawn() -> bool:
+    """Whether a bar can be drawn over itself: on a terminal, and in a notebook."""
+    in_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    return in_notebook or sys.stderr.isatty()
