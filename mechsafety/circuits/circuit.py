@@ -64,7 +64,8 @@ class RoleEvidence:
         from_detection, from_evaluation: Exact effect of what it reads from the detection (evaluation) nodes together.
         to_evaluation_or_decision: Exact effect of what the evaluation nodes, decision nodes and relays read from it,
             together.
-        to_production: Exact effect of what the production nodes read from it, together.
+        to_production: Exact effect of what the production nodes read from it, together. Measured only where no share of
+            the others is at least half of the node's effect.
         to_production_or_logits: Exact effect of what the production nodes and the logits read from it, together.
         alike: Exact effect of what it reads from the nodes whose writing it repeats.
         at_instruction, at_suffix: Exact effect of patching it at instruction (suffix) positions only. No role rests on

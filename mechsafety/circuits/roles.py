@@ -15,6 +15,9 @@ ALIKE = 0.7
 # a node whose effect is smaller than this share of the gap has no role: shares of rounding errors say nothing
 LEAST = 1e-4
 
+# a node that these read is an evaluation node
+INNER = ("decision", "relay", "evaluation")
+
 Named = dict[Node, tuple[Role, RoleEvidence]]
 
 
@@ -50,14 +53,14 @@ def assign_roles(
 ) -> Named:
     """Assign a role to every node of a circuit, by where its input's difference comes from and who reads its output.
 
-    All shares are of the node's own effect in the circuit. The rules are tried in this order:
+    All shares are of the node's own effect in the circuit. Nodes are visited from the last to the first, so that the
+    roles of all later nodes are known. Of each node the rules are tried in this order:
 
     1. *Production*: at least half of the effect is the path to the logits.
     2. *Detection*: at least half of the effect comes straight from the embeddings.
     3. *Decision*: at least half of the effect goes to production nodes and to the logits, together.
     4. *Relay*: at least half of the effect is read from nodes whose writing this node repeats (cosine at least 0.7).
-    5. *Evaluation*: at least half of the effect goes to decision nodes, relays and other evaluation nodes, together.
-       All nodes that are left are candidates. Those whose share is smaller are dropped, until none is.
+    5. *Evaluation*: at least half of the effect goes to decision nodes, relays and evaluation nodes, together.
     6. A node that no rule fits gets the role of the largest of its shares: production for the path to the logits,
        decision for production nodes, evaluation for decision nodes, relays and evaluation nodes. All these paths
        together must carry at least half. Otherwise it has no role. Nor has a node whose effect is below 0.0001 of the
@@ -92,20 +95,23 @@ def assign_roles(
 
     roles |= dict.fromkeys(most(direct), "production")
     roles |= dict.fromkeys(most(embedded), "detection")
-    to_production = flow.out_of(left(), having("production"))
-    outward = flow.out_of(left(), [*having("production"), LOGITS])
-    roles |= dict.fromkeys(most(outward), "decision")
     alike = flow.into(left(), flow.repeated(left(), ALIKE))
-    roles |= dict.fromkeys(most(alike), "relay")
-    inward = _between(flow, effects, left(), having("decision", "relay", "evaluation"))
-    roles |= dict.fromkeys(inward, "evaluation")
-    inner = having("decision", "relay", "evaluation")
-    inward |= flow.out_of([node for node in asked if roles.get(node, "relay") == "relay"], inner)
-    onward = flow.out_of(left(), [*having("production"), *inner, LOGITS])
-    for node in left():
-        ways: dict[Role, Shares] = {"production": direct, "decision": to_production, "evaluation": inward}
-        best = max(ways, key=lambda role: _share(ways[role], effects, node))
-        roles[node] = best if _share(onward, effects, node) >= MOST else "none"
+    repeating = most(alike)
+    outward, inward, to_production = dict[Node, float](), dict[Node, float](), dict[Node, float]()
+    for here in _backwards(left()):
+        outward |= flow.out_of(here, [*having("production"), LOGITS])
+        inner = having(*INNER)
+        roles |= dict.fromkeys(most(outward), "decision")
+        inward |= flow.out_of([node for node in here if node not in roles], inner)
+        roles |= {node: "relay" for node in here if node not in roles and node in repeating}
+        roles |= dict.fromkeys(most(inward), "evaluation")
+        rest = [node for node in here if node not in roles]
+        to_production |= flow.out_of(rest, having("production"))
+        onward = flow.out_of(rest, [*having("production"), *inner, LOGITS])
+        for node in rest:
+            ways: dict[Role, Shares] = {"production": direct, "decision": to_production, "evaluation": inward}
+            best = max(ways, key=lambda role: _share(ways[role], effects, node))
+            roles[node] = best if _share(onward, effects, node) >= MOST else "none"
     middle = [node for node in asked if roles[node] != "detection"]
     from_detection, from_evaluation = (flow.into(middle, having(*names)) for names in (("detection",), ("evaluation",)))
     return {
@@ -129,19 +135,12 @@ def assign_roles(
     }
 
 
-def _between(flow: Paths, effects: Shares, candidates: Sequence[Node], readers: Sequence[Node]) -> dict[Node, float]:
-    """Candidates that have most of their effect by way of the readers and of each other, with the effect of that.
-
-    The others are dropped. What is left then has fewer readers, and is measured again, until none is dropped.
-    """
-    kept = list(candidates)
-    while kept:
-        paths = flow.out_of(kept, [*readers, *kept])
-        found = [node for node in kept if _share(paths, effects, node) >= MOST]
-        if found == kept:
-            return dict(paths)
-        kept = found
-    return {}
+def _backwards(nodes: Sequence[Node]) -> list[list[Node]]:
+    """Groups of nodes of which none reads another of its group; every node comes after all that read it."""
+    found: dict[tuple[int, bool], list[Node]] = {}
+    for node in nodes:
+        found.setdefault((node.layer or 0, node.kind != "head"), []).append(node)
+    return [found[moment] for moment in sorted(found, reverse=True)]
 
 
 def _share(paths: Shares, effects: Shares, node: Node) -> float:

@@ -100,6 +100,18 @@ def test_all_paths_into_a_node_are_the_node(kind, shared_model, pairs, log_odds)
     assert prompt == flow.into(EVERY, [EMBED]) and prompt[EVERY[0]] == pytest.approx(alone[EVERY[0]], abs=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen2"])
+def test_all_paths_out_of_a_node_are_the_node(kind, shared_model, pairs, log_odds):
+    """To everything at once, it is as if the node itself were patched; in a circuit as well."""
+    model = shared_model(kind)
+    runs = pair_runs(model, pairs)
+    flow = flow_of(model, runs, log_odds)
+    assert flow.out_of(EVERY, [*EVERY, LOGITS]) == pytest.approx(flow.effects(EVERY), abs=2e-3)
+    gone = knocked_out(model, runs, [node for node in EVERY if node not in SOME])
+    inside = Flow(model, [gone], log_odds, SOME, flow.gap)
+    assert inside.out_of(SOME, [*SOME, LOGITS]) == pytest.approx(inside.effects(SOME), abs=2e-3)
+
+
 def test_in_a_circuit_nothing_else_differs(llama, pairs, log_odds):
     runs = pair_runs(llama, pairs, extra=[SiteKind.NEURONS])
     outside = [node for node in EVERY if node not in SOME]

@@ -100,9 +100,10 @@ def test_a_relay_repeats_what_it_reads():
     assert chain(**made)[RELAY] == "evaluation", "what it writes is something else"
     weak = {**made, "edges": {**made["edges"], (DETECT, RELAY): 0.19}}
     assert chain(**weak, repeats={RELAY: [DETECT]})[RELAY] == "evaluation", "most of its effect comes from elsewhere"
-    late = {"effects_": {RELAY: 0.4}, "edges": {(EVALUATE, RELAY): 0.4, (RELAY, DECIDE): 0.4, (EVALUATE, DECIDE): None}}
-    found = chain(**late, repeats={RELAY: [EVALUATE]})
-    assert (found[RELAY], found[EVALUATE]) == ("relay", "evaluation"), "who feeds a relay evaluates"
+    last = Node("mlp", 2)
+    late = {"effects_": {last: 0.4}, "edges": {(EVALUATE, last): 0.4, (last, DECIDE): 0.4, (EVALUATE, DECIDE): None}}
+    found = chain(**late, repeats={last: [EVALUATE]})
+    assert (found[last], found[EVALUATE]) == ("relay", "evaluation"), "who feeds a relay evaluates"
     assert chain(repeats={DECIDE: [EVALUATE]})[DECIDE] == "decision", "a decision may pass on what was evaluated"
 
 
@@ -118,6 +119,13 @@ def test_a_relay_repeats_what_it_reads():
 def test_a_node_of_several_ways_gets_the_role_of_the_largest(direct, produced, decided, role):
     edges = {(OTHER, PRODUCE): produced, (OTHER, DECIDE): decided}
     assert chain(effects_={OTHER: 0.4}, direct_={OTHER: direct}, edges=edges)[OTHER] == role
+
+
+def test_a_reader_of_several_ways_is_a_reader():
+    """It has a role by its largest share alone, and what feeds it is evaluation all the same."""
+    edges = {(EVALUATE, DECIDE): 0.13, (EVALUATE, PRODUCE): 0.08, (OTHER, EVALUATE): 0.3}
+    found = chain(effects_={OTHER: 0.4}, edges=edges)
+    assert (found[EVALUATE], found[OTHER]) == ("evaluation", "evaluation")
 
 
 def test_what_works_against_the_behaviour_has_a_role_too():
@@ -146,7 +154,7 @@ def test_the_evidence_is_what_was_measured():
         0.2,
     )
     assert (seen.at_instruction, seen.at_suffix) == (0.2, 0.2)
-    assert found[DECIDE][1].from_evaluation == 0.2 and found[DECIDE][1].to_production == 0.2
+    assert found[DECIDE][1].from_evaluation == 0.2 and found[DECIDE][1].to_production_or_logits == 0.2
     assert found[DETECT][1].from_detection is None and found[DETECT][1].from_embed == 0.2
     assert assigned(made)[EVALUATE][1].at_suffix is None
 
