@@ -1,4 +1,4 @@
-"""Compare ways to rank heads and MLPs, by how small the circuits are that they propose; write docs/results/discovery.json.
+"""Compare ways to rank heads and MLPs by how small their circuits are; write docs/results/discovery.json.
 
     python scripts/compare_discovery.py demo                     # or a GGUF file, a folder, a hub id
     python scripts/compare_discovery.py qwen.gguf --drawn docs/results/native-model/steps/native/pairs
@@ -13,9 +13,9 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pages.discovery import PAGE
@@ -24,21 +24,44 @@ from pages.render import publish
 from steps import Steps
 
 import mechsafety as ms
-from mechsafety.circuits import Draw, FaithfulnessMeter, Goal, draw_pairs, split_pairs, train_masks
-from mechsafety.circuits.effects import single_effects
+from mechsafety.circuits import Draw, Goal, draw_pairs, split_pairs, train_masks
 from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.effects import single_effects
+from mechsafety.circuits.goal import GoalKind
 from mechsafety.circuits.map import Split
-from mechsafety.circuits.search import ranked
 from mechsafety.circuits.verification.stability import attribute_pairs
 from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Node, as_node, head_and_mlp_nodes
 from mechsafety.results import package_versions
 
 N_RANDOM = 10
 TARGETS = (0.8, 0.9)
 # sizes at which curves are measured, as shares of all parts
-SHARES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.2, 0.225, 0.25, 0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = (
+    0.02,
+    0.03,
+    0.05,
+    0.07,
+    0.1,
+    0.13,
+    0.17,
+    0.2,
+    0.225,
+    0.25,
+    0.275,
+    0.3,
+    0.35,
+    0.4,
+    0.45,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)
+
+KINDS: tuple[GoalKind, ...] = get_args(GoalKind)
 
 Ranking = list[Node]
 
@@ -48,28 +71,36 @@ def every(split: Split) -> Ranking:
     return list(head_and_mlp_nodes(split.model.n_layers, split.model.n_heads))
 
 
-def by_gradient(split: Split, goal: Goal) -> Ranking:
+def by_gradient(split: Split) -> dict[str, float]:
     """Integrated gradients, as the map ranks by default."""
-    return ranked(every(split), attribute_pairs(split.meters.found_on).mean(), goal)
+    found = attribute_pairs(split.meters.found_on).mean()
+    return {str(node): found.of(node) for node in every(split)}
 
 
-def by_patching(split: Split, goal: Goal) -> Ranking:
+def by_patching(split: Split) -> dict[str, float]:
     """Exact effect of each node alone."""
-    effects = single_effects((split.meters.found_on,), every(split), Budget(), False)
-    return sorted(effects, key=lambda node: (-goal.size(float(effects[node].mean())), node.order))
+    found = single_effects((split.meters.found_on,), every(split), Budget(), False)
+    return {str(node): float(values.mean()) for node, values in found.items()}
 
 
-def by_masks(split: Split, goal: Goal) -> Ranking:
+SCORES: Mapping[str, Callable[[Split], dict[str, float]]] = {"gradient": by_gradient, "single effects": by_patching}
+
+
+def rankings(split: Split, steps: Steps) -> Iterator[tuple[str, float, Ranking]]:
+    """Every method with its seconds and its ranking."""
+    for kind in KINDS:
+        for name, score in SCORES.items():
+            scores, seconds = steps.timed(f"scores {name}", lambda s=score: s(split))
+            aim = Goal(kind=kind)
+            order = sorted(every(split), key=lambda node, s=scores, g=aim: (-g.size(s[str(node)]), node.order))
+            yield f"{name}, {kind}", seconds, order
+        found, seconds = steps.timed(f"masks {kind}", lambda k=kind: by_masks(split, k))
+        yield f"masks, {kind}", seconds, [as_node(name) for name in found]
+
+
+def by_masks(split: Split, kind: GoalKind) -> list[str]:
     """Masks that are trained together."""
-    found = train_masks(split.meters.found_on, goal.kind).ranking
-    return [part for part in found if isinstance(part, Node)]
-
-
-METHODS: Mapping[str, Callable[[Split], Ranking]] = {
-    f"{name}, {kind}": lambda split, rank=rank, kind=kind: rank(split, Goal(kind=kind))
-    for name, rank in (("gradient", by_gradient), ("single effects", by_patching), ("masks", by_masks))
-    for kind in ("reach", "match")
-}
+    return [str(part) for part in train_masks(split.meters.found_on, kind).ranking]
 
 
 def at_random(split: Split, seed: int) -> Ranking:
@@ -102,21 +133,15 @@ def curve(split: Split, ranking: Ranking) -> dict[str, Any]:
 
 
 def needed(sizes: list[int], points: np.ndarray, target: float) -> int | None:
-    """The smallest size of the grid from which on the target is met up to half of all parts; None if there is none."""
-    met = [size for size, point in zip(sizes, points, strict=True) if point >= target]
-    return min(met) if met else None
+    """The smallest size of the grid that reaches the target; None where only the whole model does."""
+    return next((size for size, point in zip(sizes[:-1], points, strict=False) if point >= target), None)
 
 
 def measure(split: Split, steps: Steps) -> dict[str, Any]:
     """Every method on one model."""
     found: dict[str, Any] = {}
-    for name, method in METHODS.items():
-
-        def compute(rank: Callable[[Split], Ranking] = method) -> dict[str, Any]:
-            ranking, seconds = steps.measured(name, lambda: rank(split))
-            return {"ranking": [str(node) for node in ranking], "seconds": seconds, **curve(split, ranking)}
-
-        found[name] = steps.json(name, compute)
+    for name, seconds, ranking in rankings(split, steps):
+        found[name] = {"seconds": seconds, **steps.json(f"curve {name}", lambda r=ranking: curve(split, r))}
     rows = [steps.json(f"random {seed}", lambda s=seed: curve(split, at_random(split, s))) for seed in range(N_RANDOM)]
     found["random"] = {
         "sizes": rows[0]["sizes"],
@@ -138,7 +163,8 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     model = ms.load_model(args.model)
-    steps = Steps(args.work / model.name.replace("/", "--"), {"model": model.provenance().to_json()["weights"]})
+    made_of = {"weights": model.provenance().weights_sha256, "drawn": str(args.drawn or args.limit)}
+    steps = Steps(args.work / model.name.replace("/", "--"), made_of)
     if args.drawn is None:
         drawn = steps.result("pairs", Draw, lambda: draw_pairs(model, limit=args.limit, progress=False))
     else:

@@ -30,11 +30,16 @@ class Steps:
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is plain data."""
+        return self.timed(name, compute)[0]
+
+    def timed(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A step whose outcome is plain data, and the seconds that it took when it was done."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
             found, seconds = self.measured(name, compute)
             _write(path, {"seconds": seconds, "found": found})
-        return json.loads(path.read_text())["found"]
+        stored = json.loads(path.read_text())
+        return stored["found"], stored["seconds"]
 
     def result(self, name: str, kind: Any, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is a result, or a circuit."""

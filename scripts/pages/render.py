@@ -11,6 +11,7 @@ from pages import (
     claims,
     coverage,
     demo_model,
+    discovery,
     gallery,
     ground_truth,
     models,
@@ -22,7 +23,7 @@ from pages.page import RESULTS, Page
 from pages.records import PageError
 
 MODULES = (
-    *(refusal_direction, safety_neurons, native_model, coverage, claims),
+    *(refusal_direction, safety_neurons, native_model, coverage, claims, discovery),
     *(ground_truth, demo_model, models, gallery),
 )
 PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}

@@ -1,0 +1,81 @@
+"""Ways to rank the parts of a circuit: sentences, tables and the figure of their page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pages.page import Page
+from pages.records import Record
+from pages.tables import table
+
+FIGURE = "discovery.png"
+# colour and dashes of a method; the goal sets the dashes
+COLOURS = {"gradient": "#00588C", "single effects": "#C9A227", "masks": "#9C2F6B", "random": "#9A9A9A"}
+DASHES = {"reach": "-", "match": "--"}
+
+
+def context(record: Record) -> Mapping[str, Any]:
+    """What the template is given."""
+    return {"models": [model(name, row) for name, row in record["models"].items()], "figure": FIGURE}
+
+
+def model(name: str, row: Record) -> dict[str, Any]:
+    """Table and numbers of one model."""
+    methods = row["methods"]
+    return {
+        "name": name,
+        "parts": row["parts"],
+        "found_on": row["found_on"],
+        "unseen": methods["random"]["n_pairs"],
+        "table": table(
+            [cells(method, found) for method, found in methods.items()],
+            ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F", "seconds"],
+        ),
+        "smallest": {kind: smallest(methods, kind) for kind in DASHES},
+    }
+
+
+def cells(method: str, found: Record) -> list[str]:
+    """A row of the table."""
+    needed = found.get("needed")
+    low_high = "" if len(found["cpr"]) == 1 else f" ({found['cpr'][1]:.2f} to {found['cpr'][2]:.2f})"
+    return [
+        method,
+        *(["", ""] if needed is None else ["none" if size is None else str(size) for size in needed.values()]),
+        f"{found['cmd']:.2f}",
+        f"{found['cpr'][0]:.2f}{low_high}",
+        f"{max(found['faithfulness']):.2f}",
+        f"{found['seconds']:.0f}" if "seconds" in found else "",
+    ]
+
+
+def smallest(methods: Record, kind: str) -> dict[str, Any]:
+    """The ranking for a goal that needs the fewest parts for 0.8, and how many the others need."""
+    sizes = {
+        method.split(",")[0]: found["needed"]["0.8"]
+        for method, found in methods.items()
+        if method.endswith(f", {kind}") and found["needed"]["0.8"] is not None
+    }
+    order = sorted(sizes, key=lambda method: (sizes[method], method))
+    return {"order": [f"{method} ({sizes[method]})" for method in order]}
+
+
+def figures(record: Record) -> Mapping[str, Figure]:
+    """Faithfulness against size, one panel per model."""
+    models = record["models"]
+    figure = Figure(figsize=(5.2 * len(models) + 1.8, 4.0), layout="constrained")
+    axes = figure.subplots(1, len(models), squeeze=False)[0]
+    for axis, (name, row) in zip(axes, models.items(), strict=True):
+        for method, found in row["methods"].items():
+            kind, _, goal = method.partition(", ")
+            share = [size / row["parts"] for size in found["sizes"]]
+            axis.plot(share, found["faithfulness"], DASHES.get(goal, ":"), color=COLOURS[kind], label=method)
+        axis.axhline(1.0, color="#9A9A9A", lw=0.8)
+        axis.set(title=name, xlim=(0, 1), xlabel="share of all heads and MLPs")
+    axes[0].set_ylabel("faithfulness on pairs that no method saw")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return {FIGURE: figure}
+
+
+PAGE = Page("discovery", context, figures)

@@ -1,0 +1,45 @@
+"""The comparison of rankings, on a model whose circuit is known."""
+
+import compare_discovery as study
+import pytest
+from pages.render import PAGES
+from steps import Steps
+
+import mechsafety as ms
+from mechsafety import testbed
+from mechsafety.circuits import draw_pairs, split_pairs
+from mechsafety.circuits.masks import Training
+
+
+@pytest.fixture(scope="module")
+def split():
+    made = testbed.planted(5, 2, 4, decoys=2)
+    model = ms.load_model((made.model, made.tokenizer))
+    drawn = draw_pairs(model, made.pairs.sample(16), limit=16, progress=False)
+    return split_pairs(model, drawn, progress=False), made
+
+
+def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
+    split, made = split
+    monkeypatch.setattr(study, "N_RANDOM", 2)
+    monkeypatch.setattr(
+        study, "train_masks", lambda meter, kind: ms.circuits.train_masks(meter, kind, Training(steps=80))
+    )
+    found = study.measure(split, Steps(tmp_path))
+    true = len({node.home for node in made.truth.nodes})
+    for method, row in found.items():
+        if method != "random":
+            assert row["needed"] == {"0.8": true, "0.9": true} and row["seconds"] >= 0, method
+            assert row["low"][2] <= row["faithfulness"][2] <= row["high"][2] and row["n_pairs"] == len(
+                split.drawn.there
+            )
+        assert row["sizes"][-1] == 10 and row["faithfulness"][-1] == pytest.approx(1.0, abs=1e-3)
+    assert found["random"]["cmd"] > found["gradient, reach"]["cmd"]
+    again = study.measure(split, Steps(tmp_path))
+    assert again == found, "what was done is not done again"
+    page = PAGES["discovery"]
+    record = {"models": {"planted": {"methods": found, "parts": 10, "found_on": len(split.drawn.here)}}}
+    text = page.text(record)
+    assert f"| masks, match | {true} | {true} |" in " ".join(text.split()) and list(page.figures(record)) == [
+        "discovery.png"
+    ]
