@@ -390,7 +390,3 @@ def _say(error: Exception | str, code: int = MISTAKE) -> int:
     text = " ".join(str(error).split())
     print(f"mechsafety: {text}", file=sys.stderr)  # noqa: T201
     return code
-
-
-if __name__ == "__main__":
-    main()

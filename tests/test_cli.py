@@ -339,7 +339,7 @@ def test_the_installed_module_runs(tmp_path):
     argv = [
         sys.executable,
         "-m",
-        "mechsafety.cli",
+        "mechsafety",
         "map",
         "demo",
         "--out",
@@ -490,7 +490,7 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     (one / "circuit.svg").unlink()
     (one / "report.html").write_text("an earlier one")
     env = {**os.environ, "PYTHONHASHSEED": "7"}
-    argv = [sys.executable, "-m", "mechsafety.cli", *map_argv(saved, pairs_file, one)]
+    argv = [sys.executable, "-m", "mechsafety", *map_argv(saved, pairs_file, one)]
     again = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
     assert again.returncode == 0, again.stderr
     assert sorted(path.name for path in one.iterdir()) == FILES
