@@ -77,19 +77,22 @@ def wire(
         # the neurons of a patched MLP are patched with it
         alive = [node for node in nodes if not {node, node.home} & set(patched)]
         state = _State(meter, [*outside, *patched])
-        flow = state.flow(alive)
-        effects = flow.effects(alive)
-        # backups come after all other nodes, which keep their roles
-        named = assign_roles(flow, effects, spans, {node: roles[node][0] for node in alive if node in states})
         estimated = state.estimated(alive) if own is None else own
+        first = estimated[:n_edges]
+        needed = alive
+        if states:  # backups come after all other nodes: only they and their own edges are measured then
+            estimated, first = (_touching(measured, members) for members in (estimated, first))
+            near = {node for member in first for node in (member.edge.sender, member.edge.receiver)}
+            needed = [node for node in alive if node in near or node in measured]
+        flow = state.flow(alive)
+        effects = flow.effects(needed)
+        named = assign_roles(flow, effects, spans, {node: roles[node][0] for node in alive if node in states})
         embedded = [node for node in measured if named[node][0] == "detection"]
         state.measure_from_embed(embedded)
-        strongest = [*state.measured(estimated[:n_edges]), *(m for node in embedded for m in state.from_embed(node))]
-        mine = set(measured)
+        strongest = [*state.measured(first), *(m for node in embedded for m in state.from_embed(node))]
         for members, into in ((estimated, every), (strongest, exact), (carrying(strongest, effects), kept)):
             for member in members:
-                if not states or {member.edge.sender, member.edge.receiver} & mine:
-                    into.setdefault(member.edge, member)
+                into.setdefault(member.edge, member)
         states |= dict.fromkeys(measured, state)
         roles |= named
     for node, backup in by_node.items():
@@ -115,6 +118,11 @@ def wire(
         exact |= {member.edge: member for member in state.measured(links)}
     edges = sorted((exact.get(member.edge, member) for member in edges), key=lambda member: -abs(member.effect))
     return Wiring(tuple(edges), roles, linked, dropped, exact)
+
+
+def _touching(nodes: Sequence[Node], edges: Sequence[CircuitEdge]) -> list[CircuitEdge]:
+    """The edges into or out of these nodes."""
+    return [member for member in edges if member.edge.sender in nodes or member.edge.receiver in nodes]
 
 
 class _State:
