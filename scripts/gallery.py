@@ -2,8 +2,9 @@
 
 python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
 
-The map docs/gallery/demo.json of the demo model, or the maps given as arguments in its place, are drawn by role, by
-part and as role diagram; so is a test-bed model whose circuit is known, mapped here. The other pictures are of
+The maps of the demo model (docs/gallery/demo.json) and of a model that nobody here trained (its study's map by nodes),
+or those given as arguments in their place, are drawn by role, by part and as role diagram; so is a test-bed model whose
+circuit is known, mapped here. The other pictures are of
 synthetic circuits (circuits_drawn.py), whose numbers mean nothing. With a Chromium, the interactive page and the
 charts of docs/questions.md are photographed too.
 """
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from circuits_drawn import build, large_circuit, neuron_circuit, small_circuit
 from pages.gallery import PAGE
-from pages.page import WIDTH
+from pages.native_model import CIRCUITS
+from pages.page import RESULTS, WIDTH
 from pages.render import publish
 
 import mechsafety as ms
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 LARGE = 600_000  # bytes of a PNG
 DEMO = PAGE.folder / "demo.json"
+NATIVE = RESULTS / CIRCUITS.format("native", "node")
 NOTE = "Synthetic: drawn to show the figure; its numbers mean nothing."
 
 
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE.folder)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    paths = options.circuits or [DEMO]
+    paths = options.circuits or [DEMO, NATIVE]
     listed = []
     for name, text, layout, width in pictures(paths):
         (options.out / f"{name}.svg").write_text(layout_svg(layout, width_mm=width), encoding="utf-8", newline="\n")

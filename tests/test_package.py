@@ -66,7 +66,7 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
-    ("codec", "output", "intervals", "settled"),
+    ("codec", "output", "intervals", "settled", "progress"),
     ("sites", "inputs"),
     ("nodes",),
     ("results",),
@@ -84,6 +84,7 @@ ROOMS = (
     ("testbed",),
     ("viz",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 # (module, function, imported room): calls on an object that hand over to a room above, imported when called
