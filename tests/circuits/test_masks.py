@@ -104,7 +104,9 @@ def test_a_goal_to_reach_does_not_count_what_is_above(meters):
 
 
 @pytest.mark.parametrize("level", ["node", "neuron", "edge"])
-def test_a_map_by_masks(level):
+def test_a_map_by_masks(level, monkeypatch):
+    # fewer steps than by default: two layers need no more
+    monkeypatch.setattr(ms.MapOptions, "training", property(lambda options: Training(steps=60, seed=options.seed)))
     made = testbed.planted(5, 2, 4, decoys=2)
     model = ms.load_model((made.model, made.tokenizer))
     options = ms.MapOptions(level=level, search="masks", limit=12, n_random=0, n_resamples=0, n_added=0, shortlist=0)
