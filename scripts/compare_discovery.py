@@ -90,11 +90,11 @@ def rankings(split: Split, steps: Steps) -> Iterator[tuple[str, float, Ranking]]
     """Every method with its seconds and its ranking."""
     for kind in KINDS:
         for name, score in SCORES.items():
-            scores, seconds = steps.timed(f"scores {name}", lambda s=score: s(split))
+            scores, seconds = steps.with_seconds(f"scores {name}", lambda s=score: s(split))
             aim = Goal(kind=kind)
             order = sorted(every(split), key=lambda node, s=scores, g=aim: (-g.size(s[str(node)]), node.order))
             yield f"{name}, {kind}", seconds, order
-        found, seconds = steps.timed(f"masks {kind}", lambda k=kind: by_masks(split, k))
+        found, seconds = steps.with_seconds(f"masks {kind}", lambda k=kind: by_masks(split, k))
         yield f"masks, {kind}", seconds, [as_node(name) for name in found]
 
 

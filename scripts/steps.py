@@ -30,9 +30,9 @@ class Steps:
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
         """A step whose outcome is plain data."""
-        return self.timed(name, compute)[0]
+        return self.with_seconds(name, compute)[0]
 
-    def timed(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+    def with_seconds(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
         """A step whose outcome is plain data, and the seconds that it took when it was done."""
         path = self.folder / f"{name}.json"
         if not path.is_file():

@@ -83,7 +83,8 @@ def wire(
         if states:  # backups come after all other nodes: only they and their own edges are measured then
             estimated, first = (_touching(measured, members) for members in (estimated, first))
             near = {node for member in first for node in (member.edge.sender, member.edge.receiver)}
-            needed = [node for node in alive if node in near or node in measured]
+            # another backup of the same primary may be alive; it gets a role here too, which is not kept
+            needed = [node for node in alive if node in near or node not in states]
         flow = state.flow(alive)
         effects = flow.effects(needed)
         named = assign_roles(flow, effects, spans, {node: roles[node][0] for node in alive if node in states})
@@ -94,7 +95,7 @@ def wire(
             for member in members:
                 into.setdefault(member.edge, member)
         states |= dict.fromkeys(measured, state)
-        roles |= named
+        roles |= {node: named[node] for node in measured}
     for node, backup in by_node.items():
         role, evidence = roles[node]
         roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))
