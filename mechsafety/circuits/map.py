@@ -13,7 +13,7 @@
 Each stage takes what the stage before it returns, and holds it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node, head_and_mlp_nodes
+from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.progress import stages
 from mechsafety.prompts import PromptPairs, omissions
@@ -288,11 +288,18 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
     split, result = found.ranked.split, found.result
     options, budget, level = split.options, split.budget, LEVELS[split.options.level]
     nodes = measure_nodes(found) if nodes is None else nodes
+
+    def ranking_of(weights: Sequence[int] | None) -> Sequence[Part]:
+        """The search's own ranking, or that of resampled pairs."""
+        if weights is None:
+            return found.result.ranking
+        return level.ranking(split.meters, found.ranked.by_pair.mean(weights), options, weights)
+
     stability = None
     if level.of_nodes:
         stability = bootstrap_stability(
             split.meters.found_on,
-            lambda weights: level.ranking(split.meters, found.ranked.by_pair.mean(weights), options, weights),
+            ranking_of,
             options.aim,
             n=options.n_resamples,
             seed=options.seed,

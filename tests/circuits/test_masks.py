@@ -118,6 +118,22 @@ def test_a_map_by_masks(level, monkeypatch):
         assert found.found_edges.f1 == 1.0 and all(isinstance(path.edge, Edge) for path in circuit.edges)
 
 
+def test_a_map_trains_masks_once_and_again_for_every_resample(monkeypatch):
+    made = testbed.planted(5, 2, 4)
+    model = ms.load_model((made.model, made.tokenizer))
+    trained = []
+
+    def train(meter, goal, training, *, weights=None):
+        trained.append(weights)
+        return train_masks(meter, goal, Training(steps=40), weights=weights)
+
+    monkeypatch.setattr("mechsafety.circuits.levels.train_masks", train)
+    options = ms.MapOptions(search="masks", limit=12, n_random=0, n_resamples=2, n_added=0, shortlist=0)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=options, progress=False)
+    assert [weights is None for weights in trained] == [True, False, False]
+    assert len(circuit.verification.stability.jaccards) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
