@@ -73,6 +73,8 @@ class RoleEvidence:
         backup_of: Name of the primary node, for a backup. Everything above was then measured with that node and its
             other backups patched.
         joint: Effect of patching both, and its other backups, together (backups only).
+        together: Name of the MLP whose neurons in the circuit were measured together, for a neuron of a circuit that is
+            too large to measure each neuron. Everything above is then of all of them.
     """
 
     in_circuit: float | None = field(default=None, metadata=SPARSE)
@@ -88,6 +90,7 @@ class RoleEvidence:
     at_suffix: float | None = field(default=None, metadata=SPARSE)
     backup_of: str | None = field(default=None, metadata=SPARSE)
     joint: float | None = field(default=None, metadata=SPARSE)
+    together: str | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,7 @@ class Search:
         backups: Parts added because they replace others when those are patched.
         linked: Edges kept only to connect a node that would otherwise lie on no path from ``embed`` to ``logits``.
         dropped: Nodes taken out because none of their edges carries anything.
-        cut: What was left out to keep the time budget, one line each.
+        cut: What was left out, to keep the time budget or because there are too many parts, one line each.
     """
 
     ranked: int

@@ -15,7 +15,7 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.edge_faithfulness import SENDER_BYTES, EdgeMeter, all_edges, masked_edge_logits, prune
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.goal import Goal, GoalKind
-from mechsafety.circuits.search import MIB_SHARES, SearchResult, check_search, search_parts
+from mechsafety.circuits.search import MAX_EXACT, MIB_SHARES, SearchResult, check_search, search_parts
 from mechsafety.circuits.verification.outcome import CurvePoint
 from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.errors import MechsafetyError
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Measure = Literal["kl", "metric"]
-# a circuit of more edges than this is not measured edge by edge, which takes one run per edge
-MAX_EXACT = 300
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,8 @@ def _check_parts(nodes: tuple[CircuitNode, ...], edges: tuple[CircuitEdge, ...])
         if member.node in seen or member.node.kind in ("embed", "logits"):
             raise MechsafetyError(f"nodes[{k}]: {member.node}", expected="heads, MLPs and neurons, each once")
         seen.add(member.node)
+    # neurons that were measured together are connected as their MLP
+    seen |= {member.node.home for member in nodes if member.evidence.together}
     paths: set[Edge] = set()
     for k, path in enumerate(edges):
         for name, node in (("from", path.edge.sender), ("to", path.edge.receiver)):

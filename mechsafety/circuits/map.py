@@ -33,7 +33,7 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.levels import LEVELS, Meters, Refined
 from mechsafety.circuits.notes import attention_examples, measure_notes
 from mechsafety.circuits.options import MapOptions
-from mechsafety.circuits.search import SearchResult
+from mechsafety.circuits.search import MAX_EXACT, SearchResult
 from mechsafety.circuits.verification.outcome import Stability, Verification
 from mechsafety.circuits.verification.stability import PairAttributions, attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verification.verify import verify
@@ -312,6 +312,9 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
     circuit = level.refined(coarse, options, budget)
     effects = dict(zip(nodes.nodes, nodes.effects.numpy(), strict=True))
     new = [node for node in circuit.result.nodes if node not in effects]
+    if len(new) > MAX_EXACT:
+        budget.left_out(f"exact effects of single nodes: {MAX_EXACT} of {len(new)}, those of the largest estimates")
+        new = sorted(new, key=lambda node: (-abs(circuit.attribution.of(node)), node.order))[:MAX_EXACT]
     effects |= single_effects(split.alone, new, budget, split.progress)
     intervals = with_intervals(effects, pair_gaps(split.alone), options.seed)
     return MeasuredParts(found, circuit, nodes.backups, stability, intervals)

@@ -11,11 +11,8 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.masks import train_masks
 from mechsafety.circuits.options import MapOptions
-from mechsafety.circuits.search import CURVE_SHARES, SearchResult, ranked, search_parts
+from mechsafety.circuits.search import CURVE_SHARES, MAX_EXACT, SearchResult, ranked, search_parts
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
-
-# a circuit of more parts than this is not measured part by part
-MAX_EXACT = 300
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from mechsafety.nodes import Node, Part, head_and_mlp_nodes, nodes_of
 # shares of all parts at which the curve is measured: those of the MIB benchmark, and some between
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
-
+# a circuit of more parts than this is not measured part by part, which takes one run per part
+MAX_EXACT = 300
 
 SearchKind = Literal["gradient", "masks"]
 

@@ -12,6 +12,7 @@ from mechsafety.circuits.edges import carrying, connect, edges_into, estimate_ed
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.flow import Flow
 from mechsafety.circuits.roles import Named, assign_roles
+from mechsafety.circuits.search import MAX_EXACT
 from mechsafety.nodes import EMBED, Edge, Node
 
 
@@ -52,6 +53,9 @@ def wire(
 
     Edges are kept if they carry something (see `carrying`), and if a node would not be connected without them.
 
+    In a circuit of more than `MAX_EXACT` nodes, the neurons of each MLP are measured together, as that MLP. The MLP's
+    other neurons are patched anyway. Each neuron then has the role and the evidence of all, and edges run between MLPs.
+
     Args:
         meter: What to measure on.
         nodes: The circuit's, backups included.
@@ -65,6 +69,12 @@ def wire(
     no_roles: Named = {node: ("none", RoleEvidence()) for node in nodes}
     if not nodes or budget.skips("edges and roles", 0.6):
         return Wiring((), no_roles)
+    homes = list(dict.fromkeys(node.home for node in nodes))
+    if len(nodes) > MAX_EXACT and len(homes) < len(nodes):
+        budget.left_out("edges and roles of single neurons: those of an MLP are measured together")
+        at_home = {backup.node.home: replace(backup, node=backup.node.home) for backup in backups}
+        whole = wire(meter, homes, list(at_home.values()), outside, n_edges=n_edges, budget=budget, own=own)
+        return _of_neurons(whole, nodes)
     by_node = {backup.node: backup for backup in backups}
     every: dict[Edge, CircuitEdge] = {}
     kept: dict[Edge, CircuitEdge] = {}
@@ -119,6 +129,15 @@ def wire(
         exact |= {member.edge: member for member in state.measured(links)}
     edges = sorted((exact.get(member.edge, member) for member in edges), key=lambda member: -abs(member.effect))
     return Wiring(tuple(edges), roles, linked, dropped, exact)
+
+
+def _of_neurons(whole: Wiring, nodes: Sequence[Node]) -> Wiring:
+    """The wiring of MLPs, as that of the neurons that were measured together."""
+    roles: Named = {}
+    for node in nodes:
+        role, evidence = whole.roles[node.home]
+        roles[node] = (role, evidence if node.home == node else replace(evidence, together=str(node.home)))
+    return replace(whole, roles=roles, dropped=tuple(node for node in nodes if node.home in whole.dropped))
 
 
 def _touching(nodes: Sequence[Node], edges: Sequence[CircuitEdge]) -> list[CircuitEdge]:

@@ -157,7 +157,7 @@ def slot_edit(
         reads = mlp_input(model, base, layer)
         with keep_scales(model, norm, mlp_norms(model, layer), lambda: model.mlp(layer, reads)):
             own = expand_rows(reads, n) if stream is None else stream
-            values = _mlp_values(model, layer, own + rows, kind)
+            values = _mlp_values(model, layer, own + rows, kind, _fixed_neurons(base, layer, n))
     sizes = {"mlp": 1, "neuron": model.d_mlp}
     chosen = torch.zeros(n, sizes.get(kind, model.n_heads), dtype=torch.bool)
     for variant, group in enumerate(receivers):
@@ -264,12 +264,21 @@ def frozen_change(
     return total[:, :, 0]
 
 
-def _mlp_values(model: LensModel, layer: int, reads: Float[Tensor, "row pos d_model"], kind: str) -> Tensor:
-    """An MLP's output, or its neurons, when it reads ``reads``."""
+def _fixed_neurons(base: BaseRun, layer: int, variants: int) -> list[Hook]:
+    """Hooks for the neurons of a layer that have a value of their own in the base run."""
+    site = Site(SiteKind.NEURONS, layer)
+    return [fixed.hook(variants) for fixed in (*base.fixed, *base.patched) if fixed.site == site]
+
+
+def _mlp_values(
+    model: LensModel, layer: int, reads: Float[Tensor, "row pos d_model"], kind: str, fixed: Sequence[Hook] = ()
+) -> Tensor:
+    """An MLP's output with its fixed neurons at their values, or its neurons, when it reads ``reads``."""
     seen: list[Tensor] = []
     site = Site(_SITES[kind], layer)
     if kind == "mlp":
-        return model.mlp(layer, reads)
+        with model.hooks(fixed):
+            return model.mlp(layer, reads)
     with model.hooks([(site, lambda tensor: seen.append(tensor))]):
         model.mlp(layer, reads)
     return seen[0]

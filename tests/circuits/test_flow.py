@@ -11,6 +11,7 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.flow import Flow
 from mechsafety.nodes import EMBED, LOGITS, SLOTS, Node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs, path_patching
+from mechsafety.patching.masks import Patch, patched_scores
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import added_changes
 from mechsafety.sites import SiteKind
@@ -110,6 +111,29 @@ def test_all_paths_out_of_a_node_are_the_node(kind, shared_model, pairs, log_odd
     gone = knocked_out(model, runs, [node for node in EVERY if node not in SOME])
     inside = Flow(model, [gone], log_odds, SOME, flow.gap)
     assert inside.out_of(SOME, [*SOME, LOGITS]) == pytest.approx(inside.effects(SOME), abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_some_neurons_of_an_mlp_together_are_the_mlp_with_the_others_patched(kind, shared_model, pairs, log_odds):
+    """A circuit too large to measure each neuron is measured so, see `wire`."""
+    model = shared_model(kind)
+    runs = pair_runs(model, pairs, extra=[SiteKind.NEURONS])
+    mlps = [Node("mlp", layer) for layer in (0, 2)]
+    inside = [Node("neuron", mlp.layer, index) for mlp in mlps for index in range(0, model.d_mlp, 3)]
+    others = [Node("neuron", mlp.layer, index) for mlp in mlps for index in range(model.d_mlp)]
+    gone = knocked_out(model, runs, [*(node for node in others if node not in inside), Node("head", 1, 1)])
+    flow = flow_of(model, gone, log_odds)
+    heads = [Node("head", 1, 0), Node("head", 1, 2)]
+    for mlp in mlps:
+        own = [node for node in inside if node.home == mlp]
+        together = flow.out_of(heads, own), flow.into(heads, own)
+        assert flow.out_of(heads, [mlp]) == pytest.approx(together[0], abs=2e-4)
+        assert flow.into(heads, [mlp]) == pytest.approx(together[1], abs=2e-4)
+        high, _ = gone.scores(log_odds)
+        patch = Patch.of(model, [own])
+        lost = high - patched_scores(model, gone.harmful, gone.harmless.acts, patch, log_odds)[0]
+        assert flow.effects([mlp])[mlp] == pytest.approx(float(lost.mean()) / flow.gap, abs=2e-4)
+        assert abs(flow.effects([mlp])[mlp]) > 1e-3
 
 
 def test_in_a_circuit_nothing_else_differs(llama, pairs, log_odds):

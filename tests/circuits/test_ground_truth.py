@@ -6,6 +6,11 @@ import pytest
 
 import mechsafety as ms
 from mechsafety import testbed
+from mechsafety.circuits import map as mapping
+from mechsafety.circuits import wiring
+from mechsafety.circuits.edges import on_a_path
+from mechsafety.circuits.verification import verify
+from mechsafety.nodes import EMBED, LOGITS
 
 SHAPES = {
     "grouped queries, decoys": {"seed": 3, "layers": 3, "heads": 4, "kv_heads": 2, "decoys": 4},
@@ -72,6 +77,36 @@ def test_neurons_of_the_circuit(mapped):
     found = testbed.score(circuit, made.truth)
     assert found.found_nodes.precision >= 0.95 and found.found_nodes.recall >= 0.95 and found.decoys_found == ()
     assert found.role_accuracy >= 0.9
+
+
+def test_a_circuit_too_large_to_measure_each_neuron(monkeypatch):
+    """The neurons of an MLP are then measured together: they share a role, and edges run between MLPs."""
+    for module in (mapping, wiring, verify):
+        monkeypatch.setattr(module, "MAX_EXACT", 2)
+    made = testbed.planted(seed=6, layers=4, heads=2, backups=1, decoys=0)
+    model = ms.load_model((made.model, made.tokenizer))
+    options = replace(OPTIONS, level="neuron", n_random=0, n_added=4, n_resamples=0)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=options, **QUIET)
+    neurons = [member for member in circuit.nodes if member.node.kind == "neuron"]
+    homes = {member.node.home for member in circuit.nodes}
+    assert len(neurons) > len({member.node.layer for member in neurons}) and len(circuit) > 2
+    for home in {member.node.home for member in neurons}:
+        own = [member for member in neurons if member.node.home == home]
+        assert {(member.role, member.evidence) for member in own} == {(own[0].role, own[0].evidence)}
+        assert own[0].evidence.together == str(home)
+        assert own[0].role == made.truth.roles[own[0].node]
+    assert homes == on_a_path([member.edge for member in circuit.edges]) - {EMBED, LOGITS}
+    assert sum(member.status != "estimated" for member in circuit.nodes) < len(circuit)
+    claim = {claim.name: claim for claim in circuit.verification.claims}["minimality"]
+    n_parts = len(circuit) - sum(member.evidence.backup_of is not None for member in circuit.nodes)
+    assert len(circuit.verification.minimality) == 2
+    assert claim.statement.startswith(f"each of 2 of the {n_parts} parts, drawn at random, adds")
+    assert [cut.split(":")[0] for cut in circuit.search.cut] == [
+        "exact effects of single nodes",
+        "edges and roles of single neurons",
+        "minimality",
+    ]
+    assert ms.RefusalCircuit.from_json(circuit.to_json()).to_json() == circuit.to_json()
 
 
 def test_edges_behind_two_backups():

@@ -83,7 +83,13 @@ def _undecided(needed: float, of: Counted = "pairs") -> Verdict:
     return Verdict(None, f"{what}; about {whole} {of} would decide it", whole)
 
 
-def claims(check: Verification, n_pairs: int, necessity_ci: tuple[float, float] | None = None) -> tuple[Claim, ...]:
+def claims(
+    check: Verification,
+    n_pairs: int,
+    necessity_ci: tuple[float, float] | None = None,
+    *,
+    n_parts: int | None = None,
+) -> tuple[Claim, ...]:
     """The claims about a circuit, each with its figure and the verdict.
 
     A claim holds if its test says so: its p is small, or its whole interval lies on the right side of the limit. It
@@ -97,6 +103,7 @@ def claims(check: Verification, n_pairs: int, necessity_ci: tuple[float, float] 
         check: Everything that was measured; its own claims are not read.
         n_pairs: Number of pairs that it was measured on.
         necessity_ci: Interval of the necessity.
+        n_parts: Number of parts that minimality is claimed of; None if each of them was measured.
     """
     adjusted = _adjusted(check)
     return (
@@ -120,7 +127,7 @@ def claims(check: Verification, n_pairs: int, necessity_ci: tuple[float, float] 
             check.necessity_controls,
             adjusted.get("necessity"),
         ),
-        _minimality(check, n_pairs),
+        _minimality(check, n_pairs, n_parts),
         _completeness(check, n_pairs),
         _independence(check.independence),
         _stability(check),
@@ -201,10 +208,12 @@ def _against_random(
     return _claim(name, statement, value, interval, criterion, verdict, p_value)
 
 
-def _minimality(check: Verification, n_pairs: int) -> Claim:
+def _minimality(check: Verification, n_pairs: int, n_parts: int | None) -> Claim:
     """A part that chance equals, and that more pairs would not save, refutes the claim."""
     does = "adds more faithfulness" if check.goal == "reach" else "changes the faithfulness more"
-    statement = f"every part {does} than parts added at random do"
+    measured = len(check.minimality or ())
+    sample = f"each of {measured} of the {n_parts} parts, drawn at random,"
+    statement = f"{'every part' if n_parts in (None, measured) else sample} {does} than parts added at random do"
     criterion = f"p < {ALPHA:g} for all parts; the figure is the share of them that has it"
     if not check.minimality_p:
         reason = UNMEASURED if check.minimality is None else "too few parts outside the circuit for a p below 0.05"

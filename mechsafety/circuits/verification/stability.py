@@ -97,9 +97,11 @@ def bootstrap_stability(
         budget: Time budget.
 
     Returns:
-        The overlaps; None if there was no time for a resample.
+        The overlaps; None without a resample, or without time for one.
     """
     budget = budget or Budget()
+    if not n:
+        return None
     rng = np.random.default_rng(seed)
     n_pairs = len(meter.runs.harmful)
     whole, guess = _prefix(meter, ranking_of(None), np.ones(n_pairs), goal, None)

@@ -8,7 +8,7 @@ import numpy as np
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, stratum
 from mechsafety.circuits.goal import Goal, GoalKind
-from mechsafety.circuits.search import MIB_SHARES, SearchResult, each_left_out
+from mechsafety.circuits.search import MAX_EXACT, MIB_SHARES, SearchResult, each_left_out
 from mechsafety.circuits.verification.claims import claims
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Stability, Verification
 from mechsafety.circuits.verification.side_effects import side_effects
@@ -90,7 +90,10 @@ def verify(
     if not budget.skips("minimality", 0.88):
         # a primary node and its backup make each other superfluous: minimality is of the circuit without backups
         core = [part for part in circuit if part not in result.added]
-        costs, cost_ci = marginal_intervals(judge, core, seed)
+        tested = drawn(core, MAX_EXACT, seed)
+        costs, cost_ci = marginal_intervals(judge, core, seed, tested)
+        if len(tested) < len(core):
+            budget.left_out(f"minimality: measured for {len(tested)} of {len(core)} parts, drawn at random")
         null = added_effects(judge, core, n_added, seed, leave=result.added)
     if costs is not None and not budget.skips("completeness", 0.95):
         tries = sorted(circuit, key=lambda part: -abs(costs.get(part, 0.0)))
@@ -128,7 +131,9 @@ def verify(
         minimality_ci=None if cost_ci is None else {str(part): ends for part, ends in cost_ci.items()},
         minimality_null=None if null is None or len(null) < MIN_ADDED else _most_of(null, aim),
     )
-    return replace(check, claims=claims(check, len(harmful), ratio_interval(harmful - removed, gap, seed)))
+    necessity_ci = ratio_interval(harmful - removed, gap, seed)
+    stated = claims(check, len(harmful), necessity_ci, n_parts=len(circuit) - len(result.added))
+    return replace(check, claims=stated)
 
 
 def faithfulness_of(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> tuple[float, tuple[float, float]]:
@@ -139,10 +144,17 @@ def faithfulness_of(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int
 
 
 def marginal_intervals(
-    meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int
+    meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int, parts: Sequence[Part] | None = None
 ) -> tuple[dict[Part, float], dict[Part, tuple[float, float]]]:
-    """Faithfulness lost when each part alone leaves the circuit, exact, and its 95 % interval over pairs."""
-    order = in_order(circuit)
+    """Faithfulness lost when each part alone leaves the circuit, exact, and its 95 % interval over pairs.
+
+    Args:
+        meter: Meter to measure on.
+        circuit: The circuit.
+        seed: Seed of the intervals.
+        parts: The parts that leave; by default all of the circuit.
+    """
+    order = in_order(circuit if parts is None else parts)
     if not order:
         return {}, {}
     scores = meter.kept([circuit, *each_left_out(circuit, order)], near=circuit)
@@ -202,10 +214,15 @@ def added_effects(
     """
     inside = {*circuit, *leave}
     outside = [part for part in meter.parts if part not in inside]
-    picked = np.random.default_rng(seed).permutation(len(outside))[:n]
-    added = [[*circuit, outside[k]] for k in sorted(picked.tolist())]
+    added = [[*circuit, part] for part in drawn(outside, n, seed)]
     values = meter.faithfulness([circuit, *added], near=circuit)
     return np.asarray(values[1:]) - values[0]
+
+
+def drawn(parts: Sequence[Part], n: int, seed: int) -> list[Part]:
+    """Up to ``n`` of the parts, drawn at random without replacement, in their own order."""
+    picked = np.random.default_rng(seed).permutation(len(parts))[:n]
+    return [parts[k] for k in sorted(picked.tolist())]
 
 
 def minimality_p(costs: Mapping[Part, float], null: np.ndarray, goal: Goal) -> dict[str, float] | None:
