@@ -113,7 +113,7 @@ def rerun(
     chosen = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model)
     chosen = chosen if pairs is not None else chosen.sample(PAIRS, 0)
     metric = RefusalLogOdds.from_json(circuit.metric, model)
-    watched = [member.node for member in circuit.nodes]
+    watched = [member.node for member in circuit.nodes if not member.evidence.together]
 
     @functools.cache
     def known() -> JudgedReplies:

@@ -429,6 +429,23 @@ class RefusalCircuit(Result):
             raise MechsafetyError(f"role {role!r}", expected=f"one of {ROLES}")
         return tuple(member for member in self.nodes if member.role == role)
 
+    def by_mlp(self) -> Self:
+        """The circuit with the neurons that were measured together replaced by their MLP; it is drawn so.
+
+        Only circuits of hundreds of neurons have such neurons (``evidence.together``). Their MLP stands for the
+        circuit's neurons alone, and its effect is that of all of them together, in the circuit. Edges run between such
+        MLPs in any case. Any other circuit is returned as it is.
+        """
+        rows: dict[Node, CircuitNode] = {}
+        for member in self.nodes:
+            evidence, node = member.evidence, member.node
+            if evidence.together is None:
+                rows[node] = member
+            else:
+                own, effect = replace(evidence, together=None), evidence.in_circuit or 0.0
+                rows[node.home] = CircuitNode(node.home, member.role, effect, status="measured", evidence=own)
+        return self if len(rows) == len(self.nodes) else replace(self, nodes=tuple(rows.values()))
+
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per node, with its role evidence."""
         import pandas as pd
@@ -462,7 +479,7 @@ class RefusalCircuit(Result):
         return pd.DataFrame(rows, columns=columns).sort_values("effect", key=abs, ascending=False, ignore_index=True)
 
     def to_networkx(self) -> "nx.MultiDiGraph[str]":
-        """The circuit as a directed graph of networkx.
+        """The circuit as a directed graph of networkx; neurons that were measured together are their MLP (`by_mlp`).
 
         Nodes are named as they are printed and have the attributes ``kind``, ``layer``, ``index``, ``role``,
         ``effect`` and ``status``; ``embed`` and ``logits`` have ``kind`` alone. Several edges can run between two
@@ -471,7 +488,7 @@ class RefusalCircuit(Result):
         import networkx as nx
 
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(model=self.provenance.model, level=self.level)
-        for member in self.nodes:
+        for member in self.by_mlp().nodes:
             own = {"role": member.role, "effect": member.effect, "status": member.status}
             graph.add_node(str(member.node), **asdict(member.node), **own)
         for path in self.edges:
@@ -528,10 +545,12 @@ class RefusalCircuit(Result):
                 f"{strange[0]} is not in this circuit" if strange else "no nodes to keep",
                 expected="nodes of the circuit",
             )
+        inside = [member for member in self.nodes if member.node in set(chosen)]
         ends = {*chosen, Node("embed"), Node("logits")}
+        ends |= {member.node.home for member in inside if member.evidence.together}
         return replace(
             self,
-            nodes=tuple(_unverified(member) for member in self.nodes if member.node in ends),
+            nodes=tuple(map(_unverified, inside)),
             edges=tuple(e for e in self.edges if e.edge.sender in ends and e.edge.receiver in ends),
             verification=Verification.not_measured(self.verification.aim, "part of a circuit, not checked alone"),
             details=None,

@@ -417,7 +417,7 @@ def assemble_circuit(verified: Verified) -> RefusalCircuit:
             node_scores(every, result.nodes, attribution, measured.intervals),
             drawn.samples,
             attention_examples(model, drawn.here, members),
-            measure_notes(model, split.few.runs, some, [member.node for member in members]),
+            measure_notes(model, split.few.runs, some, [member.node for member in members if member.ci]),
         ),
         level=split.options.level,
         search=Search(

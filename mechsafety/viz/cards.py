@@ -46,7 +46,7 @@ def card_words() -> dict[str, Any]:
 
 def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes]) -> dict[str, dict[str, Any]]:
     """The card of each node, ready for JSON."""
-    return {str(member.node): _card(member, notes.get(member.node, Notes())) for member in circuit.nodes}
+    return {str(member.node): _card(member, notes.get(member.node, Notes())) for member in circuit.by_mlp().nodes}
 
 
 def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
@@ -71,6 +71,8 @@ def ablations_on(
     circuit: RefusalCircuit, ablations: Sequence[Ablation], *, grayscale: bool = False
 ) -> list[dict[str, Any]]:
     """The same with ``fills``: the colour that each node with an effect then gets in the picture of the circuit."""
+    drawn_as = {str(member.node): str(member.node.home) for member in circuit.nodes if member.evidence.together}
+    circuit = circuit.by_mlp()
     largest = max((magnitude(member.effect) for member in circuit.nodes), default=0.0) or 1.0
     roles = {member.node: member.role for member in circuit.nodes}
     tone = grey if grayscale else str
@@ -83,6 +85,7 @@ def ablations_on(
     rows = ablation_data(ablations)
     for row, one in zip(rows, ablations, strict=True):
         known = {node: effect for node, effect in one.effects.items() if node in roles and node not in one.nodes}
+        row["nodes"] = list(dict.fromkeys(drawn_as.get(name, name) for name in row["nodes"]))
         row["fills"] = {str(node): fill(node, effect) for node, effect in known.items()}
     return rows
 

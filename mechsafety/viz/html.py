@@ -64,7 +64,7 @@ def circuit_html(
         "ablations": ablations_on(circuit, ablations, grayscale=style.grayscale),
         "ablate": ablate,
     }
-    return _page(layout.title, [("", layout)], data, theme, [member.role for member in circuit.nodes])
+    return _page(layout.title, [("", layout)], data, theme, [member.role for member in circuit.by_mlp().nodes])
 
 
 def compare_html(

@@ -134,7 +134,7 @@ def fit(
         twice = next((node for k, node in enumerate(listed) if node in listed[:k]), None)
         if twice is not None:
             raise MechsafetyError(f"the circuit lists {twice} twice", expected="each node once")
-    nodes = chosen_nodes(circuits, style)
+    nodes = chosen_nodes([circuit.by_mlp() for circuit in circuits], style)
     limit = style.height
     if limit is None:
         return style, nodes, layouts_of(circuits, style, nodes)
@@ -176,7 +176,7 @@ def layouts_of(
     Raises:
         MechsafetyError: They do not fit the style's width.
     """
-    drawn = [part_of(circuit, nodes) for circuit in circuits]
+    drawn = [part_of(circuit.by_mlp(), nodes) for circuit in circuits]
     members = {member.node: member for circuit in drawn for member in circuit.nodes}
     edges = _ranked({member.edge: member for circuit in drawn for member in circuit.edges}.values())
     if style.width is not None and not every_edge:

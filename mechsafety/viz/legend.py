@@ -47,7 +47,7 @@ def legend_and_caption(
 
 def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float) -> Layout:
     """The legend of several circuits as a picture of its own."""
-    nodes = [member for circuit in circuits for member in circuit.nodes]
+    nodes = [member for circuit in circuits for member in circuit.by_mlp().nodes]
     edges = [member for circuit in circuits for member in circuit.edges]
     linked = frozenset().union(*(circuit.linked for circuit in circuits))
     shown = replace(style, legend=True, caption=False)

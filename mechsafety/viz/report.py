@@ -77,7 +77,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         roles=_roles(circuit),
         nodes=[
             _node(member, (check.minimality or {}).get(str(member.node)))
-            for member in sorted(circuit.nodes, key=lambda member: -magnitude(member.effect))
+            for member in sorted(_rows_of(circuit), key=lambda member: -magnitude(member.effect))
         ],
         edges=[_edge(member, member.edge in linked) for member in circuit.edges],
         n_measured=sum(member.status != "estimated" for member in circuit.edges),
@@ -252,6 +252,12 @@ def _roles(circuit: RefusalCircuit) -> list[dict[str, Any]]:
         row = {"role": role, "words": ROLE_WORDS[role], "count": len(members), "names": names or words.DASH}
         rows.append(row | {"colour": ROLE_COLOURS[role], "total": words.number(total)})
     return rows
+
+
+def _rows_of(circuit: RefusalCircuit) -> list[CircuitNode]:
+    """The nodes of the table: of neurons that were measured together, their MLP and those also measured alone."""
+    alone = [member for member in circuit.nodes if member.evidence.together and member.ci]
+    return [*circuit.by_mlp().nodes, *alone]
 
 
 def _node(member: CircuitNode, lost: float | None) -> dict[str, Any]:

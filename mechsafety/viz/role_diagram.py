@@ -84,7 +84,8 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     style = style or Style()
     fixed = style.width is None or style.font_pt is not None
     font = style.font if fixed else 12.0
-    whole, circuit = circuit, part_of(circuit, chosen_nodes((circuit,), style))
+    whole, folded = circuit, circuit.by_mlp()
+    circuit = part_of(folded, chosen_nodes((folded,), style))
     members: dict[str, list[CircuitNode]] = {role: sorted(circuit.by_role(role), key=_strength) for role in ROLES}
     levels = [name for name in ORDER if name in ("embed", "logits") or members[name]]
     role_of = {member.node: member.role for member in circuit.nodes}

@@ -75,13 +75,22 @@ def strongest_edges(edges: Sequence[E], count: int | None, ends: Callable[[E], t
 
 
 def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
-    """A sentence of the caption on what is not drawn; none where every node is."""
-    hidden = Counter(member.role for member in circuit.nodes)
+    """Sentences of the caption on what is not drawn, and on MLPs that stand for neurons; none where every node is."""
+    whole = circuit.by_mlp()
+    together = [member for member in circuit.nodes if member.evidence.together]
+    found = []
+    if together:
+        mlps = len({member.node.layer for member in together})
+        found.append(
+            f"The {len(together)} neurons were measured together by MLP: {mlps} MLPs stand for those of their neurons "
+            "that are in the circuit."
+        )
+    hidden = Counter(member.role for member in whole.nodes)
     hidden.subtract(member.role for member in drawn.nodes)
     roles = [f"{count} {role_name(role)}" for role, count in hidden.items() if count]
-    if not roles:
-        return ()
-    return (
-        f"{len(drawn.nodes)} of {len(circuit.nodes)} nodes are drawn (left out: {', '.join(roles)}). All numbers are "
-        "of the whole circuit.",
-    )
+    if roles:
+        found.append(
+            f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {', '.join(roles)}). All numbers are "
+            "of the whole circuit."
+        )
+    return tuple(found)

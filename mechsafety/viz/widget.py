@@ -44,7 +44,9 @@ def circuit_widget(
         raise MechsafetyError(
             "a widget without the package anywidget", hint='pip install "mechsafety[widget]"'
         ) from None
-    nodes = {str(member.node): member.node for member in circuit.nodes}
+    nodes: dict[str, list[Node]] = {}
+    for member in circuit.nodes:  # by the name that is drawn
+        nodes.setdefault(member.evidence.together or str(member.node), []).append(member.node)
     grayscale = style is not None and style.grayscale
 
     class CircuitWidget(anywidget.AnyWidget):
@@ -60,7 +62,7 @@ def circuit_widget(
 
         @traitlets.observe("ablated")
         def _rerun(self, change: Any) -> None:
-            chosen = tuple(nodes[name] for name in change["new"] if name in nodes)
+            chosen = tuple(node for name in change["new"] for node in nodes.get(name, ()))
             self.message = ""
             if not chosen or on_ablate is None:
                 self.ablation = {"name": "", "text": "", "nodes": [], "effects": {}}

@@ -23,6 +23,7 @@ EVIDENCE_WORDS = {
     "at_instruction": "effect at instruction positions alone",
     "at_suffix": "effect at suffix positions alone",
     "joint": "effect together with its primary node",
+    "together": "its MLP, whose neurons in the circuit were measured together",
 }
 STATUS_WORDS = {
     "estimated": "estimated by gradient only",
@@ -204,7 +205,7 @@ def _metric(circuit: RefusalCircuit) -> str:
     """The metric in words, what an effect is, and how nodes are named, by the strongest of each kind."""
     name = plain(str(circuit.metric.get("name", "unnamed")), 60)
     where = f", {plain(reads_where(circuit.metric), 80)}" if circuit.metric.get("opener") else ""
-    weakest_first = sorted(circuit.nodes, key=lambda member: (magnitude(member.effect), str(member.node)))
+    weakest_first = sorted(circuit.by_mlp().nodes, key=lambda member: (magnitude(member.effect), str(member.node)))
     kinds = {member.node.kind: member.node for member in weakest_first}
     names = [NAMES[kind].format(node=kinds[kind], name=kinds[kind].short) for kind in NAMES if kind in kinds]
     return (
@@ -256,7 +257,9 @@ def evidence(member: CircuitNode) -> tuple[str, ...]:
 
 def evidence_values(member: CircuitNode) -> list[tuple[int, str]]:
     """The same as indices into `EVIDENCE_WORDS` and values; measurements that were not made are left out."""
-    values = [getattr(member.evidence, name, None) for name in EVIDENCE_WORDS]
+    shared = member.evidence.together is not None  # the MLP's own row has the rest
+    names = {"together"} if shared else set(EVIDENCE_WORDS)
+    values = [getattr(member.evidence, name, None) if name in names else None for name in EVIDENCE_WORDS]
     return [
         (place, value if isinstance(value, str) else percent(value))
         for place, value in enumerate(values)

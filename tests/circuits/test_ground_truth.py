@@ -11,6 +11,7 @@ from mechsafety.circuits import wiring
 from mechsafety.circuits.edges import on_a_path
 from mechsafety.circuits.verification import verify
 from mechsafety.nodes import EMBED, LOGITS
+from mechsafety.viz import circuit_tikz, layout_circuit, render_report
 
 SHAPES = {
     "grouped queries, decoys": {"seed": 3, "layers": 3, "heads": 4, "kv_heads": 2, "decoys": 4},
@@ -107,6 +108,17 @@ def test_a_circuit_too_large_to_measure_each_neuron(monkeypatch):
         "minimality",
     ]
     assert ms.RefusalCircuit.from_json(circuit.to_json()).to_json() == circuit.to_json()
+    whole = circuit.by_mlp()
+    assert [member.node for member in whole.nodes] == sorted(homes, key=lambda node: node.order)
+    drawn = layout_circuit(circuit)
+    assert {mark.key for mark in drawn.nodes} == {str(node) for node in homes} | {"embed", "logits"}
+    assert len(drawn.edges) == len(circuit.edges)
+    assert any("neurons were measured together by MLP" in label.text for label in drawn.labels)
+    assert str(neurons[0].node) not in circuit.to_networkx() and neurons[0].evidence.together in circuit.to_networkx()
+    kept = circuit.subset([circuit.nodes[0].node, neurons[0].node])
+    ends = {circuit.nodes[0].node, neurons[0].node.home, EMBED, LOGITS}
+    assert {end for path in kept.edges for end in (path.edge.sender, path.edge.receiver)} <= ends and kept.edges
+    assert neurons[0].evidence.together in render_report(circuit) and "L0.N" not in circuit_tikz(circuit)
 
 
 def test_edges_behind_two_backups():
