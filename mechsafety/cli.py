@@ -45,6 +45,7 @@ def map_command(
     target: float = 0.8,
     goal: Literal["reach", "match"] = "reach",
     search: Literal["gradient", "masks"] = "gradient",
+    ablation: Literal["counterfactual", "mean"] = "counterfactual",
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
@@ -84,6 +85,8 @@ def map_command(
         reach: at least the target; match: at most 1 - target away from the whole model, on either side.
     search
         gradient: rank parts by integrated gradients; masks: train masks for all parts together (slower).
+    ablation
+        What everything outside the circuit takes: its value in the pair's harmless prompt, or its mean over them.
     max_nodes
         Largest circuit.
     budget_seconds
@@ -135,6 +138,7 @@ def map_command(
             target=target,
             goal=goal,
             search=search,
+            ablation=ablation,
             max_nodes=max_nodes,
             budget_seconds=budget_seconds,
             seed=seed,
@@ -253,6 +257,7 @@ def _summary(circuit: Any, out: Path) -> str:
         ("roles", ", ".join(f"{len(circuit.by_role(r))} {r}" for r in _roles(circuit))),
         ("claims", _claims(check)),
         *([("backups", ", ".join(str(b.node) for b in circuit.search.backups))] if circuit.search.backups else []),
+        *([("  the others", circuit.ablation)] if circuit.ablation != "counterfactual" else []),
         *(("left out", line) for line in circuit.search.cut),
     ]
     width = max(len(name) for name, _ in rows)

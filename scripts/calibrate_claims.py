@@ -27,7 +27,7 @@ from mechsafety import testbed
 from mechsafety.circuits import FaithfulnessMeter, Goal
 from mechsafety.circuits.search import ranked
 from mechsafety.circuits.verification.claims import ALPHA, decide, decide_correlation
-from mechsafety.circuits.verification.side_effects import mean_acts, next_token_kl
+from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.circuits.verification.stability import attribute_pairs, bootstrap_stability
 from mechsafety.circuits.verification.statistics import independence_test, rank_p
 from mechsafety.circuits.verification.verify import (
@@ -41,7 +41,7 @@ from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
-from mechsafety.patching.masks import Patch, patched_logits
+from mechsafety.patching.masks import Constants, Patch, patched_logits
 from mechsafety.testbed.vocabulary import REFUSAL
 
 MODEL = {"seed": 9, "layers": 6, "heads": 8, "decoys": 6, "neurons": 2, "varied": True, "noise": 0.03}
@@ -190,7 +190,7 @@ def complete(given: Setting, n: int, times: int, rng: np.random.Generator) -> It
 def harmless(given: Setting, n: int, times: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """KL on harmless prompts with the true circuit at its mean, with the limit at the true mean, and above it."""
     model, base = given.whole.model, given.whole.runs.harmless
-    edited = patched_logits(model, base, mean_acts(base), Patch.of(model, [list(given.true)]))[0]
+    edited = patched_logits(model, base, Constants.mean(base).of(base), Patch.of(model, [list(given.true)]))[0]
     values = next_token_kl(base.logits, edited).double().numpy()
     truth = float(values.mean())
     found, power = [], []

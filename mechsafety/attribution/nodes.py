@@ -157,7 +157,7 @@ def mask_gradients(
     whole = torch.ones(model.n_layers, device=model.device)
     mask = SoftMask(masks[0], whole, masks[1]) if neurons else SoftMask(masks[0], masks[1])
     with torch.enable_grad():
-        logits = masked_logits(model, runs.harmful, runs.harmless.acts, mask)
+        logits = masked_logits(model, runs.harmful, runs.source, mask)
         scores = metric(logits)
         return torch.autograd.grad(scores.sum() if each else scores.mean(), masks)
 

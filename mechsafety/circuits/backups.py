@@ -197,7 +197,7 @@ def knocked_out(model: LensModel, runs: PairRuns, nodes: Sequence[Node]) -> Pair
     """
     if not nodes:
         return runs
-    fixed = fixed_nodes(model, runs.harmless.acts, nodes)
+    fixed = fixed_nodes(model, runs.source, nodes)
     kinds = tuple(runs.harmful.acts)
     harmful = base_run(model, runs.harmful.tokens, runs.start, kinds, runs.harmful, fixed=fixed)
     return replace(runs, harmful=harmful, harmless=replace(runs.harmless, fixed=fixed))

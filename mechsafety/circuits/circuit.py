@@ -405,6 +405,11 @@ class RefusalCircuit(Result):
         return (used, tried) if used and tried else None
 
     @property
+    def ablation(self) -> str:
+        """What everything outside a circuit took while its faithfulness was measured (see `MapOptions`)."""
+        return str(self.provenance.options.get("ablation", "counterfactual"))
+
+    @property
     def linked(self) -> frozenset[Edge]:
         """Edges that are kept only because a node would otherwise lie on no path from ``embed`` to ``logits``."""
         return frozenset(self.search.linked if self.search else ())
@@ -518,13 +523,13 @@ class RefusalCircuit(Result):
         return pd.DataFrame(rows)
 
     def claims_dataframe(self) -> "pd.DataFrame":
-        """One row per claim: its figure, interval, p, criterion, and whether it holds."""
+        """One row per claim: its figure, interval, p, criterion, whether it holds, and the circuit's ablation."""
         import pandas as pd
 
         rows = []
         for claim in self.verification.claims:
             low, high = claim.interval or (math.nan, math.nan)
-            row = {**asdict(claim), "ci_low": low, "ci_high": high}
+            row = {**asdict(claim), "ci_low": low, "ci_high": high, "ablation": self.ablation}
             del row["interval"]
             rows.append(row)
         return pd.DataFrame(rows)

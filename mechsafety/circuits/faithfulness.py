@@ -13,7 +13,17 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
-from mechsafety.patching.masks import PairRuns, Patch, SoftMask, masked_logits, pair_runs, patched_scores, scores_near
+from mechsafety.patching.masks import (
+    Constants,
+    PairRuns,
+    Patch,
+    SoftMask,
+    at_constants,
+    masked_logits,
+    pair_runs,
+    patched_scores,
+    scores_near,
+)
 from mechsafety.progress import progress_bar
 
 
@@ -22,7 +32,8 @@ class FaithfulnessMeter:
     """Measures faithfulness f(C) = (m(C) - m(empty)) / (m(model) - m(empty)) of sets of parts on stored runs.
 
     m(C) is the mean metric on the harmful prompts when every part outside C has its value from the harmless
-    counterfactual prompt. The parts are heads and MLPs; `NeuronMeter` and `EdgeMeter` have other parts.
+    counterfactual prompt, or a constant (`PairRuns.constants`). The parts are heads and MLPs; `NeuronMeter` and
+    `EdgeMeter` have other parts.
 
     Attributes:
         model: The model.
@@ -57,8 +68,17 @@ class FaithfulnessMeter:
             return self
         best = [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(order)))]
         kinds = tuple(self.runs.harmful.acts)
-        found = [(tuple(rows), pair_runs(self.model, tokens.rows(rows), extra=kinds)) for rows in best]
+        constants = self.runs.constants
+        found = [
+            (tuple(rows), pair_runs(self.model, tokens.rows(rows), extra=kinds, constants=constants)) for rows in best
+        ]
         return replace(self, groups=tuple(found))
+
+    def at_mean(self) -> "FaithfulnessMeter":
+        """The same meter, in which patched parts take their mean over the harmless prompts, per column from the end."""
+        constants = Constants.mean(self.runs.harmless)
+        groups = tuple((rows, at_constants(self.model, runs, constants)) for rows, runs in self.groups)
+        return replace(self, runs=at_constants(self.model, self.runs, constants), groups=groups)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -90,7 +110,7 @@ class FaithfulnessMeter:
         """
         nodes = [part for part in self.parts if isinstance(part, Node)]
         mask = SoftMask.of(self.model, nodes, weights)
-        return self.metric(masked_logits(self.model, runs.harmful, runs.harmless.acts, mask))
+        return self.metric(masked_logits(self.model, runs.harmful, runs.source, mask))
 
     def faithfulness(self, circuits: Sequence[Sequence[Part]], near: Sequence[Part] | None = None) -> list[float]:
         """F of each circuit; ``near`` as in `kept`."""
@@ -105,7 +125,7 @@ class FaithfulnessMeter:
         return progress_bar(over, total=total, desc=what, show=self.progress, delay=2)
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """Metric of the whole model on the (harmful, harmless) prompts; the latter is m(empty)."""
+        """Metric of the whole model on the harmful prompts, and m(empty): on the harmless prompts, or at constants."""
         harmful, harmless = self.runs.scores(self.metric)
         return harmful.cpu().double().numpy(), harmless.cpu().double().numpy()
 
@@ -142,7 +162,7 @@ class FaithfulnessMeter:
         report: Callable[[int], object],
     ) -> np.ndarray:
         """Metric [variant prompt] of some of the pairs."""
-        base, source = runs.harmful, runs.harmless.acts
+        base, source = runs.harmful, runs.source
         if near is None:
             patch = Patch.of(self.model, variants)
             scores = patched_scores(self.model, base, source, patch, self.metric, report=report)

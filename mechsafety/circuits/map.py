@@ -166,6 +166,8 @@ def split_pairs(
     meters = Meters(*(level.meter(model, part, metric, progress) for part in parts))
     if level.of_nodes:
         alone = meters.judges
+        if options.ablation == "mean":
+            meters = Meters(*(meter.at_mean() for meter in (meters.found_on, *meters.judges)))
     else:
         alone = tuple(level.alone(model, part, metric, progress) for part in parts[1:])
     some = held.sample(options.n_role_pairs, options.seed)

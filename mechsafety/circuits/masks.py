@@ -144,6 +144,11 @@ def _batches(
     first = (tokens.harmful.ids != tokens.harmless.ids).int().argmax(1)
     order = [k for k in first.argsort(stable=True).tolist() if counts[k] > 0]
     parts = [order[k : k + size] for k in range(0, len(order), size)]
+    constants = meter.runs.constants
     return [
-        (pair_runs(meter.model, tokens.rows(rows), extra=kinds), counts[rows].to(meter.model.device)) for rows in parts
+        (
+            pair_runs(meter.model, tokens.rows(rows), extra=kinds, constants=constants),
+            counts[rows].to(meter.model.device),
+        )
+        for rows in parts
     ]

@@ -1,6 +1,7 @@
 """What can be chosen of a map."""
 
 import dataclasses
+from typing import Literal
 
 from mechsafety.circuits.circuit import Level
 from mechsafety.circuits.goal import Goal, GoalKind
@@ -8,6 +9,8 @@ from mechsafety.circuits.masks import Training
 from mechsafety.circuits.search import SearchKind, check_search
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, check_fields
+
+AblationKind = Literal["counterfactual", "mean"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,10 @@ class MapOptions:
         search: How parts are ranked before the search measures anything. ``gradient``: by integrated gradients, EAP-IG
             for edges. ``masks``: by masks that are trained together (`train_masks`), which takes longer. Everything
             after the ranking is the same.
+        ablation: What everything outside a circuit takes while its faithfulness is measured, in the search and in the
+            claims. ``counterfactual``: its value in the pair's harmless prompt. ``mean``: its mean over the harmless
+            prompts of the pairs, per token counted from the end. The effects of single nodes, edges, roles and backups
+            are counterfactual in any case. Not for level ``edge``.
         max_nodes: Largest circuit, in edges at level ``edge``. Where the goal needs more, the circuit misses the goal
             and says so.
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
@@ -59,6 +66,7 @@ class MapOptions:
     target: float = 0.8
     goal: GoalKind = "reach"
     search: SearchKind = "gradient"
+    ablation: AblationKind = "counterfactual"
     max_nodes: Count | None = None
     n_random: Amount = 100
     n_added: Amount = 40
@@ -73,6 +81,8 @@ class MapOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         check_search(self.target, self.max_nodes)
+        if self.ablation != "counterfactual" and self.level == "edge":
+            raise MechsafetyError(f"ablation {self.ablation!r} at level 'edge'", expected="'counterfactual'")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="above 0")
 

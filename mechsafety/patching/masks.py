@@ -1,12 +1,12 @@
 """Runs in which chosen nodes take their values from the other prompt of each pair."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from einops import rearrange, reduce, repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
@@ -26,11 +26,50 @@ from mechsafety.models.engine import (
     split_rows,
 )
 from mechsafety.models.parts import check_patchable
-from mechsafety.nodes import Node
+from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.prompts import Align, PromptPairs, TokenPairs
 from mechsafety.sites import Site, SiteKind
 
 KEPT = (SiteKind.Z, SiteKind.MLP_OUT)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constants:
+    """Values that patched parts take in every prompt, in place of those of the pair's harmless prompt.
+
+    Attributes:
+        acts: Values by site kind: ``[layer 1 pos ...]``, per column counted from the end.
+    """
+
+    acts: Mapping[SiteKind, Tensor]
+
+    @classmethod
+    def mean(cls, run: BaseRun) -> "Constants":
+        """Mean over a run's prompts of each stored activation, per column from the end, without padding."""
+        real = run.tokens.mask[:, run.start :]
+        means = {}
+        for kind, values in run.acts.items():
+            weight = rearrange(real.to(values.dtype), f"batch pos -> 1 batch pos{' 1' * (values.ndim - 3)}")
+            total = reduce(values * weight, "layer batch ... -> layer 1 ...", "sum")
+            count = reduce(weight, "layer batch ... -> layer 1 ...", "sum").clamp(min=1)
+            means[kind] = total / count
+        return cls(means)
+
+    def of(self, run: BaseRun, first: Int[Tensor, " batch"] | None = None) -> dict[SiteKind, Tensor]:
+        """The values in the columns and for the prompts of a run.
+
+        Args:
+            run: The run.
+            first: Each prompt's first column that takes the constants; earlier ones keep their own values.
+        """
+        found = {}
+        for kind, own in run.acts.items():
+            values = self.acts[kind][:, :, -run.n_pos :].expand_as(own)
+            if first is not None:
+                later = torch.arange(run.n_pos, device=own.device) >= (first - run.start).to(own.device)[:, None]
+                values = torch.where(rearrange(later, f"batch pos -> 1 batch pos{' 1' * (own.ndim - 3)}"), values, own)
+            found[kind] = values
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +81,10 @@ class PairRuns:
         start: Their first column.
         left_out: Notes, in words, about pairs that were left out before the runs.
         align: ``tokens``, or ``suffix`` if only the template's tokens after the instruction correspond.
+        constants: Values that patched parts take, from each pair's first difference on; None for those of the harmless
+            runs.
+        replaced: The same in the columns and for the prompts of these runs.
+        empty: Logits of the harmful prompts with every head and MLP at its constant, where there are constants.
     """
 
     harmful: BaseRun
@@ -49,6 +92,14 @@ class PairRuns:
     start: int
     left_out: tuple[str, ...] = ()
     align: Align = "tokens"
+    constants: Constants | None = None
+    replaced: Mapping[SiteKind, Tensor] | None = None
+    empty: Float[Tensor, "batch d_vocab"] | None = None
+
+    @property
+    def source(self) -> Mapping[SiteKind, Tensor]:
+        """Values that patched parts take."""
+        return self.harmless.acts if self.replaced is None else self.replaced
 
     @property
     def tokens(self) -> TokenPairs:
@@ -62,13 +113,13 @@ class PairRuns:
         return self.harmful.opener_ids
 
     def scores(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Metric of the unpatched (harmful, harmless) runs.
+        """Metric of the harmful runs, and of the harmless ones; with constants, of the harmful ones at these.
 
         Raises:
             MechsafetyError: The runs do not end in the opener after which the metric reads.
         """
         check_opener(self, metric.opener_ids, "runs")
-        return metric(self.harmful.logits), metric(self.harmless.logits)
+        return metric(self.harmful.logits), metric(self.harmless.logits if self.empty is None else self.empty)
 
 
 @public
@@ -80,6 +131,7 @@ def pair_runs(
     start: int | None = None,
     max_batch_tokens: Count | None = None,
     fixed: Sequence[Fixed] = (),
+    constants: Constants | None = None,
 ) -> PairRuns:
     """Run both prompts of every pair once.
 
@@ -91,6 +143,7 @@ def pair_runs(
         max_batch_tokens: Largest number of rows x columns of variants that go through the model at once. If it is None,
             memory sets the number.
         fixed: Values that hold in both runs, and in their variants.
+        constants: Values that patched parts take; by default those of the harmless runs.
 
     Raises:
         MechsafetyError: No pair aligns.
@@ -103,7 +156,19 @@ def pair_runs(
     if not tokens.common:
         _check_suffix(model, tokens, harmful, harmless)
     left_out = pairs.left_out if isinstance(pairs, PromptPairs) else ()
-    return PairRuns(harmful, harmless, first, left_out, "tokens" if tokens.common else "suffix")
+    runs = PairRuns(harmful, harmless, first, left_out, "tokens" if tokens.common else "suffix")
+    return runs if constants is None else at_constants(model, runs, constants)
+
+
+def at_constants(model: LensModel, runs: PairRuns, constants: Constants) -> PairRuns:
+    """The same runs, in which patched parts take constants from each pair's first difference on."""
+    every = Patch.of(model, [head_and_mlp_nodes(model.n_layers, model.n_heads)])
+    sides = runs.harmful.tokens.ids, runs.harmless.tokens.ids
+    # at an aligned suffix, every column of the runs is patched
+    first = (sides[0] != sides[1]).int().argmax(1) if runs.align == "tokens" else None
+    replaced = constants.of(runs.harmful, first)
+    empty = patched_logits(model, runs.harmful, replaced, every)[0]
+    return replace(runs, constants=constants, replaced=replaced, empty=empty)
 
 
 def _check_suffix(model: LensModel, tokens: TokenPairs, harmful: BaseRun, harmless: BaseRun) -> None:
@@ -161,18 +226,19 @@ def pair_batches(
         MechsafetyError: A pair does not align.
     """
     fixed: tuple[Fixed, ...] = ()
+    constants: Constants | None = None
     if isinstance(pairs, PairRuns):
         check_current(model, pairs.harmful, pairs.harmless)
         base, fixed = pairs.harmful, pairs.harmful.fixed
         if len(base) * base.n_pos <= max_tokens and not set(extra) - set(base.acts):
             return [partial(_same, pairs)]
-        tokens = pairs.tokens
+        tokens, constants = pairs.tokens, pairs.constants
     else:
         tokens = model.tokenize_pairs(pairs)
     first = tokens.start if start is None else start
     size = max(1, max_tokens // (tokens.harmful.ids.shape[1] - first))
     parts = [slice(row, row + size) for row in range(0, len(tokens), size)]
-    return [partial(_run_rows, model, tokens, rows, extra, start, fixed) for rows in parts]
+    return [partial(_run_rows, model, tokens, rows, extra, start, fixed, constants) for rows in parts]
 
 
 def _same(runs: PairRuns) -> PairRuns:
@@ -186,9 +252,10 @@ def _run_rows(
     extra: Sequence[SiteKind],
     start: int | None,
     fixed: Sequence[Fixed],
+    constants: Constants | None,
 ) -> PairRuns:
     held = [part.rows(rows) for part in fixed]
-    return pair_runs(model, tokens.rows(rows), extra=extra, start=start, fixed=held)
+    return pair_runs(model, tokens.rows(rows), extra=extra, start=start, fixed=held, constants=constants)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         circuit=circuit_fragment(circuit, theme="light"),
         diagram=layout_svg(role_diagram(circuit, Style(caption=False))),
         claims=_claims(circuit),
+        ablation=words.ablation(circuit),
         downloads=_downloads(circuit),
         steps=METHODS,
         options=[(key, _shown(value)) for key, value in circuit.provenance.options.items()],

@@ -416,6 +416,13 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
     return f"{text}: this does not show that the refusal depends on this circuit more than on a random one."
 
 
+def ablation(circuit: RefusalCircuit) -> str:
+    """What everything outside a circuit takes while it is measured."""
+    if circuit.ablation == "mean":
+        return "While a circuit is measured, every part outside it takes its mean over the harmless prompts."
+    return "While a circuit is measured, every part outside it takes its value in the pair's harmless prompt."
+
+
 def checks(circuit: RefusalCircuit) -> list[tuple[str, str]]:
     """The verdict on the circuit: how many checks hold, then the names of the checks with each verdict."""
     tested, found = circuit.verification.tested, circuit.verification.by_verdict

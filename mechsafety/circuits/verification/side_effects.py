@@ -1,18 +1,15 @@
 """What editing a circuit does to harmless prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.verification.outcome import SideEffects
 from mechsafety.intervals import mean_interval
-from mechsafety.models.engine import BaseRun
 from mechsafety.nodes import Node, Part
-from mechsafety.patching.masks import Patch, patched_logits
-from mechsafety.sites import SiteKind
+from mechsafety.patching.masks import Constants, Patch, patched_logits
 
 
 def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -> SideEffects | None:
@@ -36,7 +33,7 @@ def side_effects(meter: FaithfulnessMeter, circuit: Sequence[Part], seed: int) -
     inside = [part for part in circuit if isinstance(part, Node)]
     outside = [part for part in meter.parts if isinstance(part, Node) and part not in keep]
     found = []
-    for source, nodes in ((mean_acts(base), inside), (meter.runs.harmful.acts, outside)):
+    for source, nodes in ((Constants.mean(base).of(base), inside), (meter.runs.harmful.acts, outside)):
         edited = patched_logits(meter.model, base, source, Patch.of(meter.model, [nodes]))[0]
         values = next_token_kl(base.logits, edited).cpu().double().numpy()
         found.append((float(values.mean()), mean_interval(values, seed)))
@@ -50,15 +47,3 @@ def next_token_kl(
     """KL(unedited || edited) of the next token, one value per prompt, in nats."""
     log_p, log_q = unedited.double().log_softmax(-1), edited.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def mean_acts(run: BaseRun) -> Mapping[SiteKind, Tensor]:
-    """Mean over the prompts of each stored activation, per column from the end, without padding."""
-    real = run.tokens.mask[:, run.start :]
-    out = {}
-    for kind, values in run.acts.items():
-        weight = rearrange(real.to(values.dtype), f"batch pos -> 1 batch pos{' 1' * (values.ndim - 3)}")
-        total = reduce(values * weight, "layer batch ... -> layer 1 ...", "sum")
-        count = reduce(weight, "layer batch ... -> layer 1 ...", "sum").clamp(min=1)
-        out[kind] = (total / count).expand_as(values)
-    return out

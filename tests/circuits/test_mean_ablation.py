@@ -1,0 +1,110 @@
+"""Circuits in which everything outside takes its mean over the harmless prompts, against plain hooks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import mechsafety as ms
+from mechsafety.attribution.nodes import node_attribution
+from mechsafety.circuits import FaithfulnessMeter, NeuronMeter
+from mechsafety.circuits.masks import Training, train_masks
+from mechsafety.errors import MechsafetyError
+from mechsafety.nodes import head_and_mlp_nodes
+from mechsafety.patching import pair_runs
+from mechsafety.sites import Site, SiteKind
+
+KINDS = ("llama", "gpt2", "qwen2")
+
+
+@pytest.fixture(params=KINDS)
+def measured(request, shared_model, ragged, log_odds):
+    model = shared_model(request.param)
+    runs = pair_runs(model, ragged, extra=[SiteKind.NEURONS])
+    return FaithfulnessMeter(model, runs, log_odds).at_mean()
+
+
+def by_hooks(meter, circuit):
+    """Metric of each harmful prompt with everything outside the circuit at its mean, by hooks on whole forwards."""
+    model, tokens = meter.model, meter.runs.tokens
+    cache = model.cache(tokens.harmless, ["z", "mlp_out"])
+    real, kept = tokens.harmless.mask, set(circuit)
+    differs = (tokens.harmful.ids != tokens.harmless.ids).int().cummax(1).values.bool()  # from the first difference on
+    hooks = []
+    for node in head_and_mlp_nodes(model.n_layers, model.n_heads):
+        if node in kept:
+            continue
+        head = node.kind == "head"
+        values = cache.z[node.layer, node.index] if head else cache.mlp_out[node.layer]
+        weight = real[..., None].to(values)
+        mean = (values * weight).sum(0) / weight.sum(0).clamp(min=1)
+
+        def edit(tensor, node=node, mean=mean, head=head):
+            out = tensor.clone()
+            own = out[:, :, node.index] if head else out
+            own[differs] = mean.expand_as(own)[differs]
+            return out
+
+        hooks.append((Site(SiteKind.Z if head else SiteKind.MLP_OUT, node.layer), edit))
+    with model.hooks(hooks):
+        return meter.metric(model.logits(tokens.harmful))
+
+
+def test_circuits_are_those_of_hooks(measured):
+    nodes = head_and_mlp_nodes(measured.model.n_layers, measured.model.n_heads)
+    circuits = [nodes[::2], nodes[1::3], [], nodes]
+    found = measured.kept(circuits)
+    for circuit, scores in zip(circuits, found, strict=True):
+        assert scores == pytest.approx(by_hooks(measured, circuit).tolist(), abs=1e-3)
+    harmful, empty = measured.ends()
+    assert found[3] == pytest.approx(harmful, abs=1e-4) and found[2] == pytest.approx(empty, abs=1e-4)
+    assert measured.faithfulness([[], nodes]) == pytest.approx([0, 1], abs=1e-4)
+    harmless = measured.metric(measured.runs.harmless.logits).numpy()
+    assert abs(harmless - empty).max() > 1e-3  # it is another ablation
+
+
+def test_groups_share_one_mean(measured):
+    whole = FaithfulnessMeter(measured.model, pair_runs(measured.model, measured.runs.tokens), measured.metric)
+    grouped = whole.grouped().at_mean()
+    assert len(grouped.groups) > 1
+    nodes = head_and_mlp_nodes(measured.model.n_layers, measured.model.n_heads)
+    # grouped again after the mean was taken, as before
+    for meter in (grouped, whole.at_mean().grouped()):
+        assert meter.kept([nodes[::2]]) == pytest.approx(measured.kept([nodes[::2]]), abs=1e-3)
+
+
+def test_the_ranking_is_of_the_same_ablation(measured):
+    found = node_attribution(measured.model, measured.runs, measured.metric, steps=32, progress=False)
+    assert found.total == pytest.approx(1.0, abs=0.05)
+    neurons = NeuronMeter.of(measured, (1,))
+    weights = torch.ones(len(neurons.parts))
+    assert neurons.soft(neurons.runs, 0 * weights).tolist() == pytest.approx(neurons.ends()[1].tolist(), abs=1e-3)
+    trained = train_masks(measured, "match", Training(steps=3))
+    assert set(trained.ranking) == set(measured.parts)
+
+
+def test_a_map_by_means(planted):
+    options = ms.MapOptions(limit=8, n_random=20, n_resamples=1, ablation="mean")
+    circuit = ms.map_refusal_circuit(*planted, options=options, progress=False)
+    check = circuit.verification
+    assert circuit.ablation == "mean" and check.reached and check.held_out_faithfulness >= 0.8
+    assert set(circuit.claims_dataframe()["ablation"]) == {"mean"}
+    assert ms.RefusalCircuit.from_json(circuit.to_json()).ablation == "mean"
+    nodes = {member.node for member in circuit.nodes}
+    split = ms.circuits.split_pairs(planted[0], ms.circuits.draw_pairs(*planted, limit=8, progress=False), options)
+    again = split.meters.held_out.faithfulness([sorted(nodes, key=lambda node: node.order)])[0]
+    assert check.held_out_faithfulness == pytest.approx(again, abs=1e-4)
+    # single nodes are patched from the counterfactual prompt all the same
+    usual = replace(options, ablation="counterfactual")
+    other = ms.circuits.split_pairs(planted[0], split.drawn, usual)
+    some = [[node] for node in sorted(nodes, key=lambda node: node.order)]
+    np.testing.assert_allclose(split.alone[0].removed(some), other.alone[0].removed(some), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"ablation": "zero"}, {"ablation": "mean", "level": "edge"}])
+def test_other_ablations_are_refused(wrong):
+    with pytest.raises(
+        MechsafetyError, match=r"ablation='zero'; expected one of|ablation 'mean' at level 'edge'; expected"
+    ):
+        ms.MapOptions(**wrong)
