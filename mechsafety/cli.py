@@ -40,7 +40,7 @@ def map_command(
     file: str | None = None,
     pairs: Path | None = None,
     align: Literal["tokens", "suffix"] = "tokens",
-    limit: int = 40,
+    limit: int | None = None,
     level: Literal["node", "edge", "neuron"] = "node",
     target: float = 0.8,
     goal: Literal["reach", "match"] = "reach",
@@ -48,6 +48,7 @@ def map_command(
     ablation: Literal["counterfactual", "mean"] = "counterfactual",
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
+    quick: Annotated[bool, Parameter(negative="")] = False,
     refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     opener: str | None = None,
@@ -76,7 +77,8 @@ def map_command(
         tokens: pairs of equal length, patched at every token; suffix: pairs of any lengths, patched at the chat
         template's tokens after the instruction.
     limit
-        Number of pairs to try, half of them held out. More pairs are tried if the model refuses fewer than half.
+        Number of pairs to try, half of them held out; 40 by default, 16 with --quick. More pairs are tried if the model
+        refuses fewer than half.
     level
         node: heads and MLPs; neuron: heads, MLPs and single neurons; edge: single edges (slow on large models).
     target
@@ -91,6 +93,8 @@ def map_command(
         Largest circuit.
     budget_seconds
         Time for the map in seconds; work that does not fit is left out and listed.
+    quick
+        A first look on few pairs, with fewer checks; the results are marked as preliminary.
     refusal_token
         Tokens that begin a refusal. By default they are found from the model's own replies.
     comply_token
@@ -132,9 +136,10 @@ def map_command(
         from mechsafety.metrics import RefusalLogOdds
         from mechsafety.models import load_model
 
-        asked = MapOptions(
+        pairs_to_try: dict[str, Any] = {} if limit is None else {"limit": limit}
+        asked = (MapOptions.quick if quick else MapOptions)(
+            **pairs_to_try,
             level=level,
-            limit=limit,
             target=target,
             goal=goal,
             search=search,
@@ -194,6 +199,7 @@ def _summary_json(circuit: Any, out: Path) -> str:
         {
             "out": str(out),
             "model": circuit.provenance.model,
+            "preliminary": circuit.preliminary,
             "nodes": len(circuit.nodes),
             "candidates": circuit.n_candidates,
             "edges": len(circuit.edges),
@@ -227,7 +233,9 @@ def _pairs(circuit: Any) -> dict[str, Any]:
 def _summary(circuit: Any, out: Path) -> str:
     check = circuit.verification
     held, controls, (low, high) = check.held_out_faithfulness, check.random_controls, check.held_out_ci
-    rows = []
+    rows: list[tuple[str, str]] = []
+    if circuit.preliminary:
+        rows.append(("preliminary", "a first look on few pairs, with fewer checks; run again without --quick"))
     for kind, value in circuit.behaviour.items():
         a, b = value.refusal_ci
         babble = "" if value.kinds is None else f"; degenerate replies {value.kinds.share('degenerate')[0]:.0%}"

@@ -330,6 +330,10 @@ def test_help_names_every_option(run):
         "seed",
         "out",
         "json",
+        "goal",
+        "search",
+        "ablation",
+        "quick",
     )
     assert [name for name in (*names, "chat-template") if f"--{name}" not in text] == []
 
@@ -438,6 +442,33 @@ def test_a_model_that_does_not_refuse(fails, saved, pairs_file):
         "the model refuses 0 of 4 harmful and 0 of 4 harmless prompts, so there is no refusal to map; "
         "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
     )
+
+
+def test_a_first_look_is_marked_as_preliminary(run, saved, pairs_file, tmp_path):
+    tokens = ["--refusal-token", saved.refusal, "--comply-token", saved.comply]
+    out = tmp_path / "out"
+    ran = run(
+        "map",
+        str(saved.folder),
+        "--pairs",
+        str(pairs_file),
+        *tokens,
+        "--quick",
+        "--ablation",
+        "mean",
+        "--out",
+        str(out),
+    )
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("preliminary ") and "others" in ran.out
+    circuit = RefusalCircuit.load(out / "circuit.json")
+    assert circuit.preliminary and repr(circuit).startswith("RefusalCircuit(preliminary: ")
+    options = circuit.provenance.options
+    assert (options["limit"], options["n_random"], options["n_resamples"]) == (16, 39, 0)
+    assert circuit.ablation == "mean" and circuit.verification.stability is None
+    for name in ("report.html", "circuit.svg", "circuit.tex"):
+        assert "Preliminary: a first look" in (out / name).read_text(encoding="utf-8"), name
+    assert "mean over the harmless prompts" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_model_that_answers_harm_and_refuses_the_rest(fails, saved, tmp_path):

@@ -390,8 +390,9 @@ class RefusalCircuit(Result):
             checked += f", p = {check.random_p:.3g}" if check.random_controls.n else ""
         known = [claim for claim in check.tested if claim.passed is not None]
         held = f", {sum(bool(claim.passed) for claim in known)} of {len(known)} claims hold" if known else ""
+        first = "preliminary: " if self.preliminary else ""
         pairs = "" if self.speaks_for is None else ", speaks for {} of {} pairs tried".format(*self.speaks_for)
-        return f"RefusalCircuit({self.provenance.model}: {size}, {checked}{held}{pairs})"
+        return f"RefusalCircuit({first}{self.provenance.model}: {size}, {checked}{held}{pairs})"
 
     @property
     def speaks_for(self) -> tuple[int, int] | None:
@@ -403,6 +404,11 @@ class RefusalCircuit(Result):
         used = sum(part for part in parts if isinstance(part, int))
         tried = self.behaviour["harmful"].n if "harmful" in self.behaviour else 0
         return (used, tried) if used and tried else None
+
+    @property
+    def preliminary(self) -> bool:
+        """Whether the map is only a first look (`MapOptions.quick`)."""
+        return bool(self.provenance.options.get("preliminary", False))
 
     @property
     def ablation(self) -> str:

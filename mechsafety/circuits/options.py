@@ -1,7 +1,7 @@
 """What can be chosen of a map."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, Self
 
 from mechsafety.circuits.circuit import Level
 from mechsafety.circuits.goal import Goal, GoalKind
@@ -51,6 +51,8 @@ class MapOptions:
             behaviour check, the attribution and the curve are always run. Only without a budget does the same seed
             give the same bytes.
         seed: Of sampling, bootstrap and random circuits.
+        preliminary: Whether the map is only a first look (see `quick`). The picture, the report and the command's
+            summary then say so.
 
     Raises:
         MechsafetyError: An option that makes no sense, by its name.
@@ -77,6 +79,26 @@ class MapOptions:
     shortlist: Amount = 30
     budget_seconds: float | None = None
     seed: Amount = 0
+    preliminary: bool = False
+
+    @classmethod
+    def quick(cls, **options: Any) -> Self:
+        """Options of a first look, which takes about a fifth of the time of a whole map.
+
+        It tries 16 pairs in place of 40, measures roles on four, and draws 39 random circuits. It looks for no backups,
+        measures no nodes outside the circuit and repeats nothing on resampled pairs. Most claims are therefore
+        undecided or not measured.
+
+        Args:
+            options: Options to choose otherwise.
+
+        Example:
+            >>> MapOptions.quick(goal="match").limit
+            16
+        """
+        small = {"limit": 16, "n_random": 39, "n_added": 20, "n_resamples": 0, "n_backup_parts": 0}
+        small |= {"n_edges": 40, "n_role_pairs": 4, "shortlist": 0, "preliminary": True}
+        return cls(**{**small, **options})
 
     def __post_init__(self) -> None:
         check_fields(self)

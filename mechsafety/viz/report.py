@@ -68,6 +68,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         diagram=layout_svg(role_diagram(circuit, Style(caption=False))),
         claims=_claims(circuit),
         ablation=words.ablation(circuit),
+        first_look=words.first_look(circuit),
         downloads=_downloads(circuit),
         steps=METHODS,
         options=[(key, _shown(value)) for key, value in circuit.provenance.options.items()],

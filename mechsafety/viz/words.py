@@ -178,8 +178,10 @@ def caption(
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
         held = f"{len(circuit.nodes)} nodes, {held}"
+    first = (first_look(circuit),) if circuit.preliminary else ()
     if not check.measured:
         return (
+            *first,
             f"{model}: {held}; {edges}.",
             *left_out,
             "Not verified: nothing was measured on this circuit as a whole.",
@@ -193,6 +195,7 @@ def caption(
         others = f"; {controls.n} random circuits of this size reach {number(controls.mean, 2)} on average "
         others += f"({p_value(check.random_p).replace(' ', NO_BREAK)})"
     return (
+        *first,
         f"{model}: {held}; {edges}.",
         *left_out,
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
@@ -414,6 +417,11 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
     if claim.passed:
         return f"{text}: the refusal depends on this circuit more than on a random one."
     return f"{text}: this does not show that the refusal depends on this circuit more than on a random one."
+
+
+def first_look(circuit: RefusalCircuit) -> str:
+    """That a map is only a first look; empty for others."""
+    return "Preliminary: a first look on few pairs, with fewer checks." if circuit.preliminary else ""
 
 
 def ablation(circuit: RefusalCircuit) -> str:
