@@ -354,7 +354,7 @@ def test_check_sites(make_hf_model, make_tokenizer, monkeypatch):
 
 def test_check_edits(make_hf_model, make_tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(LensModel, "logits", lambda self, tokens: torch.zeros(1, self.d_vocab))
+        patch.setattr(LensModel, "logits", lambda self, tokens: torch.zeros(len(tokens), self.d_vocab))
         message = broken_load(make_hf_model, make_tokenizer)
         assert message == "the load check 'edits' failed: setting z of layer 0 to zero changes nothing"
     real, calls = LensModel.logits, []
@@ -364,7 +364,10 @@ def test_check_edits(make_hf_model, make_tokenizer, monkeypatch):
         return real(self, tokens) + len(calls)
 
     monkeypatch.setattr(LensModel, "logits", drifting)
-    assert broken_load(make_hf_model, make_tokenizer) == "the load check 'edits' failed: an edit outlives its context"
+    assert (
+        broken_load(make_hf_model, make_tokenizer)
+        == "the load check 'edits' failed: an edit reaches other prompts, or outlives its context"
+    )
 
 
 def test_check_head_outputs(make_hf_model, make_tokenizer, monkeypatch):
