@@ -5,7 +5,7 @@
 36 planted models (10 with decoys, 10 with backups, 6 with both, 10 with neither) and the certified one. On 200 more,
 whose circuits differ in shape as well, the maps alone are measured, and which role each node gets.
 Writes docs/results/ground-truth.json after every model, goes on from there when stopped, and draws its page at the end.
-To add a method, write a function like those below and put it into METHODS.
+To add a method, write a function like those below and put it into METHODS; then it alone is measured.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 import mechsafety as ms
 from mechsafety import testbed
+from mechsafety.circuits import EdgeMeter, FaithfulnessMeter, NeuronMeter, train_masks
 from mechsafety.circuits.edge_faithfulness import all_edges
 from mechsafety.cli import quiet_libraries
 from mechsafety.models import LensModel
@@ -170,6 +171,20 @@ def acdc(case: Case) -> Any:
     return [*found.nodes, *found.edges]
 
 
+def trained_masks(case: Case) -> Any:
+    """Masks of heads and MLPs, of neurons and of edges, each trained together: the place in each ranking."""
+    whole = FaithfulnessMeter(case.model, case.runs, case.metric)
+    meters = [whole, NeuronMeter.of(whole, tuple(range(case.model.n_layers)))]
+    if len(all_edges(case.model.n_layers, case.model.n_heads, parallel=False)) <= AFFORDABLE_EDGES:
+        meters.append(EdgeMeter(case.model, case.runs, case.metric))
+    found: dict[Any, float] = {}
+    for meter in meters:
+        ranking = train_masks(meter).ranking
+        for place, part in enumerate(ranking):
+            found.setdefault(part, 1 - place / len(ranking))
+    return found
+
+
 def map_nodes(case: Case) -> Any:
     """The whole map of heads and MLPs: search, backups, roles, edges, checks."""
     return _map(case, "node")
@@ -203,6 +218,7 @@ METHODS: tuple[Callable[[Case], Any], ...] = (
     exact_patching,
     exact_paths,
     acdc,
+    trained_masks,
     map_nodes,
     map_neurons,
     map_edges,
@@ -266,19 +282,29 @@ def build(options: Mapping[str, Any] | None) -> Case:
     return Case(model, pairs, metric, pair_runs(model, pairs, extra=[SiteKind.NEURONS]), made.truth)
 
 
-def measure(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every method on one model."""
+def asked(options: Mapping[str, Any] | None) -> tuple[Callable[[Case], Any], ...]:
+    """The methods that a model is for."""
+    return MAPPED if options and options.get("varied") else METHODS
+
+
+def measure(name: str, options: Mapping[str, Any] | None, wanted: Collection[str]) -> dict[str, Any]:
+    """The wanted methods on one model."""
     torch.set_num_threads(1)
     quiet_libraries()
     case = build(options)
     rows = {}
-    for method in MAPPED if options and options.get("varied") else METHODS:
+    for method in asked(options):
+        if method.__name__ not in wanted:
+            continue
         begin = time.perf_counter()
         result = method(case)
         seconds = time.perf_counter() - begin
         if result is None:
             continue
-        rows[method.__name__] = figures(testbed.score(result, case.truth)) | {"seconds": round(seconds, 2)}
+        found = figures(testbed.score(result, case.truth))
+        if method is trained_masks:  # a place in a ranking has no strength
+            found = {key: value for key, value in found.items() if "strength" not in key}
+        rows[method.__name__] = found | {"seconds": round(seconds, 2)}
         if method in MAPPED:
             rows[method.__name__]["named"] = named(result, case.truth)
     condition = name.split("-")[0]
@@ -326,15 +352,21 @@ def main() -> None:
         "pairs": N_PAIRS,
     }
     cases: dict[str, dict[str, Any] | None] = {**shapes(), "certified": None, **varied()}
-    methods = sorted(method.__name__ for method in METHODS)
-    if store.get("method_names") != methods:
-        store["models"] = {}
-    store["method_names"] = methods
-    todo = [name for name in args.only or cases if name not in store["models"]]
+    names = {method.__name__ for method in METHODS}
+    tried: dict[str, list[str]] = store.setdefault("tried", {})
+    todo = {}
+    for name in args.only or cases:
+        missing = {method.__name__ for method in asked(cases[name])} - set(tried.get(name, ()))
+        if missing:
+            todo[name] = missing
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(measure, name, cases[name]): name for name in todo}
+        waiting = {pool.submit(measure, name, cases[name], missing): name for name, missing in todo.items()}
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="models"):
-            store["models"][waiting[done]] = done.result()
+            name, row = waiting[done], done.result()
+            methods = {**store["models"].get(name, {}).get("methods", {}), **row["methods"]}
+            order = [method.__name__ for method in METHODS if method.__name__ in methods]
+            store["models"][name] = {**row, "methods": {method: methods[method] for method in order}}
+            tried[name] = sorted((set(tried.get(name, ())) | todo[name]) & names)
             target.write_text(json_text(store) + "\n")
     store["models"] = {name: store["models"][name] for name in cases if name in store["models"]}
     publish(PAGE.name, store)

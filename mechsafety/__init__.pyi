@@ -11,6 +11,7 @@ from . import patching as patching
 from . import probes as probes
 from . import prompts as prompts
 from . import replies as replies
+from . import robustness as robustness
 from . import sites as sites
 from . import testbed as testbed
 from . import viz as viz
@@ -40,5 +41,6 @@ from .patching import path_patching as path_patching
 from .probes import probe_layers as probe_layers
 from .prompts import PromptPairs as PromptPairs
 from .replies import judge_replies as judge_replies
+from .robustness import fragility as fragility
 from .sites import Site as Site
 from .version import __version__ as __version__

@@ -44,7 +44,7 @@ from mechsafety.models.backend import NormForm
 from mechsafety.models.engine import max_variants
 from mechsafety.models.memory import CPU_TOKENS
 from mechsafety.neurons import AlignmentTax, NeuronScores
-from mechsafety.nodes import EMBED, LOGITS, Edge, Node
+from mechsafety.nodes import EMBED, LOGITS, Edge, Node, head_and_mlp_nodes
 from mechsafety.openers import FLOOR, MARGIN, auroc, best, candidates
 from mechsafety.patching import pair_runs
 from mechsafety.patching.difference import _mover as mover
@@ -53,6 +53,7 @@ from mechsafety.patching.senders import node_outputs
 from mechsafety.probes import _directions
 from mechsafety.replies import degenerate, phrase_judge, with_loss
 from mechsafety.results import Opener, Provenance
+from mechsafety.robustness import Entanglement, FragilityCurve, Redundancy, concentration
 from mechsafety.testbed.certify import Certificate
 from mechsafety.testbed.planter import plateau
 from mechsafety.testbed.scoring import score
@@ -1034,6 +1035,58 @@ def _(e, toy):
         "precision": found.precision,
         "recall": found.recall,
         "F1": found.f1,
+    }
+
+
+# robustness.md
+
+
+@check("area and half")
+def _(e, toy):
+    n, sizes = 5, (1, 2, 4)
+    after = torch.tensor(e["metric with 1, 2 and 4 parts ablated"])[:, None].expand(3, n)
+    random = torch.tensor(e["metric with as many random parts ablated"])[:, None, None].expand(3, 2, n)
+    curve = FragilityCurve(
+        toy.model.provenance(),
+        {},
+        (H00, H01, H10, H11),
+        sizes,
+        (1.0,),
+        torch.full((n,), 3.0),
+        torch.full((n,), -1.0),
+        after[None],
+        random[None],
+        (0.0,) * 3,
+        torch.zeros(1, 3, n),
+        torch.zeros(1, 3, 2, n),
+    )
+    assert curve.gap == 4 and curve.half()[0] == 2
+    return {"lost with 2 parts": curve.lost[0, 1], "lost with 4 parts": curve.lost[0, 2], "area": curve.area()[0]}
+
+
+@check("a primary and its backup")
+def _(e, toy):
+    n, nothing = 4, torch.zeros(0, 4, dtype=torch.float64)
+    primary, backup, both = (e[f"lost without {name}"][0] for name in ("the primary", "the backup", "both"))
+    single = torch.tensor([[primary] * n, [backup] * n], dtype=torch.float64)
+    gap, joint = torch.ones(n, dtype=torch.float64), torch.full((n,), both, dtype=torch.float64)
+    found = Redundancy(toy.model.provenance(), {}, (H00, H01), gap, single, joint, (), nothing, nothing)
+    return {"redundancy": found.redundancy()[0]}
+
+
+@check("overlap by chance")
+def _(e, toy):
+    nodes = head_and_mlp_nodes(3, 4)
+    heads = [node for node in nodes if node.kind == "head"]
+    found = Entanglement(toy.model.provenance(), nodes, torch.zeros(15, 2), (*heads[:3], Node("mlp", 0)))
+    return {"overlap expected by chance": found.overlap()[1]}
+
+
+@check("one part of four, and two alike")
+def _(e, toy):
+    return {
+        "Gini coefficient, sizes 0, 0, 0, 1": concentration([0.0, 0.0, 0.0, 1.0]).gini,
+        "effective number, shares 0.5 and 0.5": concentration([0.5, 0.5]).effective,
     }
 
 

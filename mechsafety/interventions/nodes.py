@@ -1,6 +1,6 @@
 """Ablating and scaling heads, MLPs and neurons."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -28,6 +28,7 @@ def ablate(
     source: Literal["mean", "zero", "resample"] = "mean",
     *,
     prompts: Prompts | None = None,
+    values: Mapping[Site, Tensor] | None = None,
     positions: Where = "all",
     seed: Amount = 0,
 ) -> Iterator[None]:
@@ -47,6 +48,7 @@ def ablate(
             layer and kind share the token. Draws follow the order of forward passes, so the same prompt in another
             batch gets other draws.
         prompts: Reference prompts (usually harmless ones) for ``mean`` and ``resample``.
+        values: What `reference_values` has read of such prompts, in their place, for many ablations with the same ones.
         positions: ``all``; ``last``, the last position of each forward pass, that is, the prompt's last token and each
             generated token; or ``prompt``.
         seed: Seed of ``resample``.
@@ -61,17 +63,22 @@ def ablate(
     """
     groups = _groups(check_nodes(model, nodes))
     share = check_strength(strength, share=True)
-    if source != "zero" and prompts is None:
+    if source != "zero" and prompts is None and values is None:
         raise MechsafetyError(
             f"source={source!r} without prompts", expected="prompts=[...] to take it from", hint="or source='zero'"
         )
-    values = {} if source == "zero" or prompts is None else reference_values(model, list(groups), prompts)
+    pools: Mapping[Site, Tensor] = values or {}
+    if source != "zero" and values is None and prompts is not None:
+        pools = reference_values(model, list(groups), prompts)
+    missing = [str(site) for site in groups if site not in pools] if source != "zero" else []
+    if missing:
+        raise MechsafetyError(f"no reference values at {missing[0]}", expected="values at the site of each node")
     generator = torch.Generator().manual_seed(seed)
 
     def replacement(site: Site, own: Tensor) -> Tensor:
         if source == "zero":
             return torch.zeros_like(own)
-        pool = values[site].to(own)
+        pool = pools[site].to(own)
         if source == "mean":
             return pool.mean(0).expand_as(own)
         rows = torch.randint(len(pool), own.shape[:2], generator=generator)
