@@ -17,6 +17,7 @@ from pages import (
     models,
     native_model,
     refusal_direction,
+    robustness,
     safety_neurons,
 )
 from pages.page import RESULTS, Page
@@ -24,7 +25,7 @@ from pages.records import PageError
 
 MODULES = (
     *(refusal_direction, safety_neurons, native_model, coverage, claims, discovery),
-    *(ground_truth, demo_model, models, gallery),
+    *(robustness, ground_truth, demo_model, models, gallery),
 )
 PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}
 

@@ -1,0 +1,164 @@
+"""How fragile the demo model's refusal is: sentences, tables and figures of the page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pages.page import Page
+from pages.records import Record
+from pages.tables import table
+
+FIGURES = {"curves": "robustness-curves.png", "depth": "robustness-depth.png"}
+COLOURS = {"whole circuit": "#9C2F6B", "heads": "#00588C"}
+KINDS = ("refuses", "answers", "degenerate", "neither")
+
+
+def context(record: Record) -> Mapping[str, Any]:
+    """What the template is given."""
+    doubled, shared, spread = record["redundancy"], record["entanglement"], record["concentration"]
+    return {
+        "model": record["model"],
+        "pairs": record["pairs"],
+        "parts": record["parts"],
+        "candidates": record["candidates"],
+        "figures": FIGURES,
+        "curves": [curve(name, row) for name, row in record["curves"].items()],
+        "joint": three(doubled["joint"]),
+        "summed": three(doubled["summed"]),
+        "redundancy": three(doubled["redundancy"]),
+        "takes_over": table(
+            [
+                [
+                    row["node"],
+                    row["before"],
+                    row["after"],
+                    f"{row['change']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f})",
+                ]
+                for row in doubled["takes_over"]
+            ],
+            ["node", "direct effect before", "with the circuit patched", "change (95 % CI)"],
+        ),
+        "shared": shared["shared"],
+        "of": shared["refusal"],
+        "expected": f"{shared['expected']:.1f}",
+        "p": f"{shared['p']:.2g}",
+        "ordinary": shared["prompts"],
+        "most": table(
+            [[row["node"], row["kl"], "yes" if row["refusal"] else "no"] for row in shared["most"]],
+            ["node", "KL, nats", "in the refusal circuit"],
+        ),
+        "gini": three([spread["gini"], *spread["gini_ci"]]),
+        "effective": three([spread["effective"], *spread["effective_ci"]], ".1f"),
+        "depth": depth(record["depth"]),
+    }
+
+
+def three(values: Any, spec: str = ".2f") -> str:
+    """A value with its interval."""
+    value, low, high = values
+    return f"{value:{spec}} (95 % CI {low:{spec}} to {high:{spec}})"
+
+
+def curve(name: str, row: Record) -> dict[str, Any]:
+    """Table and numbers of one curve."""
+    columns = ["parts ablated", "gap lost (95 % CI)", "random parts", "p", "KL, harmless", "random", "overlap"]
+    kinds = row["kinds"]
+    rows = [
+        [
+            one["parts"],
+            f"{one['lost']:.2f} ({one['ci_low']:.2f} to {one['ci_high']:.2f})",
+            f"{one['random_mean']:.2f} ({one['random_low']:.2f} to {one['random_high']:.2f})",
+            f"{one['p_value']:.3f}",
+            f"{one['kl']:.2f}",
+            f"{one['random_kl']:.2f}",
+            f"{one['random_overlap']:.0%}",
+            *(f"{share:.0%}" for share in kinds[k]),
+        ]
+        for k, one in enumerate(row["rows"])
+    ]
+    half, low, high = row["half"]
+    return {
+        "name": name,
+        "parts": row["parts"],
+        "mlps": row["mlps"],
+        "first": ", ".join(row["order"]),
+        "table": table(rows, [*columns, *KINDS]),
+        "unedited": ", ".join(f"{kind} {share:.0%}" for kind, share in zip(KINDS, row["unedited"], strict=True)),
+        "half": size(half),
+        "half_ci": f"{size(low)} to {size(high)}",
+        "area": three(row["area"]),
+    }
+
+
+def size(count: int | None) -> str:
+    """A number of parts."""
+    return "never" if count is None else str(count)
+
+
+def depth(record: Record) -> dict[str, Any]:
+    """Numbers of the depth in tokens."""
+    given = [row for row in record["rows"] if row["measure"] == "metric after opener"]
+    along = [row for row in record["rows"] if row["measure"] != "metric after opener"]
+    return {
+        "prompts": record["prompts"],
+        "opener": "".join(record["opener"]),
+        "tokens": len(record["opener"]),
+        "start": three([given[0][key] for key in ("value", "ci_low", "ci_high")]),
+        "one": three([given[1][key] for key in ("value", "ci_low", "ci_high")]),
+        "end": three([given[-1][key] for key in ("value", "ci_low", "ci_high")]),
+        "kl_first": f"{along[0]['value']:.2f}",
+        "kl_fifth": f"{along[min(4, len(along) - 1)]['value']:.2f}",
+        "kl_last": f"{along[-1]['value']:.2f}",
+        "length": len(along),
+    }
+
+
+def figures(record: Record) -> Mapping[str, Figure]:
+    """The curves against random parts, and the depth in tokens."""
+    return {FIGURES["curves"]: curves(record), FIGURES["depth"]: tokens(record["depth"])}
+
+
+def curves(record: Record) -> Figure:
+    """Share of the gap lost, side effects and refusals against the number of ablated parts."""
+    figure = Figure(figsize=(11.5, 3.8), layout="constrained")
+    lost, cost, said = figure.subplots(1, 3)
+    for name, row in record["curves"].items():
+        found, colour = row["rows"], COLOURS[name]
+        x = [one["parts"] for one in found]
+        y, low, high = ([one[key] for one in found] for key in ("lost", "ci_low", "ci_high"))
+        lost.plot(x, y, "o-", color=colour, label=name)
+        lost.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        lost.plot(x, [one["random_mean"] for one in found], ":", color=colour, label=f"{name}: random parts")
+        cost.plot(x, [one["kl"] for one in found], "o-", color=colour)
+        cost.plot(x, [one["random_kl"] for one in found], ":", color=colour)
+        said.plot(x, [kinds[0] for kinds in row["kinds"]], "o-", color=colour, label=f"{name}: refuses")
+        said.plot(x, [kinds[2] for kinds in row["kinds"]], "x--", color=colour, label=f"{name}: degenerate")
+    lost.set(title="share of the gap lost")
+    cost.set(title="KL on harmless prompts, nats")
+    said.set(title="replies to harmful prompts", ylim=(-0.03, 1.03))
+    for axis in (lost, cost, said):
+        axis.set(xlabel="parts ablated", xscale="log")
+    lost.legend(frameon=False, fontsize=8)
+    said.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def tokens(record: Record) -> Figure:
+    """The metric after the first words of an answer, and the KL along the reply."""
+    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, first in zip(axes, (True, False), strict=True):
+        rows = [row for row in record["rows"] if (row["measure"] == "metric after opener") == first]
+        x, y = ([row[key] for row in rows] for key in ("token", "value"))
+        axis.plot(x, y, "o-", color="#00588C")
+        axis.fill_between(
+            x, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color="#00588C", alpha=0.15, lw=0
+        )
+    axes[0].axhline(0.0, color="#9A9A9A", lw=0.8)
+    axes[0].set(title="refusal log-odds", xlabel="tokens of the opener given")
+    axes[1].set(title="KL(aligned || base), nats", xlabel="token of the reply", ylim=(0, None))
+    return figure
+
+
+PAGE = Page("robustness", context, figures)

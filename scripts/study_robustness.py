@@ -1,0 +1,173 @@
+"""Measure how fragile the demo model's refusal is; write docs/results/robustness.json.
+
+    python scripts/study_robustness.py
+
+The parts are those of the stored map, docs/gallery/demo.json. Everything is measured on built-in pairs of topics that
+the map's search did not see, and that the map itself did not use. Each step is kept in --work and not done again, so
+that a stopped run goes on. Of replies only their kinds are kept. The page is drawn from the stored JSON alone.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pages.page import RESULTS
+from pages.render import publish
+from pages.robustness import PAGE
+from steps import Steps
+
+import mechsafety as ms
+from mechsafety.circuits import check_behaviour, draw_pairs
+from mechsafety.cli import quiet_libraries
+from mechsafety.prompts import builtin_prompts
+from mechsafety.robustness import (
+    Entanglement,
+    FragilityCurve,
+    Redundancy,
+    RefusalDepth,
+    concentration,
+    entanglement,
+    fragility,
+    redundancy,
+    refusal_depth,
+)
+
+CIRCUIT = Path(__file__).resolve().parents[1] / "docs" / "gallery" / "demo.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    pairs: int = 16
+    n_random: int = 20
+    ordinary: int = 24
+    reply_tokens: int = 48
+    depth_prompts: int = 16
+    depth_tokens: int = 20
+
+
+SMALL = Size(pairs=4, n_random=2, ordinary=4, reply_tokens=8, depth_prompts=2, depth_tokens=4)
+
+
+def unseen(model: ms.LensModel, circuit: ms.RefusalCircuit, metric: ms.RefusalLogOdds, n: int) -> ms.PromptPairs:
+    """Pairs that the model treats as expected, of held-out topics, other than those of the map."""
+    limit, seed = circuit.provenance.options["limit"], circuit.provenance.seed or 0
+    used = set(draw_pairs(model, metric=metric, limit=limit, seed=seed, progress=False).there.pairs)
+    test = ms.PromptPairs.builtin("test").aligned(model)
+    left = dataclasses.replace(test, pairs=tuple(pair for pair in test.pairs if pair not in used))
+    tried = left.sample(2 * n, seed=1)
+    keep = check_behaviour(model, tried, metric, seed=seed, progress=False)[-1]
+    return dataclasses.replace(tried, pairs=tuple(p for p, good in zip(tried.pairs, keep, strict=True) if good)[:n])
+
+
+def rows(frame: Any) -> list[dict[str, Any]]:
+    """A table as plain data, without numbers that are none."""
+    return [
+        {key: None if value != value else value for key, value in row.items()}
+        for row in frame.to_dict(orient="records")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--base", default="demo-base", help="the model before its alignment")
+    parser.add_argument("--circuit", type=Path, default=CIRCUIT)
+    parser.add_argument("--work", type=Path, default=Path(".work/robustness"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--small", action="store_true", help="a little of everything: does it run?")
+    args = parser.parse_args()
+    quiet_libraries()
+    publish(PAGE.name, study(args, SMALL if args.small else Size()), args.out)
+
+
+def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """Every measurement."""
+    circuit, model = ms.RefusalCircuit.load(args.circuit), ms.load_model(args.model)
+    metric = ms.RefusalLogOdds.from_json(circuit.metric, model)
+    made_of = {"size": dataclasses.asdict(size), "weights": model.provenance().weights_sha256}
+    made_of["circuit"] = [str(member.node) for member in circuit.nodes]
+    steps = Steps(args.work, made_of)
+    pairs = steps.value("pairs", ms.PromptPairs, lambda: unseen(model, circuit, metric, size.pairs))
+    heads = [member.node for member in sorted(circuit.nodes, key=lambda m: -m.effect) if member.node.kind == "head"]
+    curves = {
+        name: steps.result(
+            f"curve {name}",
+            FragilityCurve,
+            lambda some=parts: fragility(
+                model,
+                some,
+                pairs,
+                metric,
+                n_random=size.n_random,
+                replies=True,
+                reply_tokens=size.reply_tokens,
+                progress=False,
+            ),
+        )
+        for name, parts in (("whole circuit", circuit), ("heads", heads))
+    }
+    both = steps.result("redundancy", Redundancy, lambda: redundancy(model, circuit, pairs, metric))
+    ordinary = [prompt.text for prompt in builtin_prompts("plain", split="test")][: size.ordinary]
+    shared = steps.result("entanglement", Entanglement, lambda: entanglement(model, circuit, ordinary, progress=False))
+    deep = steps.result(
+        "depth",
+        RefusalDepth,
+        lambda: refusal_depth(
+            model,
+            pairs.harmful[: size.depth_prompts],
+            metric,
+            ms.load_model(args.base),
+            n_tokens=size.depth_tokens,
+            progress=False,
+        ),
+    )
+    return {
+        "model": model.name,
+        "pairs": len(pairs),
+        "parts": len(circuit.nodes),
+        "candidates": circuit.n_candidates,
+        "curves": {name: curve_record(curve) for name, curve in curves.items()},
+        "redundancy": {
+            "joint": interval_of(both.joint_share()),
+            "summed": interval_of(both.summed_share()),
+            "redundancy": interval_of(both.redundancy()),
+            "takes_over": rows(both.to_dataframe().head(5)),
+        },
+        "entanglement": {
+            **dict(zip(("shared", "expected", "p"), shared.overlap(), strict=True)),
+            "refusal": len(shared.refusal),
+            "prompts": shared.needed.shape[1],
+            "most": rows(shared.to_dataframe().sort_values("kl", ascending=False).head(5)),
+        },
+        "concentration": dataclasses.asdict(concentration(both.single.numpy())),
+        "depth": {"opener": list(deep.opener), "rows": rows(deep.to_dataframe()), "prompts": deep.scores.shape[1]},
+        "versions": dict(model.provenance().versions),
+    }
+
+
+def curve_record(curve: FragilityCurve) -> dict[str, Any]:
+    """A curve as plain data."""
+    half, ends = curve.half()
+    kinds = [one.rates()["share"].tolist() for one in curve.kinds]
+    return {
+        "parts": len(curve.parts),
+        "order": [str(node) for node in curve.parts[:5]],
+        "rows": rows(curve.to_dataframe()),
+        "area": interval_of(curve.area()),
+        "half": [half, *ends],
+        "unedited": kinds[0] if kinds else None,
+        "kinds": kinds[1:],
+        "mlps": sum(node.kind == "mlp" for node in curve.parts),
+    }
+
+
+def interval_of(found: tuple[float, tuple[float, float]]) -> list[float]:
+    """Value, lower and upper end."""
+    return [found[0], *found[1]]
+
+
+if __name__ == "__main__":
+    main()
