@@ -177,11 +177,11 @@ def visible(token: str) -> str:
     return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
 
 
-def prompt_column(prompts: Sequence[str]) -> "pd.Series[Any]":
-    """Prompts as a table's column, in which a prompt of several turns keeps its turns."""
+def prompt_column(asked: Sequence[str]) -> "pd.Series[Any]":
+    """A result's prompts as a table's column, in which a prompt of several turns keeps its turns."""
     import pandas as pd
 
-    return pd.Series(prompts, dtype=object)
+    return pd.Series(asked, dtype=object)
 
 
 def package_versions() -> dict[str, str]:
