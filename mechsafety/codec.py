@@ -2,8 +2,8 @@
 
 A dataclass is written as an object of its fields and a tuple as a list. A mapping is an object where its keys are text,
 otherwise a list of pairs. A tensor, or an array in its place, is ``{"tensor": name}``. A number that JSON lacks is
-``{"float": "nan"}``. Where an annotation allows several dataclasses, ``"type"`` names the one. A field annotated
-``Any`` holds plain JSON data.
+``{"float": "nan"}``. A prompt of several turns is a list of chat messages. Where an annotation allows several
+dataclasses, ``"type"`` names the one. A field annotated ``Any`` holds plain JSON data.
 
 A file may lack a field that has a default. The metadata of a field change how it is written:
 
@@ -24,6 +24,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from mechsafety.conversation import Conversation, Messages
 from mechsafety.errors import MechsafetyError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 INLINE, SPARSE, REQUIRED = {"inline": True}, {"sparse": True}, {"required": True}
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+SEVERAL_TURNS = (Conversation, Messages)
 NO_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -98,6 +100,8 @@ def encode(kind: Any, value: Any, where: str = "", tensors: "dict[str, Tensor] |
         [0.5, {'float': 'nan'}]
     """
     kinds = _members(kind)
+    if isinstance(value, Conversation) and any(kind in SEVERAL_TURNS for kind in kinds):
+        return value.messages
     if value is None or isinstance(value, str | int | float):
         infinite = isinstance(value, float) and not math.isfinite(value)
         written = {"float": str(value)} if infinite else value
@@ -162,6 +166,10 @@ def decode(kind: Any, value: Any, where: str = "", tensors: "Mapping[str, Tensor
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if kind in (Any, object):
         return _plain(value)
+    if kind in SEVERAL_TURNS:
+        if not isinstance(value, list):
+            raise _error(where, repr(value), "text or a list of messages")
+        return Conversation(value, where or "the prompt")
     if origin is Annotated:
         return _in_range(inner[0], inner[1], value, where)
     if origin is tuple:

@@ -14,14 +14,18 @@ from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from mechsafety.codec import Amount
+from mechsafety.conversation import Conversation, PromptLike, whole_characters
 from mechsafety.errors import MechsafetyError
 from mechsafety.settled import settled
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Prompts = Annotated[Sequence[str], "prompts"]
-"""Requests: a list, tuple, pandas or numpy column, or anything else that yields text in an order."""
+Prompts = Annotated[Sequence[PromptLike], "prompts"]
+"""Prompts: a list, tuple, pandas or numpy column, or anything else that yields prompts in an order.
+
+Each is a text (one turn of the user) or a list of chat messages. A checked function gets a `Conversation` for messages.
+"""
 Texts = Annotated[Sequence[str], "texts"]
 """Texts in the same forms; unlike requests, they may be empty (replies, tokens)."""
 Count = Annotated[int, "count"]
@@ -31,20 +35,30 @@ _KINDS = (Prompts, Texts, Count, Amount)
 
 
 def prompt_text(prompt: Any, where: str = "") -> str:
-    r"""A prompt, if it is text that a tokenizer can read.
+    r"""A prompt, if a chat template and a tokenizer can read it.
 
     Args:
-        prompt: What was given.
+        prompt: Text, which is one turn of the user; or a list of chat messages.
         where: Which of several prompts it is, for the message. By default it is the only prompt.
 
+    Returns:
+        The text; or, for messages of several turns, a `Conversation`. A single message of the user is its text.
+
     Raises:
-        MechsafetyError: It is not text, is blank, or holds half of a character (a lone surrogate).
+        MechsafetyError: It is neither, is blank, or holds half of a character (a lone surrogate); or as `Conversation`.
 
     Example:
         >>> prompt_text("\ud83d")
         Traceback (most recent call last):
         mechsafety.errors.MechsafetyError: the prompt holds half a character ('\ud83d'); expected whole characters
+        >>> prompt_text([{"role": "user", "content": "How are you?"}])
+        'How are you?'
     """
+    if isinstance(prompt, Conversation):
+        return prompt
+    if isinstance(prompt, list | tuple) or len(getattr(prompt, "shape", ())) == 1:  # tables keep lists as arrays
+        talk = Conversation(list(prompt), where or "the prompt")
+        return talk if len(talk.turns) > 1 else talk.instruction
     text = _text(prompt, where, "prompt")
     if not text.strip():
         raise MechsafetyError(f"{where} is empty" if where else "an empty prompt", expected="text")
@@ -55,12 +69,13 @@ def prompt_list(given: Any, name: str = "prompts") -> list[str]:
     """The prompts in the order of their rows.
 
     Args:
-        given: A list, tuple, pandas or numpy column, or anything else that yields text in an order.
+        given: A list, tuple, pandas or numpy column, or anything else that yields prompts in an order. A prompt is a
+            text or a list of chat messages.
         name: The parameter, for messages.
 
     Raises:
-        MechsafetyError: ``given`` is a single string, a table or something without an order; or a prompt is blank or
-            not text. The message then gives its number.
+        MechsafetyError: ``given`` is a single prompt, a table or something without an order; or one of the prompts is
+            refused by `prompt_text`. The message then gives its number.
 
     Example:
         >>> import pandas
@@ -68,6 +83,10 @@ def prompt_list(given: Any, name: str = "prompts") -> list[str]:
         ['tea', 'cake']
     """
     items = _items(given, "prompt")
+    if items and all(isinstance(item, Mapping) for item in items):
+        raise MechsafetyError(
+            "a single list of messages was given", expected="a list of prompts", hint="write [prompt]"
+        )
     return [prompt_text(item, _where(items, k, "prompt", name)) for k, item in enumerate(items)]
 
 
@@ -299,12 +318,6 @@ def _text(item: Any, where: str, what: str) -> str:
         kind = type(item).__name__
         hints = {"Prompt": "pass [p.text for p in prompts]", "PromptPair": "pass pairs.harmful or pairs.harmless"}
         shown = repr(item) if item is None or isinstance(item, float) else f"of type {kind}"
-        raise MechsafetyError(f"{where or f'the {what}'} is {shown}", expected="text", hint=hints.get(kind, ""))
-    try:
-        item.encode()
-    except UnicodeEncodeError as error:
-        half = item[error.start : error.end]
-        raise MechsafetyError(
-            f"{where or f'the {what}'} holds half a character ({half!r})", expected="whole characters"
-        ) from None
-    return str(item)
+        expected = "text or a list of messages" if what == "prompt" else "text"
+        raise MechsafetyError(f"{where or f'the {what}'} is {shown}", expected=expected, hint=hints.get(kind, ""))
+    return str(whole_characters(item, where or f"the {what}"))

@@ -12,6 +12,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.directions.scores import divergence
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
@@ -410,8 +411,8 @@ def _directions(probe: Any, data: np.ndarray) -> Float[Tensor, "2 d_model"]:
 def _erase(
     model: LensModel,
     metric: RefusalLogOdds,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[PromptLike],
+    harmless: Sequence[PromptLike],
     directions: Float[Tensor, "row d_model"],
 ) -> tuple[Float[Tensor, " harmful"], Float[Tensor, "row harmful"], Float[Tensor, "row harmless"]]:
     """Metric without an edit, metric with each direction removed, and KL on harmless prompts; NaN for zero vectors."""

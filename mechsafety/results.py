@@ -2,8 +2,9 @@
 
 import base64
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FORMAT = "mechsafety.result"
 FORMAT_VERSION = 3  # 1 and 2 named the type of every part
 FILES = ("result.json", "tensors.safetensors")
+# why a mark in a figure has no whisker
+NO_BOUNDS = "no bounded 95 % interval (one pair, or a gap that cannot be told from 0)"
 VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 PACKAGES = ("mechsafety", "torch", "transformers", "transformer_lens")
 
@@ -138,7 +141,10 @@ def norms_note(provenance: Provenance) -> str:
 
 
 def bars(frame: "pd.DataFrame", x: str, y: str, label: str) -> "go.Figure":
-    """Bar chart of the 30 rows with the largest absolute ``y``; with whiskers where there is an interval."""
+    """Bar chart of the 30 rows with the largest absolute ``y``; with whiskers where there is an interval.
+
+    An interval without bounds, which no whisker can show, hatches its bar.
+    """
     import plotly.express as px
 
     top = frame.sort_values(y, key=abs, ascending=False, kind="stable").head(30)
@@ -146,7 +152,19 @@ def bars(frame: "pd.DataFrame", x: str, y: str, label: str) -> "go.Figure":
     if "ci_low" in top:
         top = top.assign(up=top.ci_high - top[y], down=top[y] - top.ci_low)
         whiskers = {"error_y": "up", "error_y_minus": "down"}
-    return px.bar(top, x=x, y=y, category_orders={x: list(top[x])}, labels={x: "", y: label}, **whiskers)
+    figure = px.bar(top, x=x, y=y, category_orders={x: list(top[x])}, labels={x: "", y: label}, **whiskers)
+    open_ended = unbounded(top) if whiskers else []
+    if any(open_ended):
+        figure.update_traces(marker_pattern_shape=["/" if here else "" for here in open_ended])
+        figure.update_layout(title_text=f"Hatched: {NO_BOUNDS}", title_font_size=13)
+    return figure
+
+
+def unbounded(frame: "pd.DataFrame") -> list[bool]:
+    """Whether each row's interval (``ci_low``, ``ci_high``) lacks a bound."""
+    return [
+        not (math.isfinite(low) and math.isfinite(high)) for low, high in zip(frame.ci_low, frame.ci_high, strict=True)
+    ]
 
 
 def visible(token: str) -> str:
@@ -157,6 +175,13 @@ def visible(token: str) -> str:
         '·a⏎'
     """
     return "".join(VISIBLE.get(char) or ("\ufffd" if ord(char) < 32 or ord(char) == 127 else char) for char in token)
+
+
+def prompt_column(asked: Sequence[str]) -> "pd.Series[Any]":
+    """A result's prompts as a table's column, in which a prompt of several turns keeps its turns."""
+    import pandas as pd
+
+    return pd.Series(asked, dtype=object)
 
 
 def package_versions() -> dict[str, str]:

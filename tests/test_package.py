@@ -68,6 +68,7 @@ EXPORTS = [
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
     ("errors", "version"),
+    ("conversation",),
     ("codec", "output", "intervals", "settled", "progress"),
     ("sites", "inputs"),
     ("nodes",),

@@ -24,6 +24,7 @@ from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.circuit import Behaviour, KindCounts, Notes
 from mechsafety.codec import encode
+from mechsafety.conversation import Conversation
 from mechsafety.patching import PatchMap
 from mechsafety.results import FORMAT_VERSION, Provenance, Result, package_versions
 from mechsafety.sites import Site
@@ -151,8 +152,10 @@ def example(kind: object) -> object:
     parts = [part for part in get_args(kind) if part is not type(None)]
     if kind in (Node, Edge, Site):
         return {Node: NODE, Edge: Edge(NODE, Node("logits"), "resid"), Site: Site("resid_pre", 1)}[kind]
+    if kind is Conversation:
+        return Conversation([{"role": "system", "content": "help"}, {"role": "user", "content": "text"}])
     if kind is ms.PromptPairs:  # two prompts that differ
-        return ms.PromptPairs.from_lists(["harmful"], ["harmless"])
+        return ms.PromptPairs.from_lists(["harmful"], ["harmless"]).with_system("help")
     if kind is ms.RefusalLogOdds:  # tokens of one set are in no other
         return ms.RefusalLogOdds((3,), ("no",), opener_ids=(4, 5), opener="I'm")
     if kind is Behaviour:  # as many replies as prompts

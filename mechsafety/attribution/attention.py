@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.conversation import Conversation, PromptLike
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import public
+from mechsafety.inputs import prompt_text, public
 from mechsafety.models import LensModel
 from mechsafety.models.parts import check_exists
 from mechsafety.nodes import Node, NodeLike, as_node, as_nodes
@@ -26,14 +27,14 @@ class AttentionPatterns(Result):
 
     Attributes:
         provenance: Model, options, versions.
-        prompt: The request, without its chat template.
+        prompt: The prompt, without its chat template.
         tokens: Text of each token, the chat template's included.
         heads: The heads.
         patterns: How much each head looks from a token (query) at each token up to it (key). A row sums to 1.
     """
 
     provenance: Provenance
-    prompt: str
+    prompt: str | Conversation
     tokens: tuple[str, ...]
     heads: tuple[Node, ...]
     patterns: Float[Tensor, "head query key"]
@@ -100,12 +101,12 @@ class AttentionPatterns(Result):
 
 
 @public
-def attention_patterns(model: LensModel, prompt: str, heads: NodeLike | Sequence[NodeLike]) -> AttentionPatterns:
+def attention_patterns(model: LensModel, prompt: PromptLike, heads: NodeLike | Sequence[NodeLike]) -> AttentionPatterns:
     """Run one prompt and keep what the heads look at.
 
     Args:
         model: The model.
-        prompt: A request; the chat template renders it.
+        prompt: A text or a list of chat messages; the chat template renders it.
         heads: Heads, each as a `Node` or by its name (``"L14.H2"``).
 
     Raises:
@@ -121,5 +122,6 @@ def attention_patterns(model: LensModel, prompt: str, heads: NodeLike | Sequence
     sites = {node.layer or 0: Site(SiteKind.PATTERN, node.layer) for node in chosen}
     found = model.read(model.tokenize([prompt]), list(sites.values()))
     rows = [found[sites[node.layer or 0]][0, node.index].float().cpu() for node in chosen]
-    provenance = model.provenance(options={"prompt": prompt})
-    return AttentionPatterns(provenance, prompt, tuple(model.token_strings(prompt)), chosen, torch.stack(rows))
+    asked = prompt_text(prompt)
+    provenance = model.provenance(options={"prompt": str(asked)})
+    return AttentionPatterns(provenance, asked, tuple(model.token_strings(asked)), chosen, torch.stack(rows))

@@ -14,6 +14,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
@@ -57,7 +58,7 @@ def ships(
 
 
 def masked_heads(
-    model: LensModel, prompts: Sequence[str] | Tokens, mask: Mask, rank: int | None, progress: bool
+    model: LensModel, prompts: Sequence[PromptLike] | Tokens, mask: Mask, rank: int | None, progress: bool
 ) -> tuple[Float[Tensor, "layer head prompt d_model"], BaseRun]:
     """The final norm's input at the last token with each head masked alone, and the unmasked run.
 
@@ -111,7 +112,7 @@ def sahara(
 
 def _masked(
     model: LensModel,
-    prompts: Sequence[str] | Tokens,
+    prompts: Sequence[PromptLike] | Tokens,
     groups: Sequence[Sequence[Node]],
     mask: Mask,
     rank: int | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Verification
 from mechsafety.codec import INLINE, REQUIRED, SPARSE, Amount, PValue
+from mechsafety.conversation import Conversation
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge, Node, NodeLike, as_node, as_nodes
 from mechsafety.results import Provenance, Result
@@ -252,7 +253,7 @@ class Behaviour:
 class Sample:
     """One generated reply, for the report."""
 
-    prompt: str
+    prompt: str | Conversation
     kind: str
     reply: str
     refused: bool
@@ -263,7 +264,7 @@ class Sample:
 class AttentionExample:
     """Attention of found heads on one prompt: ``tokens`` [pos], ``patterns`` [head query key], ``heads`` [head]."""
 
-    prompt: str
+    prompt: str | Conversation
     tokens: tuple[str, ...]
     heads: tuple[Node, ...]
     patterns: "Tensor"

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.interventions.checks import Where, at_positions, check_nodes, check_strength
@@ -112,7 +113,7 @@ def scale(
         yield
 
 
-def reference_values(model: LensModel, sites: Sequence[Site], prompts: Sequence[str]) -> dict[Site, Tensor]:
+def reference_values(model: LensModel, sites: Sequence[Site], prompts: Sequence[PromptLike]) -> dict[Site, Tensor]:
     """Activations at the sites [token ...] at every real token of the prompts."""
     if not prompts:
         raise MechsafetyError("no reference prompts", expected="a list of at least one")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import prompt_text
 from mechsafety.models.template import render
@@ -26,15 +27,18 @@ class ChatTokenizer:
     options: Mapping[str, Any]
     opener_ids: tuple[int, ...] = ()
 
-    def render(self, prompt: str) -> tuple[str, int, int]:
-        """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
+    def render(self, prompt: PromptLike) -> tuple[str, int, int]:
+        """The chat prompt as text, and where in it the instruction begins and ends (characters).
+
+        The instruction is the user's turn: of a list of messages, the last one.
+        """
         return render(self.tokenizer, prompt_text(prompt), self.options)
 
-    def rows(self, prompts: Sequence[str]) -> tuple[list[list[int]], list[Spans]]:
+    def rows(self, prompts: Sequence[PromptLike]) -> tuple[list[list[int]], list[Spans]]:
         """Token ids of each chat prompt, and where the prompt's parts lie among them.
 
         Raises:
-            MechsafetyError: A prompt is empty, the template cannot take it, or it has no token.
+            MechsafetyError: A prompt is empty or no prompt, the template cannot take it, or it has no token.
         """
         if not prompts:
             return [], []
@@ -50,10 +54,10 @@ class ChatTokenizer:
         # append the opener as ids: as text, it could merge with the template's last token
         return [[*row, *self.opener_ids] for row in encoded["input_ids"]], spans
 
-    def ids(self, prompt: str) -> list[int]:
+    def ids(self, prompt: PromptLike) -> list[int]:
         """Token ids of one chat prompt."""
         return [*self.tokenizer(self.render(prompt)[0], add_special_tokens=False)["input_ids"], *self.opener_ids]
 
-    def spans(self, prompts: Sequence[str]) -> list[Spans]:
+    def spans(self, prompts: Sequence[PromptLike]) -> list[Spans]:
         """Where each chat prompt's parts lie in its token row."""
         return self.rows(prompts)[1]

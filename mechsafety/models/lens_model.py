@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, Prompts, public
 from mechsafety.models.backend import Backend, use_of
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
 class LensModel:
     """A chat model whose activations can be read and edited by `Site`.
 
-    `load_model` makes it and runs its checks. A prompt is a string: one user turn, which the chat template renders.
+    `load_model` makes it and runs its checks. A prompt is a text, which is one turn of the user, or a list of chat
+    messages (``[{"role": "system", "content": "..."}, {"role": "user", "content": "..."}]``) that ends in the user's
+    turn. The chat template renders it. A system turn of the prompt takes the place of the model's own system text.
+
     Only one thread at a time runs a model, because hooks live on shared modules. A lock ensures this.
 
     Attributes:
@@ -112,8 +117,11 @@ class LensModel:
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
-    def render(self, prompt: str) -> tuple[str, int, int]:
-        """The chat prompt as text, and where in it the instruction begins and ends (characters)."""
+    def render(self, prompt: PromptLike) -> tuple[str, int, int]:
+        """The chat prompt as text, and where in it the instruction begins and ends (characters).
+
+        The instruction is the user's turn: of a list of messages, the last one.
+        """
         return self.chat.render(prompt)
 
     @property
@@ -157,8 +165,8 @@ class LensModel:
         """Token rows of chat prompts, padded on the left, with spans.
 
         Raises:
-            MechsafetyError: There are no prompts; or a prompt is empty, is longer than the model's positions, or holds
-                a token that the model's vocabulary lacks.
+            MechsafetyError: There are no prompts; or a prompt is empty, is no prompt, is longer than the model's
+                positions, or holds a token that the model's vocabulary lacks.
         """
         if not prompts:
             raise MechsafetyError("no prompts", expected="at least one")
@@ -198,15 +206,15 @@ class LensModel:
                 )
         return TokenPairs.of(harmful, harmless)
 
-    def n_tokens(self, prompt: str) -> int:
+    def n_tokens(self, prompt: PromptLike) -> int:
         """Number of tokens of the chat prompt."""
         return len(self.chat.ids(prompt))
 
-    def token_strings(self, prompt: str) -> list[str]:
+    def token_strings(self, prompt: PromptLike) -> list[str]:
         """The chat prompt's tokens as text, one string per token."""
         return [self.tokenizer.decode([token]) for token in self.chat.ids(prompt)]
 
-    def explain_tokens(self, prompt: str) -> TokenTable:
+    def explain_tokens(self, prompt: PromptLike) -> TokenTable:
         """The exact token row of a chat prompt, shown as a table of position, id, span and text."""
         tokens = self.tokenize([prompt])
         names = {k: name for name in SPANS for k in range(*tokens.spans[0].range(name))}
@@ -215,7 +223,7 @@ class LensModel:
             tuple(TokenRow(k, token, names[k], self.tokenizer.decode([token])) for k, token in enumerate(ids))
         )
 
-    def _check_known(self, ids: Sequence[int], prompt: str) -> None:
+    def _check_known(self, ids: Sequence[int], prompt: PromptLike) -> None:
         unknown = next((token for token in ids if token >= self.d_vocab), None)
         if unknown is not None:
             raise MechsafetyError(
@@ -333,7 +341,8 @@ class LensModel:
         configuration end a reply. Its other options, such as a penalty or a beam, change nothing.
 
         Args:
-            prompts: Requests: a list, or a column of pandas or numpy in the order of its rows.
+            prompts: A list, or a column of pandas or numpy in the order of its rows. Each prompt is a text or a list of
+                chat messages.
             max_new_tokens: Largest number of tokens in a reply.
             batch_size: Prompts per batch.
             temperature: 0 is greedy. Above 0, each token is drawn from the softmax of the logits over the temperature;
@@ -343,7 +352,7 @@ class LensModel:
             progress: Whether to show a bar, after two seconds.
 
         Raises:
-            MechsafetyError: A single string is given, `tokenize` refuses a prompt, a reply may grow beyond the model's
+            MechsafetyError: A single prompt is given, `tokenize` refuses a prompt, a reply may grow beyond the model's
                 positions, or the temperature is negative or not finite.
         """
         options: dict[str, Any] = {"temperature": temperature, "seed": seed, "progress": progress}
@@ -363,8 +372,8 @@ class LensModel:
         """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
         from mechsafety.progress import progress_bar
 
-        if not 0 <= temperature < math.inf:
-            raise MechsafetyError(f"temperature={temperature}", expected="a number, at least 0")
+        if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
+            raise MechsafetyError(f"temperature={temperature!r}", expected="a number, at least 0")
         if not prompts:
             return []
         tokens = self.reading(()).tokenize(prompts)
@@ -406,7 +415,7 @@ class LensModel:
 
     @public
     def attention(
-        self, prompt: str, heads: NodeLike | Sequence[NodeLike]
+        self, prompt: PromptLike, heads: NodeLike | Sequence[NodeLike]
     ) -> "mechsafety.attribution.AttentionPatterns":
         """What heads look at on one prompt, as a table and figures (see `attention_patterns`).
 

@@ -4,9 +4,10 @@ import copy
 import datetime
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mechsafety.conversation import turns_of
 from mechsafety.errors import MechsafetyError, first_line
 
 PLAIN_TEMPLATE = (
@@ -26,32 +27,54 @@ THINKING = ("off", "closed")
 _SWITCHES = ("enable_thinking", "thinking")
 # what opens and closes a thinking block
 _BLOCKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+# role and text of each turn
+Turns = Sequence[tuple[str, str]]
 
 
 def render(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> tuple[str, int, int]:
-    """One user turn as the chat template writes it, ready for the reply.
+    """A prompt as the chat template writes it, ready for the reply.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
-        prompt: What the user says.
+        prompt: What the user says, or a `Conversation`. A system turn of its own takes the place of the system text in
+            the options.
         options: What `checked_options` returned.
 
     Returns:
-        The text, and where in it the prompt begins and ends (characters). White space that the template strips from the
-        ends of the prompt is not counted.
+        The text, and where in it the user's last turn begins and ends (characters). White space that the template
+        strips from the ends of this turn is not counted.
 
     Raises:
-        MechsafetyError: The template is broken, refuses the prompt, or rewrites it.
+        MechsafetyError: The template is broken, refuses the prompt or one of its turns, leaves a turn out, or rewrites
+            the last one.
     """
-    text, marked = _text(tokenizer, prompt, options), _text(tokenizer, _MARK, options)
-    before, mark, after = marked.partition(_MARK)
-    start = len(before)
+    *before, (_, asked) = turns_of(prompt)
+    if before and before[0][0] == _SYSTEM:
+        options = {**options, _SYSTEM: before.pop(0)[1]}
+        _check_system(tokenizer, options)
+    text, marked = _text(tokenizer, asked, options, before), _text(tokenizer, _MARK, options, before)
+    shown, mark, after = marked.partition(_MARK)
+    _check_written(before, shown)
+    start = len(shown)
     # the text after the prompt shows where the prompt ends, unless the template writes another text after this prompt
-    whole = [text[start : len(text) - len(after)]] if text.endswith(after) else [prompt, prompt.strip()]
-    content = next((c for c in whole if text.startswith(c, start) and c.strip() == prompt.strip()), None)
+    whole = [text[start : len(text) - len(after)]] if text.endswith(after) else [asked, asked.strip()]
+    content = next((c for c in whole if text.startswith(c, start) and c.strip() == asked.strip()), None)
     if not mark or content is None:
         raise MechsafetyError("the chat template rewrites the instruction", expected="a template that quotes it")
     return text, start, start + len(content)
+
+
+def _check_written(before: Turns, shown: str) -> None:
+    """Refuse a template that leaves out earlier turns; what the assistant thought in them may be left out."""
+    for role, content in before:
+        said = content
+        for _, end in _BLOCKS:
+            said = said.rpartition(end)[2] if role == "assistant" else said
+        if said.strip() not in shown:
+            raise MechsafetyError(
+                f"the chat template leaves out an earlier turn of the {role}: {content[:40]!r}",
+                expected="a template that writes every turn",
+            )
 
 
 def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -173,12 +196,12 @@ def _check_system(tokenizer: Any, options: Mapping[str, Any]) -> None:
         reason = first_line(error.__cause__ or error)
     raise MechsafetyError(
         f"a system text for a chat template without a system turn ({reason})",
-        hint="leave 'system' out of template_options, or begin each prompt with the text",
+        hint="leave the system text out, or begin the user's turn with it",
     )
 
 
-def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
-    """The rendered text.
+def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any], before: Turns = ()) -> str:
+    """The rendered text of a user's turn, after the system text of the options and the turns ``before``.
 
     transformers' ``apply_chat_template`` turns functions among its arguments into text. A template that calls
     ``strftime_now`` could therefore not be given another day. This function renders the compiled template itself, with
@@ -190,7 +213,7 @@ def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
         switch = _switch(tokenizer)
         rest |= {switch: thinking != "off"} if switch else {}
     day = _day(options[_DATE]) if _DATE in options else DATE
-    system = [{"role": "system", "content": options[_SYSTEM]}] if _SYSTEM in options else []
+    system = [(_SYSTEM, options[_SYSTEM])] if _SYSTEM in options else []
     variables = {
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "tools": None,
@@ -198,15 +221,16 @@ def _text(tokenizer: Any, prompt: str, options: Mapping[str, Any]) -> str:
         "date_string": day.strftime("%d %b %Y"),
         **rest,
         "strftime_now": day.strftime,
-        "messages": [*system, {"role": "user", "content": prompt}],
+        "messages": [{"role": role, "content": said} for role, said in (*system, *before, ("user", prompt))],
         "add_generation_prompt": True,
     }
     try:
         text = str(_compiled(tokenizer).render(**variables))
     except Exception as error:  # a template may raise anything; the user needs one line
+        taken = "turns of these roles, each with its content" if before else "a turn's content"
         raise MechsafetyError(
             f"the chat template cannot render a prompt ({first_line(error)})",
-            expected="a Jinja template that takes a turn's content as one text",
+            expected=f"a Jinja template that takes {taken} as one text",
             hint="pass chat_template='plain' or a template of your own",
         ) from error
     block = _block(tokenizer) if thinking == "closed" else None

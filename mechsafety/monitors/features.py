@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, prompt_list, public
 from mechsafety.models import LensModel
@@ -28,7 +29,7 @@ class LabelledPrompts:
 
     Attributes:
         name: What the set is called in reports.
-        prompts: Chat prompts.
+        prompts: Texts or lists of chat messages.
         unsafe: Whether the model's reply to each prompt is unsafe.
         groups: Group of each prompt (a topic, a pair). Cross-validation never splits a group between fitting and
             judging. Empty if prompts are unrelated.
@@ -37,7 +38,7 @@ class LabelledPrompts:
     """
 
     name: str
-    prompts: tuple[str, ...]
+    prompts: tuple[PromptLike, ...]
     unsafe: tuple[bool, ...]
     groups: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ class LabelledPrompts:
                 expected="one kind per prompt, or none",
             )
         labels: dict[str, set[bool]] = {}
-        for prompt, label in zip(self.prompts, self.unsafe, strict=True):
+        for prompt, label in zip(prompt_list(self.prompts), self.unsafe, strict=True):
             labels.setdefault(prompt, set()).add(label)
         torn = [prompt for prompt, found in labels.items() if len(found) > 1]
         if torn:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.models import LensModel
@@ -229,7 +230,7 @@ class SafetyGuard:
         return cls(model, weights)
 
     @public
-    def predict(self, prompt: str) -> Verdict:
+    def predict(self, prompt: PromptLike) -> Verdict:
         """Verdict on one chat prompt, from one forward pass over its tokens; nothing is generated."""
         return self.predict_all([prompt])[0]
 

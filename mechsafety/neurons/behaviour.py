@@ -11,8 +11,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Count, Prompts, public, text_list
+from mechsafety.inputs import Count, Prompts, prompt_list, public, text_list
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -156,7 +157,7 @@ def measure(
     kinds = tuple(ask_judge(judge, prompts, replies) for replies in texts)
     for m, replies in enumerate(texts):
         refused = [kind == "refuses" for kind in kinds[m]]
-        values = score.of(prompts, replies) if isinstance(score, ReplyScore) else refused
+        values = score.of(prompt_list(prompts), replies) if isinstance(score, ReplyScore) else refused
         out[m] = torch.tensor([float(value) for value in values])
     return Measured(out, tuple(map(tuple, texts)), kinds)
 
@@ -183,12 +184,12 @@ class Unedited:
         known = [found for found in map(loss_limit, models) if not math.isnan(found)]
         return cls(models, max(known, default=math.nan))
 
-    def kinds(self, prompts: Sequence[str], replies: Sequence[str], kinds: Sequence[str]) -> ReplyKinds:
+    def kinds(self, prompts: Sequence[PromptLike], replies: Sequence[str], kinds: Sequence[str]) -> ReplyKinds:
         """A judge's kinds with the smallest loss of any model; degenerate where that loss is above the limit."""
         losses = torch.stack([reply_loss(model, prompts, replies) for model in self.models])
         return with_loss(kinds, losses.amin(0), self.limit)
 
-    def judged(self, prompts: Sequence[str], found: Measured, count: int) -> tuple[ReplyKinds, ...]:
+    def judged(self, prompts: Sequence[PromptLike], found: Measured, count: int) -> tuple[ReplyKinds, ...]:
         """The same for the replies under the first ``count`` masks; empty where the score needed no replies."""
         rows = list(zip(found.replies, found.kinds, strict=True))[:count]
         return tuple(self.kinds(prompts, replies, kinds) for replies, kinds in rows)
@@ -261,7 +262,7 @@ def _likelihood(
     base: LensModel,
     aligned: LensModel | None,
     masks: Sequence[Bool[Tensor, "layer d_mlp"]],
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     score: ReplyLikelihood,
     progress: bool,
 ) -> Float[Tensor, "mask prompt"]:
@@ -279,7 +280,7 @@ def _likelihood(
 
 
 def _reply_batches(
-    model: LensModel, prompts: Sequence[str], replies: Sequence[Sequence[int]]
+    model: LensModel, prompts: Sequence[PromptLike], replies: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], Rows, Tensor, Tensor]]:
     """Batches of prompt and reply; each with the reply tokens to predict at its last columns, and where one is real."""
     rows, out = prompt_rows(model, prompts), []

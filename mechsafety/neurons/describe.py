@@ -10,6 +10,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel
@@ -144,7 +145,7 @@ def output_weights(model: LensModel, nodes: Sequence[Node]) -> Float[Tensor, "ne
 def _most_active(
     model: LensModel,
     nodes: Sequence[Node],
-    prompts: Sequence[str],
+    prompts: Sequence[PromptLike],
     count: int,
     batch_size: int,
     report: Callable[[int], object],
@@ -178,7 +179,7 @@ def _most_active(
     return tuple(tuple(_active_token(model, prompts[p], column, value) for value, p, column in rows) for rows in best)
 
 
-def _active_token(model: LensModel, prompt: str, column: int, value: float) -> ActiveToken:
+def _active_token(model: LensModel, prompt: PromptLike, column: int, value: float) -> ActiveToken:
     """The token at a column counted from the prompt's end, with the text before it."""
     ids = model.tokenize([prompt]).ids[0].tolist()
     start = model.tokenize([prompt]).spans[0].instruction[0]

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsafety.inputs import Count, Prompts, public
+from mechsafety.conversation import Conversation
+from mechsafety.inputs import Count, Prompts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.masks import neuron_mask
@@ -17,7 +18,7 @@ from mechsafety.neurons.runs import batches, check_pair, greedy, lay_out, prompt
 from mechsafety.neurons.scores import digest
 from mechsafety.nodes import NodeLike
 from mechsafety.replies import REPLY_TOKENS, Judge, ReplyKinds, ask_judge, check_judge, phrase_judge
-from mechsafety.results import Provenance, Result
+from mechsafety.results import Provenance, Result, prompt_column
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -38,7 +39,7 @@ class PatchedReplies(Result):
     provenance: Provenance
     aligned: Provenance
     neurons: Bool[Tensor, "layer d_mlp"]
-    prompts: tuple[str, ...]
+    prompts: tuple[str | Conversation, ...]
     replies: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     logits: Float[Tensor, "prompt d_vocab"]
@@ -57,7 +58,9 @@ class PatchedReplies(Result):
         n = len(self.prompts)
         kinds = [None] * n if self.judged is None else list(self.judged.kinds)
         perplexity = [float("nan")] * n if self.judged is None else self.judged.loss.exp().tolist()
-        return pd.DataFrame({"prompt": self.prompts, "reply": self.replies, "kind": kinds, "perplexity": perplexity})
+        return pd.DataFrame(
+            {"prompt": prompt_column(self.prompts), "reply": self.replies, "kind": kinds, "perplexity": perplexity}
+        )
 
     def plot(self) -> go.Figure:
         """Bar chart of the lengths of the replies, one colour per kind."""
@@ -135,7 +138,7 @@ def dynamic_patching(
         base.provenance(options=options),
         aligned.provenance(),
         mask,
-        tuple(prompts),
+        tuple(prompt_list(prompts)),
         tuple(replies),
         tuple(tokens),
         logits,

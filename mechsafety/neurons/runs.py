@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel, decode
@@ -72,7 +73,7 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
         )
 
 
-def prompt_rows(model: LensModel, prompts: Sequence[str]) -> list[list[int]]:
+def prompt_rows(model: LensModel, prompts: Sequence[PromptLike]) -> list[list[int]]:
     """Token ids of chat prompts, without padding and without a reply's opener."""
     tokens = model.reading(()).tokenize(prompts)
     return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]

@@ -11,8 +11,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Count, Prompts, public
+from mechsafety.inputs import Count, Prompts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
 from mechsafety.neurons.masks import share_count, top_mask
@@ -223,9 +224,9 @@ def safety_neurons(
     )
 
 
-def digest(prompts: Sequence[str]) -> str:
+def digest(prompts: Sequence[PromptLike]) -> str:
     """Hash of a list of prompts, for provenance."""
-    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(prompt_list(prompts)).encode()).hexdigest()
 
 
 class _Sums:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.patching.activation import PatchMap
 from mechsafety.patching.effects import effect_intervals
-from mechsafety.results import Provenance, Result
+from mechsafety.results import NO_BOUNDS, Provenance, Result, unbounded
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -60,6 +60,8 @@ class EffectDifference(Result):
     def plot(self, most: int = 25) -> go.Figure:
         """The nodes with the largest differences: both effects on the left, the difference with its interval beside.
 
+        A cross is a difference whose interval has no bounds.
+
         Args:
             most: Largest number of nodes.
         """
@@ -72,16 +74,20 @@ class EffectDifference(Result):
             marker = {"symbol": symbol, "size": 8, "color": colour}
             figure.add_scatter(x=frame[name], y=frame.node, mode="markers", name=name, marker=marker, row=1, col=1)
         whiskers = {"array": frame.ci_high - frame.difference, "arrayminus": frame.difference - frame.ci_low}
+        open_ended = unbounded(frame)
         figure.add_scatter(
             x=frame.difference,
             y=frame.node,
             mode="markers",
             error_x={"type": "data", "symmetric": False, "thickness": 1.2, **whiskers},
-            marker={"size": 7, "color": "#14181D"},
+            marker={"size": 7, "color": "#14181D", "symbol": ["x-thin-open" if o else "circle" for o in open_ended]},
             showlegend=False,
             row=1,
             col=2,
         )
+        if any(open_ended):
+            note = {"xref": "paper", "yref": "paper", "x": 1, "y": 1.13, "xanchor": "right", "showarrow": False}
+            figure.add_annotation(text=f"cross: {NO_BOUNDS}", **note)
         figure.update_xaxes(title_text="share of the gap", zeroline=True, zerolinecolor="#8D96A2")
         figure.update_xaxes(title_text=f"{self.names[1]} less {self.names[0]}", row=1, col=2)
         figure.update_yaxes(type="category")

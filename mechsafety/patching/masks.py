@@ -81,6 +81,7 @@ class PairRuns:
         start: Their first column.
         left_out: Notes, in words, about pairs that were left out before the runs.
         align: ``tokens``, or ``suffix`` if only the template's tokens after the instruction correspond.
+        system: Text of the system turn that all prompts share; empty if there is none.
         constants: Values that patched parts take, from each pair's first difference on; None for those of the harmless
             runs.
         replaced: The same in the columns and for the prompts of these runs.
@@ -92,6 +93,7 @@ class PairRuns:
     start: int
     left_out: tuple[str, ...] = ()
     align: Align = "tokens"
+    system: str = ""
     constants: Constants | None = None
     replaced: Mapping[SiteKind, Tensor] | None = None
     empty: Float[Tensor, "batch d_vocab"] | None = None
@@ -155,8 +157,8 @@ def pair_runs(
     harmful, harmless = paired_runs(model, tokens, first, keep, max_batch_tokens=max_batch_tokens, fixed=fixed)
     if not tokens.common:
         _check_suffix(model, tokens, harmful, harmless)
-    left_out = pairs.left_out if isinstance(pairs, PromptPairs) else ()
-    runs = PairRuns(harmful, harmless, first, left_out, "tokens" if tokens.common else "suffix")
+    left_out, system = (pairs.left_out, pairs.system) if isinstance(pairs, PromptPairs) else ((), "")
+    runs = PairRuns(harmful, harmless, first, left_out, "tokens" if tokens.common else "suffix", system)
     return runs if constants is None else at_constants(model, runs, constants)
 
 

@@ -1,5 +1,6 @@
 """Prompts: harmful/harmless pairs, single prompts, and the spans of a chat prompt."""
 
+from mechsafety.conversation import Conversation, PromptLike
 from mechsafety.prompts.distinct import distinct, first_of_each, unseen
 from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.pairs import Align, PromptPair, PromptPairs, omissions
@@ -8,7 +9,9 @@ from mechsafety.prompts.spans import Spans, TokenPairs, TokenRow, Tokens, TokenT
 
 __all__ = [
     "Align",
+    "Conversation",
     "Prompt",
+    "PromptLike",
     "PromptPair",
     "PromptPairs",
     "Spans",

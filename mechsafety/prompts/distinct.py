@@ -4,7 +4,7 @@ import logging
 from collections.abc import Hashable, Sequence
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Prompts, public
+from mechsafety.inputs import Prompts, prompt_list, public
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +24,18 @@ def distinct(prompts: Prompts, what: str) -> list[str]:
     """The prompts without exact duplicates, in order; the number left out is logged.
 
     Args:
-        prompts: Texts.
+        prompts: Texts or lists of chat messages.
         what: Name of the prompts in the log.
 
     Example:
         >>> distinct(["tea", "cake", "tea"], "prompts")
         ['tea', 'cake']
     """
-    kept = first_of_each(prompts)
-    if len(kept) < len(prompts):
-        logger.warning("%s: %s", what, duplicates(len(prompts) - len(kept), "prompt"))
-    return [prompts[k] for k in kept]
+    given = prompt_list(prompts)
+    kept = first_of_each(given)
+    if len(kept) < len(given):
+        logger.warning("%s: %s", what, duplicates(len(given) - len(kept), "prompt"))
+    return [given[k] for k in kept]
 
 
 @public
@@ -42,8 +43,8 @@ def unseen(prompts: Prompts, seen: Prompts, what: str) -> list[int]:
     """Indices of the prompts that are not in ``seen``; the number left out is logged.
 
     Args:
-        prompts: Texts to judge on.
-        seen: Texts that were learned from.
+        prompts: Prompts to judge on.
+        seen: Prompts that were learned from.
         what: Name of the prompts in the log and in the error.
 
     Raises:

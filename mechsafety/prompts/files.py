@@ -27,10 +27,11 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
 
     Args:
         path: The file (UTF-8).
-        keys: Keys under which every row must hold a text that is not blank.
+        keys: Keys under which every row must hold a prompt: a text that is not blank, or a list of chat messages.
 
     Returns:
-        The rows. A ``topic`` or ``split`` becomes text (empty for ``null``). An ``edition`` becomes a whole number.
+        The rows. A list of messages becomes a `Conversation`. A ``topic`` or ``split`` becomes text (empty for
+        ``null``). An ``edition`` becomes a whole number.
 
     Raises:
         MechsafetyError: The suffix is not one of these; or as `read_jsonl`.
@@ -46,10 +47,12 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
 
 
 def read_jsonl(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a JSON-lines file in which every object holds a text, not blank, under each of ``keys``.
+    """Read a JSON-lines file in which every object holds a prompt under each of ``keys``.
+
+    A prompt is a text that is not blank, or a list of chat messages.
 
     Raises:
-        MechsafetyError: The file is missing or empty; or a line is malformed, lacks a key or has a blank text. The
+        MechsafetyError: The file is missing or empty; or a line is malformed, lacks a key or holds something else. The
             message names the line.
     """
     return _read(path, keys, _json_lines, f"a .jsonl file with {_shape(keys)} a line")
@@ -139,18 +142,20 @@ def _csv(text: str, path: str, shape: str) -> Rows:
 
 
 def _checked(row: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
-    """A row, checked for text under ``keys``, with its labels as text and its edition as a number."""
+    """A row, checked for prompts under ``keys``; labels become text, an edition a number, messages a `Conversation`."""
     if not isinstance(row, dict):
         raise MechsafetyError(f"{where}: a JSON {type(row).__name__}", expected=_shape(keys))
     for key in keys:
         if key not in row:
             raise MechsafetyError(f"{where}: the key {key!r} is missing", expected=_shape(keys))
-        if not isinstance(row[key], str):
+        if not isinstance(row[key], str | list):
             found = type(row[key]).__name__
-            raise MechsafetyError(f"{where}: the prompt under {key!r} is a JSON {found}", expected="text")
-        prompt_text(row[key], f"{where}: the prompt under {key!r}")
+            raise MechsafetyError(
+                f"{where}: the prompt under {key!r} is a JSON {found}", expected="text or a list of messages"
+            )
+    prompts = {key: prompt_text(row[key], f"{where}: the prompt under {key!r}") for key in keys}
     labels = {name: _label(row[name], name, where) for name in LABELS if name in row}
-    return row | labels | ({EDITION: _edition(row[EDITION], where)} if EDITION in row else {})
+    return row | prompts | labels | ({EDITION: _edition(row[EDITION], where)} if EDITION in row else {})
 
 
 def _edition(value: Any, where: str) -> int:

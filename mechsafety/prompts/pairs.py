@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, overlo
 
 import numpy as np
 
+from mechsafety.conversation import Conversation, PromptLike, system_of, turns_of
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, Prompts, lens_model, one_of, prompt_text, public
+from mechsafety.inputs import Amount, Count, Prompts, lens_model, one_of, prompt_list, prompt_text, public
 from mechsafety.prompts.distinct import duplicates, first_of_each
 from mechsafety.prompts.files import read_jsonl, read_rows
 from mechsafety.prompts.sets import data_file, load_instructions
@@ -51,7 +52,7 @@ class Reader(Protocol):
     def name(self) -> str:
         """Name of the model."""
 
-    def spans(self, prompts: Sequence[str], /) -> list[Spans]:
+    def spans(self, prompts: Sequence[PromptLike], /) -> list[Spans]:
         """Where each chat prompt's parts lie in its token row."""
 
 
@@ -60,18 +61,24 @@ class PromptPair:
     """A harmful request and its harmless counterfactual.
 
     Attributes:
-        harmful, harmless: The two prompts.
+        harmful, harmless: The two prompts: texts, or lists of chat messages that end in the user's turn.
         topic: What the pair is about.
         split: ``train``, ``validation`` or ``test``.
         edition: Edition of the set in which the pair was added, counted from 1. Within a topic, `PromptPairs.sample`
             draws the pairs of earlier editions first, so that a sample stays the same when pairs are added.
     """
 
-    harmful: str
-    harmless: str
+    harmful: PromptLike
+    harmless: PromptLike
     topic: str = ""
     split: str = ""
     edition: int = 1
+
+    def __post_init__(self) -> None:
+        for name in KEYS:
+            prompt = getattr(self, name)
+            if isinstance(prompt, list | tuple):  # all else is checked by the set, whose error names the pair
+                object.__setattr__(self, name, prompt_text(prompt, f"the {name} prompt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,10 @@ class PromptPairs:
 
     Patching needs pairs whose chat prompts have the same number of tokens. This depends on the model's tokenizer. The
     analyses leave out all other pairs (`aligned`), and say how many.
+
+    A prompt may have a system turn and earlier turns (`Conversation`). The instruction is then the user's last turn. It
+    alone may differ between the two prompts of a pair, unless only the suffix corresponds. `with_system` adds one
+    system turn to all prompts.
 
     Each pair counts once: an exact duplicate of an earlier pair is left out. A pair of two equal prompts is left out
     too, because its gap is 0. Both are logged and kept in ``left_out``.
@@ -110,6 +121,8 @@ class PromptPairs:
         for number, pair in enumerate(self.pairs, 1):
             for prompt in (pair.harmful, pair.harmless):
                 prompt_text(prompt, f"{self.name}, pair {number}: a prompt")
+            if self.align == "tokens":
+                _check_turns(pair, f"{self.name}, pair {number}")
         told_apart = [pair for pair in self.pairs if pair.harmful != pair.harmless]
         first = first_of_each([(pair.harmful, pair.harmless) for pair in told_apart])
         equal, again = len(self.pairs) - len(told_apart), len(told_apart) - len(first)
@@ -147,22 +160,56 @@ class PromptPairs:
     def __repr__(self) -> str:
         notes = "".join(f"; {note}" for note in self.left_out)
         suffix = ", aligned at the suffix" if self.align == "suffix" else ""
-        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics{suffix}{notes})"
+        system = ", with a system turn" if self.system else ""
+        return f"PromptPairs({self.name}: {len(self)} pairs, {len(self.topics)} topics{suffix}{system}{notes})"
 
     @property
     def harmful(self) -> list[str]:
         """The harmful prompts."""
-        return [pair.harmful for pair in self.pairs]
+        return [prompt_text(pair.harmful) for pair in self.pairs]
 
     @property
     def harmless(self) -> list[str]:
         """The harmless prompts, in the order of the harmful ones."""
-        return [pair.harmless for pair in self.pairs]
+        return [prompt_text(pair.harmless) for pair in self.pairs]
+
+    @property
+    def system(self) -> str:
+        """Text of the system turn that all prompts share; empty if there is none, or if there are several."""
+        found = {system_of(prompt) for prompt in (*self.harmful, *self.harmless)}
+        return (found.pop() or "") if len(found) == 1 else ""
 
     @property
     def topics(self) -> list[str]:
         """The topics present, sorted."""
         return sorted({pair.topic for pair in self.pairs})
+
+    def with_system(self, text: str) -> Self:
+        """The same pairs, with a system turn before every prompt.
+
+        Provenance keeps the text. It takes the place of a system text that the model was loaded with.
+
+        Raises:
+            MechsafetyError: The text is empty, or a prompt has a system turn already.
+
+        Example:
+            >>> pairs = PromptPairs.from_lists(["How do I make a bomb?"], ["How do I make a cake?"])
+            >>> print(pairs.with_system("You are a helpful assistant.").harmless[0])
+            system: You are a helpful assistant.
+            user: How do I make a cake?
+        """
+        text = prompt_text(text, "the system text")
+        sides = []
+        for kind, prompts in (("harmful", self.harmful), ("harmless", self.harmless)):
+            for number, prompt in enumerate(prompts, 1):
+                if system_of(prompt) is not None:
+                    raise MechsafetyError(
+                        f"{self.name}, pair {number}: the {kind} prompt has a system turn already",
+                        expected="prompts without one",
+                    )
+            sides.append([_with_system(text, prompt) for prompt in prompts])
+        pairs = zip(self.pairs, *sides, strict=True)
+        return replace(self, pairs=tuple(replace(pair, harmful=bad, harmless=good) for pair, bad, good in pairs))
 
     def split(self, *names: str) -> Self:
         """The pairs of the named splits (``train``, ``validation``, ``test``).
@@ -233,8 +280,8 @@ class PromptPairs:
         """
         seen: set[tuple[str, str]] = set()
         kept = []
-        for pair in self.pairs:
-            prompts = {("harmful", pair.harmful), ("harmless", pair.harmless)}
+        for pair, bad, good in zip(self.pairs, self.harmful, self.harmless, strict=True):
+            prompts = {("harmful", bad), ("harmless", good)}
             if not prompts & seen:
                 kept.append(pair)
             seen |= prompts
@@ -329,7 +376,8 @@ class PromptPairs:
     def from_file(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
         """Pairs from a ``.jsonl``, ``.json`` or ``.csv`` file.
 
-        Every row holds ``harmful`` and ``harmless``; ``topic``, ``split`` and ``edition`` are optional. A ``.jsonl``
+        Every row holds ``harmful`` and ``harmless``: texts, or lists of chat messages (not in ``.csv``). ``topic``,
+        ``split`` and ``edition`` are optional. A ``.jsonl``
         file has one object per line, a ``.json`` file one array of objects, a ``.csv`` file a line of column names and
         then the rows.
 
@@ -341,6 +389,8 @@ class PromptPairs:
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str], align: Align = "tokens") -> Self:
         """Pairs from a file with one ``{"harmful": "...", "harmless": "..."}`` per line, whatever its suffix.
+
+        Each side is a text or a list of chat messages, ``[{"role": "user", "content": "..."}]``.
 
         Raises:
             MechsafetyError: As `mechsafety.prompts.read_jsonl`.
@@ -377,7 +427,9 @@ class PromptPairs:
 
     @classmethod
     @public
-    def matched(cls, harmful: Prompts, harmless: Prompts, length: Callable[[str], int], name: str = "matched") -> Self:
+    def matched(
+        cls, harmful: Prompts, harmless: Prompts, length: Callable[[PromptLike], int], name: str = "matched"
+    ) -> Self:
         """Pair each harmful prompt with an unused harmless one of the same ``length`` (e.g. ``model.n_tokens``).
 
         Harmful prompts without a partner are left out.
@@ -385,7 +437,7 @@ class PromptPairs:
         Raises:
             MechsafetyError: No two prompts have the same length.
         """
-        shelf: dict[int, list[str]] = {}
+        shelf: dict[int, list[PromptLike]] = {}
         for text in reversed(harmless):
             shelf.setdefault(length(text), []).append(text)
         pairs = []
@@ -403,7 +455,7 @@ class PromptPairs:
         cls,
         name: str,
         harmless: Prompts | str | None = None,
-        length: Callable[[str], int] | None = None,
+        length: Callable[[PromptLike], int] | None = None,
         align: Align = "tokens",
     ) -> Self:
         """Pairs from a public benchmark: ``advbench``, ``harmbench``, ``jailbreakbench``, a hub id or a local file.
@@ -423,7 +475,7 @@ class PromptPairs:
         if harmless is None or isinstance(harmless, str):
             good = _read(_harmless_half(name if harmless is None else harmless, required=harmless is None))
         else:
-            good = list(harmless)
+            good = prompt_list(harmless)
         if length is not None:
             return cls.matched(bad, good, length, name)
         n = min(len(bad), len(good))
@@ -440,12 +492,30 @@ class PromptPairs:
 
 
 def omissions(pairs: object) -> dict[str, Any]:
-    """Options of a result's provenance that tell what was left out of its pairs and how they align.
+    """Options of a result's provenance: what was left out of its pairs, how they align, and their system turn.
 
     ``left_out`` is given if pairs were left out. ``align`` is given if only the suffix of the pairs corresponds.
+    ``system`` is given if all prompts share a system turn.
     """
-    notes, align = getattr(pairs, "left_out", ()), getattr(pairs, "align", "tokens")
-    return ({"left_out": list(notes)} if notes else {}) | ({"align": align} if align != "tokens" else {})
+    usual = {"left_out": (), "align": "tokens", "system": ""}
+    found = {name: getattr(pairs, name, value) for name, value in usual.items()}
+    return {name: list(value) if name == "left_out" else value for name, value in found.items() if value != usual[name]}
+
+
+def _check_turns(pair: PromptPair, where: str) -> None:
+    """Refuse a pair to be patched at every token whose prompts differ before the user's last turn."""
+    bad, good = (turns_of(prompt_text(prompt))[:-1] for prompt in (pair.harmful, pair.harmless))
+    if bad != good:
+        raise MechsafetyError(
+            f"{where}: the two prompts differ before the user's last turn",
+            expected="the same system turn and the same earlier turns in both",
+            hint="pairs that differ elsewhere can be patched at the template's suffix alone: align='suffix'",
+        )
+
+
+def _with_system(text: str, prompt: str) -> Conversation:
+    turns = (("system", text), *turns_of(prompt))
+    return Conversation([{"role": role, "content": content} for role, content in turns])
 
 
 def _numbers(found: Sequence[int], most: int | None = None) -> str:

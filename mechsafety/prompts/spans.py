@@ -17,9 +17,10 @@ class Spans:
     """Where a chat prompt's parts lie in its own (unpadded) token row, as half-open ranges.
 
     Attributes:
-        instruction: Start and end of the user's request.
-        length: Number of tokens. The ``prefix`` (system turn and template) lies before the instruction. The ``suffix``
-            (template tokens) lies after it. At the suffix's last token, the model decides how to begin its reply.
+        instruction: Start and end of the user's request; of several turns, of the last one.
+        length: Number of tokens. The ``prefix`` (system turn, earlier turns and template) lies before the instruction.
+            The ``suffix`` (template tokens) lies after it. At the suffix's last token, the model decides how to begin
+            its reply.
     """
 
     instruction: tuple[int, int]

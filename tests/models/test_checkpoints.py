@@ -166,7 +166,8 @@ EARLY = {
     "system": (
         {"template": NO_SYSTEM},
         {"template_options": {"system": "you help"}},
-        "a system text for a chat template without a system turn (no system); leave 'system' out of template_options",
+        "a system text for a chat template without a system turn (no system); leave the system text out, or "
+        "begin the user's turn with it",
     ),
     "nothing": ({}, {}, "cannot load the model 'PATH' ("),  # the weights are missed
 }

@@ -202,12 +202,12 @@ def test_options_are_part_of_what_a_result_is(load, pairs, log_odds, tmp_path):
         (
             NO_SYSTEM,
             {"system": "you help"},
-            "a system text for a chat template without a system turn (System role not supported); leave 'system' out",
+            "a system text for a chat template without a system turn (System role not supported); leave the ",
         ),
         (
             DEAF,
             {"system": "you help"},
-            "a system text for a chat template without a system turn (it leaves the text out); leave 'system' out of",
+            "a system text for a chat template without a system turn (it leaves the text out); leave the ",
         ),
     ],
 )

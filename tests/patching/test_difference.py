@@ -1,12 +1,15 @@
 """Two results of patching against each other: paired by prompt where both are of the same prompts."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import mechsafety as ms
 from mechsafety.intervals import ratio_intervals
-from mechsafety.patching import EffectDifference, PatchMap, compare_effects
+from mechsafety.patching import EffectDifference, PatchMap, activation_patching, compare_effects
 from mechsafety.results import Provenance
 
 PROVENANCE = Provenance("m", "0" * 64, "float32", "cpu", "1" * 64)
@@ -61,6 +64,28 @@ def test_table_figure_and_file(tmp_path):
     assert list(found.plot(most=1).data[2].y) == ["L1.MLP"]
     again = EffectDifference.load(found.save(tmp_path / "difference.json"))
     assert again.to_dataframe().equals(table)
+
+
+def test_an_interval_without_bounds_is_no_point():
+    """It has no whisker, so that its mark must not look like an exact value."""
+    gap = torch.tensor([2.0, 3.0, 4.0, 5.0])
+    found = compare_effects(made(0.2 * gap[None], gap), made(torch.tensor([[1.0, 0.4, 2.0, 1.5]]), gap + 1))
+    assert np.isfinite(found.intervals[0]).all() and not found.plot().layout.annotations[2:]
+    assert list(found.plot().data[2].marker.symbol) == ["circle"]
+    open_ended = replace(found, intervals=((-math.inf, math.inf),)).plot()
+    assert list(open_ended.data[2].marker.symbol) == ["x-thin-open"]
+    assert open_ended.layout.annotations[2].text == (
+        "cross: no bounded 95 % interval (one pair, or a gap that cannot be told from 0)"
+    )
+
+
+def test_bars_without_bounds_are_hatched(llama, pairs, log_odds):
+    one = activation_patching(llama, ms.PromptPairs(pairs.pairs[:1]), log_odds, progress=False)
+    (bars,) = one.plot().data
+    assert set(bars.marker.pattern.shape) == {"/"} and one.plot().layout.title.text.startswith("Hatched: no bounded")
+    gap = 4 + torch.rand(30, generator=torch.Generator().manual_seed(0))
+    sure = made(0.2 * gap[None] + 0.01 * torch.randn(1, 30, generator=torch.Generator().manual_seed(1)), gap).plot()
+    assert not sure.data[0].marker.pattern.shape and sure.layout.title.text is None
 
 
 def test_what_cannot_be_compared():

@@ -224,8 +224,14 @@ SHAPE = '{"harmful": "...", "harmless": "..."}'
         ([{"harmful": "x"}], f"line 1: the key 'harmless' is missing; expected {SHAPE}"),
         ([GOOD, {"harmful": " \t", "harmless": "x"}], "line 2: the prompt under 'harmful' is empty; expected text"),
         ([{"harmful": "x", "harmless": ""}], "line 1: the prompt under 'harmless' is empty; expected text"),
-        ([{"harmful": "x", "harmless": 3}], "line 1: the prompt under 'harmless' is a JSON int; expected text"),
-        ([{"harmful": None, "harmless": "x"}], "line 1: the prompt under 'harmful' is a JSON NoneType; expected text"),
+        (
+            [{"harmful": "x", "harmless": 3}],
+            "line 1: the prompt under 'harmless' is a JSON int; expected text or a list of messages",
+        ),
+        (
+            [{"harmful": None, "harmless": "x"}],
+            "line 1: the prompt under 'harmful' is a JSON NoneType; expected text or a list of messages",
+        ),
         (["[1, 2]"], f"line 1: a JSON list; expected {SHAPE}"),
         (['"text"'], f"line 1: a JSON str; expected {SHAPE}"),
     ],
