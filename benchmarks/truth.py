@@ -32,7 +32,6 @@ from tqdm.auto import tqdm
 import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits.edge_faithfulness import all_edges
-from mechsafety.cli import quiet_libraries
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.output import json_text
@@ -269,7 +268,6 @@ def build(options: Mapping[str, Any] | None) -> Case:
 def measure(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every method on one model."""
     torch.set_num_threads(1)
-    quiet_libraries()
     case = build(options)
     rows = {}
     for method in MAPPED if options and options.get("varied") else METHODS:

@@ -2,9 +2,11 @@
 
 import base64
 import dataclasses
+import importlib
 import os
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -160,14 +162,26 @@ def visible(token: str) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    """Versions of the packages that numbers depend on, as the imported modules say.
+
+    The list of installed packages may say something else: that of an editable installation keeps the version of the day
+    on which it was installed.
+    """
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        return "not installed"
+    own = getattr(module, "__version__", None)
+    if own is not None:
+        return str(own)
+    # TransformerLens has no such attribute: what is listed in the folder from which the module was imported comes first
+    beside = [str(Path(place).parent) for place in module.__path__]
+    listed = chain(distributions(name=name, path=beside), distributions(name=name))
+    return next((one.version for one in listed), "unknown")
 
 
 class Result:

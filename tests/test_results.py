@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import pkgutil
+import re
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import mechsafety as ms
-from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit
+from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit, results
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.circuit import Behaviour, KindCounts, Notes
 from mechsafety.codec import encode
@@ -340,7 +341,7 @@ def test_a_strangers_folder_is_left_alone(patch_map, tmp_path):
         patch_map.save(path)
     assert str(caught.value) == (
         "the output folder 'thesis' holds something else (chapter1.tex); "
-        "expected a new or empty folder, or one with an earlier result and nothing more; choose another folder"
+        "expected a new or empty folder, or one with an earlier result; choose another folder"
     )
     assert listing(tmp_path) == before
 
@@ -420,7 +421,29 @@ def test_provenance_round_trip_and_unknown_field():
     assert str(caught.value) == "provenance: unknown field 'user'; expected the fields of Provenance"
 
 
-def test_versions_are_those_installed():
+def test_versions_are_those_of_the_modules(monkeypatch):
+    """Not those of the list of installed packages, which may be of another day."""
     versions = package_versions()
     assert list(versions) == ["mechsafety", "torch", "transformers", "transformer_lens"]
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (versions["mechsafety"], versions["torch"]) == (ms.__version__, str(torch.__version__))
+    assert re.fullmatch(r"\d+(\.\w+)+", versions["transformer_lens"]), "it has no __version__"
+    monkeypatch.setattr(torch, "__version__", "9.9.9+mine")
+    assert package_versions() == versions | {"torch": "9.9.9+mine"}
+    monkeypatch.setattr(results, "PACKAGES", ("no_such_package",))
+    assert package_versions() == {"no_such_package": "not installed"}
+
+
+def test_versions_without_an_attribute_are_those_beside_the_module(monkeypatch, tmp_path):
+    """A package may be installed twice; the version is that of the folder it is imported from."""
+    for place, version in (("first", "1.0"), ("second", "2.0")):
+        (tmp_path / place / "made_twice").mkdir(parents=True)
+        (tmp_path / place / "made_twice" / "__init__.py").write_text("")
+        listed = tmp_path / place / f"made_twice-{version}.dist-info"
+        listed.mkdir()
+        (listed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: made-twice\nVersion: {version}\n")
+    monkeypatch.setattr(results, "PACKAGES", ("made_twice",))
+    monkeypatch.syspath_prepend(tmp_path / "second")
+    importlib.import_module("made_twice")
+    monkeypatch.syspath_prepend(tmp_path / "first")
+    assert package_versions() == {"made_twice": "2.0"}
+    del sys.modules["made_twice"]
