@@ -420,7 +420,7 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
 
 
 def first_look(circuit: RefusalCircuit) -> str:
-    """What a reader has to know first: that there is no circuit, or that a map is only a first look; otherwise empty."""
+    """What a reader has to know first: that there is no circuit, or that a map is only a first look; or nothing."""
     no_circuit = "No circuit: the time budget ended before edges and roles were measured. These parts are a ranking."
     preliminary = "Preliminary: a first look on few pairs, with fewer checks."
     return " ".join([no_circuit] * circuit.unfinished + [preliminary] * circuit.preliminary)
