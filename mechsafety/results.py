@@ -189,7 +189,8 @@ class Result:
 
     A result is saved as a folder, with ``result.json`` (everything but tensors) and ``tensors.safetensors``, or as one
     file where the path ends in ``.json``; there the tensors are text (base64 of the same safetensors bytes). Either way
-    it is read by its own class: ``PatchMap.load(path)``. What fields may hold: see `mechsafety.codec`.
+    it is read by its own class: ``PatchMap.load(path)``. What fields may hold: see `mechsafety.codec`. A result that
+    could not be loaded again, such as one with a wrong field, is not saved.
     """
 
     __slots__ = ()
@@ -205,7 +206,8 @@ class Result:
             path: A folder, or one file where it ends in ``.json``.
 
         Raises:
-            MechsafetyError: ``path`` holds something else, or cannot be written to, or a field cannot be stored.
+            MechsafetyError: ``path`` holds something else, or cannot be written to; or `load` would refuse the result,
+                with the same message.
         """
         if Path(path).suffix == ".json":
             return write_text(path, self.to_json())
@@ -226,7 +228,9 @@ class Result:
         folder = Path(path).is_dir()
         source = Path(path) / FILES[0] if folder else Path(path)
         if not source.is_file():
-            raise MechsafetyError(f"no such file: {source}", expected=f"what {cls.__name__}.save wrote")
+            other = next(iter(sorted(Path(path).glob("*.json"))), None) if folder else None
+            hint = "" if other is None else f"{cls.__name__}.load({str(other)!r}) reads the file there"
+            raise MechsafetyError(f"no such file: {source}", expected=f"what {cls.__name__}.save wrote", hint=hint)
         tensors = source.with_name(FILES[1])
         try:
             text = source.read_bytes().decode()
@@ -243,6 +247,15 @@ class Result:
         data, tensors = _written(self)
         return json_text(data | ({"tensors": base64.b64encode(tensors).decode()} if tensors else {})) + "\n"
 
+    def check_stored(self) -> None:
+        """Refuse what no file of such a result may hold, beyond what its fields' annotations say; for subclasses.
+
+        It is called whenever a result is saved or loaded.
+
+        Raises:
+            MechsafetyError: The result cannot be stored.
+        """
+
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Inverse of `to_json`.
@@ -258,6 +271,7 @@ def _written(result: Result) -> tuple[dict[str, Any], bytes]:
     tensors: dict[str, Tensor] = {}
     kind = type(result)
     body = encode(kind, result, "", tensors)
+    decode(kind, body, "", tensors).check_stored()
     data = {"format": FORMAT, "version": FORMAT_VERSION, "type": kind.__name__, "result": body}
     if not tensors:
         return data, b""
@@ -277,7 +291,9 @@ def _read(kind: Any, text: str, stored: bytes = b"") -> Any:
             stored = base64.b64decode(data["tensors"], validate=True)
         except (TypeError, ValueError):
             raise MechsafetyError("tensors: no base64 text", expected="safetensors bytes as such") from None
-    return decode(kind, data.get("result"), "", _tensors(stored))
+    found = decode(kind, data.get("result"), "", _tensors(stored))
+    found.check_stored()
+    return found
 
 
 def _tensors(stored: bytes) -> "dict[str, Tensor]":

@@ -612,6 +612,12 @@ class RefusalCircuit(Result):
             search=None,
         )
 
+    def check_stored(self) -> None:
+        """Refuse a circuit that no file may hold (see `mechsafety.circuits.files.check`)."""
+        from mechsafety.circuits.files import check
+
+        check(self)
+
     def to_json(self) -> str:
         """The text of ``circuit.json``, which `save` writes where a path ends in ``.json``; without the details."""
         from mechsafety.circuits.files import write
