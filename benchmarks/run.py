@@ -30,7 +30,6 @@ from models import load
 from report import markdown
 from tqdm.auto import tqdm
 
-from mechsafety.cli import quiet_libraries
 from mechsafety.output import json_text, write_text
 from mechsafety.results import package_versions
 
@@ -40,7 +39,6 @@ CASES = (*PEER_CASES, MEMORY, *growth_cases(), *gpu_cases())
 
 def measure(name: str, tiny: bool) -> dict[str, Any]:
     """One case, in this process."""
-    quiet_libraries()
     if name in gpu_cases():
         shape, dtype = gpu_cases()[name]
         return gpu("tiny", dtype, "cpu") if tiny else gpu(shape, dtype)

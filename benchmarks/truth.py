@@ -33,7 +33,6 @@ import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits import EdgeMeter, FaithfulnessMeter, NeuronMeter, train_masks
 from mechsafety.circuits.edge_faithfulness import all_edges
-from mechsafety.cli import quiet_libraries
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.output import json_text
@@ -290,7 +289,6 @@ def asked(options: Mapping[str, Any] | None) -> tuple[Callable[[Case], Any], ...
 def measure(name: str, options: Mapping[str, Any] | None, wanted: Collection[str]) -> dict[str, Any]:
     """The wanted methods on one model."""
     torch.set_num_threads(1)
-    quiet_libraries()
     case = build(options)
     rows = {}
     for method in asked(options):

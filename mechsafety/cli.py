@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,11 +15,20 @@ from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.output import check_free_space, json_text, output_folder, writing
+from mechsafety.output import check_free_space, json_text, output_folder, uninterrupted, writing
 from mechsafety.version import __version__
 
-# exit codes; those of signals are 128 plus the number of the signal, as in shells
-MISTAKE, NOTHING_TO_MAP, INTERRUPTED, CLOSED, STOPPED = 2, 3, 130, 141, 143
+# those of signals are 128 plus the number of the signal, as in shells
+DONE, MISTAKE, NOTHING_TO_MAP, UNFINISHED, INTERRUPTED, CLOSED, STOPPED = 0, 2, 3, 5, 130, 141, 143
+EXIT_CODES = {
+    DONE: "The map is written.",
+    MISTAKE: "A mistake in what was given, or a place that cannot be written to. Nothing is written.",
+    NOTHING_TO_MAP: "The model does not refuse, so there is nothing to map. Nothing is written.",
+    UNFINISHED: "The time budget ended before there was a circuit. What was measured is written.",
+    INTERRUPTED: "Interrupted by Ctrl-C. Nothing is written.",
+    CLOSED: "The map is written, but its summary could not be printed.",
+    STOPPED: "Terminated by SIGTERM, as batch systems send it at a time limit. Nothing is written.",
+}
 NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts; the pictures of a large map take a few MB more
 
 app = App(
@@ -27,6 +36,7 @@ app = App(
     help="Map which parts of a chat model make it refuse.",
     version=__version__,
     help_format="plaintext",
+    help_epilogue="Exit codes:\n" + "\n".join(f"{code:5}  {words}" for code, words in EXIT_CODES.items()),
     suppress_keyboard_interrupt=False,
 )
 
@@ -108,7 +118,7 @@ def map_command(
     dtype
         float32, bfloat16, float16; auto for the checkpoint's own.
     chat_template
-        A Jinja chat template, or "plain" for models without a chat template.
+        A file with a Jinja chat template, the template itself, or "plain" for models without a chat template.
     template_option
         NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
     seed
@@ -118,57 +128,134 @@ def map_command(
     """
     from mechsafety.viz import FILES, write_all
 
-    with output_folder(out, FILES) as scratch:  # opened first, so that a folder that cannot be written to fails at once
-        check_free_space(scratch, NEEDED_BYTES)
-        from mechsafety.prompts import PromptPairs
+    tokens = (refusal_token, comply_token, opener)
+    done = False
+    try:
+        with ExitStack() as late:
+            # opened first, so that a folder that cannot be written to fails at once
+            with output_folder(out, FILES) as scratch:
+                check_free_space(scratch, NEEDED_BYTES)
+                chosen = _pairs_of(pairs, align, level)
+                _check_tokens(*tokens)
+                template, template_options = _template(chat_template), _template_options(template_option)
+                from mechsafety.circuits import MapOptions, map_refusal_circuit
 
-        if pairs is None and align != "tokens":
-            raise MechsafetyError(f"--align {align} without --pairs", expected="a file of pairs of any lengths")
-        chosen = PromptPairs.builtin() if pairs is None else PromptPairs.from_file(pairs, align)
-        if comply_token and not refusal_token:
-            raise MechsafetyError("--comply-token without --refusal-token", expected="both, or neither")
-        if opener is not None and not refusal_token:
-            raise MechsafetyError("--opener without --refusal-token", expected="both, or neither")
-        options = dict(map(_option, template_option))
-        quiet_libraries()
-        from mechsafety.circuits import MapOptions, map_refusal_circuit
-        from mechsafety.circuits.draw import MIN_PAIRS
-        from mechsafety.metrics import RefusalLogOdds
-        from mechsafety.models import load_model
+                pairs_to_try: dict[str, Any] = {} if limit is None else {"limit": limit}
+                options = (MapOptions.quick if quick else MapOptions)(
+                    **pairs_to_try,
+                    level=level,
+                    target=target,
+                    goal=goal,
+                    search=search,
+                    ablation=ablation,
+                    max_nodes=max_nodes,
+                    budget_seconds=budget_seconds,
+                    seed=seed,
+                )
+                lens, chosen, metric = _loaded(
+                    chosen,
+                    tokens,
+                    model,
+                    adapter=adapter,
+                    device=device,
+                    dtype=dtype,
+                    file=file,
+                    chat_template=template,
+                    template_options=template_options,
+                )
+                circuit = map_refusal_circuit(lens, chosen, metric, options)
+                with writing(out):
+                    write_all(circuit, scratch)
+                late.enter_context(uninterrupted())  # the rest takes milliseconds
+            done = True
+        code = _show(_summary_json(circuit, out) if as_json else _summary(circuit, out), out)
+    except KeyboardInterrupt as error:
+        if not done:
+            raise
+        word, number = _of_signal(error)
+        return _say(f"{word} after the map was written; it is whole in {out}", number)
+    if code == DONE and circuit.unfinished:
+        return _say(f"{NO_CIRCUIT}; what was measured is in {out}; give more --budget-seconds", UNFINISHED)
+    return code
 
-        pairs_to_try: dict[str, Any] = {} if limit is None else {"limit": limit}
-        asked = (MapOptions.quick if quick else MapOptions)(
-            **pairs_to_try,
-            level=level,
-            target=target,
-            goal=goal,
-            search=search,
-            ablation=ablation,
-            max_nodes=max_nodes,
-            budget_seconds=budget_seconds,
-            seed=seed,
+
+NO_CIRCUIT_ROW = ("no circuit", "the time budget ended before edges and roles were measured; these parts are a ranking")
+NO_CIRCUIT = "the time budget ended before there was a circuit"
+
+
+def _pairs_of(path: Path | None, align: Literal["tokens", "suffix"], level: str) -> Any:
+    """The pairs of a file, or the built-in ones, if circuits of this level can be found on them."""
+    from mechsafety.prompts import PromptPairs
+
+    if path is None and align != "tokens":
+        raise MechsafetyError(f"--align {align} without --pairs", expected="a file of pairs of any lengths")
+    found = PromptPairs.builtin() if path is None else PromptPairs.from_file(path, align)
+    from mechsafety.circuits.levels import LEVELS
+
+    LEVELS[level].check_align(align)
+    return found
+
+
+def _check_tokens(refusal: tuple[str, ...], comply: tuple[str, ...], opener: str | None) -> None:
+    """Refuse comply tokens and openers without refusal tokens."""
+    for name, given in (("--comply-token", bool(comply)), ("--opener", opener is not None)):
+        if given and not refusal:
+            raise MechsafetyError(f"{name} without --refusal-token", expected="both, or neither")
+
+
+def _template(given: str | None) -> str | None:
+    """The chat template: of a file, as it is given, or ``plain``."""
+    if given is None or given == "plain" or "{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise MechsafetyError(
+            f"--chat-template {given!r} is no file", expected="a file with a Jinja chat template, or 'plain'"
         )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise MechsafetyError(
+            f"--chat-template {given!r} is not UTF-8 text", expected="a Jinja chat template"
+        ) from None
 
-        def fit(chat: Any) -> None:
-            """Leave out pairs that do not align, and log them, before the model's weights are needed."""
-            nonlocal chosen
-            chosen = chosen.aligned(chat, least=2 * MIN_PAIRS)
 
-        lens = load_model(
-            model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            file=file,
-            chat_template=chat_template,
-            template_options=options,
-            on_tokenizer=fit,
-        )
-        metric = RefusalLogOdds.of(lens, refusal_token, comply_token, opener=opener) if refusal_token else None
-        circuit = map_refusal_circuit(lens, chosen, metric, asked)
-        with writing(out):
-            write_all(circuit, scratch)
-    return _show(_summary_json(circuit, out) if as_json else _summary(circuit, out), out)
+def _template_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """The chat template's options by name."""
+    found: dict[str, Any] = {}
+    for name, value in map(_option, given):
+        if name in found:
+            raise MechsafetyError(f"--template-option {name} is given twice", expected="each name once")
+        found[name] = value
+    return found
+
+
+def _loaded(pairs: Any, tokens: tuple[tuple[str, ...], tuple[str, ...], str | None], model: str, **given: Any) -> Any:
+    """The model, the pairs that align under its tokenizer, and the metric of the given tokens.
+
+    Pairs and tokens are checked as soon as there is a tokenizer, before the model's weights are read.
+
+    Args:
+        pairs: All pairs.
+        tokens: Refusal tokens, comply tokens and the opener.
+        model: As `load_model` takes it.
+        given: Its other arguments.
+    """
+    from mechsafety.circuits.draw import MIN_PAIRS
+    from mechsafety.metrics import RefusalLogOdds
+    from mechsafety.models import load_model
+
+    refusal, comply, opener = tokens
+    metric = None
+
+    def fit(chat: Any) -> None:
+        nonlocal pairs, metric
+        pairs = pairs.aligned(chat, least=2 * MIN_PAIRS)
+        if refusal:
+            metric = RefusalLogOdds.of_tokenizer(chat.tokenizer, refusal, comply, opener=opener)
+
+    lens = load_model(model, on_tokenizer=fit, **given)
+    return lens, pairs, metric
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -182,17 +269,6 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def quiet_libraries() -> None:
-    """Keep progress bars and warnings of other libraries off the user's terminal."""
-    import warnings
-
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers")
-
-
 def _summary_json(circuit: Any, out: Path) -> str:
     check = circuit.verification
     return json_text(
@@ -200,14 +276,15 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "out": str(out),
             "model": circuit.provenance.model,
             "preliminary": circuit.preliminary,
+            "unfinished": circuit.unfinished,
             "nodes": len(circuit.nodes),
             "candidates": circuit.n_candidates,
-            "edges": len(circuit.edges),
+            "edges": None if circuit.unfinished else len(circuit.edges),
             "faithfulness": check.faithfulness,
             "held_out_faithfulness": check.held_out_faithfulness,
             "target": check.target,
             "goal": check.goal,
-            "target_reached": check.reached,
+            "target_reached": check.reached if check.measured else None,
             "cmd": check.cmd,
             "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
             "random_control_p": check.random_p,
@@ -234,6 +311,8 @@ def _summary(circuit: Any, out: Path) -> str:
     check = circuit.verification
     held, controls, (low, high) = check.held_out_faithfulness, check.random_controls, check.held_out_ci
     rows: list[tuple[str, str]] = []
+    if circuit.unfinished:
+        rows.append(NO_CIRCUIT_ROW)
     if circuit.preliminary:
         rows.append(("preliminary", "a first look on few pairs, with fewer checks; run again without --quick"))
     for kind, value in circuit.behaviour.items():
@@ -261,8 +340,7 @@ def _summary(circuit: Any, out: Path) -> str:
         ("  random circuits", _measured(controls.mean, f"mean {controls.mean:.2f}, p = {check.random_p:.3g}")),
         ("  removing it", _measured(check.necessity, f"loses {check.necessity:.0%} of the gap")),
         *([("  resampled", _stability(check.stability))] if check.stability is not None else []),
-        ("edges", f"{len(circuit.edges)} kept"),
-        ("roles", ", ".join(f"{len(circuit.by_role(r))} {r}" for r in _roles(circuit))),
+        *([] if circuit.unfinished else _wiring(circuit)),
         ("claims", _claims(check)),
         *([("backups", ", ".join(str(b.node) for b in circuit.search.backups))] if circuit.search.backups else []),
         *([("  the others", circuit.ablation)] if circuit.ablation != "counterfactual" else []),
@@ -324,6 +402,12 @@ def _read(metric: Any) -> list[tuple[str, str]]:
     return [("  read", reads_where(metric).removeprefix("read ")), *tried] if tried or metric.get("opener") else []
 
 
+def _wiring(circuit: Any) -> list[tuple[str, str]]:
+    """Lines on edges and roles."""
+    roles = ", ".join(f"{len(circuit.by_role(role))} {role}" for role in _roles(circuit))
+    return [("edges", f"{len(circuit.edges)} kept"), ("roles", roles)]
+
+
 def _roles(circuit: Any) -> list[str]:
     from mechsafety.circuits.circuit import ROLES
 
@@ -340,12 +424,17 @@ def _show(text: str, out: Path) -> int:
         # the rest of the buffer would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"the summary was not printed ({error.strerror}); the map is whole in {out}")
-        return CLOSED if isinstance(error, BrokenPipeError) else MISTAKE
+        return CLOSED
     return 0
 
 
 class _Stopped(KeyboardInterrupt):
     """The process was asked to end."""
+
+
+def _of_signal(error: KeyboardInterrupt) -> tuple[str, int]:
+    """What ended the work, and its exit code."""
+    return ("terminated", STOPPED) if isinstance(error, _Stopped) else ("interrupted", INTERRUPTED)
 
 
 @contextmanager
@@ -366,20 +455,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command and exit.
-
-    Exit codes:
-
-    - 0: done.
-    - 2: the user's mistake, or a place that cannot be written to. Nothing was written, unless the message says that the
-      map is complete.
-    - 3: there is nothing to map. Nothing was written.
-    - 130: interrupted (Ctrl-C). Nothing was written.
-    - 141: the reader of the summary is gone. The map is complete.
-    - 143: terminated. Nothing was written.
-
-    Every code except 0 comes with one line on stderr.
-    """
+    """Run the command and exit with one of `EXIT_CODES`; every code except 0 comes with one line on stderr."""
     try:
         with _stoppable():
             code = app(
@@ -394,9 +470,8 @@ def main(argv: list[str] | None = None) -> None:
     except (MechsafetyError, CycloptsError, OSError) as error:
         sys.exit(_say(error, MISTAKE))
     except KeyboardInterrupt as error:
-        stopped = isinstance(error, _Stopped)
-        word = "terminated" if stopped else "interrupted"
-        sys.exit(_say(f"{word}; nothing was written", STOPPED if stopped else INTERRUPTED))
+        word, number = _of_signal(error)
+        sys.exit(_say(f"{word}; nothing was written", number))
 
 
 def _say(error: Exception | str, code: int = MISTAKE) -> int:

@@ -28,6 +28,7 @@ from mechsafety.openers import (
     logits_along,
     longest,
     opener_ids_of,
+    opener_tokens,
     settles,
 )
 from mechsafety.prompts import PromptPairs
@@ -244,10 +245,28 @@ class RefusalLogOdds:
         Raises:
             MechsafetyError: A text is not exactly one token (the message shows its tokens), or the opener has no token.
         """
-        refusal = tuple(_single_token(model, text) for text in refusal_tokens)
-        comply = tuple(_single_token(model, text) for text in comply_tokens)
-        ids = () if opener is None else opener_ids_of(model, opener)
-        text = model.tokenizer.decode(list(ids)) if ids else ""
+        found = cls.of_tokenizer(model.tokenizer, refusal_tokens, comply_tokens, opener=opener)
+        model.reading(found.opener_ids)  # refuses tokens that the model lacks
+        return found
+
+    @classmethod
+    def of_tokenizer(
+        cls,
+        tokenizer: Any,
+        refusal_tokens: Sequence[str],
+        comply_tokens: Sequence[str] = (),
+        *,
+        opener: str | Sequence[int] | None = None,
+    ) -> "RefusalLogOdds":
+        """As `of`, from a Hugging Face tokenizer alone, for checks before a model's weights are read.
+
+        Raises:
+            MechsafetyError: As `of`.
+        """
+        refusal = tuple(_single_token(tokenizer, text) for text in refusal_tokens)
+        comply = tuple(_single_token(tokenizer, text) for text in comply_tokens)
+        ids = () if opener is None else opener_tokens(tokenizer, opener)
+        text = tokenizer.decode(list(ids)) if ids else ""
         return cls(refusal, tuple(refusal_tokens), comply, tuple(comply_tokens), ids, text)
 
     @classmethod
@@ -388,10 +407,10 @@ def _nothing_parts(model: LensModel, found: Sequence[Candidate], opener: Any) ->
     return MechsafetyError(f"the refusals begin like compliant replies {texts}", hint=CHOOSE)
 
 
-def _single_token(model: LensModel, text: str) -> int:
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+def _single_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        parts = [model.tokenizer.decode([token]) for token in ids]
+        parts = [tokenizer.decode([token]) for token in ids]
         raise MechsafetyError(f"{text!r} is {len(ids)} tokens {parts}", expected="one token", hint="pass its first one")
     return int(ids[0])
 

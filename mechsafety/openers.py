@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -134,7 +135,18 @@ def opener_ids_of(model: LensModel, opener: str | Sequence[int]) -> tuple[int, .
     Raises:
         MechsafetyError: It has no token.
     """
-    given = model.tokenizer(opener, add_special_tokens=False)["input_ids"] if isinstance(opener, str) else opener
+    return model.reading(
+        opener_tokens(model.tokenizer, opener)
+    ).opener_ids  # reading refuses tokens that the model lacks
+
+
+def opener_tokens(tokenizer: Any, opener: str | Sequence[int]) -> tuple[int, ...]:
+    """Token ids of an opener under a Hugging Face tokenizer.
+
+    Raises:
+        MechsafetyError: It has no token.
+    """
+    given = tokenizer(opener, add_special_tokens=False)["input_ids"] if isinstance(opener, str) else opener
     ids = tuple(int(token) for token in given)
     if not ids:
         raise MechsafetyError(
@@ -142,7 +154,7 @@ def opener_ids_of(model: LensModel, opener: str | Sequence[int]) -> tuple[int, .
             expected='the first words of a reply, such as "I\'m"',
             hint="leave it out to read the reply's first token",
         )
-    return model.reading(ids).opener_ids  # reading refuses tokens that the model lacks
+    return ids
 
 
 def check_comes(model: LensModel, opener_ids: Sequence[int], replies: Sequence[Sequence[int]]) -> None:

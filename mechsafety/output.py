@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from typing import Any
 from mechsafety.errors import MechsafetyError, first_line
 
 SCRATCH = ".mechsafety-"
+# near the beginning of every file that marks a folder as a result
+MARK = b'"format": "mechsafety.'
 # files that operating systems put into folders by themselves; they are left in place
 OF_THE_SYSTEM = ("lost+found", ".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -81,8 +85,8 @@ def output_folder(path: str | os.PathLike[str], names: Sequence[str]) -> Iterato
     """A scratch folder whose files move to ``path`` on success; on failure it vanishes.
 
     A new ``path`` appears with all its files at once. An existing folder (it may be a mount, or a shell's working
-    folder) stays, and its files are replaced one by one. It may hold only files of the given names, so that no file of
-    the user is lost.
+    folder) stays, and its files are replaced one by one. If it holds an earlier result, all other files in it are kept.
+    Otherwise it may hold only files of the given names, so that no file of the user is lost.
 
     Args:
         path: The folder; missing folders above it are made.
@@ -105,30 +109,58 @@ def output_folder(path: str | os.PathLike[str], names: Sequence[str]) -> Iterato
         try:
             yield scratch
             check_output_folder(target, names)
-            with writing(path):
+            with writing(path), uninterrupted():
                 _move_in(scratch, target, names)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Context in which Ctrl-C and SIGTERM do nothing, for a step of milliseconds that must not stop halfway.
+
+    Outside the main thread, which alone sets what signals do, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def check_output_folder(path: Path, names: Sequence[str]) -> None:
-    """Refuse an output folder that holds anything except the files of an earlier result.
+    """Refuse an output folder that holds something else than an earlier result.
+
+    Files that somebody has put beside an earlier result do not matter: they are kept.
 
     Args:
         path: The folder.
-        names: Names of a result's files.
+        names: Names of a result's files. The first name is the file that marks the folder as a result.
 
     Raises:
-        MechsafetyError: ``path`` is a file, or a folder with other things in it.
+        MechsafetyError: ``path`` is a file, or a folder that holds other things and no earlier result, or a folder that
+            holds a folder with the name of one of a result's files.
     """
     if path.exists() and not path.is_dir():
         raise MechsafetyError(f"{path.name!r} is a file", expected="a folder to write into", hint="choose another name")
     entries = sorted(path.iterdir()) if path.is_dir() else []
+    taken = [entry.name for entry in entries if entry.name in names and entry.is_dir()]
+    if taken:
+        raise MechsafetyError(
+            f"the output folder {path.name!r} holds a folder named {taken[0]!r}",
+            expected="that name for a file of the result",
+            hint="move that folder away, or choose another output folder",
+        )
     strange = [entry.name for entry in entries if not _may_stay(entry, names)]
-    if strange:
+    if strange and not _is_result(path / names[0]):
         raise MechsafetyError(
             f"the output folder {path.name!r} holds something else ({', '.join(strange[:3])})",
-            expected="a new or empty folder, or one with an earlier result and nothing more",
+            expected="a new or empty folder, or one with an earlier result",
             hint="choose another folder",
         )
 
@@ -178,8 +210,15 @@ def _scratch(folder: Path, suffix: str = "") -> Path:
 
 def _may_stay(entry: Path, names: Sequence[str]) -> bool:
     """Whether an entry is a result's file, scratch that a killed process left, or a file of the system."""
-    known = entry.name.startswith(SCRATCH) or entry.name in OF_THE_SYSTEM
-    return known or (entry.name in names and not entry.is_dir())
+    return entry.name.startswith(SCRATCH) or entry.name in OF_THE_SYSTEM or entry.name in names
+
+
+def _is_result(marker: Path) -> bool:
+    """Whether a file says that it is a result of this package; other programs write a ``result.json`` too."""
+    if not marker.is_file():
+        return False
+    with marker.open("rb") as file:
+        return MARK in file.read(100)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import base64
 import dataclasses
+import importlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -185,14 +187,26 @@ def prompt_column(asked: Sequence[str]) -> "pd.Series[Any]":
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    """Versions of the packages that numbers depend on, as the imported modules say.
+
+    The list of installed packages may say something else: that of an editable installation keeps the version of the day
+    on which it was installed.
+    """
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        return "not installed"
+    own = getattr(module, "__version__", None)
+    if own is not None:
+        return str(own)
+    # TransformerLens has no such attribute: what is listed in the folder from which the module was imported comes first
+    beside = [str(Path(place).parent) for place in module.__path__]
+    listed = chain(distributions(name=name, path=beside), distributions(name=name))
+    return next((one.version for one in listed), "unknown")
 
 
 class Result:
@@ -200,7 +214,8 @@ class Result:
 
     A result is saved as a folder, with ``result.json`` (everything but tensors) and ``tensors.safetensors``, or as one
     file where the path ends in ``.json``; there the tensors are text (base64 of the same safetensors bytes). Either way
-    it is read by its own class: ``PatchMap.load(path)``. What fields may hold: see `mechsafety.codec`.
+    it is read by its own class: ``PatchMap.load(path)``. What fields may hold: see `mechsafety.codec`. A result that
+    could not be loaded again, such as one with a wrong field, is not saved.
     """
 
     __slots__ = ()
@@ -216,7 +231,8 @@ class Result:
             path: A folder, or one file where it ends in ``.json``.
 
         Raises:
-            MechsafetyError: ``path`` holds something else, or cannot be written to, or a field cannot be stored.
+            MechsafetyError: ``path`` holds something else, or cannot be written to; or `load` would refuse the result,
+                with the same message.
         """
         if Path(path).suffix == ".json":
             return write_text(path, self.to_json())
@@ -237,7 +253,9 @@ class Result:
         folder = Path(path).is_dir()
         source = Path(path) / FILES[0] if folder else Path(path)
         if not source.is_file():
-            raise MechsafetyError(f"no such file: {source}", expected=f"what {cls.__name__}.save wrote")
+            other = next(iter(sorted(Path(path).glob("*.json"))), None) if folder else None
+            hint = "" if other is None else f"{cls.__name__}.load({str(other)!r}) reads the file there"
+            raise MechsafetyError(f"no such file: {source}", expected=f"what {cls.__name__}.save wrote", hint=hint)
         tensors = source.with_name(FILES[1])
         try:
             text = source.read_bytes().decode()
@@ -254,6 +272,15 @@ class Result:
         data, tensors = _written(self)
         return json_text(data | ({"tensors": base64.b64encode(tensors).decode()} if tensors else {})) + "\n"
 
+    def check_stored(self) -> None:
+        """Refuse what no file of such a result may hold, beyond what its fields' annotations say; for subclasses.
+
+        It is called whenever a result is saved or loaded.
+
+        Raises:
+            MechsafetyError: The result cannot be stored.
+        """
+
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Inverse of `to_json`.
@@ -269,6 +296,7 @@ def _written(result: Result) -> tuple[dict[str, Any], bytes]:
     tensors: dict[str, Tensor] = {}
     kind = type(result)
     body = encode(kind, result, "", tensors)
+    decode(kind, body, "", tensors).check_stored()
     data = {"format": FORMAT, "version": FORMAT_VERSION, "type": kind.__name__, "result": body}
     if not tensors:
         return data, b""
@@ -288,7 +316,9 @@ def _read(kind: Any, text: str, stored: bytes = b"") -> Any:
             stored = base64.b64decode(data["tensors"], validate=True)
         except (TypeError, ValueError):
             raise MechsafetyError("tensors: no base64 text", expected="safetensors bytes as such") from None
-    return decode(kind, data.get("result"), "", _tensors(stored))
+    found = decode(kind, data.get("result"), "", _tensors(stored))
+    found.check_stored()
+    return found
 
 
 def _tensors(stored: bytes) -> "dict[str, Tensor]":

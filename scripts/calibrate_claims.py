@@ -37,7 +37,6 @@ from mechsafety.circuits.verification.verify import (
     minimality_p,
     random_circuits,
 )
-from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
@@ -274,5 +273,4 @@ def on_all_pairs(given: Setting) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
     simulation("claims", __doc__, simulate, few=25, many=500)

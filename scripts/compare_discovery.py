@@ -30,7 +30,6 @@ from mechsafety.circuits.effects import single_effects
 from mechsafety.circuits.goal import GoalKind
 from mechsafety.circuits.map import Split
 from mechsafety.circuits.verification.stability import attribute_pairs
-from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, as_node, head_and_mlp_nodes
 from mechsafety.results import package_versions
@@ -161,7 +160,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/discovery"), help="where steps are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    quiet_libraries()
     model = ms.load_model(args.model)
     made_of = {"weights": model.provenance().weights_sha256, "drawn": str(args.drawn or args.limit)}
     steps = Steps(args.work / model.name.replace("/", "--"), made_of)

@@ -22,7 +22,6 @@ from pages.render import publish
 from tqdm.auto import tqdm
 
 import mechsafety as ms
-from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import wilson_interval
 from mechsafety.models.demo import adapter_folder
 from mechsafety.prompts.pairs import HUB
@@ -127,7 +126,6 @@ def main() -> None:
         "--out", type=Path, default=RESULTS.parent, help="folder of the page; the record goes into results"
     )
     args = parser.parse_args()
-    quiet_libraries()
     args.work.mkdir(parents=True, exist_ok=True)
     sets = prompt_sets(args.data)
     folder = args.adapter or adapter_folder("refusal")

@@ -25,7 +25,6 @@ from steps import Steps
 from torch import Tensor
 
 import mechsafety as ms
-from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection, RefusalSubspace
 from mechsafety.directions.scores import mean_differences
 from mechsafety.interventions import Direction, StrengthSweep, orthogonalized, project_out, steer
@@ -97,7 +96,6 @@ def main() -> None:
     parser.add_argument("--n-detect", type=int, default=40)
     parser.add_argument("--layers", type=int, nargs="*", help="candidates' layers; all by default")
     args = parser.parse_args()
-    quiet_libraries()
     study = Study(args)
     found = study.result("direction", RefusalDirection, lambda: find(study))
     print(found, flush=True)

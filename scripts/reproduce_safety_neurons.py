@@ -38,10 +38,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mechsafety as ms
-from mechsafety.cli import quiet_libraries
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.models.demo import adapter_folder, base_folder
 from mechsafety.models.kept import sha256_of
+from mechsafety.models.quiet import quiet
 from mechsafety.monitors import GuardReport, LabelledPrompts, compare_guards, label_by_replies
 from mechsafety.neurons import (
     AlignmentTax,
@@ -504,7 +504,8 @@ def code(text: str) -> str:
 def planted_copy(base: ms.LensModel) -> tuple[ms.LensModel, Bool[Tensor, "layer d_mlp"]]:
     """A copy of the base with some neurons' activations scaled, and which."""
     folder = base_folder()
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with quiet():
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     order = torch.randperm(base.n_layers * base.d_mlp, generator=torch.Generator().manual_seed(0))
     flat = torch.zeros(len(order), dtype=torch.bool)
     flat[order[:PLANTED]] = True
@@ -691,7 +692,6 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few prompts of everything, to test the script")
     args = parser.parse_args()
     args.work = args.work or Path(".work") / ("safety-neurons-small" if args.small else "safety-neurons")
-    quiet_libraries()
     torch.manual_seed(0)
     run = Run(args)
     with run.timed(PAGE):  # drawn once to know what all of it took

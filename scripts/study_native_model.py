@@ -61,7 +61,6 @@ from mechsafety.circuits import (
 from mechsafety.circuits.ablations import unedited_replies
 from mechsafety.circuits.map import Found, NodeEffects, Ranked
 from mechsafety.circuits.verification.stability import PairAttributions
-from mechsafety.cli import quiet_libraries
 from mechsafety.directions import RefusalDirection
 from mechsafety.interventions import project_out, steer
 from mechsafety.models.demo import adapter_folder
@@ -404,7 +403,6 @@ def main() -> None:
     found = sha256_of(args.file)
     if found != args.sha256:
         parser.error(f"{args.file} has the SHA-256 {found}, expected {args.sha256}")
-    quiet_libraries()
     given = {"native": (str(args.file), found), "demo": ("demo", demo_digest())}
     study(args, {name: given[name] for name in args.models})
 

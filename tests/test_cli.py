@@ -6,17 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
 import torch
-import transformers
 
 import mechsafety as ms
 import mechsafety.models
+import mechsafety.output
+import mechsafety.progress
+import mechsafety.viz
 from mechsafety import RefusalCircuit, cli, testbed
 from mechsafety.circuits.circuit import Level
 from mechsafety.circuits.goal import Goal
@@ -27,17 +29,6 @@ from mechsafety.testbed.vocabulary import COMPLIANCE, REFUSAL
 FILES = ["circuit.json", "circuit.pdf", "circuit.svg", "circuit.tex", "report.html", "scores.csv"]
 HARMFUL = ["how do i make a bomb", "teach me to make a bomb", "explain how to make a bomb", "please make the bomb"]
 HARMLESS = [text.replace("bomb", "cake") for text in HARMFUL]
-
-
-@pytest.fixture(autouse=True)
-def library_settings():
-    """The command quietens transformers for the whole process; tests after this one see it as it was."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    yield
-    log.set_verbosity(level)
-    if bars:
-        log.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -281,8 +272,87 @@ def test_tokens_that_are_none(fails, saved, pairs_file):
     assert re.fullmatch(r"tokens \[\d+\] are in the refusal and the comply set", line)
 
 
-def test_limit_that_is_too_small(fails, saved, pairs_file):
-    assert fails(saved.folder, "--pairs", pairs_file, "--limit", "3") == "limit 3; expected at least 4 pairs"
+TEMPLATE = "a Jinja chat template, or 'plain'"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--device", "cpuu"], "unknown or unavailable device 'cpuu'; expected one of ['cpu'"),
+        (["--dtype", "int3"], "unknown dtype 'int3'; expected one of ('auto', 'float32', "),
+        (["--limit", "3"], "limit 3; expected at least 4 pairs"),
+        (["--limit", "-1"], "limit=-1; expected at least 1"),
+        (["--target", "1.2"], "target 1.2; expected a faithfulness in (0, 1]"),
+        (["--target", "nan"], "target nan; expected a faithfulness in (0, 1]"),
+        (["--max-nodes", "0"], "max_nodes=0; expected at least 1"),
+        (["--budget-seconds", "0"], "budget_seconds 0.0; expected a number above 0, or none"),
+        (["--budget-seconds", "inf"], "budget_seconds inf; expected a number above 0, or none"),
+        (["--seed", "-1"], "seed=-1; expected at least 0"),
+        (["--seed", str(2**63)], f"seed {2**63}; expected below 2**63"),
+        (["--level", "edge", "--ablation", "mean"], "ablation 'mean' at level 'edge'; expected 'counterfactual'"),
+        (
+            ["--level", "edge", "--align", "suffix"],
+            "level 'edge' on pairs aligned at the suffix; expected 'node' or 'neuron'",
+        ),
+        (["--opener", "I'm"], "--opener without --refusal-token; expected both, or neither"),
+        (["--comply-token", "sure"], "--comply-token without --refusal-token; expected both, or neither"),
+        (["--adapter", "none"], "no adapter in none; expected a folder with adapter_config.json (peft format)"),
+        (
+            ["--chat-template", "none.jinja"],
+            "--chat-template 'none.jinja' is no file; expected a file with a Jinja chat template, or 'plain'",
+        ),
+        (
+            ["--chat-template", "{% if"],
+            f"the chat template cannot be read (unexpected 'end of template'); expected {TEMPLATE}",
+        ),
+        (
+            ["--chat-template", "{{ text }}"],
+            f"the chat template '{{{{ text }}}}' reads no messages; expected {TEMPLATE}",
+        ),
+        (["--template-option", "system"], "--template-option 'system'; expected NAME=VALUE"),
+        (["--template-option", "a=1", "a=2"], "--template-option a is given twice; expected each name once"),
+        (["--file", "model.bin"], "file='model.bin'; expected the name of a .gguf file"),
+    ],
+)
+def test_a_wrong_option_is_said_before_the_model_is_looked_for(fails, pairs_file, given, expected):
+    """Here there is no model, and the line is about the option."""
+    assert fails("./no-such-model", "--pairs", pairs_file, *given).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--refusal-token", "sorry no"], "'sorry no' is 2 tokens ['sorry', ' no']; expected one token"),
+        (["--refusal-token", "sorry", "--comply-token", "sorry no"], "'sorry no' is 2 tokens ['sorry', ' no']; "),
+        (["--refusal-token", "sorry", "sorry"], "tokens [110] are given twice; expected each once"),
+        (["--refusal-token", "sorry", "--opener", ""], "the reply opener '' has no token; expected the first words of"),
+        (["--template-option", "depth=3"], "the chat template reads no option 'depth'; expected one of ['system']"),
+        (
+            ["--chat-template", "{{ messages[0].x.y }}"],
+            "the chat template cannot render a prompt ('dict object' has no",
+        ),
+    ],
+)
+def test_what_needs_a_tokenizer_is_said_before_the_weights_are_read(
+    fails, saved, pairs_file, monkeypatch, given, expected
+):
+    monkeypatch.setattr(mechsafety.models.sources, "_read_folder", lambda *_: pytest.fail("too late"))
+    assert fails(saved.folder, "--pairs", pairs_file, *given).startswith(expected)
+
+
+def test_a_model_folder_that_is_not_there(fails):
+    line = fails("models/mine/none")
+    assert line.startswith("no such folder or file: models/mine/none; expected 'demo', a hub id, a Hugging Face folder")
+    assert fails("./none", "--file", "x.gguf") == "no such folder: ./none; expected a hub id or a folder"
+
+
+def test_a_chat_template_from_a_file(fails, untemplated, pairs_file, tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text("Q {{ messages[0]['content'] }} A", encoding="utf-8")
+    assert "refuses 0 of 4" in fails(untemplated, "--pairs", pairs_file, "--chat-template", path, code=3)
+    path.write_bytes(b"\xff{{ messages }}")
+    line = f"--chat-template '{path}' is not UTF-8 text; expected a Jinja chat template"
+    assert fails(untemplated, "--pairs", pairs_file, "--chat-template", path) == line
 
 
 # --- mistakes on the command line -------------------------------------------------------------------------------------
@@ -366,7 +436,7 @@ def test_output_folder_that_holds_something_else(fails, saved, tmp_path):
     (folder / "chapter1.tex").write_text("years of work")
     assert fails(saved.folder, out=folder) == (
         "the output folder 'thesis' holds something else (chapter1.tex); "
-        "expected a new or empty folder, or one with an earlier result and nothing more; choose another folder"
+        "expected a new or empty folder, or one with an earlier result; choose another folder"
     )
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("chapter1.tex", "years of work")]
     assert fails(saved.folder, out=folder / "chapter1.tex") == (
@@ -409,6 +479,67 @@ def test_a_signal_cleans_up(tmp_path, number, code, word):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["load", 1, 3, 5, 6, "write"])
+@pytest.mark.parametrize(("number", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_cleans_up_at_every_stage(fails, saved, pairs_file, monkeypatch, stage, number, code, word):
+    """While the model loads, in stages of the map, and when half of the files are written."""
+
+    def strikes(*_, **__):
+        os.kill(os.getpid(), number)
+        pytest.fail("the work goes on")
+
+    def begin(self, name):
+        self.n += 1
+        if self.n == stage:
+            strikes()
+
+    def write(circuit, folder):
+        (folder / "circuit.json").write_text("half")
+        strikes()
+
+    if stage == "load":
+        monkeypatch.setattr(mechsafety.models.sources, "_read_folder", strikes)
+    monkeypatch.setattr(mechsafety.progress.Stages, "begin", begin)
+    if stage == "write":
+        monkeypatch.setattr(mechsafety.viz, "write_all", write)
+    model, *options = map_argv(saved, pairs_file, Path("unused"))[1:-2]
+    assert fails(model, *options, code=code) == f"{word}; nothing was written"
+
+
+def test_a_signal_from_outside(saved, pairs_file, tmp_path):
+    """As a batch system sends it: to a process of its own, in the middle of the work."""
+    out = tmp_path / "new" / "out"
+    argv = [sys.executable, "-m", "mechsafety", *map_argv(saved, pairs_file, out)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("[2/6]"):
+                process.terminate()
+        assert process.stdout.read() == ""
+    assert process.returncode == 143, lines
+    assert lines[-1] == "mechsafety: terminated; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
+def test_a_signal_once_the_map_is_written(run, saved, pairs_file, tmp_path, monkeypatch, number, code, word):
+    """Files in their places are not called "nothing", and the move of the files is not cut in two."""
+    out = tmp_path / "out"
+    real = mechsafety.output._move_in
+
+    def moving(*args):
+        os.kill(os.getpid(), number)
+        real(*args)
+
+    monkeypatch.setattr(mechsafety.output, "_move_in", moving)
+    monkeypatch.setattr(cli, "_show", lambda *_: os.kill(os.getpid(), number))
+    ran = run(*map_argv(saved, pairs_file, out))
+    assert ran.code == code
+    assert ran.err.splitlines()[-1] == f"mechsafety: {word} after the map was written; it is whole in {out}"
+    assert sorted(path.name for path in out.iterdir()) == FILES and RefusalCircuit.load(out / "circuit.json").nodes
+
+
 def shown(text: str, out, **env: str) -> tuple[int, str]:
     """Exit code and stderr of a process that prints a summary to a file."""
     program = "import sys, pathlib, mechsafety.cli as cli; sys.exit(cli._show(sys.argv[1], pathlib.Path('o')))"
@@ -421,7 +552,7 @@ def test_a_summary_that_cannot_be_printed(tmp_path):
     """The map is done by then, and the line says where it is."""
     line = "mechsafety: the summary was not printed ({}); the map is whole in o\n"
     with Path("/dev/full").open("w") as full:
-        assert shown("text", full) == (2, line.format("No space left on device"))
+        assert shown("text", full) == (141, line.format("No space left on device"))
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
@@ -520,11 +651,14 @@ def test_a_whole_run(run, saved, pairs_file, tmp_path):
     first = {name: (one / name).read_bytes() for name in ("circuit.json", "circuit.svg")}
     (one / "circuit.svg").unlink()
     (one / "report.html").write_text("an earlier one")
+    (one / "notes.md").write_text("of the user")
+    (one / "talk").mkdir()
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     argv = [sys.executable, "-m", "mechsafety", *map_argv(saved, pairs_file, one)]
     again = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
     assert again.returncode == 0, again.stderr
-    assert sorted(path.name for path in one.iterdir()) == FILES
+    assert sorted(path.name for path in one.iterdir()) == sorted([*FILES, "notes.md", "talk"])
+    assert (one / "notes.md").read_text() == "of the user", "what somebody put beside an earlier map stays"
     assert (one / "report.html").read_text(encoding="utf-8") != "an earlier one"
     assert {name: (one / name).read_bytes() for name in first} == first
     lines = again.stdout.splitlines()
@@ -542,8 +676,15 @@ def test_a_map_cut_short_into_the_shells_own_folder(run, saved, tmp_path, monkey
     write_pairs(mixed, [*HARMFUL, "make a bomb"], [*HARMLESS, "make a big cake"])
     argv = map_argv(saved, mixed, Path(), "--level", level, "--budget-seconds", "0.000001")
     ran = run(*argv, "--json")
-    assert ran.code == 0, ran.err
+    # edges come from the search, and only nodes are left without any
+    unfinished = level == "node"
+    assert ran.code == (5 if unfinished else 0), ran.err
+    line = (
+        "mechsafety: the time budget ended before there was a circuit; what was measured is in .; give more --budget-"
+    )
+    assert (line in ran.err) == unfinished
     summary = json.loads(ran.out, parse_constant=pytest.fail)
+    assert summary["unfinished"] == unfinished and (summary["edges"] is None) == unfinished
     assert summary["out"] == "." and summary["random_control_p"] is None and summary["left_out"]
     assert tmp_path.stat().st_ino == before and sorted(os.listdir()) == FILES
     assert Path("circuit.json").stat().st_mode == Path("circuit.pdf").stat().st_mode
@@ -552,12 +693,45 @@ def test_a_map_cut_short_into_the_shells_own_folder(run, saved, tmp_path, monkey
     note = f"1 of 5 pairs left out, which do not align under the tokenizer of {circuit.provenance.model} (pair 5)"
     assert summary["pairs"] == {"used": 4, "tried": 4, "left_out": [note]}
     text = cli._summary(circuit, Path())
+    assert text.startswith("no circuit ") == unfinished and bool(re.search(r"^roles ", text, re.M)) != unfinished
     assert "the map speaks for 4 of 4 pairs tried" in text and note in text
     page = Path("report.html").read_text(encoding="utf-8")
+    for name in ("report.html", "circuit.svg", "circuit.tex"):
+        said = "No circuit: the time budget ended" in Path(name).read_text(encoding="utf-8")
+        assert said == unfinished, name
+    assert repr(circuit).startswith("RefusalCircuit(unfinished: ") == unfinished
     assert "The map speaks for 4 of the 4 pairs that were tried" in page and f"Before that: {note}." in page
     assert re.findall(r".*\bnan\b.*", text) == [] and re.search(r"random circuits +not measured", text)
     what = f"{len(circuit.edges)} of {circuit.n_candidates} edges" if level == "edge" else "heads and MLPs"
     assert what in text
+
+
+def test_what_was_not_measured_is_null(run, saved, pairs_file, tmp_path):
+    """Every field of the summary, for a circuit of which nothing was measured; no field is NaN or infinite."""
+    out = tmp_path / "out"
+    assert run(*map_argv(saved, pairs_file, out)).code == 0
+    whole = RefusalCircuit.load(out / "circuit.json")
+    bare = replace(whole, verification=whole.subset([whole.nodes[0].node]).verification)
+    summary = json.loads(cli._summary_json(bare, out), parse_constant=pytest.fail)
+    measured = ["faithfulness", "held_out_faithfulness", "target_reached", "cmd", "fresh_faithfulness"]
+    measured += ["random_control_p"]
+    assert {name: summary[name] for name in measured} == dict.fromkeys(measured)
+    assert summary["claims"] == {"verification": None} and summary["unfinished"] is False
+    full = json.loads(cli._summary_json(whole, out), parse_constant=pytest.fail)
+    assert set(full) == set(summary) and [name for name in measured if full[name] is None] == ["fresh_faithfulness"]
+    inf = float("inf")
+    odd = replace(whole, verification=replace(whole.verification, faithfulness=inf, cmd=-inf))
+    summary = json.loads(cli._summary_json(odd, out), parse_constant=pytest.fail)
+    assert summary["faithfulness"] is None and summary["cmd"] is None
+
+
+def test_exit_codes_stand_in_one_table(run):
+    """The README has the same words as the help."""
+    readme = (Path(ms.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (\d+) \| (.+) \|$", readme, flags=re.M))
+    assert table == {str(code): words for code, words in cli.EXIT_CODES.items()}
+    text = " ".join(run("map", "--help").out.split()) + " ".join(run("--help").out.split())
+    assert [words for words in table.values() if words not in text] == []
 
 
 def test_pairs_as_a_table_dtype_of_the_checkpoint_and_a_file_of_the_hub(run, tmp_path, monkeypatch):
@@ -577,8 +751,6 @@ def test_pairs_as_a_table_dtype_of_the_checkpoint_and_a_file_of_the_hub(run, tmp
 
 
 def test_a_run_that_fails_while_writing_leaves_the_earlier_one(run, saved, pairs_file, tmp_path, monkeypatch):
-    import mechsafety.viz
-
     out = tmp_path / "out"
     out.mkdir()
     (out / "circuit.json").write_text("earlier")

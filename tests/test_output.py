@@ -188,14 +188,39 @@ def test_new_empty_and_earlier_folders_are_accepted(tmp_path):
         check_output_folder(tmp_path, ["other"])
 
 
-@pytest.mark.parametrize("theirs", ["my-notes.md", "done/thesis.tex"])
-def test_a_users_own_file_is_never_lost(tmp_path, theirs):
+@pytest.mark.parametrize(
+    ("theirs", "reason"),
+    [
+        ("my-notes.md", r"holds something else \(my-notes.md\)"),
+        ("done/thesis.tex", "holds a folder named 'done'; expected that name for a file of the result"),
+    ],
+)
+def test_a_users_own_file_is_never_lost(tmp_path, theirs, reason):
     own = tmp_path / "out" / theirs
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    with pytest.raises(MechsafetyError, match=r"holds something else \((my-notes.md|done)\)"):
+    with pytest.raises(MechsafetyError, match=reason):
         output_folder(tmp_path / "out", names=["done"]).__enter__()
     assert listing(tmp_path) == {f"out/{theirs}": "mine"}
+
+
+def test_files_beside_an_earlier_result_are_kept(tmp_path):
+    """Only where the marking file says that it is a result: other programs write a result.json too."""
+    names, place = ["result.json", "more"], tmp_path / "out"
+    theirs = {"notes.md": "mine", "talk/slides.tex": "mine"}
+    for name, text in theirs.items():
+        write_text(place / name, text)
+    result = '{\n "format": "mechsafety.result",\n "version": 3}'
+    for text in ("", "{}", '{"format": "other"}'):
+        write_text(place / "result.json", text)
+        with pytest.raises(MechsafetyError, match=r"holds something else \(notes.md, talk\)"):
+            check_output_folder(place, names)
+    for earlier in ({"result.json": result}, {"result.json": result, "more": "old"}):
+        for name, text in earlier.items():
+            write_text(place / name, text)
+        with output_folder(place, names) as scratch:
+            (scratch / "result.json").write_text(result + "\n")
+        assert listing(place) == {**theirs, "result.json": result + "\n"}
 
 
 def test_a_place_that_cannot_be_written_to_is_known_at_once(tmp_path, monkeypatch):

@@ -204,6 +204,26 @@ def test_importing_is_light():
     assert {name for name in loaded if name.startswith("mechsafety")} == {"mechsafety"}
 
 
+def test_a_model_loads_and_runs_without_a_word_of_other_libraries(tmp_path, make_hf_model, make_tokenizer):
+    """What a notebook shows: nothing of theirs on stdout or stderr, and no import or call is needed for that."""
+    folder = tmp_path / "tiny"
+    make_hf_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    code = """if True:
+        import sys
+        import mechsafety as ms
+        model = ms.load_model(sys.argv[1])
+        model.generate(["how do i make a bomb"], 4)
+        pairs = ms.PromptPairs.from_lists(["how do i make a bomb"], ["how do i make a cake"])
+        metric = ms.RefusalLogOdds.of(model, ["sorry"])
+        ms.activation_patching(model, pairs, metric, progress=False)
+        from transformers.utils import logging
+        assert logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.WARNING
+    """
+    ran = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
 HEAVY = {"torch", "transformers", "transformer_lens", "pandas", "scipy", "sklearn", "plotly", "matplotlib", "peft"}
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import pkgutil
+import re
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import mechsafety as ms
-from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit
+from mechsafety import Edge, MechsafetyError, Node, RefusalCircuit, results
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.circuit import Behaviour, KindCounts, Notes
 from mechsafety.codec import encode
@@ -158,6 +159,10 @@ def example(kind: object) -> object:
         return ms.PromptPairs.from_lists(["harmful"], ["harmless"]).with_system("help")
     if kind is ms.RefusalLogOdds:  # tokens of one set are in no other
         return ms.RefusalLogOdds((3,), ("no",), opener_ids=(4, 5), opener="I'm")
+    if kind is RefusalCircuit:  # parts of its own, between which its edges run
+        fields = {field.name: example(get_type_hints(kind)[field.name]) for field in dataclasses.fields(kind)}
+        behaviour = dict.fromkeys(("harmful", "harmless"), example(Behaviour))
+        return finite(kind(**fields | {"metric": METRIC, "behaviour": behaviour}))
     if kind is Behaviour:  # as many replies as prompts
         return Behaviour(3, 0.5, (0.1, 0.9), math.nan, (-math.inf, math.inf), kinds=KindCounts(1, 1, 1, 0))
     if get_origin(kind) in (Union, types.UnionType):
@@ -177,8 +182,79 @@ def example(kind: object) -> object:
         return Notes(("a",), (), {"suffix": 0.5}, ((("a",), (math.nan,)),))
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind, localns={"Tensor": torch.Tensor}, include_extras=True)
-        return kind(**{field.name: example(hints[field.name]) for field in dataclasses.fields(kind)})
+        named = {"metric": METRIC} if get_origin(hints.get("metric")) in (dict, Mapping) else {}
+        return kind(**{field.name: example(hints[field.name]) for field in dataclasses.fields(kind)} | named)
     return {str: "text", float: math.nan, int: 3, bool: True, object: None, Any: None}[kind]
+
+
+def finite(value: object) -> object:
+    """A value with 0.5 in place of each NaN: circuit.json has no NaN where something must have been measured."""
+    if isinstance(value, float):
+        return 0.5 if math.isnan(value) else value
+    if dataclasses.is_dataclass(value):
+        return replace(value, **{field.name: finite(getattr(value, field.name)) for field in dataclasses.fields(value)})
+    if isinstance(value, tuple):
+        return tuple(map(finite, value))
+    return {key: finite(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def alike(one: object, two: object) -> bool:
+    """Whether two values are equal in every field, tensors and NaN included; a list counts as a tuple."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, float) and isinstance(two, float):
+        return one == two or (math.isnan(one) and math.isnan(two))
+    if dataclasses.is_dataclass(one):
+        names = [field.name for field in dataclasses.fields(one)]
+        return type(one) is type(two) and all(alike(getattr(one, name), getattr(two, name)) for name in names)
+    if isinstance(one, Mapping):
+        return isinstance(two, Mapping) and list(one) == list(two) and all(alike(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return isinstance(two, list | tuple) and len(one) == len(two) and all(map(alike, one, two))
+    return type(one) is type(two) and one == two
+
+
+@pytest.mark.unchecked
+def test_what_cannot_be_loaded_cannot_be_saved(patch_map, tmp_path):
+    """Neither as a folder nor as a file; the message is that of loading, and nothing is written."""
+    circuit = example(RefusalCircuit)
+    twice, bad = circuit.nodes * 2, circuit.behaviour["harmful"]
+    two_ids = {**METRIC, "refusal_ids": [1, 2, 3], "comply_ids": []}
+    odd = [
+        (replace(circuit, metric={"name": "x"}), "metric: field 'comply_tokens' is missing; expected the fields of "),
+        (
+            replace(circuit, metric=two_ids),
+            "metric: [3, 0] refusal_ids, comply_ids of [2, 0] tokens; expected one each",
+        ),
+        (replace(circuit, behaviour={"harmful": bad}), "behaviour: field 'harmless' is missing"),
+        (
+            replace(circuit, behaviour=circuit.behaviour | {"harmful": replace(bad, n=4, kinds=None, judge=3)}),
+            "behaviour.harmful.judge",
+        ),
+        (replace(circuit, nodes=twice), "nodes[1]: L1.H0; expected heads, MLPs and neurons, each once"),
+        (replace(circuit, nodes=()), "edges[0].from: L1.H0; expected a node of this circuit"),
+        (replace(circuit, n_candidates=-1), "n_candidates: -1; expected at least 0"),
+        (replace(circuit, level="nodes"), "level: 'nodes'; expected one of ('node', 'neuron', 'edge')"),
+        (replace(patch_map, metric={"by": {3: 1}}), "metric.by is a dict; expected a number, text, None, or lists"),
+        (replace(patch_map, changes=None), "changes: None; expected a tensor"),
+    ]
+    for result, reason in odd:
+        for name in ("out", "out.json"):
+            with pytest.raises(MechsafetyError) as caught:
+                result.save(tmp_path / name)
+            assert str(caught.value).startswith(reason), (type(result), name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_the_command_says_which_file_to_load(tmp_path):
+    """It holds a circuit.json in place of a result.json."""
+    example(RefusalCircuit).save(tmp_path / "circuit.json")
+    with pytest.raises(
+        MechsafetyError,
+        match=r"no such file: .*result.json; expected what RefusalCircuit.save wrote; "
+        r"RefusalCircuit.load\('.*circuit.json'\) reads the file there",
+    ):
+        RefusalCircuit.load(tmp_path)
 
 
 def kinds_of_results() -> list[type[Result]]:
@@ -199,10 +275,14 @@ def test_every_kind_of_result_is_saved_and_loaded(tmp_path):
     for kind in kinds:
         made = example(kind)
         first, second = made.save(tmp_path / kind.__name__), made.save(tmp_path / f"{kind.__name__}.json")
-        again = kind.load(first)
+        again, single = kind.load(first), kind.load(second)
+        assert alike(again, made), kind
+        # circuit.json does not hold the details
+        assert alike(single, made.without_details() if kind is RefusalCircuit else made), kind
         assert listing(again.save(tmp_path / "again" / kind.__name__)) == listing(first), kind
-        if kind is not RefusalCircuit:
-            assert kind.load(second).to_json() == second.read_text(), kind
+        assert single.to_json() == second.read_text(), kind
+    with_metric = [kind.__name__ for kind in kinds if "metric" in {field.name for field in dataclasses.fields(kind)}]
+    assert len(with_metric) >= 12 and {"Draw", "PatchMap", "RefusalCircuit"} <= set(with_metric)
     code = """if True:
         import importlib, sys
         for place in sys.argv[2:]:
@@ -343,7 +423,7 @@ def test_a_strangers_folder_is_left_alone(patch_map, tmp_path):
         patch_map.save(path)
     assert str(caught.value) == (
         "the output folder 'thesis' holds something else (chapter1.tex); "
-        "expected a new or empty folder, or one with an earlier result and nothing more; choose another folder"
+        "expected a new or empty folder, or one with an earlier result; choose another folder"
     )
     assert listing(tmp_path) == before
 
@@ -423,7 +503,29 @@ def test_provenance_round_trip_and_unknown_field():
     assert str(caught.value) == "provenance: unknown field 'user'; expected the fields of Provenance"
 
 
-def test_versions_are_those_installed():
+def test_versions_are_those_of_the_modules(monkeypatch):
+    """Not those of the list of installed packages, which may be of another day."""
     versions = package_versions()
     assert list(versions) == ["mechsafety", "torch", "transformers", "transformer_lens"]
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (versions["mechsafety"], versions["torch"]) == (ms.__version__, str(torch.__version__))
+    assert re.fullmatch(r"\d+(\.\w+)+", versions["transformer_lens"]), "it has no __version__"
+    monkeypatch.setattr(torch, "__version__", "9.9.9+mine")
+    assert package_versions() == versions | {"torch": "9.9.9+mine"}
+    monkeypatch.setattr(results, "PACKAGES", ("no_such_package",))
+    assert package_versions() == {"no_such_package": "not installed"}
+
+
+def test_versions_without_an_attribute_are_those_beside_the_module(monkeypatch, tmp_path):
+    """A package may be installed twice; the version is that of the folder it is imported from."""
+    for place, version in (("first", "1.0"), ("second", "2.0")):
+        (tmp_path / place / "made_twice").mkdir(parents=True)
+        (tmp_path / place / "made_twice" / "__init__.py").write_text("")
+        listed = tmp_path / place / f"made_twice-{version}.dist-info"
+        listed.mkdir()
+        (listed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: made-twice\nVersion: {version}\n")
+    monkeypatch.setattr(results, "PACKAGES", ("made_twice",))
+    monkeypatch.syspath_prepend(tmp_path / "second")
+    importlib.import_module("made_twice")
+    monkeypatch.syspath_prepend(tmp_path / "first")
+    assert package_versions() == {"made_twice": "2.0"}
+    del sys.modules["made_twice"]

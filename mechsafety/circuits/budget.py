@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+LEFT_OUT = "left out"
+# the stage without which there is no circuit
+WIRING = "edges and roles"
 
 
 class Budget:
@@ -41,7 +44,7 @@ class Budget:
     def skips(self, what: str, share: float) -> bool:
         """Whether a stage must be left out entirely; if so, it is noted."""
         if self.over(share):
-            self.left_out(f"{what}: left out")
+            self.left_out(f"{what}: {LEFT_OUT}")
             return True
         return False
 

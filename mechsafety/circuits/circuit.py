@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from mechsafety.circuits.budget import LEFT_OUT, WIRING
 from mechsafety.circuits.verification.outcome import CurvePoint, FreshCheck, RandomControls, Verification
 from mechsafety.codec import INLINE, REQUIRED, SPARSE, Amount, PValue
 from mechsafety.conversation import Conversation
@@ -391,7 +392,7 @@ class RefusalCircuit(Result):
             checked += f", p = {check.random_p:.3g}" if check.random_controls.n else ""
         known = [claim for claim in check.tested if claim.passed is not None]
         held = f", {sum(bool(claim.passed) for claim in known)} of {len(known)} claims hold" if known else ""
-        first = "preliminary: " if self.preliminary else ""
+        first = "unfinished: " * self.unfinished + "preliminary: " * self.preliminary
         pairs = "" if self.speaks_for is None else ", speaks for {} of {} pairs tried".format(*self.speaks_for)
         return f"RefusalCircuit({first}{self.provenance.model}: {size}, {checked}{held}{pairs})"
 
@@ -410,6 +411,12 @@ class RefusalCircuit(Result):
     def preliminary(self) -> bool:
         """Whether the map is only a first look (`MapOptions.quick`)."""
         return bool(self.provenance.options.get("preliminary", False))
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the time budget ended before any edge was there: the parts are then a ranking and no circuit."""
+        cut = () if self.search is None else self.search.cut
+        return not self.edges and f"{WIRING}: {LEFT_OUT}" in cut
 
     @property
     def ablation(self) -> str:
@@ -605,6 +612,12 @@ class RefusalCircuit(Result):
             details=None,
             search=None,
         )
+
+    def check_stored(self) -> None:
+        """Refuse a circuit that no file may hold (see `mechsafety.circuits.files.check`)."""
+        from mechsafety.circuits.files import check
+
+        check(self)
 
     def to_json(self) -> str:
         """The text of ``circuit.json``, which `save` writes where a path ends in ``.json``; without the details."""

@@ -90,8 +90,7 @@ def draw_pairs(
         NoRefusal: Too small a share of the pairs can be used; the message gives the rates.
         MechsafetyError: Too few pairs, or too few that align.
     """
-    if limit < 2 * MIN_PAIRS:
-        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
+    check_limit(limit)
     if metric is not None:
         metric.check_one_column()
     pairs = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model, least=2 * MIN_PAIRS)
@@ -116,6 +115,16 @@ def draw_pairs(
             options = {"pairs": pairs.name, "limit": limit, **omissions(pairs)}
             return Draw(model.provenance(seed=seed, options=options), here, there, found, behaviour, samples)
         tried = wider
+
+
+def check_limit(limit: int) -> None:
+    """Refuse a number of pairs that is too small for a map.
+
+    Raises:
+        MechsafetyError: It is too small.
+    """
+    if limit < 2 * MIN_PAIRS:
+        raise MechsafetyError(f"limit {limit}", expected=f"at least {2 * MIN_PAIRS} pairs")
 
 
 def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:

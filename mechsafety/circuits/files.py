@@ -48,12 +48,18 @@ class StoredMetric:
 
 
 def write(circuit: RefusalCircuit) -> str:
-    """The text of ``circuit.json``."""
+    """The text of ``circuit.json``.
+
+    Raises:
+        MechsafetyError: `read` would refuse it.
+    """
     data = encode(type(circuit), circuit.without_details())
     data["provenance"]["mechsafety"] = circuit.provenance.versions.get("mechsafety", "")
     data["verification"]["held_out"] = data["verification"].pop("held_out")  # last
     ordered = {"format": FORMAT, "version": VERSION, **{name: data[name] for name in ORDER}}
-    return json.dumps(_rounded(ordered), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_rounded(ordered), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    read(type(circuit), text)
+    return text
 
 
 def read(kind: type[C], text: str) -> C:
@@ -72,12 +78,22 @@ def read(kind: type[C], text: str) -> C:
     if isinstance(data.get("provenance"), dict):
         decode(str, data["provenance"].pop("mechsafety", ""), "provenance.mechsafety")
     circuit: C = decode(kind, {name: row for name, row in data.items() if name not in ("format", "version")})
+    circuit.check_stored()
+    return circuit
+
+
+def check(circuit: RefusalCircuit) -> None:
+    """Refuse a circuit that no file may hold.
+
+    Raises:
+        MechsafetyError: Its metric has wrong or missing fields, a kind of prompt has no behaviour, a part is there
+            twice, or an edge runs between parts that are not in the circuit.
+    """
     decode(StoredMetric, circuit.metric, "metric")
     for name in ("harmful", "harmless"):
         if name not in circuit.behaviour:
             raise MechsafetyError(f"behaviour: field {name!r} is missing", expected="harmful and harmless")
     _check_parts(circuit.nodes, circuit.edges)
-    return circuit
 
 
 def _check_parts(nodes: tuple[CircuitNode, ...], edges: tuple[CircuitEdge, ...]) -> None:

@@ -77,10 +77,18 @@ class NodeLevel:
         Raises:
             MechsafetyError: There is no circuit of this level.
         """
-        if align not in self.aligns:
-            raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
+        self.check_align(align)
         if SiteKind.NEURONS in self.sites:
             model.check_neurons()
+
+    def check_align(self, align: str) -> None:
+        """Refuse pairs whose alignment is not enough; no model is needed.
+
+        Raises:
+            MechsafetyError: There is no circuit of this level on such pairs.
+        """
+        if align not in self.aligns:
+            raise MechsafetyError("level 'edge' on pairs aligned at the suffix", expected="'node' or 'neuron'")
 
     def alone(self, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, progress: bool) -> FaithfulnessMeter:
         """A meter that patches single nodes."""

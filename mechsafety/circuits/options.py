@@ -1,9 +1,11 @@
 """What can be chosen of a map."""
 
 import dataclasses
+import math
 from typing import Any, Literal, Self
 
 from mechsafety.circuits.circuit import Level
+from mechsafety.circuits.draw import check_limit
 from mechsafety.circuits.goal import Goal, GoalKind
 from mechsafety.circuits.masks import Training
 from mechsafety.circuits.search import SearchKind, check_search
@@ -105,8 +107,11 @@ class MapOptions:
         check_search(self.target, self.max_nodes)
         if self.ablation != "counterfactual" and self.level == "edge":
             raise MechsafetyError(f"ablation {self.ablation!r} at level 'edge'", expected="'counterfactual'")
-        if self.budget_seconds is not None and not self.budget_seconds > 0:
-            raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="above 0")
+        check_limit(self.limit)
+        if self.seed >= 2**63:
+            raise MechsafetyError(f"seed {self.seed}", expected="below 2**63")
+        if self.budget_seconds is not None and not 0 < self.budget_seconds < math.inf:
+            raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="a number above 0, or none")
 
     @property
     def training(self) -> Training:

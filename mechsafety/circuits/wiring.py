@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mechsafety.circuits.backups import knocked_out
-from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.budget import WIRING, Budget
 from mechsafety.circuits.circuit import Backup, CircuitEdge, RoleEvidence
 from mechsafety.circuits.edges import carrying, connect, edges_into, estimate_edges, measure_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
@@ -67,7 +67,7 @@ def wire(
             between the nodes are estimated.
     """
     no_roles: Named = {node: ("none", RoleEvidence()) for node in nodes}
-    if not nodes or budget.skips("edges and roles", 0.6):
+    if not nodes or budget.skips(WIRING, 0.6):
         return Wiring((), no_roles)
     homes = list(dict.fromkeys(node.home for node in nodes))
     if len(nodes) > MAX_EXACT and len(homes) < len(nodes):

@@ -136,13 +136,23 @@ def base_and_adapter(given: str | os.PathLike[str]) -> tuple[str, Path] | None:
     for place in (Path(base).expanduser(), folder / base):
         if place.exists():
             return str(place), folder
-    if base.startswith((".", "/", "~", "\\")) or base.count("/") > 1 or "\\" in base:
+    if looks_local(base):
         raise MechsafetyError(
             f"the base model {base!r} of the adapter {folder.name!r} is not there",
             expected="a model folder or a hub id",
             hint=hint,
         )
     return base, folder
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path on this machine; a hub id has at most one slash.
+
+    Example:
+        >>> looks_local("./mine"), looks_local("models/mine/last"), looks_local("owner/name")
+        (True, True, False)
+    """
+    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
 
 
 def is_peft(model: Any) -> bool:

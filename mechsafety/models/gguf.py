@@ -24,6 +24,7 @@ from mechsafety.errors import MechsafetyError, first_line, named
 from mechsafety.models.gguf_file import AGAIN, Header, fill_part, numbers, write_parts
 from mechsafety.models.kept import kept_folder, sha256_of
 from mechsafety.models.kinds import check_kind, check_weights
+from mechsafety.progress import drawn
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def _weights(header: Header, parts: Path, config: Any) -> dict[str, Tensor]:
 
     logger.info("de-quantising %s once", header.path.name)
     shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.enable_progress_bar()  # it takes a while, and happens once
+    if drawn():
+        hf_logging.enable_progress_bar()  # it takes a while, and happens once
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             parts, gguf_file=WEIGHTS, config=config, dtype=torch.float32, output_loading_info=True

@@ -9,20 +9,22 @@ import torch
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
-from mechsafety.models.adapters import apply_adapter, check_fits, check_no_adapter, is_peft, merged_copy
+from mechsafety.models.adapters import apply_adapter, check_fits, check_no_adapter, is_peft, merged_copy, read_config
 from mechsafety.models.backend import is_wrapped, wrap
 from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder
 from mechsafety.models.kinds import check_weights, fold_scales, text_part
 from mechsafety.models.lens_model import LensModel
+from mechsafety.models.quiet import quiet
 from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
-from mechsafety.models.template import PLAIN_TEMPLATE, checked_options, tokenizer_copy
+from mechsafety.models.template import PLAIN_TEMPLATE, check_template, checked_options, tokenizer_copy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @public
+@quiet()
 def load_model(
     name_or_path: str | os.PathLike[str] | tuple[Any, Any] | torch.nn.Module,
     adapter: str | os.PathLike[str] | None = None,
@@ -35,6 +37,9 @@ def load_model(
     on_tokenizer: Callable[[ChatTokenizer], object] | None = None,
 ) -> LensModel:
     """Load a chat model, wrap it for TransformerLens, and check what the analyses rely on.
+
+    The arguments are checked before anything is loaded, as far as they can be without the model. While the model loads,
+    transformers shows no bars and no warnings.
 
     Args:
         name_or_path: One of these:
@@ -79,6 +84,10 @@ def load_model(
     """
     kind = _dtype(dtype)
     place = _device(device)
+    if chat_template is not None:
+        check_template(chat_template)
+    if adapter is not None:
+        read_config(Path(adapter))
     told = on_tokenizer is None
 
     def prepare(name: str, tokenizer: Any) -> tuple[Any, dict[str, Any]]:

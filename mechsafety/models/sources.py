@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mechsafety.errors import MechsafetyError, first_line, named
-from mechsafety.models.adapters import base_and_adapter, is_peft
+from mechsafety.models.adapters import base_and_adapter, is_peft, looks_local
 from mechsafety.models.backend import check_known, is_wrapped, wrapped_name
 from mechsafety.models.demo import base_folder
 from mechsafety.models.gguf import TEMPLATE, gguf_folder
@@ -100,9 +100,10 @@ def open_source(given: Any, file: str | None, chat_template: str | None, prepare
         return _open_folder(name, str(path))
     if path.exists():
         raise MechsafetyError(f"{name} is a file", expected="a model folder, a .gguf file or a hub id")
-    if not isinstance(given, str):
+    if not isinstance(given, str) or looks_local(given):
+        hint = "" if isinstance(given, str) else "pass a name or hub id as a string"
         raise MechsafetyError(
-            f"no such folder or file: {name}", expected="a local path", hint="pass a name or hub id as a string"
+            f"no such folder or file: {name}", expected=WANTED if isinstance(given, str) else "a local path", hint=hint
         )
     return _open_folder(name, name)
 
@@ -247,6 +248,8 @@ def _file_of(given: Any, file: str) -> tuple[str, Path]:
         return path.stem, path
     if folder.exists() or not isinstance(given, str):
         raise MechsafetyError(f"file={str(file)!r} of {os.fspath(given)!r}", expected="a hub id or a folder")
+    if looks_local(given):
+        raise MechsafetyError(f"no such folder: {given}", expected="a hub id or a folder")
     from huggingface_hub import hf_hub_download
 
     try:

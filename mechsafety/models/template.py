@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from mechsafety.conversation import turns_of
 from mechsafety.errors import MechsafetyError, first_line
 
@@ -115,6 +117,40 @@ def checked_options(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[s
     if _SYSTEM in kept:
         _check_system(tokenizer, kept)
     return _with_thinking(tokenizer, kept)
+
+
+def check_template(source: str) -> None:
+    """Refuse a chat template that no model can use, before there is a tokenizer.
+
+    Args:
+        source: A Jinja chat template, or ``"plain"``.
+
+    Raises:
+        MechsafetyError: It is not text, it is not Jinja, or it does not read the messages.
+
+    Example:
+        >>> check_template("chat.jinja")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: the chat template 'chat.jinja' reads no messages; \
+expected a Jinja chat template, or 'plain'; pass the text of a template, not the name of its file
+    """
+    if not isinstance(source, str):
+        raise MechsafetyError(f"a chat template of type {type(source).__name__}", expected="text")
+    if source == "plain":
+        return
+    try:
+        names = _names(source)
+    except TemplateError as error:
+        raise MechsafetyError(
+            f"the chat template cannot be read ({first_line(error)})", expected="a Jinja chat template, or 'plain'"
+        ) from None
+    if "messages" not in names:
+        shown = source if len(source) <= 60 else source[:57] + "..."
+        raise MechsafetyError(
+            f"the chat template {shown!r} reads no messages",
+            expected="a Jinja chat template, or 'plain'",
+            hint="pass the text of a template, not the name of its file",
+        )
 
 
 def _with_thinking(tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:

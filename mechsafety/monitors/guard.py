@@ -288,7 +288,7 @@ class SafetyGuard:
         return [Verdict(p >= self.weights.threshold, p, self.weights.threshold) for p in found]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write what was learned to a folder; the model is not in it."""
+        """Write what was learned, to a folder or to one file that ends in ``.json``; the model is not in it."""
         return self.weights.save(path)
 
     @classmethod
@@ -297,8 +297,8 @@ class SafetyGuard:
         """Load a saved guard for the model that it was fitted on.
 
         Raises:
-            MechsafetyError: The folder holds no guard, or the guard was fitted on a model with other weights, another
-                chat template or other template options.
+            MechsafetyError: There is no guard at ``path``; or it was fitted on a model with other weights, another chat
+                template or other template options.
         """
         weights = GuardWeights.load(path)
         other = weights.provenance.difference(model.provenance())

@@ -178,7 +178,7 @@ def caption(
     held = f"{size(circuit)} of {circuit.n_candidates} candidate {units(circuit)}"
     if circuit.level == "edge":
         held = f"{len(circuit.nodes)} nodes, {held}"
-    first = (first_look(circuit),) if circuit.preliminary else ()
+    first = (first_look(circuit),) if first_look(circuit) else ()
     if not check.measured:
         return (
             *first,
@@ -420,8 +420,10 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
 
 
 def first_look(circuit: RefusalCircuit) -> str:
-    """That a map is only a first look; empty for others."""
-    return "Preliminary: a first look on few pairs, with fewer checks." if circuit.preliminary else ""
+    """What a reader has to know first: that there is no circuit, or that a map is only a first look; or nothing."""
+    no_circuit = "No circuit: the time budget ended before edges and roles were measured. These parts are a ranking."
+    preliminary = "Preliminary: a first look on few pairs, with fewer checks."
+    return " ".join([no_circuit] * circuit.unfinished + [preliminary] * circuit.preliminary)
 
 
 def ablation(circuit: RefusalCircuit) -> str:

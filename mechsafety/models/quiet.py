@@ -1,0 +1,38 @@
+"""Keep the progress bars and warnings of other libraries off the user's screen while a model loads."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Context in which transformers and the hub's client show no bars and log errors alone.
+
+    The user's own settings come back at the end.
+
+    Example:
+        >>> from transformers.utils import logging
+        >>> before = logging.get_verbosity()
+        >>> with quiet():
+        ...     logging.is_progress_bar_enabled()
+        False
+        >>> logging.get_verbosity() == before
+        True
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="transformers")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # and the hub's
+        if not hub_bars:
+            disable_progress_bars()
