@@ -37,7 +37,8 @@ MOUNT = """<style>
 <script>(() => {
   const hosts = document.querySelectorAll(".attention-figure[data-props]");
   const name = (host) => host.querySelectorAll("select:not([aria-label])").forEach((menu) => {
-    menu.setAttribute("aria-label", (menu.labels[0] || menu.previousElementSibling || {}).textContent || "What is shown");
+    const before = menu.labels[0] || menu.previousElementSibling;
+    menu.setAttribute("aria-label", (before && before.textContent) || "What is shown");
   });
   const mount = () => hosts.forEach((host) => {
     if (!host.hasAttribute("data-props")) return;

@@ -85,7 +85,7 @@ def chart_svg(figure: "Figure", title: str, paper: Paper = WIDE) -> str:
     body = [*_frame(figure, xs, ys, paper, said)]
     for trace in figure.data:
         body += _heat(trace, xs, ys, paper) if trace.type == "heatmap" else _scatter(trace, xs, ys, paper)
-    body += _annotations(figure, xs, ys, paper)
+    body += _annotations(figure, xs, ys)
     width, tall = f"{paper.width:g}", f"{height + top:.5g}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" height="{tall}" '
@@ -300,7 +300,7 @@ def _drawn(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _annotations(figure: "Figure", xs: Axis, ys: Axis, paper: Paper) -> Iterator[str]:
+def _annotations(figure: "Figure", xs: Axis, ys: Axis) -> Iterator[str]:
     for note in figure.layout.annotations:
         yield _text(xs.start + 6, ys.at(note.y) - 5, note.text, "start", MUTED)
 
@@ -331,7 +331,9 @@ def _mark(symbol: str, x: float, y: float, size: float, colour: str) -> str:
     if symbol == "star":
         turns = [math.radians(36 * place - 90) for place in range(10)]
         reach = [half * (1.0 if place % 2 == 0 else 0.42) * 1.2 for place in range(10)]
-        points = " ".join(f"{x + r * math.cos(t):.1f},{y + r * math.sin(t):.1f}" for t, r in zip(turns, reach, strict=True))
+        points = " ".join(
+            f"{x + r * math.cos(t):.1f},{y + r * math.sin(t):.1f}" for t, r in zip(turns, reach, strict=True)
+        )
         return f'<polygon points="{points}" fill="{colour}"/>'
     if symbol == "x-thin":
         path = f"M{x - half:.1f} {y - half:.1f}l{size:.1f} {size:.1f}m0 {-size:.1f}l{-size:.1f} {size:.1f}"

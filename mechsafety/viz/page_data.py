@@ -65,8 +65,9 @@ def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = 
 
 def _label_sizes(layouts: Sequence[Layout]) -> list[float]:
     """Sizes of all labels of the maps; legend and caption are under them."""
-    above = [label for layout in layouts for label in layout.labels if label.y <= layout.map_height]
-    return [label.size for label in [*above, *(one for layout in layouts for mark in layout.nodes for one in mark.labels)]]
+    around = [label for layout in layouts for label in layout.labels if label.y <= layout.map_height]
+    names = [label for layout in layouts for mark in layout.nodes for label in mark.labels]
+    return [label.size for label in [*around, *names]]
 
 
 def sums_data(layout: Layout, style: Style) -> dict[str, Any]:

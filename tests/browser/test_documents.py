@@ -129,7 +129,8 @@ def test_report_fits_the_window(show, width: int, scheme: str) -> None:
     assert {page.evaluate(paper), frame.evaluate(paper)} == {
         "light": {"rgb(255, 255, 255)"}, "dark": {"rgb(20, 24, 29)"}
     }[scheme]  # fmt: skip
-    sizes = """selector => [...document.querySelectorAll(selector)].filter(el => el.checkVisibility() && !el.closest('.gone'))
+    sizes = """selector => [...document.querySelectorAll(selector)]
+        .filter(el => el.checkVisibility() && !el.closest('.gone'))
         .map(el => parseFloat(getComputedStyle(el).fontSize) * el.ownerSVGElement.getScreenCTM().a)"""
     for found in (page.evaluate(sizes, ".chart text, .diagram text"), frame.evaluate(sizes, ".pane svg text")):
         assert len(found) > 20 and min(found) > 10.9

@@ -249,7 +249,8 @@ def test_charts_of_the_report_show_what_plotly_shows(draw, paper, large: Refusal
             left = float(el.get("x")) - {"middle": wide / 2, "end": wide}.get(el.get("text-anchor"), 0.0)
             assert left > -1 and left + wide < width + 1 and 0 < float(el.get("y")) < height, el.text
     marks = sum(len(trace.x) for trace in figure.data if trace.type == "scatter")
-    cells = sum(value is not None for trace in figure.data if trace.type == "heatmap" for row in trace.z for value in row)
+    heat = [value for trace in figure.data if trace.type == "heatmap" for row in trace.z for value in row]
+    cells = sum(value is not None for value in heat)
     drawn = sum(len([*root.iter(f"{SVG}{kind}")]) for kind in ("circle", "rect", "polygon")) + text.count('"2.4"/>')
     assert drawn >= marks + cells
     said = [el.text for el in root.iter(f"{SVG}title")][1:]
