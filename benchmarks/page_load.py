@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-sys.path.append(str(ROOT / "tests" / "browser"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "browser"))
 
 from chromium import FLAGS, chromium
 from circuits_drawn import large_circuit, neuron_circuit, small_circuit
@@ -27,6 +26,7 @@ from playwright.sync_api import sync_playwright
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz import render_report
 
+ROOT = Path(__file__).resolve().parents[1]
 REPORTS: dict[str, Callable[[], RefusalCircuit]] = {
     "demo, 73 nodes": lambda: RefusalCircuit.load(ROOT / "docs" / "gallery" / "demo.json"),
     "12 nodes, with attention": small_circuit,
