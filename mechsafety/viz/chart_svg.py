@@ -131,7 +131,7 @@ def _axis(figure: "Figure", which: str, start: float, end: float, paper: Paper) 
         ticks = [(value, f"{value:g}") for value in np.arange(math.ceil(low / step) * step, high, step).tolist()]
     else:
         count = 8 if paper is WIDE or which == "y" else 4
-        places = [value for value in MaxNLocator(count).tick_values(low, high).tolist() if low <= value <= high]
+        places = [float(value) for value in MaxNLocator(count).tick_values(low, high) if low <= value <= high]
         digits = max((len(f"{round(value, 9):g}".partition(".")[2]) for value in places), default=0)
         ticks = [(value, number(value, digits)) for value in places]
     kept: list[tuple[float, str]] = []
