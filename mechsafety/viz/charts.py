@@ -1,4 +1,7 @@
-"""Plotly figures of a circuit. Each is returned, never shown; no global template is touched."""
+"""Plotly figures of a circuit. Each is returned, never shown; no global template is touched.
+
+The report draws the same figures as plain SVG (`mechsafety.viz.chart_svg`).
+"""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 FONT = {"family": "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif", "size": 13, "color": INK}
 GRID = "#E8EBEF"
+# A mark's tooltip is its own text in every chart, so that a chart drawn without plotly says the same.
+HOVER = "%{text}<extra></extra>"
 # Purple to blue through white: the two can be told apart with the common colour-vision deficiencies.
 DIVERGING = [[0.0, "#9C2F6B"], [0.25, "#DDA8C6"], [0.5, "#FFFFFF"], [0.75, "#8CBFDD"], [1.0, "#00588C"]]
 
@@ -49,7 +54,7 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
             x=columns,
             y=[*range(n_layers)],
             text=texts,
-            hovertemplate="%{text}<extra></extra>",
+            hovertemplate=HOVER,
             colorscale=DIVERGING,
             zmin=-limit,
             zmax=limit,
@@ -99,7 +104,6 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
     if total < 1:
         raise MechsafetyError(f"n_candidates={total}", expected="at least 1")
     points = sorted((point for point in check.curve if point.n_nodes >= 1), key=lambda point: point.n_nodes)
-    shares = [percent(point.k) for point in points]
     figure = go.Figure()
     for name, values, colour, dash in (
         ("held-out pairs", [point.held_out for point in points], ROLE_COLOURS["detection"], "solid"),
@@ -112,8 +116,11 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
             name=name,
             line={"color": colour, "width": 2.4, "dash": dash},
             marker={"size": 7, "symbol": "circle" if dash == "solid" else "square"},
-            customdata=shares,
-            hovertemplate=f"%{{x}} {units(circuit)} (%{{customdata}}): %{{y:.3f}}<extra>{name}</extra>",
+            text=[
+                f"{name}: {point.n_nodes} {units(circuit)} ({percent(point.k)}), {number(value)}"
+                for point, value in zip(points, values, strict=True)
+            ],
+            hovertemplate=HOVER,
         )
     held, controls = max(words.size(circuit), 1), check.random_controls
     low, high = check.held_out_ci
@@ -129,7 +136,8 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
         mode="markers",
         name="circuit shown, 95 % interval",
         marker={"size": 12, "symbol": "star", "color": INK},
-        hovertemplate=f"circuit shown: %{{y:.3f}} {interval(check.held_out_ci, 2)}<extra></extra>",
+        text=[f"circuit shown: {number(check.held_out_faithfulness)} {interval(check.held_out_ci, 2)}"],
+        hovertemplate=HOVER,
     )
     figure.add_scatter(
         x=[held],
@@ -138,7 +146,8 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
         mode="markers",
         name=f"{controls.n} random circuits: mean, highest",
         marker={"size": 10, "symbol": "x-thin", "color": MUTED, "line": {"width": 2.4, "color": MUTED}},
-        hovertemplate=f"random: mean {number(controls.mean)}, highest {number(controls.highest)}<extra></extra>",
+        text=[f"random circuits: mean {number(controls.mean)}, highest {number(controls.highest)}"],
+        hovertemplate=HOVER,
     )
     ends = [point.n_nodes for point in points] + [held]
     wide = [math.log10(min(ends) * 0.85), math.log10(max(ends) * 1.2)]
@@ -190,7 +199,7 @@ def effect_distribution(circuit: RefusalCircuit) -> "Figure":
                 "symbol": ["circle-open" if member.status == "estimated" else "circle" for member in members],
             },
             text=[node_title(member) for member in members],
-            hovertemplate="%{text}<extra></extra>",
+            hovertemplate=HOVER,
         )
     _style(figure, 130 + 74 * len(roles))
     figure.update_xaxes(title_text="effect (share of the gap), 95 % interval", zeroline=True, zerolinecolor="#C8CDD4")

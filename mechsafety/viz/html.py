@@ -111,12 +111,16 @@ def circuit_fragment(circuit: RefusalCircuit, style: Style | None = None, **opti
 
 
 def frame(page: str, title: str, height: int) -> str:
-    """A page in a frame of its own: no script in it reaches the page around it, and none of its names clash."""
+    """A page in a frame of its own: no script in it reaches the page around it, and none of its names clash.
+
+    It is ``height`` pixels tall, or as tall as nine tenths of the window where that is less.
+    """
     # allow-downloads serves the button "save SVG"; the frame still has no origin and no network
     return (
         f'<iframe sandbox="allow-scripts allow-downloads" allow="clipboard-write" '
         f'title="{html.escape(title, quote=True)}" loading="lazy" '
-        f'style="width:100%;height:{height}px;border:1px solid #d5d9df;border-radius:8px;background:#fff" '
+        f'style="width:100%;height:clamp({min(height, SHORTEST)}px,90vh,{height}px);border:1px solid #8886;'
+        f'border-radius:8px" '
         f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
     )
 
@@ -189,11 +193,11 @@ def _page(
         legend=legend,
         script=page_script(),
         measure="change" if len(panes) > 1 else "effect",
-        dark=_dark_rules(),
+        dark=dark_rules(),
     )
 
 
-def _dark_rules() -> list[tuple[str, str]]:
+def dark_rules() -> list[tuple[str, str]]:
     """Each colour of the light picture, with the colour that a dark page shows instead."""
     bands = {band(role): blend(colour, 0.13, DARK["#FFFFFF"]) for role, colour in ROLE_COLOURS.items()}
     return [*DARK.items(), *bands.items()]

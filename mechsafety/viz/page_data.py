@@ -32,6 +32,7 @@ from mechsafety.viz.words import STRONGEST, edges_drawn
 
 # a rounded corner of a path; few different ones occur, so each is stored once
 TURN = re.compile(r"c[-. \d]+")
+SMALLEST_LABEL = 11.0  # pixels on the screen, when a page opens
 
 
 def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = None) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = 
     Returns:
         - ``edgeThreshold``: the effect of the weakest edge that is shown at first.
         - ``map``: width and height of each pane's map.
+        - ``readable``: the largest scale, in units of the picture per pixel, at which its smallest label can be read.
         - ``groups``: groups that can be folded; ``fold``: those that are folded at first.
         - ``sums``: edges of folded groups (`sums_data`).
         - ``caption``: the line of the caption that counts edges (`caption_data`).
@@ -52,12 +54,20 @@ def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = 
         # rounded as in the SVG, so that the last of the strongest edges is not lost
         "edgeThreshold": float(shortened(sizes[limit - 1])) if limit and len(sizes) > limit else 0,
         "map": [[layout.width, layout.map_height] for layout in layouts],
+        "readable": round(min(_label_sizes(layouts), default=SMALLEST_LABEL) / SMALLEST_LABEL, 3),
         "groups": [mark.group for mark in first.folded],
         "fold": list(style.fold),
         "sums": sums_data(first, style) if first.folded else None,
         "caption": caption_data(first) if len(layouts) == 1 else None,
         "sides": sides and {"sheet": sheet_svg(sides.width, sides.height, sides.names), "places": sides.places},
     }
+
+
+def _label_sizes(layouts: Sequence[Layout]) -> list[float]:
+    """Sizes of all labels of the maps; legend and caption are under them."""
+    around = [label for layout in layouts for label in layout.labels if label.y <= layout.map_height]
+    names = [label for layout in layouts for mark in layout.nodes for label in mark.labels]
+    return [label.size for label in [*around, *names]]
 
 
 def sums_data(layout: Layout, style: Style) -> dict[str, Any]:

@@ -4,20 +4,25 @@ import base64
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.results import parting, reads_where
 from mechsafety.viz import words
 from mechsafety.viz.attention import attention_html
+from mechsafety.viz.chart_svg import DARK_FRAME, NARROW, WIDE, chart_svg, heat_colours
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
+from mechsafety.viz.flow import flow
 from mechsafety.viz.glossary import GLOSSARY, METHODS
-from mechsafety.viz.html import circuit_fragment, template
+from mechsafety.viz.html import circuit_fragment, dark_rules, template
 from mechsafety.viz.marks import ROLE_COLOURS, magnitude
 from mechsafety.viz.role_diagram import role_diagram
 from mechsafety.viz.search import search_section
 from mechsafety.viz.style import Style
 from mechsafety.viz.svg import layout_svg
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 ROLE_WORDS = {
     "detection": "reads what it passes on straight from the embeddings",
@@ -28,11 +33,13 @@ ROLE_WORDS = {
     "none": "has an effect, but fits no rule for a role",
 }
 HEADS_IN_TEXT = 6
-# An explicit list: plotly's default buttons include one that sends the data to its maker's cloud.
-PLOT = {
-    "displaylogo": False,
-    "responsive": True,
-    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+DIAGRAM_PT = 9.75  # its smallest labels then have eleven pixels
+# What a card says beside its title. A number whose check does not hold is shown small.
+VERDICT_WORDS = {
+    "fails": "its check fails",
+    "undecided": "its check is undecided",
+    "not measured": "its check was not measured",
+    "holds by construction": "holds by construction",
 }
 
 
@@ -45,16 +52,8 @@ def render_report(circuit: RefusalCircuit) -> str:
         MechsafetyError: The circuit cannot be drawn (a node listed twice, no candidates, misshapen attention).
     """
     details, check, linked = circuit.details, circuit.verification, circuit.linked
-    figures = [
-        figure.to_html(full_html=False, include_plotlyjs=first, div_id=name, config=PLOT)
-        for figure, name, first in (
-            (faithfulness_curve(circuit), "curve-figure", True),
-            (node_heatmap(circuit), "heatmap-figure", False),
-            (effect_distribution(circuit), "effects-figure", False),
-        )
-    ]
     return template("report.html.j2").render(
-        model=words.plain(circuit.provenance.model),
+        model=words.model_name(circuit),
         checks=words.checks(circuit),
         finding=words.finding(circuit),
         concentration=words.concentration(circuit),
@@ -64,8 +63,9 @@ def render_report(circuit: RefusalCircuit) -> str:
         cards=_cards(circuit),
         behaviour=[_behaviour(kind, value) for kind, value in circuit.behaviour.items()],
         pairs=words.pairs(circuit),
-        circuit=circuit_fragment(circuit, theme="light"),
-        diagram=layout_svg(role_diagram(circuit, Style(caption=False))),
+        flow=flow(circuit),
+        circuit=circuit_fragment(circuit),
+        diagram=layout_svg(role_diagram(circuit, Style(caption=False, font_pt=DIAGRAM_PT))),
         claims=_claims(circuit),
         ablation=words.ablation(circuit),
         first_look=words.first_look(circuit),
@@ -73,9 +73,10 @@ def render_report(circuit: RefusalCircuit) -> str:
         steps=METHODS,
         options=[(key, _shown(value)) for key, value in circuit.provenance.options.items()],
         search=search_section(circuit),
-        curve=figures[0],
-        heatmap=figures[1],
-        effects=figures[2],
+        curve=_chart(faithfulness_curve(circuit), "Faithfulness over the number of best parts kept"),
+        heatmap=_chart(node_heatmap(circuit), "Effect of every head and MLP, by layer"),
+        effects=_chart(effect_distribution(circuit), "Effects of the circuit's nodes, by role"),
+        dark=[*dark_rules(), *heat_colours(), *DARK_FRAME.items()],
         roles=_roles(circuit),
         nodes=[
             _node(member, (check.minimality or {}).get(str(member.node)))
@@ -187,27 +188,45 @@ def _missing(circuit: RefusalCircuit) -> list[str]:
     return missing if circuit.details.attention else [*missing, "attention of found heads"]
 
 
-def _cards(circuit: RefusalCircuit) -> list[tuple[str, str, str, bool]]:
-    """Title, number and note of each card, and whether the check of its number fails."""
+def _chart(figure: "Figure", title: str) -> str:
+    """A chart twice, for a wide and for a narrow window; the style sheet shows one of them."""
+    wide, narrow = (chart_svg(figure, title, paper) for paper in (WIDE, NARROW))
+    return f'<div class="chart wide">{wide}</div><div class="chart narrow">{narrow}</div>'
+
+
+def _cards(circuit: RefusalCircuit) -> list[dict[str, str]]:
+    """The cards, each with the verdict of the check that its number belongs to."""
     check = circuit.verification
-    failed = {claim.name for claim in check.failed}
+    verdicts = {claim.name: claim.verdict for claim in check.claims}
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
-    held += f"{'meets' if check.reached else 'misses'} the goal, {check.aim.words}; "
-    held += f"CMD over all sizes {words.number(check.cmd, 2)}"
+    held += f"{'meets' if check.reached else 'misses'} the goal, {check.aim.words}"
     drawn = f"mean of {controls.n} of the same size; {words.p_value(check.random_p)}"
     return [
-        _card("Held-out faithfulness", check.held_out_faithfulness, held, "faithfulness" in failed),
-        *_fresh_card(circuit, "fresh pairs" in failed),
-        ("Size", f"{words.size(circuit)} of {circuit.n_candidates}", _size_note(circuit), False),
-        _card("Random circuits", controls.mean, drawn, "sufficiency" in failed),
-        _card("Necessity", check.necessity, _necessity_note(circuit), "necessity" in failed),
+        *_behaviour_card(circuit),
+        {"name": "Size", "value": f"{words.size(circuit)} of {circuit.n_candidates}", "note": _size_note(circuit)},
+        _card("Held-out faithfulness", check.held_out_faithfulness, held, verdicts.get("faithfulness")),
+        *_fresh_card(circuit, verdicts.get("fresh pairs")),
+        _card("Random circuits", controls.mean, drawn, verdicts.get("sufficiency")),
+        _card("Necessity", check.necessity, _necessity_note(circuit), verdicts.get("necessity")),
     ]
 
 
-def _card(name: str, value: float, note: str, fails: bool) -> tuple[str, str, str, bool]:
+def _card(name: str, value: float, note: str, verdict: str | None) -> dict[str, str]:
     """A card; if its number was not measured, its note says only that."""
-    return (name, words.number(value, 2), note if math.isfinite(value) else "not measured", fails)
+    note = note if math.isfinite(value) else "not measured"
+    return {"name": name, "value": words.number(value, 2), "note": note} | (
+        {"said": VERDICT_WORDS[verdict], "verdict": verdict.replace(" ", "-")} if verdict in VERDICT_WORDS else {}
+    )
+
+
+def _behaviour_card(circuit: RefusalCircuit) -> list[dict[str, str]]:
+    """How often the model refuses, where both kinds of prompts were asked."""
+    asked = [circuit.behaviour.get(kind) for kind in ("harmful", "harmless")]
+    if None in asked:
+        return []
+    harmful, harmless = (words.percent(one.refusal_rate) for one in asked if one)
+    return [{"name": "Refused", "value": harmful, "note": f"of harmful prompts; {harmless} of harmless ones"}]
 
 
 def _size_note(circuit: RefusalCircuit) -> str:
@@ -223,12 +242,12 @@ def _necessity_note(circuit: RefusalCircuit) -> str:
     return note if controls is None else f"{note}; without a random one {words.number(controls.mean, 2)} on average"
 
 
-def _fresh_card(circuit: RefusalCircuit, fails: bool) -> list[tuple[str, str, str, bool]]:
+def _fresh_card(circuit: RefusalCircuit, verdict: str | None) -> list[dict[str, str]]:
     fresh = circuit.verification.fresh
     if fresh is None:
         return []
     note = f"95 % interval {words.interval(fresh.ci, 2)}; {fresh.n} pairs that played no part in the search"
-    return [_card("Faithfulness on fresh pairs", fresh.faithfulness, note, fails)]
+    return [_card("Faithfulness on fresh pairs", fresh.faithfulness, note, verdict)]
 
 
 def _behaviour(kind: str, value: Behaviour) -> dict[str, Any]:

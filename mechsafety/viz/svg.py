@@ -46,7 +46,9 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
     groups = frozenset(mark.group for mark in layout.folded)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
-        f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="img" font-family="{FONTS}">',
+        # what is in an image cannot be reached by the keyboard
+        f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="{"group" if interactive else "img"}" '
+        f'font-family="{FONTS}">',
         f"<title>{escape(layout.title)}</title>",
         f"<desc>{escape(layout.description)}</desc>",
         f'<rect class="paper" width="{layout.width:.5g}" height="{layout.height:.5g}" fill="{PAPER}"/>',

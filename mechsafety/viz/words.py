@@ -32,7 +32,12 @@ STATUS_WORDS = {
     "rejected": "rejected by the measurement",
 }
 
-
+# what the embedded model's short names stand for
+EMBEDDED = {
+    "demo": "SmolLM2-135M-Instruct with mechsafety's refusal adapter (demo)",
+    "demo-helpful": "SmolLM2-135M-Instruct with mechsafety's adapter for short answers (demo-helpful)",
+    "demo-base": "SmolLM2-135M-Instruct without an adapter (demo-base)",
+}
 METRICS = {
     "refusal_log_odds": "log-odds of a refusal's first token",
     "logit_difference": "logit of a refusal's first token less that of an answer's",
@@ -150,6 +155,12 @@ def plain(text: str, limit: int = 0) -> str:
     if limit and len(flat) > limit:
         return flat[: limit * 2 // 3 - 1] + "…" + flat[-(limit // 3) :]
     return flat
+
+
+def model_name(circuit: RefusalCircuit) -> str:
+    """The full name of the circuit's model."""
+    name = circuit.provenance.model
+    return plain(EMBEDDED.get(name, name))
 
 
 def edges_drawn(drawn: int, total: int) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 import circuits_drawn as drawn
 import numpy as np
 import pytest
+from axe import axe_script, serious_violations
 from chromium import browser, show
 
+from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz import (
     attention_html,
     circuit_fragment,
@@ -20,6 +22,8 @@ from mechsafety.viz import (
     tokens_html,
 )
 from mechsafety.viz.cards import Ablation
+
+DEMO = Path(__file__).parents[2] / "docs" / "gallery" / "demo.json"
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +86,80 @@ def test_the_mimebundle_survives_nbconvert(show, small) -> None:
 
 def test_report_opens_whole(show, hostile) -> None:
     page = show(render_report(hostile)).page
-    page.wait_for_selector("#curve-figure .main-svg")
     assert page.locator("img").count() == 0
-    for name in ("curve-figure", "heatmap-figure", "effects-figure"):
-        assert page.locator(f"#{name} .main-svg").count() > 0
+    assert page.locator(".chart.wide svg:visible").count() == 3 and page.locator(".chart.narrow:visible").count() == 0
     page.locator("#attention").scroll_into_view_if_needed()
-    page.wait_for_function("document.querySelectorAll('.attention-figure [class]').length > 0")
+    page.locator(".attention-figure [class]").first.wait_for()
+    assert page.locator(".attention-figure select:not([aria-label])").count() == 0
     shown = page.inner_text("#attention")
     assert "<img src=x onerror=alert(1)>" in shown and "&lt;" not in shown
     ids = page.eval_on_selector_all("nav a", "all => all.map(el => el.getAttribute('href').slice(1))")
     assert len(ids) > 8 and all(page.locator(f"#{name}").count() == 1 for name in ids)
+
+
+WIDTHS = (1280, 820, 390)
+SCHEMES = ("light", "dark")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", ["demo", "hostile"])
+def test_report_is_accessible(show, hostile, kind: str, width: int, scheme: str) -> None:
+    script = axe_script()
+    circuit = RefusalCircuit.load(DEMO) if kind == "demo" else hostile
+    page = show(render_report(circuit), width=width, height=800, color_scheme=scheme).page
+    page.eval_on_selector("iframe", "frame => { frame.loading = 'eager'; }")
+    page.frames[1].wait_for_selector("#nodeCount:has-text('nodes shown')")
+    if kind == "hostile":
+        page.locator(".attention-figure select[aria-label]").first.wait_for()
+    assert serious_violations(page, script) == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_report_fits_the_window(show, width: int, scheme: str) -> None:
+    """Nothing scrolls sideways but tables in their own boxes, all is dark on a dark system, all labels can be read."""
+    page = show(render_report(RefusalCircuit.load(DEMO)), width=width, height=800, color_scheme=scheme).page
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("iframe").bounding_box()["height"] <= 800
+    page.locator("iframe").scroll_into_view_if_needed()
+    frame = page.frames[1]
+    frame.wait_for_selector("#nodeCount:has-text('nodes shown')")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert {page.evaluate(paper), frame.evaluate(paper)} == {
+        "light": {"rgb(255, 255, 255)"}, "dark": {"rgb(20, 24, 29)"}
+    }[scheme]  # fmt: skip
+    sizes = """selector => [...document.querySelectorAll(selector)]
+        .filter(el => el.checkVisibility() && !el.closest('.gone'))
+        .map(el => parseFloat(getComputedStyle(el).fontSize) * el.ownerSVGElement.getScreenCTM().a)"""
+    for found in (page.evaluate(sizes, ".chart text, .diagram text"), frame.evaluate(sizes, ".pane svg text")):
+        assert len(found) > 20 and min(found) > 10.9
+
+
+def test_first_screen_tells_the_story(show) -> None:
+    page = show(render_report(RefusalCircuit.load(DEMO)), width=1280, height=800).page
+    for selector in ("h1", ".lead .verdict", ".finding", ".flow li:last-child", ".card:last-child", "#contents"):
+        box = page.locator(selector).first.bounding_box()
+        assert box["y"] + box["height"] <= 800, selector
+    shown = page.eval_on_selector_all(
+        ".card", "all => all.map(el => [el.className, getComputedStyle(el.querySelector('.value')).fontSize])"
+    )
+    assert {size for name, size in shown if name == "card"} == {"25px"}
+    assert {size for name, size in shown if name != "card"} == {"16px"}
+
+
+def test_report_is_reached_by_the_keyboard(show, small) -> None:
+    page = show(render_report(small), width=1280, height=800).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the details"
+    assert page.locator(".skip").first.bounding_box()["x"] >= 0
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#details")
+    scrolling = page.eval_on_selector_all(
+        ".box", "all => all.filter(el => el.scrollWidth > el.clientWidth + 1 || el.scrollHeight > el.clientHeight + 1)"
+        ".map(el => el.tabIndex)"
+    )  # fmt: skip
+    assert scrolling and set(scrolling) == {0}
 
 
 def test_report_tables_sort_and_download(show, hostile, tmp_path: Path) -> None:

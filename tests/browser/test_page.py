@@ -322,11 +322,50 @@ def test_keys_reach_everything(show, small) -> None:
     page.keyboard.press("Escape")
     before = view_box(page)
     page.keyboard.press("+")
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
     after = view_box(page)
     assert after[2] < before[2] and after[0] > before[0]
     page.keyboard.press("?")
     assert "along its strongest edge" in page.inner_text("#dialog")
+
+
+def test_the_picture_is_one_stop_of_the_tab_key(show, small) -> None:
+    page = show(circuit_html(small)).page
+    assert count(page, ".pane [tabindex='0']") == 0
+    page.focus("#stage")
+    page.keyboard.press("ArrowUp")
+    strongest = max(small.nodes, key=lambda m: abs(m.effect))
+    assert page.evaluate("document.activeElement.dataset.node") == str(strongest.node)
+    assert str(strongest.node) in card(page)
+    page.keyboard.press("ArrowDown")
+    there = page.evaluate("document.activeElement.dataset.node")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "stage"
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.dataset.node") == there
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "in"
+
+
+def test_two_fingers_zoom(show, large) -> None:
+    page = show(circuit_html(large), width=390, height=800, has_touch=True).page
+    before = view_box(page)
+    driver = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(places)]
+        driver.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    page.focus("#stage")
+    middle = page.locator("#stage").bounding_box()["y"] + 150
+    touch("touchStart", (150, middle), (210, middle))
+    for step in range(1, 6):
+        touch("touchMove", (150 - 10 * step, middle), (210 + 10 * step, middle))
+    touch("touchEnd")
+    after = view_box(page)
+    assert after[2] < 0.6 * before[2]
+    assert before[0] < after[0] and after[0] + after[2] < before[0] + before[2]
+    assert count(page, ".picked") == 0
 
 
 def test_dark_mode_follows_the_system_and_the_button(show, small) -> None:

@@ -1,17 +1,19 @@
 """Charts, attention, words and the report."""
 
 import base64
+import gzip
 import io
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 from circuits_drawn import HOSTILE, build
-from test_formats import Tags, assert_inert
+from test_formats import SVG, Tags, assert_inert
 
 from mechsafety.circuits.circuit import Backup, CurvePoint, Node, RandomControls, RefusalCircuit, Search
 from mechsafety.circuits.verification.outcome import Claim
@@ -29,6 +31,9 @@ from mechsafety.viz import (
     tokens_html,
     write_all,
 )
+from mechsafety.viz.chart_svg import NARROW, WIDE, chart_svg, heat_colours
+from mechsafety.viz.flow import ENDS, flow
+from mechsafety.viz.marks import text_width
 from mechsafety.viz.words import chance, concentration, necessity, number, p_value, percent, plain, verdict
 
 
@@ -121,9 +126,17 @@ def test_curve_shows_both_splits_target_size_and_controls(large: RefusalCircuit)
         faithfulness_curve(replace(large, n_candidates=0))
 
 
+def unpacked(page: str) -> list[str]:
+    """CircuitsVis' scripts on a page, as a browser unpacks them."""
+    packed = re.findall(r'atob\("([\w+/=]+)"\)', page)
+    return [gzip.decompress(base64.b64decode(text)).decode() for text in packed]
+
+
 def test_attention_escapes_tokens_twice_and_brings_its_script_once(hostile: RefusalCircuit) -> None:
     text = attention_html(hostile.details.attention)
-    assert text.count("var CircuitsVis=") == 1 and "sourceMappingURL" not in text
+    (script,) = unpacked(text)
+    assert "var CircuitsVis=" in script and "sourceMappingURL" not in script
+    assert len(text) < 600_000
     page = assert_inert(text, scripts=4)
     props = page.scripts[0]
     assert "&lt;img" in props.encode().decode("unicode_escape") and "<" not in props
@@ -148,8 +161,9 @@ def test_report_is_inert_and_complete(hostile: RefusalCircuit) -> None:
     assert page.text.count("</script><img src=x onerror=alert(1)>") >= 4  # model, option, prompt, reply
     assert len(page.frames) == 1
     assert_inert(page.frames[0], scripts=2)
-    assert text.count("plotly.js v") == 1 and text.count("var CircuitsVis=") == 1
-    assert "default-src 'none'" in text and 'content="light only"' in text
+    assert "plotly.js" not in text and len(unpacked(text)) == 1
+    assert "default-src 'none'" in text and 'content="light dark"' in text
+    assert page.frames[0].count('data-theme="auto"') == 1
 
 
 def test_report_is_the_same_twice(small: RefusalCircuit) -> None:
@@ -181,9 +195,83 @@ def test_report_lists_every_node_edge_and_reply(neurons: RefusalCircuit) -> None
     body = Tags(text).text
     assert all(str(member.node) in body for member in neurons.nodes)
     assert text.count("<tr><td data-sort=") == len(neurons.nodes)
-    assert len(text.encode()) < 8_000_000
     assert "I'm sorry, I can't help with that." in body and "Look for a dull rind.\nTap it." in body
     assert "88 %" in body and "(77 % to 94 %)" in body
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("loaded", 1_500_000), ("large", 3_000_000), ("neurons", 3_000_000)])
+def test_report_is_light(kind: str, limit: int, request: pytest.FixtureRequest) -> None:
+    """With CircuitsVis' figures a report may have twice the bytes."""
+    circuit = request.getfixturevalue(kind)
+    text = render_report(circuit)
+    assert len(text.encode()) < limit and len(unpacked(text)) == (circuit.details is not None)
+
+
+def test_report_names_the_model_in_full(small: RefusalCircuit) -> None:
+    def title(model: str) -> str:
+        page = render_report(replace(small, provenance=replace(small.provenance, model=model)))
+        return re.search("<h1>(.*)</h1>", page)[1]
+
+    assert title("demo") == "SmolLM2-135M-Instruct with mechsafety&#39;s refusal adapter (demo)"
+    assert title("some/other") == "some/other"
+
+
+def test_first_screen_shows_what_each_role_reads(large: RefusalCircuit) -> None:
+    steps = flow(large)
+    assert [step.name for step in steps][:1] + [step.name for step in steps][-1:] == ["refuse or comply", ENDS["embed"]]
+    roles = {member.role for member in large.nodes}
+    assert {step.name for step in steps if step.colour} == {role.replace("none", "no role") for role in roles}
+    assert max(step.share for step in steps) == 1.0
+    role_of = {member.node: member.role for member in large.nodes}
+    sums: dict[str, float] = {}
+    for member in large.edges:
+        if member.edge.receiver == Node("logits"):
+            sender = role_of.get(member.edge.sender, "the prompt").replace("none", "no role")
+            sums[sender] = sums.get(sender, 0.0) + member.effect
+    shown = dict(part.rsplit(" ", 1) for part in steps[0].reads.split(", "))
+    assert shown == {name: number(sums[name], 2) for name in shown} and len(shown) == min(
+        3, sum(abs(value) >= 0.005 for value in sums.values())
+    )
+
+
+@pytest.mark.parametrize("paper", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("draw", [faithfulness_curve, node_heatmap, effect_distribution])
+def test_charts_of_the_report_show_what_plotly_shows(draw, paper, large: RefusalCircuit) -> None:
+    figure = draw(large)
+    text = chart_svg(figure, "a <title>", paper)
+    assert text == chart_svg(figure, "a <title>", paper)
+    root = ElementTree.fromstring(text)
+    assert root.find(f"{SVG}title").text == "a <title>" and root.get("role") == "img"
+    width, height = (float(part) for part in root.get("viewBox").split()[2:])
+    for el in root.iter(f"{SVG}text"):
+        if el.get("x"):
+            wide = text_width(el.text, paper.font) * 0.9
+            left = float(el.get("x")) - {"middle": wide / 2, "end": wide}.get(el.get("text-anchor"), 0.0)
+            assert left > -1 and left + wide < width + 1 and 0 < float(el.get("y")) < height, el.text
+    marks = sum(len(trace.x) for trace in figure.data if trace.type == "scatter")
+    heat = [value for trace in figure.data if trace.type == "heatmap" for row in trace.z for value in row]
+    cells = sum(value is not None for value in heat)
+    drawn = sum(len([*root.iter(f"{SVG}{kind}")]) for kind in ("circle", "rect", "polygon")) + text.count('"2.4"/>')
+    assert drawn >= marks + cells
+    said = [el.text for el in root.iter(f"{SVG}title")][1:]
+    texts = [t for trace in figure.data for t in np.ravel(trace.text) if trace.text is not None]
+    assert len(said) == (len([t for t in texts if t != "not scored"]) if paper.titles else 0)
+
+
+def test_charts_place_marks_by_their_values(small: RefusalCircuit) -> None:
+    root = ElementTree.fromstring(chart_svg(effect_distribution(small), "effects"))
+    circles = [el for group in root.iter(f"{SVG}g") for el in group.iter(f"{SVG}circle")]
+    figure = effect_distribution(small)
+    values = [x for trace in figure.data for x in trace.x]
+    places = [float(el.get("cx")) for el in circles]
+    slope, start = np.polyfit(values, places, 1)
+    assert slope > 0 and np.allclose(np.array(values) * slope + start, places, atol=0.2)
+
+
+def test_dark_pages_replace_every_colour_of_the_heat_map() -> None:
+    light = [before for before, _ in heat_colours()]
+    assert len(set(light)) == len(light)
+    assert (light[0], light[-1]) == tuple(colour.lower() for colour in ("#9C2F6B", "#00588C"))
 
 
 def test_report_brings_its_tables(small: RefusalCircuit) -> None:
@@ -255,7 +343,7 @@ def test_circuitsvis_views_escape_tokens_and_share_one_script(small: RefusalCirc
         tokens_html(["<img src=x onerror=alert(1)>", " a"], [0.5, -0.5], script=False),
         neurons_html([(("a", "</script>"), np.ones((2, 1, 2)))], layers=[3], neurons=["N1", "N2"], script=False),
     )
-    assert page.count("var CircuitsVis=") == 1 and page.count("data-props></div>") == 6
+    assert len(unpacked(page)) == 1 and page.count("data-props></div>") == 6
     tags = Tags(page)
     assert "img" not in tags.tags and not tags.handlers
     assert "default-src 'none'" in page
@@ -328,7 +416,12 @@ def test_the_verdict_comes_first_and_a_failed_check_is_no_proud_number(small: Re
     assert f"{said}1 holds by construction: faithfulness" in head and head.index("1 of 4 checks") < head.index(
         "candidate parts"
     )
-    assert page.count('class="card failed"') == 1 and "Necessity: its check fails" in page, "no fresh pairs here"
+    assert page.count('class="card fails"') == 1 and "Necessity: its check fails" in page, "no fresh pairs here"
+    assert page.count('class="card holds-by-construction"') == 1
+    assert "Held-out faithfulness: holds by construction" in page and "Random circuits</h2>" in page
+    unsure = tuple(replace(claim, passed=None) if claim.name == "necessity" else claim for claim in made)
+    undecided = render_report(replace(small, verification=replace(check, claims=unsure)))
+    assert "Necessity: its check is undecided" in undecided and 'class="card undecided"' in undecided
     whole = render_report(replace(small, verification=replace(check, claims=())))
     assert "checks hold" not in whole and "its check fails" not in whole
 

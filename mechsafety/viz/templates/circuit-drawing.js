@@ -89,14 +89,27 @@ function search(text) {
 }
 
 // ---- events on parts ----
+let visited = null;
+// the part that the keyboard comes to first: the last one, otherwise the one of the largest effect
+function enter() {
+  const shown = [...all, ...supers.values()].filter((node) => node.shown).sort((a, b) => Number(a.bar) - Number(b.bar) || b.size - a.size);
+  const node = shown.includes(visited) ? visited : shown[0];
+  if (node) node.els.find((el) => el.checkVisibility()).focus();
+}
 for (const node of [...all, ...supers.values()]) {
   for (const el of node.els) {
-    el.setAttribute("tabindex", "0");
+    // the picture is one stop of the Tab key; arrows go on inside
+    el.setAttribute("tabindex", "-1");
     el.setAttribute("role", "button");
     el.setAttribute("aria-label", el.querySelector("title").textContent);
     el.addEventListener("pointerenter", () => showNode(node));
     el.addEventListener("pointerleave", leave);
-    el.addEventListener("focus", () => { if (el.matches(":focus-visible")) showNode(node); });
+    el.addEventListener("focus", () => {
+      visited = node;
+      if (!el.matches(":focus-visible")) return;
+      showNode(node);
+      if (Math.abs(node.x - view[0] - view[2] / 2) > 0.48 * view[2] || Math.abs(node.y - view[1] - view[3] / 2) > 0.48 * view[3]) centre(node);
+    });
     el.addEventListener("dblclick", () => { if (node.kind === "group") fold(node.group, false); });
     el.addEventListener("keydown", (event) => nodeKey(event, node));
   }
@@ -109,7 +122,7 @@ for (const edge of edges) {
 }
 
 function nodeKey(event, node) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && event.key.startsWith("Arrow"))) return;
   const go = (key) => key && (nodes.get(key) || supers.get(key)).els[0].focus();
   const strongest = (end, other) => {
     const some = edges.filter((edge) => edge.kept && anchor(edge[end]) === node && anchor(edge[other]) !== node);
@@ -139,7 +152,12 @@ for (const pane of panes) pane.full = [boxOf(pane.svg).width, boxOf(pane.svg).he
 const { full } = panes[0];
 const home = [0, 0, panes[0].map[0], panes[0].map[1]];
 let view = [...home];
-const apply = () => panes.forEach((pane) => pane.svg.setAttribute("viewBox", view.map((part) => part.toFixed(2)).join(" ")));
+// whether the reader has chosen the view; until then it follows the window
+let chosen = false;
+const apply = () => {
+  chosen = true;
+  panes.forEach((pane) => pane.svg.setAttribute("viewBox", view.map((part) => part.toFixed(2)).join(" ")));
+};
 function zoom(factor, x, y) {
   const width = Math.min(home[2] * 3, Math.max(home[2] / 14, view[2] * factor)), scale = width / view[2];
   const [cx, cy] = x === undefined ? [view[0] + view[2] / 2, view[1] + view[3] / 2] : [x, y];
@@ -153,39 +171,67 @@ function point(event) {
   const place = new DOMPoint(event.clientX, event.clientY).matrixTransform(paneOf(event).svg.getScreenCTM().inverse());
   return [place.x, place.y];
 }
-// the whole map, at the top; a tall one begins larger, with labels of at least nine pixels
+// the whole map; one whose labels would be too small to read begins larger, at its top
 function first() {
   const box = panes.find((pane) => !pane.el.hidden).svg.getBoundingClientRect();
   view = [...home];
   if (box.width && box.height) {
-    const wide = home[2] / box.width, scale = Math.max(wide, Math.min(home[3] / box.height, 4 / 3));
-    view = [(home[2] - box.width * scale) / 2, 0, box.width * scale, box.height * scale];
+    const scale = Math.min(data.readable, Math.max(home[2] / box.width, home[3] / box.height));
+    const [width, height] = [box.width * scale, box.height * scale], spare = home[2] - width;
+    // of a map that is too wide, the parts at the top are shown
+    const top = all.filter((node) => !node.bar && node.y < height), sum = top.reduce((total, node) => total + node.x, 0);
+    view = [spare < 0 || !top.length ? spare / 2 : Math.min(spare, Math.max(0, sum / top.length - width / 2)), 0, width, height];
   }
   apply();
+  chosen = false;
 }
+// a frame may get its size only after its page has run
+new ResizeObserver(() => { if (!chosen) first(); }).observe(stage);
 
 // inside another page the wheel scrolls that page until the picture has been clicked
 const framed = window.self !== window.top;
 const active = () => !framed || stage.contains(document.activeElement);
-find("hint").textContent = framed ? "click the picture, then wheel to zoom, drag to move" : "wheel to zoom, drag to move, ? for keys";
+const touch = window.matchMedia("(pointer: coarse)").matches;
+find("hint").textContent = (touch ? "tap the picture, then pinch to zoom, drag to move; ⤢ for all"
+  : framed ? "click the picture, then wheel to zoom, drag to move" : "wheel to zoom, drag to move, ? for keys");
 stage.addEventListener("wheel", (event) => {
   if (!active() && !event.ctrlKey) return;
   event.preventDefault();
   zoom(event.deltaY > 0 ? 1.12 : 1 / 1.12, ...point(event));
 }, { passive: false });
 let drag = null;
+// two fingers: the distance between them zooms about their middle
+const fingers = new Map();
+const spread = () => {
+  const [a, b] = [...fingers.values()];
+  return { apart: Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY) || 1,
+    middle: { clientX: (a.clientX + b.clientX) / 2, clientY: (a.clientY + b.clientY) / 2, target: a.target } };
+};
+function pinch(event) {
+  const before = spread();
+  fingers.set(event.pointerId, event);
+  const after = spread(), [x, y] = point(before.middle);
+  zoom(before.apart / after.apart, x, y);
+  const [x1, y1] = point(after.middle);
+  move(x - x1, y - y1);
+  if (drag) drag.moved = true;
+}
+const lift = (event) => { fingers.delete(event.pointerId); if (drag) setTimeout(() => { drag = null; }, 0); };
 stage.addEventListener("pointerdown", (event) => {
   if (event.button !== 0 || event.target.closest("button")) return;
+  if (event.pointerType === "touch") fingers.set(event.pointerId, event);
   drag = { x: event.clientX, y: event.clientY, moved: false, scale: 1 / paneOf(event).svg.getScreenCTM().a };
 });
 window.addEventListener("pointermove", (event) => {
+  if (fingers.size === 2 && fingers.has(event.pointerId)) { pinch(event); return; }
   if (!drag) return;
   const dx = event.clientX - drag.x, dy = event.clientY - drag.y;
   if (!drag.moved && Math.hypot(dx, dy) < 4) return;
   move(-dx * drag.scale, -dy * drag.scale);
   drag = { ...drag, x: event.clientX, y: event.clientY, moved: true };
 });
-window.addEventListener("pointerup", () => { if (drag) setTimeout(() => { drag = null; }, 0); });
+window.addEventListener("pointerup", lift);
+window.addEventListener("pointercancel", lift);
 stage.addEventListener("click", (event) => {
   if (event.target.closest("button") || (drag && drag.moved)) return;
   const hit = event.target.closest(".node");
@@ -201,9 +247,9 @@ document.addEventListener("keydown", (event) => {
   const actions = {
     "/": () => find("search").focus(), "?": help, d: switchTheme, 0: first,
     "+": () => zoom(1 / 1.2), "=": () => zoom(1 / 1.2), "-": () => zoom(1.2),
-    ...(stage.contains(document.activeElement) && {
+    ...(stage.contains(document.activeElement) && (event.shiftKey ? {
       ArrowLeft: () => move(-step, 0), ArrowRight: () => move(step, 0), ArrowUp: () => move(0, -step), ArrowDown: () => move(0, step),
-    }),
+    } : { ArrowLeft: enter, ArrowRight: enter, ArrowUp: enter, ArrowDown: enter, Enter: enter })),
   };
   if (!actions[event.key]) return;
   event.preventDefault();

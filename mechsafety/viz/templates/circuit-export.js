@@ -100,8 +100,9 @@ function copyTikz() {
 
 function help() {
   find("dialogText").textContent = [
-    "/  search, Enter goes to the next one found", "Tab  next part;  Enter  its paths;  p  pin;  f  fold its group",
-    "↑ ↓  on a part: along its strongest edge;  ← →  within its row", "arrows on the picture: move;  + − 0  zoom",
+    "/  search, Enter goes to the next one found", "Tab  to the picture; an arrow goes to a part of it",
+    "↑ ↓  on a part: along its strongest edge;  ← →  within its row", "Enter  its paths;  p  pin;  f  fold its group",
+    "Shift and arrows: move the picture;  + − 0  zoom",
     "d  dark or light;  Escape  clear",
   ].join("\n");
   find("dialogArea").hidden = true;

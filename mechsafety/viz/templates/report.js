@@ -21,3 +21,18 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// a box that scrolls can be reached by the keyboard; one that does not is no stop of the Tab key
+function boxes() {
+  for (const box of document.querySelectorAll(".box, figure")) {
+    if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) {
+      const above = [...box.closest("section").querySelectorAll("h2, h3")];
+      const heading = above.findLast((el) => el.compareDocumentPosition(box) & Node.DOCUMENT_POSITION_FOLLOWING);
+      box.tabIndex = 0;
+      box.setAttribute("role", "region");
+      box.setAttribute("aria-label", heading.textContent + ": scroll for the rest");
+    } else for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name);
+  }
+}
+boxes();
+window.addEventListener("resize", boxes);
+window.addEventListener("load", boxes);
