@@ -9,8 +9,11 @@ from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.detours import detours
+from mechsafety.viz.fitting import fitted_sizes
+from mechsafety.viz.fonts import SANS
 from mechsafety.viz.groups import folded_edges, supernodes
 from mechsafety.viz.legend import legend_and_caption
+from mechsafety.viz.look import Look
 from mechsafety.viz.marks import (
     BAR,
     FAINT,
@@ -37,12 +40,13 @@ from mechsafety.viz.marks import (
     outline,
     readable_on,
     rounded,
+    small_text,
     text_width,
 )
 from mechsafety.viz.placement import Placement, place
 from mechsafety.viz.routing import Bundle, Routes, route
-from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, groups, lane_of, lane_order
-from mechsafety.viz.views import chosen_nodes, left_out, part_of, strongest_edges
+from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, group_title, groups, lane_of, lane_order
+from mechsafety.viz.views import check_labels, chosen_nodes, left_out, part_of, strongest_edges
 from mechsafety.viz.words import caption, edge_title, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
@@ -134,6 +138,7 @@ def fit(
         twice = next((node for k, node in enumerate(listed) if node in listed[:k]), None)
         if twice is not None:
             raise MechsafetyError(f"the circuit lists {twice} twice", expected="each node once")
+    check_labels(circuits, style)
     nodes = chosen_nodes([circuit.by_mlp() for circuit in circuits], style)
     limit = style.height
     if limit is None:
@@ -161,7 +166,7 @@ def fit(
     if not low:
         layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
         raise MechsafetyError(
-            f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font * 0.75:g} pt labels",
+            f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font_px * 0.75:g} pt labels",
             expected="a greater height",
             hint="legend=False or caption=False",
         )
@@ -195,7 +200,7 @@ def _ranked(edges: Iterable[CircuitEdge]) -> list[CircuitEdge]:
 def _finish(
     whole: RefusalCircuit, drawn: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame
 ) -> Layout:
-    layout = _draw(whole, drawn, style, placement, routes, frame)
+    layout = in_font(_draw(whole, drawn, style, placement, routes, frame))
     return in_grey(layout) if style.grayscale else layout
 
 
@@ -203,10 +208,10 @@ def _fit(
     members: Mapping[Node, CircuitNode], edges: list[CircuitEdge], style: Style
 ) -> tuple[Placement, Routes, Frame]:
     """Placement, routes and frame, with as many columns as fit the width."""
-    unit = style.font / 12
+    unit = style.font_px / 12
     inner = {node: member for node, member in members.items() if node.layer is not None}
     lanes = {node: lane_of(style, member) for node, member in inner.items()}
-    texts = max((text_width(_name(node), style.font) for node in inner), default=0.0)
+    texts = max((text_width(style.look.mark(node), style.font_px) for node in inner), default=0.0)
     cell = max(30 * unit, texts / 0.86 + 8 * unit)
     room = style.width or max(WIDEST, PER_ROOT_NODE * math.sqrt(len(inner))) * unit
     limit = max(1, int((room - 70 * unit) // (cell + 8 * unit)))
@@ -219,7 +224,7 @@ def _fit(
             return placement, routes, frame
         if placement.n_columns <= used:
             raise MechsafetyError(
-                f"width_mm={style.width_mm:g} with {style.font * 0.75:g} pt labels",
+                f"width_mm={style.width_mm:g} with {style.font_px * 0.75:g} pt labels",
                 expected=f"at least {(frame.right + 14 * unit) * 25.4 / 96:.0f} mm for this circuit",
                 hint="a smaller font_pt, or columns='part'",
             )
@@ -228,7 +233,7 @@ def _fit(
 
 
 def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell: float) -> Frame:
-    title_size = 0.86 * style.font
+    title_size = small_text(style.font_px)
     firsts = {lane.first: lane for lane in placement.lanes}
     # a crowded channel packs its tracks closer
     steps = [min(TRACK * unit, CHANNEL * unit / max(tracks, 1)) for tracks in routes.tracks]
@@ -263,7 +268,7 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
             x += cell
     right = x if placement.n_columns else NARROWEST * unit - 14 * unit
     top = 10 * unit
-    height, bar = 1.6 * style.font, 1.9 * style.font
+    height, bar = 1.6 * style.font_px, 1.9 * style.font_px
     logits = top + 1.7 * title_size + bar / 2
     y = logits + bar / 2
     lines = [0.0] * len(placement.layers)
@@ -313,7 +318,8 @@ def _draw(
         for member in sorted(members.values(), key=lambda member: member.node.order)
         if member.node in placement.cell
     ]
-    supers = supernodes(nodes, named, frame.cell[0])
+    titles = {name: group_title(style, name) for name in named}
+    supers = supernodes(nodes, titles, frame.cell[0], style.look)
     cells = {str(node): cell for node, cell in placement.cell.items()}
     cells |= {mark.key: cells[anchor] for mark, anchor in supers}
     channels, gaps = (tuple((a, b) for a, b, _ in rows) for rows in (frame.channels, frame.gaps))
@@ -339,7 +345,9 @@ def _draw(
     curves = drawn_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
-    sentences = caption(whole, sum(mark.n_edges for mark in curves), left_out=left_out(whole, circuit))
+    sentences = caption(
+        whole, sum(mark.n_edges for mark in curves), left_out=left_out(whole, circuit, style.look), look=style.look
+    )
     swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom, linked)
     return Layout(
         width,
@@ -354,17 +362,13 @@ def _draw(
         folded=tuple(mark for mark, _ in supers if mark.group not in style.fold),
         map_height=frame.bottom,
         grid=grid,
+        look=style.look,
     )
 
 
 def drawn_edges(curves: Sequence[EdgeMark], count: int | None) -> list[EdgeMark]:
     """Marks of the edges that are drawn (`strongest_edges`), the weakest first, so that strong ones lie on top."""
     return strongest_edges(curves[::-1], count, lambda mark: (mark.sender, mark.receiver))[::-1]
-
-
-def _name(node: Node) -> str:
-    # a neuron's layer is that of its row
-    return f"N{node.index}" if node.kind == "neuron" else node.short
 
 
 def _node(
@@ -376,15 +380,28 @@ def _node(
     strength = node_strength(member.effect, largest)
     scale = 0.86 + 0.14 * strength
     width, height = frame.cell[0] * scale, frame.cell[1] * scale
-    shape = node_shape(member.role, member.status, strength, x, y, width, height)
+    colour = style.look.colour(member.role)
+    shape = node_shape(member.role, colour, member.status, strength, x, y, width, height)
     colour = {"rejected": MUTED, "estimated": INK}.get(member.status) or readable_on(shape.fill or BAR)
-    text = _name(member.node)
-    room = 0.96 * label_room(ROLE_OUTLINES[member.role], width, height, style.font)
-    size = style.font * min(1.0, 0.84 * width / text_width(text, style.font), room / text_width(text, style.font))
+    text = style.look.mark(member.node)
+    room = 0.96 * label_room(ROLE_OUTLINES[member.role], width, height, style.font_px)
+    size = style.font_px * min(
+        1.0, 0.84 * width / text_width(text, style.font_px), room / text_width(text, style.font_px)
+    )
     label = centred(x, y, text, size, colour, bold=True)
     shapes = (shape, opposing_line(x, y, width, height, colour)) if member.opposes else (shape,)
     return NodeMark(
-        str(member.node), x, y, width, height, shapes, (label,), node_title(member), member, "", member.node.kind
+        str(member.node),
+        x,
+        y,
+        width,
+        height,
+        shapes,
+        (label,),
+        node_title(member, style.look),
+        member,
+        "",
+        member.node.kind,
     )
 
 
@@ -393,10 +410,17 @@ def _bar(frame: Frame, style: Style, kind: str, member: CircuitNode | None) -> N
     y = frame.embed if kind == "embed" else frame.logits
     rim = (INK, 1.2) if member else (MUTED, 0.8)
     shape = Shape(outline("rounded", x, y, width, frame.bar), BAR, *rim)
-    title = node_title(member) if member else f"{kind}: drawn for orientation, not a node of the circuit"
-    words = BARS[kind] if text_width(BARS[kind], 0.9 * style.font) < width - 8 else kind
-    label = centred(x, y, words, 0.9 * style.font, INK)
+    title = node_title(member, style.look) if member else f"{kind}: drawn for orientation, not a node of the circuit"
+    label = bar_label(style.look, kind, x, y, 0.9 * style.font_px, width - 8)
     return NodeMark(kind, x, y, width, frame.bar, (shape,), (label,), title, member, "", kind)
+
+
+def bar_label(look: Look, kind: str, x: float, y: float, size: float, room: float) -> Label:
+    """The text of the bar of ``embed`` or ``logits``: a user's own, its words, or its name where a bar is narrow."""
+    words = look.labels.get(Node(kind), BARS[kind])
+    if Node(kind) not in look.labels and text_width(words, size) >= room:
+        words = kind
+    return centred(x, y, words, size * min(1.0, room / text_width(words, size)), INK)
 
 
 def _edge(
@@ -471,7 +495,7 @@ def _straight(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple[Shape, ...], tuple[Label, ...]]:
     shapes, labels = [], []
-    size = 0.86 * style.font
+    size = small_text(style.font_px)
     top, bottom = frame.top - 2 * frame.unit, frame.embed - frame.bar / 2
     for lane in placement.lanes:
         start = frame.channels[lane.first][0]
@@ -481,7 +505,7 @@ def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple
         rectangle = outline(
             "rectangle", (start + end) / 2, (top + bottom) / 2, end - start - 2 * frame.unit, bottom - top
         )
-        shapes.append(Shape(rectangle, band(lane.key if style.columns == "role" else "none")))
+        shapes.append(Shape(rectangle, band(style.look.colour(lane.key if style.columns == "role" else "none"))))
         title = plain(lane.title)
         while text_width(title, size) > end - start - 4 * frame.unit and len(title) > 2:
             title = title[:-2] + "…"
@@ -499,6 +523,24 @@ def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple
             x = frame.left - 12 * frame.unit
             shapes += [Shape(outline("ellipse", x, middle + k * room, 1.6, 1.6), MUTED) for k in (-1, 0, 1)]
     return tuple(shapes), tuple(labels)
+
+
+def in_font(layout: Layout) -> Layout:
+    """The layout with texts that fit their rooms in its font. The layout was made for a sans-serif one."""
+    if layout.look.font == SANS:
+        return layout
+    sizes = fitted_sizes(layout)
+
+    def labels(given: tuple[Label, ...]) -> tuple[Label, ...]:
+        return tuple(replace(one, size=sizes[one]) for one in given)
+
+    return replace(
+        layout,
+        nodes=tuple(replace(mark, labels=labels(mark.labels)) for mark in layout.nodes),
+        folded=tuple(replace(mark, labels=labels(mark.labels)) for mark in layout.folded),
+        edges=tuple(replace(mark, labels=labels(mark.labels)) for mark in layout.edges),
+        labels=labels(layout.labels),
+    )
 
 
 def in_grey(layout: Layout) -> Layout:

@@ -8,9 +8,9 @@ from typing import TypeVar
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node, as_nodes
+from mechsafety.viz.look import PLAIN, Look
 from mechsafety.viz.marks import magnitude
 from mechsafety.viz.style import Style
-from mechsafety.viz.words import role_name
 
 E = TypeVar("E")
 
@@ -41,6 +41,33 @@ def chosen_nodes(circuits: Sequence[RefusalCircuit], style: Style) -> list[Node]
         raise MechsafetyError("a view without nodes", expected="a wider choice of nodes, roles, layers or effects")
     ranked = sorted(kept, key=lambda node: (-sizes[node], node.order))
     return ranked if style.top is None else ranked[: style.top]
+
+
+def check_labels(circuits: Sequence[RefusalCircuit], style: Style) -> None:
+    """Refuse a label of a node that no circuit has, with the nearest node that one has.
+
+    Raises:
+        MechsafetyError: Such a label.
+    """
+    known = {member.node for circuit in circuits for whole in (circuit, circuit.by_mlp()) for member in whole.nodes}
+    for node in style.look.labels:
+        if node not in known and node.layer is not None:
+            alike = min(known, key=lambda one: _distance(one, node), default=None)
+            raise MechsafetyError(
+                f"labels names {node}, which is not in this circuit",
+                expected="nodes of the circuit",
+                hint=f"did you mean '{alike}'?" if alike else "",
+            )
+
+
+def _distance(one: Node, other: Node) -> tuple[bool, int, int, tuple[int, int, int]]:
+    """How far two names are apart: first the kind counts, then the layer, then the index."""
+    return (
+        one.kind != other.kind,
+        abs((one.layer or 0) - (other.layer or 0)),
+        abs((one.index or 0) - (other.index or 0)),
+        one.order,
+    )
 
 
 def part_of(circuit: RefusalCircuit, nodes: Collection[Node]) -> RefusalCircuit:
@@ -74,7 +101,7 @@ def strongest_edges(edges: Sequence[E], count: int | None, ends: Callable[[E], t
     return [edges[k] for k in sorted({*best.values(), *range(min(count, len(edges)))})]
 
 
-def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
+def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit, look: Look = PLAIN) -> tuple[str, ...]:
     """Sentences of the caption on what is not drawn, and on MLPs that stand for neurons; none where every node is."""
     whole = circuit.by_mlp()
     together = [member for member in circuit.nodes if member.evidence.together]
@@ -87,7 +114,7 @@ def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
         )
     hidden = Counter(member.role for member in whole.nodes)
     hidden.subtract(member.role for member in drawn.nodes)
-    roles = [f"{count} {role_name(role)}" for role, count in hidden.items() if count]
+    roles = [f"{count} {look.role(role)}" for role, count in hidden.items() if count]
     if roles:
         found.append(
             f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {', '.join(roles)}). All numbers are "

@@ -95,7 +95,7 @@ def test_other_figures_take_views_too():
     ("options", "message"),
     [
         ({"top": 0}, "top=0; expected None or at least 1"),
-        ({"roles": ("refusal",)}, "roles=['refusal']; expected some of"),
+        ({"roles": ("refusal",)}, "roles names the role 'refusal'; expected some of"),
         ({"height_mm": 100}, "height_mm without width_mm; expected both, or a width alone"),
         ({"nodes": ["L0.H0"]}, "L0.H0 is not in this circuit; expected nodes of the circuit"),
         ({"layers": (99,)}, "a view without nodes; expected a wider choice"),

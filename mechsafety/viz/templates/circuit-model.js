@@ -37,6 +37,10 @@ function sumWords({ from, to, slot, effect, edges }) {
     { sender: from.key, receiver: to.key, slot, n: edges.length, effect: numbers(effect) });
 }
 
+// a node's name, after the text that is drawn in its place; the word for its role
+const named = (key) => (data.words.labels[key] ? `${data.words.labels[key]} (${key})` : key);
+const roleWord = (role) => data.words.roles[role] || role;
+
 // ---- one object per node and edge, with its element in each pane ----
 const nodes = new Map();
 const edges = [];
@@ -52,7 +56,7 @@ for (const pane of panes) {
       });
     }
     kind.get(set.node).els.push(el);
-    titled(el, () => `${set.node}: ${rowsOf(data.nodes[set.node]).map((row) => row.join(" ")).join("; ")}`);
+    titled(el, () => `${named(set.node)}: ${rowsOf(data.nodes[set.node]).map((row) => row.join(" ")).join("; ")}`);
   }
   const known = new Map(edges.map((edge) => [edge.id, edge]));
   for (const el of pane.svg.querySelectorAll(".edge")) {
