@@ -87,7 +87,8 @@ class NodeMark:
         title: Tooltip of the mark.
         member: The circuit's node; None for bars, supernodes and boxes.
         group: The group that the node belongs to; for a supernode, the group that it replaces.
-        kind: ``head``, ``mlp``, ``neuron``, ``embed``, ``logits``, ``group`` or ``role``.
+        kind: ``head``, ``mlp``, ``neuron``, ``embed``, ``logits``, ``group``, ``role``, or
+            ``weak`` for a mark that counts nodes.
     """
 
     key: str
@@ -192,6 +193,11 @@ def centred(x: float, y: float, text: str, size: float, colour: str = INK, *, bo
 def small_text(font: float) -> float:
     """The size of secondary texts; it is not below 6 points (8 pixels) where the main texts are not."""
     return max(0.86 * font, min(font, 8.0))
+
+
+def bar_text(font: float) -> float:
+    """The size of the texts in the bars of ``embed`` and ``logits``."""
+    return max(0.9 * font, small_text(font))
 
 
 def turned(shape: Shape, x: float, y: float, towards: int) -> Shape:

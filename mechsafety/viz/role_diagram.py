@@ -25,6 +25,7 @@ from mechsafety.viz.marks import (
     Layout,
     NodeMark,
     Shape,
+    bar_text,
     blend,
     centred,
     edge_shapes,
@@ -361,7 +362,7 @@ def _box(
     x, width = columns.middle, columns.box
     if name in ("embed", "logits"):
         shape = Shape(outline("rounded", x, y, width, height), BAR, MUTED, 0.8)
-        label = bar_label(look, name, x, y, 0.9 * columns.font, 0.94 * width)
+        label = bar_label(look, name, x, y, bar_text(columns.font), 0.94 * width)
         return NodeMark(name, x, y, width, height, (shape,), (label,), label.text, kind=name)
     colour = look.colour(name)
     shape = Shape(outline(_form(name), x, y, width, height, _cut(columns)), blend(colour, 0.28), colour, 1.6)
@@ -425,7 +426,10 @@ def _straight_way(
 ) -> tuple[list[tuple[float, float]], Label]:
     together = [one for one in arrows if not one.side and one.sender == arrow.sender]
     together.sort(key=lambda one: SLOTS.index(one.slot))
-    x = columns.left + columns.box * (together.index(arrow) + 1) / (len(together) + 1)
+    # each arrow has an equal part of the box; several stand left in theirs, so that the label has its room
+    taken = text_width(arrow.text, columns.small) + 7 * columns.unit
+    x = columns.left + columns.box * (together.index(arrow) + 0.5) / len(together) - taken / 2 * (len(together) > 1)
+    x = min(x, columns.right + columns.runs[1] - taken)
     end, start = receiver.y + receiver.height / 2, sender.y - sender.height / 2
     label = Label(x + 7 * columns.unit, (end + start) / 2 + 0.35 * columns.small, arrow.text, columns.small)
     return [(x, end), (x, start)], label

@@ -166,7 +166,7 @@ def _node(mark: NodeMark, interactive: bool, names: _Usual, groups: frozenset[st
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
         # the script takes a mark without a kind for a part of the model
-        data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
+        data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role", "weak") else ""
         data += f' data-at="{round(mark.x, 1):g} {round(mark.y, 1):g}"'
         # a script takes what has no group for a member of its role's, where there is one
         role = mark.member.role if mark.member is not None else ""

@@ -1,7 +1,7 @@
 """Which nodes of a circuit are drawn: what a style asks for, and what fits a paper."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -101,8 +101,17 @@ def strongest_edges(edges: Sequence[E], count: int | None, ends: Callable[[E], t
     return [edges[k] for k in sorted({*best.values(), *range(min(count, len(edges)))})]
 
 
-def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit, look: Look = PLAIN) -> tuple[str, ...]:
-    """Sentences of the caption on what is not drawn, and on MLPs that stand for neurons; none where every node is."""
+def left_out(
+    circuit: RefusalCircuit, drawn: RefusalCircuit, look: Look = PLAIN, folded: Collection[Node] = ()
+) -> tuple[str, ...]:
+    """Sentences of the caption on nodes that are left out or folded, and on MLPs that stand for neurons.
+
+    Args:
+        circuit: The whole circuit.
+        drawn: The part that is drawn, folded nodes included.
+        look: Names of roles.
+        folded: Nodes that are drawn as a number.
+    """
     whole = circuit.by_mlp()
     together = [member for member in circuit.nodes if member.evidence.together]
     found = []
@@ -112,12 +121,21 @@ def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit, look: Look = PLAIN)
             f"The {len(together)} neurons were measured together by MLP: {mlps} MLPs stand for those of their neurons "
             "that are in the circuit."
         )
-    hidden = Counter(member.role for member in whole.nodes)
+    hidden: Counter[str] = Counter(member.role for member in whole.nodes)
     hidden.subtract(member.role for member in drawn.nodes)
-    roles = [f"{count} {look.role(role)}" for role, count in hidden.items() if count]
-    if roles:
-        found.append(
-            f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {', '.join(roles)}). All numbers are "
-            "of the whole circuit."
+    parts = []
+    if any(hidden.values()):
+        parts.append(f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {_counted(hidden, look)}).")
+    if folded:
+        weak: Counter[str] = Counter(member.role for member in drawn.nodes if member.node in folded)
+        parts.append(
+            f"{len(drawn.nodes) - len(folded)} of {len(whole.nodes)} nodes are drawn one by one. The {len(folded)} "
+            f"weakest are folded into marks with +, their edges summed: {_counted(weak, look)}."
         )
+    if parts:
+        found.append(" ".join([*parts, "All numbers are of the whole circuit."]))
     return tuple(found)
+
+
+def _counted(roles: Mapping[str, int], look: Look) -> str:
+    return ", ".join(f"{count} {look.role(role)}" for role, count in roles.items() if count)

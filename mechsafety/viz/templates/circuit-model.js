@@ -52,7 +52,7 @@ for (const pane of panes) {
     if (!kind.has(set.node)) {
       kind.set(set.node, {
         key: set.node, group: set.group ?? (data.groups.includes(set.role) ? set.role : ""), role: set.role, size: size(set.effect), kind: set.kind,
-        bar: set.kind === "embed" || set.kind === "logits", x, y, els: [], shown: true,
+        bar: ["embed", "logits", "weak"].includes(set.kind), x, y, els: [], shown: true,
       });
     }
     kind.get(set.node).els.push(el);
