@@ -94,7 +94,7 @@ def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layou
     """Place a circuit's nodes and edges: layers upward, lanes side by side, edges in the channels between.
 
     Layers without a node are left out. With a width, the nodes of the smallest effects for which the figure has no room
-    are folded into one counted mark per lane.
+    are folded into one counted mark per lane. They are left out where not even the lanes have room.
 
     Args:
         circuit: The circuit to draw.
@@ -128,7 +128,8 @@ def fit(
     """The style with its font, the nodes that are drawn, and the layouts with them.
 
     They are all nodes that the style chooses, or as many of the largest effects as fit its width. In the picture of one
-    circuit the others are folded by lane; from those of several, which share their nodes, they are left out.
+    circuit the others are folded by lane. They are left out of pictures of several circuits, which share their nodes, and
+    where the width has no room for every lane.
 
     Args:
         circuits: The circuits.
@@ -151,32 +152,33 @@ def fit(
     sizes = (style.font_pt,) if style.font_pt else (PAPER_PT, SMALLEST_PT)
     styles = [replace(style, font_pt=size) for size in sizes]
 
-    def tried(chosen: Style, count: int) -> tuple[Layout, ...] | None:
-        """The layouts with the first nodes, if they fit."""
+    def tried(chosen: Style, count: int, fold: bool) -> tuple[Layout, ...] | None:
+        """The layouts with the first nodes, and the others folded, if they fit."""
         try:
-            folded = nodes[count:] if len(circuits) == 1 else ()
+            folded = nodes[count:] if fold else ()
             drawn = layouts_of(circuits, chosen, nodes[:count], every_edge=every_edge, folded=folded)
         except MechsafetyError:
             return None
         return drawn if max(layout.height for layout in drawn) <= limit + 0.01 else None
 
     for chosen in styles:
-        whole = tried(chosen, len(nodes))
+        whole = tried(chosen, len(nodes), fold=False)
         if whole is not None:
             return chosen, nodes, whole
-    low, high, best = 0, len(nodes), tuple[Layout, ...]()
-    while high - low > 1:
-        middle = (low + high) // 2
-        drawn = tried(styles[-1], middle)
-        low, high, best = (low, middle, best) if drawn is None else (middle, high, drawn)
-    if not low:
-        layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
-        raise MechsafetyError(
-            f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font_px * 0.75:g} pt labels",
-            expected="a greater height",
-            hint="legend=False or caption=False",
-        )
-    return styles[-1], nodes[:low], best
+    for fold in (True, False) if len(circuits) == 1 else (False,):
+        low, high, best = 0, len(nodes), tuple[Layout, ...]()
+        while high - low > 1:
+            middle = (low + high) // 2
+            drawn = tried(styles[-1], middle, fold)
+            low, high, best = (low, middle, best) if drawn is None else (middle, high, drawn)
+        if low:
+            return styles[-1], nodes[:low], best
+    layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
+    raise MechsafetyError(
+        f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font_px * 0.75:g} pt labels",
+        expected="a greater height",
+        hint="legend=False or caption=False",
+    )
 
 
 def layouts_of(

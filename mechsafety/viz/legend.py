@@ -7,7 +7,7 @@ from dataclasses import replace
 from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.nodes import Edge
 from mechsafety.viz.fonts import family
-from mechsafety.viz.look import Look
+from mechsafety.viz.look import ROLE_COLOURS, Look
 from mechsafety.viz.marks import (
     BAR,
     FAINT,
@@ -202,7 +202,7 @@ def swatch(kind: str, key: str, x: float, y: float, unit: float, look: Look) -> 
         status = "measured" if kind == "opposing" else key
         size, shapes = 12 * unit, list[Shape]()
         for role, middle in (("detection", x - 7 * unit), ("decision", x + 7 * unit)):
-            shapes.append(node_shape(role, look.colour("none"), status, 0.7, middle, y, size, size))
+            shapes.append(node_shape(role, ROLE_COLOURS["none"], status, 0.7, middle, y, size, size))
             if kind == "opposing":
                 shapes.append(opposing_line(middle, y, size, size, readable_on(shapes[-1].fill or BAR)))
         return shapes

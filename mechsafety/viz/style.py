@@ -44,7 +44,8 @@ class Style:
         columns: What the lanes are: ``role``, ``part`` (heads, MLPs, neurons) or ``position`` (where in the prompt the
             node acts).
         width_mm: Width of the figure, such as a paper's column; None takes what the circuit needs. With a width, the
-            nodes of the smallest effects are left out until the figure fits, and the caption says which.
+            nodes of the smallest effects are folded into counted marks until the figure fits, and the caption counts
+            them.
         height_mm: Largest height with a width; None is a page of 230 mm.
         font_pt: Size of node labels in points; None is 9 on a screen. With a width it is 7, or 6 where all nodes fit
             only then.
