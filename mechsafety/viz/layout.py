@@ -128,8 +128,8 @@ def fit(
     """The style with its font, the nodes that are drawn, and the layouts with them.
 
     They are all nodes that the style chooses, or as many of the largest effects as fit its width. In the picture of one
-    circuit the others are folded by lane. They are left out of pictures of several circuits, which share their nodes, and
-    where the width has no room for every lane.
+    circuit the others are folded by lane. They are left out of pictures of several circuits, which share their nodes,
+    and where the width has no room for every lane.
 
     Args:
         circuits: The circuits.
