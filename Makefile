@@ -28,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser pages models coverage gallery lint format train train-certified evaluate bench bench-truth clean
+.PHONY: demo test test-tl3 test-browser test-latex pages models coverage gallery lint format train train-certified evaluate bench bench-truth clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -44,6 +44,14 @@ test-browser: $(DEV)
 	    apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
 	  else echo "no Chromium: install it (apt-get install chromium) or set CHROMIUM to its path" >&2; exit 1; fi; fi
 	$(BIN)/python -m pytest tests/browser
+
+# TikZ pictures through LaTeX; as root it is installed where it is missing
+test-latex: $(DEV)
+	@if ! command -v pdflatex >/dev/null; then \
+	  if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -qq --yes --no-install-recommends texlive-latex-base texlive-pictures >/dev/null; \
+	  else echo "no pdflatex: install it (apt-get install texlive-latex-base texlive-pictures)" >&2; exit 1; fi; fi
+	$(BIN)/python -m pytest tests/viz/test_formats.py -k "latex or compiles"
 
 # pages and figures of what was measured, again from the stored JSON; PAGES="coverage models" draws these alone
 pages: $(DEV)

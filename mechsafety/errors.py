@@ -1,6 +1,7 @@
 """The one exception of this package, and its subclass for models that do not refuse."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Collection, Iterable
 
 
 class MechsafetyError(ValueError):
@@ -44,6 +45,18 @@ def named(names: Iterable[str], noun: str) -> str:
     """
     found = sorted(names)
     return f"1 {noun}, {found[0]}" if len(found) == 1 else f"{len(found)} {noun}s, such as {found[0]}"
+
+
+def did_you_mean(name: object, known: Collection[str]) -> str:
+    """The hint with the known name that is most like a wrong one; empty where none is alike.
+
+    Example:
+        >>> did_you_mean("detector", ("detection", "relay"))
+        "did you mean 'detection'?"
+    """
+    lower = {one.lower(): one for one in known}
+    alike = difflib.get_close_matches(str(name).lower(), lower, 1, 0.55)
+    return f"did you mean '{lower[alike[0]]}'?" if alike else ""
 
 
 class NoRefusal(MechsafetyError):

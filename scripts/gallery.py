@@ -3,10 +3,10 @@
 python scripts/gallery.py [CIRCUIT.json ...] [--out docs/gallery]
 
 The maps of the demo model (docs/gallery/demo.json) and of a model that nobody here trained (its study's map by nodes),
-or those given as arguments in their place, are drawn by role, by part and as role diagram; so is a test-bed model whose
-circuit is known, mapped here. The other pictures are of
-synthetic circuits (circuits_drawn.py), whose numbers mean nothing. With a Chromium, the interactive page and the
-charts of docs/questions.md are photographed too.
+or those given as arguments in their place, are drawn by role, by part and as role diagram. They are also drawn for the
+column and the page of a paper, in colours and in greys. A test-bed model whose circuit is known is mapped here and
+drawn. The other pictures are of synthetic circuits (circuits_drawn.py), whose numbers mean nothing. With a Chromium,
+the interactive page and the charts of docs/questions.md are photographed too.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,23 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 LARGE = 600_000  # bytes of a PNG
+PAPER_DPI = 170  # of a PNG with a width on paper
 DEMO = PAGE.folder / "demo.json"
 NATIVE = RESULTS / CIRCUITS.format("native", "node")
+# a paper in German, in a serif font
+OWN = Style(
+    role_names={
+        "detection": "Erkennung",
+        "evaluation": "Bewertung",
+        "relay": "Weitergabe",
+        "decision": "Entscheidung",
+        "production": "Ausgabe",
+        "none": "ohne Rolle",
+    },
+    labels={"embed": "Eingabe", "logits": "Antwort"},
+    font="serif",
+    colours={"detection": "#4B6BB3", "decision": "#A8336B"},
+)
 NOTE = "Synthetic: drawn to show the figure; its numbers mean nothing."
 
 
@@ -58,11 +74,16 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
         yield f"{name}-parts", f"{model}: lanes by part", layout_circuit(circuit, Style(columns="part")), None
         folded = Style(fold=("detection",), caption=False)
         yield f"{name}-folded", f"{model}: detection heads folded", layout_circuit(circuit, folded), None
-        column = Style(width_mm=85, font_pt=7, grayscale=True)
-        yield f"{name}-column", f"{model}: what fits a column of 85 mm, in greys", layout_circuit(circuit, column), 85
-        page = layout_circuit(circuit, Style(width_mm=178))
-        yield f"{name}-page", f"{model}: what fits the width of a page, 178 mm", page, 178
         yield f"{name}-diagram", f"{model}: role diagram, made from the circuit", role_diagram(circuit), None
+        for key, place, width in (("column", "a column of 85 mm", 85), ("page", "the width of a page, 178 mm", 178)):
+            for grayscale in (False, True):
+                style = Style(width_mm=width, grayscale=grayscale)
+                tone, said = ("-grey", ", in greys") if grayscale else ("", "")
+                yield f"{name}-{key}{tone}", f"{model}: fitted to {place}{said}", layout_circuit(circuit, style), width
+                diagram = role_diagram(circuit, style)
+                yield f"{name}-diagram-{key}{tone}", f"{model}: role diagram for {place}{said}", diagram, width
+        words = role_diagram(circuit, replace(OWN, width_mm=85))
+        yield f"{name}-words", f"{model}: role diagram in a paper's own words, font and colours", words, 85
     for level in ("node", "neuron"):
         text = f"A test-bed model with decoys and a backup, mapped by {level}s: what was planted, and no decoy"
         yield f"planted-{level}s", text, layout_circuit(planted_circuit(level), Style(caption=False)), None
@@ -185,7 +206,8 @@ def main() -> None:
     listed = []
     for name, text, layout, width in pictures(paths):
         (options.out / f"{name}.svg").write_text(layout_svg(layout, width_mm=width), encoding="utf-8", newline="\n")
-        layout_png(layout, options.out / f"{name}.png", dpi=max(110.0, 96 * WIDTH / layout.width))
+        dpi = max(110.0, 96 * WIDTH / layout.width) if width is None else PAPER_DPI
+        layout_png(layout, options.out / f"{name}.png", dpi=dpi)
         shrink(options.out / f"{name}.png")
         listed.append({"name": name, "text": text, "svg": True})
     listed += [{"name": name, "text": text, "svg": False} for name, text in photographs(paths, options.out)]

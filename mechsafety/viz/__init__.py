@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mechsafety.circuits.circuit import Ablation, Notes
 from mechsafety.output import write_text
 from mechsafety.viz.attention import attention_html, figures_page, neurons_html, tokens_html
+from mechsafety.viz.captions import circuit_caption, layout_caption
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.comparison import Comparison, compare_layouts
 from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle
@@ -32,6 +33,7 @@ __all__ = [
     "Positions",
     "Style",
     "attention_html",
+    "circuit_caption",
     "circuit_fragment",
     "circuit_html",
     "circuit_pdf",
@@ -44,6 +46,7 @@ __all__ = [
     "effect_distribution",
     "faithfulness_curve",
     "figures_page",
+    "layout_caption",
     "layout_circuit",
     "layout_pdf",
     "layout_png",

@@ -10,7 +10,9 @@ from mechsafety.circuits.circuit import Ablation, AttentionExample, CircuitNode,
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.results import visible
-from mechsafety.viz.marks import ROLE_COLOURS, blend, effect_fill, grey, magnitude, node_strength
+from mechsafety.viz.look import Look
+from mechsafety.viz.marks import blend, effect_fill, grey, magnitude, node_strength
+from mechsafety.viz.style import Style
 from mechsafety.viz.words import (
     EDGE_TITLE,
     ESTIMATE_TITLE,
@@ -24,16 +26,17 @@ from mechsafety.viz.words import (
     p_value,
     percent,
     replies_changed,
-    role_name,
 )
 
 TOKENS_SHOWN = 12
 ROWS = ("effect, of the gap", "95 % interval", "p, adjusted", "role", "status")
 
 
-def card_words() -> dict[str, Any]:
+def card_words(look: Look) -> dict[str, Any]:
     """The words that all cards and tooltips share, so that a page holds them once."""
     return {
+        "labels": {str(node): text for node, text in look.labels.items()},
+        "roles": dict(look.role_names),
         "rows": list(ROWS),
         "status": list(STATUS_WORDS.values()),
         "evidence": list(EVIDENCE_WORDS.values()),
@@ -44,9 +47,9 @@ def card_words() -> dict[str, Any]:
     }
 
 
-def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes]) -> dict[str, dict[str, Any]]:
+def node_cards(circuit: RefusalCircuit, notes: Mapping[Node, Notes], look: Look) -> dict[str, dict[str, Any]]:
     """The card of each node, ready for JSON."""
-    return {str(member.node): _card(member, notes.get(member.node, Notes())) for member in circuit.by_mlp().nodes}
+    return {str(member.node): _card(member, notes.get(member.node, Notes()), look) for member in circuit.by_mlp().nodes}
 
 
 def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
@@ -67,20 +70,18 @@ def ablation_data(ablations: Sequence[Ablation]) -> list[dict[str, Any]]:
     return rows
 
 
-def ablations_on(
-    circuit: RefusalCircuit, ablations: Sequence[Ablation], *, grayscale: bool = False
-) -> list[dict[str, Any]]:
+def ablations_on(circuit: RefusalCircuit, ablations: Sequence[Ablation], style: Style) -> list[dict[str, Any]]:
     """The same with ``fills``: the colour that each node with an effect then gets in the picture of the circuit."""
     drawn_as = {str(member.node): str(member.node.home) for member in circuit.nodes if member.evidence.together}
     circuit = circuit.by_mlp()
     largest = max((magnitude(member.effect) for member in circuit.nodes), default=0.0) or 1.0
     roles = {member.node: member.role for member in circuit.nodes}
-    tone = grey if grayscale else str
+    tone = grey if style.grayscale else str
 
     def fill(node: Node, effect: float) -> str:
         if not effect:
-            return blend(ROLE_COLOURS[roles[node]], 0.0)
-        return tone(effect_fill(roles[node], node_strength(effect, largest)))
+            return blend(style.look.colour(roles[node]), 0.0)
+        return tone(effect_fill(style.look.colour(roles[node]), node_strength(effect, largest)))
 
     rows = ablation_data(ablations)
     for row, one in zip(rows, ablations, strict=True):
@@ -129,13 +130,13 @@ def check_pattern(example: AttentionExample) -> np.ndarray:
     return values
 
 
-def _card(member: CircuitNode, notes: Notes) -> dict[str, Any]:
+def _card(member: CircuitNode, notes: Notes, look: Look) -> dict[str, Any]:
     card: dict[str, Any] = {
         "rows": [
             f"{number(member.effect)} ({percent(member.effect)})",
             interval(member.ci) if member.ci else "not measured",
             p_value(member.p_value).removeprefix("p "),
-            role_name(member.role),
+            look.role(member.role),
             list(STATUS_WORDS).index(member.status),
         ],
         "evidence": evidence_values(member),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import ROLES, NodeScore, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz import words
-from mechsafety.viz.marks import INK, MUTED, ROLE_COLOURS, magnitude
+from mechsafety.viz.look import PLAIN, ROLE_COLOURS
+from mechsafety.viz.marks import INK, MUTED, magnitude
 from mechsafety.viz.words import interval, node_title, number, p_value, percent, units
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def effect_distribution(circuit: RefusalCircuit) -> "Figure":
         )
     _style(figure, 130 + 74 * len(roles))
     figure.update_xaxes(title_text="effect (share of the gap), 95 % interval", zeroline=True, zerolinecolor="#C8CDD4")
-    names = [words.role_name(role) for role in reversed(roles)]
+    names = [PLAIN.role(role) for role in reversed(roles)]
     figure.update_yaxes(tickvals=[*range(len(roles))], ticktext=names, showgrid=False, range=[-0.6, len(roles) - 0.4])
     figure.update_layout(showlegend=False)
     return figure

@@ -25,11 +25,41 @@ from mechsafety.viz.marks import (
 from mechsafety.viz.style import Style
 from mechsafety.viz.words import number, plain
 
-FIRST, SECOND, BOTH = "#D55E00", "#0072B2", "#8A919C"
 DASHED = (4.0, 2.4)
 # brackets mark a node that one circuit lacks: a sign before a number would look like part of the number
 ONLY_FIRST, ONLY_SECOND = "({})", "[{}]"
 Names = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tones:
+    """The colours of a difference: of what the first or the second circuit has alone, and of what both have.
+
+    Attributes:
+        first, both, second: Fills of nodes.
+        rims: Rims of nodes that the first, or the second, has alone.
+        lines: Edges: first, both, second.
+        words: What the first and the last tone are called.
+    """
+
+    first: str
+    both: str
+    second: str
+    rims: tuple[str, str]
+    lines: tuple[str, str, str]
+    words: tuple[str, str]
+
+
+COLOURS = Tones(
+    "#D55E00",
+    blend("#8A919C", 0.3),
+    "#0072B2",
+    ("#D55E00", "#0072B2"),
+    ("#D55E00", "#8A919C", "#0072B2"),
+    ("orange", "blue"),
+)
+# the two hues have one lightness: greys go from light over middle to dark instead
+GREYS = Tones(PAPER, "#B0B0B0", "#2E2E2E", (INK, INK), ("#BDBDBD", "#858585", "#141414"), ("light", "dark"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +78,9 @@ def compare_layouts(
     """Lay out two circuits and their difference.
 
     In the difference, a node's fill shows the change of its effect. It is blue where the effect is larger in the second
-    circuit, orange where it is smaller. A node with its name in square brackets is only in the second circuit, one with
-    round brackets only in the first. The width of an edge shows the change of its effect. The ``effect`` of a mark is
-    the change.
+    circuit, orange where it is smaller; in greys it is dark or light. A node with its name in square brackets is only
+    in the second circuit, one with round brackets only in the first. The width of an edge shows the change of its
+    effect. The ``effect`` of a mark is the change.
 
     Raises:
         MechsafetyError: As `layout_circuit`.
@@ -68,15 +98,16 @@ def compare_layouts(
 
 
 def _difference(a: Layout, b: Layout, names: Names, style: Style) -> Layout:
+    tones = GREYS if style.grayscale else COLOURS
     in_a, in_b = ({mark.key: mark for mark in layout.nodes} for layout in (a, b))
     order = [*in_a, *(key for key in in_b if key not in in_a)]
     changes = {key: _effect(in_b, key) - _effect(in_a, key) for key in order}
     largest = max(map(magnitude, changes.values()), default=0.0) or 1.0
-    nodes = [_node(key, in_a.get(key), in_b.get(key), changes[key], largest, names) for key in order]
+    nodes = [_node(key, in_a.get(key), in_b.get(key), changes[key], largest, names, tones) for key in order]
     edges_a, edges_b = ({(e.sender, e.receiver, e.slot): e for e in layout.edges} for layout in (a, b))
     pairs = [(edges_a.get(key), edges_b.get(key)) for key in {**edges_a, **edges_b}]
     widest = max((magnitude((y.effect if y else 0.0) - (x.effect if x else 0.0)) for x, y in pairs), default=0.0)
-    edges = [_edge(x, y, widest or 1.0, names, style.font / 12) for x, y in pairs]
+    edges = [_edge(x, y, widest or 1.0, names, tones, style.font_px / 12) for x, y in pairs]
     edges.sort(key=lambda mark: (magnitude(mark.effect), mark.title))
     shown = drawn_edges(edges, style.max_edges)
     only_a = sum(key not in in_b for key in order)
@@ -84,20 +115,20 @@ def _difference(a: Layout, b: Layout, names: Names, style: Style) -> Layout:
     shared = len(order) - only_a - only_b - sum(mark.member is None for mark in b.nodes)
     title = f"{names[0]} against {names[1]}"
     sentence = (
-        f"{title}: {shared} nodes in both, {only_a} only in {names[0]} (orange, in round brackets), {only_b} only in "
-        f"{names[1]} (blue, in square brackets)."
+        f"{title}: {shared} nodes in both, {only_a} only in {names[0]} ({tones.words[0]}, in round brackets), "
+        f"{only_b} only in {names[1]} ({tones.words[1]}, in square brackets)."
     )
     items = [
-        (SECOND, (), f"{ONLY_SECOND.format('4.3')} only in {names[1]}"),
-        (FIRST, DASHED, f"{ONLY_FIRST.format('4.3')} only in {names[0]}"),
-        (blend(SECOND, 0.75, blend(BOTH, 0.3)), (), f"in both, larger effect in {names[1]}"),
-        (blend(FIRST, 0.75, blend(BOTH, 0.3)), (), f"in both, larger effect in {names[0]}"),
-        (blend(BOTH, 0.3), (), "the same in both"),
+        (tones.second, (), f"{ONLY_SECOND.format('4.3')} only in {names[1]}"),
+        (tones.first, DASHED, f"{ONLY_FIRST.format('4.3')} only in {names[0]}"),
+        (blend(tones.second, 0.75, tones.both), (), f"in both, larger effect in {names[1]}"),
+        (blend(tones.first, 0.75, tones.both), (), f"in both, larger effect in {names[0]}"),
+        (tones.both, (), "the same in both"),
     ]
     lines = [
-        (SECOND, f"edge only in {names[1]}, or stronger there"),
-        (FIRST, f"edge only in {names[0]}, or stronger there"),
-        (blend(SECOND, 0.25, BOTH), "in both, small change; width: |change|"),
+        (tones.lines[2], f"edge only in {names[1]}, or stronger there"),
+        (tones.lines[0], f"edge only in {names[0]}, or stronger there"),
+        (blend(tones.lines[2], 0.25, tones.lines[1]), "in both, small change; width: |change|"),
     ]
     swatches, texts, height = keys(style, items, lines, (sentence,), b.width, b.map_height)
     bare = without_legend(b)
@@ -122,17 +153,19 @@ def _effect(marks: Mapping[str, NodeMark], key: str) -> float:
     return effect if magnitude(effect) and effect is not None else 0.0
 
 
-def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, largest: float, names: Names) -> NodeMark:
+def _node(
+    key: str, a: NodeMark | None, b: NodeMark | None, change: float, largest: float, names: Names, tones: Tones
+) -> NodeMark:
     mark = b or a
     assert mark is not None
     if mark.member is None:
         return mark
     base, strength = mark.shapes[0], magnitude(change) / largest
     if a is None or b is None:
-        fill = blend(SECOND if a is None else FIRST, 0.2 + 0.8 * strength)
+        fill = blend(tones.second if a is None else tones.first, 0.2 + 0.8 * strength)
     else:
-        fill = blend(SECOND if change > 0 else FIRST, 0.75 * strength, blend(BOTH, 0.3))
-    shape = Shape(base.commands, fill, INK if a and b else (SECOND if b else FIRST), 1.3, () if b else DASHED)
+        fill = blend(tones.second if change > 0 else tones.first, 0.75 * strength, tones.both)
+    shape = Shape(base.commands, fill, INK if a and b else tones.rims[b is not None], 1.3, () if b else DASHED)
     label = mark.labels[0]
     words = label.text if a and b else (ONLY_SECOND if b else ONLY_FIRST).format(label.text)
     room = 0.96 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
@@ -145,16 +178,16 @@ def _node(key: str, a: NodeMark | None, b: NodeMark | None, change: float, large
     return replace(mark, shapes=(shape,), labels=(text,), title=title, group="", member=member)
 
 
-def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, unit: float) -> EdgeMark:
+def _edge(a: EdgeMark | None, b: EdgeMark | None, largest: float, names: Names, tones: Tones, unit: float) -> EdgeMark:
     mark = b or a
     assert mark is not None
     change = (b.effect if b else 0.0) - (a.effect if a else 0.0)
     strength = magnitude(change) / largest
     if a and b:
-        stronger = SECOND if magnitude(b.effect) >= magnitude(a.effect) else FIRST
-        colour = blend(stronger, 0.25 + 0.75 * strength, BOTH)
+        stronger = tones.lines[2 if magnitude(b.effect) >= magnitude(a.effect) else 0]
+        colour = blend(stronger, 0.25 + 0.75 * strength, tones.lines[1])
     else:
-        colour = SECOND if b else FIRST
+        colour = tones.lines[2 if b else 0]
     # dashes and mark are those of the slot; the mark is filled if no circuit only estimates it; the width is the change
     guessed = any(part is not None and part.status == "estimated" for part in (a, b))
     drawn = edge_shapes(

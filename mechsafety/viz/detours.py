@@ -66,8 +66,13 @@ def detours(
         supers: Marks of all supernodes.
         grid: The channels.
     """
-    places = {mark.key: mark for mark in [*nodes, *supers]}
     folds = _possible_sums(edges, {mark.key: f"group:{mark.group}" for mark in nodes if mark.group})
+    return paths(folds, [*nodes, *supers], grid)
+
+
+def paths(folds: Mapping[Ends, Fold], marks: Sequence[NodeMark], grid: Grid) -> dict[Ends, tuple[Command, ...]]:
+    """The paths of these sums, with what must be folded for each (`detours`)."""
+    places = {mark.key: mark for mark in marks}
     ways = {ends: _way(ends, places, grid) for ends in sorted(folds)}
     # on its rail, a way runs from the row of its one level channel to the row of its other
     top = len(grid.gaps)

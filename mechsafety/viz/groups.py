@@ -1,10 +1,12 @@
 """Groups of nodes folded into one supernode, with the edges between them summed."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mechsafety.circuits.circuit import CircuitNode
 from mechsafety.viz.detours import Ends
+from mechsafety.viz.look import Look
 from mechsafety.viz.marks import (
     EDGE,
     PAPER,
@@ -20,34 +22,68 @@ from mechsafety.viz.marks import (
     readable_on,
     text_width,
 )
-from mechsafety.viz.words import number, sum_title
+from mechsafety.viz.words import filled, number, sum_title
 
 
-def supernodes(nodes: Sequence[NodeMark], names: Iterable[str], cell: float) -> tuple[tuple[NodeMark, str], ...]:
-    """One mark per group, ``cell`` wide, and the key of its anchor: the member nearest to the group's weighted mean."""
-    members: dict[str, list[tuple[NodeMark, CircuitNode]]] = {name: [] for name in names}
+def supernodes(
+    nodes: Sequence[NodeMark], titles: Mapping[str, str], cell: float, look: Look, count: str = "<n>\u00d7"
+) -> tuple[tuple[NodeMark, str], ...]:
+    """One mark per group, ``cell`` wide, and the key of its anchor: the member nearest to the group's weighted mean.
+
+    Args:
+        nodes: Marks of the nodes.
+        titles: What each group is called, by its name.
+        cell: Width of a mark.
+        look: Colours of roles.
+        count: What a mark says of its number of nodes.
+    """
+    members: dict[str, list[tuple[NodeMark, CircuitNode]]] = {name: [] for name in titles}
     for mark in nodes:
         if mark.group and mark.member is not None:
             members[mark.group].append((mark, mark.member))
-    return tuple(_supernode(name, found, cell) for name, found in members.items() if found)
+    return tuple(_supernode(name, titles[name], found, cell, look, count) for name, found in members.items() if found)
 
 
-def _supernode(name: str, members: Sequence[tuple[NodeMark, CircuitNode]], cell: float) -> tuple[NodeMark, str]:
+def _supernode(
+    name: str, title: str, members: Sequence[tuple[NodeMark, CircuitNode]], cell: float, look: Look, count: str
+) -> tuple[NodeMark, str]:
     weights = [magnitude(member.effect) + 1e-9 for _, member in members]
     mean = sum(weight * mark.y for weight, (mark, _) in zip(weights, members, strict=True)) / sum(weights)
     anchor = min((mark for mark, _ in members), key=lambda mark: (abs(mark.y - mean), mark.key))
     x, y, height, font = anchor.x, anchor.y, anchor.height, anchor.labels[0].size
     roles = {member.role for _, member in members}
-    shape = node_shape(roles.pop() if len(roles) == 1 else "none", "measured", 0.5, x, y, cell, height)
+    role = roles.pop() if len(roles) == 1 else "none"
+    shape = node_shape(role, look.colour(role), "measured", 0.5, x, y, cell, height)
     behind = [Shape(outline("rounded", x + step, y - step, cell, height), PAPER, EDGE, 0.8) for step in (3.0, 1.5)]
-    text = f"{len(members)}\u00d7"
+    text = filled(count, n=len(members))
     size = min(font, font * 0.8 * cell / text_width(text, font))
     label = centred(x, y, text, size, readable_on(shape.fill or PAPER), bold=True)
     total = number(sum(member.effect for _, member in members))
     listed = ", ".join(mark.key for mark, _ in members)
-    title = f"{name}: {len(members)} nodes folded, effects sum to {total}: {listed}"
+    words = f"{title}: {len(members)} nodes folded, effects sum to {total}: {listed}"
     shapes = (*behind, shape)
-    return NodeMark(f"group:{name}", x, y, cell, height, shapes, (label,), title, None, name, "group"), anchor.key
+    return NodeMark(f"group:{name}", x, y, cell, height, shapes, (label,), words, None, name, "group"), anchor.key
+
+
+def weak_marks(
+    nodes: Sequence[NodeMark], lanes: Mapping[str, str], cell: float, look: Look
+) -> tuple[list[NodeMark], dict[str, str]]:
+    """One small mark per lane for the weak nodes that a figure has no room for, and the key of each node's mark.
+
+    Args:
+        nodes: Marks of the weak nodes, all of a lane at one place; the ``group`` of each is its lane.
+        lanes: What each lane is called.
+        cell: Width of the largest node.
+        look: Colours of roles.
+    """
+    found = supernodes(nodes, lanes, 0.9 * cell, look, "+<n>")
+    marks = [replace(mark, key=weak_key(mark.group), group="", kind="weak") for mark, _ in found]
+    return marks, {mark.key: weak_key(mark.group) for mark in nodes}
+
+
+def weak_key(lane: str) -> str:
+    """The key of the mark of a lane's weak nodes."""
+    return f"weak:{lane}"
 
 
 def folded_edges(

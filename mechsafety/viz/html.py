@@ -13,9 +13,10 @@ from mechsafety.viz.cards import ablations_on, attention_data, card_words, node_
 from mechsafety.viz.comparison import Comparison, compare_layouts, side_by_side, without_legend
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.legend import legend_alone
-from mechsafety.viz.marks import DARK, ROLE_COLOURS, Layout, band, blend
+from mechsafety.viz.look import Look
+from mechsafety.viz.marks import DARK, Layout, band, blend, grey
 from mechsafety.viz.page_data import picture_data
-from mechsafety.viz.style import Style
+from mechsafety.viz.style import Style, group_title
 from mechsafety.viz.svg import layout_svg
 from mechsafety.viz.words import plain
 
@@ -58,13 +59,13 @@ def circuit_html(
     layout = layout_circuit(circuit, _every_edge(style))
     known = {**(circuit.details.notes if circuit.details else {}), **(notes or {})}
     data = picture_data([layout], style) | {
-        "words": card_words(),
-        "nodes": node_cards(circuit, known),
+        "words": card_words(style.look),
+        "nodes": node_cards(circuit, known, style.look),
         "attention": attention_data(circuit.details.attention if circuit.details else ()),
-        "ablations": ablations_on(circuit, ablations, grayscale=style.grayscale),
+        "ablations": ablations_on(circuit, ablations, style),
         "ablate": ablate,
     }
-    return _page(layout.title, [("", layout)], data, theme, [member.role for member in circuit.by_mlp().nodes])
+    return _page(layout.title, [("", layout)], data, theme, style, [member.role for member in circuit.by_mlp().nodes])
 
 
 def compare_html(
@@ -88,15 +89,15 @@ def compare_html(
         (comparison.names[0], without_legend(comparison.first)),
         (comparison.names[1], without_legend(comparison.second)),
     ]
-    cards = [node_cards(circuit, {}) for circuit in (first, second)]
+    cards = [node_cards(circuit, {}, style.look) for circuit in (first, second)]
     both = {key: {"pair": [found.get(key) for found in cards], "evidence": []} for key in {**cards[0], **cards[1]}}
     data = picture_data([layout for _, layout in panes], style, side_by_side(panes[1:], 1))
-    data |= {"words": card_words(), "nodes": both, "names": comparison.names}
+    data |= {"words": card_words(style.look), "nodes": both, "names": comparison.names}
     data |= {"attention": [], "ablations": [], "ablate": False}
     # where a node's roles differ, the page uses the role in the second circuit
     roles = {member.node: member.role for circuit in (first, second) for member in circuit.nodes}
     legend = layout_svg(legend_alone(style, (first, second), KEY_WIDTH))
-    return _page(comparison.difference.title, panes, data, theme, list(roles.values()), legend)
+    return _page(comparison.difference.title, panes, data, theme, style, list(roles.values()), legend)
 
 
 def circuit_fragment(circuit: RefusalCircuit, style: Style | None = None, **options: Any) -> str:
@@ -177,6 +178,7 @@ def _page(
     panes: Sequence[tuple[str, Layout]],
     data: Mapping[str, Any],
     theme: str,
+    style: Style,
     roles: Sequence[str],
     legend: str = "",
 ) -> str:
@@ -188,16 +190,22 @@ def _page(
         data=safe_json(data),
         theme=theme,
         tokens=any(card.get("promotes") or card.get("texts") for card in data["nodes"].values()),
-        groups=[mark.group for mark in panes[0][1].folded],
-        roles=[(role, ROLE_COLOURS[role], roles.count(role)) for role in ROLES],
+        groups=[(mark.group, group_title(style, mark.group)) for mark in panes[0][1].folded],
+        roles=[(role, style.look.role(role), _tone(style, role), roles.count(role)) for role in ROLES],
         legend=legend,
         script=page_script(),
         measure="change" if len(panes) > 1 else "effect",
-        dark=dark_rules(),
+        dark=dark_rules(style.look),
     )
 
 
-def dark_rules() -> list[tuple[str, str]]:
+def _tone(style: Style, role: str) -> str:
+    colour = style.look.colour(role)
+    return grey(colour) if style.grayscale else colour
+
+
+def dark_rules(look: Look) -> list[tuple[str, str]]:
     """Each colour of the light picture, with the colour that a dark page shows instead."""
-    bands = {band(role): blend(colour, 0.13, DARK["#FFFFFF"]) for role, colour in ROLE_COLOURS.items()}
+    colours = [look.colour(role) for role in ROLES]
+    bands = {band(colour): blend(colour, 0.13, DARK["#FFFFFF"]) for colour in colours}
     return [*DARK.items(), *bands.items()]

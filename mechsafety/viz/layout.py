@@ -2,15 +2,19 @@
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Node
-from mechsafety.viz.detours import detours
-from mechsafety.viz.groups import folded_edges, supernodes
+from mechsafety.nodes import Edge, Node
+from mechsafety.viz.detours import Fold, detours, paths
+from mechsafety.viz.fitting import fitted_sizes
+from mechsafety.viz.fonts import SANS
+from mechsafety.viz.groups import folded_edges, supernodes, weak_marks
 from mechsafety.viz.legend import legend_and_caption
+from mechsafety.viz.look import Look
 from mechsafety.viz.marks import (
     BAR,
     FAINT,
@@ -25,6 +29,7 @@ from mechsafety.viz.marks import (
     NodeMark,
     Shape,
     band,
+    bar_text,
     centred,
     edge_shapes,
     grey,
@@ -37,16 +42,19 @@ from mechsafety.viz.marks import (
     outline,
     readable_on,
     rounded,
+    small_text,
     text_width,
 )
 from mechsafety.viz.placement import Placement, place
 from mechsafety.viz.routing import Bundle, Routes, route
-from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, groups, lane_of, lane_order
-from mechsafety.viz.views import chosen_nodes, left_out, part_of, strongest_edges
+from mechsafety.viz.style import PAPER_PT, PIXELS_PER_MM, SMALLEST_PT, Style, group_title, groups, lane_of, lane_order
+from mechsafety.viz.views import check_labels, chosen_nodes, left_out, part_of, strongest_edges
 from mechsafety.viz.words import caption, edge_title, node_title, plain
 
 WIDEST, NARROWEST, PER_ROOT_NODE = 1080.0, 560.0, 76.0
 TRACK, LEVEL, CHANNEL = 4.6, 4.4, 44.0  # distances of tracks and levels, and the most room for all
+SMALLEST_NODE, NODE_HEIGHT = 0.86, 1.6  # width of the weakest node, of the strongest's; height, of the font
+WEAK_SUMS = 12  # number of sums of folded nodes' edges that are drawn
 BARS = {"embed": "embed: the prompt's tokens", "logits": "logits: refuse or comply"}
 
 
@@ -85,8 +93,8 @@ class Frame:
 def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     """Place a circuit's nodes and edges: layers upward, lanes side by side, edges in the channels between.
 
-    Layers without a node are left out. With a width, so are as many nodes of the smallest effects as the figure has no
-    room for.
+    Layers without a node are left out. With a width, the nodes of the smallest effects for which the figure has no room
+    are folded into one counted mark per lane. They are left out where not even the lanes have room.
 
     Args:
         circuit: The circuit to draw.
@@ -119,7 +127,9 @@ def fit(
 ) -> tuple[Style, list[Node], tuple[Layout, ...]]:
     """The style with its font, the nodes that are drawn, and the layouts with them.
 
-    They are all nodes that the style chooses, or as many of the largest effects as fit its width.
+    They are all nodes that the style chooses, or as many of the largest effects as fit its width. In the picture of one
+    circuit the others are folded by lane. They are left out of pictures of several circuits, which share their nodes,
+    and where the width has no room for every lane.
 
     Args:
         circuits: The circuits.
@@ -134,6 +144,7 @@ def fit(
         twice = next((node for k, node in enumerate(listed) if node in listed[:k]), None)
         if twice is not None:
             raise MechsafetyError(f"the circuit lists {twice} twice", expected="each node once")
+    check_labels(circuits, style)
     nodes = chosen_nodes([circuit.by_mlp() for circuit in circuits], style)
     limit = style.height
     if limit is None:
@@ -141,51 +152,94 @@ def fit(
     sizes = (style.font_pt,) if style.font_pt else (PAPER_PT, SMALLEST_PT)
     styles = [replace(style, font_pt=size) for size in sizes]
 
-    def tried(chosen: Style, count: int) -> tuple[Layout, ...] | None:
-        """The layouts with the first nodes, if they fit."""
+    def tried(chosen: Style, count: int, fold: bool) -> tuple[Layout, ...] | None:
+        """The layouts with the first nodes, and the others folded, if they fit."""
         try:
-            drawn = layouts_of(circuits, chosen, nodes[:count], every_edge=every_edge)
+            folded = nodes[count:] if fold else ()
+            drawn = layouts_of(circuits, chosen, nodes[:count], every_edge=every_edge, folded=folded)
         except MechsafetyError:
             return None
         return drawn if max(layout.height for layout in drawn) <= limit + 0.01 else None
 
     for chosen in styles:
-        whole = tried(chosen, len(nodes))
+        whole = tried(chosen, len(nodes), fold=False)
         if whole is not None:
             return chosen, nodes, whole
-    low, high, best = 0, len(nodes), tuple[Layout, ...]()
-    while high - low > 1:
-        middle = (low + high) // 2
-        drawn = tried(styles[-1], middle)
-        low, high, best = (low, middle, best) if drawn is None else (middle, high, drawn)
-    if not low:
-        layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
-        raise MechsafetyError(
-            f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font * 0.75:g} pt labels",
-            expected="a greater height",
-            hint="legend=False or caption=False",
-        )
-    return styles[-1], nodes[:low], best
+    for fold in (True, False) if len(circuits) == 1 else (False,):
+        low, high, best = 0, len(nodes), tuple[Layout, ...]()
+        while high - low > 1:
+            middle = (low + high) // 2
+            drawn = tried(styles[-1], middle, fold)
+            low, high, best = (low, middle, best) if drawn is None else (middle, high, drawn)
+        if low:
+            return styles[-1], nodes[:low], best
+    layouts_of(circuits, styles[-1], nodes[:1], every_edge=every_edge)  # says what is too narrow
+    raise MechsafetyError(
+        f"height_mm={limit / PIXELS_PER_MM:g} with {styles[-1].font_px * 0.75:g} pt labels",
+        expected="a greater height",
+        hint="legend=False or caption=False",
+    )
 
 
 def layouts_of(
-    circuits: Sequence[RefusalCircuit], style: Style, nodes: Collection[Node], *, every_edge: bool = False
+    circuits: Sequence[RefusalCircuit],
+    style: Style,
+    nodes: Collection[Node],
+    *,
+    every_edge: bool = False,
+    folded: Sequence[Node] = (),
 ) -> tuple[Layout, ...]:
     """Layouts of the circuits with these nodes, whatever height they take.
+
+    Args:
+        circuits: The circuits.
+        style: Options of the picture.
+        nodes: Nodes that are drawn one by one.
+        every_edge: Whether room is needed for all edges, and not only for those that are drawn.
+        folded: Nodes that are drawn as one counted mark per lane.
 
     Raises:
         MechsafetyError: They do not fit the style's width.
     """
-    drawn = [part_of(circuit.by_mlp(), nodes) for circuit in circuits]
+    drawn = [part_of(circuit.by_mlp(), [*nodes, *folded]) for circuit in circuits]
     members = {member.node: member for circuit in drawn for member in circuit.nodes}
-    edges = _ranked({member.edge: member for circuit in drawn for member in circuit.edges}.values())
+    weak = _weak(style, [members[node] for node in folded])
+    places = set(weak.values())
+    edges = _ranked(
+        {
+            member.edge: member
+            for circuit in drawn
+            for member in circuit.edges
+            if member.edge.sender not in weak and member.edge.receiver not in weak
+        }.values()
+    )
+    members = {node: member for node, member in members.items() if node not in weak or node in places}
     if style.width is not None and not every_edge:
         # on paper, edges that are not drawn take no room
         edges = strongest_edges(edges, style.max_edges, lambda member: (member.edge.sender, member.edge.receiver))
     placement, routes, frame = _fit(members, edges, style)
     return tuple(
-        _finish(whole, part, style, placement, routes, frame) for whole, part in zip(circuits, drawn, strict=True)
+        _finish(whole, part, style, placement, routes, frame, weak) for whole, part in zip(circuits, drawn, strict=True)
     )
+
+
+def _weak(style: Style, members: Sequence[CircuitNode]) -> dict[Node, Node]:
+    """For each folded node, the node of its lane at whose place they are drawn: the one nearest to their weighted mean.
+
+    A node that is alone in its lane is not folded, since its mark would be as large.
+    """
+    lanes: dict[str, list[CircuitNode]] = defaultdict(list)
+    for member in members:
+        lanes[lane_of(style, member)].append(member)
+    found: dict[Node, Node] = {}
+    for some in lanes.values():
+        if len(some) > 1:
+            sizes = [magnitude(member.effect) + 1e-9 for member in some]
+            layers = [member.node.layer or 0 for member in some]
+            mean = sum(size * layer for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
+            place = min((m.node for m in some), key=lambda node: (abs((node.layer or 0) - mean), node.order))
+            found |= {member.node: place for member in some}
+    return found
 
 
 def _ranked(edges: Iterable[CircuitEdge]) -> list[CircuitEdge]:
@@ -193,9 +247,15 @@ def _ranked(edges: Iterable[CircuitEdge]) -> list[CircuitEdge]:
 
 
 def _finish(
-    whole: RefusalCircuit, drawn: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame
+    whole: RefusalCircuit,
+    drawn: RefusalCircuit,
+    style: Style,
+    placement: Placement,
+    routes: Routes,
+    frame: Frame,
+    weak: Mapping[Node, Node],
 ) -> Layout:
-    layout = _draw(whole, drawn, style, placement, routes, frame)
+    layout = in_font(_draw(whole, drawn, style, placement, routes, frame, weak))
     return in_grey(layout) if style.grayscale else layout
 
 
@@ -203,11 +263,10 @@ def _fit(
     members: Mapping[Node, CircuitNode], edges: list[CircuitEdge], style: Style
 ) -> tuple[Placement, Routes, Frame]:
     """Placement, routes and frame, with as many columns as fit the width."""
-    unit = style.font / 12
+    unit = style.font_px / 12
     inner = {node: member for node, member in members.items() if node.layer is not None}
     lanes = {node: lane_of(style, member) for node, member in inner.items()}
-    texts = max((text_width(_name(node), style.font) for node in inner), default=0.0)
-    cell = max(30 * unit, texts / 0.86 + 8 * unit)
+    cell = _cell(style, inner.values())
     room = style.width or max(WIDEST, PER_ROOT_NODE * math.sqrt(len(inner))) * unit
     limit = max(1, int((room - 70 * unit) // (cell + 8 * unit)))
     used = len(set(lanes.values()))
@@ -219,7 +278,7 @@ def _fit(
             return placement, routes, frame
         if placement.n_columns <= used:
             raise MechsafetyError(
-                f"width_mm={style.width_mm:g} with {style.font * 0.75:g} pt labels",
+                f"width_mm={style.width_mm:g} with {style.font_px * 0.75:g} pt labels",
                 expected=f"at least {(frame.right + 14 * unit) * 25.4 / 96:.0f} mm for this circuit",
                 hint="a smaller font_pt, or columns='part'",
             )
@@ -227,8 +286,26 @@ def _fit(
         limit = max(used, placement.n_columns - max(1, int(0.6 * over)))
 
 
+def _cell(style: Style, members: Collection[CircuitNode]) -> float:
+    """The width of the largest node. With a width, no name is drawn smaller than the font."""
+    unit = style.font_px / 12
+    texts = max((text_width(style.look.mark(member.node), style.font_px) for member in members), default=0.0)
+    cell = max(30 * unit, texts / SMALLEST_NODE + 8 * unit)
+    if style.width is not None:
+        height = SMALLEST_NODE * NODE_HEIGHT * style.font_px
+        forms = {ROLE_OUTLINES[member.role] for member in members}
+        while any(_name_room(style, form, SMALLEST_NODE * cell, height) < texts for form in forms):
+            cell += unit
+    return cell
+
+
+def _name_room(style: Style, form: str, width: float, height: float) -> float:
+    """The room for a name in an outline."""
+    return min(0.84 * width, 0.96 * label_room(form, width, height, style.font_px))
+
+
 def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell: float) -> Frame:
-    title_size = 0.86 * style.font
+    title_size = small_text(style.font_px)
     firsts = {lane.first: lane for lane in placement.lanes}
     # a crowded channel packs its tracks closer
     steps = [min(TRACK * unit, CHANNEL * unit / max(tracks, 1)) for tracks in routes.tracks]
@@ -263,7 +340,7 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
             x += cell
     right = x if placement.n_columns else NARROWEST * unit - 14 * unit
     top = 10 * unit
-    height, bar = 1.6 * style.font, 1.9 * style.font
+    height, bar = NODE_HEIGHT * style.font_px, 1.9 * style.font_px
     logits = top + 1.7 * title_size + bar / 2
     y = logits + bar / 2
     lines = [0.0] * len(placement.layers)
@@ -302,7 +379,13 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
 
 
 def _draw(
-    whole: RefusalCircuit, circuit: RefusalCircuit, style: Style, placement: Placement, routes: Routes, frame: Frame
+    whole: RefusalCircuit,
+    circuit: RefusalCircuit,
+    style: Style,
+    placement: Placement,
+    routes: Routes,
+    frame: Frame,
+    weak: Mapping[Node, Node],
 ) -> Layout:
     members = {member.node: member for member in circuit.nodes}
     edges = _ranked(circuit.edges)
@@ -311,15 +394,19 @@ def _draw(
     nodes = [
         replace(_node(frame, style, placement, member, members), group=group_of.get(member.node, ""))
         for member in sorted(members.values(), key=lambda member: member.node.order)
-        if member.node in placement.cell
+        if member.node in placement.cell and member.node not in weak
     ]
-    supers = supernodes(nodes, named, frame.cell[0])
+    weak_nodes, stands = _weak_marks(frame, style, placement, members, weak)
+    titles = {name: group_title(style, name) for name in named}
+    supers = supernodes(nodes, titles, frame.cell[0], style.look)
     cells = {str(node): cell for node, cell in placement.cell.items()}
     cells |= {mark.key: cells[anchor] for mark, anchor in supers}
+    cells |= {stands[str(node)]: placement.cell[place] for node, place in weak.items()}
     channels, gaps = (tuple((a, b) for a, b, _ in rows) for rows in (frame.channels, frame.gaps))
     grid = Grid(frame.unit, channels, gaps, cells)
     bars = [_bar(frame, style, kind, members.get(Node(kind))) for kind in ("embed", "logits")]
     places = {mark.key: mark for mark in [*bars, *nodes]}
+    nodes += weak_nodes
     # an edge of one circuit may end at a node that only another circuit has
     known = [m for m in edges if str(m.edge.sender) in places and str(m.edge.receiver) in places]
     drawn = [member for member in known if member.edge in routes.bundle]
@@ -330,16 +417,25 @@ def _draw(
         _edge(frame, places, member, routes.bundle[member.edge], largest, placement, member.edge in linked)
         for member in reversed(drawn)
     ]
+    curves = _with_weak(
+        curves, [m for m in edges if m.edge not in routes.bundle], [*bars, *nodes], stands, linked, grid
+    )
     if style.fold:
         shown = [mark for mark, _ in supers if mark.group in style.fold]
-        paths = detours(curves, [*bars, *nodes], [mark for mark, _ in supers], grid)
+        ways = detours(curves, [*bars, *nodes], [mark for mark, _ in supers], grid)
         stands_for = {mark.key: f"group:{mark.group}" for mark in nodes if mark.group in style.fold}
         nodes = [*(mark for mark in nodes if mark.key not in stands_for), *shown]
-        curves = folded_edges(curves, stands_for, paths, grid.unit)
+        curves = folded_edges(curves, stands_for, ways, grid.unit)
     curves = drawn_edges(curves, style.max_edges)
     backdrop, labels = _decoration(frame, style, placement)
     width = style.width or max(frame.right + 14 * frame.unit, NARROWEST * frame.unit)
-    sentences = caption(whole, sum(mark.n_edges for mark in curves), left_out=left_out(whole, circuit))
+    sentences = caption(
+        whole,
+        sum(mark.n_edges for mark in curves),
+        left_out=left_out(whole, circuit, style.look, weak),
+        look=style.look,
+        upward=not weak,
+    )
     swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom, linked)
     return Layout(
         width,
@@ -354,17 +450,66 @@ def _draw(
         folded=tuple(mark for mark, _ in supers if mark.group not in style.fold),
         map_height=frame.bottom,
         grid=grid,
+        look=style.look,
     )
+
+
+def _weak_marks(
+    frame: Frame,
+    style: Style,
+    placement: Placement,
+    members: Mapping[Node, CircuitNode],
+    weak: Mapping[Node, Node],
+) -> tuple[list[NodeMark], dict[str, str]]:
+    """The marks of folded nodes, and the key of the mark that stands for each."""
+    lanes = {key: plain(title) for key, title in lane_order(style)}
+    at = {place: _node(frame, style, placement, members[place], members) for place in weak.values()}
+    nodes = [
+        replace(at[place], key=str(node), member=members[node], group=lane_of(style, members[node]))
+        for node, place in weak.items()
+    ]
+    return weak_marks(nodes, lanes, frame.cell[0], style.look)
+
+
+def _with_weak(
+    curves: list[EdgeMark],
+    edges: Collection[CircuitEdge],
+    nodes: Sequence[NodeMark],
+    stands: Mapping[str, str],
+    linked: Collection[Edge],
+    grid: Grid,
+) -> list[EdgeMark]:
+    """The edges with those of folded nodes, summed by ends and slot."""
+    known = {mark.key for mark in nodes} | set(stands)
+    hidden = [
+        EdgeMark(*ends, member.edge.slot, member.effect, member.status, (), "", linking=member.edge in linked)
+        for member in edges
+        for ends in [(str(member.edge.sender), str(member.edge.receiver))]
+        if known.issuperset(ends) and not stands.keys().isdisjoint(ends)
+    ]
+    if not hidden:
+        return curves
+    sums = {
+        (stands.get(mark.sender, mark.sender), stands.get(mark.receiver, mark.receiver), mark.slot) for mark in hidden
+    }
+    ways = paths({ends: Fold() for ends in sorted(sums) if ends[0] != ends[1]}, nodes, grid)
+    summed = folded_edges([*curves, *hidden], stands, ways, grid.unit)
+    # only the strongest sums, and those without which a node would have no edge: they would cover the other edges
+    joined = {key for mark in curves for key in (mark.sender, mark.receiver)}
+    kept, left = [], WEAK_SUMS
+    for mark in reversed(summed):
+        if mark.member is None:
+            if left <= 0 and joined.issuperset((mark.sender, mark.receiver)):
+                continue
+            left -= 1
+        kept.append(mark)
+        joined |= {mark.sender, mark.receiver}
+    return kept[::-1]
 
 
 def drawn_edges(curves: Sequence[EdgeMark], count: int | None) -> list[EdgeMark]:
     """Marks of the edges that are drawn (`strongest_edges`), the weakest first, so that strong ones lie on top."""
     return strongest_edges(curves[::-1], count, lambda mark: (mark.sender, mark.receiver))[::-1]
-
-
-def _name(node: Node) -> str:
-    # a neuron's layer is that of its row
-    return f"N{node.index}" if node.kind == "neuron" else node.short
 
 
 def _node(
@@ -374,17 +519,28 @@ def _node(
     x, y = frame.columns[column], frame.lines[up]
     largest = max((magnitude(other.effect) for other in members.values()), default=0.0) or 1.0
     strength = node_strength(member.effect, largest)
-    scale = 0.86 + 0.14 * strength
+    scale = SMALLEST_NODE + (1 - SMALLEST_NODE) * strength
     width, height = frame.cell[0] * scale, frame.cell[1] * scale
-    shape = node_shape(member.role, member.status, strength, x, y, width, height)
+    colour = style.look.colour(member.role)
+    shape = node_shape(member.role, colour, member.status, strength, x, y, width, height)
     colour = {"rejected": MUTED, "estimated": INK}.get(member.status) or readable_on(shape.fill or BAR)
-    text = _name(member.node)
-    room = 0.96 * label_room(ROLE_OUTLINES[member.role], width, height, style.font)
-    size = style.font * min(1.0, 0.84 * width / text_width(text, style.font), room / text_width(text, style.font))
+    text = style.look.mark(member.node)
+    room = _name_room(style, ROLE_OUTLINES[member.role], width, height)
+    size = style.font_px * min(1.0, room / text_width(text, style.font_px))
     label = centred(x, y, text, size, colour, bold=True)
     shapes = (shape, opposing_line(x, y, width, height, colour)) if member.opposes else (shape,)
     return NodeMark(
-        str(member.node), x, y, width, height, shapes, (label,), node_title(member), member, "", member.node.kind
+        str(member.node),
+        x,
+        y,
+        width,
+        height,
+        shapes,
+        (label,),
+        node_title(member, style.look),
+        member,
+        "",
+        member.node.kind,
     )
 
 
@@ -393,10 +549,17 @@ def _bar(frame: Frame, style: Style, kind: str, member: CircuitNode | None) -> N
     y = frame.embed if kind == "embed" else frame.logits
     rim = (INK, 1.2) if member else (MUTED, 0.8)
     shape = Shape(outline("rounded", x, y, width, frame.bar), BAR, *rim)
-    title = node_title(member) if member else f"{kind}: drawn for orientation, not a node of the circuit"
-    words = BARS[kind] if text_width(BARS[kind], 0.9 * style.font) < width - 8 else kind
-    label = centred(x, y, words, 0.9 * style.font, INK)
+    title = node_title(member, style.look) if member else f"{kind}: drawn for orientation, not a node of the circuit"
+    label = bar_label(style.look, kind, x, y, bar_text(style.font_px), width - 8)
     return NodeMark(kind, x, y, width, frame.bar, (shape,), (label,), title, member, "", kind)
+
+
+def bar_label(look: Look, kind: str, x: float, y: float, size: float, room: float) -> Label:
+    """The text of the bar of ``embed`` or ``logits``: a user's own, its words, or its name where a bar is narrow."""
+    words = look.labels.get(Node(kind), BARS[kind])
+    if Node(kind) not in look.labels and text_width(words, size) >= room:
+        words = kind
+    return centred(x, y, words, size * min(1.0, room / text_width(words, size)), INK)
 
 
 def _edge(
@@ -471,7 +634,7 @@ def _straight(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple[Shape, ...], tuple[Label, ...]]:
     shapes, labels = [], []
-    size = 0.86 * style.font
+    size = small_text(style.font_px)
     top, bottom = frame.top - 2 * frame.unit, frame.embed - frame.bar / 2
     for lane in placement.lanes:
         start = frame.channels[lane.first][0]
@@ -481,7 +644,7 @@ def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple
         rectangle = outline(
             "rectangle", (start + end) / 2, (top + bottom) / 2, end - start - 2 * frame.unit, bottom - top
         )
-        shapes.append(Shape(rectangle, band(lane.key if style.columns == "role" else "none")))
+        shapes.append(Shape(rectangle, band(style.look.colour(lane.key if style.columns == "role" else "none"))))
         title = plain(lane.title)
         while text_width(title, size) > end - start - 4 * frame.unit and len(title) > 2:
             title = title[:-2] + "…"
@@ -499,6 +662,24 @@ def _decoration(frame: Frame, style: Style, placement: Placement) -> tuple[tuple
             x = frame.left - 12 * frame.unit
             shapes += [Shape(outline("ellipse", x, middle + k * room, 1.6, 1.6), MUTED) for k in (-1, 0, 1)]
     return tuple(shapes), tuple(labels)
+
+
+def in_font(layout: Layout) -> Layout:
+    """The layout with texts that fit their rooms in its font. The layout was made for a sans-serif one."""
+    if layout.look.font == SANS:
+        return layout
+    sizes = fitted_sizes(layout)
+
+    def labels(given: tuple[Label, ...]) -> tuple[Label, ...]:
+        return tuple(replace(one, size=sizes[one]) for one in given)
+
+    return replace(
+        layout,
+        nodes=tuple(replace(mark, labels=labels(mark.labels)) for mark in layout.nodes),
+        folded=tuple(replace(mark, labels=labels(mark.labels)) for mark in layout.folded),
+        edges=tuple(replace(mark, labels=labels(mark.labels)) for mark in layout.edges),
+        labels=labels(layout.labels),
+    )
 
 
 def in_grey(layout: Layout) -> Layout:

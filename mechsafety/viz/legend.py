@@ -6,24 +6,32 @@ from dataclasses import replace
 
 from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.nodes import Edge
+from mechsafety.viz.fonts import family
+from mechsafety.viz.look import ROLE_COLOURS, Look
 from mechsafety.viz.marks import (
     BAR,
     FAINT,
     INK,
     MUTED,
+    PAPER,
+    TIP_RIM,
     Label,
     Layout,
     Shape,
+    edge_colour,
     edge_shapes,
+    edge_tip,
+    edge_width,
     line,
     node_shape,
     opposing_line,
     outline,
     readable_on,
+    small_text,
     text_width,
+    turned,
 )
 from mechsafety.viz.style import Style
-from mechsafety.viz.words import role_name
 
 # a title, and (kind of swatch, its key, text) per item
 Row = tuple[str, list[tuple[str, str, str]]]
@@ -41,8 +49,8 @@ def legend_and_caption(
     linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
     """Shapes, texts and the picture's full height; the legend names only what the circuit has."""
-    rows = [*_node_rows(nodes), *_edge_rows(edges, linked)] if nodes else []
-    return _under(style, style.font, rows, sentences, width, top)
+    rows = [*node_rows(nodes, style.look), *edge_rows(edges, linked)] if nodes else []
+    return _under(style, style.font_px, rows, sentences, width, top)
 
 
 def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float) -> Layout:
@@ -52,7 +60,9 @@ def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float)
     linked = frozenset().union(*(circuit.linked for circuit in circuits))
     shown = replace(style, legend=True, caption=False)
     shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0, linked)
-    return Layout(width, height, (), (), 0, shapes, labels, "Legend", "What shapes, colours and lines mean.")
+    return Layout(
+        width, height, (), (), 0, shapes, labels, "Legend", "What shapes, colours and lines mean.", look=style.look
+    )
 
 
 def edge_legend(
@@ -65,13 +75,13 @@ def edge_legend(
     linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
     """The same without the legend of nodes, for a picture whose nodes explain themselves."""
-    return _under(style, font, _edge_rows(edges, linked), sentences, width, top)
+    return _under(style, font, edge_rows(edges, linked), sentences, width, top)
 
 
 def _under(
     style: Style, font: float, rows: Sequence[Row], sentences: Sequence[str], width: float, top: float
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
-    unit, size = font / 12, 0.86 * font
+    unit, size = font / 12, small_text(font)
     margin, lead = 12 * unit, 1.75 * size
     shapes: list[Shape] = []
     labels: list[Label] = []
@@ -83,12 +93,12 @@ def _under(
             labels.append(Label(margin, y + 0.35 * size, title, size, "start", MUTED))
             start = x = margin + text_width("status", size) + 10 * unit
             for kind, key, text in items:
-                swatch = 30 * unit if kind else 0.0
-                room = swatch + text_width(text, size) + 14 * unit
+                glyph = 30 * unit if kind else 0.0
+                room = glyph + text_width(text, size) + 14 * unit
                 if x + room > width - margin and x > start:
                     x, y = start, y + lead
-                shapes += _swatch(kind, key, x + 12 * unit, y, unit)
-                labels.append(Label(x + swatch, y + 0.35 * size, text, size, "start", INK if kind else MUTED))
+                shapes += swatch(kind, key, x + 12 * unit, y, unit, style.look)
+                labels.append(Label(x + glyph, y + 0.35 * size, text, size, "start", INK if kind else MUTED))
                 x += room
             y += lead
         y += 2 * unit
@@ -105,7 +115,7 @@ def keys(
     top: float,
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
     """A legend of plain colours (fill, dashes of the rim, text) and of lines (colour, text), and a caption."""
-    unit, size = style.font / 12, 0.86 * style.font
+    unit, size = style.font_px / 12, small_text(style.font_px)
     margin = 12 * unit
     shapes, labels = [], []
     y = top + 6 * unit
@@ -121,7 +131,7 @@ def keys(
         shapes.append(moved(shape, x + 12 * unit, y))
         labels.append(Label(x + 32 * unit, y + 0.35 * size, text, size))
         x += room
-    captions, height = _caption(style, style.font, sentences, width, y + (1.75 * size if style.legend else 0.0))
+    captions, height = _caption(style, style.font_px, sentences, width, y + (1.75 * size if style.legend else 0.0))
     return tuple(shapes), (*labels, *captions), height
 
 
@@ -135,11 +145,11 @@ def moved(shape: Shape, x: float, y: float) -> Shape:
 
 
 def _caption(style: Style, font: float, sentences: Sequence[str], width: float, y: float) -> tuple[list[Label], float]:
-    unit, size = font / 12, 0.86 * font
+    unit, size = font / 12, small_text(font)
     labels = []
     if style.caption:
         y += 0.6 * size
-        letters = max(20, int((width - 24 * unit) / (0.57 * size)))
+        letters = max(20, int((width - 24 * unit) / (family(style.look.font).letter * size)))
         for place, sentence in enumerate(sentences):
             for text in textwrap.wrap(sentence, letters):
                 colour = INK if place < 2 else MUTED
@@ -148,22 +158,28 @@ def _caption(style: Style, font: float, sentences: Sequence[str], width: float, 
     return labels, y + 4 * unit
 
 
-def _node_rows(nodes: Collection[CircuitNode]) -> list[Row]:
+def node_rows(nodes: Collection[CircuitNode], look: Look) -> list[Row]:
+    """The legend of nodes: their roles, and what a rim and a line mean, as far as the circuit has them."""
     roles, statuses = {member.role for member in nodes}, {member.status for member in nodes}
     marks: list[tuple[str, str, str]] = [("status", key, key) for key in STATUSES if key in statuses]
-    marks += [("opposing", "measured", "works against refusal")] * any(member.opposes for member in nodes)
+    marks += [("opposing", "opposing", "works against refusal")] * any(member.opposes for member in nodes)
     return [
-        ("role", [("role", role, role_name(role)) for role in ROLES if role in roles]),
+        ("role", [("role", role, look.role(role)) for role in ROLES if role in roles]),
         ("node", [*marks, ("", "", "depth of colour: |effect|")]),
     ]
 
 
-def _edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list[Row]:
+def edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list[Row]:
+    """The legend of edges: their slots, and what marks and dashes mean, as far as the circuit has them."""
     if not edges:
         return []
     slots = {"mlp" if member.edge.slot == "resid" else member.edge.slot for member in edges}
     marks: list[tuple[str, str, str]]
-    marks = [("edge", status, status) for status in NODE_STATUS if any(member.status == status for member in edges)]
+    marks = [
+        ("edge" if status == "rejected" else "marks", status, status)
+        for status in NODE_STATUS
+        if any(member.status == status for member in edges)
+    ]
     if any(member.effect < 0 for member in edges):
         marks.append(("edge", "negative", "negative effect"))
     if any(member.edge in linked for member in edges):
@@ -174,26 +190,31 @@ def _edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list
     ]
 
 
-def _swatch(kind: str, key: str, x: float, y: float, unit: float) -> list[Shape]:
+def swatch(kind: str, key: str, x: float, y: float, unit: float, look: Look) -> list[Shape]:
+    """The glyph of a legend's entry, centred at (x, y). No two entries have the same glyph, in colour or in greys.
+
+    What nodes or edges of any kind can have is shown on several kinds at once: the status of a node on an ellipse and
+    a rectangle, that of an edge on three marks.
+    """
     if kind == "role":
-        return [node_shape(key, "measured", 1.0, x, y, 24 * unit, 13 * unit)]
+        return [node_shape(key, look.colour(key), "measured", 1.0, x, y, 24 * unit, 13 * unit)]
     if kind in ("status", "opposing"):
-        shape = node_shape("none", key, 0.7, x, y, 24 * unit, 13 * unit)
-        under = opposing_line(x, y, 24 * unit, 13 * unit, readable_on(shape.fill or BAR))
-        return [shape, under] if kind == "opposing" else [shape]
+        status = "measured" if kind == "opposing" else key
+        size, shapes = 12 * unit, list[Shape]()
+        for role, middle in (("detection", x - 7 * unit), ("decision", x + 7 * unit)):
+            shapes.append(node_shape(role, ROLE_COLOURS["none"], status, 0.7, middle, y, size, size))
+            if kind == "opposing":
+                shapes.append(opposing_line(middle, y, size, size, readable_on(shapes[-1].fill or BAR)))
+        return shapes
+    if kind == "marks":
+        colour, width = edge_colour(0.2, key), edge_width(key, 0.25, unit)
+        fill = PAPER if key == "estimated" else colour
+        tips = [edge_tip(slot, width, 9 * unit * place, 0, unit) for place, slot in enumerate(("q", "k", "mlp"), -1)]
+        return [moved(Shape(tip, fill, colour, TIP_RIM * unit), x, y - 3 * unit) for tip in tips]
     if not kind:
         return []
-    status = "measured" if kind == "slot" or key in ("negative", "linking") else key
-    slot = key if kind == "slot" else "v"
+    status = key if key == "rejected" else "measured"
+    slot = key if kind == "slot" else "mlp"
     effect, stroke = -0.2 if key == "negative" else 0.2, line((0, 0), (0, 26 * unit))
-    shapes = edge_shapes(effect, status, slot, 0.25, stroke, unit, linking=key == "linking")
-    return [_turned(shape, x + 12 * unit, y) for shape in shapes]
-
-
-def _turned(shape: Shape, x: float, y: float) -> Shape:
-    """An upward edge laid on its side, with its head at (x, y)."""
-    commands = tuple(
-        (letter, tuple(part for i in range(0, len(v), 2) for part in (x - v[i + 1], y + v[i])))
-        for letter, v in shape.commands
-    )
-    return Shape(commands, shape.fill, shape.stroke, shape.width, shape.dashes, shape.opacity)
+    shapes = list(edge_shapes(effect, status, slot, 0.25, stroke, unit, linking=key == "linking"))
+    return [turned(shape, x + 12 * unit, y, 1) for shape in shapes]

@@ -5,18 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode
+from mechsafety.viz.look import PLAIN, Look
 
 Command = tuple[str, tuple[float, ...]]
 
-# Okabe and Ito's colours, told apart with the common colour-vision deficiencies; the outline is the second cue.
-ROLE_COLOURS = {
-    "detection": "#0072B2",
-    "evaluation": "#E69F00",
-    "relay": "#CC79A7",
-    "decision": "#D55E00",
-    "production": "#009E73",
-    "none": "#8A919C",
-}
 ROLE_OUTLINES = {
     "detection": "ellipse",
     "evaluation": "hexagon",
@@ -95,7 +87,8 @@ class NodeMark:
         title: Tooltip of the mark.
         member: The circuit's node; None for bars, supernodes and boxes.
         group: The group that the node belongs to; for a supernode, the group that it replaces.
-        kind: ``head``, ``mlp``, ``neuron``, ``embed``, ``logits``, ``group`` or ``role``.
+        kind: ``head``, ``mlp``, ``neuron``, ``embed``, ``logits``, ``group``, ``role``, or
+            ``weak`` for a mark that counts nodes.
     """
 
     key: str
@@ -164,6 +157,7 @@ class Layout:
         folded: Supernodes that an interactive page shows in place of a group's members; no other medium draws them.
         map_height: Height of the picture without legend and caption.
         grid: The room for edges of folded groups; None for a role diagram.
+        look: Names, font and colours.
     """
 
     width: float
@@ -178,6 +172,7 @@ class Layout:
     folded: tuple[NodeMark, ...] = ()
     map_height: float = 0.0
     grid: Grid | None = None
+    look: Look = PLAIN
 
 
 def magnitude(effect: float | None) -> float:
@@ -193,6 +188,25 @@ def text_width(text: str, size: float) -> float:
 def centred(x: float, y: float, text: str, size: float, colour: str = INK, *, bold: bool = False) -> Label:
     """A label whose middle is at (x, y)."""
     return Label(x, y + 0.35 * size, text, size, "middle", colour, bold)
+
+
+def small_text(font: float) -> float:
+    """The size of secondary texts; it is not below 6 points (8 pixels) where the main texts are not."""
+    return max(0.86 * font, min(font, 8.0))
+
+
+def bar_text(font: float) -> float:
+    """The size of the texts in the bars of ``embed`` and ``logits``."""
+    return max(0.9 * font, small_text(font))
+
+
+def turned(shape: Shape, x: float, y: float, towards: int) -> Shape:
+    """A shape that points upward at the origin, laid on its side: its head at (x, y), to the right (1) or left (-1)."""
+    commands = tuple(
+        (letter, tuple(part for i in range(0, len(v), 2) for part in (x - towards * v[i + 1], y + towards * v[i])))
+        for letter, v in shape.commands
+    )
+    return Shape(commands, shape.fill, shape.stroke, shape.width, shape.dashes, shape.opacity)
 
 
 def blend(colour: str, strength: float, paper: str = PAPER) -> str:
@@ -233,9 +247,9 @@ def grey(colour: str) -> str:
     return f"#{part:02x}{part:02x}{part:02x}"
 
 
-def band(role: str) -> str:
-    """The tint of a role's lane."""
-    return blend(ROLE_COLOURS.get(role, ROLE_COLOURS["none"]), 0.07)
+def band(colour: str) -> str:
+    """The tint of the lane of a role of this colour."""
+    return blend(colour, 0.07)
 
 
 def outline(kind: str, x: float, y: float, width: float, height: float, most: float = math.inf) -> tuple[Command, ...]:
@@ -271,6 +285,16 @@ def outline(kind: str, x: float, y: float, width: float, height: float, most: fl
     )
 
 
+def outline_inset(kind: str, width: float, height: float, below: float, side: int, most: float = math.inf) -> float:
+    """How far an outline's side (-1 left, 1 right) lies inside its box, at this distance below its middle."""
+    share = below / height + 0.5  # 0 at the top, 1 at the bottom
+    if kind == "hexagon":
+        return min(height / 2, width / 4, most) * abs(2 * share - 1)
+    if kind == "slanted":
+        return min(height * 0.4, width / 5, most) * (share if side > 0 else 1 - share)
+    return min(height * 0.3, width / 5, most) * (1 - share) if kind == "trapezoid" else 0.0
+
+
 def label_room(kind: str, width: float, height: float, size: float) -> float:
     """The largest width of a text of this size that stands in the middle of an outline."""
     # letters reach about a third of their size above and below the middle
@@ -296,15 +320,16 @@ def line(*points: tuple[float, float]) -> tuple[Command, ...]:
     return (("M", points[0]), *(("L", point) for point in points[1:]))
 
 
-def node_shape(role: str, status: str, strength: float, x: float, y: float, width: float, height: float) -> Shape:
+def node_shape(
+    role: str, colour: str, status: str, strength: float, x: float, y: float, width: float, height: float
+) -> Shape:
     """A node's body: hollow where only estimated, dashed where rejected, dark-rimmed where verified."""
-    colour = ROLE_COLOURS[role]
     path = outline(ROLE_OUTLINES[role], x, y, width, height)
     if status == "estimated":
         return Shape(path, PAPER, colour, 1.6)
     if status == "rejected":
         return Shape(path, PAPER, MUTED, 1.1, (4.0, 2.4))
-    fill = effect_fill(role, strength)
+    fill = effect_fill(colour, strength)
     return Shape(path, fill, INK, 1.5) if status == "verified" else Shape(path, fill, colour, 1.0)
 
 
@@ -314,9 +339,9 @@ def opposing_line(x: float, y: float, width: float, height: float, colour: str) 
     return Shape(line((x - half, below), (x + half, below)), None, colour, 1.5)
 
 
-def effect_fill(role: str, strength: float) -> str:
-    """The role's colour, deeper for a stronger effect (0 to 1)."""
-    return blend(ROLE_COLOURS[role], 0.42 + 0.58 * strength)
+def effect_fill(colour: str, strength: float) -> str:
+    """A role's colour, deeper for a stronger effect (0 to 1)."""
+    return blend(colour, 0.42 + 0.58 * strength)
 
 
 def node_strength(effect: float | None, largest: float) -> float:
@@ -346,7 +371,7 @@ def edge_shapes(
     """An edge: its curve, which begins at the receiver, and the marks there.
 
     - The width grows with ``strength`` (0 to 1).
-    - Dashes and mark show the slot. The mark is a circle for q, a square for k, a triangle for the others.
+    - Dashes and mark show the slot. The mark is a circle for q, a square for k, a diamond for v, otherwise a triangle.
     - The mark is filled where the effect was measured, hollow where it is estimated, a cross where it was rejected.
     - A bar before the mark shows a negative effect.
     - An edge that is kept only to connect a node (``linking``) has its own colour and dashes.
@@ -382,13 +407,15 @@ def edge_tip(slot: str, width: float, x: float, y: float, unit: float = 1.0) -> 
         return outline("ellipse", x, y + size * 0.8, 1.9 * size, 1.9 * size)
     if slot == "k":
         return outline("rectangle", x, y + size * 0.8, 1.7 * size, 1.7 * size)
+    if slot == "v":
+        return polygon((x, y), (x + size, y + size), (x, y + 2 * size), (x - size, y + size))
     return polygon((x, y), (x + size, y + 1.7 * size), (x - size, y + 1.7 * size))
 
 
 def edge_bar(width: float, x: float, y: float, unit: float = 1.0) -> tuple[Command, ...]:
     """The bar before the mark of a negative edge; linear in ``width`` too."""
     size = _tip_size(width, unit)
-    bar = y + 1.8 * size + 1.6 * unit
+    bar = y + 2.0 * size + 1.6 * unit
     return line((x - 1.5 * size, bar), (x + 1.5 * size, bar))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mechsafety.viz.comparison import Sides
 from mechsafety.viz.detours import Ends, detours
+from mechsafety.viz.fonts import SANS, family
 from mechsafety.viz.marks import (
     BAR_WIDTH,
     DASHES,
@@ -45,6 +46,7 @@ def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = 
         - ``groups``: groups that can be folded; ``fold``: those that are folded at first.
         - ``sums``: edges of folded groups (`sums_data`).
         - ``caption``: the line of the caption that counts edges (`caption_data`).
+        - ``latex``: LaTeX's command for the font, and a note where LaTeX has not this font (`latex_font`).
         - ``sides``: the sheet on which panes side by side are exported, and each pane's place on it.
     """
     first = layouts[0]
@@ -59,7 +61,9 @@ def picture_data(layouts: Sequence[Layout], style: Style, sides: Sides | None = 
         "fold": list(style.fold),
         "sums": sums_data(first, style) if first.folded else None,
         "caption": caption_data(first) if len(layouts) == 1 else None,
-        "sides": sides and {"sheet": sheet_svg(sides.width, sides.height, sides.names), "places": sides.places},
+        "latex": latex_font(style.look.font),
+        "sides": sides
+        and {"sheet": sheet_svg(sides.width, sides.height, sides.names, style.look.font), "places": sides.places},
     }
 
 
@@ -104,6 +108,12 @@ def sums_data(layout: Layout, style: Style) -> dict[str, Any]:
         "bar": [_numbers(edge_bar(width, 0, 0, unit)) for width in (0, 1)],
         "rims": [TIP_RIM * unit, BAR_WIDTH * unit],
     }
+
+
+def latex_font(font: str) -> list[str]:
+    """LaTeX's command for a font. Where it has none, its sans-serif one, and a note that says so."""
+    command = family(font).latex
+    return [command, ""] if command else [family(SANS).latex, f"LaTeX has no font {font}: it takes its sans-serif one."]
 
 
 def caption_data(layout: Layout) -> dict[str, Any] | None:

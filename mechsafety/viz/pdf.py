@@ -1,7 +1,6 @@
 """A layout as a vector PDF, as a PNG, or in axes of one's own, drawn by matplotlib: no browser, no global state."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -9,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.output import output_file
+from mechsafety.viz.fitting import fitted_sizes
+from mechsafety.viz.fonts import WEIGHTS, drawable, families, family, lacking
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.marks import ROLE_OUTLINES, EdgeMark, Label, Layout, NodeMark, Shape, label_room
+from mechsafety.viz.look import Look
+from mechsafety.viz.marks import EdgeMark, Label, Layout, NodeMark, Shape
 from mechsafety.viz.style import PIXELS_PER_MM, SMALLEST_MM, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WEIGHTS = {False: "normal", True: "bold"}
 INCH, POINT = 96.0, 0.75  # pixels per inch, points per pixel
 MM = INCH / PIXELS_PER_MM  # millimetres per inch
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
@@ -101,23 +102,21 @@ def layout_figure(layout: Layout) -> "Figure":
 
 
 def draw_layout(layout: Layout, axes: "Axes", height: float) -> None:
-    """Draw a layout into axes of its width and of a height in pixels; the picture stands at their top."""
+    """Draw a layout into axes of its width and of a height in pixels; the picture stands at their top.
+
+    Raises:
+        MechsafetyError: A text of the user's own has letters that no font here has.
+    """
+    _check_texts(layout.look)
     axes.set_xlim(0, layout.width)
     axes.set_ylim(height, 0)
     axes.axis("off")
     marks: list[EdgeMark | NodeMark] = [*layout.edges, *layout.nodes]
     for shape in [*layout.backdrop, *(shape for mark in marks for shape in mark.shapes)]:
         _draw(axes, shape)
-    outside = [*layout.labels, *(label for mark in layout.edges for label in mark.labels)]
-    shares = _shrink(outside, [label.box[2] - label.box[0] for label in outside])
-    # outside the nodes, texts of one size shrink alike, so that a caption's lines match; a node's name shrinks alone
-    least: dict[float, float] = {}
-    for label, share in zip(outside, shares, strict=True):
-        least[label.size] = min(least.get(label.size, 1.0), share)
-    inside = [(label, _room(mark, label)) for mark in layout.nodes for label in mark.labels]
-    own = _shrink([label for label, _ in inside], [room for _, room in inside])
-    for label, share in [*((one, least[one.size]) for one in outside), *zip((x for x, _ in inside), own, strict=True)]:
-        _write(axes, label, share)
+    sizes = fitted_sizes(layout)
+    for label in [*layout.labels, *(label for mark in marks for label in mark.labels)]:
+        _write(axes, label, sizes[label], layout.look.font)
 
 
 def _draw(axes: Any, shape: Shape) -> None:
@@ -144,46 +143,29 @@ def _draw(axes: Any, shape: Shape) -> None:
     )
 
 
-def _room(mark: NodeMark, label: Label) -> float:
-    """The largest width of a name in its outline."""
-    if mark.member is None:
-        return (0.88 if mark.kind == "role" else 0.98) * mark.width
-    return 0.98 * label_room(ROLE_OUTLINES[mark.member.role], mark.width, mark.height, label.size)
+def _check_texts(look: Look) -> None:
+    """Refuse a user's own text that no font here has the letters of."""
+    for text in look.texts:
+        missing = lacking(look.font, text)
+        if missing:
+            raise MechsafetyError(
+                f"the text {text!r} in PDF or PNG: font {family(look.font).drawn!r} lacks {missing!r}",
+                expected="a font with these letters",
+                hint="Style(font=...) with an installed family that has them, or SVG",
+            )
 
 
-def _shrink(labels: Sequence[Label], rooms: Sequence[float]) -> list[float]:
-    """Scale that keeps each text within its room, because DejaVu Sans is wider than the layout assumes."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextToPath
-
-    measure = TextToPath()
-    fonts = {bold: FontProperties(family="DejaVu Sans", weight=weight, size=100) for bold, weight in _WEIGHTS.items()}
-    shares = []
-    for label, room in zip(labels, rooms, strict=True):
-        width = measure.get_text_width_height_descent(_drawable(label.text), fonts[label.bold], False)[0]
-        shares.append(min(1.0, room / (width * label.size / 100)) if width else 1.0)
-    return shares
-
-
-def _write(axes: Any, label: Label, shrink: float) -> None:
+def _write(axes: Any, label: Label, size: float, font: str) -> None:
     anchors = {"start": "left", "middle": "center", "end": "right"}
     axes.text(
         label.x,
         label.y,
-        _drawable(label.text),
-        fontsize=label.size * POINT * shrink,
+        drawable(font, label.text),
+        fontsize=size * POINT,
         color=label.colour,
-        fontweight=_WEIGHTS[label.bold],
-        family="DejaVu Sans",
+        fontweight=WEIGHTS[label.bold],
+        family=families(font),
         ha=anchors[label.anchor],
         va="baseline",
         parse_math=False,
     )
-
-
-def _drawable(text: str) -> str:
-    """The text, with each character that the bundled font lacks replaced by its code point."""
-    from matplotlib.font_manager import findfont, get_font
-
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    return "".join(char if ord(char) in known else f"[U+{ord(char):04X}]" for char in text)

@@ -15,7 +15,8 @@ from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_
 from mechsafety.viz.flow import flow
 from mechsafety.viz.glossary import GLOSSARY, METHODS
 from mechsafety.viz.html import circuit_fragment, dark_rules, template
-from mechsafety.viz.marks import ROLE_COLOURS, magnitude
+from mechsafety.viz.look import PLAIN, ROLE_COLOURS
+from mechsafety.viz.marks import magnitude
 from mechsafety.viz.role_diagram import role_diagram
 from mechsafety.viz.search import search_section
 from mechsafety.viz.style import Style
@@ -286,7 +287,7 @@ def _node(member: CircuitNode, lost: float | None) -> dict[str, Any]:
     return {
         "name": str(member.node),
         "order": layer * 1_000_000 + part * 100_000 + index,
-        "role": words.role_name(member.role),
+        "role": PLAIN.role(member.role),
         "colour": ROLE_COLOURS[member.role],
         "effect": words.number(member.effect, 4),
         "raw": _sortable(member.effect),

@@ -1,12 +1,12 @@
 """How a picture looks: one set of options for every medium."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mechsafety.circuits.circuit import ROLES, CircuitNode, RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node, NodeLike
-from mechsafety.viz.words import role_name
+from mechsafety.viz.look import Look, checked_look, checked_roles
 
 COLUMNS = ("role", "part", "position")
 PIXELS_PER_MM, PIXELS_PER_PT = 96 / 25.4, 96 / 72
@@ -44,7 +44,8 @@ class Style:
         columns: What the lanes are: ``role``, ``part`` (heads, MLPs, neurons) or ``position`` (where in the prompt the
             node acts).
         width_mm: Width of the figure, such as a paper's column; None takes what the circuit needs. With a width, the
-            nodes of the smallest effects are left out until the figure fits, and the caption says which.
+            nodes of the smallest effects are folded into counted marks until the figure fits, and the caption counts
+            them.
         height_mm: Largest height with a width; None is a page of 230 mm.
         font_pt: Size of node labels in points; None is 9 on a screen. With a width it is 7, or 6 where all nodes fit
             only then.
@@ -55,13 +56,18 @@ class Style:
         groups: Nodes by the name of their group, for folding; None makes one group per role.
         fold: Names of groups that are each drawn as one supernode.
         positions: Positions for ``columns="position"``; None takes each node's span from its role evidence.
+        labels: Texts drawn in place of nodes' names, by node or its name. ``embed`` and ``logits`` name the two bars.
+        role_names: Words for roles in pictures, legends, diagrams and captions, by role.
+        font: ``sans-serif`` (default), ``serif``, ``monospace``, or a family that is installed. LaTeX takes the first
+            three from its document, and has no other.
+        colours: Colours of roles: ``#rrggbb`` or a name that matplotlib knows.
         top, min_effect, nodes, roles, layers: Which nodes are drawn: this many of the largest effects, those of at
             least this absolute effect, these (also by name), those of these roles, those of these layers; by default
             all. Together they narrow each other. The caption says what is left out and keeps the whole circuit's
             numbers.
 
     Raises:
-        MechsafetyError: A value that cannot be drawn.
+        MechsafetyError: A value that cannot be drawn. The message proposes the nearest name for a wrong one.
     """
 
     columns: str = "role"
@@ -80,6 +86,11 @@ class Style:
     nodes: Sequence[NodeLike] | None = None
     roles: tuple[str, ...] | None = None
     layers: Collection[int] | None = None
+    labels: Mapping[NodeLike, str] | None = None
+    role_names: Mapping[str, str] | None = None
+    font: str | None = None
+    colours: Mapping[str, str] | None = None
+    look: Look = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.columns not in COLUMNS:
@@ -88,18 +99,18 @@ class Style:
             raise MechsafetyError(f"max_edges={self.max_edges}", expected="None or a number that is not negative")
         if self.top is not None and self.top < 1:
             raise MechsafetyError(f"top={self.top}", expected="None or at least 1")
-        strange = [role for role in self.roles or () if role not in ROLES]
-        if strange:
-            raise MechsafetyError(f"roles={strange}", expected=f"some of {ROLES}")
+        checked_roles("roles", self.roles or ())
         if self.height_mm is not None and self.width_mm is None:
             raise MechsafetyError("height_mm without width_mm", expected="both, or a width alone")
         for name, low, high in (("width_mm", SMALLEST_MM, 2000), ("height_mm", SMALLEST_MM, 2000), ("font_pt", 3, 40)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise MechsafetyError(f"{name}={value}", expected=f"{low} to {high}")
+        # a frozen dataclass sets what it derives like this
+        object.__setattr__(self, "look", checked_look(self.labels, self.role_names, self.font, self.colours))
 
     @property
-    def font(self) -> float:
+    def font_px(self) -> float:
         """Size of node labels in pixels."""
         points = self.font_pt or (SCREEN_PT if self.width_mm is None else PAPER_PT)
         return points * PIXELS_PER_PT
@@ -141,6 +152,11 @@ def groups(circuit: RefusalCircuit, style: Style) -> dict[str, tuple[Node, ...]]
     return found
 
 
+def group_title(style: Style, name: str) -> str:
+    """What a group is called: by default groups are roles."""
+    return name if style.groups is not None else style.look.role(name)
+
+
 def lane_of(style: Style, member: CircuitNode) -> str:
     """The lane that a node stands in."""
     if style.columns == "role":
@@ -160,7 +176,7 @@ def lane_of(style: Style, member: CircuitNode) -> str:
 def lane_order(style: Style) -> list[tuple[str, str]]:
     """Keys and titles of the possible lanes from left to right."""
     if style.columns == "role":
-        return [(role, role_name(role)) for role in ("none", *(role for role in ROLES if role != "none"))]
+        return [(role, style.look.role(role)) for role in ("none", *(role for role in ROLES if role != "none"))]
     if style.columns == "part":
         return list(PART_TITLES.items())
     if style.positions is not None:

@@ -6,13 +6,13 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.viz.fonts import family
 from mechsafety.viz.layout import layout_circuit
+from mechsafety.viz.look import Look
 from mechsafety.viz.marks import INK, PAPER, Command, EdgeMark, Label, Layout, NodeMark, Shape
 from mechsafety.viz.style import Style
 from mechsafety.viz.tikz import tex
 from mechsafety.viz.words import edge_title, node_title
-
-FONTS = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
 def circuit_svg(circuit: RefusalCircuit, style: Style | None = None) -> str:
@@ -48,7 +48,7 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         f'<svg xmlns="http://www.w3.org/2000/svg" width={width} height={height} '
         # what is in an image cannot be reached by the keyboard
         f'viewBox="0 0 {layout.width:.5g} {layout.height:.5g}" role="{"group" if interactive else "img"}" '
-        f'font-family="{FONTS}">',
+        f"font-family={quoteattr(family(layout.look.font).svg)}>",
         f"<title>{escape(layout.title)}</title>",
         f"<desc>{escape(layout.description)}</desc>",
         f'<rect class="paper" width="{layout.width:.5g}" height="{layout.height:.5g}" fill="{PAPER}"/>',
@@ -61,20 +61,20 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         "</g>",
         # attributes that all nodes' texts share stand on their group
         f'<g class="nodes" text-anchor="middle" font-weight="600" font-size="{usual.size:g}" fill="{usual.colour}">',
-        *(_node(mark, interactive, usual, groups) for mark in layout.nodes),
-        *(_node(mark, interactive, usual, groups) for mark in layout.folded if interactive),
+        *(_node(mark, interactive, usual, groups, layout.look) for mark in layout.nodes),
+        *(_node(mark, interactive, usual, groups, layout.look) for mark in layout.folded if interactive),
         "</g>",
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def sheet_svg(width: float, height: float, labels: Sequence[Label]) -> str:
-    """White paper with texts, on which a page's script puts pictures."""
+def sheet_svg(width: float, height: float, labels: Sequence[Label], font: str) -> str:
+    """White paper with texts in a font, on which a page's script puts pictures."""
     texts = "".join(_text(label, True) for label in labels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.5g}" height="{height:.5g}" '
-        f'viewBox="0 0 {width:.5g} {height:.5g}" font-family="{FONTS}">'
+        f'viewBox="0 0 {width:.5g} {height:.5g}" font-family={quoteattr(family(font).svg)}>'
         f'<rect width="{width:.5g}" height="{height:.5g}" fill="{PAPER}"/>{texts}</svg>'
     )
 
@@ -163,11 +163,11 @@ def _edge(mark: EdgeMark, interactive: bool) -> str:
     return f'<g class="{kind}"{data}>{_title(mark.title, usual)}{body}</g>'
 
 
-def _node(mark: NodeMark, interactive: bool, names: _Usual, groups: frozenset[str]) -> str:
+def _node(mark: NodeMark, interactive: bool, names: _Usual, groups: frozenset[str], look: Look) -> str:
     data = f" data-node={quoteattr(mark.key)}"
     if interactive:
         # the script takes a mark without a kind for a part of the model
-        data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role") else ""
+        data += f' data-kind="{mark.kind}"' if mark.kind in ("embed", "logits", "group", "role", "weak") else ""
         data += f' data-at="{round(mark.x, 1):g} {round(mark.y, 1):g}"'
         # a script takes what has no group for a member of its role's, where there is one
         role = mark.member.role if mark.member is not None else ""
@@ -177,7 +177,7 @@ def _node(mark: NodeMark, interactive: bool, names: _Usual, groups: frozenset[st
             data += f' data-role="{member.role}" data-effect="{shortened(member.effect)}"'
     body = "".join(_path(shape) for shape in mark.shapes)
     body += "".join(_text(label, interactive, names) for label in mark.labels)
-    usual = interactive and mark.member is not None and mark.title == node_title(mark.member)
+    usual = interactive and mark.member is not None and mark.title == node_title(mark.member, look)
     return f'<g class="node"{data}>{_title(mark.title, usual)}{body}</g>'
 
 

@@ -3,7 +3,10 @@ r"""A layout as TikZ: one file that compiles by itself and can be ``\input`` int
 import unicodedata
 
 from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.errors import MechsafetyError
+from mechsafety.viz.fonts import GENERIC, family
 from mechsafety.viz.layout import layout_circuit
+from mechsafety.viz.look import Look
 from mechsafety.viz.marks import Command, Label, Layout, Shape
 from mechsafety.viz.style import Style
 
@@ -69,16 +72,15 @@ ACCENTS = {
 # capitals that LaTeX has a command for; the others look like Latin letters
 CAPITALS = ("GAMMA", "DELTA", "THETA", "LAMDA", "XI", "PI", "SIGMA", "PHI", "PSI", "OMEGA")
 ANCHORS = {"start": "base west", "middle": "base", "end": "base east"}
-# Small TeX installations lack the standalone class; a page of the picture's size does the same. Inside a paper,
-# \@nodocument is \relax.
+# Small TeX installations lack the standalone class; a page of the picture's size does the same. They lack Latin Modern
+# too: fix-cm gives Computer Modern at every size. Inside a paper, \@nodocument is \relax.
 HEAD = r"""\makeatletter
 \ifx\@nodocument\relax\def\mechsafetyend{}\else\def\mechsafetyend{\end{document}}
 \IfFileExists{standalone.cls}{\documentclass[border=2pt]{standalone}}{%
   \documentclass{article}
   \usepackage[paperwidth=WIDTHpt, paperheight=HEIGHTpt, margin=2pt]{geometry}
   \pagestyle{empty}\parindent=0pt\topskip=0pt\maxdepth=0pt}
-\usepackage[T1]{fontenc}
-\usepackage{lmodern}
+\IfFileExists{lmodern.sty}{\usepackage[T1]{fontenc}\usepackage{lmodern}}{\usepackage{fix-cm}}
 \usepackage{tikz}
 \renewcommand{\familydefault}{\sfdefault}
 \begin{document}\fi
@@ -90,19 +92,25 @@ def circuit_tikz(circuit: RefusalCircuit, style: Style | None = None) -> str:
     r"""LaTeX that ``pdflatex`` compiles by itself and that a paper with ``\usepackage{tikz}`` can ``\input``.
 
     Raises:
-        MechsafetyError: As `layout_circuit`.
+        MechsafetyError: As `layout_circuit` and `layout_tikz`.
     """
     return layout_tikz(layout_circuit(circuit, style))
 
 
 def layout_tikz(layout: Layout) -> str:
-    """The same for any layout, at the size of the picture."""
+    """The same for any layout, at the size of the picture.
+
+    Raises:
+        MechsafetyError: LaTeX has not the layout's font, or has no letter of a text of the user's own.
+    """
+    _check(layout.look)
+    font = family(layout.look.font).latex
     edges = [shape for mark in layout.edges for shape in mark.shapes]
     parts = [_path(shape) for shape in (*layout.backdrop, *edges)]
     for mark in layout.nodes:
-        parts += [f"% {tex(mark.key)}", *map(_path, mark.shapes), *map(_text, mark.labels)]
+        parts += [f"% {tex(mark.key)}", *map(_path, mark.shapes), *(_text(label, font) for label in mark.labels)]
     labels = [*layout.labels, *(label for mark in layout.edges for label in mark.labels)]
-    parts += map(_text, labels)
+    parts += [_text(label, font) for label in labels]
     shapes = [*layout.backdrop, *edges, *(shape for mark in layout.nodes for shape in mark.shapes)]
     colours = {colour.lower() for shape in shapes for colour in (shape.fill, shape.stroke) if colour}
     colours |= {label.colour.lower() for label in [*labels, *(x for mark in layout.nodes for x in mark.labels)]}
@@ -177,8 +185,25 @@ def _commands(commands: tuple[Command, ...]) -> str:
     return " ".join(parts)
 
 
-def _text(label: Label) -> str:
+def _check(look: Look) -> None:
+    if not family(look.font).latex:
+        raise MechsafetyError(
+            f"font={look.font!r} in LaTeX",
+            expected=f"one of {tuple(GENERIC)}",
+            hint="LaTeX takes these from its document",
+        )
+    for text in look.texts:
+        missing = "".join(char for char in text if "[U+" in tex(char))
+        if missing:
+            raise MechsafetyError(
+                f"the text {text!r} in LaTeX: its standard fonts lack {missing!r}",
+                expected="Latin or Greek letters",
+                hint="PDF or SVG draws the others",
+            )
+
+
+def _text(label: Label, family: str) -> str:
     size = 0.75 * label.size
     font = rf"\fontsize{{{size:.3g}bp}}{{{size:.3g}bp}}\selectfont" + (r"\bfseries" if label.bold else "")
-    options = f"anchor={ANCHORS[label.anchor]}, text={_colour(label.colour)}, font=\\sffamily{font}"
+    options = f"anchor={ANCHORS[label.anchor]}, text={_colour(label.colour)}, font={family}{font}"
     return rf"\node[{options}] at ({round(label.x, 1):g},{round(label.y, 1):g}) {{{tex(label.text)}}};"

@@ -1,16 +1,16 @@
 """Which nodes of a circuit are drawn: what a style asks for, and what fits a paper."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node, as_nodes
+from mechsafety.viz.look import PLAIN, Look
 from mechsafety.viz.marks import magnitude
 from mechsafety.viz.style import Style
-from mechsafety.viz.words import role_name
 
 E = TypeVar("E")
 
@@ -41,6 +41,33 @@ def chosen_nodes(circuits: Sequence[RefusalCircuit], style: Style) -> list[Node]
         raise MechsafetyError("a view without nodes", expected="a wider choice of nodes, roles, layers or effects")
     ranked = sorted(kept, key=lambda node: (-sizes[node], node.order))
     return ranked if style.top is None else ranked[: style.top]
+
+
+def check_labels(circuits: Sequence[RefusalCircuit], style: Style) -> None:
+    """Refuse a label of a node that no circuit has, with the nearest node that one has.
+
+    Raises:
+        MechsafetyError: Such a label.
+    """
+    known = {member.node for circuit in circuits for whole in (circuit, circuit.by_mlp()) for member in whole.nodes}
+    for node in style.look.labels:
+        if node not in known and node.layer is not None:
+            alike = min(known, key=lambda one: _distance(one, node), default=None)
+            raise MechsafetyError(
+                f"labels names {node}, which is not in this circuit",
+                expected="nodes of the circuit",
+                hint=f"did you mean '{alike}'?" if alike else "",
+            )
+
+
+def _distance(one: Node, other: Node) -> tuple[bool, int, int, tuple[int, int, int]]:
+    """How far two names are apart: first the kind counts, then the layer, then the index."""
+    return (
+        one.kind != other.kind,
+        abs((one.layer or 0) - (other.layer or 0)),
+        abs((one.index or 0) - (other.index or 0)),
+        one.order,
+    )
 
 
 def part_of(circuit: RefusalCircuit, nodes: Collection[Node]) -> RefusalCircuit:
@@ -74,8 +101,17 @@ def strongest_edges(edges: Sequence[E], count: int | None, ends: Callable[[E], t
     return [edges[k] for k in sorted({*best.values(), *range(min(count, len(edges)))})]
 
 
-def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
-    """Sentences of the caption on what is not drawn, and on MLPs that stand for neurons; none where every node is."""
+def left_out(
+    circuit: RefusalCircuit, drawn: RefusalCircuit, look: Look = PLAIN, folded: Collection[Node] = ()
+) -> tuple[str, ...]:
+    """Sentences of the caption on nodes that are left out or folded, and on MLPs that stand for neurons.
+
+    Args:
+        circuit: The whole circuit.
+        drawn: The part that is drawn, folded nodes included.
+        look: Names of roles.
+        folded: Nodes that are drawn as a number.
+    """
     whole = circuit.by_mlp()
     together = [member for member in circuit.nodes if member.evidence.together]
     found = []
@@ -85,12 +121,21 @@ def left_out(circuit: RefusalCircuit, drawn: RefusalCircuit) -> tuple[str, ...]:
             f"The {len(together)} neurons were measured together by MLP: {mlps} MLPs stand for those of their neurons "
             "that are in the circuit."
         )
-    hidden = Counter(member.role for member in whole.nodes)
+    hidden: Counter[str] = Counter(member.role for member in whole.nodes)
     hidden.subtract(member.role for member in drawn.nodes)
-    roles = [f"{count} {role_name(role)}" for role, count in hidden.items() if count]
-    if roles:
-        found.append(
-            f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {', '.join(roles)}). All numbers are "
-            "of the whole circuit."
+    parts = []
+    if any(hidden.values()):
+        parts.append(f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {_counted(hidden, look)}).")
+    if folded:
+        weak: Counter[str] = Counter(member.role for member in drawn.nodes if member.node in folded)
+        parts.append(
+            f"{len(drawn.nodes) - len(folded)} of {len(whole.nodes)} nodes are drawn one by one. The {len(folded)} "
+            f"weakest are folded into marks with +, their edges summed: {_counted(weak, look)}."
         )
+    if parts:
+        found.append(" ".join([*parts, "All numbers are of the whole circuit."]))
     return tuple(found)
+
+
+def _counted(roles: Mapping[str, int], look: Look) -> str:
+    return ", ".join(f"{count} {look.role(role)}" for role, count in roles.items() if count)

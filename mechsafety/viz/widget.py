@@ -47,7 +47,7 @@ def circuit_widget(
     nodes: dict[str, list[Node]] = {}
     for member in circuit.nodes:  # by the name that is drawn
         nodes.setdefault(member.evidence.together or str(member.node), []).append(member.node)
-    grayscale = style is not None and style.grayscale
+    look = style or Style()
 
     class CircuitWidget(anywidget.AnyWidget):
         """The page in a frame; messages between frame and kernel carry the traits."""
@@ -68,7 +68,7 @@ def circuit_widget(
                 self.ablation = {"name": "", "text": "", "nodes": [], "effects": {}}
                 return
             try:
-                self.ablation = ablations_on(circuit, [on_ablate(chosen)], grayscale=grayscale)[0]
+                self.ablation = ablations_on(circuit, [on_ablate(chosen)], look)[0]
             except MechsafetyError as error:
                 self.message = str(error)
 

@@ -4,7 +4,9 @@ import math
 import re
 
 from mechsafety.circuits.circuit import Ablation, Behaviour, CircuitEdge, CircuitNode, CurvePoint, RefusalCircuit
+from mechsafety.nodes import Node
 from mechsafety.results import reads_where
+from mechsafety.viz.look import PLAIN, Look
 from mechsafety.viz.marks import magnitude
 
 NO_BREAK, DASH = "\xa0", "\u2013"
@@ -68,11 +70,6 @@ def filled(template: str, **parts: object) -> str:
         '3 edges'
     """
     return re.sub(r"<(\w+)>", lambda found: str(parts[found[1]]), template)
-
-
-def role_name(role: str) -> str:
-    """What a role is called in pictures, pages and reports."""
-    return "no role" if role == "none" else role
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -169,7 +166,13 @@ def edges_drawn(drawn: int, total: int) -> str:
 
 
 def caption(
-    circuit: RefusalCircuit, drawn: int, which: str = STRONGEST, left_out: tuple[str, ...] = ()
+    circuit: RefusalCircuit,
+    drawn: int,
+    which: str = STRONGEST,
+    left_out: tuple[str, ...] = (),
+    look: Look = PLAIN,
+    *,
+    upward: bool = True,
 ) -> tuple[str, ...]:
     """The sentences under the picture.
 
@@ -178,6 +181,8 @@ def caption(
         drawn: Number of edges that are drawn.
         which: What these edges are, where they are not all.
         left_out: Sentences on nodes that are not drawn.
+        look: Names of nodes and roles.
+        upward: Whether every edge is drawn upward.
     """
     check = circuit.verification
     controls = check.random_controls
@@ -196,7 +201,7 @@ def caption(
             f"{model}: {held}; {edges}.",
             *left_out,
             "Not verified: nothing was measured on this circuit as a whole.",
-            _metric(circuit),
+            _metric(circuit, look, upward),
         )
     fresh = ""
     if check.fresh is not None:
@@ -211,33 +216,40 @@ def caption(
         *left_out,
         f"Held-out faithfulness {number(check.held_out_faithfulness, 2)}, 95 % interval "
         f"{interval(check.held_out_ci, 2)}{fresh}{others}.",
-        _metric(circuit),
+        _metric(circuit, look, upward),
     )
 
 
-def _metric(circuit: RefusalCircuit) -> str:
+def _metric(circuit: RefusalCircuit, look: Look, upward: bool) -> str:
     """The metric in words, what an effect is, and how nodes are named, by the strongest of each kind."""
     name = plain(str(circuit.metric.get("name", "unnamed")), 60)
     where = f", {plain(reads_where(circuit.metric), 80)}" if circuit.metric.get("opener") else ""
     weakest_first = sorted(circuit.by_mlp().nodes, key=lambda member: (magnitude(member.effect), str(member.node)))
     kinds = {member.node.kind: member.node for member in weakest_first}
-    names = [NAMES[kind].format(node=kinds[kind], name=kinds[kind].short) for kind in NAMES if kind in kinds]
+    names = [_example(kinds[kind], look) for kind in NAMES if kind in kinds]
     return (
         f"Metric: {METRICS.get(name, name)}{where}. An effect is the share of the "
-        "harmful\u2212harmless gap of this metric. Information flows upward."
+        "harmful\u2212harmless gap of this metric."
+        + (" Information flows upward." if upward else "")
         + (f" Names: {', '.join(names)}." if names else "")
     )
 
 
-def node_title(member: CircuitNode) -> str:
+def _example(node: Node, look: Look) -> str:
+    if node.kind == "neuron" and node in look.labels:
+        return f"{look.labels[node]} is neuron {node.index} of layer {node.layer}"
+    return NAMES[node.kind].format(node=node, name=look.short(node))
+
+
+def node_title(member: CircuitNode, look: Look = PLAIN) -> str:
     """A node's tooltip."""
-    parts = [f"{member.node}: effect {number(member.effect)}"]
+    parts = [f"{look.full(member.node)}: effect {number(member.effect)}"]
     parts += [f"95 % interval {interval(member.ci)}"] if member.ci else []
     parts += [p_value(member.p_value)] if member.p_value is not None else []
     parts += ["works against refusal"] if member.opposes else []
-    return "; ".join(
-        [*parts, "no role" if member.role == "none" else f"role {member.role}", STATUS_WORDS[member.status]]
-    )
+    role = look.role(member.role)
+    role = f"role {role}" if member.role != "none" or member.role in look.role_names else role
+    return "; ".join([*parts, role, STATUS_WORDS[member.status]])
 
 
 def edge_title(member: CircuitEdge, linking: bool = False) -> str:

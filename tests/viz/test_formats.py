@@ -267,7 +267,28 @@ def compile_tex(folder: Path, text: str) -> Path:
     return folder / "paper.pdf"
 
 
-needs_latex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
+needs_latex = pytest.mark.skipif(
+    shutil.which("pdflatex") is None, reason="no pdflatex here: apt-get install texlive-latex-base texlive-pictures"
+)
+DEMO = Path(__file__).parents[2] / "docs" / "gallery" / "demo.json"
+
+
+@needs_latex
+@pytest.mark.parametrize("font", ["sans-serif", "serif", "monospace"])
+def test_latex_draws_the_demo_map_at_its_size(tmp_path: Path, font: str) -> None:
+    """One page, as wide as was asked for, in fonts that scale; with a plain TeX Live, too."""
+    circuit = RefusalCircuit.load(DEMO)
+    style = Style(width_mm=85, font=font, role_names={"detection": "Détection"}, labels={"14.2": "a_b & c"})
+    for layout in (layout_circuit(circuit, style), role_diagram(circuit, style)):
+        written = compile_tex(tmp_path, layout_tikz(layout)).read_bytes()
+        page = re.search(rb"/MediaBox \[\s*0 0 (\S+) (\S+)", written) or re.search(
+            rb"MediaBox\[0 0 (\S+) (\S+)\]", written
+        )
+        log = (tmp_path / "paper.log").read_text(errors="replace")
+        assert (
+            "Output written on paper.pdf (1 page" in log and "Overfull" not in log and "size substitutions" not in log
+        )
+        assert page is None or float(page[1]) == pytest.approx(85 / 25.4 * 72, abs=6)
 
 
 @needs_latex
@@ -321,7 +342,21 @@ def test_roles_are_boxes_and_arrows_sum_edges(small: RefusalCircuit) -> None:
 
 
 def test_role_diagram_texts_do_not_overlap(circuit: RefusalCircuit) -> None:
-    layout = role_diagram(circuit)
+    assert_texts_are_apart(role_diagram(circuit))
+
+
+def straight_lines(commands) -> list[tuple[float, float, float, float]]:
+    """Left, top, right and bottom of the straight pieces of a path."""
+    found, at = [], commands[0][1]
+    for letter, values in commands[1:]:
+        end = values[-2:]
+        if letter == "L":
+            found.append((min(at[0], end[0]), min(at[1], end[1]), max(at[0], end[0]), max(at[1], end[1])))
+        at = end
+    return found
+
+
+def assert_texts_are_apart(layout) -> None:
     boxes = [label.box for mark in (*layout.nodes, *layout.edges) for label in mark.labels]
     boxes += [label.box for label in layout.labels]
     for i, (a, b, c, d) in enumerate(boxes):
@@ -335,17 +370,57 @@ def test_role_diagram_keeps_to_a_width_and_says_what_it_leaves_out(large: Refusa
     assert len(layout.edges) == 18 and f"{layout.n_edges - 18} weaker arrows are left out." in layout.description
 
 
-@pytest.mark.parametrize("width", [200.0, 260.0])
-def test_role_diagram_keeps_the_font_that_was_asked_for(small: RefusalCircuit, width: float) -> None:
-    style = Style(width_mm=width, font_pt=6)
-    layout = role_diagram(small, style)
-    assert layout.width == pytest.approx(width * 96 / 25.4)
-    biggest = max(label.size for mark in layout.nodes for label in mark.labels)
-    assert biggest * 72 / 96 == pytest.approx(6)
+@pytest.mark.parametrize("width", [85.0, 178.0, 260.0])
+@pytest.mark.parametrize("points", [None, 6.0, 8.0])
+def test_role_diagram_fits_a_column_at_the_font(circuit: RefusalCircuit, width: float, points: float | None) -> None:
+    """No text is under 6 points, nothing leaves the picture, no texts meet, and no line crosses a text."""
+    layout = role_diagram(circuit, Style(width_mm=width, font_pt=points))
+    assert layout.width == pytest.approx(width * 96 / 25.4) and layout.height <= 230 * 96 / 25.4
+    inside = [label for mark in layout.nodes for label in mark.labels]
+    texts = [*layout.labels, *inside, *(label for mark in layout.edges for label in mark.labels)]
+    titles = [mark.labels[0].size for mark in layout.nodes if mark.kind == "role"]
+    assert max(titles) * 72 / 96 == pytest.approx(points or 7)
+    assert min(label.size for label in texts) * 72 / 96 >= 6 - 1e-6
+    assert_texts_are_apart(layout)
     boxes = [mark for mark in layout.nodes if mark.kind == "role"]
     assert all(mark.x - mark.width / 2 > 0 and mark.x + mark.width / 2 < layout.width for mark in boxes)
-    with pytest.raises(MechsafetyError, match=r"width_mm=60 with 9 pt text; expected at least \d+ mm for this diagram"):
-        role_diagram(small, Style(width_mm=60, font_pt=9))
+    for mark in boxes:
+        left, right = mark.x - mark.width / 2, mark.x + mark.width / 2
+        assert all(left <= label.box[0] and label.box[2] <= right for label in mark.labels), mark.key
+    lines = [line for mark in layout.edges for line in straight_lines(mark.shapes[0].commands)]
+    for label in (label for mark in layout.edges for label in mark.labels):
+        left, top, right, bottom = label.box
+        assert not [1 for a, b, c, d in lines if a < right and c > left and b < bottom - 1 and d > top + 1], label.text
+
+
+def test_role_diagram_drops_weak_arrows_before_text_gets_small(large: RefusalCircuit) -> None:
+    wide, narrow = (role_diagram(large, Style(width_mm=width)) for width in (178, 60))
+    assert len(narrow.edges) < len(wide.edges) == 18
+    strongest = sorted((abs(mark.effect) for mark in wide.edges), reverse=True)[: len(narrow.edges)]
+    assert sorted((abs(mark.effect) for mark in narrow.edges), reverse=True) == strongest
+    assert f"{narrow.n_edges - len(narrow.edges)} weaker arrows are left out." in narrow.description
+    with pytest.raises(
+        MechsafetyError, match=r"^a role diagram of 30 x 230 mm with 12 pt text; expected at least \d+ mm"
+    ):
+        role_diagram(large, Style(width_mm=30, font_pt=12))
+    with pytest.raises(MechsafetyError, match=r"^a role diagram of 85 x 40 mm with 7 pt text; .* a height for 8 boxes"):
+        role_diagram(large, Style(width_mm=85, height_mm=40))
+
+
+def test_side_arrows_end_at_their_boxes(circuit: RefusalCircuit) -> None:
+    """Head and tail of each arrow lie on the rims of its boxes, slanted or not."""
+    layout = role_diagram(circuit, Style(width_mm=85))
+    boxes = {mark.key: mark for mark in layout.nodes}
+    sides = 0
+    for mark in layout.edges:
+        commands = mark.shapes[0].commands
+        for key, (x, y) in ((mark.receiver, commands[0][1][-2:]), (mark.sender, commands[-1][1][-2:])):
+            box = boxes[key]
+            reach_x, reach_y = abs(x - box.x) / box.width, abs(y - box.y) / box.height
+            assert max(reach_x, reach_y) <= 0.5 + 1e-6
+            assert reach_x >= 0.44 or reach_y == pytest.approx(0.5)
+            sides += reach_x >= 0.44
+    assert sides or len(circuit.edges) < 3
 
 
 @pytest.mark.parametrize("points", [7.0, 10.0])

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Edge, Node, RefusalCircuit, RoleEvidence, Search
 from mechsafety.errors import MechsafetyError
+from mechsafety.viz.comparison import compare_layouts
 from mechsafety.viz.layout import layout_circuit, layout_circuits
+from mechsafety.viz.legend import edge_rows, node_rows, swatch
+from mechsafety.viz.look import ROLE_COLOURS
 from mechsafety.viz.marks import (
     DASHES,
     LINK,
     LINK_DASHES,
     PORTS,
-    ROLE_COLOURS,
     ROLE_OUTLINES,
     Layout,
     luminance,
@@ -221,7 +223,9 @@ def test_slots_differ_in_port_dashes_and_mark() -> None:
     ports = {mark.slot: mark.shapes[0].commands[0][1][0] for mark in marks}
     assert ports["q"] < ports["k"] < ports["v"]
     assert len({mark.shapes[0].dashes for mark in marks}) == 3
-    assert len({tuple(letter for letter, _ in mark.shapes[1].commands) for mark in marks}) == 3
+    tips = {mark.slot: mark.shapes[1].commands for mark in marks}
+    assert "C" in {letter for letter, _ in tips["q"]} and tips["k"][0][1][1] == tips["k"][1][1][1]  # circle, square
+    assert tips["v"][1][1][1] == tips["v"][3][1][1]  # diamond
     assert len({DASHES[slot] for slot in "qkv"}) == len({PORTS[slot] for slot in "qkv"}) == 3
 
 
@@ -508,3 +512,49 @@ def test_edges_of_different_slots_never_lie_on_each_other(small: RefusalCircuit,
     others = [build(rng.sample(every, 40), 40, n_layers=12, n_heads=6, seed=seed) for seed in range(4)]
     for circuit in (small, neurons, *others):
         assert shared_runs(layout_circuit(circuit)) == []
+
+
+def form(shapes) -> tuple:
+    """What a glyph is without its colours: outlines to a tenth of a pixel, dashes, and what is hollow."""
+    return tuple(
+        (
+            tuple((letter, tuple(round(value, 1) for value in values)) for letter, values in shape.commands),
+            shape.dashes,
+            None if shape.fill is None else "paper" if shape.fill == "#FFFFFF" else "filled",
+            # a dark rim is told from one in the fill's own colour
+            shape.stroke is not None and luminance(shape.stroke) < 0.02,
+        )
+        for shape in shapes
+    )
+
+
+def test_no_two_entries_of_the_legend_look_alike(small: RefusalCircuit) -> None:
+    """In greys too: each pair differs in more than its colour."""
+    first, kinds = small.nodes[0], ("measured", "estimated", "rejected", "verified")
+    roles = [replace(first, role=role, status="measured") for role in ROLE_COLOURS]
+    nodes = [*roles, *(replace(first, status=status) for status in kinds), replace(first, ci=(-0.5, -0.3))]
+    head, mlp = Node("head", 3, 1), Node("mlp", 3)
+    ends = [*(Edge(Node("mlp", 0), head, slot) for slot in "qkv"), Edge(Node("mlp", 0), mlp, "mlp")]
+    edges = [CircuitEdge(end, -0.5, status) for end in ends for status in kinds[:3]]
+    rows = [*node_rows(nodes, Style().look), *edge_rows(edges, {ends[0]})]
+    glyphs = {text: form(swatch(kind, key, 0, 0, 1.0, Style().look)) for _, items in rows for kind, key, text in items}
+    entries = {text: glyph for text, glyph in glyphs.items() if glyph}
+    assert len(entries) == len(glyphs) - 2 == 6 + 4 + 1 + 4 + 3 + 2
+    for (one, glyph), (other, another) in itertools.combinations(entries.items(), 2):
+        assert glyph != another, f"{one!r} looks like {other!r}"
+
+
+@pytest.mark.parametrize("grayscale", [False, True])
+def test_no_two_entries_of_a_differences_legend_look_alike(small: RefusalCircuit, grayscale: bool) -> None:
+    changed = replace(small, nodes=small.nodes[2:], edges=small.edges[3:])
+    layout = compare_layouts(small, changed, ("a", "b"), Style(grayscale=grayscale)).difference
+    glyphs = [shape for shape in layout.backdrop if shape.commands[0][1][1] > layout.map_height]
+    nodes, lines = [shape for shape in glyphs if shape.fill], [shape for shape in glyphs if not shape.fill]
+    assert (len(nodes), len(lines)) == (5, 3)
+    for tone in (lambda shape: shape.fill, lambda shape: shape.stroke):
+        group = nodes if tone(nodes[0]) != nodes[0].stroke else lines
+        for one, other in itertools.combinations(group, 2):
+            # lightness as the eye sees it, 0 to 1; colours differ in hue
+            apart = abs(luminance(tone(one)) ** (1 / 3) - luminance(tone(other)) ** (1 / 3))
+            hues = sum(abs(int(tone(one)[k : k + 2], 16) - int(tone(other)[k : k + 2], 16)) for k in (1, 3, 5))
+            assert (apart > 0.05 or one.dashes != other.dashes) if grayscale else hues > 60

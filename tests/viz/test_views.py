@@ -5,17 +5,23 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from test_layout import assert_edges_run_beside_nodes, assert_nothing_overlaps
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.viz import Style, compare_layouts, layout_circuit, role_diagram
+from mechsafety.viz import Style, circuit_html, compare_layouts, layout_circuit, role_diagram
 from mechsafety.viz.style import PIXELS_PER_MM
 
 MAP = RefusalCircuit.load(Path(__file__).parents[2] / "docs" / "gallery" / "demo.json")
 
 
 def drawn(layout) -> set[str]:
-    return {mark.key for mark in layout.nodes} - {"embed", "logits"}
+    return {mark.key for mark in layout.nodes if mark.kind != "weak"} - {"embed", "logits"}
+
+
+def weak(layout) -> dict[str, int]:
+    """The number on the mark of each lane's weak nodes."""
+    return {mark.key.removeprefix("weak:"): int(mark.labels[0].text) for mark in layout.nodes if mark.kind == "weak"}
 
 
 def strongest(circuit, count) -> set[str]:
@@ -26,19 +32,77 @@ def strongest(circuit, count) -> set[str]:
 @pytest.mark.parametrize("width", [85.0, 178.0])
 @pytest.mark.parametrize("more", [{}, {"font_pt": 7, "grayscale": True}, {"columns": "part"}], ids=str)
 def test_a_real_map_fits_a_column_and_a_page(width, more):
-    """At 6 points or more, no higher than a page; what is left out has the smallest effects, and is counted."""
+    """No text is under 6 points, nothing is higher than a page; what is folded has the smallest effects."""
     layout = layout_circuit(MAP, Style(width_mm=width, **more))
     assert layout.width == pytest.approx(width * PIXELS_PER_MM) and layout.height <= 230 * PIXELS_PER_MM + 0.1
     shown = drawn(layout)
-    assert 10 < len(shown) < len(MAP) and shown == strongest(MAP, len(shown))
+    folded = weak(layout)
+    assert 10 < len(shown) < len(MAP) and len(shown) + sum(folded.values()) == len(MAP)
+    # a node that is alone in its lane among the weak is drawn itself
+    certain = strongest(MAP, len(shown) - 6)
+    assert certain <= shown and min(folded.values()) > 1
     text = " ".join(label.text for label in layout.labels)
-    assert f"{len(shown)} of 73 nodes are drawn" in layout.description and "of the whole circuit" in layout.description
+    assert f"{len(shown)} of 73 nodes are drawn one by one. The {sum(folded.values())} weakest" in layout.description
+    assert "Information flows upward" not in layout.description, "a sum may run down"
+    assert "of the whole circuit" in layout.description
     assert "73 of 300 candidate nodes" in text and "0.80" in text, "the whole circuit's numbers"
-    sizes = [label.size for mark in layout.nodes for label in mark.labels if mark.key in shown]
-    assert min(sizes) >= 6 * 0.8 * 96 / 72, "names shrink within their shape, but not below 80 %"
+    sizes = [label.size for mark in layout.nodes for label in mark.labels]
+    assert min([*sizes, *(label.size for label in layout.labels)]) * 72 / 96 >= 6 - 1e-6
+    assert_nothing_overlaps(layout)
+    assert_edges_run_beside_nodes(layout)
 
 
-def test_a_smaller_height_leaves_out_more():
+def test_what_has_no_room_is_counted_by_role_and_its_edges_are_summed():
+    layout = layout_circuit(MAP, Style(width_mm=85, max_edges=None))
+    shown, counts = drawn(layout), weak(layout)
+    role = {str(member.node): member.role for member in MAP.nodes}
+    hidden = [member for member in MAP.nodes if str(member.node) not in shown]
+    assert counts == {role: n for role in counts for n in [sum(m.role == role for m in hidden)]}
+    said = layout.description.split("their edges summed: ")[1].split(".")[0]
+    assert {part.split(" ", 1)[1]: int(part.split()[0]) for part in said.split(", ")} == counts
+    assert all(f"{counts[mark.key[5:]]} nodes folded" in mark.title for mark in layout.nodes if mark.kind == "weak")
+
+    def end(node) -> str:
+        return str(node) if str(node) in shown or node.layer is None else f"weak:{role[str(node)]}"
+
+    sums: dict[tuple[str, str, str], list[float]] = {}
+    for member in MAP.edges:
+        key = (end(member.edge.sender), end(member.edge.receiver), member.edge.slot)
+        if key[0] != key[1]:
+            sums.setdefault(key, []).append(member.effect)
+    marks = {(mark.sender, mark.receiver, mark.slot): mark for mark in layout.edges}
+    assert marks.keys() <= sums.keys()
+    for key, mark in marks.items():
+        assert mark.effect == pytest.approx(sum(sums[key])) and mark.n_edges == len(sums[key])
+    # edges between nodes that are drawn are all there; of the sums, the strongest and one for each node
+    plain = {key for key in sums if not any(part.startswith("weak:") for part in key)}
+    assert plain <= marks.keys()
+    others = sorted((key for key in sums if key not in plain), key=lambda key: -abs(sum(sums[key])))
+    assert set(others[:12]) <= marks.keys() and len(marks) < len(sums)
+    assert {part for key in sums for part in key[:2]} == {part for key in marks for part in key[:2]}
+
+
+@pytest.mark.parametrize("columns", ["part", "position"])
+def test_weak_nodes_fold_by_lane(columns, large):
+    layout = layout_circuit(large, Style(width_mm=178, columns=columns))
+    assert len(drawn(layout)) + sum(weak(layout).values()) == len(large)
+    assert_nothing_overlaps(layout)
+    assert_edges_run_beside_nodes(layout)
+
+
+def test_a_page_shows_folded_weak_nodes():
+    page = circuit_html(MAP, Style(width_mm=85))
+    assert page.count('data-kind="weak"') == len(weak(layout_circuit(MAP, Style(width_mm=85, max_edges=None))))
+
+
+def test_two_circuits_leave_out_what_has_no_room():
+    """What both fold would not be the same nodes, so a difference of sums would mean nothing."""
+    fewer = MAP.subset([member.node for member in MAP.nodes[5:]])
+    both = compare_layouts(MAP, fewer, ("all", "fewer"), Style(width_mm=85))
+    assert not weak(both.first) and not weak(both.difference) and "left out: " in both.first.description
+
+
+def test_a_smaller_height_folds_more():
     heights = [layout_circuit(MAP, Style(width_mm=178, height_mm=height)) for height in (120, 180, 230)]
     counts = [len(drawn(layout)) for layout in heights]
     assert counts == sorted(counts) and counts[0] < counts[2]
@@ -95,7 +159,7 @@ def test_other_figures_take_views_too():
     ("options", "message"),
     [
         ({"top": 0}, "top=0; expected None or at least 1"),
-        ({"roles": ("refusal",)}, "roles=['refusal']; expected some of"),
+        ({"roles": ("refusal",)}, "roles names the role 'refusal'; expected some of"),
         ({"height_mm": 100}, "height_mm without width_mm; expected both, or a width alone"),
         ({"nodes": ["L0.H0"]}, "L0.H0 is not in this circuit; expected nodes of the circuit"),
         ({"layers": (99,)}, "a view without nodes; expected a wider choice"),

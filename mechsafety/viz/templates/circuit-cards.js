@@ -37,7 +37,7 @@ function showNode(node, note) {
 }
 
 function fillCard(panel, node, note, isPinned) {
-  const info = data.nodes[node.key], title = add(panel, "h2", node.key);
+  const info = data.nodes[node.key], title = add(panel, "h2", named(node.key));
   if (!info) {
     add(panel, "p", node.els[0].querySelector("title").textContent);
     if (note) add(panel, "p", note);

@@ -79,7 +79,7 @@ function search(text) {
   const query = text.trim().toLowerCase();
   const words = (node) => {
     const { promotes = [], suppresses = [], texts = [] } = data.nodes[node.key];
-    return [node.key, node.role, node.els[0].textContent, ...promotes, ...suppresses, ...texts.flat(2)].join(" ").toLowerCase();
+    return [node.key, node.role, roleWord(node.role), node.els[0].textContent, ...promotes, ...suppresses, ...texts.flat(2)].join(" ").toLowerCase();
   };
   const hits = query ? drawn.filter((node) => words(node).includes(query)) : [];
   for (const node of all) toggle(node, "hit", hits.includes(node));

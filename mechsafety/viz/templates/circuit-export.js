@@ -66,7 +66,7 @@ function tikz() {
   }
   function text(el) {
     const get = (key) => (el.closest(`[${key}]`) || el).getAttribute(key), height = pt(get("font-size"));
-    const font = `\\sffamily\\fontsize{${height}}{${height}}\\selectfont${get("font-weight") === "600" ? "\\bfseries" : ""}`;
+    const font = `${data.latex[0]}\\fontsize{${height}}{${height}}\\selectfont${get("font-weight") === "600" ? "\\bfseries" : ""}`;
     const options = `anchor=${anchors[get("text-anchor") || "start"]}, text=${name(get("fill"))}, font=${font}`;
     return `\\node[${options}] at (${get("x")},${get("y")}) {${el.dataset.tex || el.textContent}};`;
   }
@@ -88,13 +88,13 @@ function tikz() {
 }
 function copyTikz() {
   const text = tikz(), area = find("dialogArea");
-  find("dialogText").textContent = "The picture as TikZ. A paper needs \\usepackage{tikz}.";
+  find("dialogText").textContent = `The picture as TikZ. A paper needs \\usepackage{tikz}. ${data.latex[1]}`;
   area.value = text;
   area.hidden = false;
   find("dialog").showModal();
   area.select();
   // frames without leave to use the clipboard keep the selected text on show
-  const done = () => { find("dialogText").textContent = "Copied. A paper needs \\usepackage{tikz}."; };
+  const done = () => { find("dialogText").textContent = `Copied. A paper needs \\usepackage{tikz}. ${data.latex[1]}`; };
   if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, () => {});
 }
 

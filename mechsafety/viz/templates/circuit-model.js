@@ -37,6 +37,10 @@ function sumWords({ from, to, slot, effect, edges }) {
     { sender: from.key, receiver: to.key, slot, n: edges.length, effect: numbers(effect) });
 }
 
+// a node's name, after the text that is drawn in its place; the word for its role
+const named = (key) => (data.words.labels[key] ? `${data.words.labels[key]} (${key})` : key);
+const roleWord = (role) => data.words.roles[role] || role;
+
 // ---- one object per node and edge, with its element in each pane ----
 const nodes = new Map();
 const edges = [];
@@ -48,11 +52,11 @@ for (const pane of panes) {
     if (!kind.has(set.node)) {
       kind.set(set.node, {
         key: set.node, group: set.group ?? (data.groups.includes(set.role) ? set.role : ""), role: set.role, size: size(set.effect), kind: set.kind,
-        bar: set.kind === "embed" || set.kind === "logits", x, y, els: [], shown: true,
+        bar: ["embed", "logits", "weak"].includes(set.kind), x, y, els: [], shown: true,
       });
     }
     kind.get(set.node).els.push(el);
-    titled(el, () => `${set.node}: ${rowsOf(data.nodes[set.node]).map((row) => row.join(" ")).join("; ")}`);
+    titled(el, () => `${named(set.node)}: ${rowsOf(data.nodes[set.node]).map((row) => row.join(" ")).join("; ")}`);
   }
   const known = new Map(edges.map((edge) => [edge.id, edge]));
   for (const el of pane.svg.querySelectorAll(".edge")) {
