@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from mechsafety.viz.charts import DIVERGING, GRID
+from mechsafety.viz.fonts import SANS, family
 from mechsafety.viz.marks import BAR, INK, MUTED, PAPER, blend, text_width
-from mechsafety.viz.svg import FONTS
 from mechsafety.viz.words import number
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def chart_svg(figure: "Figure", title: str, paper: Paper = WIDE) -> str:
     width, tall = f"{paper.width:g}", f"{height + top:.5g}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" height="{tall}" '
-        f'role="img" font-family="{FONTS}" font-size="{font:g}" fill="{INK}"><title>{escape(title)}</title>'
+        f'role="img" font-family="{family(SANS).svg}" font-size="{font:g}" fill="{INK}"><title>{escape(title)}</title>'
         f"{''.join(legend)}{''.join(body)}</svg>"
     )
 

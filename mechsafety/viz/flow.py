@@ -4,9 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mechsafety.circuits.circuit import ROLES, RefusalCircuit
-from mechsafety.viz.marks import ROLE_COLOURS, magnitude
+from mechsafety.viz.look import PLAIN, ROLE_COLOURS
+from mechsafety.viz.marks import magnitude
 from mechsafety.viz.role_diagram import ORDER
-from mechsafety.viz.words import number, role_name
+from mechsafety.viz.words import number
 
 ENDS = {"embed": "the prompt's tokens", "logits": "refuse or comply"}
 SENDERS, SMALLEST = 3, 0.005  # number of senders that a row names; smaller sums would read 0.00
@@ -48,7 +49,7 @@ def flow(circuit: RefusalCircuit) -> list[Step]:
         holds = f"{count} {members[0].node.short}"
         share = magnitude(sums[role]) / largest
         steps.append(
-            Step(role_name(role), ROLE_COLOURS[role], holds, number(sums[role], 2), share, reads.get(role, ""))
+            Step(PLAIN.role(role), ROLE_COLOURS[role], holds, number(sums[role], 2), share, reads.get(role, ""))
         )
     return [*steps, Step(ENDS["embed"])]
 
@@ -66,7 +67,7 @@ def _reads(circuit: RefusalCircuit) -> dict[str, str]:
         seen = [sender for sender in found if magnitude(found[sender]) >= SMALLEST]
         strongest = sorted(seen, key=lambda sender: (-magnitude(found[sender]), ORDER.index(sender)))[:SENDERS]
         texts[receiver] = ", ".join(
-            f"{'the prompt' if sender == 'embed' else role_name(sender)} {number(found[sender], 2)}"
+            f"{'the prompt' if sender == 'embed' else PLAIN.role(sender)} {number(found[sender], 2)}"
             for sender in strongest
         )
     return texts

@@ -77,7 +77,7 @@ def render_report(circuit: RefusalCircuit) -> str:
         curve=_chart(faithfulness_curve(circuit), "Faithfulness over the number of best parts kept"),
         heatmap=_chart(node_heatmap(circuit), "Effect of every head and MLP, by layer"),
         effects=_chart(effect_distribution(circuit), "Effects of the circuit's nodes, by role"),
-        dark=[*dark_rules(), *heat_colours(), *DARK_FRAME.items()],
+        dark=[*dark_rules(PLAIN), *heat_colours(), *DARK_FRAME.items()],
         roles=_roles(circuit),
         nodes=[
             _node(member, (check.minimality or {}).get(str(member.node)))
