@@ -537,7 +537,9 @@ def test_no_two_entries_of_the_legend_look_alike(small: RefusalCircuit) -> None:
     ends = [*(Edge(Node("mlp", 0), head, slot) for slot in "qkv"), Edge(Node("mlp", 0), mlp, "mlp")]
     edges = [CircuitEdge(end, -0.5, status) for end in ends for status in kinds[:3]]
     rows = [*node_rows(nodes, Style().look), *edge_rows(edges, {ends[0]})]
-    glyphs = {text: form(swatch(kind, key, 0, 0, 1.0, Style().look)) for _, items in rows for kind, key, text in items}
+    look = Style().look
+    # nodes and edges have statuses of the same name
+    glyphs = {(k, text): form(swatch(*of, 0, 0, 1.0, look)) for k, row in enumerate(rows) for *of, text in row[1]}
     entries = {text: glyph for text, glyph in glyphs.items() if glyph}
     assert len(entries) == len(glyphs) - 2 == 6 + 4 + 1 + 4 + 3 + 2
     for (one, glyph), (other, another) in itertools.combinations(entries.items(), 2):
