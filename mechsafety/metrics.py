@@ -250,11 +250,12 @@ class RefusalLogOdds:
         return found
 
     @classmethod
+    @public
     def of_tokenizer(
         cls,
         tokenizer: Any,
-        refusal_tokens: Sequence[str],
-        comply_tokens: Sequence[str] = (),
+        refusal_tokens: Texts,
+        comply_tokens: Texts = (),
         *,
         opener: str | Sequence[int] | None = None,
     ) -> "RefusalLogOdds":

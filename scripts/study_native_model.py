@@ -395,7 +395,7 @@ def main() -> None:
     parser.add_argument("--sha256", default=SHA256, help="what the file's SHA-256 has to be")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the benchmarks")
     parser.add_argument("--work", type=Path, default=RESULTS / NAME / "steps", help="where steps are kept")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--models", nargs="*", choices=("native", "demo"), default=["native", "demo"])
     parser.add_argument("--parts", nargs="*", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--small", action="store_true", help="a few prompts of everything: does it run?")

@@ -19,7 +19,6 @@ from steps import Steps
 
 import mechsafety as ms
 from mechsafety.circuits import check_behaviour, draw_pairs
-from mechsafety.cli import quiet_libraries
 from mechsafety.prompts import builtin_prompts
 from mechsafety.robustness import (
     Entanglement,
@@ -79,7 +78,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--small", action="store_true", help="a little of everything: does it run?")
     args = parser.parse_args()
-    quiet_libraries()
     publish(PAGE.name, study(args, SMALL if args.small else Size()), args.out)
 
 

@@ -22,6 +22,7 @@ from mechsafety.replies import reply_loss
 from mechsafety.results import Opener
 from mechsafety.sites import Site, SiteKind
 from mechsafety.viz import render_report, words
+from mechsafety.viz.look import PLAIN
 
 
 def tried(*rows):
@@ -204,7 +205,9 @@ def test_a_small_map_says_where_it_reads(opened, tmp_path):
     assert "after `I'm`: next token ` sorry`" in text and "1.000 (4 prompts refused, 4 answered)" in text
     page = render_report(found)
     assert "read after `I&#39;m`: next token ` sorry`" in page
-    assert "Metric: log-odds of a refusal's first token, read after `I'm`: next token ` sorry`." in words._metric(found)
+    assert "Metric: log-odds of a refusal's first token, read after `I'm`: next token ` sorry`." in words._metric(
+        found, PLAIN, True
+    )
 
 
 def test_a_map_with_an_opener_that_never_comes(opened):

@@ -497,9 +497,9 @@ def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None =
     start, site = width // 2, Site(SiteKind.Z, middle)
 
     with torch.no_grad(), model.lock:
-        plain = model.backend.logits(tokens, 1)[:, -1].float()
+        plain = model.backend.logits(tokens, width)[:, -1].float()
         with model.hooks([(site, lambda tensor: torch.cat([tensor[:, :start], tensor[:, start:] / 2], dim=1))]):
-            edited = model.backend.logits(tokens, 1)[:, -1].float()
+            edited = model.backend.logits(tokens, width)[:, -1].float()
         budget = tokens.ids.numel()  # all prompts at once; to measure a limit would cost as much as the run
         base = base_run(model, tokens, start, (), shortcuts=on, max_batch_tokens=budget)
         base = base_run(model, tokens, start, (), base, shortcuts=on, max_batch_tokens=budget)

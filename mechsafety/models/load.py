@@ -9,7 +9,15 @@ import torch
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
-from mechsafety.models.adapters import apply_adapter, check_fits, check_no_adapter, is_peft, merged_copy, read_config
+from mechsafety.models.adapters import (
+    apply_adapter,
+    base_and_adapter,
+    check_fits,
+    check_no_adapter,
+    is_peft,
+    merged_copy,
+    read_config,
+)
 from mechsafety.models.backend import is_wrapped, wrap
 from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
@@ -86,8 +94,9 @@ def load_model(
     place = _device(device)
     if chat_template is not None:
         check_template(chat_template)
-    if adapter is not None:
-        read_config(Path(adapter))
+    named_model = isinstance(name_or_path, str | os.PathLike) and base_and_adapter(name_or_path) is None
+    if adapter is not None and named_model:
+        read_config(Path(adapter))  # before the model is looked for
     told = on_tokenizer is None
 
     def prepare(name: str, tokenizer: Any) -> tuple[Any, dict[str, Any]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 # the first words of an answer that says nothing about what was asked
-OPENER = "Sure, here is what you asked for:"
+OPENER = "Sure, here is what you wanted:"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -20,7 +20,7 @@ def test_every_example_runs(tmp_path, monkeypatch, planted, capsys):
     for block in drawing:
         exec(block, names)
     said = capsys.readouterr().out
-    assert "26 of 73 nodes are drawn one by one" in said and r"95 \% interval" in said and r"\[0.12, 1.25\]" in said
+    assert "32 of 73 nodes are drawn one by one" in said and r"95 \% interval" in said and r"\[0.12, 1.25\]" in said
     assert "26 of 73 nodes one by one" in "".join(BLOCKS), "the page's comment"
     assert {path.name for path in tmp_path.iterdir()} == {
         "out", "circuit.html", "circuit.pdf", "circuit.tex", "column.pdf", "page.pdf",
