@@ -16,7 +16,7 @@ from mechsafety.results import parting, reads_where
 from mechsafety.viz import Style, layout_circuit
 from mechsafety.viz.marks import Layout
 from pages.page import Page
-from pages.records import Record, Stored, renamed
+from pages.records import Record, Stored, renamed, stored
 from pages.statements import Rate, Sentence, look_up, say
 from pages.tables import interval, rate_of, reply_cells, table
 
@@ -42,7 +42,7 @@ def completed(record: Record, folder: Path) -> Record:
     }
     numbers = {side: {level: numbers_of(circuits[side][level]) for level in LEVELS} for side in SIDES}
     new = renamed(record, OLD_WORDS)
-    return Stored({**new, "circuits": circuits, "map": numbers}, new.file, new.path)
+    return Stored({**new, **stored({"circuits": circuits, "map": numbers}, new.file)}, new.file, new.path)
 
 
 def numbers_of(circuit: RefusalCircuit) -> dict[str, Any]:
