@@ -143,7 +143,7 @@ def photographs(paths: list[Path], out: Path) -> Iterator[tuple[str, str]]:
     from playwright.sync_api import sync_playwright
 
     first = RefusalCircuit.load(paths[0])
-    strongest = max((m for m in first.nodes if m.role != "none"), key=lambda member: abs(member.effect))
+    strongest = max((m for m in first.nodes if m.node.kind == "head"), key=lambda member: abs(member.effect))
     small = small_circuit()
     dark = circuit_html(small, theme="dark")
     sides = compare_html(small, changed(), ("aligned", "base"), theme="light")
