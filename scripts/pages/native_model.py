@@ -128,17 +128,33 @@ def verdicts(record: Record) -> list[dict[str, str]]:
     return [record["map"][side]["node"]["verdicts"] for side in SIDES]
 
 
-def same_verdicts(record: Record) -> list[str]:
-    """Claims that come out alike for both models."""
+def decided(record: Record, *, alike: bool) -> list[str]:
+    """Claims that hold or fail in both models: those with the same verdict, or with opposite ones."""
     native, demo = verdicts(record)
-    return [name for name, verdict in native.items() if demo.get(name) == verdict]
+    both = [name for name in native if {native[name], demo.get(name)} <= {"holds", "fails"}]
+    return [name for name in both if (native[name] == demo[name]) == alike]
 
 
-def other_verdicts(record: Record) -> list[str]:
+def undecided(record: Record) -> list[str]:
+    """Claims that are undecided, or were not measured, in at least one model."""
     native, demo = verdicts(record)
-    return [
-        f"{name} ({verdict}; demo: {demo.get(name)})" for name, verdict in native.items() if demo.get(name) != verdict
-    ]
+    return [name for name in native if {native[name], demo.get(name)} & {"undecided", "not measured"}]
+
+
+def shared_mlps(side: str) -> dict[str, Callable[[Record], int]]:
+    """MLPs of a circuit by nodes, those of the model, and how many a random circuit of its make-up shares at least."""
+
+    def inside(record: Record) -> int:
+        return sum(member.node.kind == "mlp" for member in record["circuits"][side]["node"])
+
+    def every(record: Record) -> int:
+        return depth(record["circuits"][side]["node"])
+
+    return {
+        f"{side}_mlps": inside,
+        f"{side}_every": every,
+        f"{side}_least": lambda record: max(0, 2 * inside(record) - every(record)),
+    }
 
 
 def ablated(name: str) -> Callable[[Record], Record]:
@@ -157,7 +173,10 @@ PAIRS = (
     "agrees. That is so for {native_used} of {native_tried} pairs of the native model ({native_share:.0%}), and for "
     "{demo_used} of {demo_tried} of the demo model ({demo_share:.0%})."
 )
-SIDES_REFUSED = "Of the built-in pairs it refuses {bad} of the harmful prompts and {good} of their counterfactuals."
+SIDES_REFUSED = (
+    "Of the built-in pairs the native model refuses {bad} of the harmful prompts and {good} of their harmless "
+    "counterfactuals."
+)
 LEFT = (
     "Ablating the whole circuit leaves {after} of {n} harmful prompts refused by the native model. Ablating as many "
     "nodes at random leaves {random}. "
@@ -170,7 +189,21 @@ NEURONS = (
     "The native model's map takes some layers apart. Of the {n} neurons that differ most at the suffix, {within} lie "
     "in these layers, and {shared} of these are in the circuit. Of neurons drawn at random, {expected:.1%} would be."
 )
+MAKE_UP = (
+    "The native model's circuit by nodes holds {native_mlps} of {native_every} MLPs, and the demo model's {demo_mlps} "
+    "of {demo_every}. A random circuit with as many parts of each kind shares at least {native_least} and {demo_least} "
+    "of these MLPs."
+)
 SENTENCES: dict[str, Sentence] = {
+    "make_up": Sentence(
+        f"{MAKE_UP} Removing it loses as much for that reason alone. Of these two circuits the claim *necessity* "
+        "therefore says nothing.",
+        shared_mlps("native") | shared_mlps("demo"),
+        lambda native_mlps, native_least, demo_mlps, demo_least: (
+            2 * native_least > native_mlps and 2 * demo_least > demo_mlps
+        ),
+        MAKE_UP,
+    ),
     "advbench": Sentence(
         "The native model refuses {native} of AdvBench, and the demo model {demo}. The demo model was trained to "
         "refuse, and does so more often.",
@@ -180,9 +213,9 @@ SENTENCES: dict[str, Sentence] = {
         "native model refuses more.",
     ),
     "built_in": Sentence(
-        f"{SIDES_REFUSED} It goes by words that both prompts of a pair share more than by what is asked.",
+        f"{SIDES_REFUSED} The wording that a pair shares explains a part of its refusals at most.",
         {"bad": set_of("native", BUILT_IN["harmful"]), "good": set_of("native", BUILT_IN["harmless"])},
-        lambda bad, good: bad.low > good.high and bad.value < 2 / 3,
+        lambda bad, good: bad.low > good.high,
         SIDES_REFUSED,
     ),
     "speaks": Sentence(
@@ -207,16 +240,20 @@ SENTENCES: dict[str, Sentence] = {
         "and up to {demo:.1f} times that of the demo model.",
     ),
     "verdicts": Sentence(
-        "{n} of {of} verdicts are the same for both models: {same}. They say more of the method, or of refusal in "
-        "models of this size, than of how the demo model was made. Different: {other}.",
+        "Of the maps by nodes, {n} of {of} claims are decided in both models, and with the same verdict: {same}. "
+        "{against} claims hold in one model and fail in the other. Faithfulness holds by construction. At least one of "
+        "the models has too few pairs to decide these: {open}.",
         {
-            "n": lambda r: len(same_verdicts(r)),
+            "n": lambda r: len(decided(r, alike=True)),
             "of": lambda r: len(verdicts(r)[0]),
-            "same": lambda r: ", ".join(same_verdicts(r)),
-            "other": lambda r: "; ".join(other_verdicts(r)) or "none",
+            "same": lambda r: ", ".join(decided(r, alike=True)),
+            "against": lambda r: len(decided(r, alike=False)),
+            "open": lambda r: ", ".join(undecided(r)) or "none",
         },
-        lambda n, of: 2 * n >= of,
-        "Only {n} of {of} verdicts are the same for both models: {same}. Different: {other}.",
+        lambda against: against == 0,
+        "Of the maps by nodes, {n} of {of} claims are decided in both models, and with the same verdict: {same}. "
+        "**{against} claims hold in one model and fail in the other.** Faithfulness holds by construction. At least "
+        "one of the models has too few pairs to decide these: {open}.",
     ),
     "passes": Sentence(
         "The published rule finds a direction in the native model: {both} of {candidates} candidates pass.",
@@ -381,7 +418,12 @@ def role_table(record: Record) -> str:
         return f"{found['n']}: layers {low} to {high}, median {found['median_depth']:.2f}"
 
     rows = [[role, *(cell(record["map"][side]["node"]["roles"][role]) for side in SIDES)] for role in ROLES]
-    return table(rows, ["role", *TITLES.values()])
+    return table([*rows, ["no role", *(str(without(record, side)) for side in SIDES)]], ["role", *TITLES.values()])
+
+
+def without(record: Record, side: str) -> int:
+    """Nodes of a circuit that no rule gives a role."""
+    return len(record["circuits"][side]["node"].by_role("none"))
 
 
 def direction_table(record: Record) -> str:
