@@ -108,7 +108,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         for name, parts in (("whole circuit", circuit), ("heads", heads))
     }
     both = steps.result("redundancy", Redundancy, lambda: redundancy(model, circuit, pairs, metric))
-    ordinary = [prompt.text for prompt in builtin_prompts("plain", split="test")][: size.ordinary]
+    ordinary = [prompt.text for prompt in builtin_prompts("plain")][: size.ordinary]
     shared = steps.result("entanglement", Entanglement, lambda: entanglement(model, circuit, ordinary, progress=False))
     deep = steps.result(
         "depth",

@@ -107,7 +107,7 @@ def node_attribution(
     with progress_bar(total=len(batches) * steps, desc="nodes", show=progress) as bar:
         for batch in batches:
             runs = batch()
-            harmful, harmless = runs.scores(metric)
+            harmful, harmless = runs.ends(metric)
             gap += float((harmful - harmless).sum())
             scored.append((harmful, harmless))
             n_pairs += len(harmful)

@@ -455,6 +455,8 @@ class RefusalCircuit(Result):
         circuit's neurons alone, and its effect is that of all of them together, in the circuit. Edges run between such
         MLPs in any case. Any other circuit is returned as it is.
         """
+        if not any(member.evidence.together for member in self.nodes):
+            return self
         rows: dict[Node, CircuitNode] = {}
         for member in self.nodes:
             evidence, node = member.evidence, member.node
@@ -463,7 +465,7 @@ class RefusalCircuit(Result):
             else:
                 own, effect = replace(evidence, together=None), evidence.in_circuit or 0.0
                 rows[node.home] = CircuitNode(node.home, member.role, effect, status="measured", evidence=own)
-        return self if len(rows) == len(self.nodes) else replace(self, nodes=tuple(rows.values()))
+        return replace(self, nodes=tuple(rows.values()))
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per node, with its role evidence."""

@@ -45,6 +45,14 @@ class EdgeMeter(FaithfulnessMeter):
                 expected="pairs of equal length, or the level 'node' or 'neuron'",
             )
 
+    def at_mean(self) -> "EdgeMeter":
+        """Edges have no mean ablation: they carry what differs between the two prompts of a pair.
+
+        Raises:
+            MechsafetyError: Always.
+        """
+        raise MechsafetyError("edges at the mean", expected="a meter of nodes or neurons")
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """Every edge that follows the order of computation, sorted by receiver."""

@@ -126,7 +126,7 @@ class FaithfulnessMeter:
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """Metric of the whole model on the harmful prompts, and m(empty): on the harmless prompts, or at constants."""
-        harmful, harmless = self.runs.scores(self.metric)
+        harmful, harmless = self.runs.ends(self.metric)
         return harmful.cpu().double().numpy(), harmless.cpu().double().numpy()
 
     def shares(self, scores: np.ndarray) -> list[float]:

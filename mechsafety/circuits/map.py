@@ -419,7 +419,7 @@ def assemble_circuit(verified: Verified) -> RefusalCircuit:
             node_scores(every, result.nodes, attribution, measured.intervals),
             drawn.samples,
             attention_examples(model, drawn.here, members),
-            measure_notes(model, split.few.runs, some, [member.node for member in members if member.ci]),
+            measure_notes(model, split.few.runs, some, [m.node for m in members if m.ci or not m.evidence.together]),
         ),
         level=split.options.level,
         search=Search(

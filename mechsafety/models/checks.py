@@ -259,10 +259,14 @@ def _check_edit(model: LensModel, tokens: Tokens, tolerance: float) -> None:
     with model.hooks([(Site(kind, 0), to_zero(row)) for row, kind in enumerate(kinds, 1)]):
         edited = model.logits(rows)
     plain = model.logits(rows)
+    # all rows are the same prompt; not equal to the last bit: a mixture of experts runs the tokens of all rows together
+    for row in range(1, copies):
+        gap, allowed = _gap(plain[row], plain[0], tolerance)
+        if not gap <= allowed:
+            raise _fail("edits", "an edit outlives its context")
     for row, kind in enumerate(kinds, 1):
         if not float((edited[row] - plain[row]).abs().max()) > 0:
             raise _fail("edits", f"setting {kind.value} of layer 0 to zero changes nothing")
-    # not equal to the last bit: a mixture of experts runs the tokens of all rows together
     gap, allowed = _gap(edited[0], plain[0], tolerance)
     if not gap <= allowed:
         raise _fail("edits", "an edit reaches other prompts, or outlives its context")

@@ -20,19 +20,24 @@ def quiet() -> Iterator[None]:
         >>> logging.get_verbosity() == before
         True
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+    def show(own: bool, hub: bool) -> None:
+        """Set transformers' bars, which sets the hub's too, then the hub's."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the hub warns where an environment variable decides
+            (logging.enable_progress_bar if own else logging.disable_progress_bar)()
+            (enable_progress_bars if hub else disable_progress_bars)()
+
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    show(False, False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="transformers")
             yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # and the hub's
-        if not hub_bars:
-            disable_progress_bars()
+        show(bars, hub_bars)

@@ -61,9 +61,17 @@ class Constants:
         Args:
             run: The run.
             first: Each prompt's first column that takes the constants; earlier ones keep their own values.
+
+        Raises:
+            MechsafetyError: The run holds kinds or columns that the constants lack.
         """
         found = {}
         for kind, own in run.acts.items():
+            if kind not in self.acts or self.acts[kind].shape[2] < run.n_pos:
+                raise MechsafetyError(
+                    f"constants without {kind.value} in all {run.n_pos} columns of the runs",
+                    expected="runs of the kinds and columns that the constants come from",
+                )
             values = self.acts[kind][:, :, -run.n_pos :].expand_as(own)
             if first is not None:
                 later = torch.arange(run.n_pos, device=own.device) >= (first - run.start).to(own.device)[:, None]
@@ -115,13 +123,22 @@ class PairRuns:
         return self.harmful.opener_ids
 
     def scores(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Metric of the harmful runs, and of the harmless ones; with constants, of the harmful ones at these.
+        """Metric of the unpatched (harmful, harmless) runs.
 
         Raises:
             MechsafetyError: The runs do not end in the opener after which the metric reads.
         """
         check_opener(self, metric.opener_ids, "runs")
-        return metric(self.harmful.logits), metric(self.harmless.logits if self.empty is None else self.empty)
+        return metric(self.harmful.logits), metric(self.harmless.logits)
+
+    def ends(self, metric: RefusalLogOdds) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Metric with nothing patched and with every head and MLP patched: at the harmless run's values or constants.
+
+        Raises:
+            MechsafetyError: As `scores`.
+        """
+        harmful, harmless = self.scores(metric)
+        return harmful, harmless if self.empty is None else metric(self.empty)
 
 
 @public

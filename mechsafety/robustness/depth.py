@@ -53,7 +53,7 @@ class RefusalDepth(Result):
         )
         if self.kl is not None:
             frame = self.to_dataframe()
-            kl = frame[frame.measure == "KL(aligned || base)"].value
+            kl = frame[frame.measure == "KL(aligned || base)"].value.dropna()
             text += f"; KL {kl.iloc[0]:.2f} at the first reply token, {kl.iloc[-1]:.2f} at token {len(kl)}"
         return f"RefusalDepth({self.provenance.model}: {text})"
 

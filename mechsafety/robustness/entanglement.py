@@ -128,6 +128,6 @@ def entanglement(
     means, rows = mean_values(model, nodes, asked), []
     for node in progress_bar(nodes, desc="nodes", show=progress):
         with ablate(model, node, values=means):
-            rows.append(next_token_kl(before, plain.logits(asked)).float().cpu())
+            rows.append(next_token_kl(before, plain.logits(asked)).clamp(min=0).float().cpu())
     options = {"prompts": len(asked)}
     return Entanglement(model.provenance(options=options), nodes, torch.stack(rows), tuple(homes))

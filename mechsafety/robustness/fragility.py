@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, public
 from mechsafety.intervals import mean_interval, ratio_interval
 from mechsafety.interventions import ablate
 from mechsafety.interventions.checks import check_strength
-from mechsafety.metrics import RefusalLogOdds
+from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, NodeLike
 from mechsafety.progress import progress_bar
@@ -95,27 +96,33 @@ class FragilityCurve(Result):
         return (self.before - self.random).mean(-1) / self.gap
 
     @property
+    def _gaps(self) -> Float[np.ndarray, " pair"]:
+        """Gap of each pair."""
+        return (self.before - self.before_harmless).double().numpy()
+
+    @property
     def _what(self) -> str:
         return "refusals" if self.kinds else "gap"
 
     def area(self) -> tuple[float, tuple[float, float]]:
         """Mean over k, at the largest strength, of the share of the gap lost less what random parts lose.
 
-        The mean is the area between the two curves over the share of the parts, by the trapezoid rule from k = 0 on,
-        where nothing is lost. 0: these parts matter no more than random ones. The interval is over harmful prompts.
+        The mean is the area between the two curves over k as a share of the largest measured k, by the trapezoid rule
+        from k = 0 on, where nothing is lost. 0: these parts matter no more than random ones. The interval is over
+        pairs.
         """
         extra = (self.random[-1].mean(1) - self.after[-1]).double().numpy()  # [size prompt]
         points = np.concatenate([np.zeros_like(extra[:1]), extra])
         where = np.array([0, *self.sizes]) / self.sizes[-1]
         by_prompt = np.trapezoid(points, where, axis=0)
-        return float(by_prompt.mean() / self.gap), ratio_interval(by_prompt, np.full_like(by_prompt, self.gap))
+        return float(by_prompt.mean() / self.gap), ratio_interval(by_prompt, self._gaps)
 
     def half(self, seed: int = 0) -> tuple[int | None, tuple[int | None, int | None]]:
         """The smallest measured k at which half of the refusals are lost, and its 95 % interval over prompts.
 
         Where replies were generated, refusals are replies of the kind ``refuses``. A degenerate reply is no refusal
         either; ``kinds`` tells them apart. Without replies it is half of the metric's gap. None stands for: at no
-        measured size. The interval is a percentile bootstrap over the harmful prompts.
+        measured size, or no refusals to lose. The interval is a percentile bootstrap over the harmful prompts.
         """
         if self.kinds:
             whole, left = (
@@ -124,7 +131,8 @@ class FragilityCurve(Result):
             )
         else:
             floor = float(self.before_harmless.mean())
-            whole, left = self.before.double().numpy() - floor, self.after[-1].double().numpy() - floor
+            sign = 1 if self.gap > 0 else -1
+            whole, left = (sign * (side.double().numpy() - floor) for side in (self.before, self.after[-1]))
         rng = np.random.default_rng(seed)
         drawn = rng.integers(len(whole), size=(RESAMPLES, len(whole)))
         beyond = len(self.sizes)  # stands for: at no size
@@ -137,7 +145,7 @@ class FragilityCurve(Result):
     def _first(whole: np.ndarray, left: np.ndarray) -> int:
         """Index of the first size at which at most half is left; the number of sizes where none is."""
         below = np.flatnonzero(left.mean(1) <= whole.mean() / 2)
-        return int(below[0]) if len(below) else len(left)
+        return int(below[0]) if len(below) and whole.mean() > 0 else len(left)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per strength and size: share of the gap lost, KL, refusals, with 95 % intervals and random parts.
@@ -147,11 +155,11 @@ class FragilityCurve(Result):
         the largest strength and NaN elsewhere.
         """
         rows: list[dict[str, Any]] = []
-        control, gap = self.random_lost, self.gap
+        control = self.random_lost
         for s, strength in enumerate(self.strengths):
             for k, size in enumerate(self.sizes):
                 by_prompt = (self.before - self.after[s, k]).double().numpy()
-                low, high = ratio_interval(by_prompt, np.full_like(by_prompt, gap))
+                low, high = ratio_interval(by_prompt, self._gaps)
                 kl, others = self.kl[s, k].double().numpy(), control[s, k]
                 row: dict[str, Any] = {"strength": strength, "parts": size, "lost": float(self.lost[s, k])}
                 row |= {"ci_low": low, "ci_high": high, "random_mean": float(others.mean())}
@@ -263,10 +271,9 @@ def fragility(
     if not swept or swept[0] <= 0:
         raise MechsafetyError(f"strengths {list(strengths)}", expected="at least one, above 0 and up to 1")
     plain = model.reading(())  # the KL is that of a reply's first token
-    unedited = plain.logits(pairs.harmless).log_softmax(-1)
+    unedited = plain.logits(pairs.harmless)
     before, harmless = (metric.scores(model, side).cpu() for side in (pairs.harmful, pairs.harmless))
-    if not abs(float(before.mean() - harmless.mean())) > 0:
-        raise MechsafetyError("no gap between harmful and harmless prompts", expected="a metric that differs")
+    check_gap(before, harmless)
 
     rankings = [nodes, *(matched_ranking(model, nodes, seed + k) for k in range(n_random))]
     means = mean_values(model, {node for ranking in rankings for node in ranking}, pairs.harmless)
@@ -274,8 +281,8 @@ def fragility(
     def measured(some: Sequence[Node], strength: float) -> tuple[Tensor, Tensor]:
         """Metric on the harmful prompts, and KL on the harmless ones."""
         with ablate(model, some, strength, source, values=means):
-            scores, after = metric.scores(model, pairs.harmful), plain.logits(pairs.harmless).log_softmax(-1)
-        return scores.cpu(), (unedited.exp() * (unedited - after)).sum(-1).clamp(min=0).cpu()
+            scores, after = metric.scores(model, pairs.harmful), plain.logits(pairs.harmless)
+        return scores.cpu(), next_token_kl(unedited, after).clamp(min=0).float().cpu()
 
     scores = torch.zeros(len(swept), len(chosen), len(rankings), len(before))
     kl = torch.zeros(len(swept), len(chosen), len(rankings), len(harmless))

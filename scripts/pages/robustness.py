@@ -48,8 +48,8 @@ def context(record: Record) -> Mapping[str, Any]:
             [[row["node"], row["kl"], "yes" if row["refusal"] else "no"] for row in shared["most"]],
             ["node", "KL, nats", "in the refusal circuit"],
         ),
-        "gini": three([spread["gini"], *spread["gini_ci"]]),
-        "effective": three([spread["effective"], *spread["effective_ci"]], ".1f"),
+        "gini": f"{spread['gini']:.2f}",
+        "effective": f"{spread['effective']:.1f}",
         "depth": depth(record["depth"]),
     }
 

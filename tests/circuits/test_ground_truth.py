@@ -117,6 +117,7 @@ def test_a_circuit_too_large_to_measure_each_neuron(monkeypatch):
     assert str(neurons[0].node) not in circuit.to_networkx() and neurons[0].evidence.together in circuit.to_networkx()
     kept = circuit.subset([circuit.nodes[0].node, neurons[0].node])
     ends = {circuit.nodes[0].node, neurons[0].node.home, EMBED, LOGITS}
+    assert {member.node for member in kept.by_mlp().nodes} == ends - {EMBED, LOGITS}, "one neuron left of its MLP"
     assert {end for path in kept.edges for end in (path.edge.sender, path.edge.receiver)} <= ends and kept.edges
     assert neurons[0].evidence.together in render_report(circuit) and "L0.N" not in circuit_tikz(circuit)
 

@@ -8,7 +8,7 @@ import torch
 
 import mechsafety as ms
 from mechsafety.attribution.nodes import node_attribution
-from mechsafety.circuits import FaithfulnessMeter, NeuronMeter
+from mechsafety.circuits import EdgeMeter, FaithfulnessMeter, NeuronMeter
 from mechsafety.circuits.masks import Training, train_masks
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import head_and_mlp_nodes
@@ -62,6 +62,22 @@ def test_circuits_are_those_of_hooks(measured):
     assert measured.faithfulness([[], nodes]) == pytest.approx([0, 1], abs=1e-4)
     harmless = measured.metric(measured.runs.harmless.logits).numpy()
     assert abs(harmless - empty).max() > 1e-3  # it is another ablation
+
+
+def test_other_analyses_of_such_runs_stay_counterfactual(measured):
+    """They patch in the harmless run, so that their gap is to the harmless prompts."""
+    plain = replace(measured.runs, constants=None, replaced=None, empty=None)
+    both = [
+        ms.activation_patching(measured.model, runs, measured.metric, nodes=["L1.MLP"], progress=False)
+        for runs in (measured.runs, plain)
+    ]
+    assert both[0].effects.tolist() == both[1].effects.tolist()
+    edges = EdgeMeter(measured.model, plain, measured.metric)
+    with pytest.raises(MechsafetyError, match="edges at the mean; expected"):
+        edges.at_mean()
+    wide = pair_runs(measured.model, measured.runs.tokens, start=0)
+    with pytest.raises(MechsafetyError, match="constants without z in all"):
+        measured.runs.constants.of(wide.harmful)
 
 
 def test_groups_share_one_mean(measured):

@@ -69,7 +69,7 @@ def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttribut
                     heads[chosen] += grads[0] / steps
                     mlps[chosen] += grads[1] / steps
                     bar.update(len(chosen))
-    harmful, harmless = meter.runs.scores(meter.metric)
+    harmful, harmless = meter.runs.ends(meter.metric)
     provenance = model.provenance(options={"steps": steps, "neurons": False, "pairs": n_pairs})
     return PairAttributions(heads, mlps, harmful - harmless, provenance, meter.metric.to_json())
 
