@@ -4,7 +4,8 @@
 
 The parts are those of the stored map, docs/gallery/demo.json. Everything is measured on built-in pairs of topics that
 the map's search did not see, and that the map itself did not use. Each step is kept in --work and not done again, so
-that a stopped run goes on. Of replies only their kinds are kept. The page is drawn from the stored JSON alone.
+that a stopped run goes on. The steps done so far are in docs/results/robustness/steps. Of replies only their kinds are
+kept. The page is drawn from the stored JSON alone.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--base", default="demo-base", help="the model before its alignment")
     parser.add_argument("--circuit", type=Path, default=CIRCUIT)
-    parser.add_argument("--work", type=Path, default=Path(".work/robustness"))
+    parser.add_argument("--work", type=Path, default=RESULTS / "robustness" / "steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--small", action="store_true", help="a little of everything: does it run?")
     args = parser.parse_args()
