@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -479,6 +480,15 @@ def test_a_signal_cleans_up(tmp_path, number, code, word):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C interrupts, also where the tests are a job in the background, which inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("stage", ["load", 1, 3, 5, 6, "write"])
 @pytest.mark.parametrize(("number", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
 def test_a_signal_cleans_up_at_every_stage(fails, saved, pairs_file, monkeypatch, stage, number, code, word):
@@ -522,6 +532,7 @@ def test_a_signal_from_outside(saved, pairs_file, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "code", "word"), [(2, 130, "interrupted"), (15, 143, "terminated")])
 def test_a_signal_once_the_map_is_written(run, saved, pairs_file, tmp_path, monkeypatch, number, code, word):
     """Files in their places are not called "nothing", and the move of the files is not cut in two."""
