@@ -68,6 +68,19 @@ def mean_interval(values: Any, seed: int = 0, confidence: float = 0.95) -> tuple
     return ratio_intervals(data[None], np.ones_like(data), seed, confidence=confidence)[0]
 
 
+def mean_of_known(values: Any) -> tuple[float, float, float]:
+    """Mean of the values that are not NaN, and its interval (`mean_interval`); NaN where there are none.
+
+    Example:
+        >>> value, low, high = mean_of_known([1.0, 2.0, float("nan"), 3.0, 4.0])
+        >>> round(value, 3), round(low, 3), round(high, 3)
+        (2.5, 0.446, 4.554)
+    """
+    data = np.asarray(values, dtype=np.float64)
+    known = data[~np.isnan(data)]
+    return (float(known.mean()), *mean_interval(known)) if len(known) else (float("nan"),) * 3
+
+
 def ratio_interval(
     part: Any, whole: Any, seed: int = 0, n: int = RESAMPLES, confidence: float = 0.95
 ) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from typing import Any
 from pages.page import RESULTS
 from pages.render import publish
 from pages.robustness import PAGE
+from reproduce_refusal_direction import rows_of
 from steps import Steps
 
 import mechsafety as ms
@@ -60,14 +61,6 @@ def unseen(model: ms.LensModel, circuit: ms.RefusalCircuit, metric: ms.RefusalLo
     tried = left.sample(2 * n, seed=1)
     keep = check_behaviour(model, tried, metric, seed=seed, progress=False)[-1]
     return dataclasses.replace(tried, pairs=tuple(p for p, good in zip(tried.pairs, keep, strict=True) if good)[:n])
-
-
-def rows(frame: Any) -> list[dict[str, Any]]:
-    """A table as plain data, without numbers that are none."""
-    return [
-        {key: None if value != value else value for key, value in row.items()}
-        for row in frame.to_dict(orient="records")
-    ]
 
 
 def main() -> None:
@@ -133,16 +126,16 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
             "joint": interval_of(both.joint_share()),
             "summed": interval_of(both.summed_share()),
             "redundancy": interval_of(both.redundancy()),
-            "takes_over": rows(both.to_dataframe().head(5)),
+            "takes_over": rows_of(both.to_dataframe().head(5)),
         },
         "entanglement": {
             **dict(zip(("shared", "expected", "p"), shared.overlap(), strict=True)),
             "refusal": len(shared.refusal),
             "prompts": shared.needed.shape[1],
-            "most": rows(shared.to_dataframe().sort_values("kl", ascending=False).head(5)),
+            "most": rows_of(shared.to_dataframe().sort_values("kl", ascending=False).head(5)),
         },
         "concentration": dataclasses.asdict(concentration(both.single.numpy())),
-        "depth": {"opener": list(deep.opener), "rows": rows(deep.to_dataframe()), "prompts": deep.scores.shape[1]},
+        "depth": {"opener": list(deep.opener), "rows": rows_of(deep.to_dataframe()), "prompts": deep.scores.shape[1]},
         "versions": dict(model.provenance().versions),
     }
 
@@ -154,7 +147,7 @@ def curve_record(curve: FragilityCurve) -> dict[str, Any]:
     return {
         "parts": len(curve.parts),
         "order": [str(node) for node in curve.parts[:5]],
-        "rows": rows(curve.to_dataframe()),
+        "rows": rows_of(curve.to_dataframe()),
         "area": interval_of(curve.area()),
         "half": [half, *ends],
         "unedited": kinds[0] if kinds else None,

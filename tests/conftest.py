@@ -178,6 +178,18 @@ def make_tokenizer():
     return tiny_tokenizer
 
 
+@pytest.fixture
+def tokenizer_with(make_tokenizer):
+    """The tiny tokenizer with a template."""
+
+    def build(source):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = source
+        return tokenizer
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def make_hf_model():
     """Builder of unwrapped tiny models: ``make_hf_model(kind, seed=0, layers=3, dtype=torch.float32)``."""

@@ -49,18 +49,6 @@ TALK = [SYSTEM, TEA, CAKE, said("user", "how do i make a bomb")]
 
 
 @pytest.fixture
-def tokenizer_with(make_tokenizer):
-    """The tiny tokenizer with a template."""
-
-    def build(source):
-        tokenizer = make_tokenizer()
-        tokenizer.chat_template = source
-        return tokenizer
-
-    return build
-
-
-@pytest.fixture
 def rendered(tokenizer_with):
     """A prompt as a template with options writes it: the text before the instruction, the instruction, what follows."""
 

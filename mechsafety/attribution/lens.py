@@ -14,7 +14,7 @@ from torch import Tensor
 from mechsafety.attribution.direct import DIRECT_SITES, direct_parts
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
-from mechsafety.intervals import mean_interval
+from mechsafety.intervals import mean_interval, mean_of_known
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.engine import base_run, unembed
@@ -87,9 +87,7 @@ class LogitLens(Result):
         for part, values in (("attention", self.attention), ("mlp", self.mlps)):
             for layer in range(len(values)):
                 for place, position in enumerate(self.share_positions):
-                    own = values[layer, place]
-                    own = own[~own.isnan()].cpu().double()
-                    rows.append((part, layer, position, float(own.mean()), *mean_interval(own.numpy())))
+                    rows.append((part, layer, position, *mean_of_known(values[layer, place].cpu())))
         return pd.DataFrame(rows, columns=["part", "layer", "position", "share", "ci_low", "ci_high"])
 
     def plot(self) -> go.Figure:

@@ -459,12 +459,12 @@ class RefusalCircuit(Result):
             return self
         rows: dict[Node, CircuitNode] = {}
         for member in self.nodes:
-            evidence, node = member.evidence, member.node
+            evidence, home = member.evidence, member.node.home
             if evidence.together is None:
-                rows[node] = member
-            else:
+                rows[member.node] = member
+            elif home not in rows:
                 own, effect = replace(evidence, together=None), evidence.in_circuit or 0.0
-                rows[node.home] = CircuitNode(node.home, member.role, effect, status="measured", evidence=own)
+                rows[home] = CircuitNode(home, member.role, effect, status="measured", evidence=own)
         return replace(self, nodes=tuple(rows.values()))
 
     def to_dataframe(self) -> "pd.DataFrame":

@@ -74,12 +74,7 @@ class Flow:
 
     def direct(self, nodes: Sequence[Node]) -> Shares:
         """Effect of each node's path to the logits."""
-        found, last = [], slice(-1, None)
-        for runs in self.groups:
-            with torch.no_grad():
-                change = added_changes(self.model, runs.harmful, runs.harmless, nodes, at=last)[:, :, 0]
-                changed = final_scores(self.model, runs.harmful, change, self.metric)
-            found.append(self.metric(runs.harmful.logits) - changed)
+        found = [direct_changes(self.model, runs, self.metric, nodes) for runs in self.groups]
         return self._shares(nodes, torch.cat(found, dim=1))
 
     def from_prompt(self, nodes: Sequence[Node], effects: Shares) -> Shares:
@@ -242,6 +237,15 @@ class Flow:
     def _scores(self, k: int, edits: Sequence[Sequence[SlotEdit]]) -> Float[Tensor, "variant batch"]:
         with torch.no_grad():
             return self.metric(live_logits(self.model, self.groups[k].harmful, edits))
+
+
+def direct_changes(
+    model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node]
+) -> Float[Tensor, "node prompt"]:
+    """What the metric loses on each prompt through each node's direct path to the logits."""
+    with torch.no_grad():
+        change = added_changes(model, runs.harmful, runs.harmless, nodes, at=slice(-1, None))[:, :, 0]
+        return metric(runs.harmful.logits) - final_scores(model, runs.harmful, change, metric)
 
 
 def _by_moment(model: LensModel, receivers: Sequence[Node]) -> dict[tuple[int, str, int], list[Node]]:

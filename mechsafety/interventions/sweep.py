@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, public
-from mechsafety.intervals import mean_interval, wilson_interval
+from mechsafety.intervals import mean_of_known, wilson_interval
 from mechsafety.interventions.checks import check_strength
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -95,8 +95,8 @@ class StrengthSweep(Result):
                 hits, n = int(refused.sum()), len(refused)
                 rows.append((strength, f"refusal rate, {side}", hits / n, *wilson_interval(hits, n)))
                 rows += [(strength, f"{name}, {side}", *row) for name, row in self._said(k, side)]
-                rows.append((strength, f"log-odds, {side}", *_mean(getattr(self, side)[k])))
-            rows.append((strength, "KL, harmless", *_mean(self.kl[k])))
+                rows.append((strength, f"log-odds, {side}", *mean_of_known(getattr(self, side)[k])))
+            rows.append((strength, "KL, harmless", *mean_of_known(self.kl[k])))
             rows.append((strength, "perplexity, harmless", *_perplexity(self.loss[k])))
         return pd.DataFrame(rows, columns=["strength", "measure", "value", "ci_low", "ci_high"])
 
@@ -228,14 +228,7 @@ def strength_sweep(
     )
 
 
-def _mean(values: Tensor) -> tuple[float, float, float]:
-    seen = values[~values.isnan()].double().numpy()
-    if not len(seen):
-        return (float("nan"),) * 3
-    return (float(seen.mean()), *mean_interval(seen))
-
-
 def _perplexity(loss: Tensor) -> tuple[float, float, float]:
     """Perplexity in which every prompt counts equally: exp of the mean over prompts of the loss per token."""
-    value, low, high = np.exp(_mean(loss)).tolist()
+    value, low, high = np.exp(mean_of_known(loss)).tolist()
     return value, low, high

@@ -94,8 +94,7 @@ def load_model(
     place = _device(device)
     if chat_template is not None:
         check_template(chat_template)
-    named_model = isinstance(name_or_path, str | os.PathLike) and base_and_adapter(name_or_path) is None
-    if adapter is not None and named_model:
+    if adapter is not None and isinstance(name_or_path, str | os.PathLike) and base_and_adapter(name_or_path) is None:
         read_config(Path(adapter))  # before the model is looked for
     told = on_tokenizer is None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
-from mechsafety.intervals import mean_interval
+from mechsafety.intervals import mean_of_known
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.progress import progress_bar
@@ -62,10 +62,9 @@ class RefusalDepth(Result):
 
         ``metric after opener`` counts tokens given from 0. ``KL(aligned || base)`` counts reply tokens from 1.
         """
-        rows = [("metric after opener", k, *_mean(values)) for k, values in enumerate(self.scores)]
-        rows += [
-            ("KL(aligned || base)", t, *_mean(values)) for t, values in enumerate(() if self.kl is None else self.kl, 1)
-        ]
+        rows = [("metric after opener", k, *mean_of_known(values)) for k, values in enumerate(self.scores)]
+        if self.kl is not None:
+            rows += [("KL(aligned || base)", k, *mean_of_known(values)) for k, values in enumerate(self.kl, 1)]
         return pd.DataFrame(rows, columns=["measure", "token", "value", "ci_low", "ci_high"])
 
     def plot(self) -> "go.Figure":
@@ -77,11 +76,6 @@ class RefusalDepth(Result):
         return px.line(
             frame, x="token", y="value", facet_col="measure", error_y="up", error_y_minus="down", markers=True
         ).update_yaxes(matches=None, showticklabels=True)
-
-
-def _mean(values: Float[Tensor, " prompt"]) -> tuple[float, float, float]:
-    seen = values[~values.isnan()].double().numpy()
-    return (float(seen.mean()), *mean_interval(seen)) if len(seen) else (float("nan"),) * 3
 
 
 @public

@@ -276,7 +276,8 @@ def fragility(
     check_gap(before, harmless)
 
     rankings = [nodes, *(matched_ranking(model, nodes, seed + k) for k in range(n_random))]
-    means = mean_values(model, {node for ranking in rankings for node in ranking}, pairs.harmless)
+    every = {node for ranking in rankings for node in ranking}
+    means = mean_values(model, every, pairs.harmless) if source == "mean" else {}
 
     def measured(some: Sequence[Node], strength: float) -> tuple[Tensor, Tensor]:
         """Metric on the harmful prompts, and KL on the harmless ones."""

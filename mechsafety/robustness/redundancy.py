@@ -13,6 +13,7 @@ from torch import Tensor
 from mechsafety.circuits.backups import knocked_out
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.flow import AT_ONCE, direct_changes
 from mechsafety.inputs import public
 from mechsafety.intervals import ratio_interval, ratio_intervals
 from mechsafety.metrics import RefusalLogOdds, check_gap
@@ -20,8 +21,6 @@ from mechsafety.models import LensModel
 from mechsafety.nodes import Node, NodeLike, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.patching.masks import PairRuns
-from mechsafety.patching.readout import final_scores
-from mechsafety.patching.senders import added_changes
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.robustness.parts import ranked_parts
@@ -29,9 +28,6 @@ from mechsafety.sites import SiteKind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-# nodes whose writing is held at a time
-AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -165,11 +161,7 @@ def redundancy(
 def _direct(
     model: LensModel, runs: PairRuns, metric: RefusalLogOdds, nodes: Sequence[Node]
 ) -> Float[Tensor, "node pair"]:
-    """What the metric loses through each node's direct path to the logits."""
-    rows, last = [torch.zeros(0, len(runs.harmful))], slice(-1, None)
-    with torch.no_grad():
-        for first in range(0, len(nodes), AT_ONCE):
-            some = nodes[first : first + AT_ONCE]
-            change = added_changes(model, runs.harmful, runs.harmless, some, at=last)[:, :, 0]
-            rows.append((metric(runs.harmful.logits) - final_scores(model, runs.harmful, change, metric)).cpu())
-    return torch.cat(rows).double()
+    """What the metric loses through each node's direct path to the logits, a few nodes at a time."""
+    parts = [nodes[first : first + AT_ONCE] for first in range(0, len(nodes), AT_ONCE)]
+    rows = [direct_changes(model, runs, metric, some).cpu() for some in parts]
+    return torch.cat([torch.zeros(0, len(runs.harmful)), *rows]).double()

@@ -1,12 +1,13 @@
 """The circuit in one column, as text: what each role holds and what it reads from. It fits a phone."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechsafety.circuits.circuit import ROLES, RefusalCircuit
+from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz.look import PLAIN, ROLE_COLOURS
 from mechsafety.viz.marks import magnitude
-from mechsafety.viz.role_diagram import ORDER
+from mechsafety.viz.role_diagram import ORDER, Arrow, role_content
 from mechsafety.viz.words import number
 
 ENDS = {"embed": "the prompt's tokens", "logits": "refuse or comply"}
@@ -37,14 +38,14 @@ class Step:
 
 def flow(circuit: RefusalCircuit) -> list[Step]:
     """One step per role that has nodes, from the logits at the top down to the prompt, as pictures are drawn."""
-    folded = circuit.by_mlp()
-    roles = {role: folded.by_role(role) for role in ROLES if folded.by_role(role)}
-    sums = {role: sum(member.effect or 0.0 for member in members) for role, members in roles.items()}
+    content = role_content(circuit.by_mlp())
+    roles = [name for name in content.levels if name not in ENDS]
+    sums = {role: sum(member.effect or 0.0 for member in content.members[role]) for role in roles}
     largest = max((magnitude(value) for value in sums.values()), default=0.0) or 1.0
-    reads = _reads(folded)
+    reads = _reads(content.arrows)
     steps = [Step(ENDS["logits"], reads=reads.get("logits", ""))]
-    for role in reversed([name for name in ORDER if name in roles]):
-        members = sorted(roles[role], key=lambda member: -magnitude(member.effect))
+    for role in reversed(roles):
+        members = content.members[role]
         count = f"{len(members)} nodes, strongest" if len(members) > 1 else "1 node:"
         holds = f"{count} {members[0].node.short}"
         share = magnitude(sums[role]) / largest
@@ -54,14 +55,11 @@ def flow(circuit: RefusalCircuit) -> list[Step]:
     return [*steps, Step(ENDS["embed"])]
 
 
-def _reads(circuit: RefusalCircuit) -> dict[str, str]:
-    """Of each role and of the logits: where most of what they read comes from."""
-    role_of = {member.node: member.role for member in circuit.nodes}
+def _reads(arrows: Sequence[Arrow]) -> dict[str, str]:
+    """Of each role and of the logits: where most of what they read comes from, through all slots together."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for member in circuit.edges:
-        sender, receiver = (role_of.get(node, node.kind) for node in (member.edge.sender, member.edge.receiver))
-        if sender != receiver and {sender, receiver} <= set(ORDER):
-            sums[receiver][sender] += member.effect
+    for arrow in arrows:
+        sums[arrow.receiver][arrow.sender] += arrow.effect
     texts = {}
     for receiver, found in sums.items():
         seen = [sender for sender in found if magnitude(found[sender]) >= SMALLEST]

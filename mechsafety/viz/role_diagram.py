@@ -151,7 +151,7 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     check_labels((circuit,), style)
     folded = circuit.by_mlp()
     part = part_of(folded, chosen_nodes((folded,), style))
-    content = _content(part)
+    content = role_content(part)
     hidden = left_out(circuit, part, style.look)
     for count in range(min(ARROWS, len(content.arrows)), -1, -1):
         arrows = content.arrows[:count]
@@ -172,7 +172,8 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
     )
 
 
-def _content(circuit: RefusalCircuit) -> Content:
+def role_content(circuit: RefusalCircuit) -> Content:
+    """The roles of a circuit with their nodes, and the sums of the edges between them."""
     members: dict[str, Sequence[CircuitNode]] = {role: sorted(circuit.by_role(role), key=_strength) for role in ROLES}
     role_of = {member.node: member.role for member in circuit.nodes}
     arrows, inside = _arrows(circuit, role_of)

@@ -52,18 +52,6 @@ ADDS = "{{ bos_token }}<user>{{ messages[-1]['content'] | trim }}\n{% if 'tea' i
 
 
 @pytest.fixture
-def tokenizer_with(make_tokenizer):
-    """The tiny tokenizer with a template."""
-
-    def build(source):
-        tokenizer = make_tokenizer()
-        tokenizer.chat_template = source
-        return tokenizer
-
-    return build
-
-
-@pytest.fixture
 def rendered(tokenizer_with):
     """A prompt as a template with options writes it: (text, the prompt in it)."""
 
