@@ -25,7 +25,7 @@ import mechsafety as ms
 from mechsafety.attribution.ships import principal_angles
 from mechsafety.circuits import backups, masks
 from mechsafety.circuits.behaviour import MIN_SHARE
-from mechsafety.circuits.draw import ENOUGH
+from mechsafety.circuits.draw import ENOUGH, a_third
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
 from mechsafety.circuits.goal import Goal
@@ -441,9 +441,15 @@ def _(e, toy):
 
 @check("how many pairs are tried")
 def _(e, toy):
-    size = e.one("limit") / 2
-    need = math.ceil(ENOUGH * size)
-    return {"pairs that must count on each side": need, "most pairs tried on each side": math.ceil(need / MIN_SHARE)}
+    limit = int(e.one("limit"))
+    here = a_third(limit)
+    need = math.ceil(ENOUGH * here)
+    return {
+        "pairs tried at first to search on": here,
+        "pairs tried at first on the held-out side": limit - here,
+        "pairs that must count on the side to search on": need,
+        "most pairs tried on the side to search on": math.ceil(need / MIN_SHARE),
+    }
 
 
 # activation-patching.md

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_PAIRS = 2
+# a third of the pairs is searched on, and a third of the pairs held out sets the circuit's size; but at least so many,
+# unless that is more than half
+FEW = 8
+# pairs are drawn from the shortest ones, this many times as many as are tried
+SHORTEST = 2
 # more pairs are tried where fewer than this share of the requested pairs can be used
 ENOUGH = 0.5
 
@@ -63,13 +68,16 @@ def draw_pairs(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
-    limit: Count = 40,
+    limit: Count = 72,
     seed: Amount = 0,
     progress: bool = True,
 ) -> Draw:
     """Draw pairs to search on and pairs to hold out until enough of each are treated as expected.
 
-    1. Each of the two parts is tried on half of ``limit`` pairs.
+    1. A third of ``limit`` pairs is tried to search on (at least 8, unless that is more than half), the rest to hold
+       out. Where there are too few to hold out, more are searched on. Within each topic, the pairs are drawn from the
+       shorter ones, twice as many as are tried. The length of a pair is the number of tokens from the first
+       difference on, because only these are run again and again.
     2. If fewer than half of these can be used, as many more pairs are tried.
     3. Step 2 repeats until half of the first number can be used, the pairs end, or the usable share is too small for a
        map.
@@ -94,8 +102,10 @@ def draw_pairs(
     if metric is not None:
         metric.check_one_column()
     pairs = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model, least=2 * MIN_PAIRS)
-    sides, sizes, seen = two_sides(pairs), (limit - limit // 2, limit // 2), Seen()
-    tried = [side.sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
+    sides, seen = two_sides(pairs), Seen()
+    first = max(a_third(limit), limit - len(sides[1]))
+    sizes = first, limit - first
+    tried = [_shorter(model, side, size).sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
     for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
         if len(part) < MIN_PAIRS:
             raise MechsafetyError(
@@ -109,7 +119,7 @@ def draw_pairs(
             model, both, metric, detect_on=len(tried[0]), seen=seen, seed=seed, progress=progress
         )
         flags = keep[: len(tried[0])], keep[len(tried[0]) :]
-        wider = [_wider(*part, seed) for part in zip(sides, tried, flags, sizes, strict=True)]
+        wider = [_wider(model, *part, seed) for part in zip(sides, tried, flags, sizes, strict=True)]
         if [len(part) for part in wider] == [len(part) for part in tried]:
             here, there = (_usable(*part, behaviour) for part in zip(tried, flags, strict=True))
             options = {"pairs": pairs.name, "limit": limit, **omissions(pairs)}
@@ -135,15 +145,42 @@ def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
     return pairs.halves()
 
 
-def _wider(side: PromptPairs, part: PromptPairs, keep: Sequence[bool], size: int, seed: int) -> PromptPairs:
+def a_third(n: int) -> int:
+    """A third of so many pairs, but at least 8 unless that is more than half."""
+    return max(math.ceil(n / 3), min(math.ceil(n / 2), FEW))
+
+
+def _shorter(model: LensModel, side: PromptPairs, size: int) -> PromptPairs:
+    """The pairs from which ``size`` are drawn: in every topic the shorter ones, twice as many as it gives."""
+    if side.align != "tokens" or not size:
+        return side  # pairs that are aligned at the suffix all run the suffix
+    tokens = model.tokenize_pairs(side)
+    differs = (tokens.harmful.ids != tokens.harmless.ids).int()
+    first = differs.argmax(1).tolist()  # rows are padded on the left: a late difference means few columns
+    most = SHORTEST * math.ceil(size / max(1, len(side.topics)))
+    order = sorted(range(len(side)), key=lambda k: (-first[k], k))
+    taken: dict[str, int] = {}
+    chosen = set()
+    for k in order:
+        topic = side.pairs[k].topic
+        taken[topic] = taken.get(topic, 0) + 1
+        if taken[topic] <= most:
+            chosen.add(k)
+    return replace(side, pairs=tuple(pair for k, pair in enumerate(side) if k in chosen))
+
+
+def _wider(
+    model: LensModel, side: PromptPairs, part: PromptPairs, keep: Sequence[bool], size: int, seed: int
+) -> PromptPairs:
     """The part; if too few of its pairs can be used, with more pairs of its side."""
     need = math.ceil(ENOUGH * size)
     most = min(len(side), math.ceil(need / MIN_SHARE))  # if so many hold too few usable pairs, give up
     if sum(keep) >= need or len(part) >= most:
         return part
     known = set(part.pairs)
-    more = tuple(pair for pair in side.sample(min(most, len(part) + size), seed) if pair not in known)
-    return replace(part, pairs=(*part.pairs, *more))
+    n = min(most, len(part) + size)
+    more = [pair for pair in _shorter(model, side, n).sample(n, seed) if pair not in known]
+    return replace(part, pairs=(*part.pairs, *more[: n - len(part)]))
 
 
 def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]) -> PromptPairs:

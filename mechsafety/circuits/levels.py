@@ -1,6 +1,6 @@
 """What a circuit is made of: heads and MLPs, neurons, or edges. Everything that differs between the three is here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.attribution import NodeAttribution
@@ -32,16 +32,19 @@ class Meters:
         found_on: On the pairs that parts are ranked on.
         held_out: On the pairs that set the circuit's size.
         fresh: On pairs that the search never sees; None where there are too few pairs.
+        controls: On some of the fresh pairs, for checks that take many runs; None where there are no fresh pairs.
     """
 
     found_on: FaithfulnessMeter
     held_out: FaithfulnessMeter
     fresh: FaithfulnessMeter | None = None
+    controls: FaithfulnessMeter | None = None
 
-    @property
-    def judges(self) -> tuple[FaithfulnessMeter, ...]:
-        """On all pairs that the ranking does not see."""
-        return (self.held_out,) if self.fresh is None else (self.held_out, self.fresh)
+    def each(self, make: Callable[[FaithfulnessMeter], FaithfulnessMeter]) -> "Meters":
+        """Meters made of each of these."""
+        fresh = None if self.fresh is None else make(self.fresh)
+        controls = fresh if self.controls is None or self.controls is self.fresh else make(self.controls)
+        return Meters(make(self.found_on), make(self.held_out), fresh, controls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +155,12 @@ class NeuronLevel(NodeLevel):
         if budget.skips("neurons", 0.5):
             return coarse
         meters = coarse.meters
-        result, (found_on, held_out), attribution = refine(
+        result, (found_on, _), attribution = refine(
             meters.found_on, meters.held_out, coarse.result, coarse.backups, options, budget
         )
-        fresh = None if meters.fresh is None else NeuronMeter.of(meters.fresh, found_on.layers)
         backups = stand_in_neurons(coarse.backups, result)
-        return Refined(result, Meters(found_on, held_out, fresh), attribution, tuple(backups))
+        refined = meters.each(lambda meter: NeuronMeter.of(meter, found_on.layers))
+        return Refined(result, refined, attribution, tuple(backups))
 
 
 class EdgeLevel(NodeLevel):

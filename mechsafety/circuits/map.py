@@ -13,6 +13,7 @@
 Each stage takes what the stage before it returns, and holds it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,7 +28,7 @@ from mechsafety.circuits.assemble import circuit_nodes, node_scores
 from mechsafety.circuits.backups import backups_of, with_backups
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup, MapDetails, ModelShape, RefusalCircuit, Search
-from mechsafety.circuits.draw import MIN_PAIRS, Draw, draw_pairs
+from mechsafety.circuits.draw import MIN_PAIRS, Draw, a_third, draw_pairs
 from mechsafety.circuits.effects import Measured, on_some, pair_gaps, single_effects, with_intervals
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.levels import LEVELS, Meters, Refined
@@ -45,7 +46,7 @@ from mechsafety.models import LensModel
 from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.progress import stages
-from mechsafety.prompts import PromptPairs, omissions
+from mechsafety.prompts import PromptPair, PromptPairs, omissions
 
 
 @public
@@ -61,7 +62,7 @@ def map_refusal_circuit(
 
     1. Check the behaviour: does the model refuse at all? Pairs that it treats as expected are kept.
     2. Split the pairs in three: pairs to rank on; held-out pairs, of other topics where pairs have topics; and, if
-       there are at least six held-out pairs, every other one of them as a fresh pair.
+       there are at least six held-out pairs, most of them as fresh pairs.
     3. Rank every head and MLP by its gradient attribution on the first part.
     4. Search the smallest circuit whose faithfulness is good enough on the first two parts, measured exactly.
     5. Patch every node of the circuit, and a shortlist of others, one by one on held-out and fresh pairs. Look for
@@ -72,8 +73,8 @@ def map_refusal_circuit(
     Args:
         model: The model.
         pairs: Pairs, the built-in ones by default. Those that do not align under the model's tokenizer are left out.
-            The split name ``test`` marks pairs to hold out; otherwise half of the topics (or of the pairs) is held
-            out. Pairs that `draw_pairs` has drawn already come with their metric and their limit.
+            The split name ``test`` marks pairs to hold out; otherwise half of the topics (or of the pairs) can be
+            held out. Pairs that `draw_pairs` has drawn already come with their metric and their limit.
         metric: What refusal is measured by; detected from the model's own refusals by default.
         options: What is mapped, how exactly, and within which time.
         progress: Whether to show a bar.
@@ -118,9 +119,8 @@ class Split:
         held: Pairs that set the circuit's size.
         fresh: Pairs that the search never sees; None where there are too few.
         meters: Faithfulness on the three parts.
-        alone: Meters that patch single nodes, on held-out and fresh pairs.
-        few: The same on as many held-out pairs as roles are measured on.
-        rows: Which of the held-out pairs these are.
+        few: Held-out pairs on which roles, edges and backups are measured.
+        alone: Meters that patch single nodes, on these pairs and on as many fresh ones as controls are measured on.
     """
 
     model: LensModel
@@ -131,9 +131,8 @@ class Split:
     held: PromptPairs
     fresh: PromptPairs | None
     meters: Meters
+    few: PromptPairs
     alone: tuple[FaithfulnessMeter, ...]
-    few: FaithfulnessMeter
-    rows: tuple[int, ...]
 
 
 @public
@@ -162,16 +161,23 @@ def split_pairs(
     _check_drawn_by(model, drawn)
     model = model.reading(metric.opener_ids)
     held, fresh = _held_and_fresh(drawn.there)
-    parts = [drawn.here, held] if fresh is None else [drawn.here, held, fresh]
-    meters = Meters(*(level.meter(model, part, metric, progress) for part in parts))
-    if level.of_nodes:
-        alone = meters.judges
-        if options.ablation == "mean":
-            meters = Meters(*(meter.at_mean() for meter in (meters.found_on, *meters.judges)))
-    else:
-        alone = tuple(level.alone(model, part, metric, progress) for part in parts[1:])
-    some = held.sample(options.n_role_pairs, options.seed)
-    few = alone[0] if len(some) == len(held) else level.alone(model, some, metric, progress)
+    few = held.sample(options.n_role_pairs, options.seed)
+    some = None if fresh is None else fresh.sample(options.n_control_pairs, options.seed)
+    made: dict[tuple[PromptPair, ...], FaithfulnessMeter] = {}
+
+    def meter(part: PromptPairs) -> FaithfulnessMeter:
+        if part.pairs not in made:
+            made[part.pairs] = level.meter(model, part, metric, progress)
+        return made[part.pairs]
+
+    def single(part: PromptPairs) -> FaithfulnessMeter:
+        return meter(part) if level.of_nodes else level.alone(model, part, metric, progress)
+
+    alone = tuple(single(part) for part in (few, some) if part is not None)
+    kept = (None if part is None else meter(part) for part in (fresh, some))
+    meters = Meters(meter(drawn.here), meter(held), *kept)
+    if options.ablation == "mean":
+        meters = meters.each(FaithfulnessMeter.at_mean)
     return Split(
         model=model,
         drawn=drawn,
@@ -181,9 +187,8 @@ def split_pairs(
         held=held,
         fresh=fresh,
         meters=meters,
-        alone=alone,
         few=few,
-        rows=tuple(held.pairs.index(pair) for pair in some),
+        alone=alone,
     )
 
 
@@ -235,7 +240,7 @@ class NodeEffects:
 
     Attributes:
         nodes: The nodes that were patched alone.
-        effects: Effect of each on every held-out and fresh pair, as a share of the mean gap; float64.
+        effects: Effect of each on every pair of `Split.alone`, as a share of the mean gap; float64.
         backups: All backups that were found.
     """
 
@@ -252,10 +257,10 @@ def measure_nodes(found: Found) -> NodeEffects:
     effects = single_effects(split.alone, asked, budget, split.progress)
     backups: tuple[Backup, ...] = ()
     if LEVELS[options.level].of_nodes:
-        known = result.marginals if split.few is split.meters.held_out else {}
-        alone = on_some(effects, split.alone, split.rows)
-        n_parts = options.n_backup_parts
-        backups = backups_of(split.few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
+        few, n_parts = split.alone[0], options.n_backup_parts
+        known = result.marginals if few is split.meters.held_out else {}
+        alone = on_some(effects, split.alone, range(len(split.few)))
+        backups = backups_of(few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
     n_pairs = sum(len(meter.runs.harmful) for meter in split.alone)
     rows = np.stack(list(effects.values())) if effects else np.zeros((0, n_pairs))
     return NodeEffects(tuple(effects), torch.from_numpy(rows), backups)
@@ -343,7 +348,7 @@ def wire_circuit(measured: MeasuredParts) -> Wired:
     options = split.options
     inside = set(result.nodes)
     wiring = wire(
-        split.few,
+        split.alone[0],
         result.nodes,
         measured.circuit.backups,
         [node for node in LEVELS[options.level].nodes(measured.circuit.meters) if node not in inside],
@@ -380,6 +385,7 @@ def verify_circuit(wired: Wired) -> Verified:
         meters.found_on,
         meters.held_out,
         meters.fresh,
+        meters.controls,
         target=options.target,
         goal=options.goal,
         topics=_unseen_topics(drawn.here, drawn.there),
@@ -404,7 +410,6 @@ def assemble_circuit(verified: Verified) -> RefusalCircuit:
     )
     neurons = [node for node in before.nodes if node.kind == "neuron"]
     every = [*head_and_mlp_nodes(model.n_layers, model.n_heads), *neurons]
-    some = replace(split.held, pairs=tuple(split.held.pairs[row] for row in split.rows))
     return RefusalCircuit(
         provenance=model.provenance(seed=split.options.seed, options=_provenance_options(split)),
         metric=drawn.metric.to_json(),
@@ -419,7 +424,12 @@ def assemble_circuit(verified: Verified) -> RefusalCircuit:
             node_scores(every, result.nodes, attribution, measured.intervals),
             drawn.samples,
             attention_examples(model, drawn.here, members),
-            measure_notes(model, split.few.runs, some, [m.node for m in members if m.ci or not m.evidence.together]),
+            measure_notes(
+                model,
+                split.alone[0].runs,
+                split.few,
+                [m.node for m in members if m.ci or not m.evidence.together],
+            ),
         ),
         level=split.options.level,
         search=Search(
@@ -484,10 +494,14 @@ def _with_metric(drawn: Draw, metric: RefusalLogOdds | None) -> Draw:
 
 
 def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None]:
-    """Every other pair is kept from the search, where there are enough of them."""
+    """Where there are enough pairs, most of them are kept from the search."""
     if len(there) < 3 * MIN_PAIRS:
         return there, None
-    return there[::2], there[1::2]
+    n = a_third(len(there))
+    held = {math.ceil(k * len(there) / n) for k in range(n)}
+    sides = ([pair for k, pair in enumerate(there) if (k in held) == side] for side in (True, False))
+    first, rest = (replace(there, pairs=tuple(pairs)) for pairs in sides)
+    return first, rest
 
 
 def _unseen_topics(here: PromptPairs, there: PromptPairs) -> list[str]:

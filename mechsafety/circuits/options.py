@@ -23,10 +23,10 @@ class MapOptions:
         level: What a circuit is made of. ``node``: heads and MLPs. ``neuron``: heads and MLPs first, then the MLPs of
             that circuit are taken apart into neurons. ``edge``: edges, everything else cut (as `discover_edges`), and
             the nodes that they connect.
-        limit: Pairs to try, half of them held out. Pairs that the model does not treat as expected (harmful refused,
-            harmless answered) drop out. Where fewer than half of a part are left, more are tried until half as many
-            are there. A model that refuses a third of the prompts is therefore mapped on that third; ``speaks_for`` of
-            the circuit says how many of how many.
+        limit: Pairs to try, two thirds of them held out (see `draw_pairs`). Pairs that the model does not treat as
+            expected (harmful refused, harmless answered) drop out. Where fewer than half of a part are left, more are
+            tried until half as many are there. A model that refuses a third of the prompts is therefore mapped on that
+            third; ``speaks_for`` of the circuit says how many of how many.
         target: Faithfulness to reach, in (0, 1].
         goal: ``reach``: the circuit restores at least the target. Parts that work against refusal stay out, so that it
             may restore more than the whole model does. ``match``: its faithfulness is at most ``1 - target`` away from
@@ -48,6 +48,8 @@ class MapOptions:
             kept. Edges that a node needs to be connected come on top.
         n_role_pairs: Pairs on which roles, edges and backups are measured. With fewer than four, hardly any edge can be
             told from 0.
+        n_control_pairs: Fresh pairs on which random circuits, minimality and single nodes are measured, which takes
+            many runs each. All other checks use all fresh pairs.
         shortlist: Nodes outside the circuit to measure as well, those with the largest estimates first.
         budget_seconds: Time to keep. Later stages are cut short, and ``search.cut`` of the circuit says which. The
             behaviour check, the attribution and the curve are always run. Only without a budget does the same seed
@@ -66,7 +68,7 @@ class MapOptions:
     """
 
     level: Level = "node"
-    limit: Count = 40
+    limit: Count = 72
     target: float = 0.8
     goal: GoalKind = "reach"
     search: SearchKind = "gradient"
@@ -78,6 +80,7 @@ class MapOptions:
     n_backup_parts: Amount = 4
     n_edges: Amount = 60
     n_role_pairs: Count = 8
+    n_control_pairs: Count = 12
     shortlist: Amount = 30
     budget_seconds: float | None = None
     seed: Amount = 0
@@ -87,7 +90,7 @@ class MapOptions:
     def quick(cls, **options: Any) -> Self:
         """Options of a first look, which takes about half of the time of a whole map.
 
-        It tries 16 pairs in place of 40, measures roles on four, and draws 39 random circuits. It looks for no backups,
+        It tries 16 pairs in place of 72, measures roles on four, and draws 39 random circuits. It looks for no backups,
         measures no nodes outside the circuit and repeats nothing on resampled pairs. Most claims are therefore
         undecided or not measured.
 

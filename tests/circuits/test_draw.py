@@ -1,8 +1,11 @@
 """A map's pairs: drawn from enough that the model was tried on, each prompt run once."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import mechsafety as ms
 from mechsafety.circuits import draw, map_refusal_circuit
@@ -25,8 +28,20 @@ class Standing(ms.LensModel):
     def spans(self, prompts):
         return [Spans((1, 3), 5) for _ in prompts]
 
+    def tokenize_pairs(self, pairs):
+        """Pair k needs ``length`` columns: the two prompts differ from there to the end."""
+        lengths = torch.tensor([[length(pair)] for pair in pairs])
+        harmful = torch.zeros(len(pairs), 10, dtype=torch.int64)
+        differs = (torch.arange(10, 0, -1) == lengths).int()
+        return SimpleNamespace(harmful=SimpleNamespace(ids=harmful), harmless=SimpleNamespace(ids=harmful + differs))
+
     def provenance(self, **options):
         return Provenance("model", "weights", "float32", "cpu", "template", **options)
+
+
+def length(pair: PromptPair) -> int:
+    """Number of columns that a pair needs; 3 to 9."""
+    return 3 + int(pair.harmful.split()[1]) % 7
 
 
 MODEL = Standing()
@@ -64,20 +79,50 @@ def test_a_model_that_refuses_a_third_is_mapped_on_that_third(refuses):
     pairs = many(300, 120)
     found = draw.draw_pairs(MODEL, pairs, limit=40)
     tried = found.behaviour["harmful"].n
-    assert rounds[0] == (40, 20) and tried == rounds[-1][0] > 40
-    assert min(len(found.here), len(found.there)) >= 10 and len(found.here) + len(found.there) < tried / 2
+    assert rounds[0] == (40, 14) and tried == rounds[-1][0] > 40
+    assert len(found.here) >= 7 and len(found.there) >= 13 and len(found.here) + len(found.there) < tried / 2
     assert all(int(pair.harmful.split()[1]) % 3 == 0 for pair in (*found.here, *found.there))
     assert {pair.split for pair in found.here} == {"train"} and {pair.split for pair in found.there} == {"test"}
 
 
 def test_enough_at_first_is_enough(refuses):
-    """Half of what was asked for can be used: nothing more is tried, and the pairs are those of one draw."""
+    """Half of what was asked for can be used: nothing more is tried."""
     rounds = refuses(lambda k: k % 2 == 0)
-    pairs = many(100, 60)
-    found = draw.draw_pairs(MODEL, PromptPairs(pairs.pairs[::2], "even"), limit=40)
-    assert rounds == [(40, 20)] and len(found.here) == len(found.there) == 20
-    here, there = draw.two_sides(PromptPairs(pairs.pairs[::2], "even"))
-    assert found.here.pairs == here.sample(20, 0).pairs and found.there.pairs == there.sample(20, 0).pairs
+    found = draw.draw_pairs(MODEL, PromptPairs(many(100, 100).pairs[::2], "even"), limit=40)
+    assert rounds == [(40, 14)] and len(found.here) == 14 and len(found.there) == 26
+
+
+def test_pairs_are_drawn_at_random_from_the_shorter_ones(refuses):
+    refuses(lambda k: True)
+    pairs = many(350, 140)
+    found = [draw.draw_pairs(MODEL, pairs, limit=42, seed=seed) for seed in (0, 0, 1)]
+    assert found[0].here == found[1].here != found[2].here
+    for side, sampled in zip(draw.two_sides(pairs), (found[0].here, found[0].there), strict=True):
+        most = draw.SHORTEST * math.ceil(len(sampled) / len(side.topics))
+        for topic in side.topics:
+            every = sorted(length(pair) for pair in side if pair.topic == topic)
+            own = [length(pair) for pair in sampled if pair.topic == topic]
+            assert own and max(own) <= every[most - 1] < every[-1]
+
+
+def test_pairs_aligned_at_the_suffix_are_drawn_from_all_of_them(refuses):
+    refuses(lambda k: True)
+    pairs = replace(many(350, 140), align="suffix")
+    drawn = [length(pair) for seed in range(4) for pair in draw.draw_pairs(MODEL, pairs, limit=42, seed=seed).here]
+    assert max(drawn) == 9, "all of them run the same columns"
+
+
+@pytest.mark.parametrize(("limit", "here"), [(4, 2), (8, 4), (9, 5), (16, 8), (24, 8), (40, 14), (72, 24)])
+def test_a_third_is_searched_on(refuses, limit, here):
+    rounds = refuses(lambda k: True)
+    draw.draw_pairs(MODEL, many(100, 100), limit=limit)
+    assert rounds == [(limit, here)]
+
+
+def test_where_few_can_be_held_out_more_are_searched_on(refuses):
+    rounds = refuses(lambda k: True)
+    draw.draw_pairs(MODEL, many(100, 10), limit=72)
+    assert rounds == [(72, 62)]
 
 
 def test_pairs_that_end_are_all_tried(refuses):
@@ -90,8 +135,8 @@ def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
     rounds = refuses(lambda k: k % 10 == 0)
     with pytest.raises(NoRefusal) as caught:
         draw.draw_pairs(MODEL, many(1000, 1000), limit=40)
-    most = round(20 * draw.ENOUGH / MIN_SHARE)
-    assert rounds[-1] == (2 * most, most), "more would not change the verdict"
+    here, there = (round(size * draw.ENOUGH / MIN_SHARE) for size in (14, 26))
+    assert rounds[-1] == (here + there, here), "more would not change the verdict"
     assert "pairs are refused on one side alone; use a model that refuses, or pairs it tells apart" in str(caught.value)
 
 

@@ -195,6 +195,8 @@ def _against_random(
     if controls is None or p_value is None:
         return _claim(name, statement, value, interval, criterion, Verdict(None, UNMEASURED))
     criterion += f" against {controls.n} random circuits"
+    if controls.n_pairs is not None and controls.n_pairs < n_pairs:
+        criterion += f", on {controls.n_pairs} of the pairs"
     if 1 / (1 + controls.n) >= ALPHA:
         verdict = Verdict(None, f"{controls.n} random circuits cannot give a p below {1 / (1 + controls.n):.2g}")
     else:
@@ -215,6 +217,9 @@ def _minimality(check: Verification, n_pairs: int, n_parts: int | None) -> Claim
     sample = f"each of {measured} of the {n_parts} parts, drawn at random,"
     statement = f"{'every part' if n_parts in (None, measured) else sample} {does} than parts added at random do"
     criterion = f"p < {ALPHA:g} for all parts; the figure is the share of them that has it"
+    if check.random_controls.n_pairs is not None and check.random_controls.n_pairs < n_pairs:
+        n_pairs = check.random_controls.n_pairs
+        criterion += f"; on {n_pairs} of the pairs"
     if not check.minimality_p:
         reason = UNMEASURED if check.minimality is None else "too few parts outside the circuit for a p below 0.05"
         return _claim("minimality", statement, None, None, criterion, Verdict(None, reason))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from mechsafety.circuits.goal import Goal, GoalKind
-from mechsafety.codec import OrNan, PValue
+from mechsafety.codec import SPARSE, OrNan, PValue
 from mechsafety.intervals import mean_interval
 
 
@@ -28,13 +28,15 @@ class RandomControls:
         n: Number of random circuits.
         mean: Mean of their values.
         highest: Highest of their values.
-        p_value: (1 + number of values at least as large as the circuit's) / (1 + n).
+        p_value: (1 + number of values at least as large as the circuit's on the same pairs) / (1 + n).
+        n_pairs: Number of pairs; None in older files, which used all of them.
     """
 
     n: int
     mean: OrNan
     highest: OrNan
     p_value: PValue
+    n_pairs: int | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ def verify(
     found_on: FaithfulnessMeter,
     held_out: FaithfulnessMeter,
     fresh: FaithfulnessMeter | None = None,
+    controls: FaithfulnessMeter | None = None,
     *,
     target: float,
     goal: GoalKind = "reach",
@@ -64,6 +65,8 @@ def verify(
         held_out: Meter on the pairs that set the circuit's size.
         fresh: Meter on pairs that played no part in the search. Checks that do not depend on how the size was set use
             these pairs; without fresh pairs, they use the held-out pairs.
+        controls: Meter on some of the fresh pairs, for the checks that take many runs: random circuits, minimality, and
+            the subsets that completeness tries. By default they use all of them.
         target: The target faithfulness of the search.
         goal: The goal of the search: ``reach`` or ``match`` (see `MapOptions`).
         topics: Topics of the held-out pairs, if the search saw none of them.
@@ -77,27 +80,32 @@ def verify(
     """
     budget, aim = budget or Budget(), Goal(target, goal)
     circuit, judge = result.circuit, fresh or held_out
+    some = controls or judge
     faithful, interval = faithfulness_of(held_out, circuit, seed)
     judged, judged_interval = faithfulness_of(judge, circuit, seed)
     harmful, harmless = judge.ends()
     gap = harmful - harmless
     removed = judge.removed([circuit])[0]
     necessity = ratio(harmful - removed, gap)
-    random = random_circuits(judge, circuit, n_random, seed)
-    sufficient = _random_values(judge, judge.faithfulness, random, budget, 0.8, "random circuits, kept")
-    lost = 1.0 - _random_values(judge, judge.without, random, budget, 0.88, "random circuits, removed")
+    random = random_circuits(some, circuit, n_random, seed)
+    sufficient = _random_values(some, some.faithfulness, random, budget, 0.8, "random circuits, kept")
+    lost = 1.0 - _random_values(some, some.without, random, budget, 0.88, "random circuits, removed")
+    # what the random circuits are compared with: the circuit on the same pairs
+    own_kept, own_lost = some.faithfulness([circuit])[0], 1.0 - some.without([circuit])[0]
     costs = cost_ci = null = complete = None
     if not budget.skips("minimality", 0.88):
         # a primary node and its backup make each other superfluous: minimality is of the circuit without backups
         core = [part for part in circuit if part not in result.added]
         tested = drawn(core, MAX_EXACT, seed)
-        costs, cost_ci = marginal_intervals(judge, core, seed, tested)
+        costs, cost_ci = marginal_intervals(some, core, seed, tested)
         if len(tested) < len(core):
             budget.left_out(f"minimality: measured for {len(tested)} of {len(core)} parts, drawn at random")
-        null = added_effects(judge, core, n_added, seed, leave=result.added)
+        null = added_effects(some, core, n_added, seed, leave=result.added)
     if costs is not None and not budget.skips("completeness", 0.95):
         tries = sorted(circuit, key=lambda part: -abs(costs.get(part, 0.0)))
-        complete = completeness(judge, circuit, tries, steps=completeness_steps, width=completeness_tries)
+        gone = completeness(some, circuit, tries, steps=completeness_steps, width=completeness_tries)[1]
+        rest = [part for part in circuit if part not in set(gone)]
+        complete = abs(judge.faithfulness([rest])[0] - judge.without([gone])[0]), gone
     effects = None if budget.skips("side effects on harmless prompts", 0.97) else side_effects(judge, circuit, seed)
     cmd, cpr = curve_areas(mib_points(result.curve))
     areas = area_intervals(result, held_out, seed)
@@ -108,7 +116,7 @@ def verify(
         held_out_ci=interval,
         held_out_topics=tuple(topics),
         necessity=necessity,
-        random_controls=_controls(sufficient, judged),
+        random_controls=_controls(sufficient, own_kept, some),
         curve=result.curve,
         cmd=cmd,
         cpr=cpr,
@@ -122,7 +130,7 @@ def verify(
         minimality=None if costs is None else {str(part): value for part, value in costs.items()},
         fresh=None if fresh is None else FreshCheck(len(harmful), judged, judged_interval),
         completeness_without=None if complete is None else tuple(str(part) for part in complete[1]),
-        necessity_controls=_controls(lost, necessity),
+        necessity_controls=_controls(lost, own_lost, some),
         minimality_p=None if costs is None or null is None else minimality_p(costs, null, aim),
         independence=independence_test(harmful, removed, seed),
         stability=stability,
@@ -194,10 +202,11 @@ def _random_values(
     return np.asarray(found)
 
 
-def _controls(values: np.ndarray, observed: float) -> RandomControls:
+def _controls(values: np.ndarray, observed: float, meter: FaithfulnessMeter) -> RandomControls:
+    n_pairs = len(meter.runs.harmful)
     if not len(values):
-        return RandomControls(0, float("nan"), float("nan"), float("nan"))
-    return RandomControls(len(values), float(values.mean()), float(values.max()), rank_p(observed, values))
+        return RandomControls(0, float("nan"), float("nan"), float("nan"), n_pairs)
+    return RandomControls(len(values), float(values.mean()), float(values.max()), rank_p(observed, values), n_pairs)
 
 
 def added_effects(
