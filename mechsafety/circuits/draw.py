@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_PAIRS = 2
-# a third of the pairs is searched on, and a third of the pairs held out sets the circuit's size; but at least so many,
-# unless that is more than half
+# a quarter of the pairs is searched on, and a quarter of the pairs held out sets the circuit's size; but at least so
+# many, unless that is more than half
 FEW = 8
 # pairs are drawn from the shortest ones, this many times as many as are tried
 SHORTEST = 2
@@ -68,13 +68,13 @@ def draw_pairs(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
-    limit: Count = 72,
+    limit: Count = 80,
     seed: Amount = 0,
     progress: bool = True,
 ) -> Draw:
     """Draw pairs to search on and pairs to hold out until enough of each are treated as expected.
 
-    1. A third of ``limit`` pairs is tried to search on (at least 8, unless that is more than half), the rest to hold
+    1. A quarter of ``limit`` pairs is tried to search on (at least 8, unless that is more than half), the rest to hold
        out. Where there are too few to hold out, more are searched on. Within each topic, the pairs are drawn from the
        shorter ones, twice as many as are tried. The length of a pair is the number of tokens from the first
        difference on, because only these are run again and again.
@@ -103,7 +103,7 @@ def draw_pairs(
         metric.check_one_column()
     pairs = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model, least=2 * MIN_PAIRS)
     sides, seen = two_sides(pairs), Seen()
-    first = max(a_third(limit), limit - len(sides[1]))
+    first = max(a_quarter(limit), limit - len(sides[1]))
     sizes = first, limit - first
     tried = [_shorter(model, side, size).sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
     for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
@@ -145,9 +145,9 @@ def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
     return pairs.halves()
 
 
-def a_third(n: int) -> int:
-    """A third of so many pairs, but at least 8 unless that is more than half."""
-    return max(math.ceil(n / 3), min(math.ceil(n / 2), FEW))
+def a_quarter(n: int) -> int:
+    """A quarter of so many pairs, but at least 8 unless that is more than half."""
+    return max(math.ceil(n / 4), min(math.ceil(n / 2), FEW))
 
 
 def _shorter(model: LensModel, side: PromptPairs, size: int) -> PromptPairs:

@@ -24,10 +24,10 @@ from mechsafety.models.engine import (
     run_from,
     split_rows,
 )
-from mechsafety.nodes import EMBED, SLOTS, Node
+from mechsafety.nodes import EMBED, Node
 from mechsafety.patching.masks import PairRuns, Patch, patched_scores
 from mechsafety.patching.readout import final_scores
-from mechsafety.patching.receivers import SlotEdit, edit_hooks, live_logits, read_moment, slot_edit
+from mechsafety.patching.receivers import ALL_SLOTS, SlotEdit, edit_hooks, live_logits, read_moment, slot_edit
 from mechsafety.patching.senders import added_changes, added_sum, entry
 from mechsafety.patching.sources import column_masks
 from mechsafety.sites import Site, SiteKind
@@ -183,7 +183,8 @@ class Flow:
                 with torch.no_grad():
                     sums = {key: self._sum(k, key, moment) for key in dict.fromkeys(tuple(senders[n]) for n in some)}
                     delta = torch.stack([sums[tuple(senders[node])] for node in some])
-                    edits.append([slot_edit(self.model, base, [[(n, s)] for n in some], delta) for s in SLOTS[kind]])
+                    slot = ALL_SLOTS if kind == "head" else "mlp"
+                    edits.append([slot_edit(self.model, base, [[(node, slot)] for node in some], delta)])
                 members = [*members, *some]
         if edits:
             yield members, self._scores(k, edits)
@@ -216,6 +217,7 @@ class Flow:
             order = sorted(layers)
             for layer, after in zip(order, [*order[1:], None], strict=True):
                 hooks: list[Hook] = []
+                mlp_reads = None
                 for moment, kind, here in layers[layer]:  # heads come before the MLP and its neurons
                     if kind == "logits":
                         hidden = hidden + rearrange(changes, "sender batch pos d -> (sender batch) pos d")
@@ -223,15 +225,16 @@ class Flow:
                     entered = sum(entry(node) <= moment for node in senders)
                     delta = changes.clone()
                     delta[entered:] = 0
+                    if kind == "mlp" and not model.parallel and model.backend.norms(layer, "ln2"):
+                        mlp_reads = _plus(rearrange(delta, "sender batch pos d -> (sender batch) pos d"))
+                        continue
                     stream = hidden
                     if kind != "head" and not model.parallel:
                         stream = capture(model, base, layer, hidden, Site(SiteKind.RESID_MID, layer), hooks)
-                    edits = [
-                        slot_edit(model, base, [[(node, slot) for node in here]] * n, delta, stream=stream)
-                        for slot in SLOTS[kind]
-                    ]
-                    hooks += edit_hooks(model, base, hidden, edits)
-                hidden = run_from(model, base, layer, hidden, hooks, stop=after)
+                    slot = ALL_SLOTS if kind == "head" else "mlp"
+                    edit = slot_edit(model, base, [[(node, slot) for node in here]] * n, delta, stream=stream)
+                    hooks += edit_hooks(model, base, hidden, [edit])
+                hidden = run_from(model, base, layer, hidden, hooks, stop=after, mlp_reads=mlp_reads)
             return self.metric(split_rows(hidden, n))
 
     def _scores(self, k: int, edits: Sequence[Sequence[SlotEdit]]) -> Float[Tensor, "variant batch"]:
@@ -246,6 +249,10 @@ def direct_changes(
     with torch.no_grad():
         change = added_changes(model, runs.harmful, runs.harmless, nodes, at=slice(-1, None))[:, :, 0]
         return metric(runs.harmful.logits) - final_scores(model, runs.harmful, change, metric)
+
+
+def _plus(change: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda stream: stream + change
 
 
 def _by_moment(model: LensModel, receivers: Sequence[Node]) -> dict[tuple[int, str, int], list[Node]]:

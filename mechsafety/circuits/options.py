@@ -23,7 +23,7 @@ class MapOptions:
         level: What a circuit is made of. ``node``: heads and MLPs. ``neuron``: heads and MLPs first, then the MLPs of
             that circuit are taken apart into neurons. ``edge``: edges, everything else cut (as `discover_edges`), and
             the nodes that they connect.
-        limit: Pairs to try, two thirds of them held out (see `draw_pairs`). Pairs that the model does not treat as
+        limit: Pairs to try, three quarters of them held out (see `draw_pairs`). Pairs that the model does not treat as
             expected (harmful refused, harmless answered) drop out. Where fewer than half of a part are left, more are
             tried until half as many are there. A model that refuses a third of the prompts is therefore mapped on that
             third; ``speaks_for`` of the circuit says how many of how many.
@@ -68,14 +68,14 @@ class MapOptions:
     """
 
     level: Level = "node"
-    limit: Count = 72
+    limit: Count = 80
     target: float = 0.8
     goal: GoalKind = "reach"
     search: SearchKind = "gradient"
     ablation: AblationKind = "counterfactual"
     max_nodes: Count | None = None
     n_random: Amount = 100
-    n_added: Amount = 40
+    n_added: Amount = 80
     n_resamples: Amount = 5
     n_backup_parts: Amount = 4
     n_edges: Amount = 60
@@ -90,7 +90,7 @@ class MapOptions:
     def quick(cls, **options: Any) -> Self:
         """Options of a first look, which takes about half of the time of a whole map.
 
-        It tries 16 pairs in place of 72, measures roles on four, and draws 39 random circuits. It looks for no backups,
+        It tries 16 pairs in place of 80, measures roles on four, and draws 39 random circuits. It looks for no backups,
         measures no nodes outside the circuit and repeats nothing on resampled pairs. Most claims are therefore
         undecided or not measured.
 

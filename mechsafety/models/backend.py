@@ -203,6 +203,13 @@ class Backend(ABC):
         ``edit`` is called once, or never if no norm stands before the heads.
         """
 
+    def mlp_reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Context in which a layer's MLP reads what ``edit`` makes of the residual stream; the stream itself stays.
+
+        There must be a norm before the MLP alone (``norms(layer, "ln2")``).
+        """
+        return _inputs_edited(self.norms(layer, "ln2"), edit)
+
     @abstractmethod
     def writers(self) -> list[Writer]:
         """All parameters that write to the residual stream: embeddings, and output weights and biases of the blocks.
@@ -424,6 +431,19 @@ def adapt(function: Callable[[Tensor], "Tensor | None"]) -> Callable[..., "Tenso
 def is_lens(model: Any, name: str) -> bool:
     """Whether ``model`` is of TransformerLens' class ``name`` or one derived from it; imports nothing."""
     return any(kind.__name__ == name and kind.__module__.startswith("transformer_lens") for kind in type(model).__mro__)
+
+
+@contextmanager
+def _inputs_edited(modules: Sequence[nn.Module], edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Context in which each module gets what ``edit`` makes of its first argument."""
+    handles: list[Any] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(lambda module, args: (edit(args[0]), *args[1:])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

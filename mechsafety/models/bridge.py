@@ -3,8 +3,8 @@
 import copy
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ class BridgeBackend(Backend):
         self.module: Any = bridge.original_model
         self.module.config.return_dict = True  # outputs are read by name
         self._rotary = row_by_row(self.module)
+        self._points: dict[str, Any] = {}
         cfg = bridge.cfg
         self.sizes = Sizes(
             n_layers=cfg.n_layers,
@@ -143,9 +144,32 @@ class BridgeBackend(Backend):
         """All parameters by name."""
         return self.module.state_dict()
 
-    def hooks(self, edits: Sequence[Hook]) -> AbstractContextManager[Any]:
+    @contextmanager
+    def hooks(self, edits: Sequence[Hook]) -> Iterator[None]:
         """Context in which each function sees its site's activation and may return another."""
-        return self.tl_model.hooks(fwd_hooks=[(hook_name(site, Generation.BRIDGE), adapt(fn)) for site, fn in edits])
+        added: list[tuple[Any, Any]] = []
+        try:
+            for site, function in edits:
+                point = self._point(hook_name(site, Generation.BRIDGE))
+                added.append((point, point.add_hook(adapt(function))))
+            yield
+        finally:
+            for point, handle in added:
+                handle.hook.remove()
+                point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+    def _point(self, name: str) -> Any:
+        """TransformerLens' hook point of a name.
+
+        TransformerLens' own context lists all hook points and all their other names whenever it is entered. In a map of
+        the demo model that took a sixth of the time. Its checks are made once per name.
+        """
+        if name not in self._points:
+            mark = adapt(lambda tensor: None)
+            with self.tl_model.hooks(fwd_hooks=[(name, mark)]):
+                points = self.tl_model.hook_dict.values()
+                self._points[name] = next(p for p in points if any(own.user_hook is mark for own in p.fwd_hooks))
+        return self._points[name]
 
     def logits(self, tokens: Tokens, keep: int) -> Float[Tensor, "batch keep d_vocab"]:
         """Logits of a whole forward at the last ``keep`` columns, padding handled by mask and position ids."""

@@ -376,6 +376,7 @@ def run_from(
     *,
     stop: int | None = None,
     reads: Callable[[Tensor], Tensor] | None = None,
+    mlp_reads: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "row ..."]:
     """Next-token logits when the residual stream before block ``layer`` is ``resid`` and ``hooks`` edit what follows.
 
@@ -389,6 +390,7 @@ def run_from(
         hooks: Edits, as for `LensModel.hooks`, of that block and those after it.
         stop: Block before which the run stops. Its input is then returned instead of logits.
         reads: Function from the norm's output to what the heads of block ``layer`` read instead.
+        mlp_reads: Function from the residual stream to what the MLP of block ``layer`` reads instead, before its norm.
 
     Returns:
         Logits [row d_vocab] in float32 at the last position; with ``stop``, the residual stream [row pos d_model].
@@ -401,7 +403,10 @@ def run_from(
     first = layer if base.shortcuts.start_layer else 0
     dropped = 0 if base.before is None else base.start
     earlier = [part.hook(variants) for part in base.patched if (part.site.layer or 0) < layer and first < layer]
-    held = [*earlier, *(part.hook(variants) for part in base.fixed)]
+    # each hook costs time whether its block runs or not
+    runs = range(first, end)
+    fixed = [part for part in base.fixed if part.site.layer is None or part.site.layer in runs]
+    held = [*earlier, *(part.hook(variants) for part in fixed)]
     edits = [_from_start(hook, dropped, base.shortcuts.last_logits) for hook in hooks]
     with model.lock:
         check_current(model, base)
@@ -412,8 +417,9 @@ def run_from(
             if end == first + 1:
                 past = tuple(_only(pair, k == first) for k, pair in enumerate(past))
             cache = model.backend.cache(past, variants)
-        reading = _reading(model, layer, dropped, reads)
-        with model.hooks([*held, *edits]), reading:
+        reading = _reading(model.backend.reads, layer, dropped, reads)
+        mlp_reading = _reading(model.backend.mlp_reads, layer, dropped, mlp_reads)
+        with model.hooks([*held, *edits]), reading, mlp_reading:
             hidden = resid if first == layer else expand_rows(base.resid[0], variants)
             if base.before is not None:
                 hidden = torch.cat([expand_rows(base.before[first], variants), hidden], dim=1)
@@ -562,12 +568,15 @@ def _only(pair: tuple[Tensor, Tensor], whole: bool) -> tuple[Tensor, Tensor]:
 
 
 def _reading(
-    model: LensModel, layer: int, dropped: int, reads: Callable[[Tensor], Tensor] | None
+    context: Callable[[int, Callable[[Tensor], Tensor]], contextlib.AbstractContextManager[None]],
+    layer: int,
+    dropped: int,
+    reads: Callable[[Tensor], Tensor] | None,
 ) -> contextlib.AbstractContextManager[None]:
-    """Context in which a layer's heads read the values from ``reads``, in the columns from ``dropped`` on."""
+    """Context in which a layer's heads or its MLP read ``reads`` of their input, in the columns from ``dropped`` on."""
     if reads is None:
         return contextlib.nullcontext()
-    return model.backend.reads(
+    return context(
         layer, lambda own: torch.cat([own[:, :dropped], reads(own[:, dropped:])], dim=1) if dropped else reads(own)
     )
 

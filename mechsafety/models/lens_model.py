@@ -306,12 +306,24 @@ class LensModel:
             prompts: Requests, run ``batch_size`` at a time; or tokens, run in one batch.
             batch_size: Prompts per batch.
         """
-        if isinstance(prompts, Tokens):
-            batches = [prompts]
-        else:  # if there are no prompts, tokenize raises the error
-            batches = [self.tokenize(prompts[k : k + batch_size]) for k in range(0, len(prompts) or 1, batch_size)]
         with torch.no_grad(), self.lock:
-            return torch.cat([self.forward(tokens)[:, -1].float() for tokens in batches])
+            if isinstance(prompts, Tokens):
+                return self.forward(prompts)[:, -1].float()
+            # if there are no prompts, tokenize raises the error
+            batches = [self.tokenize(prompts[k : k + batch_size]) for k in range(0, len(prompts) or 1, batch_size)]
+            return torch.cat([self._after(tokens) for tokens in batches])
+
+    def _after(self, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:
+        """Next-token logits; the columns that all rows share are run once where that is exact."""
+        from mechsafety.models.rows import lay_out
+
+        batch = lay_out(self, [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)])
+        if not batch.shared:
+            return self.forward(tokens)[:, -1].float()
+        cursor = Cursor(self.backend)
+        for ids, mask in batch.pieces():
+            last = cursor.feed(ids, mask)
+        return last[:, -1].float()
 
     @public
     def forward(self, tokens: Tokens, keep: Count = 1) -> Float[Tensor, "batch keep d_vocab"]:
@@ -370,14 +382,15 @@ class LensModel:
         progress: bool = True,
     ) -> list[list[int]]:
         """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
+        from mechsafety.models.rows import lay_out, prompt_rows
         from mechsafety.progress import progress_bar
 
         if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
             raise MechsafetyError(f"temperature={temperature!r}", expected="a number, at least 0")
         if not prompts:
             return []
-        tokens = self.reading(()).tokenize(prompts)
-        check_room(self.backend, tokens.ids.shape[1], max_new_tokens)
+        rows = prompt_rows(self, prompts)
+        check_room(self.backend, max(map(len, rows)), max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies: list[list[int]] = [[] for _ in prompts]
         starts = range(0, len(order), batch_size)
@@ -385,7 +398,6 @@ class LensModel:
         with progress_bar(total=total, desc="generating", delay=2, show=progress) as bar:
             for number, start in enumerate(starts, 1):
                 chunk = order[start : start + batch_size]
-                batch = tokens.rows(chunk)
                 with self.lock, torch.no_grad():
                     cursor = Cursor(self.backend)
 
@@ -393,7 +405,7 @@ class LensModel:
                         return cursor.feed(ids, real)[:, -1].float()
 
                     choose = Sampler(temperature, seed, chunk) if temperature else most_probable
-                    pieces = [(batch.ids, batch.mask)]
+                    pieces = lay_out(self, [rows[k] for k in chunk]).pieces()
                     new, _ = decode_replies(read, pieces, self.end_ids, max_new_tokens, said=bar.update, choose=choose)
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
                 for k, ids in zip(chunk, new, strict=True):

@@ -14,7 +14,8 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
-from mechsafety.neurons.runs import batches, lay_out, prompt_rows
+from mechsafety.models.rows import lay_out, prompt_rows
+from mechsafety.neurons.runs import batches
 from mechsafety.progress import progress_bar
 from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
 from mechsafety.replies import REPLY_TOKENS, Judge, ask_judge, check_judge, phrase_judge

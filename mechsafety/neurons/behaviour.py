@@ -17,7 +17,8 @@ from mechsafety.inputs import Count, Prompts, prompt_list, public, text_list
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.neurons.runs import Rows, batches, forced, greedy, greedy_replies, lay_out, prompt_rows
+from mechsafety.models.rows import Rows, lay_out, prompt_rows
+from mechsafety.neurons.runs import batches, forced, greedy, greedy_replies
 from mechsafety.progress import progress_bar
 from mechsafety.replies import (
     REPLY_TOKENS,

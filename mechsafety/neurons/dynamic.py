@@ -12,9 +12,10 @@ from torch import Tensor
 from mechsafety.conversation import Conversation
 from mechsafety.inputs import Count, Prompts, prompt_list, public
 from mechsafety.models import LensModel
+from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.masks import neuron_mask
-from mechsafety.neurons.runs import batches, check_pair, greedy, lay_out, prompt_rows
+from mechsafety.neurons.runs import batches, check_pair, greedy
 from mechsafety.neurons.scores import digest
 from mechsafety.nodes import NodeLike
 from mechsafety.replies import REPLY_TOKENS, Judge, ReplyKinds, ask_judge, check_judge, phrase_judge

@@ -1,8 +1,6 @@
 """Runs of one or two models with key-value caches, in which neurons are read or replaced.
 
-Prompts of one chat template begin with the same tokens. A batch is therefore laid out as ``[shared | padding | rest]``.
-The shared columns are run once, as one row. Their keys and values are then repeated for all rows. Mask and position ids
-make this exact wherever a position's attention does not depend on its column (no sliding window).
+Batches are laid out by `mechsafety.models.rows`: the columns that all rows share are run once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,42 +8,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel, decode
 from mechsafety.models.decode import Cursor, check_room
-from mechsafety.models.engine import shared_columns
+from mechsafety.models.rows import Rows, lay_out, prompt_rows
 from mechsafety.sites import Site, SiteKind
 
 # rows x columns of one batch; on a 135M model, its neurons take a few MB per layer and under 400 MB for all layers
 MAX_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Token rows of one batch, laid out as ``[shared | padding | rest]``.
-
-    Attributes:
-        ids: Token ids.
-        mask: True at real tokens.
-        shared: Number of leading columns that are the same in every row.
-    """
-
-    ids: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
-    shared: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """(ids, mask) of the shared columns as one row (if there are any), then of the rest."""
-        rest = (self.ids[:, self.shared :], self.mask[:, self.shared :])
-        return [(self.ids[:1, : self.shared], self.mask[:1, : self.shared]), rest] if self.shared else [rest]
 
 
 def check_pair(base: LensModel, aligned: LensModel) -> None:
@@ -71,31 +45,6 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
             f"{base.name} has the template options {options[0]}, {aligned.name} {options[1]}",
             expected="the same for both",
         )
-
-
-def prompt_rows(model: LensModel, prompts: Sequence[PromptLike]) -> list[list[int]]:
-    """Token ids of chat prompts, without padding and without a reply's opener."""
-    tokens = model.reading(()).tokenize(prompts)
-    return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
-
-
-def lay_out(model: LensModel, rows: Sequence[Sequence[int]], most: int | None = None) -> Rows:
-    """A batch of token rows; their common first tokens become the shared columns where that is exact.
-
-    Args:
-        model: The model that will read them.
-        rows: Token ids.
-        most: Largest number of shared columns; by default all but the last token of the shortest row.
-    """
-    shared = 0
-    if len(rows) > 1 and model.backend.by_position and shared_columns(model, 1):
-        first = rows[0][: min(map(len, rows)) - 1 if most is None else most]
-        shared = next((k for k, token in enumerate(first) if any(row[k] != token for row in rows)), len(first))
-    width = max(map(len, rows))
-    pad = model.pad_id
-    ids = [[*row[:shared], *[pad] * (width - len(row)), *row[shared:]] for row in rows]
-    mask = [[True] * shared + [False] * (width - len(row)) + [True] * (len(row) - shared) for row in rows]
-    return Rows(torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device), shared)
 
 
 def batches(lengths: Sequence[int], batch_size: int | None = None) -> list[list[int]]:

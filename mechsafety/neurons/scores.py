@@ -16,8 +16,9 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, prompt_list, public
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Cursor
+from mechsafety.models.rows import Rows, lay_out, prompt_rows
 from mechsafety.neurons.masks import share_count, top_mask
-from mechsafety.neurons.runs import Rows, batches, check_pair, greedy, hooked, lay_out, prompt_rows
+from mechsafety.neurons.runs import batches, check_pair, greedy, hooked
 from mechsafety.nodes import Node
 from mechsafety.prompts import distinct
 from mechsafety.results import Provenance, Result

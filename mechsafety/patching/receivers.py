@@ -28,7 +28,9 @@ from mechsafety.prompts.spans import SPANS
 from mechsafety.sites import Site, SiteKind
 
 Downstream = Literal["live", "frozen"]
-_SITES = {**HEAD_SITES, "mlp": NODE_SITES["mlp"], "neuron": NODE_SITES["neuron"]}
+# all slots of a head that read the same input together are one edit of what the head then gives
+ALL_SLOTS = "z"
+_SITES = {**HEAD_SITES, ALL_SLOTS: NODE_SITES["head"], "mlp": NODE_SITES["mlp"], "neuron": NODE_SITES["neuron"]}
 
 Receiver = tuple[Node, str]
 INTO_LOGITS: Receiver = (LOGITS, "resid")
@@ -105,7 +107,7 @@ class SlotEdit:
 
     Attributes:
         layer: The layer.
-        slot: ``q``, ``k``, ``v``, ``mlp`` or ``neuron``.
+        slot: ``q``, ``k``, ``v``, all three together (`ALL_SLOTS`), ``mlp`` or ``neuron``.
         values: Activation at the slot's site, of all its heads or neurons.
         chosen: True at the heads or neurons that receive; an MLP has one entry.
     """
@@ -140,7 +142,8 @@ def slot_edit(
     Args:
         model: The model.
         base: The run that is edited.
-        receivers: Receivers of each variant; all are in one layer and of one slot.
+        receivers: Receivers of each variant; all are in one layer and of one slot. The slot `ALL_SLOTS` of heads stands
+            for queries, keys and values together: what a head gives when all three read the changed input.
         delta: Change of what the slot reads.
         norm: ``recompute``, or ``freeze``: the norm before the slot keeps the base run's scale.
         stream: The residual stream that the slot reads in each variant, if it is not that of the base run.
@@ -148,7 +151,7 @@ def slot_edit(
     (node, slot), n = receivers[0][0], len(receivers)
     layer, kind = node.layer or 0, "neuron" if node.kind == "neuron" else slot
     rows = rearrange(delta, "variant batch pos d -> (variant batch) pos d").to(base.resid.dtype)
-    if kind in ("q", "k", "v"):
+    if kind in ("q", "k", "v", ALL_SLOTS):
         resid, norms, site = base.resid[layer], block_norms(model, layer, "ln1"), Site(_SITES[kind], layer)
         with keep_scales(model, norm, norms, lambda: capture(model, base, layer, resid, site)):
             own = expand_rows(resid, n) if stream is None else stream

@@ -79,8 +79,8 @@ def test_a_model_that_refuses_a_third_is_mapped_on_that_third(refuses):
     pairs = many(300, 120)
     found = draw.draw_pairs(MODEL, pairs, limit=40)
     tried = found.behaviour["harmful"].n
-    assert rounds[0] == (40, 14) and tried == rounds[-1][0] > 40
-    assert len(found.here) >= 7 and len(found.there) >= 13 and len(found.here) + len(found.there) < tried / 2
+    assert rounds[0] == (40, 10) and tried == rounds[-1][0] > 40
+    assert len(found.here) >= 5 and len(found.there) >= 15 and len(found.here) + len(found.there) < tried / 2
     assert all(int(pair.harmful.split()[1]) % 3 == 0 for pair in (*found.here, *found.there))
     assert {pair.split for pair in found.here} == {"train"} and {pair.split for pair in found.there} == {"test"}
 
@@ -89,7 +89,7 @@ def test_enough_at_first_is_enough(refuses):
     """Half of what was asked for can be used: nothing more is tried."""
     rounds = refuses(lambda k: k % 2 == 0)
     found = draw.draw_pairs(MODEL, PromptPairs(many(100, 100).pairs[::2], "even"), limit=40)
-    assert rounds == [(40, 14)] and len(found.here) == 14 and len(found.there) == 26
+    assert rounds == [(40, 10)] and len(found.here) == 10 and len(found.there) == 30
 
 
 def test_pairs_are_drawn_at_random_from_the_shorter_ones(refuses):
@@ -112,8 +112,8 @@ def test_pairs_aligned_at_the_suffix_are_drawn_from_all_of_them(refuses):
     assert max(drawn) == 9, "all of them run the same columns"
 
 
-@pytest.mark.parametrize(("limit", "here"), [(4, 2), (8, 4), (9, 5), (16, 8), (24, 8), (40, 14), (72, 24)])
-def test_a_third_is_searched_on(refuses, limit, here):
+@pytest.mark.parametrize(("limit", "here"), [(4, 2), (8, 4), (9, 5), (16, 8), (24, 8), (40, 10), (80, 20)])
+def test_a_quarter_is_searched_on(refuses, limit, here):
     rounds = refuses(lambda k: True)
     draw.draw_pairs(MODEL, many(100, 100), limit=limit)
     assert rounds == [(limit, here)]
@@ -121,8 +121,8 @@ def test_a_third_is_searched_on(refuses, limit, here):
 
 def test_where_few_can_be_held_out_more_are_searched_on(refuses):
     rounds = refuses(lambda k: True)
-    draw.draw_pairs(MODEL, many(100, 10), limit=72)
-    assert rounds == [(72, 62)]
+    draw.draw_pairs(MODEL, many(100, 10), limit=80)
+    assert rounds == [(80, 70)]
 
 
 def test_pairs_that_end_are_all_tried(refuses):
@@ -135,7 +135,7 @@ def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
     rounds = refuses(lambda k: k % 10 == 0)
     with pytest.raises(NoRefusal) as caught:
         draw.draw_pairs(MODEL, many(1000, 1000), limit=40)
-    here, there = (round(size * draw.ENOUGH / MIN_SHARE) for size in (14, 26))
+    here, there = (round(size * draw.ENOUGH / MIN_SHARE) for size in (10, 30))
     assert rounds[-1] == (here + there, here), "more would not change the verdict"
     assert "pairs are refused on one side alone; use a model that refuses, or pairs it tells apart" in str(caught.value)
 

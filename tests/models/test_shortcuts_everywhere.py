@@ -24,8 +24,8 @@ from mechsafety.circuits.verification.verify import completeness
 from mechsafety.interventions import ablate, project_out, scale
 from mechsafety.interventions.batched import PromptBatches, run_added, run_removed
 from mechsafety.models.engine import run_from
+from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.models.shortcuts import Shortcuts
-from mechsafety.neurons.runs import lay_out, prompt_rows
 from mechsafety.nodes import Edge, Node, head_and_mlp_nodes
 from mechsafety.patching import At, pair_runs
 from mechsafety.sites import Site, SiteKind

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import mechsafety as ms
+from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons import ReplyLikelihood, ReplyScore, ability, measure
 from mechsafety.neurons.behaviour import Unedited
-from mechsafety.neurons.runs import greedy, lay_out, prompt_rows
+from mechsafety.neurons.runs import greedy
 from mechsafety.replies import reply_loss
 
 NONE, ALL = torch.zeros(3, 48, dtype=torch.bool), torch.ones(3, 48, dtype=torch.bool)

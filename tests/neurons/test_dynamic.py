@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import mechsafety as ms
+from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons import dynamic_patching, neuron_mask, random_masks, runs
-from mechsafety.neurons.runs import batches, forced, greedy, lay_out, prompt_rows
+from mechsafety.neurons.runs import batches, forced, greedy
 from mechsafety.nodes import Node
 from mechsafety.replies import phrase_judge, reply_loss
 from mechsafety.sites import Site, SiteKind

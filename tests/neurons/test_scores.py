@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import mechsafety as ms
+from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons import NeuronScores, greedy_replies, safety_neurons, scores
-from mechsafety.neurons.runs import greedy, lay_out, prompt_rows
+from mechsafety.neurons.runs import greedy
 from mechsafety.sites import Site, SiteKind
 
 

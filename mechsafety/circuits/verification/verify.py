@@ -39,7 +39,7 @@ def verify(
     goal: GoalKind = "reach",
     topics: Sequence[str] = (),
     n_random: Amount = 100,
-    n_added: Amount = 40,
+    n_added: Amount = 80,
     completeness_steps: int = 3,
     completeness_tries: int = 6,
     stability: Stability | None = None,
