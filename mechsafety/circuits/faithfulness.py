@@ -26,6 +26,9 @@ from mechsafety.patching.masks import (
 )
 from mechsafety.progress import progress_bar
 
+# rows x columns of a batch that is not worth dividing
+SMALL_BATCH = 512
+
 
 @dataclass(frozen=True, slots=True)
 class FaithfulnessMeter:
@@ -146,8 +149,11 @@ class FaithfulnessMeter:
         """Metric [variant prompt] with each list of parts patched."""
         check_parts(self, patched, lambda part: isinstance(part, Node))
         variants = [[part for part in parts if isinstance(part, Node)] for parts in patched]
+        # a small batch takes as long as one of several times its size, because every run reads all weights
+        cells = len(variants) * len(self.runs.harmful) * self.runs.harmful.n_pos
+        grouped = bool(self.groups) and cells > SMALL_BATCH
         with self.bar(len(variants) * max(1, len(self.groups))) as bar:
-            if not self.groups:
+            if not grouped:
                 return self._scores_of(self.runs, variants, near, bar.update)
             found = np.zeros((len(variants), len(self.runs.harmful)))
             for rows, runs in self.groups:

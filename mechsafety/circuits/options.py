@@ -74,7 +74,7 @@ class MapOptions:
     search: SearchKind = "gradient"
     ablation: AblationKind = "counterfactual"
     max_nodes: Count | None = None
-    n_random: Amount = 100
+    n_random: Amount = 60
     n_added: Amount = 80
     n_resamples: Amount = 5
     n_backup_parts: Amount = 4

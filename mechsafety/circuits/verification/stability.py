@@ -1,6 +1,6 @@
 """Attribution pair by pair, and how much a circuit depends on which prompts were drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,52 +104,73 @@ def bootstrap_stability(
         return None
     rng = np.random.default_rng(seed)
     n_pairs = len(meter.runs.harmful)
-    whole, guess = _prefix(meter, ranking_of(None), np.ones(n_pairs), goal, None)
+    whole, guess = _prefixes(meter, [(ranking_of(None), np.ones(n_pairs))], goal)[0]
     jaccards, sizes = [], []
     with meter.bar(n, "resamples") as bar:
         for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
-            for _ in batch:
-                weights = np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs)
-                found, _ = _prefix(meter, ranking_of(weights.tolist()), weights, goal, guess)
+            drawn = [np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs) for _ in batch]
+            asked = [(ranking_of(weights.tolist()), weights) for weights in drawn]
+            for found, _ in _prefixes(meter, asked, goal, guess):
                 jaccards.append(len(whole & found) / len(whole | found))
                 sizes.append(len(found))
-                bar.update()
+            bar.update(len(batch))
     if not jaccards:
         return None
     return Stability(tuple(jaccards), float(np.mean(jaccards)), tuple(sizes))
 
 
-def _prefix(
-    meter: FaithfulnessMeter, ranking: Sequence[Part], weights: np.ndarray, goal: Goal, guess: int | None
-) -> tuple[set[Part], int]:
-    """The smallest prefix of the ranking that meets the goal on weighted pairs, and its size.
+def _prefixes(
+    meter: FaithfulnessMeter,
+    asked: Sequence[tuple[Sequence[Part], np.ndarray]],
+    goal: Goal,
+    guess: int | None = None,
+) -> list[tuple[set[Part], int]]:
+    """The smallest prefix of each ranking that meets the goal on pairs weighted so, and its size.
+
+    The searches go on side by side, so that their next circuits share a batch.
+    """
+    harmful, harmless = meter.ends()
+    searches = [_smallest(len(ranking), guess) for ranking, _ in asked]
+    answers: dict[int, bool | None] = dict.fromkeys(range(len(asked)))  # None starts a search
+    found: dict[int, int] = {}
+    while True:
+        sizes: dict[int, int] = {}
+        for k, answer in answers.items():
+            try:
+                sizes[k] = next(searches[k]) if answer is None else searches[k].send(answer)
+            except StopIteration as end:
+                found[k] = end.value
+        if not sizes:
+            break
+        scores = meter.kept([asked[k][0][:size] for k, size in sizes.items()])
+        answers = {}
+        for k, row in zip(sizes, scores, strict=True):
+            weights = asked[k][1]
+            answers[k] = goal.met(float(weights @ (row - harmless) / (weights @ (harmful - harmless))))
+    return [(set(asked[k][0][: found[k]]), found[k]) for k in range(len(asked))]
+
+
+def _smallest(most: int, guess: int | None) -> Generator[int, bool, int]:
+    """The smallest size that is good enough, of sizes up to ``most``, which is; each size asked for gets an answer.
 
     The search starts at a guess with growing steps, then bisects: resampled circuits are about as large as the first.
     """
-    harmful, harmless = meter.ends()
-    floor, gap = weights @ harmless, weights @ (harmful - harmless)
-
-    def reaches(size: int) -> bool:
-        if size >= len(ranking):
-            return True
-        return goal.met(float((weights @ meter.kept([ranking[:size]])[0] - floor) / gap))
-
-    low, high = 0, len(ranking)
+    low, high = 0, most
     if guess is not None:
-        step, at = max(1, guess // 8), guess
-        if reaches(at):
-            high = at
-            while high - step > 0 and reaches(high - step):
+        step = max(1, guess // 8)
+        if guess >= most or (yield guess):
+            high = guess
+            while high - step > 0 and (high - step >= most or (yield high - step)):
                 high -= step
                 step *= 2
             low = max(0, high - step)
         else:
-            low = at
-            while low + step < len(ranking) and not reaches(low + step):
+            low = guess
+            while low + step < most and not (yield low + step):
                 low += step
                 step *= 2
-            high = min(len(ranking), low + step)
+            high = min(most, low + step)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return set(ranking[:high]), high
+        low, high = (low, middle) if (yield middle) else (middle, high)
+    return high

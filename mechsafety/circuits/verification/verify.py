@@ -38,7 +38,7 @@ def verify(
     target: float,
     goal: GoalKind = "reach",
     topics: Sequence[str] = (),
-    n_random: Amount = 100,
+    n_random: Amount = 60,
     n_added: Amount = 80,
     completeness_steps: int = 3,
     completeness_tries: int = 6,
