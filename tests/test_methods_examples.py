@@ -25,7 +25,7 @@ import mechsafety as ms
 from mechsafety.attribution.ships import principal_angles
 from mechsafety.circuits import backups, masks
 from mechsafety.circuits.behaviour import MIN_SHARE
-from mechsafety.circuits.draw import ENOUGH, part_of
+from mechsafety.circuits.draw import ENOUGH, a_quarter
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
 from mechsafety.circuits.goal import Goal
@@ -442,7 +442,7 @@ def _(e, toy):
 @check("how many pairs are tried")
 def _(e, toy):
     limit = int(e.one("limit"))
-    here = part_of(limit, 4)
+    here = a_quarter(limit)
     need = math.ceil(ENOUGH * here)
     return {
         "pairs tried at first to search on": here,

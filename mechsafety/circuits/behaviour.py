@@ -23,6 +23,8 @@ KINDS = ("harmful", "harmless")
 MIN_SHARE = 0.2
 # a map needs to know only which prompts are refused, and a reply's first sentence shows that
 REPLY_TOKENS = 24
+# these replies are short, and a step of a larger batch hardly takes longer
+BATCH_SIZE = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class Seen:
     def said(self, model: LensModel, prompts: Sequence[str], progress: bool) -> list[list[int]]:
         """Replies to the prompts, as token ids."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.replies]
-        self.replies.update(zip(new, model.reply_ids(new, REPLY_TOKENS, progress=progress), strict=True))
+        replies = model.reply_ids(new, REPLY_TOKENS, BATCH_SIZE, progress=progress)
+        self.replies.update(zip(new, replies, strict=True))
         return [self.replies[prompt] for prompt in prompts]
 
     def read(self, model: LensModel, prompts: Sequence[str]) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_PAIRS = 2
-# a quarter of the pairs is searched on, and a third of those held out sets the circuit's size; but at least so many,
+# a quarter of the pairs is searched on, and a quarter of those held out sets the circuit's size; but at least so many,
 # unless that is more than half
 FEW = 8
 # pairs are drawn from the shortest ones, this many times as many as are tried
@@ -68,7 +68,7 @@ def draw_pairs(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
-    limit: Count = 80,
+    limit: Count = 100,
     seed: Amount = 0,
     progress: bool = True,
 ) -> Draw:
@@ -103,7 +103,7 @@ def draw_pairs(
         metric.check_one_column()
     pairs = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model, least=2 * MIN_PAIRS)
     sides, seen = two_sides(pairs), Seen()
-    first = max(part_of(limit, 4), limit - len(sides[1]))
+    first = max(a_quarter(limit), limit - len(sides[1]))
     sizes = first, limit - first
     tried = [_shorter(model, side, size).sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
     for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
@@ -145,9 +145,9 @@ def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
     return pairs.halves()
 
 
-def part_of(n: int, parts: int) -> int:
-    """One of so many equal parts of ``n`` pairs, but at least 8 unless that is more than half."""
-    return max(math.ceil(n / parts), min(math.ceil(n / 2), FEW))
+def a_quarter(n: int) -> int:
+    """A quarter of ``n`` pairs, but at least 8 unless that is more than half."""
+    return max(math.ceil(n / 4), min(math.ceil(n / 2), FEW))
 
 
 def _shorter(model: LensModel, side: PromptPairs, size: int) -> PromptPairs:

@@ -28,6 +28,8 @@ from mechsafety.progress import progress_bar
 
 # rows x columns of a batch that is not worth dividing
 SMALL_BATCH = 512
+# groups must run at most this share of the rows x columns, because each costs runs of its own
+WORTH = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class FaithfulnessMeter:
 
         A batch runs every row from the earliest first difference of its pairs to the end of its longest row. Pairs that
         need 8 to 25 columns cost half as much in three groups as in one. The groups are those with the least to run.
+        Where they save less than a fifth, the pairs stay together.
         """
         tokens = self.runs.tokens
         if not tokens.common:
@@ -67,9 +70,10 @@ class FaithfulnessMeter:
         order = sorted(range(len(needed)), key=lambda k: (needed[k], k))
 
         cuts = _cuts([needed[k] for k in order], n)
-        if not cuts:
-            return self
         best = [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(order)))]
+        cells = sum(len(rows) * max(needed[k] for k in rows) for rows in best)
+        if cells > WORTH * len(needed) * max(needed):
+            return self
         kinds = tuple(self.runs.harmful.acts)
         constants = self.runs.constants
         found = [
@@ -152,7 +156,7 @@ class FaithfulnessMeter:
         # a small batch takes as long as one of several times its size, because every run reads all weights
         cells = len(variants) * len(self.runs.harmful) * self.runs.harmful.n_pos
         grouped = bool(self.groups) and cells > SMALL_BATCH
-        with self.bar(len(variants) * max(1, len(self.groups))) as bar:
+        with self.bar(len(variants) * (len(self.groups) if grouped else 1)) as bar:
             if not grouped:
                 return self._scores_of(self.runs, variants, near, bar.update)
             found = np.zeros((len(variants), len(self.runs.harmful)))

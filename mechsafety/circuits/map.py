@@ -28,7 +28,7 @@ from mechsafety.circuits.assemble import circuit_nodes, node_scores
 from mechsafety.circuits.backups import backups_of, with_backups
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup, MapDetails, ModelShape, RefusalCircuit, Search
-from mechsafety.circuits.draw import MIN_PAIRS, Draw, draw_pairs, part_of
+from mechsafety.circuits.draw import MIN_PAIRS, Draw, a_quarter, draw_pairs
 from mechsafety.circuits.effects import Measured, on_some, pair_gaps, single_effects, with_intervals
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.levels import LEVELS, Meters, Refined
@@ -497,7 +497,7 @@ def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None
     """Where there are enough pairs, most of them are kept from the search."""
     if len(there) < 3 * MIN_PAIRS:
         return there, None
-    n = part_of(len(there), 3)
+    n = a_quarter(len(there))
     held = {math.ceil(k * len(there) / n) for k in range(n)}
     sides = ([pair for k, pair in enumerate(there) if (k in held) == side] for side in (True, False))
     first, rest = (replace(there, pairs=tuple(pairs)) for pairs in sides)

@@ -68,7 +68,7 @@ class MapOptions:
     """
 
     level: Level = "node"
-    limit: Count = 80
+    limit: Count = 100
     target: float = 0.8
     goal: GoalKind = "reach"
     search: SearchKind = "gradient"
@@ -90,7 +90,7 @@ class MapOptions:
     def quick(cls, **options: Any) -> Self:
         """Options of a first look, which takes about half of the time of a whole map.
 
-        It tries 16 pairs in place of 80, measures roles on four, and draws 39 random circuits. It looks for no backups,
+        It tries 16 pairs in place of 100, measures roles on four, and draws 39 random circuits. It looks for no backups,
         measures no nodes outside the circuit and repeats nothing on resampled pairs. Most claims are therefore
         undecided or not measured.
 

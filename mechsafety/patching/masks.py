@@ -324,10 +324,17 @@ class Patch:
     @property
     def layers(self) -> list[int]:
         """Layers in which any variant patches anything."""
+        return [int(layer) for layer in self._touched.any(0).nonzero().flatten()]
+
+    def first_layers(self, n_layers: int) -> list[int]:
+        """First layer in which each variant patches anything; ``n_layers`` where it patches nothing."""
+        touched = self._touched
+        return [int(first) for first in torch.where(touched.any(1), touched.int().argmax(1), n_layers)]
+
+    @property
+    def _touched(self) -> Bool[Tensor, "variant layer"]:
         touched = self.heads.any(-1) | self.mlps
-        if self.neurons is not None:
-            touched = touched | self.neurons.any(-1)
-        return [int(layer) for layer in touched.any(0).nonzero().flatten()]
+        return touched if self.neurons is None else touched | self.neurons.any(-1)
 
 
 @public
@@ -382,14 +389,38 @@ def patched_scores(
 
     ``report`` is called after each batch with its number of variants.
     """
-    size = max_variants(base)
-    parts = [patch.rows(slice(first, first + size)) for first in range(0, len(patch), size)]
     scores = []
-    for part in parts:
+    firsts = [0] * len(patch) if start is not None else patch.first_layers(model.n_layers)
+    for chunk in batches_by_layer(firsts, max_variants(base)):
+        part = patch.rows(chunk)
         scores.append(metric(patched_logits(model, base, source, part, positions=positions, start=start)))
         if report is not None:
             report(len(part))
     return torch.cat(scores)
+
+
+def batches_by_layer(firsts: Sequence[int], most: int) -> list[slice]:
+    """Divide variants, in their order, into batches, each of which begins at the first of its variants' layers.
+
+    A small batch takes as long as a larger one, because it reads all weights. A batch therefore takes what comes until
+    it holds a quarter of the variants that fit. Beyond that only variants of the layer where it begins join.
+
+    Args:
+        firsts: First layer that each variant changes.
+        most: Number of variants that fit into a batch.
+
+    Example:
+        >>> batches_by_layer([0, 0, 1, 1, 1, 1, 1, 2], most=4)
+        [slice(0, 2, None), slice(2, 6, None), slice(6, 8, None)]
+    """
+    found, begin = [], 0
+    for k in range(1, len(firsts) + 1):
+        n = k - begin
+        full = n == most or (4 * n >= most and k < len(firsts) and firsts[k] > min(firsts[begin:k]))
+        if k == len(firsts) or full:
+            found.append(slice(begin, k))
+            begin = k
+    return found
 
 
 def scores_near(
@@ -424,13 +455,9 @@ def scores_near(
     ]
     order = sorted(range(len(variants)), key=lambda k: (first[k], k))
     scores: list[Tensor] = []
-    most, done = max_variants(base), 0
-    while done < len(order):
-        start = first[order[done]]
-        # a batch starts at the earliest block of its variants; beyond half a batch, only variants of that block join
-        fair = [k for k in order[done : done + most] if first[k] == start]
-        chunk = order[done : done + max(len(fair), -(-most // 2))]
-        done += len(chunk)
+    for rows in batches_by_layer([first[k] for k in order], max_variants(base)):
+        chunk = order[rows]
+        start = first[chunk[0]]
         patch = Patch.of(model, [[node for node in variants[k] if (node.layer or 0) >= start] for k in chunk])
         scores.append(patched_scores(model, base, source, patch, metric, start=start))
         if report is not None:

@@ -110,7 +110,8 @@ def test_removed_is_kept_of_the_rest(any_model, pairs, log_odds):
     np.testing.assert_allclose(meter.removed([ALL])[0], meter.ends()[1], atol=1e-4)
 
 
-def test_bars_count_what_is_measured(llama, ragged, log_odds, recorded_bars):
+def test_bars_count_what_is_measured(llama, ragged, log_odds, recorded_bars, monkeypatch):
+    monkeypatch.setattr("mechsafety.circuits.faithfulness.SMALL_BATCH", 0)
     shown = recorded_bars("mechsafety.circuits.faithfulness.progress_bar")
     runs = pair_runs(llama, ragged)
     meter = FaithfulnessMeter(llama, runs, log_odds, progress=True).grouped(2)

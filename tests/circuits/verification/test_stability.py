@@ -12,7 +12,7 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.search import ranked
-from mechsafety.circuits.verification.stability import _prefix, attribute_pairs, bootstrap_stability
+from mechsafety.circuits.verification.stability import _prefixes, attribute_pairs, bootstrap_stability
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 
@@ -52,10 +52,14 @@ def test_the_smallest_prefix_from_any_guess(setting, target):
     values = meter.faithfulness([ranking[:n] for n in range(16)])
     reached = [n for n, value in enumerate(values) if value >= target - 1e-6]
     if all(value >= target - 1e-6 for value in values[reached[0] :]):
-        sizes = {_prefix(meter, ranking, np.ones(4), Goal(target), guess)[1] for guess in (None, 1, 5, 15)}
+        guesses = (None, 1, 5, 15)
+        sizes = {_prefixes(meter, [(ranking, np.ones(4))], Goal(target), guess)[0][1] for guess in guesses}
         assert sizes == {reached[0]}
     weights = np.array([3.0, 0.0, 1.0, 0.0])
-    kept, size = _prefix(meter, ranking, weights, Goal(target), 4)
+    two = [(ranking, np.ones(4)), (ranking, weights)]
+    alone = [_prefixes(meter, [one], Goal(target), 4)[0] for one in two]
+    assert _prefixes(meter, two, Goal(target), 4) == alone, "side by side as one after the other"
+    kept, size = alone[1]
     harmful, harmless = meter.ends()
     value = weights @ (meter.kept([ranking[:size]])[0] - harmless) / (weights @ (harmful - harmless))
     assert value >= target - 1e-6 and kept == set(ranking[:size])
