@@ -51,6 +51,8 @@ Parts = RefusalCircuit | Sequence[NodeLike]
 RANDOM, ALL, ABLATED = "random parts", "all parameters", ", parts ablated"
 # without validation pairs, one in this many examples is kept for validation
 KEPT = 5
+# shares of the ablated parts under which validation prompts are read
+SHARES = (0.0, 0.5, 1.0)
 
 
 @public
@@ -70,6 +72,7 @@ def finetune_parts(
     controls: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     judge: Judge = phrase_judge,
+    limit: float | None = None,
     progress: bool = True,
 ) -> PartsFineTuning:
     """Train chosen heads, neurons and MLPs alone, in memory, so that the model refuses better or again.
@@ -106,6 +109,8 @@ def finetune_parts(
         checkpoint: A folder for checkpoints. A run that was stopped goes on from there, to the same bytes. The control
             on all parameters has none, since it would be a whole model.
         judge: Decides what is a refusal (`mechsafety.judge_replies`).
+        limit: Loss per token under the untouched model above which a reply is degenerate, in nats. By default
+            `mechsafety.replies.loss_limit`.
         progress: Whether to show bars.
 
     Raises:
@@ -135,7 +140,8 @@ def finetune_parts(
     train, look, test, extra = _sets(examples, validation, test, ordinary, options.seed)
     means = mean_values(model, [*run.damage, *spread], train.harmless) if options.source == "mean" else {}
     run = replace(run, ablated=spread, means=means)
-    with stages(2 + 2 * controls + 1, progress) as stage:
+    most = loss_limit(model) if limit is None else float(limit)
+    with stages(2 + 2 * controls, progress) as stage:
         stage.begin("replies to learn from")
         task, without = run.task(train, look, extra, refusals)
         about = {
@@ -157,7 +163,7 @@ def finetune_parts(
             progress=progress,
         )
         references = model.generate(test.harmless, options.judged_tokens, progress=progress)
-        meter = _Meter(run, test, references, model.logits(test.harmless), loss_limit(model))
+        meter = _Meter(run, test, references, model.logits(test.harmless), most)
         outcomes = meter.ends(slices, values)
         drawn: tuple[Node, ...] = ()
         if controls:
@@ -212,11 +218,12 @@ class _Run:
             return nullcontext()
         return ablate(self.model, nodes, 1.0, self.options.source, values=self.means)
 
-    def edits(self, rng: random.Random) -> AbstractContextManager[Any]:
-        """Context of one step: the damage, or a random subset of the ablated parts."""
+    def edits(self, rng: random.Random, share: float | None) -> AbstractContextManager[Any]:
+        """Context of one step: the damage, or a random subset of the ablated parts, of a given or a random size."""
         if not self.ablated:
             return self.without(self.damage)
-        return self.without(rng.sample(self.ablated, rng.randint(0, len(self.ablated))))
+        most = len(self.ablated)
+        return self.without(rng.sample(self.ablated, rng.randint(0, most) if share is None else round(share * most)))
 
     def task(
         self, train: PromptPairs, look: PromptPairs, extra: Sequence[str], refusals: Sequence[str] | None
@@ -231,7 +238,8 @@ class _Run:
             sets.append([*found, *examples_of(self.model, harmless, said, harmful=False, teach=True)])
             left += lost
         self._check_room([*sets[0], *sets[1]])
-        return Task(sets[0], sets[1], head, self.edits, self.objective), left
+        shares = SHARES if self.ablated else (None,)
+        return Task(sets[0], sets[1], head, self.edits, self.objective, shares), left
 
     def _harmful(self, prompts: Sequence[str], refusals: Sequence[str] | None) -> tuple[list[Example], int]:
         asked = distinct(prompts, "harmful prompts")
@@ -263,7 +271,7 @@ class _Run:
         other = [text for text, kind in zip(texts, kinds, strict=True) if kind != "refuses"]
         if other or not texts:
             raise MechsafetyError(
-                f"refusals={other[0]!r} is no refusal to the judge" if other else "no refusals",
+                f"refusals={other[0][:40]!r} is no refusal to the judge" if other else "no refusals",
                 expected="texts that refuse",
                 hint="in another language, pass a judge that knows it",
             )

@@ -1,6 +1,7 @@
 """Training of slices of a model's weights: examples, loss, AdamW on the slices alone, early stop, checkpoints."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -217,15 +218,18 @@ class Task:
     Attributes:
         train, validation: Examples of both sides.
         head: Of the reference model.
-        edits: Gives the context of a step, such as a random ablation; it draws from the given generator alone.
+        edits: Gives the context of a step, such as a random ablation, from a generator and the share of the parts that
+            are ablated; without a share, that is drawn too.
         name: For the bar.
+        shares: The shares under which the validation examples are read, one after the other.
     """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     head: Head
-    edits: Callable[[random.Random], AbstractContextManager[Any]]
+    edits: Callable[[random.Random, float | None], AbstractContextManager[Any]]
     name: str
+    shares: tuple[float | None, ...] = (None,)
 
 
 def train_slices(
@@ -273,8 +277,10 @@ def train_slices(
             copy.requires_grad_(True)
 
         def look() -> None:
+            value = _validation(model, task, options)
+            _check_finite(value, len(history.losses), options)
             history.looked.append(len(history.losses))
-            history.validation.append(_validation(model, task, options))
+            history.validation.append(value)
             if history.best == len(history.validation) - 1:
                 for kept, leaf in zip(best, leaves, strict=True):
                     kept.copy_(leaf.detach())
@@ -307,16 +313,11 @@ def _step(
     """One step of AdamW on one batch."""
     number = len(history.losses)
     batch = _batch(task.train, options.batch_size, options.seed, number)
-    with task.edits(random.Random(f"{options.seed} step {number}")):
+    with task.edits(random.Random(f"{options.seed} step {number}"), None):
         loss = loss_of(model, task.head, batch, options.keep)
         if loss.requires_grad:  # nothing leads from the slices to the loss if all of them are ablated
             loss.backward()
-    if not bool(loss.isfinite()):
-        raise MechsafetyError(
-            f"the loss is {float(loss.detach())} at step {number + 1}",
-            expected="a finite number",
-            hint=f"lower learning_rate ({options.learning_rate})",
-        )
+    _check_finite(float(loss.detach()), number + 1, options)
     gradients = {name: copy.grad for name, copy in copies.items()}
     for part, leaf in zip(slices, leaves, strict=True):
         copy, gradient = copies[part.parameter], gradients[part.parameter]
@@ -337,6 +338,15 @@ def _step(
     history.norms.append(float(norm))
 
 
+def _check_finite(loss: float, step: int, options: FineTuneOptions) -> None:
+    if not math.isfinite(loss):
+        raise MechsafetyError(
+            f"the loss is {loss} at step {step}",
+            expected="a finite number",
+            hint=f"lower learning_rate ({options.learning_rate})",
+        )
+
+
 def _write(slices: Sequence[Slice], copies: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> None:
     for part, new in zip(slices, values, strict=True):
         part.write(copies[part.parameter], new)
@@ -344,17 +354,16 @@ def _write(slices: Sequence[Slice], copies: Mapping[str, nn.Parameter], values: 
 
 @torch.no_grad()
 def _validation(model: LensModel, task: Task, options: FineTuneOptions) -> float:
-    """Mean loss over the validation batches, each of both sides; random ablations are the same at every look."""
-    sides = [[example for example in task.validation if example.harmful is side] for side in (True, False)]
+    """Loss of the validation examples, the mean over the task's shares; what is ablated is the same at every look."""
     found = []
-    for side, weight in zip(sides, (1.0, options.keep), strict=True):
-        total = 0.0
-        for first in range(0, len(side), READ_AT_ONCE):
+    for harmful, weight in ((True, 1.0), (False, options.keep)):
+        side = [example for example in task.validation if example.harmful is harmful]
+        for first, share in itertools.product(range(0, len(side), READ_AT_ONCE), task.shares):
             some = side[first : first + READ_AT_ONCE]
-            with task.edits(random.Random(f"{options.seed} validation {first}")):
-                total += len(some) * float(loss_of(model, task.head, some, 1.0))
-        found.append(weight * total / max(1, len(side)))
-    return sum(found)
+            with task.edits(random.Random(f"{options.seed} validation {first}"), share):
+                loss = float(loss_of(model, task.head, some, 1.0))
+            found.append(weight * loss * len(some) / len(side) / len(task.shares))
+    return math.fsum(found)
 
 
 def _batch(examples: Sequence[Example], size: int, seed: int, number: int) -> list[Example]:
