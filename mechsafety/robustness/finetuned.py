@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +188,7 @@ class PartsFineTuning(Result):
         made = self.provenance
         return PartsAdapter(made.model, made.weights_sha256, made.dtype, self.objective, self.parts, self.values)
 
+    @public
     @contextmanager
     def applied(self, model: LensModel) -> Iterator[LensModel]:
         """Context in which the model has the new numbers; at the end its own are back, bit for bit.
@@ -203,8 +204,14 @@ class PartsFineTuning(Result):
             with tuned.applied(model):
                 model.generate(prompts)
         """
-        with _applied(self.adapter, model, refuse=bool(self.lost())):
-            yield model
+        adapter = self.adapter
+        adapter.check_fits(model)
+        kept: dict[str, Any] = vars(model.hf_model)
+        with ExitStack() as undo:
+            if self.lost():
+                kept["save_pretrained"] = _refuse_to_save
+                undo.callback(kept.pop, "save_pretrained")
+            yield undo.enter_context(replaced(model, part_slices(model, adapter.parts)[0], adapter.values))
 
     def save_adapter(self, path: str | os.PathLike[str]) -> Path:
         """Write the new numbers alone, for ``load_model(name, adapter=path)``; the file is whole or not there.
@@ -269,22 +276,6 @@ def refuses_less(before: Bool[Tensor, " prompt"], after: Bool[Tensor, " prompt"]
         return False
     chance = binomtest(lost, lost + gained, alternative="greater").pvalue
     return bool(chance < LEVEL or int(after.sum()) < int(before.sum()) / 2)
-
-
-@public
-@contextmanager
-def _applied(adapter: PartsAdapter, model: LensModel, refuse: bool) -> Iterator[None]:
-    adapter.check_fits(model)
-    with replaced(model, part_slices(model, adapter.parts)[0], adapter.values):
-        kept: dict[str, Any] = vars(model.hf_model)
-        if not refuse:
-            yield
-            return
-        kept["save_pretrained"] = _refuse_to_save
-        try:
-            yield
-        finally:
-            kept.pop("save_pretrained")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
