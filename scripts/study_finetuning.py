@@ -31,6 +31,7 @@ from mechsafety.intervals import mean_interval
 from mechsafety.models.parts_adapter import PartsAdapter
 from mechsafety.models.slices import part_slices, replaced
 from mechsafety.nodes import Node, as_nodes
+from mechsafety.replies import loss_limit
 from mechsafety.robustness import FineTuneOptions, FragilityCurve, PartsFineTuning, finetune_parts, fragility
 from mechsafety.robustness.finetuned import AFTER, BEFORE
 
@@ -45,15 +46,15 @@ class Size:
 
     train: int = 32
     validation: int = 8
-    test: int = 20
+    test: int = 16
     ranking: int = 12
     damaged: int = 20
     ablated: int = 10
     sizes: tuple[int, ...] = (1, 2, 5, 10)
     n_random: int = 3
-    curve_pairs: int = 12
+    curve_pairs: int = 10
     options: FineTuneOptions = FineTuneOptions(  # noqa: RUF009
-        learning_rate=1e-3, batch_size=4, max_steps=24, every=8, reply_tokens=16, judged_tokens=24
+        learning_rate=5e-4, batch_size=4, max_steps=24, every=8, reply_tokens=16, judged_tokens=20
     )
 
 
@@ -94,6 +95,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     work = Work(Steps(args.work, made_of), args.adapters, model, metric, heads, size)
     train = ms.PromptPairs.builtin("train").sample(size.train)
     ranking = train.aligned(model)[: size.ranking]
+    work.asked["limit"] = {"limit": work.steps.json("limit", lambda: loss_limit(model))}
     damage = work.steps.json("damage", lambda: work.top_neurons(ranking))
     repair = work.tuned("repair", controls=True, damage=damage)
     harden = work.tuned("harden")
@@ -172,6 +174,7 @@ class Work:
             test=self.test,
             checkpoint=self.adapters / objective,
             progress=False,
+            **self.asked["limit"],
             **self.asked[objective],
         )
         found.save_adapter(self.adapter(objective))

@@ -105,7 +105,8 @@ def finetune_parts(
         damage: Parts that are ablated throughout (``repair``); none of them may be trained.
         ablated: Parts of which random ones are ablated at each step (``spread``); by default the trained ones.
         controls: Whether to train twice more with as many steps: random parts of the same kinds and layers
-            (`matched_ranking`), and all parameters of the model.
+            (`matched_ranking`), and all parameters of the model. The latter takes memory for about ten float32 copies
+            of the weights.
         checkpoint: A folder for checkpoints. A run that was stopped goes on from there, to the same bytes. The control
             on all parameters has none, since it would be a whole model.
         judge: Decides what is a refusal (`mechsafety.judge_replies`).
