@@ -112,7 +112,7 @@ def map_command(
     opener
         First words of the reply, such as "I'm", after which the refusal tokens are read.
     adapter
-        Folder of a peft adapter to merge.
+        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
     device
         cpu, cuda, mps.
     dtype

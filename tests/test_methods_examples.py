@@ -18,7 +18,8 @@ import pytest
 import torch
 from made_paths import Made
 from scipy.special import expit
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
+from tiny import tiny_model, tiny_pairs
 from toy import COORDINATES, toy_model, toy_pairs
 
 import mechsafety as ms
@@ -43,6 +44,7 @@ from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.models.backend import NormForm
 from mechsafety.models.engine import max_variants
 from mechsafety.models.memory import CPU_TOKENS
+from mechsafety.models.slices import part_slices, values_of
 from mechsafety.neurons import AlignmentTax, NeuronScores
 from mechsafety.nodes import EMBED, LOGITS, Edge, Node, head_and_mlp_nodes
 from mechsafety.openers import FLOOR, MARGIN, auroc, best, candidates
@@ -53,7 +55,15 @@ from mechsafety.patching.senders import node_outputs
 from mechsafety.probes import _directions
 from mechsafety.replies import degenerate, phrase_judge, with_loss
 from mechsafety.results import Opener, Provenance
-from mechsafety.robustness import Entanglement, FragilityCurve, Redundancy, concentration
+from mechsafety.robustness import (
+    Entanglement,
+    FineTuneOptions,
+    FragilityCurve,
+    Redundancy,
+    concentration,
+    finetune_parts,
+)
+from mechsafety.robustness.finetuned import refuses_less
 from mechsafety.testbed.certify import Certificate
 from mechsafety.testbed.planter import plateau
 from mechsafety.testbed.scoring import score
@@ -1093,6 +1103,56 @@ def _(e, toy):
     return {
         "Gini coefficient, sizes 0, 0, 0, 1": concentration([0.0, 0.0, 0.0, 1.0]).gini,
         "effective number, shares 0.5 and 0.5": concentration([0.5, 0.5]).effective,
+    }
+
+
+# finetuning.md
+
+
+@check("numbers of parts")
+def _(e, toy):
+    model = tiny_model("llama")
+    assert [model.d_model, model.d_head] == e["d_model, d_head"]
+
+    def count(*nodes):
+        return sum(part.numel for part in part_slices(model, nodes)[0])
+
+    return {
+        "numbers of one head, whose keys and values another head shares": count(Node("head", 0, 0)),
+        "numbers of both heads of a group": count(Node("head", 0, 0), Node("head", 0, 1)),
+        "numbers of one neuron": count(Node("neuron", 0, 0)),
+    }
+
+
+@check("the first step of AdamW")
+def _(e, toy):
+    """On a tiny model, by its own first step, whose size is the same for every number with a gradient."""
+    model, (rate, warm_up) = tiny_model("llama"), e["learning rate, warm-up steps"]
+    options = FineTuneOptions(
+        learning_rate=rate, warm_up=int(warm_up), max_steps=1, every=1, reply_tokens=2, judged_tokens=1
+    )
+    pairs = tiny_pairs()
+    found = finetune_parts(
+        model, ["L1.MLP"], pairs[:3], "harden", options, test=pairs[3:], refusals=["sorry"], limit=9.0, progress=False
+    )
+    own = values_of(model, part_slices(model, [Node("mlp", 1)])[0])
+    step = float((found.values["L1.W_out"] - own["L1.W_out"]).abs().median())
+    return {
+        "learning rate of the first step": step,
+        "the number after the first step": e["a number, its gradient"][0] - step,
+    }
+
+
+@check("when a fall is more than chance")
+def _(e, toy):
+    def falls(lost):
+        return refuses_less(torch.ones(30 + lost).bool(), torch.tensor([True] * 30 + [False] * lost))
+
+    lost, gained = map(int, e["prompts that were refused before and are not now, and the reverse"])
+    assert falls(lost) and not falls(lost - 1) and gained == 0
+    return {
+        "p of McNemar's exact test, one-sided": binomtest(lost, lost + gained, alternative="greater").pvalue,
+        "p with 4 and 0": binomtest(4, 4, alternative="greater").pvalue,
     }
 
 

@@ -265,6 +265,16 @@ class Backend(ABC):
         """Output bias of a layer's MLP; zeros where there is none."""
         return _or_zeros(self._block(layer).mlp, "b_out", self.W_out(layer))
 
+    @abstractmethod
+    def part_weights(self, layer: int) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """Weights and biases of a layer's heads and neurons by TransformerLens' names, without those that it lacks.
+
+        Keys and values have one entry per key-value head. A mixture of experts has no neurons.
+
+        Returns:
+            The parameter that the model computes with, and a view of it in TransformerLens' shape.
+        """
+
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""

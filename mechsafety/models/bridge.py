@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -299,6 +300,35 @@ class BridgeBackend(Backend):
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""
         return self.tl_model.blocks[layer]
+
+    def part_weights(self, layer: int) -> dict[str, tuple[torch.nn.Parameter, Tensor]]:
+        """Weights and biases of a layer's heads and neurons, from the linear layers that run.
+
+        TransformerLens' own ``W_Q`` may be that of a fused layer, which it has split and no longer runs.
+        """
+        block, found = self._block(layer), {}
+        parts = [(block.attn, slot.lower(), slot, "head") for slot in ("Q", "K", "V", "O")]
+        parts += [] if self.sizes.experts else [(block.mlp, place, place, "") for place in ("in", "gate", "out")]
+        for owner, child, name, by in parts:
+            linear = getattr(owner._modules.get(child), "original_component", None)
+            weight = getattr(linear, "weight", None)
+            if not isinstance(weight, torch.nn.Parameter):
+                continue
+            # Hugging Face's Conv1D stores [in, out], torch's Linear [out, in]
+            view = weight.detach().T if isinstance(linear, torch.nn.Linear) else weight.detach()
+            if by:
+                form = "(head d) m -> head d m" if name == "O" else "m (head d) -> head m d"
+                view = rearrange(view, form, d=self.sizes.d_head)
+            found[f"W_{name}"] = (weight, view)
+            bias = getattr(linear, "bias", None)
+            if bias is not None:
+                whole = bias.detach()
+                split = by and name != "O"
+                found[f"b_{name}"] = (
+                    bias,
+                    rearrange(whole, "(head d) -> head d", d=self.sizes.d_head) if split else whole,
+                )
+        return found
 
     def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
         """A block's norms of the given names; names that it lacks are skipped."""

@@ -249,6 +249,18 @@ class HookedBackend(Backend):
         """TransformerLens' block."""
         return self.tl_model.blocks[layer]
 
+    def part_weights(self, layer: int) -> dict[str, tuple[torch.nn.Parameter, Tensor]]:
+        """Weights and biases of a layer's heads and neurons: its own parameters."""
+        block, found = self._block(layer), {}
+        parts = [(block.attn, f"{kind}_{slot}") for kind in ("W", "b") for slot in ("Q", "K", "V", "O")]
+        parts += [(block.mlp, f"{kind}_{place}") for kind in ("W", "b") for place in ("in", "gate", "out")]
+        for module, name in parts:
+            # with grouped queries the parameter is called _W_K, and W_K repeats it for all heads
+            parameter = module._parameters.get(f"_{name}", module._parameters.get(name))
+            if parameter is not None:
+                found[name] = (parameter, parameter.detach())
+        return found
+
     def norms(self, layer: int, *names: str) -> list[torch.nn.Module]:
         """A block's norms of the given names; names that it lacks are skipped."""
         block = self._block(layer)

@@ -24,6 +24,7 @@ from mechsafety.models.checks import check_model, check_start_token, probe_rows,
 from mechsafety.models.demo import adapter_folder
 from mechsafety.models.kinds import check_weights, fold_scales, text_part
 from mechsafety.models.lens_model import LensModel
+from mechsafety.models.parts_adapter import PartsAdapter, is_parts_adapter
 from mechsafety.models.quiet import quiet
 from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
 from mechsafety.models.template import PLAIN_TEMPLATE, check_template, checked_options, tokenizer_copy
@@ -64,7 +65,9 @@ def load_model(
             attention, and its blocks become TransformerLens'. Factors on its logits and blocks (Cohere, Granite) move
             from the configuration into the weights. Under TransformerLens 3.9, its weights are copied. A `PeftModel` is
             copied, and the copy is merged. From a multimodal model, the language model is taken.
-        adapter: Folder of a peft adapter to merge; not for TransformerLens' own models.
+        adapter: Folder of a peft adapter to merge; not for TransformerLens' own models. Or a ``.safetensors`` file
+            with the numbers of fine-tuned parts (`mechsafety.robustness.finetune_parts`): these take the place of the
+            model's own, after its own adapter is merged. The model must be the one that they were trained on.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. ``"auto"`` takes the checkpoint's dtype,
             which is float32 for a GGUF file. None means float32. A pair keeps its own dtype under ``"auto"`` and None.
@@ -94,6 +97,9 @@ def load_model(
     place = _device(device)
     if chat_template is not None:
         check_template(chat_template)
+    parts, stem = None, ""
+    if adapter is not None and is_parts_adapter(adapter):
+        parts, stem, adapter = PartsAdapter.read(adapter), Path(adapter).stem, None
     if adapter is not None and isinstance(name_or_path, str | os.PathLike) and base_and_adapter(name_or_path) is None:
         read_config(Path(adapter))  # before the model is looked for
     told = on_tokenizer is None
@@ -129,6 +135,9 @@ def load_model(
         fold_scales(model)
     lens = LensModel(shown, wrap(source.name, model, tokenizer), tokenizer, options)
     check_model(lens, reference)
+    if parts is not None:
+        parts.apply(lens)
+        lens.name = f"{shown}+{stem}"
     return lens
 
 

@@ -3,18 +3,25 @@
 from mechsafety.robustness.concentration import Concentration, concentration
 from mechsafety.robustness.depth import RefusalDepth, refusal_depth
 from mechsafety.robustness.entanglement import Entanglement, entanglement
+from mechsafety.robustness.finetune import finetune_parts
+from mechsafety.robustness.finetuned import Outcome, PartsFineTuning
 from mechsafety.robustness.fragility import FragilityCurve, fragility
 from mechsafety.robustness.parts import matched_ranking
 from mechsafety.robustness.redundancy import Redundancy, redundancy
+from mechsafety.robustness.training import FineTuneOptions
 
 __all__ = [
     "Concentration",
     "Entanglement",
+    "FineTuneOptions",
     "FragilityCurve",
+    "Outcome",
+    "PartsFineTuning",
     "Redundancy",
     "RefusalDepth",
     "concentration",
     "entanglement",
+    "finetune_parts",
     "fragility",
     "matched_ranking",
     "redundancy",

@@ -12,6 +12,7 @@ from pages import (
     coverage,
     demo_model,
     discovery,
+    finetuning,
     gallery,
     ground_truth,
     models,
@@ -25,7 +26,7 @@ from pages.records import PageError
 
 MODULES = (
     *(refusal_direction, safety_neurons, native_model, coverage, claims, discovery),
-    *(robustness, ground_truth, demo_model, models, gallery),
+    *(robustness, finetuning, ground_truth, demo_model, models, gallery),
 )
 PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}
 

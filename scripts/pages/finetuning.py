@@ -1,0 +1,166 @@
+"""Fine-tuning of the demo model's heads alone: sentences, tables and figures of the page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pages.page import Page
+from pages.records import Record
+from pages.tables import table
+
+FIGURES = {"curves": "finetuning-curves.png"}
+COLOURS = {"before": "#9A9A9A", "harden": "#9C2F6B", "spread": "#00588C"}
+COLUMNS = ["condition", "parameters", "harmful refused", "harmless refused", "degenerate", "KL, harmless", "perplexity"]
+
+
+def context(record: Record) -> Mapping[str, Any]:
+    """What the template is given."""
+    repair, spread = record["repair"], record["spread"]
+    return {
+        **{name: record[name] for name in ("model", "heads", "train", "test", "pairs")},
+        "damage": ", ".join(record["damage"][:5]),
+        "damaged": len(record["damage"]),
+        "ablated": ", ".join(record["ablated"]),
+        "n_ablated": len(record["ablated"]),
+        "share": f"{repair['share']:.1%}",
+        "steps": {
+            name: f"{record[name]['best_step']} of {record[name]['steps']}" for name in ("repair", "harden", "spread")
+        },
+        "outcomes": {name: outcomes(record[name]) for name in ("repair", "harden", "spread")},
+        "validation": {
+            name: f"{record[name]['validation'][0]:.3f} to {min(record[name]['validation']):.3f}"
+            for name in ("repair", "harden", "spread")
+        },
+        "back": regained(repair),
+        "flatter": {name: differences(rows) for name, rows in record["flatter"].items()},
+        "verdict": verdict(record["flatter"]["spread"]),
+        "verdict_control": verdict(record["flatter"]["spread over harden"]),
+        "verdict_own": verdict(record["flatter"]["own"]),
+        "moved": {name: ranking(row) for name, row in record["moved"].items()},
+        "new": table(
+            [[name, f"{was:.3f}", f"{now:.3f}"] for name, was, now in record["moved"]["spread"]["new"]],
+            ["head", "estimated effect before", "after"],
+        )
+        if record["moved"]["spread"]["new"]
+        else "None.",
+        "shared": spread["shared"],
+        "figures": FIGURES,
+    }
+
+
+def outcomes(row: Record) -> str:
+    """Rates and side effects of each condition."""
+    return table(
+        [
+            [
+                one["condition"],
+                one["parameters"],
+                between(one, "refused", "{:.0%}"),
+                between(one, "falsely_refused", "{:.0%}"),
+                f"{one['degenerate']:.0%}",
+                between(one, "kl", "{:.3f}"),
+                between(one, "perplexity", "{:.2f}"),
+            ]
+            for one in row["rows"]
+        ],
+        COLUMNS,
+    )
+
+
+def between(row: Record, name: str, form: str) -> str:
+    """A value and its interval."""
+    value, low, high = (form.format(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value} ({low} to {high})"
+
+
+def regained(repair: Record) -> str:
+    """What repair brought back, next to its controls."""
+    rate = {one["condition"]: one["refused"] for one in repair["rows"]}
+    return (
+        f"The undamaged model refuses {rate['undamaged']:.0%} of the harmful test prompts, the damaged one "
+        f"{rate['before']:.0%}, and the repaired one {rate['after']:.0%}. With as many random parts it is "
+        f"{rate['random parts']:.0%}, and with all parameters {rate['all parameters']:.0%}."
+    )
+
+
+def differences(rows: Any) -> str:
+    """What is lost, and what is left, before and after."""
+    return table(
+        [
+            [
+                row["parts"],
+                *(
+                    text
+                    for name in ("lost", "left")
+                    for text in (
+                        f"{row[name]['before']:.2f}",
+                        f"{row[name]['after']:.2f}",
+                        f"{row[name]['change']:+.2f} ({row[name]['ci_low']:+.2f} to {row[name]['ci_high']:+.2f})",
+                    )
+                ),
+            ]
+            for row in rows
+        ],
+        [
+            "heads ablated",
+            "gap lost, first",
+            "second",
+            "change (95 % CI)",
+            "log-odds left, first",
+            "second",
+            "change (95 % CI)",
+        ],
+    )
+
+
+def verdict(rows: Any) -> str:
+    """At which numbers of heads less of the gap is lost, by intervals."""
+    less = [str(row["parts"]) for row in rows if row["lost"]["ci_high"] < 0]
+    more = [str(row["parts"]) for row in rows if row["lost"]["ci_low"] > 0]
+    said = (
+        f"Less of the gap is lost with {', '.join(less)} heads ablated"
+        if less
+        else "At no number of heads is less of the gap lost"
+    )
+    said += f"; more is lost with {', '.join(more)}" if more else ""
+    return said + f" (interval beside 0; {len(rows)} numbers of heads were measured)."
+
+
+def ranking(row: Record) -> str:
+    """How far the ranking of the heads moved."""
+    return (
+        f"{row['common']} of the first {row['first']} heads are the same as before. The rank correlation over all "
+        f"heads is {row['spearman']:.2f}. The first {row['first']} carry {row['sum_before']:.2f} of the gap before and "
+        f"{row['sum_after']:.2f} after, by the estimate."
+    )
+
+
+def figures(record: Record) -> Mapping[str, Figure]:
+    """Fragility before and after: of the heads of the map, and of each model's own first heads."""
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, which in zip(axes, ("first heads of the map", "its own first heads"), strict=True):
+        for label, curve in record["curves"].items():
+            name, _, order = label.partition(", ")
+            if order != which:
+                continue
+            rows = curve["rows"]
+            x = [row["parts"] for row in rows]
+            axis.plot(x, [row["lost"] for row in rows], "o-", color=COLOURS[name], label=name)
+            axis.fill_between(
+                x,
+                [row["ci_low"] for row in rows],
+                [row["ci_high"] for row in rows],
+                color=COLOURS[name],
+                alpha=0.12,
+                lw=0,
+            )
+            axis.plot(x, [row["random_mean"] for row in rows], ":", color=COLOURS[name])
+        axis.set(title=which, xlabel="heads ablated", xscale="log")
+    axes[0].set(ylabel="share of the gap lost")
+    axes[0].legend(frameon=False, fontsize=8)
+    return {FIGURES["curves"]: figure}
+
+
+PAGE = Page("finetuning", context, figures)
