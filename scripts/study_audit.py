@@ -426,7 +426,7 @@ def summary(study: Study, rows: Sequence[dict[str, Any]], size: Size) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--work", type=Path, default=RESULTS / "audit" / "steps")
+    parser.add_argument("--work", type=Path, default=RESULTS.parents[1] / ".work" / "audit")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--small", action="store_true", help="a little of everything: does it run?")
     parser.add_argument("--only", choices=("calibration",), help="make the calibration's copies and stop")

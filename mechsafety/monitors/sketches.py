@@ -1,5 +1,6 @@
 """Readings of a model: small sketches of its weights, and of its activations on fixed prompts."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
 PROBES = 16  # random probes of each parameter: its relative change is known to about 1 / sqrt(2 * 16) = 18 %
-WRITER_PROBES = 2  # random inputs of each output matrix
+WRITER_ROWS = 98  # each output matrix has so many random inputs that all together have at least this many, and two
 TOP = 16  # next tokens whose probabilities are kept
 WRAPPER = "._original_component"  # in TransformerLens' names of parameters
 
@@ -50,7 +51,7 @@ class Readings:
     parameter_norms: Float[Tensor, " parameter"]
     parameter_probes: Float[Tensor, "parameter probe"]
     writers: tuple[str, ...]
-    writer_probes: Float[Tensor, "writer probe d_model"]
+    writer_probes: Float[Tensor, "writer input d_model"]
     head_gains: Float[Tensor, "layer head"]
     neuron_gains: Float[Tensor, "layer d_mlp"]
     head_writes: Float[Tensor, "side layer head"]
@@ -163,11 +164,12 @@ def _parameters(
     return tuple(names), torch.stack(norms).cpu(), torch.stack(probes).cpu()
 
 
-def _writers(model: LensModel, seed: int) -> tuple[tuple[str, ...], Float[Tensor, "writer probe d_model"]]:
+def _writers(model: LensModel, seed: int) -> tuple[tuple[str, ...], Float[Tensor, "writer input d_model"]]:
     names, rows = [], []
+    many = max(2, math.ceil(WRITER_ROWS / (2 * model.n_layers + 1)))
 
     def add(name: str, weight: Float[Tensor, "inner d_model"]) -> None:
-        probe = signs(WRITER_PROBES, len(weight), seed + 1_000_003 * (len(names) + 1)).to(weight.device)
+        probe = signs(many, len(weight), seed + 1_000_003 * (len(names) + 1)).to(weight.device)
         names.append(name)
         rows.append((probe @ weight.float()).cpu())
 
