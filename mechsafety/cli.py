@@ -48,7 +48,6 @@ AUDIT_CODES = {
 NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts; the pictures of a large map take a few MB more
 
 
-
 def _exit_codes(table: Mapping[int, str], of: str = "") -> str:
     return f"Exit codes{of}:\n" + "\n".join(f"{code:5}  {words}" for code, words in table.items())
 

@@ -111,9 +111,7 @@ class Study:
 
     def _texts(self) -> list[list[int]]:
         prompts = [prompt.text for prompt in builtin_prompts("plain")][: self.size.texts]
-        replies = self.steps.json(
-            "texts", lambda: self.model.generate(prompts, self.size.reply_tokens, progress=False)
-        )
+        replies = self.steps.json("texts", lambda: self.model.generate(prompts, self.size.reply_tokens, progress=False))
         return token_rows(self.model, prompts, replies)
 
     def _heads(self) -> list[Node]:
@@ -175,7 +173,9 @@ class Study:
             for factor in (0.0, 0.5):
                 for name, nodes in (("of the adapter", self.neurons[:n]), ("at random", self._some_neurons(draw, n))):
                     yield Case(
-                        "neurons weakened", f"{n} {name}, times {factor}", lambda a=nodes, f=factor: weakened(model, a, f)
+                        "neurons weakened",
+                        f"{n} {name}, times {factor}",
+                        lambda a=nodes, f=factor: weakened(model, a, f),
                     )
         for n in (1, 2, 4, 8, 16):
             for factor in (0.0, 0.5):
@@ -257,9 +257,10 @@ class Study:
         for spread in (0.05, 0.1, 0.2):
             for seed in (0, 1):
                 generator = torch.Generator().manual_seed(seed)
-                yield f"another of spread {spread}, {seed}", (
-                    spread * torch.randn(self.missing.shape, generator=generator)
-                ).exp()
+                yield (
+                    f"another of spread {spread}, {seed}",
+                    (spread * torch.randn(self.missing.shape, generator=generator)).exp(),
+                )
 
     def _erased(self, layer: int, share: float) -> Copy:
         return lambda: erased(self.model, self.audit.readings.contrast[layer].float(), share)
@@ -347,9 +348,7 @@ def auroc(benign: np.ndarray, tampered: np.ndarray) -> float:
 def with_interval(benign: np.ndarray, tampered: np.ndarray, n: int) -> list[float]:
     """AUROC with its 95 % bootstrap interval over copies, drawn within each class."""
     draw = np.random.default_rng(0)
-    some = [
-        auroc(draw.choice(benign, len(benign)), draw.choice(tampered, len(tampered))) for _ in range(n)
-    ]
+    some = [auroc(draw.choice(benign, len(benign)), draw.choice(tampered, len(tampered))) for _ in range(n)]
     return [auroc(benign, tampered), *map(float, np.percentile(some, [2.5, 97.5]))]
 
 

@@ -314,5 +314,3 @@ def _stored(readings: Readings) -> Readings:
     """The readings as a file keeps them: the long ones in 16 bits."""
     limit = torch.finfo(torch.float16).max
     return replace(readings, **{name: getattr(readings, name).clamp(-limit, limit).half() for name in HALF})
-
-

@@ -127,12 +127,23 @@ def compare(
 
 
 def parameter_changes(reference: Readings, found: Readings) -> Float[Tensor, " parameter"]:
-    """Relative change of each parameter (Frobenius norm), estimated from the probes; at most 10.
+    """Relative change of each parameter (Frobenius norm), estimated from the probes; at most 10."""
+    return relative_changes(reference.parameter_probes, found.parameter_probes, reference.parameter_norms)
 
-    Example: probes that move by 3 and 4, on a parameter of norm 10, give sqrt((9 + 16) / 2) / 10 = 0.354.
+
+def relative_changes(
+    before: Float[Tensor, "parameter probe"],
+    after: Float[Tensor, "parameter probe"],
+    norms: Float[Tensor, " parameter"],
+) -> Float[Tensor, " parameter"]:
+    """Root mean square change of the probes of each parameter, over its norm; at most 10.
+
+    Example:
+        >>> relative_changes(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, -2.0]]), torch.tensor([10.0]))
+        tensor([0.3536])
     """
-    moved = (found.parameter_probes - reference.parameter_probes).square().mean(1).sqrt()
-    return (moved / reference.parameter_norms.clamp(min=1e-12)).nan_to_num(10.0).clamp(max=10.0)
+    moved = (after - before).square().mean(1).sqrt()
+    return (moved / norms.clamp(min=1e-12)).nan_to_num(10.0).clamp(max=10.0)
 
 
 def part_of(name: str) -> tuple[int, int] | None:
@@ -224,9 +235,7 @@ def _scales(reference: Readings, found: Readings) -> tuple[float, list[Finding]]
     return value, [Finding("scales", f"{over} of {len(spread)} layers", value, words)]
 
 
-def common_direction(
-    reference: Readings, found: Readings
-) -> tuple[Float[Tensor, " d_model"], float, float]:
+def common_direction(reference: Readings, found: Readings) -> tuple[Float[Tensor, " d_model"], float, float]:
     """The direction that all changes of the output weights share, and how far they take it away in proportion.
 
     The changes of the output probes, each over its probe's norm and without their common scaling, are rows of a matrix.
@@ -246,7 +255,9 @@ def common_direction(
     along, part = rows @ direction, whole @ direction
     if float(along.square().mean().sqrt()) < MIN_COMMON:
         return direction, 0.0, 0.0
-    both, own_part = (rearrange(x, "(writer input) -> writer input", writer=len(reference.writers)) for x in (along, part))
+    both, own_part = (
+        rearrange(x, "(writer input) -> writer input", writer=len(reference.writers)) for x in (along, part)
+    )
     shares = -(both * own_part).sum(1) / own_part.square().sum(1).clamp(min=1e-12)
     slope = float((along * part).sum() / part.square().sum().clamp(min=1e-12))
     rest = float((along - slope * part).square().sum() / along.square().sum())
@@ -261,7 +272,9 @@ def _direction(reference: Readings, found: Readings) -> tuple[float, list[Findin
     contrast = torch.nn.functional.normalize(reference.contrast.float(), dim=1)
     cosines = (contrast @ direction).abs()
     layer = int(cosines.argmax())
-    verb = f"{min(abs(share), 1):.0%} of one direction is {'taken out of' if share > 0 else 'added to'} the output weights"
+    verb = (
+        f"{min(abs(share), 1):.0%} of one direction is {'taken out of' if share > 0 else 'added to'} the output weights"
+    )
     words = (
         f"{verb}; its cosine with the difference between harmful and harmless prompts is {float(cosines[layer]):.2f} "
         f"after layer {layer}"

@@ -123,8 +123,12 @@ def test_readings_are_what_they_say(audit, model, metric):
     z = cache[ms.Site("z", layer)][:, :, head]
     written = (z @ model.W_O(layer)[head]).square().sum(-1)
     n = len(audit.harmful)
-    assert float(found.head_writes[0, layer, head]) == pytest.approx(float(written[:n][where[:n]].mean().sqrt()), rel=1e-4)
-    assert float(found.head_writes[1, layer, head]) == pytest.approx(float(written[n:][where[n:]].mean().sqrt()), rel=1e-4)
+    assert float(found.head_writes[0, layer, head]) == pytest.approx(
+        float(written[:n][where[:n]].mean().sqrt()), rel=1e-4
+    )
+    assert float(found.head_writes[1, layer, head]) == pytest.approx(
+        float(written[n:][where[n:]].mean().sqrt()), rel=1e-4
+    )
     acts = cache[ms.Site("neurons", layer)][where][:, neuron]
     size = float(acts.square().mean().sqrt() * model.W_out(layer)[neuron].norm())
     assert float(found.neuron_writes[layer, neuron]) == pytest.approx(size, rel=1e-4)
@@ -363,7 +367,9 @@ def test_another_chat_template_is_noted(audit):
 
 
 def test_a_model_of_other_sizes_is_refused(audit, llama):
-    with pytest.raises(ms.MechsafetyError, match=r"the fingerprinted .*; expected a model of the same architecture and"):
+    with pytest.raises(
+        ms.MechsafetyError, match=r"the fingerprinted .*; expected a model of the same architecture and"
+    ):
         audit.check(llama)
 
 
