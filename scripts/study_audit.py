@@ -1,11 +1,12 @@
-"""Measure how well the tamper audit tells tampered copies of the demo model from benign ones; write docs/results/audit.json.
+"""Measure how well the tamper audit tells tampered copies of the demo model from benign ones.
 
     python scripts/study_audit.py
 
-Every copy is made in memory, checked and undone (`tampering.py`); no copy is ever written. Benign copies of the calibration
-have other seeds, quantisers and training texts than those of the evaluation; the limits in `mechsafety.monitors.tampering` were set
-from the former. Each step is kept in --work and not done again, so that a stopped run goes on. The steps hold the values of
-the tests, so that other limits need no new run. The page is drawn from the stored JSON alone.
+It writes docs/results/audit.json. Every copy is made in memory, checked and undone (`tampering.py`); no copy is ever
+written. Benign copies of the calibration have other seeds, quantisers and training runs than those of the evaluation.
+The limits in `mechsafety.monitors.tampering` were set from the former. Each step is kept in --work and not done again,
+so that a stopped run goes on. The steps hold the values of the tests, so that other limits need no new run. The page is
+drawn from the stored JSON alone.
 """
 
 import argparse
@@ -78,7 +79,8 @@ class Case:
     Attributes:
         kind: One of `BENIGN`, `TAMPERED` or `ADAPTIVE`.
         name: What is done, and how strongly.
-        copy: Context with the copy in the place of the model. If it yields an iterator, there is a copy at each of its items.
+        copy: Context with the copy in the place of the model. If it yields an iterator, there is a copy at each of its
+            items.
     """
 
     kind: str
@@ -218,7 +220,8 @@ class Study:
             copy = lambda n=n: weakened(model, self.heads[:n], 0.0)  # noqa: E731
             yield Case(kind, f"{n} heads ablated", lambda c=copy: both(c, four))
         for share in (0.1, 0.25, 0.5, 0.75, 1.0):
-            yield Case(kind, f"direction erased, share {share}", lambda c=self._erased(14, share): both(c, four))
+            copy = self._erased(14, share)
+            yield Case(kind, f"direction erased, share {share}", lambda c=copy: both(c, four))
         for share in (0.1, 0.25, 0.5, 0.75, 1.0):
             copy = lambda s=share: rescaled(model, self.missing**s)  # noqa: E731
             yield Case(kind, f"adapter missing, share {share}", lambda c=copy: both(c, four))

@@ -1,4 +1,4 @@
-"""The commands `mechsafety fingerprint` and `mechsafety audit`: exit codes, one line a mistake, nothing half-written."""
+"""The commands `mechsafety fingerprint` and `mechsafety audit`: exit codes, one line per mistake, no half files."""
 
 import json
 from dataclasses import dataclass

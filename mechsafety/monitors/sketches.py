@@ -1,7 +1,7 @@
 """Readings of a model: small sketches of its weights, and of its activations on fixed prompts."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,6 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -233,6 +232,6 @@ class _Seen:
     def _neuron(self, layer: int, own: Float[Tensor, "batch pos d_mlp"], where: Bool[Tensor, "batch pos"]) -> None:
         self.neurons[layer] = own[where].square().mean(0).sqrt()
 
-    def _stream(self, layer: int, own: Float[Tensor, "batch pos d_model"], where: Bool[Tensor, "batch pos"]) -> None:
+    def _stream(self, layer: int, own: Float[Tensor, "batch pos d_model"], _: Bool[Tensor, "batch pos"]) -> None:
         last = own[:, -1]
         self.contrast[layer] = last[: self.n_harmful].mean(0) - last[self.n_harmful :].mean(0)

@@ -285,8 +285,8 @@ def test_an_erased_direction_alarms(audit, model, strength):
     (found,) = [one for one in report.findings if one.test == "direction"]
     assert found.value == pytest.approx(strength, abs=0.05)
     said = re.fullmatch(
-        r"(\d+)% of one direction is taken out of the output weights; its cosine with the difference between harmful and "
-        r"harmless prompts is (\d\.\d\d) after layer 2",
+        r"(\d+)% of one direction is taken out of the output weights; its cosine with the difference between "
+        r"harmful and harmless prompts is (\d\.\d\d) after layer 2",
         found.words,
     )
     assert said and int(said[1]) == pytest.approx(100 * min(1.0, found.value), abs=1)
