@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +15,11 @@ from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from mechsafety.errors import MechsafetyError, NoRefusal
-from mechsafety.output import check_free_space, json_text, output_folder, uninterrupted, writing
+from mechsafety.output import check_free_space, json_text, output_file, output_folder, uninterrupted, writing
 from mechsafety.version import __version__
 
 # those of signals are 128 plus the number of the signal, as in shells
-DONE, MISTAKE, NOTHING_TO_MAP, UNFINISHED, INTERRUPTED, CLOSED, STOPPED = 0, 2, 3, 5, 130, 141, 143
+DONE, MISTAKE, NOTHING_TO_MAP, TAMPERED, UNFINISHED, INTERRUPTED, CLOSED, STOPPED = 0, 2, 3, 4, 5, 130, 141, 143
 EXIT_CODES = {
     DONE: "The map is written.",
     MISTAKE: "A mistake in what was given, or a place that cannot be written to. Nothing is written.",
@@ -29,14 +29,35 @@ EXIT_CODES = {
     CLOSED: "The map is written, but its summary could not be printed.",
     STOPPED: "Terminated by SIGTERM, as batch systems send it at a time limit. Nothing is written.",
 }
+FINGERPRINT_CODES = {
+    DONE: "The fingerprint is written.",
+    MISTAKE: "A mistake in what was given, or a place that cannot be written to. Nothing is written.",
+    NOTHING_TO_MAP: "The model does not refuse, so there is no refusal to watch. Nothing is written.",
+    INTERRUPTED: "Interrupted by Ctrl-C. Nothing is written.",
+    CLOSED: "The fingerprint is written, but this could not be printed.",
+    STOPPED: "Terminated by SIGTERM. Nothing is written.",
+}
+AUDIT_CODES = {
+    DONE: "The model is intact.",
+    MISTAKE: "A mistake in what was given, or a model of another architecture. There is no verdict.",
+    TAMPERED: "The model was tampered with.",
+    INTERRUPTED: "Interrupted by Ctrl-C. There is no verdict.",
+    CLOSED: "The verdict could not be printed.",
+    STOPPED: "Terminated by SIGTERM. There is no verdict.",
+}
 NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts; the pictures of a large map take a few MB more
+
+
+def _exit_codes(table: Mapping[int, str], of: str = "") -> str:
+    return f"Exit codes{of}:\n" + "\n".join(f"{code:5}  {words}" for code, words in table.items())
+
 
 app = App(
     name="mechsafety",
-    help="Map which parts of a chat model make it refuse.",
+    help="Map which parts of a chat model make it refuse, and tell whether a model was tampered with.",
     version=__version__,
     help_format="plaintext",
-    help_epilogue="Exit codes:\n" + "\n".join(f"{code:5}  {words}" for code, words in EXIT_CODES.items()),
+    help_epilogue=_exit_codes(EXIT_CODES, " of map"),
     suppress_keyboard_interrupt=False,
 )
 
@@ -177,6 +198,174 @@ def map_command(
     if code == DONE and circuit.unfinished:
         return _say(f"{NO_CIRCUIT}; what was measured is in {out}; give more --budget-seconds", UNFINISHED)
     return code
+
+
+@app.command(name="fingerprint", help_epilogue=_exit_codes(FINGERPRINT_CODES))
+def fingerprint_command(
+    model: str,
+    /,
+    *,
+    out: Path,
+    file: str | None = None,
+    pairs: Path | None = None,
+    n_pairs: int = 6,
+    refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    opener: str | None = None,
+    adapter: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    chat_template: str | None = None,
+    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    seed: int = 0,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Take the fingerprint of a model that is known to be intact, for later audits of its copies.
+
+    Parameters
+    ----------
+    model
+        "demo", a hub id, a Hugging Face folder or a .gguf file.
+    out
+        File to write; its name ends in .json.
+    file
+        The .gguf file of the hub repository, or folder, that MODEL names.
+    pairs
+        File of pairs, "harmful" and "harmless"; by default the built-in pairs of the validation split.
+    n_pairs
+        Number of pairs that are kept, and run in every audit.
+    refusal_token
+        Tokens that begin a refusal. By default they are found from the model's own replies.
+    comply_token
+        Tokens that begin a compliant reply.
+    opener
+        First words of the reply, such as "I'm", after which the refusal tokens are read.
+    adapter
+        Folder of a peft adapter to merge.
+    device
+        cpu, cuda, mps.
+    dtype
+        float32, bfloat16, float16; auto for the checkpoint's own.
+    chat_template
+        A file with a Jinja chat template, the template itself, or "plain".
+    template_option
+        NAME=VALUE for the chat template.
+    seed
+        Seed of the pairs and of the random projections.
+    as_json
+        Print the summary as JSON.
+    """
+    if out.suffix != ".json":
+        raise MechsafetyError(f"--out {str(out)!r}", expected="a file whose name ends in .json")
+    tokens = (refusal_token, comply_token, opener)
+    with output_file(out) as scratch:
+        from mechsafety.inputs import whole_number
+        from mechsafety.prompts import PromptPairs
+
+        whole_number("--n-pairs", n_pairs)
+        whole_number("--seed", seed, least=0)
+        chosen = PromptPairs.builtin("validation") if pairs is None else PromptPairs.from_file(pairs, "tokens")
+        _check_tokens(*tokens)
+        template, template_options = _template(chat_template), _template_options(template_option)
+        from mechsafety.monitors import TamperAudit
+
+        lens, chosen, metric = _loaded(
+            chosen,
+            tokens,
+            model,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            file=file,
+            chat_template=template,
+            template_options=template_options,
+        )
+        audit = TamperAudit.fingerprint(lens, chosen, metric, n_pairs=n_pairs, seed=seed)
+        with writing(out):
+            scratch.write_text(audit.to_json(), encoding="utf-8", newline="\n")
+        size = scratch.stat().st_size
+    facts = {
+        "out": str(out),
+        "model": audit.provenance.model,
+        "bytes": size,
+        "prompts": len(audit.harmful) + len(audit.harmless),
+        "weights_sha256": audit.provenance.weights_sha256,
+    }
+    said = f"fingerprint of {facts['model']}: {out}, {size / 1000:.0f} kB, {facts['prompts']} prompts"
+    return _show(json_text(facts, indent=None) if as_json else said, out, "the fingerprint is whole in {}")
+
+
+@app.command(name="audit", help_epilogue=_exit_codes(AUDIT_CODES))
+def audit_command(
+    model: str,
+    /,
+    *,
+    fingerprint: Path,
+    file: str | None = None,
+    adapter: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    chat_template: str | None = None,
+    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Say whether a model is still the one that was fingerprinted, and where it was tampered with.
+
+    Parameters
+    ----------
+    model
+        The suspect: "demo", a hub id, a Hugging Face folder or a .gguf file.
+    fingerprint
+        File that "mechsafety fingerprint" wrote.
+    file
+        The .gguf file of the hub repository, or folder, that MODEL names.
+    adapter
+        Folder of a peft adapter to merge.
+    device
+        cpu, cuda, mps.
+    dtype
+        float32, bfloat16, float16; auto for the checkpoint's own.
+    chat_template
+        A file with a Jinja chat template, the template itself, or "plain".
+    template_option
+        NAME=VALUE for the chat template.
+    as_json
+        Print the verdict, all tests and all findings as JSON.
+    """
+    template, template_options = _template(chat_template), _template_options(template_option)
+    if not fingerprint.exists():
+        raise MechsafetyError(
+            f"no such file: {str(fingerprint)!r}", expected="a file that 'mechsafety fingerprint' wrote"
+        )
+    from mechsafety.models import load_model
+    from mechsafety.monitors import TamperAudit
+
+    audit = TamperAudit.load(fingerprint)
+    suspect = load_model(
+        model,
+        adapter=adapter,
+        device=device,
+        dtype=dtype,
+        file=file,
+        chat_template=template,
+        template_options=template_options,
+    )
+    report = audit.check(suspect)
+    facts = {
+        "model": report.provenance.model,
+        "fingerprint": report.fingerprint,
+        "tampered": report.tampered,
+        "identical": report.identical,
+        "score": report.score,
+        "tests": report.tests_dataframe().to_dict("records"),
+        "findings": report.to_dataframe().to_dict("records"),
+        "notes": list(report.notes),
+    }
+    text = json_text(facts, indent=None) if as_json else report.summary()
+    shown = _show(text, fingerprint, "ask again: nothing of the verdict is kept")
+    if shown != DONE or not report.tampered:
+        return shown
+    return _say(f"{facts['model']} was tampered with (score {report.score:.2f}, limit 1)", TAMPERED)
 
 
 NO_CIRCUIT_ROW = ("no circuit", "the time budget ended before edges and roles were measured; these parts are a ranking")
@@ -414,8 +603,8 @@ def _roles(circuit: Any) -> list[str]:
     return [role for role in ROLES if circuit.by_role(role)]
 
 
-def _show(text: str, out: Path) -> int:
-    """Print the summary; if it cannot be printed (no reader, full disk), say that the map is complete all the same."""
+def _show(text: str, out: Path, kept: str = "the map is whole in {}") -> int:
+    """Print the summary; if it cannot be printed (no reader, full disk), say what is complete all the same."""
     try:
         # a terminal that lacks a token's characters shows their code points
         encoding = sys.stdout.encoding or "utf-8"
@@ -423,7 +612,7 @@ def _show(text: str, out: Path) -> int:
     except OSError as error:
         # the rest of the buffer would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _say(f"the summary was not printed ({error.strerror}); the map is whole in {out}")
+        _say(f"the summary was not printed ({error.strerror}); {kept.format(out)}")
         return CLOSED
     return 0
 
@@ -455,7 +644,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command and exit with one of `EXIT_CODES`; every code except 0 comes with one line on stderr."""
+    """Run the command and exit with one of its codes; every code except 0 comes with one line on stderr."""
     try:
         with _stoppable():
             code = app(

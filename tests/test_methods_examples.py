@@ -45,6 +45,7 @@ from mechsafety.models.backend import NormForm
 from mechsafety.models.engine import max_variants
 from mechsafety.models.memory import CPU_TOKENS
 from mechsafety.models.slices import part_slices, values_of
+from mechsafety.monitors.tampering import log_ratio, refusal_value, relative_changes
 from mechsafety.neurons import AlignmentTax, NeuronScores
 from mechsafety.nodes import EMBED, LOGITS, Edge, Node, head_and_mlp_nodes
 from mechsafety.openers import FLOOR, MARGIN, auroc, best, candidates
@@ -1153,6 +1154,23 @@ def _(e, toy):
     return {
         "p of McNemar's exact test, one-sided": binomtest(lost, lost + gained, alternative="greater").pvalue,
         "p with 4 and 0": binomtest(4, 4, alternative="greater").pvalue,
+    }
+
+
+# audit.md
+
+
+@check("a neuron ablated, and refusal trained away")
+def _(e, toy):
+    probes = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, -2.0]])
+    harmful, fallen = e["log-odds on harmful prompts before and after"]
+    fall = (harmful - fallen) / (harmful - e.one("log-odds on harmless prompts before"))
+    return {
+        "relative change": float(relative_changes(*probes, torch.tensor([10.0]))[0]),
+        "log ratio of a gain that falls from 2 to 1": float(log_ratio(torch.tensor(1.0), torch.tensor(2.0))),
+        "fall": fall,
+        "value of the refusal test at a change of 0.1": refusal_value(fall, 0.1),
+        "value of the refusal test at a change of 0.002": refusal_value(fall, 0.002),
     }
 
 

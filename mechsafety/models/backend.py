@@ -261,6 +261,14 @@ class Backend(ABC):
         """Output weights of a layer's neurons."""
         return self._block(layer).mlp.W_out
 
+    def W_in(self, layer: int) -> Float[Tensor, "d_model d_mlp"]:
+        """Input weights of a layer's neurons; in a gated MLP, those of the linear branch."""
+        return self._block(layer).mlp.W_in
+
+    def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:
+        """Value weights: one per key-value head, or repeated to all heads, as the generation stores them."""
+        return self._block(layer).attn.W_V
+
     def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
         """Output bias of a layer's MLP; zeros where there is none."""
         return _or_zeros(self._block(layer).mlp, "b_out", self.W_out(layer))

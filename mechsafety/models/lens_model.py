@@ -486,9 +486,11 @@ class LensModel:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of all parameters, by name."""
-        if self._plain is not None:
-            return self._plain.weights_sha256
+        """Hash of all parameters, by name, as they were when it was first asked for."""
+        return self.hash_weights() if self._plain is None else self._plain.weights_sha256
+
+    def hash_weights(self) -> str:
+        """Hash of all parameters, by name, as they are now."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self.backend.weights().items()):
             digest.update(name.encode())

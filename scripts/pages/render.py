@@ -8,6 +8,7 @@ from typing import Any
 from mechsafety.errors import MechsafetyError
 from mechsafety.output import json_text, write_text
 from pages import (
+    audit,
     claims,
     coverage,
     demo_model,
@@ -26,7 +27,7 @@ from pages.records import PageError
 
 MODULES = (
     *(refusal_direction, safety_neurons, native_model, coverage, claims, discovery),
-    *(robustness, finetuning, ground_truth, demo_model, models, gallery),
+    *(robustness, finetuning, ground_truth, demo_model, models, gallery, audit),
 )
 PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}
 
