@@ -43,7 +43,7 @@ class Size:
 
     pairs: int = 16
     n_random: int = 20
-    ordinary: int = 24
+    ordinary: int = 10
     reply_tokens: int = 48
     depth_prompts: int = 16
     depth_tokens: int = 20
