@@ -107,7 +107,7 @@ class Asker:
         self.client = httpx.Client(base_url=url, timeout=300, limits=limits)
 
     def __call__(self, number: int) -> tuple[int, bool, float]:
-        """Status of a request, whether its answer is the expected one, and its seconds."""
+        """Status of a request (0 if there is no whole answer), whether the answer is as expected, and its seconds."""
         prompt = self.asked[number * 7919 % len(self.asked)]
         body = {"prompt": prompt, "max_new_tokens": self.tokens, "stream": number % 2 == 1}
         start = time.perf_counter()
@@ -124,6 +124,8 @@ class Asker:
         events = [part.split("\ndata: ") for part in text.split("\n\n") if part]
         pieces = "".join(json.loads(data)["text"] for name, data in events if name == "event: token")
         whole = [json.loads(data)["text"] for name, data in events if name == "event: end"]
+        if not whole:  # the stream broke off, or ended with an error
+            return 0, False, seconds
         return 200, whole == [self.expected[prompt]] == [pieces], seconds
 
 
@@ -229,12 +231,14 @@ def main() -> None:
         expected = {prompt: model.generate([prompt], args.tokens, progress=False)[0] for prompt in prompts()}
         found: dict[str, Any] = {"model": "A random Llama of 3 layers", "tokens": args.tokens}
         found["replies"] = len(set(expected.values()))
-        with served(folder) as (made, process):
+        # a time limit that no slow machine reaches: what is lost is then lost for another reason
+        patient = ("--max-seconds", "3600")
+        with served(folder, *patient) as (made, process):
             ask = Asker(made.url, expected, args.tokens)
             found["load"] = under_load(made, ask, args.requests, args.clients)
             found["killed"] = killed(made, ask, args.killed)
         found["exit_code"] = process.returncode
-        with served(folder, "--max-waiting", "4") as (made, process):
+        with served(folder, *patient, "--max-waiting", "4") as (made, process):
             ask = Asker(made.url, expected, args.tokens)
             found["overload"] = overloaded(ask, max(1, args.requests // 10), args.clients, 4)
         found["exit_code"] = found["exit_code"] or process.returncode

@@ -1011,7 +1011,7 @@ def _(e, toy):
         *[harmless] * 4,
         2,
     )
-    watch = ms.monitors.ReplyWatch(SimpleNamespace(device=torch.device("cpu")), [weights])
+    watch = ms.monitors.ReplyWatch(toy.model, [weights])
     ((_, read),) = watch.hooks()
     read(torch.tensor([[e["activations"]]]))
     watch.ended([0], [0])
