@@ -1,4 +1,4 @@
-"""How much time a monitor takes beside generation; runs without and with it take turns.
+"""How much processor time a monitor takes beside generation; runs without and with it take turns.
 
     python benchmarks/monitor_overhead.py [--repeats N] [--tokens N] [--tiny] [--out FOLDER]
 
@@ -46,15 +46,18 @@ def monitors(model: ms.LensModel) -> dict[str, ActivationMonitor]:
 
 
 def turns(plain: Callable[[], Any], watched: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Seconds of both calls, which take turns; each turn begins with the other one."""
+    """Processor seconds of both calls, which take turns; each turn begins with the other one.
+
+    Unlike a clock's time, they do not count what else runs on the machine.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     calls = (plain, watched)
     same = plain() == watched()
     for turn in range(repeats):
         for which in (0, 1) if turn % 2 else (1, 0):
-            start = time.perf_counter()
+            start = time.process_time()
             calls[which]()
-            seconds[which].append(time.perf_counter() - start)
+            seconds[which].append(time.process_time() - start)
     ratios = [b / a for a, b in zip(*seconds, strict=True)]
     return {
         "plain_s": statistics.median(seconds[0]),

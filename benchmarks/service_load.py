@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--killed", type=int, default=200)
+    parser.add_argument("--note", default="", help="what a reader should know of this run, such as a busy machine")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -229,7 +230,7 @@ def main() -> None:
         tiny_tokenizer().save_pretrained(folder)
         model = ms.load_model(str(folder))
         expected = {prompt: model.generate([prompt], args.tokens, progress=False)[0] for prompt in prompts()}
-        found: dict[str, Any] = {"model": "A random Llama of 3 layers", "tokens": args.tokens}
+        found: dict[str, Any] = {"model": "A random Llama of 3 layers", "tokens": args.tokens, "note": args.note}
         found["replies"] = len(set(expected.values()))
         # a time limit that no slow machine reaches: what is lost is then lost for another reason
         patient = ("--max-seconds", "3600")

@@ -65,9 +65,10 @@ def _monitors(part: Mapping[str, Any]) -> list[str]:
         "",
         f"{_about(part)} {part['model']}, float32, replies of up to {part['tokens']} tokens. `python "
         "benchmarks/monitor_overhead.py`.",
-        f"Runs without and with a monitor take turns, {part['repeats']} of each. *without*, *with*: medians. *ratio*: "
-        "the median over the turns of with / without, and in brackets the smallest and the largest. A monitor reads "
-        "every token in the forwards of the generation itself.",
+        f"Runs without and with a monitor take turns, {part['repeats']} of each. *without*, *with*: medians of the "
+        "process' own processor time, which leaves out what else runs on the machine. *ratio*: the median over the "
+        "turns of with / without, and in brackets the smallest and the largest. A monitor reads every token in the "
+        "forwards of the generation itself.",
         "",
         *table(head, rows),
     ]
@@ -101,8 +102,14 @@ def _service(part: Mapping[str, Any]) -> list[str]:
         "",
         f"{_about(part)} {part['model']}, replies of up to {part['tokens']} tokens ({part['replies']} different ones), "
         "half of them streamed, on loopback. `python benchmarks/service_load.py`.",
-        "Every answer is compared with `LensModel.generate` for its prompt alone, computed before in another process. "
-        "The service runs one request at a time, so the seconds per request are mostly the wait behind other clients.",
+        " ".join(
+            [
+                "Every answer is compared with `LensModel.generate` for its prompt alone, computed before in another "
+                "process. The service runs one request at a time, so the seconds per request are mostly waiting behind "
+                "other clients.",
+                *filter(None, [part.get("note")]),
+            ]
+        ),
         "",
         *table(["figure", "value"], rows),
     ]
