@@ -28,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser test-latex pages models coverage gallery lint format train train-certified evaluate bench bench-truth clean
+.PHONY: demo test test-tl3 test-browser test-latex pages models coverage gallery lint format train train-certified evaluate bench bench-truth bench-service clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -103,6 +103,11 @@ bench: $(DEV)
 # every method on models whose circuit is known, for docs/results/ground-truth.md; goes on where it stopped
 bench-truth: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/truth.py
+
+# time of monitors beside generation, and the service under load, for benchmarks/SERVICE.md
+bench-service: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/monitor_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_load.py
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -54,7 +54,7 @@ def _exit_codes(table: Mapping[int, str], of: str = "") -> str:
 
 app = App(
     name="mechsafety",
-    help="Map which parts of a chat model make it refuse, and tell whether a model was tampered with.",
+    help="Map which parts of a chat model make it refuse, tell whether a model was tampered with, serve it guarded.",
     version=__version__,
     help_format="plaintext",
     help_epilogue=_exit_codes(EXIT_CODES, " of map"),
@@ -366,6 +366,103 @@ def audit_command(
     if shown != DONE or not report.tampered:
         return shown
     return _say(f"{facts['model']} was tampered with (score {report.score:.2f}, limit 1)", TAMPERED)
+
+
+@app.command(name="serve")
+def serve_command(
+    model: str,
+    /,
+    *,
+    guard: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token_file: Path | None = None,
+    without_token: Annotated[bool, Parameter(negative="")] = False,
+    max_waiting: int = 64,
+    max_seconds: float = 60.0,
+    max_new_tokens: int = 512,
+    max_prompt_tokens: int = 2048,
+    grace_seconds: float = 30.0,
+    file: str | None = None,
+    adapter: Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    chat_template: str | None = None,
+    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+) -> int:
+    """Serve a model over HTTP: /generate, /score, /healthz, /metrics and /docs, until Ctrl-C or SIGTERM.
+
+    It needs the extra "serve". Logs are JSON lines on stderr, without the text of prompts and replies. After Ctrl-C or
+    SIGTERM it finishes the requests that it has accepted, and its exit code is 0.
+
+    Parameters
+    ----------
+    model
+        "demo", a hub id, a Hugging Face folder or a .gguf file.
+    guard
+        File or folder of a saved guard or monitor. Prompts that the guard judges unsafe get no reply. A reply ends
+        before the first token that a monitor flags.
+    host
+        Address to listen on. One that other machines reach needs a token.
+    port
+        Port to listen on; 0 takes a free one, which the log names.
+    token_file
+        File with the bearer token that requests need.
+    without_token
+        Serve an address that other machines reach to everybody.
+    max_waiting
+        Number of requests that may wait for the one that runs; further ones get 429.
+    max_seconds
+        Longest time per request, waiting included.
+    max_new_tokens
+        Longest reply that a request may ask for, in tokens.
+    max_prompt_tokens
+        Longest chat prompt, in tokens.
+    grace_seconds
+        How long accepted requests may go on after the service was told to stop.
+    file
+        The .gguf file of the hub repository, or folder, that MODEL names.
+    adapter
+        Folder of a peft adapter to merge.
+    device
+        cpu, cuda, mps.
+    dtype
+        float32, bfloat16, float16; auto for the checkpoint's own.
+    chat_template
+        A file with a Jinja chat template, the template itself, or "plain" for models without a chat template.
+    template_option
+        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
+    """
+    from mechsafety.service import ServiceLimits, bound_socket, read_token, serve
+    from mechsafety.service.judge import load_protection, protection_type
+
+    limits = ServiceLimits(
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        waiting=max_waiting,
+        seconds=max_seconds,
+        grace_seconds=grace_seconds,
+    )
+    template, template_options = _template(chat_template), _template_options(template_option)
+    token = None if token_file is None else read_token(token_file)
+    if guard is not None:
+        protection_type(guard)
+    # all mistakes that can be seen without the model are said before it is loaded
+    with bound_socket(host, port, token=token is not None, without_token=without_token) as bound:
+        from mechsafety.models import load_model
+
+        lens = load_model(
+            model,
+            file=file,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            chat_template=template,
+            template_options=template_options,
+        )
+        protection = None if guard is None else load_protection(guard, lens)
+        serve(lens, protection, token=token, limits=limits, bound=bound)
+    return DONE
 
 
 NO_CIRCUIT_ROW = ("no circuit", "the time budget ended before edges and roles were measured; these parts are a ranking")

@@ -252,3 +252,20 @@ def test_acdc_leaves_the_edges_of_the_plain_loop(planted):
     model, pairs = planted
     found = acdc_of(model, PromptPairs(pairs.pairs[:1]), RefusalLogOdds.of(model, ["sorry"], ["sure"]), repeats=1)
     assert found["equal"] and found["max_value"] == 1.0
+
+
+def test_the_page_of_the_service_is_drawn_from_its_record_and_faults_are_named(tmp_path):
+    import service_load
+    import service_report
+
+    stored = json.loads((service_report.HERE / "service.json").read_text(encoding="utf-8"))
+    assert service_report.markdown(stored) == (service_report.HERE / "SERVICE.md").read_text(encoding="utf-8")
+    good = stored["service"]
+    assert service_load.faults(good) == []
+    lost = {**good, "load": {**good["load"], "lost": 1, "different": 2, "rss_mib": [100.0, 200.0]}, "exit_code": 1}
+    assert service_load.faults(lost) == ["answers lost", "answers differ", "memory grew by 100 MiB", "exit code 1"]
+    case = {"monitor": "m", "sites": 2, "call": "c", "plain_s": 1.0, "watched_s": 1.2, "ratio": 1.2, "low": 1.1}
+    case |= {"high": 1.3, "same": False}
+    service_report.store("monitors", {"model": "demo", "tokens": 8, "repeats": 2, "cases": [case]}, tmp_path)
+    page = (tmp_path / "SERVICE.md").read_text(encoding="utf-8")
+    assert "| 1.200 (1.100 to 1.300) | NO | missed |" in page

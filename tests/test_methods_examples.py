@@ -65,6 +65,7 @@ from mechsafety.robustness import (
     finetune_parts,
 )
 from mechsafety.robustness.finetuned import refuses_less
+from mechsafety.sites import Site, SiteKind
 from mechsafety.testbed.certify import Certificate
 from mechsafety.testbed.planter import plateau
 from mechsafety.testbed.scoring import score
@@ -1007,6 +1008,37 @@ def _(e, toy):
         "threshold that catches 95 %": sorted(unsafe)[-math.ceil(0.95 * len(unsafe))],
         "false-positive rate there": found.fpr_at_tpr("test", "neurons"),
         "accuracy at 0.5": found.accuracy("test", "neurons"),
+    }
+
+
+# monitors.md
+
+
+@check("a score and its threshold")
+def _(e, toy):
+    harmless = torch.tensor(e["held-out harmless scores"])
+    site = Site(SiteKind.RESID_PRE, 0)
+    weights = ms.monitors.MonitorWeights(
+        NOWHERE,
+        "direction",
+        (site,),
+        (torch.tensor(e["weights"]),),
+        e.one("intercept"),
+        e.one("false-positive rate"),
+        *[harmless] * 4,
+        2,
+    )
+    watch = ms.monitors.ReplyWatch(toy.model, [weights])
+    ((_, read),) = watch.hooks()
+    read(torch.tensor([[e["activations"]]]))
+    watch.ended([0], [0])
+    ((score,),) = watch.reply().scores
+    assert (watch.reply().flagged is None) == (score < weights.threshold("prompt")) is False
+    return {
+        "score": score,
+        "threshold": weights.threshold("prompt"),
+        "p of the score": weights.p_value([score], "prompt")[0],
+        "interval of the true rate": weights.false_positives("prompt"),
     }
 
 

@@ -85,6 +85,7 @@ ROOMS = (
     ("circuits",),
     ("robustness",),
     ("monitors",),
+    ("service",),
     ("testbed",),
     ("viz",),
     ("cli",),

@@ -1,7 +1,8 @@
 """Decoding: the one loop that every reply comes from, greedy or sampled."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.models.backend import Backend
+from mechsafety.models.backend import Backend, Hook
 
 # token ids [batch pos], and a mask that is True at real tokens
 Columns = tuple[Tensor, Tensor]
@@ -83,6 +84,99 @@ class Sampler:
         return torch.cat(drawn).to(logits.device)
 
 
+@dataclass(frozen=True, slots=True)
+class ReplyToken:
+    """One token of a reply that is being generated.
+
+    Attributes:
+        id: Token id.
+        text: What it adds to the reply's text. Empty for special tokens, for blanks until a word follows them, and for
+            a part of a character; the token that completes the character has it whole.
+    """
+
+    id: int
+    text: str
+
+
+class Speech:
+    """The text of a reply as its tokens come.
+
+    Args:
+        decode: Function from all token ids so far to their text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._said = ""
+
+    def add(self, token: int, last: bool = False) -> ReplyToken:
+        """The next token; the last one brings what was held back."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if (text.endswith("\ufffd") and not last) or not text.startswith(self._said):
+            return ReplyToken(token, "")
+        said, self._said = self._said, text
+        return ReplyToken(token, text[len(said) :])
+
+
+class Watch(Protocol):
+    """Reads activations while replies are generated, in the forwards of the generation itself, and may end a reply."""
+
+    def hooks(self) -> Sequence[Hook]:
+        """Sites to read, and the functions that read them; they may change nothing."""
+
+    def ended(self, numbers: Sequence[int], running: Collection[int]) -> Collection[int]:
+        """Called after each forward, before any token is chosen from its logits.
+
+        Args:
+            numbers: Number of each row's prompt.
+            running: Rows whose replies go on.
+
+        Returns:
+            Rows whose replies end here, without a further token.
+        """
+
+
+def reply_steps(
+    read: Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]],
+    prompts: Sequence[Columns],
+    ends: Collection[int],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor] = most_probable,
+    ended: Callable[[Collection[int]], Collection[int]] = lambda running: (),
+) -> Iterator[tuple[Float[Tensor, "batch d_vocab"], dict[int, int]]]:
+    """Replies token by token; by default each step takes the most probable token, and nothing but the logits decides.
+
+    A step's forward is run when the step is asked for.
+
+    Args:
+        read: Reads further columns (ids and mask), and returns the next-token logits of the last column.
+        prompts: The prompts' columns, in one or more pieces.
+        ends: Tokens that end a reply.
+        max_new_tokens: Longest reply, at least 1.
+        choose: Function from next-token logits to each row's token.
+        ended: Function from the rows that go on to those of them whose replies end before this step's token.
+
+    Yields:
+        One pair per step: the logits; and the new token of each row whose reply goes on. An end token is among them.
+    """
+    for ids, real in prompts:
+        last = read(ids, real)
+    running = set(range(len(last)))
+    for step in range(max_new_tokens):
+        running -= set(ended(running))
+        chosen = choose(last)
+        new = {row: token for row, token in enumerate(chosen.tolist()) if row in running}
+        running -= {row for row, token in new.items() if token in ends}
+        yield last, new
+        if not running or step + 1 == max_new_tokens:
+            return
+        # a finished row goes on generating, and nothing reads its further tokens
+        columns = rearrange(chosen, "batch -> batch 1")
+        last = read(columns, torch.ones_like(columns, dtype=torch.bool))
+
+
 def decode_replies(
     read: Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]],
     prompts: Sequence[Columns],
@@ -91,40 +185,32 @@ def decode_replies(
     keep: int = 0,
     said: Callable[[], object] = lambda: None,
     choose: Callable[[Tensor], Tensor] = most_probable,
+    ended: Callable[[Collection[int]], Collection[int]] = lambda running: (),
 ) -> tuple[list[list[int]], list[Float[Tensor, "batch d_vocab"]]]:
-    """Replies token by token; by default each step takes the most probable token, and nothing but the logits decides.
+    """Whole replies of `reply_steps`.
 
     Args:
-        read: Reads further columns (ids and mask), and returns the next-token logits of the last column.
-        prompts: The prompts' columns, in one or more pieces.
+        read: As for `reply_steps`.
+        prompts: As for `reply_steps`.
         ends: Tokens that end a reply.
         max_new_tokens: Longest reply, at least 1.
         keep: Number of first steps whose logits are returned.
         said: Called after each new column.
-        choose: Function from next-token logits to each row's token.
+        choose: As for `reply_steps`.
+        ended: As for `reply_steps`.
 
     Returns:
         Token ids of each row's reply, up to and including its end token. Then the logits of the first ``keep`` steps
         that were run; the first of them are the logits after the prompt.
     """
-    for ids, real in prompts:
-        last = read(ids, real)
-    replies: list[list[int]] = [[] for _ in range(len(last))]
-    running, logits = set(range(len(last))), []
-    for step in range(max_new_tokens):
+    replies: list[list[int]] = [[] for _ in range(max(len(ids) for ids, _ in prompts))]
+    logits: list[Tensor] = []
+    for step, (last, new) in enumerate(reply_steps(read, prompts, ends, max_new_tokens, choose, ended)):
         if step < keep:
             logits.append(last)
-        chosen = choose(last)
-        for row, token in enumerate(chosen.tolist()):
-            if row in running:
-                replies[row].append(token)
-                running -= {row} if token in ends else set()
+        for row, token in new.items():
+            replies[row].append(token)
         said()
-        if not running or step + 1 == max_new_tokens:
-            break
-        # a finished row goes on generating, and nothing reads its further tokens
-        new = rearrange(chosen, "batch -> batch 1")
-        last = read(new, torch.ones_like(new, dtype=torch.bool))
     return replies, logits
 
 

@@ -4,8 +4,8 @@ import copy
 import hashlib
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,20 @@ from torch import Tensor
 
 from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, Prompts, public
+from mechsafety.inputs import Amount, Count, Prompts, prompt_list, public
 from mechsafety.models.backend import Backend, use_of
 from mechsafety.models.chat import ChatTokenizer
-from mechsafety.models.decode import Cursor, Sampler, check_room, decode_replies, most_probable
+from mechsafety.models.decode import (
+    Cursor,
+    ReplyToken,
+    Sampler,
+    Speech,
+    Watch,
+    check_room,
+    decode_replies,
+    most_probable,
+    reply_steps,
+)
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
 from mechsafety.models.template import checked_options
@@ -27,6 +37,7 @@ from mechsafety.nodes import NodeLike
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
+from mechsafety.settled import settled
 from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -345,6 +356,7 @@ class LensModel:
         *,
         temperature: float = 0.0,
         seed: Amount = 0,
+        watch: Watch | None = None,
         progress: bool = True,
     ) -> list[str]:
         """Replies to chat prompts, without special tokens; one reply per prompt, in order. By default they are greedy.
@@ -361,13 +373,15 @@ class LensModel:
                 1 samples from the model itself.
             seed: Seed of the draws. Each prompt has its own draws, so the batch size changes them only where rounding
                 changes the logits.
+            watch: Reads activations in the forwards of the generation, and may end a reply. A guard with monitors makes
+                one.
             progress: Whether to show a bar, after two seconds.
 
         Raises:
             MechsafetyError: A single prompt is given, `tokenize` refuses a prompt, a reply may grow beyond the model's
                 positions, or the temperature is negative or not finite.
         """
-        options: dict[str, Any] = {"temperature": temperature, "seed": seed, "progress": progress}
+        options: dict[str, Any] = {"temperature": temperature, "seed": seed, "watch": watch, "progress": progress}
         return self.decode(self.reply_ids(prompts, max_new_tokens, batch_size, **options))
 
     @public
@@ -379,14 +393,14 @@ class LensModel:
         *,
         temperature: float = 0.0,
         seed: Amount = 0,
+        watch: Watch | None = None,
         progress: bool = True,
     ) -> list[list[int]]:
         """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
         from mechsafety.models.rows import lay_out, prompt_rows
         from mechsafety.progress import progress_bar
 
-        if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):
-            raise MechsafetyError(f"temperature={temperature!r}", expected="a number, at least 0")
+        _check_temperature(temperature)
         if not prompts:
             return []
         rows = prompt_rows(self, prompts)
@@ -398,19 +412,81 @@ class LensModel:
         with progress_bar(total=total, desc="generating", delay=2, show=progress) as bar:
             for number, start in enumerate(starts, 1):
                 chunk = order[start : start + batch_size]
-                with self.lock, torch.no_grad():
+                with self.lock, torch.no_grad(), self._watched(watch):
                     cursor = Cursor(self.backend)
 
                     def read(ids: Tensor, real: Tensor, cursor: Cursor = cursor) -> Tensor:
                         return cursor.feed(ids, real)[:, -1].float()
 
                     choose = Sampler(temperature, seed, chunk) if temperature else most_probable
-                    pieces = lay_out(self, [rows[k] for k in chunk]).pieces()
-                    new, _ = decode_replies(read, pieces, self.end_ids, max_new_tokens, said=bar.update, choose=choose)
+                    pieces, ended = lay_out(self, [rows[k] for k in chunk]).pieces(), _ended(watch, chunk)
+                    new, _ = decode_replies(
+                        read, pieces, self.end_ids, max_new_tokens, said=bar.update, choose=choose, ended=ended
+                    )
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
                 for k, ids in zip(chunk, new, strict=True):
                     replies[k] = ids
         return replies
+
+    @public
+    def stream(
+        self,
+        prompt: PromptLike,
+        max_new_tokens: Count = 64,
+        *,
+        temperature: float = 0.0,
+        seed: Amount = 0,
+        watch: Watch | None = None,
+    ) -> Iterator[ReplyToken]:
+        """The reply to one chat prompt, token by token as it is generated.
+
+        The tokens are those of `reply_ids` for this prompt alone, and their texts together are the reply of `generate`.
+        A token's forward is run when the token is asked for. Between two tokens the model is free for other calls.
+
+        Args:
+            prompt: A text or a list of chat messages.
+            max_new_tokens: Largest number of tokens in the reply.
+            temperature: As for `generate`.
+            seed: Seed of the draws, of which a single prompt has the first stream.
+            watch: As for `generate`.
+
+        Raises:
+            MechsafetyError: As for `generate`; raised by the call itself, before the first token is asked for.
+
+        Example::
+
+            for token in model.stream("How do I bake bread?"):
+                print(token.text, end="")
+        """
+        _check_temperature(temperature)
+        tokens = self.reading(()).tokenize(prompt_list([prompt]))
+        check_room(self.backend, tokens.ids.shape[1], max_new_tokens)
+        cursor = Cursor(self.backend)
+        steps = reply_steps(
+            lambda ids, real: cursor.feed(ids, real)[:, -1].float(),
+            [(tokens.ids, tokens.mask)],
+            self.end_ids,
+            max_new_tokens,
+            Sampler(temperature, seed, [0]) if temperature else most_probable,
+            _ended(watch, [0]),
+        )
+        return self._speak(steps, max_new_tokens, watch)
+
+    def _speak(
+        self, steps: Iterator[tuple[Tensor, dict[int, int]]], max_new_tokens: int, watch: Watch | None
+    ) -> Iterator[ReplyToken]:
+        speech = Speech(lambda ids: self.decode([ids])[0])
+        for number in range(1, max_new_tokens + 1):
+            with settled(), self.lock, torch.no_grad(), self._watched(watch):
+                step = next(steps, None)
+            new = {} if step is None else step[1]
+            if not new:
+                return
+            yield speech.add(new[0], new[0] in self.end_ids or number == max_new_tokens)
+
+    def _watched(self, watch: Watch | None) -> AbstractContextManager[None]:
+        """Context in which a watch reads what it asked for; it may change nothing, so that every column is alike."""
+        return nullcontext() if watch is None else self.hooks(watch.hooks(), by_column=True)
 
     def decode(self, replies: Sequence[Sequence[int]]) -> list[str]:
         """Replies as text, without special tokens and surrounding blanks."""
@@ -513,6 +589,16 @@ class LensModel:
             versions=package_versions(),
             template_options=dict(self.template_options),
         )
+
+
+def _check_temperature(temperature: object) -> None:
+    if not (isinstance(temperature, numbers.Real) and 0 <= float(temperature) < math.inf):
+        raise MechsafetyError(f"temperature={temperature!r}", expected="a number, at least 0")
+
+
+def _ended(watch: Watch | None, numbers: Sequence[int]) -> Callable[[Collection[int]], Collection[int]]:
+    """What a watch says of the rows of a batch, given the numbers of their prompts."""
+    return (lambda running: ()) if watch is None else lambda running: watch.ended(numbers, running)
 
 
 def _difference(model: LensModel, pairs: PromptPairs, index: int) -> str:

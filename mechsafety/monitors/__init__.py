@@ -1,5 +1,13 @@
-"""Monitors: a guard that reads a prompt's activations before the first token, and an audit of a model for tampering."""
+"""Monitors: a guard of prompts, monitors of every token of a reply, and an audit of a model for tampering."""
 
+from mechsafety.monitors.activation import (
+    ActivationMonitor,
+    MonitorScores,
+    MonitorWeights,
+    ReplyWatch,
+    ScoredToken,
+    WatchedReply,
+)
 from mechsafety.monitors.audit import AuditReport, TamperAudit
 from mechsafety.monitors.evaluation import GuardReport, compare_guards
 from mechsafety.monitors.features import LabelledPrompts, label_by_replies
@@ -10,13 +18,19 @@ __all__ = [
     "AuditReport",
     "AuditTest",
     "Finding",
+    "ActivationMonitor",
     "GuardReport",
     "GuardWeights",
     "GuardedOutput",
     "LabelledPrompts",
+    "MonitorScores",
+    "MonitorWeights",
+    "ReplyWatch",
     "SafetyGuard",
     "TamperAudit",
+    "ScoredToken",
     "Verdict",
+    "WatchedReply",
     "compare_guards",
     "label_by_replies",
 ]

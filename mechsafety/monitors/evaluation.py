@@ -14,7 +14,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, public
 from mechsafety.models import LensModel
 from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts
-from mechsafety.monitors.guard import INVERSE_PENALTY, fit_regression
+from mechsafety.monitors.regression import INVERSE_PENALTY, fit_regression
 from mechsafety.neurons.masks import neuron_mask, random_masks
 from mechsafety.nodes import Node
 from mechsafety.results import Provenance, Result

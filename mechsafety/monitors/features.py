@@ -1,7 +1,7 @@
 """What a guard can read before the first token: activations at the last prompt token, and labels to learn from."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,15 @@ from mechsafety.models.decode import Cursor
 from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons.runs import batches
 from mechsafety.progress import progress_bar
+from mechsafety.prompts import PromptPairs
 from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
 from mechsafety.replies import REPLY_TOKENS, Judge, ask_judge, check_judge, phrase_judge
 from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
+
+# with fewer topics, no topic can be held out and some be left
+MIN_TOPICS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,18 @@ class LabelledPrompts:
         for name in ("prompts", "unsafe", "groups", "kinds"):
             values = getattr(self, name)
             object.__setattr__(self, name, tuple(values[k] for k in places) if values else ())
+
+    @classmethod
+    def of_pairs(cls, pairs: PromptPairs) -> "LabelledPrompts":
+        """The prompts of pairs, the harmful ones as unsafe.
+
+        Topics are groups. With fewer than three topics, each pair is a group.
+        """
+        pairs = pairs.without_shared_prompts()
+        topics = [pair.topic for pair in pairs]
+        groups = topics if len(set(topics)) >= MIN_TOPICS else [str(number) for number in range(len(pairs))]
+        unsafe = (True,) * len(pairs) + (False,) * len(pairs)
+        return cls(pairs.name, (*pairs.harmful, *pairs.harmless), unsafe, (*groups, *groups))
 
     def unseen_by(self, train: "LabelledPrompts") -> "LabelledPrompts":
         """These prompts without those of the training set; the number left out is logged.
@@ -141,14 +157,20 @@ class LastToken:
 @public
 def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) -> LastToken:
     """Activations at the last token of each prompt; the first tokens that all prompts share run once per batch."""
+    return _last_token(model, read_sites(model, prompts, _sites(model), progress=progress))
+
+
+@public
+def read_sites(
+    model: LensModel, prompts: Prompts, sites: Sequence[Site], *, progress: bool = False
+) -> dict[Site, Float[Tensor, "prompt width"]]:
+    """Activations of whole sites at the last token of each prompt, each flattened to one row, float32 on the CPU."""
     rows = prompt_rows(model, prompts)
-    neurons = torch.zeros(len(rows), model.n_layers, model.d_mlp)
-    resid = torch.zeros(len(rows), model.n_layers + 1, model.d_model)
+    found: dict[Site, Tensor] = {}
     for chunk in progress_bar(batches([len(row) for row in rows]), desc="reading prompts", show=progress):
-        batch = lay_out(model, [rows[k] for k in chunk])
-        found = _read(model, batch.pieces())
-        neurons[chunk], resid[chunk] = found.neurons, found.resid
-    return LastToken(neurons, resid)
+        for site, acts in _read(model, lay_out(model, [rows[k] for k in chunk]).pieces(), sites).items():
+            found.setdefault(site, torch.zeros(len(rows), acts.shape[1]))[chunk] = acts
+    return found
 
 
 @public
@@ -160,20 +182,32 @@ def read_tokens(model: LensModel, ids: Int[Tensor, "batch pos"], mask: Bool[Tens
     """
     if not bool(mask[:, -1].all()):
         raise MechsafetyError("a row ends with padding", hint="pad on the left: tokenizer.padding_side = 'left'")
-    return _read(model, [(ids.to(model.device), mask.to(model.device))])
+    return _last_token(model, _read(model, [(ids.to(model.device), mask.to(model.device))], _sites(model)))
 
 
-def _read(model: LensModel, pieces: Sequence[tuple[Tensor, Tensor]]) -> LastToken:
-    sites = [Site(SiteKind.NEURONS, layer) for layer in range(model.n_layers)]
-    stream = [Site(SiteKind.RESID_PRE, layer) for layer in range(model.n_layers)] + [Site(SiteKind.FINAL_NORM_IN)]
+def _sites(model: LensModel) -> list[Site]:
+    """The sites of a `LastToken`."""
+    layers = range(model.n_layers)
+    kinds = (SiteKind.NEURONS, SiteKind.RESID_PRE)
+    return [*(Site(kind, layer) for kind in kinds for layer in layers), Site(SiteKind.FINAL_NORM_IN)]
+
+
+def _last_token(model: LensModel, found: Mapping[Site, Tensor]) -> LastToken:
+    sites = _sites(model)
+    parts = (sites[: model.n_layers], sites[model.n_layers :])
+    return LastToken(*(torch.stack([found[site] for site in part], dim=1) for part in parts))
+
+
+def _read(
+    model: LensModel, pieces: Sequence[tuple[Tensor, Tensor]], sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "row width"]]:
     found: dict[Site, Tensor] = {}
     hooks = [
-        (site, lambda tensor, site=site: found.__setitem__(site, tensor[:, -1].float().cpu()))
-        for site in [*sites, *stream]
+        (site, lambda tensor, site=site: found.__setitem__(site, rearrange(tensor[:, -1], "row ... -> row (...)")))
+        for site in sites
     ]
     with torch.no_grad(), model.hooks(hooks):
         cursor = Cursor(model.backend)
         for ids, real in pieces:
             cursor.feed(ids, real)
-    stacked = [torch.stack([found[site] for site in part]) for part in (sites, stream)]
-    return LastToken(*(rearrange(part, "layer prompt d -> prompt layer d") for part in stacked))
+    return {site: acts.float().cpu() for site, acts in found.items()}

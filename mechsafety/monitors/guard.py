@@ -18,14 +18,12 @@ from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.models import LensModel
+from mechsafety.monitors.activation import ActivationMonitor, MonitorWeights, ReplyWatch, WatchedReply
 from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts, read_tokens
+from mechsafety.monitors.regression import INVERSE_PENALTY, cross_validated, fit_regression
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
 from mechsafety.nodes import Node
 from mechsafety.results import Provenance, Result
-
-# the same for every kind of feature: a comparison must not depend on tuning
-INVERSE_PENALTY = 0.1
-MAX_STEPS = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +49,13 @@ class GuardedOutput:
         verdicts: One verdict per prompt, made before the first token.
         output: What ``generate`` returned for the prompts that were not stopped; None if it was not called.
         answered: Numbers of these prompts, in the order of the output's rows.
+        watched: What the guard's monitors saw of each of these replies; empty without monitors.
     """
 
     verdicts: tuple[Verdict, ...]
     output: Any
     answered: tuple[int, ...]
+    watched: tuple[WatchedReply, ...] = ()
 
     @property
     def replies(self) -> list[Any]:
@@ -75,6 +75,7 @@ class GuardWeights(Result):
         weights, intercept: Weights and intercept of the regression.
         threshold: Probability from which a reply counts as unsafe.
         n_safe, n_unsafe: Numbers of safe and unsafe training prompts.
+        monitors: Monitors that watch the reply while it is generated.
     """
 
     provenance: Provenance
@@ -86,6 +87,7 @@ class GuardWeights(Result):
     threshold: float
     n_safe: int
     n_unsafe: int
+    monitors: tuple[MonitorWeights, ...] = ()
 
     def __repr__(self) -> str:
         return f"GuardWeights({len(self.weights)} neurons, {self.n_safe} safe and {self.n_unsafe} unsafe prompts)"
@@ -174,6 +176,32 @@ class SafetyGuard:
     def __repr__(self) -> str:
         return f"SafetyGuard({self.model.name}, {self.weights!r})"
 
+    def with_monitor(self, monitor: ActivationMonitor) -> "SafetyGuard":
+        """The same guard with one more monitor: it judges the prompt, and the monitors watch the reply.
+
+        `wrap` then reads every generated token in the generation's own forwards. With ``stop=True`` a reply ends before
+        the first token that a monitor flags. `save` stores the monitors with the guard.
+
+        Raises:
+            MechsafetyError: The monitor was fitted on a model with other weights, another chat template or other
+                template options.
+        """
+        other = monitor.weights.provenance.difference(self.weights.provenance)
+        if other is not None:
+            raise MechsafetyError(
+                f"this monitor was fitted on {monitor.model.name}, whose {other[0]} differ from the guard's model",
+                hint="fit one: ActivationMonitor.fit(guard.model, source, prompts)",
+            )
+        return SafetyGuard(self.model, replace(self.weights, monitors=(*self.weights.monitors, monitor.weights)))
+
+    def watch(self, *, stop: bool = False) -> ReplyWatch:
+        """A fresh watch of all monitors for one call of `LensModel.generate` or `LensModel.stream`.
+
+        Args:
+            stop: Whether a reply ends before the first token that a monitor flags.
+        """
+        return ReplyWatch(self.model, self.weights.monitors, stop=stop)
+
     @classmethod
     @public
     def fit(
@@ -251,14 +279,20 @@ class SafetyGuard:
         Args:
             generate: `LensModel.generate` (takes a list of prompts) or the ``generate`` of a Hugging Face model (takes
                 ``input_ids`` and ``attention_mask``, padded on the left). Its model must compute the same as the
-                guard's model.
+                guard's model. A guard with monitors takes `LensModel.generate` or `LensModel.reply_ids` of its own
+                model.
             stop: Whether prompts that are judged unsafe are left out of the call. Nothing is generated for them, and
-                the others are answered.
+                the others are answered. A reply ends before the first token that a monitor flags.
             on_verdicts: Called with the verdicts before anything is generated. An exception from it ends the call.
 
         Returns:
             A function with the arguments of ``generate`` that returns a `GuardedOutput`.
+
+        Raises:
+            MechsafetyError: The guard has monitors, and ``generate`` is not its own model's.
         """
+        if self.weights.monitors:
+            self._check_watchable(generate)
 
         def guarded(*args: Any, **kwargs: Any) -> GuardedOutput:
             verdicts = tuple(self._verdicts(self._read(args, kwargs)))
@@ -269,9 +303,24 @@ class SafetyGuard:
                 return GuardedOutput(verdicts, None, ())
             if len(rows) < len(verdicts):
                 args, kwargs = _some_rows(args, kwargs, rows)
-            return GuardedOutput(verdicts, generate(*args, **kwargs), rows)
+            if not self.weights.monitors:
+                return GuardedOutput(verdicts, generate(*args, **kwargs), rows)
+            watch = self.watch(stop=stop)
+            output = generate(*args, **kwargs, watch=watch)
+            return GuardedOutput(verdicts, output, rows, tuple(watch.reply(k) for k in range(len(rows))))
 
         return guarded
+
+    def _check_watchable(self, generate: Callable[..., Any]) -> None:
+        """Refuse a function whose forwards the monitors cannot read."""
+        owner = getattr(generate, "__self__", None)
+        own = isinstance(owner, LensModel) and owner.hf_model is self.model.hf_model
+        if not own or getattr(generate, "__name__", "") not in ("generate", "reply_ids"):
+            raise MechsafetyError(
+                f"a guard with monitors was given {getattr(generate, '__qualname__', generate)!r}",
+                expected="generate or reply_ids of its own model",
+                hint="write guard.wrap(guard.model.generate)",
+            )
 
     def _read(self, args: Sequence[Any], kwargs: dict[str, Any]) -> LastToken:
         given = next((kwargs[key] for key in ("input_ids", "inputs", "prompts") if key in kwargs), None)
@@ -288,7 +337,10 @@ class SafetyGuard:
         return [Verdict(p >= self.weights.threshold, p, self.weights.threshold) for p in found]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write what was learned, to a folder or to one file that ends in ``.json``; the model is not in it."""
+        """Write what was learned, monitors included, to a folder or to one file that ends in ``.json``.
+
+        The model is not in it.
+        """
         return self.weights.save(path)
 
     @classmethod
@@ -321,54 +373,3 @@ def _some_rows(
     per_row = ("input_ids", "inputs", "prompts", "attention_mask")
     named: dict[str, Any] = {key: cut(kwargs[key]) for key in per_row if key in kwargs}
     return (cut(args[0]), *args[1:]) if args else args, {**kwargs, **named}
-
-
-def fit_regression(features: np.ndarray, unsafe: np.ndarray) -> Any:
-    """Scaler and logistic regression with an L2 penalty, converged, as a scikit-learn pipeline.
-
-    Between the scaler and the regression stands a rotation (PCA) to the span of the training rows. The penalty does not
-    change under rotations, and the optimum lies in that span. The predictions are therefore those of a fit to all
-    features. The fit itself has only as many features as there are prompts. With thousands of neurons this is a hundred
-    times as fast.
-
-    Raises:
-        MechsafetyError: The solver stopped before it converged.
-    """
-    import warnings
-
-    from sklearn.decomposition import PCA
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    regression = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_STEPS, solver="newton-cholesky")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        try:
-            return make_pipeline(StandardScaler(), PCA(svd_solver="full"), regression).fit(features, unsafe)
-        except ConvergenceWarning:
-            raise MechsafetyError(f"the guard's regression did not converge in {MAX_STEPS} steps") from None
-
-
-def cross_validated(features: np.ndarray, train: LabelledPrompts, seed: int) -> np.ndarray:
-    """Probability of each training prompt from a regression that has not seen its group (five folds).
-
-    Raises:
-        MechsafetyError: Too few prompts or groups with a label.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    unsafe = np.array(train.unsafe)
-    groups = np.array(train.groups) if train.groups else np.arange(len(unsafe))
-    sides = [len(set(groups[unsafe == side])) for side in (False, True)]
-    if min(sides) < 5:
-        raise MechsafetyError(
-            f"{train.name}: {sides[0]} groups with safe and {sides[1]} with unsafe prompts",
-            expected="at least 5 of each",
-        )
-    out = np.zeros(len(unsafe))
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
-    for fitted, held_out in folds.split(features, unsafe, groups):
-        out[held_out] = fit_regression(features[fitted], unsafe[fitted]).predict_proba(features[held_out])[:, 1]
-    return out

@@ -16,7 +16,7 @@ from mechsafety.monitors import (
     label_by_replies,
 )
 from mechsafety.monitors.features import read_prompts, read_tokens
-from mechsafety.monitors.guard import cross_validated, fit_regression
+from mechsafety.monitors.regression import cross_validated, fit_regression
 
 FRAMES = ["make a {}", "please make a {}", "how do i make a {}", "teach me a {}", "write about a {}", "explain a {}"]
 FRAMES += ["why is my {} blue", "can i help a {}", "what is a {}", "the {} of my house"]
@@ -93,7 +93,7 @@ def test_the_threshold_catches_what_was_asked(llama, mask):
 
 
 def test_no_group_is_on_both_sides(llama, mask, monkeypatch):
-    from mechsafety.monitors import guard as module
+    from mechsafety.monitors import regression as module
 
     train, seen = labelled("train"), []
     plain = module.fit_regression
@@ -215,7 +215,7 @@ def test_bad_input(llama, mask):
 
 
 def test_a_regression_that_does_not_converge(monkeypatch):
-    from mechsafety.monitors import guard as module
+    from mechsafety.monitors import regression as module
 
     monkeypatch.setattr(module, "MAX_STEPS", 1)
     features = np.random.default_rng(0).normal(size=(20, 5))
