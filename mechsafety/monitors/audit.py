@@ -175,9 +175,7 @@ class TamperAudit(Result):
                 hint="fingerprint a model that refuses, or pass a metric that reads its refusals",
             )
         parts = node_attribution(model, chosen, metric, steps=STEPS, progress=progress)
-        importance = torch.zeros(2, model.n_layers)
-        for row in parts.to_dataframe().itertuples():
-            importance[int(row.kind == "mlp"), int(row.layer)] += abs(float(row.estimate))
+        importance = torch.stack([parts.heads.abs().sum(-1), parts.mlps.abs()]).float().cpu()
         return cls(
             replace(
                 model.provenance(seed=seed, options={"pairs": chosen.name, "n_pairs": len(chosen)}),

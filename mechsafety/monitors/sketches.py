@@ -1,5 +1,6 @@
 """Readings of a model: small sketches of its weights, and of its activations on fixed prompts."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def _parameters(
 
 
 def _writers(model: LensModel, seed: int) -> tuple[tuple[str, ...], Float[Tensor, "writer input d_model"]]:
-    names, rows = [], []
+    names, rows = list[str](), list[Tensor]()
     many = max(2, math.ceil(WRITER_ROWS / (2 * model.n_layers + 1)))
 
     def add(name: str, weight: Float[Tensor, "inner d_model"]) -> None:
@@ -213,7 +214,7 @@ class _Seen:
             kinds[SiteKind.NEURONS] = self._neuron
         for layer in range(self.model.n_layers):
             for kind, note in kinds.items():
-                yield Site(kind, layer), lambda own, note=note, layer=layer: note(layer, own.detach().float(), where)
+                yield Site(kind, layer), functools.partial(_noted, note, layer, where)
 
     def _sides(self, squares: Float[Tensor, "batch pos *part"], where: Bool[Tensor, "batch pos"]) -> list[Tensor]:
         """Root mean square over the chosen tokens of the harmful prompts, and of the harmless ones."""
@@ -235,3 +236,7 @@ class _Seen:
     def _stream(self, layer: int, own: Float[Tensor, "batch pos d_model"], _: Bool[Tensor, "batch pos"]) -> None:
         last = own[:, -1]
         self.contrast[layer] = last[: self.n_harmful].mean(0) - last[self.n_harmful :].mean(0)
+
+
+def _noted(note: Callable[[int, Tensor, Tensor], None], layer: int, where: Tensor, own: Tensor) -> None:
+    note(layer, own.detach().float(), where)
