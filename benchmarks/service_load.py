@@ -158,7 +158,8 @@ def killed(served: Served, ask: Asker, n: int) -> dict[str, Any]:
     rng = random.Random(0)
 
     def die(number: int) -> None:
-        body = json.dumps({"prompt": ask.asked[number % len(ask.asked)], "max_new_tokens": 64, "stream": True})
+        asked = {"prompt": ask.asked[number % len(ask.asked)], "max_new_tokens": 64, "stream": True}
+        body = json.dumps(asked, allow_nan=False)
         head = f"POST /generate HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
         request = f"{head}content-length: {len(body)}\r\n\r\n{body}".encode()
         with socket.create_connection((host, int(port))) as client:

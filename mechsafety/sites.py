@@ -5,6 +5,7 @@ Shapes are those of a batch of chat prompts: the axes ``batch pos`` first, then 
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from mechsafety.errors import MechsafetyError
 
@@ -102,3 +103,8 @@ def hook_name(site: Site, generation: Generation = Generation.BRIDGE) -> str:
     """TransformerLens' name of a site; ``module:in`` or ``module:out`` if the site has no hook point."""
     names = _HOOKED if generation is Generation.HOOKED else _HOOKS
     return names[site.kind].format(layer=site.layer)
+
+
+def hook_points(bridge: Any) -> list[Any]:
+    """All hook points of a TransformerBridge; those with several names are there several times."""
+    return list(bridge.hook_dict.values())

@@ -13,7 +13,7 @@ import torch
 
 import mechsafety as ms
 from mechsafety.interventions.steering import orthonormal
-from mechsafety.interventions.weights import _without
+from mechsafety.interventions.weights import without_directions
 from mechsafety.monitors import TamperAudit
 from mechsafety.monitors.sketches import parameter_name
 from mechsafety.nodes import Node
@@ -239,7 +239,7 @@ def erased(model: ms.LensModel, direction: torch.Tensor, strength: float) -> Ite
     with restored(model), torch.no_grad():
         for module, name, axis in model.backend.writers():
             weight = getattr(module, name)
-            weight.copy_(_without(weight, basis, strength, axis))
+            weight.copy_(without_directions(weight, basis, strength, axis))
         yield
 
 

@@ -57,7 +57,7 @@ def orthogonalized(
     _ = model.weights_sha256  # compute it now, from the original weights: the model keeps the first value
     with model.lock, ExitStack() as restore:
         for module, name, axis in model.backend.writers():
-            _swap(module, name, _without(getattr(module, name), basis, share, axis), restore)
+            _swap(module, name, without_directions(getattr(module, name), basis, share, axis), restore)
         model.hf_model.save_pretrained = _refuse_to_save
         restore.callback(delattr, model.hf_model, "save_pretrained")
         gap = float((model.logits(list(_PROBES)) - expected).abs().max())
@@ -72,7 +72,7 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise MechsafetyError("a model with a direction removed from its weights is not saved", hint="use it in memory")
 
 
-def _without(weight: Tensor, basis: Tensor, share: float, axis: int) -> Tensor:
+def without_directions(weight: Tensor, basis: Tensor, share: float, axis: int) -> Tensor:
     """The weight without its part in the basis, along the axis (0 or -1) of the residual stream."""
     q = basis.to(weight.device, torch.float64)
     w = weight.double()

@@ -32,7 +32,7 @@ from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_r
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
 from mechsafety.prompts.spans import positions
-from mechsafety.sites import Generation, hook_name
+from mechsafety.sites import Generation, hook_name, hook_points
 
 NAME = "TransformerBridge"
 # names of the Hugging Face modules that write to the residual stream
@@ -168,7 +168,7 @@ class BridgeBackend(Backend):
         if name not in self._points:
             mark = adapt(lambda tensor: None)
             with self.tl_model.hooks(fwd_hooks=[(name, mark)]):
-                points = self.tl_model.hook_dict.values()
+                points = hook_points(self.tl_model)
                 self._points[name] = next(p for p in points if any(own.user_hook is mark for own in p.fwd_hooks))
         return self._points[name]
 
