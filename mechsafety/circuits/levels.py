@@ -40,6 +40,11 @@ class Meters:
     fresh: FaithfulnessMeter | None = None
     controls: FaithfulnessMeter | None = None
 
+    @property
+    def judges(self) -> tuple[FaithfulnessMeter, ...]:
+        """On all pairs that the ranking does not see."""
+        return (self.held_out,) if self.fresh is None else (self.held_out, self.fresh)
+
     def each(self, make: Callable[[FaithfulnessMeter], FaithfulnessMeter]) -> "Meters":
         """Meters made of each of these."""
         fresh = None if self.fresh is None else make(self.fresh)

@@ -217,6 +217,7 @@ class TamperAudit(Result):
             return AuditReport(now, self.provenance.model, True, (), (), ())
         return self.judge(self.read(suspect), now)
 
+    @public
     def read(self, suspect: LensModel) -> Readings:
         """Readings of a suspect on the fingerprint's prompts, with its projections."""
         metric = RefusalLogOdds.from_json(self.metric, suspect)

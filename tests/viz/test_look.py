@@ -89,7 +89,7 @@ def test_a_role_has_its_colour_in_pictures_and_legends() -> None:
 
 def test_files_of_every_kind_have_them(tmp_path: Path) -> None:
     svg, latex = circuit_svg(MAP, GERMAN), circuit_tikz(MAP, GERMAN)
-    for text in ("Schloss", "Eingabe", "Erkennung", "ohne Rolle"):
+    for text in ("Schloss", "Eingabe", "Erkennung", "Ausgabe"):
         assert f">{text}</text>" in svg and f"{{{tex(text)}}};" in latex
     assert "#000080" in svg and "{c000080}{HTML}{000080}" in latex
     drawn = {text.get_text() for text in layout_figure(layout_circuit(MAP, GERMAN)).axes[0].texts}
@@ -104,7 +104,7 @@ def test_the_page_has_them() -> None:
     assert data["words"]["labels"]["L14.H2"] == "Schloss" and data["words"]["roles"] == WORDS
     assert data["nodes"]["L14.H2"]["rows"][3] == WORDS[next(m.role for m in MAP.nodes if str(m.node) == "L14.H2")]
     body = page[page.index("<body>") :]
-    assert "Erkennung</label>" in body and "background:#000080" in body and "<span>Erkennung</span>" in body
+    assert "Erkennung</label>" in body and "background:#000080" in body and "<span>Bewertung</span>" in body
     grey_page = circuit_html(MAP, replace(GERMAN, grayscale=True))
     assert "background:#000080" not in grey_page
 

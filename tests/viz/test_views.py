@@ -42,10 +42,16 @@ def test_a_real_map_fits_a_column_and_a_page(width, more):
     certain = strongest(MAP, len(shown) - 6)
     assert certain <= shown and min(folded.values()) > 1
     text = " ".join(label.text for label in layout.labels)
-    assert f"{len(shown)} of 73 nodes are drawn one by one. The {sum(folded.values())} weakest" in layout.description
+    assert (
+        f"{len(shown)} of {len(MAP)} nodes are drawn one by one. The {sum(folded.values())} weakest"
+        in layout.description
+    )
     assert "Information flows upward" not in layout.description, "a sum may run down"
     assert "of the whole circuit" in layout.description
-    assert "73 of 300 candidate nodes" in text and "0.80" in text, "the whole circuit's numbers"
+    assert (
+        f"{len(MAP)} of {MAP.n_candidates} candidate nodes" in text
+        and f"{MAP.verification.held_out_faithfulness:.2f}" in text
+    ), "the whole circuit's numbers"
     sizes = [label.size for mark in layout.nodes for label in mark.labels]
     assert min([*sizes, *(label.size for label in layout.labels)]) * 72 / 96 >= 6 - 1e-6
     assert_nothing_overlaps(layout)
@@ -147,9 +153,8 @@ def test_a_view_draws_what_is_chosen_and_keeps_the_numbers(style, kept):
 def test_other_figures_take_views_too():
     diagram = role_diagram(MAP, Style(roles=("detection", "decision")))
     assert {mark.key for mark in diagram.nodes} == {"detection", "decision", "embed", "logits"}
-    assert (
-        f"{len(MAP.by_role('detection')) + len(MAP.by_role('decision'))} of 73 nodes are drawn" in diagram.description
-    )
+    n = len(MAP.by_role("detection")) + len(MAP.by_role("decision"))
+    assert f"{n} of {len(MAP)} nodes are drawn" in diagram.description
     fewer = MAP.subset([member.node for member in MAP.nodes[:40]])
     both = compare_layouts(MAP, fewer, ("all", "forty"), Style(top=5))
     assert len(drawn(both.first)) == 5 and drawn(both.difference) == drawn(both.first)
@@ -182,7 +187,7 @@ def test_a_circuit_in_axes_of_ones_own(small):
     texts = {text.get_text(): text for text in left.texts}
     assert "M0" in texts and "14.2" in texts and texts["M0"].get_fontsize() > 4.5
     assert max(text.get_position()[1] for text in left.texts) <= height
-    assert any("of 73 nodes are drawn" in text for text in texts)
+    assert any(f"of {len(MAP)} nodes are drawn" in text for text in texts)
     figure.savefig(BytesIO(), format="png")
     alone = small.draw(style=Style(caption=False))
     assert len(alone.patches) > len(small) and len(alone.figure.axes) == 1
