@@ -49,7 +49,7 @@ def context(record: Record) -> Mapping[str, Any]:
         "calibrated_alarms": calibrated["alarms"],
         "limits": table(
             [[name, f"{one['largest']:.3g}", f"{one['limit']:g}"] for name, one in calibrated["tests"].items()],
-            ["test", "largest value of the calibration's copies", "limit"],
+            ["test", "largest value of the further copies", "limit"],
         ),
     }
 
