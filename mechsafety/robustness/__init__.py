@@ -8,6 +8,7 @@ from mechsafety.robustness.finetuned import Outcome, PartsFineTuning
 from mechsafety.robustness.fragility import FragilityCurve, fragility
 from mechsafety.robustness.parts import matched_ranking
 from mechsafety.robustness.redundancy import Redundancy, redundancy
+from mechsafety.robustness.relocation import Relocation, relocation
 from mechsafety.robustness.training import FineTuneOptions
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PartsFineTuning",
     "Redundancy",
     "RefusalDepth",
+    "Relocation",
     "concentration",
     "entanglement",
     "finetune_parts",
@@ -26,4 +28,5 @@ __all__ = [
     "matched_ranking",
     "redundancy",
     "refusal_depth",
+    "relocation",
 ]
