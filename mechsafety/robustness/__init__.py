@@ -9,6 +9,7 @@ from mechsafety.robustness.fragility import FragilityCurve, fragility
 from mechsafety.robustness.parts import matched_ranking
 from mechsafety.robustness.redundancy import Redundancy, redundancy
 from mechsafety.robustness.relocation import Relocation, relocation
+from mechsafety.robustness.report import RobustnessOptions, RobustnessReport, RobustnessRow, robustness_report
 from mechsafety.robustness.training import FineTuneOptions
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "Redundancy",
     "RefusalDepth",
     "Relocation",
+    "RobustnessOptions",
+    "RobustnessReport",
+    "RobustnessRow",
     "concentration",
     "entanglement",
     "finetune_parts",
@@ -29,4 +33,5 @@ __all__ = [
     "redundancy",
     "refusal_depth",
     "relocation",
+    "robustness_report",
 ]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.inputs import Amount, Count, Prompts, public
+from mechsafety.inputs import Count, Prompts, public
 from mechsafety.intervals import mean_interval, ratio_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -168,15 +168,19 @@ class Relocation(Result):
         """
         shares = [self.recovered(measure) for measure in ("refusals", "log_odds")]
         rows: list[dict[str, Any]] = []
-        runs = [("floor", None, self.floor, self.floor_log_odds), ("ceiling", None, self.ceiling, self.ceiling_log_odds)]
-        runs += [("self-patch", None, self.self_patch, self.self_log_odds)]
+        runs: list[tuple[str, int | None, ReplyKinds, Tensor]] = [
+            ("floor", None, self.floor, self.floor_log_odds),
+            ("ceiling", None, self.ceiling, self.ceiling_log_odds),
+            ("self-patch", None, self.self_patch, self.self_log_odds),
+        ]
         runs += [("patched", *one) for one in zip(self.layers, self.patched, self.log_odds, strict=True)]
         for k, (name, layer, kinds, scores) in enumerate(runs):
             row: dict[str, Any] = {"run": name, "layer": layer, "refused": kinds.share("refuses")}
             row |= dict(zip(("refused_low", "refused_high"), kinds.interval("refuses"), strict=True))
             row["degenerate"] = kinds.share("degenerate")
             own = scores.double().numpy()
-            row |= dict(zip(("log_odds", "log_odds_low", "log_odds_high"), (own.mean(), *mean_interval(own)), strict=True))
+            found_here = (float(own.mean()), *mean_interval(own))
+            row |= dict(zip(("log_odds", "log_odds_low", "log_odds_high"), found_here, strict=True))
             for what, found in zip(("recovered", "recovered_log_odds"), shares, strict=True):
                 fixed = float(name == "ceiling")
                 value, (low, high) = found[k - 3] if name == "patched" else (fixed, (fixed, fixed))
@@ -198,10 +202,9 @@ class Relocation(Result):
                 x=rows.layer, y=rows[name], error_y=error, name="patched", showlegend=column == 1, row=1, col=column
             )
             for control, dash in (("floor", "dot"), ("ceiling", "dash")):
-                ends, level = [self.layers[0], self.layers[-1]], [frame.loc[control, name]] * 2
-                figure.add_scatter(
-                    x=ends, y=level, line_dash=dash, name=control, mode="lines", showlegend=column == 1, row=1, col=column
-                )
+                line: dict[str, Any] = {"x": [self.layers[0], self.layers[-1]], "y": [frame.loc[control, name]] * 2}
+                line |= {"line_dash": dash, "name": control, "mode": "lines", "showlegend": column == 1}
+                figure.add_scatter(**line, row=1, col=column)
         figure.update_xaxes(title_text="layer after which the residual stream is the donor's")
         return figure.update_layout(template="none", title=repr(self))
 
@@ -353,9 +356,9 @@ def relocation(
 
     Args:
         aligned: The aligned model. Its chat template, end tokens and losses are used in every condition.
-        edited: A second model of the same architecture and tokenizer (its base, an attacked or a hardened copy). Or, for
-            an edit of ``aligned`` in memory, a function without arguments that returns the edit's context manager. It
-            is entered for every forward pass of the edited side. Compute what is costly beforehand, such as the
+        edited: A second model of the same architecture and tokenizer (its base, an attacked or a hardened copy). Or,
+            for an edit of ``aligned`` in memory, a function without arguments that returns the edit's context manager.
+            It is entered for every forward pass of the edited side. Compute what is costly beforehand, such as the
             ``values`` of `mechsafety.ablate`.
         prompts: Harmful prompts.
         metric: The metric of the first token.

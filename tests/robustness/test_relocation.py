@@ -91,9 +91,7 @@ def test_patched_replies_are_those_of_a_hybrid_model(make_model, make_hf_model, 
         one = ms.load_model((hybrid, make_tokenizer()))
         assert found.log_odds[layer].tolist() == pytest.approx(log_odds.scores(one, prompts).tolist(), abs=1e-3)
         said = one.generate(prompts, 5, progress=False)
-        assert list(found.patched[layer].kinds) == list(
-            ms.judge_replies(aligned, prompts, said, limit=99.0).kinds
-        )
+        assert list(found.patched[layer].kinds) == list(ms.judge_replies(aligned, prompts, said, limit=99.0).kinds)
         loss = ms.replies.reply_loss(aligned, prompts, said)
         assert found.patched[layer].loss.tolist() == pytest.approx(loss.tolist(), abs=1e-3, nan_ok=True)
 
