@@ -221,8 +221,8 @@ def _drawn(n: int, seed: int) -> np.ndarray:
 def _first(floor: np.ndarray, ceiling: np.ndarray, patched: np.ndarray) -> int:
     """Index of the first layer that recovers half; the number of layers where none does."""
     way = ceiling.mean() - floor.mean()
-    there = np.flatnonzero((patched.mean(-1) - floor.mean()) * np.sign(way) >= abs(way) / 2) if way else []
-    return int(there[0]) if len(there) else len(patched)
+    there = np.flatnonzero((patched.mean(-1) - floor.mean()) * np.sign(way) >= abs(way) / 2)
+    return int(there[0]) if len(there) and way else len(patched)
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +412,7 @@ def relocation(
             )
         patched = [runner.run(receiver, donor, [layer], bar.update) for layer in chosen]
     runs = [floor, ceiling, again, *patched]
-    kinds = _judged(one.model, asked, [run.tokens for run in runs], judge, limit)
+    alone, taken, back, *changed = _judged(one.model, asked, [run.tokens for run in runs], judge, limit)
     options: dict[str, Any] = {"into": into, "max_new_tokens": max_new_tokens, "prompts": len(asked)}
     options |= {"edit": "in memory" if other.edit else "another model", "prompts_sha256": digest(asked)}
     return Relocation(
@@ -421,8 +421,10 @@ def relocation(
         metric.to_json(),
         into,
         chosen,
-        *kinds[:3],
-        tuple(kinds[3:]),
+        alone,
+        taken,
+        back,
+        tuple(changed),
         floor.scores,
         ceiling.scores,
         again.scores,

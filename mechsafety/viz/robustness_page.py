@@ -24,8 +24,14 @@ CARDS = (
     "effective number of parts",
 )
 # measures that are shares
-SHARES = ("refusals", "refusals after as many random parts", "area between the curves", "largest loss by one part")
-SHARES += ("redundancy", "difference from the base model that lasts")
+SHARES = (
+    "refusals",
+    "refusals after as many random parts",
+    "area between the curves",
+    "largest loss by one part",
+    "redundancy",
+    "difference from the base model that lasts",
+)
 
 
 def render_robustness(report: "RobustnessReport") -> str:
