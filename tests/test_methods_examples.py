@@ -38,7 +38,7 @@ from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.circuits.verification.statistics import independence_test, rank_p, ratio
 from mechsafety.circuits.verification.verify import completeness, curve_areas
 from mechsafety.directions.select import passing, select_published
-from mechsafety.intervals import mean_interval, ratio_interval, wilson_interval
+from mechsafety.intervals import mean_interval, ratio_interval, ratio_intervals, wilson_interval
 from mechsafety.interventions import scale
 from mechsafety.metrics import adjust_p, sign_flip_p
 from mechsafety.models.backend import NormForm
@@ -54,13 +54,15 @@ from mechsafety.patching.difference import _mover as mover
 from mechsafety.patching.effects import effect_table
 from mechsafety.patching.senders import node_outputs
 from mechsafety.probes import _directions
-from mechsafety.replies import degenerate, phrase_judge, with_loss
+from mechsafety.replies import ReplyKinds, degenerate, phrase_judge, with_loss
 from mechsafety.results import Opener, Provenance
 from mechsafety.robustness import (
     Entanglement,
     FineTuneOptions,
     FragilityCurve,
     Redundancy,
+    Relocation,
+    RobustnessReport,
     concentration,
     finetune_parts,
 )
@@ -1137,6 +1139,44 @@ def _(e, toy):
         "Gini coefficient, sizes 0, 0, 0, 1": concentration([0.0, 0.0, 0.0, 1.0]).gini,
         "effective number, shares 0.5 and 0.5": concentration([0.5, 0.5]).effective,
     }
+
+
+@check("recovered shares and half")
+def _(e, toy):
+    counts = [int(n) for n in e["prompts refused with layers 0, 1, 2 and 3 patched"]]
+    n, about = 4, toy.model.provenance()
+
+    def kinds(refused):
+        return ReplyKinds(("refuses",) * refused + ("answers",) * (n - refused), torch.zeros(n), 9.0)
+
+    none, scores = kinds(0), torch.zeros(n)
+    patched = tuple(kinds(count) for count in counts)
+    found = Relocation(
+        about, about, {}, "edited", (0, 1, 2, 3), none, kinds(n), none, patched, scores, scores + 1, scores,
+        scores.expand(4, n),
+    )  # fmt: skip
+    shares = [value for value, _ in found.recovered()]
+    return {
+        "recovered at layer 1": shares[1],
+        "recovered at layer 2": shares[2],
+        "first layer that recovers half": found.half()[0],
+    }
+
+
+@check("the confidence of each of several parts")
+def _(e, toy):
+    """Read off the intervals that the report gives: those of this confidence, and of no other."""
+    n, parts = 8, int(e.one("parts"))
+    single = torch.arange(1.0, 1 + parts * n, dtype=torch.float64).reshape(parts, n).sin()
+    gap = torch.full((n,), 4.0, dtype=torch.float64)
+    nodes = head_and_mlp_nodes(1, parts)[:parts]
+    nothing = torch.zeros(0, n, dtype=torch.float64)
+    shared = Redundancy(toy.model.provenance(), {}, nodes, gap, single, single.sum(0), (), nothing, nothing)
+    found = {node: ends for node, _, ends in RobustnessReport.alone(SimpleNamespace(shared=shared))}
+    value = e.one("confidence of each part's interval")
+    expected = ratio_intervals(single.numpy(), gap.numpy(), confidence=value)
+    assert [found[node] for node in nodes] == [pytest.approx(ends) for ends in expected]
+    return {"confidence of each part's interval": value}
 
 
 # finetuning.md

@@ -102,6 +102,7 @@ UPWARD = {
     ("circuits/circuit.py", "draw", "viz"),
     ("circuits/circuit.py", "plot", "viz"),
     ("circuits/circuit.py", "widget", "viz"),
+    ("robustness/report.py", "to_html", "viz"),
 }
 
 

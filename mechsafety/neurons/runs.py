@@ -31,6 +31,15 @@ def check_pair(base: LensModel, aligned: LensModel) -> None:
     """
     for model in (base, aligned):
         model.check_neurons()
+    check_twins(base, aligned)
+
+
+def check_twins(base: LensModel, aligned: LensModel) -> None:
+    """Refuse two models whose layers do not correspond.
+
+    Raises:
+        MechsafetyError: As `check_pair`, except that a mixture of experts may be given.
+    """
     if base is aligned or base.hf_model is aligned.hf_model:
         raise MechsafetyError("the same model object was given twice", expected="two models, each loaded by itself")
     sizes = [(model.n_layers, model.d_mlp, model.d_vocab) for model in (base, aligned)]

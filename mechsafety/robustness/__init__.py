@@ -8,6 +8,8 @@ from mechsafety.robustness.finetuned import Outcome, PartsFineTuning
 from mechsafety.robustness.fragility import FragilityCurve, fragility
 from mechsafety.robustness.parts import matched_ranking
 from mechsafety.robustness.redundancy import Redundancy, redundancy
+from mechsafety.robustness.relocation import Relocation, relocation
+from mechsafety.robustness.report import RobustnessOptions, RobustnessReport, RobustnessRow, robustness_report
 from mechsafety.robustness.training import FineTuneOptions
 
 __all__ = [
@@ -19,6 +21,10 @@ __all__ = [
     "PartsFineTuning",
     "Redundancy",
     "RefusalDepth",
+    "Relocation",
+    "RobustnessOptions",
+    "RobustnessReport",
+    "RobustnessRow",
     "concentration",
     "entanglement",
     "finetune_parts",
@@ -26,4 +32,6 @@ __all__ = [
     "matched_ranking",
     "redundancy",
     "refusal_depth",
+    "relocation",
+    "robustness_report",
 ]

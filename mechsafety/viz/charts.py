@@ -16,6 +16,8 @@ from mechsafety.viz.words import interval, node_title, number, p_value, percent,
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from mechsafety.robustness import RobustnessReport
+
 FONT = {"family": "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif", "size": 13, "color": INK}
 GRID = "#E8EBEF"
 # A mark's tooltip is its own text in every chart, so that a chart drawn without plotly says the same.
@@ -239,6 +241,43 @@ def _ticks(sizes: list[int]) -> list[int]:
         if not chosen or chosen[-1] / size > 1.35:
             chosen.append(size)
     return chosen[::-1]
+
+
+def loss_curve(report: "RobustnessReport") -> "Figure":
+    """Share of the gap lost as the first parts are ablated, against random parts, at the largest strength.
+
+    Returns:
+        A figure, not shown. Whiskers are 95 % intervals over pairs; the random line is the mean of all random rankings.
+    """
+    import plotly.graph_objects as go
+
+    frame = report.curve.to_dataframe()
+    rows = frame[frame.strength == report.curve.strengths[-1]]
+    figure = go.Figure()
+    error = {"type": "data", "symmetric": False}
+    error |= {"array": (rows.ci_high - rows.lost).tolist(), "arrayminus": (rows.lost - rows.ci_low).tolist()}
+    lines = [
+        ("these parts, 95 % interval", rows.lost, ROLE_COLOURS["decision"], "solid", error),
+        ("random parts, mean", rows.random_mean, MUTED, "dot", None),
+        ("random parts, highest", rows.random_high, MUTED, "dash", None),
+    ]
+    for name, values, colour, dash, whiskers in lines:
+        figure.add_scatter(
+            x=rows.parts.tolist(),
+            y=values.tolist(),
+            error_y=whiskers,
+            mode="lines+markers",
+            name=name,
+            line={"color": colour, "width": 2.4, "dash": dash},
+            marker={"size": 7, "symbol": "circle" if dash == "solid" else "square"},
+            text=[f"{name}: {n} ablated, {percent(value)}" for n, value in zip(rows.parts, values, strict=True)],
+            hovertemplate=HOVER,
+        )
+    figure.add_hline(y=0.5, line={"color": MUTED, "width": 1.2, "dash": "dash"})
+    _style(figure, 420)
+    sizes = rows.parts.tolist()
+    figure.update_xaxes(title_text="parts ablated", tickvals=sizes, ticktext=[str(size) for size in sizes])
+    return figure.update_yaxes(title_text="share of the gap lost")
 
 
 def _style(figure: "Figure", height: int) -> None:
