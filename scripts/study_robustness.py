@@ -4,7 +4,7 @@
 
 The parts are those of the stored map, docs/gallery/demo.json. Everything is measured on built-in pairs of topics that
 the map's search did not see, and that the map itself did not use. Each step is kept in --work and not done again, so
-that a stopped run goes on. The steps done so far are in docs/results/robustness/steps. Of replies only their kinds are
+that a stopped run goes on. The steps are in docs/results/robustness/steps. Of replies only their kinds are
 kept. The page is drawn from the stored JSON alone.
 """
 

@@ -98,8 +98,7 @@ def size(count: int | None) -> str:
 
 def depth(record: Record) -> dict[str, Any]:
     """Numbers of the depth in tokens."""
-    given = [row for row in record["rows"] if row["measure"] == "metric after opener"]
-    along = [row for row in record["rows"] if row["measure"] != "metric after opener"]
+    given, along = measures(record)
     return {
         "prompts": record["prompts"],
         "opener": "".join(record["opener"]),
@@ -112,6 +111,13 @@ def depth(record: Record) -> dict[str, Any]:
         "kl_last": f"{along[-1]['value']:.2f}",
         "length": len(along),
     }
+
+
+def measures(record: Record) -> tuple[list[Any], list[Any]]:
+    """Rows of the metric after an opener, and of the KL along the replies, which has no value once all have ended."""
+    known = [row for row in record["rows"] if row["value"] is not None]
+    given = [row for row in known if row["measure"] == "metric after opener"]
+    return given, [row for row in known if row not in given]
 
 
 def figures(record: Record) -> Mapping[str, Figure]:
@@ -148,8 +154,7 @@ def tokens(record: Record) -> Figure:
     """The metric after the first words of an answer, and the KL along the reply."""
     figure = Figure(figsize=(9.0, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, first in zip(axes, (True, False), strict=True):
-        rows = [row for row in record["rows"] if (row["measure"] == "metric after opener") == first]
+    for axis, rows in zip(axes, measures(record), strict=True):
         x, y = ([row[key] for row in rows] for key in ("token", "value"))
         axis.plot(x, y, "o-", color="#00588C")
         axis.fill_between(
