@@ -1,6 +1,7 @@
 """Draws the pairs that a map is made on: pairs that the model treats as expected."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -105,7 +106,7 @@ def draw_pairs(
     sides, seen = two_sides(pairs), Seen()
     first = max(a_quarter(limit), limit - len(sides[1]))
     sizes = first, limit - first
-    tried = [_shorter(model, side, size).sample(size, seed) for side, size in zip(sides, sizes, strict=True)]
+    tried = [_some(model, side, size, seed) for side, size in zip(sides, sizes, strict=True)]
     for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
         if len(part) < MIN_PAIRS:
             raise MechsafetyError(
@@ -150,23 +151,23 @@ def a_quarter(n: int) -> int:
     return max(math.ceil(n / 4), min(math.ceil(n / 2), FEW))
 
 
-def _shorter(model: LensModel, side: PromptPairs, size: int) -> PromptPairs:
-    """The pairs from which ``size`` are drawn: in every topic the shorter ones, twice as many as it gives."""
+def _some(model: LensModel, side: PromptPairs, size: int, seed: int) -> PromptPairs:
+    """``size`` pairs: in every topic they are drawn from the shorter ones, twice as many as the topic gives."""
     if side.align != "tokens" or not size:
-        return side  # pairs that are aligned at the suffix all run the suffix
+        return side.sample(size, seed) if size else replace(side, pairs=())  # at the suffix all run the same columns
     tokens = model.tokenize_pairs(side)
     differs = (tokens.harmful.ids != tokens.harmless.ids).int()
     first = differs.argmax(1).tolist()  # rows are padded on the left: a late difference means few columns
-    most = SHORTEST * math.ceil(size / max(1, len(side.topics)))
+    gives = Counter(pair.topic for pair in side.sample(size, seed))  # a small topic gives what it has
     order = sorted(range(len(side)), key=lambda k: (-first[k], k))
     taken: dict[str, int] = {}
     chosen = set()
     for k in order:
         topic = side.pairs[k].topic
         taken[topic] = taken.get(topic, 0) + 1
-        if taken[topic] <= most:
+        if taken[topic] <= SHORTEST * gives[topic]:
             chosen.add(k)
-    return replace(side, pairs=tuple(pair for k, pair in enumerate(side) if k in chosen))
+    return replace(side, pairs=tuple(pair for k, pair in enumerate(side) if k in chosen)).sample(size, seed)
 
 
 def _wider(
@@ -178,9 +179,9 @@ def _wider(
     if sum(keep) >= need or len(part) >= most:
         return part
     known = set(part.pairs)
-    n = min(most, len(part) + size)
-    more = [pair for pair in _shorter(model, side, n).sample(n, seed) if pair not in known]
-    return replace(part, pairs=(*part.pairs, *more[: n - len(part)]))
+    left = replace(side, pairs=tuple(pair for pair in side if pair not in known))
+    more = _some(model, left, min(most, len(part) + size) - len(part), seed)
+    return replace(part, pairs=(*part.pairs, *more.pairs))
 
 
 def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Behaviour]) -> PromptPairs:

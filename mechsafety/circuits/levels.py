@@ -26,7 +26,7 @@ from mechsafety.sites import SiteKind
 
 @dataclass(frozen=True, slots=True)
 class Meters:
-    """Faithfulness on sets of pairs that share no pair.
+    """Faithfulness on sets of pairs. Only ``controls`` shares pairs with another, ``fresh``.
 
     Attributes:
         found_on: On the pairs that parts are ranked on.

@@ -65,7 +65,7 @@ def map_refusal_circuit(
        there are at least six held-out pairs, most of them as fresh pairs.
     3. Rank every head and MLP by its gradient attribution on the first part.
     4. Search the smallest circuit whose faithfulness is good enough on the first two parts, measured exactly.
-    5. Patch every node of the circuit, and a shortlist of others, one by one on held-out and fresh pairs. Look for
+    5. Patch every node of the circuit, and a shortlist of others, one by one on some held-out and fresh pairs. Look for
        nodes that replace others when these are patched (backups), and add them.
     6. Measure edges and roles on held-out pairs.
     7. Verify the circuit (see `verify`), as far as possible on fresh pairs.

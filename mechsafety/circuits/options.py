@@ -46,8 +46,8 @@ class MapOptions:
         n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
         n_edges: Edges between nodes to measure, those with the largest estimates first. Those that carry something are
             kept. Edges that a node needs to be connected come on top.
-        n_role_pairs: Pairs on which roles, edges and backups are measured. With fewer than four, hardly any edge can be
-            told from 0.
+        n_role_pairs: Held-out pairs on which roles, edges, backups and single nodes are measured. With fewer than four,
+            hardly any edge can be told from 0.
         n_control_pairs: Fresh pairs on which random circuits, minimality and single nodes are measured, which takes
             many runs each. All other checks use all fresh pairs.
         shortlist: Nodes outside the circuit to measure as well, those with the largest estimates first.

@@ -75,8 +75,8 @@ GLOSSARY = (
     Entry(
         "Status",
         "estimated: only a gradient estimate. measured: exact effect. verified: measured; the effect is positive "
-        "with an adjusted p below 0.05; and the circuit's faithfulness falls without the node, on fresh pairs "
-        "(held-out ones if there are none). rejected: the measurement contradicts the estimate; only in files "
+        "with an adjusted p below 0.05; and the circuit's faithfulness falls without the node, on some of the fresh "
+        "pairs (on held-out ones if there are none). rejected: the measurement contradicts the estimate; only in files "
         "made elsewhere, a map never assigns it.",
     ),
     Entry(
@@ -119,8 +119,8 @@ GLOSSARY = (
     ),
     Entry(
         "Random controls",
-        "Random circuits with as many heads and MLPs as the circuit, measured on fresh pairs (on held-out pairs "
-        "if there are none).",
+        "Random circuits with as many heads and MLPs as the circuit, measured on some of the fresh pairs (on held-out "
+        "pairs if there are none). The circuit that they are compared with is measured on the same pairs.",
         "p = (1 + number at least as faithful as the circuit) / (1 + number drawn)",
     ),
     Entry(
@@ -195,8 +195,8 @@ METHODS = (
     Entry("Roles", "Rules on measured shares: production, detection, decision, relay, evaluation; see Role."),
     Entry(
         "Checks",
-        "On fresh pairs that played no part in the search: faithfulness, random circuits of the same size, "
-        "necessity, and the cost of removing each single part.",
+        "On fresh pairs that played no part in the search: faithfulness and necessity; and on some of these pairs "
+        "random circuits of the same size and the cost of removing each single part.",
         "p = (1 + number at least as faithful) / (1 + number drawn)",
     ),
 )

@@ -202,7 +202,8 @@ def _cards(circuit: RefusalCircuit) -> list[dict[str, str]]:
     controls = check.random_controls
     held = f"95 % interval {words.interval(check.held_out_ci, 2)}; "
     held += f"{'meets' if check.reached else 'misses'} the goal, {check.aim.words}"
-    drawn = f"mean of {controls.n} of the same size; {words.p_value(check.random_p)}"
+    drawn = f"mean of {controls.n} of the same size{words.some_pairs(circuit, controls.n_pairs)}; "
+    drawn += words.p_value(check.random_p)
     return [
         *_behaviour_card(circuit),
         {"name": "Size", "value": f"{words.size(circuit)} of {circuit.n_candidates}", "note": _size_note(circuit)},

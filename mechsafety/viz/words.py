@@ -385,12 +385,22 @@ def verdict(circuit: RefusalCircuit) -> str:
 def judged(circuit: RefusalCircuit) -> float:
     """Faithfulness on the pairs that the random controls were measured on."""
     check = circuit.verification
+    if check.random_controls.observed is not None:
+        return check.random_controls.observed
     return check.held_out_faithfulness if check.fresh is None else check.fresh.faithfulness
 
 
 def checked_on(circuit: RefusalCircuit) -> str:
-    """Name of the pairs that the random controls were measured on."""
+    """Name of the pairs that the checks were measured on."""
     return "held-out pairs" if circuit.verification.fresh is None else "fresh pairs"
+
+
+def some_pairs(circuit: RefusalCircuit, n_pairs: int | None) -> str:
+    """That random circuits were measured on some of the pairs, where they were."""
+    check = circuit.verification
+    if n_pairs is None or check.fresh is None or n_pairs >= check.fresh.n:
+        return ""
+    return f" on {n_pairs} of the {check.fresh.n} fresh pairs"
 
 
 def chance(circuit: RefusalCircuit) -> str:
@@ -400,8 +410,8 @@ def chance(circuit: RefusalCircuit) -> str:
         return "Not measured: no random circuits were drawn."
     text = (
         f"{controls.n} circuits of the same size, drawn at random, restore {percent(controls.mean)} on average and "
-        f"{percent(controls.highest)} at best, against {percent(judged(circuit))} for this one "
-        f"({p_value(circuit.verification.random_p)})."
+        f"{percent(controls.highest)} at best{some_pairs(circuit, controls.n_pairs)}, "
+        f"against {percent(judged(circuit))} for this one ({p_value(circuit.verification.random_p)})."
     )
     if circuit.verification.random_p < 0.05:
         return f"{text} The circuit is better than chance."
@@ -434,8 +444,8 @@ def _against_random_removal(circuit: RefusalCircuit) -> str:
     if controls is None or claim is None or claim.passed is None:
         return "It was not measured whether removing random circuits of its size loses as much."
     text = (
-        f"Removing one of {controls.n} random circuits of its size loses {percent(controls.mean)} on average "
-        f"({p_value(claim.p_value)})"
+        f"Removing one of {controls.n} random circuits of its size loses {percent(controls.mean)} on average"
+        f"{some_pairs(circuit, controls.n_pairs)} ({p_value(claim.p_value)})"
     )
     if claim.passed:
         return f"{text}: the refusal depends on this circuit more than on a random one."

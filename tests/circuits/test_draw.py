@@ -192,3 +192,21 @@ def test_pairs_that_another_model_or_metric_drew_are_refused(planted, llama):
     other = RefusalLogOdds((drawn.metric.refusal_ids[0] + 1,), ("x",))
     with pytest.raises(MechsafetyError, match=r"^pairs drawn with another metric; expected theirs, or none"):
         map_refusal_circuit(model, drawn, other)
+
+
+def test_a_small_topic_gives_what_it_has_and_the_others_fill_up(refuses):
+    rounds = refuses(lambda k: True)
+    rows = [PromptPair(f"bad {k}", f"good {k}", "large" if k < 100 else f"t{k % 3}", "train") for k in range(106)]
+    rows += [PromptPair(f"bad {k}", f"good {k}", "u", "test") for k in range(200, 300)]
+    found = draw.draw_pairs(MODEL, PromptPairs(tuple(rows), "uneven"), limit=100)
+    assert rounds == [(100, 25)] and len(found.here) == 25
+    assert sum(pair.topic != "large" for pair in found.here) == 6
+
+
+def test_widening_favours_no_topic_and_goes_on_to_the_end(refuses):
+    rounds = refuses(lambda k: k % 4 == 0)
+    found = draw.draw_pairs(MODEL, many(400, 300), limit=40)
+    tried = rounds[-1][1]
+    assert tried > 10, "more were tried"
+    counts = [sum(pair.topic == topic for pair in found.here) for topic in found.here.topics]
+    assert len(counts) == 5 and max(counts) - min(counts) <= 2

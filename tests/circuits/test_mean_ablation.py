@@ -80,7 +80,8 @@ def test_other_analyses_of_such_runs_stay_counterfactual(measured):
         measured.runs.constants.of(wide.harmful)
 
 
-def test_groups_share_one_mean(measured):
+def test_groups_share_one_mean(measured, monkeypatch):
+    monkeypatch.setattr("mechsafety.circuits.faithfulness.SMALL_BATCH", 0)
     whole = FaithfulnessMeter(measured.model, pair_runs(measured.model, measured.runs.tokens), measured.metric)
     grouped = whole.grouped().at_mean()
     assert len(grouped.groups) > 1
@@ -124,3 +125,22 @@ def test_other_ablations_are_refused(wrong):
         MechsafetyError, match=r"ablation='zero'; expected one of|ablation 'mean' at level 'edge'; expected"
     ):
         ms.MapOptions(**wrong)
+
+
+@pytest.fixture(scope="module")
+def built():
+    made = ms.testbed.planted()
+    return ms.load_model((made.model, made.tokenizer)), made.pairs
+
+
+@pytest.mark.parametrize("level", ["node", "neuron"])
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean"])
+def test_controls_are_some_of_the_fresh_pairs(built, level, ablation):
+    options = ms.MapOptions(level=level, ablation=ablation, n_control_pairs=2, n_role_pairs=3)
+    split = ms.circuits.split_pairs(built[0], ms.circuits.draw_pairs(*built, limit=32, progress=False), options)
+    assert len(split.fresh) > 2 and len(split.meters.controls.runs.harmful) == 2
+    assert [len(meter.runs.harmful) for meter in split.alone] == [3, 2]
+    at_mean = [split.meters.controls.runs.constants is not None, split.meters.fresh.runs.constants is not None]
+    assert at_mean == [ablation == "mean"] * 2 and all(meter.runs.constants is None for meter in split.alone)
+    texts = set(split.fresh.harmful)
+    assert texts >= set(split.fresh.sample(2, options.seed).harmful) and not texts & set(split.held.harmful)

@@ -85,7 +85,13 @@ def test_going_on_from_a_near_circuit_in_small_batches(llama, pairs, log_odds):
     np.testing.assert_allclose(small.kept(circuits, TRUE), meter.kept(circuits), atol=1e-5)
 
 
-def test_pairs_in_groups_of_like_length(any_model, ragged, log_odds):
+@pytest.fixture
+def always_divided(monkeypatch):
+    """Small batches are divided too: what a map's larger ones do is tested on small models."""
+    monkeypatch.setattr("mechsafety.circuits.faithfulness.SMALL_BATCH", 0)
+
+
+def test_pairs_in_groups_of_like_length(any_model, ragged, log_odds, always_divided):
     meter = FaithfulnessMeter(any_model, pair_runs(any_model, ragged), log_odds)
     groups = meter.grouped(2)
     rows = [row for rows, _ in groups.groups for row in rows]
@@ -95,6 +101,30 @@ def test_pairs_in_groups_of_like_length(any_model, ragged, log_odds):
     smaller = [[node for node in TRUE if node != gone] for gone in TRUE]
     np.testing.assert_allclose(groups.kept(smaller, TRUE), meter.kept(smaller), atol=1e-4)
     np.testing.assert_allclose(groups.removed(CIRCUITS), meter.removed(CIRCUITS), atol=1e-4)
+
+
+def test_small_batches_are_not_divided(llama, ragged, log_odds, monkeypatch):
+    meter = FaithfulnessMeter(llama, pair_runs(llama, ragged), log_odds)
+    groups = meter.grouped(2)
+    cells = len(CIRCUITS) * len(ragged) * meter.runs.harmful.n_pos
+    seen: list[int] = []
+    scores_of = FaithfulnessMeter._scores_of
+    monkeypatch.setattr(
+        FaithfulnessMeter,
+        "_scores_of",
+        lambda self, runs, *rest: (seen.append(len(runs.harmful)), scores_of(self, runs, *rest))[1],
+    )
+    for limit, parts in ((cells, 1), (cells - 1, 2)):
+        monkeypatch.setattr("mechsafety.circuits.faithfulness.SMALL_BATCH", limit)
+        seen.clear()
+        np.testing.assert_allclose(groups.kept(CIRCUITS), meter.kept(CIRCUITS), atol=1e-4)
+        assert len(seen) == parts + 1 and sum(seen[:parts]) == len(ragged)
+
+
+def test_groups_that_save_little_stay_together(llama, ragged, log_odds, monkeypatch):
+    meter = FaithfulnessMeter(llama, pair_runs(llama, ragged), log_odds)
+    monkeypatch.setattr("mechsafety.circuits.faithfulness.WORTH", 0.01)
+    assert meter.grouped(2) is meter
 
 
 def test_pairs_of_one_length_stay_together(any_model, pairs, log_odds):

@@ -228,6 +228,8 @@ def _minimality(check: Verification, n_pairs: int, n_parts: int | None) -> Claim
     verdict = Verdict(not below)
     if below and check.minimality_ci and check.minimality_null is not None:
         verdict = _told_from_chance(check, tuple(below), n_pairs)
+        if verdict.needed is not None and "of the pairs" in criterion:
+            verdict = replace(verdict, reason=verdict.reason.replace(" pairs would", " pairs (n_control_pairs) would"))
     return _claim("minimality", statement, share, None, criterion, verdict, max(check.minimality_p.values()))
 
 

@@ -22,7 +22,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class RandomControls:
-    """Size-matched random circuits on fresh pairs, or on held-out pairs where there are no fresh ones.
+    """Size-matched random circuits on some of the fresh pairs, or on held-out pairs where there are no fresh ones.
 
     Attributes:
         n: Number of random circuits.
@@ -30,6 +30,7 @@ class RandomControls:
         highest: Highest of their values.
         p_value: (1 + number of values at least as large as the circuit's on the same pairs) / (1 + n).
         n_pairs: Number of pairs; None in older files, which used all of them.
+        observed: The circuit's own value on these pairs; None in older files.
     """
 
     n: int
@@ -37,6 +38,7 @@ class RandomControls:
     highest: OrNan
     p_value: PValue
     n_pairs: int | None = field(default=None, metadata=SPARSE)
+    observed: OrNan | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,8 @@ class Verification:
         held_out_topics: Topics of the held-out pairs, if the search saw none of them; otherwise empty.
         fresh: Faithfulness on pairs that played no part at all; None if there were too few pairs to set any aside.
         necessity: Share of the gap that is lost when the whole circuit gets its values from the harmless run. It is
-            measured on fresh pairs, or on held-out pairs if there are none. So are the random controls and minimality.
+            measured on fresh pairs, or on held-out pairs if there are none. The random controls and minimality are
+            measured on some of these pairs (``n_control_pairs`` of `MapOptions`).
         random_controls: Size-matched random circuits, kept alone.
         curve: Faithfulness over circuit size.
         cmd: Area between the held-out curve and 1 over k (0 is best).

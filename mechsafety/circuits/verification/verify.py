@@ -103,9 +103,9 @@ def verify(
         null = added_effects(some, core, n_added, seed, leave=result.added)
     if costs is not None and not budget.skips("completeness", 0.95):
         tries = sorted(circuit, key=lambda part: -abs(costs.get(part, 0.0)))
-        gone = completeness(some, circuit, tries, steps=completeness_steps, width=completeness_tries)[1]
-        rest = [part for part in circuit if part not in set(gone)]
-        complete = abs(judge.faithfulness([rest])[0] - judge.without([gone])[0]), gone
+        grown = completeness(some, circuit, tries, steps=completeness_steps, width=completeness_tries)[1]
+        # the subset found on some pairs, and the two that are always tried, on all pairs
+        complete = max(completeness_gaps(judge, circuit, [grown, (), circuit]), key=lambda found: found[0])
     effects = None if budget.skips("side effects on harmless prompts", 0.97) else side_effects(judge, circuit, seed)
     cmd, cpr = curve_areas(mib_points(result.curve))
     areas = area_intervals(result, held_out, seed)
@@ -205,8 +205,9 @@ def _random_values(
 def _controls(values: np.ndarray, observed: float, meter: FaithfulnessMeter) -> RandomControls:
     n_pairs = len(meter.runs.harmful)
     if not len(values):
-        return RandomControls(0, float("nan"), float("nan"), float("nan"), n_pairs)
-    return RandomControls(len(values), float(values.mean()), float(values.max()), rank_p(observed, values), n_pairs)
+        return RandomControls(0, float("nan"), float("nan"), float("nan"), n_pairs, observed)
+    mean, highest, p_value = float(values.mean()), float(values.max()), rank_p(observed, values)
+    return RandomControls(len(values), mean, highest, p_value, n_pairs, observed)
 
 
 def added_effects(
@@ -272,8 +273,7 @@ def completeness(
     """
 
     def gaps(subsets: Sequence[Sequence[Part]]) -> list[float]:
-        rest = [[part for part in circuit if part not in set(gone)] for gone in subsets]
-        return [abs(a - b) for a, b in zip(meter.faithfulness(rest, near=circuit), meter.without(subsets), strict=True)]
+        return [gap for gap, _ in completeness_gaps(meter, circuit, subsets)]
 
     tried: list[tuple[Part, ...]] = [(), tuple(circuit)]
     values = gaps(tried)
@@ -285,6 +285,15 @@ def completeness(
         grown = further[int(np.argmax(found))]
     best = int(np.argmax(values))
     return values[best], in_order(tried[best])
+
+
+def completeness_gaps(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], subsets: Sequence[Sequence[Part]]
+) -> list[tuple[float, tuple[Part, ...]]]:
+    """|F(C without K) - F(M without K)| of each subset K of the circuit C, with the subset."""
+    rest = [[part for part in circuit if part not in set(gone)] for gone in subsets]
+    kept, removed = meter.faithfulness(rest, near=circuit), meter.without(subsets)
+    return [(abs(a - b), in_order(gone)) for a, b, gone in zip(kept, removed, subsets, strict=True)]
 
 
 def gap_interval(

@@ -232,3 +232,24 @@ def test_areas_are_taken_over_the_grid_of_the_benchmark():
     sizes = [0, 1, 2, 5, 10, 20, 50, 60, 100, 150, 200, 500, 700, 1000]
     points = mib_points([CurvePoint(n / 1000, n, 0.0, 0.0) for n in sizes])
     assert [point.n_nodes for point in points] == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+
+
+def test_checks_of_many_runs_use_the_control_pairs(found, planted):
+    """Random circuits, minimality and their p are of the control pairs, every other figure of all pairs."""
+    (found_on, held_out), discovery = found
+    model, pairs = planted
+    few = FaithfulnessMeter(model, pair_runs(model, ms.PromptPairs(pairs.halves()[1].pairs[:2])), held_out.metric)
+    less = dataclasses.replace(discovery, circuit=discovery.circuit[1:], reached=False)
+    check = verify(less, found_on, held_out, controls=few, **SMALL)
+    plain = verify(less, found_on, held_out, **SMALL)
+    own, everywhere = (meter.faithfulness([less.circuit])[0] for meter in (few, held_out))
+    assert own != pytest.approx(everywhere, abs=1e-3), "else the test could not tell them apart"
+    assert check.random_controls.observed == pytest.approx(own, abs=1e-5) and check.random_controls.n_pairs == 2
+    values = few.faithfulness(random_circuits(few, less.circuit, 40, SMALL["seed"]))
+    assert check.random_controls.p_value == pytest.approx((1 + sum(value >= own for value in values)) / 41)
+    assert check.minimality == pytest.approx({str(n): v for n, v in marginals(few, less.circuit).items()}, abs=1e-5)
+    assert (check.necessity, check.independence) == (plain.necessity, plain.independence)
+    assert check.completeness >= abs(1 - everywhere) - 1e-5, "no smaller than what is lost without any part gone"
+    said = {claim.name: claim.criterion for claim in check.claims}
+    assert said["sufficiency"].endswith(", on 2 of the pairs") and said["minimality"].endswith("; on 2 of the pairs")
+    assert not any("of the pairs" in claim.criterion for claim in plain.claims)
