@@ -158,14 +158,15 @@ def _some(model: LensModel, side: PromptPairs, size: int, seed: int) -> PromptPa
     tokens = model.tokenize_pairs(side)
     differs = (tokens.harmful.ids != tokens.harmless.ids).int()
     first = differs.argmax(1).tolist()  # rows are padded on the left: a late difference means few columns
-    gives = Counter(pair.topic for pair in side.sample(size, seed))  # a small topic gives what it has
+    even = math.ceil(size / max(1, len(side.topics)))
+    gives = Counter(pair.topic for pair in side.sample(size, seed))  # a large topic fills up for small ones
     order = sorted(range(len(side)), key=lambda k: (-first[k], k))
     taken: dict[str, int] = {}
     chosen = set()
     for k in order:
         topic = side.pairs[k].topic
         taken[topic] = taken.get(topic, 0) + 1
-        if taken[topic] <= SHORTEST * gives[topic]:
+        if taken[topic] <= SHORTEST * max(even, gives[topic]):
             chosen.add(k)
     return replace(side, pairs=tuple(pair for k, pair in enumerate(side) if k in chosen)).sample(size, seed)
 
