@@ -142,11 +142,11 @@ def curves(record: Record) -> Figure:
         said.plot(x, [kinds[2] for kinds in row["kinds"]], "x--", color=colour, label=f"{name}: degenerate")
     lost.set(title="share of the gap lost")
     cost.set(title="KL on harmless prompts, nats")
-    said.set(title="replies to harmful prompts", ylim=(-0.03, 1.03))
+    said.set(title="replies to harmful prompts", ylim=(-0.03, 1.6))  # room for the legend
     for axis in (lost, cost, said):
         axis.set(xlabel="parts ablated", xscale="log")
     lost.legend(frameon=False, fontsize=8)
-    said.legend(frameon=False, fontsize=8)
+    said.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
