@@ -1,0 +1,109 @@
+"""Settings of Sphinx for the site: ``make docs``.
+
+The source folder is the repository itself, so that a relative link in a Markdown page leads to the same place on a code
+host and on the site. Nothing is fetched from a network.
+"""
+
+import posixpath
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.domains.python._object import PyObject
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mechsafety.version import __version__  # noqa: E402
+
+project = "mechsafety"
+author = "The mechsafety authors"
+copyright = "The mechsafety authors, MIT license"
+version = release = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "notebooks/*.ipynb", "benchmarks/*.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+
+# Markdown as a code host reads it: every heading is an anchor. A notebook shows what is stored in it.
+myst_heading_anchors = 6
+nb_execution_mode = "off"
+# a page may begin with worked examples of the third rank; a widget has a stored picture beside it
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
+
+# the reference: signatures from the annotations, everything else from the docstrings
+autodoc_member_order = "groupwise"
+autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 88
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+default_role = "py:obj"
+nitpicky = True
+
+templates_path = ["_templates"]
+html_theme = "furo"
+html_title = "mechsafety"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_additional_pages = {"index": "redirect.html"}
+
+# pages whose links are the site's menu, so that a list of pages is written once: the first one by sections
+MENUS = ("docs/index", "docs/methods", "docs/reference/index")
+
+
+def add_menu(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Put the pages that a page of `MENUS` links to below it in the menu, in the same order."""
+    if docname not in MENUS:
+        return
+    parts = re.split(r"^## +(.+)$", content[0], flags=re.M)
+    seen = {docname}
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        pages = []
+        for target in re.findall(r"\]\(([^)#\s]+)\.(?:md|ipynb)(?:#[^)]*)?\)", body):
+            page = posixpath.normpath(posixpath.join(posixpath.dirname(docname), target))
+            # below other pages than the first stand those of a folder of their own
+            own = docname == root_doc or page.startswith(docname.removesuffix("/index") + "/")
+            if page in app.env.found_docs and page not in seen and own:
+                pages.append(page)
+                seen.add(page)
+        caption = f":caption: {title}\n" if docname == root_doc else ""
+        if pages:
+            content[0] += f"\n```{{toctree}}\n:hidden:\n{caption}\n" + "".join(f"/{page}\n" for page in pages) + "```\n"
+
+
+def link_by_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> nodes.Node | None:
+    """Link a name of a docstring or an annotation to where it is documented, whatever module it was written in.
+
+    Names that the reference does not have stay plain: parameters, other libraries' types, and the names of axes.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    objects = env.domains.python_domain.objects
+    target = node["reftarget"].strip("'")
+    name = target.removeprefix("mechsafety.").split(".")
+    for tail in (".".join(name), name[-1] if target.startswith("mechsafety.") else ""):
+        found = [full for full in objects if tail and (full == tail or full.endswith("." + tail))]
+        if found:
+            full = min(found, key=lambda one: (one.count("."), one))
+            place = objects[full]
+            return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, contnode, full)
+    return contnode
+
+
+def setup(app: Sphinx) -> None:
+    """Register the two functions above; attributes in a docstring are no links to others of the same name."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.rolename = ""
+    app.connect("source-read", add_menu)
+    app.connect("missing-reference", link_by_name)
