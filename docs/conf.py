@@ -37,7 +37,7 @@ nb_execution_mode = "off"
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 # the reference: signatures from the annotations, everything else from the docstrings
-autodoc_member_order = "groupwise"
+autodoc_member_order = "bysource"  # of a room: the order of its __all__
 autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
@@ -59,26 +59,39 @@ html_additional_pages = {"index": "redirect.html"}
 
 # pages whose links are the site's menu, so that a list of pages is written once: the first one by sections
 MENUS = ("docs/index", "docs/methods", "docs/reference/index")
+LINK = re.compile(r"\]\(([^)#\s]+)\.(?:md|ipynb)(?:#[^)]*)?\)")
+
+
+def linked_pages(docname: str, text: str) -> list[str]:
+    """Pages that a text links to: those that begin a list's item or a table's row first, then those in its prose."""
+    rows = "\n".join(re.findall(r"^[|-] +\[.+$", text, flags=re.M))
+    targets = [*LINK.findall(rows), *LINK.findall(text)]
+    pages = (posixpath.normpath(posixpath.join(posixpath.dirname(docname), target)) for target in targets)
+    return list(dict.fromkeys(pages))
 
 
 def add_menu(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Put the pages that a page of `MENUS` links to below it in the menu, in the same order."""
-    if docname not in MENUS:
+    """Put the pages that a page of `MENUS` links to below it in the menu."""
+    if docname == root_doc:
+        parts = re.split(r"^## +(.+)$", content[0], flags=re.M)[1:]
+        menus = [
+            (f":caption: {title}", linked_pages(docname, body)) for title, body in zip(*[iter(parts)] * 2, strict=True)
+        ]
+    elif docname in MENUS:  # the pages of its own folder
+        folder = docname.removesuffix("/index") + "/"
+        menus = [("", [page for page in linked_pages(docname, content[0]) if page.startswith(folder)])]
+    else:
         return
-    parts = re.split(r"^## +(.+)$", content[0], flags=re.M)
-    seen = {docname}
-    for title, body in zip(parts[1::2], parts[2::2], strict=True):
-        pages = []
-        for target in re.findall(r"\]\(([^)#\s]+)\.(?:md|ipynb)(?:#[^)]*)?\)", body):
-            page = posixpath.normpath(posixpath.join(posixpath.dirname(docname), target))
-            # below other pages than the first stand those of a folder of their own
-            own = docname == root_doc or page.startswith(docname.removesuffix("/index") + "/")
-            if page in app.env.found_docs and page not in seen and own:
-                pages.append(page)
-                seen.add(page)
-        caption = f":caption: {title}\n" if docname == root_doc else ""
-        if pages:
-            content[0] += f"\n```{{toctree}}\n:hidden:\n{caption}\n" + "".join(f"/{page}\n" for page in pages) + "```\n"
+    for caption, pages in menus:
+        lines = [f"/{page}" for page in pages if page in app.env.found_docs and page != docname]
+        content[0] += "\n".join(["", "```{toctree}", ":hidden:", caption, "", *lines, "```", ""])
+
+
+def keep_names_together(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Write ``a, b: text`` of a docstring as one field; its space would make a type of the first name."""
+    for k, line in enumerate(lines):
+        if found := re.match(r":(?:param|ivar) [\w*]+(?:, [\w*]+)+:", line):
+            lines[k] = found[0].replace(", ", ",\u200b") + line[found.end() :]
 
 
 def link_by_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> nodes.Node | None:
@@ -101,9 +114,10 @@ def link_by_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnod
 
 
 def setup(app: Sphinx) -> None:
-    """Register the two functions above; attributes in a docstring are no links to others of the same name."""
+    """Register the functions above; attributes in a docstring are no links to others of the same name."""
     for field in PyObject.doc_field_types:
         if field.name == "variable":
-            field.rolename = ""
+            field.rolename, field.label = "", "Attributes"
     app.connect("source-read", add_menu)
+    app.connect("autodoc-process-docstring", keep_names_together, priority=900)  # after napoleon
     app.connect("missing-reference", link_by_name)
