@@ -52,8 +52,7 @@ nitpicky = True
 templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "mechsafety"
-html_static_path = ["_static"]
-html_css_files = ["site.css"]
+smartquotes = False  # messages and code are quoted as they are
 html_show_sourcelink = False
 html_additional_pages = {"index": "redirect.html"}
 
@@ -71,7 +70,8 @@ def linked_pages(docname: str, text: str) -> list[str]:
 
 
 def add_menu(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Put the pages that a page of `MENUS` links to below it in the menu."""
+    """Put the pages that a page of `MENUS` links to below it in the menu; links to folders have no target here."""
+    content[0] = re.sub(r"\[([^\]]+)\]\([^)\s]+/\)", r"\1", content[0])
     if docname == root_doc:
         parts = re.split(r"^## +(.+)$", content[0], flags=re.M)[1:]
         menus = [
