@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 STAMP := $(VENV)/installed
 # what tests, linters and pictures need on top; a newcomer's demo does not wait for it
 DEV := $(VENV)/installed-dev
+# what the documentation's site needs on top
+DOCS := $(VENV)/installed-docs
 # the same with TransformerLens 3.9, the last one with HookedTransformer
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
@@ -28,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser test-latex pages models coverage gallery lint format train train-certified evaluate bench bench-truth bench-service clean
+.PHONY: demo test test-tl3 test-browser test-latex docs docs-links pages models coverage gallery lint format train train-certified evaluate bench bench-truth bench-service clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -53,6 +55,17 @@ test-latex: $(DEV)
 	  else echo "no pdflatex: install it (apt-get install texlive-latex-base texlive-pictures)" >&2; exit 1; fi; fi
 	$(BIN)/python -m pytest tests/viz/test_formats.py -k "latex or compiles"
 
+# the documentation as a site, without network: every warning, and every link to a page or heading that is not there, is
+# an error; then the spelling
+docs: $(DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -c docs -b html -d .work/doctrees -W --keep-going --quiet . out/site
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs mechsafety scripts benchmarks tests notebooks
+	@echo "open out/site/index.html in a browser"
+
+# links that leave the documentation; needs network
+docs-links: $(DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -c docs -b linkcheck -d .work/doctrees --quiet . .work/links
+
 # pages and figures of what was measured, again from the stored JSON; PAGES="coverage models" draws these alone
 pages: $(DEV)
 	$(BIN)/python scripts/pages $(PAGES)
@@ -75,13 +88,13 @@ test-tl3: $(STAMP3)
 	$(VENV3)/bin/python -m pytest tests/test_generations.py -m demo
 
 lint: $(DEV)
-	$(BIN)/ruff check mechsafety tests scripts benchmarks
-	$(BIN)/ruff format --check mechsafety tests scripts benchmarks
+	$(BIN)/ruff check mechsafety tests scripts benchmarks docs
+	$(BIN)/ruff format --check mechsafety tests scripts benchmarks docs
 	$(BIN)/mypy
 
 format: $(DEV)
-	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks
-	$(BIN)/ruff format mechsafety tests scripts benchmarks
+	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks docs
+	$(BIN)/ruff format mechsafety tests scripts benchmarks docs
 
 # train the demo model's adapter again, and measure the demo model for docs/demo-model.md; both go on where they stopped
 train: $(STAMP)
@@ -119,6 +132,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 $(DEV): $(STAMP)
 	$(PIP) --editable ".[demo,dev]"
 	touch $(DEV)
+
+$(DOCS): $(STAMP)
+	$(PIP) --editable ".[demo,docs]"
+	touch $(DOCS)
 
 $(STAMP3): setup.cfg pyproject.toml constraints-tl3.txt
 	test -x $(VENV3)/bin/python || $(PYTHON) -m venv $(VENV3)

@@ -79,6 +79,7 @@ def parse(text: str, form: str, oldest: int, newest: int) -> dict[str, Any]:
             f"{what} format version {version!r}",
             expected=f"{newest}" if oldest == newest else f"{oldest} to {newest}",
             hint="pip install --upgrade mechsafety" if newer else f"make the {what} again",
+            page="a-file-of-another-version",
         )
     return data
 

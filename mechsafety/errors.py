@@ -11,18 +11,23 @@ class MechsafetyError(ValueError):
         problem: What was given and why it cannot be used.
         expected: What would have been accepted.
         hint: The call, command or edit that fixes it.
+        page: Anchor in ``docs/errors.md`` where causes and remedies are explained, for errors that need more than a
+            line. A traceback then names the page below the message; the message itself stays one line.
 
     Example:
         >>> str(MechsafetyError("dtype 'int3' is unknown", expected="float32 or bfloat16", hint="pass dtype='float32'"))
         "dtype 'int3' is unknown; expected float32 or bfloat16; pass dtype='float32'"
     """
 
-    def __init__(self, problem: str, *, expected: str = "", hint: str = "") -> None:
+    def __init__(self, problem: str, *, expected: str = "", hint: str = "", page: str = "") -> None:
         self.problem = problem
         self.expected = expected
         self.hint = hint
+        self.page = page
         parts = [problem, f"expected {expected}" if expected else "", hint]
         super().__init__("; ".join(part for part in parts if part))
+        if page:
+            self.add_note(f"causes and remedies: docs/errors.md#{page}")
 
 
 def first_line(error: BaseException) -> str:
@@ -66,3 +71,6 @@ class NoRefusal(MechsafetyError):
         problem: The measured rates, in words.
         hint: What could be tried.
     """
+
+    def __init__(self, problem: str, *, expected: str = "", hint: str = "", page: str = "no-refusal") -> None:
+        super().__init__(problem, expected=expected, hint=hint, page=page)

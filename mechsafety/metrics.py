@@ -337,7 +337,9 @@ class RefusalLogOdds:
         refused = [[is_refusal(text) for text in model.decode(side)] for side in said]
         refusals = [ids for ids, no in zip(said[0], refused[0], strict=True) if no]
         if not refusals:
-            raise MechsafetyError(f"none of {len(said[0])} harmful prompts was refused", hint=CHOOSE)
+            raise MechsafetyError(
+                f"none of {len(said[0])} harmful prompts was refused", hint=CHOOSE, page="no-prompt-is-refused"
+            )
         answers = [ids for ids, no in zip(said[1], refused[1], strict=True) if not no]
         found = candidates(refusals, answers, model.end_ids)
         if opener is not None:
@@ -365,6 +367,7 @@ class RefusalLogOdds:
                 f"the best AUROC of {len(tried)} is {most.auroc:.2f}, {where}",
                 expected=f"at least {FLOOR}",
                 hint="give other prompts, or " + CHOOSE,
+                page="refusals-and-answers-begin-alike",
             )
         return replace(metrics[chosen.opener_ids], tried=tuple(tried))
 
@@ -412,7 +415,12 @@ def _single_token(tokenizer: Any, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         parts = [tokenizer.decode([token]) for token in ids]
-        raise MechsafetyError(f"{text!r} is {len(ids)} tokens {parts}", expected="one token", hint="pass its first one")
+        raise MechsafetyError(
+            f"{text!r} is {len(ids)} tokens {parts}",
+            expected="one token",
+            hint="pass its first one",
+            page="a-text-is-not-one-token",
+        )
     return int(ids[0])
 
 
@@ -435,6 +443,7 @@ def check_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " promp
         raise MechsafetyError(
             f"the metric of {len(harmful)} pair{'s' * (len(harmful) > 1)} has a mean gap of 0, so nothing has a share",
             expected="harmful prompts that score otherwise than their harmless counterfactuals",
+            page="the-gap-is-0",
         )
     if gap < 0:
         logger.warning("the harmless prompts score higher than the harmful ones: shares are of a gap of %.3g", gap)

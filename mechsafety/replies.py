@@ -399,7 +399,9 @@ def check_unedited(model: LensModel) -> None:
     """Refuse a model under an intervention, because perplexity is measured with the unedited model."""
     if model.edited:
         raise MechsafetyError(
-            "an intervention is on, and perplexity is the unedited model's", hint="judge after the with block"
+            "an intervention is on, and perplexity is the unedited model's",
+            hint="judge after the with block",
+            page="an-intervention-is-on",
         )
 
 

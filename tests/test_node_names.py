@@ -54,7 +54,7 @@ def test_a_node_that_the_model_lacks(llama, pairs, log_odds, name, nearest):
         lambda: ms.edge_attribution(llama, pairs, log_odds, nodes=[name], **QUIET),
     ]
     for call in calls:
-        with pytest.raises(ms.MechsafetyError, match=rf"does not exist in .*; the nearest is {nearest}$"):
+        with pytest.raises(ms.MechsafetyError, match=rf"(?m)does not exist in .*; the nearest is {nearest}$"):
             call()
 
 

@@ -139,12 +139,12 @@ def test_input_that_cannot_be_judged(llama):
         ms.judge_replies(llama, ["a"], ["b"], judge=lambda p, r: ["yes"], limit=1.0)
     with (
         ms.ablate(llama, [ms.Node("head", 0, 0)], source="zero"),
-        pytest.raises(ms.MechsafetyError, match=r"^an intervention is on, .*; judge after the with block$"),
+        pytest.raises(ms.MechsafetyError, match=r"(?m)^an intervention is on, .*; judge after the with block$"),
     ):
         ms.judge_replies(llama, ["a"], ["b"], limit=1.0)
     with (
         ms.ablate(llama, [ms.Node("head", 0, 0)], source="zero"),
-        pytest.raises(ms.MechsafetyError, match=r"^an intervention is on"),
+        pytest.raises(ms.MechsafetyError, match=r"(?m)^an intervention is on"),
     ):
         loss_limit(llama)
     with pytest.raises(ms.MechsafetyError, match=r"^the judge 'is_refusal' cannot be called with prompts and replies"):

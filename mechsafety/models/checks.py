@@ -174,7 +174,7 @@ def _exact_shortcuts(model: LensModel, tolerance: float) -> Shortcuts:
 
 
 def _fail(name: str, problem: str) -> MechsafetyError:
-    return MechsafetyError(f"the load check '{name}' failed: {problem}")
+    return MechsafetyError(f"the load check '{name}' failed: {problem}", page="a-load-check-failed")
 
 
 def _check_logits(model: LensModel, tokens: Tokens, reference: Tensor, tolerance: float) -> None:

@@ -214,6 +214,7 @@ class LensModel:
                     f"pair {index + 1} of {pairs.name} does not align: {_difference(self, pairs, index)}",
                     expected="prompts with as many tokens in the instruction",
                     hint="change a word, or pair prompts with PromptPairs.matched(harmful, harmless, model.n_tokens)",
+                    page="pairs-do-not-align",
                 )
         return TokenPairs.of(harmful, harmless)
 

@@ -27,6 +27,7 @@ def check_exists(model: LensModel, node: Node) -> None:
             f"{node} does not exist in {model.name}",
             expected=f"layers 0 to {model.n_layers - 1}{of_kind}",
             hint=f"the nearest is {replace(node, layer=layer, index=index)}",
+            page="a-part-does-not-exist",
         )
 
 

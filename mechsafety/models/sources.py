@@ -162,7 +162,9 @@ def _named(name: str) -> Iterator[None]:
     except MechsafetyError:
         raise
     except Exception as error:  # they raise many types
-        raise MechsafetyError(f"cannot load the model {name!r} ({first_line(error)})", expected=WANTED) from error
+        raise MechsafetyError(
+            f"cannot load the model {name!r} ({first_line(error)})", expected=WANTED, page="the-model-cannot-be-loaded"
+        ) from error
 
 
 def _auto_class(config: Any) -> Any:
@@ -266,6 +268,7 @@ def no_template(name: str) -> MechsafetyError:
         f"{name} has no chat template",
         expected="a chat model",
         hint="pass chat_template='plain' (command: --chat-template plain) for 'User: ... Assistant:'",
+        page="no-chat-template",
     )
 
 

@@ -491,6 +491,7 @@ def _rank(n: int, rate: float) -> int:
             f"{n} held-out harmless prompts for a false-positive rate of {rate:g}",
             expected=f"at least {needed}",
             hint="give more prompts, or a larger false_positive_rate",
+            page="too-few-harmless-prompts",
         )
     return rank
 

@@ -342,7 +342,7 @@ class PromptPairs:
             what = "number of tokens" if self.align == "tokens" else "tokens after the instruction"
             problem += f"; the two chat prompts of {_numbers(out)} differ in their {what}" if out else ""
             hint = HINT if out and self.align == "tokens" else "add pairs"
-            raise MechsafetyError(problem, expected=f"at least {least}", hint=hint)
+            raise MechsafetyError(problem, expected=f"at least {least}", hint=hint, page="pairs-do-not-align")
         if not out:
             return self
         note = f"{len(out)} of {len(self)} pairs left out, which do not align under the tokenizer of {model.name}"

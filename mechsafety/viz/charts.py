@@ -30,7 +30,7 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
     """Every head and MLP by layer: the exact effect where it was measured, the gradient estimate elsewhere.
 
     Estimated cells carry a small circle; nodes of the circuit are framed. Without ``circuit.details`` only the
-    circuit's own nodes are shown. Neurons are left out. Colours saturate at the 99th percentile of |effect|.
+    circuit's own nodes are shown. Neurons are left out. Colours saturate at the 99th percentile of the absolute effect.
 
     Returns:
         A figure, not shown.

@@ -118,7 +118,7 @@ def test_nodes_are_as_good_as_a_mask(pair, prompts):
     assert torch.equal(found[0].logits, found[1].logits)
     with pytest.raises(ms.MechsafetyError, match=r"^L0.H1 is not a neuron of LensModel"):
         neuron_mask(pair[0], [Node("head", 0, 1)])
-    with pytest.raises(ms.MechsafetyError, match=r"^L3.N0 does not exist in Llama.*; the nearest is L2.N0$"):
+    with pytest.raises(ms.MechsafetyError, match=r"(?m)^L3.N0 does not exist in Llama.*; the nearest is L2.N0$"):
         neuron_mask(pair[0], [Node("neuron", 3, 0)])
     with pytest.raises(ms.MechsafetyError, match=r"^a neuron mask of type torch.float32 and shape \(3, 48\); expected"):
         neuron_mask(pair[0], torch.zeros(3, 48))
