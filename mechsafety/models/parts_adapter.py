@@ -41,7 +41,7 @@ class PartsAdapter:
     parts: tuple[Node, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def write(self, path: str | os.PathLike[str]) -> Path:
+    def _write(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all. The same numbers give the same bytes.
 
         Raises:
