@@ -124,7 +124,7 @@ class PartsAdapter:
         parameters = dict(model.hf_model.named_parameters())
         for part in part_slices(model, self.parts)[0]:
             part.write(parameters[part.parameter], self.values[part.name])
-        vars(model).pop("weights_sha256")  # computed anew when it is asked for
+        vars(model.reading(())).pop("_weights_sha256", None)  # computed anew when it is asked for
 
 
 def is_parts_adapter(adapter: str | os.PathLike[str] | None) -> bool:

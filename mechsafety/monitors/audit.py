@@ -215,8 +215,8 @@ class TamperAudit(Result):
         """Compare a suspect with the fingerprint: intact or tampered, and where.
 
         The suspect's weights are sketched, and it is run once on the fingerprint's prompts, even if all its hashes are
-        those of the fingerprint: a hook or changed code shows in no hash. The suspect is not changed. An open edit, such
-        as `mechsafety.ablate`, counts as a part of the suspect.
+        those of the fingerprint: a hook or changed code shows in no hash. The suspect is not changed. An open edit,
+        such as `mechsafety.ablate`, counts as a part of the suspect.
 
         Args:
             suspect: A model of the same architecture and sizes.

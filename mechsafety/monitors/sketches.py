@@ -16,7 +16,8 @@ from mechsafety.models import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
-# random probes of each parameter: a change of high rank is known to about 1 / sqrt(2 * 16) = 18 %, one of rank 1 to 35 %
+# random probes of each parameter: a change of high rank is known to about 1 / sqrt(2 * 16) = 18 %, one of rank 1
+# to about 35 %
 PROBES = 16
 WRITER_ROWS = 98  # each output matrix has so many random inputs that all together have at least this many, and two
 WRAPPER = "._original_component"  # in TransformerLens' names of parameters

@@ -341,4 +341,6 @@ def refusal_value(fall: float, total: float) -> float:
 def _weights(total: float) -> list[Finding]:
     if total < LIMITS["weights"]:
         return []
-    return [Finding("weights", "attention and MLPs", total, f"their weights changed by {total:.0%}: this is another model")]
+    return [
+        Finding("weights", "attention and MLPs", total, f"their weights changed by {total:.0%}: this is another model")
+    ]

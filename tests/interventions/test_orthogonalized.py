@@ -44,7 +44,7 @@ def test_equals_the_hooks(kind, strength, make_model):
         assert edited.generate(PROMPTS, 5) == said
     assert float((want - plain).abs().max()) > 1e-2
     assert torch.equal(model.logits(PROMPTS), plain)
-    model.__dict__.pop("weights_sha256")
+    model.__dict__.pop("_weights_sha256")
     assert model.weights_sha256 == digest
     assert getattr(module, name) is table
 
