@@ -4,9 +4,9 @@
 
 It writes docs/results/audit.json. Every copy is made in memory, checked and undone (`tampering.py`); no copy is ever
 written. Benign copies of the calibration have other seeds, quantisers and training runs than those of the evaluation.
-The limits in `mechsafety.monitors.tampering` were fixed before either was made. Each step is kept in --work and not done again,
-so that a stopped run goes on. The steps hold the values of the tests, so that other limits need no new run. The page is
-drawn from the stored JSON alone.
+The limits in `mechsafety.monitors.tampering` were fixed before either was made. Each step is kept in --work and not
+done again, so that a stopped run goes on. The steps hold the values of the tests, so that other limits need no new
+run. The page is drawn from the stored JSON alone.
 """
 
 import argparse
