@@ -354,7 +354,7 @@ def _tokenizer_sha256(model: LensModel) -> str:
     for use in ("truncation", "padding"):  # as the last call has left them
         rules.pop(use, None)
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    text = json.dumps([rules, special], sort_keys=True)
+    text = json.dumps([rules, special], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
