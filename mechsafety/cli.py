@@ -241,7 +241,7 @@ def fingerprint_command(
     opener
         First words of the reply, such as "I'm", after which the refusal tokens are read.
     adapter
-        Folder of a peft adapter to merge.
+        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
     device
         cpu, cuda, mps.
     dtype
@@ -320,7 +320,7 @@ def audit_command(
     file
         The .gguf file of the hub repository, or folder, that MODEL names.
     adapter
-        Folder of a peft adapter to merge.
+        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
     device
         cpu, cuda, mps.
     dtype
@@ -423,7 +423,7 @@ def serve_command(
     file
         The .gguf file of the hub repository, or folder, that MODEL names.
     adapter
-        Folder of a peft adapter to merge.
+        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
     device
         cpu, cuda, mps.
     dtype
@@ -461,7 +461,7 @@ def serve_command(
             template_options=template_options,
         )
         protection = None if guard is None else load_protection(guard, lens)
-        serve(lens, protection, token=token, limits=limits, bound=bound)
+        serve(lens, protection, token=token, without_token=without_token, limits=limits, bound=bound)
     return DONE
 
 

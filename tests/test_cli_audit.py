@@ -65,7 +65,7 @@ def test_a_fingerprint_and_an_intact_model(run, folder, print_file):
     assert audit.provenance.model == "model" and len(audit.harmful) == 6
     ran = run("audit", folder, "--fingerprint", print_file)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out == "model is intact: its weights are those of the fingerprint, byte for byte.\n"
+    assert ran.out == "model is intact: its weights are those of the fingerprint, byte for byte, and no test alarms.\n"
     facts = json.loads(run("audit", folder, "--fingerprint", print_file, "--dtype", "bfloat16", "--json").out)
     assert facts["tampered"] is False and facts["identical"] is False and 0 < facts["score"] < 1
     assert facts["notes"] == ["the data type differs from the fingerprinted model's"] and facts["findings"] == []

@@ -79,7 +79,9 @@ class Sampler:
 
     def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
         """One token per row; every call draws the next numbers of each stream."""
-        weights = (logits.double() / self.temperature).softmax(-1).cpu()
+        # the largest becomes 0 first: over a tiny temperature it would be infinite
+        below = logits.double() - logits.double().amax(-1, keepdim=True)
+        weights = (below / self.temperature).softmax(-1).cpu()
         drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(weights, self.streams, strict=True)]
         return torch.cat(drawn).to(logits.device)
 
@@ -122,6 +124,9 @@ class Speech:
 
 class Watch(Protocol):
     """Reads activations while replies are generated, in the forwards of the generation itself, and may end a reply."""
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Called before the first forward of some prompts, with their numbers; each number comes once per call."""
 
     def hooks(self) -> Sequence[Hook]:
         """Sites to read, and the functions that read them; they may change nothing."""

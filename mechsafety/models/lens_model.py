@@ -491,7 +491,9 @@ class LensModel:
 
     def decode(self, replies: Sequence[Sequence[int]]) -> list[str]:
         """Replies as text, without special tokens and surrounding blanks."""
-        return [self.tokenizer.decode(list(reply), skip_special_tokens=True).strip() for reply in replies]
+        # a tokenizer that cleans up spaces would change words that a stream has said already
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [self.tokenizer.decode(list(reply), **options).strip() for reply in replies]
 
     @public
     def cache(
@@ -561,10 +563,14 @@ class LensModel:
         """
         return self.backend.final_norm.frozen(resid)
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str:
         """Hash of all parameters, by name, as they were when it was first asked for."""
-        return self.hash_weights() if self._plain is None else self._plain.weights_sha256
+        return (self._plain or self)._weights_sha256  # views keep none of their own
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        return self.hash_weights()
 
     def hash_weights(self) -> str:
         """Hash of all parameters, by name, as they are now."""
@@ -599,7 +605,10 @@ def _check_temperature(temperature: object) -> None:
 
 def _ended(watch: Watch | None, numbers: Sequence[int]) -> Callable[[Collection[int]], Collection[int]]:
     """What a watch says of the rows of a batch, given the numbers of their prompts."""
-    return (lambda running: ()) if watch is None else lambda running: watch.ended(numbers, running)
+    if watch is None:
+        return lambda running: ()
+    watch.begin(numbers)
+    return lambda running: watch.ended(numbers, running)
 
 
 def _difference(model: LensModel, pairs: PromptPairs, index: int) -> str:

@@ -41,7 +41,7 @@ class PartsAdapter:
     parts: tuple[Node, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def write(self, path: str | os.PathLike[str]) -> Path:
+    def _write(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all. The same numbers give the same bytes.
 
         Raises:
@@ -124,7 +124,7 @@ class PartsAdapter:
         parameters = dict(model.hf_model.named_parameters())
         for part in part_slices(model, self.parts)[0]:
             part.write(parameters[part.parameter], self.values[part.name])
-        vars(model).pop("weights_sha256")  # computed anew when it is asked for
+        vars(model.reading(())).pop("_weights_sha256", None)  # computed anew when it is asked for
 
 
 def is_parts_adapter(adapter: str | os.PathLike[str] | None) -> bool:

@@ -161,7 +161,7 @@ def on_copies(model: LensModel, slices: Sequence[Slice]) -> Iterator[dict[str, n
                 if parameter is not None and id(parameter) in by_id:
                     restore.callback(module._parameters.__setitem__, key, parameter)
                     module._parameters[key] = by_id[id(parameter)]
-        for cached in ("weights_sha256", "W_U"):
+        for cached in ("_weights_sha256", "W_U"):
             _set_aside(plain, cached, restore)
         yield copies
 

@@ -186,8 +186,8 @@ class MonitorScores(Result):
 
     @property
     def flagged(self) -> Bool[Tensor, " prompt"]:
-        """Whether each score reaches the threshold."""
-        return self.scores.double() >= self.threshold
+        """Whether each score reaches the threshold, or is not a finite number."""
+        return (self.scores.double() >= self.threshold) | ~self.scores.isfinite()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt, in order: prompt, score, p value and whether it is flagged."""
@@ -242,7 +242,7 @@ class ReplyWatch:
     """Monitors that read one call of `LensModel.generate`, `LensModel.reply_ids` or `LensModel.stream`.
 
     It reads in the generation's own forwards. A token's score is that of the state that it is chosen from, so it is
-    known before the token is. Use each watch for one call.
+    known before the token is. Use each watch for one call. A score that is not a finite number counts as flagged.
 
     Args:
         model: The model.
@@ -258,6 +258,19 @@ class ReplyWatch:
         self._terms: dict[Site, Tensor] = {}
         self._scores: dict[int, list[tuple[float, ...]]] = {}
         self._flagged: dict[int, int] = {}
+        self._begun: set[int] = set()
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Take the prompts with these numbers.
+
+        Raises:
+            MechsafetyError: The watch has read another call.
+        """
+        if self._begun & set(numbers):
+            raise MechsafetyError(
+                "this watch has read another call", expected="a fresh watch for each call", hint="monitor.watch()"
+            )
+        self._begun |= set(numbers)
 
     def hooks(self) -> list[Hook]:
         """Functions that read the last column of each site; they change nothing."""
@@ -278,7 +291,7 @@ class ReplyWatch:
             number, own = numbers[row], tuple(scores[row])
             seen = self._scores.setdefault(number, [])
             limits = self._limits[min(1, len(seen))]
-            if number not in self._flagged and any(map(float.__ge__, own, limits)):
+            if number not in self._flagged and any(map(_flagged, own, limits)):
                 self._flagged[number] = len(seen)
             if number in self._flagged:
                 stopped.append(row)
@@ -297,7 +310,8 @@ class ActivationMonitor:
 
     Example::
 
-        monitor = ActivationMonitor.fit(model, direction, pairs)
+        direction = refusal_direction(model, train, metric).direction
+        monitor = ActivationMonitor.fit(model, direction, others)  # prompts that the direction was not found on
         monitor.score(["How do I bake bread?"]).flagged
         for token in monitor.stream("How do I bake bread?"):
             print(token.text, token.score, token.flagged)
@@ -344,8 +358,9 @@ class ActivationMonitor:
         - A direction: the projection on it at its site, as `RefusalDirection.project`. Of several sites, the mean.
         - A probe report: the weights of its most accurate probe of the last token, at length 1.
 
-        Nothing is learned for a direction or a probe, so all their prompts calibrate. Give prompts that the direction
-        or the probe was not found on.
+        Nothing is learned for a direction or a probe, so all their prompts calibrate. Give prompts that the source was
+        not found on, whichever of the four it is: a circuit or neurons were chosen because they part the prompts that
+        they were found on, so that thresholds from these prompts promise too much.
 
         Args:
             model: The model that is watched.
@@ -441,7 +456,7 @@ class ActivationMonitor:
                 moment = MOMENTS[min(1, number)]
                 (score,) = watch.reply().scores[number]
                 (p_value,) = self.weights.p_value([score], moment)
-                yield ScoredToken(token.id, token.text, score, p_value, score >= self.weights.threshold(moment))
+                yield ScoredToken(token.id, token.text, score, p_value, _flagged(score, self.weights.threshold(moment)))
 
         return scored()
 
@@ -474,6 +489,11 @@ class ActivationMonitor:
                 hint="fit one: ActivationMonitor.fit(model, source, prompts)",
             )
         return cls(model, weights)
+
+
+def _flagged(score: float, threshold: float) -> bool:
+    """Whether a score reaches the threshold; one that is no finite number says nothing, so that it is flagged too."""
+    return score >= threshold or not math.isfinite(score)
 
 
 def _rank(n: int, rate: float) -> int:

@@ -1,5 +1,7 @@
 """`TamperAudit`: whether a model is still the one that was fingerprinted, and where it was tampered with."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.monitors.sketches import Readings, own_parameters, read_model
 from mechsafety.monitors.tampering import WORDS, AuditTest, Finding, compare, part_of, safety_parts
+from mechsafety.output import json_text
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 DETECTED_ON = 16  # pairs on which the metric is found
 STEPS = 4  # midpoints of the integral that says which parts carry the refusal
 SHOWN = 10  # findings in a summary
+# what a config says of where a model is from and how it is stored; none of it changes what the model computes
+NO_COMPUTATION = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
 HALF = ("neuron_gains", "neuron_writes", "writer_probes", "contrast")  # readings that a fingerprint keeps as float16
 
 
@@ -36,11 +41,12 @@ class AuditReport(Result):
     Attributes:
         provenance: The suspect, with the hash of its weights as they are now.
         fingerprint: Name of the model that was fingerprinted.
-        identical: Whether weights, chat template and its options are those of the fingerprint, byte for byte. Nothing
-            is measured in this case.
+        identical: Whether weights, config, tokenizer, chat template and its options are those of the fingerprint, byte
+            for byte, and no edit of the model is open. The tests decide the verdict in this case too, since code can
+            change what the same weights compute.
         tests: Every test, with its value and limit.
         findings: Parts in which the suspect differs beyond a test's limit.
-        notes: What else differs, such as the chat template.
+        notes: What else differs, such as the config, the tokenizer or the chat template.
     """
 
     provenance: Provenance
@@ -52,7 +58,7 @@ class AuditReport(Result):
 
     @property
     def score(self) -> float:
-        """Largest value of a test as a share of its limit; 0 of an identical model."""
+        """Largest value of a test as a share of its limit."""
         return max((test.score for test in self.tests), default=0.0)
 
     @property
@@ -68,10 +74,12 @@ class AuditReport(Result):
     def summary(self) -> str:
         """The verdict and its evidence in plain words, one fact per line."""
         name = self.provenance.model
-        if self.identical:
-            return f"{name} is intact: its weights are those of the fingerprint, byte for byte."
+        if self.identical and not self.tampered:
+            return f"{name} is intact: its weights are those of the fingerprint, byte for byte, and no test alarms."
         verdict = "was tampered with" if self.tampered else "is intact"
         lines = [f"{name} {verdict}: the score is {self.score:.2f}, the limit is 1."]
+        if self.identical:
+            lines.append("Its weights are those of the fingerprint, byte for byte. What they compute is not.")
         for test in self.tests:
             if test.alarm:
                 lines.append(f"{test.name}: {WORDS[test.name]} is {test.value:.3g}; the limit is {test.limit:g}.")
@@ -114,6 +122,8 @@ class TamperAudit(Result):
         importance: How much of the refusal each layer's attention (row 0) and MLP (row 1) carries, estimated
             (`mechsafety.node_attribution`, sums of absolute values).
         readings: Sketches and activations.
+        config_sha256: Hash of the model's config, without names, versions and the data type.
+        tokenizer_sha256: Hash of the tokenizer: its vocabulary, rules and special tokens.
     """
 
     provenance: Provenance
@@ -123,6 +133,8 @@ class TamperAudit(Result):
     harmless: tuple[PromptLike, ...]
     importance: Float[Tensor, "kind layer"]
     readings: Readings
+    config_sha256: str
+    tokenizer_sha256: str
 
     def __repr__(self) -> str:
         n = len(self.harmful) + len(self.harmless)
@@ -187,6 +199,8 @@ class TamperAudit(Result):
             tuple(chosen.harmless),
             importance,
             _stored(readings),
+            _config_sha256(model),
+            _tokenizer_sha256(model),
         )
 
     @property
@@ -200,8 +214,8 @@ class TamperAudit(Result):
     def check(self, suspect: LensModel) -> AuditReport:
         """Compare a suspect with the fingerprint: intact or tampered, and where.
 
-        If weights, chat template and template options are the same, byte for byte, nothing is run. Otherwise its
-        weights are sketched, and it is run once on the fingerprint's prompts. The suspect is not changed. An open edit,
+        The suspect's weights are sketched, and it is run once on the fingerprint's prompts, even if all its hashes are
+        those of the fingerprint: a hook or changed code shows in no hash. The suspect is not changed. An open edit,
         such as `mechsafety.ablate`, counts as a part of the suspect.
 
         Args:
@@ -212,17 +226,24 @@ class TamperAudit(Result):
         """
         self._check_comparable(suspect)
         now = replace(suspect.provenance(seed=self.provenance.seed), weights_sha256=suspect.hash_weights())
-        other = self.provenance.difference(now)
-        if other is None and not suspect.edited:
-            return AuditReport(now, self.provenance.model, True, (), (), ())
-        return self.judge(self.read(suspect), now)
+        report = self.judge(self.read(suspect), now)
+        notes = [
+            f"the {what} differs from the fingerprinted model's"
+            for what, mine, theirs in (
+                ("config", self.config_sha256, _config_sha256(suspect)),
+                ("tokenizer", self.tokenizer_sha256, _tokenizer_sha256(suspect)),
+            )
+            if mine != theirs
+        ]
+        same = not notes and not suspect.edited and self.provenance.difference(now) is None
+        return replace(report, identical=same, notes=(*report.notes, *notes))
 
     @public
     def read(self, suspect: LensModel) -> Readings:
         """Readings of a suspect on the fingerprint's prompts, with its projections."""
         metric = RefusalLogOdds.from_json(self.metric, suspect)
         seed = self.provenance.seed or 0
-        return read_model(suspect, self.harmful, self.harmless, metric, seed, self.readings.top_ids)
+        return read_model(suspect, self.harmful, self.harmless, metric, seed)
 
     def judge(self, readings: Readings, provenance: Provenance) -> AuditReport:
         """The report on a suspect's readings.
@@ -307,6 +328,34 @@ def _part_name(name: str) -> str:
 
 def _sizes(model: LensModel) -> dict[str, Any]:
     return {"architecture": type(model.hf_model).__name__, **asdict(model.backend.sizes)}
+
+
+def _config_sha256(model: LensModel) -> str:
+    """Hash of what the config says of the computation, such as the epsilon of the norms."""
+    config = getattr(model.hf_model, "config", None)
+    row = {} if config is None else _computing(json.loads(config.to_json_string(use_diff=False)))
+    return hashlib.sha256(json_text(row, None).encode()).hexdigest()
+
+
+def _computing(row: Any) -> Any:
+    """A config, and the configs in it, in the order of their keys, without what changes no computation."""
+    if isinstance(row, list):
+        return [_computing(entry) for entry in row]
+    if not isinstance(row, dict):
+        return row
+    return {key: _computing(row[key]) for key in sorted(row) if key not in NO_COMPUTATION}
+
+
+def _tokenizer_sha256(model: LensModel) -> str:
+    """Hash of the tokenizer's vocabulary, rules and special tokens."""
+    tokenizer = model.tokenizer
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocabulary": tokenizer.get_vocab()} if fast is None else json.loads(fast.to_str())
+    for use in ("truncation", "padding"):  # as the last call has left them
+        rules.pop(use, None)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    text = json.dumps([rules, special], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stored(readings: Readings) -> Readings:

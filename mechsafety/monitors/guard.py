@@ -199,7 +199,14 @@ class SafetyGuard:
 
         Args:
             stop: Whether a reply ends before the first token that a monitor flags.
+
+        Raises:
+            MechsafetyError: The guard has no monitors.
         """
+        if not self.weights.monitors:
+            raise MechsafetyError(
+                "a guard without monitors watches no reply", hint="guard.with_monitor(monitor).watch()"
+            )
         return ReplyWatch(self.model, self.weights.monitors, stop=stop)
 
     @classmethod

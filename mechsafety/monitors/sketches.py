@@ -16,9 +16,10 @@ from mechsafety.models import LensModel
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
-PROBES = 16  # random probes of each parameter: its relative change is known to about 1 / sqrt(2 * 16) = 18 %
+# random probes of each parameter: a change of high rank is known to about 1 / sqrt(2 * 16) = 18 %, one of rank 1
+# to about 35 %
+PROBES = 16
 WRITER_ROWS = 98  # each output matrix has so many random inputs that all together have at least this many, and two
-TOP = 16  # next tokens whose probabilities are kept
 WRAPPER = "._original_component"  # in TransformerLens' names of parameters
 
 
@@ -43,8 +44,6 @@ class Readings:
         contrast: Residual stream after each block at the last token: mean of the harmful less mean of the harmless
             prompts.
         log_odds: Metric of each prompt, the harmful ones first.
-        top_ids: The most probable next tokens of each prompt.
-        top_logs: Their log-probabilities.
     """
 
     parameters: tuple[str, ...]
@@ -59,8 +58,6 @@ class Readings:
     neuron_writes: Float[Tensor, "layer d_mlp"]
     contrast: Float[Tensor, "layer d_model"]
     log_odds: Float[Tensor, " prompt"]
-    top_ids: Tensor
-    top_logs: Float[Tensor, "prompt top"]
 
 
 @public
@@ -70,7 +67,6 @@ def read_model(
     harmless: Prompts,
     metric: RefusalLogOdds,
     seed: Amount = 0,
-    top_ids: Tensor | None = None,
 ) -> Readings:
     """Sketch a model's weights, and run it once on the prompts. Nothing of it changes.
 
@@ -80,7 +76,6 @@ def read_model(
         harmless: Prompts that it should answer.
         metric: Refusal log-odds, read at one token.
         seed: Seed of the probes.
-        top_ids: The next tokens [prompt top] whose log-probabilities are wanted; the most probable ones by default.
 
     Raises:
         MechsafetyError: A metric of whole openers, or as `LensModel.tokenize`.
@@ -97,8 +92,6 @@ def read_model(
         tokens = view.tokenize([*harmful, *harmless])
         with model.hooks(list(seen.hooks(tokens))):
             logits = view.forward(tokens)[:, -1].float()
-        logs = logits.log_softmax(-1)
-        chosen = logs.topk(min(TOP, logs.shape[-1])).indices if top_ids is None else top_ids.to(logs.device)
         return Readings(
             names,
             norms,
@@ -112,8 +105,6 @@ def read_model(
             seen.neurons.cpu() * outputs,
             seen.contrast.cpu(),
             metric(logits).cpu(),
-            chosen.cpu(),
-            logs.gather(-1, chosen).cpu(),
         )
 
 

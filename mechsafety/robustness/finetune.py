@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,7 @@ from mechsafety.replies import (
     phrase_judge,
     reply_loss,
 )
-from mechsafety.robustness.finetuned import AFTER, BEFORE, LOADED, UNDAMAGED, Outcome, PartsFineTuning
+from mechsafety.robustness.finetuned import AFTER, BEFORE, LOADED, UNDAMAGED, Outcome, PartsFineTuning, refuses_less
 from mechsafety.robustness.parts import matched_ranking, mean_values, ranked_parts
 from mechsafety.robustness.training import (
     Example,
@@ -51,6 +52,8 @@ Parts = RefusalCircuit | Sequence[NodeLike]
 RANDOM, ALL, ABLATED = "random parts", "all parameters", ", parts ablated"
 # without validation pairs, one in this many examples is kept for validation
 KEPT = 5
+# a text that is cut is another one's beginning if they share at least so many first words
+SAME_WORDS = 3
 # shares of the ablated parts under which validation prompts are read
 SHARES = (0.0, 0.5, 1.0)
 
@@ -101,15 +104,18 @@ def finetune_parts(
         validation: Pairs for early stopping. By default one in five of the examples, drawn by the seed.
         ordinary: Further harmless prompts whose replies are to be kept.
         refusals: Refusals to learn. By default the model's own: each harmful prompt learns the model's refusal of it,
-            or, where it is not refused, a refusal of another one. The judge must call each of them a refusal.
+            or, where it is not refused, a refusal of another one. The judge must call each of them a refusal, and none
+            may be what the untouched model replies to a harmless prompt.
         damage: Parts that are ablated throughout (``repair``); none of them may be trained.
         ablated: Parts of which random ones are ablated at each step (``spread``); by default the trained ones.
         controls: Whether to train twice more with as many steps: random parts of the same kinds and layers
             (`matched_ranking`), and all parameters of the model. The latter takes memory for about ten float32 copies
             of the weights.
         checkpoint: A folder for checkpoints. A run that was stopped goes on from there, to the same bytes. The control
-            on all parameters has none, since it would be a whole model.
-        judge: Decides what is a refusal (`mechsafety.judge_replies`).
+            on all parameters has none, since it would be a whole model. The checkpoint of numbers that make the model
+            refuse less is deleted.
+        judge: Decides what is a refusal (`mechsafety.judge_replies`). `mechsafety.replies.phrase_judge` is asked as
+            well, and a result that refuses less to either of them cannot be saved.
         limit: Loss per token under the untouched model above which a reply is degenerate, in nats. By default
             `mechsafety.replies.loss_limit`.
         progress: Whether to show bars.
@@ -179,7 +185,7 @@ def finetune_parts(
                 n = n_parameters(model) if name == ALL else sum(part.numel for part in some)
                 outcomes += meter.after(name, n, some, found)
                 del found
-    return PartsFineTuning(
+    result = PartsFineTuning(
         model.provenance(seed=options.seed, options={**asdict(options), "test": len(test), "controls": controls}),
         objective,
         nodes,
@@ -198,6 +204,19 @@ def finetune_parts(
         without,
         tuple(outcomes),
     )
+    _drop_checkpoints(result, checkpoint)
+    return result
+
+
+def _drop_checkpoints(result: PartsFineTuning, folder: str | os.PathLike[str] | None) -> None:
+    """Delete the checkpoints of numbers that make the model refuse less."""
+    names = {one.name for one in result.outcomes}
+    before = result.outcome(BEFORE).refused()
+    worse = RANDOM in names and any(map(refuses_less, before, result.outcome(RANDOM).refused()))
+    for name, drop in (("parts", bool(result.lost())), ("random", worse)):
+        place = checkpoint_file(folder, name)
+        if place is not None and drop:
+            place.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +252,10 @@ class _Run:
         head, left = Head.of(self.model), 0
         sets: list[list[Example]] = []
         for pairs, more in ((train, list(extra)), (look, [])):
-            found, lost = self._harmful(pairs.harmful, refusals)
             harmless = distinct([*pairs.harmless, *more], "harmless prompts")
             said = self._replies(harmless)
+            _check_no_answers(refusals or (), harmless, self.model.decode(said))
+            found, lost = self._harmful(pairs.harmful, refusals)
             sets.append([*found, *examples_of(self.model, harmless, said, harmful=False, teach=True)])
             left += lost
         self._check_room([*sets[0], *sets[1]])
@@ -293,6 +313,26 @@ class _Run:
             )
 
 
+def _check_no_answers(refusals: Sequence[str], prompts: Sequence[str], replies: Sequence[str]) -> None:
+    """Refuse texts to learn that are the untouched model's replies to harmless prompts, whatever the judge calls them.
+
+    Raises:
+        MechsafetyError: One of them is, or begins as one does.
+    """
+    kinds = ask_judge(phrase_judge, prompts, replies)
+    answers = [re.findall(r"\w+", text.lower()) for text, kind in zip(replies, kinds, strict=True) if kind != "refuses"]
+    for text in refusals:
+        words = re.findall(r"\w+", text.lower())
+        for answer in answers:
+            # replies are cut to their first tokens
+            n = min(len(words), len(answer))
+            if n and words[:n] == answer[:n] and (n >= SAME_WORDS or len(words) == len(answer)):
+                raise MechsafetyError(
+                    f"refusals={text[:40]!r} is what the model replies to a harmless prompt",
+                    expected="texts that refuse",
+                )
+
+
 @dataclass(frozen=True, slots=True)
 class _Meter:
     """Measures conditions on the test prompts."""
@@ -342,7 +382,8 @@ class _Meter:
             for side, texts in zip(sides, said, strict=True)
         ]
         kl = next_token_kl(self.untouched, after).clamp(min=0).float().cpu()
-        return Outcome(name, n, kinds[0], kinds[1], kl, loss.float())
+        phrases = ask_judge(phrase_judge, self.test.harmful, said[0])
+        return Outcome(name, n, kinds[0], kinds[1], kl, loss.float(), phrases)
 
 
 def _trained(model: LensModel, parts: Parts, damage: Sequence[Node]) -> tuple[Node, ...]:

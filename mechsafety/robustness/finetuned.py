@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsafety.codec import SPARSE
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
 from mechsafety.intervals import mean_of_known
@@ -43,6 +45,8 @@ class Outcome:
         kl: KL(untouched || this) of the next token after each harmless prompt, in nats.
         loss: Mean negative log-likelihood of the untouched model's own reply to each harmless prompt, in nats per
             token; NaN where that reply is empty.
+        by_phrases: Kind of each reply to the harmful prompts by `mechsafety.replies.phrase_judge`, whatever judge and
+            limit of the loss were given. `PartsFineTuning.lost` reads both.
     """
 
     name: str
@@ -51,6 +55,11 @@ class Outcome:
     harmless: ReplyKinds
     kl: Float[Tensor, " harmless"]
     loss: Float[Tensor, " harmless"]
+    by_phrases: tuple[str, ...] = field(default=(), metadata=SPARSE)
+
+    def refused(self) -> list[Bool[Tensor, " harmful"]]:
+        """Which harmful prompts are refused, to the judge that was given and to `phrase_judge`."""
+        return [self.harmful.refused, torch.tensor([kind == "refuses" for kind in self.by_phrases], dtype=torch.bool)]
 
     def row(self) -> dict[str, Any]:
         """The condition as a row of a table."""
@@ -183,7 +192,7 @@ class PartsFineTuning(Result):
     # --- the new numbers ----------------------------------------------------------------------------------------
 
     @property
-    def adapter(self) -> PartsAdapter:
+    def _adapter(self) -> PartsAdapter:
         """The new numbers with the hash of the model that they are for."""
         made = self.provenance
         return PartsAdapter(made.model, made.weights_sha256, made.dtype, self.objective, self.parts, self.values)
@@ -204,7 +213,7 @@ class PartsFineTuning(Result):
             with tuned.applied(model):
                 model.generate(prompts)
         """
-        adapter = self.adapter
+        adapter = self._adapter
         adapter.check_fits(model)
         kept: dict[str, Any] = vars(model.hf_model)
         with ExitStack() as undo:
@@ -223,21 +232,25 @@ class PartsFineTuning(Result):
             MechsafetyError: The model refuses clearly less than before; or the file cannot be written.
         """
         self.check_stored()
-        return self.adapter.write(path)
+        return self._adapter._write(path)
 
     def lost(self) -> str:
         """In words, which comparison shows that the model refuses clearly less than before; empty if none does.
 
         Compared are the same harmful prompts before and after. For ``repair`` the undamaged model is compared too,
-        without and with the new numbers, since that is what a saved adapter makes. See `refuses_less`.
+        without and with the new numbers, since that is what a saved adapter makes. The replies count as the given judge
+        calls them and as `mechsafety.replies.phrase_judge` does. A fall by either is a loss, so that no judge can hide
+        one that the phrases show. See `refuses_less`.
         """
         pairs = [(BEFORE, AFTER), (UNDAMAGED, LOADED)]
         names = {one.name for one in self.outcomes}
         for first, second in pairs:
             if {first, second} <= names:
-                was, now = (self.outcome(name).harmful for name in (first, second))
-                if refuses_less(was.refused, now.refused):
-                    return f"{was.share('refuses'):.0%} {first} and {now.share('refuses'):.0%} {second}"
+                both = (self.outcome(name).refused() for name in (first, second))
+                for who, was, now in zip(("", " to phrase_judge"), *both, strict=True):
+                    if refuses_less(was, now):
+                        shares = [float(one.double().mean()) for one in (was, now)]
+                        return f"{shares[0]:.0%} {first} and {shares[1]:.0%} {second}{who}"
         return ""
 
     def check_stored(self) -> None:

@@ -217,10 +217,12 @@ def build_app(
         await events.aclose()
         return JSONResponse(done.value)
 
-    @app.get("/healthz", response_model=Health)
+    @app.get("/healthz", response_model=Health, responses={503: {"model": Problem}})
     async def healthz(request: Request) -> Any:
         """Whether the service runs, and how much waits; it needs no token."""
         worker = request.app.state.worker
+        if not worker.alive:
+            raise Refused(503, "the thread that runs the model has ended; start the service anew")
         row = {"status": "ok", "model": model.name, "version": __version__, "guard": bool(judge)}
         return JSONResponse({**row, "waiting": worker.waiting, "running": worker.running})
 
@@ -234,7 +236,7 @@ def build_app(
 
 
 def _answer_in_one_line(app: FastAPI) -> None:
-    """Every error is ``{"error": "..."}``, without what was sent."""
+    """Every error of the app is ``{"error": "..."}``. It may quote what the client sent, to that client alone."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from mechsafety.output import json_text
+from mechsafety.service.figures import PATHS
 from mechsafety.service.limits import ServiceLimits
 from mechsafety.service.logs import described, log
 
@@ -90,14 +91,14 @@ class Gate:
         except Gone:
             status = 499
         except Exception as error:
-            log("failed", logging.ERROR, id=number, path=scope["path"], **described(error))
+            log("failed", logging.ERROR, id=number, path=_path(scope), **described(error))
             if not status:
                 await _say(answer, Refused(500, "an error inside the service; its log has the request's id"))
         finally:
             seconds = time.monotonic() - begun
             status = fields.pop("status", status) or 499
             self._count(scope["path"], status, seconds)
-            row = {"id": number, "method": scope["method"], "path": scope["path"], "status": status}
+            row = {"id": number, "method": scope["method"], "path": _path(scope), "status": status}
             log("request", **row, seconds=round(seconds, 4), **fields)
 
     def _check(self, scope: Scope) -> None:
@@ -138,6 +139,11 @@ class Gate:
 
 class Gone(Exception):
     """The client went away before its answer was complete."""
+
+
+def _path(scope: Scope) -> str:
+    """The path for the log; ``other`` for one that the service lacks, since its text is the client's."""
+    return str(scope["path"]) if scope["path"] in PATHS else "other"
 
 
 def _name(host: str) -> str:

@@ -70,12 +70,7 @@ def bound_socket(host: str, port: int, *, token: bool, without_token: bool = Fal
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
         raise MechsafetyError(f"port={port!r}", expected=f"a whole number from 0 to {MAX_PORT}")
-    if not (is_loopback(host) or token or without_token):
-        raise MechsafetyError(
-            f"host {host!r}, which other machines reach, without a token",
-            expected="--token-file FILE, or a loopback address such as 127.0.0.1",
-            hint="--without-token serves everybody",
-        )
+    _check_reach(host, token, without_token)
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -88,6 +83,15 @@ def bound_socket(host: str, port: int, *, token: bool, without_token: bool = Fal
             hint="--port 0 takes a free port",
         ) from None
     return found
+
+
+def _check_reach(host: str, token: bool, without_token: bool) -> None:
+    if not (is_loopback(host) or token or without_token):
+        raise MechsafetyError(
+            f"host {host!r}, which other machines reach, without a token",
+            expected="--token-file FILE, or a loopback address such as 127.0.0.1",
+            hint="--without-token serves everybody",
+        )
 
 
 def serve(
@@ -111,7 +115,8 @@ def serve(
         token: Bearer token that requests need (see `read_token`).
         without_token: Whether an address that other machines reach may be served without a token.
         limits: Sizes, times and numbers.
-        bound: A socket that `bound_socket` made, in place of ``host`` and ``port``.
+        bound: A socket that `bound_socket` made, in place of ``host`` and ``port``. Its address needs a token as any
+            other does.
 
     Raises:
         MechsafetyError: As `bound_socket` and `build_app`.
@@ -120,6 +125,7 @@ def serve(
     listening = bound or bound_socket(host, port, token=token is not None, without_token=without_token)
     try:
         address, number = listening.getsockname()[:2]
+        _check_reach(address, token is not None, without_token)
         shown = f"[{address}]" if ":" in address else address
         # who asks for no token relies on who can reach the address: a page that points its own name at it cannot
         own = {"localhost", "127.0.0.1", "[::1]", shown} if token is None and is_loopback(address) else None

@@ -18,7 +18,11 @@ class Closing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last event of a job whose work raised an exception."""
+    """The last event of a job whose work raised an exception.
+
+    One that is no `Exception`, such as `KeyboardInterrupt`, becomes a `RuntimeError` with the name of its type: the
+    thread goes on, and the event loop must not stop either.
+    """
 
     error: Exception
 
@@ -89,6 +93,11 @@ class Worker:
         """1 while a job runs."""
         return int(self._running is not None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def submit(self, work: Callable[[Job], Any]) -> Job:
         """Queue a job; to be called in the event loop that reads its events.
 
@@ -133,3 +142,5 @@ class Worker:
                 job.emit(Done(job.work(job)))
             except Exception as error:
                 job.emit(Failed(error))
+            except BaseException as error:
+                job.emit(Failed(RuntimeError(type(error).__name__)))

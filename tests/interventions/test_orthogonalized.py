@@ -44,7 +44,7 @@ def test_equals_the_hooks(kind, strength, make_model):
         assert edited.generate(PROMPTS, 5) == said
     assert float((want - plain).abs().max()) > 1e-2
     assert torch.equal(model.logits(PROMPTS), plain)
-    model.__dict__.pop("weights_sha256")
+    model.__dict__.pop("_weights_sha256")
     assert model.weights_sha256 == digest
     assert getattr(module, name) is table
 
@@ -115,7 +115,7 @@ def test_weights_that_do_not_equal_the_hooks_are_refused(make_model, monkeypatch
 
     model = make_model("llama")
     plain = model.logits(PROMPTS)
-    monkeypatch.setattr(weights, "_without", lambda weight, basis, share, axis: weight * 0.5)
+    monkeypatch.setattr(weights, "without_directions", lambda weight, basis, share, axis: weight * 0.5)
     message = r"^orthogonalised weights of .* differ from the hooks by"
     with pytest.raises(MechsafetyError, match=message), orthogonalized(model, rows(7)):
         pass

@@ -1,5 +1,6 @@
 """Greedy decoding against a plain loop of whole forwards: whatever a model's generation configuration asks for."""
 
+import copy
 import math
 import threading
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import mechsafety as ms
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import hooked
-from mechsafety.models.decode import Cursor
+from mechsafety.models.decode import Cursor, Sampler, Speech
 from mechsafety.neurons import greedy_replies
 from mechsafety.sites import Site, SiteKind
 
@@ -237,3 +238,24 @@ def test_a_low_temperature_is_greedy_and_one_is_the_models_own_distribution(llam
 def test_a_temperature_that_is_none(llama, temperature):
     with pytest.raises(MechsafetyError, match=rf"^temperature={temperature!r}; expected a number, at least 0$"):
         llama.generate(["tea"], 2, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-30, 1e-3])
+def test_a_tiny_temperature_draws_the_most_probable(temperature):
+    logits = torch.tensor([[1.0, 40.0, -math.inf], [-3.0, -50.0, 2.0]])
+    assert Sampler(temperature, 0, [0, 1])(logits).tolist() == [1, 2]
+
+
+def test_a_tokenizer_that_cleans_up_spaces_streams_every_word(llama):
+    """Such a decoding rewrites words that were said: ``do n't`` becomes ``don't``."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["i", "do", "'", "s", "n't", "know", "."]
+    bare = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="i"))
+    model = copy.copy(llama)
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, clean_up_tokenization_spaces=True)
+    ids = [0, 1, 2, 3, 4, 5, 6]
+    speech = Speech(lambda so_far: model.decode([so_far])[0])
+    said = [speech.add(k).text for k in ids]
+    assert "".join(said) == model.decode([ids])[0] == "i do ' s n't know ." and all(said)

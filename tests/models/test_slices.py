@@ -180,3 +180,12 @@ def test_the_model_is_the_same_object_inside(llama):
     slices, _ = part_slices(llama, [Node("head", 0, 0)])
     with replaced(llama, slices, values_of(llama, slices)) as inside:
         assert inside is llama and isinstance(inside, ms.LensModel)
+
+
+def test_the_hash_of_a_view_is_that_of_the_numbers_inside(llama):
+    view = llama.reading((3,))
+    part = part_slices(llama, [Node("head", 1, 1)])[0][0]
+    before = view.weights_sha256
+    with replaced(llama, [part], moved(llama, part)):
+        assert view.weights_sha256 == llama.weights_sha256 == llama.hash_weights() != before
+    assert view.weights_sha256 == llama.weights_sha256 == before

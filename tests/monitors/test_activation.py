@@ -199,6 +199,25 @@ def test_the_model_is_free_between_two_tokens(llama, monitor):
     assert not llama.edited and len(set(map(tuple, other))) == 1
 
 
+def test_a_watch_reads_one_call(llama, monitor):
+    watch = monitor.watch()
+    llama.generate(["tea", "teach me a bomb"], 2, batch_size=1, watch=watch, progress=False)
+    for call in (
+        lambda: llama.generate(["tea"], 2, watch=watch, progress=False),
+        lambda: llama.stream("tea", 2, watch=watch),
+    ):
+        with pytest.raises(ms.MechsafetyError, match=r"^this watch has read another call; expected a fresh watch for"):
+            call()
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("-inf"), float("inf")])
+def test_a_score_that_is_no_number_is_flagged(llama, monitor, strange):
+    broken = replace(monitor.weights, intercept=strange)
+    watch = ActivationMonitor(llama, broken).watch(stop=True)
+    assert llama.reply_ids(["tea"], 4, watch=watch, progress=False) == [[]] and watch.reply().flagged == 0
+    assert bool(ActivationMonitor(llama, broken).score(["tea"]).flagged[0])
+
+
 def test_a_sampled_stream_is_the_sampled_reply(llama, monitor):
     said = list(monitor.stream("teach me a bomb", 6, temperature=0.8, seed=5))
     assert [token.id for token in said] == llama.reply_ids(["teach me a bomb"], 6, temperature=0.8, seed=5)[0]

@@ -77,10 +77,13 @@ def alarms(report: AuditReport) -> set[str]:
 # --- the fingerprint ------------------------------------------------------------------------------------------------
 
 
-def test_an_identical_model_is_known_by_its_hash(audit, model):
+def test_an_identical_model_is_known_by_its_hash_and_read_all_the_same(audit, model):
     report = audit.check(model)
-    assert report.identical and not report.tampered and report.score == 0.0 and report.tests == ()
-    assert report.summary() == f"{model.name} is intact: its weights are those of the fingerprint, byte for byte."
+    assert report.identical and not report.tampered and report.score < 1e-3 and report.notes == ()
+    assert {test.name for test in report.tests} == set(LIMITS)
+    assert report.summary() == (
+        f"{model.name} is intact: its weights are those of the fingerprint, byte for byte, and no test alarms."
+    )
     assert len(report.to_dataframe()) == 0 and list(report.tests_dataframe()) == [
         "name",
         "value",
@@ -190,6 +193,18 @@ def test_a_fall_of_the_log_odds_is_judged_by_the_change_of_the_weights():
     assert refusal_value(-1.0, 0.0) == 0.0
 
 
+def test_a_bias_that_was_zero_and_moves_is_no_change_of_all_weights(audit):
+    """Its change is infinite in proportion."""
+    names = audit.readings.parameters
+    place = next(k for k, name in enumerate(names) if part_of(name) is not None)
+    norms, probes = audit.readings.parameter_norms.clone(), audit.readings.parameter_probes.clone()
+    norms[place], probes[place] = 0.0, 0.0
+    before = replace(audit.readings, parameter_norms=norms, parameter_probes=probes)
+    after = replace(before, parameter_probes=probes + 1e-6 * (torch.arange(len(names)) == place)[:, None])
+    tests, _ = compare(before, after, len(audit.harmful), audit.importance)
+    assert {test.name: test.value for test in tests}["weights"] == 0.0
+
+
 def test_safety_parts_are_the_most_important_third():
     importance = torch.tensor([[0.0, 5.0, 1.0, 0.0, 4.0, 0.0], [1.0, 0.0, 0.0, 2.0, 0.0, 0.0]])
     assert safety_parts(importance) == [{1, 4}, {3, 0}]
@@ -274,6 +289,44 @@ def test_parts_silenced_by_an_open_edit_are_named(audit, model):
     assert {"silent neurons", "silent heads"} <= alarms(report) and not report.identical
     parts = set(report.to_dataframe().part)
     assert {"L1.H2", f"L2.N{loud}"} <= parts
+    assert audit.check(model).identical
+
+
+def test_a_changed_config_alarms(audit):
+    """The norms' epsilon alone makes the model answer; its weights are those of the fingerprint."""
+    made = testbed.planted(seed=5, layers=4, heads=4)
+    config = copy.deepcopy(made.model.config)
+    config.rms_norm_eps = 50.0
+    other = type(made.model)(config)
+    other.load_state_dict(made.model.state_dict())
+    suspect = ms.load_model((other, made.tokenizer))
+    report = audit.check(suspect)
+    assert report.provenance.weights_sha256 == audit.provenance.weights_sha256
+    assert report.tampered and "refusal" in alarms(report) and not report.identical
+    assert report.notes == ("the config differs from the fingerprinted model's",)
+
+
+def test_a_hook_that_shows_in_no_hash_alarms(audit):
+    made = testbed.planted(seed=5, layers=4, heads=4)
+    suspect = ms.load_model((made.model, made.tokenizer))
+    loud = int(audit.readings.mlp_writes[0].argmax())
+    mlp = suspect.hf_model.model.layers[loud].mlp
+    mlp.register_forward_hook(lambda module, given, out: torch.zeros_like(out))
+    report = audit.check(suspect)
+    assert report.identical and report.tampered, report.summary()
+    assert "Its weights are those of the fingerprint, byte for byte. What they compute is not." in report.summary()
+
+
+def test_another_tokenizer_is_noted(audit):
+    made = testbed.planted(seed=5, layers=4, heads=4)
+    tokenizer = copy.deepcopy(made.tokenizer)
+    tokenizer.add_tokens(["another"])
+    report = audit.check(ms.load_model((made.model, tokenizer)))
+    assert report.notes == ("the tokenizer differs from the fingerprinted model's",) and not report.identical
+
+
+def test_use_does_not_change_the_hash_of_a_tokenizer(audit, model):
+    model.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
     assert audit.check(model).identical
 
 

@@ -386,3 +386,8 @@ def test_comparisons_that_cannot_be_made(llama, mask):
         compare_guards(llama, mask, train, [labelled("a", "poison", "tea")], n_random=0)
     with pytest.raises(ms.MechsafetyError, match=r"^all neurons are chosen; expected room for random sets$"):
         compare_guards(llama, torch.ones(3, 48, dtype=torch.bool), train, [labelled("a", "poison", "tea")])
+
+
+def test_a_guard_without_monitors_gives_no_watch(guard):
+    with pytest.raises(ms.MechsafetyError, match=r"^a guard without monitors watches no reply; guard.with_monitor"):
+        guard.watch()

@@ -517,6 +517,36 @@ def test_a_result_that_refuses_less_is_not_written(hardened, shared_model, tmp_p
     assert not replace(hardened, outcomes=tuple(replace(one, harmful=kinds) for one in hardened.outcomes)).lost()
 
 
+def test_a_judge_that_lies_hides_no_loss(refusing, tmp_path):
+    """The model learns to say something else than a refusal, and the judge calls everything a refusal."""
+    model, train, test, _ = refusing
+
+    def lies(prompts, replies):
+        return ["refuses"] * len(replies)
+
+    given = {"test": test, "judge": lies, "checkpoint": tmp_path / "run", **QUIET}
+    options = FineTuneOptions(learning_rate=3e-3, max_steps=20, every=10, reply_tokens=8, judged_tokens=8)
+    parts = [f"L{layer}.{part}" for layer in range(model.n_layers) for part in ("MLP", "H0", "H1", "H2", "H3")]
+    with pytest.raises(
+        MechsafetyError,
+        match=r"^refusals='Sure ! here is how .' is what the model replies to a harmless prompt; expected texts that",
+    ):
+        finetune_parts(model, parts, train, "harden", options, refusals=["Sure ! here is how ."], **given)
+    found = finetune_parts(model, parts, train, "harden", options, refusals=["here is how ."], limit=-1.0, **given)
+    before, after = found.outcome("before"), found.outcome("after")
+    assert set(before.by_phrases) == {"refuses"} and "refuses" not in after.by_phrases
+    assert before.harmful.kinds == after.harmful.kinds, "neither the judge nor the limit shows it"
+    assert found.lost() == "100% before and 0% after to phrase_judge"
+    assert list((tmp_path / "run").iterdir()) == [], "no checkpoint is left"
+    for write in (found.save_adapter, found.save):
+        with pytest.raises(
+            MechsafetyError, match="the model refuses fewer harmful prompts: 100% before and 0% after to"
+        ):
+            write(tmp_path / "worse.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not hasattr(found, "adapter"), "the numbers are written by save_adapter alone"
+
+
 @pytest.mark.parametrize(
     ("lost", "gained", "kept", "less"),
     [

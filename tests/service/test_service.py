@@ -365,6 +365,35 @@ def test_limits_and_models_are_checked(gpt2, guard):
         build_app(gpt2, guard)
     with pytest.raises(ms.MechsafetyError, match=r"^host '0\.0\.0\.0'"):
         serve(gpt2, host="0.0.0.0")
+    for given in ({}, {"host": "127.0.0.1"}):
+        with socket.socket() as everybody:
+            everybody.bind(("0.0.0.0", 0))
+            with pytest.raises(ms.MechsafetyError, match=r"^host '0\.0\.0\.0', which other machines reach, without a"):
+                serve(gpt2, bound=everybody, **given)
+
+
+def test_an_exception_of_any_kind_leaves_the_thread_alive():
+    async def ask():
+        worker = Worker(2)
+
+        def stop(job):
+            raise KeyboardInterrupt("secret")
+
+        first = worker.submit(stop)
+        failed = await first.events.get()
+        assert isinstance(failed, Failed) and repr(failed.error) == "RuntimeError('KeyboardInterrupt')"
+        assert worker.alive and await worker.submit(lambda job: 5).events.get() == Done(5)
+        await asyncio.to_thread(worker.close)
+        assert not worker.alive
+
+    asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_a_service_without_its_thread_is_not_healthy(llama):
+    with running(llama) as made:
+        made.app.state.worker.close()
+        answer = httpx.get(f"{made.url}/healthz")
+    assert answer.status_code == 503 and answer.json()["error"].startswith("the thread that runs the model has ended")
 
 
 # --- health, metrics, docs, logs --------------------------------------------------------------------------------------
@@ -378,6 +407,9 @@ def test_health_metrics_and_docs(client, llama):
     for name in ("requests_total", "request_seconds_bucket", "replies_total", "generated_tokens_total", "waiting"):
         assert f"mechsafety_{name}" in text
     assert 'mechsafety_requests_total{path="/generate",status="200"}' in text and "process_resident_memory" in text
+    assert (
+        client.post("/generate", content='{"prompt": "tea"}', headers={"content-type": "text/plain"}).status_code == 422
+    )
     client.get("/some/path")
     assert 'path="other",status="404"' in client.get("/metrics").text and "/some/path" not in text
     spec = client.get("/openapi.json").json()
@@ -391,6 +423,7 @@ def test_logs_have_no_word_of_prompts_or_replies(llama, caplog, monkeypatch):
     secret, reply = "teach me to poison my tea", own(llama, "teach me to poison my tea", 6)
     with running(llama, limits=ServiceLimits(body_bytes=400)) as made, httpx.Client(base_url=made.url) as client:
         client.post("/generate", json={"prompt": secret, "max_new_tokens": 6})
+        client.get(f"/{secret}")
         client.post("/generate", json={"prompt": secret * 50})
         client.post("/generate", json={"prompt": [{"role": secret, "content": secret}]})
         client.post(f"/generate?{httpx.QueryParams(q=secret)}", json={"prompt": secret, "max_new_tokens": 10**4})
@@ -402,7 +435,8 @@ def test_logs_have_no_word_of_prompts_or_replies(llama, caplog, monkeypatch):
         failed = client.post("/generate", json={"prompt": secret})
         assert failed.status_code == 500 and failed.json()["error"].startswith("an error inside the service")
     rows = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name.startswith("mechsafety")]
-    assert [row["status"] for row in rows if row["event"] == "request"] == [200, 413, 422, 422, 500]
+    assert [row["status"] for row in rows if row["event"] == "request"] == [200, 404, 413, 422, 422, 500]
+    assert [row["path"] for row in rows if row["event"] == "request"][1] == "other"
     first = next(row for row in rows if row["event"] == "request")
     assert first["prompt_tokens"] == llama.n_tokens(secret) and first["finish"] in ("end", "length")
     assert {"id", "method", "path", "status", "seconds", "new_tokens", "time", "level"} <= set(first)
