@@ -14,6 +14,9 @@ COLOURS = {"before": "#9A9A9A", "harden": "#9C2F6B", "spread": "#00588C"}
 COLUMNS = ["condition", "parameters", "harmful refused", "harmless refused", "degenerate", "KL, harmless", "perplexity"]
 
 
+FLATTER = ("spread", "spread over harden", "harden", "own")
+
+
 def context(record: Record) -> Mapping[str, Any]:
     """What the template is given."""
     repair, spread = record["repair"], record["spread"]
@@ -33,11 +36,11 @@ def context(record: Record) -> Mapping[str, Any]:
             for name in ("repair", "harden", "spread")
         },
         "back": regained(repair),
-        "flatter": {name: differences(rows) for name, rows in record["flatter"].items()},
+        "flatter": {name: differences(record["flatter"][name]) for name in FLATTER},
         "verdict": verdict(record["flatter"]["spread"]),
         "verdict_control": verdict(record["flatter"]["spread over harden"]),
         "verdict_own": verdict(record["flatter"]["own"]),
-        "moved": {name: ranking(row) for name, row in record["moved"].items()},
+        "moved": {name: ranking(record["moved"][name]) for name in ("spread", "harden")},
         "new": table(
             [[name, f"{was:.3f}", f"{now:.3f}"] for name, was, now in record["moved"]["spread"]["new"]],
             ["head", "estimated effect before", "after"],
