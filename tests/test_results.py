@@ -159,6 +159,9 @@ def example(kind: object) -> object:
         return ms.PromptPairs.from_lists(["harmful"], ["harmless"]).with_system("help")
     if kind is ms.RefusalLogOdds:  # tokens of one set are in no other
         return ms.RefusalLogOdds((3,), ("no",), opener_ids=(4, 5), opener="I'm")
+    if kind is ms.monitors.TamperAudit:  # readings that fit each other
+        made = ms.testbed.planted()
+        return kind.fingerprint(ms.load_model((made.model, made.tokenizer)), made.pairs.sample(4))
     if kind is RefusalCircuit:  # parts of its own, between which its edges run
         fields = {field.name: example(get_type_hints(kind)[field.name]) for field in dataclasses.fields(kind)}
         behaviour = dict.fromkeys(("harmful", "harmless"), example(Behaviour))
@@ -183,6 +186,7 @@ def example(kind: object) -> object:
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind, localns={"Tensor": torch.Tensor}, include_extras=True)
         named = {"metric": METRIC} if get_origin(hints.get("metric")) in (dict, Mapping) else {}
+        named |= {"false_positive_rate": 0.5} if "false_positive_rate" in hints else {}
         return kind(**{field.name: example(hints[field.name]) for field in dataclasses.fields(kind)} | named)
     return {str: "text", float: math.nan, int: 3, bool: True, object: None, Any: None}[kind]
 

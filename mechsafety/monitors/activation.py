@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.codec import Range
-from mechsafety.conversation import PromptLike
+from mechsafety.conversation import Conversation, PromptLike
 from mechsafety.directions import RefusalDirection
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, Prompts, prompt_list, public
@@ -176,7 +176,7 @@ class MonitorScores(Result):
     """
 
     provenance: Provenance
-    prompts: tuple[PromptLike, ...]
+    prompts: tuple[str | Conversation, ...]
     scores: Float[Tensor, " prompt"]
     p_values: tuple[float, ...]
     threshold: float
@@ -429,7 +429,7 @@ class ActivationMonitor:
         scores = _scores(self.model, sites, weights.intercept, prompts, progress)
         return MonitorScores(
             self.model.provenance(options=weights.provenance.options),
-            tuple(prompts),
+            cast("tuple[str, ...]", tuple(prompts)),  # the decorator has made each a text or a conversation
             scores,
             tuple(weights.p_value(scores.tolist(), "prompt")),
             weights.threshold("prompt"),

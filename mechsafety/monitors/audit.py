@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.attribution import node_attribution
-from mechsafety.conversation import PromptLike
+from mechsafety.conversation import Conversation
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.inputs import Amount, Count, public
 from mechsafety.metrics import RefusalLogOdds
@@ -129,8 +129,8 @@ class TamperAudit(Result):
     provenance: Provenance
     sizes: Mapping[str, Any]
     metric: dict[str, object]
-    harmful: tuple[PromptLike, ...]
-    harmless: tuple[PromptLike, ...]
+    harmful: tuple[str | Conversation, ...]
+    harmless: tuple[str | Conversation, ...]
     importance: Float[Tensor, "kind layer"]
     readings: Readings
     config_sha256: str

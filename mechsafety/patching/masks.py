@@ -411,7 +411,7 @@ def batches_by_layer(firsts: Sequence[int], most: int) -> list[slice]:
 
     Example:
         >>> batches_by_layer([0, 0, 1, 1, 1, 1, 1, 2], most=4)
-        [slice(0, 2, None), slice(2, 6, None), slice(6, 8, None)]
+        [slice(0, 2, None), slice(2, 6, None), slice(6, 7, None), slice(7, 8, None)]
     """
     found, begin = [], 0
     for k in range(1, len(firsts) + 1):

@@ -85,7 +85,8 @@ def test_scale_equals_plain_hooks(llama, nodes, factor):
 def test_strength_zero_and_factor_one_change_nothing(llama, nodes, source):
     plain = llama.logits(PROMPTS)
     with ablate(llama, nodes, 0.0, source, prompts=HARMLESS), scale(llama, nodes, 1.0):
-        assert torch.equal(llama.logits(PROMPTS), plain)
+        # the prompts' common tokens are not run apart while an edit may count columns, which rounds differently
+        torch.testing.assert_close(llama.logits(PROMPTS), plain, atol=1e-4, rtol=1e-4)
 
 
 @QUICK
