@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from pages.page import RESULTS
 from pages.render import publish
 from pages.robustness import PAGE
@@ -27,11 +28,13 @@ from mechsafety.robustness import (
     FragilityCurve,
     Redundancy,
     RefusalDepth,
+    Relocation,
     concentration,
     entanglement,
     fragility,
     redundancy,
     refusal_depth,
+    relocation,
 )
 
 CIRCUIT = Path(__file__).resolve().parents[1] / "docs" / "gallery" / "demo.json"
@@ -47,9 +50,20 @@ class Size:
     reply_tokens: int = 48
     depth_prompts: int = 16
     depth_tokens: int = 20
+    relocation_prompts: int = 12
+    relocation_tokens: int = 12
 
 
-SMALL = Size(pairs=4, n_random=2, ordinary=4, reply_tokens=8, depth_prompts=2, depth_tokens=4)
+SMALL = Size(
+    pairs=4,
+    n_random=2,
+    ordinary=4,
+    reply_tokens=8,
+    depth_prompts=2,
+    depth_tokens=4,
+    relocation_prompts=2,
+    relocation_tokens=3,
+)
 
 
 def unseen(model: ms.LensModel, circuit: ms.RefusalCircuit, metric: ms.RefusalLogOdds, n: int) -> ms.PromptPairs:
@@ -116,6 +130,18 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
             progress=False,
         ),
     )
+    moved = steps.result(
+        "relocation",
+        Relocation,
+        lambda: relocation(
+            model,
+            ms.load_model(args.base),
+            pairs.harmful[: size.relocation_prompts],
+            metric,
+            max_new_tokens=size.relocation_tokens,
+            progress=False,
+        ),
+    )
     return {
         "model": model.name,
         "pairs": len(pairs),
@@ -136,7 +162,22 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         },
         "concentration": dataclasses.asdict(concentration(both.single.numpy())),
         "depth": {"opener": list(deep.opener), "rows": rows_of(deep.to_dataframe()), "prompts": deep.scores.shape[1]},
+        "relocation": relocation_record(moved),
         "versions": dict(model.provenance().versions),
+    }
+
+
+def relocation_record(found: Relocation) -> dict[str, Any]:
+    """A relocation as plain data."""
+    first, ends = found.half()
+    return {
+        "base": found.edited.model,
+        "half": [first, *ends],
+        "floor": found.floor.share("refuses"),
+        "ceiling": found.ceiling.share("refuses"),
+        "same": bool(torch.equal(found.self_log_odds, found.floor_log_odds)),
+        "prompts": len(found.floor_log_odds),
+        "rows": rows_of(found.to_dataframe()),
     }
 
 

@@ -51,6 +51,7 @@ def context(record: Record) -> Mapping[str, Any]:
         "gini": f"{spread['gini']:.2f}",
         "effective": f"{spread['effective']:.1f}",
         "depth": depth(record["depth"]),
+        "relocation": relocated(record["relocation"]),
     }
 
 
@@ -110,6 +111,29 @@ def depth(record: Record) -> dict[str, Any]:
         "kl_fifth": f"{along[min(4, len(along) - 1)]['value']:.2f}",
         "kl_last": f"{along[-1]['value']:.2f}",
         "length": len(along),
+    }
+
+
+def relocated(record: Record) -> dict[str, Any]:
+    """Numbers of the relocation."""
+    rows = [
+        [
+            row["layer"],
+            f"{row['refused']:.0%} ({row['refused_low']:.0%} to {row['refused_high']:.0%})",
+            f"{row['degenerate']:.0%}",
+            three([row[key] for key in ("log_odds", "log_odds_low", "log_odds_high")]),
+        ]
+        for row in record["rows"]
+        if row["run"] == "patched"
+    ]
+    first, low, high = record["half"]
+    return {
+        **{name: record[name] for name in ("base", "prompts")},
+        **{name: f"{record[name]:.0%}" for name in ("floor", "ceiling")},
+        "same": "exactly the same log-odds" if record["same"] else "other log-odds, which must not be",
+        "half": size(first),
+        "half_ci": f"{size(low)} to {size(high)}",
+        "table": table(rows, ["after layer", "refuses (95 % CI)", "degenerate", "log-odds (95 % CI)"]),
     }
 
 
