@@ -58,9 +58,9 @@ test-latex: $(DEV)
 # the documentation as a site, without network: every warning, and every link to a page or heading that is not there, is
 # an error; then the spelling
 docs: $(DOCS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -c docs -b html -d .work/doctrees -W --keep-going --quiet . out/site
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -c docs -b html -d .work/doctrees -W --keep-going --quiet . .work/site
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs mechsafety scripts benchmarks tests notebooks
-	@echo "open out/site/index.html in a browser"
+	@echo "open .work/site/index.html in a browser"
 
 # links that leave the documentation; needs network
 docs-links: $(DOCS)
