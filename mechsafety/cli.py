@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,13 +63,81 @@ app = App(
 )
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How the model is loaded: the same options for every command.
+
+    Parameters
+    ----------
+    file
+        The .gguf file of the hub repository, or folder, that MODEL names.
+    adapter
+        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
+    device
+        cpu, cuda, mps.
+    dtype
+        float32, bfloat16, float16; auto for the checkpoint's own.
+    chat_template
+        A file with a Jinja chat template, the template itself, or "plain" for models without a chat template.
+    template_option
+        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
+    """
+
+    file: str | None = None
+    adapter: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    chat_template: str | None = None
+    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+
+    def checked(self) -> dict[str, Any]:
+        """The arguments for `load_model`, with template and template options read and checked."""
+        return {
+            "file": self.file,
+            "adapter": self.adapter,
+            "device": self.device,
+            "dtype": self.dtype,
+            "chat_template": _template(self.chat_template),
+            "template_options": _template_options(self.template_option),
+        }
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class MetricOptions:
+    """Which tokens and words the metric is made of.
+
+    Parameters
+    ----------
+    refusal_token
+        Tokens that begin a refusal. By default they are found from the model's own replies.
+    comply_token
+        Tokens that begin a compliant reply. They turn the metric into a logit difference.
+    opener
+        First words of the reply, such as "I'm", after which the refusal tokens are read.
+    """
+
+    refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    opener: str | None = None
+
+    def check(self) -> None:
+        """Refuse comply tokens and openers without refusal tokens."""
+        for name, given in (("--comply-token", bool(self.comply_token)), ("--opener", self.opener is not None)):
+            if given and not self.refusal_token:
+                raise MechsafetyError(f"{name} without --refusal-token", expected="both, or neither")
+
+
+DEFAULT_MODEL, DEFAULT_METRIC = ModelOptions(), MetricOptions()
+
+
 @app.command(name="map")
 def map_command(
     model: str,
     /,
     *,
     out: Path,
-    file: str | None = None,
     pairs: Path | None = None,
     align: Literal["tokens", "suffix"] = "tokens",
     limit: int | None = None,
@@ -80,14 +149,8 @@ def map_command(
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
-    refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
-    comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
-    opener: str | None = None,
-    adapter: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    chat_template: str | None = None,
-    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    metric_options: MetricOptions = DEFAULT_METRIC,
+    model_options: ModelOptions = DEFAULT_MODEL,
     seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -99,8 +162,6 @@ def map_command(
         "demo", a hub id, a Hugging Face folder or a .gguf file.
     out
         Folder to write: a new folder, or that of an earlier map.
-    file
-        The .gguf file of the hub repository, or folder, that MODEL names.
     pairs
         File of pairs, "harmful" and "harmless": .jsonl (one object per line), .json (an array of objects) or .csv. By
         default the built-in pairs.
@@ -126,22 +187,6 @@ def map_command(
         Time for the map in seconds; work that does not fit is left out and listed.
     quick
         A first look on few pairs, with fewer checks; the results are marked as preliminary.
-    refusal_token
-        Tokens that begin a refusal. By default they are found from the model's own replies.
-    comply_token
-        Tokens that begin a compliant reply. They turn the metric into a logit difference.
-    opener
-        First words of the reply, such as "I'm", after which the refusal tokens are read.
-    adapter
-        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
-    device
-        cpu, cuda, mps.
-    dtype
-        float32, bfloat16, float16; auto for the checkpoint's own.
-    chat_template
-        A file with a Jinja chat template, the template itself, or "plain" for models without a chat template.
-    template_option
-        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
     seed
         Seed of everything random.
     as_json
@@ -149,7 +194,6 @@ def map_command(
     """
     from mechsafety.viz import FILES, write_all
 
-    tokens = (refusal_token, comply_token, opener)
     done = False
     try:
         with ExitStack() as late:
@@ -157,8 +201,8 @@ def map_command(
             with output_folder(out, FILES) as scratch:
                 check_free_space(scratch, NEEDED_BYTES)
                 chosen = _pairs_of(pairs, align, level)
-                _check_tokens(*tokens)
-                template, template_options = _template(chat_template), _template_options(template_option)
+                metric_options.check()
+                loading = model_options.checked()
                 from mechsafety.circuits import MapOptions, map_refusal_circuit
 
                 pairs_to_try: dict[str, Any] = {} if limit is None else {"limit": limit}
@@ -173,17 +217,7 @@ def map_command(
                     budget_seconds=budget_seconds,
                     seed=seed,
                 )
-                lens, chosen, metric = _loaded(
-                    chosen,
-                    tokens,
-                    model,
-                    adapter=adapter,
-                    device=device,
-                    dtype=dtype,
-                    file=file,
-                    chat_template=template,
-                    template_options=template_options,
-                )
+                lens, chosen, metric = _loaded(chosen, metric_options, model, loading)
                 circuit = map_refusal_circuit(lens, chosen, metric, options)
                 with writing(out):
                     write_all(circuit, scratch)
@@ -206,17 +240,10 @@ def fingerprint_command(
     /,
     *,
     out: Path,
-    file: str | None = None,
     pairs: Path | None = None,
     n_pairs: int = 6,
-    refusal_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
-    comply_token: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
-    opener: str | None = None,
-    adapter: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    chat_template: str | None = None,
-    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    metric_options: MetricOptions = DEFAULT_METRIC,
+    model_options: ModelOptions = DEFAULT_MODEL,
     seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -228,28 +255,10 @@ def fingerprint_command(
         "demo", a hub id, a Hugging Face folder or a .gguf file.
     out
         File to write; its name ends in .json.
-    file
-        The .gguf file of the hub repository, or folder, that MODEL names.
     pairs
         File of pairs, "harmful" and "harmless"; by default the built-in pairs of the validation split.
     n_pairs
         Number of pairs that are kept, and run in every audit.
-    refusal_token
-        Tokens that begin a refusal. By default they are found from the model's own replies.
-    comply_token
-        Tokens that begin a compliant reply.
-    opener
-        First words of the reply, such as "I'm", after which the refusal tokens are read.
-    adapter
-        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
-    device
-        cpu, cuda, mps.
-    dtype
-        float32, bfloat16, float16; auto for the checkpoint's own.
-    chat_template
-        A file with a Jinja chat template, the template itself, or "plain".
-    template_option
-        NAME=VALUE for the chat template.
     seed
         Seed of the pairs and of the random projections.
     as_json
@@ -257,7 +266,6 @@ def fingerprint_command(
     """
     if out.suffix != ".json":
         raise MechsafetyError(f"--out {str(out)!r}", expected="a file whose name ends in .json")
-    tokens = (refusal_token, comply_token, opener)
     with output_file(out) as scratch:
         from mechsafety.inputs import whole_number
         from mechsafety.prompts import PromptPairs
@@ -265,21 +273,11 @@ def fingerprint_command(
         whole_number("--n-pairs", n_pairs)
         whole_number("--seed", seed, least=0)
         chosen = PromptPairs.builtin("validation") if pairs is None else PromptPairs.from_file(pairs, "tokens")
-        _check_tokens(*tokens)
-        template, template_options = _template(chat_template), _template_options(template_option)
+        metric_options.check()
+        loading = model_options.checked()
         from mechsafety.monitors import TamperAudit
 
-        lens, chosen, metric = _loaded(
-            chosen,
-            tokens,
-            model,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            file=file,
-            chat_template=template,
-            template_options=template_options,
-        )
+        lens, chosen, metric = _loaded(chosen, metric_options, model, loading)
         audit = TamperAudit.fingerprint(lens, chosen, metric, n_pairs=n_pairs, seed=seed)
         with writing(out):
             scratch.write_text(audit.to_json(), encoding="utf-8", newline="\n")
@@ -301,12 +299,7 @@ def audit_command(
     /,
     *,
     fingerprint: Path,
-    file: str | None = None,
-    adapter: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    chat_template: str | None = None,
-    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    model_options: ModelOptions = DEFAULT_MODEL,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Say whether a model is still the one that was fingerprinted, and where it was tampered with.
@@ -317,22 +310,10 @@ def audit_command(
         The suspect: "demo", a hub id, a Hugging Face folder or a .gguf file.
     fingerprint
         File that "mechsafety fingerprint" wrote.
-    file
-        The .gguf file of the hub repository, or folder, that MODEL names.
-    adapter
-        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
-    device
-        cpu, cuda, mps.
-    dtype
-        float32, bfloat16, float16; auto for the checkpoint's own.
-    chat_template
-        A file with a Jinja chat template, the template itself, or "plain".
-    template_option
-        NAME=VALUE for the chat template.
     as_json
         Print the verdict, all tests and all findings as JSON.
     """
-    template, template_options = _template(chat_template), _template_options(template_option)
+    loading = model_options.checked()
     if not fingerprint.exists():
         raise MechsafetyError(
             f"no such file: {str(fingerprint)!r}", expected="a file that 'mechsafety fingerprint' wrote"
@@ -341,15 +322,7 @@ def audit_command(
     from mechsafety.monitors import TamperAudit
 
     audit = TamperAudit.load(fingerprint)
-    suspect = load_model(
-        model,
-        adapter=adapter,
-        device=device,
-        dtype=dtype,
-        file=file,
-        chat_template=template,
-        template_options=template_options,
-    )
+    suspect = load_model(model, **loading)
     report = audit.check(suspect)
     facts = {
         "model": report.provenance.model,
@@ -383,12 +356,7 @@ def serve_command(
     max_new_tokens: int = 512,
     max_prompt_tokens: int = 2048,
     grace_seconds: float = 30.0,
-    file: str | None = None,
-    adapter: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    chat_template: str | None = None,
-    template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    model_options: ModelOptions = DEFAULT_MODEL,
 ) -> int:
     """Serve a model over HTTP: /generate, /score, /healthz, /metrics and /docs, until Ctrl-C or SIGTERM.
 
@@ -420,18 +388,6 @@ def serve_command(
         Longest chat prompt, in tokens.
     grace_seconds
         How long accepted requests may go on after the service was told to stop.
-    file
-        The .gguf file of the hub repository, or folder, that MODEL names.
-    adapter
-        Folder of a peft adapter to merge, or a .safetensors file of fine-tuned parts.
-    device
-        cpu, cuda, mps.
-    dtype
-        float32, bfloat16, float16; auto for the checkpoint's own.
-    chat_template
-        A file with a Jinja chat template, the template itself, or "plain" for models without a chat template.
-    template_option
-        NAME=VALUE for the chat template: system=TEXT, date=2024-07-26, thinking=off or closed, enable_thinking=true.
     """
     from mechsafety.service import ServiceLimits, bound_socket, read_token, serve
     from mechsafety.service.judge import load_protection, protection_type
@@ -443,7 +399,7 @@ def serve_command(
         seconds=max_seconds,
         grace_seconds=grace_seconds,
     )
-    template, template_options = _template(chat_template), _template_options(template_option)
+    loading = model_options.checked()
     token = None if token_file is None else read_token(token_file)
     if guard is not None:
         protection_type(guard)
@@ -451,15 +407,7 @@ def serve_command(
     with bound_socket(host, port, token=token is not None, without_token=without_token) as bound:
         from mechsafety.models import load_model
 
-        lens = load_model(
-            model,
-            file=file,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            chat_template=template,
-            template_options=template_options,
-        )
+        lens = load_model(model, **loading)
         protection = None if guard is None else load_protection(guard, lens)
         serve(lens, protection, token=token, without_token=without_token, limits=limits, bound=bound)
     return DONE
@@ -480,13 +428,6 @@ def _pairs_of(path: Path | None, align: Literal["tokens", "suffix"], level: str)
 
     LEVELS[level].check_align(align)
     return found
-
-
-def _check_tokens(refusal: tuple[str, ...], comply: tuple[str, ...], opener: str | None) -> None:
-    """Refuse comply tokens and openers without refusal tokens."""
-    for name, given in (("--comply-token", bool(comply)), ("--opener", opener is not None)):
-        if given and not refusal:
-            raise MechsafetyError(f"{name} without --refusal-token", expected="both, or neither")
 
 
 def _template(given: str | None) -> str | None:
@@ -516,31 +457,32 @@ def _template_options(given: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _loaded(pairs: Any, tokens: tuple[tuple[str, ...], tuple[str, ...], str | None], model: str, **given: Any) -> Any:
+def _loaded(pairs: Any, metric_options: MetricOptions, model: str, loading: Mapping[str, Any]) -> Any:
     """The model, the pairs that align under its tokenizer, and the metric of the given tokens.
 
     Pairs and tokens are checked as soon as there is a tokenizer, before the model's weights are read.
 
     Args:
         pairs: All pairs.
-        tokens: Refusal tokens, comply tokens and the opener.
+        metric_options: Refusal tokens, comply tokens and the opener.
         model: As `load_model` takes it.
-        given: Its other arguments.
+        loading: Its other arguments.
     """
     from mechsafety.circuits.draw import MIN_PAIRS
     from mechsafety.metrics import RefusalLogOdds
     from mechsafety.models import load_model
 
-    refusal, comply, opener = tokens
-    metric = None
+    refusal, metric = metric_options.refusal_token, None
 
     def fit(chat: Any) -> None:
         nonlocal pairs, metric
         pairs = pairs.aligned(chat, least=2 * MIN_PAIRS)
         if refusal:
-            metric = RefusalLogOdds.of_tokenizer(chat.tokenizer, refusal, comply, opener=opener)
+            metric = RefusalLogOdds.of_tokenizer(
+                chat.tokenizer, refusal, metric_options.comply_token, opener=metric_options.opener
+            )
 
-    lens = load_model(model, on_tokenizer=fit, **given)
+    lens = load_model(model, on_tokenizer=fit, **loading)
     return lens, pairs, metric
 
 

@@ -299,3 +299,11 @@ def recorded_bars(monkeypatch):
         return shown
 
     return record
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs the command: ``run("map", "--help").out``."""
+    from commands import runner
+
+    return runner(capfd)

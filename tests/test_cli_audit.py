@@ -1,7 +1,6 @@
 """The commands `mechsafety fingerprint` and `mechsafety audit`: exit codes, one line per mistake, no half files."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,25 +13,6 @@ from mechsafety.cli import main
 from mechsafety.monitors import TamperAudit
 from mechsafety.nodes import Node
 from mechsafety.testbed.vocabulary import REFUSAL
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*argv: object) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(part) for part in argv])
-        out, err = capfd.readouterr()
-        return Ran(caught.value.code, out, err)
-
-    return call
 
 
 def saved(folder: Path, seed: int) -> Path:
