@@ -153,11 +153,12 @@ def a_quarter(n: int) -> int:
 
 def _some(model: LensModel, side: PromptPairs, size: int, seed: int) -> PromptPairs:
     """``size`` pairs: in every topic they are drawn from the shorter ones, twice as many as the topic gives."""
-    if side.align != "tokens" or not size:
-        return side.sample(size, seed) if size else replace(side, pairs=())  # at the suffix all run the same columns
-    tokens = model.tokenize_pairs(side)
-    differs = (tokens.harmful.ids != tokens.harmless.ids).int()
-    first = differs.argmax(1).tolist()  # rows are padded on the left: a late difference means few columns
+    if not size:
+        return replace(side, pairs=())
+    if side.align != "tokens":  # at the suffix all run the same columns
+        return side.sample(size, seed)
+    # rows are padded on the left: a late difference means few columns
+    first = model.tokenize_pairs(side).first_differences.tolist()
     even = math.ceil(size / max(1, len(side.topics)))
     gives = Counter(pair.topic for pair in side.sample(size, seed))  # a large topic fills up for small ones
     order = sorted(range(len(side)), key=lambda k: (-first[k], k))

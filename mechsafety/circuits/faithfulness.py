@@ -65,8 +65,7 @@ class FaithfulnessMeter:
         tokens = self.runs.tokens
         if not tokens.common:
             return self  # all pairs run the columns of the suffix
-        differs = (tokens.harmful.ids != tokens.harmless.ids).int()
-        needed = (differs.shape[1] - differs.argmax(1)).tolist()
+        needed = (tokens.harmful.ids.shape[1] - tokens.first_differences).tolist()
         order = sorted(range(len(needed)), key=lambda k: (needed[k], k))
 
         cuts = _cuts([needed[k] for k in order], n)

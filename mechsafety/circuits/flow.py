@@ -36,6 +36,8 @@ Shares = Mapping[Node, float]
 Senders = Sequence[Node] | Mapping[Node, Sequence[Node]]
 # nodes whose writing is held at a time
 AT_ONCE = 64
+# the slot that stands for everything that a node of a kind reads
+WHOLE = {"head": ALL_SLOTS, "mlp": "mlp", "neuron": "mlp"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,8 +185,7 @@ class Flow:
                 with torch.no_grad():
                     sums = {key: self._sum(k, key, moment) for key in dict.fromkeys(tuple(senders[n]) for n in some)}
                     delta = torch.stack([sums[tuple(senders[node])] for node in some])
-                    slot = ALL_SLOTS if kind == "head" else "mlp"
-                    edits.append([slot_edit(self.model, base, [[(node, slot)] for node in some], delta)])
+                    edits.append([slot_edit(self.model, base, [[(node, WHOLE[kind])] for node in some], delta)])
                 members = [*members, *some]
         if edits:
             yield members, self._scores(k, edits)
@@ -231,8 +232,8 @@ class Flow:
                     stream = hidden
                     if kind != "head" and not model.parallel:
                         stream = capture(model, base, layer, hidden, Site(SiteKind.RESID_MID, layer), hooks)
-                    slot = ALL_SLOTS if kind == "head" else "mlp"
-                    edit = slot_edit(model, base, [[(node, slot) for node in here]] * n, delta, stream=stream)
+                    every = [[(node, WHOLE[kind]) for node in here]] * n
+                    edit = slot_edit(model, base, every, delta, stream=stream)
                     hooks += edit_hooks(model, base, hidden, [edit])
                 hidden = run_from(model, base, layer, hidden, hooks, stop=after, mlp_reads=mlp_reads)
             return self.metric(split_rows(hidden, n))

@@ -141,8 +141,7 @@ def _batches(
 ) -> list[tuple[PairRuns, Float[Tensor, " row"]]]:
     """Runs of a few pairs of similar length each, with how often each pair counts; pairs that never count are out."""
     tokens, kinds = meter.runs.tokens, tuple(meter.runs.harmful.acts)
-    first = (tokens.harmful.ids != tokens.harmless.ids).int().argmax(1)
-    order = [k for k in first.argsort(stable=True).tolist() if counts[k] > 0]
+    order = [k for k in tokens.first_differences.argsort(stable=True).tolist() if counts[k] > 0]
     parts = [order[k : k + size] for k in range(0, len(order), size)]
     constants = meter.runs.constants
     return [

@@ -8,7 +8,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,7 +208,7 @@ class Backend(ABC):
 
         There must be a norm before the MLP alone (``norms(layer, "ln2")``).
         """
-        return _inputs_edited(self.norms(layer, "ln2"), edit)
+        return input_hooks(self.norms(layer, "ln2"), lambda module, args: (edit(args[0]), *args[1:]))
 
     @abstractmethod
     def writers(self) -> list[Writer]:
@@ -451,27 +451,19 @@ def is_lens(model: Any, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.startswith("transformer_lens") for kind in type(model).__mro__)
 
 
-@contextmanager
-def _inputs_edited(modules: Sequence[nn.Module], edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Context in which each module gets what ``edit`` makes of its first argument."""
-    handles: list[Any] = []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(lambda module, args: (edit(args[0]), *args[1:])))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> AbstractContextManager[None]:
     """Context in which ``hook(module, args, out)`` sees each module's output and may return a replacement."""
-    handles: list[Any] = []
-    try:
-        for module in modules:
-            handles.append(module.register_forward_hook(hook))
+    return _hooked([module.register_forward_hook for module in modules], hook)
+
+
+def input_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Context in which ``hook(module, args)`` sees each module's arguments and may return others."""
+    return _hooked([module.register_forward_pre_hook for module in modules], hook)
+
+
+@contextmanager
+def _hooked(registers: Sequence[Callable[[Callable[..., Any]], Any]], hook: Callable[..., Any]) -> Iterator[None]:
+    with ExitStack() as handles:
+        for register in registers:
+            handles.callback(register(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -327,9 +327,9 @@ class LensModel:
 
     def _after(self, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:
         """Next-token logits; the columns that all rows share are run once where that is exact."""
-        from mechsafety.models.rows import lay_out
+        from mechsafety.models.rows import lay_out, token_rows
 
-        batch = lay_out(self, [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)])
+        batch = lay_out(self, token_rows(tokens))
         if not batch.shared:
             return self.forward(tokens)[:, -1].float()
         cursor = Cursor(self.backend)

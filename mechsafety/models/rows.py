@@ -15,6 +15,7 @@ from torch import Tensor
 from mechsafety.inputs import PromptLike
 from mechsafety.models.engine import shared_columns
 from mechsafety.models.lens_model import LensModel
+from mechsafety.prompts.spans import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,11 @@ class Rows:
 
 def prompt_rows(model: LensModel, prompts: Sequence[PromptLike]) -> list[list[int]]:
     """Token ids of chat prompts, without padding and without a reply's opener."""
-    tokens = model.reading(()).tokenize(prompts)
+    return token_rows(model.reading(()).tokenize(prompts))
+
+
+def token_rows(tokens: Tokens) -> list[list[int]]:
+    """Token ids of each row, without padding."""
     return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
 
 

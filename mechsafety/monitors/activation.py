@@ -26,7 +26,7 @@ from mechsafety.interventions import Direction
 from mechsafety.interventions.checks import check_layers, check_nodes, check_vector
 from mechsafety.models import LensModel
 from mechsafety.models.engine import Hook
-from mechsafety.monitors.features import LabelledPrompts, read_sites
+from mechsafety.monitors.features import LabelledPrompts, check_fitted_on, read_sites
 from mechsafety.monitors.regression import fit_regression, on_features
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
 from mechsafety.nodes import NODE_SITES, Node, NodeLike, nodes_of
@@ -482,12 +482,8 @@ class ActivationMonitor:
                 chat template or other template options.
         """
         weights = MonitorWeights.load(path)
-        other = weights.provenance.difference(model.provenance())
-        if other is not None:
-            raise MechsafetyError(
-                f"this monitor was fitted on {weights.provenance.model}, the {other[0]} of {model.name} differ",
-                hint="fit one: ActivationMonitor.fit(model, source, prompts)",
-            )
+        hint = "fit one: ActivationMonitor.fit(model, source, prompts)"
+        check_fitted_on("monitor", weights.provenance, model, hint)
         return cls(model, weights)
 
 

@@ -227,14 +227,10 @@ class TamperAudit(Result):
         self._check_comparable(suspect)
         now = replace(suspect.provenance(seed=self.provenance.seed), weights_sha256=suspect.hash_weights())
         report = self.judge(self.read(suspect), now)
-        notes = [
-            f"the {what} differs from the fingerprinted model's"
-            for what, mine, theirs in (
-                ("config", self.config_sha256, _config_sha256(suspect)),
-                ("tokenizer", self.tokenizer_sha256, _tokenizer_sha256(suspect)),
-            )
-            if mine != theirs
-        ]
+        notes = _differing(
+            ("config", self.config_sha256, _config_sha256(suspect)),
+            ("tokenizer", self.tokenizer_sha256, _tokenizer_sha256(suspect)),
+        )
         same = not notes and not suspect.edited and self.provenance.difference(now) is None
         return replace(report, identical=same, notes=(*report.notes, *notes))
 
@@ -253,16 +249,12 @@ class TamperAudit(Result):
             provenance: The suspect.
         """
         tests, findings = compare(self.readings, _stored(readings), len(self.harmful), self.importance)
-        notes = [
-            f"the {what} differs from the fingerprinted model's"
-            for what, mine, theirs in (
-                ("data type", self.provenance.dtype, provenance.dtype),
-                ("chat template", self.provenance.template_sha256, provenance.template_sha256),
-                ("template options", self.provenance.template_options, provenance.template_options),
-            )
-            if mine != theirs
-        ]
-        return AuditReport(provenance, self.provenance.model, False, tests, findings, tuple(notes))
+        notes = _differing(
+            ("data type", self.provenance.dtype, provenance.dtype),
+            ("chat template", self.provenance.template_sha256, provenance.template_sha256),
+            ("template options", self.provenance.template_options, provenance.template_options),
+        )
+        return AuditReport(provenance, self.provenance.model, False, tests, findings, notes)
 
     def _check_comparable(self, suspect: LensModel) -> None:
         mine, theirs = dict(self.sizes), _sizes(suspect)
@@ -324,6 +316,11 @@ class TamperAudit(Result):
 def _part_name(name: str) -> str:
     part = part_of(name)
     return "" if part is None else f"L{part[1]}.{('attention', 'MLP')[part[0]]}"
+
+
+def _differing(*facts: tuple[str, Any, Any]) -> tuple[str, ...]:
+    """A note for each fact (its name, the fingerprinted model's value, the suspect's) in which the two differ."""
+    return tuple(f"the {what} differs from the fingerprinted model's" for what, mine, its in facts if mine != its)
 
 
 def _sizes(model: LensModel) -> dict[str, Any]:

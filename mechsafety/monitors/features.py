@@ -20,6 +20,7 @@ from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs
 from mechsafety.prompts.distinct import duplicates, first_of_each, unseen
 from mechsafety.replies import REPLY_TOKENS, Judge, ask_judge, check_judge, phrase_judge
+from mechsafety.results import Provenance
 from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,19 @@ class LastToken:
 
 
 @public
+def check_fitted_on(what: str, made: Provenance, model: LensModel, hint: str = "") -> None:
+    """Refuse a guard or monitor that was fitted on another model.
+
+    Raises:
+        MechsafetyError: It was fitted on a model with other weights, another chat template or other template options.
+    """
+    other = made.difference(model.provenance())
+    if other is not None:
+        raise MechsafetyError(
+            f"this {what} was fitted on {made.model}, the {other[0]} of {model.name} differ", hint=hint
+        )
+
+
 def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) -> LastToken:
     """Activations at the last token of each prompt; the first tokens that all prompts share run once per batch."""
     return _last_token(model, read_sites(model, prompts, _sites(model), progress=progress))

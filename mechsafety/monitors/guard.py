@@ -19,7 +19,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.models import LensModel
 from mechsafety.monitors.activation import ActivationMonitor, MonitorWeights, ReplyWatch, WatchedReply
-from mechsafety.monitors.features import LabelledPrompts, LastToken, read_prompts, read_tokens
+from mechsafety.monitors.features import LabelledPrompts, LastToken, check_fitted_on, read_prompts, read_tokens
 from mechsafety.monitors.regression import INVERSE_PENALTY, cross_validated, fit_regression
 from mechsafety.neurons.masks import mask_nodes, neuron_mask
 from mechsafety.nodes import Node
@@ -360,12 +360,7 @@ class SafetyGuard:
                 template or other template options.
         """
         weights = GuardWeights.load(path)
-        other = weights.provenance.difference(model.provenance())
-        if other is not None:
-            raise MechsafetyError(
-                f"this guard was fitted on {weights.provenance.model}, the {other[0]} of {model.name} differ",
-                hint="fit one: SafetyGuard.fit(model, neurons, train)",
-            )
+        check_fitted_on("guard", weights.provenance, model, "fit one: SafetyGuard.fit(model, neurons, train)")
         return cls(model, weights)
 
 

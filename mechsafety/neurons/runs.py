@@ -15,7 +15,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, public
 from mechsafety.models import LensModel, decode
 from mechsafety.models.decode import Cursor, check_room
-from mechsafety.models.rows import Rows, lay_out, prompt_rows
+from mechsafety.models.rows import Rows
 from mechsafety.sites import Site, SiteKind
 
 # rows x columns of one batch; on a 135M model, its neurons take a few MB per layer and under 400 MB for all layers
@@ -182,13 +182,7 @@ def greedy_replies(
     model: LensModel, prompts: Prompts, max_new_tokens: Count, batch_size: Count = 16
 ) -> list[list[int]]:
     """Token ids of a model's own greedy reply to each chat prompt, in order."""
-    rows = prompt_rows(model, prompts)
-    replies: list[list[int]] = [[] for _ in rows]
-    for chunk in batches([len(row) for row in rows], batch_size):
-        found, _ = greedy(model, None, None, lay_out(model, [rows[k] for k in chunk]), max_new_tokens)
-        for k, ids in zip(chunk, found, strict=True):
-            replies[k] = ids
-    return replies
+    return model.reply_ids(prompts, max_new_tokens, batch_size, progress=False)
 
 
 def forced(

@@ -182,9 +182,8 @@ def pair_runs(
 def at_constants(model: LensModel, runs: PairRuns, constants: Constants) -> PairRuns:
     """The same runs, in which patched parts take constants from each pair's first difference on."""
     every = Patch.of(model, [head_and_mlp_nodes(model.n_layers, model.n_heads)])
-    sides = runs.harmful.tokens.ids, runs.harmless.tokens.ids
     # at an aligned suffix, every column of the runs is patched
-    first = (sides[0] != sides[1]).int().argmax(1) if runs.align == "tokens" else None
+    first = runs.tokens.first_differences if runs.align == "tokens" else None
     replaced = constants.of(runs.harmful, first)
     empty = patched_logits(model, runs.harmful, replaced, every)[0]
     return replace(runs, constants=constants, replaced=replaced, empty=empty)

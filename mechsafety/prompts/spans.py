@@ -153,6 +153,11 @@ class TokenPairs:
         """Tokens of a reply's opener that end every row."""
         return self.harmful.opener_ids
 
+    @property
+    def first_differences(self) -> Int[Tensor, " pair"]:
+        """Column in which the prompts of each pair first differ; 0 for two prompts that are the same."""
+        return (self.harmful.ids != self.harmless.ids).int().argmax(1)
+
     def rows(self, keep: slice | Sequence[int]) -> "TokenPairs":
         """A part of the pairs."""
         sides = self.harmful.rows(keep), self.harmless.rows(keep)

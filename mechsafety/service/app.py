@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import lens_model, prompt_list
 from mechsafety.models import LensModel
+from mechsafety.monitors.features import check_fitted_on
 from mechsafety.output import json_text
 from mechsafety.service.figures import Figures
 from mechsafety.service.gate import Gate, Gone, Refused
@@ -154,11 +155,7 @@ def build_app(
     """
     model, limits = lens_model(model), limits or ServiceLimits()
     if guard is not None:
-        other = guard.weights.provenance.difference(model.provenance())
-        if other is not None:
-            raise MechsafetyError(
-                f"this guard was fitted on {guard.weights.provenance.model}, the {other[0]} of {model.name} differ"
-            )
+        check_fitted_on("guard", guard.weights.provenance, model)
     figures, judge = Figures(), Judge(model, guard)
 
     @asynccontextmanager

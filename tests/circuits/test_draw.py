@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from mechsafety.circuits.behaviour import MIN_SHARE, Seen, check_behaviour
 from mechsafety.circuits.circuit import Behaviour
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.metrics import RefusalLogOdds
-from mechsafety.prompts import PromptPair, PromptPairs, Spans
+from mechsafety.prompts import PromptPair, PromptPairs, Spans, TokenPairs, Tokens
 from mechsafety.results import Provenance
 
 
@@ -33,7 +32,9 @@ class Standing(ms.LensModel):
         lengths = torch.tensor([[length(pair)] for pair in pairs])
         harmful = torch.zeros(len(pairs), 10, dtype=torch.int64)
         differs = (torch.arange(10, 0, -1) == lengths).int()
-        return SimpleNamespace(harmful=SimpleNamespace(ids=harmful), harmless=SimpleNamespace(ids=harmful + differs))
+        spans = tuple(self.spans(pairs))
+        sides = (Tokens(ids, torch.ones_like(ids, dtype=torch.bool), spans) for ids in (harmful, harmful + differs))
+        return TokenPairs.of(*sides)
 
     def provenance(self, **options):
         return Provenance("model", "weights", "float32", "cpu", "template", **options)
