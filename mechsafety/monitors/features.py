@@ -155,7 +155,6 @@ class LastToken:
         return self.neurons[:, mask]
 
 
-@public
 def check_fitted_on(what: str, made: Provenance, model: LensModel, hint: str = "") -> None:
     """Refuse a guard or monitor that was fitted on another model.
 
@@ -169,6 +168,7 @@ def check_fitted_on(what: str, made: Provenance, model: LensModel, hint: str = "
         )
 
 
+@public
 def read_prompts(model: LensModel, prompts: Prompts, *, progress: bool = False) -> LastToken:
     """Activations at the last token of each prompt; the first tokens that all prompts share run once per batch."""
     return _last_token(model, read_sites(model, prompts, _sites(model), progress=progress))
