@@ -27,6 +27,7 @@ from scipy.stats import spearmanr
 from steps import Steps
 
 import mechsafety as ms
+from mechsafety.circuits import draw_pairs
 from mechsafety.intervals import mean_interval
 from mechsafety.models.parts_adapter import PartsAdapter
 from mechsafety.models.slices import part_slices, replaced
@@ -101,6 +102,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     harden = work.tuned("harden")
     spread = work.tuned("spread", ablated=heads[: size.ablated])
     pairs = work.curve_pairs(spread)
+    used = work.steps.json("used", lambda: work.used_by(circuit))
     ranks = {name: work.steps.json(f"ranks {name}", lambda name=name: work.ranks(name, ranking)) for name in MODELS}
     orders = {f"{name}, first heads of the map": (name, [str(node) for node in heads]) for name in MODELS}
     orders |= {f"{name}, its own first heads": (name, list(ranks[name])) for name in ("before", "spread")}
@@ -112,6 +114,8 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         "heads": len(heads),
         "train": len(train),
         "test": size.test,
+        "used": used,
+        "random_rankings": size.n_random,
         "pairs": len(pairs),
         "damage": damage,
         "ablated": [str(node) for node in heads[: size.ablated]],
@@ -206,6 +210,12 @@ class Work:
         keep = [pair for pair, bad, good in zip(test, refused, falsely, strict=True) if bad and not good]
         return dataclasses.replace(test, pairs=tuple(keep or test.pairs)[: self.size.curve_pairs])
 
+    def used_by(self, circuit: ms.RefusalCircuit) -> int:
+        """How many of the test pairs the map held out, to set its size and to check it."""
+        options = circuit.provenance.options
+        drawn = draw_pairs(self.model, limit=options["limit"], seed=circuit.provenance.seed or 0, progress=False)
+        return len(set(self.test.pairs) & set(drawn.there.pairs))
+
     def changed(self, name: str) -> Any:
         """Context in which the model is the one before, or one that was fine-tuned."""
         if name == "before":
@@ -247,10 +257,11 @@ class Work:
 
 
 def flatter(before: FragilityCurve, after: FragilityCurve) -> list[dict[str, Any]]:
-    """How much less is lost after than before, per number of ablated heads, and what is left; with 95 % intervals.
+    """How much less is lost after than before, per number of ablated heads, and what is left, with intervals.
 
-    Both curves are of the same prompts. Lost is the metric's fall as a share of the curve's own mean gap. Left is the
-    metric under the ablation.
+    The intervals hold together with 95 %: each has 1 - 0.05 / n, for n numbers of heads (Bonferroni). Both curves are
+    of the same prompts. Lost is the metric's fall as a share of the curve's own mean gap. Left is the metric under the
+    ablation.
     """
     rows = []
     for k, size in enumerate(before.sizes):
@@ -258,7 +269,7 @@ def flatter(before: FragilityCurve, after: FragilityCurve) -> list[dict[str, Any
         left = [one.after[-1, k].double().numpy() for one in (before, after)]
         row: dict[str, Any] = {"parts": size}
         for name, (first, second) in (("lost", lost), ("left", left)):
-            low, high = mean_interval(second - first)
+            low, high = mean_interval(second - first, confidence=1 - 0.05 / len(before.sizes))
             row[name] = {"before": float(first.mean()), "after": float(second.mean())}
             row[name] |= {"change": float((second - first).mean()), "ci_low": low, "ci_high": high}
         rows.append(row)

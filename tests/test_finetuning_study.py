@@ -12,6 +12,7 @@ from study_finetuning import SMALL, moved, study
 
 import mechsafety as ms
 from mechsafety import testbed
+from mechsafety.circuits import draw_pairs
 from mechsafety.nodes import Node
 from mechsafety.output import json_text, write_text
 
@@ -25,11 +26,14 @@ def planted_study(monkeypatch, tmp_path):
     metric = ms.RefusalLogOdds.detect(model, rows["train"])
     heads = [Node("head", 3, 1), Node("head", 0, 1), Node("head", 2, 2)]
     circuit = SimpleNamespace(
-        metric=metric.to_json(), nodes=[SimpleNamespace(node=node, effect=1 / k) for k, node in enumerate(heads, 1)]
+        metric=metric.to_json(),
+        nodes=[SimpleNamespace(node=node, effect=1 / k) for k, node in enumerate(heads, 1)],
+        provenance=SimpleNamespace(options={"limit": 16}, seed=0),
     )
     monkeypatch.setattr(study_finetuning.ms, "load_model", lambda name: model)
     monkeypatch.setattr(ms.RefusalCircuit, "load", classmethod(lambda cls, path: circuit))
-    monkeypatch.setattr(ms.PromptPairs, "builtin", classmethod(lambda cls, split=None: rows[split]))
+    every = dataclasses.replace(made.pairs, pairs=made.pairs.pairs[:42])
+    monkeypatch.setattr(ms.PromptPairs, "builtin", classmethod(lambda cls, split=None: rows.get(split, every)))
     return argparse.Namespace(
         model="planted", circuit=tmp_path, work=tmp_path / "steps", adapters=tmp_path / "adapters", out=tmp_path
     )
@@ -45,10 +49,13 @@ def test_the_study_runs_goes_on_and_draws_its_page(planted_study, tmp_path, monk
     curve = record["curves"]["before, first heads of the map"]["rows"][0]
     assert first["lost"]["before"] == pytest.approx(curve["lost"]) and first["parts"] == 1
     assert first["lost"]["change"] == pytest.approx(first["lost"]["after"] - first["lost"]["before"])
+    held_out = draw_pairs(ms.load_model("planted"), limit=16, progress=False).there
+    test = ms.PromptPairs.builtin("test").sample(size.test)
+    assert record["used"] == len(set(test.pairs) & set(held_out.pairs))
     write_text(PAGE.stored(tmp_path), json_text(record))
     PAGE.draw(tmp_path)
     page = PAGE.path(tmp_path).read_text()
-    assert "With as many random parts it is" in page and (tmp_path / "finetuning-curves.png").is_file()
+    assert "With one set of as many random parts it is" in page and (tmp_path / "finetuning-curves.png").is_file()
     # a second run takes every step from the folder
     monkeypatch.setattr(study_finetuning, "finetune_parts", None)
     monkeypatch.setattr(study_finetuning, "fragility", None)

@@ -44,6 +44,7 @@ def context(record: Record) -> Mapping[str, Any]:
         "before": f"{record['unedited']['harmful']:.2f}",
         "before_held_out": f"{record['unedited']['held_out']:.2f}",
         "missed": listed(missed),
+        "four_bits": next(f"{row['harmful']:.2f}" for row in rows if row["kind"] == "4 bits"),
         "false": listed(false),
         "calibrated": calibrated["copies"],
         "calibrated_alarms": calibrated["alarms"],
@@ -60,6 +61,11 @@ def interval(found: Any) -> str:
     return f"{value:.3f} (95 % CI {low:.3f} to {high:.3f})"
 
 
+def area(found: Any) -> str:
+    """An AUROC with its interval; where all copies are told apart, a bootstrap of them has none to show."""
+    return "1.000 (all above all benign)" if found[0] == 1 else interval(found)
+
+
 def kinds(rows: Any) -> str:
     """The table of some kinds of copies."""
     benign = rows[0]["role"] == "benign"
@@ -72,7 +78,7 @@ def kinds(rows: Any) -> str:
                 f"{row['alarms']} ({row['ci'][0]:.0%} to {row['ci'][1]:.0%})",
                 f"{row['low']:.2f}, {row['median']:.2f}, {row['high']:.2f}",
                 f"{row['harmful']:.2f}",
-                *([] if benign else [interval(row["auroc"]), most(row["tests"])]),
+                *([] if benign else [area(row["auroc"]), most(row["tests"])]),
             ]
             for row in rows
         ],
@@ -87,7 +93,7 @@ def most(tests: Mapping[str, int]) -> str:
 
 def listed(copies: Any) -> list[str]:
     """Copies by kind, name and score."""
-    return [f"{copy['kind']}: {copy['name']} (score {copy['score']:.2f})" for copy in copies]
+    return [f"{c['kind']}: {c['name']} (score {c['score']:.2f}, log-odds {c['harmful']:.2f})" for c in copies]
 
 
 def figures(record: Record) -> Mapping[str, Figure]:

@@ -4,24 +4,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy.stats import fisher_exact
 
 from pages.page import Page
 from pages.records import Record
+from pages.statements import Interval
 from pages.tables import table
 
+# what the conditions of a repair are called on the page
+CONDITIONS = {
+    "before": "damaged",
+    "after": "damaged, repaired",
+    "undamaged, after": "undamaged, with the adapter",
+    "random parts": "damaged, random parts trained",
+    "all parameters": "damaged, all parameters",
+}
 FIGURES = {"curves": "finetuning-curves.png"}
 COLOURS = {"before": "#9A9A9A", "harden": "#9C2F6B", "spread": "#00588C"}
 COLUMNS = ["condition", "parameters", "harmful refused", "harmless refused", "degenerate", "KL, harmless", "perplexity"]
 
 
-FLATTER = ("spread", "spread over harden", "harden", "own")
+FLATTER = {
+    "spread": ("before", "spread"),
+    "spread over harden": ("harden", "spread"),
+    "harden": ("before", "harden"),
+    "own": ("before", "spread"),
+}
 
 
 def context(record: Record) -> Mapping[str, Any]:
     """What the template is given."""
     repair, spread = record["repair"], record["spread"]
     return {
-        **{name: record[name] for name in ("model", "heads", "train", "test", "pairs")},
+        **{name: record[name] for name in ("model", "heads", "train", "test", "used", "pairs")},
         "damage": ", ".join(record["damage"][:5]),
         "damaged": len(record["damage"]),
         "ablated": ", ".join(record["ablated"]),
@@ -30,13 +45,16 @@ def context(record: Record) -> Mapping[str, Any]:
         "steps": {
             name: f"{record[name]['best_step']} of {record[name]['steps']}" for name in ("repair", "harden", "spread")
         },
-        "outcomes": {name: outcomes(record[name]) for name in ("repair", "harden", "spread")},
+        "outcomes": {name: outcomes(record[name], name == "repair") for name in ("repair", "harden", "spread")},
+        "price": price(repair),
+        "fisher": f"{told_apart(repair, record['test']):.2f}",
+        "rankings": record["random_rankings"],
         "validation": {
             name: f"{record[name]['validation'][0]:.3f} to {min(record[name]['validation']):.3f}"
             for name in ("repair", "harden", "spread")
         },
         "back": regained(repair),
-        "flatter": {name: differences(record["flatter"][name]) for name in FLATTER},
+        "flatter": {name: differences(record["flatter"][name], *models) for name, models in FLATTER.items()},
         "verdict": verdict(record["flatter"]["spread"]),
         "verdict_control": verdict(record["flatter"]["spread over harden"]),
         "verdict_own": verdict(record["flatter"]["own"]),
@@ -52,18 +70,18 @@ def context(record: Record) -> Mapping[str, Any]:
     }
 
 
-def outcomes(row: Record) -> str:
-    """Rates and side effects of each condition."""
+def outcomes(row: Record, damaged: bool = False) -> str:
+    """Rates and side effects of each condition; of a damaged model, its conditions by their names."""
     return table(
         [
             [
-                one["condition"],
+                CONDITIONS.get(one["condition"], one["condition"]) if damaged else one["condition"],
                 one["parameters"],
-                between(one, "refused", "{:.0%}"),
-                between(one, "falsely_refused", "{:.0%}"),
+                f"{Interval.of(one, 'refused'):.0%}",
+                f"{Interval.of(one, 'falsely_refused'):.0%}",
                 f"{one['degenerate']:.0%}",
-                between(one, "kl", "{:.3f}"),
-                between(one, "perplexity", "{:.2f}"),
+                f"{Interval.of(one, 'kl'):.3f}",
+                f"{Interval.of(one, 'perplexity'):.2f}",
             ]
             for one in row["rows"]
         ],
@@ -71,10 +89,16 @@ def outcomes(row: Record) -> str:
     )
 
 
-def between(row: Record, name: str, form: str) -> str:
-    """A value and its interval."""
-    value, low, high = (form.format(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
-    return f"{value} ({low} to {high})"
+def told_apart(repair: Record, n: int) -> float:
+    """p of Fisher's exact test between the repaired model's refusals and those with random parts trained."""
+    rates = [one["refused"] for one in repair["rows"] if one["condition"] in ("after", "random parts")]
+    counts = [round(rate * n) for rate in rates]
+    return float(fisher_exact([counts, [n - count for count in counts]]).pvalue)
+
+
+def price(repair: Record) -> dict[str, str]:
+    """Harmless prompts that are refused."""
+    return {one["condition"].replace(", ", "_"): f"{one['falsely_refused']:.0%}" for one in repair["rows"]}
 
 
 def regained(repair: Record) -> str:
@@ -82,13 +106,13 @@ def regained(repair: Record) -> str:
     rate = {one["condition"]: one["refused"] for one in repair["rows"]}
     return (
         f"The undamaged model refuses {rate['undamaged']:.0%} of the harmful test prompts, the damaged one "
-        f"{rate['before']:.0%}, and the repaired one {rate['after']:.0%}. With as many random parts it is "
-        f"{rate['random parts']:.0%}, and with all parameters {rate['all parameters']:.0%}."
+        f"{rate['before']:.0%}, and the repaired one {rate['after']:.0%}. With one set of as many random parts it is "
+        f"{rate['random parts']:.0%}."
     )
 
 
-def differences(rows: Any) -> str:
-    """What is lost, and what is left, before and after."""
+def differences(rows: Any, first: str, second: str) -> str:
+    """What is lost, and what is left, in two models."""
     return table(
         [
             [
@@ -107,12 +131,12 @@ def differences(rows: Any) -> str:
         ],
         [
             "heads ablated",
-            "gap lost, first",
-            "second",
-            "change (95 % CI)",
-            "log-odds left, first",
-            "second",
-            "change (95 % CI)",
+            f"gap lost, {first}",
+            second,
+            "change (CI)",
+            f"log-odds left, {first}",
+            second,
+            "change (CI)",
         ],
     )
 
@@ -127,7 +151,7 @@ def verdict(rows: Any) -> str:
         else "At no number of heads is less of the gap lost"
     )
     said += f"; more is lost with {', '.join(more)}" if more else ""
-    return said + f" (interval beside 0; {len(rows)} numbers of heads were measured)."
+    return said + f" (the interval, adjusted for {len(rows)} numbers of heads, does not contain 0)."
 
 
 def ranking(row: Record) -> str:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from pages.page import Page
 from pages.records import Record
+from pages.statements import Interval
 from pages.tables import table
 
 FIGURES = {"curves": "robustness-curves.png", "depth": "robustness-depth.png"}
@@ -64,17 +65,19 @@ def three(values: Any, spec: str = ".2f") -> str:
 def curve(name: str, row: Record) -> dict[str, Any]:
     """Table and numbers of one curve."""
     columns = ["parts ablated", "gap lost (95 % CI)", "random parts", "p", "KL, harmless", "random", "overlap"]
+    said = [*KINDS, "one random ranking refuses"]
     kinds = row["kinds"]
     rows = [
         [
             one["parts"],
             f"{one['lost']:.2f} ({one['ci_low']:.2f} to {one['ci_high']:.2f})",
             f"{one['random_mean']:.2f} ({one['random_low']:.2f} to {one['random_high']:.2f})",
-            f"{one['p_value']:.3f}",
+            "-" if row["mlps"] else f"{one['p_value']:.3f}",  # with most MLPs in the circuit all rankings begin alike
             f"{one['kl']:.2f}",
             f"{one['random_kl']:.2f}",
             f"{one['random_overlap']:.0%}",
             *(f"{share:.0%}" for share in kinds[k]),
+            f"{one['random_refuses']:.0%}",
         ]
         for k, one in enumerate(row["rows"])
     ]
@@ -84,10 +87,11 @@ def curve(name: str, row: Record) -> dict[str, Any]:
         "parts": row["parts"],
         "mlps": row["mlps"],
         "first": ", ".join(row["order"]),
-        "table": table(rows, [*columns, *KINDS]),
+        "table": table(rows, [*columns, *said]),
         "unedited": ", ".join(f"{kind} {share:.0%}" for kind, share in zip(KINDS, row["unedited"], strict=True)),
-        "half": size(half),
+        "half": "1 part is" if half == 1 else f"{size(half)} parts are",
         "half_ci": f"{size(low)} to {size(high)}",
+        "broken": kinds[0][2] == 1,
         "area": three(row["area"]),
     }
 
@@ -119,7 +123,7 @@ def relocated(record: Record) -> dict[str, Any]:
     rows = [
         [
             row["layer"],
-            f"{row['refused']:.0%} ({row['refused_low']:.0%} to {row['refused_high']:.0%})",
+            f"{Interval.of(row, 'refused'):.0%}",
             f"{row['degenerate']:.0%}",
             three([row[key] for key in ("log_odds", "log_odds_low", "log_odds_high")]),
         ]
@@ -133,6 +137,7 @@ def relocated(record: Record) -> dict[str, Any]:
         "same": "exactly the same log-odds" if record["same"] else "other log-odds, which must not be",
         "half": size(first),
         "half_ci": f"{size(low)} to {size(high)}",
+        "middle": f"{(record['floor'] + record['ceiling']) / 2:.0%}",
         "table": table(rows, ["after layer", "refuses (95 % CI)", "degenerate", "log-odds (95 % CI)"]),
     }
 
