@@ -81,6 +81,17 @@ def mean_of_known(values: Any) -> tuple[float, float, float]:
     return (float(known.mean()), *mean_interval(known)) if len(known) else (float("nan"),) * 3
 
 
+def perplexity_of(losses: Any) -> tuple[float, float, float]:
+    """Perplexity in which every prompt counts equally, and its interval: `exp` of the mean loss per token (in nats).
+
+    Example:
+        >>> [round(end, 2) for end in perplexity_of([0.0, 1.0, 2.0, float("nan")])]
+        [2.72, 0.23, 32.58]
+    """
+    value, low, high = np.exp(mean_of_known(losses)).tolist()
+    return value, low, high
+
+
 def ratio_interval(
     part: Any, whole: Any, seed: int = 0, n: int = RESAMPLES, confidence: float = 0.95
 ) -> tuple[float, float]:

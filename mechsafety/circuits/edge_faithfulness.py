@@ -73,6 +73,10 @@ class EdgeMeter(FaithfulnessMeter):
 
     def soft(self, runs: PairRuns, weights: Float[Tensor, " part"]) -> Float[Tensor, " batch"]:
         """Metric of each pair with every edge carrying a share of its sender's difference; see `FaithfulnessMeter`."""
+        return self.metric(self.soft_logits(runs, weights))
+
+    def soft_logits(self, runs: PairRuns, weights: Float[Tensor, " part"]) -> Float[Tensor, "batch d_vocab"]:
+        """Next-token logits that `soft` reads the metric from."""
         senders = (EMBED, *head_and_mlp_nodes(self.model.n_layers, self.model.n_heads))
         row = {node: k for k, node in enumerate(senders)}
         places: dict[tuple[Node, str], tuple[list[int], list[int]]] = {}
@@ -86,7 +90,7 @@ class EdgeMeter(FaithfulnessMeter):
             place: nothing.index_put((torch.tensor(at, device=weights.device),), weights[own])[:, None]
             for place, (at, own) in places.items()
         }
-        return self.metric(masked_edge_logits(self.model, runs, senders, masks, 1)[0])
+        return masked_edge_logits(self.model, runs, senders, masks, 1)[0]
 
     def removed(self, circuits: Sequence[Sequence[Part]]) -> np.ndarray:
         """Metric [circuit prompt] with each circuit itself cut and every other edge kept."""

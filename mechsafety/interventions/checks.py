@@ -1,6 +1,7 @@
 """Checks of what interventions are given: parts of the model, widths of vectors, strengths, positions."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -29,10 +30,19 @@ def check_nodes(model: LensModel, nodes: NodeLike | Sequence[NodeLike]) -> tuple
         if node.kind not in NODE_SITES:
             raise MechsafetyError(f"{node} cannot be edited", expected="heads, MLPs or neurons")
         check_exists(model, node)
-    twice = sorted({str(node) for node in chosen if chosen.count(node) > 1})
-    if twice:
-        raise MechsafetyError(f"nodes {twice} are given twice", expected="each once")
+    check_once([str(node) for node in chosen], "nodes")
     return chosen
+
+
+def check_once(names: Sequence[str], what: str) -> None:
+    """Check that nothing is listed twice.
+
+    Raises:
+        MechsafetyError: A name is there twice; the message begins with ``what``.
+    """
+    twice = sorted(name for name, n in Counter(names).items() if n > 1)
+    if twice:
+        raise MechsafetyError(f"{what} {twice} are given twice", expected="each once")
 
 
 def check_layers(model: LensModel, layers: Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -62,7 +63,7 @@ def ablate(
         with ms.ablate(model, "L4.H3", source="zero"):
             model.generate(["How do I bake bread?"])
     """
-    groups = _groups(check_nodes(model, nodes))
+    groups = by_site(check_nodes(model, nodes))
     share = check_strength(strength, share=True)
     if source != "zero" and prompts is None and values is None:
         raise MechsafetyError(
@@ -88,7 +89,7 @@ def ablate(
     def edit(site: Site, own: Tensor) -> Tensor:
         return own + share * (replacement(site, own) - own)
 
-    with model.hooks(_hooks(groups, edit, positions), by_column=positions == "all" and source != "resample"):
+    with model.hooks(node_hooks(groups, edit, positions), by_column=positions == "all" and source != "resample"):
         yield
 
 
@@ -108,8 +109,8 @@ def scale(
     Raises:
         MechsafetyError: A factor that is not finite, or a node that the model lacks.
     """
-    groups, size = _groups(check_nodes(model, nodes)), check_strength(factor)
-    with model.hooks(_hooks(groups, lambda site, own: size * own, positions), by_column=positions == "all"):
+    groups, size = by_site(check_nodes(model, nodes)), check_strength(factor)
+    with model.hooks(node_hooks(groups, lambda site, own: size * own, positions), by_column=positions == "all"):
         yield
 
 
@@ -125,7 +126,7 @@ def reference_values(model: LensModel, sites: Sequence[Site], prompts: Sequence[
     return {site: torch.cat(parts) for site, parts in rows.items()}
 
 
-def _groups(nodes: Sequence[Node]) -> dict[Site, list[int]]:
+def by_site(nodes: Sequence[Node]) -> dict[Site, list[int]]:
     """Nodes by the site that holds them, with their indices (none for a whole MLP)."""
     groups: dict[Site, list[int]] = {}
     for node in nodes:
@@ -134,16 +135,20 @@ def _groups(nodes: Sequence[Node]) -> dict[Site, list[int]]:
     return groups
 
 
-def _hooks(groups: dict[Site, list[int]], edit: Callable[[Site, Tensor], Tensor], positions: str) -> list[Hook]:
-    def hook(site: Site, index: list[int]) -> Callable[[Tensor], Tensor]:
-        def function(own: Tensor) -> Tensor:
-            new = edit(site, own)
-            if index:
-                chosen = torch.zeros(own.shape[2], dtype=torch.bool, device=own.device)
-                chosen[index] = True
-                new = torch.where(chosen[:, None] if own.ndim == 4 else chosen, new, own)
-            return at_positions(positions, own, new)
+def node_hooks(groups: dict[Site, list[int]], edit: Callable[[Site, Tensor], Tensor], positions: str) -> list[Hook]:
+    """Hooks that edit the given heads or neurons of each site; the whole site where none is given."""
+    return [(site, only(index, partial(edit, site), positions)) for site, index in groups.items()]
 
-        return function
 
-    return [(site, hook(site, index)) for site, index in groups.items()]
+def only(index: Sequence[int], edit: Callable[[Tensor], Tensor], positions: str = "all") -> Callable[[Tensor], Tensor]:
+    """An edit of a whole site, limited to some of its heads or neurons; the whole site if ``index`` is empty."""
+
+    def function(own: Tensor) -> Tensor:
+        new = edit(own)
+        if index:
+            chosen = torch.zeros(own.shape[2], dtype=torch.bool, device=own.device)
+            chosen[index] = True
+            new = torch.where(chosen[:, None] if own.ndim == 4 else chosen, new, own)
+        return at_positions(positions, own, new)
+
+    return function

@@ -98,18 +98,7 @@ class Direction(Result):
         With ``everywhere``, it is removed from all that is written to the residual stream (see `project_out`).
         Otherwise it is removed at its own sites.
         """
-        self._check(model)
-        if self.everywhere:
-            with project_out(model, self.vectors, strength):
-                yield
-            return
-        share = check_strength(strength, share=True)
-
-        def edit(unit: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda own: own - share * rearrange(own @ unit.to(own), "... -> ... 1") * unit.to(own)
-
-        hooks = _at_sites(self.sites, [edit(unit) for unit in self.unit], "all")
-        with model.hooks(hooks, by_column=True):
+        with remove_directions(model, [self], strength):
             yield
 
     @public
@@ -140,14 +129,15 @@ class Direction(Result):
 
 
 @runtime_checkable
-class _Placed(Protocol):
+class Placed(Protocol):
     """What holds a `Direction`, such as a `RefusalDirection`."""
 
     @property
-    def direction(self) -> Direction: ...
+    def direction(self) -> Direction:
+        """The direction."""
 
 
-Steering = Direction | _Placed | Tensor
+Steering = Direction | Placed | Tensor
 """A direction to steer along: one with sites, what holds one, or a vector of the residual stream."""
 
 
@@ -206,7 +196,7 @@ def _placed(
     model: LensModel, direction: Steering, layers: Sequence[int] | None
 ) -> tuple[tuple[Site, ...], Float[Tensor, "site width"]]:
     """Where a direction's vectors are added, and the vectors."""
-    own = direction.direction if isinstance(direction, _Placed) else direction
+    own = direction.direction if isinstance(direction, Placed) else direction
     sites: tuple[Site, ...] = ()
     if isinstance(own, Direction):
         own._check(model)
@@ -247,6 +237,58 @@ def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], st
     share = check_strength(strength, share=True)
     hooks = removal_hooks(model, rearrange(orthonormal(rows), "rank d -> 1 rank d"), share)
     with model.hooks(hooks, by_column=True):
+        yield
+
+
+@public
+@contextmanager
+def remove_directions(
+    model: LensModel, directions: "Sequence[Direction | Placed]", strength: float = 1.0
+) -> Iterator[None]:
+    """Context in which the span of several directions is removed, each direction where `Direction.ablate` removes it.
+
+    Directions that are removed everywhere, and directions that share a site, are removed together: x <- x - strength Q
+    Q^T x, where Q is an orthonormal basis of their span. Removal one after the other would leave a rest of directions
+    that are not orthogonal.
+
+    Args:
+        model: The model.
+        directions: The directions.
+        strength: Share that is removed, 0 to 1.
+
+    Raises:
+        MechsafetyError: No directions, one of another model's width, linearly dependent ones, or a strength outside 0
+            to 1.
+
+    Example::
+
+        with remove_directions(model, [refusal, *others]):
+            model.generate(["How do I bake bread?"])
+    """
+    share = check_strength(strength, share=True)
+    listed = [one.direction if isinstance(one, Placed) else one for one in directions]
+    if not listed:
+        raise MechsafetyError("no directions", expected="at least one")
+    everywhere, placed = list[Tensor](), dict[Site, list[Tensor]]()
+    for one in listed:
+        one._check(model)
+        if one.everywhere:
+            everywhere.append(one.vectors)
+        for site, vector in zip(one.sites, one.vectors, strict=True) if not one.everywhere else ():
+            placed.setdefault(site, []).append(vector)
+
+    def edit(basis: Tensor) -> Callable[[Tensor], Tensor]:
+        def remove(own: Tensor) -> Tensor:
+            rows = basis.to(own)
+            return own - share * ((own @ rows.T) @ rows)
+
+        return remove
+
+    hooks = _at_sites(list(placed), [edit(orthonormal(torch.stack(rows))) for rows in placed.values()], "all")
+    with ExitStack() as stack:
+        if everywhere:
+            stack.enter_context(project_out(model, torch.cat(everywhere), strength))
+        stack.enter_context(model.hooks(hooks, by_column=True))
         yield
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, Prompts, Texts, public
-from mechsafety.intervals import mean_of_known, wilson_interval
+from mechsafety.intervals import mean_of_known, perplexity_of, wilson_interval
 from mechsafety.interventions.checks import check_strength
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
@@ -97,7 +96,7 @@ class StrengthSweep(Result):
                 rows += [(strength, f"{name}, {side}", *row) for name, row in self._said(k, side)]
                 rows.append((strength, f"log-odds, {side}", *mean_of_known(getattr(self, side)[k])))
             rows.append((strength, "KL, harmless", *mean_of_known(self.kl[k])))
-            rows.append((strength, "perplexity, harmless", *_perplexity(self.loss[k])))
+            rows.append((strength, "perplexity, harmless", *perplexity_of(self.loss[k])))
         return pd.DataFrame(rows, columns=["strength", "measure", "value", "ci_low", "ci_high"])
 
     def _said(self, k: int, side: str) -> list[tuple[str, tuple[float, float, float]]]:
@@ -106,7 +105,7 @@ class StrengthSweep(Result):
         if not found:
             return [(name, (float("nan"),) * 3) for name in (*kinds, "reply perplexity")]
         shares = [(kind, (found[k].share(kind), *found[k].interval(kind))) for kind in kinds]
-        return [*shares, ("reply perplexity", _perplexity(found[k].loss))]
+        return [*shares, ("reply perplexity", perplexity_of(found[k].loss))]
 
     def plot(self) -> go.Figure:
         """One panel per measure, with intervals; the panel of a measure without values stays empty."""
@@ -226,9 +225,3 @@ def strength_sweep(
         tuple(kinds["harmful"]),
         tuple(kinds["harmless"]),
     )
-
-
-def _perplexity(loss: Tensor) -> tuple[float, float, float]:
-    """Perplexity in which every prompt counts equally: exp of the mean over prompts of the loss per token."""
-    value, low, high = np.exp(mean_of_known(loss)).tolist()
-    return value, low, high

@@ -1,8 +1,9 @@
 """How much refusal is left as its parts are ablated one after the other, against random parts of the same kind."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -10,27 +11,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.circuits.circuit import CircuitEdge, RefusalCircuit
 from mechsafety.circuits.verification.side_effects import next_token_kl
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, public
-from mechsafety.intervals import mean_interval, ratio_interval
-from mechsafety.interventions import ablate
-from mechsafety.interventions.checks import check_strength
+from mechsafety.intervals import mean_interval, perplexity_of, ratio_interval
+from mechsafety.interventions import Direction, ablate
+from mechsafety.interventions.checks import check_once, check_strength
+from mechsafety.interventions.steering import Placed, remove_directions
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
-from mechsafety.nodes import Node, NodeLike
+from mechsafety.nodes import Edge, Node, NodeLike
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs
-from mechsafety.replies import REPLY_TOKENS, ReplyKinds, check_unedited, judge_replies, loss_limit
+from mechsafety.replies import REPLY_TOKENS, ReplyKinds, check_unedited, judge_replies, loss_limit, reply_loss
 from mechsafety.results import Provenance, Result
-from mechsafety.robustness.parts import matched_ranking, mean_values, ranked_parts
-from mechsafety.sites import Site
+from mechsafety.robustness.ablating import Ablating, AtCounterfactual, CutEdges, InContext, Source, Speaking
+from mechsafety.robustness.parts import (
+    matched_directions,
+    matched_edges,
+    matched_ranking,
+    mean_values,
+    ranked_edges,
+    ranked_parts,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Source = Literal["mean", "zero"]
 RESAMPLES = 2000
 
 
@@ -41,7 +49,7 @@ class FragilityCurve(Result):
     Attributes:
         provenance: Model, options, versions.
         metric: Name and tokens of the metric.
-        parts: The parts, in the order of their ablation.
+        parts: The heads, MLPs and neurons, in the order of their ablation; empty if edges or directions were ablated.
         sizes: The measured k.
         strengths: The measured strengths; 1 replaces a part's value wholly.
         before, before_harmless: Metric of the unedited model on the harmful and the harmless prompts.
@@ -53,6 +61,12 @@ class FragilityCurve(Result):
         kinds: Kinds of the replies to the harmful prompts, of the unedited model and then at each size, at the largest
             strength. Empty where no replies were generated.
         random_kinds: The same for the first random ranking, without the unedited model.
+        kinds_harmless, random_kinds_harmless: The same for the replies to the harmless prompts. Empty also in results
+            saved by earlier versions.
+        loss, random_loss: Loss per token, in nats, of the unedited model's replies to the harmless prompts, in the same
+            order as the kinds. None where none were generated.
+        edges: The edges, in the order of their ablation; empty if others were ablated.
+        directions: Names of the directions, in the order of their ablation; empty if others were ablated.
     """
 
     provenance: Provenance
@@ -69,6 +83,12 @@ class FragilityCurve(Result):
     random_kl: Float[Tensor, "strength size set harmless"]
     kinds: tuple[ReplyKinds, ...] = ()
     random_kinds: tuple[ReplyKinds, ...] = ()
+    kinds_harmless: tuple[ReplyKinds, ...] = ()
+    random_kinds_harmless: tuple[ReplyKinds, ...] = ()
+    loss: Float[Tensor, "row harmless"] | None = None
+    random_loss: Float[Tensor, "size harmless"] | None = None
+    edges: tuple[Edge, ...] = ()
+    directions: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         value, (low, high) = self.area()
@@ -76,9 +96,19 @@ class FragilityCurve(Result):
         halves = "never" if half is None else f"after {half}"
         ends = f" (95 % {_size(first)} to {_size(last)})" if self.sizes else ""
         return (
-            f"FragilityCurve({self.provenance.model}: {len(self.parts)} parts, half of the {self._what} is lost "
-            f"{halves}{ends}; area over random parts {value:.2f} [{low:.2f}, {high:.2f}])"
+            f"FragilityCurve({self.provenance.model}: {len(self.names)} {self.what}, half of the {self._lost_what} is "
+            f"lost {halves}{ends}; area over random {self.what} {value:.2f} [{low:.2f}, {high:.2f}])"
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what is ablated, in order."""
+        return self.directions or tuple(map(str, self.edges or self.parts))
+
+    @property
+    def what(self) -> str:
+        """What is ablated: ``parts``, ``edges`` or ``directions``."""
+        return "directions" if self.directions else "edges" if self.edges else "parts"
 
     @property
     def gap(self) -> float:
@@ -101,7 +131,7 @@ class FragilityCurve(Result):
         return (self.before - self.before_harmless).double().numpy()
 
     @property
-    def _what(self) -> str:
+    def _lost_what(self) -> str:
         return "refusals" if self.kinds else "gap"
 
     def area(self) -> tuple[float, tuple[float, float]]:
@@ -151,8 +181,9 @@ class FragilityCurve(Result):
         """One row per strength and size: share of the gap lost, KL, refusals, with 95 % intervals and random parts.
 
         ``random_low`` and ``random_high`` are the lowest and the highest of the random rankings. ``p_value`` is (1 +
-        number of random rankings that lose at least as much) / (1 + number of rankings). Shares of replies are those at
-        the largest strength and NaN elsewhere.
+        number of random rankings that lose at least as much) / (1 + number of rankings). Shares of replies, and the
+        perplexity of the unedited model's replies to the harmless prompts, are those at the largest strength and NaN
+        elsewhere.
         """
         rows: list[dict[str, Any]] = []
         control = self.random_lost
@@ -168,12 +199,23 @@ class FragilityCurve(Result):
                 row |= dict(zip(("kl", "kl_low", "kl_high"), (kl.mean(), *mean_interval(kl)), strict=True))
                 row["random_overlap"] = self.overlaps[k]
                 row["random_kl"] = float(self.random_kl[s, k].mean())
-                said = s == len(self.strengths) - 1 and bool(self.kinds)
-                for name, kinds in (("", self.kinds[1:]), ("random_", self.random_kinds)):
-                    for kind in ("refuses", "degenerate"):
-                        row[f"{name}{kind}"] = kinds[k].share(kind) if said else float("nan")
+                row |= self._said(k if s == len(self.strengths) - 1 else None)
                 rows.append(row)
         return pd.DataFrame(rows)
+
+    def _said(self, k: int | None) -> dict[str, float]:
+        """Shares of replies and perplexity at a size; NaN where nothing was said."""
+        nothing, row = float("nan"), dict[str, float]()
+        harmful = {"": self.kinds[1:], "random_": self.random_kinds}
+        harmless = {"harmless_": self.kinds_harmless[1:], "random_harmless_": self.random_kinds_harmless}
+        for name, kinds in (harmful | harmless).items():
+            for kind in ("refuses", "degenerate"):
+                row[f"{name}{kind}"] = nothing if k is None or not kinds else kinds[k].share(kind)
+        value, low, high, other = (nothing,) * 4
+        if k is not None and self.loss is not None and self.random_loss is not None:
+            value, low, high = perplexity_of(self.loss[1 + k])
+            other, _, _ = perplexity_of(self.random_loss[k])
+        return row | {"perplexity": value, "perplexity_low": low, "perplexity_high": high, "random_perplexity": other}
 
     def plot(self) -> "go.Figure":
         """Share of the gap lost and KL against the number of ablated parts, with random parts as bands."""
@@ -181,7 +223,9 @@ class FragilityCurve(Result):
 
         frame = self.to_dataframe()
         last = frame[frame.strength == self.strengths[-1]]
-        panels = ["share of the gap lost", "KL on harmless prompts, nats"] + (["replies"] if self.kinds else [])
+        panels = ["share of the gap lost", "KL on harmless prompts, nats"]
+        panels += ["replies to harmful prompts"] if self.kinds else []
+        panels += ["replies to harmless prompts"] if self.kinds_harmless else []
         figure = make_subplots(1, len(panels), subplot_titles=panels)
         band = {"x": [*last.parts, *last.parts[::-1]], "y": [*last.random_high, *last.random_low[::-1]]}
         figure.add_scatter(
@@ -196,7 +240,9 @@ class FragilityCurve(Result):
         figure.add_scatter(x=last.parts, y=last.random_kl, name="random parts, mean", line_dash="dot", row=1, col=2)
         for name in ("refuses", "degenerate", "random_refuses") if self.kinds else ():
             figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=3)
-        return figure.update_xaxes(title_text="parts ablated").update_layout(template="none", title=repr(self))
+        for name in ("harmless_refuses", "harmless_degenerate") if self.kinds_harmless else ():
+            figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=4)
+        return figure.update_xaxes(title_text=f"{self.what} ablated").update_layout(template="none", title=repr(self))
 
 
 def _size(size: int | None) -> str:
@@ -221,13 +267,13 @@ def _sizes(n: int, asked: Sequence[int] | None) -> tuple[int, ...]:
 @public
 def fragility(
     model: LensModel,
-    parts: RefusalCircuit | Sequence[NodeLike],
+    parts: RefusalCircuit | Sequence[NodeLike] | Sequence[Edge | CircuitEdge] | Sequence[Direction | Placed],
     pairs: PromptPairs,
     metric: RefusalLogOdds,
     *,
     sizes: Sequence[int] | None = None,
     strengths: Sequence[float] = (1.0,),
-    source: Source = "mean",
+    source: Source | None = None,
     n_random: Count = 20,
     replies: bool = False,
     reply_tokens: Count = REPLY_TOKENS,
@@ -242,23 +288,30 @@ def fragility(
 
     Args:
         model: The model.
-        parts: A circuit, whose parts are ablated in the order of their effect; or heads, MLPs and neurons in the order
-            in which they are ablated.
+        parts: What is ablated. A circuit, whose parts are ablated in the order of their effect; or, in the order in
+            which they are ablated, heads, MLPs and neurons, edges (such as ``circuit.edges``), or directions.
         pairs: Pairs, of which those that align are taken. They should not be those that the parts were found on.
         metric: The metric of refusal.
         sizes: The measured k; by default 1, 2, 5, 10, 20, 50 and so on, and all parts.
-        strengths: Strengths of the ablation (`mechsafety.ablate`), above 0 and up to 1.
-        source: ``mean``: each part takes its mean over all tokens of the harmless prompts. ``zero``: zero.
+        strengths: Strengths of the ablation, above 0 and up to 1: the share of the way from a part's own value to the
+            source's.
+        source: What an ablated part takes. ``mean``: its mean over all tokens of the harmless prompts. ``zero``: zero;
+            of a direction, it is removed. ``counterfactual``: its value on the other prompt of the pair, at every token
+            of prompt and reply. By default ``mean`` for heads, MLPs and neurons, ``counterfactual`` for edges and
+            ``zero`` for directions, of which each is the only one.
         n_random: Random rankings of parts.
-        replies: Whether to generate replies too, at the largest strength: for these parts, and for the first random
-            ranking. A model that babbles refuses less but does not comply.
+        replies: Whether to generate replies too, to harmful and harmless prompts, at the largest strength: for these
+            parts, and for the first random ranking. A model that babbles refuses less but does not comply. The
+            perplexity of the unedited model's own replies to the harmless prompts is then measured as well. An edge is
+            cut in stored runs of the prompts, so that edges have no replies.
         reply_tokens: Length of replies, in tokens.
         seed: Seed of the random rankings.
         progress: Whether to show a bar.
 
     Raises:
-        MechsafetyError: Parts that the model lacks, sizes or strengths out of range, no gap to take shares of, or a
-            model that is already edited.
+        MechsafetyError: Parts that the model lacks, parts of several sorts, a source that they do not have, sizes or
+            strengths out of range, no gap to take shares of, or a model that is already edited. For
+            ``counterfactual``, pairs of unequal length, or a metric of whole openers.
 
     Example::
 
@@ -266,42 +319,36 @@ def fragility(
         print(curve)  # after how many parts half of the gap is lost, and the area over random parts
     """
     check_unedited(model)
-    nodes, pairs = ranked_parts(model, parts), pairs.aligned(model)
-    chosen, swept = _sizes(len(nodes), sizes), tuple(sorted({check_strength(s, share=True) for s in strengths}))
+    pairs = pairs.aligned(model)
+    ranked = _ranked(model, parts, source, replies)
+    chosen, swept = _sizes(len(ranked), sizes), tuple(sorted({check_strength(s, share=True) for s in strengths}))
     if not swept or swept[0] <= 0:
         raise MechsafetyError(f"strengths {list(strengths)}", expected="at least one, above 0 and up to 1")
-    plain = model.reading(())  # the KL is that of a reply's first token
-    unedited = plain.logits(pairs.harmless)
+    unedited = model.reading(()).logits(pairs.harmless)  # the KL is that of a reply's first token
     before, harmless = (metric.scores(model, side).cpu() for side in (pairs.harmful, pairs.harmless))
     check_gap(before, harmless)
 
-    rankings = [nodes, *(matched_ranking(model, nodes, seed + k) for k in range(n_random))]
-    every = {node for ranking in rankings for node in ranking}
-    means = mean_values(model, every, pairs.harmless) if source == "mean" else {}
-
-    def measured(some: Sequence[Node], strength: float) -> tuple[Tensor, Tensor]:
-        """Metric on the harmful prompts, and KL on the harmless ones."""
-        with ablate(model, some, strength, source, values=means):
-            scores, after = metric.scores(model, pairs.harmful), plain.logits(pairs.harmless)
-        return scores.cpu(), next_token_kl(unedited, after).clamp(min=0).float().cpu()
-
+    rankings = [ranked, *(_matched(model, ranked, seed + k) for k in range(n_random))]
+    ablation, used = _ablation(model, rankings, pairs, metric, source)
     scores = torch.zeros(len(swept), len(chosen), len(rankings), len(before))
     kl = torch.zeros(len(swept), len(chosen), len(rankings), len(harmless))
     with progress_bar(total=scores[..., 0].numel(), desc="fragility", show=progress) as bar:
         for s, strength in enumerate(swept):
             for k, size in enumerate(chosen):
                 for r, ranking in enumerate(rankings):
-                    scores[s, k, r], kl[s, k, r] = measured(ranking[:size], strength)
+                    found, after = ablation.read(ranking[:size], strength)
+                    scores[s, k, r] = found.cpu()
+                    kl[s, k, r] = next_token_kl(unedited, after).clamp(min=0).float().cpu()
                     bar.update()
-    said: tuple[tuple[ReplyKinds, ...], tuple[ReplyKinds, ...]] = ((), ())
-    if replies:
-        said = _kinds(model, rankings[:2], chosen, swept[-1], source, means, pairs.harmful, reply_tokens, progress)
-    options = {"source": source, "random_sets": n_random, "pairs": len(pairs)}
+    said: dict[str, Any] = {}
+    if replies and not isinstance(ablation, CutEdges):
+        said = _said(ablation, rankings[:2], chosen, swept[-1], reply_tokens, progress)
+    options = {"source": used, "random_sets": n_random, "pairs": len(pairs)}
     options |= {"reply_tokens": reply_tokens} if replies else {}
     return FragilityCurve(
         model.provenance(seed=seed, options=options),
         metric.to_json(),
-        nodes,
+        tuple(part for part in ranked if isinstance(part, Node)),
         chosen,
         swept,
         before,
@@ -311,39 +358,137 @@ def fragility(
         tuple(_overlap(rankings, size) for size in chosen),
         kl[:, :, 0],
         kl[:, :, 1:],
-        *said,
+        **said,
+        edges=tuple(part for part in ranked if isinstance(part, Edge)),
+        directions=tuple(part.name for part in ranked if isinstance(part, Direction)),
     )
 
 
-def _overlap(rankings: Sequence[Sequence[Node]], size: int) -> float:
-    """Share of the first random parts that are among the first given ones, mean over the random rankings."""
-    given = set(rankings[0][:size])
-    return sum(node in given for ranking in rankings[1:] for node in ranking[:size]) / (size * (len(rankings) - 1))
+# one sort of part, in the order of its ablation
+_Ranking = tuple[Node, ...] | tuple[Edge, ...] | tuple[Direction, ...]
+SOURCES: dict[type, tuple[Source, ...]] = {
+    Node: ("mean", "zero", "counterfactual"),
+    Edge: ("counterfactual",),
+    Direction: ("zero",),
+}
+SORTS = {Node: "heads, MLPs and neurons", Edge: "edges", Direction: "directions"}
 
 
-def _kinds(
+def _ranked(model: LensModel, parts: Any, source: Source | None, replies: bool) -> _Ranking:
+    """The parts in the order in which they are ablated.
+
+    Raises:
+        MechsafetyError: As `fragility`.
+    """
+    if isinstance(parts, Direction | Placed | Edge | CircuitEdge):
+        parts = [parts]
+    listed = [] if isinstance(parts, RefusalCircuit | str | Node) else list(parts)
+    sorts = {_sort(part) for part in listed} or {Node}
+    if len(sorts) > 1:
+        raise MechsafetyError(
+            f"parts of several sorts ({'; '.join(sorted(SORTS[sort] for sort in sorts))})",
+            expected="one sort at a time",
+        )
+    (sort,) = sorts
+    if source is not None and source not in SOURCES[sort]:
+        raise MechsafetyError(f"source={source!r} for {SORTS[sort]}", expected=" or ".join(map(repr, SOURCES[sort])))
+    if sort is Edge:
+        if replies:
+            raise MechsafetyError(
+                "replies while edges are cut (an edge is cut in stored runs of the prompts)",
+                expected="replies=False",
+                hint="or ablate the nodes at the edges' ends",
+            )
+        return ranked_edges(model, listed)
+    if sort is Direction:
+        placed = tuple(part.direction if isinstance(part, Placed) else part for part in listed)
+        check_once([direction.name for direction in placed], "directions")
+        return placed
+    return ranked_parts(model, parts)
+
+
+def _sort(part: Any) -> type:
+    if isinstance(part, Direction | Placed):
+        return Direction
+    return Edge if isinstance(part, Edge | CircuitEdge) else Node
+
+
+def _matched(model: LensModel, ranked: _Ranking, seed: int) -> _Ranking:
+    """A random part for each part (`matched_ranking`)."""
+    sort = _sort(ranked[0])
+    if sort is Direction:
+        return matched_directions([part for part in ranked if isinstance(part, Direction)], seed)
+    if sort is Edge:
+        return matched_edges(model, [part for part in ranked if isinstance(part, Edge)], seed)
+    return matched_ranking(model, [part for part in ranked if isinstance(part, Node)], seed)
+
+
+def _ablation(
     model: LensModel,
-    rankings: Sequence[Sequence[Node]],
+    rankings: Sequence[_Ranking],
+    pairs: PromptPairs,
+    metric: RefusalLogOdds,
+    source: Source | None,
+) -> tuple[Ablating, Source]:
+    """What reads the model while these parts are ablated, and the source."""
+    sort = _sort(rankings[0][0])
+    used = SOURCES[sort][0] if source is None else source
+    if sort is Edge:
+        return CutEdges.of(model, pairs, metric), used
+    if sort is Direction:
+        return InContext(model, pairs, metric, partial(remove_directions, model)), used
+    if used == "counterfactual":
+        return AtCounterfactual(model, pairs, metric), used
+    every = {node for ranking in rankings for node in ranking if isinstance(node, Node)}
+    means = mean_values(model, every, pairs.harmless) if used == "mean" else {}
+    return InContext(model, pairs, metric, partial(ablate, model, source=used, values=means)), used
+
+
+def _overlap(rankings: Sequence[_Ranking], size: int) -> float:
+    """Share of the first random parts that are among the first given ones, mean over the random rankings."""
+    if isinstance(rankings[0][0], Direction):
+        return 0.0
+    given = set(rankings[0][:size])
+    return sum(part in given for ranking in rankings[1:] for part in ranking[:size]) / (size * (len(rankings) - 1))
+
+
+def _said(
+    ablation: Speaking,
+    rankings: Sequence[_Ranking],
     sizes: Sequence[int],
     strength: float,
-    source: Source,
-    means: Mapping[Site, Tensor],
-    prompts: Sequence[str],
     reply_tokens: int,
     progress: bool,
-) -> tuple[tuple[ReplyKinds, ...], tuple[ReplyKinds, ...]]:
-    """Kinds of reply to the harmful prompts: unedited and by size for the parts, by size for random ones."""
-    limit = loss_limit(model)
+) -> dict[str, Any]:
+    """Kinds of reply to both sides, and the loss of the harmless side's unedited replies.
 
-    def judged(texts: list[str]) -> ReplyKinds:
-        return judge_replies(model, prompts, texts, limit=limit).without_text()
+    For the given parts, the unedited model comes first and then each size; for random ones, each size.
+    """
+    model, pairs = ablation.model, ablation.pairs
+    limit, sides = loss_limit(model), ("harmful", "harmless")
+    prompts: dict[str, list[str]] = {side: getattr(pairs, side) for side in sides}
+    unedited = {side: model.generate(prompts[side], reply_tokens, progress=False) for side in sides}
+    references = unedited["harmless"]
 
-    found: list[list[ReplyKinds]] = [[judged(model.generate(prompts, reply_tokens, progress=False))], []]
+    def judged(side: str, texts: list[str]) -> ReplyKinds:
+        return judge_replies(model, prompts[side], texts, limit=limit).without_text()
+
+    kinds: dict[str, list[list[ReplyKinds]]] = {side: [[judged(side, unedited[side])], []] for side in sides}
+    loss = [[reply_loss(model, prompts["harmless"], references)], []]
     with progress_bar(total=2 * len(sizes), desc="replies", show=progress) as bar:
-        for rows, ranking in zip(found, rankings, strict=True):
+        for place, ranking in enumerate(rankings):
             for size in sizes:
-                with ablate(model, ranking[:size], strength, source, values=means):
-                    texts = model.generate(prompts, reply_tokens, progress=False)
-                rows.append(judged(texts))
+                some = ranking[:size]
+                for side in sides:
+                    kinds[side][place].append(judged(side, ablation.replies(some, strength, side, reply_tokens)))
+                loss[place].append(ablation.loss(some, strength, references))
                 bar.update()
-    return tuple(found[0]), tuple(found[1])
+    (own, random), (own_harmless, random_harmless) = (map(tuple, kinds[side]) for side in sides)
+    return {
+        "kinds": own,
+        "random_kinds": random,
+        "kinds_harmless": own_harmless,
+        "random_kinds_harmless": random_harmless,
+        "loss": torch.stack(loss[0]).cpu(),
+        "random_loss": torch.stack(loss[1]).cpu(),
+    }

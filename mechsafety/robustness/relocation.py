@@ -1,7 +1,7 @@
 """In which layers two models part: one speaks with the other's residual stream, layer by layer and token by token."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from mechsafety.inputs import Count, Prompts, public
 from mechsafety.intervals import mean_interval, ratio_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.decode import Cursor, check_room, decode_replies
+from mechsafety.models.decode import check_room, decode_replies
 from mechsafety.models.rows import Rows, lay_out, prompt_rows
 from mechsafety.neurons.runs import batches, check_twins
 from mechsafety.neurons.scores import digest
@@ -34,12 +34,12 @@ from mechsafety.replies import (
 )
 from mechsafety.results import Provenance, Result
 from mechsafety.robustness.fragility import RESAMPLES
+from mechsafety.robustness.lockstep import Edit, Lockstep, Side
 from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Edit = Callable[[], AbstractContextManager[Any]]
 # a second model, or an edit of the first one in memory; `public` checks plain models only
 Edited = Annotated[LensModel | Edit, "a model, or a function that returns an edit's context"]
 Into = Literal["edited", "aligned"]
@@ -225,56 +225,13 @@ def _first(floor: np.ndarray, ceiling: np.ndarray, patched: np.ndarray) -> int:
     return int(there[0]) if len(there) and way else len(patched)
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """A model, and the edit inside which it runs."""
-
-    model: LensModel
-    edit: Edit | None = None
-
-    @contextmanager
-    def hooked(self, hooks: Sequence[tuple[Site, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
-        """Context of one forward: the edit first, so that the hooks see what it makes of a site."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self.edit is not None:
-                stack.enter_context(self.edit())
-            stack.enter_context(self.model.hooks(hooks))
-            yield
+def _lockstep(receiver: Side, donor: Side | None, layers: Sequence[int]) -> Lockstep:
+    """The receiver's residual stream after some layers is the donor's."""
+    return Lockstep(receiver, donor, [(Site(SiteKind.RESID_POST, layer), _given) for layer in layers])
 
 
-class _Lockstep:
-    """Reads columns with a receiver, after a donor has read the same ones; the receiver takes the donor's values.
-
-    Args:
-        receiver: The side that speaks.
-        donor: The side whose residual stream is taken; None for the receiver alone.
-        layers: The layers after which it is taken.
-    """
-
-    def __init__(self, receiver: _Side, donor: _Side | None, layers: Sequence[int]) -> None:
-        self.receiver, self.donor = receiver, donor
-        self.sites = [Site(SiteKind.RESID_POST, layer) for layer in layers]
-        self.cursor = Cursor(receiver.model.backend)
-        self.other = None if donor is None else Cursor(donor.model.backend)
-
-    def read(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Logits of the last column."""
-        values: dict[Site, Tensor] = {}
-
-        def keep(site: Site) -> Callable[[Tensor], None]:
-            return lambda tensor: values.__setitem__(site, tensor.detach().clone())
-
-        def put(site: Site) -> Callable[[Tensor], Tensor]:
-            return lambda tensor: values[site].to(tensor)
-
-        if self.donor is not None and self.other is not None:
-            with self.donor.hooked([(site, keep(site)) for site in self.sites]):
-                device = self.donor.model.device
-                self.other.feed(ids.to(device), real.to(device))
-        with self.receiver.hooked([(site, put(site)) for site in self.sites if self.donor is not None]):
-            device = self.receiver.model.device
-            return self.cursor.feed(ids.to(device), real.to(device))[:, -1].float()
+def _given(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda own: value.to(own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,20 +252,20 @@ class _Runner:
     max_new_tokens: int
     batch_size: int
 
-    def run(self, receiver: _Side, donor: _Side | None, layers: Sequence[int], done: Callable[[], object]) -> _Run:
+    def run(self, receiver: Side, donor: Side | None, layers: Sequence[int], done: Callable[[], object]) -> _Run:
         """Greedy replies, and the metric where it reads."""
         plain, opened = (prompt_rows(self.speaker, self.prompts), self._opened())
         tokens: list[list[int]] = [[] for _ in plain]
         scores = torch.empty(len(plain))
         for chunk in batches([len(row) for row in plain], self.batch_size):
             rows = self._rows(plain, chunk)
-            step = _Lockstep(receiver, donor, layers)
-            found, logits = decode_replies(step.read, rows.pieces(), self.speaker.end_ids, self.max_new_tokens, 1)
+            step = _lockstep(receiver, donor, layers)
+            found, logits = decode_replies(step.last, rows.pieces(), self.speaker.end_ids, self.max_new_tokens, 1)
             last = logits[0]
             if opened is not None:
-                step = _Lockstep(receiver, donor, layers)
+                step = _lockstep(receiver, donor, layers)
                 for ids, real in self._rows(opened, chunk).pieces():
-                    last = step.read(ids, real)
+                    last = step.last(ids, real)
             scores[chunk] = self.metric(last).float().cpu()
             for k, reply in zip(chunk, found, strict=True):
                 tokens[k] = reply
@@ -387,7 +344,7 @@ def relocation(
     check_judge(judge)
     check_unedited(aligned)
     chosen = _layers(aligned, layers)
-    one, other = _Side(aligned.reading(())), _edited_side(aligned, edited)
+    one, other = Side(aligned.reading(())), _edited_side(aligned, edited)
     receiver, donor = (other, one) if into == "edited" else (one, other)
     longest = max(len(row) for row in prompt_rows(aligned, asked))
     for side in (one, other):
@@ -445,7 +402,7 @@ def _layers(model: LensModel, asked: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(asked)))
 
 
-def _edited_side(aligned: LensModel, edited: Edited) -> _Side:
+def _edited_side(aligned: LensModel, edited: Edited) -> Side:
     """The edited side, checked.
 
     Raises:
@@ -460,7 +417,7 @@ def _edited_side(aligned: LensModel, edited: Edited) -> _Side:
                 f"{edited.name} has a residual stream of {edited.d_model} numbers, {aligned.name} of {aligned.d_model}",
                 expected="two models of one architecture",
             )
-        return _Side(edited.reading(()))
+        return Side(edited.reading(()))
     wanted = {"expected": "a LensModel, or a function that returns a context manager"}
     hint = "write edited=lambda: ms.ablate(model, nodes, source='zero')"
     if not callable(edited):
@@ -471,7 +428,7 @@ def _edited_side(aligned: LensModel, edited: Edited) -> _Side:
         raise MechsafetyError(f"edited cannot be called without arguments ({error})", **wanted, hint=hint) from None
     if not isinstance(made, AbstractContextManager):
         raise MechsafetyError(f"edited returns an object of type {type(made).__name__}", **wanted, hint=hint)
-    return _Side(aligned.reading(()), edited)
+    return Side(aligned.reading(()), edited)
 
 
 def _judged(

@@ -125,6 +125,12 @@ def test_verdicts_by_hand(report):
     assert open_.verdict == "undecided" and "do not decide" in open_.finding
     half = next(row for row in open_.rows() if row.measure.startswith("smallest"))
     assert half.undecided == "With other prompts, 1 may be enough, or 2."
+    broken, mixed = ["degenerate"] * n, ["degenerate"] * (n // 2 - 1) + ["answers"] * (n - n // 2 + 1)
+    babble = with_([0.1, 0.1, 0.1], [refuse, broken, broken, broken])
+    assert babble.curve.half() == (1, (1, 1)) and babble.verdict == "undecided", "a model that babbles refuses nothing"
+    assert f"Without {babble.parts[0]} alone, replies are degenerate" in babble.finding
+    assert with_([0.1, 0.1, 0.6], [refuse, broken, broken, broken]).verdict == "yes", "patching shows it without that"
+    assert with_([0.1, 0.1, 0.1], [refuse, mixed, mixed, mixed]).verdict == "yes"
     nothing = with_([0.1, 0.1, 0.1], [answer, answer, answer, answer])
     assert (
         nothing.verdict == "not measured"

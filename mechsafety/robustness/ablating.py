@@ -1,0 +1,197 @@
+"""Ways to read a model while parts are ablated: nodes, edges of a circuit, or directions.
+
+Each way gives the same three readings: the metric and next-token logits, replies, and the loss of reference replies.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsafety.circuits.edge_faithfulness import EdgeMeter
+from mechsafety.errors import MechsafetyError
+from mechsafety.interventions.nodes import by_site, only
+from mechsafety.metrics import RefusalLogOdds
+from mechsafety.models import LensModel
+from mechsafety.models.decode import Columns, check_room, decode_replies
+from mechsafety.patching import pair_runs
+from mechsafety.patching.masks import PairRuns, blend
+from mechsafety.prompts import PromptPairs, TokenPairs
+from mechsafety.replies import reply_loss
+from mechsafety.robustness.lockstep import Lockstep, Side
+
+Source = Literal["mean", "zero", "counterfactual"]
+# metric of the harmful prompts, and logits of the first reply token after the harmless ones
+Reading = tuple[Float[Tensor, " pair"], Float[Tensor, "pair d_vocab"]]
+# pairs that are read side by side in one forward
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class InContext:
+    """Parts are ablated by a context manager, which holds in every forward.
+
+    Attributes:
+        model: The model.
+        pairs: Pairs that align.
+        metric: The metric.
+        context: Function from parts and a strength to the context manager.
+    """
+
+    model: LensModel
+    pairs: PromptPairs
+    metric: RefusalLogOdds
+    context: Callable[[Sequence[Any], float], AbstractContextManager[object]]
+
+    def read(self, parts: Sequence[Any], strength: float) -> Reading:
+        """Metric of the harmful prompts, and logits of the first reply token after the harmless ones."""
+        with self.context(parts, strength):
+            scores = self.metric.scores(self.model, self.pairs.harmful)
+            return scores, self.model.reading(()).logits(self.pairs.harmless)
+
+    def replies(self, parts: Sequence[Any], strength: float, side: str, n: int) -> list[str]:
+        """Greedy replies of at most ``n`` tokens to the prompts of one side."""
+        with self.context(parts, strength):
+            return self.model.generate(getattr(self.pairs, side), n, progress=False)
+
+    def loss(self, parts: Sequence[Any], strength: float, references: Sequence[str]) -> Float[Tensor, " pair"]:
+        """Loss per token of one reference reply per harmless prompt, in nats; NaN for an empty one."""
+        with self.context(parts, strength):
+            return reply_loss(self.model, self.pairs.harmless, references)
+
+
+@dataclass(frozen=True, slots=True)
+class AtCounterfactual:
+    """Nodes take the values that they have on the other prompt of the pair, along prompt and reply.
+
+    Both prompts of a pair are read side by side, each with its own key-value cache, and then the same reply tokens. The
+    values of the other prompt's run are therefore known at every token.
+
+    Attributes:
+        model: The model.
+        pairs: Pairs of equal length.
+        metric: The metric.
+    """
+
+    model: LensModel
+    pairs: PromptPairs
+    metric: RefusalLogOdds
+
+    def __post_init__(self) -> None:
+        self.metric.check_one_column()
+        if self.pairs.align == "suffix":
+            raise MechsafetyError(
+                "counterfactual values for pairs aligned at the suffix",
+                expected="pairs of equal length",
+                hint="or source='mean'",
+            )
+
+    def read(self, parts: Sequence[Any], strength: float) -> Reading:
+        """See `InContext`; a harmless prompt takes the values of its harmful one."""
+        opened, plain = self.model.reading(self.metric.opener_ids), self.model.reading(())
+        scores = [self.metric(rows[:, -1]) for rows in self._read(opened, parts, strength, "harmful")]
+        return torch.cat(scores), torch.cat([rows[:, -1] for rows in self._read(plain, parts, strength, "harmless")])
+
+    def replies(self, parts: Sequence[Any], strength: float, side: str, n: int) -> list[str]:
+        """See `InContext`."""
+        found, plain = list[list[int]](), self.model.reading(())
+        for tokens in self._batches(plain):
+            check_room(plain.backend, max(span.length for span in tokens.harmful.spans), n)
+            step, prompts = self._begin(plain, tokens, parts, strength, side)
+            found += decode_replies(step.last, prompts, plain.end_ids, n)[0]
+        return plain.decode(found)
+
+    def loss(self, parts: Sequence[Any], strength: float, references: Sequence[str]) -> Float[Tensor, " pair"]:
+        """See `InContext`."""
+        losses, plain = list[Tensor](), self.model.reading(())
+        tokens = plain.tokenize_pairs(self.pairs)
+        for k, reference in enumerate(references):
+            ids = plain.tokenizer(reference, add_special_tokens=False)["input_ids"]
+            if not ids:
+                losses.append(torch.tensor(torch.nan))
+                continue
+            step, prompts = self._begin(plain, tokens.rows([k]), parts, strength, "harmless")
+            logits = [step.read(*piece)[0, -1:] for piece in prompts][-1:]
+            said = torch.tensor([ids], device=plain.device)
+            if len(ids) > 1:
+                logits.append(step.read(said[:, :-1], torch.ones_like(said[:, :-1]).bool(), len(ids) - 1)[0])
+            losses.append(torch.nn.functional.cross_entropy(torch.cat(logits), said[0]).cpu())
+        return torch.stack(losses)
+
+    def _read(self, model: LensModel, parts: Sequence[Any], strength: float, side: str) -> list[Tensor]:
+        """Logits after the prompts of one side, batch by batch."""
+        found = []
+        for tokens in self._batches(model):
+            step, prompts = self._begin(model, tokens, parts, strength, side)
+            found.append([step.read(*piece) for piece in prompts][-1])
+        return found
+
+    def _batches(self, model: LensModel) -> list[TokenPairs]:
+        tokens = model.tokenize_pairs(self.pairs)
+        return [tokens.rows(slice(k, k + _BATCH)) for k in range(0, len(tokens), _BATCH)]
+
+    def _begin(
+        self, model: LensModel, tokens: TokenPairs, parts: Sequence[Any], strength: float, side: str
+    ) -> tuple[Lockstep, list[Columns]]:
+        """Lockstep of one side, which takes values of the other, and the columns of its prompts.
+
+        The columns before the first difference are the same in both prompts, so that nothing need be taken there.
+        """
+        own, other = (tokens.harmful, tokens.harmless) if side == "harmful" else (tokens.harmless, tokens.harmful)
+        edits = [(site, _taken(index, strength)) for site, index in by_site(parts).items()]
+        start = tokens.start
+        step = Lockstep(Side(model), Side(model), edits, (other.ids, other.mask), untouched=start)
+        spans = [slice(0, start), slice(start, None)] if start else [slice(None)]
+        return step, [(own.ids[:, at], own.mask[:, at]) for at in spans]
+
+
+def _taken(index: Sequence[int], strength: float) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """From the value of the other run to the edit that moves some heads or neurons of a site to it."""
+    return lambda value: only(index, blend(value, 1 - strength))
+
+
+@dataclass(frozen=True, slots=True)
+class CutEdges:
+    """Edges carry what their sender writes on the other prompt of the pair; all other edges carry this run's.
+
+    Attributes:
+        model: The model.
+        metric: The metric.
+        runs: Runs in which the metric is read.
+        plain: Runs that end at the prompt's end; the same ones where the metric reads there.
+    """
+
+    model: LensModel
+    metric: RefusalLogOdds
+    runs: PairRuns
+    plain: PairRuns
+
+    @classmethod
+    def of(cls, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> "CutEdges":
+        """Run both prompts of every pair once."""
+        metric.check_one_column()
+        plain = pair_runs(model.reading(()), pairs)
+        runs = pair_runs(model.reading(metric.opener_ids), pairs) if metric.opener_ids else plain
+        return cls(model, metric, runs, plain)
+
+    def read(self, parts: Sequence[Any], strength: float) -> Reading:
+        """See `InContext`; in a harmless prompt's run, a cut edge carries what its sender writes on the harmful one."""
+        swapped = PairRuns(self.plain.harmless, self.plain.harmful, self.plain.start, align=self.plain.align)
+        harmful, harmless = (self._logits(runs, parts, strength) for runs in (self.runs, swapped))
+        return self.metric(harmful), harmless
+
+    def _logits(self, runs: PairRuns, parts: Sequence[Any], strength: float) -> Float[Tensor, "pair d_vocab"]:
+        meter = EdgeMeter(self.model, runs, self.metric)
+        place = {edge: k for k, edge in enumerate(meter.parts)}
+        weights = torch.ones(len(place), device=self.model.device)
+        weights[[place[edge] for edge in parts]] = 1 - strength
+        with torch.no_grad():
+            return meter.soft_logits(runs, weights)
+
+
+Speaking = InContext | AtCounterfactual
+Ablating = Speaking | CutEdges
