@@ -3,10 +3,11 @@
 Each way gives the same three readings: the metric and next-token logits, replies, and the loss of reference replies.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -19,10 +20,11 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.decode import Columns, check_room, decode_replies
 from mechsafety.patching import pair_runs
-from mechsafety.patching.masks import PairRuns, blend
+from mechsafety.patching.masks import PairRuns, SoftMask, blend, masked_logits
 from mechsafety.prompts import PromptPairs, TokenPairs
 from mechsafety.replies import reply_loss
 from mechsafety.robustness.lockstep import Lockstep, Side
+from mechsafety.sites import SiteKind
 
 Source = Literal["mean", "zero", "counterfactual"]
 # metric of the harmful prompts, and logits of the first reply token after the harmless ones
@@ -65,36 +67,66 @@ class InContext:
 
 
 @dataclass(frozen=True, slots=True)
-class AtCounterfactual:
-    """Nodes take the values that they have on the other prompt of the pair, along prompt and reply.
-
-    Both prompts of a pair are read side by side, each with its own key-value cache, and then the same reply tokens. The
-    values of the other prompt's run are therefore known at every token.
+class _OnRuns(ABC):
+    """Parts take what they have on the other prompt of the pair, in stored runs of both prompts.
 
     Attributes:
         model: The model.
         pairs: Pairs of equal length.
         metric: The metric.
+        runs: Runs in which the metric is read.
+        plain: Runs that end at the prompt's end; the same ones where the metric reads there.
     """
 
     model: LensModel
     pairs: PromptPairs
     metric: RefusalLogOdds
+    runs: PairRuns
+    plain: PairRuns
 
-    def __post_init__(self) -> None:
-        self.metric.check_one_column()
-        if self.pairs.align == "suffix":
+    @classmethod
+    def of(cls, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds, extra: Sequence[SiteKind] = ()) -> Self:
+        """Run both prompts of every pair once.
+
+        Raises:
+            MechsafetyError: Pairs of unequal length, or a metric of whole openers.
+        """
+        metric.check_one_column()
+        if pairs.align == "suffix":
             raise MechsafetyError(
                 "counterfactual values for pairs aligned at the suffix",
                 expected="pairs of equal length",
                 hint="or source='mean'",
             )
+        plain = pair_runs(model.reading(()), pairs, extra=extra)
+        opened = metric.opener_ids
+        runs = pair_runs(model.reading(opened), pairs, extra=extra) if opened else plain
+        return cls(model, pairs, metric, runs, plain)
 
     def read(self, parts: Sequence[Any], strength: float) -> Reading:
-        """See `InContext`; a harmless prompt takes the values of its harmful one."""
-        opened, plain = self.model.reading(self.metric.opener_ids), self.model.reading(())
-        scores = [self.metric(rows[:, -1]) for rows in self._read(opened, parts, strength, "harmful")]
-        return torch.cat(scores), torch.cat([rows[:, -1] for rows in self._read(plain, parts, strength, "harmless")])
+        """See `InContext`; in a harmless prompt's run, parts take what they have on the harmful one."""
+        swapped = PairRuns(self.plain.harmless, self.plain.harmful, self.plain.start)
+        with torch.no_grad():
+            return self.metric(self.logits(self.runs, parts, strength)), self.logits(swapped, parts, strength)
+
+    @abstractmethod
+    def logits(self, runs: PairRuns, parts: Sequence[Any], strength: float) -> Float[Tensor, "pair d_vocab"]:
+        """Next-token logits of the runs' first side."""
+
+
+class AtCounterfactual(_OnRuns):
+    """Nodes take the values that they have on the other prompt of the pair, along prompt and reply.
+
+    Along a reply, both prompts of a pair are read side by side, each with its own key-value cache, and then the same
+    reply tokens. The values of the other prompt's run are therefore known at every token.
+    """
+
+    __slots__ = ()
+
+    def logits(self, runs: PairRuns, parts: Sequence[Any], strength: float) -> Float[Tensor, "pair d_vocab"]:
+        """See `_OnRuns`."""
+        weights = torch.full((len(parts),), 1 - strength, device=self.model.device)
+        return masked_logits(self.model, runs.harmful, runs.source, SoftMask.of(self.model, parts, weights))
 
     def replies(self, parts: Sequence[Any], strength: float, side: str, n: int) -> list[str]:
         """See `InContext`."""
@@ -122,14 +154,6 @@ class AtCounterfactual:
             losses.append(torch.nn.functional.cross_entropy(torch.cat(logits), said[0]).cpu())
         return torch.stack(losses)
 
-    def _read(self, model: LensModel, parts: Sequence[Any], strength: float, side: str) -> list[Tensor]:
-        """Logits after the prompts of one side, batch by batch."""
-        found = []
-        for tokens in self._batches(model):
-            step, prompts = self._begin(model, tokens, parts, strength, side)
-            found.append([step.read(*piece) for piece in prompts][-1])
-        return found
-
     def _batches(self, model: LensModel) -> list[TokenPairs]:
         tokens = model.tokenize_pairs(self.pairs)
         return [tokens.rows(slice(k, k + _BATCH)) for k in range(0, len(tokens), _BATCH)]
@@ -154,43 +178,18 @@ def _taken(index: Sequence[int], strength: float) -> Callable[[Tensor], Callable
     return lambda value: only(index, blend(value, 1 - strength))
 
 
-@dataclass(frozen=True, slots=True)
-class CutEdges:
-    """Edges carry what their sender writes on the other prompt of the pair; all other edges carry this run's.
+class CutEdges(_OnRuns):
+    """Edges carry what their sender writes on the other prompt of the pair; all other edges carry this run's."""
 
-    Attributes:
-        model: The model.
-        metric: The metric.
-        runs: Runs in which the metric is read.
-        plain: Runs that end at the prompt's end; the same ones where the metric reads there.
-    """
+    __slots__ = ()
 
-    model: LensModel
-    metric: RefusalLogOdds
-    runs: PairRuns
-    plain: PairRuns
-
-    @classmethod
-    def of(cls, model: LensModel, pairs: PromptPairs, metric: RefusalLogOdds) -> "CutEdges":
-        """Run both prompts of every pair once."""
-        metric.check_one_column()
-        plain = pair_runs(model.reading(()), pairs)
-        runs = pair_runs(model.reading(metric.opener_ids), pairs) if metric.opener_ids else plain
-        return cls(model, metric, runs, plain)
-
-    def read(self, parts: Sequence[Any], strength: float) -> Reading:
-        """See `InContext`; in a harmless prompt's run, a cut edge carries what its sender writes on the harmful one."""
-        swapped = PairRuns(self.plain.harmless, self.plain.harmful, self.plain.start, align=self.plain.align)
-        harmful, harmless = (self._logits(runs, parts, strength) for runs in (self.runs, swapped))
-        return self.metric(harmful), harmless
-
-    def _logits(self, runs: PairRuns, parts: Sequence[Any], strength: float) -> Float[Tensor, "pair d_vocab"]:
+    def logits(self, runs: PairRuns, parts: Sequence[Any], strength: float) -> Float[Tensor, "pair d_vocab"]:
+        """See `_OnRuns`."""
         meter = EdgeMeter(self.model, runs, self.metric)
         place = {edge: k for k, edge in enumerate(meter.parts)}
         weights = torch.ones(len(place), device=self.model.device)
         weights[[place[edge] for edge in parts]] = 1 - strength
-        with torch.no_grad():
-            return meter.soft_logits(runs, weights)
+        return meter.soft_logits(runs, weights)
 
 
 Speaking = InContext | AtCounterfactual

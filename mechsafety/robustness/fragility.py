@@ -35,6 +35,7 @@ from mechsafety.robustness.parts import (
     ranked_edges,
     ranked_parts,
 )
+from mechsafety.sites import SiteKind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -438,7 +439,8 @@ def _ablation(
     if sort is Direction:
         return InContext(model, pairs, metric, partial(remove_directions, model)), used
     if used == "counterfactual":
-        return AtCounterfactual(model, pairs, metric), used
+        neurons = any(isinstance(node, Node) and node.kind == "neuron" for node in rankings[0])
+        return AtCounterfactual.of(model, pairs, metric, [SiteKind.NEURONS] if neurons else []), used
     every = {node for ranking in rankings for node in ranking if isinstance(node, Node)}
     means = mean_values(model, every, pairs.harmless) if used == "mean" else {}
     return InContext(model, pairs, metric, partial(ablate, model, source=used, values=means)), used

@@ -59,7 +59,7 @@ def naive(model, own, other, nodes, strength):
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_counterfactual_values_are_those_of_exact_patching(any_model, pairs, log_odds, strength):
     model, pairs = any_model, pairs.aligned(any_model)
-    scores, logits = AtCounterfactual(model, pairs, log_odds).read(PARTS, strength)
+    scores, logits = AtCounterfactual.of(model, pairs, log_odds, [SiteKind.NEURONS]).read(PARTS, strength)
     tokens = model.tokenize_pairs(pairs)
     for k in range(len(pairs)):
         row = tokens.rows([k])
@@ -77,7 +77,7 @@ def test_counterfactual_values_are_those_of_exact_patching(any_model, pairs, log
 
 def test_replies_and_losses_take_the_other_prompts_values_at_every_token(llama, pairs, log_odds):
     pairs = pairs.aligned(llama).sample(3)
-    ablation = AtCounterfactual(llama, pairs, log_odds)
+    ablation = AtCounterfactual.of(llama, pairs, log_odds, [SiteKind.NEURONS])
     tokens = llama.tokenize_pairs(pairs)
     references = ["tea for a car", "", "cake"]
     for side, other in (("harmful", "harmless"), ("harmless", "harmful")):
@@ -113,7 +113,7 @@ def test_a_metric_after_an_opener_is_read_there(opened):
     model, pairs, metric = opened
     nodes = [Node("head", 0, 1), Node("mlp", 1)]
     view = model.reading(metric.opener_ids)
-    scores, _ = AtCounterfactual(model, pairs.aligned(model), metric).read(nodes, 1.0)
+    scores, _ = AtCounterfactual.of(model, pairs.aligned(model), metric).read(nodes, 1.0)
     meter = FaithfulnessMeter(view, pair_runs(view, pairs), metric)
     assert scores.tolist() == pytest.approx(meter.removed([nodes])[0].tolist(), abs=1e-3)
     edges = [Edge(EMBED, Node("head", 1, 0), "v"), Edge(Node("head", 0, 1), LOGITS, "resid")]
