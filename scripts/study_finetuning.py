@@ -25,6 +25,7 @@ from pages.render import publish
 from reproduce_refusal_direction import rows_of
 from scipy.stats import spearmanr
 from steps import Steps
+from study_robustness import relocation_record
 
 import mechsafety as ms
 from mechsafety.circuits import draw_pairs
@@ -32,9 +33,18 @@ from mechsafety.intervals import mean_interval
 from mechsafety.models.parts_adapter import PartsAdapter
 from mechsafety.models.slices import part_slices, replaced
 from mechsafety.nodes import Node, as_nodes
-from mechsafety.replies import loss_limit
-from mechsafety.robustness import FineTuneOptions, FragilityCurve, PartsFineTuning, finetune_parts, fragility
+from mechsafety.replies import KINDS, judge_replies, loss_limit
+from mechsafety.robustness import (
+    FineTuneOptions,
+    FragilityCurve,
+    PartsFineTuning,
+    Relocation,
+    finetune_parts,
+    fragility,
+    relocation,
+)
 from mechsafety.robustness.finetuned import AFTER, BEFORE
+from mechsafety.robustness.parts import mean_values
 
 ROOT = Path(__file__).resolve().parents[1]
 CIRCUIT = ROOT / "docs" / "gallery" / "demo.json"
@@ -54,6 +64,9 @@ class Size:
     sizes: tuple[int, ...] = (1, 2, 5, 10)
     n_random: int = 3
     curve_pairs: int = 10
+    base: str = "demo-base"
+    relocation_prompts: int = 12
+    relocation_tokens: int = 12
     options: FineTuneOptions = FineTuneOptions(  # noqa: RUF009
         learning_rate=5e-4, batch_size=4, max_steps=24, every=8, reply_tokens=16, judged_tokens=20
     )
@@ -104,6 +117,8 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     pairs = work.curve_pairs(spread)
     used = work.steps.json("used", lambda: work.used_by(circuit))
     ranks = {name: work.steps.json(f"ranks {name}", lambda name=name: work.ranks(name, ranking)) for name in MODELS}
+    ablated = work.steps.json("harden, heads ablated", lambda: work.ablated("harden"))
+    relocated = {name: work.relocated(name) for name in MODELS}
     orders = {f"{name}, first heads of the map": (name, [str(node) for node in heads]) for name in MODELS}
     orders |= {f"{name}, its own first heads": (name, list(ranks[name])) for name in ("before", "spread")}
     curves = {label: work.curve(label, name, order[: size.ablated], pairs) for label, (name, order) in orders.items()}
@@ -119,7 +134,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         "pairs": len(pairs),
         "damage": damage,
         "ablated": [str(node) for node in heads[: size.ablated]],
-        "options": dataclasses.asdict(size.options),
+        "options": dataclasses.asdict(size.options) | {"control_rates": list(size.options.control_rates)},
         "repair": repair,
         "harden": harden,
         "spread": spread,
@@ -133,6 +148,9 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
             "spread over harden": flatter(curves[old[1]], curves[old[2]]),
             "own": flatter(curves[own[0]], curves[own[1]]),
         },
+        "harden_ablated": ablated,
+        "relocation": {name: relocation_record(found) for name, found in relocated.items()},
+        "later": {name: later(relocated["before"], relocated[name]) for name in ("harden", "spread")},
         "moved": {name: moved(ranks["before"], ranks[name], size.ablated) for name in ("harden", "spread")},
         "versions": dict(model.provenance().versions),
     }
@@ -194,6 +212,7 @@ class Work:
             "validation": found.validation.tolist(),
             "losses": found.losses.tolist(),
             "rows": rows_of(found.to_dataframe()),
+            "controls": [dataclasses.asdict(one) for one in found.controls],
             "refused": {one.name: one.harmful.refused.tolist() for one in (before, after)},
             "falsely": {one.name: one.harmless.refused.tolist() for one in (before, after)},
         }
@@ -237,6 +256,36 @@ class Work:
         }
         return dict(sorted(effects.items(), key=lambda item: -item[1]))
 
+    def ablated(self, name: str) -> list[list[Any]]:
+        """Shares of the kinds of reply of a model without the map's first heads, to each side of the test pairs."""
+        first, limit = self.heads[: self.size.ablated], self.asked["limit"]["limit"]
+        train = ms.PromptPairs.builtin("train").sample(self.size.train)
+        means = mean_values(self.model, first, train.harmless)
+        found = []
+        with self.changed(name), ms.ablate(self.model, first, values=means):
+            for side in (self.test.harmful, self.test.harmless):
+                found.append(self.model.generate(side, self.size.options.judged_tokens, progress=False))
+        sides = zip((self.test.harmful, self.test.harmless), found, strict=True)
+        kinds = [judge_replies(self.model, side, texts, limit=limit) for side, texts in sides]
+        return [[*(one.share(kind) for kind in KINDS), *one.interval("refuses")] for one in kinds]
+
+    def relocated(self, name: str) -> Relocation:
+        """From which layer on a model's state makes the model before alignment refuse."""
+
+        def measure() -> Relocation:
+            with self.changed(name):
+                return relocation(
+                    self.model,
+                    ms.load_model(self.size.base),
+                    self.test.harmful[: self.size.relocation_prompts],
+                    self.metric,
+                    max_new_tokens=self.size.relocation_tokens,
+                    progress=False,
+                )
+
+        found: Relocation = self.steps.result(f"relocation {name}", Relocation, measure)
+        return found
+
     def curve(self, label: str, name: str, order: Sequence[str], pairs: ms.PromptPairs) -> FragilityCurve:
         """A fragility curve of a model, of heads in an order."""
 
@@ -274,6 +323,12 @@ def flatter(before: FragilityCurve, after: FragilityCurve) -> list[dict[str, Any
             row[name] |= {"change": float((second - first).mean()), "ci_low": low, "ci_high": high}
         rows.append(row)
     return rows
+
+
+def later(before: Relocation, after: Relocation) -> list[Any]:
+    """By how many layers the first one that recovers half is later, with a paired bootstrap interval."""
+    layers, ends = before.moved(after)
+    return [layers, *ends]
 
 
 def moved(before: dict[str, float], after: dict[str, float], first: int) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Size:
     reply_tokens: int = 48
     depth_prompts: int = 16
     depth_tokens: int = 20
+    direction_pairs: int = 32
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     relocation_prompts: int = 12
     relocation_tokens: int = 12
 
@@ -61,6 +63,7 @@ SMALL = Size(
     reply_tokens=8,
     depth_prompts=2,
     depth_tokens=4,
+    direction_pairs=8,
     relocation_prompts=2,
     relocation_tokens=3,
 )
@@ -98,22 +101,26 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
     steps = Steps(args.work, made_of)
     pairs = steps.value("pairs", ms.PromptPairs, lambda: unseen(model, circuit, metric, size.pairs))
     heads = [member.node for member in sorted(circuit.nodes, key=lambda m: -m.effect) if member.node.kind == "head"]
+    edges = [member.edge for member in sorted(circuit.edges, key=lambda m: -m.effect)]
+    found_on = ms.PromptPairs.builtin("train").aligned(model).sample(size.direction_pairs, seed=2)
+    direction = steps.result(
+        "direction", ms.RefusalDirection, lambda: ms.refusal_direction(model, found_on, metric, progress=False)
+    )
+    asked: dict[str, tuple[Any, dict[str, Any]]] = {
+        "whole circuit": (circuit, {}),
+        "heads": (heads, {}),
+        "heads at the other prompt's values": (heads, {"source": "counterfactual"}),
+        "edges": (edges, {"replies": False}),
+        "refusal direction": ([direction], {"strengths": size.strengths}),
+    }
+    common = {"n_random": size.n_random, "replies": True, "reply_tokens": size.reply_tokens, "progress": False}
     curves = {
         name: steps.result(
             f"curve {name}",
             FragilityCurve,
-            lambda some=parts: fragility(
-                model,
-                some,
-                pairs,
-                metric,
-                n_random=size.n_random,
-                replies=True,
-                reply_tokens=size.reply_tokens,
-                progress=False,
-            ),
+            lambda parts=parts, options=options: fragility(model, parts, pairs, metric, **common | options),
         )
-        for name, parts in (("whole circuit", circuit), ("heads", heads))
+        for name, (parts, options) in asked.items()
     }
     both = steps.result("redundancy", Redundancy, lambda: redundancy(model, circuit, pairs, metric))
     ordinary = [prompt.text for prompt in builtin_prompts("plain")][: size.ordinary]
@@ -186,13 +193,16 @@ def curve_record(curve: FragilityCurve) -> dict[str, Any]:
     half, ends = curve.half()
     kinds = [one.rates()["share"].tolist() for one in curve.kinds]
     return {
-        "parts": len(curve.parts),
-        "order": [str(node) for node in curve.parts[:5]],
+        "what": curve.what,
+        "parts": len(curve.names),
+        "order": list(curve.names[:5]),
+        "source": curve.provenance.options["source"],
         "rows": rows_of(curve.to_dataframe()),
         "area": interval_of(curve.area()),
         "half": [half, *ends],
         "unedited": kinds[0] if kinds else None,
         "kinds": kinds[1:],
+        "harmless": [one.rates()["share"].tolist() for one in curve.kinds_harmless],
         "mlps": sum(node.kind == "mlp" for node in curve.parts),
     }
 

@@ -1,11 +1,13 @@
 """The study of fine-tuning, end to end on a planted model, and its page; and how it compares curves and ranks."""
 
 import argparse
+import copy
 import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import study_finetuning
+import torch
 from pages.finetuning import PAGE
 from pages.records import load
 from study_finetuning import SMALL, moved, study
@@ -21,6 +23,10 @@ from mechsafety.output import json_text, write_text
 def planted_study(monkeypatch, tmp_path):
     """Arguments of the study, with a planted model and its pairs in the place of the demo model and built-in pairs."""
     made = testbed.planted(seed=5, layers=4, heads=4, decoys=2, backups=1)
+    plain = copy.deepcopy(made.model)
+    with torch.no_grad():  # the model before its alignment: what decides on a refusal writes nothing
+        for layer in plain.model.layers[1:]:
+            layer.mlp.down_proj.weight.zero_()
     model = ms.load_model((made.model, made.tokenizer))
     rows = {"train": made.pairs[:24], "validation": made.pairs[24:30], "test": made.pairs[30:42]}
     metric = ms.RefusalLogOdds.detect(model, rows["train"])
@@ -30,7 +36,8 @@ def planted_study(monkeypatch, tmp_path):
         nodes=[SimpleNamespace(node=node, effect=1 / k) for k, node in enumerate(heads, 1)],
         provenance=SimpleNamespace(options={"limit": 16}, seed=0),
     )
-    monkeypatch.setattr(study_finetuning.ms, "load_model", lambda name: model)
+    base = ms.load_model((plain, made.tokenizer))
+    monkeypatch.setattr(study_finetuning.ms, "load_model", lambda name: base if name.endswith("base") else model)
     monkeypatch.setattr(ms.RefusalCircuit, "load", classmethod(lambda cls, path: circuit))
     every = dataclasses.replace(made.pairs, pairs=made.pairs.pairs[:42])
     monkeypatch.setattr(ms.PromptPairs, "builtin", classmethod(lambda cls, split=None: rows.get(split, every)))
@@ -56,9 +63,16 @@ def test_the_study_runs_goes_on_and_draws_its_page(planted_study, tmp_path, monk
     PAGE.draw(tmp_path)
     page = PAGE.path(tmp_path).read_text()
     assert "With one set of as many random parts it is" in page and (tmp_path / "finetuning-curves.png").is_file()
+    controls = record["repair"]["controls"]
+    assert [row["name"] for row in controls] == ["random parts", "all parameters", "all parameters"]
+    assert f"| {controls[2]['learning_rate']:.0e} " in page
+    moved_by = record["relocation"]["before"]
+    assert moved_by["ceiling"] == 1.0 > moved_by["floor"] and record["later"]["harden"][0] is not None
+    assert sum(record["harden_ablated"][0][:4]) == pytest.approx(1)
     # a second run takes every step from the folder
     monkeypatch.setattr(study_finetuning, "finetune_parts", None)
     monkeypatch.setattr(study_finetuning, "fragility", None)
+    monkeypatch.setattr(study_finetuning, "relocation", None)
     assert study(planted_study, size) == load(PAGE.stored(tmp_path)) == record
 
 

@@ -4,7 +4,7 @@ from mechsafety.robustness.concentration import Concentration, concentration
 from mechsafety.robustness.depth import RefusalDepth, refusal_depth
 from mechsafety.robustness.entanglement import Entanglement, entanglement
 from mechsafety.robustness.finetune import finetune_parts
-from mechsafety.robustness.finetuned import Outcome, PartsFineTuning
+from mechsafety.robustness.finetuned import ControlTraining, Outcome, PartsFineTuning
 from mechsafety.robustness.fragility import FragilityCurve, fragility
 from mechsafety.robustness.parts import matched_ranking
 from mechsafety.robustness.redundancy import Redundancy, redundancy
@@ -14,6 +14,7 @@ from mechsafety.robustness.training import FineTuneOptions
 
 __all__ = [
     "Concentration",
+    "ControlTraining",
     "Entanglement",
     "FineTuneOptions",
     "FragilityCurve",

@@ -1,6 +1,7 @@
 """Targeted fine-tuning: training of chosen heads and neurons alone, to harden, repair or spread refusal."""
 
 import hashlib
+import math
 import os
 import random
 import re
@@ -33,12 +34,22 @@ from mechsafety.replies import (
     phrase_judge,
     reply_loss,
 )
-from mechsafety.robustness.finetuned import AFTER, BEFORE, LOADED, UNDAMAGED, Outcome, PartsFineTuning, refuses_less
+from mechsafety.robustness.finetuned import (
+    AFTER,
+    BEFORE,
+    LOADED,
+    UNDAMAGED,
+    ControlTraining,
+    Outcome,
+    PartsFineTuning,
+    refuses_less,
+)
 from mechsafety.robustness.parts import matched_ranking, mean_values, ranked_parts
 from mechsafety.robustness.training import (
     Example,
     FineTuneOptions,
     Head,
+    History,
     Task,
     checkpoint_file,
     every_example,
@@ -109,8 +120,8 @@ def finetune_parts(
         damage: Parts that are ablated throughout (``repair``); none of them may be trained.
         ablated: Parts of which random ones are ablated at each step (``spread``); by default the trained ones.
         controls: Whether to train twice more with as many steps: random parts of the same kinds and layers
-            (`matched_ranking`), and all parameters of the model. The latter takes memory for about ten float32 copies
-            of the weights.
+            (`matched_ranking`), and all parameters of the model at each of ``options.control_rates``. The latter takes
+            memory for about ten float32 copies of the weights.
         checkpoint: A folder for checkpoints. A run that was stopped goes on from there, to the same bytes. The control
             on all parameters has none, since it would be a whole model. The checkpoint of numbers that make the model
             refuse less is deleted.
@@ -173,18 +184,22 @@ def finetune_parts(
         meter = _Meter(run, test, references, model.logits(test.harmless), most)
         outcomes = meter.ends(slices, values)
         drawn: tuple[Node, ...] = ()
+        trainings: list[ControlTraining] = []
         if controls:
             stage.begin(RANDOM)
             others = [node for node in (*run.damage, *spread) if node not in nodes]
             drawn = matched_ranking(model, [*nodes, *others], options.seed)[: len(nodes)]
-            for name, some in ((RANDOM, part_slices(model, drawn)[0]), (ALL, whole_slices(model))):
-                if name == ALL:
-                    stage.begin(ALL)
-                place = checkpoint_file(checkpoint, "random") if name == RANDOM else None
-                found, _ = train_slices(model, some, task, options, checkpoint=place, about=about, progress=progress)
-                n = n_parameters(model) if name == ALL else sum(part.numel for part in some)
-                outcomes += meter.after(name, n, some, found)
-                del found
+            some = part_slices(model, drawn)[0]
+            place = checkpoint_file(checkpoint, "random")
+            found, seen = train_slices(model, some, task, options, checkpoint=place, about=about, progress=progress)
+            trainings.append(_training(RANDOM, options, seen))
+            outcomes += meter.after(RANDOM, sum(part.numel for part in some), some, found)
+            stage.begin(ALL)
+            every = whole_slices(model)
+            found, tried = _all_parameters(model, every, task, options, progress)
+            trainings += tried
+            outcomes += meter.after(ALL, n_parameters(model), every, found)
+            del found
     result = PartsFineTuning(
         model.provenance(seed=options.seed, options={**asdict(options), "test": len(test), "controls": controls}),
         objective,
@@ -203,9 +218,29 @@ def finetune_parts(
         (sum(one.harmful for one in task.train), sum(not one.harmful for one in task.train)),
         without,
         tuple(outcomes),
+        tuple(trainings),
     )
     _drop_checkpoints(result, checkpoint)
     return result
+
+
+def _all_parameters(
+    model: LensModel, every: Sequence[Slice], task: Task, options: FineTuneOptions, progress: bool
+) -> tuple[dict[str, Tensor], list[ControlTraining]]:
+    """The model's parameters trained at each rate of the control, and those with the smallest validation loss."""
+    best, least, tried = dict[str, Tensor](), math.inf, list[ControlTraining]()
+    for rate in options.control_rates:
+        slower = replace(options, learning_rate=rate * options.learning_rate)
+        found, seen = train_slices(model, every, task, slower, progress=progress)
+        tried.append(_training(ALL, slower, seen))
+        if tried[-1].after < least:
+            best, least = found, tried[-1].after
+    return best, tried
+
+
+def _training(name: str, options: FineTuneOptions, seen: History) -> ControlTraining:
+    losses = seen.validation
+    return ControlTraining(name, options.learning_rate, seen.looked[seen.best], losses[0], losses[seen.best])
 
 
 def _drop_checkpoints(result: PartsFineTuning, folder: str | os.PathLike[str] | None) -> None:

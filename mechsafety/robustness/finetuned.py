@@ -35,6 +35,24 @@ UNDAMAGED, LOADED = "undamaged", "undamaged, after"
 
 
 @dataclass(frozen=True, slots=True)
+class ControlTraining:
+    """How a control was trained.
+
+    Attributes:
+        name: The condition that it is measured as.
+        learning_rate: Its step size.
+        best_step: Steps after which its validation loss was smallest; 0 if training brought nothing.
+        before, after: Validation loss before training, and the smallest one.
+    """
+
+    name: str
+    learning_rate: float
+    best_step: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a model does under one condition, on the same test prompts for all conditions.
 
@@ -97,6 +115,8 @@ class PartsFineTuning(Result):
         learned: Training examples: harmful prompts and harmless ones.
         without_refusal: Harmful training prompts that were left out, because the undamaged model does not refuse them.
         outcomes: What the model does before, after, and after the controls.
+        controls: How the controls were trained: "random parts", then "all parameters" at each learning rate that was
+            tried. Empty without controls, and in results saved by earlier versions.
     """
 
     provenance: Provenance
@@ -116,6 +136,7 @@ class PartsFineTuning(Result):
     learned: tuple[int, int]
     without_refusal: int
     outcomes: tuple[Outcome, ...] = field(default_factory=tuple)
+    controls: tuple[ControlTraining, ...] = ()
 
     def __repr__(self) -> str:
         before, after = self.outcome(BEFORE), self.outcome(AFTER)

@@ -50,6 +50,9 @@ class FineTuneOptions:
         reply_tokens: Reply tokens that are learned, per prompt.
         judged_tokens: Length of the replies that are judged before and after.
         source: What ablated and damaged parts are held at: their mean over the harmless examples, or zero.
+        control_rates: Learning rates that the control on all parameters tries, as multiples of ``learning_rate``. Many
+            numbers move a model further than few do at the same rate. The training with the smallest validation loss is
+            the control.
         seed: Seed of the order of examples, of refusals drawn, of random parts and of random ablations.
     """
 
@@ -65,10 +68,14 @@ class FineTuneOptions:
     reply_tokens: Count = 24
     judged_tokens: Count = REPLY_TOKENS
     source: Literal["mean", "zero"] = "mean"
+    control_rates: tuple[float, ...] = (1.0, 0.1)
     seed: Amount = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        rates = self.control_rates
+        if not rates or not all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates):
+            raise MechsafetyError(f"control_rates={rates!r}", expected="at least one number, each above 0")
         for name, least in (("learning_rate", False), ("weight_decay", True), ("keep", True), ("max_norm", False)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,6 +8,7 @@ from scipy.stats import fisher_exact
 
 from pages.page import Page
 from pages.records import Record
+from pages.robustness import KINDS, size
 from pages.statements import Interval
 from pages.tables import table
 
@@ -66,6 +67,12 @@ def context(record: Record) -> Mapping[str, Any]:
         if record["moved"]["spread"]["new"]
         else "None.",
         "shared": spread["shared"],
+        "controls": trainings(repair["controls"]),
+        "harden_ablated": kinds(record["harden_ablated"]),
+        "relocation": relocations(record["relocation"], record["later"]),
+        "relocated": record["relocation"]["before"]["prompts"],
+        "base": record["relocation"]["before"]["base"],
+        "later": {name: said_later(row) for name, row in record["later"].items()},
         "figures": FIGURES,
     }
 
@@ -94,6 +101,60 @@ def told_apart(repair: Record, n: int) -> float:
     rates = [one["refused"] for one in repair["rows"] if one["condition"] in ("after", "random parts")]
     counts = [round(rate * n) for rate in rates]
     return float(fisher_exact([counts, [n - count for count in counts]]).pvalue)
+
+
+def trainings(rows: Any) -> str:
+    """How each control was trained."""
+    return table(
+        [
+            [
+                row["name"],
+                f"{row['learning_rate']:.0e}",
+                f"{row['before']:.3f}",
+                f"{row['after']:.3f}",
+                row["best_step"] or "0 (not trained)",
+            ]
+            for row in rows
+        ],
+        ["control", "learning rate", "validation loss before", "smallest", "step"],
+    )
+
+
+def kinds(rows: Any) -> str:
+    """Shares of the kinds of reply without the map's first heads."""
+    return table(
+        [
+            [side, f"{refused:.0%} ({low:.0%} to {high:.0%})", *(f"{share:.0%}" for share in rest)]
+            for side, (refused, *rest, low, high) in zip(("harmful", "harmless"), rows, strict=True)
+        ],
+        ["prompts", "refused", *KINDS[1:]],
+    )
+
+
+def relocations(rows: Any, later: Any) -> str:
+    """Floor, ceiling and the first layer that recovers half, for each model."""
+    found = []
+    for name, row in rows.items():
+        first, low, high = row["half"]
+        change = "-" if name not in later else "{} ({} to {})".format(*map(layers, later[name]))
+        ends = f"{size(first)} ({size(low)} to {size(high)})"
+        found.append([name, f"{row['floor']:.0%}", f"{row['ceiling']:.0%}", ends, change])
+    return table(found, ["model", "base alone refuses", "model alone refuses", "half (95 % CI)", "later by (95 % CI)"])
+
+
+def layers(number: float | None) -> str:
+    """A number of layers."""
+    return "unknown" if number is None else f"{number:g}"
+
+
+def said_later(row: Any) -> str:
+    """Whether the mechanism moved, by the interval."""
+    value, low, high = row
+    if value is None:
+        return "In one of the two models no layer recovers half, so that nothing can be said"
+    if low <= 0 <= high:
+        return "That it moved is not shown: the interval contains 0"
+    return f"It moved: half is reached {abs(value):g} layers {'later' if value > 0 else 'earlier'}"
 
 
 def price(repair: Record) -> dict[str, str]:

@@ -296,6 +296,19 @@ def test_repair_brings_refusal_back(refusing):
     counts = [one.parameters for one in found.outcomes]
     assert counts == [0, 0, found.trained, found.trained, found.trained, n_parameters(model)]
     assert len(found.plot().data) == 4 and "repair, 4 parts" in repr(found)
+    # all parameters are trained at two rates, and the better one is what is measured
+    assert [(one.name, one.learning_rate) for one in found.controls] == [
+        ("random parts", 3e-3),
+        ("all parameters", 3e-3),
+        ("all parameters", pytest.approx(3e-4)),
+    ]
+    assert [one.before for one in found.controls] == pytest.approx([float(found.validation[0])] * 3)
+    assert all(one.after <= one.before for one in found.controls)
+    assert all((one.best_step == 0) == (one.after == one.before) for one in found.controls)
+    alone = replace(options, control_rates=(min(found.controls[1:], key=lambda one: one.after).learning_rate / 3e-3,))
+    again = finetune_parts(model, parts, train, "repair", alone, test=test, damage=damage, controls=True, **QUIET)
+    assert torch.equal(again.outcome("all parameters").kl, found.outcome("all parameters").kl)
+    assert again.controls[1].after == pytest.approx(min(one.after for one in found.controls[1:]))
 
 
 def test_repair_does_not_learn_what_is_not_refused(refusing):
@@ -636,6 +649,8 @@ def test_bad_input_is_one_line(shared_model, sets, wrong, message):
         ({"weight_decay": -1.0}, r"^weight_decay=-1.0; expected a number, at least 0$"),
         ({"keep": "much"}, r"^keep='much'; expected a number, at least 0$"),
         ({"max_steps": 0}, r"^max_steps=0; expected at least 1$"),
+        ({"control_rates": ()}, r"^control_rates=\(\); expected at least one number, each above 0$"),
+        ({"control_rates": (0.1, -1.0)}, r"^control_rates=\(0\.1, -1\.0\); expected at least one number"),
         ({"warm_up": -1}, r"^warm_up=-1; expected at least 0$"),
         ({"source": "resample"}, r"^source='resample'; expected one of \('mean', 'zero'\)$"),
     ],
