@@ -110,7 +110,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         "whole circuit": (circuit, {}),
         "heads": (heads, {}),
         "heads at the other prompt's values": (heads, {"source": "counterfactual"}),
-        "edges": (edges, {"replies": False}),
+        "edges": (edges, {"replies": False, "sizes": sorted({k for k in (1, 5, 20) if k < len(edges)} | {len(edges)})}),
         "refusal direction": ([direction], {"strengths": size.strengths}),
     }
     common = {"n_random": size.n_random, "replies": True, "reply_tokens": size.reply_tokens, "progress": False}
@@ -154,6 +154,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         "pairs": len(pairs),
         "parts": len(circuit.nodes),
         "candidates": circuit.n_candidates,
+        "direction_pairs": size.direction_pairs,
         "curves": {name: curve_record(curve) for name, curve in curves.items()},
         "redundancy": {
             "joint": interval_of(both.joint_share()),

@@ -11,7 +11,20 @@ from pages.statements import Interval
 from pages.tables import table
 
 FIGURES = {"curves": "robustness-curves.png", "depth": "robustness-depth.png"}
-COLOURS = {"whole circuit": "#9C2F6B", "heads": "#00588C"}
+COLOURS = {
+    "whole circuit": "#9C2F6B",
+    "heads": "#00588C",
+    "heads at the other prompt's values": "#3D8B37",
+    "edges": "#C46A00",
+    "refusal direction": "#5B4FA2",
+}
+SOURCES = {
+    "mean": "Each is held at its mean over the harmless prompts.",
+    "zero": "It is removed from all that is written to the residual stream.",
+    "counterfactual": "Each takes what it has on the harmless prompt of the pair, at every token of prompt and reply.",
+}
+CUT = "Each carries what its sender writes on the harmless prompt of the pair. No replies were generated."
+COLUMNS = ["gap lost (95 % CI)", "random parts", "p", "KL, harmless", "random", "overlap"]
 KINDS = ("refuses", "answers", "degenerate", "neither")
 
 
@@ -24,6 +37,7 @@ def context(record: Record) -> Mapping[str, Any]:
         "parts": record["parts"],
         "candidates": record["candidates"],
         "figures": FIGURES,
+        "direction_pairs": record["direction_pairs"],
         "curves": [curve(name, row) for name, row in record["curves"].items()],
         "joint": three(doubled["joint"]),
         "summed": three(doubled["summed"]),
@@ -63,37 +77,60 @@ def three(values: Any, spec: str = ".2f") -> str:
 
 
 def curve(name: str, row: Record) -> dict[str, Any]:
-    """Table and numbers of one curve."""
-    columns = ["parts ablated", "gap lost (95 % CI)", "random parts", "p", "KL, harmless", "random", "overlap"]
-    said = [*KINDS, "one random ranking refuses"]
-    kinds = row["kinds"]
+    """Tables and numbers of one curve."""
+    what, swept = row["what"], len({one["strength"] for one in row["rows"]}) > 1
+    columns = ["strength", *COLUMNS] if swept else [f"{what} ablated", *COLUMNS]
     rows = [
         [
-            one["parts"],
+            f"{one['strength']:g}" if swept else one["parts"],
             f"{one['lost']:.2f} ({one['ci_low']:.2f} to {one['ci_high']:.2f})",
             f"{one['random_mean']:.2f} ({one['random_low']:.2f} to {one['random_high']:.2f})",
             "-" if row["mlps"] else f"{one['p_value']:.3f}",  # with most MLPs in the circuit all rankings begin alike
             f"{one['kl']:.2f}",
             f"{one['random_kl']:.2f}",
             f"{one['random_overlap']:.0%}",
-            *(f"{share:.0%}" for share in kinds[k]),
-            f"{one['random_refuses']:.0%}",
         ]
-        for k, one in enumerate(row["rows"])
+        for one in row["rows"]
     ]
     half, low, high = row["half"]
+    kinds = row["kinds"]
     return {
         "name": name,
+        "what": what,
         "parts": row["parts"],
         "mlps": row["mlps"],
         "first": ", ".join(row["order"]),
-        "table": table(rows, [*columns, *said]),
-        "unedited": ", ".join(f"{kind} {share:.0%}" for kind, share in zip(KINDS, row["unedited"], strict=True)),
-        "half": "1 part is" if half == 1 else f"{size(half)} parts are",
+        "source": CUT if what == "edges" else SOURCES[row["source"]],
+        "counterfactual": row["source"] == "counterfactual",
+        "table": table(rows, columns),
+        "said": said(row, swept) if kinds else "",
+        "unedited": ", ".join(f"{kind} {share:.0%}" for kind, share in zip(KINDS, row["unedited"], strict=True))
+        if kinds
+        else "",
+        "one": row["parts"] == 1,
+        "half": f"1 {what[:-1]} is" if half == 1 else f"{size(half)} {what} are",
         "half_ci": f"{size(low)} to {size(high)}",
-        "broken": kinds[0][2] == 1,
+        "lost": "refusals are" if kinds else "gap is",
+        "broken": bool(kinds) and kinds[0][2] == 1,
         "area": three(row["area"]),
     }
+
+
+def said(row: Record, swept: bool) -> str:
+    """Kinds of reply at the largest strength, to harmful prompts and, where they were measured, to harmless ones."""
+    last = max(one["strength"] for one in row["rows"])
+    columns = [f"{row['what']} ablated", *KINDS, "refuses, random"]
+    harmless = row["harmless"][1:]
+    columns += ["harmless: refuses", "degenerate", "perplexity (95 % CI)", "perplexity, random"] if harmless else []
+    found = []
+    for k, one in enumerate(one for one in row["rows"] if one["strength"] == last):
+        cells = [one["parts"], *(f"{share:.0%}" for share in row["kinds"][k]), f"{one['random_refuses']:.0%}"]
+        if harmless:
+            ends = [f"{one[name]:.2f}" for name in ("perplexity", "perplexity_low", "perplexity_high")]
+            cells += [f"{one['harmless_refuses']:.0%}", f"{one['harmless_degenerate']:.0%}"]
+            cells += ["{} ({} to {})".format(*ends), f"{one['random_perplexity']:.2f}"]
+        found.append(cells)
+    return ("At strength 1:\n\n" if swept else "") + table(found, columns)
 
 
 def size(count: int | None) -> str:
@@ -156,26 +193,28 @@ def figures(record: Record) -> Mapping[str, Figure]:
 
 def curves(record: Record) -> Figure:
     """Share of the gap lost, side effects and refusals against the number of ablated parts."""
-    figure = Figure(figsize=(11.5, 3.8), layout="constrained")
-    lost, cost, said = figure.subplots(1, 3)
+    figure = Figure(figsize=(11.5, 4.4), layout="constrained")
+    lost, cost, replies = figure.subplots(1, 3)
     for name, row in record["curves"].items():
-        found, colour = row["rows"], COLOURS[name]
+        found, colour = [one for one in row["rows"] if one["strength"] == 1], COLOURS[name]
+        if row["parts"] == 1:  # one direction has no curve over parts
+            continue
         x = [one["parts"] for one in found]
         y, low, high = ([one[key] for one in found] for key in ("lost", "ci_low", "ci_high"))
         lost.plot(x, y, "o-", color=colour, label=name)
         lost.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        lost.plot(x, [one["random_mean"] for one in found], ":", color=colour, label=f"{name}: random parts")
+        lost.plot(x, [one["random_mean"] for one in found], ":", color=colour)
         cost.plot(x, [one["kl"] for one in found], "o-", color=colour)
         cost.plot(x, [one["random_kl"] for one in found], ":", color=colour)
-        said.plot(x, [kinds[0] for kinds in row["kinds"]], "o-", color=colour, label=f"{name}: refuses")
-        said.plot(x, [kinds[2] for kinds in row["kinds"]], "x--", color=colour, label=f"{name}: degenerate")
-    lost.set(title="share of the gap lost")
-    cost.set(title="KL on harmless prompts, nats")
-    said.set(title="replies to harmful prompts", ylim=(-0.03, 1.6))  # room for the legend
-    for axis in (lost, cost, said):
+        if row["kinds"]:
+            replies.plot(x, [kinds[0] for kinds in row["kinds"]], "o-", color=colour)
+            replies.plot(x, [kinds[2] for kinds in row["kinds"]], "x--", color=colour)
+    lost.set(title="share of the gap lost\n(dotted: random parts)")
+    cost.set(title="KL on harmless prompts, nats\n(dotted: random parts)")
+    replies.set(title="replies to harmful prompts\n(dots: refuses, crosses: degenerate)", ylim=(-0.03, 1.03))
+    for axis in (lost, cost, replies):
         axis.set(xlabel="parts ablated", xscale="log")
-    lost.legend(frameon=False, fontsize=8)
-    said.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
