@@ -1,0 +1,139 @@
+"""The course: each ``notebooks/sources/NN_title.py`` is executed and stored as ``notebooks/NN_title.ipynb``.
+
+python scripts/notebooks.py [NN ...]
+
+Sources are jupytext's percent scripts. Without numbers, all notebooks are built. What is stored says nothing of the
+machine or the time, so that building again changes the outputs that changed and nothing more.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+SOURCES = NOTEBOOKS / "sources"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "pygments_lexer": "ipython3",
+    },
+}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PLOTLY = "application/vnd.plotly.v1+json"
+# names that a figure makes up anew in each run, so that two on a page do not clash
+MADE_UP = re.compile(
+    r"(?<=circuits-vis-)[0-9a-f-]{6,36}|\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b"
+)
+
+
+def sources(numbers: list[str] | None = None) -> list[Path]:
+    """The sources in order; with numbers ("03") these alone."""
+    found = sorted(SOURCES.glob("[0-9][0-9]_*.py"))
+    if not numbers:
+        return found
+    unknown = set(numbers) - {path.name[:2] for path in found}
+    if unknown:
+        sys.exit(f"no source of notebook {', '.join(sorted(unknown))} in {SOURCES.relative_to(ROOT)}")
+    return [path for path in found if path.name[:2] in numbers]
+
+
+def stored(source: Path) -> Path:
+    """Where a source's notebook is stored."""
+    return NOTEBOOKS / f"{source.stem}.ipynb"
+
+
+def read(path: Path) -> NotebookNode:
+    """A source as a notebook without outputs, or a stored notebook as it is."""
+    if path.suffix == ".ipynb":
+        return nbformat.read(path, 4)
+    notebook = jupytext.read(path, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for k, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{k:02d}", NotebookNode()
+    return notebook
+
+
+def execute(source: Path, seconds: int = 600) -> NotebookNode:
+    """The notebook of a source with its outputs, from a fresh kernel in an empty folder.
+
+    Args:
+        source: The source.
+        seconds: What one cell may take.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: A cell raised.
+    """
+    notebook = read(source)
+    cells = [(cell.id, dict(cell.metadata)) for cell in notebook.cells]
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook,
+            timeout=seconds,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+            coalesce_streams=True,
+            store_widget_state=False,
+        )
+        client.execute()
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for cell, (name, metadata) in zip(notebook.cells, cells, strict=True):
+        cell.id, cell.metadata = name, nbformat.from_dict(metadata)
+        if cell.cell_type == "code":
+            # a progress bar is gone when its work is done
+            cell.outputs = [settled(output) for output in cell.outputs if WIDGET not in output.get("data", {})]
+    return notebook
+
+
+def settled(output: NotebookNode) -> NotebookNode:
+    """An output whose made-up names are the same in every run: numbered in the order in which they come."""
+    known: dict[str, str] = {}
+    for kind, text in output.get("data", {}).items():
+        if isinstance(text, str) and kind.startswith("text/"):
+            output.data[kind] = MADE_UP.sub(lambda found: known.setdefault(found[0], f"figure-{len(known)}"), text)
+    return output
+
+
+def kinds(cell: NotebookNode) -> list[tuple[str, ...]]:
+    """What sorts of outputs a cell has: the name of a stream, or the mime types of a result."""
+    return [
+        (output.name,) if output.output_type == "stream" else tuple(sorted(output.get("data", {})))
+        for output in cell.get("outputs", [])
+    ]
+
+
+def build(source: Path) -> float:
+    """Execute a source, store its notebook and return the seconds that its execution took."""
+    start = time.perf_counter()
+    notebook = execute(source)
+    seconds = time.perf_counter() - start
+    nbformat.validate(notebook)
+    nbformat.write(notebook, stored(source))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", metavar="NN", help="numbers of notebooks, such as 03")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for source in sources(args.numbers):
+        print(f"{source.stem}: {build(source):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
