@@ -1,9 +1,12 @@
 """The course: each ``notebooks/sources/NN_title.py`` is executed and stored as ``notebooks/NN_title.ipynb``.
 
-python scripts/notebooks.py [NN ...]
+python scripts/notebooks.py [NN ...] [--prose | --html FOLDER]
 
 Sources are jupytext's percent scripts. Without numbers, all notebooks are built. What is stored says nothing of the
 machine or the time, so that building again changes the outputs that changed and nothing more.
+
+Two options execute nothing. ``--prose`` stores changed text beside the outputs of code that is the same. ``--html``
+writes the stored notebooks as pages that open without network, with their charts alive.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from notebook_pages import notebook_page
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -32,7 +36,6 @@ METADATA = {
     },
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PLOTLY = "application/vnd.plotly.v1+json"
 # names that a figure makes up anew in each run, so that two on a page do not clash
 MADE_UP = re.compile(
     r"(?<=circuits-vis-)[0-9a-f-]{6,36}|\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b"
@@ -126,10 +129,32 @@ def build(source: Path) -> float:
     return seconds
 
 
+def reword(source: Path) -> None:
+    """Store the prose of a source beside the outputs of an earlier build, whose code must be the same."""
+    told, kept = read(source), read(stored(source))
+    code, before = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (told, kept))
+    if [cell.source for cell in code] != [cell.source for cell in before]:
+        sys.exit(f"{source.stem}: its code is not that of the stored notebook; build it without --prose")
+    for new, old in zip(code, before, strict=True):
+        new.outputs, new.execution_count = old.outputs, old.execution_count
+    nbformat.write(told, stored(source))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", metavar="NN", help="numbers of notebooks, such as 03")
+    parser.add_argument("--html", type=Path, metavar="FOLDER", help="write the stored notebooks as pages")
+    parser.add_argument("--prose", action="store_true", help="store changed text beside the outputs of the same code")
     args = parser.parse_args()
+    if args.prose:
+        for source in sources(args.numbers):
+            reword(source)
+        return
+    if args.html:
+        args.html.mkdir(parents=True, exist_ok=True)
+        for source in sources(args.numbers):
+            (args.html / f"{source.stem}.html").write_text(notebook_page(stored(source)), encoding="utf-8")
+        return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for source in sources(args.numbers):
         print(f"{source.stem}: {build(source):.0f} s", flush=True)
