@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery lint format train train-certified evaluate bench bench-truth bench-service clean
+.PHONY: demo test test-tl3 test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery slides lint format train train-certified evaluate bench bench-truth bench-service clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -81,6 +81,10 @@ pages: $(DEV)
 # pictures for the README and the docs; CIRCUITS="a.json b.json" draws maps of your own in place of docs/gallery/demo.json
 gallery: $(DEV)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
+
+# docs/ten-pictures: slides from stored results, HTML and, with a Chromium, PDF
+slides: $(DEV)
+	$(BIN)/python scripts/ten_pictures.py
 
 # docs/models.md: which architectures load, and how exactly, on tiny random models
 models: $(DEV)

@@ -35,7 +35,13 @@ FOLDER = RESULTS.parent / "ten-pictures"
 FILES = ("index.html", "ten-pictures.pdf")
 NATIVE = "native-model/native-node.json"
 STRONG, OTHER, QUIET = "#9C2F6B", "#00588C", "#8A8F98"
-VERDICTS = {"holds": OTHER, "fails": STRONG, "undecided": QUIET, "not measured": "#FFFFFF"}
+VERDICTS = {
+    "holds": OTHER,
+    "holds by construction": "#B9D3E6",
+    "fails": STRONG,
+    "undecided": QUIET,
+    "not measured": "#FFFFFF",
+}
 SIZE = (11, 4.6)  # inches of a chart
 # what one and what several do: parts of a role, claims of a verdict
 DOES = {
@@ -149,8 +155,8 @@ def spread(demo: RefusalCircuit) -> Slide:
     return Slide(
         "spread",
         f"Its refusal is spread out: the best 10 of {demo.n_candidates} heads and MLPs restore "
-        f"{ten.held_out:.1%} of the difference between refusing and answering (held-out pairs), and the {len(demo)} of the "
-        f"circuit {fresh.faithfulness:.0%} (fresh pairs).",
+        f"{ten.held_out:.1%} of the difference between refusing and answering (held-out pairs), and the {len(demo)} of "
+        f"the circuit {fresh.faithfulness:.0%} (fresh pairs).",
         f"On these {fresh.n} pairs, used for nothing before, the 95 % interval is {low:.0%} to {high:.0%}: whether the "
         f"circuit reaches the {check.target:.0%} that were asked for is {verdict(demo, 'fresh pairs')}.",
         "What is restored when the best k parts are kept, and all others have their values from the harmless prompt.",
@@ -165,7 +171,7 @@ def circuit(demo: RefusalCircuit) -> Slide:
         "circuit",
         f"The map names {len(demo)} of {demo.n_candidates} heads and MLPs and {len(demo.edges)} edges, each with its "
         "measured effect.",
-        f"{linked} of these {len(demo.edges)} edges are kept only to connect a part to the rest, and need not be strong.",
+        f"{linked} of these {len(demo.edges)} edges are kept only to connect a part and need not be strong.",
         "Each row is a layer, information flows upward; lanes, shapes and colours are roles; weak parts are folded.",
         "gallery/demo.json",
         layout_circuit(demo, Style(width_mm=230, height_mm=112, caption=False, legend=False)),
@@ -188,8 +194,8 @@ def controls(demo: RefusalCircuit) -> Slide:
         plain(axes)
     return Slide(
         "controls",
-        f"Kept alone, the circuit restores {known(alone.observed):.0%} of the difference on {alone.n_pairs} fresh pairs, "
-        f"and {alone.n} random circuits of its size restore {alone.highest:.0%} at most (adjusted p = "
+        f"Kept alone, the circuit restores {known(alone.observed):.0%} of the difference on {alone.n_pairs} fresh "
+        f"pairs, and {alone.n} random circuits of its size restore {alone.highest:.0%} at most (adjusted p = "
         f"{p['sufficiency']:.3f}).",
         f"Removing the circuit loses {known(removed.observed):.0%} of the difference, but removing random ones loses "
         f"{removed.mean:.0%} on average: that the model needs these parts is not shown (p = {p['necessity']:.2f}).",
@@ -204,17 +210,18 @@ def claims(demo: RefusalCircuit) -> Slide:
     count = {word: sum(claim.verdict == word for claim in tested) for word in DO}
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
-    for row, claim in enumerate(tested):
+    every = demo.verification.claims
+    for row, claim in enumerate(every):
         axes.scatter([0], [-row], s=170, color=VERDICTS[claim.verdict], edgecolor="black")
         axes.text(0.05, -row, f"{claim.verdict}: {claim.statement}", va="center", fontsize=12)
-    axes.set(xlim=(-0.05, 3.2), ylim=(-len(tested) + 0.4, 0.6))
+    axes.set(xlim=(-0.05, 3.2), ylim=(-len(every) + 0.4, 0.6))
     axes.axis("off")
     return Slide(
         "claims",
         f"Of {len(tested)} claims about the circuit that were tested, {counted(count, DO)}.",
-        "One more claim, faithfulness on the search's own pairs, holds by construction; a faithful circuit is no "
-        "complete explanation.",
-        "Every tested claim with its verdict.",
+        "The first one, faithfulness on the search's own pairs, is not counted, because it holds by construction; a "
+        "faithful circuit is no complete explanation.",
+        "Every claim with its verdict.",
         "gallery/demo.json",
         figure,
     )
@@ -304,8 +311,8 @@ def fragility(record: Any) -> Slide:
         "fragility",
         f"Ablating ten heads of the circuit loses {ten['lost']:.0%} of the difference and leaves {ten['refuses']:.0%} "
         f"of the refusals; ten random heads of the same layers lose {ten['random_high']:.0%} at most.",
-        f"On these {record['pairs']} pairs p = {ten['p_value']:.3f}, the smallest that so few random rankings can give, "
-        f"and {ten['degenerate']:.0%} of the replies are degenerate then.",
+        f"On these {record['pairs']} pairs p = {ten['p_value']:.3f}, the smallest that so few random rankings can give,"
+        f" and {ten['degenerate']:.0%} of the replies are degenerate then.",
         "Loss over the number of ablated heads, with 95 % intervals over pairs.",
         "results/robustness.json",
         figure,
@@ -362,7 +369,7 @@ def columns(
     """Columns with their interval and number."""
     values = [value for value, _, _ in found]
     ends = [[value - low for value, low, _ in found], [high - value for value, _, high in found]]
-    axes.bar(names, values, 0.6, color=colours, yerr=ends, capsize=4)
+    axes.bar(names, values, 0.6, color=colours, yerr=ends if any(map(any, ends)) else None, capsize=4)
     for place, (value, _, high) in enumerate(found):
         axes.text(place, high + 0.02, f"{value:.0%}", ha="center", fontsize=12)
     axes.set_ylim(0, 1.12)

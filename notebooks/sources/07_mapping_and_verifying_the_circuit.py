@@ -41,9 +41,9 @@ model = ms.load_model(MODEL)
 # %% [markdown]
 # ## 1. Does it refuse, and on which pairs?
 #
-# A pair is a harmful prompt, and a harmless one of as many tokens that differs in few words. `draw_pairs` lets the model
-# reply to both. It keeps the pairs of which the model refuses the harmful prompt and answers the harmless one. Some of
-# them are for the search. The others, of other topics, are held out.
+# A pair is a harmful prompt, and a harmless one of as many tokens that differs in few words. `draw_pairs` lets the
+# model reply to both. It keeps the pairs of which the model refuses the harmful prompt and answers the harmless one.
+# Some of them are for the search. The others, of other topics, are held out.
 
 # %%
 options = ms.MapOptions.quick(limit=16, seed=7)
@@ -55,11 +55,11 @@ drawn.to_dataframe().round(2)
 # %% [markdown]
 # ## 2. Quick search: rank all parts, then keep the best
 #
-# The model has 300 parts: 270 heads and 30 MLPs. Gradients estimate the effect of every part at once (notebook 03). Then
-# the search keeps the best k parts **alone**: every other part takes the value that it has on the harmless prompt.
-# *Faithfulness* is the share of the difference between refusing and answering that is left:
+# The model has 300 parts: 270 heads and 30 MLPs. Gradients estimate the effect of every part at once (notebook 03).
+# Then the search keeps the best k parts **alone**: every other part takes the value that it has on the harmless
+# prompt. *Faithfulness* is the share of the difference between refusing and answering that is left:
 #
-# `F = (m(kept) − m(harmless)) / (m(harmful) − m(harmless))`
+# `F = (m(kept) - m(harmless)) / (m(harmful) - m(harmless))`
 #
 # Here m is the metric, the log-odds of refusing; m(harmful) and m(harmless) are its means over the harmful and the
 # harmless prompts. `F = 0`: nothing is left. `F = 1`: all of it.
@@ -140,19 +140,19 @@ assert kept > 0.5 > max(at_random)
 # %%
 (scores,) = meter.kept([circuit])
 refusing, answering = meter.ends()
-for pair, share in zip(split.held, (scores - answering) / (refusing - answering)):
+for pair, share in zip(split.held, (scores - answering) / (refusing - answering), strict=True):
     print(f"F = {share:5.2f}  {pair.harmful}")
 check = full.verification
 low, high = check.fresh.ci
 print(
-    f"the map itself, on {check.fresh.n} pairs: F = {check.fresh.faithfulness:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+    f"the map's own check, {check.fresh.n} pairs: {check.fresh.faithfulness:.2f}, 95 % interval {low:.2f} to {high:.2f}"
 )
 
 # %% [markdown]
 # ## 5. Do two maps agree?
 #
-# The quick search and the stored map drew their pairs independently. If both found the mechanism, they should share parts. As a
-# control we count how many parts random sets of the same make-up share with the stored map.
+# The quick search and the stored map drew their pairs independently. If both found the mechanism, they should share
+# parts. As a control we count how many parts random sets of the same make-up share with the stored map.
 
 # %%
 shared = len(set(quick.circuit) & set(circuit))

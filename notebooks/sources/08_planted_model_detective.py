@@ -47,7 +47,8 @@ model
 pairs = case.pairs.sample(12)
 metric = ms.RefusalLogOdds.detect(model, pairs)
 pair = pairs[0]
-for prompt, reply in zip((pair.harmful, pair.harmless), model.generate([pair.harmful, pair.harmless], 8)):
+prompts = [pair.harmful, pair.harmless]
+for prompt, reply in zip(prompts, model.generate(prompts, 8), strict=True):
     print(f"{prompt!r} -> {reply!r}, refusal log-odds {metric.scores(model, [prompt])[0]:+.1f}")
 
 # %% [markdown]
@@ -105,9 +106,9 @@ for span in ("instruction", "suffix"):
 # %% [markdown]
 # ## Third lead: who matters together?
 #
-# A backup hides the part that it replaces: patch one of them, and the other still does the work. The map therefore looks
-# for such groups. It patches parts together, adds backups to the circuit, and tests what it found on pairs that it has
-# not used before. The picture can be explored: rest the pointer on a part, or click it.
+# A backup hides the part that it replaces: patch one of them, and the other still does the work. The map therefore
+# looks for such groups. It patches parts together, adds backups to the circuit, and tests what it found on pairs that
+# it has not used before. The picture can be explored: rest the pointer on a part, or click it.
 #
 # **What do you expect?** How many parts does the circuit have? Which of them did single patching miss?
 
@@ -191,14 +192,14 @@ print(f"roles as planted: {mapped.role_accuracy:.0%} of the parts that it found"
 # %% [markdown]
 # ## Your own case
 #
-# Set `seed` in the cell of `MODEL` to another number and run the notebook again. With `backups=2` two stages are doubled.
-# With `varied=True` (and `backups=0`) the circuit's shape is drawn too.
+# Set `seed` in the cell of `MODEL` to another number and run the notebook again. With `backups=2` two stages are
+# doubled. With `varied=True` (and `backups=0`) the circuit's shape is drawn too.
 #
 # ## Limits
 #
-# - The model has four layers, and its circuit is sharp: a few parts carry everything. Refusal in a trained model is often
-#   spread out (notebook 07). A perfect score here does not carry over.
-# - One case is one case. The page *Methods on models whose circuit is known* in the documentation scores every method on
-#   hundreds of models.
-# - The map examines the backups of four parts at most (`MapOptions(n_backup_parts=...)`). In a large circuit it can miss
-#   others.
+# - The model has four layers, and its circuit is sharp: a few parts carry everything. Refusal in a trained model is
+#   often spread out (notebook 07). A perfect score here does not carry over.
+# - One case is one case. The page *Methods on models whose circuit is known* in the documentation scores every method
+#   on hundreds of models.
+# - The map examines the backups of four parts at most (`MapOptions(n_backup_parts=...)`). In a large circuit it can
+#   miss others.

@@ -7,9 +7,9 @@
 # 2. **Can we see, while the model reads, that a prompt is harmful?** (`ActivationMonitor`)
 # 3. **Somebody hands us a copy. Was its safety taken out?** (`TamperAudit`)
 #
-# **Claim.** In the demo model, ten heads of 270 carry a large part of the difference between refusing and answering, and
-# ten random heads of the same layers carry hardly any of it. An audit notices when such heads are silenced, and stays
-# quiet when their neighbours are.
+# **Claim.** In the demo model, ten heads of 270 carry a large part of the difference between refusing and answering,
+# and ten random heads of the same layers carry hardly any of it. An audit notices when such heads are silenced, and
+# stays quiet when their neighbours are.
 #
 # The heads come from the stored map of notebook 07. All edits are made in memory and undone. The notebook takes under
 # two minutes.
@@ -50,8 +50,8 @@ print(f"{len(pairs)} of {len(keep)} pairs are refused on the harmful side alone"
 # ## 1. How few parts must fail?
 #
 # `fragility` ablates the first k parts, for growing k: each writes what it writes on average over harmless prompts. It
-# measures what share of the gap (between refusing and answering) is lost. The **control** is built in: random rankings of
-# heads of the same layers that do not belong to the parts.
+# measures what share of the gap (between refusing and answering) is lost. The **control** is built in: random rankings
+# of heads of the same layers that do not belong to the parts.
 #
 # It also measures what the ablation does to *harmless* prompts, as a KL divergence of the next token. If that is large,
 # the model is damaged, and not only made to refuse less.
@@ -75,9 +75,9 @@ print(f"p = {last.p_value:.2f}: three random rankings can give no smaller p than
 # %% [markdown]
 # ## 2. Does one part replace another?
 #
-# If two heads back each other up, ablating one shows little (notebook 08). `redundancy` compares what several parts lose
-# **together** with the sum of what each loses **alone**. Above zero they replace one another; below zero they need one
-# another.
+# If two heads back each other up, ablating one shows little (notebook 08). `redundancy` compares what several parts
+# lose **together** with the sum of what each loses **alone**. Above zero they replace one another; below zero they
+# need one another.
 #
 # **What do you expect?** Two strong heads of this model: do they replace each other, need each other, or neither?
 
@@ -90,10 +90,10 @@ for some in (heads[:2], heads[-2:]):
 #
 # ## 3. A monitor of every token
 #
-# `ActivationMonitor` learns, from neurons that differ between harmful and harmless prompts, a score for every token. Its
-# threshold is set on held-out harmless prompts, so that at most 5 % of such prompts are flagged. Three sets of topics are
-# kept apart: neurons are chosen on topics of the training split; of the validation split, half of the topics train the
-# score, and the other half sets the threshold.
+# `ActivationMonitor` learns, from neurons that differ between harmful and harmless prompts, a score for every token.
+# Its threshold is set on held-out harmless prompts, so that at most 5 % of such prompts are flagged. Three sets of
+# topics are kept apart: neurons are chosen on topics of the training split; of the validation split, half of the
+# topics train the score, and the other half sets the threshold.
 #
 # **What do you expect?** At 5 % false alarms, which share of held-out harmful prompts is flagged?
 
@@ -124,20 +124,17 @@ other.weights.to_dataframe()[columns].round(2)
 
 # %% [markdown]
 # They do. Harm changes nearly every activation a little, and a regression adds that up. So a monitor that works is no
-# evidence that its neurons cause refusal. Compare `caught` and its intervals in both tables before you prefer one of the
-# two.
+# evidence that its neurons cause refusal. Compare `caught` and its intervals in both tables before you prefer one of
+# the two.
 #
 # A monitor scores every token while it is generated. Scores above the threshold are flagged.
 
 # %%
+threshold = monitor.weights.threshold("reply")
 for prompt in (pairs.harmful[0], pairs.harmless[0]):
-    print(
-        f"{prompt}  (prompt: {monitor.score([prompt]).scores[0]:+.2f}, threshold {monitor.weights.threshold('prompt'):+.2f})"
-    )
-    print(
-        "   ",
-        *(f"{token.text!r} {token.score:+.1f}{' FLAGGED' * token.flagged}" for token in monitor.stream(prompt, 5)),
-    )
+    print(f"{prompt} (flagged above {threshold:+.1f})")
+    for token in monitor.stream(prompt, 5):
+        print(f"    {token.text!r:10} {token.score:+.1f}", "FLAGGED" if token.flagged else "")
 
 # %% [markdown]
 # ## 4. Is this still the same model?

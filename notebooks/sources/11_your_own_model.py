@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 11 · Your own model: from a folder to a diagram
 #
-# You have a Hugging Face folder and prompts in a file. This notebook goes from there to a circuit diagram, and shows what
-# to do where it does not work.
+# You have a Hugging Face folder and prompts in a file. This notebook goes from there to a circuit diagram, and shows
+# what to do where it does not work.
 #
-# **Claim.** Five checks decide whether a model can be mapped at all. Each stops with one line that says what is wrong and
-# what to do, before anything costs time.
+# **Claim.** Five checks decide whether a model can be mapped at all. Each stops with one line that says what is wrong
+# and what to do, before anything costs time.
 #
-# So that it runs everywhere, the first cells save a small model into a folder and write a file of prompts. Replace these
-# two cells by your own folder and file. The notebook takes under a minute.
+# So that it runs everywhere, the first cells save a small model into a folder and write a file of prompts. Replace
+# these two cells by your own folder and file. The notebook takes under a minute.
 #
 # The first cell installs the package where it is missing, for example in Colab. Otherwise it does nothing.
 
@@ -86,8 +86,8 @@ print(f"{table.aligned.sum()} of {len(table)} pairs align")
 table[~table.aligned]
 
 # %% [markdown]
-# Pairs that do not align are left out, and every result counts them. `aligned` keeps the others. It leaves a note in the
-# log.
+# Pairs that do not align are left out, and every result counts them. `aligned` keeps the others. It leaves a note in
+# the log.
 
 # %%
 import logging
@@ -125,11 +125,10 @@ circuit
 
 # %%
 controls = circuit.verification.random_controls
-print(
-    f"kept alone, the circuit restores {circuit.verification.held_out_faithfulness:.0%} of the difference on held-out pairs"
-)
+restored = circuit.verification.held_out_faithfulness
+print(f"kept alone, the circuit restores {restored:.0%} of the difference on held-out pairs")
 print(f"{controls.n} random circuits of its size: {controls.mean:.0%} on average, {controls.highest:.0%} at most")
-assert circuit.verification.held_out_faithfulness > controls.highest
+assert restored > controls.highest
 circuit.save(home / "circuit.json")
 (home / "circuit.svg").write_text(ms.viz.circuit_svg(circuit))
 # %% [markdown]
@@ -161,8 +160,8 @@ except ms.MechsafetyError as error:
     print(error.hint)
 
 # %% [markdown]
-# `"plain"` is a way out, but the model may refuse less under a template that it was not trained with. Look for the right
-# one first, and pass it as text. A control: with its own template, the model gives the same replies as before.
+# `"plain"` is a way out, but the model may refuse less under a template that it was not trained with. Look for the
+# right one first, and pass it as text. A control: with its own template, the model gives the same replies as before.
 
 # %%
 template = (home / "model" / "chat_template.jinja").read_text()
@@ -170,7 +169,7 @@ prompts = usable.harmful[:8]
 expected = model.generate(prompts, 8)
 for name, chat_template in (("its own template", template), ("plain", "plain")):
     other = ms.load_model(home / "no-template", chat_template=chat_template)
-    same = sum(a == b for a, b in zip(expected, other.generate(prompts, 8)))
+    same = sum(a == b for a, b in zip(expected, other.generate(prompts, 8), strict=True))
     print(f"{name}: {same} of {len(prompts)} replies are as before")
     assert same == len(prompts) or chat_template == "plain"
 
@@ -222,7 +221,8 @@ ms.PromptPairs.matched(harmful, usable.harmless[8:24], model.n_tokens)[0]
 #
 # ## Limits
 #
-# - The stand-in has four layers and knows few words. A real model takes minutes to hours, and its circuit is less sharp.
+# - The stand-in has four layers and knows few words. A real model takes minutes to hours, and its circuit is less
+#   sharp.
 # - A perfect AUROC on the pairs at hand says nothing about other prompts.
 # - The judge knows common English refusals. Check it on your model's replies.
 # - Not every architecture loads. *Models* in the documentation lists which do, measured.

@@ -190,7 +190,10 @@ def test_a_score_is_a_result(truth, tmp_path):
     [
         ({A: float("nan")}, "the score of L0.H0 is nan; expected numbers"),
         ({7: 1.0}, "a int to score; expected nodes or edges"),
-        (["L0H0"], "no node is named 'L0H0'; expected a name such as 'L14.H2', 'L26.MLP' or 'L3.N17'; did you mean 'L0.H0'?"),
+        (
+            ["L0H0"],
+            "no node is named 'L0H0'; expected a name such as 'L14.H2', 'L26.MLP' or 'L3.N17'; did you mean 'L0.H0'?",
+        ),
         ([], "nothing to score; expected nodes or edges"),
         ({}, "nothing to score; expected nodes or edges"),
     ],
