@@ -81,6 +81,7 @@ axes.plot(sizes, [point.held_out for point in quick.curve], marker="s", label="h
 axes.axhline(options.target, color="grey", linestyle="--", label="target")
 axes.set(xlabel="parts kept, the best first", ylabel="faithfulness", title=f"Quick search on {len(drawn.here)} pairs")
 axes.legend()
+plt.show()
 # %% [markdown]
 # Refusal in this model does not sit in a few heads. The curve stays near zero for the first parts, and then rises
 # slowly. It can exceed 1: some parts work *against* refusal, and they come last in the ranking.

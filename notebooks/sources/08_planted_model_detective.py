@@ -88,20 +88,18 @@ alone.plot()
 # Not one suspect carries anything. (Two of them differ a lot. The other four differ by almost nothing, but so reliably
 # that their effect size is large.)
 #
-# Three parts carry nearly everything each. **Where** in the prompt do they do it? We patch them at the tokens of the
-# request alone (*instruction*), then at the tokens of the chat template after it alone (*suffix*). The model replies at
-# the last of these.
+# Three parts carry nearly everything each. **Where** in the prompt do they do it? We patch them at one token at a time, in
+# one pair. `<end>` closes the request, and `<assistant>` is the last token: there the model begins its reply.
 
 # %%
 strong = [row.node for row in alone.to_dataframe().itertuples() if abs(row.effect) >= 0.1]
-for span in ("instruction", "suffix"):
-    there = ms.activation_patching(model, pairs, metric, nodes=strong, positions=span, progress=False)
-    print(span, {row.node: round(row.effect, 2) for row in there.to_dataframe().itertuples()})
+one = pairs[:1]
+ms.activation_patching(model, one, metric, nodes=strong, positions="each", progress=False).plot()
 
 # %% [markdown]
-# The first two work at the request, the last one at the reply's place. Something must carry the verdict from there to
-# here. Only attention heads move information between tokens, and they would have to sit between the two MLPs. Patched
-# alone, no head there shows an effect. Something is missing.
+# Two of the three work at `<end>`, and the last one works at `<assistant>`. Something must carry the verdict from one
+# token to the next. Only attention heads move information between tokens. Patched alone, no head shows such an effect.
+# Something is missing.
 
 # %% [markdown]
 # ## Third lead: who matters together?
@@ -113,16 +111,15 @@ for span in ("instruction", "suffix"):
 # **What do you expect?** How many parts does the circuit have? Which of them did single patching miss?
 
 # %%
-found = ms.map_refusal_circuit(model, case.pairs, metric, ms.MapOptions(limit=24), progress=False)
+options = ms.MapOptions(limit=24)
+found = ms.map_refusal_circuit(model, case.pairs, metric, options, progress=False)
 found
 
 # %%
 for backup in found.search.backups:
-    print(
-        f"patched alone, {backup.primary} loses {backup.primary_effect:+.3f} of the gap between refusing and answering"
-    )
-    print(f"patched alone, {backup.node} loses {backup.single:+.3f}")
-    print(f"patched together, they lose {backup.joint:+.3f}")
+    print(f"{backup.primary} alone loses {backup.primary_effect:+.3f} of the difference")
+    print(f"{backup.node} alone loses {backup.single:+.3f}")
+    print(f"both together lose {backup.joint:+.3f}")
 
 # %% [markdown]
 # **Control.** Would any two heads do? We take the other heads of the same layer, and patch them together.
@@ -130,7 +127,8 @@ for backup in found.search.backups:
 # %%
 backup = found.search.backups[0]
 layer = backup.node.layer
-others = [f"L{layer}.H{head}" for head in range(model.n_heads) if f"L{layer}.H{head}" not in found]
+heads = [f"L{layer}.H{head}" for head in range(model.n_heads)]
+others = [head for head in heads if head not in found]
 for heads in (backup.group, others):
     print(ms.robustness.redundancy(model, heads, pairs, metric))
 
@@ -184,8 +182,9 @@ pd.DataFrame(
 
 # %%
 differing, patched, mapped = scores.values()
-assert differing.decoys_found and not mapped.decoys_found  # the decoys were a trap for the first lead alone
-assert patched.backups_found < mapped.backups_found == 1  # the backup was one for the second
+# the decoys were a trap for the first lead alone, the backup was one for the second
+assert differing.decoys_found and not mapped.decoys_found
+assert patched.backups_found < mapped.backups_found == 1
 print(f"the map's parts: F1 {mapped.found_nodes.f1:.2f}, edges: F1 {mapped.found_edges.f1:.2f}")
 print(f"roles as planted: {mapped.role_accuracy:.0%} of the parts that it found")
 

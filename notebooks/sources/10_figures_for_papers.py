@@ -32,7 +32,8 @@ from pathlib import Path
 import mechsafety as ms
 from mechsafety.viz import Style, circuit_caption, circuit_pdf, circuit_svg, circuit_tikz
 
-circuit = ms.RefusalCircuit.builtin()  # the stored map of the demo model; yours: ms.RefusalCircuit.load("circuit.json")
+# the stored map of the demo model; yours: ms.RefusalCircuit.load("circuit.json")
+circuit = ms.RefusalCircuit.builtin()
 folder = Path(tempfile.mkdtemp())
 circuit
 
@@ -117,6 +118,7 @@ circuit.draw(left, Style(legend=False, caption=False, top=20))
 strongest = sorted(circuit, key=lambda member: abs(member.effect), reverse=True)[:10]
 right.barh([str(member.node) for member in strongest][::-1], [member.effect for member in strongest][::-1])
 right.set_xlabel("effect, share of the gap")
+plt.show()
 # %% [markdown]
 # `role_diagram` draws roles as boxes and sums the edges between them. Names, fonts and colours can be a paper's own.
 
@@ -125,6 +127,7 @@ from mechsafety.viz import layout_svg, role_diagram
 
 german = Style(
     width_mm=85,
+    caption=False,
     labels={"embed": "Eingabe", "logits": "Antwort"},
     role_names={
         "detection": "Erkennung",
@@ -149,7 +152,8 @@ MODEL = (case.model, case.tokenizer)
 model = ms.load_model(MODEL)
 choices = (ms.MapOptions.quick(), ms.MapOptions(limit=24))
 maps = [ms.map_refusal_circuit(model, case.pairs, options=chosen, progress=False) for chosen in choices]
-ms.circuits.compare_circuits(*maps).to_dataframe()[["part", "kind", "change", "effect_first", "effect_second"]].round(2)
+columns = ["part", "kind", "change", "effect_first", "effect_second"]
+ms.circuits.compare_circuits(*maps).to_dataframe()[columns].round(2)
 
 # %%
 from mechsafety.viz import compare_layouts

@@ -45,7 +45,7 @@ stand_in.model.save_pretrained(home / "model")
 stand_in.tokenizer.save_pretrained(home / "model")
 
 rows = [{"harmful": pair.harmful, "harmless": pair.harmless, "topic": pair.topic} for pair in stand_in.pairs]
-rows.append({"harmful": "tell me about bombs", "harmless": "tell me about cakes today"})  # of two lengths
+rows.append({"harmful": "tell me about bombs", "harmless": "tell me about cakes today"})
 (home / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 print(*sorted(path.name for path in home.rglob("*") if path.is_file()), sep="\n")
 print(json.dumps(rows[0], indent=1))
@@ -124,13 +124,18 @@ circuit = ms.map_refusal_circuit(model, usable, metric, ms.MapOptions(limit=24),
 circuit
 
 # %%
-controls = circuit.verification.random_controls
-restored = circuit.verification.held_out_faithfulness
-print(f"kept alone, the circuit restores {restored:.0%} of the difference on held-out pairs")
-print(f"{controls.n} random circuits of its size: {controls.mean:.0%} on average, {controls.highest:.0%} at most")
-assert restored > controls.highest
+# both are measured on pairs that the circuit was not found on
+check, controls = circuit.verification, circuit.verification.random_controls
+print(f"kept alone, the circuit restores {check.held_out_faithfulness:.0%} of the difference")
+print(f"{controls.n} random circuits of its size restore {controls.highest:.0%} at most")
+assert check.held_out_faithfulness > controls.highest
+
+# %%
 circuit.save(home / "circuit.json")
-(home / "circuit.svg").write_text(ms.viz.circuit_svg(circuit))
+diagram = home / "circuit.svg"
+diagram.write_text(ms.viz.circuit_svg(circuit))
+print(f"{diagram.name}: {diagram.stat().st_size / 1000:.0f} kB")
+
 # %% [markdown]
 # Because this is a model of the test-bed, its true circuit is known. With your own model you will not have this line.
 
