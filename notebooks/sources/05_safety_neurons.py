@@ -28,7 +28,7 @@ import mechsafety as ms
 MODEL = "demo"  # the aligned model of a pair: a hub id, a folder, a .gguf file
 BASE = "demo-base"  # the model that it was made from
 aligned, base = ms.load_model(MODEL), ms.load_model(BASE)
-pairs = ms.PromptPairs.builtin("test").sample(12)
+pairs = ms.PromptPairs.builtin("test").sample(8)
 metric = ms.RefusalLogOdds.detect(aligned, pairs)
 for name, model in (("aligned", aligned), ("base", base)):
     harmful, harmless = (metric.scores(model, side).mean() for side in (pairs.harmful, pairs.harmless))
@@ -45,8 +45,8 @@ for name, model in (("aligned", aligned), ("base", base)):
 # activations. The prompts are of the split `train`, because the neurons will be tested on others.
 
 # %%
-train = ms.PromptPairs.builtin("train").sample(12)
-neurons = ms.safety_neurons(aligned, base, train.harmful, max_new_tokens=12)
+train = ms.PromptPairs.builtin("train").sample(8)
+neurons = ms.safety_neurons(aligned, base, train.harmful, max_new_tokens=8)
 print(f"{neurons}; rank correlation of its two halves: {neurons.reliability:.3f}")
 neurons.to_dataframe().head(5).round(2)
 
@@ -69,7 +69,7 @@ neurons.plot(share=0.05)
 
 # %%
 curve = ms.neurons.causal_effect_curve(
-    base, aligned, neurons, pairs.harmful, metric, shares=(0.01, 0.05, 0.2, 0.5, 1.0), n_random=4
+    base, aligned, neurons, pairs.harmful, metric, shares=(0.05, 0.2, 0.5, 1.0), n_random=3
 )
 curve.plot()
 
@@ -112,5 +112,5 @@ assert shared > 0.3
 #   `phrase_judge` as the score measures that, and takes longer.
 # - The pair was made with learned scales of neurons, one number per neuron. Other alignments change the weights in other
 #   ways.
-# - Four random sets give a rough control. The study of this pair
+# - Three random sets give a rough control. The study of this pair
 #   ([results](../docs/results/safety-neurons.md)) has twenty, and longer replies.

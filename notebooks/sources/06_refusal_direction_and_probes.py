@@ -46,7 +46,7 @@ metric
 # **What do you expect?** From which layer on is the probe good? What will it say of the scary prompts?
 
 # %%
-report = ms.probe_layers(model, train, layers=[0, 8, 15, 22], spans=["last"], n_shuffled=2)
+report = ms.probe_layers(model, train, layers=[0, 11, 22], spans=["last"], n_shuffled=2)
 report.plot()
 
 # %%
@@ -81,9 +81,7 @@ assert top.hard_flagged > 1.5 * (1 - top.accuracy)  # the control that undoes th
 #   published limit is 0.1.
 
 # %%
-direction = ms.refusal_direction(
-    model, train, metric, validation=test, layers=[14, 16, 18, 20], n_positions=1, n_random=3
-)
+direction = ms.refusal_direction(model, train, metric, validation=test, layers=[16, 18, 20], n_positions=1, n_random=2)
 columns = ["layer", "bypass", "induce", "kl", "chosen"]
 print(f"unedited: harmful {direction.harmful.mean():+.2f}, harmless {direction.harmless.mean():+.2f}")
 direction.to_dataframe()[columns].round(2)
@@ -134,5 +132,5 @@ for k, prompt in enumerate(prompts):
 #
 # - 32 training pairs and 8 for validation are few. The study of this model
 #   ([results](../docs/results/refusal-direction.md)) has all layers, all positions and more prompts.
-# - Four layers and one position were searched. A better candidate may stand elsewhere.
+# - Three layers and one position were searched. A better candidate may stand elsewhere.
 # - A probe that fails at one control may still be useful, for example as a monitor. Only the claim about what it reads fails.
