@@ -196,7 +196,8 @@ class FragilityCurve(Result):
         figure.add_scatter(x=last.parts, y=last.random_kl, name="random parts, mean", line_dash="dot", row=1, col=2)
         for name in ("refuses", "degenerate", "random_refuses") if self.kinds else ():
             figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=3)
-        return figure.update_xaxes(title_text="parts ablated").update_layout(template="none", title=repr(self))
+        title = {"text": repr(self).replace("; ", ";<br>"), "font_size": 14}  # in one line it leaves a notebook's page
+        return figure.update_xaxes(title_text="parts ablated").update_layout(template="none", title=title)
 
 
 def _size(size: int | None) -> str:

@@ -123,9 +123,8 @@ other = ActivationMonitor.fit(model, by_chance, calibrate, reply_tokens=2)
 other.weights.to_dataframe()[columns].round(2)
 
 # %% [markdown]
-# They do. Harm changes nearly every activation a little, and a regression adds that up. So a monitor that works is no
-# evidence that its neurons cause refusal. Compare `caught` and its intervals in both tables before you prefer one of
-# the two.
+# They do: their AUROC is well above 0.5 too. So a monitor that works is no evidence that its neurons cause refusal.
+# Compare `caught` and its intervals in both tables before you prefer one of the two.
 #
 # A monitor scores every token while it is generated. Scores above the threshold are flagged.
 
@@ -165,6 +164,8 @@ assert [report.tampered for report in reports.values()] == [False, True, False]
 #   documentation measures the same with more of both, and judges the replies.
 # - The stored map drew 100 of the 1,742 built-in pairs. A few of the pairs here may be among them.
 # - Ablating at the mean is one way to fail among many. The log-odds of the first token are not the reply.
-# - The monitor scores how much a state is like states on harmful prompts. That is no judgement of the reply.
+# - The monitor scores how much a state is like states on harmful prompts. That is no judgement of the reply: here it
+#   flags a refusal. Its threshold was set on replies of two tokens, to save time; longer ones have more tokens to be
+#   flagged.
 # - The audit ran one edit of each kind. The page *Whether the tamper audit tells tampered copies from benign ones* has
 #   220 copies, and says which tampering it missed. An attacker who has the fingerprint can evade it.
