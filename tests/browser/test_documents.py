@@ -98,6 +98,22 @@ def test_a_stored_notebook_opens_as_a_page_with_its_charts(show, path) -> None:
     assert width <= 1280, "nothing sticks out"
 
 
+def test_the_map_in_the_notebook_of_maps_is_alive(show) -> None:
+    """A click on a node shows its card; the slider hides weak nodes."""
+    (path,) = (ROOT / "notebooks").glob("07_*.ipynb")
+    circuit = RefusalCircuit.builtin()
+    page = show(notebook_page(path)).page
+    picture = page.locator("iframe[srcdoc]")
+    assert picture.count() == 1
+    picture.scroll_into_view_if_needed()
+    frame = picture.element_handle().content_frame()
+    frame.wait_for_selector(f"#nodeCount:has-text('{len(circuit)} of {len(circuit)} nodes shown')")
+    frame.locator('.node[data-node="L14.H2"]').click()
+    frame.wait_for_selector("#card:has-text('L14.H2')")
+    frame.eval_on_selector("#nodeSlider", "el => { el.value = 190; el.dispatchEvent(new Event('input')); }")
+    assert frame.inner_text("#nodeCount") != f"{len(circuit)} of {len(circuit)} nodes shown"
+
+
 def test_report_opens_whole(show, hostile) -> None:
     page = show(render_report(hostile)).page
     assert page.locator("img").count() == 0
