@@ -89,7 +89,8 @@ plt.show()
 # ## 3. The stored map
 #
 # `RefusalCircuit.builtin()` loads the whole map of this model. It was made from more pairs: 100 of the 1,742 built-in
-# ones, drawn with another seed. It has edges too (who passes what on to whom), and roles and checks.
+# ones, drawn with another seed. Both draws take short pairs and those of the first edition first, so that they share
+# pairs. The stored map has edges too (who passes what on to whom), and roles and checks.
 #
 # **The picture is alive.** Rest the pointer on a part or an edge for its numbers. Click a part to see every path into
 # and out of it. The sliders hide weak parts.
@@ -110,8 +111,8 @@ full.to_dataframe().sort_values("effect", ascending=False)[columns].head(10).rou
 # ## 4. Verify it yourself
 #
 # Never believe a circuit because its picture looks good. The held-out pairs of section 1 have topics that the search of
-# the stored map did not see either. (Some of these pairs may have set the size of that map.) We keep the stored map's
-# parts alone, and measure F on them.
+# the stored map did not see. They are no new evidence, though: most of them were probably among the pairs that set that
+# map's size or checked it. So this repeats a check, on few pairs. We keep the stored map's parts alone, and measure F.
 #
 # The **control** is ten random sets with as many heads and as many MLPs.
 #
@@ -152,8 +153,9 @@ print(
 # %% [markdown]
 # ## 5. Do two maps agree?
 #
-# The quick search and the stored map drew their pairs independently. If both found the mechanism, they should share
-# parts. As a control we count how many parts random sets of the same make-up share with the stored map.
+# If both searches found the mechanism, they should share parts. As a control we count how many parts random sets of
+# the same make-up share with the stored map. (Shared pairs make the searches agree more than searches on unlike pairs
+# would.)
 
 # %%
 shared = len(set(quick.circuit) & set(circuit))

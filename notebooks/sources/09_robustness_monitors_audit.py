@@ -162,7 +162,7 @@ assert [report.tampered for report in reports.values()] == [False, True, False]
 #
 # - The pairs are few, and so are the random rankings. The page *How fragile the demo model's refusal is* in the
 #   documentation measures the same with more of both, and judges the replies.
-# - The stored map drew 100 of the 1,742 built-in pairs. A few of the pairs here may be among them.
+# - Some of the pairs were probably among those that the stored map was made from, and its heads were chosen on these.
 # - Ablating at the mean is one way to fail among many. The log-odds of the first token are not the reply.
 # - The monitor scores how much a state is like states on harmful prompts. That is no judgement of the reply: here it
 #   flags a refusal. Its threshold was set on replies of two tokens, to save time; longer ones have more tokens to be
