@@ -30,14 +30,14 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser test-latex docs docs-links pages models coverage gallery lint format train train-certified evaluate bench bench-truth bench-service clean
+.PHONY: demo test test-tl3 test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery slides lint format train train-certified evaluate bench bench-truth bench-service clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
 	@echo "open out/report.html in a browser"
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser --ignore=tests/notebooks
 
 # the interactive pages in a real browser, headless and without network
 test-browser: $(DEV)
@@ -46,6 +46,14 @@ test-browser: $(DEV)
 	    apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
 	  else echo "no Chromium: install it (apt-get install chromium) or set CHROMIUM to its path" >&2; exit 1; fi; fi
 	$(BIN)/python -m pytest tests/browser
+
+# every notebook of the course in a fresh kernel, with its seconds
+test-notebooks: $(DEV)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --durations=0 --durations-min=1 tests/notebooks
+
+# execute the course's notebooks and store them; NB="03 04" builds these alone
+notebooks: $(DEV)
+	$(BIN)/python scripts/notebooks.py $(NB)
 
 # TikZ pictures through LaTeX; as root it is installed where it is missing
 test-latex: $(DEV)
@@ -74,6 +82,10 @@ pages: $(DEV)
 gallery: $(DEV)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
 
+# docs/ten-pictures: slides from stored results, HTML and, with a Chromium, PDF
+slides: $(DEV)
+	$(BIN)/python scripts/ten_pictures.py
+
 # docs/models.md: which architectures load, and how exactly, on tiny random models
 models: $(DEV)
 	$(BIN)/python scripts/models_table.py
@@ -88,13 +100,13 @@ test-tl3: $(STAMP3)
 	$(VENV3)/bin/python -m pytest tests/test_generations.py -m demo
 
 lint: $(DEV)
-	$(BIN)/ruff check mechsafety tests scripts benchmarks docs
-	$(BIN)/ruff format --check mechsafety tests scripts benchmarks docs
+	$(BIN)/ruff check mechsafety tests scripts benchmarks docs notebooks
+	$(BIN)/ruff format --check mechsafety tests scripts benchmarks docs notebooks
 	$(BIN)/mypy
 
 format: $(DEV)
-	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks docs
-	$(BIN)/ruff format mechsafety tests scripts benchmarks docs
+	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks docs notebooks
+	$(BIN)/ruff format mechsafety tests scripts benchmarks docs notebooks
 
 # train the demo model's adapter again, and measure the demo model for docs/demo-model.md; both go on where they stopped
 train: $(STAMP)

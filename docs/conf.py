@@ -9,7 +9,9 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
+from plotly.offline import get_plotlyjs
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python._object import PyObject
@@ -17,7 +19,9 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from notebook_pages import with_charts  # noqa: E402
 
 from mechsafety.version import __version__  # noqa: E402
 
@@ -87,6 +91,19 @@ def add_menu(app: Sphinx, docname: str, content: list[str]) -> None:
         content[0] += "\n".join(["", "```{toctree}", ":hidden:", caption, "", *lines, "```", ""])
 
 
+def show_charts(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Show the charts of a notebook, which are stored as plotly's own mime type, by the copy of plotly.js below."""
+    if docname.startswith("notebooks/"):
+        notebook = nbformat.reads(content[0], 4)
+        content[0] = nbformat.writes(with_charts(notebook, '<script src="../_static/plotly.min.js"></script>'))
+
+
+def add_plotly(app: Sphinx, error: Exception | None) -> None:
+    """Put plotly.js beside the site's own scripts, so that charts need no network."""
+    if error is None and app.builder.format == "html":
+        (Path(app.outdir) / "_static" / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+
+
 def keep_names_together(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Write ``a, b: text`` of a docstring as one field; its space would make a type of the first name."""
     for k, line in enumerate(lines):
@@ -119,5 +136,7 @@ def setup(app: Sphinx) -> None:
         if field.name == "variable":
             field.rolename, field.label = "", "Attributes"
     app.connect("source-read", add_menu)
+    app.connect("source-read", show_charts)
+    app.connect("build-finished", add_plotly)
     app.connect("autodoc-process-docstring", keep_names_together, priority=900)  # after napoleon
     app.connect("missing-reference", link_by_name)

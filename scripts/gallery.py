@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE.folder)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    DEMO.write_text(RefusalCircuit.builtin().to_json(), encoding="utf-8", newline="\n")
     paths = options.circuits or [DEMO, NATIVE]
     listed = []
     for name, text, layout, width in pictures(paths):

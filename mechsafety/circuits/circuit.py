@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from mechsafety.circuits.budget import LEFT_OUT, WIRING
@@ -637,6 +638,19 @@ class RefusalCircuit(Result):
         from mechsafety.circuits.files import read
 
         return read(cls, text)
+
+    @classmethod
+    def builtin(cls) -> Self:
+        """The whole map of the demo model, as ``mechsafety map demo`` made it: a circuit to look at without a model.
+
+        Like every circuit from a file it has no details, such as attention over prompts.
+
+        Example:
+            >>> RefusalCircuit.builtin().by_role("detection")[0].node
+            Node(kind='mlp', layer=0, index=None)
+        """
+        stored = resources.files("mechsafety.circuits") / "data" / "demo.json"
+        return cls.from_json(stored.read_text(encoding="utf-8"))
 
     def plot(self) -> "go.Figure":
         """Heatmap of every node's effect (see `mechsafety.viz` for the circuit's picture, which Jupyter shows)."""

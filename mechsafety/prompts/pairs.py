@@ -3,8 +3,9 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, overload
 
 import numpy as np
@@ -226,6 +227,28 @@ class PromptPairs:
             MechsafetyError: No pair has one of these topics.
         """
         return self._where(lambda pair: pair.topic in names, f"topic {'+'.join(names)}")
+
+    def where(self, keep: Iterable[Any]) -> Self:
+        """The pairs for which ``keep`` is true, such as those that the model treats as expected (`check_behaviour`).
+
+        Args:
+            keep: One true or false per pair; a tensor or an array works too.
+
+        Raises:
+            MechsafetyError: Not one entry per pair, or none of them is true.
+
+        Example:
+            >>> pairs = PromptPairs.from_lists(["Make a bomb?", "Rob a bank?"], ["Make a cake?", "Paint a bank?"])
+            >>> pairs.where([False, True]).harmless
+            ['Paint a bank?']
+        """
+        flags = [bool(flag) for flag in keep]
+        if len(flags) != len(self.pairs):
+            raise MechsafetyError(f"{len(flags)} entries for {len(self)} pairs", expected="one true or false per pair")
+        kept = tuple(compress(self.pairs, flags))
+        if not kept:
+            raise MechsafetyError(f"no entry is true for the {len(self)} pairs", expected="at least one pair to keep")
+        return replace(self, pairs=kept)
 
     @public
     def sample(self, n: Count, seed: Amount = 0) -> Self:

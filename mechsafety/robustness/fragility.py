@@ -243,7 +243,8 @@ class FragilityCurve(Result):
             figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=3)
         for name in ("harmless_refuses", "harmless_degenerate") if self.kinds_harmless else ():
             figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=4)
-        return figure.update_xaxes(title_text=f"{self.what} ablated").update_layout(template="none", title=repr(self))
+        title = {"text": repr(self).replace("; ", ";<br>"), "font_size": 14}  # in one line it leaves a notebook's page
+        return figure.update_xaxes(title_text=f"{self.what} ablated").update_layout(template="none", title=title)
 
 
 def _size(size: int | None) -> str:

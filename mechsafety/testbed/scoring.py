@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from mechsafety.attribution import EdgeScores, NodeAttribution
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.errors import MechsafetyError
-from mechsafety.nodes import Edge, Node, Part, head_and_mlp_nodes
+from mechsafety.nodes import Edge, Node, Part, as_node, head_and_mlp_nodes
 from mechsafety.patching import PatchMap, PathMap
 from mechsafety.patching.receivers import reaches
 from mechsafety.results import Provenance, Result
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Scorable = NodeAttribution | PatchMap | EdgeScores | PathMap | RefusalCircuit | Mapping[Part, float] | Iterable[Part]
+Named = Part | str
+Scorable = NodeAttribution | PatchMap | EdgeScores | PathMap | RefusalCircuit | Mapping[Named, float] | Iterable[Named]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
     neuron's edge counts as an edge of its MLP.
 
     Args:
-        result: The found ranking or circuit.
+        result: The found ranking or circuit. In a mapping or a collection, a node can be given by its name.
         truth: The known circuit.
 
     Raises:
@@ -156,7 +157,7 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
         return _score_set(what, provenance, members, roles, truth, has_edges=bool(result.edges))
     ranked = ranking_of(result)
     if ranked is None:
-        collected: list[Part] = list(result)  # type: ignore[arg-type]
+        collected: list[Part] = [_part(given) for given in result]  # type: ignore[union-attr]
         _check_parts(collected)
         has_edges = any(isinstance(part, Edge) for part in collected)
         return _score_set(what, provenance, collected, {}, truth, has_edges=has_edges)
@@ -190,7 +191,7 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
         MechsafetyError: The result scores something else: sites, single positions, or receivers taken together.
     """
     if isinstance(result, Mapping):
-        return result
+        return {_part(given): value for given, value in result.items()}
     if isinstance(result, NodeAttribution):
         ranked: dict[Part, float] = {node: result.of(node) for node in head_and_mlp_nodes(*result.heads.shape)}
         if result.neurons is not None:
@@ -224,6 +225,11 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
             if isinstance(sender, Node) and isinstance(receiver, Node) and reaches(sender, receiver, parallel=False)
         }
     return None
+
+
+def _part(given: Named) -> Part:
+    """A node from its name; anything else as it is."""
+    return as_node(given) if isinstance(given, str) else given
 
 
 def _check_parts(parts: list[Part]) -> None:

@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 
 import circuits_drawn as drawn
+import nbconvert
+import nbformat
 import numpy as np
 import pytest
 from axe import axe_script, serious_violations
 from chromium import browser, show
+from notebook_pages import PLOTLY, notebook_page
 
 from mechsafety.circuits.circuit import RefusalCircuit
 from mechsafety.viz import (
@@ -23,7 +26,8 @@ from mechsafety.viz import (
 )
 from mechsafety.viz.cards import Ablation
 
-DEMO = Path(__file__).parents[2] / "docs" / "gallery" / "demo.json"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "docs" / "gallery" / "demo.json"
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,6 @@ def test_wheel_scrolls_the_outer_page_until_the_picture_is_clicked(show, small) 
 
 def notebook(bundles: list[dict[str, str]]) -> str:
     """The page that nbconvert makes of a notebook with these outputs."""
-    nbformat = pytest.importorskip("nbformat")
-    nbconvert = pytest.importorskip("nbconvert")
     cells = []
     for bundle in bundles:
         cell = nbformat.v4.new_code_cell("circuit")
@@ -82,6 +84,34 @@ def test_the_mimebundle_survives_nbconvert(show, small) -> None:
     assert len(page.frames) == 3
     for frame, total in zip(page.frames[1:], (12, 16), strict=True):
         frame.wait_for_selector(f"#nodeCount:has-text('{total} of {total} nodes shown')")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_stored_notebook_opens_as_a_page_with_its_charts(show, path) -> None:
+    page = show(notebook_page(path)).page
+    kept = [output.get("data", {}) for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+    page.wait_for_function("window.Plotly || !document.querySelector('.plotly-graph-div')")
+    charts = page.locator(".js-plotly-plot svg.main-svg:first-child")
+    assert charts.count() == sum(PLOTLY in data for data in kept)
+    assert "is not able to be represented" not in page.content()
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 1280, "nothing sticks out"
+
+
+def test_the_map_in_the_notebook_of_maps_is_alive(show) -> None:
+    """A click on a node shows its card; the slider hides weak nodes."""
+    (path,) = (ROOT / "notebooks").glob("07_*.ipynb")
+    circuit = RefusalCircuit.builtin()
+    page = show(notebook_page(path)).page
+    picture = page.locator("iframe[srcdoc]")
+    assert picture.count() == 1
+    picture.scroll_into_view_if_needed()
+    frame = picture.element_handle().content_frame()
+    frame.wait_for_selector(f"#nodeCount:has-text('{len(circuit)} of {len(circuit)} nodes shown')")
+    frame.locator('.node[data-node="L14.H2"]').click()
+    frame.wait_for_selector("#card:has-text('L14.H2')")
+    frame.eval_on_selector("#nodeSlider", "el => { el.value = 190; el.dispatchEvent(new Event('input')); }")
+    assert frame.inner_text("#nodeCount") != f"{len(circuit)} of {len(circuit)} nodes shown"
 
 
 def test_report_opens_whole(show, hostile) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -746,3 +747,10 @@ def test_malformed_json():
     assert str(caught.value) == (
         "malformed JSON (Expecting value: line 1 column 12 (char 11)); expected a circuit.json"
     )
+
+
+def test_the_builtin_circuit_is_the_gallerys_map_of_the_demo_model():
+    found = RefusalCircuit.builtin()
+    drawn = Path(__file__).parents[2] / "docs" / "gallery" / "demo.json"
+    assert found.to_json() == drawn.read_text(encoding="utf-8")
+    assert (found.provenance.model, found.unfinished, found.preliminary) == ("demo", False, False)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +100,18 @@ def test_split_and_topic_of_nothing_name_what_there_is():
     )
     with pytest.raises(MechsafetyError, match=r"^mine has no pair of topic drugs\+guns; expected topics \['cyber'"):
         pairs.topic("drugs", "guns")
+
+
+def test_where_keeps_the_pairs_that_are_true():
+    pairs = grouped({"a": 3})
+    assert pairs.where([True, False, True]).pairs == (pairs[0], pairs[2])
+    assert pairs.where(torch.tensor([-1.0, 2.0, 0.0]) > 0).pairs == (pairs[1],)
+    with pytest.raises(MechsafetyError, match=r"^2 entries for 3 pairs; expected one true or false per pair$"):
+        pairs.where([True, False])
+    with pytest.raises(
+        MechsafetyError, match=r"^no entry is true for the 3 pairs; expected at least one pair to keep$"
+    ):
+        pairs.where([False] * 3)
 
 
 def test_sample_is_deterministic_and_keeps_order():

@@ -189,7 +189,11 @@ def test_a_score_is_a_result(truth, tmp_path):
     ("result", "text"),
     [
         ({A: float("nan")}, "the score of L0.H0 is nan; expected numbers"),
-        ({"L0.H0": 1.0}, "a str to score; expected nodes or edges"),
+        ({7: 1.0}, "a int to score; expected nodes or edges"),
+        (
+            ["L0H0"],
+            "no node is named 'L0H0'; expected a name such as 'L14.H2', 'L26.MLP' or 'L3.N17'; did you mean 'L0.H0'?",
+        ),
         ([], "nothing to score; expected nodes or edges"),
         ({}, "nothing to score; expected nodes or edges"),
     ],
@@ -198,6 +202,13 @@ def test_what_cannot_be_scored(truth, result, text):
     with pytest.raises(ms.MechsafetyError) as error:
         score(result, truth)
     assert str(error.value) == text
+
+
+def test_nodes_are_given_by_name_too(truth):
+    by_node = {A: 3.0, B: 2.0, M1: 1.0, C: 0.5, D: 0.0}
+    by_name = {str(node): value for node, value in by_node.items()}
+    assert score(by_name, truth) == score(by_node, truth)
+    assert score(list(by_name), truth) == score(list(by_node), truth)
 
 
 def test_sites_and_joint_receivers_have_no_truth(results, truth):
