@@ -1,9 +1,9 @@
 """Exercises of the course: each source ``notebooks/exercises/sources/NN_title.py`` becomes a notebook for students.
 
 A source is a notebook with all answers, in jupytext's percent format. A cell tagged ``exercise`` holds one function,
-right and complete. The cells behind it that are tagged ``hint`` are its hints. In their place, the notebook for
-students (``notebooks/exercises/NN_title.ipynb``) has a stub that raises an error, the hints and the answer, both
-folded, and the check. So an answer is written once.
+right and complete. The cells behind it that are tagged ``hint`` are its hints; the cell behind these is its check. The
+notebook for students (``notebooks/exercises/NN_title.ipynb``) has a stub that raises an error in the function's place.
+The hints are folded, and so is the answer, which stands behind the check. So an answer is written once.
 """
 
 import argparse
@@ -76,33 +76,22 @@ def student_cells(source: Path, *, solved: bool = False) -> list[NotebookNode]:
     """The notebook's cells: for students, or with every stub solved."""
     markdown, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
     first, *rest = read(source)
-    cells = [markdown(f"{first.source}\n\n{RULES}"), code(INSTALL)]
-    answer: NotebookNode | None = None
-    hints: list[str] = []
-
-    def close() -> None:
-        """Write what comes after a stub: hints, check, answer."""
-        nonlocal answer, hints
-        if answer is None:
-            return
-        name = function_of(answer).name
-        cells.append(markdown("\n\n".join(folded(f"Hint {k}", text) for k, text in enumerate(hints, 1))))
-        cells.append(code(f"checks.{name}({name})"))
-        cells.append(markdown(folded("Answer", f"```python\n{answer.source}\n```")))
-        answer, hints = None, []
-
+    cells, hints, answer = [markdown(f"{first.source}\n\n{RULES}"), code(INSTALL)], [], ""
     for cell in rest:
         if is_tagged(cell, "hint"):
-            hints.append(cell.source)
+            hints.append(folded(f"Hint {len(hints) + 1}", cell.source))
             continue
-        close()
+        if hints:
+            cells.append(markdown("\n\n".join(hints)))
         if is_tagged(cell, "exercise"):
-            answer = cell
             about = f"*Difficulty: {cell.metadata['difficulty']}. Time: about {cell.metadata['minutes']} minutes.*"
             cells += [markdown(about), code(cell.source if solved else stub(cell))]
+            answer = folded("Answer", f"```python\n{cell.source}\n```")
         else:
             cells.append(markdown(cell.source) if cell.cell_type == "markdown" else code(cell.source))
-    close()
+        if hints:
+            cells.append(markdown(answer))
+            hints = []
     for k, cell in enumerate(cells):
         cell.id = f"cell-{k:02d}"
     return cells

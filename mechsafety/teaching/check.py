@@ -137,7 +137,7 @@ class Check:
         if not any(faults):
             return Passed(self.name, len(cases), tuple(mistake.name for mistake in self.mistakes))
         for mistake in self.mistakes:
-            wrong = _wrong_answers(self, mistake)
+            wrong = wrong_answers(self, mistake)
             if not any(fault(answer, other) for answer, other in zip(answers, wrong, strict=True)):
                 raise CheckFailed(f"{self.name}: this looks like {mistake.name}. {mistake.advice}")
         case, found = next((case, found) for case, found in zip(cases, faults, strict=True) if found)
@@ -158,7 +158,7 @@ class Check:
 
 
 @functools.cache
-def _wrong_answers(check: Check, mistake: Mistake) -> list[Tensor]:
+def wrong_answers(check: Check, mistake: Mistake) -> list[Tensor]:
     """What a mistake gives on the inputs of a check, which are always the same."""
     return [as_tensor(case.answer(mistake.function)) for case in check.cases()]
 

@@ -9,7 +9,7 @@ from exercises import notebook, sources
 def test_the_answers_run_and_pass(source, tmp_path):
     solved = notebook(source, solved=True)
     nbclient.NotebookClient(
-        solved, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        solved, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     code = [cell for cell in solved.cells if cell.cell_type == "code"]
     shown = [output for cell in code for output in cell.outputs]
@@ -21,7 +21,7 @@ def test_the_answers_run_and_pass(source, tmp_path):
 
 def test_a_stub_shows_one_line(tmp_path):
     made = notebook(sources()[0])
-    client = nbclient.NotebookClient(made, timeout=120, kernel_name="python3", allow_errors=True)
+    client = nbclient.NotebookClient(made, timeout=300, kernel_name="python3", allow_errors=True)
     client.execute()
     failed = next(cell for cell in made.cells if cell.source.startswith("checks."))
     (error,) = failed.outputs

@@ -9,8 +9,9 @@ from exercises import EXERCISES as FOLDER
 from exercises import function_of, is_tagged, read, sources, stub
 
 from mechsafety.neurons import random_masks
+from mechsafety.sites import Site
 from mechsafety.teaching import CheckFailed, checks
-from mechsafety.teaching.check import as_tensor
+from mechsafety.teaching.check import wrong_answers
 from mechsafety.teaching.checks.detective import MODELS, _planted, effect_of
 
 
@@ -62,6 +63,75 @@ def test_the_answer_passes(name):
     assert repr(passed).startswith(f"passed: {name} (random inputs: ")
 
 
+def pattern_by_hand(q, k):
+    """Loops, and a large negative number in place of minus infinity."""
+    heads, batch, width, size = q.shape
+    out = torch.zeros(heads, batch, width, width)
+    for head in range(heads):
+        keys = k[head * len(k) // heads]
+        scores = q[head] @ keys.transpose(1, 2) / size**0.5
+        out[head] = (scores - 1e9 * torch.ones(width, width).triu(1)).softmax(-1)
+    return out
+
+
+def scores_by_hand(model, metric, base, source, layer, head):
+    """A hook that writes into the activation that it is given."""
+    found = {}
+    site = Site("z", layer)
+
+    def edit(own):
+        own[:, :, head] = found[site][:, :, head]
+        return own
+
+    with model.hooks([(site, lambda own: found.update({site: own.clone()}))]):
+        model.logits(source)
+    with model.hooks([(site, edit)]):
+        return metric(model.logits(base))
+
+
+def precision_by_hand(scores, is_true):
+    """A loop over ranks that returns a number of Python's."""
+    hits, found = 0, []
+    for rank, part in enumerate(sorted(range(len(scores)), key=lambda k: -abs(float(scores[k]))), 1):
+        if is_true[part]:
+            hits += 1
+            found.append(hits / rank)
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("attention_pattern", pattern_by_hand),
+        ("patched_scores", scores_by_hand),
+        ("average_precision", precision_by_hand),
+        (
+            "head_outputs",
+            lambda z, weight: torch.stack(
+                [
+                    z[:, :, head] @ weight[:, head * z.shape[3] : (head + 1) * z.shape[3]].T
+                    for head in range(z.shape[2])
+                ],
+                dim=2,
+            ),
+        ),
+        ("change_scores", lambda base, aligned, mask: (base - aligned)[:, mask].pow(2).mean(1).sqrt()),
+        ("remove_direction", lambda x, r: x - torch.outer((x @ r).flatten(), r).reshape(x.shape) / (r @ r)),
+        ("control_p", lambda observed, controls: (1 + sum(c >= observed for c in controls)) / (1 + len(controls))),
+        (
+            "circuit_scores",
+            lambda found, true: [
+                h := len(found & true) / len(found),
+                r := len(found & true) / len(true),
+                2 / (1 / h + 1 / r),
+            ],
+        ),
+    ],
+)
+def test_other_ways_to_write_the_answer_pass(name, answer):
+    assert getattr(checks, name)(answer).name == name
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_the_stub_is_not_written_yet(name):
     with pytest.raises(CheckFailed, match=f"^{name} is not written yet$"):
@@ -79,13 +149,14 @@ def test_a_mistake_is_named(name, mistake):
 def test_a_mistake_is_far_from_right_on_some_input(name, mistake):
     """Not by rounding: another shape, or a hundredth of the largest number and more."""
 
-    def distance(case):
-        found, right = as_tensor(case.answer(mistake.function)).double(), case.expected.double()
-        if found.shape != right.shape:
-            return float("inf")
-        return float((found - right).abs().nan_to_num(torch.inf).max() / right.abs().max())
-
-    assert max(map(distance, getattr(checks, name).cases())) > 0.01
+    check = getattr(checks, name)
+    distances = []
+    for case, found in zip(check.cases(), wrong_answers(check, mistake), strict=True):
+        right = case.expected.double()
+        same = found.shape == right.shape
+        far = (found.double() - right).abs().nan_to_num(torch.inf).max() / right.abs().max() if same else torch.inf
+        distances.append(float(far))
+    assert max(distances) > 0.01
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -36,6 +36,8 @@ def test_exercises_have_a_time_a_difficulty_and_two_hints(source):
             assert cell.metadata["difficulty"] in ("easy", "medium", "hard")
             assert cell.metadata["minutes"] in range(5, 31)
             assert [is_tagged(one, "hint") for one in cells[k + 1 : k + 4]] == [True, True, False]
+            name = function_of(cell).name
+            assert cells[k + 3].source == f"checks.{name}({name})"
             assert re.match(r"## \d\. ", cells[k - 1].source), "what is asked stands before it"
 
 

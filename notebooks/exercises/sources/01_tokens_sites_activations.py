@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3)
 model = ms.load_model((made.model, made.tokenizer))
@@ -45,6 +46,9 @@ def token_positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]
 
 # %% [markdown] tags=["hint"]
 # `mask.long().cumsum(dim=1)` is 1 at the first real token and 0 at padding. One subtraction and one `clamp` are left.
+
+# %%
+checks.token_positions(token_positions)
 
 # %%
 print(tokens.ids)
@@ -85,6 +89,9 @@ def span_mean(
 # `einsum`.
 
 # %%
+checks.span_mean(span_mean)
+
+# %%
 cache = model.cache(tokens, ["resid", "z", "head_out"])
 for span in ("prefix", "instruction", "suffix"):
     means = span_mean(cache.resid[1], tokens.span_mask(span))
@@ -121,6 +128,9 @@ def head_outputs(
 # %% [markdown] tags=["hint"]
 # The pattern of the split is `"d_model (head d_head) -> head d_head d_model"`. Then each head's `z` meets its own
 # matrix in one `einsum` that keeps the axis `head`.
+
+# %%
+checks.head_outputs(head_outputs)
 
 # %% [markdown]
 # The package does the same in `cache.head_out`. Heads of a layer add up to what attention as a whole writes.

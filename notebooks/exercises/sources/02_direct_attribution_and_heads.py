@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3)
 model = ms.load_model((made.model, made.tokenizer))
@@ -56,6 +57,9 @@ def attention_pattern(
 # %% [markdown] tags=["hint"]
 # `repeat(k, "kv_head ... -> (kv_head group) ...")` puts copies of the same keys next to each other. The mask of later
 # positions is `torch.ones(pos, pos, dtype=torch.bool).triu(diagonal=1)`; give those scores minus infinity.
+
+# %%
+checks.attention_pattern(attention_pattern)
 
 # %% [markdown]
 # A real model also rotates queries and keys before it compares them, so that scores depend on the distance. The package
@@ -103,6 +107,9 @@ def through_final_norm(
 # `keepdim=True` keeps an axis of length 1, so that the scale `[batch, 1]` divides parts of shape `[part, batch,
 # d_model]`.
 
+# %%
+checks.through_final_norm(through_final_norm)
+
 # %% [markdown]
 # ## 3. Direct logit attribution
 #
@@ -149,6 +156,9 @@ def logit_attribution(
 # %% [markdown] tags=["hint"]
 # `head_out[..., -1, :]` has the shape `[layer, head, batch, d_model]`. A matrix product with the one direction
 # `W_U[:, refuse] - W_U[:, comply]` removes the last axis.
+
+# %%
+checks.logit_attribution(logit_attribution)
 
 # %% [markdown]
 # The package's `direct_logit_attribution` also has the MLPs, the embedding and the rest, and all of them sum to the

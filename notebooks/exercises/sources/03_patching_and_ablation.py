@@ -13,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3)
 model = ms.load_model((made.model, made.tokenizer))
 metric = ms.RefusalLogOdds.of(model, ["Sorry"], ["Sure"])  # the logit of Sorry minus that of Sure
-pairs = made.pairs.sample(8)
+# prompts of one form, all with equally many tokens
+pairs = made.pairs.where([pair.harmful.startswith("how do I make") for pair in made.pairs])
 tokens = model.tokenize_pairs(pairs)  # tokens.harmful and tokens.harmless, column by column
 
 # %% [markdown]
@@ -56,6 +58,9 @@ def patch_head(
 
 # %% [markdown] tags=["hint"]
 # The same index on both sides: `[:, position, head]`. Each prompt of the batch takes the value of its own counterpart.
+
+# %%
+checks.patch_head(patch_head)
 
 # %% [markdown]
 # ## 2. Patch a running model
@@ -110,6 +115,9 @@ def patched_scores(
 # The hook may look like `patch_head`, with `[:, :, head]` in place of one position. The score must be computed inside
 # `with model.hooks([(site, edit)]):`.
 
+# %%
+checks.patched_scores(patched_scores)
+
 # %% [markdown]
 # ## 3. A share of the gap
 #
@@ -142,6 +150,9 @@ def share_of_gap(
 
 # %% [markdown] tags=["hint"]
 # Take means over prompts before you divide. A single pair may have a gap of almost 0, and its ratio could be anything.
+
+# %%
+checks.share_of_gap(share_of_gap)
 
 # %% [markdown]
 # **What do you expect** for the heads of this model? The circuit has one head that detects harm and one that carries
@@ -194,16 +205,39 @@ def mean_ablated(
 # The mean has the shape `[pos, head, d_head]`. Its part for one head, `means[:, head]`, is copied into every prompt of
 # the batch by broadcasting.
 
+# %%
+checks.mean_ablated(mean_ablated)
+
 # %% [markdown]
-# Where does ablation mislead? A *decoy* is a head that tells harmful from harmless prompts and that nothing reads. In
-# this model two heads are decoys. Compare a zero ablation, a mean ablation and a patch.
+# Where does ablation mislead? This model also has two *decoys*: heads that tell harmful from harmless prompts and
+# that nothing reads. So they should not matter. On harmless prompts a decoy writes the opposite of what it writes on
+# harmful ones.
+#
+# **What do you expect** of each head when its value is replaced by zeros, by its mean over harmless prompts, by its
+# mean over harmful and harmless prompts together, or by that of the pair's harmless prompt?
 
 # %%
 decoys = [node for node in made.truth.decoys if node.kind == "head"]
-table = {
-    kind: ms.activation_patching(model, pairs, metric, nodes=[*heads, *decoys], source=source, progress=False).effects
-    for kind, source in (("zero ablation", "zero"), ("patch", "other"))
-}
-for k, node in enumerate([*heads, *decoys]):
-    values = ", ".join(f"{kind} {effects[k]:+.3f}" for kind, effects in table.items())
-    print(f"{node} ({'decoy' if node in decoys else made.truth.roles[node]}): {values}")
+for node in [*heads, *decoys]:
+    site = ms.Site("z", node.layer)
+    own, other = (model.read(side, [site])[site] for side in (tokens.harmful, tokens.harmless))
+    both = torch.cat([own, other])
+    edited = {
+        "zeros": mean_ablated(own, torch.zeros_like(own), node.index),
+        "harmless mean": mean_ablated(own, other, node.index),
+        "mean of both": mean_ablated(own, both, node.index),
+    }
+    scores = []
+    for values in edited.values():
+        with model.hooks([(site, lambda activation, values=values: values)]):
+            scores.append(metric(model.logits(tokens.harmful)))
+    scores.append(patched_scores(model, metric, tokens.harmful, tokens.harmless, node.layer, node.index))
+    effects = share_of_gap(torch.stack(scores), harmful, harmless).tolist()
+    shown = ", ".join(f"{kind} {effect:+.2f}" for kind, effect in zip([*edited, "patch"], effects, strict=True))
+    print(f"{node} ({'decoy' if node in decoys else made.truth.roles[node]}): {shown}")
+
+# %% [markdown]
+# Zeros, and the mean of both kinds, give the decoys a large effect, of the wrong sign. Both take the decoy's large
+# vector away. Later norms then divide by less, and everything else gets stronger. The patch and the harmless mean
+# leave the length of the vector as it was, and rightly show no effect. So an ablation answers another question: what
+# happens in a state that the model is never in?

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3)
 model = ms.load_model((made.model, made.tokenizer))
@@ -57,6 +58,9 @@ def sender_change(
 
 # %% [markdown] tags=["hint"]
 # Subtract first, then multiply. One `einsum` keeps the heads apart and moves their axis to the front.
+
+# %%
+checks.sender_change(sender_change)
 
 # %% [markdown]
 # ## 2. Straight to the logits
@@ -104,6 +108,9 @@ def direct_path(
 
 # %% [markdown] tags=["hint"]
 # `resid + change` broadcasts to `[head, batch, d_model]`. The scale must come from this sum, not from `resid`.
+
+# %%
+checks.direct_path(direct_path)
 
 # %%
 layer, norm = 3, made.model.model.norm
@@ -166,6 +173,9 @@ def carry_through_mlps(
 # %% [markdown] tags=["hint"]
 # In each layer, add `mlp(k, resid_mid[k] + change) - mlp(k, resid_mid[k])` to the change. The next layer reads the
 # grown change. The sender's own change is part of the result.
+
+# %%
+checks.carry_through_mlps(carry_through_mlps)
 
 # %% [markdown]
 # **What do you expect?** One head carries the decision to the last token, where MLP neurons write the refusal. What is

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3)
 without = copy.deepcopy(made.model)
@@ -66,6 +67,9 @@ def change_scores(
 # in the mask. `values[:, mask]` works as well: it keeps the tokens that count.
 
 # %%
+checks.change_scores(change_scores)
+
+# %%
 tokens = base.tokenize(prompts)
 neurons = [model.cache(tokens, ["neurons"]).neurons for model in (base, aligned)]
 scores = change_scores(*neurons, tokens.mask)
@@ -108,6 +112,9 @@ def matched_control(
 # %% [markdown] tags=["hint"]
 # Then go layer by layer. `free[layer].topk(count).indices` are the winners, where `count` is the number of chosen
 # neurons in that layer.
+
+# %%
+checks.matched_control(matched_control)
 
 # %%
 chosen = theirs.top(count=len(made.truth.neurons))
@@ -167,6 +174,9 @@ def dynamic_reply(
 # %% [markdown] tags=["hint"]
 # From the aligned model you need the neurons, not the logits. From the base model you need the logits under the patch.
 # Their `argmax` is the next token.
+
+# %%
+checks.dynamic_reply(dynamic_reply)
 
 # %% [markdown]
 # The package does this for many prompts at once. **What do you expect** of the chosen neurons, of the control, and of

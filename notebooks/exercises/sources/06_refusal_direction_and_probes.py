@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3)
 model = ms.load_model((made.model, made.tokenizer))
@@ -55,17 +56,21 @@ def difference_direction(
 # %% [markdown] tags=["hint"]
 # Only the difference is brought to length 1, at the very end: `difference / difference.norm()`.
 
+# %%
+checks.difference_direction(difference_direction)
+
 # %% [markdown]
-# Is there such a direction in this model? Before layer 0 the last token is the same in all prompts, so we begin
-# behind it.
+# Is there such a direction in this model? What enters layer 0 is the same in all prompts at the last token, so we begin
+# behind that layer.
 
 # %%
 streams = [model.cache(side, ["resid"]).resid for side in (pairs.harmful, pairs.harmless)]
-directions = {layer: difference_direction(*(stream[layer] for stream in streams)) for layer in range(1, 5)}
+# stream[layer + 1] is what a layer hands on
+directions = {layer: difference_direction(*(stream[layer + 1] for stream in streams)) for layer in range(4)}
 for layer, direction in directions.items():
-    harmful, harmless = (stream[layer][:, -1] @ direction for stream in streams)
+    harmful, harmless = (stream[layer + 1][:, -1] @ direction for stream in streams)
     print(
-        f"before layer {layer}: harmful prompts lie at {harmful.mean():+.2f} ± {harmful.std():.2f} along it, "
+        f"behind layer {layer}: harmful prompts lie at {harmful.mean():+.2f} ± {harmful.std():.2f} along it, "
         f"harmless prompts at {harmless.mean():+.2f} ± {harmless.std():.2f}"
     )
 
@@ -102,6 +107,9 @@ def remove_direction(
 # That number times the unit vector is the part to subtract. The result has no part along the direction left: its dot
 # product with it is 0.
 
+# %%
+checks.remove_direction(remove_direction)
+
 # %% [markdown]
 # At every layer the two kinds of prompts lie far apart. The package removes a direction from everything that is
 # written to the stream: `project_out`. **What do you expect** of each of your directions, and of a random one?
@@ -111,22 +119,29 @@ def remove_direction(
 random = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
 print(f"intact: metric {metric.scores(model, pairs.harmful).mean():+.2f}")
 for name, vector in (
-    {f"direction before layer {layer}": one for layer, one in directions.items()} | {"random direction": random}
+    {f"direction behind layer {layer}": one for layer, one in directions.items()} | {"random direction": random}
 ).items():
     with ms.interventions.project_out(model, vector):
         print(f"without the {name}: metric {metric.scores(model, pairs.harmful).mean():+.2f}")
 
 # %% [markdown]
-# Only the last direction carries refusal. The others separate the prompts just as well, and without them the model
-# refuses **more**. At the last token, before layer 4, they come from a decoy: a head that tells the prompts apart and
-# that nothing reads. When its large vectors are gone, the norms divide by less, and the neurons that write the
-# refusal become stronger. A separation is no cause.
+# Only the direction behind the last layer carries refusal. The others separate the prompts as clearly, and without them
+# the model refuses **more**. They come from a *decoy*: a head that tells harmful from harmless prompts and that nothing
+# reads. Without its large vectors, later norms divide by less, and the neurons that write the refusal get stronger. A
+# separation is no cause.
 #
-# The package looks at every position of the template, and chooses by what removal does.
+# How do we know that the decoy makes them? Ablate it, and look whether the difference is still there. The package's own
+# search is not misled: it tries every position of the template and chooses by what removal does.
 
 # %%
+decoy = next(node for node in made.truth.decoys if node.kind == "head")
+control = ms.Node("head", decoy.layer, (decoy.index + 1) % model.n_heads)
+for name, node in (("the decoy", decoy), ("another head of its layer", control)):
+    with ms.ablate(model, node, prompts=pairs.harmless):
+        means = [model.cache(side, ["resid"]).resid[1:, :, -1].mean(1) for side in (pairs.harmful, pairs.harmless)]
+    sizes = (means[0] - means[1]).norm(dim=-1).tolist()
+    print(f"without {name}: length of the difference behind each layer", [round(size, 2) for size in sizes])
 print(ms.refusal_direction(model, pairs, metric, progress=False))
-print("decoys:", [str(node) for node in made.truth.decoys if node.kind == "head"])
 
 # %% [markdown]
 # ## 3. A probe and its control
@@ -176,8 +191,11 @@ def probe_and_control(
 # `cross_val_predict(probe, x.numpy(), target.numpy(), groups=topics.numpy(), cv=LeaveOneGroupOut())` gives the
 # prediction for every prompt from a probe that has not seen its topic.
 
+# %%
+checks.probe_and_control(probe_and_control)
+
 # %% [markdown]
-# A probe finds information. It does not say that the model uses it. Look at the layers before and after the head that
+# A probe finds information. It does not say that the model uses it. Look at the layers before and behind the head that
 # detects harm. (A control a little below 0.5 is usual where folds are few: a label that is rare in the training
 # topics is frequent in the one that is held out.)
 
@@ -189,6 +207,6 @@ shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual
 detection = next(node for node, role in made.truth.roles.items() if role == "detection")
 print(f"{detection} detects harm")
 resid = model.cache([*pairs.harmful, *pairs.harmless], ["resid"]).resid[..., -1, :].clone()
-for layer, x in enumerate(resid):
+for name, x in zip(["embedding", *(f"behind layer {layer}" for layer in range(4))], resid, strict=True):
     accuracy, control = probe_and_control(x, labels, shuffled, topics).tolist()
-    print(f"before layer {layer}: probe {accuracy:.2f}, control {control:.2f}")
+    print(f"{name}: probe {accuracy:.2f}, control {control:.2f}")

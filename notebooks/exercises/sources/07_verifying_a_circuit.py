@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3, backups=1)
 model = ms.load_model((made.model, made.tokenizer))
@@ -54,6 +55,9 @@ def faithfulness(
 
 # %% [markdown] tags=["hint"]
 # `kept.mean(dim=1)` has one number per circuit. The denominator is one number for all of them.
+
+# %%
+checks.faithfulness(faithfulness)
 
 # %%
 full, empty = (torch.from_numpy(scores).float() for scores in meter.ends())
@@ -108,6 +112,9 @@ def completeness_gap(
 # %% [markdown] tags=["hint"]
 # For each subset compute the absolute value of one difference. `max(... for gone in subsets)` takes the largest.
 
+# %%
+checks.completeness_gap(completeness_gap)
+
 # %% [markdown]
 # This model has a backup: two heads do the same work. **What do you expect** of a circuit that has only one of them?
 
@@ -149,6 +156,9 @@ def marginal_effects(
 # `faithfulness_of(whole) - faithfulness_of(whole - {node})` for each node, collected in a tensor.
 
 # %%
+checks.marginal_effects(marginal_effects)
+
+# %%
 nodes = made.truth.nodes
 for node, effect in zip(nodes, marginal_effects(faithfulness_of, nodes).tolist(), strict=True):
     print(f"{node} ({made.truth.roles[node]}): {effect:+.2f}")
@@ -181,6 +191,9 @@ def control_p(observed: Float[Tensor, ""], controls: Float[Tensor, " control"]) 
 
 # %% [markdown] tags=["hint"]
 # Add 1 above and below the line. A random circuit that equals yours counts against it.
+
+# %%
+checks.control_p(control_p)
 
 # %%
 generator = torch.Generator().manual_seed(0)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import mechsafety as ms
+from mechsafety.teaching import checks
 
 made = ms.testbed.planted(seed=3, backups=1)
 model = ms.load_model((made.model, made.tokenizer))
@@ -54,6 +55,9 @@ def circuit_scores(found: Set[ms.Node], true: Set[ms.Node]) -> Float[Tensor, " 3
 # Precision divides the number of hits by `len(found)`, recall by `len(true)`.
 
 # %%
+checks.circuit_scores(circuit_scores)
+
+# %%
 found = {node for node, effect in zip(patched.nodes, patched.effects.tolist(), strict=True) if abs(effect) > 0.1}
 print("found:", ", ".join(sorted(map(str, found))))
 print("precision, recall, F1:", circuit_scores(found, set(made.truth.nodes)).tolist())
@@ -88,6 +92,9 @@ def average_precision(scores: Float[Tensor, " part"], is_true: Bool[Tensor, " pa
 # %% [markdown] tags=["hint"]
 # `cumsum` counts the true parts up to each rank, and `torch.arange(1, n + 1)` counts all parts. Their quotient is the
 # precision at each rank. Average it where the ranked part is true.
+
+# %%
+checks.average_precision(average_precision)
 
 # %%
 is_true = torch.tensor([node in made.truth.nodes for node in patched.nodes])
@@ -129,6 +136,9 @@ def joint_excess(effect: Callable[[Sequence[ms.Node]], float], nodes: Sequence[m
 # %% [markdown] tags=["hint"]
 # The matrix is symmetric: `excess[i, j] = excess[j, i] = ...`. Two loops, `for i in range(n)` and `for j in range(i)`,
 # visit each pair once and leave the diagonal at 0.
+
+# %%
+checks.joint_excess(joint_excess)
 
 # %% [markdown]
 # **What do you expect**: which two heads stand out? Then reveal the truth.
