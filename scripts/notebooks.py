@@ -1,10 +1,12 @@
 """The course: each ``notebooks/sources/NN_title.py`` is executed and stored as ``notebooks/NN_title.ipynb``.
 
-python scripts/notebooks.py [NN ...] [--html FOLDER]
+python scripts/notebooks.py [NN ...] [--prose | --html FOLDER]
 
 Sources are jupytext's percent scripts. Without numbers, all notebooks are built. What is stored says nothing of the
-machine or the time, so that building again changes the outputs that changed and nothing more. With ``--html`` nothing
-is executed: the stored notebooks are written as pages that open without network, with their charts alive.
+machine or the time, so that building again changes the outputs that changed and nothing more.
+
+Two options execute nothing. ``--prose`` stores changed text beside the outputs of code that is the same. ``--html``
+writes the stored notebooks as pages that open without network, with their charts alive.
 """
 
 import argparse
@@ -127,11 +129,27 @@ def build(source: Path) -> float:
     return seconds
 
 
+def reword(source: Path) -> None:
+    """Store the prose of a source beside the outputs of an earlier build, whose code must be the same."""
+    told, kept = read(source), read(stored(source))
+    code, before = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (told, kept))
+    if [cell.source for cell in code] != [cell.source for cell in before]:
+        sys.exit(f"{source.stem}: its code is not that of the stored notebook; build it without --prose")
+    for new, old in zip(code, before, strict=True):
+        new.outputs, new.execution_count = old.outputs, old.execution_count
+    nbformat.write(told, stored(source))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", metavar="NN", help="numbers of notebooks, such as 03")
     parser.add_argument("--html", type=Path, metavar="FOLDER", help="write the stored notebooks as pages")
+    parser.add_argument("--prose", action="store_true", help="store changed text beside the outputs of the same code")
     args = parser.parse_args()
+    if args.prose:
+        for source in sources(args.numbers):
+            reword(source)
+        return
     if args.html:
         args.html.mkdir(parents=True, exist_ok=True)
         for source in sources(args.numbers):
