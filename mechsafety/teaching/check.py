@@ -153,8 +153,8 @@ class Check:
         except CheckFailed as error:
             raise CheckFailed(f"{self.name}: {error}") from None
         except Exception as error:
-            raised = f"{type(error).__name__}: {first_line(error)}"
-            raise CheckFailed(f"{self.name} raised {raised}{_line(function, error)} for {case.sizes}") from error
+            raised = f"{self.name} raised {type(error).__name__}: {first_line(error)}"
+            raise CheckFailed(raised, hint=f"{_line(function, error)}with {case.sizes}") from error
 
 
 @functools.cache
@@ -164,10 +164,10 @@ def wrong_answers(check: Check, mistake: Mistake) -> list[Tensor]:
 
 
 def _line(function: Callable[..., Any], error: Exception) -> str:
-    """The last line of the student's own code that an error went through."""
+    """The last line of the student's own code that an error went through; empty if that is not known."""
     file = getattr(getattr(function, "__code__", None), "co_filename", "")
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" in its line `{own[-1].line}`" if own and own[-1].line else ""
+    return f"in your line `{own[-1].line}`, " if own and own[-1].line else ""
 
 
 def as_tensor(answer: Any) -> Tensor:

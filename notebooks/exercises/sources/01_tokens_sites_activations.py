@@ -134,11 +134,16 @@ checks.head_outputs(head_outputs)
 
 # %% [markdown]
 # The package does the same in `cache.head_out`. Heads of a layer add up to what attention as a whole writes.
+#
+# **What do you expect** of the heads of layer 0, at the last two tokens of the prompt? One of them was planted to detect
+# harm, and writes what it found at the end of the user's turn.
 
 # %%
-layer = 1
+layer = 0
 z = rearrange(cache.z[layer], "head batch pos d_head -> batch pos head d_head")
 written = head_outputs(z, made.model.model.layers[layer].self_attn.o_proj.weight)
 theirs = rearrange(cache.head_out[layer], "head batch pos d_model -> batch pos head d_model")
 print("largest difference from the package:", f"{(written - theirs).abs().max():.1e}")
-print("length of what each head writes at the last token:", written[0, -1].norm(dim=-1).tolist())
+for column, token in zip((-2, -1), model.token_strings(prompts[0])[-2:], strict=True):
+    lengths = written[0, column].norm(dim=-1).tolist()
+    print(f"length of what each head writes at {token}:", [round(length, 2) for length in lengths])

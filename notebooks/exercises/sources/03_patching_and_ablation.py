@@ -167,8 +167,9 @@ for name, base, source, ends in (
 ):
     scores = torch.stack([patched_scores(model, metric, base, source, node.layer, node.index) for node in heads])
     theirs = ms.activation_patching(model, pairs, metric, nodes=heads, direction=name, progress=False)
-    print(name, dict(zip(map(str, heads), share_of_gap(scores, *ends).tolist(), strict=True)))
-    print(f"   largest difference from the package: {(share_of_gap(scores, *ends) - theirs.effects).abs().max():.1e}")
+    mine = share_of_gap(scores, *ends)
+    print(f"{name}:", ", ".join(f"{head} {effect:.3f}" for head, effect in zip(heads, mine.tolist(), strict=True)))
+    print(f"   largest difference from the package: {(mine - theirs.effects).abs().max():.1e}")
 
 # %% [markdown]
 # ## 4. A mean ablation

@@ -60,7 +60,8 @@ checks.circuit_scores(circuit_scores)
 # %%
 found = {node for node, effect in zip(patched.nodes, patched.effects.tolist(), strict=True) if abs(effect) > 0.1}
 print("found:", ", ".join(sorted(map(str, found))))
-print("precision, recall, F1:", circuit_scores(found, set(made.truth.nodes)).tolist())
+precision, recall, f1 = circuit_scores(found, set(made.truth.nodes))
+print(f"precision {precision:.2f}, recall {recall:.2f}, F1 {f1:.2f}")
 
 # %% [markdown]
 # ## 2. Score a ranking
