@@ -51,9 +51,10 @@ test-browser: $(DEV)
 test-notebooks: $(DEV)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --durations=0 --durations-min=1 tests/notebooks
 
-# execute the course's notebooks and store them; NB="03 04" builds these alone
+# execute the course's notebooks and store them, and write its exercises; NB="03 04" builds these notebooks alone
 notebooks: $(DEV)
 	$(BIN)/python scripts/notebooks.py $(NB)
+	$(BIN)/python scripts/exercises.py
 
 # TikZ pictures through LaTeX; as root it is installed where it is missing
 test-latex: $(DEV)

@@ -32,7 +32,14 @@ version = release = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "notebooks/*.ipynb", "benchmarks/*.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = [
+    "docs/**.md",
+    "notebooks/*.ipynb",
+    "notebooks/exercises/*.ipynb",
+    "benchmarks/*.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
 
 # Markdown as a code host reads it: every heading is an anchor. A notebook shows what is stored in it.
 myst_heading_anchors = 6
@@ -60,8 +67,13 @@ smartquotes = False  # messages and code are quoted as they are
 html_show_sourcelink = False
 html_additional_pages = {"index": "redirect.html"}
 
-# pages whose links are the site's menu, so that a list of pages is written once: the first one by sections
-MENUS = ("docs/index", "docs/methods", "docs/reference/index")
+# pages whose links are the site's menu, so that a list of pages is written once, and the folder of these pages; those
+# of the root are in sections
+MENUS = {
+    "docs/methods": "docs/methods/",
+    "docs/reference/index": "docs/reference/",
+    "docs/exercises": "notebooks/exercises/",
+}
 LINK = re.compile(r"\]\(([^)#\s]+)\.(?:md|ipynb)(?:#[^)]*)?\)")
 
 
@@ -74,16 +86,16 @@ def linked_pages(docname: str, text: str) -> list[str]:
 
 
 def add_menu(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Put the pages that a page of `MENUS` links to below it in the menu; links to folders have no target here."""
+    """Put what the root or a page of `MENUS` links to below it in the menu; links to folders have no target here."""
     content[0] = re.sub(r"\[([^\]]+)\]\([^)\s]+/\)", r"\1", content[0])
     if docname == root_doc:
         parts = re.split(r"^## +(.+)$", content[0], flags=re.M)[1:]
         menus = [
             (f":caption: {title}", linked_pages(docname, body)) for title, body in zip(*[iter(parts)] * 2, strict=True)
         ]
-    elif docname in MENUS:  # the pages of its own folder
-        folder = docname.removesuffix("/index") + "/"
-        menus = [("", [page for page in linked_pages(docname, content[0]) if page.startswith(folder)])]
+    elif docname in MENUS:
+        pages = linked_pages(docname, content[0])
+        menus = [("", [page for page in pages if page.startswith(MENUS[docname])])]
     else:
         return
     for caption, pages in menus:

@@ -13,6 +13,7 @@ from . import prompts as prompts
 from . import replies as replies
 from . import robustness as robustness
 from . import sites as sites
+from . import teaching as teaching
 from . import testbed as testbed
 from . import viz as viz
 from .attribution import direct_logit_attribution as direct_logit_attribution

@@ -61,6 +61,7 @@ EXPORTS = [
     "safety_neurons",
     "sites",
     "steer",
+    "teaching",
     "testbed",
     "viz",
 ]
@@ -87,6 +88,7 @@ ROOMS = (
     ("monitors",),
     ("service",),
     ("testbed",),
+    ("teaching",),
     ("viz",),
     ("cli",),
     ("__main__",),
