@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from mechsafety.prompts import PromptPairs
 from mechsafety.replies import REPLY_TOKENS, ReplyKinds, check_unedited, judge_replies, loss_limit
 from mechsafety.results import Provenance, Result
 from mechsafety.robustness.parts import matched_ranking, mean_values, ranked_parts
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import Site
 
 if TYPE_CHECKING:
@@ -218,6 +220,7 @@ def _sizes(n: int, asked: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(asked)))
 
 
+@sweeps
 @public
 def fragility(
     model: LensModel,
@@ -288,11 +291,16 @@ def fragility(
     scores = torch.zeros(len(swept), len(chosen), len(rankings), len(before))
     kl = torch.zeros(len(swept), len(chosen), len(rankings), len(harmless))
     with progress_bar(total=scores[..., 0].numel(), desc="fragility", show=progress) as bar:
-        for s, strength in enumerate(swept):
-            for k, size in enumerate(chosen):
-                for r, ranking in enumerate(rankings):
-                    scores[s, k, r], kl[s, k, r] = measured(ranking[:size], strength)
-                    bar.update()
+        cells = list(product(range(len(swept)), range(len(chosen)), range(len(rankings))))
+        found = work(
+            "fragility",
+            cells,
+            lambda cell: measured(rankings[cell[2]][: chosen[cell[1]]], swept[cell[0]]),
+            tuple[Tensor, Tensor],
+        )
+        for cell, values in zip(cells, found, strict=True):
+            scores[cell], kl[cell] = values
+            bar.update()
     said: tuple[tuple[ReplyKinds, ...], tuple[ReplyKinds, ...]] = ((), ())
     if replies:
         said = _kinds(model, rankings[:2], chosen, swept[-1], source, means, pairs.harmful, reply_tokens, progress)
