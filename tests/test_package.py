@@ -27,6 +27,7 @@ EXPORTS = [
     "NoRefusal",
     "Node",
     "PromptPairs",
+    "RayExecutor",
     "RefusalCircuit",
     "RefusalDirection",
     "RefusalLogOdds",
@@ -58,7 +59,9 @@ EXPORTS = [
     "refusal_direction",
     "replies",
     "robustness",
+    "running",
     "safety_neurons",
+    "scale",
     "sites",
     "steer",
     "testbed",
@@ -73,6 +76,7 @@ ROOMS = (
     ("sites", "inputs"),
     ("nodes",),
     ("results",),
+    ("scale",),
     ("prompts",),
     ("models",),
     ("cache", "replies", "openers"),
@@ -103,6 +107,8 @@ UPWARD = {
     ("circuits/circuit.py", "plot", "viz"),
     ("circuits/circuit.py", "widget", "viz"),
     ("robustness/report.py", "to_html", "viz"),
+    ("scale/machine.py", "here", "models"),
+    ("scale/shipping.py", "load", "models"),
 }
 
 

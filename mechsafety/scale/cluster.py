@@ -2,7 +2,6 @@
 
 import logging
 import pickle
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -121,7 +120,8 @@ class RayExecutor:
         size = sum(sum(tensor.nbytes for tensor in model.backend.weights().values()) for model in models.values())
         cpus = self.cpus if self.cpus is not None else store.machine.threads
         gpus = self.gpus if self.gpus is not None else float(on_gpu)
-        return {"num_cpus": cpus, "num_gpus": gpus, "memory": 0 if on_gpu else int((1 + ROOM) * size)}
+        needs = {"num_cpus": cpus, "num_gpus": gpus}
+        return needs if on_gpu else needs | {"memory": int((1 + ROOM) * size)}
 
     def _recipe(self, model: Any) -> Any:
         from mechsafety.scale.shipping import pack_weights
@@ -195,8 +195,7 @@ class _Job:
         try:
             event = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            raise self._unloadable(cause) from error
+            raise self._unloadable(error.cause) from error
         except self.ray.exceptions.RayError as error:
             self._bury(number, error)
             return None
@@ -349,14 +348,12 @@ def _ray() -> Any:
 def _connect(ray: Any, address: str | None) -> None:
     if ray.is_initialized():
         return
-    path = [place for place in sys.path if place]
     try:
         ray.init(
             address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=False if address is None else None,
-            runtime_env={"env_vars": {"PYTHONPATH": ":".join(path)}} if address is None else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise MechsafetyError(
@@ -372,7 +369,7 @@ def _check_fits(ray: Any, needs: Mapping[str, Any], replicas: int) -> None:
     Raises:
         MechsafetyError: It has room for fewer.
     """
-    asked = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"], "memory": needs["memory"]}
+    asked = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"], "memory": needs.get("memory", 0)}
     room = 0
     for node in ray.nodes():
         if node["Alive"]:

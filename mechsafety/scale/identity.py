@@ -85,9 +85,9 @@ def _feed(digest: Any, value: Any, where: str, inside: tuple[int, ...]) -> None:
         tag("code", value.co_code.hex(), value.co_names)
         feed(*value.co_consts)
     elif isinstance(value, FunctionType):
-        closure = inspect.getclosurevars(value).nonlocals
-        tag("function", value.__module__, value.__qualname__)
-        feed(inspect.unwrap(value).__code__, value.__defaults__, value.__kwdefaults__, closure)
+        own = inspect.unwrap(value)  # what a decorator encloses is the decorator's
+        tag("function", own.__module__, own.__qualname__)
+        feed(own.__code__, own.__defaults__, own.__kwdefaults__, inspect.getclosurevars(own).nonlocals)
     elif isinstance(value, MethodType):
         tag("method")
         feed(value.__self__, value.__func__.__qualname__)

@@ -84,9 +84,9 @@ def test_a_worker_is_killed_in_the_middle(two_nodes, tmp_path, caplog):
 
 def test_a_cluster_that_is_too_small_is_said_at_once(two_nodes, tmp_path):
     many = ms.RayExecutor(replicas=50)
-    with pytest.raises(ms.MechsafetyError, match=r"room for 2 of 50 replicas \(1 processors and"):
-        with ms.running(executor=many):
-            swept.CALLS["paths"]()
+    small = pytest.raises(ms.MechsafetyError, match=r"room for 2 of 50 replicas \(1 processors and")
+    with small, ms.running(executor=many):
+        swept.CALLS["paths"]()
 
 
 def test_errors_of_the_call_come_back(two_nodes, llama, pairs, log_odds):
@@ -96,9 +96,9 @@ def test_errors_of_the_call_come_back(two_nodes, llama, pairs, log_odds):
 
 def test_stored_runs_cannot_travel(two_nodes, llama, pairs, log_odds):
     runs = ms.patching.pair_runs(llama, pairs)
-    with pytest.raises(ms.MechsafetyError, match="pass pairs rather than their stored runs"):
-        with ms.running(executor=two_nodes):
-            ms.activation_patching(llama, runs, log_odds, progress=False)
+    refused = pytest.raises(ms.MechsafetyError, match="pass pairs rather than their stored runs")
+    with refused, ms.running(executor=two_nodes):
+        ms.activation_patching(llama, runs, log_odds, progress=False)
 
 
 def test_a_run_of_a_cluster_goes_on_in_one_process_and_back(two_nodes, tmp_path):
