@@ -94,7 +94,7 @@ def main() -> None:
     found["speedup"] = one / two
     # Amdahl: two = one (serial + (1 - serial) / 2)
     found["serial_share"] = max(0.0, 2 * two / one - 1)
-    text = json.dumps(found, indent=1)
+    text = json.dumps(found, indent=1, allow_nan=False)
     print(text)
     if given.out:
         given.out.write_text(text + "\n")

@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{good} of {len(rows)} killed runs went on to the same bytes")
     if given.out:
         found = {"call": given.call, "items": total, "seed": given.seed, "runs": rows, "same": good}
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        given.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     sys.exit(good != len(rows))
 
 

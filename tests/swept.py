@@ -12,9 +12,11 @@ import torch
 
 import mechsafety as ms
 from mechsafety.circuits import MapOptions, acdc, discover_edges
+from mechsafety.circuits.faithfulness import FaithfulnessMeter
+from mechsafety.circuits.masks import Training, train_masks
 from mechsafety.neurons import causal_effect_curve, dynamic_patching
 from mechsafety.output import SCRATCH, output_file
-from mechsafety.patching import Projection, path_matrix, path_projection
+from mechsafety.patching import Projection, pair_runs, path_matrix, path_projection
 from mechsafety.sites import Site, SiteKind
 
 QUIET = {"progress": False}
@@ -79,6 +81,10 @@ def _map(**options) -> ms.RefusalCircuit:
     return ms.map_refusal_circuit(*planted(), options=replace(SMALL, **options), **QUIET)
 
 
+def _meter() -> FaithfulnessMeter:
+    return FaithfulnessMeter(llama(), pair_runs(llama(), pairs()), METRIC)
+
+
 def _path_receivers() -> list[tuple[str, str]]:
     return [("L2.H1", "q"), ("L2.H2", "k"), ("L1.H3", "v"), ("L2.MLP", "mlp")]
 
@@ -107,10 +113,12 @@ CALLS: dict[str, Callable[[], object]] = {
     "ig-activations": lambda: _edges("ig-activations", steps=3),
     "mask-ig": lambda: _edges("mask-ig", steps=3),
     "edges of neurons": lambda: _edges("eap-ig", steps=2, neurons=[1]),
-    "discovery of edges": lambda: discover_edges(planted()[0], planted()[1], word_metric(), **QUIET),
+    "discovery of edges": lambda: discover_edges(
+        planted()[0], planted()[1], word_metric(), target=0.5, steps=2, max_edges=12, **QUIET
+    ),
     "acdc": lambda: acdc(planted()[0], planted()[1], word_metric(), threshold=0.05, **QUIET),
     "map": lambda: _map(),
-    "map by masks": lambda: _map(search="masks"),
+    "masks": lambda: train_masks(_meter(), training=Training(steps=20)),
     "map of neurons": lambda: _map(level="neuron"),
     "map within a budget": lambda: _map(budget_seconds=3600.0),
     "safety neurons": lambda: ms.safety_neurons(*reversed(twins()), PROMPTS, max_new_tokens=6, batch_size=2, **QUIET),

@@ -1,7 +1,6 @@
 """`RayExecutor`: the calls of a run on the replicas of a Ray cluster."""
 
 import logging
-import pickle
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -116,7 +115,7 @@ class RayExecutor:
 
     def _needs(self, store: "Store", models: Mapping[str, Any]) -> dict[str, Any]:
         """What Ray reserves for a replica."""
-        on_gpu = any(model.device.type == "cuda" for model in models.values())
+        on_gpu = any(model.device.type != "cpu" for model in models.values())
         size = sum(sum(tensor.nbytes for tensor in model.backend.weights().values()) for model in models.values())
         cpus = self.cpus if self.cpus is not None else store.machine.threads
         gpus = self.gpus if self.gpus is not None else float(on_gpu)
@@ -219,7 +218,7 @@ class _Job:
         elif isinstance(event, told.Returned):
             for text in event.warned:
                 warnings.warn(text, stacklevel=2)
-            return (pickle.loads(event.result),)
+            return (event.result,)
         return None
 
     def _answer(self, number: int, sweep: int) -> None:

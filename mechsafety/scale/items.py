@@ -75,7 +75,7 @@ def _checksum(about: dict[str, Any], tensors: dict[str, Any]) -> str:
     """Hash of all that a file holds besides the hash itself."""
     import torch
 
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, allow_nan=False).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         if tensor.numel():

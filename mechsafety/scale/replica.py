@@ -38,9 +38,9 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The call has returned: pickled result, and the warnings on the way."""
+    """The call has returned: its result, and the warnings on the way."""
 
-    result: bytes
+    result: Any
     warned: tuple[str, ...]
 
 
@@ -172,16 +172,13 @@ class Replica:
             with warnings.catch_warnings(record=True) as seen, telling(worker.tell), as_on(machine), at_work(worker):
                 warnings.simplefilter("always")
                 found = function(*args, **kwargs)
-            event = Returned(pickle.dumps(found), tuple(dict.fromkeys(str(one.message) for one in seen)))
+            event = Returned(found, tuple(dict.fromkeys(str(one.message) for one in seen)))
         except _Stopped:
             return
         except Exception as error:
-            trace = traceback.format_exc()
-            try:
-                pickle.loads(pickle.dumps(error))
-            except Exception:
-                error = RuntimeError(f"{type(error).__name__}: {error}")
-            event = Raised(error, trace)
+            # errors of libraries may not be able to travel
+            known = error if isinstance(error, MechsafetyError) else RuntimeError(f"{type(error).__name__}: {error}")
+            event = Raised(known, traceback.format_exc())
         worker.events.put(event)
 
 

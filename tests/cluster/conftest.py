@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")  # otherwise a busy machine starves the replicas
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SHARED = [
     "node attribution",
     "eap-ig",
     "acdc",
-    "map by masks",
+    "map of neurons",
     "map within a budget",
     "safety neurons",
     "curve of log-odds",
