@@ -9,6 +9,8 @@ STAMP := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 # what the documentation's site needs on top
 DOCS := $(VENV)/installed-docs
+# what tests on a cluster need on top
+RAY := $(VENV)/installed-ray
 # the same with TransformerLens 3.9, the last one with HookedTransformer
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
@@ -30,14 +32,18 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery slides lint format train train-certified evaluate bench bench-truth bench-service clean
+.PHONY: demo test test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
 	@echo "open out/report.html in a browser"
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser --ignore=tests/notebooks
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser --ignore=tests/notebooks --ignore=tests/cluster
+
+# runs on a Ray cluster of two nodes on this machine, with a worker and a node killed; about ten minutes on two cores
+test-ray: $(RAY)
+	OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest tests/cluster
 
 # the interactive pages in a real browser, headless and without network
 test-browser: $(DEV)
@@ -135,6 +141,10 @@ bench-service: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/monitor_overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/service_load.py
 
+# work per second of 1 and 2 replicas of a Ray cluster, for docs/howto/clusters.md; on an idle machine with two cores
+bench-cluster: $(RAY)
+	OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python benchmarks/cluster.py
+
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
@@ -145,6 +155,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 $(DEV): $(STAMP)
 	$(PIP) --editable ".[demo,dev]"
 	touch $(DEV)
+
+$(RAY): $(DEV)
+	$(PIP) --editable ".[demo,dev,ray]"
+	touch $(RAY)
 
 $(DOCS): $(STAMP)
 	$(PIP) --editable ".[demo,docs]"

@@ -12,6 +12,7 @@ from . import probes as probes
 from . import prompts as prompts
 from . import replies as replies
 from . import robustness as robustness
+from . import scale as scale
 from . import sites as sites
 from . import teaching as teaching
 from . import testbed as testbed
@@ -43,5 +44,7 @@ from .probes import probe_layers as probe_layers
 from .prompts import PromptPairs as PromptPairs
 from .replies import judge_replies as judge_replies
 from .robustness import fragility as fragility
+from .scale import RayExecutor as RayExecutor
+from .scale import running as running
 from .sites import Site as Site
 from .version import __version__ as __version__

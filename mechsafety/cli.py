@@ -149,6 +149,9 @@ def map_command(
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
+    resume: Path | None = None,
+    ray: str | None = None,
+    replicas: int = 2,
     metric_options: MetricOptions = DEFAULT_METRIC,
     model_options: ModelOptions = DEFAULT_MODEL,
     seed: int = 0,
@@ -187,6 +190,13 @@ def map_command(
         Time for the map in seconds; work that does not fit is left out and listed.
     quick
         A first look on few pairs, with fewer checks; the results are marked as preliminary.
+    resume
+        Folder of finished work, made if it is missing. If the map is stopped, the same command goes on from there.
+    ray
+        Address of a Ray cluster that computes the map: "auto", HOST:6379 or ray://HOST:10001; "local" starts one here.
+        It needs the extra "ray".
+    replicas
+        Number of processes of the cluster that compute, each with its own copy of the model.
     seed
         Seed of everything random.
     as_json
@@ -204,7 +214,9 @@ def map_command(
                 metric_options.check()
                 loading = model_options.checked()
                 from mechsafety.circuits import MapOptions, map_refusal_circuit
+                from mechsafety.scale import RayExecutor, running
 
+                executor = None if ray is None else RayExecutor(None if ray == "local" else ray, replicas)
                 pairs_to_try: dict[str, Any] = {} if limit is None else {"limit": limit}
                 options = (MapOptions.quick if quick else MapOptions)(
                     **pairs_to_try,
@@ -217,17 +229,20 @@ def map_command(
                     budget_seconds=budget_seconds,
                     seed=seed,
                 )
-                lens, chosen, metric = _loaded(chosen, metric_options, model, loading)
-                circuit = map_refusal_circuit(lens, chosen, metric, options)
+                with running(resume, executor=executor):
+                    lens, chosen, metric = _loaded(chosen, metric_options, model, loading)
+                    circuit = map_refusal_circuit(lens, chosen, metric, options)
                 with writing(out):
                     write_all(circuit, scratch)
                 late.enter_context(uninterrupted())  # the rest takes milliseconds
             done = True
         code = _show(_summary_json(circuit, out) if as_json else _summary(circuit, out), out)
     except KeyboardInterrupt as error:
+        word, number = _of_signal(error)
+        if not done and resume is not None and resume.is_dir():
+            return _say(f"{word}; finished work is kept in {resume}, and the same command goes on from there", number)
         if not done:
             raise
-        word, number = _of_signal(error)
         return _say(f"{word} after the map was written; it is whole in {out}", number)
     if code == DONE and circuit.unfinished:
         return _say(f"{NO_CIRCUIT}; what was measured is in {out}; give more --budget-seconds", UNFINISHED)

@@ -43,7 +43,8 @@ def _finite(value: Any) -> Any:
 def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch file beside ``path`` that takes its place on success and vanishes on failure.
 
-    Missing folders are made. A new file takes over the permissions of the file that it replaces. A link stays a link,
+    It is on the disk before it takes its place, so that a power cut leaves the old file or the new one. Missing folders
+    are made. A new file takes over the permissions of the file that it replaces. A link stays a link,
     and the file that it points to is replaced. Anything that is not an ordinary file (a pipe, ``/dev/stdout``) is
     written to directly.
 
@@ -64,7 +65,9 @@ def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
                 yield scratch
                 if target.exists():
                     shutil.copymode(target, scratch)
+                _to_disk(scratch)
                 os.replace(scratch, target)
+                _to_disk(target.parent)
             finally:
                 scratch.unlink(missing_ok=True)
 
@@ -202,6 +205,17 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise MechsafetyError(
             f"cannot write {str(path)!r} ({reason})", expected="a place that can be written to"
         ) from cause
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk; without that, a power cut leaves empty files."""
+    if path.is_dir() and os.name != "posix":
+        return  # other systems open no folders
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _scratch(folder: Path, suffix: str = "") -> Path:

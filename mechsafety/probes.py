@@ -17,13 +17,14 @@ from mechsafety.directions.scores import divergence
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.intervals import mean_interval, wilson_interval
-from mechsafety.interventions.batched import EditedRun, PromptBatches, run_removed, run_unedited
+from mechsafety.interventions.batched import Later, PromptBatches, removed_runs, run_unedited
 from mechsafety.interventions.steering import token_batches
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, builtin_prompts, distinct, omissions, unseen
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps, work
 
 PROBE_SPANS = ("instruction", "suffix", "last")
 # inverse regularisation strengths among which the inner cross-validation chooses
@@ -167,6 +168,7 @@ class ProbeReport(Result):
         return {**found, "random_erased_most": float(means[means.abs().argmax()])}
 
 
+@sweeps
 @public
 def probe_layers(
     model: LensModel,
@@ -310,17 +312,20 @@ def _fit_all(
     values = torch.zeros(n_layers, n_spans, n_prompts)
     shuffled = torch.zeros(len(shuffled_labels), n_layers, n_spans, n_prompts)
     on_hard, directions = torch.zeros(seen_hard.shape[:3]), torch.zeros(2, n_layers, n_spans, d_model)
-    with progress_bar(total=n_layers * n_spans, desc="probes", show=progress) as bar:
-        for k in range(n_layers):
-            for s in range(n_spans):
-                data = seen[k, s].numpy()
-                values[k, s] = folds.out_of_fold(_linear(), data, labels)
-                for draw, own in enumerate(shuffled_labels):
-                    shuffled[draw, k, s] = folds.out_of_fold(_linear(), data, own)
-                probe = folds.fit(_linear(), data, labels)
-                on_hard[k, s] = torch.from_numpy(probe.decision_function(seen_hard[k, s].numpy()))
-                directions[:, k, s] = _directions(probe, data)
-                bar.update()
+
+    def fitted(cell: tuple[int, int]) -> tuple[Tensor, ...]:
+        data = seen[cell].numpy()
+        own = folds.out_of_fold(_linear(), data, labels)
+        draws = [folds.out_of_fold(_linear(), data, drawn) for drawn in shuffled_labels]
+        probe = folds.fit(_linear(), data, labels)
+        hard = torch.from_numpy(probe.decision_function(seen_hard[cell].numpy()))
+        return own, torch.stack(draws) if draws else shuffled[:, 0, 0], hard, _directions(probe, data)
+
+    cells = [(k, s) for k in range(n_layers) for s in range(n_spans)]
+    with progress_bar(total=len(cells), desc="probes", show=progress) as bar:
+        for (k, s), found in zip(cells, work("probes", cells, fitted, tuple[Tensor, ...]), strict=True):
+            values[k, s], shuffled[:, k, s], on_hard[k, s], directions[:, k, s] = found
+            bar.update()
     return values, shuffled, on_hard, directions
 
 
@@ -423,16 +428,22 @@ def _erase(
     cost = torch.full((len(directions), len(harmless)), torch.nan)
     real = (directions.norm(dim=-1) > 0).nonzero().flatten().tolist()
     bases = [directions[[k]].to(model.device) for k in real]
-    for run in run_removed(model, bad, bases):
-        after[_cells(real, run)] = metric(run.logits).cpu()
-    for run in run_removed(model, good, bases):
-        cost[_cells(real, run)] = divergence(log_probs[list(run.index)], run.logits).cpu()
+    reads = ((bad, after, metric), (good, cost, None))
+    for prompts, found, read in reads:
+        runs = removed_runs(model, prompts, bases)
+
+        def scored(k: int, runs: list[Later] = runs, read: RefusalLogOdds | None = read) -> Scored:
+            run = runs[k]()
+            values = divergence(log_probs[list(run.index)], run.logits) if read is None else read(run.logits)
+            return run.variants, run.index, values.cpu()
+
+        for variants, index, values in work("erasing", range(len(runs)), scored, Scored):
+            found[torch.tensor([real[k] for k in variants])[:, None], torch.tensor(index)] = values
     return before, after, cost
 
 
-def _cells(real: Sequence[int], run: EditedRun) -> tuple[Tensor, Tensor]:
-    """Row of each direction and column of each prompt of a run."""
-    return torch.tensor([real[k] for k in run.variants])[:, None], torch.tensor(run.index)
+# places of directions and of prompts, and their scores
+Scored = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 
 
 def _by_cell(rows: Float[Tensor, "row prompt"], n_flat: int, n_spans: int) -> list[Tensor | None]:

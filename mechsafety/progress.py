@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 # seconds between two changes of the words beside a bar
 EVERY = 0.2
 _outer: ContextVar["_Bar | None"] = ContextVar("outer bar", default=None)
+# where stages are told instead of shown, by a process that shows nothing itself
+_told: ContextVar[Callable[[str], object] | None] = ContextVar("told stages", default=None)
 
 
 def progress_bar(
@@ -26,7 +28,7 @@ def progress_bar(
         show: Whether to show it.
         delay: Seconds before it appears.
     """
-    outer = _outer.get()
+    outer, show = _outer.get(), show and _told.get() is None
     if show and outer is not None:
         return _Inner(over, outer, desc, total)
     return _Bar(over, total=total, desc=desc, disable=not show, leave=False, delay=delay)
@@ -98,6 +100,7 @@ class Stages:
 
     def __init__(self, total: int, show: bool) -> None:
         self.total, self.n = total, 0
+        show = show and _told.get() is None
         self.lines = show and not drawn()
         form = "{desc}: {n_fmt} of {total_fmt} stages done, {elapsed}{postfix}"
         self.bar = _Bar(
@@ -108,6 +111,9 @@ class Stages:
         """Begin a stage; the one before it is done."""
         self.bar.update(min(1, self.n))
         self.n += 1
+        tell = _told.get()
+        if tell is not None:
+            tell(name)
         self.bar.set_postfix_str("", refresh=False)
         self.bar.set_description_str(name)
         if self.lines:
@@ -121,6 +127,16 @@ def stages(total: int, show: bool) -> Iterator[Stages]:
     found = Stages(total, show)
     with found.bar:
         yield found
+
+
+@contextmanager
+def telling(tell: Callable[[str], object]) -> Iterator[None]:
+    """Context in which nothing is shown, and each stage that begins is told to a function."""
+    token = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(token)
 
 
 class _Nowhere:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechsafety.codec import decode, encode
+from mechsafety.output import output_file
 
 
 class Steps:
@@ -60,7 +61,7 @@ class Steps:
             tensors: dict[str, Any] = {}
             row = encode(kind, found, "", tensors)
             if tensors:
-                _whole(beside, save(tensors))
+                _write_bytes(beside, save(tensors))
             _write(path, {"seconds": seconds, "found": row})
         row = json.loads(path.read_text())["found"]
         return decode(kind, row, name, load_file(beside) if beside.is_file() else {})
@@ -103,11 +104,9 @@ def check_store(folder: Path, made_of: Mapping[str, Any], besides: Collection[st
 
 
 def _write(path: Path, data: Any) -> None:
-    _whole(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+    _write_bytes(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _whole(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_bytes(data)
-    scratch.replace(path)
+def _write_bytes(path: Path, data: bytes) -> None:
+    with output_file(path) as scratch:
+        scratch.write_bytes(data)

@@ -386,6 +386,9 @@ def test_help_names_every_option(run):
         "search",
         "ablation",
         "quick",
+        "resume",
+        "ray",
+        "replicas",
     )
     assert [name for name in (*names, "chat-template") if f"--{name}" not in text] == []
 
@@ -511,6 +514,30 @@ def test_a_signal_from_outside(saved, pairs_file, tmp_path):
     assert process.returncode == 143, lines
     assert lines[-1] == "mechsafety: terminated; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_that_was_stopped_goes_on(run, saved, pairs_file, tmp_path):
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    argv = [*map_argv(saved, pairs_file, out), "--resume", str(kept)]
+    with subprocess.Popen([sys.executable, "-m", "mechsafety", *argv], stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("[3/6]"):
+                process.terminate()
+    assert process.returncode == 143, lines
+    assert lines[-1] == (
+        f"mechsafety: terminated; finished work is kept in {kept}, and the same command goes on from there\n"
+    )
+    items = set(kept.rglob("*.safetensors"))
+    assert items and not out.exists()
+    assert run(*argv).code == 0
+    assert items < set(kept.rglob("*.safetensors"))
+    alone = tmp_path / "alone"
+    assert run(*map_argv(saved, pairs_file, alone)).code == 0
+    assert (out / "circuit.json").read_bytes() == (alone / "circuit.json").read_bytes()
+    ran = run(*map_argv(saved, pairs_file, tmp_path / "other"), "--seed", "1", "--resume", str(kept))
+    assert ran.code == 2 and "with another options" in ran.err
 
 
 @pytest.mark.usefixtures("heard")

@@ -27,6 +27,7 @@ EXPORTS = [
     "NoRefusal",
     "Node",
     "PromptPairs",
+    "RayExecutor",
     "RefusalCircuit",
     "RefusalDirection",
     "RefusalLogOdds",
@@ -58,7 +59,9 @@ EXPORTS = [
     "refusal_direction",
     "replies",
     "robustness",
+    "running",
     "safety_neurons",
+    "scale",
     "sites",
     "steer",
     "teaching",
@@ -74,6 +77,7 @@ ROOMS = (
     ("sites", "inputs"),
     ("nodes",),
     ("results",),
+    ("scale",),
     ("prompts",),
     ("models",),
     ("cache", "replies", "openers"),
@@ -105,6 +109,8 @@ UPWARD = {
     ("circuits/circuit.py", "plot", "viz"),
     ("circuits/circuit.py", "widget", "viz"),
     ("robustness/report.py", "to_html", "viz"),
+    ("scale/machine.py", "here", "models"),
+    ("scale/shipping.py", "load", "models"),
 }
 
 
@@ -177,7 +183,7 @@ def test_unknown_attribute_is_an_attribute_error():
 
 def test_the_top_of_the_package_fits_in_a_head():
     rooms = [name for name in EXPORTS if isinstance(getattr(ms, name), type(ms))]
-    assert len(EXPORTS) - len(rooms) <= 30 and "__version__" in EXPORTS
+    assert len(EXPORTS) - len(rooms) <= 32 and "__version__" in EXPORTS
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.pyi")), ids=lambda path: path.parent.name)

@@ -1,8 +1,10 @@
 """Edge attribution (EAP, EAP-IG, IG-activations): a gradient estimate for every direct path between two nodes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsafety.attribution.gradients import GRIDS, Grid, integration_points, receiver_scores
-from mechsafety.attribution.senders import sender_chunks
-from mechsafety.attribution.steps import choose_points, kept_runs, misses, share
+from mechsafety.attribution.senders import Chunks, sender_chunks
+from mechsafety.attribution.steps import choose_points, kept_runs, missed_by, share
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
@@ -28,12 +30,15 @@ from mechsafety.patching.receivers import INTO_LOGITS, Receiver, reaches
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import SiteKind
 
 Method = Literal["eap", "eap-ig", "ig-activations", "mask-ig"]
 METHODS: tuple[Method, ...] = get_args(Method)
 # pairs x columns that are attributed at once, because autograd's graph holds all their activations
 BATCH_TOKENS = 96
+# first sender, receivers, and what is added to their scores
+Block = tuple[int, tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class EdgeScores(Result):
         return bars(frame, "edge", "score", "estimated share of the gap")
 
 
+@sweeps
 @public
 def edge_attribution(
     model: LensModel,
@@ -181,25 +187,41 @@ def edge_attribution(
     else:
         points = integration_points(model, method, steps or 1, senders, grid)
     scores = torch.zeros(len(senders), len(receivers), device=model.device)
-    gap, missed, n_pairs, scored = 0.0, np.zeros(1), 0, []
-    with progress_bar(total=len(batches) * len(points), desc="edges", show=progress) as bar:
-        for batch in batches:
-            runs = batch()
-            n_pairs += len(runs.harmful)
-            harmful, harmless = runs.scores(metric)
-            gap += float((harmful - harmless).sum())
-            scored.append((harmful, harmless))
-            chunks, slopes = sender_chunks(model, runs, senders), list[float]()
-            for point in points:
-                slope, into = receiver_scores(model, runs, metric, receivers, reached, point)
-                slopes.append(slope)
-                for columns, score in into:
-                    first, last = point.senders
-                    for rows, change in chunks(first, min(last, reached[columns[0]])):
-                        scores[rows, columns] += point.weight * score(change)
-                bar.update()
-            if complete is None:
-                missed = missed + misses(model, runs, metric, points, slopes)
+    gap, missed, n_pairs, scored, slopes = 0.0, np.zeros(1), 0, [], list[float]()
+
+    @lru_cache(maxsize=1)
+    def prepared(number: int) -> tuple[PairRuns, Chunks]:
+        runs = batches[number]()
+        return runs, sender_chunks(model, runs, senders)
+
+    def scored_at(item: tuple[int, int]) -> tuple[float, Tensor, Tensor, Iterator[Block]]:
+        (runs, chunks), point = prepared(item[0]), points[item[1]]
+        slope, into = receiver_scores(model, runs, metric, receivers, reached, point)
+
+        def blocks() -> Iterator[Block]:
+            for columns, score in into:
+                first, last = point.senders
+                for rows, change in chunks(first, min(last, reached[columns[0]])):
+                    yield rows.start, tuple(columns), point.weight * score(change)
+
+        return slope, *runs.scores(metric), blocks()
+
+    items = [(number, k) for number in range(len(batches)) for k in range(len(points))]
+    kind = tuple[float, Tensor, Tensor, tuple[Block, ...]]
+    with progress_bar(total=len(items), desc="edges", show=progress) as bar:
+        found = work("edges", items, scored_at, kind, group=itemgetter(0))
+        for (number, k), (slope, harmful, harmless, parts) in zip(items, found, strict=True):
+            if k == 0:
+                n_pairs += len(harmful)
+                gap += float((harmful - harmless).sum())
+                scored.append((harmful, harmless))
+                slopes = []
+            slopes.append(slope)
+            for first, columns, part in parts:
+                scores[first : first + len(part), columns] += part.to(scores.device)
+            bar.update()
+            if complete is None and k == len(points) - 1:
+                missed = missed + np.array(missed_by(model, lambda k: prepared(k)[0], number, metric, points, slopes))
     check_gap(*(torch.cat(side) for side in zip(*scored, strict=True)))
     shown = len({point.alpha for point in points})
     options: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -18,6 +20,7 @@ from mechsafety.patching.masks import PairRuns, SoftMask, aligned_pairs, masked_
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import SiteKind
 
 # pairs x columns that are attributed at once; in a 135M model their graph takes about 2 MB per column
@@ -71,6 +74,7 @@ class NodeAttribution(Result):
         return bars(self.to_dataframe(), "node", "estimate", "estimated share of the gap")
 
 
+@sweeps
 @public
 def node_attribution(
     model: LensModel,
@@ -104,17 +108,23 @@ def node_attribution(
     pairs = aligned_pairs(model, pairs)
     batches = pair_batches(model, pairs, BATCH_TOKENS, [SiteKind.NEURONS] if neurons else [])
     sums, gap, n_pairs, scored = _zero_grads(model, neurons), 0.0, 0, []
-    with progress_bar(total=len(batches) * steps, desc="nodes", show=progress) as bar:
-        for batch in batches:
-            runs = batch()
-            harmful, harmless = runs.ends(metric)
-            gap += float((harmful - harmless).sum())
-            scored.append((harmful, harmless))
-            n_pairs += len(harmful)
-            for step in range(steps):
-                grads = mask_gradients(model, runs, metric, (step + 0.5) / steps, neurons=neurons)
-                sums = [total + grad * len(harmful) / steps for total, grad in zip(sums, grads, strict=True)]
-                bar.update()
+    runs_of = lru_cache(maxsize=1)(lambda number: batches[number]())
+
+    def gradients(item: tuple[int, int]) -> tuple[Tensor, ...]:
+        runs = runs_of(item[0])
+        return (*runs.ends(metric), *mask_gradients(model, runs, metric, (item[1] + 0.5) / steps, neurons=neurons))
+
+    items = [(number, step) for number in range(len(batches)) for step in range(steps)]
+    found = work("nodes", items, gradients, tuple[Tensor, ...], group=itemgetter(0))
+    with progress_bar(total=len(items), desc="nodes", show=progress) as bar:
+        for (_, step), (harmful, harmless, *grads) in zip(items, found, strict=True):
+            if not step:
+                gap += float((harmful - harmless).sum())
+                scored.append((harmful, harmless))
+                n_pairs += len(harmful)
+            own = [grad.to(model.device) for grad in grads]
+            sums = [total + grad * len(harmful) / steps for total, grad in zip(sums, own, strict=True)]
+            bar.update()
     check_gap(*(torch.cat(side) for side in zip(*scored, strict=True)))
     heads, parts = (total.detach() / gap for total in sums)
     mlps = parts.sum(-1) if neurons else parts

@@ -22,6 +22,7 @@ from mechsafety.models.engine import BaseRun, Hook, base_run, expand_rows, max_v
 from mechsafety.nodes import Node
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import Tokens
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import Site, SiteKind
 
 Mask = Literal["uniform", "zero"]
@@ -29,6 +30,7 @@ Mask = Literal["uniform", "zero"]
 RANK = 1
 
 
+@sweeps
 @public
 def ships(
     model: LensModel, prompts: Prompts | Tokens, *, mask: Mask = "uniform", rank: Count = RANK, progress: bool = True
@@ -69,6 +71,7 @@ def masked_heads(
     return rearrange(found, "(layer head) prompt d -> layer head prompt d", layer=model.n_layers), base
 
 
+@sweeps
 @public
 def sahara(
     model: LensModel,
@@ -131,13 +134,17 @@ def _masked(
     order = sorted(range(len(groups)), key=lambda k: min(node.layer or 0 for node in groups[k]))
     size = max_variants(base)
     with torch.no_grad(), progress_bar(total=len(groups), desc="masking", show=progress) as bar:
-        for first in range(0, len(order), size):
-            chunk = order[first : first + size]
+
+        def masked(chunk: list[int]) -> Float[Tensor, "group prompt d_model"]:
             hooks = _hooks(model, [groups[k] for k in chunk], values)
             start = min(site.layer or 0 for site, _ in hooks)
             resid = expand_rows(base.resid[start], len(chunk))
             final = run_from(model, base, start, resid, hooks, stop=model.n_layers)[:, -1].float()
-            out[chunk] = rearrange(final, "(group prompt) d -> group prompt d", group=len(chunk))
+            return rearrange(final, "(group prompt) d -> group prompt d", group=len(chunk))
+
+        chunks = [order[first : first + size] for first in range(0, len(order), size)]
+        for chunk, found in zip(chunks, work("masking", chunks, masked, Tensor), strict=True):
+            out[chunk] = found.to(out.device)
             bar.update(len(chunk))
     return out, base
 

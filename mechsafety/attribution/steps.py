@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching.masks import PairRuns
+from mechsafety.scale.work import once, work
 
 # numbers of points that are tried in turn, and how far from 1 the completeness may be
 SERIES = (5, 10, 20, 40, 80)
@@ -54,14 +56,36 @@ def completeness(model: LensModel, batches: Batches, metric: RefusalLogOdds, poi
 
     The cost is a forward and a backward pass per point, and one more forward per sublayer.
     """
-    gap, missed = 0.0, np.zeros(1)
-    for batch in batches:
-        runs = batch()
+    gap, missed, slopes = 0.0, np.zeros(1), list[float]()
+    runs_of = lru_cache(maxsize=1)(lambda number: batches[number]())
+
+    def measured(item: tuple[int, int]) -> tuple[float, float]:
+        runs = runs_of(item[0])
         harmful, harmless = runs.scores(metric)
-        gap += float((harmful - harmless).sum())
-        slopes = [slope(model, runs, metric, point) for point in points]
-        missed = missed + misses(model, runs, metric, points, slopes)
+        return slope(model, runs, metric, points[item[1]]), float((harmful - harmless).sum())
+
+    items = [(number, k) for number in range(len(batches)) for k in range(len(points))]
+    found = work("slopes", items, measured, tuple[float, float], group=itemgetter(0))
+    for (number, k), (own, part) in zip(items, found, strict=True):
+        slopes = [own] if k == 0 else [*slopes, own]
+        if k == len(points) - 1:
+            gap += part
+            missed = missed + np.array(missed_by(model, runs_of, number, metric, points, slopes))
     return share(missed, gap)
+
+
+def missed_by(
+    model: LensModel,
+    runs_of: Callable[[int], PairRuns],
+    number: int,
+    metric: RefusalLogOdds,
+    points: Sequence[Point],
+    slopes: Sequence[float],
+) -> tuple[float, ...]:
+    """`misses` of one batch, as a step of a run."""
+    return once(
+        "misses", lambda: tuple(misses(model, runs_of(number), metric, points, slopes).tolist()), tuple[float, ...]
+    )
 
 
 def kept_runs(batches: Batches) -> list[Callable[[], PairRuns]]:

@@ -13,10 +13,12 @@ from mechsafety.nodes import Node, NodeLike, as_nodes
 from mechsafety.patching import activation_patching
 from mechsafety.prompts import PromptPairs
 from mechsafety.replies import REPLY_TOKENS, JudgedReplies, check_unedited, judge_replies
+from mechsafety.scale.work import sweeps
 
 PAIRS = 8
 
 
+@sweeps
 @public
 def measure_ablation(
     model: LensModel,

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from mechsafety.scale.work import once
+
 T = TypeVar("T")
 LEFT_OUT = "left out"
 # the stage without which there is no circuit
@@ -15,6 +17,9 @@ class Budget:
 
     A stage stops once a given share of the whole time has passed. An early stage can therefore not use up the time that
     the checks at the end need.
+
+    In a run (`mechsafety.scale`), each decision is made once and recorded. A run that goes on after a stop has all the
+    time again.
 
     Args:
         seconds: Limit, from now on; None for no limit.
@@ -34,7 +39,11 @@ class Budget:
 
     def over(self, share: float = 1.0) -> bool:
         """Whether more than ``share`` of the seconds have passed."""
-        return self.seconds is not None and self._clock() - self._start > share * self.seconds
+        if self.seconds is None:
+            return False
+        limit = share * self.seconds
+        # in a run it is decided once, because all that follows depends on it
+        return once("time left", lambda: self._clock() - self._start > limit, bool)
 
     def left_out(self, what: str) -> None:
         """Note what was cut."""

@@ -14,6 +14,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +64,7 @@ class Draw(Result):
         return pd.DataFrame(rows, columns=columns)
 
 
+@sweeps
 @public
 def draw_pairs(
     model: LensModel,

@@ -28,6 +28,7 @@ from mechsafety.nodes import EMBED, HEAD_SITES, LOGITS, SLOTS, Edge, Node, Part,
 from mechsafety.patching.masks import PairRuns
 from mechsafety.patching.receivers import reaches
 from mechsafety.patching.senders import behind_norm
+from mechsafety.scale.work import work
 from mechsafety.sites import Site, SiteKind
 
 # bytes of sender outputs held at once
@@ -63,12 +64,16 @@ class EdgeMeter(FaithfulnessMeter):
         base = self.runs.harmful
         check_parts(self, circuits, lambda part: isinstance(part, Edge))
         size = max(1, max_variants(base) // max(1, self.model.n_heads))
+
+        def scored(first: int) -> Float[Tensor, "circuit prompt"]:
+            some = [[part for part in parts if isinstance(part, Edge)] for parts in circuits[first : first + size]]
+            return self.metric(edge_circuit_logits(self.model, self.runs, some))
+
         done = []
         with self.bar(len(circuits)) as bar:
-            for first in range(0, len(circuits), size):
-                some = [[part for part in parts if isinstance(part, Edge)] for parts in circuits[first : first + size]]
-                done.append(self.metric(edge_circuit_logits(self.model, self.runs, some)))
-                bar.update(len(some))
+            for found in work("edges kept", range(0, len(circuits), size), scored, Tensor, of=circuits):
+                done.append(found)
+                bar.update(len(found))
         return torch.cat(done).cpu().double().numpy() if done else np.zeros((0, len(base)))
 
     def soft(self, runs: PairRuns, weights: Float[Tensor, " part"]) -> Float[Tensor, " batch"]:

@@ -1,7 +1,8 @@
 """Circuits of edges: the smallest set found that carries the metric gap, and ACDC, which removes edges one by one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from mechsafety.patching.senders import written_changes
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, norms_note
+from mechsafety.scale.work import once, sweeps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,6 +99,7 @@ class EdgeCircuit(Result):
         return bars(frame, "edge", "score", "score")
 
 
+@sweeps
 @public
 def discover_edges(
     model: LensModel,
@@ -197,6 +200,7 @@ def search_edges(
     return replace(found, scores=ranked)
 
 
+@sweeps
 @public
 def acdc(
     model: LensModel,
@@ -244,7 +248,7 @@ def acdc(
     with progress_bar(total=len(order), desc="edges", show=progress) as bar:
         while place < len(order):
             chunk = order[place : place + size]
-            values = _measured(meter, cuts.logits(chunk), measure)
+            values = once("cuts", partial(_measured, meter, partial(cuts.logits, chunk), measure), Values, of=chunk)
             for edge, value in zip(chunk, values, strict=True):
                 place += 1
                 loss = value - now if measure == "kl" else abs(value - now)
@@ -271,10 +275,14 @@ def acdc(
     )
 
 
-def _measured(meter: EdgeMeter, logits: Float[Tensor, "variant batch d_vocab"], measure: Measure) -> list[float]:
+Values = tuple[float, ...]
+
+
+def _measured(meter: EdgeMeter, cut: Callable[[], Tensor], measure: Measure) -> Values:
+    logits = cut()
     if measure == "metric":
-        return meter.shares(meter.metric(logits).cpu().double().numpy())
-    return [float(next_token_kl(meter.runs.harmful.logits, row).mean()) for row in logits]
+        return tuple(meter.shares(meter.metric(logits).cpu().double().numpy()))
+    return tuple(float(next_token_kl(meter.runs.harmful.logits, row).mean()) for row in logits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from mechsafety.nodes import EMBED, LOGITS, SLOTS, Edge, Node
 from mechsafety.patching.masks import PairRuns
 from mechsafety.patching.paths import measured_edges
 from mechsafety.patching.receivers import reaches
+from mechsafety.scale.work import sweeps
 
 FromEmbed = Callable[[Node], Sequence[CircuitEdge]]
 # an edge carries something if it has at least this share of the effect of one of its ends
@@ -37,6 +38,7 @@ def estimate_edges(
     return [CircuitEdge(edge, score, "estimated", score) for edge, score in scores.top()]
 
 
+@sweeps
 @public
 def measure_edges(
     model: LensModel,

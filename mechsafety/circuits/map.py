@@ -47,8 +47,10 @@ from mechsafety.nodes import Node, Part, head_and_mlp_nodes
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.progress import stages
 from mechsafety.prompts import PromptPair, PromptPairs, omissions
+from mechsafety.scale.work import sweeps
 
 
+@sweeps
 @public
 def map_refusal_circuit(
     model: LensModel,

@@ -19,6 +19,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Count, check_fields, public
 from mechsafety.nodes import Part
 from mechsafety.patching.masks import PairRuns, pair_runs
+from mechsafety.scale.work import once, sweeps
 
 # hard concrete gates: temperature, and the interval that is clipped to [0, 1] (Louizos et al. 2018, section 4)
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -68,6 +69,7 @@ class Trained:
     path: tuple[tuple[int, float], ...]
 
 
+@sweeps
 @public
 def train_masks(
     meter: FaithfulnessMeter,
@@ -89,6 +91,11 @@ def train_masks(
         weights: How often each pair counts; once by default.
     """
     training = training or Training()
+    return once("masks", lambda: _trained(meter, goal, training, weights), Trained, of=(goal, training, weights))
+
+
+def _trained(meter: FaithfulnessMeter, goal: GoalKind, training: Training, weights: Sequence[int] | None) -> Trained:
+    """Training in one piece: each step depends on the one before it."""
     made = torch.Generator().manual_seed(training.seed)
     order = np.random.default_rng(training.seed)
     device, n = meter.model.device, len(meter.parts)

@@ -42,6 +42,7 @@ from mechsafety.models import LensModel
 from mechsafety.patching import pair_runs
 from mechsafety.prompts import PromptPairs, Tokens, distinct, omissions, unseen
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps
 from mechsafety.sites import Site, SiteKind
 
 logger = logging.getLogger(__name__)
@@ -241,6 +242,7 @@ class RefusalDirection(Result):
         return self.layers.index(self.layer), self.positions.index(self.position)
 
 
+@sweeps
 @public
 def refusal_direction(
     model: LensModel,

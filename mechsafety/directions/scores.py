@@ -10,13 +10,26 @@ from torch import Tensor
 
 from mechsafety.directions.select import cosmic_layers, joint_cosine
 from mechsafety.errors import MechsafetyError
-from mechsafety.interventions.batched import PromptBatches, run_added, run_batches, run_removed, run_unedited
+from mechsafety.interventions.batched import (
+    PromptBatch,
+    PromptBatches,
+    added_runs,
+    removed_runs,
+    run_unedited,
+    swept_batches,
+)
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.models.engine import BaseRun
 from mechsafety.progress import progress_bar
+from mechsafety.scale.work import work
 
 # mean differences shorter than this share of the mean activation count as rounding errors
 NO_DIFFERENCE = 1e-5
+# what the runs of some edits on some prompts give: places of edits and prompts, their scores, and sums of activations
+Scored = tuple[tuple[int, ...], tuple[int, ...], Tensor, Tensor]
+# the same, and the places among COSMIC's layers that the sums are of
+Induced = tuple[tuple[int, ...], tuple[int, ...], Tensor, Tensor, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +37,7 @@ class Validation:
     """Validation prompts and their unedited runs.
 
     Attributes:
-        harmful, harmless: The prompts, grouped for `run_removed` and `run_added`.
+        harmful, harmless: The prompts, grouped for `removed_runs` and `added_runs`.
         harmful_scores, harmless_scores: Metric of the unedited runs.
         harmless_log_probs: Next-token log-probabilities of the unedited harmless runs.
         low: Layers at which COSMIC compares activations.
@@ -104,14 +117,17 @@ def mean_differences(
     # one sum over the harmful prompts, one over the harmless ones
     totals = torch.zeros(2, model.n_layers, width, model.d_model, dtype=torch.float64, device=model.device)
     counts = [0, 0]
-    for batch, run in run_batches(model, groups):
+
+    def summed(batch: PromptBatch, run: BaseRun) -> tuple[Tensor, tuple[int, ...]]:
         resid, bad = run.resid[:-1, :, -width:], torch.tensor([k < len(harmful) for k in batch.index])
         score = None if metric is None else metric(run.logits).cpu()
-        for side, rows in enumerate((bad, ~bad)):
-            if score is not None:
-                rows = rows & ((score > 0) if side == 0 else (score < 0))
-            totals[side] += resid[:, rows.to(resid.device)].double().sum(1)
-            counts[side] += int(rows.sum())
+        chosen = [bad, ~bad] if score is None else [bad & (score > 0), ~bad & (score < 0)]
+        sums = [resid[:, rows.to(resid.device)].double().sum(1) for rows in chosen]
+        return torch.stack(sums), tuple(int(rows.sum()) for rows in chosen)
+
+    for _, (sums, own) in swept_batches(model, groups, summed, tuple[Tensor, tuple[int, ...]]):
+        totals += sums.to(totals.device)
+        counts = [count + more for count, more in zip(counts, own, strict=True)]
     kinds = ("harmful prompts is refused", "harmless prompts is answered")
     for count, prompts, kind in zip(counts, (harmful, harmless), kinds, strict=True):
         if not count:
@@ -160,25 +176,46 @@ def score_directions(
     total = (2 * validation.harmless.n + validation.harmful.n) * share * each
     with progress_bar(total=total, desc="directions", show=progress) as bar:
         sums = torch.zeros(len(flat), len(low), model.d_model, dtype=torch.float64, device=flat.device)
-        for run in run_removed(model, validation.harmful, bases):
-            at = [real[k] for k in run.variants]
-            bypass[_cells(at, run.index)] = metric(run.logits)
-            sums[at] += rearrange(run.resid[low + 1 - run.layer].double().sum(2), "layer variant d -> variant layer d")
-            bar.update(len(run.index) * len(at) * each)
+        runs = removed_runs(model, validation.harmful, bases)
+
+        def bypassed(k: int) -> Scored:
+            run = runs[k]()
+            seen = run.resid[low + 1 - run.layer].double().sum(2)
+            return run.variants, run.index, metric(run.logits), rearrange(seen, "layer variant d -> variant layer d")
+
+        for variants, index, scores, seen in work("bypass", range(len(runs)), bypassed, Scored):
+            at = [real[k] for k in variants]
+            bypass[_cells(at, index)] = scores.to(bypass.device)
+            sums[at] += seen.to(sums.device)
+            bar.update(len(index) * len(at) * each)
         cosines[0, real] = joint_cosine(sums[real] / validation.harmful.n, validation.harmless_mean[low])
-        for run in run_removed(model, validation.harmless, bases):
-            at = [real[k] for k in run.variants]
-            kl[_cells(at, run.index)] = divergence(validation.harmless_log_probs[list(run.index)], run.logits)
-            bar.update(len(run.index) * len(at) * each)
+        quiet = removed_runs(model, validation.harmless, bases)
+
+        def diverged(k: int) -> Scored:
+            run = quiet[k]()
+            found = divergence(validation.harmless_log_probs[list(run.index)], run.logits)
+            return run.variants, run.index, found, found[:0]
+
+        for variants, index, scores, _ in work("divergence", range(len(quiet)), diverged, Scored):
+            at = [real[k] for k in variants]
+            kl[_cells(at, index)] = scores.to(kl.device)
+            bar.update(len(index) * len(at) * each)
         sums.zero_()
-        for run in run_added(model, validation.harmless, vectors[rows], [layers[row] for row in rows]):
-            at = [rows[k // n_positions] * n_positions + k % n_positions for k in run.variants]
-            induce[_cells(at, run.index)] = metric(run.logits)
-            for place, layer in enumerate(validation.low):
-                after = layer + 1 - run.layer
-                if after >= 0:
-                    sums[at, place] += run.resid[after].double().sum(1)
-            bar.update(len(run.index) * share)
+        added = added_runs(model, validation.harmless, vectors[rows], [layers[row] for row in rows])
+
+        def induced(k: int) -> Induced:
+            run = added[k]()
+            places = [place for place, layer in enumerate(validation.low) if layer + 1 >= run.layer]
+            seen = [run.resid[validation.low[place] + 1 - run.layer].double().sum(1) for place in places]
+            none = run.resid.new_zeros(0, dtype=torch.float64)
+            return run.variants, run.index, metric(run.logits), torch.stack(seen) if seen else none, tuple(places)
+
+        for variants, index, scores, seen, places in work("induce", range(len(added)), induced, Induced):
+            at = [rows[k // n_positions] * n_positions + k % n_positions for k in variants]
+            induce[_cells(at, index)] = scores.to(induce.device)
+            for place, part in zip(places, seen, strict=True):
+                sums[at, place] += part.to(sums.device)
+            bar.update(len(index) * share)
         means = sums / validation.harmless.n
         for row, layer in enumerate(layers):
             before = [place for place, seen in enumerate(validation.low) if seen < layer]
@@ -204,8 +241,9 @@ def positional_vectors(
 ) -> Float[Tensor, "prompt d_model"]:
     """Input of a block at one of the last positions, for each prompt in order."""
     rows: dict[int, Tensor] = {}
-    for batch, run in run_batches(model, PromptBatches.of(model, prompts, variants=1)):
-        rows |= dict(zip(batch.index, run.resid[layer, :, position].float(), strict=True))
+    batches = PromptBatches.of(model, prompts, variants=1)
+    for batch, found in swept_batches(model, batches, lambda _, run: run.resid[layer, :, position].float(), Tensor):
+        rows |= dict(zip(batch.index, found.to(model.device), strict=True))
     return torch.stack([rows[k] for k in range(len(prompts))])
 
 

@@ -22,6 +22,7 @@ from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps
 
 # number of random directions that each direction is compared with
 N_RANDOM = 4
@@ -103,6 +104,7 @@ class RefusalSubspace(Result):
         return pd.DataFrame(rows)
 
 
+@sweeps
 @public
 def refusal_subspace(
     model: LensModel,

@@ -11,6 +11,8 @@ position only.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange, repeat
@@ -25,7 +27,10 @@ from mechsafety.models.backend import Prefix
 from mechsafety.models.engine import BaseRun, base_run, expand_rows, run_from, shared_columns, split_rows
 from mechsafety.models.memory import batch_bytes
 from mechsafety.prompts import Tokens
+from mechsafety.scale.work import work
 from mechsafety.sites import Site, SiteKind
+
+R = TypeVar("R")
 
 # edits in one batch: enough that matrix products are large, few enough that activations stay small
 VARIANTS = 16
@@ -124,12 +129,20 @@ class EditedRun:
     layer: int
 
 
+# computes one of many edited runs when it is called; calls in order share preparations
+Later = Callable[[], EditedRun]
+
+
 def run_removed(
-    model: LensModel,
-    prompts: PromptBatches,
-    bases: Sequence[Tensor],
-    strength: float = 1.0,
+    model: LensModel, prompts: PromptBatches, bases: Sequence[Tensor], strength: float = 1.0
 ) -> Iterator[EditedRun]:
+    """The runs of `removed_runs`, one after the other."""
+    return (run() for run in removed_runs(model, prompts, bases, strength))
+
+
+def removed_runs(
+    model: LensModel, prompts: PromptBatches, bases: Sequence[Tensor], strength: float = 1.0
+) -> list[Later]:
     """Runs with the span of each of ``bases`` removed from all that is written to the residual stream.
 
     Args:
@@ -139,31 +152,37 @@ def run_removed(
             `project_out`.
         strength: Share that is removed.
 
-    Yields:
-        Results batch by batch; ``resid`` is at the last position, from block 1.
+    Returns:
+        Functions that compute the results batch by batch; ``resid`` is at the last position, from block 1.
     """
     ranks = {len(basis) for basis in bases}
     if len(ranks) > 1:
         raise MechsafetyError(f"bases of ranks {sorted(ranks)}", expected="one rank")
     together = VARIANTS if model.shortcuts.batch_variants else 1
-    for first in range(0, len(bases), together):
+    prefix_of = lru_cache(maxsize=1)(lambda first, n: _prefix_run(model, prompts, n))
+
+    def run(first: int, batch: PromptBatch) -> EditedRun:
         chunk = torch.stack([orthonormal(basis) for basis in bases[first : first + together]])
         members = tuple(range(first, first + len(chunk)))
         with torch.no_grad(), model.hooks(removal_hooks(model, chunk, strength), by_column=True):
-            prefix = _prefix_run(model, prompts, len(chunk))
-            for batch in prompts.batches:
-                run = _base(model, prompts, batch, len(chunk), prefix)
-                # the engine stores block 0's input before the removal: leave it out
-                resid = [split_rows(layer[:, -1], len(chunk)) for layer in run.resid[1:]]
-                yield EditedRun(members, batch.index, split_rows(run.logits, len(chunk)), torch.stack(resid), 1)
+            own = _base(model, prompts, batch, len(chunk), prefix_of(first, len(chunk)))
+            # the engine stores block 0's input before the removal: leave it out
+            resid = [split_rows(layer[:, -1], len(chunk)) for layer in own.resid[1:]]
+            return EditedRun(members, batch.index, split_rows(own.logits, len(chunk)), torch.stack(resid), 1)
+
+    return [partial(run, first, batch) for first in range(0, len(bases), together) for batch in prompts.batches]
 
 
 def run_added(
-    model: LensModel,
-    prompts: PromptBatches,
-    vectors: Float[Tensor, "layer column d_model"],
-    layers: Sequence[int],
+    model: LensModel, prompts: PromptBatches, vectors: Float[Tensor, "layer column d_model"], layers: Sequence[int]
 ) -> Iterator[EditedRun]:
+    """The runs of `added_runs`, one after the other."""
+    return (run() for run in added_runs(model, prompts, vectors, layers))
+
+
+def added_runs(
+    model: LensModel, prompts: PromptBatches, vectors: Float[Tensor, "layer column d_model"], layers: Sequence[int]
+) -> list[Later]:
     """Runs with one vector added at a block's input, at all positions; every vector of every layer is one edit.
 
     Args:
@@ -172,45 +191,64 @@ def run_added(
         vectors: The vectors to add, one per edit.
         layers: Block of each row of ``vectors``.
 
-    Yields:
-        One result per batch and layer. ``variants`` are ``row * n_columns + column``. ``resid`` is at the last
-        position, from the block after the addition.
+    Returns:
+        Functions that compute one result per batch and layer. ``variants`` are ``row * n_columns + column``. ``resid``
+        is at the last position, from the block after the addition.
     """
     if len(vectors) != len(layers):
         raise MechsafetyError(f"{len(vectors)} rows of vectors for {len(layers)} layers", expected="one row per layer")
     n_columns = vectors.shape[1]
-    prefixes = []
-    for row, layer in enumerate(layers):
-        add = _adder(vectors[row])
-        with torch.no_grad(), model.hooks([(Site(SiteKind.RESID_PRE, layer), add)], by_column=True):
-            prefixes.append(_prefix_run(model, prompts, n_columns))
-    with torch.no_grad():
-        unedited = _prefix_run(model, prompts, n_columns)
-        for batch in prompts.batches:
-            base = _base(model, prompts, batch, n_columns, unedited)
-            for row, layer in enumerate(layers):
-                run = replace(base, prefix=_widen(prefixes[row], batch.tokens)) if base.prefix else base
-                logits, resid = _run_on(model, run, layer, _adder(vectors[row])(base.resid[layer]))
-                variants = tuple(row * n_columns + column for column in range(n_columns))
-                seen = torch.stack([split_rows(part, n_columns) for part in resid])
-                yield EditedRun(variants, batch.index, split_rows(logits, n_columns), seen, layer + 1)
+
+    @cache
+    def prefix_of(row: int) -> Prefix:
+        edit = (Site(SiteKind.RESID_PRE, layers[row]), _adder(vectors[row]))
+        with torch.no_grad(), model.hooks([edit], by_column=True):
+            return _prefix_run(model, prompts, n_columns)
+
+    unedited = cache(lambda: _prefix_run(model, prompts, n_columns))
+    base_of = lru_cache(maxsize=1)(lambda k: _base(model, prompts, prompts.batches[k], n_columns, unedited()))
+
+    def run(k: int, row: int) -> EditedRun:
+        layer, batch = layers[row], prompts.batches[k]
+        with torch.no_grad():
+            base = base_of(k)
+            own = replace(base, prefix=_widen(prefix_of(row), batch.tokens)) if base.prefix else base
+            logits, resid = _run_on(model, own, layer, _adder(vectors[row])(base.resid[layer]))
+            variants = tuple(row * n_columns + column for column in range(n_columns))
+            seen = torch.stack([split_rows(part, n_columns) for part in resid])
+            return EditedRun(variants, batch.index, split_rows(logits, n_columns), seen, layer + 1)
+
+    return [partial(run, k, row) for k in range(len(prompts.batches)) for row in range(len(layers))]
 
 
-def run_batches(model: LensModel, prompts: PromptBatches) -> Iterator[tuple[PromptBatch, BaseRun]]:
-    """The run of every batch without further edits, over the columns after the shared ones."""
-    with torch.no_grad():
-        prefix = _prefix_run(model, prompts, 1)
-        for batch in prompts.batches:
-            yield batch, _base(model, prompts, batch, 1, prefix)
+def swept_batches(
+    model: LensModel, prompts: PromptBatches, read: Callable[[PromptBatch, BaseRun], R], kind: Any
+) -> Iterator[tuple[PromptBatch, R]]:
+    """What ``read`` takes from the run of every batch without further edits, over the columns after the shared ones.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        read: Function of a batch and its run.
+        kind: Annotation of what it returns, as for `mechsafety.scale.work`.
+    """
+    prefix = cache(lambda: _prefix_run(model, prompts, 1))
+
+    def found(batch: PromptBatch) -> R:
+        with torch.no_grad():
+            return read(batch, _base(model, prompts, batch, 1, prefix()))
+
+    return zip(prompts.batches, work("prompts", prompts.batches, found, kind), strict=True)
 
 
 def run_unedited(model: LensModel, prompts: PromptBatches) -> EditedRun:
     """One run of all prompts without an edit; ``resid`` begins at block 0."""
     logits: dict[int, Tensor] = {}
     resid: dict[int, Tensor] = {}
-    for batch, run in run_batches(model, prompts):
+    read = swept_batches(model, prompts, lambda _, run: (run.logits, run.resid[:, :, -1]), tuple[Tensor, Tensor])
+    for batch, (own, last) in read:
         for row, index in enumerate(batch.index):
-            logits[index], resid[index] = run.logits[row], run.resid[:, row, -1]
+            logits[index], resid[index] = own[row].to(model.device), last[:, row].to(model.device)
     order = range(prompts.n)
     stacked = torch.stack([resid[k] for k in order], dim=1)
     whole = torch.stack([logits[k] for k in order])

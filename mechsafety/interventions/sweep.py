@@ -31,8 +31,11 @@ from mechsafety.replies import (
     reply_loss,
 )
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps, work
 
 SIDES = ("harmful", "harmless")
+# measures by name, and kinds of the replies of both sides
+Point = tuple[dict[str, Tensor], ReplyKinds, ReplyKinds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ class StrengthSweep(Result):
         return figure.update_layout(template="none", height=620, title=self.name)
 
 
+@sweeps
 @public
 def strength_sweep(
     model: LensModel,
@@ -197,17 +201,27 @@ def strength_sweep(
     most = loss_limit(model) if limit is None else float(limit)
     measured: dict[str, list[Tensor]] = {key: [] for key in ("harmful", "harmless", "kl", "loss")}
     kinds: dict[str, list[ReplyKinds]] = {side: [] for side in SIDES}
-    for strength in progress_bar(swept, desc=name, show=progress):
+
+    def measured_at(strength: float) -> Point:
         with intervene(strength):
             replies = [model.generate(side, reply_tokens) for side in (harmful, harmless)]
             after = plain.logits(harmless)
             own = metric(after) if metric.at_the_end else metric.scores(model, harmless)  # one run gives both
-            scores = [metric.scores(model, harmful), own]
-            measured["loss"].append(reply_loss(model, harmless, known))
-        for side, prompts, texts, found in zip(SIDES, (harmful, harmless), replies, scores, strict=True):
-            kinds[side].append(judge_replies(model, prompts, texts, judge=judge, limit=most).without_text())
-            measured[side].append(found)
-        measured["kl"].append((before.exp() * (before - after.log_softmax(-1))).sum(-1).clamp(min=0))
+            scores = (metric.scores(model, harmful), own)
+            loss = reply_loss(model, harmless, known)
+        judged = [
+            judge_replies(model, prompts, texts, judge=judge, limit=most).without_text()
+            for prompts, texts in zip((harmful, harmless), replies, strict=True)
+        ]
+        kl = (before.exp() * (before - after.log_softmax(-1))).sum(-1).clamp(min=0)
+        return dict(zip(measured, (*scores, kl, loss), strict=True)), judged[0], judged[1]
+
+    found = work(name, swept, measured_at, Point)
+    for values, *judged in progress_bar(found, total=len(swept), desc=name, show=progress):
+        for key, value in values.items():
+            measured[key].append(value)
+        for side, own in zip(SIDES, judged, strict=True):
+            kinds[side].append(own)
     options = {"name": name, "strengths": list(swept), "reply_tokens": reply_tokens}
     stacked = {key: torch.stack(values).cpu() for key, values in measured.items()}
     refused = {side: torch.stack([one.refused for one in found]) for side, found in kinds.items()}

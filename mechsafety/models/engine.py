@@ -119,6 +119,11 @@ class BaseRun:
         """Number of columns that variants can change."""
         return self.tokens.ids.shape[1] - self.start
 
+    def identity_parts(self) -> tuple[object, ...]:
+        """What tells this run from another one (`mechsafety.scale`)."""
+        held = (self.fixed, self.patched, self.shortcuts, self.max_batch_tokens)
+        return (self.tokens, self.start, sorted(kind.value for kind in self.acts), self.logits, held)
+
 
 def base_run(
     model: LensModel,

@@ -37,12 +37,16 @@ from mechsafety.nodes import NodeLike
 from mechsafety.prompts import PromptPairs, Spans, TokenPairs, TokenRow, Tokens, TokenTable
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, package_versions
+from mechsafety.scale.work import sweeps, work
 from mechsafety.settled import settled
 from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
     import mechsafety.attribution
     import mechsafety.cache
+
+# token ids of several replies
+TokenIds = tuple[tuple[int, ...], ...]
 
 
 class LensModel:
@@ -68,6 +72,7 @@ class LensModel:
         max_batch_tokens: Largest number of rows x columns in one engine batch. If it is None, memory sets the number
             (see `mechsafety.models.memory`).
         opener_ids: First tokens of a reply, after which the model is read. Empty unless `reading` made this view.
+        recipe: Arguments of `load_model` that load the model again on another machine; None if it was given in memory.
         lock: A thread holds it while it runs the model. All wrappers of one TransformerLens model share one lock.
     """
 
@@ -91,6 +96,7 @@ class LensModel:
         self.experts = sizes.experts
         self.shortcuts = Shortcuts()
         self.max_batch_tokens: int | None = None
+        self.recipe: Mapping[str, Any] | None = None
         self.lock = use_of(backend.module).lock
         self.opener_ids: tuple[int, ...] = ()
         self._plain: LensModel | None = None
@@ -348,6 +354,7 @@ class LensModel:
                 return self.backend.logits(tokens, keep)
             return self.backend.logits(tokens, tokens.ids.shape[1])[:, -keep:]
 
+    @sweeps
     @public
     def generate(
         self,
@@ -408,25 +415,28 @@ class LensModel:
         check_room(self.backend, max(map(len, rows)), max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies: list[list[int]] = [[] for _ in prompts]
-        starts = range(0, len(order), batch_size)
-        total = len(starts) * max_new_tokens
-        with progress_bar(total=total, desc="generating", delay=2, show=progress) as bar:
-            for number, start in enumerate(starts, 1):
-                chunk = order[start : start + batch_size]
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        with progress_bar(total=len(chunks) * max_new_tokens, desc="generating", delay=2, show=progress) as bar:
+
+            def said(chunk: list[int]) -> list[list[int]]:
                 with self.lock, torch.no_grad(), self._watched(watch):
                     cursor = Cursor(self.backend)
 
-                    def read(ids: Tensor, real: Tensor, cursor: Cursor = cursor) -> Tensor:
+                    def read(ids: Tensor, real: Tensor) -> Tensor:
                         return cursor.feed(ids, real)[:, -1].float()
 
                     choose = Sampler(temperature, seed, chunk) if temperature else most_probable
                     pieces, ended = lay_out(self, [rows[k] for k in chunk]).pieces(), _ended(watch, chunk)
-                    new, _ = decode_replies(
+                    return decode_replies(
                         read, pieces, self.end_ids, max_new_tokens, said=bar.update, choose=choose, ended=ended
-                    )
+                    )[0]
+
+            # a watch keeps what it has read, so that its replies are computed where it is
+            found = map(said, chunks) if watch is not None else work("replies", chunks, said, TokenIds)
+            for number, (chunk, new) in enumerate(zip(chunks, found, strict=True), 1):
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
                 for k, ids in zip(chunk, new, strict=True):
-                    replies[k] = ids
+                    replies[k] = list(ids)
         return replies
 
     @public
@@ -580,6 +590,11 @@ class LensModel:
             flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # a scalar has no last axis to view as bytes
             digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def identity_parts(self) -> tuple[object, ...]:
+        """What tells this model from another one, as it is now (`mechsafety.scale`)."""
+        template = (self.tokenizer.chat_template, dict(self.template_options), self.opener_ids)
+        return (self.hash_weights(), self.dtype_name, self.device.type, template, self.shortcuts, self.max_batch_tokens)
 
     def provenance(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Provenance:
         """Provenance of a result computed with this model."""

@@ -97,7 +97,7 @@ def load_model(
     place = _device(device)
     if chat_template is not None:
         check_template(chat_template)
-    parts, stem = None, ""
+    parts, stem, given = None, "", adapter
     if adapter is not None and is_parts_adapter(adapter):
         parts, stem, adapter = PartsAdapter.read(adapter), Path(adapter).stem, None
     if adapter is not None and isinstance(name_or_path, str | os.PathLike) and base_and_adapter(name_or_path) is None:
@@ -138,7 +138,22 @@ def load_model(
     if parts is not None:
         parts.apply(lens)
         lens.name = f"{shown}+{stem}"
+    if isinstance(name_or_path, str | os.PathLike):
+        lens.recipe = {
+            "name_or_path": _from_anywhere(name_or_path),
+            "adapter": None if given is None else _from_anywhere(given),
+            "device": device,
+            "dtype": dtype,
+            "file": file,
+            "chat_template": chat_template,
+            "template_options": template_options,
+        }
     return lens
+
+
+def _from_anywhere(path: str | os.PathLike[str]) -> str | Path:
+    """A name as it is; the path of something that exists here, from the root on."""
+    return Path(path).resolve() if isinstance(path, os.PathLike) or Path(path).exists() else path
 
 
 def _prepared(

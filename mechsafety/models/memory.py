@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mechsafety.scale.machine import recorded_batch_bytes
+
 # on a CPU larger batches gain nothing; on a GPU they do
 CPU_TOKENS = 2048
 GPU_TOKENS = 65536
@@ -75,7 +77,13 @@ def batch_tokens(device: torch.device, bytes_per_token: float) -> int:
 
 
 def batch_bytes(device: torch.device) -> int:
-    """Bytes that a batch may take: a share of the device's memory, or of its free memory if that share is not free."""
+    """Bytes that a batch may take: a share of the device's memory, or of its free memory if that share is not free.
+
+    A run on several machines, or one that resumes, has recorded the number when it began (`mechsafety.scale`).
+    """
+    recorded = recorded_batch_bytes(device.type)
+    if recorded is not None:
+        return recorded
     total, free = _memory(device)
     wanted = SHARE * total if device.type == "cuda" else min(SHARE * total, CPU_BYTES)
     if wanted <= free:

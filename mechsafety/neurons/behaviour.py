@@ -1,7 +1,7 @@
 """How patching is judged: safety scores of prompts, and general ability on harmless prompts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -31,6 +31,7 @@ from mechsafety.replies import (
     reply_loss,
     with_loss,
 )
+from mechsafety.scale.work import sweeps, work
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Measured:
     kinds: tuple[tuple[str, ...], ...] = ()
 
 
+@sweeps
 @public
 def measure(
     base: LensModel,
@@ -139,27 +141,36 @@ def measure(
     out, texts = torch.zeros(len(masks), len(rows)), [[""] * len(rows) for _ in masks]
     chunks = batches([len(row) for row in rows], None if judge is None else 16)
     with progress_bar(total=len(chunks) * len(masks), desc="measuring", show=progress) as bar:
-        for chunk in chunks:
-            if isinstance(score, RefusalLogOdds):
-                after = lay_out(base, [[*rows[k], *score.opener_ids] for k in chunk])
-                for m, logits in enumerate(forced(base, aligned, masks, after)):
-                    out[m, chunk] = score(logits[:, -1]).float().cpu()
+        if isinstance(score, RefusalLogOdds):
+
+            def scored(chunk: list[int], read: RefusalLogOdds = score) -> Iterator[Tensor]:
+                after = lay_out(base, [[*rows[k], *read.opener_ids] for k in chunk])
+                return (read(logits[:, -1]).float().cpu() for logits in forced(base, aligned, masks, after))
+
+            found = work("measuring", chunks, scored, tuple[Tensor, ...])
+            for chunk, values in zip(chunks, found, strict=True):
+                for m, value in enumerate(values):
+                    out[m, chunk] = value
                     bar.update()
-                continue
-            batch = lay_out(base, [rows[k] for k in chunk])
-            for m, mask in enumerate(masks):
-                donor = aligned if bool(mask.any()) else None
-                said = base.decode(greedy(base, donor, mask, batch, max_new_tokens)[0])
-                for k, text in zip(chunk, said, strict=True):
-                    texts[m][k] = text
-                bar.update()
+            return Measured(out)
+
+        def spoken(item: tuple[list[int], int]) -> list[str]:
+            batch, mask = lay_out(base, [rows[k] for k in item[0]]), masks[item[1]]
+            donor = aligned if bool(mask.any()) else None
+            return base.decode(greedy(base, donor, mask, batch, max_new_tokens)[0])
+
+        items = [(chunk, m) for chunk in chunks for m in range(len(masks))]
+        for (chunk, m), said in zip(items, work("replies", items, spoken, tuple[str, ...]), strict=True):
+            for k, text in zip(chunk, said, strict=True):
+                texts[m][k] = text
+            bar.update()
     if judge is None:
         return Measured(out)
     kinds = tuple(ask_judge(judge, prompts, replies) for replies in texts)
     for m, replies in enumerate(texts):
         refused = [kind == "refuses" for kind in kinds[m]]
-        values = score.of(prompt_list(prompts), replies) if isinstance(score, ReplyScore) else refused
-        out[m] = torch.tensor([float(value) for value in values])
+        own = score.of(prompt_list(prompts), replies) if isinstance(score, ReplyScore) else refused
+        out[m] = torch.tensor([float(value) for value in own])
     return Measured(out, tuple(map(tuple, texts)), kinds)
 
 
@@ -232,6 +243,7 @@ class Ability:
         return pd.DataFrame(rows)
 
 
+@sweeps
 @public
 def ability(
     base: LensModel,
@@ -247,15 +259,22 @@ def ability(
     none = torch.zeros(base.n_layers, base.d_mlp, dtype=torch.bool)
     kl, nll, agreement = (torch.zeros(len(masks) + 2, len(prompts)) for _ in range(3))
     batch_rows = _reply_batches(base, prompts, replies)
-    for chunk, batch, labels, real in progress_bar(batch_rows, desc="general ability", show=progress):
+
+    def compared(number: int) -> Iterator[Tensor]:
+        _, batch, labels, real = batch_rows[number]
         keep = labels.shape[1]
         own = next(forced(base, None, [none], batch, keep)).log_softmax(-1)
         runs = chain(forced(base, aligned, masks, batch, keep), forced(aligned, None, [none], batch, keep))
-        for row, now in enumerate(chain((logits.log_softmax(-1) for logits in runs), [own])):
-            kl[row, chunk] = _mean((own.exp() * (own - now.to(own.device))).sum(-1), real)
-            nll[row, chunk] = _mean(-_chosen(now, labels), real)
+        for now in chain((logits.log_softmax(-1) for logits in runs), [own]):
+            divergence = _mean((own.exp() * (own - now.to(own.device))).sum(-1), real)
             right = (now.argmax(-1).to(labels.device) == labels) | ~real
-            agreement[row, chunk] = _mean(right.long().cumprod(1).float(), real)
+            agrees = _mean(right.long().cumprod(1).float(), real)
+            yield torch.stack([divergence, _mean(-_chosen(now, labels), real), agrees])
+
+    found = zip(batch_rows, work("ability", range(len(batch_rows)), compared, tuple[Tensor, ...]), strict=True)
+    for (chunk, *_), values in progress_bar(found, total=len(batch_rows), desc="general ability", show=progress):
+        for row, value in enumerate(values):
+            kl[row, chunk], nll[row, chunk], agreement[row, chunk] = value
     return Ability(kl, nll, agreement)
 
 
@@ -274,9 +293,16 @@ def _likelihood(
     replies = [base.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in score.replies]
     out = torch.zeros(len(masks), len(prompts))
     batch_rows = _reply_batches(base, prompts, [reply if end is None else [*reply, end] for reply in replies])
-    for chunk, batch, labels, real in progress_bar(batch_rows, desc="measuring", show=progress):
-        for row, logits in enumerate(forced(base, aligned, masks, batch, labels.shape[1])):
-            out[row, chunk] = _mean(_chosen(logits.log_softmax(-1), labels), real)
+
+    def scored(number: int) -> Iterator[Tensor]:
+        _, batch, labels, real = batch_rows[number]
+        for logits in forced(base, aligned, masks, batch, labels.shape[1]):
+            yield _mean(_chosen(logits.log_softmax(-1), labels), real)
+
+    found = zip(batch_rows, work("likelihood", range(len(batch_rows)), scored, tuple[Tensor, ...]), strict=True)
+    for (chunk, *_), values in progress_bar(found, total=len(batch_rows), desc="measuring", show=progress):
+        for row, value in enumerate(values):
+            out[row, chunk] = value
     return out
 
 

@@ -30,6 +30,7 @@ from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.prompts import distinct
 from mechsafety.replies import REPLY_TOKENS, ReplyKinds
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -155,6 +156,7 @@ class CausalCurve(Result):
         return figure
 
 
+@sweeps
 @public
 def causal_effect_curve(
     base: LensModel,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechsafety.conversation import Conversation
 from mechsafety.inputs import Count, Prompts, prompt_list, public
 from mechsafety.models import LensModel
+from mechsafety.models.lens_model import TokenIds
 from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.masks import neuron_mask
@@ -20,6 +21,7 @@ from mechsafety.neurons.scores import digest
 from mechsafety.nodes import NodeLike
 from mechsafety.replies import REPLY_TOKENS, Judge, ReplyKinds, ask_judge, check_judge, phrase_judge
 from mechsafety.results import Provenance, Result, prompt_column
+from mechsafety.scale.work import sweeps, work
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -72,6 +74,7 @@ class PatchedReplies(Result):
         return px.histogram(frame, x="length", color="kind", labels={"length": "tokens in the reply"})
 
 
+@sweeps
 @public
 def dynamic_patching(
     base: LensModel,
@@ -125,10 +128,16 @@ def dynamic_patching(
     logits = torch.empty(len(rows), base.d_vocab)
     donor = aligned if bool(mask.any()) else None
     chunks = batches([len(row) for row in rows], batch_size)
-    for chunk in progress_bar(chunks, desc="patched replies", show=progress and len(chunks) > 1):
-        found, steps = greedy(base, donor, mask, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)
-        logits[chunk] = steps[:, 0].cpu()
-        for k, reply in zip(chunk, found, strict=True):
+
+    def spoken(chunk: list[int]) -> tuple[list[list[int]], Tensor]:
+        said, steps = greedy(base, donor, mask, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)
+        return said, steps[:, 0].cpu()
+
+    found = zip(chunks, work("patched replies", chunks, spoken, tuple[TokenIds, Tensor]), strict=True)
+    show = progress and len(chunks) > 1
+    for chunk, (said, first) in progress_bar(found, total=len(chunks), desc="patched replies", show=show):
+        logits[chunk] = first
+        for k, reply in zip(chunk, said, strict=True):
             tokens[k] = tuple(reply)
     replies = base.decode(tokens)
     judged = None

@@ -22,6 +22,7 @@ from mechsafety.neurons.runs import batches, check_pair, greedy, hooked
 from mechsafety.nodes import Node
 from mechsafety.prompts import distinct
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps, work
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -130,6 +131,7 @@ class NeuronScores(Result):
         return px.bar(x=list(range(len(shares))), y=shares, labels=labels)
 
 
+@sweeps
 @public
 def safety_neurons(
     aligned: LensModel,
@@ -180,12 +182,12 @@ def safety_neurons(
     if replies is None:
         prompts = distinct(prompts, "prompts")
     rows = prompt_rows(base, prompts)
-    sums = _Sums(base)
     given = [list(reply) for reply in replies] if replies is not None else None
     generated = max_new_tokens if positions == "completion" else 0
     lengths = [len(row) + (len(given[k]) if given else generated) for k, row in enumerate(rows)]
     chunks = batches(lengths, batch_size)
-    for chunk in progress_bar(chunks, desc="scoring neurons", show=progress and len(chunks) > 1):
+
+    def contrasted(chunk: list[int]) -> _Sums:
         said: list[list[int]] = [given[k] if given else [] for k in chunk]
         if positions == "completion" and given is None:
             said = greedy(base, None, None, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)[0]
@@ -198,7 +200,12 @@ def safety_neurons(
         for row, (k, reply) in enumerate(zip(chunk, said, strict=True)):
             n = {"completion": len(reply), "prompt": len(rows[k]), "last": 1}[positions]
             read[row, tail - n :] = True
-        _contrast(aligned, base, batch, read, [k % 2 for k in chunk], sums)
+        return _contrast(aligned, base, batch, read, [k % 2 for k in chunk])
+
+    sums = _Sums.zero(base)
+    found = work("neurons", chunks, contrasted, _Sums)
+    for own in progress_bar(found, total=len(chunks), desc="scoring neurons", show=progress and len(chunks) > 1):
+        sums.add(own)
     options = {
         "positions": positions,
         "score": score,
@@ -230,15 +237,34 @@ def digest(prompts: Sequence[PromptLike]) -> str:
     return hashlib.sha256("\0".join(prompt_list(prompts)).encode()).hexdigest()
 
 
+@dataclass(slots=True)
 class _Sums:
-    """Running sums over tokens; even and odd prompts are kept apart."""
+    """Sums over tokens; even and odd prompts are kept apart.
 
-    def __init__(self, model: LensModel) -> None:
+    Attributes:
+        change, base: Squared changes, and squared activations of the base model.
+        signed: Changes.
+        tokens: Numbers of tokens.
+    """
+
+    change: Float[Tensor, "half layer d_mlp"]
+    base: Float[Tensor, "half layer d_mlp"]
+    signed: Float[Tensor, "layer d_mlp"]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def zero(cls, model: LensModel) -> "_Sums":
+        """Sums over no token."""
         shape = (2, model.n_layers, model.d_mlp)
-        self.change = torch.zeros(shape, dtype=torch.float64)
-        self.base = torch.zeros(shape, dtype=torch.float64)
-        self.signed = torch.zeros(shape[1:], dtype=torch.float64)
-        self.tokens = [0, 0]
+        zeros = torch.zeros(shape, dtype=torch.float64)
+        return cls(zeros, zeros.clone(), zeros[0].clone(), (0, 0))
+
+    def add(self, other: "_Sums") -> None:
+        """Count the tokens of some more prompts."""
+        self.change += other.change
+        self.base += other.base
+        self.signed += other.signed
+        self.tokens = tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True))
 
     def root(self, total: Tensor, half: int | None = None) -> Tensor:
         """Root mean square from a sum of squares."""
@@ -251,10 +277,9 @@ def _over(change: Tensor, base_rms: Tensor) -> Tensor:
     return change / base_rms.clamp(min=1e-12)
 
 
-def _contrast(
-    aligned: LensModel, base: LensModel, batch: Rows, read: Tensor, halves: Sequence[int], sums: _Sums
-) -> None:
+def _contrast(aligned: LensModel, base: LensModel, batch: Rows, read: Tensor, halves: Sequence[int]) -> _Sums:
     """Run both models on one batch and add up, layer by layer, the tokens that ``read`` marks."""
+    sums = _Sums.zero(base)
     tail = read.shape[1]
     half = torch.tensor(halves, device=read.device)
     picks = [read & rearrange(half == side, "batch -> batch 1") for side in (0, 1)]
@@ -280,5 +305,5 @@ def _contrast(
         for ids, real in batch.pieces():
             other.feed(ids.to(aligned.device), real.to(aligned.device))
             own.feed(ids, real)
-    for side, pick in enumerate(picks):
-        sums.tokens[side] += int(pick.sum())
+    sums.tokens = tuple(int(pick.sum()) for pick in picks)
+    return sums

@@ -21,6 +21,7 @@ from mechsafety.neurons.scores import NeuronScores, digest
 from mechsafety.prompts import distinct
 from mechsafety.replies import REPLY_TOKENS, ReplyKinds
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps
 
 ROWS = ("base", "safe", "helpful", "safe <- helpful", "helpful <- safe")
 
@@ -102,6 +103,7 @@ class AlignmentTax(Result):
         return px.scatter(frame, x="safety", y="helpfulness", text="model", labels=names)
 
 
+@sweeps
 @public
 def alignment_tax(
     base: LensModel,

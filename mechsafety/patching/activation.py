@@ -35,6 +35,7 @@ from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches, rep
 from mechsafety.patching.sources import Source, check_start, column_masks, source_values
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars, visible
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import GLOBAL, Site, SiteKind
 
 # pairs x columns that are patched at once, so that memory does not grow with the number of pairs
@@ -154,6 +155,7 @@ class PatchMap(Result):
         )
 
 
+@sweeps
 @public
 def activation_patching(
     model: LensModel,
@@ -218,21 +220,29 @@ def activation_patching(
         # before the first difference, both prompts of a pair have the same values; other pairs and zeros do not
         start = None if source == "other" or pairs.align == "suffix" else 0
         batches = pair_batches(model, pairs, BATCH_TOKENS if alone else sys.maxsize, _kinds(sites), start)
-    parts, scored = [], []
     with progress_bar(total=len(batches) * len(sites), desc="patching", show=progress) as bar:
-        for batch in batches:
-            runs = batch()
+
+        def patched(number: int) -> _Batch:
+            runs = batches[number]()
             check_start(runs, positions, source)
-            scored.append(runs.scores(metric))
             base, other = (runs.harmful, runs.harmless) if direction == "noising" else (runs.harmless, runs.harmful)
             columns, where = column_masks(base, runs.start, positions)
-            rows = [(k, at) for k in range(len(sites)) for at in range(len(where))]
             values = source_values(other, _kinds(sites), source, seed, runs.align)
-            bar.total = len(batches) * len(rows)
-            chosen = [(sites[k], where[at]) for k, at in rows]
-            parts.append(_patched(model, base, values, metric, chosen, max_batch_tokens, bar.update))
-    scores = torch.cat(parts, 1)
-    harmful, harmless = (torch.cat(sides) for sides in zip(*scored, strict=True))
+            bar.total = len(batches) * len(sites) * len(where)
+            chosen = [(site, columns_of) for site in sites for columns_of in where]
+            scores = _patched(model, base, values, metric, chosen, max_batch_tokens, bar.update)
+            return _Batch(scores, *runs.scores(metric), len(where), tuple(columns), _token_texts(model, base, columns))
+
+        done = []
+        for found in work("patching", range(len(batches)), patched, _Batch, nested=True):
+            done.append(found)
+            bar.update(len(done) * len(found.scores) - bar.n)
+    scores, harmful, harmless = (
+        torch.cat([getattr(found, name) for found in done], -1).to(model.device)
+        for name in ("scores", "harmful", "harmless")
+    )
+    rows = [(k, at) for k in range(len(sites)) for at in range(done[-1].n_places)]
+    columns = done[-1].columns
     changes = (harmful - scores) if direction == "noising" else (scores - harmless)
     check_gap(harmful, harmless)
     shown = positions if isinstance(positions, str) else ",".join(map(str, positions))
@@ -249,8 +259,28 @@ def activation_patching(
         shown,
         tuple(columns[at] for _, at in rows) if positions == "each" else None,
         source,
-        _token_texts(model, base, columns),
+        done[-1].tokens,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What patching a batch of pairs gives.
+
+    Attributes:
+        scores: Metric of the patched runs.
+        harmful, harmless: Metric of the unpatched runs.
+        n_places: How many sets of columns each site was patched in.
+        columns: With ``each``, the columns, counted from the end.
+        tokens: The token at each of them.
+    """
+
+    scores: Float[Tensor, "row prompt"]
+    harmful: Float[Tensor, " prompt"]
+    harmless: Float[Tensor, " prompt"]
+    n_places: int
+    columns: tuple[int, ...]
+    tokens: tuple[str, ...]
 
 
 def _token_texts(model: LensModel, base: BaseRun, columns: Sequence[int]) -> tuple[str, ...]:
@@ -278,13 +308,21 @@ def _patched(
             later = {kind: from_column(tensor, kind, column, axis=1) for kind, tensor in values.items()}
             size = max_variants(here, max_batch_tokens)
             order = sorted(members, key=lambda row: rows[row][0].layer or 0)
-            for first in range(0, len(order), size):
-                chunk = order[first : first + size]
+
+            def scored(
+                chunk: list[int],
+                column: int = column,
+                here: BaseRun = here,
+                later: Mapping[SiteKind, Tensor] = later,
+            ) -> Float[Tensor, "row batch"]:
                 chosen = [rows[row][0] for row in chunk]
                 where = torch.stack([rows[row][1][:, column:] for row in chunk])
                 hooks = _site_hooks(chosen, where, later, sizes)
-                logits = resume(model, here, hooks, len(chunk))
-                scores[chunk] = split_rows(metric(logits), len(chunk))
+                return split_rows(metric(resume(model, here, hooks, len(chunk))), len(chunk))
+
+            chunks = [order[first : first + size] for first in range(0, len(order), size)]
+            for chunk, found in zip(chunks, work("patched", chunks, scored, Tensor), strict=True):
+                scores[chunk] = found.to(scores.device)
                 done(len(chunk))
     return scores
 

@@ -28,6 +28,7 @@ from mechsafety.models.engine import (
 from mechsafety.models.parts import check_patchable
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.prompts import Align, PromptPairs, TokenPairs
+from mechsafety.scale.work import work
 from mechsafety.sites import Site, SiteKind
 
 KEPT = (SiteKind.Z, SiteKind.MLP_OUT)
@@ -390,11 +391,15 @@ def patched_scores(
     """
     scores = []
     firsts = [0] * len(patch) if start is not None else patch.first_layers(model.n_layers)
-    for chunk in batches_by_layer(firsts, max_variants(base)):
-        part = patch.rows(chunk)
-        scores.append(metric(patched_logits(model, base, source, part, positions=positions, start=start)))
+    chunks = batches_by_layer(firsts, max_variants(base))
+
+    def scored(chunk: slice) -> Float[Tensor, "variant batch"]:
+        return metric(patched_logits(model, base, source, patch.rows(chunk), positions=positions, start=start))
+
+    for found in work("patched", chunks, scored, Tensor, of=patch):
+        scores.append(found.to(model.device))
         if report is not None:
-            report(len(part))
+            report(len(found))
     return torch.cat(scores)
 
 
@@ -453,14 +458,19 @@ def scores_near(
         for nodes in variants
     ]
     order = sorted(range(len(variants)), key=lambda k: (first[k], k))
-    scores: list[Tensor] = []
-    for rows in batches_by_layer([first[k] for k in order], max_variants(base)):
+
+    def scored(rows: slice) -> Float[Tensor, "variant batch"]:
         chunk = order[rows]
         start = first[chunk[0]]
         patch = Patch.of(model, [[node for node in variants[k] if (node.layer or 0) >= start] for k in chunk])
-        scores.append(patched_scores(model, base, source, patch, metric, start=start))
+        return patched_scores(model, base, source, patch, metric, start=start)
+
+    scores: list[Tensor] = []
+    chunks = batches_by_layer([first[k] for k in order], max_variants(base))
+    for found in work("near", chunks, scored, Tensor, of=(common, variants)):
+        scores.append(found.to(model.device))
         if report is not None:
-            report(len(chunk))
+            report(len(found))
     place = torch.tensor(order, device=model.device).argsort()
     return torch.cat(scores)[place]
 

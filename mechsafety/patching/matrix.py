@@ -30,6 +30,7 @@ from mechsafety.patching.senders import sender_changes
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.results import Provenance, Result, bars
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import Site, SiteKind
 
 
@@ -104,6 +105,7 @@ class PathMatrix(Result):
         return bars(pd.DataFrame(rows, columns=["path", "change"]), "path", "change", f"change through {slot}: {unit}")
 
 
+@sweeps
 @public
 def path_matrix(
     model: LensModel,
@@ -146,15 +148,22 @@ def path_matrix(
     senders = (EMBED, *head_and_mlp_nodes(model.n_layers, model.n_heads))
     receivers = tuple(node for node in senders if node.kind == "head")
     found = {slot: torch.zeros(len(senders), len(receivers), len(base), device=model.device) for slot in "qkv"}
+    columns_of = {
+        layer: [k for k, node in enumerate(receivers) if node.layer == layer] for layer in range(model.n_layers)
+    }
+
+    def into(layer: int) -> Iterator[tuple[int, str, Float[Tensor, "sender head batch"]]]:
+        slopes = _slopes(model, base, source, layer)
+        for rows in _by_layer(senders, receivers[columns_of[layer][0]]):
+            changed = _read_changes(model, base, source, [senders[k] for k in rows], layer, norm)
+            for slot, slope in slopes.items():
+                yield rows[0], slot, einsum(changed, slope, "sender batch pos d, head batch pos d -> sender head batch")
+
+    kind = tuple[tuple[int, str, Tensor], ...]
     with model.lock, progress_bar(total=model.n_layers, desc="path matrix", show=progress) as bar:
-        for layer in range(model.n_layers):
-            slopes = _slopes(model, base, source, layer)
-            columns = [k for k, node in enumerate(receivers) if node.layer == layer]
-            for rows in _by_layer(senders, receivers[columns[0]]):
-                changed = _read_changes(model, base, source, [senders[k] for k in rows], layer, norm)
-                for slot, slope in slopes.items():
-                    part = einsum(changed, slope, "sender batch pos d, head batch pos d -> sender head batch")
-                    found[slot][rows[0] : rows[-1] + 1, columns] = part
+        for layer, parts in zip(columns_of, work("path matrix", range(model.n_layers), into, kind), strict=True):
+            for first, slot, part in parts:
+                found[slot][first : first + len(part), columns_of[layer]] = part.to(model.device)
             bar.update()
     options = {"norm": norm, "mlp": "freeze", "direction": direction, "pairs": len(base), **omissions(runs)}
     return PathMatrix(

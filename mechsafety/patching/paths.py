@@ -50,9 +50,11 @@ from mechsafety.patching.senders import (
 from mechsafety.patching.sources import check_start, column_masks
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import Site, SiteKind
 
 
+@sweeps
 @public
 def path_patching(
     model: LensModel,
@@ -115,11 +117,12 @@ def path_patching(
     with torch.no_grad(), progress_bar(total=total, desc="paths", show=progress) as bar:
         for column, group in enumerate(groups):
             for rows, scores in _paths(task, group, metric, downstream):
-                changes[rows, column] = task.sign * (before - scores)
+                changes[rows, column] = task.sign * (before - scores.to(before.device))
                 bar.update(len(rows))
     return task.result(metric.to_json(), groups, changes, task.runs.scores(metric), downstream, joint)
 
 
+@sweeps
 @public
 def path_projection(
     model: LensModel,
@@ -171,9 +174,10 @@ def path_projection(
     harmful, harmless = (project(stream(run, kind, layer)) for run in (task.runs.harmful, task.runs.harmless))
     total = len(task.reaching(projection.moment))
     with torch.no_grad(), progress_bar(total=total, desc="paths", show=progress) as bar:
-        for rows in task.chunks(projection.moment, size):
-            change = task.change(rows, projection.moment)
-            changes[rows, 0] = -task.sign * project(change)
+        chunks = list(task.chunks(projection.moment, size))
+        found = work("paths", chunks, lambda rows: project(task.change(rows, projection.moment)), Tensor)
+        for rows, moved in zip(chunks, found, strict=True):
+            changes[rows, 0] = -task.sign * moved.to(changes.device)
             bar.update(len(rows))
     about: dict[str, object] = {
         "name": "projection",
@@ -302,11 +306,11 @@ def _paths(
     moments = {receiver: read_moment(model, receiver[0]) for receiver in group}
     to_logits = group[0] == INTO_LOGITS
     size = max(1, max_variants(base) * (base.n_pos if to_logits else 1))
-    for rows in task.chunks(_stop(model, group), size):
+
+    def scored(rows: list[int]) -> Float[Tensor, "sender batch"]:
         if to_logits:
             change = task.change(rows, 2 * model.n_layers, last)
-            yield rows, final_scores(model, base, change[:, :, 0], metric, task.norm)
-            continue
+            return final_scores(model, base, change[:, :, 0], metric, task.norm)
         edits = []
         # receivers of one slot and layer read the same change
         for slot in dict.fromkeys((moments[receiver], receiver[0].kind, receiver[1]) for receiver in group):
@@ -315,9 +319,11 @@ def _paths(
             edits.append(slot_edit(model, base, [here] * len(rows), delta, task.norm))
         if downstream == "frozen":
             change = frozen_change(model, base, edits, task.norm)
-            yield rows, final_scores(model, base, change, metric, task.norm)
-        else:
-            yield rows, metric(live_logits(model, base, [edits]))
+            return final_scores(model, base, change, metric, task.norm)
+        return metric(live_logits(model, base, [edits]))
+
+    chunks = list(task.chunks(_stop(model, group), size))
+    yield from zip(chunks, work("paths", chunks, scored, Tensor, of=group), strict=True)
 
 
 def _stop(model: LensModel, group: Sequence[Receiver]) -> int:
@@ -355,10 +361,17 @@ def measured_edges(
     order = sorted(range(len(edges)), key=lambda k: edges[k].receiver.order)
     scores = torch.zeros(len(edges), len(base), device=harmful.device)
     with torch.no_grad(), progress_bar(total=len(edges), desc="edges", show=progress) as bar:
-        for first in range(0, len(order), max_variants(base)):
-            chunk = order[first : first + max_variants(base)]
+
+        def scored(chunk: list[int]) -> Float[Tensor, "edge batch"]:
+            row, out = {k: row for row, k in enumerate(chunk)}, torch.zeros_like(scores[: len(chunk)])
             for members, found in _edge_scores(model, base, source, metric, [(k, edges[k]) for k in chunk]):
-                scores[members] = found
+                out[[row[k] for k in members]] = found
+            return out
+
+        size = max_variants(base)
+        chunks = [order[first : first + size] for first in range(0, len(order), size)]
+        for chunk, found in zip(chunks, work("edges", chunks, scored, Tensor, of=edges), strict=True):
+            scores[chunk] = found.to(scores.device)
             bar.update(len(chunk))
     return harmful - scores
 

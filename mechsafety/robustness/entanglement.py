@@ -24,6 +24,7 @@ from mechsafety.prompts import distinct
 from mechsafety.replies import check_unedited
 from mechsafety.results import Provenance, Result
 from mechsafety.robustness.parts import mean_values, ranked_parts
+from mechsafety.scale.work import sweeps, work
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -97,6 +98,7 @@ class Entanglement(Result):
         return px.scatter(frame, x="layer", y="kl", color="refusal", hover_name="node", log_y=True, labels=labels)
 
 
+@sweeps
 @public
 def entanglement(
     model: LensModel,
@@ -125,9 +127,13 @@ def entanglement(
         raise MechsafetyError(f"{len(asked)} prompts", expected="at least 2, for an interval")
     before = plain.logits(asked)
     nodes = head_and_mlp_nodes(model.n_layers, model.n_heads)
-    means, rows = mean_values(model, nodes, asked), []
-    for node in progress_bar(nodes, desc="nodes", show=progress):
+    means = mean_values(model, nodes, asked)
+
+    def without(node: Node) -> Float[Tensor, " prompt"]:
         with ablate(model, node, values=means):
-            rows.append(next_token_kl(before, plain.logits(asked)).clamp(min=0).float().cpu())
+            return next_token_kl(before, plain.logits(asked)).clamp(min=0).float().cpu()
+
+    found = work("nodes", nodes, without, Tensor)
+    rows = list(progress_bar(found, total=len(nodes), desc="nodes", show=progress))
     options = {"prompts": len(asked)}
     return Entanglement(model.provenance(options=options), nodes, torch.stack(rows), tuple(homes))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from mechsafety.robustness.parts import (
     ranked_edges,
     ranked_parts,
 )
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import SiteKind
 
 if TYPE_CHECKING:
@@ -266,6 +268,7 @@ def _sizes(n: int, asked: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(asked)))
 
 
+@sweeps
 @public
 def fragility(
     model: LensModel,
@@ -335,13 +338,16 @@ def fragility(
     scores = torch.zeros(len(swept), len(chosen), len(rankings), len(before))
     kl = torch.zeros(len(swept), len(chosen), len(rankings), len(harmless))
     with progress_bar(total=scores[..., 0].numel(), desc="fragility", show=progress) as bar:
-        for s, strength in enumerate(swept):
-            for k, size in enumerate(chosen):
-                for r, ranking in enumerate(rankings):
-                    found, after = ablation.read(ranking[:size], strength)
-                    scores[s, k, r] = found.cpu()
-                    kl[s, k, r] = next_token_kl(unedited, after).clamp(min=0).float().cpu()
-                    bar.update()
+        cells = list(product(range(len(swept)), range(len(chosen)), range(len(rankings))))
+
+        def measured(cell: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+            s, k, r = cell
+            found, after = ablation.read(rankings[r][: chosen[k]], swept[s])
+            return found.cpu(), next_token_kl(unedited, after).clamp(min=0).float().cpu()
+
+        for cell, values in zip(cells, work("fragility", cells, measured, tuple[Tensor, Tensor]), strict=True):
+            scores[cell], kl[cell] = values
+            bar.update()
     said: dict[str, Any] = {}
     if replies and not isinstance(ablation, CutEdges):
         said = _said(ablation, rankings[:2], chosen, swept[-1], reply_tokens, progress)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
 from mechsafety.circuits.verification.outcome import Stability
 from mechsafety.nodes import Part
-from mechsafety.patching.masks import pair_batches
+from mechsafety.patching.masks import PairRuns, pair_batches
 from mechsafety.results import Provenance
+from mechsafety.scale.work import work
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +60,22 @@ def attribute_pairs(meter: FaithfulnessMeter, *, steps: int = 8) -> PairAttribut
     heads = torch.zeros(n_pairs, model.n_layers, model.n_heads, device=model.device)
     mlps = torch.zeros(n_pairs, model.n_layers, device=model.device)
     with meter.bar(n_pairs * steps, "nodes") as bar:
+
+        def attributed(batches: Sequence[Callable[[], PairRuns]], number: int) -> list[Tensor]:
+            some, sums = batches[number](), [torch.zeros((), device=model.device)] * 2
+            for step in range(steps):
+                grads = mask_gradients(model, some, meter.metric, (step + 0.5) / steps, each=True)
+                sums = [total + grad / steps for total, grad in zip(sums, grads, strict=True)]
+                bar.update(len(some.harmful))
+            return sums
+
         for rows, runs in meter.groups or ((tuple(range(n_pairs)), meter.runs),):
-            done = 0
-            for batch in pair_batches(model, runs, BATCH_TOKENS):
-                some = batch()
-                chosen = list(rows[done : done + len(some.harmful)])
+            done, batches = 0, pair_batches(model, runs, BATCH_TOKENS)
+            found = work("nodes", range(len(batches)), partial(attributed, batches), tuple[Tensor, ...], of=rows)
+            for grads in found:
+                chosen = list(rows[done : done + len(grads[0])])
                 done += len(chosen)
-                for step in range(steps):
-                    grads = mask_gradients(model, some, meter.metric, (step + 0.5) / steps, each=True)
-                    heads[chosen] += grads[0] / steps
-                    mlps[chosen] += grads[1] / steps
-                    bar.update(len(chosen))
+                heads[chosen], mlps[chosen] = (grad.to(model.device) for grad in grads)
     harmful, harmless = meter.runs.ends(meter.metric)
     provenance = model.provenance(options={"steps": steps, "neurons": False, "pairs": n_pairs})
     return PairAttributions(heads, mlps, harmful - harmless, provenance, meter.metric.to_json())
@@ -109,7 +116,8 @@ def bootstrap_stability(
     with meter.bar(n, "resamples") as bar:
         for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
             drawn = [np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs) for _ in batch]
-            asked = [(ranking_of(weights.tolist()), weights) for weights in drawn]
+            ranked = work("rankings", drawn, lambda weights: tuple(ranking_of(weights.tolist())), tuple[Part, ...])
+            asked = list(zip(ranked, drawn, strict=True))
             for found, _ in _prefixes(meter, asked, goal, guess):
                 jaccards.append(len(whole & found) / len(whole | found))
                 sizes.append(len(found))

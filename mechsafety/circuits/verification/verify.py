@@ -22,11 +22,13 @@ from mechsafety.inputs import Amount, public
 from mechsafety.intervals import ratio_interval, ratio_intervals
 from mechsafety.metrics import adjust_p
 from mechsafety.nodes import Part
+from mechsafety.scale.work import sweeps
 
 # fewer parts than this outside the circuit cannot give a p below 0.05: 19 give one of 0.05
 MIN_ADDED = 20
 
 
+@sweeps
 @public
 def verify(
     result: SearchResult,
