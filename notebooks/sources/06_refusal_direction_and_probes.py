@@ -120,8 +120,8 @@ assert chosen.kl > 0.1
 
 # %% [markdown]
 # A low bypass alone shows nothing. The control that is made of harmless prompts ends refusals as well, and its KL says how:
-# it damages the model. The chosen direction is much less harmful, but far above the published limit. The random
-# directions leave most refusals.
+# it damages the model. Removing the chosen direction does less damage, but far more than the published limit allows. The
+# random directions leave the mean bypass above 0.
 #
 # What a large KL means is seen best in replies. Harmless prompts, with the direction removed, and with a random direction
 # removed:
