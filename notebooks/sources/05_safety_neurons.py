@@ -83,12 +83,13 @@ assert abs(table.effect[1.0] - 1) < 1e-3  # the ceiling
 assert table.ci_high[0.05] < 0.5  # not most of the effect
 
 # %% [markdown]
-# At 50 % there is no room for sets without any of the chosen neurons: `random_overlap` says how many of the random
-# neurons are chosen ones. The control is then weak, and the table says so.
+# The intervals are wide, because there are few prompts. From 20 % on there is no room for sets without any of the chosen
+# neurons: `random_overlap` says how many of the random neurons are chosen ones. The control is then weak, and the table
+# says so.
 #
 # ## Why is a large change no large effect?
 #
-# A change grows with the neuron's activation: who is always large, changes much. We compare each neuron's change with the
+# A change grows with the neuron's activation: a neuron whose values are always large changes much. We compare each neuron's change with the
 # size of its activation in the base model, which knows nothing of the alignment.
 
 # %%
@@ -103,7 +104,7 @@ print(f"{shared:.0%} of the 5 % that changed most are among the 5 % with the lar
 assert shared > 0.3
 
 # %% [markdown]
-# By chance, 5 % of them would be. So much of this ranking says which neurons are large. The score `ratio` divides the
+# By chance, 5 % of them would be. So this ranking says to a good part which neurons are large. The score `ratio` divides the
 # size out: `ms.safety_neurons(..., score="ratio")`. Try it.
 #
 # ## Limits

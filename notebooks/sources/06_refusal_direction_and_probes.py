@@ -46,6 +46,8 @@ metric
 # **What do you expect?** From which layer on is the probe good? What will it say of the scary prompts?
 
 # %%
+import pandas as pd
+
 report = ms.probe_layers(model, train, layers=[0, 11, 22], spans=["last"], n_shuffled=2)
 report.plot()
 
@@ -77,12 +79,16 @@ assert top.hard_flagged > 1.5 * (1 - top.accuracy)  # the control that undoes th
 #
 # - *bypass*: the metric on harmful prompts, with the direction removed. Low is good.
 # - *induce*: the metric on harmless prompts, with the direction added. High is good.
-# - *KL*: how far the next token on **harmless** prompts moves, with the direction removed. It should be near 0. The
-#   published limit is 0.1.
+# - *KL*: how far the next token on **harmless** prompts moves, with the direction removed. It should be near 0.
+#
+# The published rule takes no candidate with a KL above 0.1. We leave this condition out at first (`max_kl=None`), as
+# someone would who is in a hurry.
 
 # %%
-direction = ms.refusal_direction(model, train, metric, validation=test, layers=[16, 18, 20], n_positions=1, n_random=2)
-columns = ["layer", "bypass", "induce", "kl", "chosen"]
+direction = ms.refusal_direction(
+    model, train, metric, validation=test, layers=[16, 18, 20], n_positions=1, max_kl=None, n_random=2
+)
+columns = ["layer", "bypass", "induce", "chosen"]
 print(f"unedited: harmful {direction.harmful.mean():+.2f}, harmless {direction.harmless.mean():+.2f}")
 direction.to_dataframe()[columns].round(2)
 
@@ -92,20 +98,31 @@ print(f"layer {chosen.layer}: refusals end ({chosen.bypass:+.1f}) and can be bro
 assert chosen.bypass < 0 < chosen.induce
 
 # %% [markdown]
-# So refusal is one direction? Both numbers are as they should be. Now the controls: random directions of the same length,
-# and a difference of two random halves of the *harmless* prompts, which has nothing to do with harm.
+# So refusal is one direction? Both numbers are as they should be. Now the controls, which the result has too: random
+# directions of the same length, and a difference of two random halves of the *harmless* prompts. That one has nothing to
+# do with harm.
 #
-# **What do you expect?** What will the bypass of these be? And what does the KL of the chosen direction say?
+# **What do you expect?** What will the bypass of these be? And the KL of all of them, and of the chosen direction?
 
 # %%
-direction.controls.to_dataframe()[["control", "bypass", "bypass_low", "bypass_high", "induce", "kl"]].round(2)
+controls = direction.controls.to_dataframe()
+columns = ["bypass", "induce", "kl"]
+pd.concat([direction.to_dataframe().query("chosen").assign(control="(chosen)"), controls]).set_index("control")[
+    columns
+].round(2)
 
 # %%
-print(f"KL on harmless prompts, the direction removed: {chosen.kl:.2f} nats")
-print("meets the published conditions:", direction.passes)
-assert chosen.kl > 0.1 and not direction.passes
+harmless_control = controls.iloc[-1]
+print(f"{harmless_control.control}: bypass {harmless_control.bypass:+.1f}, KL {harmless_control.kl:.1f} nats")
+print(f"chosen direction: bypass {chosen.bypass:+.1f}, KL {chosen.kl:.1f} nats; the published limit is 0.1")
+assert harmless_control.bypass < 0  # refusals end without a direction of refusal
+assert chosen.kl > 0.1
 
 # %% [markdown]
+# A low bypass alone shows nothing. The control that is made of harmless prompts ends refusals as well, and its KL says how:
+# it damages the model. Removing the chosen direction does less damage, but far more than the published limit allows. The
+# random directions leave the mean bypass above 0.
+#
 # What a large KL means is seen best in replies. Harmless prompts, with the direction removed, and with a random direction
 # removed:
 
@@ -124,9 +141,8 @@ for k, prompt in enumerate(prompts):
         print(f"   {name:27} {said[k]!r}")
 
 # %% [markdown]
-# The claim does not hold as it was made. Removing this direction ends refusals *and* changes what the model says to
-# harmless prompts. It holds refusal and other things. A random direction of the same kind does not do that, so the
-# direction is no accident either.
+# The claim does not hold as it was made. Removing this direction ends refusals, and it changes what the model says to
+# harmless prompts too. How much of its bypass is refusal, and how much is damage, these numbers do not tell.
 #
 # ## Limits
 #

@@ -137,7 +137,7 @@ assert kept > 0.5 > max(at_random)
 
 # %% [markdown]
 # A mean hides how much pairs differ. `kept` gives the metric of every pair, and `ends` those of the whole model on both
-# prompts. On some pairs the circuit alone refuses more firmly than the whole model does, on others it hardly refuses.
+# prompts. On some pairs the circuit alone refuses more firmly than the whole model does, on others less firmly.
 
 # %%
 (scores,) = meter.kept([circuit])

@@ -108,6 +108,7 @@ def test_the_map_in_the_notebook_of_maps_is_alive(show) -> None:
     picture.scroll_into_view_if_needed()
     frame = picture.element_handle().content_frame()
     frame.wait_for_selector(f"#nodeCount:has-text('{len(circuit)} of {len(circuit)} nodes shown')")
+    frame.click("#fit")  # the whole picture
     frame.locator('.node[data-node="L14.H2"]').click()
     frame.wait_for_selector("#card:has-text('L14.H2')")
     frame.eval_on_selector("#nodeSlider", "el => { el.value = 190; el.dispatchEvent(new Event('input')); }")
