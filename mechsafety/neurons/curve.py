@@ -150,7 +150,9 @@ class CausalCurve(Result):
             "arrayminus": frame.effect - frame.ci_low,
         }
         figure.add_scatter(x=percent, y=frame.effect, error_y=bars, mode="lines+markers", name="top neurons")
-        figure.update_xaxes(type="log", title="share of all neurons, %")
+        figure.update_xaxes(
+            type="log", title="share of all neurons, %", tickvals=percent, ticktext=[f"{x:g}" for x in percent]
+        )
         figure.update_yaxes(title=f"causal effect C on {self.score}")
         return figure
 

@@ -121,7 +121,7 @@ def frame(page: str, title: str, height: int) -> str:
         f'<iframe sandbox="allow-scripts allow-downloads" allow="clipboard-write" '
         f'title="{html.escape(title, quote=True)}" loading="lazy" '
         f'style="width:100%;height:clamp({min(height, SHORTEST)}px,90vh,{height}px);border:1px solid #8886;'
-        f'border-radius:8px" '
+        f'border-radius:8px;box-sizing:border-box" '
         f'srcdoc="{html.escape(page, quote=True)}"></iframe>'
     )
 

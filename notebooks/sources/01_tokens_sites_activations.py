@@ -140,8 +140,9 @@ assert scores[0] > 0 > scores[1:].max()  # one is refused, four are answered
 assert min(shares) > 0.25
 
 # %% [markdown]
-# Prompts that are answered alike differ too, and by a good part of what separates a refused prompt from an answered one.
-# Who looks for the largest differences finds much that has to do with words, and little that has to do with refusing.
+# Prompts that are answered alike differ too. Up to about layer 13 the four lines lie on one another: what differs there is
+# a word, whatever the model makes of it. Later the refused prompt moves away, and the controls still reach a third to two
+# thirds of its difference. Who looks for the largest differences finds much that has nothing to do with refusing.
 
 # %% [markdown]
 # ## Limits

@@ -96,13 +96,13 @@ assert abs(share) < 0.02
 assert effects.ci_low[HEAD] > 0.05
 
 # %% [markdown]
-# The head acts through others. It adds something to the stream of the last token that later parts read, and these write
-# `Sorry`. Direct attribution sees the last step alone. Notebook 04 follows the steps between.
+# The head acts through others. It adds something to the stream that later parts read, and these write `Sorry`. Direct
+# attribution sees the last step alone. Notebook 04 follows the steps between.
 #
 # ## What the head looks at
 #
 # A head reads from other tokens. `model.attention` shows from which. Move the pointer over a token of the picture: the
-# tokens that the head looks at from there are coloured.
+# tokens that the head looks at from there are coloured. The table below has the last token, where the reply begins.
 
 # %%
 seen = model.attention(pairs.harmful[0], HEAD)

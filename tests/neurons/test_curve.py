@@ -110,6 +110,8 @@ def test_curve_saves_and_plots(curve, tmp_path):
     assert again.effects == curve.effects and torch.equal(again.harmless.nll, curve.harmless.nll)
     assert repr(again).startswith("CausalCurve(refusal_log_odds, 5 prompts; 5.0%: ")
     assert [trace.name for trace in curve.plot().data] == ["random neurons of the same layers (95 %)", "top neurons"]
+    axis = curve.plot().layout.xaxis
+    assert axis.type == "log" and list(axis.tickvals) == [100 * share for share in curve.shares]
 
 
 def test_a_score_without_difference(pair, prompts, ranking):
