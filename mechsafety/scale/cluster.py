@@ -349,14 +349,14 @@ def _connect(ray: Any, address: str | None) -> None:
         return
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # without it, Ray may look for a cluster of long ago
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=False if address is None else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise MechsafetyError(
-            f"no Ray cluster at {address!r} ({first_line(error)})",
+            f"no Ray cluster at {address or 'local'!r} ({first_line(error)})",
             expected="the address of a running cluster",
             hint="start one (ray start --head), or leave the address out for one on this machine",
         ) from error

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import swept
@@ -74,6 +75,9 @@ def nodes(namespace, tmp_path):
             if process is not None:
                 process.terminate()
                 process.wait(60)
+        left = Path("/tmp/ray/ray_current_cluster")  # ray.init() would look for this cluster
+        if left.is_file() and left.read_text().strip() == f"{HEAD}:{PORT}":
+            left.unlink()
 
 
 def wait_for_port():
