@@ -18,7 +18,7 @@ class Weights:
     Attributes:
         kind: Its class.
         config: Its configuration.
-        tensors: Dtype, bytes and shape of each weight.
+        tensors: Dtype, bytes and shape of each weight and buffer.
         tokenizer: Its tokenizer, with chat template.
         template_options: Options of the chat template.
         name: Name in results.
@@ -49,8 +49,11 @@ def pack_weights(model: Any) -> Weights:
             expected="a model that was loaded by name or folder",
         )
     with torch.device("meta"):
-        names = list(type(hf)(hf.config).state_dict())
-    own = {name.replace(WRAPPER, ""): tensor for name, tensor in hf.state_dict().items()}
+        bare = type(hf)(hf.config)
+    # buffers that no checkpoint holds (rotary frequencies) may have been rounded with the weights
+    names = dict.fromkeys([*bare.state_dict(), *(name for name, _ in bare.named_buffers())])
+    every = {**hf.state_dict(), **dict(hf.named_buffers())}
+    own = {name.replace(WRAPPER, ""): tensor for name, tensor in every.items()}
     tensors = {}
     for name in names:
         tensor = own[name].detach().cpu().contiguous()
@@ -73,7 +76,10 @@ def load(recipe: Any) -> Any:
         name: torch.frombuffer(bytearray(array.tobytes()), dtype=getattr(torch, dtype)).reshape(shape)
         for name, (dtype, array, shape) in recipe.tensors.items()
     }
-    hf.load_state_dict(state, assign=True)
+    for name, _ in list(hf.named_buffers()):
+        owner, _, own = name.rpartition(".")
+        setattr(hf.get_submodule(owner), own, state[name])
+    hf.load_state_dict({name: state[name] for name in hf.state_dict()}, assign=True)
     hf.tie_weights()
     model = load_model((hf, recipe.tokenizer), device=recipe.device, template_options=recipe.template_options)
     model.name = recipe.name

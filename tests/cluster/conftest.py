@@ -1,11 +1,16 @@
 """A Ray cluster of two nodes on this machine."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")  # otherwise a busy machine starves the replicas
+# replicas import functions of the tests by name
+TESTS = Path(__file__).resolve().parents[1]
+PLACES = (str(TESTS), str(TESTS.parent / "scripts"), os.environ.get("PYTHONPATH", ""))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 
 
 @pytest.fixture(scope="module")
