@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
@@ -98,7 +99,7 @@ def exported(planted: Planted) -> ExportedModel:
 
 
 def _changes(pairs: PromptPairs) -> dict[tuple[str, str], str]:
-    """The words in which the two prompts of a pair differ, and the harmful prompt of the k-th pair in its k-th frame."""
+    """The pairs of words that differ between two prompts, each with one harmful prompt; the prompts' frames vary."""
     found: dict[tuple[str, str], list[str]] = {}
     for bad, good in zip(pairs.harmful, pairs.harmless, strict=True):
         differing = [two for two in zip(bad.split(), good.split(), strict=True) if two[0] != two[1]]
@@ -110,13 +111,18 @@ def _changes(pairs: PromptPairs) -> dict[tuple[str, str], str]:
 
 def _tensors(model: Any) -> dict[str, np.ndarray]:
     weights = weights_of(model)
-    named = {"embed": weights.embed, "unembed": weights.unembed, "norm": weights.final_norm.weight}
+    named = {"embed": weights.embed, "unembed": weights.unembed, "norm": _weight(weights.final_norm)}
     named["frequencies"] = model.model.rotary_emb.inv_freq
     for layer, block in enumerate(weights.layers):
         assert block.gate is not None
         # a block's `read` is under the activation function, its `gate` is the factor
         parts = {"q": block.q, "k": block.k, "v": block.v, "o": block.o}
         parts |= {"gate": block.read, "up": block.gate, "down": block.write}
-        parts |= {"norm1": block.norms[0].weight, "norm2": block.norms[1].weight}
+        parts |= {name: _weight(norm) for name, norm in zip(("norm1", "norm2"), block.norms, strict=True)}
         named |= {f"{layer}.{name}": tensor for name, tensor in parts.items()}
     return {name: np.ascontiguousarray(tensor.detach().float().numpy()) for name, tensor in named.items()}
+
+
+def _weight(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight
+    return weight

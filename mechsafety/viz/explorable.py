@@ -9,7 +9,8 @@ from mechsafety.viz.html import joined_script, safe_json, template
 if TYPE_CHECKING:
     from mechsafety.testbed import ExportedModel
 
-SCRIPTS = ("explorable-model.js", "explorable-page.js")
+# the report's script makes boxes that scroll reachable by the keyboard
+SCRIPTS = ("explorable-model.js", "explorable-page.js", "report.js")
 
 
 def explorable_html(model: "ExportedModel") -> str:

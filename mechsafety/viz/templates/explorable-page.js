@@ -42,8 +42,8 @@ function problemOf(words) {
   if (!words.length) return "The prompt is empty. Please type some words that the model knows.";
   const unknown = [...new Set(words.filter((word) => !ids.has(word) || data.special.includes(word)))];
   if (unknown.length) {
-    const lower = unknown.filter((word) => ids.has(word.toLowerCase()));
-    const hint = lower.length ? ` It knows ${quoted(lower.map((word) => word.toLowerCase()))}.` : "";
+    const lower = unknown.map((word) => word.toLowerCase()).filter((word, k) => word !== unknown[k] && ids.has(word));
+    const hint = lower.length ? ` It knows ${quoted(lower)}.` : "";
     const what = unknown.length === 1 ? "the word" : "the words";
     return `The model does not know ${what} ${quoted(unknown)}.${hint} It knows only the words in the list below.`;
   }
@@ -236,6 +236,7 @@ function report(before, guess) {
   const row = make("tr");
   row.append(...cells.map(([text, kind]) => make("td", text, kind ? { class: kind } : {})));
   el("log").tBodies[0].append(row);
+  boxes();
 }
 
 // ---- the diagram
@@ -346,6 +347,7 @@ function fill(id, rows) {
     }));
     return made;
   }));
+  boxes();
 }
 
 const STAGES = {
@@ -380,6 +382,7 @@ function reveal() {
   }));
   el("truth").hidden = false;
   el("wireKey").hidden = false;
+  el("orderKey").hidden = true;
   refresh();
 }
 
