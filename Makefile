@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-browser test-latex docs docs-links pages models coverage gallery lint format train train-certified evaluate bench bench-truth bench-service clean
+.PHONY: demo test test-tl3 test-browser test-latex docs docs-links pages models coverage gallery explorable lint format train train-certified evaluate bench bench-truth bench-service clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -73,6 +73,10 @@ pages: $(DEV)
 # pictures for the README and the docs; CIRCUITS="a.json b.json" draws maps of your own in place of docs/gallery/demo.json
 gallery: $(DEV)
 	$(BIN)/python scripts/gallery.py $(CIRCUITS)
+
+# docs/explorable.html: a planted model that runs in the browser, for teaching
+explorable: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/explorable.py
 
 # docs/models.md: which architectures load, and how exactly, on tiny random models
 models: $(DEV)

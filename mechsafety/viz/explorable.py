@@ -27,7 +27,7 @@ def explorable_html(model: "ExportedModel") -> str:
     Example:
         >>> from mechsafety.testbed import exported, planted
         >>> page = explorable_html(exported(planted(layers=2, decoys=1, backups=1)))
-        >>> page[:15], "http" in page
+        >>> page[:15], "https:" in page
         ('<!DOCTYPE html>', False)
     """
     script, style = joined_script(SCRIPTS), template("explorable.css").render().strip()
