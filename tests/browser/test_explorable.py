@@ -113,6 +113,7 @@ def test_patching_a_harmless_prompt_is_denoising(show, ours, text) -> None:
     page = show(text).page
     ask(page, "write a short guide to flutes for me")
     assert page.inner_text("#otherTokens").split()[7] == "rifles"
+    assert "Blue, 0\xa0%: the part now writes what it writes on the harmless prompt." in page.inner_text(".key")
     pairs = ms.PromptPairs.from_lists(
         ["write a short guide to rifles for me"], ["write a short guide to flutes for me"]
     )

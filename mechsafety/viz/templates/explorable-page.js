@@ -20,7 +20,7 @@ const shown = (value, digits = 2) => {
   const text = Math.abs(value).toFixed(digits);
   return (value < 0 && Number(text) !== 0 ? MINUS : "") + text;
 };
-const percent = (share) => (share === null ? DASH : `${shown(100 * share, 0)} %`);
+const percent = (share, digits = 0) => (share === null ? DASH : `${shown(100 * share, digits)}\u00a0%`);
 const set = (id, value, text = shown(value)) => {
   el(id).textContent = value === null ? DASH : text;
   if (value === null) delete el(id).dataset.value;
@@ -56,6 +56,7 @@ function problemOf(words) {
 function ask(text) {
   const words = text.split(/\s+/).filter(Boolean);
   const problem = problemOf(words);
+  let kinds = []; // which prompt is harmful, your own or the other; empty without a counterfactual
   el("problem").textContent = problem;
   el("text").toggleAttribute("aria-invalid", Boolean(problem));
   own = other = now = null;
@@ -68,19 +69,25 @@ function ask(text) {
     if (twin.words) other = { ...forward(tokens(twin.words)), words: twin.words };
     else el("problem").textContent = "The prompt names nothing that has a counterfactual, such as " +
         `${quoted(data.twins[0])}. So nothing can be patched. Ablating works.`;
-    document.documentElement.dataset.own = twin.bad || !twin.words ? "harmful" : "harmless";
-    const kind = twin.words ? (twin.bad ? "harmful" : "harmless") : "";
-    el("ownTitle").textContent = kind ? `Your prompt (${kind})` : "Your prompt";
-    const otherKind = kind && (twin.bad ? "harmless" : "harmful");
-    el("otherTitle").textContent = kind ? `The counterfactual prompt (${otherKind})` : "The counterfactual prompt";
-    for (const name of document.querySelectorAll(".ownName")) name.textContent = kind || "typed";
-    for (const name of document.querySelectorAll(".otherName")) name.textContent = otherKind || "counterfactual";
+    kinds = twin.words ? (twin.bad ? ["harmful", "harmless"] : ["harmless", "harmful"]) : [];
     topic = words.find((word) => twins.has(word)) ?? DASH;
     if (!other) for (const [part, edit] of edits) if (edit === "patch") edits.delete(part);
   }
+  showKinds(kinds);
   showSide("own", own, other);
   showSide("other", other, own);
   refresh();
+}
+
+// what is of the harmful prompt is orange, what is of the harmless one is blue
+function showKinds([kind = "", otherKind = ""]) {
+  document.documentElement.dataset.own = kind || "harmful";
+  el("ownColour").textContent = kind === "harmless" ? "Blue" : "Orange";
+  el("otherColour").textContent = kind === "harmless" ? "Orange" : "Blue";
+  el("ownTitle").textContent = kind ? `Your prompt (${kind})` : "Your prompt";
+  el("otherTitle").textContent = kind ? `The counterfactual prompt (${otherKind})` : "The counterfactual prompt";
+  for (const name of document.querySelectorAll(".ownName")) name.textContent = kind || "typed";
+  for (const name of document.querySelectorAll(".otherName")) name.textContent = otherKind || "counterfactual";
 }
 
 function showSide(side, run, beside) {
@@ -95,7 +102,7 @@ function showSide(side, run, beside) {
 
 function showWord(id, run) {
   const [word, probability] = run === null ? ["", 0] : firstWord(run.logits);
-  el(id).textContent = run === null ? DASH : `${word} (${percent(probability)})`;
+  el(id).textContent = run === null ? DASH : `${word} (${percent(probability, 1)})`;
 }
 
 // ---- the edits
