@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
+.PHONY: demo test test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -92,6 +92,9 @@ gallery: $(DEV)
 # docs/ten-pictures: slides from stored results, HTML and, with a Chromium, PDF
 slides: $(DEV)
 	$(BIN)/python scripts/ten_pictures.py
+# docs/explorable.html: a planted model that runs in the browser, for teaching
+explorable: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/explorable.py
 
 # docs/models.md: which architectures load, and how exactly, on tiny random models
 models: $(DEV)

@@ -6,6 +6,7 @@ host and on the site. Nothing is fetched from a network.
 
 import posixpath
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +67,8 @@ html_title = "mechsafety"
 smartquotes = False  # messages and code are quoted as they are
 html_show_sourcelink = False
 html_additional_pages = {"index": "redirect.html"}
+# pages that are complete as they are; they keep their place, so that a relative link leads to them
+COMPLETE = ("docs/explorable.html",)
 
 # pages whose links are the site's menu, so that a list of pages is written once, and the folder of these pages; those
 # of the root are in sections
@@ -142,6 +145,13 @@ def link_by_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnod
     return contnode
 
 
+def copy_complete_pages(app: Sphinx, error: Exception | None) -> None:
+    """Put the pages of `COMPLETE` beside those that Sphinx wrote."""
+    if error is None and app.builder.format == "html":
+        for page in COMPLETE:
+            shutil.copyfile(ROOT / page, Path(app.outdir) / page)
+
+
 def setup(app: Sphinx) -> None:
     """Register the functions above; attributes in a docstring are no links to others of the same name."""
     for field in PyObject.doc_field_types:
@@ -152,3 +162,4 @@ def setup(app: Sphinx) -> None:
     app.connect("build-finished", add_plotly)
     app.connect("autodoc-process-docstring", keep_names_together, priority=900)  # after napoleon
     app.connect("missing-reference", link_by_name)
+    app.connect("build-finished", copy_complete_pages)

@@ -5,6 +5,8 @@ from .causal import Variable as Variable
 from .certify import Certificate as Certificate
 from .certify import Certified as Certified
 from .certify import certified as certified
+from .exported import ExportedModel as ExportedModel
+from .exported import exported as exported
 from .plant import Planted as Planted
 from .plant import planted as planted
 from .scoring import TruthScore as TruthScore

@@ -10,6 +10,7 @@ from mechsafety.viz.attention import attention_html, figures_page, neurons_html,
 from mechsafety.viz.captions import circuit_caption, layout_caption
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.comparison import Comparison, compare_layouts
+from mechsafety.viz.explorable import explorable_html
 from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle
 from mechsafety.viz.layout import layout_circuit
 from mechsafety.viz.pdf import circuit_pdf, draw_circuit, layout_pdf, layout_png
@@ -44,6 +45,7 @@ __all__ = [
     "compare_layouts",
     "draw_circuit",
     "effect_distribution",
+    "explorable_html",
     "faithfulness_curve",
     "figures_page",
     "layout_caption",

@@ -149,12 +149,17 @@ def template(name: str) -> "jinja2.Template":
     return _environment().get_template(name)
 
 
-@cache
 def page_script() -> str:
-    """The page's script: its sources one after the other, in one function, so that none of their names is global."""
+    """The script of a circuit's page."""
+    return joined_script(tuple(f"circuit-{part}.js" for part in SOURCES))
+
+
+@cache
+def joined_script(names: tuple[str, ...]) -> str:
+    """A page's script: its sources one after the other, in one function, so that none of their names is global."""
     environment = _environment()
     assert environment.loader is not None
-    sources = [environment.loader.get_source(environment, f"circuit-{part}.js")[0] for part in SOURCES]
+    sources = [environment.loader.get_source(environment, name)[0] for name in names]
     return "\n".join(['(() => {\n"use strict";', *sources, "start();\n})();"])
 
 
