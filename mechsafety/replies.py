@@ -348,11 +348,11 @@ def judge_replies(
         MechsafetyError: There are no prompts; there is not one reply per prompt; the model is edited; or the judge
             returns something else than kinds.
 
-    Example::
-
-        with ms.ablate(model, heads):
-            replies = model.generate(prompts, 100)
-        ms.judge_replies(model, prompts, replies).rates()
+    Example:
+        >>> replies = model.generate(harmful, 8)
+        >>> rates = ms.judge_replies(model, harmful, replies).rates()
+        >>> dict(zip(rates.kind, rates["count"]))
+        {'refuses': 8, 'answers': 0, 'degenerate': 0, 'neither': 0}
     """
     if not prompts or len(prompts) != len(replies):
         raise MechsafetyError(f"{len(replies)} replies to {len(prompts)} prompts", expected="one reply per prompt")
