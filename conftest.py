@@ -12,28 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.doctest import DoctestItem
 
 PAGE = Path(__file__).parent / "docs" / "reference" / "index.md"
-
-
-def unbound(source: str) -> set[str]:
-    """Names that code reads before it has bound them itself."""
-    bound, found = set(dir(builtins)), set()
-    for statement in ast.parse(source).body:
-        nodes = list(ast.walk(statement))
-        names = [node for node in nodes if isinstance(node, ast.Name)]
-        assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-        # a plain assignment reads its right side first; every other statement binds its names before they are read
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        later = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
-        inside = (assigned - later) | {node.arg for node in nodes if isinstance(node, ast.arg)}
-        found |= {node.id for node in names if isinstance(node.ctx, ast.Load)} - bound - inside
-        bound |= assigned | {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        for node in nodes:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    return found
 
 
 class ReadyNames:
@@ -47,13 +27,14 @@ class ReadyNames:
         section = page.split("\n## Names in examples\n")[1]
         (code,) = re.findall(r"^```python\n(.*?)^```", section, flags=re.S | re.M)
         self.paragraphs = code.strip().split("\n\n")
-        self.makers = {name: place for place, text in enumerate(self.paragraphs) for name in self._made(text)}
+        self.makers = {name: place for place, text in enumerate(self.paragraphs) for name in self.made(text)}
         self.table = re.findall(r"`(\w+)`(?=[^|\n]*\|[^|\n]*\|\n)", section)
         self._space: dict[str, Any] = {}
         self._run: set[int] = set()
 
     @staticmethod
-    def _made(text: str) -> set[str]:
+    def made(text: str) -> set[str]:
+        """Names that code makes."""
         names: set[str] = set()
         for statement in ast.parse(text).body:
             if isinstance(statement, ast.Import | ast.ImportFrom):
@@ -63,9 +44,28 @@ class ReadyNames:
                     names.add(node.id)
         return names
 
+    @staticmethod
+    def read(source: str) -> set[str]:
+        """Names that code reads before it has made them itself."""
+        bound, found = set(dir(builtins)), set()
+        for statement in ast.parse(source).body:
+            nodes = list(ast.walk(statement))
+            names = [node for node in nodes if isinstance(node, ast.Name)]
+            assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            # a plain assignment reads its right side first; every other statement binds its names before they are read
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            later = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+            inside = (assigned - later) | {node.arg for node in nodes if isinstance(node, ast.arg)}
+            found |= {node.id for node in names if isinstance(node.ctx, ast.Load)} - bound - inside
+            bound |= assigned | {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            for node in nodes:
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        return found
+
     def of(self, source: str) -> dict[str, Any]:
         """The ready names that code uses, with their values."""
-        used = unbound(source) & self.makers.keys()
+        used = self.read(source) & self.makers.keys()
         for name in sorted(used):
             self._make(self.makers[name])
         return {name: self._space[name] for name in used}
@@ -73,7 +73,7 @@ class ReadyNames:
     def _make(self, place: int) -> None:
         if place in self._run:
             return
-        for name in unbound(self.paragraphs[place]):
+        for name in self.read(self.paragraphs[place]):
             self._make(self.makers[name])
         exec(self.paragraphs[place], self._space)
         self._run.add(place)
@@ -87,7 +87,7 @@ def ready_names() -> ReadyNames:
 
 @pytest.fixture(autouse=True)
 def _ready_names(request: pytest.FixtureRequest) -> Iterator[None]:
-    if not isinstance(request.node, DoctestItem) or request.node.dtest is None:
+    if not isinstance(request.node, pytest.DoctestItem) or request.node.dtest is None:
         yield
         return
     space = request.getfixturevalue("doctest_namespace")

@@ -403,7 +403,6 @@ class RefusalCircuit(Result):
         shape: Size of the model; None in files of version 1.
 
     Example:
-        >>> circuit = ms.map_refusal_circuit(model, made.pairs, metric, options)
         >>> [str(one.node) for one in circuit.by_role("evaluation")]
         ['L0.MLP', 'L1.MLP']
         >>> path = circuit.save(folder / "circuit.json")

@@ -243,7 +243,7 @@ def acdc(
         MechsafetyError: Unknown measure, or a threshold that is not above 0.
 
     Example:
-        >>> found = ms.circuits.acdc(model, pairs, metric, threshold=0.5)
+        >>> found = ms.circuits.acdc(model, pairs.sample(2), metric, threshold=0.5)
         >>> set(found.edges) <= set(made.truth.edges)
         True
     """

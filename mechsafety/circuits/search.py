@@ -41,7 +41,9 @@ class SearchResult:
         scores: Estimate by which each part was ranked; empty where the ranking came without estimates.
 
     Example:
-        >>> result = searched.result
+        >>> halves = [ms.patching.pair_runs(model, half) for half in pairs.halves()]
+        >>> meters = [ms.circuits.FaithfulnessMeter(model, half, metric) for half in halves]
+        >>> result = ms.circuits.search_nodes(*meters, ms.node_attribution(model, pairs, metric), target=0.8)
         >>> set(result.circuit) <= set(made.truth.nodes), result.reached
         (True, True)
     """

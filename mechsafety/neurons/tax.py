@@ -49,7 +49,8 @@ class AlignmentTax(Result):
         >>> rankings = ranking, ms.safety_neurons(helpful, base, harmless)
         >>> score = ms.neurons.ReplyLikelihood(["Sure ! here is how ."] * len(harmless))
         >>> tax = ms.neurons.alignment_tax(
-        ...     base, model, helpful, rankings, harmful, harmless, metric, score, bins=5, n_random=2
+        ...     base, model, helpful, rankings, harmful, harmless, metric, score,
+        ...     bins=5, n_random=2, n_permutations=99,
         ... )
         >>> tax.to_dataframe().model.tolist()
         ['base', 'safe', 'helpful', 'safe <- helpful', 'helpful <- safe']
@@ -167,7 +168,8 @@ def alignment_tax(
         >>> rankings = ranking, ms.safety_neurons(helpful, base, harmless)
         >>> score = ms.neurons.ReplyLikelihood(["Sure ! here is how ."] * len(harmless))
         >>> tax = ms.neurons.alignment_tax(
-        ...     base, model, helpful, rankings, harmful, harmless, metric, score, bins=5, n_random=2
+        ...     base, model, helpful, rankings, harmful, harmless, metric, score,
+        ...     bins=5, n_random=2, n_permutations=99,
         ... )
         >>> int(tax.common.sum())  # neurons among the top 5 % of both rankings
         4

@@ -66,7 +66,7 @@ class Relocation(Result):
 
     Example:
         >>> edited = lambda: ms.ablate(model, "L0.H1", source="zero")
-        >>> found = ms.robustness.relocation(model, edited, harmful, metric, max_new_tokens=8)
+        >>> found = ms.robustness.relocation(model, edited, harmful, metric, max_new_tokens=2)
         >>> found.layers, len(found.recovered())
         ((0, 1, 2, 3), 4)
     """
@@ -349,7 +349,7 @@ def relocation(
 
     Example:
         >>> edited = lambda: ms.ablate(model, "L3.H1", source="zero")
-        >>> found = ms.robustness.relocation(model, edited, harmful, metric, max_new_tokens=8)
+        >>> found = ms.robustness.relocation(model, edited, harmful, metric, max_new_tokens=2)
         >>> layer, interval = found.half()
         >>> layer  # the edit takes effect here
         3
