@@ -42,10 +42,10 @@ class ActivationCache:
         acts: Stored tensors by name.
         output_weights: Heads' output weights, for `head_out`.
 
-    Example::
-
-        cache = model.cache(["How do I bake bread?"], sites=["z", "pattern"])
-        cache.z.shape  # layer head batch pos d_head
+    Example:
+        >>> cache = model.cache(harmful, sites=["z", "pattern"])
+        >>> cache.z.shape  # layer, head, batch, position, d_head
+        torch.Size([4, 4, 8, 13, 16])
     """
 
     tokens: Tokens

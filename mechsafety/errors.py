@@ -70,6 +70,11 @@ class NoRefusal(MechsafetyError):
     Args:
         problem: The measured rates, in words.
         hint: What could be tried.
+
+    Example:
+        >>> ms.map_refusal_circuit(base, made.pairs, metric, options)
+        Traceback (most recent call last):
+        mechsafety.errors.NoRefusal: the model refuses 0% of ...
     """
 
     def __init__(self, problem: str, *, expected: str = "", hint: str = "", page: str = "no-refusal") -> None:

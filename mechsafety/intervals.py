@@ -86,7 +86,7 @@ def perplexity_of(losses: Any) -> tuple[float, float, float]:
 
     Example:
         >>> [round(end, 2) for end in perplexity_of([0.0, 1.0, 2.0, float("nan")])]
-        [2.72, 0.23, 32.58]
+        [2.72, 0.23, 32.59]
     """
     value, low, high = np.exp(mean_of_known(losses)).tolist()
     return value, low, high

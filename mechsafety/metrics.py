@@ -457,6 +457,12 @@ def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarra
 
     Raises:
         MechsafetyError: There is no prompt, or a value is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from mechsafety.metrics import sign_flip_p
+        >>> sign_flip_p(np.array([[1.0, 2.0, 3.0], [1.0, -2.0, 1.0]])).tolist()  # 2 and 8 of 8 sign patterns
+        [0.25, 1.0]
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     prompts = values.shape[1]
@@ -477,7 +483,14 @@ def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarra
 
 
 def adjust_p(p_values: np.ndarray) -> np.ndarray:
-    """Benjamini-Hochberg adjusted p values (scipy)."""
+    """Benjamini-Hochberg adjusted p values (scipy).
+
+    Example:
+        >>> import numpy as np
+        >>> from mechsafety.metrics import adjust_p
+        >>> adjust_p(np.array([0.01, 0.02, 0.5])).round(2).tolist()
+        [0.03, 0.03, 0.5]
+    """
     from scipy.stats import false_discovery_control
 
     return false_discovery_control(p_values) if len(p_values) else np.asarray(p_values)

@@ -68,7 +68,15 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A connection from one node's output to another's input slot (``q``, ``k``, ``v``, ``mlp`` or ``resid``)."""
+    """A connection from one node's output to another's input slot (``q``, ``k``, ``v``, ``mlp`` or ``resid``).
+
+    Example:
+        >>> str(ms.Edge(ms.Node("head", 0, 1), ms.Node("head", 3, 1), "v"))
+        'L0.H1 -> L3.H1 (v)'
+        >>> ms.Edge(ms.Node("head", 0, 1), ms.Node("mlp", 3), "v")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: edge slot 'v'; expected one of ('mlp',)
+    """
 
     sender: Node = field(metadata={"name": "from"})
     receiver: Node = field(metadata={"name": "to"})

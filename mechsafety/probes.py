@@ -63,6 +63,12 @@ class ProbeReport(Result):
             nats. None without a metric.
         pattern_erased_kl: The same for the pattern.
         random_erased_kl: The same for the random directions.
+
+    Example:
+        >>> few = made.pairs.sample(24)
+        >>> found = ms.probe_layers(model, few, layers=[0, 4], spans=["last"], outer=2, inner=2, n_shuffled=2)
+        >>> found.to_dataframe().columns[:6].tolist()
+        ['layer', 'span', 'accuracy', 'accuracy_low', 'accuracy_high', 'auroc']
     """
 
     provenance: Provenance
@@ -214,6 +220,12 @@ def probe_layers(
 
     Raises:
         MechsafetyError: Unknown span, a layer that the model lacks, too few pairs, or fewer than two draws.
+
+    Example:
+        >>> few = made.pairs.sample(24)
+        >>> found = ms.probe_layers(model, few, layers=[0, 4], spans=["last"], outer=2, inner=2, n_shuffled=2)
+        >>> found.values.shape  # layer, span, prompt
+        torch.Size([2, 1, 48])
     """
     chosen = _chosen_layers(model, layers, spans)
     pairs = pairs.without_shared_prompts()
@@ -333,7 +345,13 @@ def _fit_all(
 def span_means(
     model: LensModel, prompts: Prompts, layers: Sequence[int], spans: Sequence[str]
 ) -> Float[Tensor, "layer span prompt d_model"]:
-    """Residual stream of each prompt, averaged over the tokens of each span, float32 on the CPU."""
+    """Residual stream of each prompt, averaged over the tokens of each span, float32 on the CPU.
+
+    Example:
+        >>> means = ms.probes.span_means(model, harmful, layers=[0, 4], spans=["instruction", "last"])
+        >>> means.shape  # layer, span, prompt, d_model
+        torch.Size([2, 2, 8, 64])
+    """
     done = []
     for tokens in token_batches(model, prompts):
         resid = model.cache(tokens, ["resid"]).resid[list(layers)].float()

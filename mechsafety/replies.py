@@ -138,6 +138,11 @@ class TextClassifier:
     Raises:
         MechsafetyError: There is no such classifier; ``kinds`` lacks one of its labels; or a kind is not one of
             `KINDS`.
+
+    Example:
+        >>> ms.replies.TextClassifier(folder / "classifier", {"REJECTION": "refuses", "NORMAL": "answers"})
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: no text classifier at ...
     """
 
     def __init__(
@@ -207,6 +212,11 @@ class ReplyKinds:
         loss: Mean negative log-likelihood of a reply's tokens under the unedited model, in nats; NaN if the reply is
             empty. If one model speaks with another's activations, it is the smaller of the two models' losses.
         limit: The loss above which a reply is degenerate; NaN if no limit was set.
+
+    Example:
+        >>> kinds = ms.replies.ReplyKinds(("refuses", "answers", "answers"), torch.tensor([0.1, 0.2, 0.3]), limit=2.0)
+        >>> round(kinds.share("answers"), 2), kinds.refused.tolist()
+        (0.67, [True, False, False])
     """
 
     kinds: tuple[str, ...]
@@ -293,6 +303,11 @@ class JudgedReplies(ReplyKinds, Result):
     Attributes:
         provenance: The unedited model, options, versions.
         prompts, replies: Prompts and replies, in the same order.
+
+    Example:
+        >>> judged = ms.judge_replies(model, harmful, model.generate(harmful, 8))
+        >>> judged.to_dataframe().columns.tolist()
+        ['prompt', 'reply', 'kind', 'perplexity']
     """
 
     provenance: Provenance
@@ -348,11 +363,11 @@ def judge_replies(
         MechsafetyError: There are no prompts; there is not one reply per prompt; the model is edited; or the judge
             returns something else than kinds.
 
-    Example::
-
-        with ms.ablate(model, heads):
-            replies = model.generate(prompts, 100)
-        ms.judge_replies(model, prompts, replies).rates()
+    Example:
+        >>> replies = model.generate(harmful, 8)
+        >>> rates = ms.judge_replies(model, harmful, replies).rates()
+        >>> dict(zip(rates.kind, rates["count"]))
+        {'refuses': 8, 'answers': 0, 'degenerate': 0, 'neither': 0}
     """
     if not prompts or len(prompts) != len(replies):
         raise MechsafetyError(f"{len(replies)} replies to {len(prompts)} prompts", expected="one reply per prompt")
@@ -370,6 +385,11 @@ def ask_judge(judge: Judge, prompts: Prompts, replies: Texts) -> tuple[str, ...]
     Raises:
         MechsafetyError: The judge cannot be called with prompts and replies, or does not return one of `KINDS` per
             reply.
+
+    Example:
+        >>> careful = lambda prompts, replies: ["refuses" if "not" in reply else "answers" for reply in replies]
+        >>> ms.replies.ask_judge(careful, ["How do I bake bread?"] * 2, ["I will not.", "Knead it."])
+        ('refuses', 'answers')
     """
     check_judge(judge)
     kinds = tuple(judge(prompt_list(prompts), replies))
@@ -381,7 +401,14 @@ def ask_judge(judge: Judge, prompts: Prompts, replies: Texts) -> tuple[str, ...]
 
 
 def check_judge(judge: Judge) -> None:
-    """Refuse a judge that cannot be called with prompts and replies, before anything is generated for it."""
+    """Refuse a judge that cannot be called with prompts and replies, before anything is generated for it.
+
+    Example:
+        >>> ms.replies.check_judge(ms.replies.phrase_judge)
+        >>> ms.replies.check_judge("refuses")
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: the judge 'str' cannot be called with prompts and replies; ...
+    """
     try:
         inspect.signature(judge).bind([], [])
     except TypeError:
@@ -396,7 +423,14 @@ def check_judge(judge: Judge) -> None:
 
 
 def check_unedited(model: LensModel) -> None:
-    """Refuse a model under an intervention, because perplexity is measured with the unedited model."""
+    """Refuse a model under an intervention, because perplexity is measured with the unedited model.
+
+    Example:
+        >>> with ms.ablate(model, "L0.H1", source="zero"):
+        ...     ms.replies.check_unedited(model)
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: an intervention is on, ...
+    """
     if model.edited:
         raise MechsafetyError(
             "an intervention is on, and perplexity is the unedited model's",
@@ -406,7 +440,12 @@ def check_unedited(model: LensModel) -> None:
 
 
 def with_loss(kinds: Sequence[str], loss: Float[Tensor, " prompt"], limit: float) -> ReplyKinds:
-    """A judge's kinds, replaced by ``degenerate`` if the loss is above the limit."""
+    """A judge's kinds, replaced by ``degenerate`` if the loss is above the limit.
+
+    Example:
+        >>> ms.replies.with_loss(["answers", "answers"], torch.tensor([0.5, 9.0]), limit=4.0).kinds
+        ('answers', 'degenerate')
+    """
     beyond = (loss > limit).tolist()
     final = ("degenerate" if far else kind for far, kind in zip(beyond, kinds, strict=True))
     return ReplyKinds(tuple(final), loss, float(limit))
@@ -429,6 +468,12 @@ def loss_limit(model: LensModel, prompts: Prompts | None = None, max_new_tokens:
 
     Raises:
         MechsafetyError: The model is edited.
+
+    Example:
+        >>> limit = ms.replies.loss_limit(model)
+        >>> own = ms.replies.reply_loss(model, harmful, model.generate(harmful, 8))
+        >>> bool((own < limit).all())
+        True
     """
     check_unedited(model)
     asked = list(prompts) if prompts is not None else _that_fit(model, max_new_tokens)
@@ -458,6 +503,11 @@ class JudgeAgreement:
             judges give all replies one and the same kind.
         agreed: Share of replies with the same verdict.
         table: Counts, the first judge's kinds as rows and the second's as columns.
+
+    Example:
+        >>> found = ms.replies.judge_agreement(["refuses", "answers"], ["refuses", "neither"])
+        >>> found.agreed, int(found.table.loc["answers", "neither"])
+        (0.5, 1)
     """
 
     kappa: float
@@ -495,7 +545,14 @@ def judge_agreement(first: Sequence[str] | JudgedReplies, second: Sequence[str] 
 
 @public
 def reply_loss(model: LensModel, prompts: Prompts, replies: Texts) -> Float[Tensor, " prompt"]:
-    """Mean negative log-likelihood per token of given replies to chat prompts, in nats; NaN for an empty reply."""
+    """Mean negative log-likelihood per token of given replies to chat prompts, in nats; NaN for an empty reply.
+
+    Example:
+        >>> replies = ["Sorry , I can not help .", "bread bread bread"]
+        >>> own, foreign = ms.replies.reply_loss(model, harmful[:1] * 2, replies)
+        >>> bool(own < foreign)
+        True
+    """
     losses, model = [], model.reading(())  # a reply begins where the prompt ends
     for prompt, reply in zip(prompts, replies, strict=True):
         tokens = model.tokenize([prompt])

@@ -43,6 +43,13 @@ class Provenance:
         options: The analysis' own options.
         versions: Versions of the packages that the numbers depend on.
         template_options: What the chat template was given besides the prompts.
+
+    Example:
+        >>> found = ms.activation_patching(model, pairs, metric, nodes=["L0.H1"])
+        >>> found.provenance.model, found.provenance.dtype
+        ('planted-rmsnorm-4x4-5', 'float32')
+        >>> found.provenance.difference(circuit.provenance) is None  # the same weights and chat template
+        True
     """
 
     model: str
@@ -216,6 +223,12 @@ class Result:
     file where the path ends in ``.json``; there the tensors are text (base64 of the same safetensors bytes). Either way
     it is read by its own class: ``PatchMap.load(path)``. What fields may hold: see `mechsafety.codec`. A result that
     could not be loaded again, such as one with a wrong field, is not saved.
+
+    Example:
+        >>> found = ms.activation_patching(model, pairs, metric, nodes=["L0.H1"])  # a PatchMap, which is a Result
+        >>> path = found.save(folder / "patched.json")
+        >>> ms.patching.PatchMap.load(path).to_dataframe().node.tolist()
+        ['L0.H1']
     """
 
     __slots__ = ()

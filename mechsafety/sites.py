@@ -11,7 +11,12 @@ from mechsafety.errors import MechsafetyError
 
 
 class SiteKind(StrEnum):
-    """What is read or edited at a layer."""
+    """What is read or edited at a layer.
+
+    Example:
+        >>> ms.Site(ms.sites.SiteKind.RESID_POST, 3) == ms.Site("resid_post", 3)
+        True
+    """
 
     RESID_PRE = "resid_pre"
     RESID_MID = "resid_mid"

@@ -31,6 +31,13 @@ class AttentionPatterns(Result):
         tokens: Text of each token, the chat template's included.
         heads: The heads.
         patterns: How much each head looks from a token (query) at each token up to it (key). A row sums to 1.
+
+    Example:
+        >>> found = ms.attribution.attention_patterns(model, harmful[0], "L0.H1")
+        >>> found.patterns.shape  # head, query, key
+        torch.Size([1, 10, 10])
+        >>> found.to_dataframe().columns.tolist()
+        ['head', 'query', 'query_token', 'key', 'key_token', 'attention']
     """
 
     provenance: Provenance
@@ -111,6 +118,11 @@ def attention_patterns(model: LensModel, prompt: PromptLike, heads: NodeLike | S
 
     Raises:
         MechsafetyError: No heads, a node that is not a head, or one that the model lacks.
+
+    Example:
+        >>> found = ms.attribution.attention_patterns(model, harmful[0], ["L0.H1", "L3.H1"])
+        >>> [str(head) for head in found.heads]
+        ['L0.H1', 'L3.H1']
     """
     chosen = as_nodes(heads)
     if not chosen:

@@ -39,6 +39,14 @@ class DirectAttribution(Result):
         rest: Contribution of the output biases and of the biases of final norm and unembedding, and the metric of
             all-zero logits.
         total: The metric itself.
+
+    Example:
+        >>> found = ms.direct_logit_attribution(model, pairs, metric)
+        >>> found.heads.shape, found.mlps.shape
+        (torch.Size([4, 4, 8]), torch.Size([4, 8]))
+        >>> parts = found.heads.sum((0, 1)) + found.mlps.sum(0) + found.embed + found.rest
+        >>> torch.allclose(parts, found.total, atol=1e-3)
+        True
     """
 
     provenance: Provenance
@@ -102,6 +110,11 @@ def direct_logit_attribution(
         metric: What is attributed.
         steps: Number of Gauss-Legendre points of that average.
         progress: Whether to show a bar.
+
+    Example:
+        >>> found = ms.direct_logit_attribution(model, pairs, metric)
+        >>> int(found.mlps.mean(-1).argmax())  # the layer whose MLP writes the refusal
+        3
     """
     if isinstance(prompts, PromptPairs):
         bad, good = (

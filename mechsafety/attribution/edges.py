@@ -55,6 +55,11 @@ class EdgeScores(Result):
         steps: Number of points of each integral.
         completeness: What the gradients sum to, as a share of the gap; 1 would be exact (see `attribution.steps`). None
             in results of older versions.
+
+    Example:
+        >>> found = ms.edge_attribution(model, pairs, metric)
+        >>> [str(edge) for edge, share in found.top(1)]
+        ['L3.H1 -> L3.MLP (mlp)']
     """
 
     provenance: Provenance
@@ -160,6 +165,11 @@ def edge_attribution(
     Raises:
         MechsafetyError: The method is unknown; the model lacks a node or a layer; or neurons of a mixture of experts
             are wanted.
+
+    Example:
+        >>> found = ms.edge_attribution(model, pairs, metric)
+        >>> {edge for edge, share in found.top(7)} == set(made.truth.edges)
+        True
     """
     # at alpha = 0 a live blend hides what its receivers compute
     grids = tuple(name for name in GRIDS if name != "left" or method != "mask-ig")

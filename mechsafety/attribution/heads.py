@@ -66,6 +66,11 @@ class HeadAttribution(Result):
         ships: KL(p || p with the head masked) of the next token on the harmful prompts, nats.
         sahara: Generalised Ships: rotation, in degrees, of the harmful prompts' leading left singular vectors when the
             head is masked.
+
+    Example:
+        >>> found = ms.head_attribution(model, pairs, metric, scores=["direct", "total"])
+        >>> found.to_dataframe().set_index("node").total.idxmax()
+        'L0.H1'
     """
 
     provenance: Provenance
@@ -181,6 +186,11 @@ def head_attribution(
     Raises:
         MechsafetyError: A score is unknown; ``path`` is wanted without a direction; or the direction has another width
             than the model.
+
+    Example:
+        >>> found = ms.head_attribution(model, pairs, metric, scores=["direct", "total"])
+        >>> found.rank_agreement().columns.tolist()
+        ['direct', 'total']
     """
     pairs = aligned_pairs(model, pairs)
     impossible = {"path"} if direction is None else set()

@@ -39,6 +39,11 @@ class LogitLens(Result):
         attention, mlps: What each layer's heads, and its MLP, add through the unembedding alone to the gap that the
             stream shows at a position. The unit is the metric's own gap, which is the gap at the last position. NaN if
             a prompt has no such position.
+
+    Example:
+        >>> found = ms.logit_lens(model, pairs, metric)
+        >>> int(found.gap[:, -1].argmax())  # after the last of four blocks
+        4
     """
 
     provenance: Provenance
@@ -131,6 +136,11 @@ def logit_lens(
 
     Raises:
         MechsafetyError: ``n_positions`` is less than 1, or ``positions`` is unknown.
+
+    Example:
+        >>> found = ms.logit_lens(model, pairs, metric)
+        >>> found.gap.shape  # residual stream before each block and after the last, token
+        torch.Size([5, 8])
     """
     sides = [model.tokenize(side) for side in (pairs.harmful, pairs.harmless)]
     shortest = min(span.length - span.instruction[0] for tokens in sides for span in tokens.spans)

@@ -38,6 +38,13 @@ class NodeAttribution(Result):
         neurons: Estimates for neurons; None if they were not computed. Those of a layer sum to what its MLP carries,
             unless a norm follows the MLP.
         total: Sum over heads and MLPs (or neurons); its distance from 1 is the integration's error.
+
+    Example:
+        >>> found = ms.node_attribution(model, pairs, metric)
+        >>> [str(node) for node in found.ranked()[:2]]
+        ['L0.H1', 'L3.MLP']
+        >>> found.of("L0.H1") > 0.5
+        True
     """
 
     provenance: Provenance
@@ -102,6 +109,11 @@ def node_attribution(
 
     Raises:
         MechsafetyError: Neurons of a mixture of experts are wanted, or no pair aligns.
+
+    Example:
+        >>> found = ms.node_attribution(model, pairs, metric)
+        >>> found.to_dataframe().node.head(2).tolist()
+        ['L0.H1', 'L3.MLP']
     """
     if neurons:
         model.check_neurons()

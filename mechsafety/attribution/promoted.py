@@ -36,6 +36,12 @@ class NodeCards(Result):
         names: Names of the nodes; a direction is named by its layer.
         promoted: For each of them, tokens whose logit it raises most, each with that change; strongest first.
         suppressed: The same for tokens whose logit it lowers most.
+
+    Example:
+        >>> cards = ms.attribution.describe_nodes(model, "L3.MLP", pairs)
+        >>> token, change = cards.promoted[0][0]
+        >>> token
+        'Sorry'
     """
 
     provenance: Provenance
@@ -99,6 +105,11 @@ def describe_nodes(
 
     Raises:
         MechsafetyError: No nodes, a node that the model lacks, or no pair aligns.
+
+    Example:
+        >>> cards = ms.attribution.describe_nodes(model, ["L3.H1", "L3.MLP"], pairs, n_tokens=1)
+        >>> cards.to_dataframe().columns.tolist()
+        ['node', 'token', 'logit_change']
     """
     chosen = as_nodes(nodes)
     if not chosen:

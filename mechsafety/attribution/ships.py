@@ -54,6 +54,11 @@ def ships(
 
     Raises:
         MechsafetyError: The mask is unknown, or there are no more prompts than the rank.
+
+    Example:
+        >>> each, all_prompts = ms.attribution.ships(model, harmful)
+        >>> each.shape, all_prompts.shape
+        (torch.Size([4, 4, 8]), torch.Size([4, 4]))
     """
     found, base = masked_heads(model, prompts, mask, rank, progress)
     return divergences(model, base, found), rotations(model, base, found, rank)
@@ -99,6 +104,10 @@ def sahara(
 
     Raises:
         MechsafetyError: As `ships`; or ``size`` is not between 1 and the number of heads.
+
+    Example:
+        >>> [str(head) for head, change in ms.attribution.sahara(model, harmful, size=1)]
+        ['L3.H1']
     """
     left = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     if not 1 <= size <= len(left):

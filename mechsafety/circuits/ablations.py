@@ -52,6 +52,11 @@ def measure_ablation(
     Raises:
         MechsafetyError: No pair that aligns, no gap to take shares of, a node that the model lacks, or known replies to
             other prompts. Where replies are judged, also a model that is already edited.
+
+    Example:
+        >>> before, after = ms.circuits.measure_ablation(model, pairs, metric, "L0.H1").score
+        >>> before > 0 > after
+        True
     """
     nodes, watched = as_nodes(nodes), as_nodes(watched)
     pairs = pairs.aligned(model)

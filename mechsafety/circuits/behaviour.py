@@ -95,6 +95,11 @@ def check_behaviour(
 
     Raises:
         NoRefusal: No harmful prompt is refused; or less than a fifth is, and no metric is found.
+
+    Example:
+        >>> found, behaviour, samples, expected = ms.circuits.check_behaviour(model, pairs, metric)
+        >>> behaviour["harmful"].refusal_rate, behaviour["harmless"].refusal_rate
+        (1.0, 0.0)
     """
     seen = Seen() if seen is None else seen
     ids = [seen.said(model, side, progress) for side in (pairs.harmful, pairs.harmless)]

@@ -78,6 +78,11 @@ class RoleEvidence:
         joint: Effect of patching both, and its other backups, together (backups only).
         together: Name of the MLP whose neurons in the circuit were measured together, for a neuron of a circuit that is
             too large to measure each neuron. Everything above is then of all of them.
+
+    Example:
+        >>> detection = circuit.nodes[0]
+        >>> detection.evidence.from_embed > 0.9  # its effect comes straight from the prompt
+        True
     """
 
     in_circuit: float | None = field(default=None, metadata=SPARSE)
@@ -109,6 +114,15 @@ class CircuitNode:
         status: ``estimated`` (gradient), ``measured`` (exact), ``verified`` (measured, significant, and the circuit
             without it is less faithful on pairs that played no part); ``rejected`` only in files made elsewhere.
         evidence: What the role rests on.
+
+    Example:
+        >>> for one in circuit.nodes:
+        ...     print(one.node, one.role)
+        L0.H1 detection
+        L0.MLP evaluation
+        L1.MLP evaluation
+        L3.H1 decision
+        L3.MLP production
     """
 
     node: Node = field(metadata=INLINE)
@@ -135,6 +149,11 @@ class CircuitEdge:
         status: ``measured`` (exact direct-path patch) or ``estimated`` (gradient).
         estimate: The gradient estimate, also where a measurement replaced it.
         ci: 95 % interval of a measured effect, over prompts.
+
+    Example:
+        >>> one = circuit.edges[0]
+        >>> str(one.edge), one.status
+        ('embed -> L0.H1 (v)', 'measured')
     """
 
     edge: Edge = field(metadata=INLINE)
@@ -235,6 +254,10 @@ class Behaviour:
         judge: ``reply`` (a refusal phrase in the greedy reply's first sentence) or ``score`` (metric above 0, where the
             user chose the refusal tokens).
         kinds: How many of the greedy replies are of each kind by the phrase judge; None in files of earlier versions.
+
+    Example:
+        >>> circuit.behaviour["harmful"].refusal_rate, circuit.behaviour["harmless"].refusal_rate
+        (1.0, 0.0)
     """
 
     n: int
@@ -281,6 +304,11 @@ class Notes:
             `mechsafety.circuits.notes.measure_notes`).
         spans: Mean attention to each span of the prompt, 0 to 1, by the span's name (heads).
         texts: Tokens and, for each, the activation there (neurons).
+
+    Example:
+        >>> notes = {ms.Node("mlp", 3): ms.viz.Notes(promotes=("Sorry",))}
+        >>> "Sorry" in ms.viz.circuit_html(circuit, notes=notes)
+        True
     """
 
     promotes: tuple[str, ...] = ()
@@ -304,6 +332,11 @@ class Ablation:
         score: Mean metric on harmful prompts before and after.
         effects: Effect of each node measured again in the ablated model; nodes left out show as not measured again.
         replies: What the replies to the harmful prompts are before and after, where measured.
+
+    Example:
+        >>> ablation = ms.circuits.measure_ablation(model, pairs, metric, "L3.MLP", replies=True, reply_tokens=8)
+        >>> ablation.name, ablation.refusal_rate
+        ('without L3.MLP', (1.0, 0.0))
     """
 
     name: str
@@ -368,6 +401,13 @@ class RefusalCircuit(Result):
         level: What the search chose: ``node`` (heads and MLPs), ``edge`` or ``neuron`` (heads and neurons).
         search: How the circuit was found; None in files of version 1.
         shape: Size of the model; None in files of version 1.
+
+    Example:
+        >>> [str(one.node) for one in circuit.by_role("evaluation")]
+        ['L0.MLP', 'L1.MLP']
+        >>> path = circuit.save(folder / "circuit.json")
+        >>> ms.RefusalCircuit.load(path)
+        RefusalCircuit(planted-rmsnorm-4x4-5: 5 of 20 nodes, 7 edges, ...)
     """
 
     provenance: Provenance
@@ -661,10 +701,11 @@ class RefusalCircuit(Result):
     def draw(self, ax: "Axes | None" = None, style: "Style | None" = None) -> "Axes":
         """Draw the picture into axes of matplotlib (see `mechsafety.viz.draw_circuit`).
 
-        Example::
-
-            figure, (left, right) = plt.subplots(1, 2, figsize=(7, 6))
-            circuit.draw(left)
+        Example:
+            >>> import matplotlib.pyplot as plt
+            >>> figure, (left, right) = plt.subplots(1, 2, figsize=(7, 6))
+            >>> axes = circuit.draw(left)
+            >>> plt.close(figure)
         """
         from mechsafety.viz import draw_circuit
 

@@ -48,6 +48,11 @@ class CircuitComparison(Result):
         nodes: Every node of either circuit, in the order of computation.
         edges: Every edge of either circuit, strongest first.
         jaccard: Number of shared nodes over the number of all nodes.
+
+    Example:
+        >>> comparison = ms.circuits.compare_circuits(circuit, circuit.subset(["L0.H1", "L3.MLP"]))
+        >>> [str(one.part) for one in comparison.having("vanishes") if isinstance(one.part, ms.Node)]
+        ['L0.MLP', 'L1.MLP', 'L3.H1']
     """
 
     first: Provenance
@@ -121,6 +126,11 @@ def compare_circuits(a: RefusalCircuit, b: RefusalCircuit) -> CircuitComparison:
 
     Raises:
         MechsafetyError: The circuits are of models of different shapes, or of different levels.
+
+    Example:
+        >>> smaller = circuit.subset(["L0.H1", "L3.MLP"])
+        >>> ms.circuits.compare_circuits(circuit, smaller).jaccard
+        0.4
     """
     for what, mine, theirs in (
         ("level", a.level, b.level),

@@ -39,6 +39,11 @@ class Draw(Result):
         metric: Metric of refusal.
         behaviour: Behaviour on all harmful and harmless prompts that were tried.
         samples: Some replies.
+
+    Example:
+        >>> drawn = ms.circuits.draw_pairs(model, made.pairs, metric, limit=8)
+        >>> len(drawn.here), len(drawn.there)
+        (4, 4)
     """
 
     provenance: Provenance
@@ -100,6 +105,11 @@ def draw_pairs(
     Raises:
         NoRefusal: Too small a share of the pairs can be used; the message gives the rates.
         MechsafetyError: Too few pairs, or too few that align.
+
+    Example:
+        >>> drawn = ms.circuits.draw_pairs(model, made.pairs, metric, limit=8)
+        >>> drawn.to_dataframe().columns.tolist()
+        ['kind', 'n', 'refusal_rate', 'refusal_low', 'refusal_high', 'score', 'score_low', 'score_high']
     """
     check_limit(limit)
     if metric is not None:

@@ -37,7 +37,13 @@ SENDER_BYTES = 2**29
 
 @dataclass(frozen=True, slots=True)
 class EdgeMeter(FaithfulnessMeter):
-    """`FaithfulnessMeter` whose parts are edges: ``embed``, heads and MLPs into the slots of heads, MLPs and logits."""
+    """`FaithfulnessMeter` whose parts are edges: ``embed``, heads and MLPs into the slots of heads, MLPs and logits.
+
+    Example:
+        >>> meter = ms.circuits.EdgeMeter(model, runs, metric)
+        >>> [round(share, 2) for share in meter.faithfulness([meter.parts, []])]
+        [1.0, 0.0]
+    """
 
     def __post_init__(self) -> None:
         if self.runs.align == "suffix":

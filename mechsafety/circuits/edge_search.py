@@ -58,6 +58,11 @@ class EdgeCircuit(Result):
         curve: Faithfulness of the best k edges of the ranking. Empty under ACDC, which has no ranking.
         reached: Whether the target is reached. None under ACDC, which has a threshold instead of a target.
         cut: What was left out to keep the time budget.
+
+    Example:
+        >>> found = ms.circuits.discover_edges(model, pairs, metric)
+        >>> set(found.edges) <= set(made.truth.edges), found.reached
+        (True, True)
     """
 
     provenance: Provenance
@@ -134,6 +139,11 @@ def discover_edges(
 
     Raises:
         MechsafetyError: Too few pairs, or options out of range.
+
+    Example:
+        >>> found = ms.circuits.discover_edges(model, pairs, metric, target=0.9)
+        >>> found.reached, found.faithfulness >= 0.9
+        (True, True)
     """
     check_search(target, max_edges)
     budget = Budget(budget_seconds)
@@ -231,6 +241,11 @@ def acdc(
 
     Raises:
         MechsafetyError: Unknown measure, or a threshold that is not above 0.
+
+    Example:
+        >>> found = ms.circuits.acdc(model, pairs.sample(2), metric, threshold=0.5)
+        >>> set(found.edges) <= set(made.truth.edges)
+        True
     """
     if not threshold > 0:
         raise MechsafetyError(f"threshold {threshold}", expected="above 0")

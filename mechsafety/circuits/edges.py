@@ -33,6 +33,11 @@ def estimate_edges(
     """All edges between the given nodes and into the logits, strongest first, by `edge_attribution`.
 
     The gradient is averaged over blends of all nodes (``mask-ig``). The nodes were ranked along the same path.
+
+    Example:
+        >>> edges = ms.circuits.estimate_edges(model, runs, metric, made.truth.nodes)
+        >>> str(edges[0].edge), edges[0].status
+        ('L3.H1 -> L3.MLP (mlp)', 'estimated')
     """
     scores = edge_attribution(model, runs, metric, method="mask-ig", steps=steps, nodes=nodes, progress=False)
     return [CircuitEdge(edge, score, "estimated", score) for edge, score in scores.top()]
@@ -59,6 +64,12 @@ def measure_edges(
         metric: The metric to measure.
         edges: The edges to measure.
         gaps: Gap of each pair that effects are shares of; by default that of the runs.
+
+    Example:
+        >>> edges = ms.circuits.estimate_edges(model, runs, metric, made.truth.nodes)
+        >>> exact = ms.circuits.measure_edges(model, [runs], metric, edges[:1])
+        >>> exact[0].status
+        'measured'
     """
     if not edges:
         return []

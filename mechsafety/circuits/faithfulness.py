@@ -47,6 +47,12 @@ class FaithfulnessMeter:
         groups: The same pairs in groups by length (see `grouped`): rows and runs of each group. Empty if all pairs are
             run together.
         progress: Whether to show bars.
+
+    Example:
+        >>> meter = ms.circuits.FaithfulnessMeter(model, runs, metric)
+        >>> whole, planted, nothing = meter.faithfulness([meter.parts, made.truth.nodes, []])
+        >>> round(whole, 2), round(nothing, 2), planted > 0.9
+        (1.0, 0.0, True)
     """
 
     model: LensModel

@@ -54,6 +54,12 @@ class Flow:
         metric: What is measured.
         nodes: The circuit's nodes.
         gap: Mean metric of the harmful prompts less that of the harmless ones, in the whole model.
+
+    Example:
+        >>> flow = ms.circuits.Flow(model, [runs], metric, made.truth.nodes, gap=1.0)
+        >>> direct = flow.direct([ms.Node("head", 0, 1), ms.Node("mlp", 3)])  # paths to the logits
+        >>> [str(node) for node in direct]
+        ['L0.H1', 'L3.MLP']
     """
 
     model: LensModel

@@ -84,6 +84,11 @@ def map_refusal_circuit(
     Raises:
         NoRefusal: The model refuses too few harmful prompts, or too many harmless ones; the rates are in the message.
         MechsafetyError: Too few pairs that align, or a level that this model or these pairs do not have.
+
+    Example:
+        >>> circuit = ms.map_refusal_circuit(model, made.pairs, metric, options)
+        >>> {one.node for one in circuit.nodes} == set(made.truth.nodes)
+        True
     """
     options = options or MapOptions()
     align = "tokens" if pairs is None else (pairs.here if isinstance(pairs, Draw) else pairs).align
@@ -157,6 +162,11 @@ def split_pairs(
 
     Raises:
         MechsafetyError: Another model drew the pairs.
+
+    Example:
+        >>> split = ms.circuits.split_pairs(model, drawn, options)
+        >>> len(split.meters.found_on.runs.harmful), len(split.held)
+        (4, 4)
     """
     options = options or MapOptions()
     level, metric = LEVELS[options.level], drawn.metric
@@ -210,7 +220,12 @@ class Ranked:
 
 
 def rank_parts(split: Split) -> Ranked:
-    """Attribute every head and MLP on the pairs to rank on."""
+    """Attribute every head and MLP on the pairs to rank on.
+
+    Example:
+        >>> str(ms.circuits.rank_parts(split).attribution.ranked()[0])
+        'L0.H1'
+    """
     by_pair = attribute_pairs(split.meters.found_on)
     return Ranked(split, by_pair, by_pair.mean())
 
@@ -229,7 +244,13 @@ class Found:
 
 
 def search_circuit(ranked: Ranked) -> Found:
-    """Search the smallest circuit on the pairs that were ranked on and the held-out ones."""
+    """Search the smallest circuit on the pairs that were ranked on and the held-out ones.
+
+    Example:
+        >>> result = ms.circuits.search_circuit(ranked).result
+        >>> len(result.circuit), result.reached
+        (4, True)
+    """
     split = ranked.split
     options = split.options
     result = LEVELS[options.level].search(split.meters, ranked.attribution, options, split.budget)
@@ -252,7 +273,13 @@ class NodeEffects:
 
 
 def measure_nodes(found: Found) -> NodeEffects:
-    """Patch the circuit's nodes and a shortlist of others one by one, and look for backups."""
+    """Patch the circuit's nodes and a shortlist of others one by one, and look for backups.
+
+    Example:
+        >>> alone = ms.circuits.measure_nodes(searched)
+        >>> alone.effects.shape  # node, pair
+        torch.Size([4, 4])
+    """
     split, result = found.ranked.split, found.result
     options, budget = split.options, split.budget
     asked = _to_measure(result, found.ranked.attribution, options.shortlist)
@@ -293,6 +320,11 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
     Args:
         found: The circuit.
         nodes: What `measure_nodes` has measured; by default it is measured here.
+
+    Example:
+        >>> measured = ms.circuits.measure_parts(searched)
+        >>> len(measured.backups)
+        1
     """
     split, result = found.ranked.split, found.result
     options, budget, level = split.options, split.budget, LEVELS[split.options.level]
@@ -345,7 +377,13 @@ class Wired:
 
 
 def wire_circuit(measured: MeasuredParts) -> Wired:
-    """Measure edges and roles, and drop nodes that nothing connects."""
+    """Measure edges and roles, and drop nodes that nothing connects.
+
+    Example:
+        >>> wired = ms.circuits.wire_circuit(measured)
+        >>> [str(node) for node in wired.result.circuit]
+        ['L0.H1', 'L0.MLP', 'L1.MLP', 'L3.H1', 'L3.MLP']
+    """
     split, result = measured.found.ranked.split, measured.circuit.result
     options = split.options
     inside = set(result.nodes)
@@ -378,7 +416,13 @@ class Verified:
 
 
 def verify_circuit(wired: Wired) -> Verified:
-    """Check the circuit, as far as possible on fresh pairs."""
+    """Check the circuit, as far as possible on fresh pairs.
+
+    Example:
+        >>> verified = ms.circuits.verify_circuit(wired)
+        >>> verified.check.by_verdict["holds"]
+        ('completeness', 'harmless prompts', 'complement')
+    """
     measured = wired.measured
     split, meters = measured.found.ranked.split, measured.circuit.meters
     options, drawn = split.options, split.drawn
@@ -401,7 +445,12 @@ def verify_circuit(wired: Wired) -> Verified:
 
 
 def assemble_circuit(verified: Verified) -> RefusalCircuit:
-    """Put everything that was measured into one result."""
+    """Put everything that was measured into one result.
+
+    Example:
+        >>> ms.circuits.assemble_circuit(verified)
+        RefusalCircuit(planted-rmsnorm-4x4-5: 5 of 20 nodes, 7 edges, ...)
+    """
     wired, check = verified.wired, verified.check
     measured, wiring, result = wired.measured, wired.wiring, wired.result
     split = measured.found.ranked.split

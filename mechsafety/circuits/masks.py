@@ -42,6 +42,13 @@ class Training:
 
     Raises:
         MechsafetyError: A penalty that is not above 0.
+
+    Example:
+        >>> ms.circuits.Training(steps=50).steps
+        50
+        >>> ms.circuits.Training(steps=0)
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: steps=0; expected at least 1
     """
 
     steps: Count = 250
@@ -63,6 +70,12 @@ class Trained:
     Attributes:
         ranking: The parts, the most needed first: the one whose gate closed last, or is open widest.
         path: After each step: number of open gates, and the loss without the penalty.
+
+    Example:
+        >>> meter = ms.circuits.FaithfulnessMeter(model, runs, metric)
+        >>> trained = ms.circuits.train_masks(meter, training=ms.circuits.Training(steps=20))
+        >>> len(trained.ranking)  # heads and MLPs
+        20
     """
 
     ranking: tuple[Part, ...]
@@ -89,6 +102,12 @@ def train_masks(
         goal: ``reach`` or ``match``.
         training: How the gates are trained.
         weights: How often each pair counts; once by default.
+
+    Example:
+        >>> meter = ms.circuits.FaithfulnessMeter(model, runs, metric)
+        >>> trained = ms.circuits.train_masks(meter, training=ms.circuits.Training(steps=50))
+        >>> set(trained.ranking) == set(meter.parts)
+        True
     """
     training = training or Training()
     return once("masks", lambda: _trained(meter, goal, training, weights), Trained, of=(goal, training, weights))

@@ -21,6 +21,12 @@ class NeuronMeter(FaithfulnessMeter):
 
     Attributes:
         layers: Layers whose MLP is taken apart; the runs must hold neurons.
+
+    Example:
+        >>> apart = ms.patching.pair_runs(model, pairs, extra=["neurons"])
+        >>> meter = ms.circuits.NeuronMeter(model, apart, metric, layers=(3,))
+        >>> sum(part.kind == "neuron" for part in meter.parts)
+        30
     """
 
     layers: tuple[int, ...] = ()

@@ -77,6 +77,14 @@ def assign_roles(
 
     Returns:
         The role of each other node, with the measurements.
+
+    Example:
+        >>> flow = ms.circuits.Flow(model, [runs], metric, made.truth.nodes, gap=1.0)
+        >>> found = ms.circuits.assign_roles(flow, flow.effects(made.truth.nodes))
+        >>> {node: role for node, (role, evidence) in found.items()} == {
+        ...     node: made.truth.roles[node] for node in made.truth.nodes
+        ... }
+        True
     """
     roles: dict[Node, Role] = dict(known or {})
     asked = [node for node in flow.nodes if node not in roles]

@@ -39,6 +39,13 @@ class SearchResult:
         added: Backups that were added to the smallest set.
         curve_scores: Metric of each point of the curve on each held-out prompt.
         scores: Estimate by which each part was ranked; empty where the ranking came without estimates.
+
+    Example:
+        >>> halves = [ms.patching.pair_runs(model, half) for half in pairs.halves()]
+        >>> meters = [ms.circuits.FaithfulnessMeter(model, half, metric) for half in halves]
+        >>> result = ms.circuits.search_nodes(*meters, ms.node_attribution(model, pairs, metric), target=0.8)
+        >>> set(result.circuit) <= set(made.truth.nodes), result.reached
+        (True, True)
     """
 
     ranking: tuple[Part, ...]
@@ -96,6 +103,13 @@ def search_nodes(
         max_nodes: Largest size. Where the target needs more nodes, the circuit misses the target and says so.
         rounds: Largest number of exact measurements of all parts, for removal.
         budget: Time budget.
+
+    Example:
+        >>> one, other = (ms.patching.pair_runs(model, half) for half in pairs.halves())
+        >>> meters = [ms.circuits.FaithfulnessMeter(model, half, metric) for half in (one, other)]
+        >>> estimate = ms.node_attribution(model, pairs, metric)
+        >>> ms.circuits.search_nodes(*meters, estimate, target=0.8).reached
+        True
     """
     aim = Goal(target, goal)
     nodes = head_and_mlp_nodes(found_on.model.n_layers, found_on.model.n_heads)

@@ -49,6 +49,11 @@ def repe_direction(
 
     Raises:
         MechsafetyError: Fewer than four pairs, or a layer where pairs do not differ.
+
+    Example:
+        >>> reading = ms.directions.repe_direction(model, pairs, layers=[1, 2])
+        >>> [str(site) for site in reading.sites]
+        ['L1.resid_pre', 'L2.resid_pre']
     """
     _enough(pairs)
     chosen = check_layers(model, layers) if layers is not None else tuple(range(1, model.n_layers))
@@ -95,6 +100,11 @@ def iti_direction(
 
     Raises:
         MechsafetyError: Fewer than four pairs, or ``n_heads`` above the number of heads that differ.
+
+    Example:
+        >>> shift = ms.directions.iti_direction(model, pairs, n_heads=2)
+        >>> len(shift.sites), str(shift.sites[0].kind)
+        (2, 'z')
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_score

@@ -56,6 +56,11 @@ class DirectionIO(Result):
             for biases.
         neurons_read: Estimate of ``reads``, per neuron: the neuron's exact change when its MLP no longer reads the
             difference, times the metric's gradient. In a mixture of experts, both neuron tables are zero.
+
+    Example:
+        >>> found = ms.directions.direction_io(model, direction, pairs, metric, nodes=["L0.H1", "L3.H1"])
+        >>> found.to_dataframe()[["node", "kind"]].values.tolist()
+        [['L0.H1', 'head'], ['L3.H1', 'head']]
     """
 
     provenance: Provenance
@@ -130,6 +135,11 @@ def direction_io(
     Raises:
         MechsafetyError: A direction of another width, a layer or position that the pairs' runs lack, neurons among the
             nodes, or both a circuit and nodes.
+
+    Example:
+        >>> found = ms.directions.direction_io(model, direction, pairs, metric, circuit=circuit)
+        >>> [str(node) for node in found.nodes]
+        ['L0.H1', 'L0.MLP', 'L1.MLP', 'L3.H1', 'L3.MLP']
     """
     if circuit is not None and nodes is not None:
         raise MechsafetyError("a circuit and nodes", expected="one of them")

@@ -61,6 +61,12 @@ class ControlScores(Result):
         names: ``random 1`` ... and ``harmless - harmless``: the difference between the means of two random halves of
             the harmless prompts.
         bypass, induce, kl: As for the candidates (see `DirectionScores`).
+
+    Example:
+        >>> direction.controls.names[:2]
+        ('random 1', 'random 2')
+        >>> direction.controls.to_dataframe().columns[:4].tolist()
+        ['control', 'bypass', 'bypass_low', 'bypass_high']
     """
 
     names: tuple[str, ...]
@@ -92,6 +98,14 @@ class RefusalDirection(Result):
         n_train: Numbers of harmful and of harmless prompts in the means.
         n_layers: Number of layers of the model.
         controls: Scores of directions that should do nothing; None where `choose` dropped them.
+
+    Example:
+        >>> direction = ms.refusal_direction(model, pairs, metric, max_kl=None)
+        >>> direction.vector.shape
+        torch.Size([64])
+        >>> path = direction.save(folder / "direction.json")
+        >>> ms.RefusalDirection.load(path).layer == direction.layer
+        True
     """
 
     provenance: Provenance
@@ -288,6 +302,10 @@ def refusal_direction(
     Raises:
         NoRefusal: Fewer than two validation prompts of a kind are treated as expected.
         MechsafetyError: Unknown option, too few pairs.
+
+    Example:
+        >>> ms.refusal_direction(model, pairs, metric, max_kl=None)
+        RefusalDirection(layer 1, position -2, by published: bypass ..., induce ..., KL ...)
     """
     rows = check_layers(model, layers) if layers is not None else tuple(range(model.n_layers))
     train, held = (pairs, validation) if validation is not None else _split(pairs, seed)

@@ -25,6 +25,11 @@ class Conditions:
         kl: Candidates with a KL of at most ``max_kl``.
         both: Candidates that pass: they meet both conditions and have a bypass score.
         max_kl: The limit on the KL. None where there is no limit; the KL may then be missing.
+
+    Example:
+        >>> left = direction.conditions
+        >>> left.shallow, left.candidates  # candidates below the depth limit, and all
+        (6, 8)
     """
 
     candidates: int
@@ -171,6 +176,10 @@ def select_cosmic(
         layers: Layer of each row.
         n_layers: Number of layers of the model.
         max_depth: As for `passing`.
+
+    Example:
+        >>> ms.directions.select_cosmic(torch.tensor([[0.2, 0.9], [0.4, 0.1]]), layers=[0, 1], n_layers=4)
+        (0, 1)
     """
     return smallest(-cosmic, _shallow(cosmic, layers, n_layers, max_depth) & ~cosmic.isnan())
 

@@ -47,6 +47,11 @@ class RefusalSubspace(Result):
         causal: Whether the direction has a causal effect on refusal. Its removal must lower refusal more than a random
             direction's removal. Its addition must raise refusal more than a random direction's addition. Both 95 %
             intervals of the mean difference over prompts must lie on that side of 0.
+
+    Example:
+        >>> found = ms.directions.refusal_subspace(model, direction, pairs, metric, pairs, n_directions=2)
+        >>> found.dimension, found.vectors.shape
+        (1, torch.Size([1, 64]))
     """
 
     provenance: Provenance
@@ -151,6 +156,11 @@ def refusal_subspace(
 
     Raises:
         MechsafetyError: ``n_directions`` below 1, no layer below the limit, or too few prompts.
+
+    Example:
+        >>> found = ms.directions.refusal_subspace(model, direction, pairs, metric, pairs, n_directions=2)
+        >>> found.dimension
+        1
     """
     searched = tuple(found.layers if layers is None else layers)
     limit = int(max_depth * model.n_layers)

@@ -58,10 +58,10 @@ def ablate(
     Raises:
         MechsafetyError: Unknown option, missing prompts, or a node that the model lacks.
 
-    Example::
-
-        with ms.ablate(model, "L4.H3", source="zero"):
-            model.generate(["How do I bake bread?"])
+    Example:
+        >>> with ms.ablate(model, "L0.H1", source="zero"):
+        ...     model.generate(harmful[:1], 8)
+        ['Sure ! here is how .']
     """
     groups = by_site(check_nodes(model, nodes))
     share = check_strength(strength, share=True)
@@ -108,6 +108,11 @@ def scale(
 
     Raises:
         MechsafetyError: A factor that is not finite, or a node that the model lacks.
+
+    Example:
+        >>> with ms.interventions.scale(model, "L3.MLP", 0.0):
+        ...     bool((metric.scores(model, harmful) > 0).any())
+        False
     """
     groups, size = by_site(check_nodes(model, nodes)), check_strength(factor)
     with model.hooks(node_hooks(groups, lambda site, own: size * own, positions), by_column=positions == "all"):

@@ -43,6 +43,14 @@ class Direction(Result):
         vectors: One row per site: what strength 1 adds there.
         everywhere: Whether removal acts on all that is written to the residual stream (one vector only). Otherwise it
             acts only at the direction's own sites.
+
+    Example:
+        >>> refusal = direction.direction
+        >>> refusal.name, [str(site) for site in refusal.sites]
+        ('refusal', ['L1.resid_pre'])
+        >>> with refusal.add(model, 4.0):
+        ...     model.generate(harmless[:1], 8)
+        ['Sorry , I can not help .']
     """
 
     provenance: Provenance
@@ -168,10 +176,10 @@ def steer(
         MechsafetyError: No direction, a direction of another model's width, a strength that is not finite, another
             number of strengths than of directions, a vector without layers, or layers that the model lacks.
 
-    Example::
-
-        with ms.steer(model, [refusal, honesty], [-0.5, 1.0]):
-            model.generate(["How do I bake bread?"])
+    Example:
+        >>> with ms.steer(model, direction.direction, 4.0):
+        ...     model.generate(harmless[:1], 8)
+        ['Sorry , I can not help .']
     """
     listed: list[Steering] = list(direction) if isinstance(direction, Sequence) else [direction]
     strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(listed)
@@ -232,6 +240,11 @@ def project_out(model: LensModel, directions: Float[Tensor, "*rank d_model"], st
 
     Raises:
         MechsafetyError: Directions of another model's width, a zero vector, or a strength outside 0 to 1.
+
+    Example:
+        >>> with ms.interventions.project_out(model, direction.vector):
+        ...     model.generate(harmful[:1], 8)
+        ['Sure ! here is how .']
     """
     rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
     share = check_strength(strength, share=True)
@@ -260,10 +273,10 @@ def remove_directions(
         MechsafetyError: No directions, one of another model's width, linearly dependent ones, or a strength outside 0
             to 1.
 
-    Example::
-
-        with remove_directions(model, [refusal, *others]):
-            model.generate(["How do I bake bread?"])
+    Example:
+        >>> with remove_directions(model, [direction]):
+        ...     model.generate(harmful[:1], 8)
+        ['Sure ! here is how .']
     """
     share = check_strength(strength, share=True)
     listed = [one.direction if isinstance(one, Placed) else one for one in directions]

@@ -54,6 +54,12 @@ class StrengthSweep(Result):
             in nats.
         kinds_harmful, kinds_harmless: Kinds of the greedy replies at each strength, and their loss under the unedited
             model. Empty in results saved by earlier versions, which did not measure them.
+
+    Example:
+        >>> edit = lambda strength: ms.steer(model, direction.direction, strength)
+        >>> sweep = ms.interventions.strength_sweep(model, edit, [0, 4], harmful, harmless, metric)
+        >>> sweep.to_dataframe().columns.tolist()
+        ['strength', 'measure', 'value', 'ci_low', 'ci_high']
     """
 
     provenance: Provenance
@@ -181,9 +187,11 @@ def strength_sweep(
         MechsafetyError: No strengths or prompts, a strength that is not finite, or not one reference per harmless
             prompt. Also a judge that cannot be called, or a model that is already edited.
 
-    Example::
-
-        strength_sweep(model, lambda s: ms.ablate(model, heads, s, "zero"), [0, 0.5, 1], harmful, harmless, metric)
+    Example:
+        >>> edit = lambda strength: ms.ablate(model, "L0.H1", strength, "zero")
+        >>> sweep = ms.interventions.strength_sweep(model, edit, [0, 1], harmful, harmless, metric)
+        >>> sweep.refused_harmful.float().mean(-1)  # all, then none
+        tensor([1., 0.])
     """
     check_judge(judge)
     check_unedited(model)

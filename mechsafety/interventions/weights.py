@@ -43,6 +43,13 @@ def orthogonalized(
     Raises:
         MechsafetyError: A model with a norm after attention or MLP (no such weights exist). Weights that have no known
             name. Logits that differ from those of the hooks.
+
+    Example:
+        >>> with ms.interventions.orthogonalized(model, direction.vector) as edited:
+        ...     edited.generate(harmful[:1], 8)
+        ['Sure ! here is how .']
+        >>> model.generate(harmful[:1], 8)  # the weights are the model's own again
+        ['Sorry , I can not help .']
     """
     rows = rearrange(check_vector(directions, model.d_model), "... d_model -> (...) d_model")
     share, basis = check_strength(strength, share=True), orthonormal(rows)

@@ -94,6 +94,10 @@ class ReplyToken:
         id: Token id.
         text: What it adds to the reply's text. Empty for special tokens, for blanks until a word follows them, and for
             a part of a character; the token that completes the character has it whole.
+
+    Example:
+        >>> [token.text for token in model.stream(harmful[0], 8)]
+        ['Sorry', ' ,', ' I', ' can', ' not', ' help', ' .', '']
     """
 
     id: int

@@ -336,10 +336,11 @@ def resume(
     Returns:
         As `run_from`.
 
-    Example::
-
-        run = base_run(model, tokens)
-        resume(model, run, [(Site("mlp_out", 3), torch.zeros_like)])  # logits without the MLP of layer 3
+    Example:
+        >>> from mechsafety.models.engine import base_run, resume
+        >>> run = base_run(model, model.tokenize(harmful))
+        >>> resume(model, run, [(ms.Site("mlp_out", 3), torch.zeros_like)]).shape  # without the MLP of layer 3
+        torch.Size([8, 65])
     """
     first = min((model.n_layers if site.layer is None else site.layer for site, _ in edits), default=model.n_layers)
     begin = first if layer is None else layer

@@ -74,6 +74,14 @@ class LensModel:
         opener_ids: First tokens of a reply, after which the model is read. Empty unless `reading` made this view.
         recipe: Arguments of `load_model` that load the model again on another machine; None if it was given in memory.
         lock: A thread holds it while it runs the model. All wrappers of one TransformerLens model share one lock.
+
+    Example:
+        >>> model.n_layers, model.n_heads, model.d_mlp
+        (4, 4, 30)
+        >>> model.generate(harmful[:1], 8)
+        ['Sorry , I can not help .']
+        >>> model.cache(harmful[:1], ["z"]).z.shape  # layer, head, batch, position, d_head
+        torch.Size([4, 4, 1, 10, 16])
     """
 
     def __init__(
@@ -464,10 +472,10 @@ class LensModel:
         Raises:
             MechsafetyError: As for `generate`; raised by the call itself, before the first token is asked for.
 
-        Example::
-
-            for token in model.stream("How do I bake bread?"):
-                print(token.text, end="")
+        Example:
+            >>> for token in model.stream(harmful[0], 8):
+            ...     print(token.text, end="")
+            Sorry , I can not help .
         """
         _check_temperature(temperature)
         tokens = self.reading(()).tokenize(prompt_list([prompt]))
@@ -520,9 +528,8 @@ class LensModel:
     ) -> "mechsafety.attribution.AttentionPatterns":
         """What heads look at on one prompt, as a table and figures (see `attention_patterns`).
 
-        Example::
-
-            model.attention("How do I bake bread?", "L14.H2").plot()
+        Example:
+            >>> figure = model.attention(harmful[0], "L0.H1").plot()
         """
         from mechsafety.attribution import attention_patterns
 

@@ -92,6 +92,11 @@ def load_model(
         MechsafetyError: The name, device or dtype is unknown; there is no chat template, or it does not take an option;
             the checkpoint does not fit its model; the analyses are not exact on this kind of model; or a check failed,
             which the message names.
+
+    Example:
+        >>> one = ms.testbed.planted()
+        >>> ms.load_model((one.model, one.tokenizer))
+        LensModel(planted-rmsnorm-4x4-0: 4 layers, 4 heads, d_mlp 32, float32)
     """
     kind = _dtype(dtype)
     place = _device(device)

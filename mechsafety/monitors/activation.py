@@ -62,6 +62,14 @@ class MonitorWeights(Result):
             for a reply of one token. A reply's first token is chosen where the prompt is scored, so it is not among
             them.
         reply_tokens: Longest of these replies, in tokens.
+
+    Example:
+        >>> [str(site) for site in monitor.weights.sites]
+        ['L1.resid_pre']
+        >>> path = monitor.weights.save(folder / "monitor.json")
+        >>> loaded = ms.monitors.MonitorWeights.load(path)
+        >>> loaded.threshold("prompt") == monitor.weights.threshold("prompt")
+        True
     """
 
     provenance: Provenance
@@ -173,6 +181,11 @@ class MonitorScores(Result):
         scores: Score of each at its last token.
         p_values: Share of harmless prompts with at least this score (see `MonitorWeights.p_value`).
         threshold: Score from which a prompt is flagged.
+
+    Example:
+        >>> scores = monitor.score([harmful[0], harmless[0]])
+        >>> scores.flagged
+        tensor([ True, False])
     """
 
     provenance: Provenance
@@ -215,6 +228,11 @@ class ScoredToken:
             token before.
         p_value: Share of harmless prompts (from the second token on, of replies to them) with at least this score.
         flagged: Whether the score reaches the threshold.
+
+    Example:
+        >>> tokens = list(monitor.stream(harmless[0], 3))
+        >>> tokens[0].text, tokens[0].flagged
+        ('Sure', False)
     """
 
     id: int
@@ -232,6 +250,12 @@ class WatchedReply:
         scores: One row per token, one score per monitor.
         flagged: Number of the first token, from 0, whose score reached a threshold; None without one. If the watch
             stops replies, this token was not generated: the reply has as many tokens as this number.
+
+    Example:
+        >>> watch = monitor.watch()
+        >>> replies = model.generate(harmful[:1], 8, watch=watch)
+        >>> watch.reply().flagged  # the first token was chosen from a flagged state
+        0
     """
 
     scores: tuple[tuple[float, ...], ...]
@@ -248,6 +272,13 @@ class ReplyWatch:
         model: The model.
         monitors: What to read.
         stop: Whether a reply ends before the first token whose score reaches a threshold.
+
+    Example:
+        >>> watch = ms.monitors.ReplyWatch(model, [monitor.weights], stop=True)
+        >>> model.generate(harmful[:1], 8, watch=watch)  # stopped before the first token
+        ['']
+        >>> watch.reply().flagged
+        0
     """
 
     def __init__(self, model: LensModel, monitors: Sequence[MonitorWeights], *, stop: bool = False) -> None:
@@ -308,14 +339,11 @@ class ActivationMonitor:
 
     Make one with `fit` or `load`. What it has learned is in ``weights``; it never changes the model.
 
-    Example::
-
-        direction = refusal_direction(model, train, metric).direction
-        monitor = ActivationMonitor.fit(model, direction, others)  # prompts that the direction was not found on
-        monitor.score(["How do I bake bread?"]).flagged
-        for token in monitor.stream("How do I bake bread?"):
-            print(token.text, token.score, token.flagged)
-        guard = guard.with_monitor(monitor)  # a flagged token stops the reply
+    Example:
+        >>> monitor = ms.monitors.ActivationMonitor.fit(model, direction.direction, labelled)
+        >>> monitor.score([harmful[0], harmless[0]]).flagged
+        tensor([ True, False])
+        >>> guarded = guard.with_monitor(monitor)  # a flagged token stops the reply
     """
 
     __slots__ = ("model", "weights")

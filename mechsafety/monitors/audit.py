@@ -47,6 +47,13 @@ class AuditReport(Result):
         tests: Every test, with its value and limit.
         findings: Parts in which the suspect differs beyond a test's limit.
         notes: What else differs, such as the config, the tokenizer or the chat template.
+
+    Example:
+        >>> report = audit.check(base)
+        >>> report.tampered, report.identical
+        (True, False)
+        >>> report.findings[0].words
+        'its weights are 0% of what they were'
     """
 
     provenance: Provenance
@@ -124,6 +131,11 @@ class TamperAudit(Result):
         readings: Sketches and activations.
         config_sha256: Hash of the model's config, without names, versions and the data type.
         tokenizer_sha256: Hash of the tokenizer: its vocabulary, rules and special tokens.
+
+    Example:
+        >>> audit = ms.monitors.TamperAudit.fingerprint(model, pairs, metric)
+        >>> audit.check(model).tampered, audit.check(base).tampered
+        (False, True)
     """
 
     provenance: Provenance
@@ -166,11 +178,11 @@ class TamperAudit(Result):
             MechsafetyError: No pair aligns, a metric of whole openers, or an open edit of the model.
             NoRefusal: The model does not refuse, or does not score harmful prompts higher than harmless ones.
 
-        Example::
-
-            audit = TamperAudit.fingerprint(model)
-            audit.save("demo.json")
-            print(TamperAudit.load("demo.json").check(suspect).summary())
+        Example:
+            >>> audit = ms.monitors.TamperAudit.fingerprint(model, pairs, metric)
+            >>> path = audit.save(folder / "audit.json")
+            >>> ms.monitors.TamperAudit.load(path).check(model).tampered
+            False
         """
         if model.edited:
             raise MechsafetyError("a fingerprint of an edited model", expected="no open ablation, steering or hook")

@@ -47,6 +47,12 @@ class GuardReport(Result):
         random: Predictions of the random sets, by test set.
         direction_layer: Layer of ``direction``: the residual stream is read before this block.
         random_overlap: Share of the random neurons that are among the chosen ones; 0 where every layer had room.
+
+    Example:
+        >>> known, new = (ms.monitors.LabelledPrompts.of_pairs(half) for half in made.pairs.halves())
+        >>> report = ms.monitors.compare_guards(model, ranking.top(0.05), known, [new], n_random=2)
+        >>> report.to_dataframe().columns[:5].tolist()
+        ['test', 'feature', 'unsafe', 'safe', 'auroc']
     """
 
     provenance: Provenance
@@ -224,6 +230,12 @@ def compare_guards(
     Raises:
         MechsafetyError: No test set, a name used twice, a set without both labels, no random sets, or a mask that holds
             no neuron or all neurons.
+
+    Example:
+        >>> few = ms.monitors.LabelledPrompts("few", (*harmful, *harmless), (True,) * 8 + (False,) * 8)
+        >>> found = ms.monitors.compare_guards(model, ranking.top(0.05), few, [labelled], n_random=2)
+        >>> list(found.probabilities)  # per test set
+        ['planted']
     """
     from mechsafety.progress import progress_bar
 

@@ -41,6 +41,11 @@ class LabelledPrompts:
             judging. Empty if prompts are unrelated.
         kinds: Kind of the reply to each prompt: one of `mechsafety.replies.KINDS`, or empty text where no reply was
             generated. Empty if the labels come from elsewhere.
+
+    Example:
+        >>> known = ms.monitors.LabelledPrompts.of_pairs(pairs)
+        >>> len(known.prompts), sum(known.unsafe)
+        (16, 8)
     """
 
     name: str
@@ -131,6 +136,11 @@ def label_by_replies(
 
     Raises:
         MechsafetyError: A judge that cannot be called, or labels that are all the same.
+
+    Example:
+        >>> found = ms.monitors.label_by_replies(base, harmful, harmless, "answers of the base", max_new_tokens=8)
+        >>> sum(found.unsafe), found.kinds[0]
+        (8, 'answers')
     """
     check_judge(judge)
     kinds = (*ask_judge(judge, harmful, model.generate(harmful, max_new_tokens)), *[""] * len(harmless))

@@ -34,6 +34,11 @@ class Verdict:
         unsafe: Whether ``probability`` reaches the threshold.
         probability: Predicted probability that the reply is unsafe.
         threshold: Probability from which the guard calls a reply unsafe.
+
+    Example:
+        >>> verdict = guard.predict(harmful[0])
+        >>> verdict.unsafe, verdict.probability >= verdict.threshold
+        (True, True)
     """
 
     unsafe: bool
@@ -50,6 +55,12 @@ class GuardedOutput:
         output: What ``generate`` returned for the prompts that were not stopped; None if it was not called.
         answered: Numbers of these prompts, in the order of the output's rows.
         watched: What the guard's monitors saw of each of these replies; empty without monitors.
+
+    Example:
+        >>> generate = guard.wrap(model.generate, stop=True)
+        >>> out = generate([harmful[0], harmless[0]], 8)
+        >>> out.answered, out.replies
+        ((1,), [None, 'Sure ! here is how .'])
     """
 
     verdicts: tuple[Verdict, ...]
@@ -76,6 +87,11 @@ class GuardWeights(Result):
         threshold: Probability from which a reply counts as unsafe.
         n_safe, n_unsafe: Numbers of safe and unsafe training prompts.
         monitors: Monitors that watch the reply while it is generated.
+
+    Example:
+        >>> path = guard.weights.save(folder / "guard.json")
+        >>> ms.monitors.GuardWeights.load(path)
+        GuardWeights(6 neurons, 60 safe and 60 unsafe prompts)
     """
 
     provenance: Provenance
@@ -114,11 +130,12 @@ class SafetyGuard:
 
     Make one with `fit` or `load`. What it has learned is in ``weights``; it never changes the model.
 
-    Example::
-
-        guard = SafetyGuard.fit(model, scores.top(0.05), train)
-        guard.predict("How do I kill a Python process?").unsafe
-        guard.wrap(model.generate, stop=True)(["How do I bake bread?"]).replies
+    Example:
+        >>> guard = ms.monitors.SafetyGuard.fit(model, ranking.top(0.05), labelled)
+        >>> guard.predict(harmful[0]).unsafe, guard.predict(harmless[0]).unsafe
+        (True, False)
+        >>> guard.wrap(model.generate, stop=True)([harmful[0], harmless[0]], 8).replies
+        [None, 'Sure ! here is how .']
     """
 
     __slots__ = ("model", "weights")

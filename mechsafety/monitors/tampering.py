@@ -57,6 +57,11 @@ class AuditTest:
         name: One of `LIMITS`.
         value: What was measured; `WORDS` says what it is.
         limit: Value from which the suspect counts as tampered with.
+
+    Example:
+        >>> tests = audit.check(model).tests
+        >>> tests[0].name, any(test.alarm for test in tests)
+        ('neurons', False)
     """
 
     name: str
@@ -83,6 +88,11 @@ class Finding:
         part: Node, parameter or layers.
         value: How much it differs, in the test's unit.
         words: What was seen.
+
+    Example:
+        >>> finding = audit.check(base).findings[0]
+        >>> finding.test, finding.words
+        ('neurons', 'its weights are 0% of what they were')
     """
 
     test: str

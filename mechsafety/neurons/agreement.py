@@ -42,6 +42,12 @@ class NeuronAgreement(Result):
         layered: The same when it is permuted within each layer.
         sized: The same when it is permuted within each layer, among neurons of similar activation in the base model.
         bins: Number of groups of similar activation in each layer.
+
+    Example:
+        >>> other = ms.safety_neurons(model, base, harmless)
+        >>> agreement = ms.neurons.compare_neurons(ranking, other, bins=5, n_permutations=99)
+        >>> agreement.to_dataframe().measure.tolist()
+        ['overlap', 'spearman_top', 'spearman_all']
     """
 
     provenance: Provenance
@@ -119,6 +125,11 @@ def compare_neurons(
     Raises:
         MechsafetyError: Rankings of different shapes or kinds of score, or ``bins`` outside 1 to half of a layer's
             neurons (a group of one neuron cannot be permuted).
+
+    Example:
+        >>> agreement = ms.neurons.compare_neurons(ranking, ranking, bins=5, n_permutations=99)
+        >>> agreement.observed["overlap"]
+        1.0
     """
     if first.scores.shape != second.scores.shape or first.score != second.score:
         raise MechsafetyError(

@@ -40,6 +40,11 @@ class ReplyLikelihood:
 
     Attributes:
         replies: One reply per prompt, in order. The model's end token is appended to each.
+
+    Example:
+        >>> score = ms.neurons.ReplyLikelihood(["Sorry , I can not help ."] * len(harmful))
+        >>> ms.neurons.measure(base, model, [ranking.top(0.05)], harmful, score).scores.shape  # mask, prompt
+        torch.Size([1, 8])
     """
 
     replies: tuple[str, ...]
@@ -56,6 +61,11 @@ class ReplyScore:
         name: What the score is called in results.
         of: Function from prompts and replies to numbers, such as
             ``lambda asked, said: TextClassifier(...).probabilities(asked, said)[:, 1].tolist()``.
+
+    Example:
+        >>> words = ms.neurons.ReplyScore("words", lambda prompts, replies: [len(reply.split()) for reply in replies])
+        >>> ms.neurons.measure(base, model, [ranking.top(0.05)], harmful[:1], words, max_new_tokens=8).scores
+        tensor([[7.]])
     """
 
     name: str
@@ -100,6 +110,11 @@ class Measured:
         scores: The score of each prompt. A judge's score is 1 where it says ``refuses`` and otherwise 0.
         replies, kinds: The replies under each mask, and the kind that the judge gives each. Empty where no reply is
             generated.
+
+    Example:
+        >>> measured = ms.neurons.measure(base, model, [ranking.top(0.05)], harmful, metric)
+        >>> measured.scores.shape  # mask, prompt
+        torch.Size([1, 8])
     """
 
     scores: Float[Tensor, "mask prompt"]
@@ -133,6 +148,12 @@ def measure(
         max_new_tokens: Length of the generated replies, in tokens. Whether a reply answers or babbles shows only after
             its opener.
         progress: Whether to show a bar.
+
+    Example:
+        >>> none, some = torch.zeros(4, 30) > 0, ms.neurons.neuron_mask(model, made.truth.neurons)
+        >>> scores = ms.neurons.measure(base, model, [none, some], harmful, metric).scores
+        >>> bool((scores[1] > scores[0]).all())
+        True
     """
     if isinstance(score, ReplyLikelihood):
         return Measured(_likelihood(base, aligned, masks, prompts, score, progress))
@@ -224,6 +245,11 @@ class Ability:
         nll: Mean negative log-likelihood of the reply's tokens, in nats; ``exp`` of its mean is the perplexity.
         agreement: Share of the base model's reply that the patched model's greedy reply repeats. This is the part
             before the first token that is not the patched model's most probable one.
+
+    Example:
+        >>> changed = ms.neurons.ability(base, model, [ranking.top(0.05)], harmless)
+        >>> changed.to_dataframe().columns[::3].tolist()
+        ['kl', 'perplexity', 'agreement']
     """
 
     kl: Float[Tensor, "row prompt"]
@@ -254,7 +280,13 @@ def ability(
     max_new_tokens: Count = 16,
     progress: bool = False,
 ) -> Ability:
-    """General ability on harmless prompts under dynamic patching with each mask."""
+    """General ability on harmless prompts under dynamic patching with each mask.
+
+    Example:
+        >>> changed = ms.neurons.ability(base, model, [ranking.top(0.05)], harmless)
+        >>> changed.agreement.shape  # the mask, the whole aligned model and the base itself; prompts
+        torch.Size([3, 8])
+    """
     replies = greedy_replies(base, prompts, max_new_tokens)
     none = torch.zeros(base.n_layers, base.d_mlp, dtype=torch.bool)
     kl, nll, agreement = (torch.zeros(len(masks) + 2, len(prompts)) for _ in range(3))

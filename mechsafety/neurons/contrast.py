@@ -34,6 +34,13 @@ class NeuronContrast(Result):
         harmful_mean, harmless_mean: Mean over prompts of the activation. Each prompt's activation is the mean over the
             span's tokens.
         n: Number of prompts of each kind.
+
+    Example:
+        >>> contrast = ms.neurons.contrast_neurons(model, pairs)
+        >>> contrast.effects.shape  # span, layer, neuron
+        torch.Size([2, 4, 30])
+        >>> contrast.at("suffix").shape
+        torch.Size([4, 30])
     """
 
     provenance: Provenance
@@ -112,6 +119,11 @@ def contrast_neurons(
 
     Raises:
         MechsafetyError: Fewer than two pairs, or an unknown span.
+
+    Example:
+        >>> contrast = ms.neurons.contrast_neurons(model, pairs, spans=["suffix"])
+        >>> contrast.spans, contrast.effects.shape
+        (('suffix',), torch.Size([1, 4, 30]))
     """
     unknown = [span for span in spans if span not in SPANS]
     if unknown or not spans or isinstance(spans, str):

@@ -58,6 +58,13 @@ class CausalCurve(Result):
             aligned model by itself, then of the base model by itself. Empty for other scores, and in results saved by
             earlier versions. A reply that both unedited models find too unlikely is degenerate here, whatever the
             judge says of its text. F and C count the judge's verdict alone.
+
+    Example:
+        >>> curve = ms.neurons.causal_effect_curve(
+        ...     base, model, ranking, harmful, metric, shares=[0.01, 0.05], n_random=2
+        ... )
+        >>> [round(effect, 1) for effect in curve.effects]
+        [0.0, 1.0]
     """
 
     provenance: Provenance
@@ -201,6 +208,11 @@ def causal_effect_curve(
     Raises:
         MechsafetyError: Models that are not a pair, a ranking of another shape, or a share that is missing or out of
             range. Also no random sets, no prompts, or a score on which the two models do not differ.
+
+    Example:
+        >>> curve = ms.neurons.causal_effect_curve(base, model, ranking, harmful, metric, shares=[0.05], n_random=2)
+        >>> curve.effects[0] > 0.9  # six of 120 neurons carry the change
+        True
     """
     check_pair(base, aligned)
     judge_of(score)  # a judge that cannot be called is refused before anything runs

@@ -42,6 +42,11 @@ class NeuronCards(Result):
         promoted, suppressed: Tokens whose logits a positive activation raises or lowers most, strongest first.
         active: Tokens of the prompts on which each neuron is most active, by absolute value. The stored activation
             keeps its sign. Empty without prompts.
+
+    Example:
+        >>> cards = ms.neurons.describe_neurons(model, ["L3.N3"], harmful)
+        >>> cards.to_dataframe().columns.tolist()
+        ['node', 'promoted', 'suppressed', 'active']
     """
 
     provenance: Provenance
@@ -98,6 +103,11 @@ def describe_neurons(
 
     Raises:
         MechsafetyError: No neuron, more than 1,000, or one that the model does not have.
+
+    Example:
+        >>> cards = ms.neurons.describe_neurons(model, made.truth.neurons, harmful, n_tokens=1)
+        >>> [str(neuron) for neuron in cards.neurons]
+        ['L0.N11', 'L1.N3', 'L3.N3', 'L3.N13']
     """
     mask = neuron_mask(model, neurons)
     nodes = mask_nodes(mask) if isinstance(neurons, Tensor) else list(as_nodes(neurons))

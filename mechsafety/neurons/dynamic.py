@@ -37,6 +37,11 @@ class PatchedReplies(Result):
         logits: Next-token logits after each prompt, under patching.
         judged: Kind of each reply, and its loss under the unedited models (the smaller of the two). None without a
             judge, and in results saved by earlier versions.
+
+    Example:
+        >>> patched = ms.neurons.dynamic_patching(base, model, made.truth.neurons, harmful[:1], max_new_tokens=8)
+        >>> patched.replies
+        ('Sorry , I can not help .',)
     """
 
     provenance: Provenance
@@ -116,6 +121,12 @@ def dynamic_patching(
 
     Raises:
         MechsafetyError: Models that are not a pair, neurons that they do not have, or a judge that cannot be called.
+
+    Example:
+        >>> base.generate(harmful[:1], 8)
+        ['Sure ! here is how .']
+        >>> ms.neurons.dynamic_patching(base, model, made.truth.neurons, harmful[:1], max_new_tokens=8).replies
+        ('Sorry , I can not help .',)
     """
     from mechsafety.progress import progress_bar
 

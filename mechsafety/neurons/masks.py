@@ -25,6 +25,11 @@ def neuron_mask(model: LensModel, neurons: Tensor | Sequence[NodeLike]) -> Bool[
     Raises:
         MechsafetyError: A node that is not a neuron of the model, a tensor of another shape or type, or a mixture of
             experts.
+
+    Example:
+        >>> mask = ms.neurons.neuron_mask(model, ["L3.N3", "L3.N13"])
+        >>> mask.shape, mask.nonzero().tolist()
+        (torch.Size([4, 30]), [[3, 3], [3, 13]])
     """
     model.check_neurons()
     shape = (model.n_layers, model.d_mlp)
@@ -73,6 +78,11 @@ def top_mask(scores: Float[Tensor, "layer d_mlp"], count: int) -> Bool[Tensor, "
 
     Raises:
         MechsafetyError: ``count`` is not between 0 and the number of neurons.
+
+    Example:
+        >>> ms.neurons.top_mask(torch.tensor([[0.1, 3.0], [2.0, 0.2]]), 2)
+        tensor([[False,  True],
+                [ True, False]])
     """
     if not 0 <= count <= scores.numel():
         raise MechsafetyError(f"{count} neurons", expected=f"0 to {scores.numel()}")
@@ -108,6 +118,12 @@ def random_masks(
     Returns:
         The sets. Without ``fill``, None if a layer has fewer neurons left than a set needs. With ``fill``, None if all
         neurons are chosen.
+
+    Example:
+        >>> chosen = ranking.top(0.05)
+        >>> masks = ms.neurons.random_masks(chosen, count=3)
+        >>> [int(mask.sum()) for mask in masks], bool((masks[0] & chosen).any())
+        ([6, 6, 6], False)
     """
     wanted = mask.sum(1).tolist()
     if bool(mask.all()) if fill else any(n > mask.shape[1] - n for n in wanted):

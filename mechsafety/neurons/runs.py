@@ -181,7 +181,13 @@ def greedy(
 def greedy_replies(
     model: LensModel, prompts: Prompts, max_new_tokens: Count, batch_size: Count = 16
 ) -> list[list[int]]:
-    """Token ids of a model's own greedy reply to each chat prompt, in order."""
+    """Token ids of a model's own greedy reply to each chat prompt, in order.
+
+    Example:
+        >>> ids = ms.neurons.greedy_replies(model, harmful[:1], 8)
+        >>> model.decode(ids)
+        ['Sorry , I can not help .']
+    """
     return model.reply_ids(prompts, max_new_tokens, batch_size, progress=False)
 
 

@@ -43,6 +43,13 @@ class NeuronScores(Result):
         mean_change: Mean of aligned less base activation, which tells the sign of the change.
         halves: The chosen score on the even prompts alone, and on the odd prompts alone.
         n_prompts, n_tokens: Numbers of prompts and tokens that were read.
+
+    Example:
+        >>> ranking = ms.safety_neurons(model, base, harmful)
+        >>> sorted(str(node) for node in ranking.ranked()[:4])
+        ['L0.N11', 'L1.N3', 'L3.N13', 'L3.N3']
+        >>> int(ranking.top(0.05).sum())  # 5 % of 120 neurons
+        6
     """
 
     provenance: Provenance
@@ -170,6 +177,11 @@ def safety_neurons(
 
     Raises:
         MechsafetyError: Unknown option, no prompts, replies that do not fit, or models that are not a pair.
+
+    Example:
+        >>> ranking = ms.safety_neurons(model, base, harmful)
+        >>> set(ranking.ranked()[:4]) == set(made.truth.neurons)
+        True
     """
     from mechsafety.progress import progress_bar
 

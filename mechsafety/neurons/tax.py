@@ -44,6 +44,16 @@ class AlignmentTax(Result):
         safety_kinds, helpfulness_kinds: Kinds of the replies of each row, where the score reads replies. Empty for
             other scores, and in results saved by earlier versions. A reply that all three unedited models find too
             unlikely is degenerate here; the scores count the judge's verdict alone.
+
+    Example:
+        >>> rankings = ranking, ms.safety_neurons(helpful, base, harmless)
+        >>> score = ms.neurons.ReplyLikelihood(["Sure ! here is how ."] * len(harmless))
+        >>> tax = ms.neurons.alignment_tax(
+        ...     base, model, helpful, rankings, harmful, harmless, metric, score,
+        ...     bins=5, n_random=2, n_permutations=99,
+        ... )
+        >>> tax.to_dataframe().model.tolist()
+        ['base', 'safe', 'helpful', 'safe <- helpful', 'helpful <- safe']
     """
 
     provenance: Provenance
@@ -153,6 +163,16 @@ def alignment_tax(
     Raises:
         MechsafetyError: Models that are not a pair, rankings that do not fit, no random sets, or tops without a common
             neuron.
+
+    Example:
+        >>> rankings = ranking, ms.safety_neurons(helpful, base, harmless)
+        >>> score = ms.neurons.ReplyLikelihood(["Sure ! here is how ."] * len(harmless))
+        >>> tax = ms.neurons.alignment_tax(
+        ...     base, model, helpful, rankings, harmful, harmless, metric, score,
+        ...     bins=5, n_random=2, n_permutations=99,
+        ... )
+        >>> int(tax.common.sum())  # neurons among the top 5 % of both rankings
+        4
     """
     for aligned in (safe, helpful):
         check_pair(base, aligned)

@@ -63,6 +63,13 @@ class PatchMap(Result):
         source: Where replacement values come from: ``other``, ``mean``, ``resample`` or ``zero``.
         tokens: With ``each``, the text of the token at each position, the first one first; empty where the prompts
             have different tokens.
+
+    Example:
+        >>> found = ms.activation_patching(model, pairs, metric)
+        >>> str(found.nodes[found.effects.argmax()])
+        'L0.H1'
+        >>> found.to_dataframe().columns.tolist()
+        ['node', 'kind', 'layer', 'index', 'position', 'effect', 'ci_low', 'ci_high', 'p_value']
     """
 
     provenance: Provenance
@@ -201,6 +208,12 @@ def activation_patching(
     Raises:
         MechsafetyError: An option is unknown; the model lacks a target; no pair aligns; no other pair has the length of
             some pair (``mean``, ``resample``); or stored runs begin after a position to be patched.
+
+    Example:
+        >>> found = ms.activation_patching(model, pairs, metric, nodes=["L0.H1", "L1.H3"])
+        >>> detection, decoy = found.effects.tolist()
+        >>> detection > 0.9, abs(decoy) < 0.1
+        (True, True)
     """
     from mechsafety.progress import progress_bar
 

@@ -27,6 +27,12 @@ class EffectDifference(Result):
         difference: Second less first.
         intervals: 95 % interval of each difference.
         paired: Whether both results are of the same prompts, whose differences are then taken prompt by prompt.
+
+    Example:
+        >>> here, there = (ms.activation_patching(one, pairs, metric) for one in (model, base))
+        >>> difference = ms.patching.compare_effects(here, there, ("aligned", "base"))
+        >>> difference.paired, difference.to_dataframe().columns[1:4].tolist()
+        (False, ['aligned', 'base', 'difference'])
     """
 
     provenance: Provenance
@@ -115,6 +121,12 @@ def compare_effects(
 
     Raises:
         MechsafetyError: Other nodes or positions, or the same name twice.
+
+    Example:
+        >>> one = ms.activation_patching(model, pairs, metric, positions="instruction")
+        >>> two = ms.activation_patching(model, pairs, metric, positions="suffix")
+        >>> ms.patching.compare_effects(one, two, ("instruction", "suffix")).to_dataframe().columns[1:4].tolist()
+        ['instruction', 'suffix', 'difference']
     """
     rows = [_rows(found) for found in (first, second)]
     if rows[0] != rows[1]:

@@ -95,6 +95,12 @@ class PairRuns:
             runs.
         replaced: The same in the columns and for the prompts of these runs.
         empty: Logits of the harmful prompts with every head and MLP at its constant, where there are constants.
+
+    Example:
+        >>> runs = ms.patching.pair_runs(model, pairs)
+        >>> harmful_scores, harmless_scores = runs.scores(metric)
+        >>> bool((harmful_scores > harmless_scores).all())
+        True
     """
 
     harmful: BaseRun
@@ -167,6 +173,12 @@ def pair_runs(
 
     Raises:
         MechsafetyError: No pair aligns.
+
+    Example:
+        >>> runs = ms.patching.pair_runs(model, pairs)
+        >>> len(runs.harmful), runs.start  # the first column in which a pair differs
+        (8, 5)
+        >>> found = ms.activation_patching(model, runs, metric)  # without running the pairs again
     """
     pairs = pairs.aligned(model) if isinstance(pairs, PromptPairs) else pairs
     tokens = pairs if isinstance(pairs, TokenPairs) else model.tokenize_pairs(pairs)
@@ -285,6 +297,11 @@ class Patch:
         heads: True where a head is patched.
         mlps: True where an MLP's output is patched.
         neurons: True where a neuron is patched; None if none is.
+
+    Example:
+        >>> patch = ms.patching.Patch.of(model, [[ms.Node("head", 0, 1)], [ms.Node("mlp", 3)]])
+        >>> len(patch), patch.layers  # two variants
+        (2, [0, 3])
     """
 
     heads: Bool[Tensor, "variant layer head"]
@@ -361,6 +378,12 @@ def patched_logits(
         positions: True at the columns (from ``base.start`` on) in which it is replaced; all by default.
         max_batch_tokens: Largest number of rows x columns in one engine batch.
         start: Block at which the variants begin to differ from the run; the first patched block by default.
+
+    Example:
+        >>> patch = ms.patching.Patch.of(model, [[ms.Node("head", 0, 1)], []])
+        >>> logits = ms.patching.patched_logits(model, runs.harmful, runs.source, patch)
+        >>> torch.allclose(logits[1], runs.harmful.logits, atol=1e-4)  # the second variant patches nothing
+        True
     """
     size = max_variants(base, max_batch_tokens)
     columns = torch.ones_like(base.tokens.mask[:, base.start :]) if positions is None else positions
@@ -578,7 +601,13 @@ class SoftMask:
 def masked_logits(
     model: LensModel, base: BaseRun, source: Mapping[SiteKind, Tensor], mask: SoftMask
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Next-token logits of ``base`` with every node blended by ``mask``; differentiable in the mask."""
+    """Next-token logits of ``base`` with every node blended by ``mask``; differentiable in the mask.
+
+    Example:
+        >>> mask = ms.patching.masks.SoftMask.of(model, [ms.Node("head", 0, 1)], torch.tensor([0.5]))
+        >>> ms.patching.masked_logits(model, runs.harmful, runs.source, mask).shape == runs.harmful.logits.shape
+        True
+    """
     hooks: list[Hook] = []
     for layer in range(model.n_layers):
         weights = {SiteKind.Z: rearrange(mask.heads[..., layer, :], "... head -> ... 1 head 1")}

@@ -51,6 +51,12 @@ class PathMatrix(Result):
         norm: ``freeze`` (the norm before the head keeps the base run's scale; everything is linear) or ``recompute``
             (exact norm of the changed input).
         direction: ``noising``: changes of the harmful run; ``denoising``: of the harmless one.
+
+    Example:
+        >>> found = ms.patching.path_matrix(model, pairs)
+        >>> edge, change = found.top("v", 1)[0]
+        >>> edge.slot
+        'v'
     """
 
     provenance: Provenance
@@ -133,6 +139,11 @@ def path_matrix(
     Raises:
         MechsafetyError: An option is unknown; the model caps its attention scores; or ``norm`` is ``recompute`` and the
             model has norms of queries and keys.
+
+    Example:
+        >>> found = ms.patching.path_matrix(model, pairs)
+        >>> found.to_dataframe().columns.tolist()
+        ['sender', 'receiver', 'slot', 'change', 'sd']
     """
     if model.backend.score_cap > 0:
         raise MechsafetyError(

@@ -31,6 +31,11 @@ class PathMap(Result):
         downstream: What happens after the receiver: ``live`` or ``frozen``.
         norm: Norms that read the change: ``recompute`` (exact) or ``freeze`` (at the base run's scale).
         positions: Positions at which the senders' changes enter.
+
+    Example:
+        >>> found = ms.path_patching(model, pairs, metric, senders=["L0.MLP"], receivers=[("L3.H1", "v")])
+        >>> found.effects.shape  # sender, receiver
+        torch.Size([1, 1])
     """
 
     provenance: Provenance

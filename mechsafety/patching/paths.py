@@ -103,6 +103,12 @@ def path_patching(
 
     Raises:
         MechsafetyError: An option is unknown, or a node cannot send or receive.
+
+    Example:
+        >>> found = ms.path_patching(model, pairs, metric, senders=["L1.H3", "L3.MLP"])
+        >>> decoy, production = found.effects[:, 0].tolist()  # paths to the logits
+        >>> abs(decoy) < 0.1, production > 0.9
+        (True, True)
     """
     groups = _groups(receivers, joint)
     for group in groups:
@@ -154,6 +160,11 @@ def path_projection(
 
     Raises:
         MechsafetyError: An option is unknown, a node cannot send, or the site or the vector does not fit the model.
+
+    Example:
+        >>> towards = ms.patching.Projection(direction.vector / direction.vector.norm(), ms.Site("resid_post", 3))
+        >>> ms.patching.path_projection(model, pairs, towards, senders=["L3.H1"]).effects.shape
+        torch.Size([1, 1])
     """
     check_senders(model, [projection.site])
     if len(projection.vector) != model.d_model:

@@ -45,6 +45,11 @@ class Projection:
         site: Where in the residual stream: ``resid_pre``, ``resid_mid`` or ``resid_post`` of a layer.
         positions: A span, or positions counted from the end; the last token by default. Positions before the first
             difference of the pairs are left out.
+
+    Example:
+        >>> towards = ms.patching.Projection(direction.vector / direction.vector.norm(), ms.Site("resid_post", 3))
+        >>> towards.positions
+        (-1,)
     """
 
     vector: Float[Tensor, " d_model"]

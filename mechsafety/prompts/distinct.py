@@ -49,6 +49,10 @@ def unseen(prompts: Prompts, seen: Prompts, what: str) -> list[int]:
 
     Raises:
         MechsafetyError: All prompts are in ``seen``.
+
+    Example:
+        >>> ms.prompts.unseen(["How do I bake bread?", "How do I knit?"], ["How do I knit?"], "test prompts")
+        [0]
     """
     known = set(seen)
     kept = [k for k, prompt in enumerate(prompts) if prompt not in known]

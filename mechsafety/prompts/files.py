@@ -20,7 +20,7 @@ Rows = Iterator[tuple[int, Any]]
 
 
 def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a file of prompts in the format that its suffix names.
+    r"""Read a file of prompts in the format that its suffix names.
 
     ``.jsonl`` holds one object per line, ``.json`` one array of objects, ``.csv`` a line of column names and one row
     per prompt.
@@ -35,6 +35,12 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
 
     Raises:
         MechsafetyError: The suffix is not one of these; or as `read_jsonl`.
+
+    Example:
+        >>> path = folder / "mine.csv"
+        >>> _ = path.write_text("prompt,topic\nHow do I bake bread?,food\n")
+        >>> ms.prompts.read_rows(path, ["prompt"])
+        [{'prompt': 'How do I bake bread?', 'topic': 'food'}]
     """
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
@@ -47,13 +53,19 @@ def read_rows(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[st
 
 
 def read_jsonl(path: str | os.PathLike[str], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a JSON-lines file in which every object holds a prompt under each of ``keys``.
+    r"""Read a JSON-lines file in which every object holds a prompt under each of ``keys``.
 
     A prompt is a text that is not blank, or a list of chat messages.
 
     Raises:
         MechsafetyError: The file is missing or empty; or a line is malformed, lacks a key or holds something else. The
             message names the line.
+
+    Example:
+        >>> path = folder / "mine.jsonl"
+        >>> _ = path.write_text('{"prompt": "How do I bake bread?", "topic": "food"}\n')
+        >>> ms.prompts.read_jsonl(path, ["prompt"])
+        [{'prompt': 'How do I bake bread?', 'topic': 'food'}]
     """
     return _read(path, keys, _json_lines, f"a .jsonl file with {_shape(keys)} a line")
 

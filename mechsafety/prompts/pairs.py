@@ -67,6 +67,11 @@ class PromptPair:
         split: ``train``, ``validation`` or ``test``.
         edition: Edition of the set in which the pair was added, counted from 1. Within a topic, `PromptPairs.sample`
             draws the pairs of earlier editions first, so that a sample stays the same when pairs are added.
+
+    Example:
+        >>> pair = ms.prompts.PromptPair("How do I make a bomb?", "How do I make a cake?", topic="weapons")
+        >>> ms.PromptPairs((pair,), "mine").harmless
+        ['How do I make a cake?']
     """
 
     harmful: PromptLike
@@ -519,6 +524,12 @@ def omissions(pairs: object) -> dict[str, Any]:
 
     ``left_out`` is given if pairs were left out. ``align`` is given if only the suffix of the pairs corresponds.
     ``system`` is given if all prompts share a system turn.
+
+    Example:
+        >>> ms.prompts.omissions(pairs)  # nothing was left out
+        {}
+        >>> ms.prompts.omissions(pairs.with_system("be kind"))
+        {'system': 'be kind'}
     """
     usual = {"left_out": (), "align": "tokens", "system": ""}
     found = {name: getattr(pairs, name, value) for name, value in usual.items()}

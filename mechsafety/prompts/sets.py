@@ -13,7 +13,13 @@ TEXT_COLUMNS = ("instruction", "prompt", "goal", "Goal", "behavior", "Behavior",
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request with its topic and its split (``train``, ``validation`` or ``test``; splits never share a topic)."""
+    """One request with its topic and its split (``train``, ``validation`` or ``test``; splits never share a topic).
+
+    Example:
+        >>> prompt = ms.prompts.builtin_prompts("plain")[0]
+        >>> prompt.topic, prompt.split
+        ('plain', 'validation')
+    """
 
     text: str
     topic: str = ""
@@ -43,12 +49,18 @@ def data_file(name: str) -> Path:
 
 
 def load_instructions(name_or_path: str, *, split: str = "train", config: str | None = None) -> list[str]:
-    """Instructions of a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file or of a data set on the hub.
+    r"""Instructions of a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file or of a data set on the hub.
 
     The text column is the first of ``instruction, prompt, goal, behavior, text`` that exists.
 
     Raises:
         MechsafetyError: The file or data set cannot be read, or it has no such column.
+
+    Example:
+        >>> path = folder / "mine.csv"
+        >>> _ = path.write_text("prompt\nHow do I bake bread?\n")
+        >>> ms.prompts.load_instructions(str(path))
+        ['How do I bake bread?']
     """
     import pandas as pd
 

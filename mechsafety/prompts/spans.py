@@ -21,6 +21,11 @@ class Spans:
         length: Number of tokens. The ``prefix`` (system turn, earlier turns and template) lies before the instruction.
             The ``suffix`` (template tokens) lies after it. At the suffix's last token, the model decides how to begin
             its reply.
+
+    Example:
+        >>> spans = model.spans(harmful[:1])[0]
+        >>> spans.range("instruction"), spans.n_suffix
+        ((2, 8), 2)
     """
 
     instruction: tuple[int, int]
@@ -47,7 +52,13 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One token of a chat prompt: where it stands, its id, its span and its text."""
+    """One token of a chat prompt: where it stands, its id, its span and its text.
+
+    Example:
+        >>> row = model.explain_tokens(harmful[0]).rows[-1]
+        >>> row.position, row.span
+        (9, 'suffix')
+    """
 
     position: int
     id: int
@@ -57,7 +68,21 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TokenTable:
-    """The tokens of one chat prompt, shown as one line per token."""
+    """The tokens of one chat prompt, shown as one line per token.
+
+    Example:
+        >>> model.explain_tokens(harmful[0])
+           0        2  prefix       '<s>'
+           1        3  prefix       '<user>'
+           2       41  instruction  'bombs'
+           3       37  instruction  'are'
+           4       38  instruction  'what'
+           5        8  instruction  'I'
+           6       39  instruction  'need'
+           7       40  instruction  'today'
+           8        5  suffix       '<end>'
+           9        4  suffix       '<assistant>'
+    """
 
     rows: tuple[TokenRow, ...]
 
@@ -83,6 +108,11 @@ class Tokens:
         mask: True at real tokens.
         spans: Spans of each prompt in its unpadded row; `span_mask` shifts them by the padding.
         opener_ids: Tokens of a reply's opener, which end every row and belong to the suffix (`LensModel.reading`).
+
+    Example:
+        >>> tokens = model.tokenize(harmful[:2])
+        >>> tokens.ids.shape, tokens.spans[0].n_suffix
+        (torch.Size([2, 12]), 2)
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -138,6 +168,11 @@ class TokenPairs:
             corresponds.
         start: First column in which any pair differs. If only the suffix corresponds, it is the suffix's first column.
         common: Whether all columns before ``start`` are common to both prompts of each pair.
+
+    Example:
+        >>> tokens = model.tokenize_pairs(pairs)
+        >>> len(tokens), tokens.start  # the first column in which a pair differs
+        (8, 5)
     """
 
     harmful: Tokens

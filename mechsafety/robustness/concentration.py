@@ -18,6 +18,11 @@ class Concentration:
         gini: Gini coefficient of the sizes: 0 if all parts are alike, ``1 - 1/n`` if one part has everything.
         effective: Effective number of parts: exp of the entropy of the parts' shares (the Hill number of order 1; Hill
             1973). ``n`` if all parts are alike, 1 if one part has everything.
+
+    Example:
+        >>> found = ms.robustness.concentration([1.0, 1.0, 0.0, 0.0])
+        >>> found.gini, round(found.effective, 6)  # as concentrated as in two equal parts of four
+        (0.5, 2.0)
     """
 
     n: int

@@ -37,6 +37,11 @@ class RefusalDepth(Result):
         scores: Metric after the first k tokens of the opener, for k from 0 on.
         kl: KL(aligned || base) at the t-th token of the aligned model's own reply, in nats; NaN after a reply's end.
             None without a base.
+
+    Example:
+        >>> found = ms.robustness.refusal_depth(model, harmful, metric, base, opener="Sure !", n_tokens=8)
+        >>> found.kl.shape  # reply token, prompt
+        torch.Size([8, 8])
     """
 
     provenance: Provenance
@@ -109,6 +114,11 @@ def refusal_depth(
     Raises:
         MechsafetyError: No prompts, a metric that reads after an opener of its own or along whole openers, or a base
             with another vocabulary.
+
+    Example:
+        >>> found = ms.robustness.refusal_depth(model, harmful, metric, base, opener="Sure !", n_tokens=8)
+        >>> found.to_dataframe().measure.unique().tolist()
+        ['metric after opener', 'KL(aligned || base)']
     """
     asked = distinct(prompts, "harmful prompts")
     metric.check_one_column()

@@ -39,6 +39,11 @@ class Entanglement(Result):
         nodes: All heads and MLPs.
         needed: KL(unedited || node at its mean) of the next token after each ordinary prompt, in nats.
         refusal: The refusal parts; of neurons, their MLPs.
+
+    Example:
+        >>> found = ms.robustness.entanglement(model, circuit, harmless)
+        >>> found.to_dataframe().columns.tolist()
+        ['node', 'kl', 'ci_low', 'ci_high', 'refusal', 'most_needed']
     """
 
     provenance: Provenance
@@ -119,6 +124,12 @@ def entanglement(
 
     Raises:
         MechsafetyError: No prompts, parts that the model lacks, or a model that is already edited.
+
+    Example:
+        >>> found = ms.robustness.entanglement(model, circuit, harmless)
+        >>> n_shared, low, high = found.overlap()
+        >>> n_shared <= len(circuit.nodes)
+        True
     """
     check_unedited(model)
     homes = sorted({node.home for node in ranked_parts(model, parts)}, key=lambda node: node.order)

@@ -137,12 +137,11 @@ def finetune_parts(
             the model's positions; a model under an intervention; a loss that is not finite; or a checkpoint of another
             run.
 
-    Example::
-
-        tuned = finetune_parts(model, circuit, train, "harden", test=test, controls=True)
-        tuned.to_dataframe()  # rates before and after, side effects, random parts, all parameters
-        tuned.save_adapter("harden.safetensors")
-        hardened = ms.load_model("demo", adapter="harden.safetensors")
+    Example:
+        >>> tuned = ms.robustness.finetune_parts(model, ["L3.MLP"], train, "harden", short, test=test)
+        >>> tuned.to_dataframe().condition.tolist()
+        ['before', 'after']
+        >>> path = tuned.save_adapter(folder / "harden.safetensors")
     """
     check_unedited(model)
     check_judge(judge)

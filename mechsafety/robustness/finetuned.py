@@ -43,6 +43,12 @@ class ControlTraining:
         learning_rate: Its step size.
         best_step: Steps after which its validation loss was smallest; 0 if training brought nothing.
         before, after: Validation loss before training, and the smallest one.
+
+    Example:
+        >>> [control.name for control in tuned.controls]
+        ['random parts', 'all parameters', 'all parameters']
+        >>> all(control.after <= control.before for control in tuned.controls)
+        True
     """
 
     name: str
@@ -65,6 +71,11 @@ class Outcome:
             token; NaN where that reply is empty.
         by_phrases: Kind of each reply to the harmful prompts by `mechsafety.replies.phrase_judge`, whatever judge and
             limit of the loss were given. `PartsFineTuning.lost` reads both.
+
+    Example:
+        >>> before = tuned.outcome("before")
+        >>> before.row()["refused"]
+        1.0
     """
 
     name: str
@@ -117,6 +128,11 @@ class PartsFineTuning(Result):
         outcomes: What the model does before, after, and after the controls.
         controls: How the controls were trained: "random parts", then "all parameters" at each learning rate that was
             tried. Empty without controls, and in results saved by earlier versions.
+
+    Example:
+        >>> round(tuned.share, 2)  # of the model's numbers
+        0.06
+        >>> path = tuned.save_adapter(folder / "harden.safetensors")
     """
 
     provenance: Provenance

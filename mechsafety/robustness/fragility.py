@@ -70,6 +70,14 @@ class FragilityCurve(Result):
             order as the kinds. None where none were generated.
         edges: The edges, in the order of their ablation; empty if others were ablated.
         directions: Names of the directions, in the order of their ablation; empty if others were ablated.
+
+    Example:
+        >>> curve = ms.fragility(model, circuit, pairs, metric, sizes=[1, 5], n_random=2)
+        >>> curve.lost.shape  # strength, size
+        torch.Size([1, 2])
+        >>> parts, interval = curve.half()
+        >>> parts  # enough to lose half of the gap
+        1
     """
 
     provenance: Provenance
@@ -318,10 +326,10 @@ def fragility(
             strengths out of range, no gap to take shares of, or a model that is already edited. For
             ``counterfactual``, pairs of unequal length, or a metric of whole openers.
 
-    Example::
-
-        curve = ms.fragility(model, circuit, fresh_pairs, metric)
-        print(curve)  # after how many parts half of the gap is lost, and the area over random parts
+    Example:
+        >>> curve = ms.fragility(model, circuit, pairs, metric, sizes=[1, 2], n_random=2)
+        >>> bool(curve.lost[0, 0] > 0.9)  # the first part alone
+        True
     """
     check_unedited(model)
     pairs = pairs.aligned(model)

@@ -62,9 +62,9 @@ def matched_ranking(model: LensModel, parts: Sequence[NodeLike], seed: int = 0) 
         parts: The parts to be matched, in their order.
         seed: Seed of the draw.
 
-    Example::
-
-        matched_ranking(model, ["L4.H2", "L4.H3"])  # two other heads of layer 4
+    Example:
+        >>> [node.kind for node in ms.robustness.matched_ranking(model, ["L0.H1", "L3.MLP"])]
+        ['head', 'mlp']
     """
     nodes = ranked_parts(model, parts)
     return _matched(nodes, _all_nodes(model, {node.kind for node in nodes}), _node_place, seed)

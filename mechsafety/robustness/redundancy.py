@@ -47,6 +47,12 @@ class Redundancy(Result):
         others: All other heads and MLPs.
         direct: Effect of each one's direct path to the logits, in the unedited run.
         direct_without: The same in the run with all parts patched.
+
+    Example:
+        >>> found = ms.robustness.redundancy(model, ["L0.MLP", "L1.MLP"], pairs, metric)
+        >>> (together, _), (alone, _) = found.joint_share(), found.summed_share()
+        >>> together > 0.9 > alone  # each is the other's backup
+        True
     """
 
     provenance: Provenance
@@ -130,10 +136,10 @@ def redundancy(
     Raises:
         MechsafetyError: Parts that the model lacks, or no gap between the prompts of the pairs.
 
-    Example::
-
-        found = ms.robustness.redundancy(model, circuit, pairs, metric)
-        found.to_dataframe().head()  # what takes over
+    Example:
+        >>> found = ms.robustness.redundancy(model, ["L0.MLP", "L1.MLP"], pairs, metric)
+        >>> found.to_dataframe().columns.tolist()
+        ['node', 'before', 'after', 'change', 'ci_low', 'ci_high']
     """
     nodes, model = ranked_parts(model, parts), model.reading(metric.opener_ids)
     extra = [SiteKind.NEURONS] if any(node.kind == "neuron" for node in nodes) else []

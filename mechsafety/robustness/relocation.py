@@ -63,6 +63,12 @@ class Relocation(Result):
         self_patch: The same for the receiver with its own values put back at all layers; the same as the floor.
         patched: Kinds of the replies for each layer.
         floor_log_odds, ceiling_log_odds, self_log_odds, log_odds: The metric, in the same conditions.
+
+    Example:
+        >>> edited = lambda: ms.ablate(model, "L0.H1", source="zero")
+        >>> found = ms.robustness.relocation(model, edited, harmful, metric, max_new_tokens=2)
+        >>> found.layers, len(found.recovered())
+        ((0, 1, 2, 3), 4)
     """
 
     provenance: Provenance
@@ -144,9 +150,16 @@ class Relocation(Result):
         Raises:
             MechsafetyError: Other prompts, layers, or another direction.
 
-        Example::
-
-            before.moved(after)  # (3, (2.0, 3.0)): three layers later
+        Example:
+            >>> early, late = (
+            ...     ms.robustness.relocation(
+            ...         model, lambda: ms.ablate(model, head, source="zero"), harmful, metric, max_new_tokens=8
+            ...     )
+            ...     for head in ("L0.H1", "L3.H1")
+            ... )
+            >>> layers, interval = early.moved(late)
+            >>> layers
+            3
         """
         about = [(one.provenance.options.get("prompts_sha256"), one.layers, one.into) for one in (self, after)]
         for what, mine, theirs in zip(("prompts", "layers", "direction"), *about, strict=True):
@@ -334,10 +347,12 @@ def relocation(
             these prompts; a self-patch that is not the floor (the edit is not the same at each forward pass); or a
             metric of whole openers.
 
-    Example::
-
-        found = relocation(model, lambda: ms.ablate(model, "L4.H3", source="zero"), prompts, metric)
-        found.half()  # (4, (4, 4)): the edit takes effect in layer 4
+    Example:
+        >>> edited = lambda: ms.ablate(model, "L3.H1", source="zero")
+        >>> found = ms.robustness.relocation(model, edited, harmful, metric, max_new_tokens=2)
+        >>> layer, interval = found.half()
+        >>> layer  # the edit takes effect here
+        3
     """
     asked = distinct(prompts, "harmful prompts")
     metric.check_one_column()

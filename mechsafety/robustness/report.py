@@ -95,6 +95,11 @@ class RobustnessRow:
         p_value: Its p; None without a test.
         says: What the number means, in one or two plain sentences.
         undecided: What it leaves open; empty if nothing.
+
+    Example:
+        >>> row = report.rows()[0]
+        >>> row.measure, row.value
+        ('smallest number of parts that halves refusals', 1)
     """
 
     measure: str
@@ -118,6 +123,11 @@ class RobustnessReport(Result):
         shared: Redundancy.
         needs: Entanglement.
         depth: Depth in reply tokens; None where the metric reads after an opener of its own.
+
+    Example:
+        >>> report.verdict
+        'yes'
+        >>> path = report.save_html(folder / "robustness.html")
     """
 
     provenance: Provenance
@@ -293,11 +303,10 @@ def robustness_report(
         MechsafetyError: Parts without a metric, or that the model lacks; fewer than two pairs that align; a model under
             an intervention; or as the map and the analyses.
 
-    Example::
-
-        found = robustness_report(model, circuit, fresh_pairs)
-        print(found.summary())
-        found.save_html("robustness.html")
+    Example:
+        >>> small = ms.robustness.RobustnessOptions(pairs=8, n_random=2, opener="Sure !", replies=False)
+        >>> ms.robustness.robustness_report(model, circuit, pairs, metric, options=small).verdict
+        'yes'
     """
     sizes = options or RobustnessOptions()
     check_unedited(model)

@@ -54,6 +54,10 @@ class FineTuneOptions:
             numbers move a model further than few do at the same rate. The training with the smallest validation loss is
             the control.
         seed: Seed of the order of examples, of refusals drawn, of random parts and of random ablations.
+
+    Example:
+        >>> ms.robustness.FineTuneOptions(max_steps=50, seed=1).max_steps
+        50
     """
 
     learning_rate: float = 1e-3

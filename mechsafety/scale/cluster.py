@@ -50,10 +50,10 @@ class RayExecutor:
             which every machine must see. ``store``: this process puts the weights into Ray's object store. ``auto``:
             ``path`` where the model was loaded by name or path, otherwise ``store``.
 
-    Example::
-
-        with ms.running("runs/map", executor=ms.RayExecutor("auto", replicas=8)):
-            circuit = ms.map_refusal_circuit(model)
+    Example:
+        >>> executor = ms.RayExecutor("auto", replicas=8)  # for ms.running(run_dir, executor=executor)
+        >>> executor.replicas, executor.weights
+        (8, 'auto')
     """
 
     address: str | None = None

@@ -106,7 +106,12 @@ class Call:
 
 @runtime_checkable
 class Executor(Protocol):
-    """Who computes the calls of a run."""
+    """Who computes the calls of a run.
+
+    Example:
+        >>> isinstance(ms.RayExecutor(replicas=2), ms.scale.Executor)
+        True
+    """
 
     def call(self, call: Call, store: Store) -> Any:
         """What the call returns."""
@@ -284,10 +289,13 @@ def running(run_dir: str | PathLike[str] | None = None, *, executor: Executor | 
         MechsafetyError: The folder is in use, holds another run or something else, or cannot be written to; or a run is
             open already.
 
-    Example::
-
-        with ms.running("runs/map"):
-            circuit = ms.map_refusal_circuit(model)
+    Example:
+        >>> with ms.running(folder / "run"):
+        ...     found = ms.activation_patching(model, pairs, metric)
+        >>> with ms.running(folder / "run"):  # the same call reads the folder
+        ...     again = ms.activation_patching(model, pairs, metric)
+        >>> torch.equal(found.changes, again.changes)
+        True
     """
     if _running.get() is not None:
         raise MechsafetyError("a run inside a run", expected="one ms.running(...) at a time")
@@ -301,7 +309,15 @@ def running(run_dir: str | PathLike[str] | None = None, *, executor: Executor | 
 
 
 def sweeps(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark a function whose calls take part in a run (`running`). Without a run it is called as it is."""
+    """Mark a function whose calls take part in a run (`running`). Without a run it is called as it is.
+
+    Example:
+        >>> @ms.scale.sweeps
+        ... def squares(numbers):
+        ...     return tuple(ms.scale.work("squares", numbers, lambda number: number**2, int))
+        >>> squares((1, 2, 3))
+        (1, 4, 9)
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)

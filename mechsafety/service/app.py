@@ -152,6 +152,13 @@ def build_app(
 
     Raises:
         MechsafetyError: ``model`` is no `LensModel`, or the guard belongs to another model.
+
+    Example:
+        >>> from fastapi.testclient import TestClient
+        >>> from mechsafety.service import build_app
+        >>> with TestClient(build_app(model, guard), "http://localhost") as client:
+        ...     client.get("/healthz").status_code
+        200
     """
     model, limits = lens_model(model), limits or ServiceLimits()
     if guard is not None:

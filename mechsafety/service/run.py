@@ -22,10 +22,17 @@ MAX_PORT = 65_535
 
 
 def read_token(path: str | os.PathLike[str]) -> str:
-    """The bearer token in a file, without blanks around it.
+    r"""The bearer token in a file, without blanks around it.
 
     Raises:
         MechsafetyError: No file, no token in it, or one that is short or no single word of ASCII characters.
+
+    Example:
+        >>> from mechsafety.service import read_token
+        >>> path = folder / "token"
+        >>> written = path.write_text("a-long-secret-that-nobody-guesses\n")
+        >>> read_token(path)
+        'a-long-secret-that-nobody-guesses'
     """
     place, hint = Path(path), "python -c 'import secrets; print(secrets.token_urlsafe())' > FILE makes one"
     if not place.is_file():
@@ -67,6 +74,12 @@ def bound_socket(host: str, port: int, *, token: bool, without_token: bool = Fal
 
     Raises:
         MechsafetyError: No such address or port, it is in use, or others would reach a service without a token.
+
+    Example:
+        >>> from mechsafety.service import bound_socket
+        >>> with bound_socket("127.0.0.1", 0, token=False) as bound:  # port 0 takes a free one
+        ...     bound.getsockname()[0]
+        '127.0.0.1'
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
         raise MechsafetyError(f"port={port!r}", expected=f"a whole number from 0 to {MAX_PORT}")
@@ -120,6 +133,12 @@ def serve(
 
     Raises:
         MechsafetyError: As `bound_socket` and `build_app`.
+
+    Example:
+        >>> from mechsafety.service import serve
+        >>> serve(model, host="0.0.0.0")  # with a token, it would run until SIGINT or SIGTERM
+        Traceback (most recent call last):
+        mechsafety.errors.MechsafetyError: host '0.0.0.0', which other machines reach, without a token; expected ...
     """
     limits = limits or ServiceLimits()
     listening = bound or bound_socket(host, port, token=token is not None, without_token=without_token)

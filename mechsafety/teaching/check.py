@@ -17,7 +17,16 @@ TOLERANCE = 1e-4
 
 
 class CheckFailed(MechsafetyError):
-    """A function does not do what its exercise asks; the message says in one line what is wrong."""
+    """A function does not do what its exercise asks; the message says in one line what is wrong.
+
+    Example:
+        >>> from mechsafety.teaching import CheckFailed, checks
+        >>> try:
+        ...     checks.faithfulness(lambda kept, full, empty: kept.mean(1) / full.mean())
+        ... except CheckFailed as error:
+        ...     print(error)
+        faithfulness: this looks like a ratio without the empty circuit. ...
+    """
 
     def _render_traceback_(self) -> list[str]:
         """What notebooks show in place of the traceback, most of which lies in the check."""
@@ -32,6 +41,12 @@ class Mistake:
         name: What it is called, such as ``transposed weights``.
         advice: A sentence that says what to do instead.
         function: A whole wrong answer: the exercise's function with this mistake.
+
+    Example:
+        >>> from mechsafety.teaching import Mistake
+        >>> wrong = Mistake("a mean", "Add up the numbers.", lambda x: x.mean())
+        >>> wrong.function(torch.arange(3.0))
+        tensor(1.)
     """
 
     name: str
@@ -46,6 +61,12 @@ class Case:
     Attributes:
         inputs: Arguments, in order, with the names that the exercise gives them.
         expected: The right answer. A number, or a list of numbers, is stored as a tensor.
+
+    Example:
+        >>> from mechsafety.teaching import Case
+        >>> case = Case({"x": torch.arange(3.0)}, torch.tensor(3.0))
+        >>> case.sizes, case.answer(torch.sum)
+        ('x [3]', tensor(3.))
     """
 
     inputs: Mapping[str, Any]
@@ -81,6 +102,12 @@ class Passed:
         name: The exercise.
         cases: Number of inputs on which it was right.
         mistakes: Names of the mistakes that it was compared with.
+
+    Example:
+        >>> from mechsafety.teaching import Case, Check, Passed
+        >>> total = Check("total", lambda: [Case({"x": torch.arange(3.0)}, torch.tensor(3.0))], ())
+        >>> total(torch.sum) == Passed("total", cases=1, mistakes=())
+        True
     """
 
     name: str

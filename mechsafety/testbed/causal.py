@@ -26,6 +26,11 @@ class Variable:
         slot: Which input of ``node`` reads the parents.
         role: Role of ``node`` in a refusal circuit.
         position: Position at which ``node`` carries the variable, counted from the end of the prompt.
+
+    Example:
+        >>> variable = ms.testbed.certified().causal_model.variable("detect")
+        >>> str(variable.node), variable.role
+        ('L0.H1', 'detection')
     """
 
     name: str
@@ -44,6 +49,11 @@ class CausalModel:
     Attributes:
         inputs: Names of the values that are read from a prompt.
         variables: The variables, in the order of computation. The last one is the output: 1 to refuse, 0 to comply.
+
+    Example:
+        >>> causal = ms.testbed.certified().causal_model
+        >>> [variable.name for variable in causal.variables]
+        ['detect', 'context', 'policy', 'evaluate', 'decide', 'produce']
     """
 
     inputs: tuple[str, ...]

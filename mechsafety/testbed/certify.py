@@ -81,6 +81,11 @@ class Certificate:
             lowest share over those edges, on ``n_single`` prompts. When all of them are swapped at once, their effects
             can cancel.
         n, n_single: Numbers of prompts. Each prompt is paired with one other prompt.
+
+    Example:
+        >>> certificate = ms.testbed.certified().certificate
+        >>> certificate.holds, certificate.lowest  # share of prompts on which network and causal model agree
+        (True, 1.0)
     """
 
     accuracy: float
@@ -116,6 +121,12 @@ class Certified:
         truth: The circuit.
         causal_model: The causal model that the circuit computes.
         certificate: The certificate that is stored with the checkpoint.
+
+    Example:
+        >>> known = ms.testbed.certified()
+        >>> model = ms.load_model((known.model, known.tokenizer))
+        >>> known.truth
+        Truth(6 nodes, 0 neurons, 9 edges, 0 decoys, 0 backed up)
     """
 
     model: Any
@@ -138,6 +149,11 @@ def certified() -> Certified:
 
     Raises:
         MechsafetyError: The checkpoint is missing or does not hold such a model.
+
+    Example:
+        >>> known = ms.testbed.certified()
+        >>> known.certificate.holds, sorted(set(known.truth.roles.values()))
+        (True, ['decision', 'detection', 'evaluation', 'production'])
     """
     return load_certified(checkpoint_folder())
 

@@ -28,6 +28,11 @@ class Planted:
             two of them in the split ``test``.
         truth: The model's circuit, decoys and backups.
         seed: The seed that the model was made from.
+
+    Example:
+        >>> made = ms.testbed.planted(seed=5, decoys=2, backups=1)
+        >>> [str(node) for node in made.truth.nodes]
+        ['L0.H1', 'L0.MLP', 'L1.MLP', 'L3.H1', 'L3.MLP']
     """
 
     model: Any

@@ -82,6 +82,11 @@ class TruthScore(Result):
             has a role.
         scores: Absolute score of every ranked part, by name.
         provenance: Provenance of the scored result, if it has one.
+
+    Example:
+        >>> found = ms.testbed.score(circuit, made.truth)
+        >>> found.found_nodes.recall, found.role_accuracy
+        (1.0, 1.0)
     """
 
     what: str
@@ -149,6 +154,11 @@ def score(result: Scorable, truth: Truth) -> TruthScore:
     Raises:
         MechsafetyError: A result of patched sites or joint receivers, a score that is not a finite number, or a result
             without any node or edge.
+
+    Example:
+        >>> found = ms.testbed.score(circuit, made.truth)
+        >>> found.found_nodes.f1, found.found_edges.f1
+        (1.0, 1.0)
     """
     what, provenance = type(result).__name__, getattr(result, "provenance", None)
     if isinstance(result, RefusalCircuit):
@@ -189,6 +199,11 @@ def ranking_of(result: Scorable) -> Mapping[Part, float] | None:
 
     Raises:
         MechsafetyError: The result scores something else: sites, single positions, or receivers taken together.
+
+    Example:
+        >>> effects = ms.testbed.ranking_of(ms.activation_patching(model, pairs, metric))
+        >>> str(max(effects, key=effects.get))
+        'L0.H1'
     """
     if isinstance(result, Mapping):
         return {_part(given): value for given, value in result.items()}

@@ -28,6 +28,12 @@ class Truth:
 
     Raises:
         MechsafetyError: A role is unknown or missing, a decoy is in the circuit, or a node of a backup group is not.
+
+    Example:
+        >>> made.truth
+        Truth(5 nodes, 4 neurons, 7 edges, 3 decoys, 1 backed up)
+        >>> made.truth.roles[ms.Node("head", 0, 1)]
+        'detection'
     """
 
     nodes: tuple[Node, ...]

@@ -76,6 +76,11 @@ def write_all(circuit: "RefusalCircuit", folder: str | os.PathLike[str]) -> tupl
 
     Raises:
         MechsafetyError: The circuit has no scores of its candidates; otherwise as `mechsafety.output.output_file`.
+
+    Example:
+        >>> paths = ms.viz.write_all(circuit, folder / "all")
+        >>> sorted(path.name for path in paths)
+        ['circuit.json', 'circuit.pdf', 'circuit.svg', 'circuit.tex', 'report.html', 'scores.csv']
     """
     target = Path(folder)
     texts = {

@@ -64,6 +64,11 @@ def attention_html(examples: Sequence[AttentionExample], *, view: str = "pattern
 
     Raises:
         MechsafetyError: A pattern's shape does not fit its heads and tokens, or another view.
+
+    Example:
+        >>> example = ms.attribution.attention_patterns(model, harmful[0], "L0.H1")
+        >>> ms.viz.attention_html([example], script=False)
+        '<div class=...'
     """
     if view not in VIEWS:
         raise MechsafetyError(f"view={view!r}", expected=f"one of {sorted(VIEWS)}")
@@ -95,6 +100,10 @@ def tokens_html(tokens: Sequence[str], values: Sequence[float], *, title: str = 
 
     Raises:
         MechsafetyError: No tokens, or a number of values that differs from the number of tokens.
+
+    Example:
+        >>> ms.viz.tokens_html(["how", "to"], [0.1, 0.9], title="attention", script=False)
+        '<div class=...'
     """
     if not tokens or len(tokens) != len(values):
         raise MechsafetyError(f"{len(values)} values of {len(tokens)} tokens", expected="one per token, at least one")
@@ -121,6 +130,11 @@ def neurons_html(
 
     Raises:
         MechsafetyError: Activations of another shape.
+
+    Example:
+        >>> texts = [(["how", "to"], torch.zeros(2, 1, 2))]  # tokens, and token layer neuron
+        >>> ms.viz.neurons_html(texts, layers=[3], neurons=["N3", "N13"], script=False)
+        '<div class=...'
     """
     rows = []
     for tokens, activations in texts:
@@ -141,7 +155,14 @@ def neurons_html(
 
 
 def figures_page(title: str, *fragments: str) -> str:
-    """A self-contained page of fragments made with ``script=False``; it holds CircuitsVis' script once."""
+    """A self-contained page of fragments made with ``script=False``; it holds CircuitsVis' script once.
+
+    Example:
+        >>> text = ms.viz.tokens_html(["how", "to"], [0.1, 0.9], script=False)
+        >>> page = ms.viz.figures_page("Two figures", text, text)
+        >>> page.count("<figure")
+        2
+    """
     return template("figures.html.j2").render(
         title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
     )

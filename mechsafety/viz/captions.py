@@ -24,6 +24,10 @@ def circuit_caption(circuit: RefusalCircuit, style: Style | None = None, *, form
 
     Raises:
         MechsafetyError: Another format; otherwise as `layout_circuit`.
+
+    Example:
+        >>> print(ms.viz.circuit_caption(circuit))
+        planted-rmsnorm-4x4-5: 5 of 20 candidate nodes; ...
     """
     return layout_caption(layout_circuit(circuit, style), format=format)
 
@@ -33,6 +37,10 @@ def layout_caption(layout: Layout, *, format: str = "text") -> str:
 
     Raises:
         MechsafetyError: Another format.
+
+    Example:
+        >>> print(ms.viz.layout_caption(ms.viz.role_diagram(circuit)))
+        planted-rmsnorm-4x4-5: 5 of 20 candidate nodes; ...
     """
     writers: dict[str, Callable[[str], str]] = {"text": str, "latex": tex, "markdown": markdown}
     if format not in writers:

@@ -34,6 +34,11 @@ def node_heatmap(circuit: RefusalCircuit) -> "Figure":
 
     Returns:
         A figure, not shown.
+
+    Example:
+        >>> figure = ms.viz.node_heatmap(circuit)
+        >>> figure.layout.yaxis.title.text
+        'layer'
     """
     import plotly.graph_objects as go
 
@@ -100,6 +105,11 @@ def faithfulness_curve(circuit: RefusalCircuit) -> "Figure":
 
     Raises:
         MechsafetyError: The circuit has no candidates to take a share of.
+
+    Example:
+        >>> figure = ms.viz.faithfulness_curve(circuit)
+        >>> figure.layout.yaxis.title.text
+        'faithfulness (1 = the whole model)'
     """
     import plotly.graph_objects as go
 
@@ -178,6 +188,11 @@ def effect_distribution(circuit: RefusalCircuit) -> "Figure":
 
     Returns:
         A figure, not shown.
+
+    Example:
+        >>> figure = ms.viz.effect_distribution(circuit)
+        >>> figure.layout.xaxis.title.text
+        'effect (share of the gap), 95 % interval'
     """
     import plotly.graph_objects as go
 

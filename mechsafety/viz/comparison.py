@@ -64,7 +64,14 @@ GREYS = Tones(PAPER, "#B0B0B0", "#2E2E2E", (INK, INK), ("#BDBDBD", "#858585", "#
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Layouts of two circuits and of their difference; shared parts stand in the same place in all three."""
+    """Layouts of two circuits and of their difference; shared parts stand in the same place in all three.
+
+    Example:
+        >>> comparison = ms.viz.compare_layouts(circuit, circuit.subset(["L0.H1", "L3.MLP"]), ("whole", "part"))
+        >>> path = ms.viz.layout_pdf(comparison.difference, folder / "difference.pdf")
+        >>> comparison.names
+        ('whole', 'part')
+    """
 
     names: Names
     first: Layout
@@ -84,6 +91,11 @@ def compare_layouts(
 
     Raises:
         MechsafetyError: As `layout_circuit`.
+
+    Example:
+        >>> found = ms.viz.compare_layouts(circuit, circuit.subset(["L0.H1", "L3.MLP"]), ("whole", "part"))
+        >>> ms.viz.layout_svg(found.difference)
+        '<svg ...'
     """
     style = style or Style()
     # colours become grey last, because the difference is drawn from the colours

@@ -54,6 +54,11 @@ def circuit_html(
 
     Raises:
         MechsafetyError: As `layout_circuit`, a misshapen attention pattern, or another theme.
+
+    Example:
+        >>> page = ms.viz.circuit_html(circuit)
+        >>> "L0.H1" in page, "https://" in page  # it loads nothing
+        (True, False)
     """
     style = style or Style()
     layout = layout_circuit(circuit, _every_edge(style))
@@ -80,6 +85,11 @@ def compare_html(
 
     Raises:
         MechsafetyError: As `layout_circuit`, or another theme.
+
+    Example:
+        >>> part = circuit.subset(["L0.H1", "L3.MLP"])
+        >>> page = ms.viz.compare_html(circuit, part, ("whole", "part"))
+        >>> path = (folder / "comparison.html").write_text(page, encoding="utf-8")
     """
     style = style or Style()
     comparison: Comparison = compare_layouts(first, second, names, _every_edge(style))
@@ -105,6 +115,10 @@ def circuit_fragment(circuit: RefusalCircuit, style: Style | None = None, **opti
 
     Raises:
         MechsafetyError: As `circuit_html`.
+
+    Example:
+        >>> ms.viz.circuit_fragment(circuit)
+        '<iframe ...'
     """
     height = layout_circuit(circuit, _every_edge(style or Style())).map_height + 60
     title = f"Refusal circuit of {plain(circuit.provenance.model)}"
@@ -131,6 +145,10 @@ def mimebundle(circuit: RefusalCircuit) -> dict[str, str]:
 
     Raises:
         MechsafetyError: The circuit lists a node twice.
+
+    Example:
+        >>> sorted(ms.viz.mimebundle(circuit))
+        ['image/svg+xml', 'text/html', 'text/plain']
     """
     svg = layout_svg(layout_circuit(circuit))
     return {"text/html": circuit_fragment(circuit), "image/svg+xml": svg, "text/plain": repr(circuit)}

@@ -107,6 +107,11 @@ def layout_circuit(circuit: RefusalCircuit, style: Style | None = None) -> Layou
     Raises:
         MechsafetyError: A node is listed twice, the style chooses no node of the circuit, or not even the node of the
             largest effect fits the width at that font.
+
+    Example:
+        >>> layout = ms.viz.layout_circuit(circuit)
+        >>> len(layout.nodes), len(layout.edges)
+        (7, 7)
     """
     return layout_circuits((circuit,), style)[0]
 

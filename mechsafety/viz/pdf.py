@@ -29,12 +29,21 @@ def circuit_pdf(circuit: RefusalCircuit, path: str | os.PathLike[str], style: St
 
     Raises:
         MechsafetyError: As `layout_circuit` and `mechsafety.output.output_file`.
+
+    Example:
+        >>> ms.viz.circuit_pdf(circuit, folder / "circuit.pdf").name
+        'circuit.pdf'
     """
     return layout_pdf(layout_circuit(circuit, style), path)
 
 
 def layout_pdf(layout: Layout, path: str | os.PathLike[str]) -> FilePath:
-    """Write any layout as `circuit_pdf` does."""
+    """Write any layout as `circuit_pdf` does.
+
+    Example:
+        >>> ms.viz.layout_pdf(ms.viz.role_diagram(circuit), folder / "roles.pdf").name
+        'roles.pdf'
+    """
     import matplotlib
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
@@ -50,6 +59,10 @@ def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144
 
     Raises:
         MechsafetyError: As `mechsafety.output.output_file`.
+
+    Example:
+        >>> ms.viz.layout_png(ms.viz.role_diagram(circuit), folder / "roles.png", dpi=96).name
+        'roles.png'
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,6 +88,14 @@ def draw_circuit(circuit: RefusalCircuit, ax: "Axes | None" = None, style: Style
 
     Raises:
         MechsafetyError: As `layout_circuit`; axes that are too small for any node are refused.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> figure, (left, right) = plt.subplots(1, 2, figsize=(7, 6))
+        >>> axes = ms.viz.draw_circuit(circuit, left)
+        >>> axes is left
+        True
+        >>> plt.close(figure)
     """
     style = style or Style()
     if ax is None:

@@ -51,6 +51,10 @@ def render_report(circuit: RefusalCircuit) -> str:
 
     Raises:
         MechsafetyError: The circuit cannot be drawn (a node listed twice, no candidates, misshapen attention).
+
+    Example:
+        >>> page = ms.viz.render_report(circuit)
+        >>> path = (folder / "report.html").write_text(page, encoding="utf-8")
     """
     details, check, linked = circuit.details, circuit.verification, circuit.linked
     return template("report.html.j2").render(

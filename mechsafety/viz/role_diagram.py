@@ -146,6 +146,10 @@ def role_diagram(circuit: RefusalCircuit, style: Style | None = None) -> Layout:
 
     Raises:
         MechsafetyError: The width is too small for the font, or the style chooses no node of the circuit.
+
+    Example:
+        >>> layout = ms.viz.role_diagram(circuit)
+        >>> path = ms.viz.layout_png(layout, folder / "roles.png")
     """
     style = style or Style()
     check_labels((circuit,), style)

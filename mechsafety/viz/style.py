@@ -25,6 +25,13 @@ class Positions:
     Attributes:
         labels: Titles of the positions, in reading order; tokens or names of spans.
         of: Index of each node's position among the labels. Nodes without an index stand in a lane of their own.
+
+    Example:
+        >>> places = {one.node: 0 if one.role == "detection" else 1 for one in circuit.nodes}
+        >>> where = ms.viz.Positions(("instruction", "template after it"), places)
+        >>> svg = ms.viz.circuit_svg(circuit, ms.viz.Style(columns="position", positions=where))
+        >>> "template after it" in svg
+        True
     """
 
     labels: tuple[str, ...]
@@ -68,6 +75,10 @@ class Style:
 
     Raises:
         MechsafetyError: A value that cannot be drawn. The message proposes the nearest name for a wrong one.
+
+    Example:
+        >>> column = ms.viz.Style(width_mm=86, grayscale=True, caption=False)
+        >>> path = ms.viz.circuit_pdf(circuit, folder / "column.pdf", column)
     """
 
     columns: str = "role"

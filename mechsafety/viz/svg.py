@@ -20,6 +20,12 @@ def circuit_svg(circuit: RefusalCircuit, style: Style | None = None) -> str:
 
     Raises:
         MechsafetyError: As `layout_circuit`.
+
+    Example:
+        >>> ms.viz.circuit_svg(circuit)
+        '<svg ...'
+        >>> ms.viz.circuit_svg(circuit) == ms.viz.circuit_svg(circuit)
+        True
     """
     style = style or Style()
     return layout_svg(layout_circuit(circuit, style), width_mm=style.width_mm)
@@ -32,6 +38,11 @@ def layout_svg(layout: Layout, *, width_mm: float | None = None, interactive: bo
         layout: The layout to draw.
         width_mm: Width on paper; None gives the size in pixels.
         interactive: Whether to add the ``data-*`` attributes and the hidden supernodes that a page's script reads.
+
+    Example:
+        >>> layout = ms.viz.layout_circuit(circuit)
+        >>> ms.viz.layout_svg(layout, width_mm=86)
+        '<svg ...'
     """
     width, height = f'"{layout.width:.5g}"', f'"{layout.height:.5g}"'
     if width_mm is not None:

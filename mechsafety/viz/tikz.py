@@ -93,6 +93,11 @@ def circuit_tikz(circuit: RefusalCircuit, style: Style | None = None) -> str:
 
     Raises:
         MechsafetyError: As `layout_circuit` and `layout_tikz`.
+
+    Example:
+        >>> print(ms.viz.circuit_tikz(circuit))
+        % Refusal circuit of planted{-}rmsnorm{-}4x4{-}5
+        ...
     """
     return layout_tikz(layout_circuit(circuit, style))
 
@@ -102,6 +107,11 @@ def layout_tikz(layout: Layout) -> str:
 
     Raises:
         MechsafetyError: LaTeX has not the layout's font, or has no letter of a text of the user's own.
+
+    Example:
+        >>> print(ms.viz.layout_tikz(ms.viz.role_diagram(circuit)))
+        % Roles in the refusal circuit of planted{-}rmsnorm{-}4x4{-}5
+        ...
     """
     _check(layout.look)
     font = family(layout.look.font).latex

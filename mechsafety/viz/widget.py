@@ -36,6 +36,11 @@ def circuit_widget(
 
     Raises:
         MechsafetyError: The extra ``widget`` is not installed; otherwise as `circuit_html`.
+
+    Example:
+        >>> widget = ms.viz.circuit_widget(circuit)  # shown at the end of a notebook's cell
+        >>> type(widget).__name__
+        'CircuitWidget'
     """
     try:
         import anywidget

@@ -200,6 +200,12 @@ class Verification:
             adjusted.
         independence, stability, side_effects: See `Independence`, `Stability` and `SideEffects`.
         claims: The claims about the circuit, each with its figure and verdict.
+
+    Example:
+        >>> circuit.verification.by_verdict["holds"]
+        ('completeness', 'harmless prompts', 'complement')
+        >>> circuit.verification.held_out_faithfulness > 0.9
+        True
     """
 
     faithfulness: OrNan

@@ -79,6 +79,12 @@ def verify(
         stability: Result of `bootstrap_stability`.
         budget: Time budget.
         seed: Seed of everything random.
+
+    Example:
+        >>> one, other = split.meters.found_on, split.meters.held_out
+        >>> found = ms.circuits.verify(searched.result, one, other, target=0.8, n_random=9)
+        >>> found.reached, found.held_out_faithfulness > 0.8
+        (True, True)
     """
     budget, aim = budget or Budget(), Goal(target, goal)
     circuit, judge = result.circuit, fresh or held_out
