@@ -92,6 +92,7 @@ gallery: $(DEV)
 # docs/ten-pictures: slides from stored results, HTML and, with a Chromium, PDF
 slides: $(DEV)
 	$(BIN)/python scripts/ten_pictures.py
+
 # docs/explorable.html: a planted model that runs in the browser, for teaching
 explorable: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/explorable.py

@@ -37,7 +37,7 @@ def context(record: Record) -> Mapping[str, Any]:
         "parts": record["parts"],
         "candidates": record["candidates"],
         "figures": FIGURES,
-        "direction_pairs": record["direction_pairs"],
+        "direction_pairs": record.get("direction_pairs"),  # not in records of before directions were ablated
         "curves": [curve(name, row) for name, row in record["curves"].items()],
         "joint": three(doubled["joint"]),
         "summed": three(doubled["summed"]),
@@ -78,6 +78,8 @@ def three(values: Any, spec: str = ".2f") -> str:
 
 def curve(name: str, row: Record) -> dict[str, Any]:
     """Tables and numbers of one curve."""
+    # records of before edges and directions were ablated say neither what nor how
+    row = {"what": "parts", "source": "mean", "harmless": []} | dict(row)
     what, swept = row["what"], len({one["strength"] for one in row["rows"]}) > 1
     columns = ["strength", *COLUMNS] if swept else [f"{what} ablated", *COLUMNS]
     rows = [
@@ -120,7 +122,7 @@ def said(row: Record, swept: bool) -> str:
     """Kinds of reply at the largest strength, to harmful prompts and, where they were measured, to harmless ones."""
     last = max(one["strength"] for one in row["rows"])
     columns = [f"{row['what']} ablated", *KINDS, "refuses, random"]
-    harmless = row["harmless"][1:]
+    harmless = row["harmless"][1:]  # the unedited model comes first
     columns += ["harmless: refuses", "degenerate", "perplexity (95 % CI)", "perplexity, random"] if harmless else []
     found = []
     for k, one in enumerate(one for one in row["rows"] if one["strength"] == last):
