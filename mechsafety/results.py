@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FORMAT = "mechsafety.result"
 FORMAT_VERSION = 3  # 1 and 2 named the type of every part
 FILES = ("result.json", "tensors.safetensors")
+# endings of pictures, pages and tables, which a folder of a result should not be called by mistake
+NO_RESULT = frozenset({".png", ".svg", ".pdf", ".html", ".tex", ".csv", ".jpg", ".jpeg", ".xlsx"})
 # why a mark in a figure has no whisker
 NO_BOUNDS = "no bounded 95 % interval (one pair, or a gap that cannot be told from 0)"
 VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -244,11 +246,17 @@ class Result:
             path: A folder, or one file where it ends in ``.json``.
 
         Raises:
-            MechsafetyError: ``path`` holds something else, or cannot be written to; or `load` would refuse the result,
-                with the same message.
+            MechsafetyError: ``path`` holds something else, cannot be written to, or is named like a picture or a table;
+                or `load` would refuse the result, with the same message.
         """
         if Path(path).suffix == ".json":
             return write_text(path, self.to_json())
+        if Path(path).suffix.lower() in NO_RESULT:
+            raise MechsafetyError(
+                f"a result cannot be saved as {Path(path).name!r}",
+                expected="a folder, or a file that ends in .json",
+                hint="for pictures see ms.viz and plot(), for tables to_dataframe()",
+            )
         data, tensors = _written(self)
         with output_folder(path, FILES) as scratch, writing(path):
             (scratch / FILES[0]).write_text(json_text(data) + "\n", encoding="utf-8", newline="\n")

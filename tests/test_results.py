@@ -441,6 +441,13 @@ def test_a_file_is_no_folder(patch_map, tmp_path):
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["map.png", "map.SVG", "map.pdf", "map.html", "map.csv"])
+def test_a_picture_is_no_place_for_a_result(patch_map, name, tmp_path):
+    with pytest.raises(MechsafetyError, match=r"^a result cannot be saved as 'map\.\w+'; expected a folder, or a file"):
+        patch_map.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_earlier_result_is_replaced(patch_map, attribution, tmp_path):
     path = tmp_path / "out"
     patch_map.save(path)

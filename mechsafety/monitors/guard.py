@@ -191,7 +191,7 @@ class SafetyGuard:
         return self.with_threshold(0.0 if may == len(found) else min(1.0, math.nextafter(found[may], math.inf)))
 
     def __repr__(self) -> str:
-        return f"SafetyGuard({self.model.name}, {self.weights!r})"
+        return f"SafetyGuard({self.model.name}, {self.weights!r}, unsafe from {self.threshold:.2f})"
 
     def with_monitor(self, monitor: ActivationMonitor) -> "SafetyGuard":
         """The same guard with one more monitor: it judges the prompt, and the monitors watch the reply.

@@ -177,11 +177,16 @@ class RobustnessReport(Result):
             return "not measured"
         _, (first, last) = self.curve.half()
         ends = [interval for _, _, interval in self.alone()]
-        if (last == 1 and not self.first_part_breaks) or max(low for low, _ in ends) > 0.5:
+        if (last == 1 and not self.first_part_breaks) or self._patching_alone:
             return "yes"
         if (first is None or first > 1) and max(high for _, high in ends) < 0.5:
             return "no"
         return "undecided"
+
+    @property
+    def _patching_alone(self) -> bool:
+        """Whether one part, patched alone, loses more than half of the gap, its whole interval included."""
+        return max(low for _, _, (low, _) in self.alone()) > 0.5
 
     @property
     def first_part_breaks(self) -> bool:
@@ -198,10 +203,13 @@ class RobustnessReport(Result):
 
     @property
     def finding(self) -> str:
-        """The verdict as a sentence, and why it is open where the first part breaks the model's replies."""
+        """The verdict as a sentence, what it rests on, and whether the first part breaks the model's replies."""
         said = VERDICTS[self.verdict]
-        if self.verdict == "undecided" and self.first_part_breaks:
-            said += f" Without {self.parts[0]} alone, replies are degenerate, so that its loss says nothing of refusal."
+        if self.verdict == "yes" and self._patching_alone:
+            node, share, _ = self.alone()[0]
+            said = f"One part alone is enough: {node}, patched alone, loses {_percent(share)} of the metric's gap."
+        if self.first_part_breaks and self.verdict in ("yes", "undecided"):
+            said += f" With {self.parts[0]} alone ablated, replies are degenerate; that loss says nothing of refusal."
         return said
 
     def rows(self) -> tuple[RobustnessRow, ...]:

@@ -13,7 +13,7 @@ from mechsafety.viz.comparison import Comparison, compare_layouts
 from mechsafety.viz.explorable import explorable_html
 from mechsafety.viz.html import circuit_fragment, circuit_html, compare_html, mimebundle
 from mechsafety.viz.layout import layout_circuit
-from mechsafety.viz.pdf import circuit_pdf, draw_circuit, layout_pdf, layout_png
+from mechsafety.viz.pdf import circuit_pdf, circuit_png, draw_circuit, layout_pdf, layout_png
 from mechsafety.viz.report import render_report
 from mechsafety.viz.role_diagram import role_diagram
 from mechsafety.viz.style import Positions, Style
@@ -38,6 +38,7 @@ __all__ = [
     "circuit_fragment",
     "circuit_html",
     "circuit_pdf",
+    "circuit_png",
     "circuit_svg",
     "circuit_tikz",
     "circuit_widget",

@@ -74,6 +74,21 @@ def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144
     return FilePath(path)
 
 
+def circuit_png(
+    circuit: RefusalCircuit, path: str | os.PathLike[str], style: Style | None = None, *, dpi: float = 144
+) -> FilePath:
+    """Write the picture as a bitmap, for slides and other places that cannot show vector graphics.
+
+    Raises:
+        MechsafetyError: As `circuit_pdf`.
+
+    Example:
+        >>> ms.viz.circuit_png(circuit, folder / "circuit.png").name
+        'circuit.png'
+    """
+    return layout_png(layout_circuit(circuit, style), path, dpi=dpi)
+
+
 def draw_circuit(circuit: RefusalCircuit, ax: "Axes | None" = None, style: Style | None = None) -> "Axes":
     """Draw a circuit into axes of matplotlib, so that it can stand beside other panels of a figure.
 

@@ -128,8 +128,10 @@ def test_verdicts_by_hand(report):
     broken, mixed = ["degenerate"] * n, ["degenerate"] * (n // 2 - 1) + ["answers"] * (n - n // 2 + 1)
     babble = with_([0.1, 0.1, 0.1], [refuse, broken, broken, broken])
     assert babble.curve.half() == (1, (1, 1)) and babble.verdict == "undecided", "a model that babbles refuses nothing"
-    assert f"Without {babble.parts[0]} alone, replies are degenerate" in babble.finding
-    assert with_([0.1, 0.1, 0.6], [refuse, broken, broken, broken]).verdict == "yes", "patching shows it without that"
+    assert f"With {babble.parts[0]} alone ablated, replies are degenerate" in babble.finding
+    both = with_([0.1, 0.1, 0.6], [refuse, broken, broken, broken])
+    assert both.verdict == "yes", "patching shows it without that"
+    assert "patched alone, loses 60 % of the metric's gap" in both.finding and "are degenerate" in both.finding
     assert with_([0.1, 0.1, 0.1], [refuse, mixed, mixed, mixed]).verdict == "yes"
     nothing = with_([0.1, 0.1, 0.1], [answer, answer, answer, answer])
     assert (

@@ -25,6 +25,7 @@ from mechsafety.viz import (
     circuit_fragment,
     circuit_html,
     circuit_pdf,
+    circuit_png,
     circuit_svg,
     circuit_tikz,
     compare_html,
@@ -217,6 +218,18 @@ def test_script_json_cannot_leave_its_element() -> None:
     text = safe_json({"a": HOSTILE + "<!--\u2028"})
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == {"a": HOSTILE + "<!--\u2028"}
+
+
+def test_png_is_the_same_picture_at_a_resolution(circuit: RefusalCircuit, tmp_path: Path) -> None:
+    sizes = {}
+    for dpi in (72, 144):
+        path = circuit_png(circuit, tmp_path / f"{dpi}.png", Style(width_mm=85), dpi=dpi)
+        data = path.read_bytes()
+        assert (
+            data.startswith(b"\x89PNG") and data == circuit_png(circuit, path, Style(width_mm=85), dpi=dpi).read_bytes()
+        )
+        sizes[dpi] = int.from_bytes(data[16:20], "big")
+    assert sizes[144] == pytest.approx(2 * sizes[72], abs=2) and sizes[72] == pytest.approx(85 / 25.4 * 72, abs=2)
 
 
 def test_pdf_is_vector_and_the_same_twice(circuit: RefusalCircuit, tmp_path: Path) -> None:
