@@ -111,13 +111,13 @@ test-tl3: $(STAMP3)
 	$(VENV3)/bin/python -m pytest tests/test_generations.py -m demo
 
 lint: $(DEV)
-	$(BIN)/ruff check mechsafety tests scripts benchmarks docs notebooks
-	$(BIN)/ruff format --check mechsafety tests scripts benchmarks docs notebooks
+	$(BIN)/ruff check mechsafety tests scripts benchmarks docs notebooks conftest.py
+	$(BIN)/ruff format --check mechsafety tests scripts benchmarks docs notebooks conftest.py
 	$(BIN)/mypy
 
 format: $(DEV)
-	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks docs notebooks
-	$(BIN)/ruff format mechsafety tests scripts benchmarks docs notebooks
+	$(BIN)/ruff check --fix mechsafety tests scripts benchmarks docs notebooks conftest.py
+	$(BIN)/ruff format mechsafety tests scripts benchmarks docs notebooks conftest.py
 
 # train the demo model's adapter again, and measure the demo model for docs/demo-model.md; both go on where they stopped
 train: $(STAMP)

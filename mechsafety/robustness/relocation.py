@@ -153,7 +153,7 @@ class Relocation(Result):
         Example:
             >>> early, late = (
             ...     ms.robustness.relocation(
-            ...         model, lambda: ms.ablate(model, head, source="zero"), harmful, metric, max_new_tokens=8
+            ...         model, lambda: ms.ablate(model, head, source="zero"), harmful, metric, max_new_tokens=2
             ...     )
             ...     for head in ("L0.H1", "L3.H1")
             ... )

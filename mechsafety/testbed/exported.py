@@ -36,6 +36,11 @@ class ExportedModel:
         examples: Harmful prompts, one of each word in ``twins``.
         longest: Largest number of tokens of a prompt, without the template.
         truth: The model's circuit, decoys and backups.
+
+    Example:
+        >>> found = ms.testbed.exported(made)
+        >>> found.layers, found.tensors["0.o"].shape  # head, d_head, d_model
+        (4, (4, 16, 64))
     """
 
     name: str
