@@ -246,7 +246,7 @@ def test_identities():
 
 @pytest.mark.parametrize("after", [0, 11, 29])
 def test_a_killed_run_goes_on(tmp_path, after):
-    """What scripts/study_resume.py does 20 times."""
+    """What tests/study_resume.py does 20 times."""
     alone, folder, out = swept.as_bytes(swept.CALLS["map"]()), tmp_path / "run", tmp_path / "out"
     at = swept.killed("map", folder, out, after)
     assert at is not None and at >= after and not out.exists()

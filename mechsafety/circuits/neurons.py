@@ -23,7 +23,7 @@ class NeuronMeter(FaithfulnessMeter):
         layers: Layers whose MLP is taken apart; the runs must hold neurons.
 
     Example:
-        >>> apart = ms.patching.pair_runs(model, pairs, extra=["neurons"])
+        >>> apart = ms.patching.pair_runs(model, pairs, extra=[ms.sites.SiteKind.NEURONS])
         >>> meter = ms.circuits.NeuronMeter(model, apart, metric, layers=(3,))
         >>> sum(part.kind == "neuron" for part in meter.parts)
         30

@@ -140,6 +140,7 @@ def run_removed(
     return (run() for run in removed_runs(model, prompts, bases, strength))
 
 
+@public
 def removed_runs(
     model: LensModel, prompts: PromptBatches, bases: Sequence[Tensor], strength: float = 1.0
 ) -> list[Later]:

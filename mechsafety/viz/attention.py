@@ -66,7 +66,9 @@ def attention_html(examples: Sequence[AttentionExample], *, view: str = "pattern
         MechsafetyError: A pattern's shape does not fit its heads and tokens, or another view.
 
     Example:
-        >>> example = ms.attribution.attention_patterns(model, harmful[0], "L0.H1")
+        >>> from mechsafety.circuits.circuit import AttentionExample
+        >>> seen = ms.attribution.attention_patterns(model, harmful[0], "L0.H1")
+        >>> example = AttentionExample(seen.prompt, seen.tokens, seen.heads, seen.patterns)
         >>> ms.viz.attention_html([example], script=False)
         '<div class=...'
     """

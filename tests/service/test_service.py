@@ -262,7 +262,8 @@ def test_a_killed_stream_frees_its_place(llama, slow):
         with httpx.Client(base_url=made.url, timeout=30) as client:
             asked = {"prompt": "tea", "max_new_tokens": 20, "stream": True}
             with client.stream("POST", "/generate", json=asked) as answer:
-                next(answer.iter_raw())
+                pieces = answer.iter_raw()  # named: an iterator that nobody holds closes the connection
+                next(pieces)
                 until(lambda: slow.calls == 3)
                 streamed = worker._running
         until(lambda: streamed.cancelled)

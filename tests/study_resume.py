@@ -3,7 +3,7 @@
 Each run is killed once, twice or three times before it may end. The moments are drawn over the items that a whole run
 stores, so that they do not depend on how fast the machine is. The models are tiny (``tests/swept.py``)::
 
-    python scripts/study_resume.py --times 20
+    python tests/study_resume.py --times 20
 """
 
 import argparse
@@ -15,8 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import swept
 
