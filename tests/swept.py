@@ -93,10 +93,6 @@ def _edges(method, **more):
     return ms.edge_attribution(llama(), pairs(), METRIC, method=method, **more, **QUIET)
 
 
-def _weaker(strength: float):
-    return ms.ablate(llama(), ["L1.H0", "L2.H3"], strength, "zero")
-
-
 CALLS: dict[str, Callable[[], object]] = {
     "activation patching": lambda: ms.activation_patching(llama(), many(), METRIC, **QUIET),
     "patching each position": lambda: ms.activation_patching(llama(), pairs(), METRIC, positions="each", **QUIET),
@@ -138,9 +134,6 @@ CALLS: dict[str, Callable[[], object]] = {
     ),
     "refusal direction": lambda: ms.refusal_direction(
         *directed(), ms.RefusalLogOdds.of(directed()[0], ["sorry"]), **QUIET
-    ),
-    "strength sweep": lambda: ms.interventions.strength_sweep(
-        llama(), _weaker, (0.0, 1.0), PROMPTS[:2], PROMPTS[2:], METRIC, limit=9.0, reply_tokens=4, **QUIET
     ),
     "ships": lambda: ms.attribution.ships(llama(), PROMPTS),
     "replies": lambda: llama().generate(PROMPTS, 8, 2, **QUIET),

@@ -31,7 +31,7 @@ from mechsafety.replies import (
     reply_loss,
 )
 from mechsafety.results import Provenance, Result
-from mechsafety.scale.work import sweeps, work
+from mechsafety.scale.work import work
 
 SIDES = ("harmful", "harmless")
 # measures by name, and kinds of the replies of both sides
@@ -143,7 +143,6 @@ class StrengthSweep(Result):
         return figure.update_layout(template="none", height=620, title=self.name)
 
 
-@sweeps
 @public
 def strength_sweep(
     model: LensModel,

@@ -97,7 +97,7 @@ def until(holds, seconds=180):
         time.sleep(0.5)
 
 
-def test_two_addresses_give_the_same_bytes_until_and_after_one_is_gone(nodes, namespace, tmp_path, caplog):
+def test_two_addresses_give_the_same_bytes_until_and_after_one_is_gone(nodes, namespace, tmp_path):
     from test_ray import during
 
     alone = swept.as_bytes(swept.CALLS["map"]())
@@ -111,5 +111,6 @@ def test_two_addresses_give_the_same_bytes_until_and_after_one_is_gone(nodes, na
         assert swept.as_bytes(swept.CALLS["map"]()) == alone
     thread.join(60)
     executor.close()
-    assert noted and not shell("ip", "netns", "pids", namespace).stdout.split()
-    assert "a replica was lost" in caplog.text
+    assert not shell("ip", "netns", "pids", namespace).stdout.split()
+    # what the node held was computed again: because Ray said that it is gone, or before that because it took too long
+    assert noted and noted[0] < swept.n_items(tmp_path / "run")
