@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsafety.conversation import Conversation, turns_of
+from mechsafety.conversation import Conversation, PromptLike, turns_of
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.inputs import Count, Prompts, Texts, prompt_list, public
 from mechsafety.intervals import wilson_interval
 from mechsafety.models import LensModel
+from mechsafety.models.decode import loss_along
 from mechsafety.prompts import Tokens, builtin_prompts
 from mechsafety.results import Provenance, Result, prompt_column
 
@@ -553,18 +554,14 @@ def reply_loss(model: LensModel, prompts: Prompts, replies: Texts) -> Float[Tens
         >>> bool(own < foreign)
         True
     """
-    losses, model = [], model.reading(())  # a reply begins where the prompt ends
-    for prompt, reply in zip(prompts, replies, strict=True):
+    model = model.reading(())  # a reply begins where the prompt ends
+
+    def read(prompt: PromptLike, said: Int[Tensor, "1 token"]) -> Float[Tensor, "token d_vocab"]:
         tokens = model.tokenize([prompt])
-        ids = model.tokenizer(reply, add_special_tokens=False)["input_ids"]
-        if not ids:
-            losses.append(torch.tensor(torch.nan))
-            continue
-        more = torch.tensor([ids], device=tokens.ids.device)
-        whole = Tokens(
-            torch.cat([tokens.ids, more], 1), torch.cat([tokens.mask, torch.ones_like(more).bool()], 1), tokens.spans
-        )
+        more = said.to(tokens.ids)
+        mask = torch.cat([tokens.mask, torch.ones_like(more).bool()], 1)
+        whole = Tokens(torch.cat([tokens.ids, more], 1), mask, tokens.spans)
         with torch.no_grad():
-            logits = model.forward(whole, keep=len(ids) + 1)[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, more[0]).cpu())
-    return torch.stack(losses)
+            return model.forward(whole, keep=said.shape[1] + 1)[0, :-1]
+
+    return loss_along(model.tokenizer, prompts, replies, read)

@@ -154,8 +154,7 @@ def study(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         "pairs": len(pairs),
         "parts": len(circuit.nodes),
         "candidates": circuit.n_candidates,
-        "direction_pairs": size.direction_pairs,
-        "curves": {name: curve_record(curve) for name, curve in curves.items()},
+        "curves": {name: curve_record(curve, found_on) for name, curve in curves.items()},
         "redundancy": {
             "joint": interval_of(both.joint_share()),
             "summed": interval_of(both.summed_share()),
@@ -189,8 +188,8 @@ def relocation_record(found: Relocation) -> dict[str, Any]:
     }
 
 
-def curve_record(curve: FragilityCurve) -> dict[str, Any]:
-    """A curve as plain data."""
+def curve_record(curve: FragilityCurve, found_on: ms.PromptPairs | None = None) -> dict[str, Any]:
+    """A curve as plain data; of directions, with the number of pairs that they were found on."""
     half, ends = curve.half()
     kinds = [one.rates()["share"].tolist() for one in curve.kinds]
     return {
@@ -204,6 +203,7 @@ def curve_record(curve: FragilityCurve) -> dict[str, Any]:
         "unedited": kinds[0] if kinds else None,
         "kinds": kinds[1:],
         "harmless": [one.rates()["share"].tolist() for one in curve.kinds_harmless],
+        "found_on": len(found_on) if curve.directions and found_on is not None else None,
         "mlps": sum(node.kind == "mlp" for node in curve.parts),
     }
 

@@ -17,6 +17,7 @@ from mechsafety.interventions.checks import (
     Where,
     at_positions,
     check_layers,
+    check_once,
     check_strength,
     check_vector,
 )
@@ -70,9 +71,7 @@ class Direction(Result):
             raise MechsafetyError(f"the direction {self.name!r} holds a zero vector")
         if self.everywhere and (len(self.sites) > 1 or kinds == {SiteKind.Z}):
             raise MechsafetyError("everywhere=True", expected="one vector of the residual stream")
-        twice = sorted({str(site) for site in self.sites if self.sites.count(site) > 1})
-        if twice:
-            raise MechsafetyError(f"sites {twice} are given twice", expected="each once")
+        check_once([str(site) for site in self.sites], "sites")
 
     def __repr__(self) -> str:
         where = str(self.sites[0]) + (f" and {len(self.sites) - 1} more" if len(self.sites) > 1 else "")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import Backend, Hook
 
+T = TypeVar("T")
 # token ids [batch pos], and a mask that is True at real tokens
 Columns = tuple[Tensor, Tensor]
 
@@ -241,3 +242,30 @@ def check_room(backend: Backend, longest: int, max_new_tokens: int) -> None:
             expected=f"at most {backend.sizes.n_ctx} positions together",
             hint=f"pass max_new_tokens={room}" if room > 0 else "shorten the prompt",
         )
+
+
+def loss_along(
+    tokenizer: Any,
+    keys: Sequence[T],
+    replies: Sequence[str],
+    read: Callable[[T, Int[Tensor, "1 token"]], Float[Tensor, "token d_vocab"]],
+) -> Float[Tensor, " prompt"]:
+    """Mean loss per token of given replies, in nats, from logits that are read in any way; NaN for an empty reply.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        keys: What ``read`` knows each prompt by.
+        replies: One reply per prompt.
+        read: Function of a key and the reply's token ids, which lie on the CPU. It returns the logits that predict each
+            of these tokens.
+    """
+    losses = []
+    for key, reply in zip(keys, replies, strict=True):
+        ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+        if not ids:
+            losses.append(torch.tensor(torch.nan))
+            continue
+        said = torch.tensor([ids])
+        logits = read(key, said).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, said[0].to(logits.device)).cpu())
+    return torch.stack(losses)

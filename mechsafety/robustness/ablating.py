@@ -18,7 +18,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.interventions.nodes import by_site, only
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.models.decode import Columns, check_room, decode_replies
+from mechsafety.models.decode import Columns, check_room, decode_replies, loss_along
 from mechsafety.patching import pair_runs
 from mechsafety.patching.masks import PairRuns, SoftMask, blend, masked_logits
 from mechsafety.prompts import PromptPairs, TokenPairs
@@ -139,20 +139,18 @@ class AtCounterfactual(_OnRuns):
 
     def loss(self, parts: Sequence[Any], strength: float, references: Sequence[str]) -> Float[Tensor, " pair"]:
         """See `InContext`."""
-        losses, plain = list[Tensor](), self.model.reading(())
+        plain = self.model.reading(())
         tokens = plain.tokenize_pairs(self.pairs)
-        for k, reference in enumerate(references):
-            ids = plain.tokenizer(reference, add_special_tokens=False)["input_ids"]
-            if not ids:
-                losses.append(torch.tensor(torch.nan))
-                continue
+
+        def read(k: int, said: Tensor) -> Tensor:
             step, prompts = self._begin(plain, tokens.rows([k]), parts, strength, "harmless")
             logits = [step.read(*piece)[0, -1:] for piece in prompts][-1:]
-            said = torch.tensor([ids], device=plain.device)
-            if len(ids) > 1:
-                logits.append(step.read(said[:, :-1], torch.ones_like(said[:, :-1]).bool(), len(ids) - 1)[0])
-            losses.append(torch.nn.functional.cross_entropy(torch.cat(logits), said[0]).cpu())
-        return torch.stack(losses)
+            before = said[:, :-1]
+            if before.numel():
+                logits.append(step.read(before, torch.ones_like(before).bool(), before.shape[1])[0])
+            return torch.cat(logits)
+
+        return loss_along(plain.tokenizer, range(len(tokens)), references, read)
 
     def _batches(self, model: LensModel) -> list[TokenPairs]:
         tokens = model.tokenize_pairs(self.pairs)

@@ -177,16 +177,11 @@ class RobustnessReport(Result):
             return "not measured"
         _, (first, last) = self.curve.half()
         ends = [interval for _, _, interval in self.alone()]
-        if (last == 1 and not self.first_part_breaks) or self._patching_alone:
+        if (last == 1 and not self.first_part_breaks) or _one_is_enough(ends):
             return "yes"
         if (first is None or first > 1) and max(high for _, high in ends) < 0.5:
             return "no"
         return "undecided"
-
-    @property
-    def _patching_alone(self) -> bool:
-        """Whether one part, patched alone, loses more than half of the gap, its whole interval included."""
-        return max(low for _, _, (low, _) in self.alone()) > 0.5
 
     @property
     def first_part_breaks(self) -> bool:
@@ -204,11 +199,12 @@ class RobustnessReport(Result):
     @property
     def finding(self) -> str:
         """The verdict as a sentence, what it rests on, and whether the first part breaks the model's replies."""
-        said = VERDICTS[self.verdict]
-        if self.verdict == "yes" and self._patching_alone:
-            node, share, _ = self.alone()[0]
+        verdict, alone = self.verdict, self.alone()
+        said = VERDICTS[verdict]
+        if verdict == "yes" and _one_is_enough([interval for _, _, interval in alone]):
+            node, share, _ = alone[0]
             said = f"One part alone is enough: {node}, patched alone, loses {_percent(share)} of the metric's gap."
-        if self.first_part_breaks and self.verdict in ("yes", "undecided"):
+        if self.first_part_breaks and verdict in ("yes", "undecided"):
             said += f" With {self.parts[0]} alone ablated, replies are degenerate; that loss says nothing of refusal."
         return said
 
@@ -357,6 +353,11 @@ def robustness_report(
 
 
 # --- the rows -------------------------------------------------------------------------------------------------------
+
+
+def _one_is_enough(ends: Sequence[tuple[float, float]]) -> bool:
+    """Whether one part, patched alone, loses more than half of the gap, its whole interval included."""
+    return max(low for low, _ in ends) > 0.5
 
 
 def _percent(share: float) -> str:

@@ -151,16 +151,12 @@ def work(
         >>> list(work("squares", range(3), lambda k: k * k, int))
         [0, 1, 4]
     """
-    worker = _worker.get()
-    if worker is None or (nested and len(items) < MANY):
-        for item in items:
-            yield compute(item)
-        return
 
     def described(number: int) -> Sweep:
         sha = identity((number, name, items, of))
         return Sweep(number, name, len(items), sha, () if group is None else tuple(map(group, items)))
 
+    worker = ALONE if nested and len(items) < MANY else _worker.get() or ALONE
     yield from worker.sweep(described, items, compute, kind)
 
 
@@ -178,7 +174,7 @@ def once(name: str, compute: Callable[[], R], kind: Any, of: Any = None) -> R:
 
 
 class Alone:
-    """Computes every item where it stands; what `work` does inside an item."""
+    """Computes every item where it stands: without a run, inside an item, and where a sweep's own sweeps are shared."""
 
     def sweep(
         self,
@@ -197,11 +193,8 @@ ALONE = Alone()
 
 def computed(compute: Callable[[T], Any], item: T) -> Any:
     """One item's outcome, with all sweeps inside it computed here."""
-    token = _worker.set(ALONE)
-    try:
+    with at_work(ALONE):
         return _drawn(compute(item))
-    finally:
-        _worker.reset(token)
 
 
 def _drawn(value: Any) -> Any:

@@ -37,7 +37,6 @@ def context(record: Record) -> Mapping[str, Any]:
         "parts": record["parts"],
         "candidates": record["candidates"],
         "figures": FIGURES,
-        "direction_pairs": record.get("direction_pairs"),  # not in records of before directions were ablated
         "curves": [curve(name, row) for name, row in record["curves"].items()],
         "joint": three(doubled["joint"]),
         "summed": three(doubled["summed"]),
@@ -78,8 +77,6 @@ def three(values: Any, spec: str = ".2f") -> str:
 
 def curve(name: str, row: Record) -> dict[str, Any]:
     """Tables and numbers of one curve."""
-    # records of before edges and directions were ablated say neither what nor how
-    row = {"what": "parts", "source": "mean", "harmless": []} | dict(row)
     what, swept = row["what"], len({one["strength"] for one in row["rows"]}) > 1
     columns = ["strength", *COLUMNS] if swept else [f"{what} ablated", *COLUMNS]
     rows = [
@@ -103,6 +100,7 @@ def curve(name: str, row: Record) -> dict[str, Any]:
         "mlps": row["mlps"],
         "first": ", ".join(row["order"]),
         "source": CUT if what == "edges" else SOURCES[row["source"]],
+        "found_on": row["found_on"],
         "counterfactual": row["source"] == "counterfactual",
         "table": table(rows, columns),
         "said": said(row, swept) if kinds else "",
