@@ -585,7 +585,7 @@ def _summary(circuit: Any, out: Path) -> str:
         *([("  resampled", _stability(check.stability))] if check.stability is not None else []),
         *([] if circuit.unfinished else _wiring(circuit)),
         ("claims", _claims(check)),
-        *([("backups", ", ".join(str(b.node) for b in circuit.search.backups))] if circuit.search.backups else []),
+        *([("backups", _backups(circuit))] if circuit.search.backups else []),
         *([("  the others", circuit.ablation)] if circuit.ablation != "counterfactual" else []),
         *(("left out", line) for line in circuit.search.cut),
     ]
@@ -619,8 +619,7 @@ def _measured(value: float, text: str) -> str:
 
 def _claims(check: Any) -> str:
     """How many of the tested claims hold, and the names of the claims with any other verdict."""
-    claims = check.tested
-    found = f"{sum(claim.passed is True for claim in claims)} of {len(claims)} hold"
+    found = f"{check.tally} hold"
     words = {"fails": "failed", "holds by construction": "by construction"}
     others = {verdict: names for verdict, names in check.by_verdict.items() if verdict != "holds"}
     return found + "".join(f"; {words.get(verdict, verdict)}: {', '.join(names)}" for verdict, names in others.items())
@@ -638,11 +637,20 @@ def _stability(found: Any) -> str:
 
 
 def _read(metric: Any) -> list[tuple[str, str]]:
-    """Lines that say where the metric reads, and its AUROC at each place that was tried."""
+    """Lines that say where the metric reads, and how well it tells refused from answered prompts at each place."""
     from mechsafety.results import parting, reads_where
 
-    tried = [("  AUROC", f"{where} {value}") for where, value in parting(metric)]
+    tried = [("  tells refused", f"{where}: AUROC {value}") for where, value in parting(metric)]
     return [("  read", reads_where(metric).removeprefix("read ")), *tried] if tried or metric.get("opener") else []
+
+
+def _backups(circuit: Any) -> str:
+    """The backups that were found: those that the circuit holds, which its size counts, and the others."""
+    nodes = {
+        side: [str(b.node) for b in circuit.search.backups if (b.node in circuit) is side] for side in (True, False)
+    }
+    found = [f"{', '.join(nodes[True])} in the circuit"] if nodes[True] else []
+    return "; ".join([*found, f"{', '.join(nodes[False])} found but not kept"] if nodes[False] else found)
 
 
 def _wiring(circuit: Any) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from mechsafety.openers import (
     best,
     candidates,
     check_comes,
+    first_words,
     logits_along,
     longest,
     opener_ids_of,
@@ -306,7 +307,8 @@ class RefusalLogOdds:
     ) -> "RefusalLogOdds":
         """Find where this model's refusals and answers part: after which opener, and which tokens refuse there.
 
-        1. The model replies to all prompts greedily, with 24 tokens. `is_refusal` judges which replies are refusals.
+        1. The model replies to all prompts greedily, with 24 tokens, or as many as fit. `is_refusal` judges
+           which replies are refusals.
         2. Candidate openers are no opener (the prompt's end) and the first one to four tokens of the refusals of
            harmful prompts. At least a fifth of these refusals must begin with a candidate.
         3. After each candidate, the refusal tokens are those that follow it in these refusals. A token is kept if at
@@ -328,10 +330,10 @@ class RefusalLogOdds:
             max_harmless_share: Largest share of answers that may begin as the refusals with a refusal token begin.
 
         Raises:
-            MechsafetyError: The model refuses none of the harmful prompts; no opener tells refusals from answers; or no
-                reply begins with the given opener.
+            MechsafetyError: The model refuses none of the harmful prompts; no opener tells refusals from answers; no
+                reply begins with the given opener; or a prompt leaves no room for a reply of five tokens.
         """
-        said = replies or tuple(model.reply_ids(side, 24) for side in (pairs.harmful, pairs.harmless))
+        said = replies or tuple(first_words(model, side) for side in (pairs.harmful, pairs.harmless))
         if any(isinstance(reply, str) for side in said for reply in side):
             raise MechsafetyError("replies as text", expected="token ids", hint="pass model.reply_ids(prompts)")
         refused = [[is_refusal(text) for text in model.decode(side)] for side in said]

@@ -12,10 +12,13 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Prompts, public
 from mechsafety.models import LensModel
+from mechsafety.models.decode import reply_room
 from mechsafety.results import Opener
 
 # tokens of the longest opener that is tried
 MAX_OPENER = 4
+# tokens of a reply that only has to show whether its prompt is refused, which its first sentence does
+JUDGED_TOKENS = 24
 # smallest share of the refusals that must begin with an opener; fewer refusals would tell too little
 MIN_SHARE = 0.2
 # smallest AUROC of an opener that is chosen
@@ -106,6 +109,26 @@ def auroc(scores: Float[Tensor, " prompt"], refused: Sequence[bool]) -> float | 
     if len(set(refused)) < 2:
         return None
     return round(float(roc_auc_score(list(refused), scores.double().cpu().numpy())), 4)
+
+
+def first_words(
+    model: LensModel, prompts: Sequence[Any], batch_size: int = 48, *, progress: bool = False
+) -> list[list[int]]:
+    """Token ids of greedy replies that show whether a prompt is refused: 24 tokens, or as many as the positions allow.
+
+    Raises:
+        MechsafetyError: After the longest prompt, the model has no room for the longest opener and the token after it.
+    """
+    longest = max((model.n_tokens(prompt) for prompt in prompts), default=0)
+    room = reply_room(model.backend, longest)
+    if room <= MAX_OPENER:
+        raise MechsafetyError(
+            f"a prompt of {longest} tokens, after which {max(room, 0)} tokens of a reply fit into the model's "
+            f"{model.backend.sizes.n_ctx} positions",
+            expected=f"room for {MAX_OPENER + 1}",
+            hint="shorten the prompt, or name the metric's tokens: RefusalLogOdds.of(model, refusal_tokens=[...])",
+        )
+    return model.reply_ids(prompts, min(JUDGED_TOKENS, room), batch_size, progress=progress)
 
 
 @public

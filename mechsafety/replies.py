@@ -34,6 +34,8 @@ REPLY_TOKENS = 100
 # a reply repeats itself if more than this share of its four-word runs was said before (seq-rep-4, Welleck et al. 2020);
 # with fewer words than ENOUGH_WORDS, the share means nothing
 REPEATED, ENOUGH_WORDS = 0.5, 16
+# a reply is no text if more than this share of its visible characters stand for bytes that are none (U+FFFD)
+UNREADABLE = 0.1
 # number of prompts whose replies set the limit of the loss, and the quantile of their losses that is the limit
 N_REFERENCE, QUANTILE = 16, 0.95
 
@@ -67,6 +69,8 @@ def degenerate(prompt: str, reply: str) -> str:
     """Why a reply is degenerate, in words; empty if it is not.
 
     - ``empty``: it has no letter and no digit.
+    - ``unreadable``: over a tenth of its visible characters are U+FFFD, which stands for bytes that are no text. Those
+      at the end do not count, since a reply that is cut short can end within a character.
     - ``repeats itself``: it has at least `ENOUGH_WORDS` words, and over half of its runs of four words were said before
       (seq-rep-4 of Welleck et al. 2020, Neural text generation with unlikelihood training).
     - ``other script``: most of its letters are of a script that no letter of the prompt has. (Two languages of one
@@ -78,6 +82,9 @@ def degenerate(prompt: str, reply: str) -> str:
     """
     if not any(character.isalnum() for character in reply):
         return "empty"
+    visible = "".join(reply.split()).rstrip("\N{REPLACEMENT CHARACTER}")
+    if visible.count("\N{REPLACEMENT CHARACTER}") > UNREADABLE * len(visible):
+        return "unreadable"
     words = re.findall(r"\w+", reply.lower())
     runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     if len(words) >= ENOUGH_WORDS and 1 - len(set(runs)) / len(runs) > REPEATED:

@@ -590,7 +590,7 @@ def test_a_summary_on_a_terminal_that_lacks_characters(tmp_path):
 def test_a_model_that_does_not_refuse(fails, saved, pairs_file):
     assert fails(saved.folder, "--pairs", pairs_file, code=3) == (
         "the model refuses 0 of 4 harmful and 0 of 4 harmless prompts, so there is no refusal to map; "
-        "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+        "use an aligned chat model, other pairs, or pass refusal tokens if its refusals are not recognised"
     )
 
 

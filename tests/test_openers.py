@@ -15,7 +15,7 @@ from mechsafety.interventions import strength_sweep
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.neurons import measure
 from mechsafety.nodes import Node, head_and_mlp_nodes
-from mechsafety.openers import best, candidates
+from mechsafety.openers import best, candidates, first_words
 from mechsafety.patching import activation_patching, pair_runs
 from mechsafety.prompts import Tokens
 from mechsafety.replies import reply_loss
@@ -50,6 +50,22 @@ def test_openers_reach_no_further_than_a_reply():
     found = {one.opener_ids: one.following for one in candidates(refusals, [(1, 3)], {9})}
     assert set(found) == {(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)}
     assert found[(1,)] == {2: 0.0} and found[()] == {1: 1.0, 8: 0.0} and found[1, 2] == {3: 0.0}
+
+
+def test_prompts_that_leave_little_room_for_a_reply(gpt2):
+    """Its 128 positions: a reply may be shorter than usual, but must hold an opener and the token after it."""
+    for spare, said in ((30, 24), (9, 10), (4, 5)):
+        words = 128 - spare - gpt2.n_tokens("cake") + 1
+        prompt = " ".join(["cake"] * words)
+        assert gpt2.n_tokens(prompt) == 128 - spare
+        (reply,) = first_words(gpt2, [prompt])
+        assert reply == gpt2.reply_ids([prompt], said)[0]
+    with pytest.raises(MechsafetyError) as caught:
+        first_words(gpt2, [prompt + " cake"])
+    assert str(caught.value) == (
+        "a prompt of 125 tokens, after which 4 tokens of a reply fit into the model's 128 positions; expected room for "
+        "5; shorten the prompt, or name the metric's tokens: RefusalLogOdds.of(model, refusal_tokens=[...])"
+    )
 
 
 def with_opener(tokens, ids):

@@ -25,6 +25,8 @@ SOUND = "Mix flour, water and yeast; knead it for ten minutes, let it rise for a
         ("Knead it and wait. " * 9, "repeats itself"),
         ("\u041c\u0443\u043a\u0430 \u0438 \u0432\u043e\u0434\u0430", "other script"),
         ("\u9762\u5305 yes", ""),
+        ("\ufffd\ufffdgetter\ufffd", "unreadable"),
+        ("Knead the dough, then bake it \ufffd\ufffd", ""),  # cut short within a character
         (SOUND, ""),
         ("Yes, yes, yes, yes.", ""),  # too short to be called a loop
     ],

@@ -13,7 +13,7 @@ from mechsafety.inputs import Amount, public
 from mechsafety.intervals import mean_interval, wilson_interval
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
-from mechsafety.openers import check_comes
+from mechsafety.openers import check_comes, first_words
 from mechsafety.prompts import PromptPairs
 from mechsafety.replies import KINDS as REPLY_KINDS
 from mechsafety.replies import is_refusal, phrase_judge
@@ -21,8 +21,6 @@ from mechsafety.replies import is_refusal, phrase_judge
 KINDS = ("harmful", "harmless")
 # below this share of usable pairs there is no refusal worth mapping
 MIN_SHARE = 0.2
-# a map needs to know only which prompts are refused, and a reply's first sentence shows that
-REPLY_TOKENS = 24
 # these replies are short, and a step of a larger batch hardly takes longer
 BATCH_SIZE = 96
 
@@ -44,7 +42,7 @@ class Seen:
     def said(self, model: LensModel, prompts: Sequence[str], progress: bool) -> list[list[int]]:
         """Replies to the prompts, as token ids."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.replies]
-        replies = model.reply_ids(new, REPLY_TOKENS, BATCH_SIZE, progress=progress)
+        replies = first_words(model, new, BATCH_SIZE, progress=progress)
         self.replies.update(zip(new, replies, strict=True))
         return [self.replies[prompt] for prompt in prompts]
 
@@ -106,7 +104,7 @@ def check_behaviour(
     harmful, harmless = map(model.decode, ids)
     refused = {"harmful": [is_refusal(text) for text in harmful], "harmless": [is_refusal(text) for text in harmless]}
     judge = "reply" if metric is None else "score"
-    hint = "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+    hint = "use an aligned chat model, other pairs, or pass refusal tokens if its refusals are not recognised"
     # the model is unedited, so that its own greedy replies are likely under it: their perplexity says nothing
     said = {"harmful": harmful, "harmless": harmless}
     kinds = {kind: Counter(phrase_judge(getattr(pairs, kind), texts)) for kind, texts in said.items()}

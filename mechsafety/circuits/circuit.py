@@ -431,8 +431,7 @@ class RefusalCircuit(Result):
         if check.measured:
             checked = f"held-out faithfulness {check.held_out_faithfulness:.2f}"
             checked += f", p = {check.random_p:.3g}" if check.random_controls.n else ""
-        known = [claim for claim in check.tested if claim.passed is not None]
-        held = f", {sum(bool(claim.passed) for claim in known)} of {len(known)} claims hold" if known else ""
+        held = f", {check.tally} claims hold" if check.measured and check.tested else ""
         first = "unfinished: " * self.unfinished + "preliminary: " * self.preliminary
         pairs = "" if self.speaks_for is None else ", speaks for {} of {} pairs tried".format(*self.speaks_for)
         return f"RefusalCircuit({first}{self.provenance.model}: {size}, {checked}{held}{pairs})"

@@ -89,7 +89,7 @@ class DirectionIO(Result):
                 row |= {f"reads_{slot}": float(values.mean())}
                 row |= {f"reads_{slot}_low": ends[0], f"reads_{slot}_high": ends[1]}
             rows.append(row)
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame(rows).astype({"index": "Int64"})  # an MLP has none
         return frame.sort_values("writes", key=abs, ascending=False, kind="stable")
 
     def neurons_dataframe(self, top: int = 50) -> pd.DataFrame:

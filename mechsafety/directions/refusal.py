@@ -134,6 +134,8 @@ class RefusalDirection(Result):
             for name, x in (("bypass", self.bypass), ("induce", self.induce), ("KL", self.kl))
         )
         verdict = "" if self.passes else f"; does not pass the published conditions: {self.conditions}"
+        if not self.passes and self.conditions.both == 0 < self.conditions.induce:
+            verdict += "; direction.choose(max_kl=None) chooses without the limit on the KL"
         return f"RefusalDirection(layer {self.layer}, position {self.position}, by {self.selector}: {scores}{verdict})"
 
     @property
@@ -221,7 +223,10 @@ class RefusalDirection(Result):
         return node_cards(model, {f"direction of layer {self.layer}": written}, n_tokens, options)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per candidate: means of three scores with intervals over prompts, COSMIC's score, norm, choice."""
+        """One row per candidate: means of three scores with intervals over prompts, COSMIC's score, norm, choice.
+
+        The controls of the chosen candidate have a table of their own: ``direction.controls.to_dataframe()``.
+        """
         rows = []
         for k, layer in enumerate(self.layers):
             for c, position in enumerate(self.positions):
@@ -234,12 +239,13 @@ class RefusalDirection(Result):
         """Heatmaps (layers by positions) of bypass, induce, KL and COSMIC's score; a frame marks the choice."""
         from plotly.subplots import make_subplots
 
-        titles = ("bypass (harmful, removed)", "induce (harmless, added)", "KL (harmless, removed)", "COSMIC")
-        figure = make_subplots(1, 4, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+        titles = ("bypass<br>(harmful, removed)", "induce<br>(harmless, added)", "KL<br>(harmless, removed)", "COSMIC")
+        gap, width = 0.1, (1 - 3 * 0.1) / 4  # the gaps hold the colour bars and their numbers
+        figure = make_subplots(1, 4, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=gap)
         x, y = [str(position) for position in self.positions], list(self.layers)
         parts = [score.mean(-1) for score in (self.bypass, self.induce, self.kl)] + [self.cosmic]
         for place, (part, scale) in enumerate(zip(parts, ("RdBu_r", "RdBu_r", "Greys", "Viridis"), strict=True), 1):
-            bar = {"x": place / 4 - 0.025, "thickness": 8, "len": 0.9}
+            bar = {"x": place * (width + gap) - gap + 0.005, "thickness": 8, "len": 0.9}
             heat = go.Heatmap(z=part.cpu().numpy(), x=x, y=y, colorscale=scale, colorbar=bar)
             if scale == "RdBu_r":
                 heat.update(zmid=0)
@@ -249,7 +255,7 @@ class RefusalDirection(Result):
             figure.add_trace(mark, row=1, col=place)
         figure.update_xaxes(title_text="position", type="category")
         figure.update_yaxes(title_text="layer", col=1)
-        return figure.update_layout(template="none", height=max(320, 60 + 16 * len(self.layers)))
+        return figure.update_layout(template="none", width=900, height=max(320, 100 + 16 * len(self.layers)))
 
     @property
     def _cell(self) -> tuple[int, int]:

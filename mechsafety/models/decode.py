@@ -224,6 +224,11 @@ def decode_replies(
     return replies, logits
 
 
+def reply_room(backend: Backend, longest: int) -> int:
+    """How many tokens of a reply fit after a prompt of this many; the reply's last token is not read."""
+    return backend.sizes.n_ctx - longest + 1
+
+
 def check_room(backend: Backend, longest: int, max_new_tokens: int) -> None:
     """Refuse replies that may grow beyond the model's positions.
 
@@ -235,7 +240,7 @@ def check_room(backend: Backend, longest: int, max_new_tokens: int) -> None:
     Raises:
         MechsafetyError: Prompt and reply together may need more positions than the model has.
     """
-    room = backend.sizes.n_ctx - longest + 1
+    room = reply_room(backend, longest)
     if max_new_tokens > room:
         raise MechsafetyError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -413,7 +414,7 @@ class ActivationMonitor:
         model, labelled = model.reading(()), _labelled(prompts)
         learns = not isinstance(source, RefusalDirection | Direction | ProbeReport)
         fitted, held = _split(labelled, held_out, seed) if learns else (labelled, labelled)
-        _rank(held.unsafe.count(False), false_positive_rate)
+        _rank(held.unsafe.count(False), false_positive_rate, labelled.unsafe.count(False) if learns else None)
         kind, sites, intercept = _readout(model, source, fitted, progress)
         options = {"source": kind, "set": labelled.name, "held_out": held_out if learns else 1.0}
         options |= {"learned_from": len(fitted.prompts) if learns else 0, "calibrated_on": len(held.prompts)}
@@ -437,7 +438,15 @@ class ActivationMonitor:
         later = [[score for (score,) in watch.reply(k).scores[1:]] for k in range(len(held.prompts))]
         highest = torch.tensor([max(row, default=-math.inf) for row in later])
         harmless, harmful = _sides(highest, held)
-        return cls(model, replace(weights, harmless_replies=harmless, harmful_replies=harmful))
+        weights = replace(weights, harmless_replies=harmless, harmful_replies=harmful)
+        if not (harmful >= weights.threshold("reply")).any():
+            text = (
+                f"the monitor flags none of {len(harmful)} replies to held-out harmful prompts: harmless replies of up "
+                f"to {reply_tokens} tokens score as high somewhere; where replies are short, fit it with a smaller "
+                "reply_tokens, or choose another source"
+            )
+            warnings.warn(text, stacklevel=2)
+        return cls(model, weights)
 
     @public
     def with_false_positive_rate(self, rate: float) -> "ActivationMonitor":
@@ -520,8 +529,13 @@ def _flagged(score: float, threshold: float) -> bool:
     return score >= threshold or not math.isfinite(score)
 
 
-def _rank(n: int, rate: float) -> int:
+def _rank(n: int, rate: float, given: int | None = None) -> int:
     """Rank, from the largest, of the harmless score that must not be flagged: the k of `MonitorWeights.threshold`.
+
+    Args:
+        n: Number of held-out harmless prompts.
+        rate: False-positive rate.
+        given: Number of harmless prompts before some were held out, for the message.
 
     Raises:
         MechsafetyError: The rate is not between 0 and 1, or needs more harmless prompts.
@@ -531,8 +545,11 @@ def _rank(n: int, rate: float) -> int:
     rank = math.floor(rate * (n + 1) + 1e-9)
     if rank < 1:
         needed = math.ceil(1 / rate - 1 - 1e-9)
+        few = f"{n} held-out harmless prompts"
+        if given is not None:
+            few = f"{n} of {given} harmless prompts held out (whole topics, the others are learned from)"
         raise MechsafetyError(
-            f"{n} held-out harmless prompts for a false-positive rate of {rate:g}",
+            f"{few} for a false-positive rate of {rate:g}",
             expected=f"at least {needed}",
             hint="give more prompts, or a larger false_positive_rate",
             page="too-few-harmless-prompts",

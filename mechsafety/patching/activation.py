@@ -111,7 +111,7 @@ class PatchMap(Result):
             "node": [str(node) for node in self.nodes],
             "kind": [str(node.kind) for node in self.nodes],
             "layer": [node.layer for node in self.nodes],
-            "index": [node.index for node in self.nodes],
+            "index": pd.array([node.index for node in self.nodes], dtype="Int64"),  # an MLP has none
             "position": self.row_positions if self.row_positions is not None else [None] * len(self.nodes),
         }
         return pd.DataFrame(rows).join(effect_table(self.changes, self.harmful - self.harmless))
@@ -125,7 +125,11 @@ class PatchMap(Result):
             most: Largest number of nodes in a heat map. It shows those with the largest effects.
         """
         if self.row_positions is None:
-            return bars(self.to_dataframe(), "node", "effect", EFFECT)
+            n = len(self.harmful)
+            pairs = "pair" if n == 1 else "pairs"
+            return bars(
+                self.to_dataframe(), "node", "effect", EFFECT, f"{self.direction.capitalize()} one node, {n} {pairs}"
+            )
         return self._heat_map(most)
 
     def _heat_map(self, most: int) -> go.Figure:
@@ -150,7 +154,7 @@ class PatchMap(Result):
         )
         labels = [visible(token) or "(differs)" for token in self.tokens or [""] * len(positions)]
         names = [f"{html.escape(label)}<br>{at}" for label, at in zip(labels, positions, strict=True)]
-        angle = 0 if max(map(len, labels)) <= 11 else -45
+        angle = 0 if max(map(len, labels)) <= 11 and len(positions) <= 10 else -45
         figure.update_xaxes(title_text="token, and its position from the end", tickvals=positions, ticktext=names)
         figure.update_xaxes(tickangle=angle, showgrid=False)
         figure.update_yaxes(type="category")
@@ -158,7 +162,8 @@ class PatchMap(Result):
         return figure.update_layout(
             title_text=f"{self.direction.capitalize()} one node at one position{most_of}",
             height=max(320, 160 + 18 * len(shown)),
-            width=max(520, 220 + 72 * len(positions)),
+            # a notebook's page is about this wide; beyond it a figure has to be scrolled
+            width=max(520, min(960, 220 + 72 * len(positions))),
         )
 
 

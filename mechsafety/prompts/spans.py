@@ -72,6 +72,7 @@ class TokenTable:
 
     Example:
         >>> model.explain_tokens(harmful[0])
+        position    id  span         text
            0        2  prefix       '<s>'
            1        3  prefix       '<user>'
            2       41  instruction  'bombs'
@@ -87,7 +88,8 @@ class TokenTable:
     rows: tuple[TokenRow, ...]
 
     def __repr__(self) -> str:
-        return "\n".join(f"{row.position:4d}  {row.id:7d}  {row.span:11s}  {row.text!r}" for row in self.rows)
+        rows = [f"{row.position:8d}  {row.id:6d}  {row.span:11s}  {row.text!r}" for row in self.rows]
+        return "\n".join(["position      id  span         text", *rows])
 
 
 def positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 RESAMPLES = 2000
+# of a curve: one blue per strength, the kinds of reply, and what is random
+SHADES = ("#00588C", "#0072B2", "#56B4E9", "#A9D6F2")
+KIND_LINES = {"refuses": "#0072B2", "degenerate": "#D55E00"}
+GREY, FAINT = "#6B7280", "rgba(107, 114, 128, 0.25)"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -234,27 +238,36 @@ class FragilityCurve(Result):
 
         frame = self.to_dataframe()
         last = frame[frame.strength == self.strengths[-1]]
-        panels = ["share of the gap lost", "KL on harmless prompts, nats"]
-        panels += ["replies to harmful prompts"] if self.kinds else []
-        panels += ["replies to harmless prompts"] if self.kinds_harmless else []
+        panels = ["share of<br>the gap lost", "KL on harmless<br>prompts, nats"]
+        panels += ["replies to<br>harmful prompts"] if self.kinds else []
+        panels += ["replies to<br>harmless prompts"] if self.kinds_harmless else []
         figure = make_subplots(1, len(panels), subplot_titles=panels)
         band = {"x": [*last.parts, *last.parts[::-1]], "y": [*last.random_high, *last.random_low[::-1]]}
-        figure.add_scatter(
-            **band, fill="toself", mode="none", fillcolor="rgba(128,128,128,0.35)", name="random parts", row=1, col=1
-        )
-        for strength, rows in frame.groupby("strength"):
+        band |= {"fill": "toself", "mode": "lines", "line": {"color": GREY, "width": 1}, "fillcolor": FAINT}
+        figure.add_scatter(**band, name="random parts", row=1, col=1)
+        strengths = list(frame.groupby("strength"))[::-1]  # the strongest one first: it has the darkest blue
+        for colour, (strength, rows) in zip(cycle(SHADES), strengths, strict=False):
             up, down = rows.ci_high - rows.lost, rows.lost - rows.ci_low
             error = {"symmetric": False, "array": up, "arrayminus": down}
-            name = f"these parts, strength {strength:g}"
-            figure.add_scatter(x=rows.parts, y=rows.lost, error_y=error, name=name, row=1, col=1)
-            figure.add_scatter(x=rows.parts, y=rows.kl, name=name, showlegend=False, row=1, col=2)
-        figure.add_scatter(x=last.parts, y=last.random_kl, name="random parts, mean", line_dash="dot", row=1, col=2)
-        for name in ("refuses", "degenerate", "random_refuses") if self.kinds else ():
-            figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=3)
-        for name in ("harmless_refuses", "harmless_degenerate") if self.kinds_harmless else ():
-            figure.add_scatter(x=last.parts, y=last[name], name=name.replace("_", " "), row=1, col=4)
+            line = {"line": {"color": colour}, "name": f"these parts, strength {strength:g}"}
+            figure.add_scatter(x=rows.parts, y=rows.lost, error_y=error, **line, row=1, col=1)
+            figure.add_scatter(x=rows.parts, y=rows.kl, **line, showlegend=False, row=1, col=2)
+        random = {"line": {"color": GREY, "dash": "dot"}}
+        figure.add_scatter(x=last.parts, y=last.random_kl, name="random parts, mean", **random, row=1, col=2)
+        shares = [("refuses", 3), ("degenerate", 3), ("random_refuses", 3)] if self.kinds else []
+        shares += [("harmless_refuses", 4), ("harmless_degenerate", 4)] if self.kinds_harmless else []
+        for name, column in shares:
+            kind = name.removeprefix("harmless_")
+            line = random if kind == "random_refuses" else {"line": {"color": KIND_LINES[kind]}}
+            words = "refuses, random parts" if kind == "random_refuses" else kind
+            shown = {"name": words, "showlegend": column == 3}
+            figure.add_scatter(x=last.parts, y=last[name], **line, **shown, row=1, col=column)
         title = {"text": repr(self).replace("; ", ";<br>"), "font_size": 14}  # in one line it leaves a notebook's page
-        return figure.update_xaxes(title_text=f"{self.what} ablated").update_layout(template="none", title=title)
+        figure.update_xaxes(title_text=f"{self.what} ablated")
+        legend = {"orientation": "h", "yanchor": "top", "y": -0.25, "x": 0}
+        return figure.update_layout(
+            template="none", title=title, legend=legend, margin={"t": 130, "b": 120}, height=480
+        )
 
 
 def _size(size: int | None) -> str:

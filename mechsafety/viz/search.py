@@ -64,10 +64,11 @@ def _backups(circuit: RefusalCircuit, search: Search) -> str:
         return "A search of edges does not look for backups (parts that replace a primary part when it is patched)."
     if not search.backups:
         return "No backups (parts that replace a primary part when it is patched) were added."
-    n = len(search.backups)
+    n, inside = len(search.backups), sum(backup.node in circuit for backup in search.backups)
     return (
         f"{_count(n, 'backup')} {'was' if n == 1 else 'were'} found. Patched alone, a backup hardly matters. Patched "
-        "together with its primary part, it does."
+        f"together with its primary part, it does. {inside or 'None'} of them {'is' if inside < 2 else 'are'} in the "
+        f"circuit and counted among its {len(circuit.nodes)} parts."
     )
 
 

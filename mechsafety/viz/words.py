@@ -472,7 +472,7 @@ def checks(circuit: RefusalCircuit) -> list[tuple[str, str]]:
     if not tested:
         return []
     held = found.get("holds", ())
-    first = f"{len(held)} of {len(tested)} {'checks hold' if len(tested) > 1 else 'check holds'}"
+    first = f"{circuit.verification.tally} {'checks hold' if len(tested) > 1 else 'check holds'}"
     verbs = {  # of one check, of more
         "fails": ("fails", "fail"),
         "undecided": ("is undecided", "are undecided"),

@@ -587,7 +587,7 @@ def test_a_folder_holds_the_details_and_every_digit(full, tmp_path):
 
 
 def test_claims_are_counted_and_tabled(full):
-    assert repr(full).endswith(", 1 of 2 claims hold)")
+    assert repr(full).endswith(", 1 of 3 claims hold)")
     frame = full.claims_dataframe()
     assert list(frame.name) == ["faithfulness", "sufficiency", "stability"]
     assert list(frame.passed) == [False, True, None] and frame.reason[2] == "left out"

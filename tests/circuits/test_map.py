@@ -244,7 +244,7 @@ def test_a_random_model_does_not_refuse(llama, pairs):
         ms.map_refusal_circuit(llama, pairs, options=SMALL, **QUIET)
     assert str(caught.value) == (
         "the model refuses 0 of 4 harmful and 0 of 4 harmless prompts, so there is no refusal to map; "
-        "use an aligned chat model, or pass refusal tokens if its refusals are not recognised"
+        "use an aligned chat model, other pairs, or pass refusal tokens if its refusals are not recognised"
     )
 
 

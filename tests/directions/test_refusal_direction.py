@@ -123,7 +123,11 @@ def test_controls_do_nothing(directed_found):
 
 def test_no_candidate_passes(directed_found):
     found = directed_found.choose(max_kl=0.0)
-    assert not found.passes and repr(found).endswith(f"; does not pass the published conditions: {found.conditions})")
+    assert not found.passes and repr(found).endswith(
+        f"; does not pass the published conditions: {found.conditions}; "
+        "direction.choose(max_kl=None) chooses without the limit on the KL)"
+    )
+    assert found.choose(max_kl=None).passes
     left = found.conditions
     assert str(left) == (
         f"{left.shallow} of {found.cosmic.numel()} candidates are below the depth limit, of which induce > 0 leaves "

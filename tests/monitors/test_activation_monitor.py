@@ -1,5 +1,6 @@
 """Monitors: what they read, when they flag, what stands in the generation's way, and how they join a guard."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -308,6 +309,24 @@ def test_the_same_seed_gives_the_same_bytes(llama, direction, prompts, monitor):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def test_replies_none_of_which_is_flagged_are_said(llama, direction, prompts, monitor):
+    """Of a direction and its opposite, one scores the harmless replies higher."""
+    reversed_ = replace(direction, vectors=-direction.vectors)
+    caught = []
+    for source in (direction, reversed_):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = ActivationMonitor.fit(llama, source, prompts, **OPTIONS | {"false_positive_rate": 0.08})
+        missed = not (found.weights.harmful_replies >= found.weights.threshold("reply")).any()
+        assert [str(one.message) for one in seen] == [
+            "the monitor flags none of 12 replies to held-out harmful prompts: harmless replies of up to 4 tokens "
+            "score as high somewhere; where replies are short, fit it with a smaller reply_tokens, or choose another "
+            "source"
+        ] * missed
+        caught.append(not missed)
+    assert not all(caught)
+
+
 def test_a_monitor_comes_back_from_its_file(llama, monitor, tmp_path, make_model):
     for place in (tmp_path / "m.json", tmp_path / "folder"):
         monitor.save(place)
@@ -413,6 +432,11 @@ def test_a_guard_is_saved_with_its_monitors(llama, guard, monitor, tmp_path):
             {"false_positive_rate": 0.01},
             "12 held-out harmless prompts for a false-positive rate of 0.01; expected at least 99; "
             "give more prompts, or a larger false_positive_rate",
+        ),
+        (
+            {"source": NODES, "false_positive_rate": 0.05},
+            "6 of 12 harmless prompts held out (whole topics, the others are learned from) for a false-positive rate "
+            "of 0.05; expected at least 19; give more prompts, or a larger false_positive_rate",
         ),
         ({"held_out": 1.0}, "held_out=1.0; expected a number between 0 and 1"),
         ({"reply_tokens": 1}, "reply_tokens=1; expected at least 2"),

@@ -270,6 +270,11 @@ class Verification:
         return {verdict: names for verdict, names in found.items() if names}
 
     @property
+    def tally(self) -> str:
+        """How many of the claims that count hold, in words, such as ``8 of 9``."""
+        return f"{len(self.by_verdict.get('holds', ()))} of {len(self.tested)}"
+
+    @property
     def failed(self) -> tuple[Claim, ...]:
         """The claims that were measured and do not hold."""
         return tuple(claim for claim in self.claims if claim.passed is False)

@@ -114,17 +114,18 @@ def _edited(
     share: float = 1.0,
     every: bool = False,
     mean: bool = False,
+    last: bool = False,
 ) -> Float[Tensor, " prompt"]:
     """Scores of the base run with a head's source value; or one of the mistakes.
 
-    These are: another layer (``of``), the value times a number (``share``), all heads (``every``), and the source's
-    mean over prompts (``mean``).
+    These are: another layer (``of``), the value times a number (``share``), all heads (``every``), the source's
+    mean over prompts (``mean``), and the last position alone (``last``).
     """
     site = Site(SiteKind.Z, layer if of is None else of)
     values = share * model.read(source, [site])[site]
     if mean:
         values = repeat(values.mean(0), "pos head d_head -> batch pos head d_head", batch=len(values))
-    place = (_EVERY, _EVERY, _EVERY if every else head)
+    place = (_EVERY, -1 if last else _EVERY, _EVERY if every else head)
     with model.hooks([(site, lambda own: _with(own, values, *place))]):
         return metric(model.logits(base))
 
@@ -157,6 +158,11 @@ patched_scores = Check(
             "a mean over the batch",
             "Each prompt takes the value of its own counterfactual.",
             lambda *inputs: _edited(*inputs, mean=True),
+        ),
+        Mistake(
+            "a patch at the last position alone",
+            "Replace the head's value at all positions: [:, :, head].",
+            lambda *inputs: _edited(*inputs, last=True),
         ),
         Mistake(
             "a run without a patch",
@@ -243,6 +249,11 @@ mean_ablated = Check(
             "a mean over positions too",
             "Average over prompts only: each position has a mean of its own.",
             lambda base, reference, head: _at_mean(base, reduce(reference, "b p h d -> 1 1 h d", "mean"), head),
+        ),
+        Mistake(
+            "a mean over all axes",
+            "Average over prompts only: each position, and each number of the head's vector, has a mean of its own.",
+            lambda base, reference, head: _with(base, float(reference[:, :, head].mean()), _EVERY, _EVERY, head),
         ),
         Mistake(
             "the mean of the edited prompts themselves",
