@@ -12,8 +12,9 @@ that are in the record.
 import argparse
 import json
 import os
-import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,12 +25,15 @@ from pages.render import publish
 from steps import Steps
 
 import mechsafety as ms
-from mechsafety.circuits import Draw, Goal, draw_pairs, split_pairs, train_masks
+from mechsafety.attribution import edge_attribution
+from mechsafety.circuits import Draw, Goal, acdc, draw_pairs, rank_parts, search_circuit, split_pairs, train_masks
 from mechsafety.circuits.budget import Budget
+from mechsafety.circuits.edge_faithfulness import all_edges
 from mechsafety.circuits.effects import single_effects
 from mechsafety.circuits.goal import GoalKind
 from mechsafety.circuits.map import Split
-from mechsafety.circuits.verification.stability import attribute_pairs
+from mechsafety.circuits.search import SearchKind
+from mechsafety.circuits.verification.stability import attribute_pairs, bootstrap_stability
 from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, as_node, head_and_mlp_nodes
 from mechsafety.results import package_versions
@@ -61,8 +65,13 @@ SHARES = (
 )
 
 KINDS: tuple[GoalKind, ...] = get_args(GoalKind)
+N_RESAMPLES = 5
+# ACDC has no ranking: a part's score is the largest of these thresholds at which one of its edges is kept
+THRESHOLDS = tuple(float(value) for value in np.logspace(-3, 0, 10))
 
 Ranking = list[Node]
+# scores of all parts, if each discovery pair counts so many times (None: once)
+Score = Callable[[Sequence[int] | None], dict[str, float]]
 
 
 def every(split: Split) -> Ranking:
@@ -70,36 +79,151 @@ def every(split: Split) -> Ranking:
     return list(head_and_mlp_nodes(split.model.n_layers, split.model.n_heads))
 
 
-def by_gradient(split: Split) -> dict[str, float]:
+def by_gradient(split: Split) -> Score:
     """Integrated gradients, as the map ranks by default."""
-    found = attribute_pairs(split.meters.found_on).mean()
-    return {str(node): found.of(node) for node in every(split)}
+    by_pair = attribute_pairs(split.meters.found_on)
+    return lambda weights: {str(node): by_pair.mean(weights).of(node) for node in every(split)}
 
 
-def by_patching(split: Split) -> dict[str, float]:
+def by_patching(split: Split) -> Score:
     """Exact effect of each node alone."""
     found = single_effects((split.meters.found_on,), every(split), Budget(), False)
-    return {str(node): float(values.mean()) for node, values in found.items()}
+    return lambda weights: {str(node): float(np.average(own, weights=weights)) for node, own in found.items()}
 
 
-SCORES: Mapping[str, Callable[[Split], dict[str, float]]] = {"gradient": by_gradient, "single effects": by_patching}
+def by_edges(split: Split) -> Score:
+    """EAP-IG (Hanna et al. 2024): a node's score is that of the strongest edge that leaves it."""
+
+    def score(weights: Sequence[int] | None) -> dict[str, float]:
+        scores = edge_attribution(split.model, repeated(split, weights), split.drawn.metric, progress=False)
+        strongest = scores.scores.gather(1, scores.scores.abs().argmax(1, keepdim=True)).flatten().tolist()
+        found = {str(node): value for node, value in zip(scores.senders, strongest, strict=True)}
+        return {str(node): found[str(node)] for node in every(split)}
+
+    return score
 
 
-def rankings(split: Split, steps: Steps) -> Iterator[tuple[str, float, Ranking]]:
-    """Every method with its seconds and its ranking."""
-    for kind in KINDS:
-        for name, score in SCORES.items():
-            scores, seconds = steps.with_seconds(f"scores {name}", lambda s=score: s(split))
-            aim = Goal(kind=kind)
-            order = sorted(every(split), key=lambda node, s=scores, g=aim: (-g.size(s[str(node)]), node.order))
-            yield f"{name}, {kind}", seconds, order
-        found, seconds = steps.with_seconds(f"masks {kind}", lambda k=kind: by_masks(split, k))
-        yield f"masks, {kind}", seconds, [as_node(name) for name in found]
+def by_acdc(split: Split) -> Score:
+    """ACDC (Conmy et al. 2023): the largest threshold at which an edge of the node is kept."""
+
+    def score(weights: Sequence[int] | None) -> dict[str, float]:
+        found = dict.fromkeys(map(str, every(split)), 0.0)
+        for threshold in THRESHOLDS:
+            pairs = repeated(split, weights)
+            kept = acdc(split.model, pairs, split.drawn.metric, threshold=threshold, measure="metric", progress=False)
+            found |= {str(node): threshold for node in kept.nodes}
+        return found
+
+    return score
 
 
-def by_masks(split: Split, kind: GoalKind) -> list[str]:
+def by_masks(split: Split, kind: GoalKind) -> Callable[[Sequence[int] | None], list[str]]:
     """Masks that are trained together."""
-    return [str(part) for part in train_masks(split.meters.found_on, kind).ranking]
+    return lambda weights: [str(part) for part in train_masks(split.meters.found_on, kind, weights=weights).ranking]
+
+
+def repeated(split: Split, weights: Sequence[int] | None) -> ms.PromptPairs:
+    """The discovery pairs, each as often as it counts."""
+    pairs = split.drawn.here
+    if weights is None:
+        return pairs
+    return replace(pairs, pairs=tuple(pair for pair, n in zip(pairs, weights, strict=True) for _ in range(n)))
+
+
+SCORES: Mapping[str, Callable[[Split], Score]] = {
+    "gradient": by_gradient,
+    "single effects": by_patching,
+    "EAP-IG": by_edges,
+    "ACDC": by_acdc,
+}
+
+
+def ordered(split: Split, scores: Mapping[str, float], kind: GoalKind) -> Ranking:
+    """All parts, in the order in which a goal wants them."""
+    aim = Goal(kind=kind)
+    return sorted(every(split), key=lambda node: (-aim.size(scores[str(node)]), node.order))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to rank all parts.
+
+    Attributes:
+        name: Its name and the goal.
+        kind: The goal.
+        seconds, peak_gib: What one ranking took, and the largest resident memory meanwhile, the model included.
+        order: Its ranking.
+        ranking_of: The ranking if each discovery pair counts so many times.
+    """
+
+    name: str
+    kind: GoalKind
+    seconds: float
+    peak_gib: float
+    order: Ranking
+    ranking_of: Callable[[Sequence[int] | None], Ranking]
+
+
+def methods(split: Split, steps: Steps, names: Collection[str]) -> Iterator[Method]:
+    """Every method."""
+    for name in names:
+        made: list[Score] = []  # of a method that a stored step need not make again
+
+        def score(name: str = name, made: list[Score] = made) -> Score:
+            if not made:
+                made.append(SCORES[name](split))
+            return made[0]
+
+        found, seconds = steps.with_seconds(f"scores {name}", lambda own=score: with_peak(lambda: own()(None)))
+        for kind in KINDS:
+
+            def ranking_of(weights: Sequence[int] | None, kind: GoalKind = kind, own: Any = score) -> Ranking:
+                return ordered(split, own()(weights), kind)
+
+            order = ordered(split, found["found"], kind)
+            yield Method(f"{name}, {kind}", kind, seconds, found["peak_gib"], order, ranking_of)
+    for kind in KINDS:
+        own = by_masks(split, kind)
+        found, seconds = steps.with_seconds(f"masks {kind}", lambda own=own: with_peak(lambda: own(None)))
+
+        def trained(weights: Sequence[int] | None, own: Any = own) -> Ranking:
+            return [as_node(name) for name in own(weights)]
+
+        order = [as_node(name) for name in found["found"]]
+        yield Method(f"masks, {kind}", kind, seconds, found["peak_gib"], order, trained)
+
+
+def with_peak(compute: Callable[[], Any]) -> dict[str, Any]:
+    """What a function returns, and the largest resident memory of this process meanwhile, in GiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    found = compute()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    return {"found": found, "peak_gib": round(peak, 2)}
+
+
+def stability(split: Split, method: Method) -> dict[str, Any]:
+    """Overlap of the smallest prefix for the first target with those of bootstrap resamples of the pairs."""
+    meter, goal = split.meters.found_on, Goal(kind=method.kind, target=TARGETS[0])
+    found = bootstrap_stability(meter, method.ranking_of, goal, n=N_RESAMPLES)
+    assert found is not None
+    return {"mean": found.mean, "jaccards": list(found.jaccards)}
+
+
+def searched(split: Split, search: SearchKind, kind: GoalKind, target: float) -> dict[str, Any]:
+    """The circuit after removal one by one, and its faithfulness on fresh pairs, which neither step has seen."""
+    options = replace(split.options, search=search, goal=kind, target=target)
+    result = search_circuit(rank_parts(replace(split, options=options))).result
+    meter = split.meters.fresh
+    assert meter is not None
+    kept, (harmful, harmless) = meter.kept([list(result.circuit)])[0], meter.ends()
+    by_pair = (kept - harmless) / float((harmful - harmless).mean())
+    return {
+        "parts": len(result.circuit),
+        "reached": result.reached,
+        "fresh": [float(by_pair.mean()), *mean_interval(by_pair, 0)],
+        "n_pairs": len(by_pair),
+    }
 
 
 def at_random(split: Split, seed: int) -> Ranking:
@@ -136,11 +260,16 @@ def needed(sizes: list[int], points: np.ndarray, target: float) -> int | None:
     return next((size for size, point in zip(sizes[:-1], points, strict=False) if point >= target), None)
 
 
-def measure(split: Split, steps: Steps) -> dict[str, Any]:
+def measure(split: Split, steps: Steps, names: Collection[str] = tuple(SCORES)) -> dict[str, Any]:
     """Every method on one model."""
     found: dict[str, Any] = {}
-    for name, seconds, ranking in rankings(split, steps):
-        found[name] = {"seconds": seconds, **steps.json(f"curve {name}", lambda r=ranking: curve(split, r))}
+    for method in methods(split, steps, names):
+        found[method.name] = {
+            "seconds": method.seconds,
+            "peak_gib": method.peak_gib,
+            **steps.json(f"curve {method.name}", lambda own=method: curve(split, own.order)),
+            "stability": steps.json(f"resamples {method.name}", lambda own=method: stability(split, own)),
+        }
     rows = [steps.json(f"random {seed}", lambda s=seed: curve(split, at_random(split, s))) for seed in range(N_RANDOM)]
     found["random"] = {
         "sizes": rows[0]["sizes"],
@@ -152,32 +281,71 @@ def measure(split: Split, steps: Steps) -> dict[str, Any]:
     return found
 
 
+def measure_searches(split: Split, steps: Steps) -> list[dict[str, Any]]:
+    """The circuits after removal, for every search, goal and target."""
+    rows = []
+    for search, kind, target in product(get_args(SearchKind), KINDS, TARGETS):
+        name = f"search {search}, {kind}, {target}"
+        found, seconds = steps.with_seconds(
+            name, lambda s=search, k=kind, t=target: with_peak(lambda: searched(split, s, k, t))
+        )
+        made_of = {"search": search, "goal": kind, "target": target, "seconds": seconds, "peak_gib": found["peak_gib"]}
+        rows.append(made_of | found["found"])
+    return rows
+
+
+def planted_split(backups: int) -> Split:
+    """A planted model with decoys, and with backups or without, with its pairs split."""
+    made = ms.testbed.planted(3, decoys=2, backups=backups)
+    model = ms.load_model((made.model, made.tokenizer))
+    return split_pairs(model, draw_pairs(model, made.pairs, limit=48, progress=False), progress=False)
+
+
+PLANTED = {"planted": 0, "planted with backups": 1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", help=f"also: {', '.join(PLANTED)}")
     parser.add_argument("--drawn", type=Path, help="pairs that `draw_pairs` drew of this model, as they were saved")
     parser.add_argument("--limit", type=int, default=64, help="pairs to try, if none are given")
-    parser.add_argument("--work", type=Path, default=Path(".work/discovery"), help="where steps are kept")
+    parser.add_argument("--work", type=Path, default=RESULTS / "discovery" / "steps", help="where steps are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    model = ms.load_model(args.model)
-    made_of = {"weights": model.provenance().weights_sha256, "drawn": str(args.drawn or args.limit)}
-    steps = Steps(args.work / model.name.replace("/", "--"), made_of)
-    if args.drawn is None:
-        drawn = steps.result("pairs", Draw, lambda: draw_pairs(model, limit=args.limit, progress=False))
+    made_of: dict[str, Any] = {"thresholds": list(THRESHOLDS), "resamples": N_RESAMPLES}
+    if args.model in PLANTED:
+        name, split, names = args.model, planted_split(PLANTED[args.model]), tuple(SCORES)
+        made_of["weights"] = split.model.provenance().weights_sha256
+        steps = Steps(args.work / name.replace(" ", "-"), made_of)
     else:
-        drawn = Draw.load(args.drawn)
-    split = split_pairs(model, drawn, progress=False)
+        model = ms.load_model(args.model)
+        # ACDC tries every edge, which takes days on a model of this size
+        name, names = model.name, tuple(method for method in SCORES if method != "ACDC")
+        made_of |= {"weights": model.provenance().weights_sha256, "drawn": str(args.drawn or args.limit)}
+        steps = Steps(args.work / name.replace("/", "--"), made_of)
+        if args.drawn is None:
+            drawn = steps.result("pairs", Draw, lambda: draw_pairs(model, limit=args.limit, progress=False))
+        else:
+            drawn = Draw.load(args.drawn)
+        split = split_pairs(model, drawn, progress=False)
     target = PAGE.stored(args.out)
     record = json.loads(target.read_text()) if target.is_file() else {"models": {}}
-    record["models"][model.name] = {
-        "methods": measure(split, steps),
+    record["models"][name] = {
+        "methods": measure(split, steps, names),
+        "searches": measure_searches(split, steps),
         "parts": len(every(split)),
-        "found_on": len(drawn.here),
+        "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
+        "found_on": len(split.drawn.here),
         "versions": package_versions(),
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": processor(), "cores": os.cpu_count()},
     }
     publish(PAGE.name, record, args.out)
+
+
+def processor() -> str:
+    """The processor's name (Linux)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

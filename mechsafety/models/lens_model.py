@@ -282,8 +282,11 @@ class LensModel:
         with self.lock, self.backend.hooks(hooks), counted:
             yield
 
-    def check_neurons(self) -> None:
+    def check_neurons(self, expected: str = "heads and whole MLPs") -> None:
         """Refuse single neurons in a mixture of experts, where the neurons that run differ from token to token.
+
+        Args:
+            expected: What can be given instead, for the message.
 
         Raises:
             MechsafetyError: The model is a mixture of experts.
@@ -292,7 +295,7 @@ class LensModel:
             raise MechsafetyError(
                 f"neurons of {self.name}, a mixture of experts: the neurons that a layer runs differ from token to "
                 "token",
-                expected="heads and whole MLPs",
+                expected=expected,
             )
 
     @property

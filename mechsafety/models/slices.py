@@ -100,7 +100,7 @@ def part_slices(model: LensModel, nodes: Sequence[Node]) -> tuple[tuple[Slice, .
             (NEURONS, ("W_in", "W_out"), _chosen(nodes, layer, "neuron", model.d_mlp), model.d_mlp),
         ):
             if index and not set(needed) <= set(tensors):
-                model.check_neurons()
+                model.check_neurons("heads")  # a whole MLP is its neurons here
                 raise MechsafetyError(
                     f"{model.name} computes layer {layer} with weights of an unknown form",
                     expected="one linear layer each for queries, keys, values, outputs and the MLP's two sides",

@@ -122,7 +122,8 @@ def test_table_and_round_trip(measured, tmp_path):
     assert len(measured.to_dataframe()) == 15
     top = measured.neurons_dataframe(4)
     assert 4 <= len(top) <= 8 and set(top.columns) == {"node", "layer", "index", "writes", "reads_estimate"}
-    assert len(measured.plot().data[0].x) == 15
+    shown = {bars.name: len(bars.x) for bars in measured.plot().data}
+    assert shown == {"head": 12, "mlp": 3}
     again = DirectionIO.load(measured.save(tmp_path / "io"))
     assert again.nodes == measured.nodes and torch.equal(again.writes, measured.writes)
     assert repr(again).startswith("DirectionIO(15 nodes, written most by L0.H0")

@@ -81,11 +81,13 @@ def test_an_interval_without_bounds_is_no_point():
 
 def test_bars_without_bounds_are_hatched(llama, pairs, log_odds):
     one = activation_patching(llama, ms.PromptPairs(pairs.pairs[:1]), log_odds, progress=False)
-    (bars,) = one.plot().data
-    assert set(bars.marker.pattern.shape) == {"/"} and one.plot().layout.title.text.startswith("Hatched: no bounded")
+    figure = one.plot()
+    assert [bars.name for bars in figure.data] == ["head", "mlp"]
+    assert all(set(bars.marker.pattern.shape) == {"/"} for bars in figure.data)
+    assert figure.layout.title.text.startswith("Noising one node, 1 pair<br>hatched: no bounded")
     gap = 4 + torch.rand(30, generator=torch.Generator().manual_seed(0))
     sure = made(0.2 * gap[None] + 0.01 * torch.randn(1, 30, generator=torch.Generator().manual_seed(1)), gap).plot()
-    assert not sure.data[0].marker.pattern.shape and sure.layout.title.text is None
+    assert not sure.data[0].marker.pattern.shape and sure.layout.title.text == "Noising one node, 30 pairs"
 
 
 def test_what_cannot_be_compared():

@@ -34,6 +34,7 @@ def exercises():
 
 
 PAGE = (FOLDER.parents[1] / "docs" / "exercises.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"-?\d+\.\d+")
 EXERCISES = exercises()
 EVERY = list(checks.__all__)
 MISTAKES = [
@@ -223,4 +224,7 @@ def test_the_page_quotes_what_a_check_says():
     for function, text in zip(wrong, quoted, strict=True):
         with pytest.raises(CheckFailed) as error:
             checks.faithfulness(function)
-        assert str(error.value) == text
+        # the last digits are not the same on every processor
+        assert NUMBER.sub("#", str(error.value)) == NUMBER.sub("#", text)
+        said, printed = (list(map(float, NUMBER.findall(one))) for one in (str(error.value), text))
+        assert said == pytest.approx(printed, rel=1e-3)
