@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
+from einops import einsum
 from pages.discovery import PAGE
 from pages.page import RESULTS
 from pages.render import publish
@@ -36,6 +38,7 @@ from mechsafety.circuits.search import SearchKind
 from mechsafety.circuits.verification.stability import attribute_pairs, bootstrap_stability
 from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, as_node, head_and_mlp_nodes
+from mechsafety.patching import pair_runs
 from mechsafety.results import package_versions
 
 N_RANDOM = 10
@@ -66,6 +69,8 @@ SHARES = (
 
 KINDS: tuple[GoalKind, ...] = get_args(GoalKind)
 N_RESAMPLES = 5
+# points of EAP-IG's integral, as of the gradients of nodes
+EDGE_STEPS = 8
 # ACDC has no ranking: a part's score is the largest of these thresholds at which one of its edges is kept
 THRESHOLDS = tuple(float(value) for value in np.logspace(-3, 0, 10))
 
@@ -93,24 +98,38 @@ def by_patching(split: Split) -> Score:
 
 def by_edges(split: Split) -> Score:
     """EAP-IG (Hanna et al. 2024): a node's score is that of the strongest edge that leaves it."""
+    model, metric, sums, gaps = split.model, split.drawn.metric, [], []
+    for pair in split.drawn.here:
+        runs = pair_runs(model, replace(split.drawn.here, pairs=(pair,)))
+        found = edge_attribution(model, runs, metric, steps=EDGE_STEPS, progress=False)
+        harmful, harmless = runs.ends(metric)
+        gaps.append(float(harmful - harmless))
+        sums.append(found.scores * gaps[-1])
+    by_pair, names = torch.stack(sums), list(map(str, found.senders))
 
     def score(weights: Sequence[int] | None) -> dict[str, float]:
-        scores = edge_attribution(split.model, repeated(split, weights), split.drawn.metric, progress=False)
-        strongest = scores.scores.gather(1, scores.scores.abs().argmax(1, keepdim=True)).flatten().tolist()
-        found = {str(node): value for node, value in zip(scores.senders, strongest, strict=True)}
-        return {str(node): found[str(node)] for node in every(split)}
+        w = torch.ones(len(gaps)) if weights is None else torch.tensor(weights).float()
+        scores = einsum(w, by_pair, "pair, pair sender receiver -> sender receiver") / float(w @ torch.tensor(gaps))
+        strongest = scores.gather(1, scores.abs().argmax(1, keepdim=True)).flatten().tolist()
+        of = dict(zip(names, strongest, strict=True))
+        return {str(node): of[str(node)] for node in every(split)}
 
     return score
 
 
 def by_acdc(split: Split) -> Score:
-    """ACDC (Conmy et al. 2023): the largest threshold at which an edge of the node is kept."""
+    """ACDC (Conmy et al. 2023): the largest threshold at which an edge of the node is kept.
+
+    A pair that counts several times counts once here, because ACDC has no weights.
+    """
+    pairs = split.drawn.here
 
     def score(weights: Sequence[int] | None) -> dict[str, float]:
+        counted = [1] * len(pairs) if weights is None else weights
+        some = replace(pairs, pairs=tuple(pair for pair, n in zip(pairs, counted, strict=True) if n))
         found = dict.fromkeys(map(str, every(split)), 0.0)
         for threshold in THRESHOLDS:
-            pairs = repeated(split, weights)
-            kept = acdc(split.model, pairs, split.drawn.metric, threshold=threshold, measure="metric", progress=False)
+            kept = acdc(split.model, some, split.drawn.metric, threshold=threshold, measure="metric", progress=False)
             found |= {str(node): threshold for node in kept.nodes}
         return found
 
@@ -120,14 +139,6 @@ def by_acdc(split: Split) -> Score:
 def by_masks(split: Split, kind: GoalKind) -> Callable[[Sequence[int] | None], list[str]]:
     """Masks that are trained together."""
     return lambda weights: [str(part) for part in train_masks(split.meters.found_on, kind, weights=weights).ranking]
-
-
-def repeated(split: Split, weights: Sequence[int] | None) -> ms.PromptPairs:
-    """The discovery pairs, each as often as it counts."""
-    pairs = split.drawn.here
-    if weights is None:
-        return pairs
-    return replace(pairs, pairs=tuple(pair for pair, n in zip(pairs, weights, strict=True) for _ in range(n)))
 
 
 SCORES: Mapping[str, Callable[[Split], Score]] = {

@@ -22,8 +22,12 @@ def split():
 def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     split, made = split
     monkeypatch.setattr(study, "N_RANDOM", 2)
+    monkeypatch.setattr(study, "N_RESAMPLES", 2)
+    monkeypatch.setattr(study, "THRESHOLDS", (0.01, 0.5))
     monkeypatch.setattr(
-        study, "train_masks", lambda meter, kind: ms.circuits.train_masks(meter, kind, Training(steps=80))
+        study,
+        "train_masks",
+        lambda meter, kind, weights=None: ms.circuits.train_masks(meter, kind, Training(steps=80), weights=weights),
     )
     found = study.measure(split, Steps(tmp_path))
     true = len({node.home for node in made.truth.nodes})
@@ -38,7 +42,11 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     again = study.measure(split, Steps(tmp_path))
     assert again == found, "what was done is not done again"
     page = PAGES["discovery"]
+    searches = study.measure_searches(split, Steps(tmp_path / "searches"))
+    assert all(row["parts"] == true and row["reached"] for row in searches) and len(searches) == 8
+    assert all(row["fresh"][1] <= row["fresh"][0] <= row["fresh"][2] and row["fresh"][0] > 0.79 for row in searches)
     record = {"models": {"planted": {"methods": found, "parts": 10, "found_on": len(split.drawn.here)}}}
+    record["models"]["planted"] |= {"searches": searches, "edges": 99, "machine": {"cpu": "some", "cores": 2}}
     text = page.text(record)
     assert f"| masks, match | {true} | {true} |" in " ".join(text.split()) and list(page.figures(record)) == [
         "discovery.png"

@@ -11,7 +11,8 @@ from pages.tables import table
 
 FIGURE = "discovery.png"
 # colour and dashes of a method; the goal sets the dashes
-COLOURS = {"gradient": "#00588C", "single effects": "#C9A227", "masks": "#9C2F6B", "random": "#9A9A9A"}
+COLOURS = {"gradient": "#00588C", "single effects": "#C9A227", "EAP-IG": "#009E73", "ACDC": "#D55E00"}
+COLOURS |= {"masks": "#9C2F6B", "random": "#9A9A9A"}
 DASHES = {"reach": "-", "match": "--"}
 
 
@@ -24,17 +25,22 @@ def model(name: str, row: Record) -> dict[str, Any]:
     """Table and numbers of one model."""
     methods = row["methods"]
     columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]
-    # seconds that were not taken on a quiet machine are not kept
-    columns += ["seconds"] if any("seconds" in found for found in methods.values()) else []
+    columns += ["Jaccard", "seconds", "peak GiB"]
     return {
         "name": name,
         "parts": row["parts"],
         "found_on": row["found_on"],
         "unseen": methods["random"]["n_pairs"],
         "table": table(
-            [cells(method, found)[: len(columns)] for method, found in methods.items()],
+            [cells(method, found) for method, found in methods.items()],
             columns,
         ),
+        "searches": searches(row["searches"]),
+        "fresh": row["searches"][0]["n_pairs"],
+        "acdc": "ACDC, reach" in methods,
+        "edges": row["edges"],
+        "cpu": row["machine"]["cpu"],
+        "cores": row["machine"]["cores"],
         "smallest": {kind: smallest(methods, kind) for kind in DASHES},
     }
 
@@ -49,8 +55,32 @@ def cells(method: str, found: Record) -> list[str]:
         f"{found['cmd']:.2f}",
         f"{found['cpr'][0]:.2f}{low_high}",
         f"{max(found['faithfulness']):.2f}",
-        f"{found['seconds']:.0f}" if "seconds" in found else "",
+        *(["", "", ""] if needed is None else measured(found)),
     ]
+
+
+def measured(found: Record) -> list[str]:
+    """Overlap of resamples, seconds and memory of one ranking."""
+    return [f"{found['stability']['mean']:.2f}", f"{found['seconds']:.0f}", f"{found['peak_gib']:.1f}"]
+
+
+def searches(rows: Any) -> str:
+    """The circuits after removal one by one."""
+    return table(
+        [
+            [
+                row["search"],
+                row["goal"],
+                str(row["target"]),
+                f"{row['parts']}{'' if row['reached'] else ' (misses its goal)'}",
+                "{:.2f} ({:.2f} to {:.2f})".format(*row["fresh"]),
+                f"{row['seconds']:.0f}",
+                f"{row['peak_gib']:.1f}",
+            ]
+            for row in rows
+        ],
+        ["search", "goal", "target", "parts", "faithfulness on fresh pairs (95 % CI)", "seconds", "peak GiB"],
+    )
 
 
 def smallest(methods: Record, kind: str) -> dict[str, Any]:
