@@ -138,6 +138,11 @@ CALLS: dict[str, Callable[[], object]] = {
     "ships": lambda: ms.attribution.ships(llama(), PROMPTS),
     "replies": lambda: llama().generate(PROMPTS, 8, 2, **QUIET),
     "fragility": lambda: ms.fragility(llama(), ["L1.H0", "L2.H3", "L0.MLP"], pairs(), METRIC, n_random=2, **QUIET),
+    "redundancy": lambda: ms.robustness.redundancy(llama(), ["L1.H0", "L0.MLP"], pairs(), METRIC),
+    "relocation": lambda: ms.robustness.relocation(
+        *reversed(twins()), PROMPTS, METRIC, max_new_tokens=4, limit=9.0, batch_size=2, **QUIET
+    ),
+    "contrast of neurons": lambda: ms.neurons.contrast_neurons(llama(), pairs(), batch_size=2, **QUIET),
     "entanglement": lambda: ms.robustness.entanglement(llama(), ["L1.H0"], PROMPTS, **QUIET),
 }
 

@@ -19,6 +19,7 @@ from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
 from mechsafety.prompts.spans import SPANS
 from mechsafety.results import Provenance, Result
+from mechsafety.scale.work import sweeps, work
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -95,6 +96,7 @@ class NeuronContrast(Result):
         return px.bar(frame, x="layer", y=frame.columns[2], color="span", barmode="group")
 
 
+@sweeps
 @public
 def contrast_neurons(
     model: LensModel,
@@ -157,25 +159,36 @@ def _moments(
     model: LensModel, prompts: Sequence[str], spans: Sequence[str], batch_size: int, report: Callable[[int], object]
 ) -> tuple[Float[Tensor, "span layer d_mlp"], Float[Tensor, "span layer d_mlp"]]:
     """Sum and sum of squares, over prompts, of each neuron's mean over a span, in float64."""
-    first = torch.zeros(len(spans), model.n_layers, model.d_mlp, dtype=torch.float64)
-    second = torch.zeros_like(first)
-    for chunk in batches([model.n_tokens(prompt) for prompt in prompts], batch_size):
-        tokens = model.tokenize([prompts[k] for k in chunk])
-        weights = [tokens.span_mask(span).float() for span in spans]
-        if any(bool((weight.sum(1) == 0).any()) for weight in weights):
-            raise MechsafetyError(f"a prompt has no token in one of the spans {list(spans)}")
+    chunks = batches([model.n_tokens(prompt) for prompt in prompts], batch_size)
+    first, second = torch.zeros(2, len(spans), model.n_layers, model.d_mlp, dtype=torch.float64)
 
-        def add(layer: int, weights: Sequence[Tensor] = weights) -> Callable[[Tensor], None]:
-            def hook(tensor: Tensor) -> None:
-                for k, weight in enumerate(weights):
-                    weight = weight / weight.sum(1, keepdim=True)
-                    mean = einsum(tensor.float(), weight, "batch pos d_mlp, batch pos -> batch d_mlp").cpu().double()
-                    first[k, layer] += mean.sum(0)
-                    second[k, layer] += mean.square().sum(0)
+    def read(chunk: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return _sums(model, [prompts[k] for k in chunk], spans)
 
-            return hook
-
-        with hooked((model, add)):
-            model.forward(tokens)
+    for chunk, (one, two) in zip(chunks, work("batches", chunks, read, tuple[Tensor, Tensor]), strict=True):
+        first, second = first + one, second + two
         report(len(chunk))
+    return first, second
+
+
+def _sums(model: LensModel, prompts: Sequence[str], spans: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """`_moments` of one batch."""
+    first, second = torch.zeros(2, len(spans), model.n_layers, model.d_mlp, dtype=torch.float64)
+    tokens = model.tokenize(prompts)
+    weights = [tokens.span_mask(span).float() for span in spans]
+    if any(bool((weight.sum(1) == 0).any()) for weight in weights):
+        raise MechsafetyError(f"a prompt has no token in one of the spans {list(spans)}")
+
+    def add(layer: int) -> Callable[[Tensor], None]:
+        def hook(tensor: Tensor) -> None:
+            for k, weight in enumerate(weights):
+                weight = weight / weight.sum(1, keepdim=True)
+                mean = einsum(tensor.float(), weight, "batch pos d_mlp, batch pos -> batch d_mlp").cpu().double()
+                first[k, layer] += mean.sum(0)
+                second[k, layer] += mean.square().sum(0)
+
+        return hook
+
+    with hooked((model, add)):
+        model.forward(tokens)
     return first, second

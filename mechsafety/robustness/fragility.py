@@ -242,14 +242,14 @@ class FragilityCurve(Result):
         panels += ["replies to<br>harmful prompts"] if self.kinds else []
         panels += ["replies to<br>harmless prompts"] if self.kinds_harmless else []
         figure = make_subplots(1, len(panels), subplot_titles=panels)
-        band = {"x": [*last.parts, *last.parts[::-1]], "y": [*last.random_high, *last.random_low[::-1]]}
+        band: dict[str, Any] = {"x": [*last.parts, *last.parts[::-1]], "y": [*last.random_high, *last.random_low[::-1]]}
         band |= {"fill": "toself", "mode": "lines", "line": {"color": GREY, "width": 1}, "fillcolor": FAINT}
         figure.add_scatter(**band, name="random parts", row=1, col=1)
         strengths = list(frame.groupby("strength"))[::-1]  # the strongest one first: it has the darkest blue
         for colour, (strength, rows) in zip(cycle(SHADES), strengths, strict=False):
             up, down = rows.ci_high - rows.lost, rows.lost - rows.ci_low
             error = {"symmetric": False, "array": up, "arrayminus": down}
-            line = {"line": {"color": colour}, "name": f"these parts, strength {strength:g}"}
+            line: dict[str, Any] = {"line": {"color": colour}, "name": f"these parts, strength {strength:g}"}
             figure.add_scatter(x=rows.parts, y=rows.lost, error_y=error, **line, row=1, col=1)
             figure.add_scatter(x=rows.parts, y=rows.kl, **line, showlegend=False, row=1, col=2)
         random = {"line": {"color": GREY, "dash": "dot"}}

@@ -24,6 +24,7 @@ from mechsafety.patching.masks import PairRuns
 from mechsafety.prompts import PromptPairs
 from mechsafety.results import Provenance, Result, bars
 from mechsafety.robustness.parts import ranked_parts
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import SiteKind
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Redundancy(Result):
         return bars(self.to_dataframe(), "node", "change", "change of the direct effect, share of the gap")
 
 
+@sweeps
 @public
 def redundancy(
     model: LensModel,
@@ -169,5 +171,5 @@ def _direct(
 ) -> Float[Tensor, "node pair"]:
     """What the metric loses through each node's direct path to the logits, a few nodes at a time."""
     parts = [nodes[first : first + AT_ONCE] for first in range(0, len(nodes), AT_ONCE)]
-    rows = [direct_changes(model, runs, metric, some).cpu() for some in parts]
+    rows = work("direct effects", parts, lambda some: direct_changes(model, runs, metric, some).cpu(), Tensor)
     return torch.cat([torch.zeros(0, len(runs.harmful)), *rows]).double()

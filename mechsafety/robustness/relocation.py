@@ -35,6 +35,7 @@ from mechsafety.replies import (
 from mechsafety.results import Provenance, Result
 from mechsafety.robustness.fragility import RESAMPLES
 from mechsafety.robustness.lockstep import Edit, Lockstep, Side
+from mechsafety.scale.work import sweeps, work
 from mechsafety.sites import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def _given(value: Tensor) -> Callable[[Tensor], Tensor]:
 class _Run:
     """Replies and metric under one condition."""
 
-    tokens: list[list[int]]
+    tokens: tuple[tuple[int, ...], ...]
     scores: Float[Tensor, " prompt"]
 
 
@@ -283,7 +284,7 @@ class _Runner:
             for k, reply in zip(chunk, found, strict=True):
                 tokens[k] = reply
             done()
-        return _Run(tokens, scores)
+        return _Run(tuple(map(tuple, tokens)), scores)
 
     def _opened(self) -> list[list[int]] | None:
         """Token rows that end in the metric's opener; None where it reads at the prompt's end."""
@@ -295,6 +296,7 @@ class _Runner:
         return lay_out(self.speaker, [rows[k] for k in chunk])
 
 
+@sweeps
 @public
 def relocation(
     aligned: LensModel,
@@ -369,20 +371,22 @@ def relocation(
     runner = _Runner(one.model, metric, asked, max_new_tokens, batch_size)
     n_batches = len(batches([len(row) for row in prompt_rows(aligned, asked)], batch_size))
     with progress_bar(total=(3 + len(chosen)) * n_batches, desc="relocation", show=progress) as bar:
-        floor, ceiling = (runner.run(side, None, (), bar.update) for side in (receiver, donor))
+        controls = [(receiver, None, ()), (donor, None, ()), (receiver, receiver, chosen)]
+        known = work("controls", range(3), lambda k: runner.run(*controls[k], bar.update), _Run)
+        floor, ceiling = next(known), next(known)
         if floor.tokens == ceiling.tokens and torch.equal(floor.scores, ceiling.scores):
             raise MechsafetyError(
                 "both models give the same replies and the same log-odds to these prompts",
                 expected="an edit that changes something, or another model",
             )
-        again = runner.run(receiver, receiver, chosen, bar.update)
+        (again,) = known
         if again.tokens != floor.tokens or not torch.equal(again.scores, floor.scores):
             raise MechsafetyError(
                 f"the {into} model with its own values put back is not the {into} model",
                 expected="the same replies and log-odds, bit for bit",
                 hint="pass an edit that is the same at each forward pass, without random draws",
             )
-        patched = [runner.run(receiver, donor, [layer], bar.update) for layer in chosen]
+        patched = list(work("layers", chosen, lambda layer: runner.run(receiver, donor, [layer], bar.update), _Run))
     runs = [floor, ceiling, again, *patched]
     alone, taken, back, *changed = _judged(one.model, asked, [run.tokens for run in runs], judge, limit)
     options: dict[str, Any] = {"into": into, "max_new_tokens": max_new_tokens, "prompts": len(asked)}
@@ -449,7 +453,7 @@ def _edited_side(aligned: LensModel, edited: Edited) -> Side:
 def _judged(
     model: LensModel,
     prompts: Sequence[str],
-    runs: Sequence[Sequence[list[int]]],
+    runs: Sequence[Sequence[Sequence[int]]],
     judge: Judge,
     limit: float | None,
 ) -> list[ReplyKinds]:
