@@ -67,7 +67,12 @@ def context(record: Record) -> Mapping[str, Any]:
         if record["moved"]["spread"]["new"]
         else "None.",
         "shared": spread["shared"],
-        **measured_since(record),
+        "controls": trainings(repair["controls"]),
+        "harden_ablated": kinds(record["harden_ablated"]),
+        "relocation": relocations(record["relocation"], record["later"]),
+        "relocated": record["relocation"]["before"]["prompts"],
+        "base": record["relocation"]["before"]["base"],
+        "later": {name: said_later(row) for name, row in record["later"].items()},
         "figures": FIGURES,
     }
 
@@ -96,21 +101,6 @@ def told_apart(repair: Record, n: int) -> float:
     rates = [one["refused"] for one in repair["rows"] if one["condition"] in ("after", "random parts")]
     counts = [round(rate * n) for rate in rates]
     return float(fisher_exact([counts, [n - count for count in counts]]).pvalue)
-
-
-def measured_since(record: Record) -> dict[str, Any]:
-    """What records of earlier runs of the study do not hold: their pages go without it."""
-    if "relocation" not in record:
-        return dict.fromkeys(("controls", "harden_ablated", "relocation", "relocated", "base", "later"), "")
-    before = record["relocation"]["before"]
-    return {
-        "controls": trainings(record["repair"]["controls"]),
-        "harden_ablated": kinds(record["harden_ablated"]),
-        "relocation": relocations(record["relocation"], record["later"]),
-        "relocated": before["prompts"],
-        "base": before["base"],
-        "later": {name: said_later(row) for name, row in record["later"].items()},
-    }
 
 
 def trainings(rows: Any) -> str:
