@@ -72,7 +72,7 @@ def context(record: Record) -> Mapping[str, Any]:
         "relocation": relocations(record["relocation"], record["later"]),
         "relocated": record["relocation"]["before"]["prompts"],
         "base": record["relocation"]["before"]["base"],
-        "later": {name: said_later(row) for name, row in record["later"].items()},
+        "later": {name: said_later(record["later"][name]) for name in ("harden", "spread")},
         "figures": FIGURES,
     }
 
@@ -246,6 +246,8 @@ def figures(record: Record) -> Mapping[str, Figure]:
             )
             axis.plot(x, [row["random_mean"] for row in rows], ":", color=COLOURS[name])
         axis.set(title=which, xlabel="heads ablated", xscale="log")
+        axis.set_xticks(x, x)  # after the scale, which sets ticks of its own
+        axis.minorticks_off()
     axes[0].set(ylabel="share of the gap lost")
     axes[0].legend(frameon=False, fontsize=8)
     return {FIGURES["curves"]: figure}

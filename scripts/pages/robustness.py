@@ -214,6 +214,7 @@ def curves(record: Record) -> Figure:
     replies.set(title="replies to harmful prompts\n(dots: refuses, crosses: degenerate)", ylim=(-0.03, 1.03))
     for axis in (lost, cost, replies):
         axis.set(xlabel="parts ablated", xscale="log")
+        axis.xaxis.set_major_formatter("{x:g}")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
