@@ -11,6 +11,9 @@ DEV := $(VENV)/installed-dev
 DOCS := $(VENV)/installed-docs
 # what tests on a cluster need on top
 RAY := $(VENV)/installed-ray
+# what looks at an environment from outside: the bill of materials and the audit list .venv without their own libraries
+TOOLS := .venv-tools
+STAMPTOOLS := $(TOOLS)/installed
 # the same with TransformerLens 3.9, the last one with HookedTransformer
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
@@ -25,6 +28,8 @@ CORE := tests/models tests/test_cache.py tests/test_generations.py tests/patchin
 	tests/interventions/test_orthogonalized.py tests/neurons/test_scores.py
 # tests of one file stay in one process: they share what it has built
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# make test COVERAGE=1 also measures branch coverage of the package; setup.cfg says how much it must be
+MEASURE = $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 export HF_HUB_OFFLINE := 1
 # every worker and subprocess of the tests would compile the package again
 unexport PYTHONDONTWRITEBYTECODE
@@ -32,14 +37,29 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
+.PHONY: demo test test-wheel sbom audit-deps test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
 	@echo "open out/report.html in a browser"
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser --ignore=tests/notebooks --ignore=tests/cluster
+	$(BIN)/python -m pytest $(PARALLEL) $(MEASURE) --ignore=tests/browser --ignore=tests/notebooks \
+	  --ignore=tests/cluster --ignore=tests/wheel
+
+# wheel and source distribution: built, compared, and the wheel used in an environment with nothing else of ours; the
+# bill of materials
+test-wheel: $(DEV) $(STAMPTOOLS)
+	CYCLONEDX=$(TOOLS)/bin/cyclonedx-py OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wheel
+
+# a CycloneDX bill of materials of .venv as it is installed
+sbom: $(STAMP) $(STAMPTOOLS)
+	$(BIN)/python scripts/sbom.py .work/sbom.json --tool $(TOOLS)/bin/cyclonedx-py
+
+# known vulnerabilities of the pinned libraries, from PyPI's advisories; needs network to pypi.org. --strict: a library
+# that cannot be looked up is an error, and not a library without vulnerabilities
+audit-deps: $(STAMPTOOLS)
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 # runs on a Ray cluster of two nodes on this machine, with a worker and a node killed; about ten minutes on two cores
 test-ray: $(RAY)
@@ -164,6 +184,12 @@ $(RAY): $(DEV)
 	$(PIP) --editable ".[demo,dev,ray]"
 	touch $(RAY)
 
+$(STAMPTOOLS): constraints.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  cyclonedx-bom pip-audit
+	touch $(STAMPTOOLS)
+
 $(DOCS): $(STAMP)
 	$(PIP) --editable ".[demo,docs]"
 	touch $(DOCS)
@@ -176,4 +202,4 @@ $(STAMP3): setup.cfg pyproject.toml constraints-tl3.txt
 	touch $(STAMP3)
 
 clean:
-	rm -rf $(VENV) $(VENV3) out .work
+	rm -rf $(VENV) $(VENV3) $(TOOLS) out .work

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from mechsafety.codec import Amount
-from mechsafety.conversation import Conversation, PromptLike, whole_characters
+from mechsafety.codec import Amount as Amount
+from mechsafety.conversation import Conversation, whole_characters
+from mechsafety.conversation import PromptLike as PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.settled import settled
 

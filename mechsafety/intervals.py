@@ -217,7 +217,8 @@ def _fieller(
         c = critical**2
         quadratic, linear, constant = b * b - c * v_bb, a * b - c * v_ab, a * a - c * v_aa
         edge = np.sqrt(np.maximum(linear**2 - quadratic * constant, 0.0))
-        return np.divide(linear + sign * edge, quadratic, out=np.full_like(a, np.nan), where=quadratic > 0)
+        ends: np.ndarray = np.divide(linear + sign * edge, quadratic, out=np.full_like(a, np.nan), where=quadratic > 0)
+        return ends
 
     student = np.full_like(a, t.ppf((1 + confidence) / 2, prompts - 1))
     ends = []

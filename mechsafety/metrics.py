@@ -481,7 +481,8 @@ def sign_flip_p(values: np.ndarray, seed: int = 0, n: int = 10_000) -> np.ndarra
     null = np.abs(values @ signs.T)
     observed = np.abs(values.sum(axis=1, keepdims=True)) * (1 - 1e-12)
     hits = (null >= observed).sum(axis=1)
-    return hits / len(signs) if exact else (hits + 1) / (len(signs) + 1)
+    p_values: np.ndarray = hits / len(signs) if exact else (hits + 1) / (len(signs) + 1)
+    return p_values
 
 
 def adjust_p(p_values: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def progress_bar(
     return _Bar(over, total=total, desc=desc, disable=not show, leave=False, delay=delay)
 
 
-class _Bar(tqdm):
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A bar that knows when it is open."""
 
     def __enter__(self) -> "_Bar":

@@ -296,7 +296,8 @@ class Result:
         try:
             text = source.read_bytes().decode()
             if folder:
-                return _read(cls, text, tensors.read_bytes() if tensors.is_file() else b"")
+                result: Self = _read(cls, text, tensors.read_bytes() if tensors.is_file() else b"")
+                return result
             return cls.from_json(text)
         except UnicodeDecodeError:
             raise MechsafetyError(f"{source}: not UTF-8 text", expected=f"what {cls.__name__}.save wrote") from None
@@ -324,7 +325,8 @@ class Result:
         Raises:
             MechsafetyError: As `load`.
         """
-        return _read(cls, text)
+        result: Self = _read(cls, text)
+        return result
 
 
 def _written(result: Result) -> tuple[dict[str, Any], bytes]:

@@ -174,7 +174,8 @@ def principal_angles(
     first = torch.linalg.svd(before.double(), full_matrices=False).U[:, :rank]
     second = torch.linalg.svd(after.double(), full_matrices=False).U[..., :rank]
     overlap = einsum(first, second, "prompt i, ... prompt j -> ... i j")
-    return torch.linalg.svdvals(overlap).clamp(max=1).arccos().rad2deg().float()
+    angles: Tensor = torch.linalg.svdvals(overlap).clamp(max=1).arccos().rad2deg().float()
+    return angles
 
 
 def divergences(

@@ -122,7 +122,8 @@ def on_a_path(edges: Sequence[Edge]) -> set[Node]:
     graph.add_edges_from((edge.sender, edge.receiver) for edge in edges)
     forward = nx.descendants(graph, EMBED) | {EMBED}
     backward = nx.ancestors(graph, LOGITS) | {LOGITS}
-    return forward & backward
+    between: set[Node] = forward & backward
+    return between
 
 
 def connect(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -460,7 +460,9 @@ def _controls(
     return ControlScores(tuple(names), scores.bypass[0], scores.induce[0], scores.kl[0])
 
 
-def _row(start: dict, scores: "RefusalDirection | ControlScores", at: "int | tuple[int, int]") -> dict:
+def _row(
+    start: dict[str, Any], scores: "RefusalDirection | ControlScores", at: "int | tuple[int, int]"
+) -> dict[str, Any]:
     row = dict(start)
     for name in ("bypass", "induce", "kl"):
         values = getattr(scores, name)[at].cpu().double().numpy()

@@ -269,4 +269,5 @@ def _orthogonal(
     q = basis.double()
     left = left - (left @ rearrange(q, "rank d -> d rank")) @ q
     real = left.norm(dim=-1) > 1e-4 * vectors.double().norm(dim=-1)
-    return (left * rearrange(real, "layer position -> layer position 1")).float()
+    kept: Tensor = (left * rearrange(real, "layer position -> layer position 1")).float()
+    return kept

@@ -80,7 +80,8 @@ class Direction(Result):
     @property
     def unit(self) -> Float[Tensor, "site width"]:
         """The vectors at length 1."""
-        return self.vectors / self.vectors.norm(dim=-1, keepdim=True)
+        unit: Tensor = self.vectors / self.vectors.norm(dim=-1, keepdim=True)
+        return unit
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per site: layer, head, norm of the vector."""
@@ -316,7 +317,8 @@ def orthonormal(vectors: Float[Tensor, "rank d_model"]) -> Float[Tensor, "rank d
     rank_deficient = vectors.shape[0] > vectors.shape[1] or bool((triangle.diagonal().abs() <= 1e-6 * norms).any())
     if rank_deficient or bool((norms == 0).any()):
         raise MechsafetyError(f"{len(vectors)} directions that are zero or linearly dependent")
-    return rearrange(basis.float(), "d_model rank -> rank d_model")
+    rows: Tensor = rearrange(basis.float(), "d_model rank -> rank d_model")
+    return rows
 
 
 def removal_hooks(model: LensModel, bases: Float[Tensor, "variant rank d_model"], strength: float = 1.0) -> list[Hook]:

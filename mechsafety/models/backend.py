@@ -119,7 +119,8 @@ class Backend(ABC):
     def plain_logits(self, ids: Int[Tensor, "1 pos"]) -> Float[Tensor, "pos d_vocab"]:
         """Logits of TransformerLens' own forward on one unpadded row."""
         with torch.no_grad():
-            return self.tl_model(ids, attention_mask=torch.ones_like(ids))[0].float()
+            logits: Tensor = self.tl_model(ids, attention_mask=torch.ones_like(ids))[0].float()
+            return logits
 
     @abstractmethod
     def logits(self, tokens: Tokens, keep: int) -> Float[Tensor, "batch keep d_vocab"]:
@@ -251,7 +252,8 @@ class Backend(ABC):
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of a layer's heads."""
-        return self._block(layer).attn.W_O
+        weights: Tensor = self._block(layer).attn.W_O
+        return weights
 
     def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
         """Output bias of a layer's attention; zeros where there is none."""
@@ -259,15 +261,18 @@ class Backend(ABC):
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights of a layer's neurons."""
-        return self._block(layer).mlp.W_out
+        weights: Tensor = self._block(layer).mlp.W_out
+        return weights
 
     def W_in(self, layer: int) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights of a layer's neurons; in a gated MLP, those of the linear branch."""
-        return self._block(layer).mlp.W_in
+        weights: Tensor = self._block(layer).mlp.W_in
+        return weights
 
     def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:
         """Value weights: one per key-value head, or repeated to all heads, as the generation stores them."""
-        return self._block(layer).attn.W_V
+        weights: Tensor = self._block(layer).attn.W_V
+        return weights
 
     def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
         """Output bias of a layer's MLP; zeros where there is none."""
@@ -286,7 +291,8 @@ class Backend(ABC):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
-        return self.tl_model.W_U
+        weights: Tensor = self.tl_model.W_U
+        return weights
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
@@ -296,7 +302,8 @@ class Backend(ABC):
     @property
     def last_norm(self) -> nn.Module:
         """The module of the final norm."""
-        return self.tl_model.ln_final
+        norm: nn.Module = self.tl_model.ln_final
+        return norm
 
     @property
     def logit_cap(self) -> float:
@@ -352,6 +359,7 @@ def wrap(name: str, model: Any, tokenizer: Any) -> Backend:
     from mechsafety.models import bridge, hooked
 
     _own_tensors(model)
+    backend: Backend
     for generation in (bridge, hooked):
         if generation.is_mine(model):
             backend = generation.wrap(model)

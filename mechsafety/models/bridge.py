@@ -143,7 +143,8 @@ class BridgeBackend(Backend):
 
     def weights(self) -> Mapping[str, Tensor]:
         """All parameters by name."""
-        return self.module.state_dict()
+        weights: Mapping[str, Tensor] = self.module.state_dict()
+        return weights
 
     @contextmanager
     def hooks(self, edits: Sequence[Hook]) -> Iterator[None]:
@@ -224,7 +225,8 @@ class BridgeBackend(Backend):
 
         kwargs = {key: again(value) for key, value in call.kwargs.items()}
         out = self._block(layer)(hidden, *map(again, call.args), **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        stream: Tensor = out[0] if isinstance(out, tuple) else out
+        return stream
 
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``, norms included."""
@@ -233,9 +235,11 @@ class BridgeBackend(Backend):
             resid = block.ln2(resid)
         elif self.sizes.parallel:
             resid = block.ln1(resid)
-        out = block.mlp(resid)
-        out = out[0] if isinstance(out, tuple) else out  # some experts return the router's scores as well
-        return block.ln2_post(out) if hasattr(block, "ln2_post") else out
+        out: Any = block.mlp(resid)
+        added: Tensor = out[0] if isinstance(out, tuple) else out  # some experts return the router's scores as well
+        if hasattr(block, "ln2_post"):
+            added = block.ln2_post(added)
+        return added
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm, unembedding and soft cap; float32."""
@@ -288,7 +292,7 @@ class BridgeBackend(Backend):
         """Logits of the last ``keep`` columns of ``ids``; ``mask`` also covers the columns in ``cache`` before them."""
         if not self.module.config.return_dict:  # without it Hugging Face's own code fails inside the model
             self.module.config.return_dict = True
-        return self.module(
+        logits: Tensor = self.module(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions(mask)[:, -ids.shape[1] :],
@@ -296,6 +300,7 @@ class BridgeBackend(Backend):
             use_cache=cache is not None,
             logits_to_keep=keep,
         ).logits
+        return logits
 
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""

@@ -22,7 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsafety.errors import MechsafetyError
-from mechsafety.models.backend import BlockCall, Hook, Prefix, expand_rows
+from mechsafety.models.backend import BlockCall, Prefix
+from mechsafety.models.backend import Hook as Hook
+from mechsafety.models.backend import expand_rows as expand_rows
 from mechsafety.models.lens_model import LensModel
 from mechsafety.models.memory import CPU_TOKENS, Allocated, batch_tokens
 from mechsafety.models.shortcuts import ALL_ON, Shortcuts

@@ -279,7 +279,7 @@ def _check_settings(header: Header, config: Any) -> None:
 def _same(found: Any, made: Any) -> bool:
     if isinstance(found, float) and isinstance(made, int | float):
         return math.isclose(found, made, rel_tol=1e-6)  # stored in float32
-    return found == made
+    return bool(found == made)
 
 
 def _known(config: Any) -> dict[str, Any]:

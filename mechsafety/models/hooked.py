@@ -206,12 +206,14 @@ class HookedBackend(Backend):
         """Run one block on rows that repeat ``batch`` prompts; ``call`` is from the stored run of these prompts."""
         mask = expand_rows(call.kwargs["attention_mask"], hidden.shape[0] // batch)
         entry = None if cache is None else cache[layer]
-        return self._block(layer)(hidden, past_kv_cache_entry=entry, attention_mask=mask)
+        out: Tensor = self._block(layer)(hidden, past_kv_cache_entry=entry, attention_mask=mask)
+        return out
 
     def mlp(self, layer: int, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What a layer's MLP adds when it reads ``resid``, norms included."""
         block = self._block(layer)
-        return block.apply_mlp(resid if self.norms_last else block.ln2(resid))
+        out: Tensor = block.apply_mlp(resid if self.norms_last else block.ln2(resid))
+        return out
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm, unembedding and soft cap; float32."""
@@ -300,7 +302,8 @@ class HookedBackend(Backend):
     def _stream(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """The residual stream after the last block."""
         layers = self.sizes.n_layers
-        return self.tl_model(ids, attention_mask=mask.long(), past_kv_cache=cache, stop_at_layer=layers)
+        stream: Tensor = self.tl_model(ids, attention_mask=mask.long(), past_kv_cache=cache, stop_at_layer=layers)
+        return stream
 
     def _last(self, stream: Tensor, keep: int) -> Tensor:
         # the norm runs on all columns, as its site promises; only the unembedding is expensive

@@ -46,7 +46,7 @@ class Allocated(TorchDispatchMode):
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.total = 0
         self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
 

@@ -1,7 +1,7 @@
 """Keep the progress bars and warnings of other libraries off the user's screen while a model loads."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -20,7 +20,7 @@ def quiet() -> Iterator[None]:
         >>> logging.get_verbosity() == before
         True
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
@@ -29,7 +29,8 @@ def quiet() -> Iterator[None]:
         """Set transformers' bars, which sets the hub's too, then the hub's."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the hub warns where an environment variable decides
-            (logging.enable_progress_bar if own else logging.disable_progress_bar)()
+            bar: Callable[[], None] = logging.enable_progress_bar if own else logging.disable_progress_bar
+            bar()
             (enable_progress_bars if hub else disable_progress_bars)()
 
     logging.set_verbosity_error()

@@ -340,7 +340,8 @@ def _false_alarms(scores: np.ndarray, unsafe: np.ndarray, tpr: float) -> np.ndar
     """Share of safe prompts at or above the highest threshold that catches ``tpr`` of the unsafe ones [... prompt]."""
     caught = int(np.ceil(tpr * unsafe.sum() - 1e-9))
     cut = np.sort(scores[..., unsafe], axis=-1)[..., -caught]
-    return (scores[..., ~unsafe] >= cut[..., None]).mean(-1)
+    rates: np.ndarray = (scores[..., ~unsafe] >= cut[..., None]).mean(-1)
+    return rates
 
 
 def _auroc(scores: np.ndarray, unsafe: np.ndarray) -> np.ndarray:
@@ -349,4 +350,5 @@ def _auroc(scores: np.ndarray, unsafe: np.ndarray) -> np.ndarray:
 
     ranks = rankdata(scores, axis=-1)
     n = int(unsafe.sum())
-    return (ranks[..., unsafe].sum(-1) - n * (n + 1) / 2) / (n * (len(unsafe) - n))
+    areas: np.ndarray = (ranks[..., unsafe].sum(-1) - n * (n + 1) / 2) / (n * (len(unsafe) - n))
+    return areas

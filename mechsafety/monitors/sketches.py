@@ -177,13 +177,15 @@ def _writers(model: LensModel, seed: int) -> tuple[tuple[str, ...], Float[Tensor
 def _head_gains(model: LensModel, layer: int) -> Float[Tensor, " head"]:
     values = model.backend.W_V(layer).float().flatten(1).norm(dim=1)
     values = repeat(values, "kv_head -> (kv_head group)", group=model.n_heads // len(values))
-    return model.W_O(layer).float().flatten(1).norm(dim=1) * values
+    gains: Tensor = model.W_O(layer).float().flatten(1).norm(dim=1) * values
+    return gains
 
 
 def _input_norms(model: LensModel, layer: int) -> Float[Tensor, " d_mlp"]:
     if not model.d_mlp:
         return torch.zeros(0, device=model.device)
-    return model.backend.W_in(layer).float().norm(dim=0)
+    norms: Tensor = model.backend.W_in(layer).float().norm(dim=0)
+    return norms
 
 
 class _Seen:

@@ -176,7 +176,8 @@ def _agreement(ours: np.ndarray, theirs: np.ndarray, top: np.ndarray, other: np.
 def _ranks(values: np.ndarray) -> np.ndarray:
     from scipy.stats import rankdata
 
-    return rankdata(values)
+    ranks: np.ndarray = rankdata(values)
+    return ranks
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -79,7 +79,8 @@ class PathMatrix(Result):
         """
         if slot not in ("q", "k", "v"):
             raise MechsafetyError(f"a head has no slot {slot!r}", expected="q, k or v")
-        return getattr(self, slot).mean(-1)
+        mean: Tensor = getattr(self, slot).mean(-1)
+        return mean
 
     def top(self, slot: str, n: int = 200) -> list[tuple[Edge, float]]:
         """The ``n`` edges with the largest absolute mean change in a slot, largest first: candidates to measure."""
@@ -287,7 +288,8 @@ def _values(
     toward = einsum(weight, (source - seen.values.detach()).float(), formula)
     unit = toward / toward.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     read = einsum(weight, seen.values.float(), formula)
-    return rearrange((read * unit).sum(-1), "batch kv_head group -> batch (kv_head group)")
+    toward_each: Tensor = rearrange((read * unit).sum(-1), "batch kv_head group -> batch (kv_head group)")
+    return toward_each
 
 
 def _pull(seen: _Attention, targets: Float[Tensor, "batch head"]) -> Float[Tensor, "head batch pos d_model"]:

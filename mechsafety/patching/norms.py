@@ -87,7 +87,8 @@ def through_norm(
     with model.lock:  # other threads may have hooks on this norm
         before = module(base)
         with keep_scales(model, norm, [module], lambda: module(base)):
-            return split_rows(module(rows), len(change)) - before
+            moved: Tensor = split_rows(module(rows), len(change)) - before
+            return moved
 
 
 @contextmanager

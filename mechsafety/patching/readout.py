@@ -47,4 +47,5 @@ def final_scores(
         moved = split_rows(ln(rows), len(change)) - ln(final)
     both = (list(metric.refusal_ids), list(metric.comply_ids))
     slope = [model.W_U[:, ids].mean(-1) for ids in both]
-    return metric(base.logits) + einsum(moved, slope[0] - slope[1], "variant batch d, d -> variant batch").float()
+    moves: Tensor = einsum(moved, slope[0] - slope[1], "variant batch d, d -> variant batch").float()
+    return metric(base.logits) + moves

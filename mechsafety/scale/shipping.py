@@ -98,7 +98,7 @@ def pack_call(function: Any, args: Any, kwargs: Any) -> tuple[bytes, dict[str, A
 
     models: dict[str, Any] = {}
 
-    class Pickler(cloudpickle.CloudPickler):
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # cloudpickle has no types
         def persistent_id(self, value: Any) -> Any:
             if not hasattr(value, "hash_weights"):
                 return None

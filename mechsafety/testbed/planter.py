@@ -41,7 +41,8 @@ def plateau(activation: nn.Module, growth: float = 1.0, *, gated: bool = False) 
 
     def difference(a: float) -> float:
         one, both = activation(torch.tensor([-a * growth, -2 * a], dtype=torch.float64)).tolist()
-        return (growth if gated else 1.0) * one - both
+        apart: float = (growth if gated else 1.0) * one - both
+        return apart
 
     return float(brentq(difference, 0.1, 2.0))
 
@@ -167,7 +168,8 @@ class _Planter:
     def _reader(self, norm: nn.Module, name: str) -> Float[Tensor, " d_model"]:
         """The vector whose product with a norm's output is the stream's part along a direction, over its scale."""
         weight: Any = norm.weight
-        return self.along[name] / weight.data
+        vector: Tensor = self.along[name] / weight.data
+        return vector
 
     def _heads(self, block: BlockWeights, layer: int) -> None:
         norm = block.norms[0]

@@ -47,12 +47,14 @@ def _kernel(values: np.ndarray) -> np.ndarray:
     distance = np.abs(values[:, None] - values[None, :]).astype(np.float64)
     apart = distance[np.triu_indices(len(values), 1)]
     width = float(np.median(apart[apart > 0])) if (apart > 0).any() else 1.0
-    return np.exp(-(distance**2) / (2 * width**2))
+    kernel: np.ndarray = np.exp(-(distance**2) / (2 * width**2))
+    return kernel
 
 
 def _centred_kernel(values: np.ndarray) -> np.ndarray:
     kernel = _kernel(values)
-    return kernel - kernel.mean(0) - kernel.mean(1)[:, None] + kernel.mean()
+    centred: np.ndarray = kernel - kernel.mean(0) - kernel.mean(1)[:, None] + kernel.mean()
+    return centred
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> float:

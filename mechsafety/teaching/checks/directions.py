@@ -18,7 +18,8 @@ Stream = Float[Tensor, "prompt pos d_model"]
 
 
 def _unit(vector: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    return vector / vector.norm(dim=-1, keepdim=True)
+    unit: Tensor = vector / vector.norm(dim=-1, keepdim=True)
+    return unit
 
 
 @functools.cache
