@@ -101,7 +101,11 @@ def carrying(edges: Sequence[CircuitEdge], effects: Mapping[Node, float]) -> lis
         if member.ci is not None
         and not member.ci[0] <= 0 <= member.ci[1]
         and abs(member.effect)
-        >= SOME * min(abs(effects[node]) for node in (member.edge.sender, member.edge.receiver) if node in effects)
+        >= SOME
+        * min(
+            (abs(effects[node]) for node in (member.edge.sender, member.edge.receiver) if node in effects),
+            default=0.0,  # from the embedding straight to the logits
+        )
     ]
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mechsafety.attribution import NodeAttribution
-from mechsafety.circuits.backups import stand_in_neurons
+from mechsafety.circuits.backups import stand_in_neurons, with_backups
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup, CircuitEdge
+from mechsafety.circuits.edge_backups import with_backup_edges
 from mechsafety.circuits.edge_faithfulness import EdgeMeter
 from mechsafety.circuits.edge_search import edge_scores, search_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
@@ -76,7 +77,7 @@ class NodeLevel:
     sites: tuple[SiteKind, ...] = ()
     # how pairs may be aligned
     aligns: tuple[str, ...] = ("tokens", "suffix")
-    # whether backups are looked for, and the search repeated on resamples of the prompts
+    # whether the search is repeated on resamples of the prompts
     of_nodes = True
 
     def check(self, model: LensModel, align: str) -> None:
@@ -136,6 +137,17 @@ class NodeLevel:
         ranking = self.ranking(meters, attribution, options)
         pairs = meters.found_on, meters.held_out
         return search_parts(*pairs, ranking, options.aim, max_parts=options.max_nodes, budget=budget)
+
+    def with_backups(
+        self,
+        result: SearchResult,
+        backups: Sequence[Backup],
+        meters: Meters,
+        options: MapOptions,
+        budget: Budget,  # noqa: ARG002 (edges need it)
+    ) -> SearchResult:
+        """The circuit with the backups that it lacks."""
+        return with_backups(result, backups, options.max_nodes, (meters.found_on, meters.held_out), options.aim)
 
     def refined(self, coarse: Refined, options: MapOptions, budget: Budget) -> Refined:  # noqa: ARG002 (for neurons)
         """The circuit of this level's parts, from one of heads and MLPs."""
@@ -202,6 +214,18 @@ class EdgeLevel(NodeLevel):
             max_edges=options.max_nodes,
             budget=budget,
         )
+
+    def with_backups(
+        self,
+        result: SearchResult,
+        backups: Sequence[Backup],
+        meters: Meters,
+        options: MapOptions,
+        budget: Budget,
+    ) -> SearchResult:
+        """The circuit with the edges of the backups that it lacks."""
+        pairs = meters.found_on, meters.held_out
+        return with_backup_edges(result, backups, options.max_nodes, pairs, options.aim, budget)
 
     def own_edges(self, result: SearchResult) -> list[CircuitEdge]:
         """The circuit's edges, with their EAP-IG scores."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mechsafety.attribution import NodeAttribution
 from mechsafety.circuits.assemble import circuit_nodes, node_scores
-from mechsafety.circuits.backups import backups_of, with_backups
+from mechsafety.circuits.backups import backups_of
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup, MapDetails, ModelShape, RefusalCircuit, Search
 from mechsafety.circuits.draw import MIN_PAIRS, Draw, a_quarter, draw_pairs
@@ -284,12 +284,10 @@ def measure_nodes(found: Found) -> NodeEffects:
     options, budget = split.options, split.budget
     asked = _to_measure(result, found.ranked.attribution, options.shortlist)
     effects = single_effects(split.alone, asked, budget, split.progress)
-    backups: tuple[Backup, ...] = ()
-    if LEVELS[options.level].of_nodes:
-        few, n_parts = split.alone[0], options.n_backup_parts
-        known = result.marginals if few is split.meters.held_out else {}
-        alone = on_some(effects, split.alone, range(len(split.few)))
-        backups = backups_of(few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
+    few, n_parts = split.alone[0], options.n_backup_parts
+    known = result.marginals if few is split.meters.held_out else {}
+    alone = on_some(effects, split.alone, range(len(split.few)))
+    backups = backups_of(few, result, known, alone, n_parts=n_parts, seed=options.seed, budget=budget)
     n_pairs = sum(len(meter.runs.harmful) for meter in split.alone)
     rows = np.stack(list(effects.values())) if effects else np.zeros((0, n_pairs))
     return NodeEffects(tuple(effects), torch.from_numpy(rows), backups)
@@ -346,9 +344,8 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
             seed=options.seed,
             budget=budget,
         )
-    pairs = split.meters.found_on, split.meters.held_out
-    result = with_backups(result, nodes.backups, options.max_nodes, pairs, options.aim)
-    inside = tuple(backup for backup in nodes.backups if backup.node in result.circuit)
+    result = level.with_backups(result, nodes.backups, split.meters, options, budget)
+    inside = tuple(backup for backup in nodes.backups if backup.node in result.nodes)
     coarse = Refined(result, split.meters, found.ranked.attribution, inside)
     circuit = level.refined(coarse, options, budget)
     effects = dict(zip(nodes.nodes, nodes.effects.numpy(), strict=True))

@@ -43,7 +43,8 @@ class MapOptions:
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
         n_added: Parts outside the circuit that are added to it at random. Minimality is measured against them.
         n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
-        n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first.
+        n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first. At level ``edge``
+            the edges of the backups are added.
         n_edges: Edges between nodes to measure, those with the largest estimates first. Those that carry something are
             kept. Edges that a node needs to be connected come on top.
         n_role_pairs: Held-out pairs on which roles, edges, backups and single nodes are measured. With fewer than four,

@@ -288,6 +288,30 @@ def _eliminate(
     return circuit, {}, None
 
 
+def without_free(
+    meters: Sequence[FaithfulnessMeter], circuit: Sequence[Part], removable: Sequence[Part], goal: Goal
+) -> list[Part]:
+    """The circuit without those of some parts that it does not need to meet the goal on each meter's pairs.
+
+    The cheapest parts leave together, as many as may; then all are measured again.
+    """
+    left = list(circuit)
+
+    def reaches(parts: Sequence[Part]) -> bool:
+        return all(goal.met(meter.faithfulness([parts])[0]) for meter in meters)
+
+    while True:
+        may, costs = [part for part in removable if part in set(left)], dict[Part, float]()
+        for meter in meters:
+            whole, costs = meter.faithfulness([left])[0], marginals(meter, left, may)
+            may = [part for part in may if goal.met(whole - costs[part])]
+        free = sorted(may, key=lambda part: (goal.size(costs[part]), order_of(part)))
+        dropped = set(_largest(free, left, reaches))
+        if not dropped:
+            return left
+        left = [part for part in left if part not in dropped]
+
+
 # a search may take this share of a time budget
 SEARCH_SHARE = 0.4
 # the smallest blocks that are tried are this share of a set too large to measure part by part

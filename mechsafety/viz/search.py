@@ -60,8 +60,6 @@ def search_section(circuit: RefusalCircuit) -> SearchSection:
 
 
 def _backups(circuit: RefusalCircuit, search: Search) -> str:
-    if circuit.level == "edge":
-        return "A search of edges does not look for backups (parts that replace a primary part when it is patched)."
     if not search.backups:
         return "No backups (parts that replace a primary part when it is patched) were added."
     n, inside = len(search.backups), sum(backup.node in circuit for backup in search.backups)

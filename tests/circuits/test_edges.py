@@ -207,6 +207,8 @@ def test_edges_that_carry_something(effect, ends, kept):
     assert carrying([edge], {sender: 0.5, receiver: -0.9}) == [edge] * kept
     from_embed = CircuitEdge(Edge(Node("embed"), receiver, "mlp"), 0.1, "measured", None, (0.05, 0.15))
     assert carrying([from_embed], {receiver: 0.9}) == [from_embed], "the embeddings have no effect of their own"
+    through = CircuitEdge(Edge(Node("embed"), Node("logits"), "resid"), 0.01, "measured", None, (0.005, 0.015))
+    assert carrying([through], {receiver: 0.9}) == [through], "neither have the logits"
 
 
 def test_intervals_of_edges_are_those_of_shares_of_the_given_gaps(llama, pairs, log_odds):
