@@ -25,22 +25,30 @@ def model(name: str, row: Record) -> dict[str, Any]:
     """Table and numbers of one model."""
     methods = row["methods"]
     columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]
-    columns += ["Jaccard", "seconds", "peak GiB"]
+    whole = "searches" in row  # a record of an earlier form of the study holds the rankings alone
+    columns += ["Jaccard", "seconds", "peak GiB"] if whole else []
     return {
         "name": name,
         "parts": row["parts"],
         "found_on": row["found_on"],
         "unseen": methods["random"]["n_pairs"],
         "table": table(
-            [cells(method, found) for method, found in methods.items()],
+            [cells(method, found)[: len(columns)] for method, found in methods.items()],
             columns,
         ),
-        "searches": searches(row["searches"]),
-        "fresh": row["searches"][0]["n_pairs"],
-        "acdc": "ACDC, reach" in methods,
-        "edges": row["edges"],
-        "cpu": row["machine"]["cpu"],
-        "cores": row["machine"]["cores"],
+        "whole": whole,
+        **(
+            {
+                "searches": searches(row["searches"]),
+                "fresh": row["searches"][0]["n_pairs"],
+                "acdc": "ACDC, reach" in methods,
+                "edges": row["edges"],
+                "cpu": row["machine"]["cpu"],
+                "cores": row["machine"]["cores"],
+            }
+            if whole
+            else {}
+        ),
         "smallest": {kind: smallest(methods, kind) for kind in DASHES},
     }
 
@@ -55,7 +63,7 @@ def cells(method: str, found: Record) -> list[str]:
         f"{found['cmd']:.2f}",
         f"{found['cpr'][0]:.2f}{low_high}",
         f"{max(found['faithfulness']):.2f}",
-        *(["", "", ""] if needed is None else measured(found)),
+        *(["", "", ""] if "stability" not in found else measured(found)),
     ]
 
 
