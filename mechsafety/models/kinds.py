@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mechsafety.errors import MechsafetyError, named
+from mechsafety.models.placed import fetched, is_offloaded
 
 DECODER = "a decoder whose layers are attention and one MLP each (Llama, Qwen, Mistral, Phi, Gemma, OLMo, GPT ...)"
 # names of layer types that are plain attention
@@ -73,6 +74,11 @@ def check_folded(model: Any) -> None:
             expected="the Hugging Face model, whose weights take the factor over when it is loaded",
             hint="pass load_model((hf_model, tokenizer)), not yet wrapped",
         )
+
+
+def has_scales(config: Any) -> bool:
+    """Whether `fold_scales` would change weights."""
+    return bool(_scales(config))
 
 
 def fold_scales(model: Any) -> None:
@@ -173,12 +179,14 @@ def check_weights(model: Any) -> None:
         MechsafetyError: The model has such weights. The message gives their number and one name.
     """
     parameters = dict(model.named_parameters())
-    absent = [name for name, tensor in parameters.items() if tensor.is_meta]
+    # accelerate fetches offloaded weights when their module runs
+    stored = {id(t) for module in model.modules() if is_offloaded(module) for t in module._parameters.values()}
+    absent = [name for name, tensor in parameters.items() if tensor.is_meta and id(tensor) not in stored]
     if absent:
         raise MechsafetyError(
             f"weights that are not in memory (on the meta device): {named(absent, 'tensor')}",
             expected="a model with all its weights loaded",
-            hint="load it without device_map and without offloading",
+            hint="load the weights, or let load_model place them: load_model(name, device_map='auto')",
         )
     packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS]
     packed += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]
@@ -188,7 +196,11 @@ def check_weights(model: Any) -> None:
             expected="float32, bfloat16 or float16",
             hint="load the model without quantization_config, or from its full-precision checkpoint",
         )
-    broken = [name for name, tensor in parameters.items() if not _finite(tensor)]
+    broken = [name for name, tensor in parameters.items() if not tensor.is_meta and not _finite(tensor)]
+    for path, module in model.named_modules():
+        if is_offloaded(module):
+            with fetched(module):
+                broken += [f"{path}.{name}" for name, t in module.named_parameters(recurse=False) if not _finite(t)]
     if broken:
         raise MechsafetyError(
             f"weights that are NaN or infinite: {named(broken, 'tensor')}",

@@ -127,8 +127,8 @@ class LensModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.backend.module.parameters()).device
+        """Device of the weights; of a model on several devices, that of the embedding, where activations are read."""
+        return self.backend.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -559,9 +559,13 @@ class LensModel:
         with self.lock:
             return self.backend.mlp(layer, resid)
 
-    @cached_property
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
+        return self.backend.W_U if self.backend.offloaded else self._W_U  # offloaded weights are not kept
+
+    @cached_property
+    def _W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.backend.W_U
 
     @property
@@ -592,7 +596,9 @@ class LensModel:
     def hash_weights(self) -> str:
         """Hash of all parameters, by name, as they are now."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.backend.weights().items()):
+        weights = self.backend.weights()
+        for name in sorted(weights):
+            parameter = weights[name]
             digest.update(name.encode())
             flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # a scalar has no last axis to view as bytes
             digest.update(flat.view(torch.uint8).numpy().data)

@@ -55,7 +55,7 @@ class Allocated(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         if not given or not given <= self._weights:
-            new = [tensor.untyped_storage() for tensor in _tensors(out)]
+            new = [tensor.untyped_storage() for tensor in _tensors(out) if not tensor.is_meta]
             self.total += sum(storage.nbytes() for storage in new if storage.data_ptr() not in given)
         return out
 

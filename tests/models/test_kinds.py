@@ -228,7 +228,7 @@ def test_weights_that_are_not_there(make_tokenizer):
         model = transformers.LlamaForCausalLM(config)
     assert refusal(model, make_tokenizer) == (
         "weights that are not in memory (on the meta device): 21 tensors, such as lm_head.weight; expected a model "
-        "with all its weights loaded; load it without device_map and without offloading"
+        "with all its weights loaded; load the weights, or let load_model place them: load_model(name, device_map='auto')"
     )
 
 
