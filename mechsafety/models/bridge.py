@@ -29,6 +29,7 @@ from mechsafety.models.backend import (
 )
 from mechsafety.models.kinds import check_folded, check_kind, has_experts, is_multimodal
 from mechsafety.models.placed import Fetching, check_in_memory, devices, fetched, home, is_dispatched, is_offloaded
+from mechsafety.models.quantised import dequantised, is_quantised
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
@@ -168,6 +169,16 @@ class BridgeBackend(Backend):
     def weights(self) -> Mapping[str, Tensor]:
         """All parameters by name."""
         return Fetching(self.module) if self._offloaded else self.module.state_dict()
+
+    def _weight(self, module: Any, name: str, slot: str) -> Tensor:
+        """A module's weight on the model's device; of a quantised layer, the numbers that it computes with."""
+        linear = getattr(module._modules.get(slot), "original_component", None)
+        if linear is None or not is_quantised(linear):
+            return super()._weight(module, name, slot)
+        with fetched(linear):
+            view = self._here(dequantised(linear)).T
+        form = {"W_O": "(head d) m -> head d m", "W_V": "m (head d) -> head m d"}.get(name)
+        return view if form is None else rearrange(view, form, d=self.sizes.d_head)
 
     def _here(self, tensor: Tensor) -> Tensor:
         """A tensor on the model's device."""

@@ -10,6 +10,7 @@ import torch
 
 from mechsafety.errors import MechsafetyError, named
 from mechsafety.models.placed import fetched, is_offloaded
+from mechsafety.models.quantised import quantised, unknown
 
 DECODER = "a decoder whose layers are attention and one MLP each (Llama, Qwen, Mistral, Phi, Gemma, OLMo, GPT ...)"
 # names of layer types that are plain attention
@@ -173,7 +174,7 @@ def text_part(model: Any) -> Any:
 
 
 def check_weights(model: Any) -> None:
-    """Refuse weights that are not in memory, are quantised, or are not finite.
+    """Refuse weights that are not in memory, are quantised in an unknown way, or are not finite.
 
     Raises:
         MechsafetyError: The model has such weights. The message gives their number and one name.
@@ -188,7 +189,16 @@ def check_weights(model: Any) -> None:
             expected="a model with all its weights loaded",
             hint="load the weights, or let load_model place them: load_model(name, device_map='auto')",
         )
-    packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS]
+    strange, taken = unknown(model), set(quantised(model))
+    if strange:
+        layer, kind = sorted(strange.items())[0]
+        raise MechsafetyError(
+            f"quantised layers: {named(strange, 'layer')}, a {kind}",
+            expected="float32, bfloat16 or float16, or weights of 4 bits (bitsandbytes) or 8 bits (torchao) under plain "
+            "activations",
+            hint="load the model without quantization_config, or with BitsAndBytesConfig(load_in_4bit=True)",
+        )
+    packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS and name not in taken]
     packed += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]
     if packed:
         raise MechsafetyError(
@@ -196,7 +206,7 @@ def check_weights(model: Any) -> None:
             expected="float32, bfloat16 or float16",
             hint="load the model without quantization_config, or from its full-precision checkpoint",
         )
-    broken = [name for name, tensor in parameters.items() if not tensor.is_meta and not _finite(tensor)]
+    broken = [name for name, t in parameters.items() if not t.is_meta and name not in taken and not _finite(t)]
     for path, module in model.named_modules():
         if is_offloaded(module):
             with fetched(module):

@@ -30,6 +30,7 @@ from mechsafety.models.decode import (
     most_probable,
     reply_steps,
 )
+from mechsafety.models.quantised import stored_tensors
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
 from mechsafety.models.template import checked_options
@@ -600,8 +601,9 @@ class LensModel:
         for name in sorted(weights):
             parameter = weights[name]
             digest.update(name.encode())
-            flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # a scalar has no last axis to view as bytes
-            digest.update(flat.view(torch.uint8).numpy().data)
+            for tensor in stored_tensors(parameter.detach()):
+                flat = torch.atleast_1d(tensor.cpu()).contiguous()  # a scalar has no last axis to view as bytes
+                digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def identity_parts(self) -> tuple[object, ...]:

@@ -26,6 +26,7 @@ from mechsafety.models.kinds import check_weights, fold_scales, has_scales, text
 from mechsafety.models.lens_model import LensModel
 from mechsafety.models.parts_adapter import PartsAdapter, is_parts_adapter
 from mechsafety.models.placed import check_in_memory, is_dispatched, placement
+from mechsafety.models.quantised import quantised, use_exact_kernels
 from mechsafety.models.quiet import quiet
 from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
 from mechsafety.models.template import PLAIN_TEMPLATE, check_template, checked_options, tokenizer_copy
@@ -145,12 +146,14 @@ def load_model(
         )
     model = source.read(kind or torch.float32, None if changed else placing)
     check_weights(model.get_base_model() if is_peft(model) else model)
+    use_exact_kernels(model)
     if adapter is not None or is_peft(model):
+        check_in_memory(model, "merging an adapter")
         rows = [row.to(model.device) for row in probe_rows(tokenizer, options)]
         model = merged_copy(model, rows) if adapter is None else apply_adapter(model, adapter, rows)
     check_no_adapter(model)
     whole, model = model, model if is_wrapped(model) else text_part(model)
-    if is_dispatched(model):
+    if is_dispatched(model) or quantised(model):
         _check_stays(model, place, kind)
     else:
         model = model if place is None else model.to(place)
@@ -203,12 +206,12 @@ def cast(model: Any, kind: torch.dtype) -> Any:
 
 
 def _check_stays(model: Any, place: Any, kind: Any) -> None:
-    """Refuse to move or convert a model whose weights accelerate has placed."""
+    """Refuse to move or convert a model whose weights accelerate has placed or another library has quantised."""
     wanted = {"device": place, "dtype": kind if isinstance(kind, torch.dtype) and kind != model.dtype else None}
     for name, value in wanted.items():
         if value is not None:
             raise MechsafetyError(
-                f"{name}={str(value).removeprefix('torch.')!r} for a model that accelerate has placed",
+                f"{name}={str(value).removeprefix('torch.')!r} for a model that is placed by accelerate or quantised",
                 expected=f"no {name}",
                 hint=f"give {name} where it is loaded, or leave it out",
             )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mechsafety.errors import MechsafetyError, named
+from mechsafety.models.quantised import quantised
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 # places of a device map where weights are kept but no module runs, besides torch's devices
@@ -270,15 +271,23 @@ def kept(model: nn.Module) -> Iterator[Tensor]:
 
 
 def check_in_memory(model: nn.Module, what: str) -> None:
-    """Refuse a model with offloaded weights for what needs all of them at once.
+    """Refuse a model with offloaded or quantised weights for what needs all numbers as they are.
 
     Args:
         model: The model.
         what: What needs them.
 
     Raises:
-        MechsafetyError: Some of its weights are offloaded.
+        MechsafetyError: Some of its weights are offloaded or quantised.
     """
+    packed = [name.replace(f".{_INSIDE}", "") for name in quantised(model)]
+    if packed:
+        raise MechsafetyError(
+            f"{what} with quantised weights: {named(packed, 'tensor')}",
+            expected="float32, bfloat16 or float16",
+            hint="load the model without quantization_config",
+            page="weights-that-are-offloaded",
+        )
     absent = offloaded(model)
     if absent:
         raise MechsafetyError(

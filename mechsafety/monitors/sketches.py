@@ -14,6 +14,7 @@ from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.placed import check_in_memory, fetched, with_numbers
+from mechsafety.models.quantised import quantised
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -137,6 +138,8 @@ def own_parameters(model: LensModel) -> list[tuple[str, Tensor]]:
         MechsafetyError: Weights are offloaded, and the model has fused layers, which TransformerLens has split into
             copies.
     """
+    if quantised(model.hf_model):
+        check_in_memory(model.hf_model, "reading a fingerprint's weights")
     seen: set[int] = set()
     found = []
     tied = set(getattr(model.hf_model, "all_tied_weights_keys", None) or ())

@@ -1,4 +1,4 @@
-"""Models larger than one device: the same numbers as the whole model, to the last bit, with weights on disk or on meta."""
+"""Models larger than one device: the whole model's numbers to the last bit, with weights on disk or on meta."""
 
 import numpy as np
 import pytest
@@ -57,6 +57,10 @@ def on_meta(folder):
 
 def absent(model):
     return [name for name, tensor in model.hf_model.named_parameters() if tensor.is_meta]
+
+
+def sketch(model, pairs, metric):
+    return sketches.read_model(model, pairs.harmful, pairs.harmless, metric, 0)
 
 
 # what is computed, by name
@@ -214,10 +218,8 @@ def test_what_needs_all_weights_in_memory(on_disk):
             pass
 
     assert refusal(erase) == f"erasing directions from weights {WHERE}"
-    assert (
-        refusal(lambda: part_slices(on_disk, [Node("head", 1, 0)]))
-        == f"reading and writing the weights of single parts {WHERE}"
-    )
+    said = refusal(lambda: part_slices(on_disk, [Node("head", 1, 0)]))
+    assert said == f"reading and writing the weights of single parts {WHERE}"
     assert refusal(lambda: whole_slices(on_disk)) == f"reading and writing all weights {WHERE}"
     assert refusal(lambda: pack_weights(on_disk)) == f"sending a model in memory to other machines {WHERE}"
     assert len(absent(on_disk)) == 20
@@ -243,8 +245,8 @@ def test_a_map_that_cannot_be(folder, make_hf_model):
     both = (dispatched, tiny_tokenizer())
     assert refusal(lambda: ms.load_model(both, device_map="auto")).startswith("device_map for a model that is wrapped")
     assert refusal(lambda: ms.load_model(both, dtype="bfloat16")) == (
-        "dtype='bfloat16' for a model that accelerate has placed; expected no dtype; give dtype where it is loaded, or "
-        "leave it out"
+        "dtype='bfloat16' for a model that is placed by accelerate or quantised; expected no dtype; give dtype where "
+        "it is loaded, or leave it out"
     )
 
 
