@@ -11,6 +11,8 @@ DEV := $(VENV)/installed-dev
 DOCS := $(VENV)/installed-docs
 # what tests on a cluster need on top
 RAY := $(VENV)/installed-ray
+# what tests on weights of 4 and 8 bits need on top
+QUANTISED := $(VENV)/installed-quantised
 # the same with TransformerLens 3.9, the last one with HookedTransformer
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
@@ -32,18 +34,26 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
+.PHONY: demo test test-tl3 test-ray test-quantised gpu test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
 	@echo "open out/report.html in a browser"
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser --ignore=tests/notebooks --ignore=tests/cluster
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/browser --ignore=tests/notebooks --ignore=tests/cluster --ignore=tests/quantised
 
 # runs on a Ray cluster of two nodes on this machine, with a worker and a node killed; about ten minutes on two cores
 test-ray: $(RAY)
 	OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest tests/cluster
+
+# weights of 4 and 8 bits, on a CPU
+test-quantised: $(QUANTISED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/quantised -W ignore::DeprecationWarning
+
+# what a GPU gives: equality, precision, memory, time; under 8 minutes
+gpu: $(DEV)
+	$(BIN)/python benchmarks/gpu_check.py
 
 # the interactive pages in a real browser, headless and without network
 test-browser: $(DEV)
@@ -163,6 +173,10 @@ $(DEV): $(STAMP)
 $(RAY): $(DEV)
 	$(PIP) --editable ".[demo,dev,ray]"
 	touch $(RAY)
+
+$(QUANTISED): $(DEV)
+	$(PIP) --editable ".[demo,dev,quantised]"
+	touch $(QUANTISED)
 
 $(DOCS): $(STAMP)
 	$(PIP) --editable ".[demo,docs]"
