@@ -191,11 +191,10 @@ def check_weights(model: Any) -> None:
         )
     strange, taken = unknown(model), set(quantised(model))
     if strange:
-        layer, kind = sorted(strange.items())[0]
+        kind = strange[min(strange)]
         raise MechsafetyError(
             f"quantised layers: {named(strange, 'layer')}, a {kind}",
-            expected="float32, bfloat16 or float16, or weights of 4 bits (bitsandbytes) or 8 bits (torchao) under plain "
-            "activations",
+            expected="float32, bfloat16 or float16, or only weights of 4 bits (bitsandbytes) or 8 bits (torchao)",
             hint="load the model without quantization_config, or with BitsAndBytesConfig(load_in_4bit=True)",
         )
     packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS and name not in taken]

@@ -1,8 +1,7 @@
 """Linear layers with weights of 4 or 8 bits (bitsandbytes, torchao): which are accepted, and their numbers.
 
-In an accepted layer only the weights are rounded. The layer then computes ``x W'`` with fixed numbers ``W'``, which this
-module gives. Where activations are rounded as well, no such ``W'`` exists, and a row's logits depend on rounding that
-grows with every edit. Such layers are refused.
+In an accepted layer only the weights are rounded. The layer then computes ``x W'`` with fixed numbers ``W'``, which
+this module gives. If activations are rounded as well, no such ``W'`` exists. Such layers are refused.
 """
 
 from typing import Any

@@ -256,9 +256,9 @@ def test_quantised_weights(make_hf_model, make_tokenizer):
 def test_layers_that_round_their_inputs(make_hf_model, make_tokenizer):
     model = torch.ao.quantization.quantize_dynamic(make_hf_model("llama"), {torch.nn.Linear}, dtype=torch.qint8)
     assert refusal(model, make_tokenizer) == (
-        "quantised layers: 22 layers, such as lm_head, a Linear; expected float32, bfloat16 or float16, or weights of 4 "
-        "bits (bitsandbytes) or 8 bits (torchao) under plain activations; load the model without quantization_config, "
-        "or with BitsAndBytesConfig(load_in_4bit=True)"
+        "quantised layers: 22 layers, such as lm_head, a Linear; expected float32, bfloat16 or float16, or only "
+        "weights of 4 bits (bitsandbytes) or 8 bits (torchao); load the model without quantization_config, or with "
+        "BitsAndBytesConfig(load_in_4bit=True)"
     )
 
 

@@ -155,4 +155,6 @@ def test_an_adapter_and_another_dtype(folder, tmp_path):
     get_peft_model(read(folder), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     pair = (read(folder, CONFIGS["4 bits, fp4"]()), tiny_tokenizer())
     assert refusal(lambda: ms.load_model(pair, tmp_path)).startswith("merging an adapter with quantised weights: 21")
-    assert refusal(lambda: ms.load_model(pair, dtype="bfloat16")).startswith("dtype='bfloat16' for a model that is plac")
+    assert refusal(lambda: ms.load_model(pair, dtype="bfloat16")).startswith(
+        "dtype='bfloat16' for a model that is plac"
+    )
