@@ -14,6 +14,8 @@ RAY := $(VENV)/installed-ray
 # what looks at an environment from outside: the bill of materials and the audit list .venv without their own libraries
 TOOLS := .venv-tools
 STAMPTOOLS := $(TOOLS)/installed
+# what tests on weights of 4 and 8 bits need on top
+QUANTISED := $(VENV)/installed-quantised
 # the same with TransformerLens 3.9, the last one with HookedTransformer
 VENV3 := .venv-tl3
 PIP3 := $(VENV3)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tl3.txt
@@ -37,7 +39,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a distribution's Chromium drives the browser tests; as root it is installed where it is missing
 BROWSER = $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
 
-.PHONY: demo test test-wheel sbom audit-deps test-tl3 test-ray test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
+.PHONY: demo test test-wheel sbom audit-deps test-tl3 test-ray test-quantised gpu test-browser test-notebooks notebooks test-latex docs docs-links pages models coverage gallery explorable slides lint format train train-certified evaluate bench bench-truth bench-service bench-cluster clean
 
 demo: $(STAMP)
 	$(BIN)/mechsafety map demo --out out
@@ -45,7 +47,7 @@ demo: $(STAMP)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PARALLEL) $(MEASURE) --ignore=tests/browser --ignore=tests/notebooks \
-	  --ignore=tests/cluster --ignore=tests/wheel
+	  --ignore=tests/cluster --ignore=tests/wheel --ignore=tests/quantised
 
 # wheel and source distribution: built, compared, and the wheel used in an environment with nothing else of ours; the
 # bill of materials
@@ -64,6 +66,14 @@ audit-deps: $(STAMPTOOLS)
 # runs on a Ray cluster of two nodes on this machine, with a worker and a node killed; about ten minutes on two cores
 test-ray: $(RAY)
 	OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest tests/cluster
+
+# weights of 4 and 8 bits, on a CPU
+test-quantised: $(QUANTISED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/quantised -W ignore::DeprecationWarning
+
+# what a GPU gives: equality, precision, memory, time; under 8 minutes
+gpu: $(DEV)
+	$(BIN)/python benchmarks/gpu_check.py
 
 # the interactive pages in a real browser, headless and without network
 test-browser: $(DEV)
@@ -189,6 +199,10 @@ $(STAMPTOOLS): constraints.txt
 	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  cyclonedx-bom pip-audit
 	touch $(STAMPTOOLS)
+
+$(QUANTISED): $(DEV)
+	$(PIP) --editable ".[demo,dev,quantised]"
+	touch $(QUANTISED)
 
 $(DOCS): $(STAMP)
 	$(PIP) --editable ".[demo,docs]"

@@ -78,6 +78,13 @@ class ModelOptions:
         cpu, cuda, mps.
     dtype
         float32, bfloat16, float16; auto for the checkpoint's own.
+    device_map
+        auto, balanced, balanced_low_0 or sequential: spread a model that is larger than one device over GPUs, memory
+        and disk.
+    max_memory
+        DEVICE=SIZE for --device-map, such as 0=20GiB cpu=60GiB.
+    offload_folder
+        Folder for weights on disk that the checkpoint does not hold as they are needed.
     chat_template
         A file with a Jinja chat template, the template itself, or "plain" for models without a chat template.
     template_option
@@ -88,6 +95,9 @@ class ModelOptions:
     adapter: Path | None = None
     device: str | None = None
     dtype: str | None = None
+    device_map: str | None = None
+    max_memory: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    offload_folder: Path | None = None
     chat_template: str | None = None
     template_option: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
 
@@ -98,6 +108,9 @@ class ModelOptions:
             "adapter": self.adapter,
             "device": self.device,
             "dtype": self.dtype,
+            "device_map": self.device_map,
+            "max_memory": _max_memory(self.max_memory),
+            "offload_folder": self.offload_folder,
             "chat_template": _template(self.chat_template),
             "template_options": _template_options(self.template_option),
         }
@@ -470,6 +483,17 @@ def _template_options(given: tuple[str, ...]) -> dict[str, Any]:
             raise MechsafetyError(f"--template-option {name} is given twice", expected="each name once")
         found[name] = value
     return found
+
+
+def _max_memory(given: tuple[str, ...]) -> dict[int | str, str] | None:
+    """Most bytes per device: GPUs by their number, other places by name."""
+    found: dict[int | str, str] = {}
+    for place in given:
+        name, equals, size = place.partition("=")
+        if not (name and equals and size):
+            raise MechsafetyError(f"--max-memory {place!r}", expected="DEVICE=SIZE, such as 0=20GiB or cpu=60GiB")
+        found[int(name) if name.isdecimal() else name] = size
+    return found or None
 
 
 def _loaded(pairs: Any, metric_options: MetricOptions, model: str, loading: Mapping[str, Any]) -> Any:

@@ -82,6 +82,7 @@ jaxtyping.install_import_hook("mechsafety", "beartype.beartype")
 
 import hypothesis
 import pytest
+import torch
 from architectures import tiny_tokenizer
 from tiny import ARCHITECTURES, GENERATION, tiny_hf_model, tiny_model, tiny_pairs
 from tqdm import tqdm
@@ -102,11 +103,17 @@ def pytest_runtest_setup(item) -> None:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what the installed TransformerLens has no use for: ``@pytest.mark.generation(name, reason=...)``."""
+    """Leave out what cannot run here.
+
+    These are tests for the other generation of TransformerLens, ``@pytest.mark.generation(name, reason=...)``, and
+    tests of a GPU where there is none, ``@pytest.mark.gpu``.
+    """
     kept, left = [], []
     for item in items:
         mark = item.get_closest_marker("generation")
-        (kept if mark is None or mark.args[0] == GENERATION else left).append(item)
+        fits = mark is None or mark.args[0] == GENERATION
+        fits = fits and (item.get_closest_marker("gpu") is None or torch.cuda.is_available())
+        (kept if fits else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

@@ -223,7 +223,7 @@ def edge_attribution(
         for (number, k), (slope, harmful, harmless, parts) in zip(items, found, strict=True):
             if k == 0:
                 n_pairs += len(harmful)
-                gap += float((harmful - harmless).sum())
+                gap += float((harmful - harmless).detach().cpu().double().sum())
                 scored.append((harmful, harmless))
                 slopes = []
             slopes.append(slope)

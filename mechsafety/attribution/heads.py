@@ -206,7 +206,7 @@ def head_attribution(
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     harmful, harmless = runs.scores(metric)
     check_gap(harmful, harmless)
-    gap = float((harmful - harmless).mean())
+    gap = float((harmful - harmless).cpu().double().mean())
     found: dict[str, Tensor | None] = dict.fromkeys(SCORES)
     if "direct" in chosen:
         sides = [

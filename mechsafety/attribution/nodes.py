@@ -131,7 +131,7 @@ def node_attribution(
     with progress_bar(total=len(items), desc="nodes", show=progress) as bar:
         for (_, step), (harmful, harmless, *grads) in zip(items, found, strict=True):
             if not step:
-                gap += float((harmful - harmless).sum())
+                gap += float((harmful - harmless).detach().cpu().double().sum())
                 scored.append((harmful, harmless))
                 n_pairs += len(harmful)
             own = [grad.to(model.device) for grad in grads]

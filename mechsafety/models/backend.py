@@ -8,7 +8,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechsafety.errors import MechsafetyError, first_line
+from mechsafety.models.placed import fetched
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site
 
@@ -107,6 +108,16 @@ class Backend(ABC):
     module: nn.Module
     sizes: Sizes
     rounding: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go, logits come from, and functions on activations see them."""
+        return next(self.module.parameters()).device
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some weights are without numbers until their module runs (see `mechsafety.models.placed`)."""
+        return False
 
     @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:
@@ -209,7 +220,7 @@ class Backend(ABC):
 
         There must be a norm before the MLP alone (``norms(layer, "ln2")``).
         """
-        return input_hooks(self.norms(layer, "ln2"), lambda module, args: (edit(args[0]), *args[1:]))
+        return input_hooks(self.norms(layer, "ln2"), lambda module, args: (self._at_home(edit)(args[0]), *args[1:]))
 
     @abstractmethod
     def writers(self) -> list[Writer]:
@@ -250,33 +261,48 @@ class Backend(ABC):
         """The norm of a layer's queries or keys (slot ``q`` or ``k``); None if there is none."""
         return getattr(self._block(layer).attn, f"{slot}_norm", None)
 
+    def _weight(self, module: Any, name: str, slot: str) -> Tensor:
+        """A module's weight on the model's device, fetched if it is offloaded; ``slot`` is the child that holds it."""
+        with fetched(module._modules.get(slot) or module) if self.offloaded else nullcontext():
+            return self._here(getattr(module, name))
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A tensor on the model's device."""
+        return tensor
+
+    def _at_home(self, function: Callable[[Tensor], "Tensor | None"]) -> Callable[[Tensor], "Tensor | None"]:
+        """A function of activations for a layer on another device: it sees and returns them on the model's device."""
+        return function
+
+    def _or_zeros(self, module: Any, name: str, weight: Tensor, slot: str) -> Tensor:
+        """A module's bias; zeros of the width that its weight writes if it has none."""
+        with fetched(module._modules.get(slot) or module) if self.offloaded else nullcontext():
+            bias = getattr(module, name, None)
+            return self._here(bias) if bias is not None else weight.new_zeros(weight.shape[-1])
+
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output weights of a layer's heads."""
-        weights: Tensor = self._block(layer).attn.W_O
-        return weights
+        return self._weight(self._block(layer).attn, "W_O", "o")
 
     def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
         """Output bias of a layer's attention; zeros where there is none."""
-        return _or_zeros(self._block(layer).attn, "b_O", self.W_O(layer))
+        return self._or_zeros(self._block(layer).attn, "b_O", self.W_O(layer), "o")
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights of a layer's neurons."""
-        weights: Tensor = self._block(layer).mlp.W_out
-        return weights
+        return self._weight(self._block(layer).mlp, "W_out", "out")
 
     def W_in(self, layer: int) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights of a layer's neurons; in a gated MLP, those of the linear branch."""
-        weights: Tensor = self._block(layer).mlp.W_in
-        return weights
+        return self._weight(self._block(layer).mlp, "W_in", "in")
 
     def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:
         """Value weights: one per key-value head, or repeated to all heads, as the generation stores them."""
-        weights: Tensor = self._block(layer).attn.W_V
-        return weights
+        return self._weight(self._block(layer).attn, "W_V", "v")
 
     def b_out(self, layer: int) -> Float[Tensor, " d_model"]:
         """Output bias of a layer's MLP; zeros where there is none."""
-        return _or_zeros(self._block(layer).mlp, "b_out", self.W_out(layer))
+        return self._or_zeros(self._block(layer).mlp, "b_out", self.W_out(layer), "out")
 
     @abstractmethod
     def part_weights(self, layer: int) -> dict[str, tuple[nn.Parameter, Tensor]]:
@@ -291,13 +317,12 @@ class Backend(ABC):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
-        weights: Tensor = self.tl_model.W_U
-        return weights
+        return self._weight(self.tl_model, "W_U", "unembed")
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """Unembedding bias; zeros where there is none."""
-        return _or_zeros(self.tl_model.unembed, "b_U", self.W_U)
+        return self._or_zeros(self.tl_model.unembed, "b_U", self.W_U, "")
 
     @property
     def last_norm(self) -> nn.Module:
@@ -417,12 +442,6 @@ def use_of(module: nn.Module) -> Use:
     """The one `Use` of a model."""
     with _MAKING:
         return _USES.setdefault(module, Use())
-
-
-def _or_zeros(module: Any, name: str, weight: Tensor) -> Tensor:
-    """A module's bias; zeros of the width that its weight writes if it has none."""
-    bias = getattr(module, name, None)
-    return bias if bias is not None else weight.new_zeros(weight.shape[-1])
 
 
 def expand_rows(tensor: Tensor, variants: int) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from mechsafety.models.backend import (
     is_lens,
 )
 from mechsafety.models.kinds import check_folded, check_kind, has_experts, is_multimodal
+from mechsafety.models.placed import Fetching, check_in_memory, devices, fetched, home, is_dispatched, is_offloaded
+from mechsafety.models.quantised import dequantised, is_quantised
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
@@ -88,8 +90,16 @@ def convert(name: str, model: Any, tokenizer: Any) -> "BridgeBackend":
     copied = tokenizer_copy(tokenizer) if tokenizer.eos_token_id is not None else copy.deepcopy(tokenizer)
     model.config.architectures = _known(model)[:1]
     copied.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": name, "add_bos_token": True}
-    device = str(next(model.parameters()).device)
-    return BridgeBackend(TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device))
+    device = str(home(model))
+    # TransformerLens refuses a map of a GPU beside memory or disk. Its components fetch what accelerate has offloaded,
+    # and the load checks compare the wrapped model with the plain one.
+    places = vars(model).pop("hf_device_map", None)
+    try:
+        booted = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=copied, device=device)
+    finally:
+        if places is not None:
+            model.hf_device_map = places
+    return BridgeBackend(booted)
 
 
 def wrap(bridge: Any) -> "BridgeBackend":
@@ -126,6 +136,11 @@ class BridgeBackend(Backend):
         self.module.config.return_dict = True  # outputs are read by name
         self._rotary = row_by_row(self.module)
         self._points: dict[str, Any] = {}
+        # accelerate's hooks fix where a dispatched model runs
+        dispatched = is_dispatched(self.module)
+        self._home = home(self.module) if dispatched else None
+        self._split = dispatched and len(devices(self.module)) > 1
+        self._offloaded = dispatched and any(map(is_offloaded, self.module.modules()))
         cfg = bridge.cfg
         self.sizes = Sizes(
             n_layers=cfg.n_layers,
@@ -141,10 +156,44 @@ class BridgeBackend(Backend):
             experts=has_experts(self.module),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go, logits come from, and functions on activations see them."""
+        return super().device if self._home is None else self._home
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some weights are without numbers until their module runs (see `mechsafety.models.placed`)."""
+        return self._offloaded
+
     def weights(self) -> Mapping[str, Tensor]:
         """All parameters by name."""
-        weights: Mapping[str, Tensor] = self.module.state_dict()
-        return weights
+        return Fetching(self.module) if self._offloaded else self.module.state_dict()
+
+    def _weight(self, module: Any, name: str, slot: str) -> Tensor:
+        """A module's weight on the model's device; of a quantised layer, the numbers that it computes with."""
+        linear = getattr(module._modules.get(slot), "original_component", None)
+        if linear is None or not is_quantised(linear):
+            return super()._weight(module, name, slot)
+        with fetched(linear):
+            view = self._here(dequantised(linear)).T
+        form = {"W_O": "(head d) m -> head d m", "W_V": "m (head d) -> head m d"}.get(name)
+        return view if form is None else rearrange(view, form, d=self.sizes.d_head)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A tensor on the model's device."""
+        return tensor.to(self.device) if self._split else tensor
+
+    def _at_home(self, function: Callable[[Tensor], "Tensor | None"]) -> Callable[[Tensor], "Tensor | None"]:
+        """A function of activations for a layer on another device: it sees and returns them on the model's device."""
+        if not self._split:
+            return function
+
+        def moved(tensor: Tensor) -> Tensor | None:
+            new = function(tensor.to(self.device))
+            return None if new is None else new.to(tensor.device)
+
+        return moved
 
     @contextmanager
     def hooks(self, edits: Sequence[Hook]) -> Iterator[None]:
@@ -153,7 +202,7 @@ class BridgeBackend(Backend):
         try:
             for site, function in edits:
                 point = self._point(hook_name(site, Generation.BRIDGE))
-                added.append((point, point.add_hook(adapt(function))))
+                added.append((point, point.add_hook(adapt(self._at_home(function)))))
             yield
         finally:
             for point, handle in added:
@@ -235,15 +284,13 @@ class BridgeBackend(Backend):
             resid = block.ln2(resid)
         elif self.sizes.parallel:
             resid = block.ln1(resid)
-        out: Any = block.mlp(resid)
-        added: Tensor = out[0] if isinstance(out, tuple) else out  # some experts return the router's scores as well
-        if hasattr(block, "ln2_post"):
-            added = block.ln2_post(added)
-        return added
+        out = block.mlp(resid)
+        out = out[0] if isinstance(out, tuple) else out  # some experts return the router's scores as well
+        return self._here(block.ln2_post(out) if hasattr(block, "ln2_post") else out)
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm, unembedding and soft cap; float32."""
-        return self.capped(self.tl_model.unembed(self.tl_model.ln_final(resid)).float())
+        return self.capped(self._here(self.tl_model.unembed(self.tl_model.ln_final(resid))).float())
 
     def new_cache(self, rows: int) -> Any:
         """An empty key-value cache, which `feed` fills."""
@@ -310,7 +357,11 @@ class BridgeBackend(Backend):
         """Weights and biases of a layer's heads and neurons, from the linear layers that run.
 
         TransformerLens' own ``W_Q`` may be that of a fused layer, which it has split and no longer runs.
+
+        Raises:
+            MechsafetyError: Weights are offloaded.
         """
+        check_in_memory(self.module, "reading and writing the weights of single parts")
         block, found = self._block(layer), {}
         parts = [(block.attn, slot.lower(), slot, "head") for slot in ("Q", "K", "V", "O")]
         parts += [] if self.sizes.experts else [(block.mlp, place, place, "") for place in ("in", "gate", "out")]
@@ -342,10 +393,11 @@ class BridgeBackend(Backend):
 
     def reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Context of one pass, in which a layer's heads read what ``edit`` makes of their norm's output."""
-        return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: edit(out))
+        return forward_hooks(self.norms(layer, "ln1"), lambda module, args, out: self._at_home(edit)(out))
 
     def writers(self) -> list[Writer]:
         """All parameters that write to the residual stream; a tied unembedding is not among them."""
+        check_in_memory(self.module, "erasing directions from weights")
         # modules that hold a weight themselves, under names without TransformerLens' wrappers
         plain = {k.replace(_WRAPPER, ""): m for k, m in self.module.named_modules() if "weight" in m._parameters}
         embedding = self.module.get_input_embeddings().weight
@@ -369,9 +421,10 @@ class BridgeBackend(Backend):
     def norm_form(self, norm: torch.nn.Module) -> NormForm:
         """A norm of the residual stream's width as numbers."""
         cfg = self.tl_model.cfg
-        own = getattr(norm, "weight", None)  # OLMo's norms have none
-        ones = torch.ones(self.sizes.d_model, device=self.W_U.device)
-        weight = ones if own is None else own.float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
-        bias = getattr(norm, "bias", None) if not cfg.uses_rms_norm else None
-        bias = bias.float() if bias is not None else torch.zeros_like(weight)
+        with fetched(norm) if self._offloaded else nullcontext():
+            own = getattr(norm, "weight", None)  # OLMo's norms have none
+            bias = getattr(norm, "bias", None) if not cfg.uses_rms_norm else None
+            ones = torch.ones(self.sizes.d_model, device=self.device)
+            weight = ones if own is None else self._here(own).float() + (1.0 if cfg.rmsnorm_uses_offset else 0.0)
+            bias = self._here(bias).float() if bias is not None else torch.zeros_like(weight)
         return NormForm(weight, bias, float(cfg.eps), not cfg.uses_rms_norm)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.engine import check_engine
 from mechsafety.models.lens_model import LensModel
+from mechsafety.models.placed import home
 from mechsafety.models.rotary import row_by_row
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.template import render
@@ -37,7 +38,7 @@ def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, 
     Raises:
         MechsafetyError: The model cannot run a chat prompt, or its logits depend on later tokens.
     """
-    device, kind = next(model.parameters()).device, model.config._attn_implementation
+    device, kind = home(model), model.config._attn_implementation
     model.config.return_dict = True  # outputs are read by name
     row_by_row(model)  # otherwise "dynamic" rotary angles would be those of the longest probe so far
     model.set_attn_implementation("eager")

@@ -27,6 +27,7 @@ from mechsafety.models.backend import Hook as Hook
 from mechsafety.models.backend import expand_rows as expand_rows
 from mechsafety.models.lens_model import LensModel
 from mechsafety.models.memory import CPU_TOKENS, Allocated, batch_tokens
+from mechsafety.models.placed import kept
 from mechsafety.models.shortcuts import ALL_ON, Shortcuts
 from mechsafety.models.state import ModelState, tells_columns_apart
 from mechsafety.prompts import TokenPairs, Tokens
@@ -167,7 +168,7 @@ def base_run(
 
     sites = [Site(kind, layer) for kind in dict.fromkeys(keep) for layer in range(model.n_layers)]
     given = max_batch_tokens or model.max_batch_tokens or 0
-    made = None if given else Allocated(model.backend.module.parameters())
+    made = None if given else Allocated(kept(model.backend.module))
     with torch.no_grad(), model.lock:
         past: Prefix = ()
         if first:
@@ -182,7 +183,9 @@ def base_run(
         layers = range(model.n_layers)
         stacks = {kind: torch.stack([store[Site(kind, layer)] for layer in layers]) for kind in keep}
         # inputs before any edit at a block's input: a variant that begins there makes this edit itself
-        inputs = torch.stack([*(entered[layer] for layer in layers), store[Site(SiteKind.FINAL_NORM_IN)]])
+        inputs = torch.stack(
+            [*(entered[layer].to(model.device) for layer in layers), store[Site(SiteKind.FINAL_NORM_IN)]]
+        )
     acts = {kind: from_column(stacks[kind], kind, start - first, axis=1) for kind in keep}
     if made is not None:
         given = batch_tokens(model.device, _token_bytes(model, made.total, tokens.ids[:, first:], past, acts))
@@ -364,7 +367,7 @@ def patched_run(model: LensModel, run: BaseRun, patched: Sequence[Fixed]) -> Bas
     with torch.no_grad(), model.lock:
         with model.backend.block_inputs() as entered:
             final = run_from(model, run, 0, run.resid[0], [part.hook(1) for part in held], stop=model.n_layers)
-        inputs = [entered[layer][:, -run.n_pos :] for layer in range(1, model.n_layers)]
+        inputs = [entered[layer][:, -run.n_pos :].to(final.device) for layer in range(1, model.n_layers)]
         resid = torch.stack([run.resid[0], *inputs, final])
         made = replace(run, resid=resid, acts={}, patched=held)
         return replace(made, logits=run_from(model, made, model.n_layers, final))
@@ -433,11 +436,11 @@ def run_from(
                 hidden = torch.cat([expand_rows(base.before[first], variants), hidden], dim=1)
             for index in range(first, end + 1):
                 if index == layer and first < layer:
-                    hidden = hidden + _change(base, layer, resid, dropped)
+                    hidden = hidden.to(resid.device) + _change(base, layer, resid, dropped)
                 if index < end:
                     hidden = model.backend.block(index, hidden, base.calls[index], len(base), cache)
             if stop is not None:
-                return hidden[:, dropped:]
+                return hidden[:, dropped:].to(resid.device)
             return unembed(model, hidden[:, -1:] if base.shortcuts.last_logits else hidden)[:, -1]
 
 

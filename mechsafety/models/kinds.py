@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from mechsafety.errors import MechsafetyError, named
+from mechsafety.models.placed import fetched, is_offloaded
+from mechsafety.models.quantised import quantised, unknown
 
 DECODER = "a decoder whose layers are attention and one MLP each (Llama, Qwen, Mistral, Phi, Gemma, OLMo, GPT ...)"
 # names of layer types that are plain attention
@@ -73,6 +75,11 @@ def check_folded(model: Any) -> None:
             expected="the Hugging Face model, whose weights take the factor over when it is loaded",
             hint="pass load_model((hf_model, tokenizer)), not yet wrapped",
         )
+
+
+def has_scales(config: Any) -> bool:
+    """Whether `fold_scales` would change weights."""
+    return bool(_scales(config))
 
 
 def fold_scales(model: Any) -> None:
@@ -167,20 +174,30 @@ def text_part(model: Any) -> Any:
 
 
 def check_weights(model: Any) -> None:
-    """Refuse weights that are not in memory, are quantised, or are not finite.
+    """Refuse weights that are not in memory, are quantised in an unknown way, or are not finite.
 
     Raises:
         MechsafetyError: The model has such weights. The message gives their number and one name.
     """
     parameters = dict(model.named_parameters())
-    absent = [name for name, tensor in parameters.items() if tensor.is_meta]
+    # accelerate fetches offloaded weights when their module runs
+    stored = {id(t) for module in model.modules() if is_offloaded(module) for t in module._parameters.values()}
+    absent = [name for name, tensor in parameters.items() if tensor.is_meta and id(tensor) not in stored]
     if absent:
         raise MechsafetyError(
             f"weights that are not in memory (on the meta device): {named(absent, 'tensor')}",
             expected="a model with all its weights loaded",
-            hint="load it without device_map and without offloading",
+            hint="load the weights, or let load_model place them: load_model(name, device_map='auto')",
         )
-    packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS]
+    strange, taken = unknown(model), set(quantised(model))
+    if strange:
+        kind = strange[min(strange)]
+        raise MechsafetyError(
+            f"quantised layers: {named(strange, 'layer')}, a {kind}",
+            expected="float32, bfloat16 or float16, or only weights of 4 bits (bitsandbytes) or 8 bits (torchao)",
+            hint="load the model without quantization_config, or with BitsAndBytesConfig(load_in_4bit=True)",
+        )
+    packed = [name for name, tensor in parameters.items() if tensor.dtype not in FLOATS and name not in taken]
     packed += [name for name, _ in model.named_buffers() if name.endswith(".qweight")]
     if packed:
         raise MechsafetyError(
@@ -188,7 +205,11 @@ def check_weights(model: Any) -> None:
             expected="float32, bfloat16 or float16",
             hint="load the model without quantization_config, or from its full-precision checkpoint",
         )
-    broken = [name for name, tensor in parameters.items() if not _finite(tensor)]
+    broken = [name for name, t in parameters.items() if not t.is_meta and name not in taken and not _finite(t)]
+    for path, module in model.named_modules():
+        if is_offloaded(module):
+            with fetched(module):
+                broken += [f"{path}.{name}" for name, t in module.named_parameters(recurse=False) if not _finite(t)]
     if broken:
         raise MechsafetyError(
             f"weights that are NaN or infinite: {named(broken, 'tensor')}",

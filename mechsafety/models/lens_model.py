@@ -30,6 +30,7 @@ from mechsafety.models.decode import (
     most_probable,
     reply_steps,
 )
+from mechsafety.models.quantised import stored_tensors
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.models.state import open_edit, open_edits
 from mechsafety.models.template import checked_options
@@ -127,8 +128,8 @@ class LensModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.backend.module.parameters()).device
+        """Device of the weights; of a model on several devices, that of the embedding, where activations are read."""
+        return self.backend.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -562,9 +563,13 @@ class LensModel:
         with self.lock:
             return self.backend.mlp(layer, resid)
 
-    @cached_property
+    @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """Unembedding weights."""
+        return self.backend.W_U if self.backend.offloaded else self._W_U  # offloaded weights are not kept
+
+    @cached_property
+    def _W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.backend.W_U
 
     @property
@@ -595,10 +600,13 @@ class LensModel:
     def hash_weights(self) -> str:
         """Hash of all parameters, by name, as they are now."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.backend.weights().items()):
+        weights = self.backend.weights()
+        for name in sorted(weights):
+            parameter = weights[name]
             digest.update(name.encode())
-            flat = torch.atleast_1d(parameter.detach().cpu()).contiguous()  # a scalar has no last axis to view as bytes
-            digest.update(flat.view(torch.uint8).numpy().data)
+            for tensor in stored_tensors(parameter.detach()):
+                flat = torch.atleast_1d(tensor.cpu()).contiguous()  # a scalar has no last axis to view as bytes
+                digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def identity_parts(self) -> tuple[object, ...]:

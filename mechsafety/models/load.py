@@ -22,9 +22,11 @@ from mechsafety.models.backend import is_wrapped, wrap
 from mechsafety.models.chat import ChatTokenizer
 from mechsafety.models.checks import check_model, check_start_token, probe_rows, reference_logits
 from mechsafety.models.demo import adapter_folder
-from mechsafety.models.kinds import check_weights, fold_scales, text_part
+from mechsafety.models.kinds import check_weights, fold_scales, has_scales, text_part
 from mechsafety.models.lens_model import LensModel
 from mechsafety.models.parts_adapter import PartsAdapter, is_parts_adapter
+from mechsafety.models.placed import check_in_memory, is_dispatched, placement
+from mechsafety.models.quantised import quantised, use_exact_kernels
 from mechsafety.models.quiet import quiet
 from mechsafety.models.sources import DEMO, Source, no_template, open_source, public_name
 from mechsafety.models.template import PLAIN_TEMPLATE, check_template, checked_options, tokenizer_copy
@@ -40,6 +42,9 @@ def load_model(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     *,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     file: str | None = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
@@ -71,6 +76,14 @@ def load_model(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None keeps the CPU (or a pair's own device).
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. ``"auto"`` takes the checkpoint's dtype,
             which is float32 for a GGUF file. None means float32. A pair keeps its own dtype under ``"auto"`` and None.
+        device_map: For models larger than one device: ``"auto"``, ``"balanced"``, ``"balanced_low_0"``,
+            ``"sequential"``, or a mapping from module names to devices, ``"cpu"`` or ``"disk"``, as accelerate takes
+            it. It stands in the place of ``device``. Beside a GPU, what is mapped to ``"cpu"`` is kept in memory and
+            runs on the GPU. What is mapped to ``"disk"`` is read whenever its module runs. Activations are read on the
+            device of the embedding, which is `LensModel.device`.
+        max_memory: With ``device_map``: most bytes of weights per device, such as ``{0: "20GiB", "cpu": "60GiB"}``.
+        offload_folder: With ``device_map``: folder for offloaded weights that the checkpoint does not hold as they are
+            needed. By default a temporary folder, which is removed with the model.
         file: A ``.gguf`` file of the hub repository, or folder, that ``name_or_path`` names.
         chat_template: A Jinja chat template, or ``"plain"`` for ``User: ... Assistant:``, for models without one.
         template_options: Options of the chat template besides the prompt. Provenance keeps them.
@@ -100,6 +113,7 @@ def load_model(
     """
     kind = _dtype(dtype)
     place = _device(device)
+    placing = placement(device_map, max_memory, offload_folder, device)
     if chat_template is not None:
         check_template(chat_template)
     parts, stem, given = None, "", adapter
@@ -122,22 +136,37 @@ def load_model(
     shown, adapter = _merged(source, adapter)
     if adapter is not None and not source.in_memory:
         check_fits(source.model, adapter)
-    model = source.read(kind or torch.float32)
+    # weights that are changed here, by an adapter or by factors of the configuration, are placed afterwards
+    changed = source.in_memory or adapter is not None or has_scales(source.model.config)
+    if placing is not None and source.in_memory and (is_wrapped(source.model) or is_dispatched(source.model)):
+        raise MechsafetyError(
+            "device_map for a model that is wrapped or placed already",
+            expected="a name, a folder, or a plain Hugging Face model",
+            hint="leave device_map out",
+        )
+    model = source.read(kind or torch.float32, None if changed else placing)
     check_weights(model.get_base_model() if is_peft(model) else model)
+    use_exact_kernels(model)
     if adapter is not None or is_peft(model):
+        check_in_memory(model, "merging an adapter")
         rows = [row.to(model.device) for row in probe_rows(tokenizer, options)]
         model = merged_copy(model, rows) if adapter is None else apply_adapter(model, adapter, rows)
     check_no_adapter(model)
     whole, model = model, model if is_wrapped(model) else text_part(model)
-    if place is not None:
-        model = model.to(place)
-    if isinstance(kind, torch.dtype):
-        model = model.to(kind)
+    if is_dispatched(model) or quantised(model):
+        _check_stays(model, place, kind)
+    else:
+        model = model if place is None else model.to(place)
+        model = cast(model, kind) if isinstance(kind, torch.dtype) else model
     # computed before the model is wrapped; for a multimodal model, with the whole model
     reference = None
     if not is_wrapped(model):
         reference = reference_logits(whole, tokenizer, options)
-        fold_scales(model)
+        if has_scales(model.config):
+            check_in_memory(model, "multiplying the configuration's factors into weights")
+            fold_scales(model)
+        if placing is not None and changed:
+            placing.dispatch(model)
     lens = LensModel(shown, wrap(source.name, model, tokenizer), tokenizer, options)
     check_model(lens, reference)
     if parts is not None:
@@ -149,11 +178,43 @@ def load_model(
             "adapter": None if given is None else _from_anywhere(given),
             "device": device,
             "dtype": dtype,
+            "device_map": device_map,
+            "max_memory": max_memory,
+            "offload_folder": None if offload_folder is None else Path(offload_folder).resolve(),
             "file": file,
             "chat_template": chat_template,
             "template_options": template_options,
         }
     return lens
+
+
+def cast(model: Any, kind: torch.dtype) -> Any:
+    """The model with its weights in another dtype; buffers that no checkpoint holds keep theirs.
+
+    Such buffers are the frequencies of rotary embeddings. Models that are read in half precision have them in float32.
+    """
+    kept = {
+        (module, name): module._buffers[name]
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    }
+    model = model.to(kind)
+    for (module, name), buffer in kept.items():
+        module._buffers[name] = buffer
+    return model
+
+
+def _check_stays(model: Any, place: Any, kind: Any) -> None:
+    """Refuse to move or convert a model whose weights accelerate has placed or another library has quantised."""
+    wanted = {"device": place, "dtype": kind if isinstance(kind, torch.dtype) and kind != model.dtype else None}
+    for name, value in wanted.items():
+        if value is not None:
+            raise MechsafetyError(
+                f"{name}={str(value).removeprefix('torch.')!r} for a model that is placed by accelerate or quantised",
+                expected=f"no {name}",
+                hint=f"give {name} where it is loaded, or leave it out",
+            )
 
 
 def _from_anywhere(path: str | os.PathLike[str]) -> str | Path:

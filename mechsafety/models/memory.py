@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mechsafety.models.quantised import stored_tensors
 from mechsafety.scale.machine import recorded_batch_bytes
 
 # on a CPU larger batches gain nothing; on a GPU they do
@@ -48,14 +49,14 @@ class Allocated(TorchDispatchMode):
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.total = 0
-        self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self._weights = {plain.untyped_storage().data_ptr() for own in weights for plain in stored_tensors(own)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
         out = func(*args, **(kwargs or {}))
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         if not given or not given <= self._weights:
-            new = [tensor.untyped_storage() for tensor in _tensors(out)]
+            new = [tensor.untyped_storage() for tensor in _tensors(out) if not tensor.is_meta]
             self.total += sum(storage.nbytes() for storage in new if storage.data_ptr() not in given)
         return out
 
@@ -110,4 +111,5 @@ def _memory(device: torch.device) -> tuple[int, int]:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    leaves = (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return [plain for leaf in leaves for plain in stored_tensors(leaf)]

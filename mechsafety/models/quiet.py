@@ -3,11 +3,12 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which transformers and the hub's client show no bars and log errors alone.
+    """Context in which transformers, accelerate and the hub's client show no bars and log errors alone.
 
     The user's own settings come back at the end.
 
@@ -23,6 +24,8 @@ def quiet() -> Iterator[None]:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
+    placing = getLogger("accelerate")
+    placing_level = placing.level
     level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
 
     def show(own: bool, hub: bool) -> None:
@@ -34,6 +37,7 @@ def quiet() -> Iterator[None]:
             (enable_progress_bars if hub else disable_progress_bars)()
 
     logging.set_verbosity_error()
+    placing.setLevel(ERROR)
     show(False, False)
     try:
         with warnings.catch_warnings():
@@ -41,4 +45,5 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+        placing.setLevel(placing_level)
         show(bars, hub_bars)

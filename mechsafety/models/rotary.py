@@ -8,6 +8,7 @@ module computes rows with different angles separately.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def row_by_row(model: nn.Module) -> list[RowByRow]:
     for module in found:
         if not isinstance(module, RowByRow):
             module.__class__ = _with_rows(type(module))  # so that copies of the model have it too
+            if "_old_forward" in vars(module):  # accelerate's hook keeps the forward of the class before
+                module._old_forward = MethodType(type(module).forward, module)
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mechsafety.errors import MechsafetyError
 from mechsafety.models.lens_model import LensModel
+from mechsafety.models.placed import check_in_memory
 from mechsafety.nodes import Node
 
 # a layer's weights and biases by TransformerLens' names, and the axis along which heads (or neurons) lie; None: one
@@ -161,7 +162,7 @@ def on_copies(model: LensModel, slices: Sequence[Slice]) -> Iterator[dict[str, n
                 if parameter is not None and id(parameter) in by_id:
                     restore.callback(module._parameters.__setitem__, key, parameter)
                     module._parameters[key] = by_id[id(parameter)]
-        for cached in ("_weights_sha256", "W_U"):
+        for cached in ("_weights_sha256", "_W_U"):
             _set_aside(plain, cached, restore)
         yield copies
 
@@ -202,6 +203,7 @@ def check_values(slices: Sequence[Slice], values: Mapping[str, Tensor], what: st
 
 def _running(model: LensModel) -> dict[str, nn.Parameter]:
     """The parameters by name, without those of fused layers that TransformerLens has split and no longer runs."""
+    check_in_memory(model.hf_model, "reading and writing all weights")
     weights = model.backend.weights()
     return {name: parameter for name, parameter in model.hf_model.named_parameters() if name in weights}
 

@@ -6,6 +6,7 @@ used, the error comes before any weight is read.
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from mechsafety.models.gguf import TEMPLATE, gguf_folder
 from mechsafety.models.gguf_file import read_header
 from mechsafety.models.kinds import DECODER, check_kind, is_multimodal, text_part
 from mechsafety.models.lens_model import LensModel
+from mechsafety.models.placed import Placement, remove_with
 
 WANTED = "'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens model"
 # tensors that a checkpoint may hold although the model does not read them: buffers that today's models make themselves,
@@ -51,7 +53,7 @@ class Source:
         model: The model. A model that was given in memory has its weights. Any other has none (it is on the meta
             device) and serves for checks.
         tokenizer: Its tokenizer.
-        read: Reads the model with its weights, in a dtype or ``"auto"``.
+        read: Reads the model with its weights, in a dtype or ``"auto"``, and places them if it gets a `Placement`.
         adapter: Folder of the adapter, if an adapter was given as the model.
         embedded: Whether it is the embedded model.
         in_memory: Whether it was given in memory.
@@ -61,7 +63,7 @@ class Source:
     shown: str
     model: Any
     tokenizer: Any
-    read: Callable[[torch.dtype | str], Any]
+    read: Callable[..., Any]
     adapter: Path | None = None
     embedded: bool = False
     in_memory: bool = False
@@ -133,12 +135,17 @@ def _open_folder(name: str, source: str, tokenizer_from: Any = None) -> Source:
     return Source(name, public_name(name), model, tokenizer, partial(_read_folder, name, source, kind))
 
 
-def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str) -> Any:
+def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str, place: Placement | None = None) -> Any:
     """The model with its weights; every weight comes from the checkpoint."""
+    options, folder = {} if place is None else place.arguments(), None
+    if place is not None and place.folder is None:
+        options["offload_folder"] = folder = tempfile.mkdtemp(prefix="mechsafety-offload-")
     with _named(name):
         model, report = kind.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **_OWN_CODE
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **_OWN_CODE
         )
+    if folder is not None:
+        remove_with(model, folder)
     _check_complete(name, model, report)
     return model.eval()
 
@@ -298,9 +305,9 @@ def _instead(prepare: Prepare, tokenizer: Any, name: str, base: Any) -> None:
     prepare(name, tokenizer)
 
 
-def _read_base(folder: Path, source: Source, dtype: torch.dtype | str) -> Any:
+def _read_base(folder: Path, source: Source, dtype: torch.dtype | str, place: Placement | None = None) -> Any:
     try:
-        return source.read(dtype)
+        return source.read(dtype, place)
     except MechsafetyError as error:
         raise _of_base(folder, error) from error
 
@@ -324,7 +331,7 @@ def _open_memory(given: Any) -> Source:
     if not is_wrapped(base):
         check_class(base)
     name = _name(base)
-    return Source(name, public_name(name), model, tokenizer, lambda dtype: model, in_memory=True)
+    return Source(name, public_name(name), model, tokenizer, lambda dtype, place=None: model, in_memory=True)
 
 
 def _pair(given: Any) -> tuple[Any, Any]:

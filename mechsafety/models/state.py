@@ -49,7 +49,7 @@ class ModelState:
         module: The model.
         edits: Numbers of its open edits.
         weights: Hash of which parameters it has, and of how often each was written to. A change that autograd does not
-            count (through ``parameter.data``) is not seen.
+            count (through ``parameter.data``) is not seen. Nor is a change of weights that are offloaded.
     """
 
     module: "weakref.ref[nn.Module]"
@@ -80,5 +80,8 @@ def _weights(module: nn.Module) -> int:
 
 
 def _mark(parameter: Any) -> tuple[int, int]:
+    # accelerate gives an offloaded module another empty parameter after every forward
+    if parameter is not None and parameter.is_meta:
+        return (0, 0)
     # tensors of inference mode do not count writes
     return (id(parameter), 0 if parameter is None or parameter.is_inference() else parameter._version)

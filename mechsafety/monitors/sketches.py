@@ -13,6 +13,8 @@ from torch import Tensor
 from mechsafety.inputs import Amount, Prompts, public
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
+from mechsafety.models.placed import check_in_memory, fetched, with_numbers
+from mechsafety.models.quantised import quantised
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site, SiteKind
 
@@ -130,11 +132,25 @@ def parameter_name(name: str) -> str:
 
 
 def own_parameters(model: LensModel) -> list[tuple[str, Tensor]]:
-    """Every parameter once, also where several names share it."""
+    """Every parameter once, also where several names share it.
+
+    Raises:
+        MechsafetyError: Weights are offloaded, and the model has fused layers, which TransformerLens has split into
+            copies.
+    """
+    if quantised(model.hf_model):
+        check_in_memory(model.hf_model, "reading a fingerprint's weights")
     seen: set[int] = set()
     found = []
-    for name, value in model.hf_model.named_parameters():
-        if value.data_ptr() not in seen or not value.numel():
+    tied = set(getattr(model.hf_model, "all_tied_weights_keys", None) or ())
+    running = model.backend.weights()
+    for name, own in model.hf_model.named_parameters():
+        if own.is_meta and parameter_name(name) in tied:  # offloaded: of tied parameters each is fetched by itself
+            continue
+        if own.is_meta and name not in running:
+            check_in_memory(model.hf_model, "reading the weights of a model with fused layers")
+        value = with_numbers(model.hf_model, name) if own.is_meta else own
+        if own.is_meta or value.data_ptr() not in seen or not value.numel():
             seen.add(value.data_ptr())
             found.append((parameter_name(name), value.detach()))
     return found
@@ -166,7 +182,8 @@ def _writers(model: LensModel, seed: int) -> tuple[tuple[str, ...], Float[Tensor
 
     embedding = getattr(model.hf_model, "get_input_embeddings", lambda: None)()
     if embedding is not None:
-        add("embed", embedding.weight)
+        with fetched(embedding):
+            add("embed", embedding.weight)
     for layer in range(model.n_layers):
         add(f"L{layer}.attention", rearrange(model.W_O(layer), "head d_head d_model -> (head d_head) d_model"))
         if model.d_mlp:

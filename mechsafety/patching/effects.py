@@ -10,7 +10,7 @@ from mechsafety.metrics import adjust_p, sign_flip_p
 
 def mean_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> float:
     """Mean metric on harmful prompts minus that on harmless prompts."""
-    return float((harmful - harmless).mean())
+    return float((harmful - harmless).cpu().double().mean())
 
 
 def effect_intervals(
@@ -41,5 +41,5 @@ def effect_table(changes: Float[Tensor, "row prompt"], gaps: Float[Tensor, " pro
         1     0.0     0.0      0.0      1.0
     """
     low, high = zip(*effect_intervals(changes, gaps, seed), strict=True)
-    effects = (changes.mean(1) / gaps.mean()).tolist()
+    effects = (changes.cpu().double().mean(1) / gaps.cpu().double().mean()).tolist()
     return pd.DataFrame({"effect": effects, "ci_low": low, "ci_high": high, "p_value": effect_p_values(changes, seed)})

@@ -85,9 +85,9 @@ def through_norm(
     """Change of a norm's output when ``change`` is added to its input ``base``; exact, or at the base's scale."""
     rows = rearrange(base + change.to(base.dtype), "variant batch pos d -> (variant batch) pos d")
     with model.lock:  # other threads may have hooks on this norm
-        before = module(base)
+        before = module(base).to(base.device)
         with keep_scales(model, norm, [module], lambda: module(base)):
-            moved: Tensor = split_rows(module(rows), len(change)) - before
+            moved: Tensor = split_rows(module(rows).to(base.device), len(change)) - before
             return moved
 
 
@@ -96,13 +96,13 @@ def _frozen(model: LensModel, modules: Sequence[Module], base: Callable[[], obje
     scales: dict[Module, Tensor] = {}
 
     def note(module: Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-        scales[module] = model.backend.norm_form(module).scale(args[0])
+        scales[module] = model.backend.norm_form(module).scale(args[0].to(model.device))
 
     def rescale(module: Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         form, kept = model.backend.norm_form(module), scales[module]
-        own, shift = form.scale(args[0]), form.bias
+        own, shift = form.scale(args[0].to(model.device)), form.bias
         ratio = own / expand_rows(kept, own.shape[0] // kept.shape[0])
-        return ((out.float() - shift) * ratio + shift).to(out.dtype)
+        return ((out.to(model.device).float() - shift) * ratio + shift).to(out)
 
     with model.lock:
         with forward_hooks(modules, note):

@@ -228,7 +228,8 @@ def test_weights_that_are_not_there(make_tokenizer):
         model = transformers.LlamaForCausalLM(config)
     assert refusal(model, make_tokenizer) == (
         "weights that are not in memory (on the meta device): 21 tensors, such as lm_head.weight; expected a model "
-        "with all its weights loaded; load it without device_map and without offloading"
+        "with all its weights loaded; load the weights, or let load_model place them: "
+        "load_model(name, device_map='auto')"
     )
 
 
@@ -249,6 +250,15 @@ def test_quantised_weights(make_hf_model, make_tokenizer):
     model.model.layers[0].mlp.down_proj.weight = packed
     assert refusal(model, make_tokenizer).startswith(
         "quantised weights: 1 tensor, model.layers.0.mlp.down_proj.weight; expected float32, bfloat16 or float16; load"
+    )
+
+
+def test_layers_that_round_their_inputs(make_hf_model, make_tokenizer):
+    model = torch.ao.quantization.quantize_dynamic(make_hf_model("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    assert refusal(model, make_tokenizer) == (
+        "quantised layers: 22 layers, such as lm_head, a Linear; expected float32, bfloat16 or float16, or only "
+        "weights of 4 bits (bitsandbytes) or 8 bits (torchao); load the model without quantization_config, or with "
+        "BitsAndBytesConfig(load_in_4bit=True)"
     )
 
 
