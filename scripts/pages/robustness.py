@@ -111,6 +111,7 @@ def curve(name: str, row: Record) -> dict[str, Any]:
         "half": f"1 {what[:-1]} is" if half == 1 else f"{size(half)} {what} are",
         "half_ci": f"{size(low)} to {size(high)}",
         "lost": "refusals are" if kinds else "gap is",
+        "words_in": what == "edges" and row["order"][0].startswith("embed "),
         "broken": bool(kinds) and kinds[0][2] == 1,
         "area": three(row["area"]),
     }
