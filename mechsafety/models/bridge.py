@@ -285,7 +285,8 @@ class BridgeBackend(Backend):
         elif self.sizes.parallel:
             resid = block.ln1(resid)
         out = block.mlp(resid)
-        out = out[0] if isinstance(out, tuple) else out  # some experts return the router's scores as well
+        # some experts return the router's scores as well, and some return all tokens along one axis
+        out = (out[0] if isinstance(out, tuple) else out).reshape(resid.shape)
         return self._here(block.ln2_post(out) if hasattr(block, "ln2_post") else out)
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:

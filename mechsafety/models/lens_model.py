@@ -312,9 +312,13 @@ class LensModel:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply: those that the model's files name, otherwise the tokenizer's."""
+        """Tokens that end a reply: those that the model's files name, otherwise the tokenizer's.
+
+        A configuration may name a token that the vocabulary lacks, as those of some architectures do by default.
+        """
         own = self.tokenizer.eos_token_id
-        return self.backend.end_ids or (() if own is None else (own,))
+        named = [token for token in self.backend.end_ids if 0 <= token < self.d_vocab]
+        return tuple(named) or (() if own is None or own >= self.d_vocab else (own,))
 
     @public
     def read(self, tokens: Tokens, sites: Sequence[Site]) -> dict[Site, Tensor]:

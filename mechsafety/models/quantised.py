@@ -36,7 +36,9 @@ def quantised(model: nn.Module) -> list[str]:
 
 def unknown(model: nn.Module) -> dict[str, str]:
     """Names of layers that are quantised in another way, with their classes."""
-    return {p: _kind(m) for p, m in model.named_modules() if _kind(m) and not is_quantised(m)}
+    found = {p: _kind(m) for p, m in model.named_modules() if _kind(m) and not is_quantised(m)}
+    # a layer may keep its packed weights in a module of its own, which is no second layer
+    return {path: kind for path, kind in found.items() if path.rpartition(".")[0] not in found}
 
 
 def use_exact_kernels(model: nn.Module) -> None:

@@ -113,6 +113,10 @@ def test_end_tokens(make_hf_model, make_tokenizer, make_model):
         config = model.hf_model.generation_config
         config.eos_token_id = [6, 30]
         assert model.end_ids == (6, 30)
+        config.eos_token_id = [6, 50256]
+        assert model.end_ids == (6,), "the vocabulary has no such token"
+        config.eos_token_id = 50256
+        assert model.end_ids == (model.tokenizer.eos_token_id,)
         config.eos_token_id = None
         assert model.end_ids == (6,), "the configuration's"
         model.hf_model.config.eos_token_id = None

@@ -3,12 +3,14 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from architectures import random_model, tiny_tokenizer
 from whole_forwards import patched_whole
 
 import mechsafety as ms
+from mechsafety.circuits import EdgeMeter
 from mechsafety.directions import direction_io
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import hooked
@@ -41,6 +43,15 @@ def test_logits_are_hugging_faces(both):
         alone = torch.stack([plain(model.tokenize([prompt]).ids).logits[0, -1] for prompt in prompts])
     torch.testing.assert_close(model.logits(prompts), alone, atol=1e-5, rtol=1e-5)
     assert model.experts and model.d_mlp == 0 and "mixture of experts" in repr(model)
+
+
+@bridge_only
+def test_circuits_of_edges_where_experts_return_tokens_along_one_axis(pairs):
+    """Llama 4's experts give [row * token, d_model]."""
+    model = ms.load_model((random_model("Llama 4 (text)", len(tiny_tokenizer())), tiny_tokenizer()))
+    meter = EdgeMeter(model, pair_runs(model, pairs), METRIC)
+    harmful, harmless = meter.ends()
+    np.testing.assert_allclose(meter.kept([meter.parts, []]), [harmful, harmless], atol=2e-4)
 
 
 @bridge_only
