@@ -139,11 +139,15 @@ SENTENCES = {
         },
         lambda precision, recall: min(precision, recall) > 0.9,
     ),
-    "smallest": Sentence(
-        "A map of edges is the smallest set, and has no search for backups. Of two ways that do the same work it holds "
-        "one. It therefore finds {backups:.2f} of the backed-up nodes, and has a recall of nodes of {recall:.2f}.",
-        {"backups": mean("map_edges", "backups_found"), "recall": mean("map_edges", "found_nodes_recall")},
-        lambda backups, recall: backups < 1 and recall < 1,
+    "ways": Sentence(
+        "A map of edges adds the edges of backups to the smallest set. It finds {backups:.2f} of the backed-up nodes "
+        "({worst:.2f} in the worst model), and has a recall of nodes of {recall:.2f}.",
+        {
+            "backups": mean("map_edges", "backups_found"),
+            "worst": mean("map_edges", "backups_found", min),
+            "recall": mean("map_edges", "found_nodes_recall"),
+        },
+        lambda backups, recall: min(backups, recall) > 0.9,
     ),
 }
 
