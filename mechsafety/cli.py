@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.output import check_free_space, json_text, output_file, output_folder, uninterrupted, writing
 from mechsafety.version import __version__
@@ -507,7 +508,7 @@ def _option(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise MechsafetyError(f"--template-option {text!r}", expected="NAME=VALUE")
     try:
-        return name, json.loads(value, parse_constant=str)
+        return name, read_json(value, parse_constant=str)
     except json.JSONDecodeError:
         return name, value
 

@@ -1,7 +1,6 @@
 """Merge adapters, so that the analyses see one plain model that computes what peft computes."""
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, first_line
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MechsafetyError(f"no adapter in {folder}", expected=f"a folder with {CONFIG} (peft format)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path.read_bytes())
     except ValueError as error:
         raise MechsafetyError(f"{path} is not JSON ({first_line(error)})", expected="peft's own file") from None
     if not isinstance(config, dict) or not config.get("peft_type"):
