@@ -244,7 +244,11 @@ def decode(kind: Any, value: Any, where: str = "", tensors: "Mapping[str, Tensor
             raise _error(where, repr(value), "a tensor")
         if tensors is None or name not in tensors:
             raise _error(where, f"no tensor {name!r}", "it beside the JSON")
-        return tensors[name]
+        found = tensors[name]
+        if not isinstance(found, kind):  # jaxtyping compares dtype and number of axes
+            dtype = str(found.dtype).removeprefix("torch.")
+            raise _error(where, f"a tensor of {dtype} with shape {tuple(found.shape)}", kind.__name__)
+        return found
     if origin is Literal or issubclass(kind, Enum):
         known = inner if origin is Literal else tuple(one.value for one in kind)
         if value not in known:
@@ -330,9 +334,16 @@ def _leaf(kind: Any, value: Any, where: str) -> Any:
         return no_number(value)
     if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise _error(where, repr(value), NAMES[kind])
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not _finite(value):
         raise _error(where, repr(value), "a finite number")
     return value
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,9 @@ With --coverage, libFuzzer (the package atheris) decides by the branches that a 
 """
 
 import argparse
-import contextlib
 import faulthandler
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -25,12 +26,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# an own process and an own name: a report of the parent is read as JSON
+# modules whose branches guide libFuzzer
+READERS = (
+    *("codec", "conversation", "inputs", "results", "circuits.files", "prompts.files", "scale.folder", "scale.items"),
+    *("models.parts_adapter", "monitors.guard", "monitors.activation", "service.judge"),
+)
 WARM_UP = 300
 HANGS = 60
 # odd things that may befall a file, or the folder beside it; most cases have none
@@ -101,9 +106,12 @@ class Cases:
         name = self.names[k][case[1] % len(self.names[k])]
         folder = self.box / "case"
         self._write(folder, {**self.target.valid[k], name: case[3:]})
-        odd = case[2] > 200 or (case[2] > 100 and self.target.folder)
+        odd = ODDITIES[case[2] % len(ODDITIES)] if case[2] > 100 else ""
+        # a link that the user names is followed; one in a folder that somebody else made is not
+        if odd.startswith("link") and not (self.target.whole or "/" in name):
+            odd = ""
         if odd:
-            self._befall(folder / name, ODDITIES[case[2] % len(ODDITIES)], self.outside / str(k) / name)
+            self._befall(folder / name, odd, self.outside / str(k) / name)
         self.current.write_bytes(case)
         outcome, found = judged(self.target.name, self.target.load, folder, self.box, self.watch, alarm)
         if odd and self._touched():
@@ -141,7 +149,7 @@ class Cases:
             path.mkdir()
         elif oddity == "empty":
             path.touch()
-        elif oddity.startswith("link") and self.target.folder:
+        elif oddity.startswith("link"):
             ends = {"valid": valid, "another": self.outside / "canary", "nothing": self.outside / "new", "itself": path}
             path.symlink_to(next(end for word, end in ends.items() if word in oddity.split()))
 
@@ -180,10 +188,21 @@ def by_chance(cases: Cases, seed: int, *, seconds: float = float("inf"), limit: 
                 pool[rng.randrange(n_valid, len(pool))] = case
 
 
-def by_coverage(cases: Cases, seed: int, seconds: float) -> None:
+def classes(module: Any) -> list[type]:
+    """The classes that a module defines."""
+    return [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
+
+
+def by_coverage(cases: Cases, seed: int, seconds: float, tell: Callable[[], None]) -> None:
     """Cases that libFuzzer chooses; it ends the process."""
     import atheris
 
+    for name in READERS:
+        module = importlib.import_module(f"mechsafety.{name}")
+        for value in [*vars(module).values(), *(part for one in classes(module) for part in vars(one).values())]:
+            function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", None) or value))
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                atheris.instrument_func(function)
     corpus = Path(tempfile.mkdtemp())
     for k, case in enumerate(cases.valid()):
         (corpus / str(k)).write_bytes(case)
@@ -194,10 +213,14 @@ def by_coverage(cases: Cases, seed: int, seconds: float) -> None:
             return bytes(atheris.Mutate(data, largest))
         return cases.mutated(bytes(data), rng)[:largest]
 
+    def case(data: bytes) -> None:
+        cases.run(data, alarm=False)
+        tell()
+
     flags = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-max_len=400000", "-rss_limit_mb=6000", "-timeout=60"]
     atheris.Setup(
         [sys.argv[0], *flags, "-print_final_stats=1", str(corpus)],
-        lambda data: cases.run(data, alarm=False),
+        case,
         custom_mutator=mutate,
         internal_libfuzzer=True,
     )
@@ -229,11 +252,16 @@ def fuzzed(name: str, args: argparse.Namespace) -> dict[str, Any]:
         faulthandler.dump_traceback_later(args.seconds + HANGS, exit=True)
         began = time.monotonic()
         if args.coverage:
-            import atexit
+            written = began
 
-            # libFuzzer ends the process, so that what was found is written then
-            atexit.register(lambda: write(args.out, [record(cases, time.monotonic() - began, args.seed, True)]))
-            by_coverage(cases, args.seed, args.seconds)
+            def tell() -> None:
+                """Store what was found so far, every 5 seconds: libFuzzer ends the process without a word."""
+                nonlocal written
+                if time.monotonic() - written > 5:
+                    written = time.monotonic()
+                    write(args.out, [record(cases, written - began, args.seed, True)])
+
+            by_coverage(cases, args.seed, args.seconds, tell)
         by_chance(cases, args.seed, seconds=args.seconds, limit=args.cases or float("inf"))
         faulthandler.cancel_dump_traceback_later()
         return record(cases, time.monotonic() - began, args.seed, False)
@@ -276,17 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if "--coverage" in sys.argv:
-        import atheris
+    import mechsafety.circuits
+    import mechsafety.monitors
+    import mechsafety.robustness
+    import mechsafety.scale
+    import mechsafety.service.judge  # noqa: F401
 
-        # branches of the package and of Python's own readers
-        guided = atheris.instrument_imports(include=["mechsafety", "json", "csv"])
-    else:
-        guided = contextlib.nullcontext()
-    with guided:
-        import mechsafety.circuits
-        import mechsafety.monitors
-        import mechsafety.robustness
-        import mechsafety.scale
-        import mechsafety.service.judge  # noqa: F401
     sys.exit(main())

@@ -172,6 +172,6 @@ def safetensors_changed(rng: random.Random, content: bytes, others: Sequence[byt
         else:
             header[rng.choice(("__metadata__", "new"))] = rng.choice(ODD)
         text = json.dumps(header).encode()
-    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
+    except (ValueError, RecursionError, TypeError, AttributeError, LookupError):
         return bytes_changed(rng, content, others)
     return len(text).to_bytes(8, "little") + text + body

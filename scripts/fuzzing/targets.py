@@ -2,12 +2,13 @@
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Float
 
 import mechsafety as ms
 
@@ -23,14 +24,14 @@ class Target:
         about: What is read by what, for the page.
         valid: Folders of valid files, by name relative to the folder.
         load: Reads a folder, whose files may be spoilt.
-        folder: Whether the loader is given the folder, so that links in it must not lead out of it.
+        whole: Whether the loader is given the whole folder, rather than each file or folder in it.
     """
 
     name: str
     about: str
     valid: Sequence[Files]
     load: Callable[[Path], Any]
-    folder: bool = False
+    whole: bool = False
 
 
 def files_of(folder: Path) -> Files:
@@ -79,7 +80,7 @@ def circuit() -> Target:
     from circuits_drawn import neuron_circuit, small_circuit
 
     drawn = [small_circuit(), neuron_circuit()]
-    valid = [{"circuit.json": one.to_json().encode()} for one in (*drawn, ms.RefusalCircuit.builtin())]
+    valid = [{"circuit.json": one.to_json().encode()} for one in drawn]
 
     def load(folder: Path) -> None:
         for path in folder.iterdir():
@@ -106,27 +107,33 @@ def results() -> Target:
         for path in folder.iterdir():
             kinds[path.stem].load(path)
 
-    return Target("results", "saved results, as folders and as single files, by `load`", valid, load, folder=True)
+    return Target("results", "saved results, as folders and as single files, by `load`", valid, load)
+
+
+@ms.scale.sweeps
+def squares(numbers: tuple[int, ...]) -> tuple[Any, ...]:
+    """A sweep whose outcomes are tensors and numbers, as those of the package are."""
+    import torch
+
+    kind = tuple[Float[torch.Tensor, "a b"], float, str]
+    return tuple(ms.scale.work("squares", numbers, lambda k: (torch.full((2, 3), k**0.5), k**2 / 7, str(k)), kind))
 
 
 def runs() -> Target:
-    model, pairs, metric = planted()
-    some = pairs.sample(2)
-
-    def patch() -> bytes:
-        return ms.activation_patching(model, some, metric, nodes=["L0.H1"], progress=False).to_json().encode()
+    def outcome() -> str:
+        return repr(squares((1, 2, 3)))
 
     with tempfile.TemporaryDirectory() as place:
         with ms.running(place):
-            alone = patch()
+            alone = outcome()
         valid = [files_of(Path(place))]
 
     def load(folder: Path) -> None:
-        with warnings.catch_warnings(), ms.running(folder):
-            if patch() != alone:
+        with ms.running(folder):
+            if outcome() != alone:
                 raise AssertionError("a spoilt item changed the result")
 
-    return Target("runs", "run folders by `ms.running`, which goes on from them", valid, load, folder=True)
+    return Target("runs", "run folders by `ms.running`, which goes on from them", valid, load, whole=True)
 
 
 def fingerprints() -> Target:
@@ -138,7 +145,7 @@ def fingerprints() -> Target:
         for path in folder.iterdir():
             repr(ms.monitors.TamperAudit.load(path))
 
-    return Target("fingerprints", "fingerprints by `TamperAudit.load`", valid, load, folder=True)
+    return Target("fingerprints", "fingerprints by `TamperAudit.load`", valid, load)
 
 
 def guards() -> Target:
@@ -165,7 +172,7 @@ def guards() -> Target:
                 loaded.score(pairs.harmful[:1])
 
     about = "guards and monitors by `SafetyGuard.load` and `ActivationMonitor.load`, and asked for a verdict"
-    return Target("guards", about, valid, load, folder=True)
+    return Target("guards", about, valid, load)
 
 
 def adapters() -> Target:

@@ -17,7 +17,7 @@ from mechsafety.errors import MechsafetyError
 
 SECONDS = 5.0
 MEBIBYTES = 512
-LONGEST_LINE = 2000
+LONGEST_LINE = 3100
 # events of the interpreter that name paths (https://docs.python.org/3/library/audit_events.html)
 PATHS = ("open", "os.", "shutil.", "tempfile.", "glob.")
 # events that no reading of data needs
