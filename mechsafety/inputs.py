@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, 
 from mechsafety.codec import Amount
 from mechsafety.conversation import Conversation, PromptLike, whole_characters
 from mechsafety.errors import MechsafetyError
+from mechsafety.halving import exhausted, out_of_memory
 from mechsafety.settled import settled
 
 P = ParamSpec("P")
@@ -180,7 +181,12 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 metric: Any = bound.arguments.get(name)
                 if hasattr(metric, "opener_ids"):
                     _read_after(metric.opener_ids, bound.arguments, models, name)
-            out = function(*bound.args, **bound.kwargs)
+            try:
+                out = function(*bound.args, **bound.kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    raise exhausted(error) from error
+                raise
         return cast(R, _Settled(out)) if isinstance(out, AbstractContextManager) else out
 
     vars(checked)["checks"] = tuple(checks)

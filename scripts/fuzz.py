@@ -217,7 +217,7 @@ def by_coverage(cases: Cases, seed: int, seconds: float, tell: Callable[[], None
         cases.run(data, alarm=False)
         tell()
 
-    flags = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-max_len=400000", "-rss_limit_mb=6000", "-timeout=60"]
+    flags = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-max_len=400000", "-rss_limit_mb=6000", "-timeout=60", f"-artifact_prefix={cases.keep}/"]
     atheris.Setup(
         [sys.argv[0], *flags, "-print_final_stats=1", str(corpus)],
         case,

@@ -145,7 +145,7 @@ def judged(target: str, load: Callable[[Path], Any], folder: Path, box: Path, wa
     found: list[Finding] = []
     outcome, before, began = "loads", peak(), time.perf_counter()
     if alarm:
-        signal.signal(signal.SIGALRM, _too_long)
+        handler = signal.signal(signal.SIGALRM, _too_long)
         signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)
     try:
         with watch.on(box) as seen:
@@ -159,6 +159,7 @@ def judged(target: str, load: Callable[[Path], Any], folder: Path, box: Path, wa
     finally:
         if alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)  # libFuzzer has one of its own
     seconds, grown = time.perf_counter() - began, (peak() - before) >> 20
     found += [Finding(target, kind, what, what if kind == "event" else "") for kind, what in dict.fromkeys(seen)]
     if seconds > SECONDS:
