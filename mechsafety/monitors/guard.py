@@ -112,7 +112,7 @@ class GuardWeights(Result):
             raise MechsafetyError(
                 "{} neurons, {} means, {} scales and {} weights".format(*sizes), expected="one of each per neuron"
             )
-        numbers = (self.mean, self.scale, self.weights, torch.tensor(self.intercept))
+        numbers = (self.mean, self.scale, self.weights, torch.tensor(float(self.intercept)))
         if not all(bool(part.isfinite().all()) for part in numbers) or bool((self.scale == 0).any()):
             raise MechsafetyError("weights that give no probability", expected="finite numbers, and no scale of 0")
         if not 0 <= self.threshold <= 1:
