@@ -31,6 +31,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fuzzing.mutations import spoilt
+from fuzzing.targets import MAKERS, Target
+from fuzzing.watching import Finding, Watch, judged
+
 # modules whose branches guide libFuzzer
 READERS = (
     *("codec", "conversation", "inputs", "results", "circuits.files", "prompts.files", "scale.folder", "scale.items"),
@@ -66,9 +70,7 @@ class Cases:
         keep: Folder for the cases of findings.
     """
 
-    def __init__(self, target: Any, place: Path, keep: Path) -> None:
-        from fuzzing.watching import Watch
-
+    def __init__(self, target: Target, place: Path, keep: Path) -> None:
         self.target, self.keep, self.tally = target, keep, Tally()
         self.box, self.outside = place / "box", place / "outside"
         self.watch = WATCH[0] if WATCH else Watch()
@@ -90,8 +92,6 @@ class Cases:
 
     def mutated(self, case: bytes, rng: random.Random) -> bytes:
         """A case, spoilt once more."""
-        from fuzzing.mutations import spoilt
-
         head, content = case[:3].ljust(3, b"\0"), case[3:]
         if rng.random() < 0.06:
             head = head[:2] + bytes((rng.randrange(256),))
@@ -99,8 +99,6 @@ class Cases:
 
     def run(self, case: bytes, *, alarm: bool = True, count: bool = True) -> None:
         """Write a case, load it, and note what came of it."""
-        from fuzzing.watching import Finding, judged
-
         case = case[:3].ljust(3, b"\0") + case[3:]
         k = case[0] % len(self.names)
         name = self.names[k][case[1] % len(self.names[k])]
@@ -158,16 +156,17 @@ class Cases:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-WATCH: list[Any] = []
+# audit events cannot be switched off, so that there is one watch in a process
+WATCH: list[Watch] = []
 
 
-def warm_up(cases: Cases, seed: int) -> None:
+def warm_up(cases: Cases, seed: int, most: int = WARM_UP) -> None:
     """Load everything that the loaders load at their first use, without counting."""
     rng = random.Random(f"warm-up {seed}")
     valid = list(cases.valid())
     for case in valid:
         cases.run(case, count=False)
-    for _ in range(min(WARM_UP, 40 * len(valid))):
+    for _ in range(min(most, 40 * len(valid))):
         cases.run(cases.mutated(rng.choice(valid), rng), count=False)
 
 
@@ -243,8 +242,6 @@ def record(cases: Cases, seconds: float, seed: int, coverage: bool) -> dict[str,
 
 def fuzzed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Fuzz a target in this process."""
-    from fuzzing.targets import MAKERS
-
     target = MAKERS[name]()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         cases = Cases(target, Path(place), args.keep)
@@ -284,8 +281,6 @@ def write(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    from fuzzing.targets import MAKERS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="+", choices=["all", *MAKERS])
     parser.add_argument("--seconds", type=float, default=60.0, help="time per target")

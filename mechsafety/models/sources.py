@@ -137,7 +137,12 @@ def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str) ->
     """The model with its weights; every weight comes from the checkpoint."""
     with _named(name):
         model, report = kind.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **_OWN_CODE
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            **_OWN_CODE,
         )
     _check_complete(name, model, report)
     return model.eval()

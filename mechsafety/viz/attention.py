@@ -14,7 +14,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.results import visible
 from mechsafety.viz.cards import check_pattern
-from mechsafety.viz.html import safe_json, template
+from mechsafety.viz.html import document, safe_json
 from mechsafety.viz.words import plain
 
 VIEWS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
@@ -165,8 +165,8 @@ def figures_page(title: str, *fragments: str) -> str:
         >>> page.count("<figure")
         2
     """
-    return template("figures.html.j2").render(
-        title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
+    return document(
+        "figures.html.j2", title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
     )
 
 

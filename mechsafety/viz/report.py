@@ -14,7 +14,7 @@ from mechsafety.viz.chart_svg import DARK_FRAME, NARROW, WIDE, chart_svg, heat_c
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.flow import flow
 from mechsafety.viz.glossary import GLOSSARY, METHODS
-from mechsafety.viz.html import circuit_fragment, dark_rules, template
+from mechsafety.viz.html import circuit_fragment, dark_rules, document
 from mechsafety.viz.look import PLAIN, ROLE_COLOURS
 from mechsafety.viz.marks import magnitude
 from mechsafety.viz.role_diagram import role_diagram
@@ -57,7 +57,8 @@ def render_report(circuit: RefusalCircuit) -> str:
         >>> path = (folder / "report.html").write_text(page, encoding="utf-8")
     """
     details, check, linked = circuit.details, circuit.verification, circuit.linked
-    return template("report.html.j2").render(
+    return document(
+        "report.html.j2",
         model=words.model_name(circuit),
         checks=words.checks(circuit),
         finding=words.finding(circuit),

@@ -98,7 +98,7 @@ class Watch:
     def _code(self, event: str, args: tuple[Any, ...]) -> None:
         """Code that is no module of an installed package and no class that the standard library makes."""
         name = getattr(args[0], "co_filename", "") if event == "exec" else str(args[-1])
-        if not name.startswith((*LIBRARIES, str(ROOT), "<frozen")):
+        if not name.startswith((*LIBRARIES, str(ROOT), "<frozen")) and not importing():
             self.seen.append(("event", f"{event} {args!r}"[:200]))
 
     def _paths(self, event: str, args: tuple[Any, ...]) -> None:
@@ -116,6 +116,14 @@ class Watch:
 
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def importing() -> bool:
+    """Whether an installed module is being imported, which runs code of its own, such as that of dataclasses."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def written(args: tuple[Any, ...]) -> bool:
