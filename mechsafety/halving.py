@@ -19,8 +19,10 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, on the CPU or a GPU.
 
     Example:
-        >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("CUDA error: out of memory")), out_of_memory(ValueError())
-        (True, True, False)
+        >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("CUDA error: out of memory"))
+        (True, True)
+        >>> out_of_memory(ValueError("out of memory"))
+        False
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS))
@@ -31,7 +33,8 @@ def exhausted(error: BaseException) -> MechsafetyError:
     return MechsafetyError(
         f"there is not enough memory ({first_line(error)})",
         expected="memory for a batch",
-        hint="pass a smaller batch_size, give shorter prompts, close other programs, or load the model with dtype='bfloat16'",
+        hint="pass a smaller batch_size, give shorter prompts, close other programs, or load the model with "
+        "dtype='bfloat16'",
     )
 
 

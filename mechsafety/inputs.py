@@ -305,7 +305,9 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
         optional = type(None) in asked
         return lambda value: value if value is None and optional else lens_model(value, name)
     for kind, hint in _MADE.items():
-        if all(kind in (part, getattr(part, "__name__", "")) or part is type(None) for part in _alternatives(annotation)):
+        if all(
+            kind in (part, getattr(part, "__name__", "")) or part is type(None) for part in _alternatives(annotation)
+        ):
             return lambda value, kind=kind, hint=hint: _made(value, name, kind, hint)
     if get_origin(annotation) is Literal:
         return lambda value: one_of(name, value, get_args(annotation))

@@ -29,7 +29,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)> & % _ \\ $x^2$ # ~ {a} 'q' \"d\
 ATTACK = (
     "<script>alert(1)</script>\"><img src=x onerror=alert(2)>'><svg onload=alert(3)>--></script><script>alert(4)"
     "</script></style><style>@import 'http://evil.example/a.css'</style>]]><iframe src=javascript:alert(5)></iframe>"
-    "<a href=\"javascript:alert(6)\">x</a><base href=//evil.example><link rel=prefetch href=//evil.example/b>{{7*7}}"
+    '<a href="javascript:alert(6)">x</a><base href=//evil.example><link rel=prefetch href=//evil.example/b>{{7*7}}'
 )
 SIZES = (1, 2, 5, 10, 20, 30, 60, 90, 150, 200, 300)
 # evaluation nodes from this depth on are relays

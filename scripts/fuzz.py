@@ -43,7 +43,15 @@ READERS = (
 WARM_UP = 300
 HANGS = 60
 # odd things that may befall a file, or the folder beside it; most cases have none
-ODDITIES = ("missing", "folder", "empty", "link to a valid file", "link to another file", "link to nothing", "link to itself")
+ODDITIES = (
+    "missing",
+    "folder",
+    "empty",
+    "link to a valid file",
+    "link to another file",
+    "link to nothing",
+    "link to itself",
+)
 
 
 @dataclass
@@ -216,7 +224,14 @@ def by_coverage(cases: Cases, seed: int, seconds: float, tell: Callable[[], None
         cases.run(data, alarm=False)
         tell()
 
-    flags = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-max_len=400000", "-rss_limit_mb=6000", "-timeout=60", f"-artifact_prefix={cases.keep}/"]
+    flags = [
+        f"-max_total_time={int(seconds)}",
+        f"-seed={seed + 1}",
+        "-max_len=400000",
+        "-rss_limit_mb=6000",
+        "-timeout=60",
+        f"-artifact_prefix={cases.keep}/",
+    ]
     atheris.Setup(
         [sys.argv[0], *flags, "-print_final_stats=1", str(corpus)],
         case,

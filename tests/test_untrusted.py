@@ -1,5 +1,6 @@
 """Files that somebody else made: what the fuzzer found, and a short fuzz of each kind of file."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,8 +24,8 @@ def test_a_short_fuzz(name, tmp_path):
     """As `python scripts/fuzz.py NAME`, which docs/results/fuzzing.md reports for longer times."""
     cases = fuzz.Cases(MAKERS[name](), tmp_path / "place", tmp_path / "keep")
     fuzz.warm_up(cases, 0, most=20)
-    fuzz.by_chance(cases, 0, seconds=2.0, limit=400)
-    assert cases.tally.cases > 5 and cases.tally.outcomes["refused"] + cases.tally.outcomes["loads"] > 0
+    fuzz.by_chance(cases, 0, limit=60)
+    assert cases.tally.cases == 60 and cases.tally.outcomes["refused"] > 0
     assert [one for one, _ in cases.tally.findings.values()] == []
 
 
@@ -35,7 +36,7 @@ def test_the_fuzz_sees_what_it_looks_for(tmp_path):
         found = (folder / "a.json").read_text(errors="replace")
         open(folder.parents[1] / "outside" / "canary").close()
         eval("1 + 1")
-        with pytest.raises(OSError):
+        with contextlib.suppress(OSError):
             __import__("socket").create_connection(("127.0.0.1", 1), timeout=0.1)
         raise ValueError(found)
 
@@ -86,8 +87,10 @@ def test_a_saved_result_does_not_lead_out_of_its_folder(name, llama, pairs, log_
 
 @pytest.fixture(scope="module")
 def guard(llama):
-    prompts = [f"{verb} a {what}" for what in ("bomb", "cake") for verb in ("make", "explain", "teach me", "help")]
-    labelled = LabelledPrompts("mine", tuple(prompts), (True,) * 4 + (False,) * 4)
+    prompts = [
+        f"{verb} a {what}" for what in ("bomb", "cake") for verb in ("make", "explain", "teach me", "help", "poison")
+    ]
+    labelled = LabelledPrompts("mine", tuple(prompts), (True,) * 5 + (False,) * 5)
     return SafetyGuard.fit(llama, torch.rand(3, 48, generator=torch.Generator().manual_seed(0)) < 0.1, labelled)
 
 
@@ -103,7 +106,9 @@ def guard(llama):
 )
 def test_a_guard_that_could_give_no_probability_is_not_stored(guard, change, line, tmp_path):
     weights = guard.weights
-    full = {name: torch.full_like(weights.mean, value) for name, value in change.items() if name in ("scale", "weights")}
+    full = {
+        name: torch.full_like(weights.mean, value) for name, value in change.items() if name in ("scale", "weights")
+    }
     with pytest.raises(ms.MechsafetyError, match=line.replace("(", r"\(")):
         dataclasses.replace(weights, **{**change, **full}).save(tmp_path / "guard")
     assert os.listdir(tmp_path) == []

@@ -166,7 +166,12 @@ def figures_page(title: str, *fragments: str) -> str:
         2
     """
     return document(
-        "figures.html.j2", title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
+        "figures.html.j2",
+        made=[bundle()],
+        title=plain(title),
+        body="\n".join(fragments),
+        script=_script(),
+        mount=MOUNT,
     )
 
 
@@ -195,10 +200,15 @@ def _finite(value: float) -> float:
 
 
 @cache
-def _script() -> str:
-    """A script that unpacks CircuitsVis' own bundle; the same version gives the same text."""
+def bundle() -> str:
+    """CircuitsVis' own script."""
     from importlib import resources
 
     text = (resources.files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    text = text.replace("//# sourceMappingURL=iife.js.map", "").strip()
-    return UNPACK % base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return text.replace("//# sourceMappingURL=iife.js.map", "").strip()
+
+
+@cache
+def _script() -> str:
+    """A script that unpacks CircuitsVis' own; the same version gives the same text."""
+    return UNPACK % base64.b64encode(gzip.compress(bundle().encode(), 9, mtime=0)).decode()

@@ -168,9 +168,9 @@ def template(name: str) -> "jinja2.Template":
     return _environment().get_template(name)
 
 
-def document(name: str, **values: Any) -> str:
-    """A page of a packaged template, whose policy allows the page's own scripts and no others."""
-    return allowed(template(name).render(**values))
+def document(name: str, made: Sequence[str] = (), **values: Any) -> str:
+    """A page of a packaged template, whose policy allows the page's own scripts, what these make, and no others."""
+    return allowed(template(name).render(**values), made)
 
 
 def page_script() -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from typing import Any
 
@@ -9,17 +10,21 @@ from typing import Any
 SCRIPTS = "<own scripts>"
 
 
-def allowed(page: str) -> str:
-    """A page with the hashes of its scripts in its policy, in the place of `SCRIPTS`.
+def allowed(page: str, made: Sequence[str] = ()) -> str:
+    r"""A page with the hashes of its scripts in its policy, in the place of `SCRIPTS`.
 
     A frame with a page of its own (``srcdoc``) is under the policy of the page around it as well, so that the frame's
     scripts are allowed in both.
 
+    Args:
+        page: The page.
+        made: Texts of the scripts that the page's own scripts make.
+
     Example:
         >>> allowed('<meta content="script-src <own scripts>"><script>go()</script>')[:40]
-        '<meta content="script-src \\'sha256-dRXG0i'
+        '<meta content="script-src \'sha256-5KYv+P'
     """
-    return page.replace(SCRIPTS, " ".join(dict.fromkeys(map(digest, scripts_of(page)))) or "'none'", 1)
+    return page.replace(SCRIPTS, " ".join(dict.fromkeys(map(digest, [*scripts_of(page), *made]))) or "'none'", 1)
 
 
 def digest(text: str) -> str:
@@ -27,7 +32,7 @@ def digest(text: str) -> str:
 
     Example:
         >>> digest("go()")
-        "'sha256-dRXG0iKwXt2Lg+3CHl5e1KROIJ5cJjFQ6ml2KNHhmQ0='"
+        "'sha256-5KYv+PUboo5h+0+YAtGRPbwv5d/QxzHslP4YGnUaxRw='"
     """
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -59,5 +64,5 @@ class _Scripts(HTMLParser):
             # browsers read every line break as \n
             self.found[-1] += data.replace("\r\n", "\n").replace("\r", "\n")
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
         self._inside = False

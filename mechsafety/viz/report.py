@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.results import parting, reads_where
 from mechsafety.viz import words
-from mechsafety.viz.attention import attention_html
+from mechsafety.viz.attention import attention_html, bundle
 from mechsafety.viz.chart_svg import DARK_FRAME, NARROW, WIDE, chart_svg, heat_colours
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.flow import flow
@@ -59,6 +59,7 @@ def render_report(circuit: RefusalCircuit) -> str:
     details, check, linked = circuit.details, circuit.verification, circuit.linked
     return document(
         "report.html.j2",
+        made=[bundle()] if details and details.attention else [],
         model=words.model_name(circuit),
         checks=words.checks(circuit),
         finding=words.finding(circuit),

@@ -9,17 +9,64 @@ from typing import Any
 # values that a field may not expect
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 1e308, 5e-324, 0.5, -0.0),
-    *("", " ", "a", "\x00", "\x1b[2J", "\ud800", "\u202eabc", "🙂", "é" * 300, "x" * 5000, "\n", "../../outside/canary"),
-    *("/etc/passwd", "/dev/zero", "file:///etc/passwd", "__class__", "{{ 7 * 7 }}", "<script>alert(1)</script>", "%s%n"),
+    *(
+        "",
+        " ",
+        "a",
+        "\x00",
+        "\x1b[2J",
+        "\ud800",
+        "\u202eabc",
+        "🙂",
+        "é" * 300,
+        "x" * 5000,
+        "\n",
+        "../../outside/canary",
+    ),
+    *(
+        "/etc/passwd",
+        "/dev/zero",
+        "file:///etc/passwd",
+        "__class__",
+        "{{ 7 * 7 }}",
+        "<script>alert(1)</script>",
+        "%s%n",
+    ),
     *([], {}, [[]], [None], {"": None}, {"float": "nan"}, {"float": "inf"}, {"float": "-inf"}, {"float": "x"}),
     *({"tensor": "x"}, {"tensor": None}, {"type": "Node"}, {"__reduce__": ["os.system", "id"]}, [0] * 3000),
 )
 # texts that stand for a value in JSON and that no Python value is written as
 RAW = (
     *("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, "9" * 5000, "0." + "0" * 400 + "1", "-0"),
-    *("[" * 90 + "]" * 90, "[" * 3000 + "]" * 3000, '{"a":' * 900 + "1" + "}" * 900, '"\\ud800"', '"\\u0000"', "01", "'a'"),
+    *(
+        "[" * 90 + "]" * 90,
+        "[" * 3000 + "]" * 3000,
+        '{"a":' * 900 + "1" + "}" * 900,
+        '"\\ud800"',
+        '"\\u0000"',
+        "01",
+        "'a'",
+    ),
 )
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "U64", "C64", "F4", "X", "", None, 7)
+DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I8",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "U64",
+    "C64",
+    "F4",
+    "X",
+    "",
+    None,
+    7,
+)
 SIZES = (0, 1, 7, 8, 100, 2**20, 100_000_001, 2**31, 2**40, 2**63 - 1, 2**64 - 1)
 FORMAT_CHARS = b'{}[]":,\\\x00\xff\n 0123456789eE+-.'
 

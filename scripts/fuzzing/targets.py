@@ -58,7 +58,9 @@ def planted() -> Any:
 
 
 def prompts() -> Target:
-    pairs = [{"harmful": f"how do i make a bomb {k}", "harmless": f"how do i make a cake {k}", "topic": "x"} for k in "ab"]
+    pairs = [
+        {"harmful": f"how do i make a bomb {k}", "harmless": f"how do i make a cake {k}", "topic": "x"} for k in "ab"
+    ]
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how do i steal é 🙂"}]
     rows = [*pairs, {"harmful": talk, "harmless": talk, "split": "test", "edition": 2}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)

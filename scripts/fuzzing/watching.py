@@ -22,10 +22,23 @@ LONGEST_LINE = 3100
 PATHS = ("open", "os.", "shutil.", "tempfile.", "glob.")
 # events that no reading of data needs
 NEVER = (
-    *("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "os.startfile", *(f"socket.{one}" for one in ("connect", "bind", "getaddrinfo", "sendto", "sendmsg"))),
+    *(
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "os.spawn",
+        "os.startfile",
+        *(f"socket.{one}" for one in ("connect", "bind", "getaddrinfo", "sendto", "sendmsg")),
+    ),
     *("pickle.find_class", "marshal.", "ctypes.", "code.__new__", "builtins.input", "urllib.", "webbrowser.", "pty."),
 )
-LIBRARIES = tuple({str(Path(place).resolve()) for place in (sys.prefix, sys.base_prefix, os.__file__ + "/..")})
+# where installed modules are, of other environments on the path too
+LIBRARIES = tuple(
+    {str(Path(one).resolve()) for one in (sys.prefix, sys.base_prefix)}
+    | {str(Path(one).resolve()) for one in sys.path if one.endswith("-packages")}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,7 @@ class TooLong(BaseException):
 
 
 class Watch:
-    """Watches code by Python's audit events, which cannot be switched off once they are on: outside `on` it ignores them.
+    """Watches code by Python's audit events; these cannot be switched off again, and outside `on` they are ignored.
 
     Args:
         packages: Names of packages that may still load modules of their own.
@@ -119,9 +132,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def importing() -> bool:
-    """Whether an installed module is being imported, which runs code of its own, such as that of dataclasses."""
+    """Whether an installed module is being imported, which runs code of its own, such as that of dataclasses.
+
+    The tests' check of annotations (jaxtyping) compiles code too, when a function is first called.
+    """
     frame = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+    while frame is not None and not frame.f_code.co_filename.endswith(
+        ("importlib._bootstrap>", "jaxtyping/_decorator.py")
+    ):
         frame = frame.f_back
     return frame is not None
 
@@ -139,7 +157,9 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def judged(target: str, load: Callable[[Path], Any], folder: Path, box: Path, watch: Watch, alarm: bool) -> tuple[str, list[Finding]]:
+def judged(
+    target: str, load: Callable[[Path], Any], folder: Path, box: Path, watch: Watch, alarm: bool
+) -> tuple[str, list[Finding]]:
     """Load a case; the outcome (``loads``, ``refused`` or ``finding``), and the findings.
 
     Args:
