@@ -308,7 +308,7 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
         if all(
             kind in (part, getattr(part, "__name__", "")) or part is type(None) for part in _alternatives(annotation)
         ):
-            return lambda value, kind=kind, hint=hint: _made(value, name, kind, hint)
+            return functools.partial(_made, name=name, kind=kind, hint=hint)
     if get_origin(annotation) is Literal:
         return lambda value: one_of(name, value, get_args(annotation))
     if not kinds:

@@ -134,14 +134,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def importing() -> bool:
     """Whether an installed module is being imported, which runs code of its own, such as that of dataclasses.
 
-    The tests' check of annotations (jaxtyping) compiles code too, when a function is first called.
+    The tests' checks of annotations (jaxtyping, beartype) compile code too, when a function is first called.
     """
     frame = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith(
-        ("importlib._bootstrap>", "jaxtyping/_decorator.py")
-    ):
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith("importlib._bootstrap>") or "/jaxtyping/" in name or "/beartype/" in name:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def written(args: tuple[Any, ...]) -> bool:
