@@ -73,7 +73,7 @@ EXPORTS = [
 ROOMS = (
     ("errors", "version"),
     ("conversation",),
-    ("codec", "output", "intervals", "settled", "progress"),
+    ("codec", "output", "intervals", "settled", "progress", "halving"),
     ("sites", "inputs"),
     ("nodes",),
     ("results",),

@@ -134,7 +134,7 @@ def json_changed(rng: random.Random, content: bytes, others: Sequence[bytes] = (
     raws: dict[str, str] = {}
     places = list(inner(data))
     if not places:
-        return json.dumps(rng.choice(ODD)).encode()
+        return json.dumps(rng.choice(ODD), allow_nan=True).encode()
     holder, key = rng.choice(places)
     way = rng.randrange(8)
     if isinstance(holder[key], str) and len(holder[key]) > 40 and way < 6 and (found := in_base64(rng, holder[key])):
@@ -154,7 +154,7 @@ def json_changed(rng: random.Random, content: bytes, others: Sequence[bytes] = (
     else:
         holder[key] = rng.choice(ODD)
     try:
-        text = json.dumps(data)
+        text = json.dumps(data, allow_nan=True)
     except (ValueError, RecursionError):  # exchanged with what holds it
         return bytes_changed(rng, content, others)
     for mark, raw in raws.items():
@@ -218,7 +218,7 @@ def safetensors_changed(rng: random.Random, content: bytes, others: Sequence[byt
             about[key] = spoilt(rng, text).decode("utf-8", "surrogateescape") if rng.random() < 0.9 else rng.choice(ODD)
         else:
             header[rng.choice(("__metadata__", "new"))] = rng.choice(ODD)
-        text = json.dumps(header).encode()
+        text = json.dumps(header, allow_nan=True).encode()
     except (ValueError, RecursionError, TypeError, AttributeError, LookupError):
         return bytes_changed(rng, content, others)
     return len(text).to_bytes(8, "little") + text + body

@@ -63,11 +63,11 @@ def prompts() -> Target:
     ]
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how do i steal é 🙂"}]
     rows = [*pairs, {"harmful": talk, "harmless": talk, "split": "test", "edition": 2}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     table = "harmful,harmless,topic\n" + "".join(f'"{row["harmful"]}",{row["harmless"]},y\n' for row in pairs)
     valid: list[Files] = [
         {"pairs.jsonl": lines.encode()},
-        {"pairs.json": json.dumps(rows).encode()},
+        {"pairs.json": json.dumps(rows, allow_nan=False).encode()},
         {"pairs.csv": table.encode()},
     ]
 
