@@ -1,5 +1,6 @@
 """The command `mechsafety`."""
 
+import errno
 import json
 import math
 import os
@@ -7,14 +8,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, NoRefusal
 from mechsafety.output import check_free_space, json_text, output_file, output_folder, uninterrupted, writing
 from mechsafety.version import __version__
@@ -531,7 +533,7 @@ def _option(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise MechsafetyError(f"--template-option {text!r}", expected="NAME=VALUE")
     try:
-        return name, json.loads(value, parse_constant=str)
+        return name, read_json(value, parse_constant=str)
     except json.JSONDecodeError:
         return name, value
 
@@ -692,12 +694,14 @@ def _roles(circuit: Any) -> list[str]:
 def _show(text: str, out: Path, kept: str = "the map is whole in {}") -> int:
     """Print the summary; if it cannot be printed (no reader, full disk), say what is complete all the same."""
     try:
+        if sys.stdout is None:  # the shell closed it: mechsafety ... >&-
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         # a terminal that lacks a token's characters shows their code points
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
     except OSError as error:
-        # the rest of the buffer would fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:  # the rest of the buffer would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"the summary was not printed ({error.strerror}); {kept.format(out)}")
         return CLOSED
     return 0
@@ -729,8 +733,56 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _Patient:
+    """A stream that drops what a terminal that went away can no longer show, so that the work goes on.
+
+    Args:
+        stream: The stream, or None where the shell closed it.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with suppress(OSError):
+            if self._stream is not None:
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._stream is not None and bool(self._stream.isatty())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Context in which a broken stderr stops nothing."""
+    before = sys.stderr
+    sys.stderr = cast(Any, _Patient(before))
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command and exit with one of its codes; every code except 0 comes with one line on stderr."""
+    with _patient():
+        sys.exit(_code(argv))
+
+
+def _code(argv: list[str] | None) -> int:
+    """Run the command; its exit code."""
     try:
         with _stoppable():
             code = app(
@@ -739,14 +791,14 @@ def main(argv: list[str] | None = None) -> None:
                 print_error=False,
                 result_action="return_value",
             )
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except NoRefusal as error:
-        sys.exit(_say(error, NOTHING_TO_MAP))
+        return _say(error, NOTHING_TO_MAP)
     except (MechsafetyError, CycloptsError, OSError) as error:
-        sys.exit(_say(error, MISTAKE))
+        return _say(error, MISTAKE)
     except KeyboardInterrupt as error:
         word, number = _of_signal(error)
-        sys.exit(_say(f"{word}; nothing was written", number))
+        return _say(f"{word}; nothing was written", number)
 
 
 def _say(error: Exception | str, code: int = MISTAKE) -> int:

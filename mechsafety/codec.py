@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
@@ -30,6 +30,7 @@ from mechsafety.errors import MechsafetyError
 if TYPE_CHECKING:
     from torch import Tensor
 
+NESTED = 64  # deepest nesting of lists and objects in a file; files of this package have a dozen levels
 INLINE, SPARSE, REQUIRED = {"inline": True}, {"sparse": True}, {"required": True}
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 SEVERAL_TURNS = (Conversation, Messages)
@@ -53,6 +54,62 @@ PValue = Annotated[float, Range(0, 1, "a number from 0 to 1")]
 """A p; NaN where it was not measured."""
 
 
+def read_json(text: str | bytes, **options: Any) -> Any:
+    """What JSON text says, as `json.loads` reads it; every text that cannot be used is refused in the same way.
+
+    Args:
+        text: The text, or its bytes in UTF-8.
+        options: Of `json.loads`.
+
+    Raises:
+        json.JSONDecodeError: It is no JSON, it nests lists and objects more than 64 deep, or it holds a whole number of
+            more digits than Python reads (4300).
+
+    Example:
+        >>> read_json('{"a": [1, 2.5, null]}')
+        {'a': [1, 2.5, None]}
+        >>> read_json("[" * 99 + "]" * 99)
+        Traceback (most recent call last):
+        json.decoder.JSONDecodeError: nested more than 64 deep: line 1 column 1 (char 0)
+    """
+    text = text if isinstance(text, str) else text.decode()
+    return _read(lambda: json.loads(text, **options), text, 0)
+
+
+def read_json_at(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at a place of a text, and where it ends; otherwise as `read_json`."""
+    end = at
+
+    def value() -> Any:
+        nonlocal end
+        found, end = json.JSONDecoder().raw_decode(text, at)
+        return found
+
+    return _read(value, text, at), end
+
+
+def _read(read: Callable[[], Any], text: str, at: int) -> Any:
+    deep = f"nested more than {NESTED} deep"
+    try:
+        found = read()
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError(deep, text, at) from None
+    except ValueError:  # Python's limit for the digits of whole numbers
+        raise json.JSONDecodeError("a whole number of too many digits", text, at) from None
+    level, depth = [found], 0
+    while level := [one for part in level for one in _parts(part) if isinstance(one, dict | list)]:
+        depth += 1
+        if depth >= NESTED:
+            raise json.JSONDecodeError(deep, text, at)
+    return found
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def parse(text: str, form: str, oldest: int, newest: int) -> dict[str, Any]:
     """The object in the text of a file.
 
@@ -67,7 +124,7 @@ def parse(text: str, form: str, oldest: int, newest: int) -> dict[str, Any]:
     """
     what = form.rpartition(".")[2]
     try:
-        data = json.loads(text)
+        data = read_json(text)
     except json.JSONDecodeError as error:
         raise MechsafetyError(f"malformed JSON ({error})", expected=f"a {what}.json") from None
     if not isinstance(data, dict) or data.get("format") != form:
@@ -187,7 +244,11 @@ def decode(kind: Any, value: Any, where: str = "", tensors: "Mapping[str, Tensor
             raise _error(where, repr(value), "a tensor")
         if tensors is None or name not in tensors:
             raise _error(where, f"no tensor {name!r}", "it beside the JSON")
-        return tensors[name]
+        found = tensors[name]
+        if not isinstance(found, kind):  # jaxtyping compares dtype and number of axes
+            dtype = str(found.dtype).removeprefix("torch.")
+            raise _error(where, f"a tensor of {dtype} with shape {tuple(found.shape)}", kind.__name__)
+        return found
     if origin is Literal or issubclass(kind, Enum):
         known = inner if origin is Literal else tuple(one.value for one in kind)
         if value not in known:
@@ -273,9 +334,16 @@ def _leaf(kind: Any, value: Any, where: str) -> Any:
         return no_number(value)
     if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise _error(where, repr(value), NAMES[kind])
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not _finite(value):
         raise _error(where, repr(value), "a finite number")
     return value
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _plain(value: Any) -> Any:

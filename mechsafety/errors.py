@@ -1,11 +1,19 @@
 """The one exception of this package, and its subclass for models that do not refuse."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
+
+LONGEST = 1000  # characters of each part of a message, which may quote a file
+# control characters, line breaks, halves of characters, and marks that reverse what follows them on a terminal
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MechsafetyError(ValueError):
     """Bad input: one clear line that says what was given, what was expected, and what fixes it.
+
+    A message may quote a file, a prompt or a token. Control characters in it are written as escapes, and each part ends
+    after 1000 characters.
 
     Args:
         problem: What was given and why it cannot be used.
@@ -20,14 +28,27 @@ class MechsafetyError(ValueError):
     """
 
     def __init__(self, problem: str, *, expected: str = "", hint: str = "", page: str = "") -> None:
-        self.problem = problem
-        self.expected = expected
-        self.hint = hint
+        self.problem = one_line(problem)
+        self.expected = one_line(expected)
+        self.hint = one_line(hint)
         self.page = page
-        parts = [problem, f"expected {expected}" if expected else "", hint]
+        parts = [self.problem, f"expected {self.expected}" if expected else "", self.hint]
         super().__init__("; ".join(part for part in parts if part))
         if page:
             self.add_note(f"causes and remedies: docs/errors.md#{page}")
+
+
+def one_line(text: str) -> str:
+    r"""A text that a terminal shows as one line of a readable length, whatever it quotes.
+
+    Example:
+        >>> one_line("no such file: 'a\nb'") == r"no such file: 'a\nb'"
+        True
+        >>> one_line("\x1b[2J"), len(one_line("x" * 5000))
+        ('\\x1b[2J', 1000)
+    """
+    seen = _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return seen if len(seen) <= LONGEST else seen[: LONGEST - 3] + "..."
 
 
 def first_line(error: BaseException) -> str:

@@ -9,14 +9,16 @@ as the analyses need them (`mechsafety.settled`). A dataclass of options checks 
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from mechsafety.codec import Amount as Amount
 from mechsafety.conversation import Conversation, whole_characters
 from mechsafety.conversation import PromptLike as PromptLike
 from mechsafety.errors import MechsafetyError
+from mechsafety.halving import exhausted, out_of_memory
 from mechsafety.settled import settled
 
 P = ParamSpec("P")
@@ -33,6 +35,11 @@ Count = Annotated[int, "count"]
 """A whole number, at least 1."""
 
 _KINDS = (Prompts, Texts, Count, Amount)
+# classes that functions are given most often, and how they are made; by name, because their modules import this one
+_MADE = {
+    "PromptPairs": "make them with PromptPairs.from_lists(harmful, harmless)",
+    "RefusalLogOdds": "make one with RefusalLogOdds.detect(model, pairs)",
+}
 
 
 def prompt_text(prompt: Any, where: str = "") -> str:
@@ -181,7 +188,12 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
                 metric: Any = bound.arguments.get(name)
                 if hasattr(metric, "opener_ids"):
                     _read_after(metric.opener_ids, bound.arguments, models, name)
-            out = function(*bound.args, **bound.kwargs)
+            try:
+                out = function(*bound.args, **bound.kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    raise exhausted(error) from error
+                raise
         return cast(R, _Settled(out)) if isinstance(out, AbstractContextManager) else out
 
     vars(checked)["checks"] = tuple(checks)
@@ -255,6 +267,19 @@ def _mentions(annotation: Any, kind: str) -> bool:
     return any(kind in (part, getattr(part, "__name__", "")) for part in (annotation, *get_args(annotation)))
 
 
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _made(value: Any, name: str, kind: str, hint: str) -> Any:
+    """The value, if it is of the class with that name."""
+    if value is not None and kind not in {one.__name__ for one in type(value).__mro__}:
+        raise MechsafetyError(f"{name} is of type {type(value).__name__}", expected=kind, hint=hint)
+    return value
+
+
 class _Settled(AbstractContextManager[Any]):
     """A context manager whose beginning and end run under torch's usual switches."""
 
@@ -280,6 +305,11 @@ def _check(name: str, annotation: Any) -> Callable[[Any], Any] | None:
     if _mentions(annotation, "LensModel"):  # by name, because its module imports this one
         optional = type(None) in asked
         return lambda value: value if value is None and optional else lens_model(value, name)
+    for kind, hint in _MADE.items():
+        if all(
+            kind in (part, getattr(part, "__name__", "")) or part is type(None) for part in _alternatives(annotation)
+        ):
+            return functools.partial(_made, name=name, kind=kind, hint=hint)
     if get_origin(annotation) is Literal:
         return lambda value: one_of(name, value, get_args(annotation))
     if not kinds:

@@ -187,6 +187,24 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
+def check_within(folder: Path, path: Path) -> None:
+    """Refuse a file of a folder that is a link to somewhere else, so that nobody's folder makes one read other files.
+
+    Raises:
+        MechsafetyError: It leads out of the folder, or nowhere.
+    """
+    try:
+        inside = path.resolve(strict=path.is_symlink()).is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        inside = False
+    if not inside:
+        raise MechsafetyError(
+            f"{path.name!r} in {str(folder)!r} is a link that leads out of the folder",
+            expected="a file in the folder",
+            hint="copy the folder with the files that its links lead to (cp -rL)",
+        )
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Context that turns a write error of the system into one line that names the user's path, not a scratch file.

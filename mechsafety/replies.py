@@ -166,7 +166,7 @@ class TextClassifier:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, trust_remote_code=False, output_loading_info=True
+                name_or_path, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
         except Exception as error:  # of many libraries
             raise MechsafetyError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mechsafety.codec import SPARSE, decode, encode, parse
 from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.output import json_text, output_folder, write_text, writing
+from mechsafety.output import check_within, json_text, output_folder, write_text, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -288,11 +288,15 @@ class Result:
         """
         folder = Path(path).is_dir()
         source = Path(path) / FILES[0] if folder else Path(path)
+        if folder:
+            check_within(Path(path), source)
         if not source.is_file():
             other = next(iter(sorted(Path(path).glob("*.json"))), None) if folder else None
             hint = "" if other is None else f"{cls.__name__}.load({str(other)!r}) reads the file there"
             raise MechsafetyError(f"no such file: {source}", expected=f"what {cls.__name__}.save wrote", hint=hint)
         tensors = source.with_name(FILES[1])
+        if folder:
+            check_within(Path(path), tensors)
         try:
             text = source.read_bytes().decode()
             if folder:

@@ -25,6 +25,12 @@ from mechsafety.circuits.circuit import (
 from mechsafety.results import Provenance
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & % _ \\ $x^2$ # ~ {a} 'q' \"d\" \x00\x1b é 漢 🙂"
+# each way in which a text could become code: an element, an attribute, a comment, a script, a style, a link
+ATTACK = (
+    "<script>alert(1)</script>\"><img src=x onerror=alert(2)>'><svg onload=alert(3)>--></script><script>alert(4)"
+    "</script></style><style>@import 'http://evil.example/a.css'</style>]]><iframe src=javascript:alert(5)></iframe>"
+    '<a href="javascript:alert(6)">x</a><base href=//evil.example><link rel=prefetch href=//evil.example/b>{{7*7}}'
+)
 SIZES = (1, 2, 5, 10, 20, 30, 60, 90, 150, 200, 300)
 # evaluation nodes from this depth on are relays
 RELAYS_FROM = 0.5

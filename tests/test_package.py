@@ -73,7 +73,7 @@ EXPORTS = [
 ROOMS = (
     ("errors", "version"),
     ("conversation",),
-    ("codec", "output", "intervals", "settled", "progress"),
+    ("codec", "output", "intervals", "settled", "progress", "halving"),
     ("sites", "inputs"),
     ("nodes",),
     ("results",),
@@ -331,8 +331,32 @@ def test_only_the_command_prints():
 
 
 def test_nothing_is_unpickled():
-    banned = {"torch.load", "pickle.load", "pickle.loads", "joblib.load"}
+    """Files are JSON, safetensors, text and GGUF: nothing in them can be code."""
+    banned = {"torch.load", "pickle.load", "pickle.loads", "joblib.load", "marshal.loads", "np.load", "numpy.load"}
+    banned |= {"yaml.load", "yaml.safe_load", "eval", "exec", "compile", "__import__", "os.system", "os.popen"}
     assert {name for name in MODULES if banned & set(calls(TREES[name]))} == set()
+    form = re.compile(r"^\s*(?:import|from) (pickle|cloudpickle|yaml|subprocess)\b", re.M)
+    imported = {name: form.findall(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    # Ray sends calls from driver to replica: bytes in memory, written and read by the same run, never from a file
+    pickling = {name for name, found in imported.items() if "pickle" in found or "cloudpickle" in found}
+    assert pickling == {"scale/shipping.py", "scale/replica.py"}
+    assert not any({"yaml", "subprocess"} & set(found) for found in imported.values())
+
+
+def test_no_code_of_a_checkpoint_is_trusted():
+    """Each loader of transformers is told so, and reads safetensors alone; those without it read this package's own
+    GGUF parts, or a configuration of peft."""
+    for name in MODULES:
+        for node in ast.walk(TREES[name]):
+            if not isinstance(node, ast.Call) or getattr(node.func, "attr", "") != "from_pretrained":
+                continue
+            text, given = ast.unparse(node), {word.arg: word.value for word in node.keywords}
+            if "gguf_file" in text or name == "models/gguf.py" or "PeftConfig" in text:
+                continue
+            trusted = given.get("trust_remote_code")
+            assert "**_OWN_CODE" in text or (isinstance(trusted, ast.Constant) and trusted.value is False), text
+            if "output_loading_info" in given:
+                assert isinstance(given.get("use_safetensors"), ast.Constant), text
 
 
 def test_no_device_is_hard_coded():

@@ -187,6 +187,8 @@ def example(kind: object) -> object:
         hints = get_type_hints(kind, localns={"Tensor": torch.Tensor}, include_extras=True)
         named = {"metric": METRIC} if get_origin(hints.get("metric")) in (dict, Mapping) else {}
         named |= {"false_positive_rate": 0.5} if "false_positive_rate" in hints else {}
+        # a guard is stored only if it can give a probability
+        named |= {"intercept": 0.5, "threshold": 0.5} if kind is ms.monitors.GuardWeights else {}
         return kind(**{field.name: example(hints[field.name]) for field in dataclasses.fields(kind)} | named)
     return {str: "text", float: math.nan, int: 3, bool: True, object: None, Any: None}[kind]
 

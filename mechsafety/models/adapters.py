@@ -1,7 +1,6 @@
 """Merge adapters, so that the analyses see one plain model that computes what peft computes."""
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,11 +13,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, first_line
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
+CONFIG, STORED, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGEABLE = "an adapter that changes weights, such as LoRA, DoRA, VeRA or (IA)3"
 # how far a merged layer's output may be from peft's, as a share of the output's norm
 LAYER_ROUNDING = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
@@ -180,11 +180,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MechsafetyError(f"no adapter in {folder}", expected=f"a folder with {CONFIG} (peft format)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path.read_bytes())
     except ValueError as error:
         raise MechsafetyError(f"{path} is not JSON ({first_line(error)})", expected="peft's own file") from None
     if not isinstance(config, dict) or not config.get("peft_type"):
         raise MechsafetyError(f"{path} names no peft_type", expected="peft's own file")
+    if (folder / PICKLED).is_file() and not (folder / STORED).is_file():
+        raise MechsafetyError(
+            f"the adapter {folder.name!r} holds {PICKLED}, which is a pickle",
+            expected=STORED,
+            hint="load it with peft where it was made, and save it again",
+        )
     return config
 
 

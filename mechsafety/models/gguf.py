@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, first_line, named
 from mechsafety.models.gguf_file import AGAIN, Header, fill_part, numbers, write_parts
 from mechsafety.models.kept import kept_folder, sha256_of
@@ -139,7 +140,7 @@ def _keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     place = folder / "tokenizer_config.json"
-    settings = json.loads(place.read_text(encoding="utf-8"))
+    settings = read_json(place.read_bytes())
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     place.write_text(json.dumps(settings, indent=1, allow_nan=False), encoding="utf-8")
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, first_line
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def sha256_of(path: Path) -> str:
 def _whole(folder: Path) -> bool:
     """Whether the folder holds what its manifest says."""
     try:
-        wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted = read_json((folder / MANIFEST).read_bytes())
         return bool(wanted) and _digests(folder, wanted) == wanted
     except (OSError, ValueError):
         return False

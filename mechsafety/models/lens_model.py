@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
+from mechsafety.halving import in_halves
 from mechsafety.inputs import Amount, Count, Prompts, prompt_list, public
 from mechsafety.models.backend import Backend, use_of
 from mechsafety.models.chat import ChatTokenizer
@@ -344,8 +345,8 @@ class LensModel:
             if isinstance(prompts, Tokens):
                 return self.forward(prompts)[:, -1].float()
             # if there are no prompts, tokenize raises the error
-            batches = [self.tokenize(prompts[k : k + batch_size]) for k in range(0, len(prompts) or 1, batch_size)]
-            return torch.cat([self._after(tokens) for tokens in batches])
+            batches = [list(prompts[k : k + batch_size]) for k in range(0, len(prompts) or 1, batch_size)]
+            return torch.cat([in_halves(lambda batch: self._after(self.tokenize(batch)), batch) for batch in batches])
 
     def _after(self, tokens: Tokens) -> Float[Tensor, "batch d_vocab"]:
         """Next-token logits; the columns that all rows share are run once where that is exact."""

@@ -142,7 +142,13 @@ def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str, pl
         options["offload_folder"] = folder = tempfile.mkdtemp(prefix="mechsafety-offload-")
     with _named(name):
         model, report = kind.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **_OWN_CODE
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            **options,
+            **_OWN_CODE,
         )
     if folder is not None:
         remove_with(model, folder)

@@ -105,6 +105,21 @@ class GuardWeights(Result):
     n_unsafe: int
     monitors: tuple[MonitorWeights, ...] = ()
 
+    def check_stored(self) -> None:
+        """Refuse a file whose parts do not belong together, or that would give no probability."""
+        sizes = [int(self.neurons.sum()), len(self.mean), len(self.scale), len(self.weights)]
+        if len(set(sizes)) > 1:
+            raise MechsafetyError(
+                "{} neurons, {} means, {} scales and {} weights".format(*sizes), expected="one of each per neuron"
+            )
+        numbers = (self.mean, self.scale, self.weights, torch.tensor(float(self.intercept)))
+        if not all(bool(part.isfinite().all()) for part in numbers) or bool((self.scale == 0).any()):
+            raise MechsafetyError("weights that give no probability", expected="finite numbers, and no scale of 0")
+        if not 0 <= self.threshold <= 1:
+            raise MechsafetyError(f"threshold={self.threshold}", expected="a number from 0 to 1")
+        for monitor in self.monitors:
+            monitor.check_stored()
+
     def __repr__(self) -> str:
         return f"GuardWeights({len(self.weights)} neurons, {self.n_safe} safe and {self.n_unsafe} unsafe prompts)"
 
@@ -358,7 +373,9 @@ class SafetyGuard:
 
     def _verdicts(self, acts: LastToken) -> list[Verdict]:
         found = self.weights.probabilities(acts.chosen(self.weights.neurons)).tolist()
-        return [Verdict(p >= self.weights.threshold, p, self.weights.threshold) for p in found]
+        # activations that are no numbers give no probability, and no reason to call a reply safe
+        limit = self.weights.threshold
+        return [Verdict(p >= limit or math.isnan(p), p, limit) for p in found]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write what was learned, monitors included, to a folder or to one file that ends in ``.json``.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mechsafety.codec import read_json, read_json_at
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import prompt_text
 
@@ -90,14 +91,14 @@ def _json_lines(text: str, path: str, shape: str) -> Rows:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, read_json(line)
             except json.JSONDecodeError as error:
                 raise MechsafetyError(f"{path}, line {number}: malformed JSON ({error.msg})", expected=shape) from None
 
 
 def _json_array(text: str, path: str, shape: str) -> Rows:
     """The elements one by one, because the parser of whole arrays does not say in which lines they begin."""
-    decoder, line, at = json.JSONDecoder(), 1, 0
+    line, at = 1, 0
 
     def skip(end: int) -> None:
         nonlocal line, at
@@ -115,7 +116,7 @@ def _json_array(text: str, path: str, shape: str) -> Rows:
     skip(at + 1)
     while at < len(text) and text[at] != "]":
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = read_json_at(text, at)
         except json.JSONDecodeError as error:
             line = error.lineno
             raise wrong(f"malformed JSON ({error.msg})") from None

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.inputs import Amount, Count, check_fields
 from mechsafety.models import LensModel
@@ -439,7 +440,7 @@ class _Store:
 
         try:
             with safe_open(str(self.path), framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get(CHECKPOINT, "{}"))
+                about = read_json((file.metadata() or {}).get(CHECKPOINT, "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise MechsafetyError(

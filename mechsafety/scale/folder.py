@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mechsafety.codec import decode, encode, parse
+from mechsafety.codec import decode, encode, parse, read_json
 from mechsafety.errors import MechsafetyError
 from mechsafety.output import OF_THE_SYSTEM, SCRATCH, check_free_space, json_text, output_file, write_text, writing
 from mechsafety.scale.identity import identity
@@ -186,7 +186,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
         raise MechsafetyError(f"{str(folder)!r} is a file", expected="a folder for the run")
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        strange = sorted(entry.name for entry in folder.iterdir() if not _known(entry))
+        strange = sorted(entry.name for entry in folder.iterdir() if not _known(entry)) or _links(folder)
         if strange:
             raise MechsafetyError(
                 f"the run folder {str(folder)!r} holds something else ({', '.join(strange[:3])})",
@@ -219,12 +219,19 @@ def _known(entry: Path) -> bool:
     return own or (entry.is_dir() and re.fullmatch(r"\d{3,}-\w+", entry.name) is not None)
 
 
+def _links(folder: Path) -> list[str]:
+    """Links anywhere in a folder. A run makes none, and would read and write where they lead."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [Path(place, name) for name in (*folders, *files) if os.path.islink(Path(place, name))]
+        found += [f"the link {str(link.relative_to(folder))!r}" for link in links]
+    return sorted(found)
+
+
 def _owner(folder: Path) -> str:
     """Who holds the lock, in words."""
-    import json
-
     try:
-        found = json.loads((folder / OWNER).read_text())
+        found = read_json((folder / OWNER).read_bytes())
         return f"process {int(found['process'])} on {found['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mechsafety.codec import decode, encode
+from mechsafety.codec import decode, encode, read_json
 from mechsafety.errors import MechsafetyError
 from mechsafety.output import json_text
 
@@ -59,16 +59,16 @@ def unpack(kind: Any, data: bytes, place: Place) -> Any:
 
     try:
         size = int.from_bytes(data[:8], "little")
-        about = dict(json.loads(data[8 : 8 + size])["__metadata__"])
+        about = dict(read_json(data[8 : 8 + size])["__metadata__"])
         tensors = load(data)
         given = about.pop("sha256")
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MechsafetyError(f"damaged ({type(error).__name__})", expected="an item of a run") from None
     if about.get("format") != FORMAT or about.get("version") != VERSION or _checksum(about, tensors) != given:
         raise MechsafetyError("damaged (its checksum is another)", expected="an item of a run")
     if {name: about.get(name) for name in place.to_json()} != place.to_json():
         raise MechsafetyError("of another run", expected="an item of this run")
-    return decode(kind, json.loads(about["value"]), "value", tensors)
+    return decode(kind, read_json(about["value"]), "value", tensors)
 
 
 def _checksum(about: dict[str, Any], tensors: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from mechsafety.errors import MechsafetyError
+from mechsafety.halving import in_halves
 from mechsafety.scale.folder import CallFolder, Header, RunFolder, opened
 from mechsafety.scale.identity import identity
 from mechsafety.scale.items import Place, pack, unpack
@@ -185,7 +186,7 @@ class Alone:
     ) -> Iterator[Any]:
         """Outcomes of all items, in order."""
         for item in items:
-            yield compute(item)
+            yield in_halves(compute, item)
 
 
 ALONE = Alone()
@@ -194,7 +195,7 @@ ALONE = Alone()
 def computed(compute: Callable[[T], Any], item: T) -> Any:
     """One item's outcome, with all sweeps inside it computed here."""
     with at_work(ALONE):
-        return _drawn(compute(item))
+        return in_halves(lambda part: _drawn(compute(part)), item)
 
 
 def _drawn(value: Any) -> Any:

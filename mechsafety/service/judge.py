@@ -9,6 +9,7 @@ from mechsafety.conversation import PromptLike
 from mechsafety.errors import MechsafetyError
 from mechsafety.models import LensModel
 from mechsafety.monitors import ActivationMonitor, ReplyWatch, SafetyGuard, Verdict
+from mechsafety.output import check_within
 from mechsafety.results import FILES, FORMAT, FORMAT_VERSION
 
 Protection = SafetyGuard | ActivationMonitor
@@ -33,6 +34,8 @@ def protection_type(path: str | os.PathLike[str]) -> str:
     """
     source = Path(path) / FILES[0] if Path(path).is_dir() else Path(path)
     expected = "what SafetyGuard.save or ActivationMonitor.save wrote"
+    if source != Path(path):
+        check_within(Path(path), source)
     if not source.is_file():
         raise MechsafetyError(f"no such guard: {path}", expected=expected)
     try:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mechsafety.codec import read_json
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import public
 from mechsafety.nodes import Edge
@@ -175,7 +176,7 @@ def load_certified(folder: Path) -> Certified:
     model = untrained_model(0)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        stored = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))["certificate"]
+        stored = read_json((folder / "certificate.json").read_bytes())["certificate"]
         certificate = Certificate(**stored)
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise MechsafetyError(f"{folder.name} holds no certified model ({str(error).splitlines()[0]})") from error

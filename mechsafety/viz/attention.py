@@ -14,7 +14,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.results import visible
 from mechsafety.viz.cards import check_pattern
-from mechsafety.viz.html import safe_json, template
+from mechsafety.viz.html import document, safe_json
 from mechsafety.viz.words import plain
 
 VIEWS = {"patterns": "AttentionPatterns", "heads": "AttentionHeads"}
@@ -165,8 +165,13 @@ def figures_page(title: str, *fragments: str) -> str:
         >>> page.count("<figure")
         2
     """
-    return template("figures.html.j2").render(
-        title=plain(title), body="\n".join(fragments), script=_script(), mount=MOUNT
+    return document(
+        "figures.html.j2",
+        made=[bundle()],
+        title=plain(title),
+        body="\n".join(fragments),
+        script=_script(),
+        mount=MOUNT,
     )
 
 
@@ -195,10 +200,15 @@ def _finite(value: float) -> float:
 
 
 @cache
-def _script() -> str:
-    """A script that unpacks CircuitsVis' own bundle; the same version gives the same text."""
+def bundle() -> str:
+    """CircuitsVis' own script."""
     from importlib import resources
 
     text = (resources.files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    text = text.replace("//# sourceMappingURL=iife.js.map", "").strip()
-    return UNPACK % base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return text.replace("//# sourceMappingURL=iife.js.map", "").strip()
+
+
+@cache
+def _script() -> str:
+    """A script that unpacks CircuitsVis' own; the same version gives the same text."""
+    return UNPACK % base64.b64encode(gzip.compress(bundle().encode(), 9, mtime=0)).decode()

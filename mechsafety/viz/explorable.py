@@ -1,10 +1,10 @@
 """A page that runs a small planted model in the browser: patch its parts, and watch the log-odds of refusal."""
 
 import base64
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 from mechsafety.viz.html import joined_script, safe_json, template
+from mechsafety.viz.policy import digest
 
 if TYPE_CHECKING:
     from mechsafety.testbed import ExportedModel
@@ -34,9 +34,9 @@ def explorable_html(model: "ExportedModel") -> str:
     return template("explorable.html.j2").render(
         data=safe_json(page_data(model)),
         script=script,
-        script_hash=_hash(script),
+        script_hash=digest(script).strip("'"),
         style=style,
-        style_hash=_hash(style),
+        style_hash=digest(style).strip("'"),
         n_heads=model.layers * model.heads,
         layers=model.layers,
         refusal=" or ".join(model.words[k] for k in model.refusal_ids),
@@ -68,8 +68,3 @@ def page_data(model: "ExportedModel") -> dict[str, Any]:
         "backups": [[str(node) for node in group] for group in truth.backups],
         "edges": [[str(edge.sender), str(edge.receiver), edge.slot] for edge in truth.edges],
     }
-
-
-def _hash(text: str) -> str:
-    """The name under which the page's content-security policy allows an inline script or style."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

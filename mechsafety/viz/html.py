@@ -16,6 +16,7 @@ from mechsafety.viz.legend import legend_alone
 from mechsafety.viz.look import Look
 from mechsafety.viz.marks import DARK, Layout, band, blend, grey
 from mechsafety.viz.page_data import picture_data
+from mechsafety.viz.policy import allowed
 from mechsafety.viz.style import Style, group_title
 from mechsafety.viz.svg import layout_svg
 from mechsafety.viz.words import plain
@@ -167,6 +168,11 @@ def template(name: str) -> "jinja2.Template":
     return _environment().get_template(name)
 
 
+def document(name: str, made: Sequence[str] = (), **values: Any) -> str:
+    """A page of a packaged template, whose policy allows the page's own scripts, what these make, and no others."""
+    return allowed(template(name).render(**values), made)
+
+
 def page_script() -> str:
     """The script of a circuit's page."""
     return joined_script(tuple(f"circuit-{part}.js" for part in SOURCES))
@@ -207,7 +213,8 @@ def _page(
 ) -> str:
     if theme not in THEMES:
         raise MechsafetyError(f"theme={theme!r}", expected=f"one of {THEMES}")
-    return template("circuit.html.j2").render(
+    return document(
+        "circuit.html.j2",
         title=title,
         panes=[(name, layout_svg(layout, interactive=True)) for name, layout in panes],
         data=safe_json(data),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from mechsafety.circuits.circuit import ROLES, AttentionExample, Behaviour, CircuitEdge, CircuitNode, RefusalCircuit
 from mechsafety.results import parting, reads_where
 from mechsafety.viz import words
-from mechsafety.viz.attention import attention_html
+from mechsafety.viz.attention import attention_html, bundle
 from mechsafety.viz.chart_svg import DARK_FRAME, NARROW, WIDE, chart_svg, heat_colours
 from mechsafety.viz.charts import effect_distribution, faithfulness_curve, node_heatmap
 from mechsafety.viz.flow import flow
 from mechsafety.viz.glossary import GLOSSARY, METHODS
-from mechsafety.viz.html import circuit_fragment, dark_rules, template
+from mechsafety.viz.html import circuit_fragment, dark_rules, document
 from mechsafety.viz.look import PLAIN, ROLE_COLOURS
 from mechsafety.viz.marks import magnitude
 from mechsafety.viz.role_diagram import role_diagram
@@ -57,7 +57,9 @@ def render_report(circuit: RefusalCircuit) -> str:
         >>> path = (folder / "report.html").write_text(page, encoding="utf-8")
     """
     details, check, linked = circuit.details, circuit.verification, circuit.linked
-    return template("report.html.j2").render(
+    return document(
+        "report.html.j2",
+        made=[bundle()] if details and details.attention else [],
         model=words.model_name(circuit),
         checks=words.checks(circuit),
         finding=words.finding(circuit),

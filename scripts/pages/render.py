@@ -14,6 +14,7 @@ from pages import (
     demo_model,
     discovery,
     finetuning,
+    fuzzing,
     gallery,
     ground_truth,
     models,
@@ -27,7 +28,7 @@ from pages.records import PageError
 
 MODULES = (
     *(refusal_direction, safety_neurons, native_model, coverage, claims, discovery),
-    *(robustness, finetuning, ground_truth, demo_model, models, gallery, audit),
+    *(robustness, finetuning, ground_truth, demo_model, models, gallery, audit, fuzzing),
 )
 PAGES: dict[str, Page] = {module.PAGE.name: module.PAGE for module in MODULES}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import circuits_drawn as drawn
@@ -14,10 +15,14 @@ from chromium import browser, show
 from notebook_pages import PLOTLY, notebook_page
 
 from mechsafety.circuits.circuit import RefusalCircuit
+from mechsafety.robustness import Entanglement, FragilityCurve, Redundancy, RefusalDepth, RobustnessReport
 from mechsafety.viz import (
     attention_html,
     circuit_fragment,
+    circuit_html,
+    circuit_svg,
     circuit_widget,
+    compare_html,
     figures_page,
     mimebundle,
     neurons_html,
@@ -25,6 +30,7 @@ from mechsafety.viz import (
     tokens_html,
 )
 from mechsafety.viz.cards import Ablation
+from mechsafety.viz.robustness_page import render_robustness
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "docs" / "gallery" / "demo.json"
@@ -191,6 +197,75 @@ def test_report_is_reached_by_the_keyboard(show, small) -> None:
         ".map(el => el.tabIndex)"
     )  # fmt: skip
     assert scrolling and set(scrolling) == {0}
+
+
+def hostile_robustness():
+    """A report on robustness of stored measurements, of a model with a hostile name."""
+    steps = ROOT / "docs" / "results" / "robustness" / "steps"
+    curve = FragilityCurve.load(steps / "curve heads")
+    shared, needs = Redundancy.load(steps / "redundancy"), Entanglement.load(steps / "entanglement")
+    origin = replace(curve.provenance, model=drawn.ATTACK)
+    return RobustnessReport(origin, True, 300, curve, shared, needs, RefusalDepth.load(steps / "depth"))
+
+
+def views():
+    """Every view of the package with hostile texts as tokens, as the model's name and as prompts."""
+    attack = drawn.small_circuit(drawn.ATTACK, model=drawn.ATTACK)
+    tokens = [drawn.ATTACK, " a", "javascript:alert(7)"]
+    heads = attack.details.attention
+    plain = "<!DOCTYPE html><meta charset='utf-8'><title>around</title>"
+    return {
+        "circuit": lambda: circuit_html(attack, ablate=True),
+        "comparison": lambda: compare_html(attack, drawn.small_circuit(), (drawn.ATTACK, "other")),
+        "report": lambda: render_report(attack),
+        "fragment": lambda: plain + circuit_fragment(attack),
+        "notebook": lambda: plain + notebook([mimebundle(attack)]),
+        "svg": lambda: plain + circuit_svg(attack),
+        "attention": lambda: plain + attention_html(heads, view="patterns"),
+        "attention heads": lambda: plain + attention_html(heads, view="heads"),
+        "figures": lambda: figures_page(
+            drawn.ATTACK,
+            tokens_html(tokens, [0.5, -0.5, 0.1], title=drawn.ATTACK, script=False),
+            neurons_html([(tokens, np.ones((3, 1, 2)))], layers=[3], neurons=[drawn.ATTACK, "N2"], script=False),
+        ),
+        "robustness": lambda: render_robustness(hostile_robustness()),
+    }
+
+
+@pytest.mark.parametrize("name", [*views()])
+def test_hostile_tokens_run_nothing_in_any_view(show, name) -> None:
+    """No script, no request, no dialog (`show` says which), no element made of a text, and no script refused by the
+    policy that was the page's own. Everything that can be hovered is hovered, in frames too."""
+    opened = show(views()[name]())
+    page = opened.page
+    page.wait_for_timeout(300)
+    for frame in page.frames:
+        for selector in (".node[data-role]", ".edge", "[data-view] span", "select"):
+            for place in range(min(4, frame.locator(selector).count())):
+                frame.locator(selector).nth(place).dispatch_event("pointerenter")
+                frame.locator(selector).nth(place).dispatch_event("click")
+        found = frame.evaluate("""() => [
+            document.querySelectorAll('img, base, link, object, embed, [onerror], [onload]').length,
+            document.querySelectorAll('a[href^="javascript"]').length,
+            [...document.scripts].filter(one => one.textContent.startsWith('alert')).length,
+            [...document.querySelectorAll('iframe')].filter(one => !one.srcdoc).length,
+        ]""")
+        assert found == [0, 0, 0, 0], frame.url
+    assert "<script>alert(1)" in "".join(
+        frame.evaluate("document.documentElement.textContent") for frame in page.frames
+    )
+
+
+def test_a_script_that_is_not_the_pages_own_does_not_run(show) -> None:
+    """What the policy is for: a page into which somebody has put a script, an image or a frame of another site."""
+    for text in (circuit_html(drawn.small_circuit()), render_report(drawn.small_circuit())):
+        opened = show(
+            text.replace("</body>", "<script>document.title='taken'</script><img src=x onerror='alert(1)'></body>")
+        )
+        assert opened.page.title() != "taken"
+        refused, opened.errors = opened.errors, []
+        assert any("Content Security Policy" in one for one in refused)
+        opened.requests = []
 
 
 def test_report_tables_sort_and_download(show, hostile, tmp_path: Path) -> None:
