@@ -36,7 +36,11 @@ def quantised(model: nn.Module) -> list[str]:
 
 def unknown(model: nn.Module) -> dict[str, str]:
     """Names of layers that are quantised in another way, with their classes."""
-    return {p: _kind(m) for p, m in model.named_modules() if _kind(m) and not is_quantised(m)}
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if _kind(module) and not is_quantised(module) and path.rpartition(".")[0] not in found:
+            found[path] = _kind(module)
+    return found
 
 
 def use_exact_kernels(model: nn.Module) -> None:
