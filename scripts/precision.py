@@ -100,7 +100,7 @@ def main() -> None:
         pairs = ms.PromptPairs.builtin("train").sample(4)
         found["models"]["demo"] = compare(lambda dtype: ms.load_model("demo", dtype=dtype), pairs, ["Sorry"])
         found["threads_demo"] = threads(ms.load_model("demo"), list(pairs.harmful))
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import gpu_check
 def test_the_check_runs_on_a_cpu(tmp_path):
     found = gpu_check.check("cpu", tiny=True, seconds=600, out=tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
-    assert list(found) == ["equality", "drift", "placed", "tiny bfloat16", "tiny float32"]
+    assert list(found) == ["equality", "drift", "placed", "tiny float32"]
     assert {row["status"] for row in found.values()} == {"run"}, found
     assert found["equality"]["met"] and found["drift"]["met"] and found["placed"]["met"]
-    assert found["placed"]["offloaded"] == 9 and set(found["placed"]["gaps"].values()) == {0.0}
+    assert found["placed"]["offloaded"] == 9 and max(found["placed"]["gaps"].values()) < 1e-6
     assert found["tiny float32"]["heads_gap"] < 1e-4  # TransformerLens' own patching of the same heads
 
 

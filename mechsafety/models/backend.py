@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechsafety.errors import MechsafetyError, first_line
-from mechsafety.models.placed import fetched
+from mechsafety.models.placed import check_in_memory, fetched
 from mechsafety.prompts import Tokens
 from mechsafety.sites import Site
 
@@ -118,6 +118,10 @@ class Backend(ABC):
     def offloaded(self) -> bool:
         """Whether some weights are without numbers until their module runs (see `mechsafety.models.placed`)."""
         return False
+
+    def check_in_memory(self, what: str) -> None:
+        """Refuse offloaded or quantised weights for what needs all numbers as they are (`placed.check_in_memory`)."""
+        check_in_memory(self.module, what)
 
     @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:

@@ -1,6 +1,7 @@
 """Checks of every model at load; the error names the check that failed."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ PROBES = ("What is two plus two?", "Name a colour that you like, and one that yo
 SHORT = 8
 # float64 is not tighter because Llama-like models compute norms and rotary angles in float32 whatever their dtype
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 5e-2, "bfloat16": 2e-1}
+# in half precision the tolerance of logits grows with them from this size on: the same prompt in a padded batch moves
+# the demo model's logits, of up to 28, by 0.55 in bfloat16
+HALF_SIZE = {"float16": 8.0, "bfloat16": 8.0}
 
 
 def reference_logits(model: Any, tokenizer: Any, template_options: Mapping[str, Any]) -> list[Tensor]:
@@ -102,15 +106,18 @@ def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
     if reference is None:
         rows = probe_rows(model.tokenizer, model.template_options)
         reference = [model.backend.plain_logits(ids.to(model.device)) for ids in rows]
+    largest = max(float(logits.abs().max()) for logits in reference)
+    growth = max(1.0, largest / HALF_SIZE.get(model.dtype_name, math.inf))
+    near = tolerance * growth * model.backend.rounding
     with torch.no_grad():
         with _called(model, "logits"):
-            _check_logits(model, tokens, reference[0], tolerance * model.backend.rounding)
+            _check_logits(model, tokens, reference[0], near)
         with _called(model, "padding"):
-            _check_padding(model, reference, tolerance * model.backend.rounding)
+            _check_padding(model, reference, near)
         with _called(model, "sites"):
             acts = _check_sites(model, _beginning(tokens))
         with _called(model, "edits"):
-            _check_edit(model, _beginning(tokens), tolerance * model.backend.rounding)
+            _check_edit(model, _beginning(tokens), near)
         with _called(model, "head outputs"):
             _check_head_outputs(model, acts, tolerance)
         with _called(model, "MLP"):
@@ -118,7 +125,7 @@ def check_model(model: LensModel, reference: list[Tensor] | None) -> None:
         with _called(model, "final norm"):
             _check_final_norm(model, acts, tolerance)
         with _called(model, "forward engine"):
-            model.shortcuts = _exact_shortcuts(model, tolerance)
+            model.shortcuts = _exact_shortcuts(model, tolerance * growth)
 
 
 @contextmanager

@@ -42,15 +42,13 @@ def pack_weights(model: Any) -> Weights:
     """
     import torch
 
-    from mechsafety.models.placed import check_in_memory
-
     hf = model.hf_model
     if not hasattr(hf, "config") or not hasattr(hf, "get_output_embeddings"):
         raise MechsafetyError(
             f"{model.name} is a {type(hf).__name__} in memory, which cannot be sent to other machines",
             expected="a model that was loaded by name or folder",
         )
-    check_in_memory(hf, "sending a model in memory to other machines")
+    model.backend.check_in_memory("sending a model in memory to other machines")
     with torch.device("meta"):
         bare = type(hf)(hf.config)
     # buffers that no checkpoint holds (rotary frequencies) may have been rounded with the weights

@@ -69,7 +69,12 @@ def cells(method: str, found: Record) -> list[str]:
 
 def measured(found: Record) -> list[str]:
     """Overlap of resamples, seconds and memory of one ranking."""
-    return [f"{found['stability']['mean']:.2f}", f"{found['seconds']:.0f}", f"{found['peak_gib']:.1f}"]
+    return [f"{found['stability']['mean']:.2f}", seconds(found), f"{found['peak_gib']:.1f}"]
+
+
+def seconds(row: Record) -> str:
+    """Seconds of a step; below ten with a decimal."""
+    return f"{row['seconds']:.1f}" if row["seconds"] < 10 else f"{row['seconds']:.0f}"
 
 
 def searches(rows: Any) -> str:
@@ -82,7 +87,7 @@ def searches(rows: Any) -> str:
                 str(row["target"]),
                 f"{row['parts']}{'' if row['reached'] else ' (misses its goal)'}",
                 "{:.2f} ({:.2f} to {:.2f})".format(*row["fresh"]),
-                f"{row['seconds']:.0f}",
+                seconds(row),
                 f"{row['peak_gib']:.1f}",
             ]
             for row in rows
