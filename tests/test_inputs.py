@@ -53,7 +53,7 @@ def public_functions():
 def kind_of(parameter):
     if get_origin(parameter.annotation) is Literal:
         return Literal
-    alternatives = {one for one in get_args(parameter.annotation) if one is not type(None)}
+    alternatives = [one for one in get_args(parameter.annotation) if one is not type(None)]
     # of several types, these two are checked where they are the only one
     known = [kind for kind in KINDS if kind not in (ms.PromptPairs, ms.RefusalLogOdds) or len(alternatives) <= 1]
     return next((k for k in (parameter.annotation, *get_args(parameter.annotation)) if k in known), None)
