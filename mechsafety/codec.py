@@ -245,7 +245,7 @@ def decode(kind: Any, value: Any, where: str = "", tensors: "Mapping[str, Tensor
         if tensors is None or name not in tensors:
             raise _error(where, f"no tensor {name!r}", "it beside the JSON")
         found = tensors[name]
-        if not isinstance(found, kind):  # jaxtyping compares dtype and number of axes
+        if not _fits(found, kind):
             dtype = str(found.dtype).removeprefix("torch.")
             raise _error(where, f"a tensor of {dtype} with shape {tuple(found.shape)}", kind.__name__)
         return found
@@ -388,6 +388,18 @@ def _is_tensor(kind: Any) -> bool:
     """Whether an annotation is a tensor, or jaxtyping's of one; without torch no annotation is."""
     kind, torch = getattr(kind, "array_type", kind), sys.modules.get("torch")
     return torch is not None and isinstance(kind, type) and issubclass(kind, torch.Tensor)
+
+
+def _fits(tensor: "Tensor", kind: Any) -> bool:
+    """Whether a tensor has the dtype and the number of axes of its annotation.
+
+    ``isinstance`` would also compare the sizes of axes with those of other tensors of the caller.
+    """
+    dtypes, axes = getattr(kind, "dtypes", None), getattr(kind, "dim_str", "...").split()
+    named = str(tensor.dtype).removeprefix("torch.") in dtypes if isinstance(dtypes, list | tuple) else True
+    if any(axis.startswith(("*", "...")) for axis in axes):
+        return named and tensor.ndim >= len(axes) - 1
+    return named and tensor.ndim == len(axes)
 
 
 def _name(field: "Field[Any]") -> str:

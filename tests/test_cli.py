@@ -144,7 +144,7 @@ def test_missing_pairs_file(fails, tmp_path):
 
 
 def test_a_line_break_in_what_was_given_makes_no_second_line(fails):
-    assert fails("demo", "--pairs", "my\npairs.jsonl").startswith("no such file: my pairs.jsonl; ")
+    assert fails("demo", "--pairs", "my\npairs.jsonl").startswith("no such file: my\\npairs.jsonl; ")
 
 
 def test_pairs_file_that_is_not_utf8(fails, tmp_path):

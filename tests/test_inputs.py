@@ -53,10 +53,13 @@ def public_functions():
 def kind_of(parameter):
     if get_origin(parameter.annotation) is Literal:
         return Literal
-    return next((k for k in (parameter.annotation, *get_args(parameter.annotation)) if k in KINDS), None)
+    alternatives = [one for one in get_args(parameter.annotation) if one is not type(None)]
+    # of several types, these two are checked where they are the only one
+    known = [kind for kind in KINDS if kind not in (ms.PromptPairs, ms.RefusalLogOdds) or len(alternatives) <= 1]
+    return next((k for k in (parameter.annotation, *get_args(parameter.annotation)) if k in known), None)
 
 
-KINDS = (LensModel, Prompts, Texts, Count, Amount)
+KINDS = (LensModel, ms.PromptPairs, ms.RefusalLogOdds, Prompts, Texts, Count, Amount)
 PUBLIC = public_functions()
 CHECKED = [
     (name, parameter.name, kind_of(parameter))
@@ -96,11 +99,13 @@ def test_every_list_of_texts_is_checked():
 
 
 @pytest.mark.parametrize(("name", "parameter", "kind"), CHECKED, ids=lambda value: value if type(value) is str else "")
-def test_every_entry_refuses_the_same(name, parameter, kind, llama):
+def test_every_entry_refuses_the_same(name, parameter, kind, llama, pairs, log_odds):
     """Each checked parameter of each public function: nothing runs, the line is the same."""
     function = PUBLIC[name]
     bad = {
         LensModel: [("demo", f"{parameter} is the string 'demo'; expected a LensModel; pass load_model('demo')")],
+        ms.PromptPairs: [(["tea"], f"{parameter} is of type list; expected PromptPairs; make them with PromptPairs.")],
+        ms.RefusalLogOdds: [("Sorry", f"{parameter} is of type str; expected RefusalLogOdds; make one with Refusal")],
         Prompts: [("tea", "a single string was given; expected a list of prompts; write [prompt]")],
         Texts: [("tea", "a single string was given; expected a list of texts; write [text]")],
         Count: [(0, f"{parameter}=0; expected at least 1"), (True, f"{parameter}=True; expected a whole number")],
@@ -118,7 +123,8 @@ def test_every_entry_refuses_the_same(name, parameter, kind, llama):
             continue  # names a source there
         given = {}
         for other in inspect.signature(function).parameters.values():
-            fine = {Prompts: ["tea"], Texts: ["tea"], Count: 1, Amount: 0}.get(kind_of(other), llama)
+            made = {ms.PromptPairs: pairs, ms.RefusalLogOdds: log_odds}
+            fine = (made | {Prompts: ["tea"], Texts: ["tea"], Count: 1, Amount: 0}).get(kind_of(other), llama)
             if other.kind is other.VAR_KEYWORD or (other.default is not other.empty and other.name != parameter):
                 continue
             given[other.name] = value if other.name == parameter else fine

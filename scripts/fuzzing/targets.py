@@ -178,7 +178,10 @@ def guards() -> Target:
 
 
 def adapters() -> Target:
-    from mechsafety.models.parts_adapter import PartsAdapter
+    from safetensors.torch import save
+
+    from mechsafety.codec import encode
+    from mechsafety.models.parts_adapter import FORMAT, VERSION, PartsAdapter
     from mechsafety.models.slices import part_slices
     from mechsafety.nodes import Node
 
@@ -186,10 +189,9 @@ def adapters() -> Target:
     parts = (Node("head", 0, 1), Node("mlp", 1), Node("neuron", 0, 3))
     weights = dict(model.hf_model.named_parameters())
     values = {one.name: one.read(weights[one.parameter]).detach() for one in part_slices(model, parts)[0]}
-    adapter = PartsAdapter(model.name, model.weights_sha256, model.dtype_name, "harden", parts, values)
-    with tempfile.TemporaryDirectory() as place:
-        adapter._write(Path(place) / "parts.safetensors")
-        valid = [files_of(Path(place))]
+    about = PartsAdapter(model.name, model.weights_sha256, model.dtype_name, "harden", parts)
+    row = {"format": FORMAT, "version": VERSION, "adapter": encode(PartsAdapter, about)}
+    valid = [{"parts.safetensors": save(values, {FORMAT: json.dumps(row, allow_nan=False)})}]
 
     def load(folder: Path) -> None:
         for path in folder.iterdir():

@@ -1,5 +1,6 @@
 """What a loader does besides loading: files outside its folder, processes, sockets, new code, memory and time."""
 
+import inspect
 import os
 import resource
 import signal
@@ -136,7 +137,7 @@ def importing() -> bool:
 
     The tests' checks of annotations (jaxtyping, beartype) compile code too, when a function is first called.
     """
-    frame = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None:
         name = frame.f_code.co_filename
         if name.endswith("importlib._bootstrap>") or "/jaxtyping/" in name or "/beartype/" in name:
