@@ -111,9 +111,8 @@ def auroc(scores: Float[Tensor, " prompt"], refused: Sequence[bool]) -> float | 
     return round(float(roc_auc_score(list(refused), scores.double().cpu().numpy())), 4)
 
 
-def first_words(
-    model: LensModel, prompts: Sequence[Any], batch_size: int = 48, *, progress: bool = False
-) -> list[list[int]]:
+@public
+def first_words(model: LensModel, prompts: Prompts, batch_size: int = 48, *, progress: bool = False) -> list[list[int]]:
     """Token ids of greedy replies that show whether a prompt is refused: 24 tokens, or as many as the positions allow.
 
     Raises:

@@ -151,7 +151,7 @@ def norms_note(provenance: Provenance) -> str:
     return f", norms after blocks {how}" if how else ""
 
 
-# colours of Okabe and Ito (2008), which the common colour-vision deficiencies leave apart
+# colours of Okabe and Ito 2008, which the common colour-vision deficiencies leave apart
 KIND_COLOURS = {"head": "#0072B2", "mlp": "#E69F00", "neuron": "#009E73"}
 
 

@@ -41,7 +41,7 @@ class EdgeMeter(FaithfulnessMeter):
 
     Example:
         >>> meter = ms.circuits.EdgeMeter(model, runs, metric)
-        >>> [round(share, 2) for share in meter.faithfulness([meter.parts, []])]
+        >>> [round(abs(share), 2) for share in meter.faithfulness([meter.parts, []])]
         [1.0, 0.0]
     """
 

@@ -51,7 +51,7 @@ class FaithfulnessMeter:
     Example:
         >>> meter = ms.circuits.FaithfulnessMeter(model, runs, metric)
         >>> whole, planted, nothing = meter.faithfulness([meter.parts, made.truth.nodes, []])
-        >>> round(whole, 2), round(nothing, 2), planted > 0.9
+        >>> round(whole, 2), round(abs(nothing), 2), planted > 0.9
         (1.0, 0.0, True)
     """
 

@@ -284,6 +284,7 @@ class LensModel:
         with self.lock, self.backend.hooks(hooks), counted:
             yield
 
+    @public
     def check_neurons(self, expected: str = "heads and whole MLPs") -> None:
         """Refuse single neurons in a mixture of experts, where the neurons that run differ from token to token.
 
