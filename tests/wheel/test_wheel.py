@@ -102,7 +102,16 @@ def test_the_wheel_says_what_it_is(built):
     said = metadata(built.direct)
     assert (said["Name"], said["Version"]) == ("mechsafety", ms.__version__)
     assert (said["Requires-Python"], said["License"]) == (">=3.11", "MIT")
-    assert set(said.get_all("Provides-Extra")) == {"demo", "widget", "notebook", "serve", "ray", "docs", "dev"}
+    assert set(said.get_all("Provides-Extra")) == {
+        "demo",
+        "widget",
+        "notebook",
+        "serve",
+        "quantised",
+        "ray",
+        "docs",
+        "dev",
+    }
     held = contents(built.direct)
     assert held[f"{INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert held[f"{INFO}/entry_points.txt"].decode().split("\n")[:2] == [
