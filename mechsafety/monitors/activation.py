@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +89,9 @@ class MonitorWeights(Result):
             f"{row.caught:.0%} of harmful flagged at {row.threshold:.3g} ({row.moment})"
             for row in self.to_dataframe().itertuples()
         )
+        # a threshold that long harmless replies have set may be out of reach for short ones
+        short = not (self.harmful_replies >= self.threshold("reply")).any()
+        found += "; where replies are short, fit it with a smaller reply_tokens" * short
         return f"MonitorWeights({self.source} at {len(self.sites)} sites; {found})"
 
     def check_stored(self) -> None:
@@ -439,13 +441,6 @@ class ActivationMonitor:
         highest = torch.tensor([max(row, default=-math.inf) for row in later])
         harmless, harmful = _sides(highest, held)
         weights = replace(weights, harmless_replies=harmless, harmful_replies=harmful)
-        if not (harmful >= weights.threshold("reply")).any():
-            text = (
-                f"the monitor flags none of {len(harmful)} replies to held-out harmful prompts: harmless replies of up "
-                f"to {reply_tokens} tokens score as high somewhere; where replies are short, fit it with a smaller "
-                "reply_tokens, or choose another source"
-            )
-            warnings.warn(text, stacklevel=2)
         return cls(model, weights)
 
     @public

@@ -1,6 +1,5 @@
 """Monitors: what they read, when they flag, what stands in the generation's way, and how they join a guard."""
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -314,15 +313,9 @@ def test_replies_none_of_which_is_flagged_are_said(llama, direction, prompts, mo
     reversed_ = replace(direction, vectors=-direction.vectors)
     caught = []
     for source in (direction, reversed_):
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            found = ActivationMonitor.fit(llama, source, prompts, **OPTIONS | {"false_positive_rate": 0.08})
+        found = ActivationMonitor.fit(llama, source, prompts, **OPTIONS | {"false_positive_rate": 0.08})
         missed = not (found.weights.harmful_replies >= found.weights.threshold("reply")).any()
-        assert [str(one.message) for one in seen] == [
-            "the monitor flags none of 12 replies to held-out harmful prompts: harmless replies of up to 4 tokens "
-            "score as high somewhere; where replies are short, fit it with a smaller reply_tokens, or choose another "
-            "source"
-        ] * missed
+        assert ("; where replies are short, fit it with a smaller reply_tokens)" in repr(found.weights)) == missed
         caught.append(not missed)
     assert not all(caught)
 
