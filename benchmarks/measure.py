@@ -1,6 +1,7 @@
 """Times, peak memory and the comparison of two ways to the same numbers."""
 
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +41,14 @@ def memory_gib(field: str = "VmHWM") -> float:
     """Peak (VmHWM) or present (VmRSS) resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
+
+
+def cpu_model() -> str:
+    """The processor's name, from Linux' list of them; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def difference(a: Any, b: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 from cases import PEER_CASES
 from gpu import gpu, gpu_cases
 from growth import grow, growth_cases, plot
+from measure import cpu_model
 from memory import NAME as MEMORY
 from memory import memory
 from models import load
@@ -59,14 +60,6 @@ def measure_apart(name: str, tiny: bool) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def cpu_model() -> str:
-    """The processor's name, from Linux' list of them; elsewhere what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def here() -> dict[str, Any]:

@@ -672,11 +672,12 @@ def _read(metric: Any) -> list[tuple[str, str]]:
 
 def _backups(circuit: Any) -> str:
     """The backups that were found: those that the circuit holds, which its size counts, and the others."""
-    nodes = {
-        side: [str(b.node) for b in circuit.search.backups if (b.node in circuit) is side] for side in (True, False)
+    nodes = [backup.node for backup in circuit.search.backups]
+    sides = {
+        "in the circuit": [str(node) for node in nodes if node in circuit],
+        "found but not kept": [str(node) for node in nodes if node not in circuit],
     }
-    found = [f"{', '.join(nodes[True])} in the circuit"] if nodes[True] else []
-    return "; ".join([*found, f"{', '.join(nodes[False])} found but not kept"] if nodes[False] else found)
+    return "; ".join(f"{', '.join(names)} {where}" for where, names in sides.items() if names)
 
 
 def _wiring(circuit: Any) -> list[tuple[str, str]]:

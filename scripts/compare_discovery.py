@@ -12,6 +12,7 @@ that are in the record.
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -40,6 +41,10 @@ from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, as_node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.results import package_versions
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measure import cpu_model, memory_gib, reset_peak
 
 N_RANDOM = 10
 TARGETS = (0.8, 0.9)
@@ -206,11 +211,9 @@ def methods(split: Split, steps: Steps, names: Collection[str]) -> Iterator[Meth
 
 def with_peak(compute: Callable[[], Any]) -> dict[str, Any]:
     """What a function returns, and the largest resident memory of this process meanwhile, in GiB (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     found = compute()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-    return {"found": found, "peak_gib": round(peak, 2)}
+    return {"found": found, "peak_gib": round(memory_gib(), 2)}
 
 
 def stability(split: Split, method: Method) -> dict[str, Any]:
@@ -348,15 +351,9 @@ def main() -> None:
         "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
         "found_on": len(split.drawn.here),
         "versions": package_versions(),
-        "machine": {"cpu": processor(), "cores": os.cpu_count()},
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
     }
     publish(PAGE.name, record, args.out)
-
-
-def processor() -> str:
-    """The processor's name (Linux)."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from architectures import tiny_tokenizer
+from tiny import tiny_hf_model, tiny_pairs
 
 import mechsafety as ms
 from mechsafety.attribution import direct_logit_attribution
@@ -85,9 +85,6 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="the demo model as well")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    from tiny import tiny_hf_model, tiny_pairs
 
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "models": {}}
     for kind in ("llama", "gpt2", "gemma2"):

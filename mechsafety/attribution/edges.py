@@ -24,6 +24,7 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.models.parts import check_exists
 from mechsafety.nodes import EMBED, NODE_SITES, SLOTS, Edge, Node, NodeLike, as_nodes, head_and_mlp_nodes
+from mechsafety.patching.effects import total_gap
 from mechsafety.patching.masks import PairRuns, aligned_pairs, pair_batches
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.patching.receivers import INTO_LOGITS, Receiver, reaches
@@ -223,7 +224,7 @@ def edge_attribution(
         for (number, k), (slope, harmful, harmless, parts) in zip(items, found, strict=True):
             if k == 0:
                 n_pairs += len(harmful)
-                gap += float((harmful - harmless).detach().cpu().double().sum())
+                gap += total_gap(harmful, harmless)
                 scored.append((harmful, harmless))
                 slopes = []
             slopes.append(slope)

@@ -21,6 +21,7 @@ from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
 from mechsafety.patching import PairRuns, Projection, activation_patching, pair_runs, path_projection
+from mechsafety.patching.effects import mean_gap
 from mechsafety.patching.masks import aligned_pairs
 from mechsafety.patching.norms import block_norms_option
 from mechsafety.prompts import PromptPairs, omissions
@@ -206,7 +207,7 @@ def head_attribution(
     heads = [Node("head", layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     harmful, harmless = runs.scores(metric)
     check_gap(harmful, harmless)
-    gap = float((harmful - harmless).cpu().double().mean())
+    gap = mean_gap(harmful, harmless)
     found: dict[str, Tensor | None] = dict.fromkeys(SCORES)
     if "direct" in chosen:
         sides = [

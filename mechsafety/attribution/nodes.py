@@ -16,6 +16,7 @@ from mechsafety.inputs import Count, public
 from mechsafety.metrics import RefusalLogOdds, check_gap
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node, NodeLike, as_node, head_and_mlp_nodes
+from mechsafety.patching.effects import total_gap
 from mechsafety.patching.masks import PairRuns, SoftMask, aligned_pairs, masked_logits, pair_batches
 from mechsafety.progress import progress_bar
 from mechsafety.prompts import PromptPairs, omissions
@@ -131,7 +132,7 @@ def node_attribution(
     with progress_bar(total=len(items), desc="nodes", show=progress) as bar:
         for (_, step), (harmful, harmless, *grads) in zip(items, found, strict=True):
             if not step:
-                gap += float((harmful - harmless).detach().cpu().double().sum())
+                gap += total_gap(harmful, harmless)
                 scored.append((harmful, harmless))
                 n_pairs += len(harmful)
             own = [grad.to(model.device) for grad in grads]

@@ -13,6 +13,7 @@ from mechsafety.attribution.gradients import Grid, Point, integration_points, pa
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.nodes import Node
+from mechsafety.patching.effects import total_gap
 from mechsafety.patching.masks import PairRuns
 from mechsafety.scale.work import once, work
 
@@ -62,7 +63,7 @@ def completeness(model: LensModel, batches: Batches, metric: RefusalLogOdds, poi
     def measured(item: tuple[int, int]) -> tuple[float, float]:
         runs = runs_of(item[0])
         harmful, harmless = runs.scores(metric)
-        return slope(model, runs, metric, points[item[1]]), float((harmful - harmless).detach().cpu().double().sum())
+        return slope(model, runs, metric, points[item[1]]), total_gap(harmful, harmless)
 
     items = [(number, k) for number in range(len(batches)) for k in range(len(points))]
     found = work("slopes", items, measured, tuple[float, float], group=itemgetter(0))
@@ -104,7 +105,7 @@ def misses(
         first = path[0][0]
         low = harmless if first.whole else path_start(model, runs, metric, first)
         total = sum(point.weight * own for point, own in path)
-        found.append(total - float((harmful - low).detach().cpu().double().sum()))
+        found.append(total - total_gap(harmful, low))
     return np.array(found)
 
 

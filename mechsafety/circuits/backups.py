@@ -13,7 +13,7 @@ from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.goal import Goal
-from mechsafety.circuits.search import SearchResult, marginals
+from mechsafety.circuits.search import SearchResult, marginals, meets
 from mechsafety.errors import MechsafetyError
 from mechsafety.intervals import mean_interval
 from mechsafety.metrics import adjust_p, sign_flip_p
@@ -252,7 +252,7 @@ def with_backups(
         if len(added) == room:
             break
         larger = in_order([*circuit, backup.node])
-        if result.reached and not all(goal.met(meter.faithfulness([larger])[0]) for meter in meters):
+        if result.reached and not meets(goal, meters, larger):
             continue
         circuit, added = larger, [*added, backup.node]
     return replace(result, circuit=circuit, added=tuple(added))

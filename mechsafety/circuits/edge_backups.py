@@ -9,8 +9,8 @@ from mechsafety.circuits.circuit import Backup
 from mechsafety.circuits.edge_faithfulness import all_edges, prune
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order
 from mechsafety.circuits.goal import Goal
-from mechsafety.circuits.search import MAX_EXACT, SearchResult, without_free
-from mechsafety.nodes import EMBED, LOGITS, Edge, Node, Part, nodes_of
+from mechsafety.circuits.search import MAX_EXACT, SearchResult, meets, without_free
+from mechsafety.nodes import EMBED, LOGITS, Edge, Node, nodes_of
 
 
 def with_backup_edges(
@@ -44,24 +44,17 @@ def with_backup_edges(
     for backup in backups:
         ways.setdefault(backup.primary, set()).add(backup.node)
     circuit = [part for part in result.circuit if isinstance(part, Edge)]
-    own = set(circuit)
-
-    def reaches(edges: Sequence[Part]) -> bool:
-        return all(goal.met(meter.faithfulness([edges])[0]) for meter in meters)
-
-    sets = [primaries for n in (1, 2) for primaries in combinations(ways, n)]
-    for primaries in sets:
+    for primaries in (some for n in (1, 2) for some in combinations(ways, n)):
         if budget.skips("edges of backups", 0.6):
             break
         others = set[Node]().union(*(ways[node] for node in primaries)) - set(primaries)
         found = _second_way(circuit, set(primaries), others, meters, goal, budget)
         larger = in_order(prune({*circuit, *found}))
         fits = max_edges is None or len(larger) <= max_edges
-        if set(larger) - set(circuit) and fits and (not result.reached or reaches(larger)):
+        if set(larger) - set(circuit) and fits and (not result.reached or meets(goal, meters, larger)):
             circuit = [part for part in larger if isinstance(part, Edge)]
-    return replace(
-        result, circuit=in_order(circuit), added=tuple(edge for edge in in_order(circuit) if edge not in own)
-    )
+    whole = in_order(circuit)
+    return replace(result, circuit=whole, added=tuple(edge for edge in whole if edge not in result.circuit))
 
 
 def _second_way(
@@ -86,7 +79,7 @@ def _second_way(
             f"edges of the backups {', '.join(map(str, in_order(list(others))))}: {len(new)} are too many to measure"
         )
         return []
-    if not whole or not all(goal.met(meter.faithfulness([whole])[0]) for meter in meters):
+    if not whole or not meets(goal, meters, whole):
         return []
-    left = without_free(meters, whole, new, goal)
-    return [edge for edge in prune([part for part in left if isinstance(part, Edge)]) if edge in set(new)]
+    left = {edge for edge in without_free(meters, whole, new, goal) if isinstance(edge, Edge)}
+    return [edge for edge in prune(left) if edge in set(new)]

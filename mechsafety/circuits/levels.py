@@ -77,7 +77,7 @@ class NodeLevel:
     sites: tuple[SiteKind, ...] = ()
     # how pairs may be aligned
     aligns: tuple[str, ...] = ("tokens", "suffix")
-    # whether the search is repeated on resamples of the prompts
+    # whether its own meter patches single nodes, and the search is repeated on resamples of the prompts
     of_nodes = True
 
     def check(self, model: LensModel, align: str) -> None:

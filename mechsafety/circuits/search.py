@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from mechsafety.attribution.nodes import NodeAttribution
@@ -71,6 +72,11 @@ def check_search(target: float, max_parts: int | None) -> None:
         raise MechsafetyError(f"target {target}", expected="a faithfulness in (0, 1]")
     if max_parts is not None and max_parts < 1:
         raise MechsafetyError(f"a circuit of at most {max_parts} parts", expected="at least 1")
+
+
+def meets(goal: Goal, meters: Sequence[FaithfulnessMeter], circuit: Sequence[Part]) -> bool:
+    """Whether a circuit is good enough on each meter's pairs; after the first meter that says no, none is asked."""
+    return all(goal.met(meter.faithfulness([circuit])[0]) for meter in meters)
 
 
 def ranked(nodes: Sequence[Node], attribution: NodeAttribution, goal: Goal) -> list[Node]:
@@ -163,7 +169,7 @@ def search_parts(
     fewest_first = sorted((found_on, held_out), key=lambda meter: len(meter.runs.harmful))
 
     def reaches(circuit: Sequence[Part]) -> bool:
-        return all(goal.met(meter.faithfulness([circuit])[0]) for meter in fewest_first)
+        return meets(goal, fewest_first, circuit)
 
     # the whole model meets every goal, up to rounding
     good = [point.n_nodes for point in curve if goal.met(point.faithfulness, point.held_out)]
@@ -297,16 +303,13 @@ def without_free(
     """
     left = list(circuit)
 
-    def reaches(parts: Sequence[Part]) -> bool:
-        return all(goal.met(meter.faithfulness([parts])[0]) for meter in meters)
-
     while True:
         may, costs = [part for part in removable if part in set(left)], dict[Part, float]()
         for meter in meters:
             whole, costs = meter.faithfulness([left])[0], marginals(meter, left, may)
             may = [part for part in may if goal.met(whole - costs[part])]
         free = sorted(may, key=lambda part: (goal.size(costs[part]), order_of(part)))
-        dropped = set(_largest(free, left, reaches))
+        dropped = set(_largest(free, left, partial(meets, goal, meters)))
         if not dropped:
             return left
         left = [part for part in left if part not in dropped]

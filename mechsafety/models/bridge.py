@@ -28,7 +28,7 @@ from mechsafety.models.backend import (
     is_lens,
 )
 from mechsafety.models.kinds import check_folded, check_kind, has_experts, is_multimodal
-from mechsafety.models.placed import Fetching, check_in_memory, devices, fetched, home, is_dispatched, is_offloaded
+from mechsafety.models.placed import Fetching, devices, fetched, home, is_dispatched, is_offloaded
 from mechsafety.models.quantised import dequantised, is_quantised
 from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_row
 from mechsafety.models.template import tokenizer_copy
@@ -362,7 +362,7 @@ class BridgeBackend(Backend):
         Raises:
             MechsafetyError: Weights are offloaded.
         """
-        check_in_memory(self.module, "reading and writing the weights of single parts")
+        self.check_in_memory("reading and writing the weights of single parts")
         block, found = self._block(layer), {}
         parts = [(block.attn, slot.lower(), slot, "head") for slot in ("Q", "K", "V", "O")]
         parts += [] if self.sizes.experts else [(block.mlp, place, place, "") for place in ("in", "gate", "out")]
@@ -398,7 +398,7 @@ class BridgeBackend(Backend):
 
     def writers(self) -> list[Writer]:
         """All parameters that write to the residual stream; a tied unembedding is not among them."""
-        check_in_memory(self.module, "erasing directions from weights")
+        self.check_in_memory("erasing directions from weights")
         # modules that hold a weight themselves, under names without TransformerLens' wrappers
         plain = {k.replace(_WRAPPER, ""): m for k, m in self.module.named_modules() if "weight" in m._parameters}
         embedding = self.module.get_input_embeddings().weight

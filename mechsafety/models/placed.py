@@ -68,8 +68,9 @@ class Placement:
             given = {name: given[""] for name, _ in model.named_children()} | {k: v for k, v in given.items() if k}
         folder = self.folder
         if folder is None and "disk" in given.values():
-            folder = tempfile.mkdtemp(prefix="mechsafety-offload-")
-            remove_with(model, folder)
+            made = temporary_folder()
+            keep_with(model, made)
+            folder = made.name
         dispatch_model(model, dict(given), offload_dir=folder, skip_keys=model._skip_keys_device_placement)
 
 
@@ -140,21 +141,23 @@ def _check_place(what: str, place: Any) -> None:
         return
     known = [*range(torch.cuda.device_count()), *STORES]
     try:
-        index = place if isinstance(place, int) else torch.device(place).index or 0
-        kind = "cuda" if isinstance(place, int) else torch.device(place).type
-        there = kind == "cpu" or (kind == "cuda" and 0 <= index < torch.cuda.device_count())
-        there = there or (kind == "mps" and torch.backends.mps.is_available())
+        found = _device(place)
+        there = found.type == "cpu" or (found.type == "cuda" and 0 <= (found.index or 0) < torch.cuda.device_count())
+        there = there or (found.type == "mps" and torch.backends.mps.is_available())
     except (RuntimeError, TypeError):
         there = False
     if not there or isinstance(place, bool):
         raise MechsafetyError(f"{what}: unknown or unavailable device {place!r}", expected=f"one of {known}")
 
 
-def remove_with(model: Any, folder: str) -> None:
-    """Remove a temporary folder when the model is gone, or when the process ends."""
-    import shutil
+def temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A folder for offloaded weights, which is removed when nothing holds it any more."""
+    return tempfile.TemporaryDirectory(prefix="mechsafety-offload-", ignore_cleanup_errors=True)
 
-    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+
+def keep_with(model: Any, folder: "tempfile.TemporaryDirectory[str]") -> None:
+    """Keep a temporary folder until the model is gone, or the process ends."""
+    weakref.finalize(model, folder.cleanup)
 
 
 # --- of a model that is placed ----------------------------------------------------------------------------------------
@@ -202,8 +205,7 @@ def home(model: Any) -> torch.device:
         for module in embedding.modules():
             for hook in hooks_of(module):
                 if hook.execution_device is not None:
-                    place = hook.execution_device
-                    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+                    return _device(hook.execution_device)
     first: torch.Tensor = next(model.parameters())
     return first.device
 
@@ -211,8 +213,12 @@ def home(model: Any) -> torch.device:
 def devices(model: nn.Module) -> set[torch.device]:
     """Devices on which a dispatched model's modules run."""
     places = [hook.execution_device for module in model.modules() for hook in hooks_of(module)]
-    known = {place for place in places if place is not None}
-    return {torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in known}
+    return {_device(place) for place in places if place is not None}
+
+
+def _device(place: int | str | torch.device) -> torch.device:
+    """A device as accelerate names it: a GPU by its number alone."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 @contextmanager
@@ -281,19 +287,16 @@ def check_in_memory(model: nn.Module, what: str) -> None:
     Raises:
         MechsafetyError: Some of its weights are offloaded or quantised.
     """
-    packed = [name.replace(f".{_INSIDE}", "") for name in quantised(model)]
-    if packed:
-        raise MechsafetyError(
-            f"{what} with quantised weights: {named(packed, 'tensor')}",
-            expected="float32, bfloat16 or float16",
-            hint="load the model without quantization_config",
-            page="weights-that-are-offloaded",
-        )
-    absent = offloaded(model)
-    if absent:
-        raise MechsafetyError(
-            f"{what} with offloaded weights: {named([name.replace(f'.{_INSIDE}', '') for name in absent], 'tensor')}",
-            expected="all weights in memory",
-            hint="load the model without device_map, or with a map that offloads nothing",
-            page="weights-that-are-offloaded",
-        )
+    without_map = "load the model without device_map, or with a map that offloads nothing"
+    for kind, names, expected, hint in (
+        ("quantised", quantised(model), "float32, bfloat16 or float16", "load the model without quantization_config"),
+        ("offloaded", offloaded(model), "all weights in memory", without_map),
+    ):
+        if names:
+            tensors = named([name.replace(f".{_INSIDE}", "") for name in names], "tensor")
+            raise MechsafetyError(
+                f"{what} with {kind} weights: {tensors}",
+                expected=expected,
+                hint=hint,
+                page="weights-that-are-offloaded",
+            )

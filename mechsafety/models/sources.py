@@ -6,7 +6,6 @@ used, the error comes before any weight is read.
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from mechsafety.models.gguf import TEMPLATE, gguf_folder
 from mechsafety.models.gguf_file import read_header
 from mechsafety.models.kinds import DECODER, check_kind, is_multimodal, text_part
 from mechsafety.models.lens_model import LensModel
-from mechsafety.models.placed import Placement, remove_with
+from mechsafety.models.placed import Placement, keep_with, temporary_folder
 
 WANTED = "'demo', a hub id, a Hugging Face folder, a .gguf file, (model, tokenizer) or a TransformerLens model"
 # tensors that a checkpoint may hold although the model does not read them: buffers that today's models make themselves,
@@ -139,7 +138,8 @@ def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str, pl
     """The model with its weights; every weight comes from the checkpoint."""
     options, folder = {} if place is None else place.arguments(), None
     if place is not None and place.folder is None:
-        options["offload_folder"] = folder = tempfile.mkdtemp(prefix="mechsafety-offload-")
+        folder = temporary_folder()
+        options["offload_folder"] = folder.name
     with _named(name):
         model, report = kind.from_pretrained(
             source,
@@ -151,7 +151,7 @@ def _read_folder(name: str, source: str, kind: Any, dtype: torch.dtype | str, pl
             **_OWN_CODE,
         )
     if folder is not None:
-        remove_with(model, folder)
+        keep_with(model, folder)
     _check_complete(name, model, report)
     return model.eval()
 

@@ -440,8 +440,7 @@ class ActivationMonitor:
         later = [[score for (score,) in watch.reply(k).scores[1:]] for k in range(len(held.prompts))]
         highest = torch.tensor([max(row, default=-math.inf) for row in later])
         harmless, harmful = _sides(highest, held)
-        weights = replace(weights, harmless_replies=harmless, harmful_replies=harmful)
-        return cls(model, weights)
+        return cls(model, replace(weights, harmless_replies=harmless, harmful_replies=harmful))
 
     @public
     def with_false_positive_rate(self, rate: float) -> "ActivationMonitor":

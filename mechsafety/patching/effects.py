@@ -10,7 +10,12 @@ from mechsafety.metrics import adjust_p, sign_flip_p
 
 def mean_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> float:
     """Mean metric on harmful prompts minus that on harmless prompts."""
-    return float((harmful - harmless).cpu().double().mean())
+    return total_gap(harmful, harmless) / len(harmful)
+
+
+def total_gap(harmful: Float[Tensor, " prompt"], harmless: Float[Tensor, " prompt"]) -> float:
+    """Sum of the metric on harmful prompts minus that on harmless prompts, in float64."""
+    return float((harmful - harmless).detach().cpu().double().sum())
 
 
 def effect_intervals(
