@@ -160,7 +160,7 @@ def map_command(
     target: float = 0.8,
     goal: Literal["reach", "match"] = "reach",
     search: Literal["gradient", "masks"] = "gradient",
-    ablation: Literal["counterfactual", "mean"] = "counterfactual",
+    ablation: Literal["counterfactual", "mean", "optimal"] = "counterfactual",
     max_nodes: int | None = None,
     budget_seconds: float | None = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
@@ -198,7 +198,8 @@ def map_command(
     search
         gradient: rank parts by integrated gradients; masks: train masks for all parts together (slower).
     ablation
-        What everything outside the circuit takes: its value in the pair's harmless prompt, or its mean over them.
+        What everything outside the circuit takes: its value in the pair's harmless prompt; its mean over them; or
+        constants that change the metric least (slower).
     max_nodes
         Largest circuit.
     budget_seconds

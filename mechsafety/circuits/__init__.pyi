@@ -33,6 +33,7 @@ from .masks import Trained as Trained
 from .masks import Training as Training
 from .masks import train_masks as train_masks
 from .neurons import NeuronMeter as NeuronMeter
+from .optimal import optimal_constants as optimal_constants
 from .options import MapOptions as MapOptions
 from .roles import assign_roles as assign_roles
 from .search import SearchResult as SearchResult

@@ -88,7 +88,10 @@ class FaithfulnessMeter:
 
     def at_mean(self) -> "FaithfulnessMeter":
         """The same meter, in which patched parts take their mean over the harmless prompts, per column from the end."""
-        constants = Constants.mean(self.runs.harmless)
+        return self.at_constants(Constants.mean(self.runs.harmless))
+
+    def at_constants(self, constants: Constants) -> "FaithfulnessMeter":
+        """The same meter, in which patched parts take constants, per column counted from the end."""
         groups = tuple((rows, at_constants(self.model, runs, constants)) for rows, runs in self.groups)
         return replace(self, runs=at_constants(self.model, self.runs, constants), groups=groups)
 

@@ -33,6 +33,7 @@ from mechsafety.circuits.effects import Measured, on_some, pair_gaps, single_eff
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.levels import LEVELS, Meters, Refined
 from mechsafety.circuits.notes import attention_examples, measure_notes
+from mechsafety.circuits.optimal import optimal_constants
 from mechsafety.circuits.options import MapOptions
 from mechsafety.circuits.search import MAX_EXACT, SearchResult
 from mechsafety.circuits.verification.outcome import Stability, Verification
@@ -190,6 +191,10 @@ def split_pairs(
     meters = Meters(meter(drawn.here), meter(held), *kept)
     if options.ablation == "mean":
         meters = meters.each(FaithfulnessMeter.at_mean)
+    elif options.ablation == "optimal":
+        columns = max(one.runs.harmful.n_pos for one in (meters.found_on, *meters.judges))
+        constants = optimal_constants(meters.found_on, columns=columns, seed=options.seed)
+        meters = meters.each(lambda one: one.at_constants(constants))
     return Split(
         model=model,
         drawn=drawn,

@@ -119,7 +119,7 @@ def _trained(meter: FaithfulnessMeter, goal: GoalKind, training: Training, weigh
     order = np.random.default_rng(training.seed)
     device, n = meter.model.device, len(meter.parts)
     counts = torch.ones(len(meter.runs.harmful)) if weights is None else torch.tensor(list(weights)).float()
-    batches = _batches(meter, training.batch, counts)
+    batches = batches_of_pairs(meter, training.batch, counts)
     logits = torch.full((n,), START, device=device, requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=training.rate)
     closed_at = torch.full((n,), math.inf)
@@ -162,7 +162,7 @@ def _open(logits: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
     return torch.sigmoid(logits - TEMPERATURE * math.log(-LOW / HIGH))
 
 
-def _batches(
+def batches_of_pairs(
     meter: FaithfulnessMeter, size: int, counts: Float[Tensor, " pair"]
 ) -> list[tuple[PairRuns, Float[Tensor, " row"]]]:
     """Runs of a few pairs of similar length each, with how often each pair counts; pairs that never count are out."""

@@ -12,7 +12,7 @@ from mechsafety.circuits.search import SearchKind, check_search
 from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, check_fields
 
-AblationKind = Literal["counterfactual", "mean"]
+AblationKind = Literal["counterfactual", "mean", "optimal"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,10 @@ class MapOptions:
             after the ranking is the same.
         ablation: What everything outside a circuit takes while its faithfulness is measured, in the search and in the
             claims. ``counterfactual``: its value in the pair's harmless prompt. ``mean``: its mean over the harmless
-            prompts, per position counted from the end; discovery, held-out and fresh pairs have means of their own. The
-            effects of single nodes, edges, roles and backups are counterfactual in any case. Not for level ``edge``.
+            prompts, per position counted from the end; discovery, held-out and fresh pairs have means of their own.
+            ``optimal``: constants that change the metric least, learned on the discovery pairs (`optimal_constants`),
+            which takes longer. The effects of single nodes, edges, roles and backups are counterfactual in any case.
+            Not for level ``edge``.
         max_nodes: Largest circuit, in edges at level ``edge``. Where the goal needs more, the circuit misses the goal
             and says so.
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).

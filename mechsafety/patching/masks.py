@@ -56,6 +56,15 @@ class Constants:
             means[kind] = total / count
         return cls(means)
 
+    def padded(self, n_pos: int) -> "Constants":
+        """The same values in at least ``n_pos`` columns; columns farther from the end take the mean over the others."""
+        found = {}
+        for kind, values in self.acts.items():
+            rest = reduce(values, "layer 1 pos ... -> layer 1 1 ...", "mean")
+            missing = max(0, n_pos - values.shape[2])
+            found[kind] = torch.cat([rest.expand(-1, -1, missing, *rest.shape[3:]), values], dim=2)
+        return Constants(found)
+
     def of(self, run: BaseRun, first: Int[Tensor, " batch"] | None = None) -> dict[SiteKind, Tensor]:
         """The values in the columns and for the prompts of a run.
 

@@ -463,6 +463,11 @@ def ablation(circuit: RefusalCircuit) -> str:
     """What everything outside a circuit takes while it is measured."""
     if circuit.ablation == "mean":
         return "While a circuit is measured, every part outside it takes its mean over the harmless prompts."
+    if circuit.ablation == "optimal":
+        return (
+            "While a circuit is measured, every part outside it takes a constant, which was learned on the discovery "
+            "pairs so that it changes the metric least."
+        )
     return "While a circuit is measured, every part outside it takes its value in the pair's harmless prompt."
 
 

@@ -1,4 +1,4 @@
-"""Circuits in which everything outside takes its mean over the harmless prompts, against plain hooks."""
+"""Circuits in which everything outside takes constants: its mean over the harmless prompts, or learned ones."""
 
 from dataclasses import replace
 
@@ -10,10 +10,13 @@ import mechsafety as ms
 from mechsafety.attribution.nodes import node_attribution
 from mechsafety.circuits import EdgeMeter, FaithfulnessMeter, NeuronMeter
 from mechsafety.circuits.masks import Training, train_masks
+from mechsafety.circuits.optimal import optimal_constants
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.patching import pair_runs
+from mechsafety.patching.masks import Patch, patched_logits
 from mechsafety.sites import Site, SiteKind
+from mechsafety.viz import words
 
 KINDS = ("llama", "gpt2", "qwen2")
 
@@ -119,6 +122,59 @@ def test_a_map_by_means(planted):
     np.testing.assert_allclose(split.alone[0].removed(some), other.alone[0].removed(some), atol=1e-5)
 
 
+def squared_change(meter, circuits):
+    """Mean squared change of the metric on harmful and harmless prompts, by hooks, as a share of the mean gap."""
+    model, metric, runs = meter.model, meter.metric, meter.runs
+    every, changes = head_and_mlp_nodes(model.n_layers, model.n_heads), []
+    first = runs.tokens.first_differences
+    for run in (runs.harmful, runs.harmless):
+        values = runs.constants.of(run, first)
+        for circuit in circuits:
+            outside = [node for node in every if node not in set(circuit)]
+            changed = patched_logits(model, run, values, Patch.of(model, [outside]))[0]
+            changes.append((metric(changed) - metric(run.logits)).square())
+    harmful, harmless = runs.scores(metric)
+    return float(torch.stack(changes).mean() / (harmful.mean() - harmless.mean()) ** 2)
+
+
+def test_optimal_constants_disturb_less_than_means(planted_split):
+    """On pairs that they were not learned on, and the constants of the empty circuit lie between the two prompts."""
+    here, there = planted_split.meters.found_on, planted_split.meters.held_out
+    columns = max(meter.runs.harmful.n_pos for meter in (here, there))
+    constants = optimal_constants(here, columns=columns)
+    again = optimal_constants(here, columns=columns)
+    assert all(torch.equal(values, again.acts[kind]) for kind, values in constants.acts.items())
+    nodes, rng = list(here.parts), np.random.default_rng(1)
+    circuits = [[node for node in nodes if rng.random() < share] for share in rng.random(30)]
+    optimal, mean = there.at_constants(constants), there.at_mean()
+    assert squared_change(optimal, circuits) < 0.7 * squared_change(mean, circuits)
+    (harmful, empty), (_, harmless) = optimal.ends(), there.ends()
+    middle = (harmful.mean() + harmless.mean()) / 2
+    assert abs(empty.mean() - middle) < 0.3 * (harmful.mean() - harmless.mean())
+    assert optimal.faithfulness([[], nodes]) == pytest.approx([0, 1], abs=1e-4)
+
+
+def test_constants_of_more_columns_repeat_their_mean(measured):
+    constants = measured.runs.constants
+    wide = constants.padded(40)
+    for kind, values in constants.acts.items():
+        n = values.shape[2]
+        assert wide.acts[kind].shape[2] == 40 and torch.equal(wide.acts[kind][:, :, -n:], values)
+        expected = values.mean(2, keepdim=True).expand_as(wide.acts[kind][:, :, :-n])
+        assert torch.allclose(wide.acts[kind][:, :, :-n], expected, atol=1e-6)
+    assert constants.padded(1).acts[SiteKind.Z].shape == constants.acts[SiteKind.Z].shape
+
+
+@pytest.mark.parametrize("level", ["node", "neuron"])
+def test_a_map_by_optimal_constants(planted, level):
+    options = ms.MapOptions(limit=8, level=level, n_random=20, n_resamples=1, ablation="optimal")
+    circuit = ms.map_refusal_circuit(*planted, options=options, progress=False)
+    check = circuit.verification
+    assert circuit.ablation == "optimal" and check.reached and check.held_out_faithfulness >= 0.8
+    assert set(circuit.claims_dataframe()["ablation"]) == {"optimal"}
+    assert "learned on the discovery pairs" in words.ablation(circuit)
+
+
 @pytest.mark.parametrize("wrong", [{"ablation": "zero"}, {"ablation": "mean", "level": "edge"}])
 def test_other_ablations_are_refused(wrong):
     with pytest.raises(
@@ -133,14 +189,22 @@ def built():
     return ms.load_model((made.model, made.tokenizer)), made.pairs
 
 
+@pytest.fixture(scope="module")
+def planted_split(built):
+    drawn = ms.circuits.draw_pairs(*built, limit=32, progress=False)
+    return ms.circuits.split_pairs(built[0], drawn, progress=False)
+
+
 @pytest.mark.parametrize("level", ["node", "neuron"])
-@pytest.mark.parametrize("ablation", ["counterfactual", "mean"])
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean", "optimal"])
 def test_controls_are_some_of_the_fresh_pairs(built, level, ablation):
     options = ms.MapOptions(level=level, ablation=ablation, n_control_pairs=2, n_role_pairs=3)
     split = ms.circuits.split_pairs(built[0], ms.circuits.draw_pairs(*built, limit=32, progress=False), options)
     assert len(split.fresh) > 2 and len(split.meters.controls.runs.harmful) == 2
     assert [len(meter.runs.harmful) for meter in split.alone] == [3, 2]
-    at_mean = [split.meters.controls.runs.constants is not None, split.meters.fresh.runs.constants is not None]
-    assert at_mean == [ablation == "mean"] * 2 and all(meter.runs.constants is None for meter in split.alone)
+    at_constants = [split.meters.controls.runs.constants is not None, split.meters.fresh.runs.constants is not None]
+    assert at_constants == [ablation != "counterfactual"] * 2 and all(
+        meter.runs.constants is None for meter in split.alone
+    )
     texts = set(split.fresh.harmful)
     assert texts >= set(split.fresh.sample(2, options.seed).harmful) and not texts & set(split.held.harmful)
