@@ -14,6 +14,7 @@ import mechsafety as ms
 from mechsafety.circuits import MapOptions, acdc, discover_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.masks import Training, train_masks
+from mechsafety.circuits.optimal import optimal_constants
 from mechsafety.neurons import causal_effect_curve, dynamic_patching
 from mechsafety.output import SCRATCH, output_file
 from mechsafety.patching import Projection, pair_runs, path_matrix, path_projection
@@ -115,6 +116,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "acdc": lambda: acdc(planted()[0], planted()[1], word_metric(), threshold=0.05, **QUIET),
     "map": lambda: _map(),
     "masks": lambda: train_masks(_meter(), training=Training(steps=20)),
+    "constants": lambda: optimal_constants(_meter(), steps=20),
     "map of neurons": lambda: _map(level="neuron"),
     "map within a budget": lambda: _map(budget_seconds=3600.0),
     "safety neurons": lambda: ms.safety_neurons(*reversed(twins()), PROMPTS, max_new_tokens=6, batch_size=2, **QUIET),

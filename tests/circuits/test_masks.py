@@ -9,7 +9,7 @@ import torch
 import mechsafety as ms
 from mechsafety import testbed
 from mechsafety.circuits import EdgeMeter, FaithfulnessMeter, NeuronMeter
-from mechsafety.circuits.masks import START, Training, _batches, _gates, _open, train_masks
+from mechsafety.circuits.masks import START, Training, _gates, _open, batches_of_pairs, train_masks
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge
 from mechsafety.patching import pair_runs
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_ranking(meters):
 
 def test_pairs_that_count_nothing_are_not_run(meters):
     counts = torch.tensor([2.0, 0.0, 1.0, 0.0, 0.0, 3.0])
-    batches = _batches(meters["node"], 2, counts)
+    batches = batches_of_pairs(meters["node"], 2, counts)
     assert sorted(count for _, part in batches for count in part.tolist()) == [1.0, 2.0, 3.0]
     assert [len(runs.harmful) for runs, _ in batches] == [2, 1]
     some = meters["node"].runs.tokens.rows([0, 2, 5])
