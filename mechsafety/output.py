@@ -172,13 +172,13 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Refuse a folder on a disk that is nearly full.
 
     Args:
-        folder: An existing folder.
+        folder: An absolute path of a folder, which need not be there yet.
         needed: Bytes that must be free.
 
     Raises:
         MechsafetyError: The disk has fewer free bytes. If the system does not report its size, the disk passes.
     """
-    disk = shutil.disk_usage(folder)
+    disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
     if disk.total and disk.free < needed:
         raise MechsafetyError(
             f"the disk of {folder.parent.name!r} has {disk.free / 2**20:.0f} MiB left",

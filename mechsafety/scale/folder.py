@@ -185,6 +185,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
     if folder.exists() and not folder.is_dir():
         raise MechsafetyError(f"{str(folder)!r} is a file", expected="a folder for the run")
     with writing(path):
+        check_free_space(folder.resolve(), NEEDED_BYTES)
         folder.mkdir(parents=True, exist_ok=True)
         strange = sorted(entry.name for entry in folder.iterdir() if not _known(entry)) or _links(folder)
         if strange:
@@ -208,7 +209,6 @@ def opened(path: str | os.PathLike[str]) -> Iterator[RunFolder]:
             for left in folder.rglob(f"{SCRATCH}*"):  # of a process that was killed
                 left.unlink(missing_ok=True)
             (folder / OWNER).write_text(json_text({"process": os.getpid(), "host": socket.gethostname()}))
-        check_free_space(folder.resolve(), NEEDED_BYTES)
         yield RunFolder(folder)
     finally:
         lock.release()
