@@ -217,7 +217,8 @@ def _cuts(needed: Sequence[int], groups: int) -> tuple[int, ...]:
     ends = np.append(np.flatnonzero(np.diff(last)) + 1, total)  # a group may end there
     begins = np.append(0, ends[:-1])
     cells = (ends[None] - begins[:, None]) * last[ends - 1][None]  # of a group from one beginning to one end
-    cells = np.where(ends[None] > begins[:, None], cells, np.iinfo(cells.dtype).max // 4)
+    never = np.iinfo(cells.dtype).max // 4  # a group that would end before it begins
+    cells = np.where(ends[None] > begins[:, None], cells, never)
     best = cells[:, -1]  # fewest cells from each beginning on, uncut
     fewest, cuts = best[0], tuple[int, ...]()
     chosen: list[np.ndarray] = []
@@ -225,7 +226,7 @@ def _cuts(needed: Sequence[int], groups: int) -> tuple[int, ...]:
         ways = cells[:, :-1] + best[None, 1:]
         if not ways.size:
             break
-        best, chosen = ways.min(1), [ways.argmin(1), *chosen]
+        best, chosen = np.minimum(ways.min(1), never), [ways.argmin(1), *chosen]
         if best[0] < fewest:
             fewest, place, found = best[0], 0, []
             for choice in chosen:

@@ -25,30 +25,21 @@ def model(name: str, row: Record) -> dict[str, Any]:
     """Table and numbers of one model."""
     methods = row["methods"]
     columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]
-    whole = "searches" in row  # a record of an earlier form of the study holds the rankings alone
-    columns += ["Jaccard", "seconds", "peak GiB"] if whole else []
     return {
         "name": name,
         "parts": row["parts"],
         "found_on": row["found_on"],
         "unseen": methods["random"]["n_pairs"],
         "table": table(
-            [cells(method, found)[: len(columns)] for method, found in methods.items()],
-            columns,
+            [cells(method, found) for method, found in methods.items()],
+            [*columns, "Jaccard", "seconds", "peak GiB"],
         ),
-        "whole": whole,
-        **(
-            {
-                "searches": searches(row["searches"]),
-                "fresh": row["searches"][0]["n_pairs"],
-                "acdc": "ACDC, reach" in methods,
-                "edges": row["edges"],
-                "cpu": row["machine"]["cpu"],
-                "cores": row["machine"]["cores"],
-            }
-            if whole
-            else {}
-        ),
+        "searches": searches(row["searches"]),
+        "fresh": row["searches"][0]["n_pairs"],
+        "acdc": "ACDC, reach" in methods,
+        "edges": row["edges"],
+        "cpu": row["machine"]["cpu"],
+        "cores": row["machine"]["cores"],
         "smallest": {kind: smallest(methods, kind) for kind in DASHES},
     }
 
@@ -120,7 +111,9 @@ def figures(record: Record) -> Mapping[str, Figure]:
         axis.axhline(1.0, color="#9A9A9A", lw=0.8)
         axis.set(title=name, xlim=(0, 1), xlabel="share of all heads and MLPs")
     axes[0].set_ylabel("faithfulness on pairs that no method saw")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    # one model may lack a method
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[:1] != "_"}
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False)
     return {FIGURE: figure}
 
 

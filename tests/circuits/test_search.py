@@ -388,7 +388,7 @@ def _all_ways(needed, groups):
     return min(ways, key=cells)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 9))
 def test_groups_by_length_are_the_best_of_all_ways(lengths, groups):
     assert _cuts(sorted(lengths), groups) == _all_ways(sorted(lengths), groups)
 
