@@ -41,6 +41,7 @@ from mechsafety.intervals import mean_interval
 from mechsafety.nodes import Node, as_node, head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 from mechsafety.results import package_versions
+from mechsafety.testbed.truth import Truth
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -308,14 +309,32 @@ def measure_searches(split: Split, steps: Steps) -> list[dict[str, Any]]:
     return rows
 
 
-def planted_split(backups: int) -> Split:
-    """A planted model with decoys, and with backups or without, with its pairs split."""
-    made = ms.testbed.planted(3, decoys=2, backups=backups)
+def verdicts(split: Split, kind: GoalKind, truth: Truth | None) -> dict[str, Any]:
+    """A whole map for a goal: its size, its faithfulness on fresh pairs, and the verdict on each claim."""
+    circuit = ms.map_refusal_circuit(
+        split.model, split.drawn, options=replace(split.options, goal=kind), progress=False
+    )
+    check, nodes = circuit.verification, {member.node for member in circuit.nodes}
+    known = None if truth is None else len(nodes & set(truth.nodes)) / len(truth.nodes)
+    fresh = None if check.fresh is None else [check.fresh.faithfulness, *check.fresh.ci]
+    claims = {verdict: list(names) for verdict, names in check.by_verdict.items()}
+    opposing = sum(member.opposes for member in circuit.nodes)
+    return {"goal": kind, "parts": len(nodes), "opposing": opposing, "fresh": fresh, "claims": claims, "recall": known}
+
+
+def planted_split(**parts: Any) -> tuple[Split, Truth]:
+    """A planted model with decoys and such parts, with its pairs split, and its circuit."""
+    made = ms.testbed.planted(3, decoys=2, **parts)
     model = ms.load_model((made.model, made.tokenizer))
-    return split_pairs(model, draw_pairs(model, made.pairs, limit=48, progress=False), progress=False)
+    drawn = draw_pairs(model, made.pairs, limit=48, progress=False)
+    return split_pairs(model, drawn, progress=False), made.truth
 
 
-PLANTED = {"planted": 0, "planted with backups": 1}
+PLANTED: Mapping[str, Mapping[str, Any]] = {
+    "planted": {},
+    "planted with backups": {"backups": 1},
+    "planted with opposing parts": {"opposing": True},
+}
 
 
 def main() -> None:
@@ -327,8 +346,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     made_of: dict[str, Any] = {"thresholds": list(THRESHOLDS), "resamples": N_RESAMPLES}
+    truth = None
     if args.model in PLANTED:
-        name, split, names = args.model, planted_split(PLANTED[args.model]), tuple(SCORES)
+        name, names = args.model, tuple(SCORES)
+        split, truth = planted_split(**PLANTED[args.model])
         made_of["weights"] = split.model.provenance().weights_sha256
         steps = Steps(args.work / name.replace(" ", "-"), made_of)
     else:
@@ -347,6 +368,7 @@ def main() -> None:
     record["models"][name] = {
         "methods": measure(split, steps, names),
         "searches": measure_searches(split, steps),
+        "goals": [steps.json(f"map {kind}", lambda own=kind: verdicts(split, own, truth)) for kind in KINDS],
         "parts": len(every(split)),
         "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
         "found_on": len(split.drawn.here),

@@ -46,8 +46,21 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     assert all(row["parts"] == true and row["reached"] for row in searches) and len(searches) == 8
     assert all(row["fresh"][1] <= row["fresh"][0] <= row["fresh"][2] and row["fresh"][0] > 0.79 for row in searches)
     record = {"models": {"planted": {"methods": found, "parts": 10, "found_on": len(split.drawn.here)}}}
+    goals = [study.verdicts(split, kind, made.truth) for kind in ("reach", "match")]
+    assert [row["recall"] for row in goals] == [1.0, 1.0] and [row["parts"] for row in goals] == [true, true]
+    assert all(row["fresh"][1] <= row["fresh"][0] <= row["fresh"][2] and not row["opposing"] for row in goals)
+    record["models"]["planted"] |= {"goals": goals}
     record["models"]["planted"] |= {"searches": searches, "edges": 99, "machine": {"cpu": "some", "cores": 2}}
     text = page.text(record)
     assert f"| masks, match | {true} | {true} |" in " ".join(text.split()) and list(page.figures(record)) == [
         "discovery.png"
     ]
+
+
+def test_only_a_circuit_that_matches_holds_what_works_against_refusal():
+    split, truth = study.planted_split(opposing=True)
+    against = next(node for node in truth.nodes if split.meters.held_out.without([[node]])[0] > 1.2)
+    reach, match = (study.searched(split, "gradient", kind, 0.8) for kind in ("reach", "match"))
+    assert reach["parts"] == len(truth.nodes) - 1 and reach["fresh"][0] > 1.3
+    assert match["parts"] == len(truth.nodes) and match["fresh"][0] == pytest.approx(1.0, abs=0.1)
+    assert truth.roles[against] == "production"

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from mechsafety.errors import MechsafetyError
@@ -16,6 +16,8 @@ DOUBLED: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("detection",), ("evaluation",), ("decision",)),
     (("detection", "evaluation"), ("detection", "decision")),
 )
+# production neurons that write against refusal, and what share of the others' writing they take back
+AGAINST, OPPOSED = "production against", 0.5
 # number of neurons of an MLP without a function
 IDLE_NEURONS = 24
 
@@ -64,8 +66,8 @@ class PlantedPart:
         node: Where the part lies.
         kind: The group of parts that do the same. Its first word is the role, or ``decoy``.
         work: What the part reads and writes.
-        length: Share of its group's output that the part writes. 2 for a decoy neuron, because the embedding holds the
-            neuron's vector with the other sign.
+        length: Share of its group's output that the part writes; below 0 if it writes the opposite. 2 for a decoy
+            neuron, because the embedding holds the neuron's vector with the other sign.
         doubled: Whether two parts write what this part reads. It must then work with half of its input.
         number: Number of the decoy.
     """
@@ -166,7 +168,9 @@ class Plan:
 STAGES_FIRST = (*STAGES, "relay")
 
 
-def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups: int, neurons: int) -> Plan:
+def make_plan(
+    rng: random.Random, layers: int, heads: int, decoys: int, backups: int, neurons: int, opposing: bool = False
+) -> Plan:
     """Draw the place of every part.
 
     Raises:
@@ -177,10 +181,15 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
             f"layers={layers}, heads={heads}, decoys={decoys}, backups={backups}, neurons={neurons}",
             expected="at least 2 layers, 1 head, 0 decoys, 1 neuron, and 0 to 2 backups",
         )
-    fitting = {doubled: found for doubled in DOUBLED[backups] if (found := _layouts(layers, heads, doubled))}
+    fitting = {}
+    for doubled in DOUBLED[backups]:
+        found = [one for one in _layouts(layers, heads, doubled) if not opposing or _spare(one, layers)]
+        if found:
+            fitting[doubled] = found
     if not fitting:
+        more = " and opposing parts" if opposing else ""
         raise MechsafetyError(
-            f"{backups} backups do not fit into {layers} layers of {heads} heads", hint="a larger model"
+            f"{backups} backups{more} do not fit into {layers} layers of {heads} heads", hint="a larger model"
         )
     doubled = rng.choice(sorted(fitting))
     layout = dict(zip(STAGES, rng.choice(fitting[doubled]), strict=True))
@@ -204,8 +213,28 @@ def make_plan(rng: random.Random, layers: int, heads: int, decoys: int, backups:
                 PlantedPart(Node("neuron", layer, free_neurons[layer].pop()), stage, WORK[stage], length, content)
                 for _ in range(count)
             ]
+    wires = WIRES
+    if opposing:
+        produced = [part for part in parts if part.kind == "production"]
+        layer = rng.choice(_spare(tuple(layout[stage] for stage in STAGES), layers))
+        against = [
+            replace(
+                part, node=Node("neuron", layer, free_neurons[layer].pop()), kind=AGAINST, length=-OPPOSED * part.length
+            )
+            for part in produced
+        ]
+        # together they write what production alone writes otherwise
+        stronger = [replace(part, length=(1 + OPPOSED) * part.length) for part in produced]
+        parts = [part for part in parts if part.kind != "production"] + stronger + against
+        wires = (*WIRES, ("decision", AGAINST), (AGAINST, "logits"))
     parts += decoy_parts(rng, decoys, parts, free_heads, free_neurons)
-    return Plan(tuple(parts), doubled, d_mlp)
+    return Plan(tuple(parts), doubled, d_mlp, wires)
+
+
+def _spare(layout: Sequence[tuple[int, ...]], layers: int) -> list[int]:
+    """Layers whose MLP has no stage and comes after the decision."""
+    _, evaluate, decide, produce = layout
+    return [layer for layer in range(max(decide), layers) if layer not in (*evaluate, *produce)]
 
 
 def decoy_parts(

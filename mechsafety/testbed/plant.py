@@ -55,6 +55,7 @@ def planted(
     decoys: int = 4,
     backups: int = 0,
     neurons: int = 2,
+    opposing: bool = False,
     varied: bool = False,
     norm: str = "rmsnorm",
     noise: float = 0.01,
@@ -78,6 +79,9 @@ def planted(
     *Backups* double a stage: two heads (or the neurons of two MLPs) write the same. Their reader gives the same output
     for one of them as for both.
 
+    *Opposing* neurons lie in an MLP of their own. They read the decision, as production does, and write half as much
+    against refusal. Production writes half as much more, so that the model refuses as clearly as without them.
+
     With ``varied`` the seed also sets what else differs between circuits that do the same:
 
     - at which position each stage happens: the harmful word, the instruction's last token, a token of the template, the
@@ -96,7 +100,8 @@ def planted(
             and one of the other two).
         neurons: Number of evaluation neurons, and of production neurons. Evaluation has only one neuron where it or the
             decision is doubled. With several, a reader that works with half its input would not notice one missing.
-        varied: Whether the seed also sets the circuit's shape. A varied circuit has no backups.
+        opposing: Whether there are production neurons that work against refusal.
+        varied: Whether the seed also sets the circuit's shape. A varied circuit has no backups and no opposing neurons.
         norm: ``rmsnorm`` (Llama) or ``layernorm`` (GPT-2, which has no grouped queries).
         noise: Standard deviation of all weights outside the circuit and the decoys.
 
@@ -115,17 +120,20 @@ def planted(
         raise MechsafetyError(f"{heads} heads over {groups} key-value heads", expected="a divisor of the heads")
     if norm == "layernorm" and groups != heads:
         raise MechsafetyError("grouped queries with norm='layernorm'", expected="kv_heads=None (GPT-2 has none)")
-    if varied and backups:
-        raise MechsafetyError(f"backups={backups} with varied=True", expected="backups=0")
+    if varied and (backups or opposing):
+        raise MechsafetyError(
+            f"backups={backups}, opposing={opposing} with varied=True", expected="backups=0, opposing=False"
+        )
     rng = random.Random(seed)
     if varied:
         plan = varied_plan(rng, layers, heads, decoys, neurons)
     else:
-        plan = make_plan(rng, layers, heads, decoys, backups, neurons)
+        plan = make_plan(rng, layers, heads, decoys, backups, neurons, opposing)
     tokenizer, pairs = planted_tokenizer(varied), planted_pairs(varied, plan.two_words)
     n_directions = len(plan.directions) + len(reply_successors()) + decoys
     d_head = max(16, 2 * -(-(n_directions + 24) // (2 * heads)))
-    name = f"planted-{'varied-' if varied else ''}{norm}-{layers}x{heads}-{seed}"
+    shape = "varied-" if varied else "opposing-" if opposing else ""
+    name = f"planted-{shape}{norm}-{layers}x{heads}-{seed}"
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state unchanged
         if norm == "rmsnorm":

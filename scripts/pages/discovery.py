@@ -35,6 +35,8 @@ def model(name: str, row: Record) -> dict[str, Any]:
             [*columns, "Jaccard", "seconds", "peak GiB"],
         ),
         "searches": searches(row["searches"]),
+        "goals": goals(row["goals"]),
+        "recall": row["goals"][0]["recall"] is not None,
         "fresh": row["searches"][0]["n_pairs"],
         "acdc": "ACDC, reach" in methods,
         "edges": row["edges"],
@@ -84,6 +86,33 @@ def searches(rows: Any) -> str:
             for row in rows
         ],
         ["search", "goal", "target", "parts", "faithfulness on fresh pairs (95 % CI)", "seconds", "peak GiB"],
+    )
+
+
+def goals(rows: Any) -> str:
+    """Whole maps for each goal: parts, faithfulness on fresh pairs, and the claims by verdict."""
+    verdicts = ("holds", "fails", "undecided")
+    known = any(row["recall"] is not None for row in rows)
+    return table(
+        [
+            [
+                row["goal"],
+                str(row["parts"]),
+                str(row["opposing"]),
+                *([f"{row['recall']:.2f}"] if known else []),
+                "{:.2f} ({:.2f} to {:.2f})".format(*row["fresh"]),
+                *(", ".join(row["claims"].get(verdict, ())) for verdict in verdicts),
+            ]
+            for row in rows
+        ],
+        [
+            "goal",
+            "parts",
+            "against",
+            *(["recall"] if known else []),
+            "faithfulness on fresh pairs (95 % CI)",
+            *verdicts,
+        ],
     )
 
 

@@ -187,6 +187,23 @@ def test_plateau(function):
     assert 1.1 * float(one) == pytest.approx(float(two), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_opposing_neurons_take_back_half_of_what_production_writes(seed):
+    made = planted(seed, opposing=True, decoys=2)
+    model = ms.load_model((made.model, made.tokenizer))
+    drawn = ms.circuits.draw_pairs(model, made.pairs, limit=8, progress=False)
+    meter = ms.circuits.split_pairs(model, drawn, progress=False).meters.found_on
+    produce, against = sorted(
+        (node for node, role in made.truth.roles.items() if role == "production" and node.kind == "mlp"),
+        key=lambda node: meter.without([[node]])[0],
+    )
+    alone = meter.faithfulness([[node for node in made.truth.nodes if node != against], made.truth.nodes])
+    assert alone == pytest.approx([1.45, 1.0], abs=0.2)
+    assert meter.without([[produce], [against]]) == pytest.approx([-0.45, 1.45], abs=0.2)
+    neurons = [node for node in made.truth.neurons if node.home == against]
+    assert len(neurons) == 2 and {made.truth.roles[node] for node in neurons} == {"production"}
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -202,6 +219,10 @@ def test_plateau(function):
             " and 0 to 2 backups",
         ),
         ({"layers": 2, "heads": 1, "backups": 1}, "1 backups do not fit into 2 layers of 1 heads; a larger model"),
+        (
+            {"layers": 2, "opposing": True},
+            "0 backups and opposing parts do not fit into 2 layers of 4 heads; a larger model",
+        ),
     ],
 )
 def test_errors(options, text):

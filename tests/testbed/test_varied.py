@@ -99,7 +99,9 @@ def test_plans_differ_in_all_that_they_are_to_differ_in():
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(ms.MechsafetyError, match=r"backups=1 with varied=True; expected backups=0"):
+    with pytest.raises(
+        ms.MechsafetyError, match=r"backups=1, opposing=False with varied=True; expected backups=0, opposing=False"
+    ):
         planted(varied=True, backups=1)
     with pytest.raises(ms.MechsafetyError, match=r"layers=1, heads=4, decoys=0, neurons=2; expected at least 2"):
         varied_plan(random.Random(0), 1, 4, 0, 2)
