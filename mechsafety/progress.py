@@ -37,6 +37,9 @@ def progress_bar(
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A bar that knows when it is open."""
 
+    # time left, in words
+    left: Callable[[], str] = staticmethod(lambda: "")
+
     def __enter__(self) -> "_Bar":
         self._open()
         super().__enter__()
@@ -62,8 +65,8 @@ class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
             _outer.set(None)
 
     def say(self, words: str) -> None:
-        """Show words beside the bar."""
-        self.set_postfix_str(words)
+        """Show the time left and words beside the bar."""
+        self.set_postfix_str(", ".join(part for part in (self.left(), words) if part))
 
 
 class _Inner:
@@ -96,29 +99,67 @@ class _Inner:
 
 
 class Stages:
-    """The stages of a long analysis, on one bar; where nothing can be drawn, one line per stage."""
+    """The stages of a long analysis, on one bar; where nothing can be drawn, one line per stage.
 
-    def __init__(self, total: int, show: bool) -> None:
-        self.total, self.n = total, 0
+    Stages whose work is known beforehand share one unit of work. What the stages so far took per unit gives the time
+    that is left.
+    """
+
+    def __init__(self, total: int, show: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.n, self.clock = total, 0, clock
+        self.work = self.rest = 0.0
+        self.done, self.took, self.since = 0.0, 0.0, clock()
         show = show and _told.get() is None
         self.lines = show and not drawn()
         form = "{desc}: {n_fmt} of {total_fmt} stages done, {elapsed}{postfix}"
         self.bar = _Bar(
             total=total, disable=not show, leave=False, bar_format=form, file=_Nowhere() if self.lines else None
         )
+        self.bar.left = self.left
 
-    def begin(self, name: str) -> None:
-        """Begin a stage; the one before it is done."""
+    def begin(self, name: str, work: float = 0.0, rest: float = 0.0) -> None:
+        """Begin a stage; the one before it is done.
+
+        Args:
+            name: What the stage does.
+            work: Work of this stage, in a unit that all stages share; 0 where it is unknown.
+            rest: Work of all stages after this one.
+        """
+        now = self.clock()
+        if self.work:
+            self.done, self.took = self.done + self.work, self.took + now - self.since
+        self.work, self.rest, self.since = work, rest, now
         self.bar.update(min(1, self.n))
         self.n += 1
         tell = _told.get()
         if tell is not None:
             tell(name)
-        self.bar.set_postfix_str("", refresh=False)
-        self.bar.set_description_str(name)
+        self.bar.set_description_str(name, refresh=False)
+        self.bar.say("")
         if self.lines:
-            sys.stderr.write(f"[{self.n}/{self.total}] {name}\n")
+            left = self.left()
+            sys.stderr.write(f"[{self.n}/{self.total}] {name}{left and f' ({left})'}\n")
             sys.stderr.flush()
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the last stage is done; None where the work or the speed is unknown.
+
+        A stage that takes longer than expected makes the later ones longer too.
+        """
+        if not self.done or not self.work:
+            return None
+        here = self.clock() - self.since
+        speed = max(self.took / self.done, here / self.work)
+        return max(0.0, speed * self.work - here) + speed * self.rest
+
+    def left(self) -> str:
+        """The time left in words, empty if unknown."""
+        seconds = self.seconds_left()
+        if seconds is None:
+            return ""
+        if seconds < 90:
+            return f"about {max(5, 5 * round(seconds / 5))} s left"
+        return f"about {round(seconds / 60)} min left"
 
 
 @contextmanager

@@ -10,6 +10,9 @@ import mechsafety as ms
 from mechsafety import progress
 from mechsafety.progress import progress_bar, stages
 
+# once one stage of known work is done, a line says the time left
+LEFT = r"\(about \d+ (s|min) left\)"
+
 
 class Terminal(io.StringIO):
     """A stderr on which a bar can be drawn over itself."""
@@ -66,12 +69,44 @@ def test_stages_on_a_terminal(terminal):
     assert "\n" not in text.rstrip("\n") and "?" not in text, "one line, and no time that nobody knows"
 
 
+def test_stages_of_known_work_say_the_time_left(terminal):
+    """Twice the seconds per unit in the second stage: the third is expected to take as long per unit."""
+    now = [0.0]
+    with terminal() as screen, stages(3, show=True) as stage:
+        stage.clock, stage.since = lambda: now[0], 0.0
+        stage.begin("first", work=10, rest=30)
+        assert stage.seconds_left() is None, "no speed is known yet"
+        now[0] = 20.0
+        stage.begin("second", work=10, rest=20)
+        assert stage.seconds_left() == pytest.approx(2 * 30)
+        now[0] = 30.0
+        with progress_bar(total=3, desc="steps") as bar:
+            bar.update(1)
+        assert stage.seconds_left() == pytest.approx(2 * 30 - 10)
+        now[0] = 60.0  # 40 seconds for 10 units so far
+        assert stage.seconds_left() == pytest.approx(4 * 20)
+        stage.begin("third", work=20)
+        assert stage.seconds_left() == pytest.approx(60 / 20 * 20)
+        stage.begin("last, of unknown work")
+        assert stage.seconds_left() is None
+    assert "about 50 s left, steps 1 of 3" in screen.getvalue()
+
+
+def test_time_left_in_words(monkeypatch):
+    with stages(1, show=False) as stage:
+        for seconds, words in ((None, ""), (0, "about 5 s left"), (62, "about 60 s left"), (170, "about 3 min left")):
+            monkeypatch.setattr(stage, "seconds_left", lambda seconds=seconds: seconds)
+            assert stage.left() == words
+
+
 def test_without_a_terminal_a_map_writes_one_line_per_stage(planted, capsys):
     model, pairs = planted
     options = ms.MapOptions(limit=8, n_random=0, n_resamples=0, n_added=0, shortlist=0)
     metric = ms.RefusalLogOdds.of(model, ["sorry"], ["sure"])
     ms.map_refusal_circuit(model, pairs, metric, options)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 6 and all(re.fullmatch(rf"\[{k}/6\] [a-z ,]+", line) for k, line in enumerate(lines, 1))
+    assert len(lines) == 6
+    for k, line in enumerate(lines, 1):
+        assert re.fullmatch(rf"\[{k}/6\] [a-z ,]+{LEFT * (k > 2)}", line)
     ms.map_refusal_circuit(model, pairs, metric, options, progress=False)
     assert capsys.readouterr().err == ""

@@ -28,6 +28,7 @@ from mechsafety.circuits.assemble import circuit_nodes, node_scores
 from mechsafety.circuits.backups import backups_of
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup, MapDetails, ModelShape, RefusalCircuit, Search
+from mechsafety.circuits.costs import Sizes, expected_work
 from mechsafety.circuits.draw import MIN_PAIRS, Draw, a_quarter, draw_pairs
 from mechsafety.circuits.effects import Measured, on_some, pair_gaps, single_effects, with_intervals
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
@@ -102,15 +103,23 @@ def map_refusal_circuit(
         else:
             drawn = draw_pairs(model, pairs, metric, limit=options.limit, seed=options.seed, progress=progress)
         split = split_pairs(model, drawn, options, budget=budget, progress=progress)
-        stage.begin("attributing every node")
+
+        def begin(name: str, number: int, circuit: int | None = None) -> None:
+            if options.level != "node":  # nobody can tell beforehand how many neurons or edges a search goes through
+                return stage.begin(name)
+            work = expected_work(_sizes(split, circuit), options)
+            return stage.begin(name, work[number], sum(work[number + 1 :]))
+
+        begin("attributing every node", 0)
         ranked = rank_parts(split)
-        stage.begin("searching the smallest circuit")
+        begin("searching the smallest circuit", 1)
         found = search_circuit(ranked)
-        stage.begin("patching nodes one by one, looking for backups")
+        size = len(found.result.circuit)
+        begin("patching nodes one by one, looking for backups", 2, size)
         measured = measure_parts(found)
-        stage.begin("measuring edges and roles")
+        begin("measuring edges and roles", 3, size)
         wired = wire_circuit(measured)
-        stage.begin("checking the circuit")
+        begin("checking the circuit", 4, size)
         return assemble_circuit(verify_circuit(wired))
 
 
@@ -515,6 +524,15 @@ def _provenance_options(split: Split) -> dict[str, Any]:
         **block_norms_option(split.model, "recomputed"),
         **omissions(split.drawn.here),
     }
+
+
+def _sizes(split: Split, circuit: int | None) -> Sizes:
+    """How much a map measures, for the time left."""
+    meters = split.meters
+    few, *controls = (len(meter.runs.harmful) for meter in split.alone)
+    fresh = len(split.fresh or ())
+    here, parts = len(split.drawn.here), len(meters.found_on.parts)
+    return Sizes(here, len(split.held), fresh, few, *(controls or [few]), parts, circuit)
 
 
 def _check_drawn_by(model: LensModel, drawn: Draw) -> None:
