@@ -174,7 +174,7 @@ def activation_patching(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    nodes: Sequence[Target | str] | None = None,
+    nodes: Target | str | Sequence[Target | str] | None = None,
     direction: PatchDirection = "noising",
     positions: str | Sequence[int] = "all",
     source: Source = "other",
@@ -223,6 +223,7 @@ def activation_patching(
     from mechsafety.progress import progress_bar
 
     listed = head_and_mlp_nodes(model.n_layers, model.n_heads) if nodes is None else nodes
+    listed = (listed,) if isinstance(listed, Node | Site | str) else listed
     targets = tuple(target if isinstance(target, Site) else as_node(target) for target in listed)
     sites = [_checked_site(model, target) for target in targets]
     if not sites:
