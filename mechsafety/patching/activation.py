@@ -161,7 +161,7 @@ class PatchMap(Result):
         most_of = f": the {len(shown)} of {len(nodes)} with the largest effects" if len(shown) < len(nodes) else ""
         return figure.update_layout(
             title_text=f"{self.direction.capitalize()} one node at one position{most_of}",
-            height=max(320, 160 + 18 * len(shown)),
+            height=max(380, 160 + 18 * len(shown)),  # the colour scale needs room
             # a notebook's page is about this wide; beyond it a figure has to be scrolled
             width=max(520, min(960, 220 + 72 * len(positions))),
         )
