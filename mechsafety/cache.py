@@ -64,9 +64,9 @@ class ActivationCache:
         Raises:
             MechsafetyError: A name is unknown.
         """
-        unknown = [name for name in sites if name not in _STORED]
-        if isinstance(sites, str) or unknown:
-            raise MechsafetyError(f"unknown sites {unknown or sites!r}", expected=f"a list of some of {list(_STORED)}")
+        unknown = [sites] if isinstance(sites, str) else [name for name in sites if name not in _STORED]
+        if unknown:
+            raise MechsafetyError(f"unknown sites {unknown}", expected=f"a list of some of {list(_STORED)}")
         kinds = dict.fromkeys(_STORED[name] for name in sites)
         wanted = [Site(kind, layer) for kind in kinds for layer in range(model.n_layers)]
         if "resid" in sites:

@@ -119,7 +119,11 @@ def whole_characters(text: str, where: str) -> str:
 def _turn(message: Any, where: str) -> tuple[str, str]:
     """Role and text of one message."""
     if not isinstance(message, Mapping):
-        raise MechsafetyError(f"{where} is of type {type(message).__name__}", expected=_MESSAGE)
+        raise MechsafetyError(
+            f"{where} is of type {type(message).__name__}",
+            expected=_MESSAGE,
+            hint="a list of texts is several prompts" if isinstance(message, str) else "",
+        )
     for key in ("role", "content"):
         if key not in message:
             raise MechsafetyError(f"{where} has no {key!r}", expected=_MESSAGE)

@@ -276,7 +276,12 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def _made(value: Any, name: str, kind: str, hint: str) -> Any:
     """The value, if it is of the class with that name."""
     if value is not None and kind not in {one.__name__ for one in type(value).__mro__}:
-        raise MechsafetyError(f"{name} is of type {type(value).__name__}", expected=kind, hint=hint)
+        given = type(value).__name__
+        if given == "MapOptions":
+            hint = "pass options=MapOptions(...)"
+        elif kind == "RefusalLogOdds" and callable(value):
+            hint = f"analyses take no function of logits; {hint}"
+        raise MechsafetyError(f"{name} is of type {given}", expected=kind, hint=hint)
     return value
 
 

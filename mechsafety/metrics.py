@@ -423,6 +423,8 @@ def _single_token(tokenizer: Any, text: str) -> int:
             hint="pass its first one",
             page="a-text-is-not-one-token",
         )
+    if ids[0] == getattr(tokenizer, "unk_token_id", None) and text != tokenizer.unk_token:
+        raise MechsafetyError(f"the tokenizer does not know {text!r}", expected="one of its tokens")
     return int(ids[0])
 
 

@@ -140,3 +140,8 @@ def test_nothing_can_be_put_into_a_cache(llama):
     cache = llama.cache(["help"], sites=["z"])
     with pytest.raises(TypeError, match="does not support item assignment"):
         cache.acts["z"] = torch.zeros(1)
+
+
+def test_a_single_site_is_named_as_it_was_given(llama):
+    with pytest.raises(MechsafetyError, match=r"^unknown sites \['z'\]; expected a list of some of \['resid', 'z'"):
+        llama.cache(["make tea"], sites="z")

@@ -124,7 +124,11 @@ def test_every_conversation_comes_back_from_its_messages(turns):
             [{**TEA, "name": "Bo"}],
             "prompt 2 of 2, message 1 has the key 'name'; expected {'role': ..., 'content': ...}",
         ),
-        (["make tea"], "prompt 2 of 2, message 1 is of type str; expected {'role': ..., 'content': ...}"),
+        (
+            ["make tea"],
+            "prompt 2 of 2, message 1 is of type str; expected {'role': ..., 'content': ...}; "
+            "a list of texts is several prompts",
+        ),
         ({"role": "user"}, "prompt 2 of 2 is of type dict; expected text or a list of messages"),
     ],
 )

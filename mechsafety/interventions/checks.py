@@ -45,13 +45,13 @@ def check_once(names: Sequence[str], what: str) -> None:
         raise MechsafetyError(f"{what} {twice} are given twice", expected="each once")
 
 
-def check_layers(model: LensModel, layers: Sequence[int]) -> tuple[int, ...]:
-    """The layers, if the model has them.
+def check_layers(model: LensModel, layers: int | Sequence[int]) -> tuple[int, ...]:
+    """The layers, if the model has them; a single one counts as one.
 
     Raises:
         MechsafetyError: No layers, or a layer that does not exist or is given twice.
     """
-    chosen = tuple(layers)
+    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
     wrong = [layer for layer in chosen if not 0 <= layer < model.n_layers]
     if wrong or not chosen:
         raise MechsafetyError(f"layers {wrong or list(chosen)}", expected=f"some of 0 to {model.n_layers - 1}")

@@ -155,7 +155,7 @@ def steer(
     model: LensModel,
     direction: Steering | Sequence[Steering],
     strength: float | Sequence[float] = 1.0,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     positions: Where = "all",
 ) -> Iterator[None]:
     """Context in which ``strength`` times a direction is added to activations; also with several directions at once.
@@ -201,7 +201,7 @@ def steer(
 
 
 def _placed(
-    model: LensModel, direction: Steering, layers: Sequence[int] | None
+    model: LensModel, direction: Steering, layers: int | Sequence[int] | None
 ) -> tuple[tuple[Site, ...], Float[Tensor, "site width"]]:
     """Where a direction's vectors are added, and the vectors."""
     own = direction.direction if isinstance(direction, Placed) else direction

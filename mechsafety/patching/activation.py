@@ -161,7 +161,7 @@ class PatchMap(Result):
         most_of = f": the {len(shown)} of {len(nodes)} with the largest effects" if len(shown) < len(nodes) else ""
         return figure.update_layout(
             title_text=f"{self.direction.capitalize()} one node at one position{most_of}",
-            height=max(320, 160 + 18 * len(shown)),
+            height=max(380, 160 + 18 * len(shown)),  # the colour scale needs room
             # a notebook's page is about this wide; beyond it a figure has to be scrolled
             width=max(520, min(960, 220 + 72 * len(positions))),
         )
@@ -174,7 +174,7 @@ def activation_patching(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    nodes: Sequence[Target | str] | None = None,
+    nodes: Target | str | Sequence[Target | str] | None = None,
     direction: PatchDirection = "noising",
     positions: str | Sequence[int] = "all",
     source: Source = "other",
@@ -223,6 +223,7 @@ def activation_patching(
     from mechsafety.progress import progress_bar
 
     listed = head_and_mlp_nodes(model.n_layers, model.n_heads) if nodes is None else nodes
+    listed = (listed,) if isinstance(listed, Node | Site | str) else listed
     targets = tuple(target if isinstance(target, Site) else as_node(target) for target in listed)
     sites = [_checked_site(model, target) for target in targets]
     if not sites:

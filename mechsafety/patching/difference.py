@@ -92,12 +92,13 @@ class EffectDifference(Result):
             col=2,
         )
         if any(open_ended):
-            note = {"xref": "paper", "yref": "paper", "x": 1, "y": 1.13, "xanchor": "right", "showarrow": False}
+            note = {"xref": "paper", "yref": "paper", "x": 1, "xanchor": "right", "showarrow": False}
+            note |= {"y": 1, "yanchor": "bottom", "yshift": 24}  # in pixels: above the titles of few nodes too
             figure.add_annotation(text=f"cross: {NO_BOUNDS}", **note)
         figure.update_xaxes(title_text="share of the gap", zeroline=True, zerolinecolor="#8D96A2")
         figure.update_xaxes(title_text=f"{self.names[1]} less {self.names[0]}", row=1, col=2)
         figure.update_yaxes(type="category")
-        legend = {"orientation": "h", "yanchor": "bottom", "y": 1.08, "x": 0}
+        legend = {"orientation": "h", "yref": "container", "y": 0.99, "yanchor": "top", "x": 0}
         return figure.update_layout(height=230 + 19 * len(frame), width=760, legend=legend)
 
 

@@ -40,7 +40,7 @@ from mechsafety.patching.senders import (
     At,
     MlpOption,
     Sender,
-    as_sender,
+    as_senders,
     check_senders,
     entry,
     extra_kinds,
@@ -61,7 +61,7 @@ def path_patching(
     pairs: PromptPairs | PairRuns,
     metric: RefusalLogOdds,
     *,
-    senders: Sequence[Sender | str] | None = None,
+    senders: Sender | str | Sequence[Sender | str] | None = None,
     receivers: str | Sequence[tuple[NodeLike, str]] = "logits",
     mlp: MlpOption = "recompute",
     norm: NormOption = "recompute",
@@ -135,7 +135,7 @@ def path_projection(
     pairs: PromptPairs | PairRuns,
     projection: Projection,
     *,
-    senders: Sequence[Sender | str] | None = None,
+    senders: Sender | str | Sequence[Sender | str] | None = None,
     mlp: MlpOption = "recompute",
     norm: NormOption = "recompute",
     direction: PatchDirection = "noising",
@@ -282,7 +282,7 @@ class _Task:
 def _task(
     model: LensModel,
     pairs: PromptPairs | PairRuns,
-    senders: Sequence[Sender | str] | None,
+    senders: Sender | str | Sequence[Sender | str] | None,
     mlp: MlpOption,
     norm: NormOption,
     direction: PatchDirection,
@@ -291,7 +291,7 @@ def _task(
 ) -> _Task:
     """Checked options and stored runs."""
     heads = [node for node in head_and_mlp_nodes(model.n_layers, model.n_heads) if node.kind == "head"]
-    sending: tuple[Sender, ...] = tuple(heads if senders is None else map(as_sender, senders))
+    sending: tuple[Sender, ...] = tuple(heads) if senders is None else as_senders(senders)
     check_senders(model, sending)
     kinds = (*kinds, *extra_kinds(sending))
     runs = pairs if isinstance(pairs, PairRuns) else pair_runs(model, pairs, extra=kinds)
@@ -345,9 +345,13 @@ def _stop(model: LensModel, group: Sequence[Receiver]) -> int:
 def _groups(receivers: str | Sequence[tuple[NodeLike, str]], joint: bool) -> tuple[tuple[Receiver, ...], ...]:
     if isinstance(receivers, str):
         if receivers != "logits":
-            raise MechsafetyError(f"receivers={receivers!r}", expected="'logits' or (node, slot) pairs")
+            raise MechsafetyError(
+                f"receivers={receivers!r}",
+                expected="'logits' or (node, slot) pairs",
+                hint="write [('L14.H2', 'q')] or [('L26.MLP', 'mlp')]",
+            )
         return ((INTO_LOGITS,),)
-    listed = tuple((as_node(node), slot) for node, slot in receivers)
+    listed = tuple((as_node(node), slot) for node, slot in map(_pair, receivers))
     if not listed:
         raise MechsafetyError("no receivers", expected="'logits' or (node, slot) pairs")
     if joint and INTO_LOGITS in listed:
@@ -357,6 +361,16 @@ def _groups(receivers: str | Sequence[tuple[NodeLike, str]], joint: bool) -> tup
     if joint and parts:
         raise MechsafetyError(f"{parts[0]} and the whole MLP of its layer as joint receivers", hint="give one of them")
     return (listed,) if joint else tuple((receiver,) for receiver in listed)
+
+
+def _pair(receiver: tuple[NodeLike, str]) -> tuple[NodeLike, str]:
+    if isinstance(receiver, tuple | list) and len(receiver) == 2:
+        return receiver
+    raise MechsafetyError(
+        f"the receiver {receiver!s}",
+        expected="a node and the slot that it reads",
+        hint="write [('L14.H2', 'q')] or [('L26.MLP', 'mlp')]",
+    )
 
 
 def _shown(columns: str | Sequence[int]) -> str:

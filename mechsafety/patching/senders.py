@@ -4,7 +4,7 @@ A *moment* is the number of a place in the residual stream: ``2 * layer`` before
 attention, ``2 * n_layers`` before the final norm. A sender's change enters at one moment. A receiver reads at one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +63,13 @@ Sender = Node | Site | At
 def as_sender(given: "Sender | str") -> Sender:
     """A sender; a text is the name of a node."""
     return given if isinstance(given, Site | At) else as_node(given)
+
+
+def as_senders(given: "Sender | str | Iterable[Sender | str]") -> tuple[Sender, ...]:
+    """Several senders; a single one counts as one."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return (as_sender(given),)
+    return tuple(map(as_sender, given))
 
 
 def part_of(sender: Sender) -> Node | Site:

@@ -28,6 +28,10 @@ def check_start(runs: PairRuns, positions: str | Sequence[int], source: str) -> 
             expected="'all' (which is the suffix), 'each', or positions from the end",
             hint="use pairs of equal length for earlier tokens",
         )
+    if isinstance(positions, int):
+        raise MechsafetyError(
+            f"positions={positions}", expected="a span, 'each', or positions from the end, such as [-1]"
+        )
     if source == "other" or runs.start == 0 or runs.align == "suffix":
         return
     tokens = runs.harmful.tokens

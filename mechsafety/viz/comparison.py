@@ -62,7 +62,7 @@ COLOURS = Tones(
 GREYS = Tones(PAPER, "#B0B0B0", "#2E2E2E", (INK, INK), ("#BDBDBD", "#858585", "#141414"), ("light", "dark"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """Layouts of two circuits and of their difference; shared parts stand in the same place in all three.
 
@@ -77,6 +77,9 @@ class Comparison:
     first: Layout
     second: Layout
     difference: Layout
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.difference.title}: .first, .second, .difference)"
 
 
 def compare_layouts(

@@ -55,7 +55,7 @@ def checked_font(font: object) -> str:
         raise MechsafetyError(
             f"font={font!r} is not installed",
             expected=f"one of {tuple(GENERIC)} or an installed family",
-            hint=did_you_mean(font, [*GENERIC, *installed]) or f"such as '{installed[0]}'",
+            hint=did_you_mean(font, [*GENERIC, *installed]),
         )
     return str(font)
 

@@ -13,7 +13,7 @@ from mechsafety.viz.detours import Fold, detours, paths
 from mechsafety.viz.fitting import fitted_sizes
 from mechsafety.viz.fonts import SANS
 from mechsafety.viz.groups import folded_edges, supernodes, weak_marks
-from mechsafety.viz.legend import legend_and_caption
+from mechsafety.viz.legend import edge_key, legend_and_caption
 from mechsafety.viz.look import Look
 from mechsafety.viz.marks import (
     BAR,
@@ -271,14 +271,14 @@ def _fit(
     unit = style.font_px / 12
     inner = {node: member for node, member in members.items() if node.layer is not None}
     lanes = {node: lane_of(style, member) for node, member in inner.items()}
-    cell = _cell(style, inner.values())
+    cell = _cell(style, [member for node, member in inner.items() if node not in style.look.labels])
     room = style.width or max(WIDEST, PER_ROOT_NODE * math.sqrt(len(inner))) * unit
     limit = max(1, int((room - 70 * unit) // (cell + 8 * unit)))
     used = len(set(lanes.values()))
     while True:
         placement = place(lanes, lane_order(style), edges, limit)
         routes = route(placement.cell, edges, len(placement.layers), placement.n_columns)
-        frame = _frame(placement, routes, style, unit, cell)
+        frame = _frame(placement, routes, style, unit, _widths(placement, inner, style, cell))
         if frame.right + 14 * unit <= room + 0.01 or (style.width is None and limit <= used):
             return placement, routes, frame
         if placement.n_columns <= used:
@@ -309,7 +309,25 @@ def _name_room(style: Style, form: str, width: float, height: float) -> float:
     return min(0.84 * width, 0.96 * label_room(form, width, height, style.font_px))
 
 
-def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell: float) -> Frame:
+def _own_width(style: Style, member: CircuitNode, cell: float) -> float:
+    """The width of a node; a label of the user's own may be wider than all names."""
+    return max(cell, _cell(style, [member])) if member.node in style.look.labels else cell
+
+
+def _widths(
+    placement: Placement, members: Mapping[Node, CircuitNode], style: Style, cell: float
+) -> tuple[float, list[float]]:
+    """The width of a node and of each column: a wide label widens its own column."""
+    widths = [cell] * placement.n_columns
+    for node, (_, column) in placement.cell.items():
+        widths[column] = max(widths[column], _own_width(style, members[node], cell))
+    return cell, widths
+
+
+def _frame(
+    placement: Placement, routes: Routes, style: Style, unit: float, widths: tuple[float, Sequence[float]]
+) -> Frame:
+    cell, wide = widths
     title_size = small_text(style.font_px)
     firsts = {lane.first: lane for lane in placement.lanes}
     # a crowded channel packs its tracks closer
@@ -321,12 +339,12 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
     after = [0.0] * (placement.n_columns + 1)  # room between a lane's last column and the lane's end
     for lane in placement.lanes:
         last = lane.first + lane.width
-        have = sum(before[lane.first : last]) + lane.width * cell
+        have = sum(before[lane.first : last]) + sum(wide[lane.first : last])
         lack = max(0.0, text_width(lane.title, title_size) + 8 * unit - have) / 2
         before[lane.first] += lack
         after[last] += lack
     left = 38 * unit
-    taken = left + sum(before) + sum(after) + cell * placement.n_columns
+    taken = left + sum(before) + sum(after) + sum(wide)
     spare = max(0.0, (style.width or NARROWEST * unit) - 14 * unit - taken)
     half = spare / (2 * max(1, placement.n_columns))
     for column in range(placement.n_columns):
@@ -341,8 +359,8 @@ def _frame(placement: Placement, routes: Routes, style: Style, unit: float, cell
         channels.append((x, before[column], steps[column]))
         x += before[column]
         if column < placement.n_columns:
-            columns.append(x + cell / 2)
-            x += cell
+            columns.append(x + wide[column] / 2)
+            x += wide[column]
     right = x if placement.n_columns else NARROWEST * unit - 14 * unit
     top = 10 * unit
     height, bar = NODE_HEIGHT * style.font_px, 1.9 * style.font_px
@@ -441,7 +459,7 @@ def _draw(
         look=style.look,
         upward=not weak,
     )
-    swatches, texts, height = legend_and_caption(style, sentences, members.values(), edges, width, frame.bottom, linked)
+    swatches, texts, height = legend_and_caption(style, sentences, members.values(), curves, width, frame.bottom)
     return Layout(
         width,
         height,
@@ -487,7 +505,7 @@ def _with_weak(
     """The edges with those of folded nodes, summed by ends and slot."""
     known = {mark.key for mark in nodes} | set(stands)
     hidden = [
-        EdgeMark(*ends, member.edge.slot, member.effect, member.status, (), "", linking=member.edge in linked)
+        edge_key(member, linked)
         for member in edges
         for ends in [(str(member.edge.sender), str(member.edge.receiver))]
         if known.issuperset(ends) and not stands.keys().isdisjoint(ends)
@@ -525,7 +543,7 @@ def _node(
     largest = max((magnitude(other.effect) for other in members.values()), default=0.0) or 1.0
     strength = node_strength(member.effect, largest)
     scale = SMALLEST_NODE + (1 - SMALLEST_NODE) * strength
-    width, height = frame.cell[0] * scale, frame.cell[1] * scale
+    width, height = _own_width(style, member, frame.cell[0]) * scale, frame.cell[1] * scale
     colour = style.look.colour(member.role)
     shape = node_shape(member.role, colour, member.status, strength, x, y, width, height)
     colour = {"rejected": MUTED, "estimated": INK}.get(member.status) or readable_on(shape.fill or BAR)

@@ -15,6 +15,7 @@ from mechsafety.viz.marks import (
     MUTED,
     PAPER,
     TIP_RIM,
+    EdgeMark,
     Label,
     Layout,
     Shape,
@@ -43,23 +44,21 @@ def legend_and_caption(
     style: Style,
     sentences: Sequence[str],
     nodes: Collection[CircuitNode],
-    edges: Collection[CircuitEdge],
+    edges: Collection[EdgeMark],
     width: float,
     top: float,
-    linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
-    """Shapes, texts and the picture's full height; the legend names only what the circuit has."""
-    rows = [*node_rows(nodes, style.look), *edge_rows(edges, linked)] if nodes else []
+    """Shapes, texts and the picture's full height; the legend names only what the picture has."""
+    rows = [*node_rows(nodes, style.look), *edge_rows(edges)] if nodes else []
     return _under(style, style.font_px, rows, sentences, width, top)
 
 
 def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float) -> Layout:
     """The legend of several circuits as a picture of its own."""
     nodes = [member for circuit in circuits for member in circuit.by_mlp().nodes]
-    edges = [member for circuit in circuits for member in circuit.edges]
-    linked = frozenset().union(*(circuit.linked for circuit in circuits))
+    edges = [edge_key(member, circuit.linked) for circuit in circuits for member in circuit.edges]
     shown = replace(style, legend=True, caption=False)
-    shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0, linked)
+    shapes, labels, height = legend_and_caption(shown, (), nodes, edges, width, 0.0)
     return Layout(
         width, height, (), (), 0, shapes, labels, "Legend", "What shapes, colours and lines mean.", look=style.look
     )
@@ -68,14 +67,13 @@ def legend_alone(style: Style, circuits: Sequence[RefusalCircuit], width: float)
 def edge_legend(
     style: Style,
     font: float,
-    edges: Collection[CircuitEdge],
+    edges: Collection[EdgeMark],
     sentences: Sequence[str],
     width: float,
     top: float,
-    linked: Collection[Edge] = (),
 ) -> tuple[tuple[Shape, ...], tuple[Label, ...], float]:
     """The same without the legend of nodes, for a picture whose nodes explain themselves."""
-    return _under(style, font, edge_rows(edges, linked), sentences, width, top)
+    return _under(style, font, edge_rows(edges), sentences, width, top)
 
 
 def _under(
@@ -169,20 +167,27 @@ def node_rows(nodes: Collection[CircuitNode], look: Look) -> list[Row]:
     ]
 
 
-def edge_rows(edges: Collection[CircuitEdge], linked: Collection[Edge]) -> list[Row]:
-    """The legend of edges: their slots, and what marks and dashes mean, as far as the circuit has them."""
+def edge_key(member: CircuitEdge, linked: Collection[Edge] = ()) -> EdgeMark:
+    """An edge as the legend reads it, without a curve."""
+    edge = member.edge
+    ends = (str(edge.sender), str(edge.receiver))
+    return EdgeMark(*ends, edge.slot, member.effect, member.status, (), "", linking=edge in linked)
+
+
+def edge_rows(edges: Collection[EdgeMark]) -> list[Row]:
+    """The legend of edges: their slots, and what marks and dashes mean, as far as the picture has them."""
     if not edges:
         return []
-    slots = {"mlp" if member.edge.slot == "resid" else member.edge.slot for member in edges}
+    slots = {"mlp" if mark.slot == "resid" else mark.slot for mark in edges}
     marks: list[tuple[str, str, str]]
     marks = [
         ("edge" if status == "rejected" else "marks", status, status)
         for status in NODE_STATUS
-        if any(member.status == status for member in edges)
+        if any(mark.status == status for mark in edges)
     ]
-    if any(member.effect < 0 for member in edges):
+    if any(mark.effect < 0 for mark in edges):
         marks.append(("edge", "negative", "negative effect"))
-    if any(member.edge in linked for member in edges):
+    if any(mark.linking for mark in edges):
         marks.append(("edge", "linking", "kept only to connect a node"))
     return [
         ("into", [("slot", slot, text) for slot, text in SLOT_TITLES if slot in slots]),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INCH, POINT = 96.0, 0.75  # pixels per inch, points per pixel
 MM = INCH / PIXELS_PER_MM  # millimetres per inch
+PICTURES = (".pdf", ".png", ".svg", ".tex", ".html", ".jpg", ".jpeg", ".gif", ".eps", ".webp")
 SETTINGS: Any = {"pdf.fonttype": 42, "pdf.compression": 6, "path.simplify": False, "text.usetex": False}
 
 
@@ -47,6 +48,7 @@ def layout_pdf(layout: Layout, path: str | os.PathLike[str]) -> FilePath:
     import matplotlib
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
+    _check_ending(path, ".pdf")
     with matplotlib.rc_context(SETTINGS), output_file(path) as target:
         figure = layout_figure(layout)
         metadata = {"CreationDate": None, "Creator": "mechsafety", "Producer": "matplotlib", "Title": layout.title}
@@ -67,6 +69,7 @@ def layout_png(layout: Layout, path: str | os.PathLike[str], *, dpi: float = 144
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    _check_ending(path, ".png")
     with matplotlib.rc_context(SETTINGS), output_file(path) as target:
         figure = layout_figure(layout)
         figure.set_dpi(dpi)
@@ -87,6 +90,15 @@ def circuit_png(
         'circuit.png'
     """
     return layout_png(layout_circuit(circuit, style), path, dpi=dpi)
+
+
+def _check_ending(path: str | os.PathLike[str], ending: str) -> None:
+    """Refuse the name of another kind of picture."""
+    given = FilePath(path).suffix.lower()
+    if given != ending and given in PICTURES:
+        raise MechsafetyError(
+            f"{FilePath(path).name!r} is no name of a {ending[1:].upper()}", expected=f"a name in {ending}"
+        )
 
 
 def draw_circuit(circuit: RefusalCircuit, ax: "Axes | None" = None, style: Style | None = None) -> "Axes":

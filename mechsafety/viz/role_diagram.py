@@ -14,7 +14,7 @@ from mechsafety.circuits.circuit import ROLES, CircuitEdge, CircuitNode, Refusal
 from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Node
 from mechsafety.viz.layout import bar_label, in_font, in_grey
-from mechsafety.viz.legend import edge_legend
+from mechsafety.viz.legend import edge_key, edge_legend
 from mechsafety.viz.look import Look
 from mechsafety.viz.marks import (
     BAR,
@@ -295,8 +295,8 @@ def _draw(
         + (f" {unshown} weaker arrows are left out." if unshown > 1 else "")
         + (" 1 weaker arrow is left out." if unshown == 1 else "")
     )
-    members = [member for arrow in arrows for member in arrow.members]
-    swatches, labels, height = edge_legend(style, columns.font, members, sentences, columns.width, bottom)
+    drawn_marks = [edge_key(member) for arrow in arrows for member in arrow.members]
+    swatches, labels, height = edge_legend(style, columns.font, drawn_marks, sentences, columns.width, bottom)
     return Layout(
         columns.width,
         height,

@@ -95,8 +95,8 @@ class Style:
     top: int | None = None
     min_effect: float | None = None
     nodes: Sequence[NodeLike] | None = None
-    roles: tuple[str, ...] | None = None
-    layers: Collection[int] | None = None
+    roles: str | tuple[str, ...] | None = None
+    layers: int | Collection[int] | None = None
     labels: Mapping[NodeLike, str] | None = None
     role_names: Mapping[str, str] | None = None
     font: str | None = None
@@ -110,6 +110,12 @@ class Style:
             raise MechsafetyError(f"max_edges={self.max_edges}", expected="None or a number that is not negative")
         if self.top is not None and self.top < 1:
             raise MechsafetyError(f"top={self.top}", expected="None or at least 1")
+        for name in ("grayscale", "legend", "caption"):
+            if not isinstance(getattr(self, name), bool):
+                raise MechsafetyError(f"{name}={getattr(self, name)!r}", expected="True or False")
+        # a frozen dataclass sets what it derives like this
+        if isinstance(self.roles, str):
+            object.__setattr__(self, "roles", (self.roles,))
         checked_roles("roles", self.roles or ())
         if self.height_mm is not None and self.width_mm is None:
             raise MechsafetyError("height_mm without width_mm", expected="both, or a width alone")
@@ -117,7 +123,6 @@ class Style:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise MechsafetyError(f"{name}={value}", expected=f"{low} to {high}")
-        # a frozen dataclass sets what it derives like this
         object.__setattr__(self, "look", checked_look(self.labels, self.role_names, self.font, self.colours))
 
     @property

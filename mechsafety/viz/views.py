@@ -29,12 +29,13 @@ def chosen_nodes(circuits: Sequence[RefusalCircuit], style: Style) -> list[Node]
     strange = sorted(str(node) for node in (asked or ()) if node not in sizes)
     if strange:
         raise MechsafetyError(f"{strange[0]} is not in this circuit", expected="nodes of the circuit")
+    layers = (style.layers,) if isinstance(style.layers, int) else style.layers
     kept = {
         member.node
         for member in members
         if (asked is None or member.node in asked)
         and (style.roles is None or member.role in style.roles)
-        and (style.layers is None or member.node.layer in style.layers)
+        and (layers is None or member.node.layer in layers)
         and (style.min_effect is None or sizes[member.node] >= style.min_effect)
     }
     if members and not kept:

@@ -226,6 +226,7 @@ def test_nonsense_is_refused_in_one_line(llama):
         refused(lambda: steer(llama, row, 1.0)) == "a vector without layers; expected layers=[...] at which to add it"
     )
     assert refused(lambda: steer(llama, row, 1.0, [3])) == "layers [3]; expected some of 0 to 2"
+    assert refused(lambda: steer(llama, row, 1.0, 3)) == "layers [3]; expected some of 0 to 2"
     assert refused(lambda: steer(llama, row, 1.0, [])) == "layers []; expected some of 0 to 2"
     several = "3 strengths of 2 directions; expected one strength, or one per direction"
     assert refused(lambda: steer(llama, [row, row], [1.0, 2.0, 3.0], [0])) == several

@@ -254,3 +254,14 @@ def test_saved_in_one_process_loaded_in_another(llama, pairs, log_odds, tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "map")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_single_node_needs_no_list(llama, pairs, log_odds):
+    given = [ms.activation_patching(llama, pairs, log_odds, nodes=one) for one in ("L1.H2", ["L1.H2"])]
+    assert given[0].nodes == given[1].nodes and torch.equal(given[0].changes, given[1].changes)
+
+
+@pytest.mark.unchecked
+def test_a_bare_position_is_refused(llama, pairs, log_odds):
+    with pytest.raises(ms.MechsafetyError, match=r"^positions=-1; expected a span, 'each', or positions from the end"):
+        ms.activation_patching(llama, pairs, log_odds, positions=-1)

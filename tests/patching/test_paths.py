@@ -258,3 +258,15 @@ def test_measured_edges_of_many_layers_and_slots_in_one_batch(kind, shared_model
     for edge, change in zip(edges, found, strict=True):
         whole = path_whole(model, base, source, edge.sender, [(edge.receiver, edge.slot)], mlp="freeze")
         torch.testing.assert_close(before - change, log_odds(whole), atol=1e-4, rtol=0, msg=str(edge))
+
+
+def test_a_single_sender_needs_no_list(llama, pairs, log_odds):
+    given = [ms.path_patching(llama, pairs, log_odds, senders=one) for one in ("L1.H2", ["L1.H2"])]
+    assert given[0].senders == given[1].senders and torch.equal(given[0].changes, given[1].changes)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("receivers", [["L2.H1"], [ms.Node("head", 2, 1)], [("L2.H1", "q", 3)]])
+def test_a_receiver_without_a_slot_is_refused(llama, pairs, log_odds, receivers):
+    with pytest.raises(ms.MechsafetyError, match=r"^the receiver .*; expected a node and the slot .*\('L14.H2', 'q'\)"):
+        ms.path_patching(llama, pairs, log_odds, receivers=receivers)

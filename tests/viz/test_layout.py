@@ -14,7 +14,7 @@ from mechsafety.circuits.circuit import CircuitEdge, CircuitNode, Edge, Node, Re
 from mechsafety.errors import MechsafetyError
 from mechsafety.viz.comparison import compare_layouts
 from mechsafety.viz.layout import layout_circuit, layout_circuits
-from mechsafety.viz.legend import edge_rows, node_rows, swatch
+from mechsafety.viz.legend import edge_key, edge_rows, node_rows, swatch
 from mechsafety.viz.look import ROLE_COLOURS
 from mechsafety.viz.marks import (
     DASHES,
@@ -536,7 +536,7 @@ def test_no_two_entries_of_the_legend_look_alike(small: RefusalCircuit) -> None:
     head, mlp = Node("head", 3, 1), Node("mlp", 3)
     ends = [*(Edge(Node("mlp", 0), head, slot) for slot in "qkv"), Edge(Node("mlp", 0), mlp, "mlp")]
     edges = [CircuitEdge(end, -0.5, status) for end in ends for status in kinds[:3]]
-    rows = [*node_rows(nodes, Style().look), *edge_rows(edges, {ends[0]})]
+    rows = [*node_rows(nodes, Style().look), *edge_rows([edge_key(edge, {ends[0]}) for edge in edges])]
     look = Style().look
     # nodes and edges have statuses of the same name
     glyphs = {(k, text): form(swatch(*of, 0, 0, 1.0, look)) for k, row in enumerate(rows) for *of, text in row[1]}

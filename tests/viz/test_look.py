@@ -184,6 +184,9 @@ def test_a_text_that_a_medium_cannot_draw_is_refused(small: RefusalCircuit, tmp_
         ({"colours": {"detection": "navi"}}, "the colour of the role 'detection' is 'navi'; expected a colour such as"),
         ({"font": "DejaVu Serrif"}, "font='DejaVu Serrif' is not installed; expected one of ('sans-serif', 'serif', "),
         ({"roles": ("detecton",)}, "roles names the role 'detecton'; expected some of"),
+        ({"roles": "detecton"}, "roles names the role 'detecton'; expected some of"),
+        ({"font": "Comic Sans"}, "font='Comic Sans' is not installed; expected one of ('sans-serif', 'serif', "),
+        ({"grayscale": "yes"}, "grayscale='yes'; expected True or False"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_at_once(options, message) -> None:
@@ -214,3 +217,19 @@ def test_a_label_of_a_node_that_is_not_there_is_refused(draw) -> None:
     text = r"^labels names L14\.H3, which is not in this circuit; expected nodes .*; did you mean 'L14\.H2'\?$"
     with pytest.raises(MechsafetyError, match=text):
         draw(MAP, Style(labels={"14.3": "a"}))
+
+
+def test_a_long_label_makes_its_own_node_wider_and_no_other() -> None:
+    named = Style(width_mm=85, labels={"14.2": "Schlosskopf", "M26": "letztes MLP"})
+    plain, long = layout_circuit(MAP, Style(width_mm=85)), layout_circuit(MAP, named)
+    wide = {mark.key: mark.width for mark in long.nodes}
+    assert "Schlosskopf" in texts(long)
+    assert wide["L14.H2"] > 1.5 * wide["L13.MLP"]
+    assert sum("." in key for key in wide) > 0.6 * sum("." in mark.key for mark in plain.nodes)
+
+
+@pytest.mark.parametrize(("path", "write"), [("a.jpg", layout_png), ("a.pdf", layout_png), ("a.png", layout_pdf)])
+def test_a_name_of_another_kind_of_picture_is_refused(small: RefusalCircuit, tmp_path, path, write) -> None:
+    with pytest.raises(MechsafetyError, match=rf"^'{path}' is no name of a P.F|^'{path}' is no name of a PNG"):
+        write(layout_circuit(small), tmp_path / path)
+    assert not list(tmp_path.iterdir())

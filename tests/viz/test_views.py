@@ -193,3 +193,18 @@ def test_a_circuit_in_axes_of_ones_own(small):
     assert len(alone.patches) > len(small) and len(alone.figure.axes) == 1
     with pytest.raises(MechsafetyError, match=r"^axes of \d+ x \d+ mm; expected at least 20 mm each way$"):
         small.draw(Figure(figsize=(0.5, 5)).subplots())
+
+
+def test_one_role_and_one_layer_need_no_list(small: RefusalCircuit) -> None:
+    role, layer = small.nodes[0].role, small.nodes[0].node.layer
+    assert layout_circuit(small, Style(roles=role)) == layout_circuit(small, Style(roles=(role,)))
+    assert layout_circuit(small, Style(layers=layer)) == layout_circuit(small, Style(layers=[layer]))
+
+
+def test_the_legend_names_only_what_is_drawn() -> None:
+    """The folded map of a column has no query's edge among those that are drawn."""
+    layout = layout_circuit(MAP, Style(width_mm=85, font_pt=7))
+    drawn, legend = {mark.slot for mark in layout.edges}, {label.text for label in layout.labels}
+    assert "q" in {member.edge.slot for member in MAP.edges}
+    for slot, name in (("q", "query"), ("k", "key"), ("v", "value")):
+        assert (name in legend) == (slot in drawn)
