@@ -16,6 +16,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.inputs import Amount, Count, Prompts, Texts, lens_model, prompt_list, public, text_list, whole_number
 from mechsafety.models import LensModel
 from mechsafety.prompts.pairs import PromptPair
+from mechsafety.testbed.vocabulary import REFUSAL
 
 ROOMS = ("attribution", "circuits", "directions", "interventions", "monitors", "neurons", "patching", "prompts")
 ROOMS += ("cache", "metrics", "models", "probes", "replies")
@@ -244,3 +245,24 @@ def test_labelled_prompts_and_replies():
         ms.monitors.LabelledPrompts("set", ("a", "\ud800"), (True, False))
     with pytest.raises(MechsafetyError, match=r"^text 2 of 2 in replies holds half a character"):
         ms.neurons.ReplyLikelihood(("Sure.", "\ud800"))
+
+
+def test_what_is_often_given_in_a_metrics_place_gets_a_remedy(planted):
+    model, pairs = planted
+    for given, hint in (
+        (ms.MapOptions.quick(), "pass options=MapOptions(...)"),
+        (lambda logits: logits.mean(), "analyses take no function of logits"),
+    ):
+        with pytest.raises(MechsafetyError, match=r"expected RefusalLogOdds") as error:
+            ms.map_refusal_circuit(model, pairs, given)
+        assert hint in str(error.value)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_no_token_of_a_metric():
+    made = ms.testbed.planted()
+    model = ms.load_model((made.model, made.tokenizer))
+    known = made.tokenizer.convert_ids_to_tokens(range(len(made.tokenizer)))
+    assert "sory" not in known and REFUSAL[0] in known
+    with pytest.raises(MechsafetyError, match=r"the tokenizer does not know 'sory'; expected one of its tokens"):
+        ms.RefusalLogOdds.of(model, ["sory"])
+    assert len(ms.RefusalLogOdds.of(model, [REFUSAL[0]]).refusal_ids) == 1
