@@ -249,12 +249,12 @@ def test_labelled_prompts_and_replies():
 
 def test_what_is_often_given_in_a_metrics_place_gets_a_remedy(planted):
     model, pairs = planted
-    for given, hint in (
+    for other, hint in (
         (ms.MapOptions.quick(), "pass options=MapOptions(...)"),
         (lambda logits: logits.mean(), "analyses take no function of logits"),
     ):
         with pytest.raises(MechsafetyError, match=r"expected RefusalLogOdds") as error:
-            ms.map_refusal_circuit(model, pairs, given)
+            ms.map_refusal_circuit(model, pairs, other)
         assert hint in str(error.value)
 
 
