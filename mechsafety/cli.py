@@ -48,6 +48,12 @@ AUDIT_CODES = {
     CLOSED: "The verdict could not be printed.",
     STOPPED: "Terminated by SIGTERM. There is no verdict.",
 }
+SERVE_CODES = {
+    DONE: "The service was told to stop, by Ctrl-C or SIGTERM.",
+    MISTAKE: "A mistake in what was given, or an address that cannot be used. Nothing was served.",
+    INTERRUPTED: "Interrupted by Ctrl-C before the service ran.",
+    STOPPED: "Terminated by SIGTERM before the service ran.",
+}
 NEEDED_BYTES = 32 * 2**20  # a report has 5 MB of scripts; the pictures of a large map take a few MB more
 
 
@@ -372,7 +378,7 @@ def audit_command(
     return _say(f"{facts['model']} was tampered with (score {report.score:.2f}, limit 1)", TAMPERED)
 
 
-@app.command(name="serve")
+@app.command(name="serve", help_epilogue=_exit_codes(SERVE_CODES))
 def serve_command(
     model: str,
     /,

@@ -39,7 +39,7 @@ from mechsafety.results import Opener, reads_where
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # prompts per batch
-CHOOSE = "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
+CHOOSE = "choose refusal tokens yourself: RefusalLogOdds.of(model, refusal_tokens=[...])"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -328,7 +328,8 @@ def test_detect_where_nothing_parts(llama, four, detect):
         detect(llama, four, (harmful, harmless))
     assert str(caught.value) == (
         "no reply opener parts 4 refused from 4 answered prompts: the best AUROC of 1 is 0.62, at the prompt's end; "
-        "expected at least 0.8; give other prompts, or choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
+        "expected at least 0.8; give other prompts, or choose refusal tokens yourself: "
+        "RefusalLogOdds.of(model, refusal_tokens=[...])"
     )
 
 
@@ -343,7 +344,7 @@ def test_detect_with_ambiguous_openers_only(llama, four, detect):
         detect(llama, four, replies)
     assert str(caught.value) == (
         "the refusals begin like compliant replies {'to': 0.25}; "
-        "choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
+        "choose refusal tokens yourself: RefusalLogOdds.of(model, refusal_tokens=[...])"
     )
 
 
@@ -355,7 +356,8 @@ def test_detect_on_a_model_that_does_not_refuse(llama, four, detect):
         with pytest.raises(MechsafetyError) as caught:
             find()
         assert str(caught.value) == (
-            "none of 4 harmful prompts was refused; choose them: RefusalLogOdds.of(model, refusal_tokens=[...])"
+            "none of 4 harmful prompts was refused; choose refusal tokens yourself: "
+            "RefusalLogOdds.of(model, refusal_tokens=[...])"
         )
 
 

@@ -118,13 +118,19 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a GGUF file.
 
     Raises:
-        MechsafetyError: The package gguf is missing; or the file is not a GGUF file, is cut off or damaged, or lacks
-            something that a model needs.
+        MechsafetyError: The package gguf is missing or cannot be used; or the file is not a GGUF file, is cut off or
+            damaged, or lacks something that a model needs.
     """
     try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise MechsafetyError("reading a GGUF file needs the package gguf", hint="run: pip install gguf") from None
+        from gguf import GGML_QUANT_SIZES  # noqa: F401
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "gguf":
+            raise MechsafetyError("reading a GGUF file needs the package gguf", hint="run: pip install gguf") from None
+        raise MechsafetyError(
+            f"the package gguf cannot be used ({first_line(error)})",
+            expected="gguf 0.17 or newer",
+            hint="rename your own file if it is called gguf.py; otherwise run: pip install --upgrade gguf",
+        ) from None
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise MechsafetyError(f"{str(path)!r} is not a GGUF file", expected="a file that begins with GGUF")

@@ -207,7 +207,7 @@ def compare_guards(
     model: LensModel,
     neurons: Tensor | Sequence[Node],
     train: LabelledPrompts,
-    tests: Sequence[LabelledPrompts],
+    tests: LabelledPrompts | Sequence[LabelledPrompts],
     *,
     n_random: Count = 20,
     seed: Amount = 0,
@@ -222,7 +222,7 @@ def compare_guards(
         model: The model that is watched.
         neurons: Mask or nodes of the safety neurons.
         train: Prompts to learn from.
-        tests: Sets to test on, each with a name of its own.
+        tests: A set to test on, or several, each with a name of its own.
         n_random: Number of random neuron sets.
         seed: Seed of the random sets.
         progress: Whether to show a bar.
@@ -239,6 +239,7 @@ def compare_guards(
     """
     from mechsafety.progress import progress_bar
 
+    tests = [tests] if isinstance(tests, LabelledPrompts) else tests
     names = [test.name for test in tests]
     if not names or len(set(names)) < len(names):
         raise MechsafetyError(f"test sets {names}", expected="at least one, each with a name of its own")

@@ -179,9 +179,7 @@ class SafetyGuard:
         Raises:
             MechsafetyError: The threshold is not a number from 0 to 1.
         """
-        if not 0 <= threshold <= 1:
-            raise MechsafetyError(f"threshold={threshold}", expected="a number from 0 to 1")
-        return SafetyGuard(self.model, replace(self.weights, threshold=float(threshold)))
+        return SafetyGuard(self.model, replace(self.weights, threshold=_share("threshold", threshold)))
 
     @public
     def with_false_positive_rate(self, rate: float, safe: Prompts) -> "SafetyGuard":
@@ -196,8 +194,7 @@ class SafetyGuard:
         Raises:
             MechsafetyError: No prompts, or a rate outside 0 to 1.
         """
-        if not 0 <= rate <= 1:
-            raise MechsafetyError(f"rate={rate}", expected="a number from 0 to 1")
+        rate = _share("rate", rate)
         if not len(safe):
             raise MechsafetyError("no safe prompts", expected="at least one")
         found = sorted((verdict.probability for verdict in self.predict_all(safe)), reverse=True)
@@ -298,7 +295,15 @@ class SafetyGuard:
 
     @public
     def predict(self, prompt: PromptLike) -> Verdict:
-        """Verdict on one chat prompt, from one forward pass over its tokens; nothing is generated."""
+        """Verdict on one chat prompt, from one forward pass over its tokens; nothing is generated.
+
+        Raises:
+            MechsafetyError: Several prompts.
+        """
+        if isinstance(prompt, list | tuple) and prompt and all(isinstance(one, str) for one in prompt):
+            raise MechsafetyError(
+                f"a list of {len(prompt)} texts", expected="one prompt", hint="use guard.predict_all(prompts)"
+            )
         return self.predict_all([prompt])[0]
 
     @public
@@ -328,8 +333,12 @@ class SafetyGuard:
             A function with the arguments of ``generate`` that returns a `GuardedOutput`.
 
         Raises:
-            MechsafetyError: The guard has monitors, and ``generate`` is not its own model's.
+            MechsafetyError: ``generate`` cannot be called; or the guard has monitors, and it is not its own model's.
         """
+        if not callable(generate):
+            raise MechsafetyError(
+                f"generate is of type {type(generate).__name__}", expected="a function", hint="pass model.generate"
+            )
         if self.weights.monitors:
             self._check_watchable(generate)
 
@@ -396,6 +405,17 @@ class SafetyGuard:
         weights = GuardWeights.load(path)
         check_fitted_on("guard", weights.provenance, model, "fit one: SafetyGuard.fit(model, neurons, train)")
         return cls(model, weights)
+
+
+def _share(name: str, value: Any) -> float:
+    """The number, if it is one from 0 to 1."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise MechsafetyError(f"{name}={value!r}", expected="a number from 0 to 1")
+    return number
 
 
 def _some_rows(

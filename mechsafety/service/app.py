@@ -247,7 +247,12 @@ def _answer_in_one_line(app: FastAPI) -> None:
         # where several forms are allowed, the one that got farthest is the one that was meant
         meant = max(error.errors(), key=lambda one: len(one["loc"]))
         where = ".".join(map(str, meant["loc"]))
-        return JSONResponse({"error": f"{where}: {meant['msg']}"}, 422)
+        said = {
+            "json_invalid": f"the body is no JSON ({meant.get('ctx', {}).get('error', 'malformed')})",
+            "model_attributes_type": f"{where}: expected a JSON object, sent with 'content-type: application/json'",
+            "extra_forbidden": f"{where}: unknown field; /openapi.json lists the fields",
+        }
+        return JSONResponse({"error": said.get(meant["type"], f"{where}: {meant['msg']}")}, 422)
 
     @app.exception_handler(MechsafetyError)
     async def mistake(_: Request, error: MechsafetyError) -> Response:

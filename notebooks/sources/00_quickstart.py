@@ -51,6 +51,9 @@ for pair in pairs[:3]:
 # that says how strongly the model refuses, before it writes a word. For the demo model this is the log-odds that its
 # reply begins with `Sorry`. Above zero, a refusal is more likely than everything else together.
 #
+# The AUROC says how well the metric tells refused from answered prompts: it is the chance that a refused
+# prompt scores above an answered one. 0.5 is a coin, 1 is perfect.
+#
 # Only pairs that the model treats as expected can tell us something: it refuses the harmful prompt and answers the
 # harmless one. `where` keeps these.
 

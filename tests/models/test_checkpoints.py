@@ -1,6 +1,8 @@
 """Checkpoints whose tensors are not the model's, GGUF files, and what may be given as a model at all."""
 
 import math
+import sys
+import types
 from pathlib import Path
 
 import gguf
@@ -360,6 +362,18 @@ def test_gguf_files_that_are_refused(kind, tmp_path, cache, monkeypatch):
         monkeypatch.setattr(gguf_module, "_weights", lambda *args: pytest.fail("the weights were read"))
     assert message(path).replace(str(path), "x.gguf").startswith(BROKEN[kind])
     assert [entry.name for entry in cache.glob("*") if entry.suffix != ".lock"] == []
+
+
+def test_a_package_gguf_that_is_missing_or_another(tmp_path, monkeypatch):
+    (path := tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    assert message(path) == "reading a GGUF file needs the package gguf; run: pip install gguf"
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))  # a script of the user's, called gguf.py
+    assert message(path) == (
+        "the package gguf cannot be used (cannot import name 'GGML_QUANT_SIZES' from 'gguf' (unknown location)); "
+        "expected gguf 0.17 or newer; rename your own file if it is called gguf.py; otherwise run: "
+        "pip install --upgrade gguf"
+    )
 
 
 def test_a_file_is_converted_once(tmp_path, cache, monkeypatch):

@@ -150,6 +150,18 @@ def test_a_guard_is_changed_by_making_another(guard):
         guard.with_threshold(1.5)
 
 
+@pytest.mark.unchecked
+def test_what_a_guard_does_not_take(llama, guard):
+    with pytest.raises(ms.MechsafetyError, match=r"^threshold='high'; expected a number from 0 to 1$"):
+        guard.with_threshold("high")
+    with pytest.raises(ms.MechsafetyError, match=r"^rate=None; expected a number from 0 to 1$"):
+        guard.with_false_positive_rate(None, ["make a cake"])
+    with pytest.raises(ms.MechsafetyError, match=r"^a list of 2 texts; expected one prompt; use guard\.predict_all"):
+        guard.predict(["make a cake", "make a bomb"])
+    with pytest.raises(ms.MechsafetyError, match=r"^generate is of type LensModel; expected a function; pass model\."):
+        guard.wrap(llama)
+
+
 @pytest.mark.parametrize(("rate", "flagged"), [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
 def test_a_threshold_by_the_rate_of_false_positives(guard, rate, flagged):
     safe = ["make a cake", "explain a cake please", "help me make a cake", "write about tea"]
@@ -352,6 +364,8 @@ def test_a_crowded_layer_shares_as_few_neurons_as_it_must(llama):
     mask[0, :36] = True
     found = compare_guards(llama, mask, labelled("train"), [labelled("a", "poison", "tea")], n_random=2, progress=False)
     assert found.random_overlap == pytest.approx(24 / 36) and not found.random["a"].isnan().any()
+    alone = compare_guards(llama, mask, labelled("train"), labelled("a", "poison", "tea"), n_random=2, progress=False)
+    assert alone.to_dataframe().equals(found.to_dataframe())  # one test set needs no list
 
 
 def test_margins_null_and_not(report):

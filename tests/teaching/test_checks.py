@@ -228,3 +228,21 @@ def test_the_page_quotes_what_a_check_says():
         assert NUMBER.sub("#", str(error.value)) == NUMBER.sub("#", text)
         said, printed = (list(map(float, NUMBER.findall(one))) for one in (str(error.value), text))
         assert said == pytest.approx(printed, rel=1e-3)
+
+
+def test_a_reply_that_never_ends_is_stopped():
+    def endless(base, aligned, chosen, prompt, length, end):
+        reply = []
+        while end not in reply:
+            ids = [*prompt, *reply]
+            reply.append(int(base(ids, chosen, aligned(ids)[1])[0].argmax()))
+        return reply
+
+    with pytest.raises(CheckFailed, match=r"a model was given \d+ tokens; a reply ends after `length` tokens or with"):
+        checks.dynamic_reply(endless)
+
+
+def test_one_reply_ends_before_it_is_full():
+    cases = checks.dynamic_reply.cases()
+    assert any(len(case.expected) < case.inputs["length"] for case in cases)
+    assert any(len(case.expected) == case.inputs["length"] for case in cases)

@@ -79,6 +79,21 @@ attention_pattern = Check(
             "Mask before the softmax: zeros that are put in afterwards leave less than 1 for the rest.",
             lambda q, k: _scores(q, k, causal=False).softmax(-1).tril(),
         ),
+        Mistake(
+            "later tokens whose score is 0",
+            "A score of 0 still gets attention. Set the scores of later source positions to minus infinity.",
+            lambda q, k: _scores(q, k, causal=False).tril().softmax(-1),
+        ),
+        Mistake(
+            "a token that does not see itself",
+            "Only later positions are hidden, s > t: use triu(diagonal=1).",
+            lambda q, k: _scores(q, k).masked_fill(torch.eye(q.shape[2], dtype=torch.bool), -torch.inf).softmax(-1),
+        ),
+        Mistake(
+            "scores that are divided by d_head",
+            "Divide the scores by the square root of d_head.",
+            lambda q, k: (_scores(q, k) / q.shape[-1] ** 0.5).softmax(-1),
+        ),
     ),
 )
 
@@ -93,6 +108,10 @@ def _normed(
     return parts / (resid.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
+# of this size the stream is so small that eps matters
+TINY = 1
+
+
 def _centred(resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
     return resid - resid.mean(-1, keepdim=True)
 
@@ -104,6 +123,8 @@ def _parts() -> list[Case]:
         model = shared_model(size)
         weight, eps = final_norm(size)
         resid = model.cache(some_pairs(size).harmful, ["resid"]).resid[-1, :, -1].clone()
+        if size == TINY:
+            resid = (eps / resid.square().mean()).sqrt() * resid
         parts = torch.randn(n, *resid.shape, generator=random_numbers(size))
         expected = model.frozen_final_norm(resid)(parts).detach()
         cases.append(Case({"parts": parts, "resid": resid, "weight": weight, "eps": eps}, expected))
@@ -131,8 +152,23 @@ through_final_norm = Check(
         ),
         Mistake(
             "a division by the vector's length",
-            "The scale is the root of the mean square, not of the sum of squares.",
+            "The scale is the root of the mean square plus eps, not of the sum of squares.",
             lambda parts, resid, weight, eps: parts / resid.norm(dim=-1, keepdim=True) * weight,
+        ),
+        Mistake(
+            "a sum of squares",
+            "The scale is the root of the mean square plus eps, not of the sum of squares plus eps.",
+            lambda parts, resid, weight, eps: parts / (resid.square().sum(-1, keepdim=True) + eps).sqrt() * weight,
+        ),
+        Mistake(
+            "a forgotten eps",
+            "Add eps to the mean square before you take the root.",
+            lambda parts, resid, weight, eps: _normed(parts, resid, weight, 0.0),
+        ),
+        Mistake(
+            "an eps outside the root",
+            "Add eps to the mean square before you take the root.",
+            lambda parts, resid, weight, eps: parts / (resid.square().mean(-1, keepdim=True).sqrt() + eps) * weight,
         ),
     ),
 )
@@ -173,6 +209,19 @@ def _read(
     return _normed(head_out, resid, weight, eps) @ direction
 
 
+def _own_scale(
+    head_out: Float[Tensor, "layer head batch pos d_model"],
+    weight: Float[Tensor, " d_model"],
+    eps: float,
+    W_U: Float[Tensor, "d_model d_vocab"],
+    refuse: int,
+    comply: int,
+) -> Float[Tensor, "layer head batch"]:
+    """Contributions if every head had a norm of its own."""
+    own = head_out[..., -1, :]
+    return _normed(own, own, weight, eps) @ (W_U[:, refuse] - W_U[:, comply])
+
+
 logit_attribution = Check(
     "logit_attribution",
     _heads,
@@ -188,6 +237,11 @@ logit_attribution = Check(
             lambda head_out, resid, weight, eps, W_U, refuse, comply: (
                 head_out[..., -1, :] @ (W_U[:, refuse] - W_U[:, comply])
             ),
+        ),
+        Mistake(
+            "a scale of each head's own",
+            "Divide what every head writes by the scale of the whole stream.",
+            lambda head_out, resid, *rest: _own_scale(head_out, *rest),
         ),
         Mistake(
             "the wrong position",

@@ -71,6 +71,13 @@ change_scores = Check(
             lambda base, aligned, mask: (base - aligned).square().mean((1, 2)).sqrt(),
         ),
         Mistake(
+            "a division by the number of all columns",
+            "Divide by the number of tokens that count, which is the number of True values in the mask.",
+            lambda base, aligned, mask: (
+                ((base - aligned).square() * rearrange(mask, "batch pos -> batch pos 1")).mean((1, 2)).sqrt()
+            ),
+        ),
+        Mistake(
             "a mean of the prompts' means",
             "Pool the tokens of all prompts: a long prompt counts more than a short one.",
             lambda base, aligned, mask: _mean_of_means((base - aligned).square(), mask).sqrt(),
@@ -144,16 +151,20 @@ matched_control = Check(
 )
 
 
+# of this size the reply ends before it has its full length
+ENDS = 1
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _runner(model: LensModel) -> Run:
-    """A model as a function of token ids."""
+def _runner(model: LensModel, longest: int) -> Run:
+    """A model as a function of at most this number of token ids: a reply without end is stopped there."""
 
     def run(
         ids: Sequence[int], chosen: Mask | None = None, values: Float[Tensor, "layer pos d_mlp"] | None = None
     ) -> tuple[Float[Tensor, " d_vocab"], Float[Tensor, "layer pos d_mlp"]]:
         """Next-token logits, and all neurons; the chosen ones take the given values first."""
+        if len(ids) > longest:
+            raise ValueError(f"a model was given {len(ids)} tokens; a reply ends after `length` tokens or with `end`")
         row = torch.tensor([list(ids)])
         tokens = Tokens(row, torch.ones_like(row, dtype=torch.bool), (Spans((0, len(ids)), len(ids)),))
         seen: list[Tensor] = []
@@ -182,15 +193,20 @@ def _replies() -> list[Case]:
         chosen = top_mask(share, base.n_layers * base.d_mlp // 2)
         prompt = some_pairs(size).harmful[0]
         found = dynamic_patching(base, aligned, chosen, [prompt], max_new_tokens=length, judge=None, progress=False)
+        ids, reply, end = base.tokenize([prompt]).ids[0].tolist(), list(found.tokens[0]), base.end_ids[0]
+        if size == ENDS:  # these models never end a reply: here one of its tokens does
+            end = reply[length // 2]
+            reply = reply[: reply.index(end) + 1]
+        longest = len(ids) + 2 * length
         inputs = {
-            "base": _runner(base),
-            "aligned": _runner(aligned),
+            "base": _runner(base, longest),
+            "aligned": _runner(aligned, longest),
             "chosen": chosen,
-            "prompt": base.tokenize([prompt]).ids[0].tolist(),
+            "prompt": ids,
             "length": length,
-            "end": base.end_ids[0],
+            "end": end,
         }
-        cases.append(Case(inputs, torch.tensor(found.tokens[0])))
+        cases.append(Case(inputs, torch.tensor(reply)))
     return cases
 
 
@@ -205,15 +221,16 @@ def _reply(
     speaker: str = "base",
     reads: str = "reply",
     last: bool = False,
+    ends: bool = True,
 ) -> list[int]:
     """A reply under dynamic patching; or one of the mistakes.
 
     These are: the aligned model's token is appended (``speaker``), the aligned model reads its ``own`` reply
-    (``reads``), and only the last position is patched (``last``).
+    (``reads``), only the last position is patched (``last``), and the reply goes on after its end (``ends``).
     """
     reply: list[int] = []
     own: list[int] = []
-    while len(reply) < length and end not in reply:
+    while len(reply) < length and not (ends and end in reply):
         ids = [*prompt, *reply]
         theirs, values = aligned([*prompt, *(own if reads == "own" else reply)])
         if last:
@@ -260,6 +277,16 @@ dynamic_reply = Check(
             "a patch of the last position alone",
             "Patch every position of the forward, those of the prompt included.",
             lambda *inputs: _reply(*inputs, last=True),
+        ),
+        Mistake(
+            "a reply that goes on after its end",
+            "Stop once the token `end` is appended.",
+            lambda *inputs: _reply(*inputs, ends=False),
+        ),
+        Mistake(
+            "a reply without its end",
+            "The token `end` still belongs to the reply: append it, then stop.",
+            lambda *inputs: [token for token in _reply(*inputs) if token != inputs[-1]],
         ),
     ),
 )
