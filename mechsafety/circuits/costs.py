@@ -4,16 +4,17 @@ from dataclasses import dataclass
 
 from mechsafety.circuits.options import MapOptions
 
+# All numbers were fitted to the seconds of two maps of the demo model, one of them a first look, on two cores.
 # a gradient costs as much as so many runs, and is taken at so many points
-GRADIENT, STEPS = 3, 8
+GRADIENT, STEPS = 2.5, 8
 # circuits on the curve of sizes and in the bisection
 CURVE = 28
-# circuits that are tried for one node's backups
-BACKUP = 30
-# groups of paths whose effect is measured for a node's role, each through half of the layers
-FLOWS = 4
-# circuits that completeness tries
-COMPLETE = 36
+# what a node that is patched alone, a resample of the prompts and one node's backups cost
+ALONE, RESAMPLE, BACKUP = 0.25, 11, 24
+# what a node's role costs: about a dozen groups of paths, each through half of the layers
+FLOWS = 7
+# what completeness costs per pair, and what does not depend on the number of control pairs
+COMPLETE, FIXED = 36, 200
 # a circuit holds about this share of the parts, before the search has found it
 GUESS = 0.2
 
@@ -52,9 +53,8 @@ def expected_work(sizes: Sizes, options: MapOptions) -> tuple[float, float, floa
     both, few, controls = sizes.here + sizes.held, sizes.few, sizes.controls
     rank = GRADIENT * STEPS * sizes.here
     search = both * (CURVE + n)
-    # a node that is patched alone changes half of the layers, on average
-    alone = (few + controls) * (n + options.shortlist) / 2
-    alone += few * BACKUP * options.n_backup_parts + sizes.here * CURVE * options.n_resamples / 2
+    alone = ALONE * (few + controls) * (n + options.shortlist)
+    alone += BACKUP * few * options.n_backup_parts + RESAMPLE * sizes.here * options.n_resamples
     wire = few * (FLOWS * n + options.n_edges / 2 + GRADIENT * STEPS)
-    check = controls * (2 * options.n_random + (n + options.n_added) / 2 + COMPLETE) + CURVE * sizes.fresh
+    check = FIXED + controls * (2 * options.n_random + (n + options.n_added) / 2 + COMPLETE)
     return rank, search, alone, wire, check

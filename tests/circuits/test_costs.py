@@ -33,8 +33,22 @@ def test_an_option_makes_its_own_stage_longer(changed, stages):
 def test_pairs_and_parts_make_stages_longer():
     base = expected_work(SIZES, OPTIONS)
     more = expected_work(replace(SIZES, here=40, held=36, fresh=76, few=16, controls=24), OPTIONS)
-    assert more == pytest.approx([2 * work for work in base])
+    assert more[:CHECK] == pytest.approx([2 * work for work in base[:CHECK]]) and more[CHECK] > 1.8 * base[CHECK]
     found = expected_work(replace(SIZES, circuit=120), OPTIONS)
     assert found[RANK] == base[RANK] and all(found[k] > base[k] for k in (SEARCH, ALONE, WIRE, CHECK))
     quick = expected_work(SIZES, ms.MapOptions.quick())
     assert sum(quick) < sum(base)
+
+
+def test_the_demo_models_maps_took_about_as_long_as_expected():
+    """Seconds that were measured once (Intel Xeon, two cores): a whole map of 62 nodes and a first look of 56."""
+    whole = replace(SIZES, here=22, held=13, circuit=62)
+    first = replace(SIZES, here=8, held=5, few=4, controls=4, circuit=56)
+    for sizes, options, took in (
+        (whole, OPTIONS, (9.1, 67.0, 47.5, 82.8, 74.8)),
+        (first, ms.MapOptions.quick(), (3.4, 22.8, 2.1, 31.0, 17.8)),
+    ):
+        work = expected_work(sizes, options)
+        left = [sum(took[k:]) for k in range(5)]
+        said = [sum(work[k:]) * sum(took[:k]) / sum(work[:k]) for k in range(1, 5)]
+        assert said == pytest.approx(left[1:], rel=0.3)
