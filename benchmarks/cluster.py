@@ -60,8 +60,8 @@ def per_item(folder: Path, n: int = 200) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     model, pairs, metric = tiny() if given.tiny else demo(given.pairs)
