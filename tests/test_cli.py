@@ -482,7 +482,7 @@ def test_a_signal_cleans_up_at_every_stage(fails, saved, pairs_file, monkeypatch
         os.kill(os.getpid(), number)
         pytest.fail("the work goes on")
 
-    def begin(self, name):
+    def begin(self, name, *_):
         self.n += 1
         if self.n == stage:
             strikes()
