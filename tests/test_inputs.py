@@ -262,7 +262,7 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_token_of_a_metric():
     made = ms.testbed.planted()
     model = ms.load_model((made.model, made.tokenizer))
     known = made.tokenizer.convert_ids_to_tokens(range(len(made.tokenizer)))
-    assert "sory" not in known and REFUSAL[0] in known
-    with pytest.raises(MechsafetyError, match=r"the tokenizer does not know 'sory'; expected one of its tokens"):
-        ms.RefusalLogOdds.of(model, ["sory"])
+    assert "zebra" not in known and REFUSAL[0] in known
+    with pytest.raises(MechsafetyError, match=r"the tokenizer does not know 'zebra'; expected one of its tokens"):
+        ms.RefusalLogOdds.of(model, ["zebra"])
     assert len(ms.RefusalLogOdds.of(model, [REFUSAL[0]]).refusal_ids) == 1

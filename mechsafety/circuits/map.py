@@ -529,10 +529,16 @@ def _provenance_options(split: Split) -> dict[str, Any]:
 def _sizes(split: Split, circuit: int | None) -> Sizes:
     """How much a map measures, for the time left."""
     meters = split.meters
-    few, *controls = (len(meter.runs.harmful) for meter in split.alone)
-    fresh = len(split.fresh or ())
-    here, parts = len(split.drawn.here), len(meters.found_on.parts)
-    return Sizes(here, len(split.held), fresh, few, *(controls or [few]), parts, circuit)
+    n_alone = [len(meter.runs.harmful) for meter in split.alone]
+    return Sizes(
+        here=len(split.drawn.here),
+        held=len(split.held),
+        fresh=len(split.fresh or ()),
+        few=n_alone[0],
+        controls=n_alone[-1],
+        parts=len(meters.found_on.parts),
+        circuit=circuit,
+    )
 
 
 def _check_drawn_by(model: LensModel, drawn: Draw) -> None:
