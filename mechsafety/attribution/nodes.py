@@ -75,7 +75,8 @@ class NodeAttribution(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per head or MLP, largest absolute estimate first."""
         rows = [(str(node), node.kind, node.layer, node.index, self.of(node)) for node in self.ranked()]
-        return pd.DataFrame(rows, columns=["node", "kind", "layer", "index", "estimate"])
+        frame = pd.DataFrame(rows, columns=["node", "kind", "layer", "index", "estimate"])
+        return frame.astype({"index": "Int64"})  # an MLP has none
 
     def plot(self) -> go.Figure:
         """Bar chart of the 30 largest estimates."""

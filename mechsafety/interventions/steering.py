@@ -89,7 +89,8 @@ class Direction(Result):
             (str(site), site.layer, site.index, float(v.norm()))
             for site, v in zip(self.sites, self.vectors, strict=True)
         ]
-        return pd.DataFrame(rows, columns=["site", "layer", "index", "norm"])
+        frame = pd.DataFrame(rows, columns=["site", "layer", "index", "norm"])
+        return frame.astype({"index": "Int64"})  # a site without heads has none
 
     @public
     @contextmanager

@@ -100,7 +100,8 @@ def test_ranked(llama, pairs, logit_difference):
     ranked = found.ranked()
     values = [abs(found.of(node)) for node in ranked]
     assert values == sorted(values, reverse=True) and set(ranked) == set(head_and_mlp_nodes(3, 4))
-    assert found.to_dataframe().node.tolist() == [str(node) for node in ranked]
+    frame = found.to_dataframe()
+    assert frame.node.tolist() == [str(node) for node in ranked] and frame["index"].dtype == "Int64"
     assert min(found.of(node) for node in ranked) < 0 < max(found.of(node) for node in ranked), "estimates are signed"
     assert repr(found).startswith("NodeAttribution(12 heads, 3 MLPs, sum ")
     again = node_attribution(llama, pairs, logit_difference, steps=2)
