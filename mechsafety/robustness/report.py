@@ -417,7 +417,7 @@ def _random_parts(report: RobustnessReport) -> list[RobustnessRow]:
 def _area(report: RobustnessReport) -> RobustnessRow:
     value, (low, high) = report.curve.area()
     over = f"over the first 1 to {report.curve.sizes[-1]} parts"
-    says = f"On average {over}, these parts lose {_percent(value)} more of the gap than random parts of their kind."
+    says = f"On average {over}, these parts lose {_percent(value)} of the gap more than random parts of their kind."
     open_ = "" if low > 0 or high < 0 else "It cannot be told from 0: with more pairs, it may."
     return RobustnessRow("area between the curves", value, (low, high), 0.0, None, says, open_)
 
