@@ -24,7 +24,7 @@ class Sizes:
     """How much a map measures.
 
     Attributes:
-        here, held, fresh: Pairs to rank on, to set the size on, and to check on.
+        here, held: Pairs to rank on, and to set the size on.
         few, controls: Pairs on which roles, and on which random circuits are measured.
         parts: Everything that a circuit can be made of.
         circuit: Parts of the circuit; None before it is found.
@@ -32,7 +32,6 @@ class Sizes:
 
     here: int
     held: int
-    fresh: int
     few: int
     controls: int
     parts: int

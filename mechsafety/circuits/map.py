@@ -528,15 +528,13 @@ def _provenance_options(split: Split) -> dict[str, Any]:
 
 def _sizes(split: Split, circuit: int | None) -> Sizes:
     """How much a map measures, for the time left."""
-    meters = split.meters
     n_alone = [len(meter.runs.harmful) for meter in split.alone]
     return Sizes(
         here=len(split.drawn.here),
         held=len(split.held),
-        fresh=len(split.fresh or ()),
         few=n_alone[0],
         controls=n_alone[-1],
-        parts=len(meters.found_on.parts),
+        parts=len(split.meters.found_on.parts),
         circuit=circuit,
     )
 

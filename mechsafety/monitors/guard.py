@@ -115,8 +115,7 @@ class GuardWeights(Result):
         numbers = (self.mean, self.scale, self.weights, torch.tensor(float(self.intercept)))
         if not all(bool(part.isfinite().all()) for part in numbers) or bool((self.scale == 0).any()):
             raise MechsafetyError("weights that give no probability", expected="finite numbers, and no scale of 0")
-        if not 0 <= self.threshold <= 1:
-            raise MechsafetyError(f"threshold={self.threshold}", expected="a number from 0 to 1")
+        _share("threshold", self.threshold)
         for monitor in self.monitors:
             monitor.check_stored()
 

@@ -7,7 +7,7 @@ import pytest
 import mechsafety as ms
 from mechsafety.circuits.costs import Sizes, expected_work
 
-SIZES = Sizes(here=20, held=18, fresh=38, few=8, controls=12, parts=300)
+SIZES = Sizes(here=20, held=18, few=8, controls=12, parts=300)
 OPTIONS = ms.MapOptions()
 RANK, SEARCH, ALONE, WIRE, CHECK = range(5)
 
@@ -32,7 +32,7 @@ def test_an_option_makes_its_own_stage_longer(changed, stages):
 
 def test_pairs_and_parts_make_stages_longer():
     base = expected_work(SIZES, OPTIONS)
-    more = expected_work(replace(SIZES, here=40, held=36, fresh=76, few=16, controls=24), OPTIONS)
+    more = expected_work(replace(SIZES, here=40, held=36, few=16, controls=24), OPTIONS)
     assert more[:CHECK] == pytest.approx([2 * work for work in base[:CHECK]]) and more[CHECK] > 1.8 * base[CHECK]
     found = expected_work(replace(SIZES, circuit=120), OPTIONS)
     assert found[RANK] == base[RANK] and all(found[k] > base[k] for k in (SEARCH, ALONE, WIRE, CHECK))
