@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import repeat
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.placed import check_in_memory, fetched
 from mechsafety.prompts import Tokens
-from mechsafety.sites import Site
+from mechsafety.sites import Site, SiteKind
 
 Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 # keys and values of a layer's first columns, each [batch kv_head pos d_head]; each backend decides how far they are
@@ -108,6 +108,9 @@ class Backend(ABC):
     module: nn.Module
     sizes: Sizes
     rounding: float
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, str, SiteKind], bool] = {}
 
     @property
     def device(self) -> torch.device:
@@ -218,6 +221,72 @@ class Backend(ABC):
 
         ``edit`` is called once, or never if no norm stands before the heads.
         """
+
+    def holds(self, layer: int, part: Literal["attn", "mlp"], kind: SiteKind) -> bool:
+        """Whether a layer's attention or MLP, as `for_rows` runs it, contains the hook point of one of its sites."""
+        key = (layer, part, kind)
+        if key not in self._held:
+            module, point = self.running_module(layer, part), self._point(Site(kind, layer))
+            self._held[key] = module is not None and any(own is point for own in module.modules())
+        return self._held[key]
+
+    @contextmanager
+    def for_rows(
+        self,
+        layer: int,
+        part: Literal["attn", "mlp"],
+        rows: Int[Tensor, " row"],
+        n: int,
+        others: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> Iterator[None]:
+        """Context of one run, in which a layer's attention or MLP runs for some rows only.
+
+        Args:
+            layer: The layer.
+            part: What runs for fewer rows; `running_module` must have it.
+            rows: The rows for which it runs, at least one.
+            n: Number of rows of the run.
+            others: What the other rows get as its output, repeated for each variant; zeros by default.
+        """
+        module = self.running_module(layer, part)
+        assert module is not None, (layer, part)
+
+        def fewer(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+            def some(value: Any) -> Any:
+                return self._rows_of_cache(rows_of(value, n, rows), layer, rows)
+
+            return tuple(map(some, args)), {key: some(value) for key, value in kwargs.items()}
+
+        def all_rows(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            found, *rest = out if isinstance(out, tuple) else (out,)
+            if others is None:
+                whole = found.new_zeros(n, *found.shape[1:])
+            else:
+                whole = expand_rows(others.to(found.device, found.dtype), n // len(others))
+            whole = whole.index_copy(0, rows.to(found.device), found)
+            return (whole, *rest) if isinstance(out, tuple) else whole
+
+        handles = [
+            module.register_forward_pre_hook(fewer, with_kwargs=True),
+            module.register_forward_hook(all_rows),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @abstractmethod
+    def running_module(self, layer: int, part: Literal["attn", "mlp"]) -> nn.Module | None:
+        """The module that computes a layer's attention or MLP; None if none does, or not row by row."""
+
+    @abstractmethod
+    def _rows_of_cache(self, value: Any, layer: int, rows: Int[Tensor, " row"]) -> Any:
+        """A key-value cache that holds some rows of a layer; any other value as it is."""
+
+    @abstractmethod
+    def _point(self, site: Site) -> Any:
+        """TransformerLens' hook point of a site."""
 
     def mlp_reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Context in which a layer's MLP reads what ``edit`` makes of the residual stream; the stream itself stays.
@@ -463,10 +532,12 @@ def expand_batched(value: Any, batch: int, variants: int) -> Any:
     return value
 
 
-def rows_of(value: Any, batch: int, rows: slice) -> Any:
+def rows_of(value: Any, batch: int, rows: slice | Tensor) -> Any:
     """Some rows of a value if its first axis is the batch of a stored run; tuples item by item."""
     if isinstance(value, torch.Tensor):
-        return value[rows] if value.ndim > 1 and value.shape[0] == batch else value
+        if value.ndim < 2 or value.shape[0] != batch:
+            return value
+        return value[rows.to(value.device) if isinstance(rows, torch.Tensor) else rows]
     if isinstance(value, tuple):
         return tuple(rows_of(item, batch, rows) for item in value)
     return value

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -34,7 +34,7 @@ from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_r
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
 from mechsafety.prompts.spans import positions
-from mechsafety.sites import Generation, hook_name, hook_points
+from mechsafety.sites import Generation, Site, hook_name, hook_points
 
 NAME = "TransformerBridge"
 # names of the Hugging Face modules that write to the residual stream
@@ -131,6 +131,7 @@ class BridgeBackend(Backend):
     rounding = 1.0
 
     def __init__(self, bridge: Any) -> None:
+        super().__init__()
         self.tl_model = bridge
         self.module: Any = bridge.original_model
         self.module.config.return_dict = True  # outputs are read by name
@@ -201,7 +202,7 @@ class BridgeBackend(Backend):
         added: list[tuple[Any, Any]] = []
         try:
             for site, function in edits:
-                point = self._point(hook_name(site, Generation.BRIDGE))
+                point = self._point(site)
                 added.append((point, point.add_hook(adapt(self._at_home(function)))))
             yield
         finally:
@@ -209,12 +210,13 @@ class BridgeBackend(Backend):
                 handle.hook.remove()
                 point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
-    def _point(self, name: str) -> Any:
-        """TransformerLens' hook point of a name.
+    def _point(self, site: Site) -> Any:
+        """TransformerLens' hook point of a site.
 
         TransformerLens' own context lists all hook points and all their other names whenever it is entered. In a map of
         the demo model that took a sixth of the time. Its checks are made once per name.
         """
+        name = hook_name(site, Generation.BRIDGE)
         if name not in self._points:
             mark = adapt(lambda tensor: None)
             with self.tl_model.hooks(fwd_hooks=[(name, mark)]):
@@ -353,6 +355,22 @@ class BridgeBackend(Backend):
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""
         return self.tl_model.blocks[layer]
+
+    def running_module(self, layer: int, part: Literal["attn", "mlp"]) -> torch.nn.Module | None:
+        """TransformerLens' module; None for a mixture of experts, which may lay all tokens along one axis."""
+        module: Any = getattr(self._block(layer), part, None)
+        # without a name it is no module of its own, and the whole block would be called in its place
+        return None if module is None or module.name is None or (part == "mlp" and self.sizes.experts) else module
+
+    def _rows_of_cache(self, value: Any, layer: int, rows: Int[Tensor, " row"]) -> Any:
+        """A cache after some of its rows of a layer are left; any other value as it is."""
+        from transformers import Cache
+
+        if isinstance(value, Cache) and layer < len(value.layers):
+            entry: Any = value.layers[layer]
+            if getattr(entry, "keys", None) is not None and entry.keys.numel():
+                entry.keys, entry.values = (held[rows.to(held.device)] for held in (entry.keys, entry.values))
+        return value
 
     def part_weights(self, layer: int) -> dict[str, tuple[torch.nn.Parameter, Tensor]]:
         """Weights and biases of a layer's heads and neurons, from the linear layers that run.

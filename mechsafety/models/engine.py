@@ -10,6 +10,7 @@ The engine takes shortcuts. Each is exact, and each has a switch in `Shortcuts`:
 - Blocks before the first edited layer are not run. Their output comes from the base run.
 - Logits are computed at the last column only.
 - Variants of one base run (other heads patched, other circuits) run together as one larger batch.
+- An MLP does not run for variants in which its output is replaced, nor a layer's attention if all heads are replaced.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from mechsafety.models.backend import expand_rows as expand_rows
 from mechsafety.models.lens_model import LensModel
 from mechsafety.models.memory import CPU_TOKENS, Allocated, batch_tokens
 from mechsafety.models.placed import kept
+from mechsafety.models.replaced import Idle, Replacement, leave_out
 from mechsafety.models.shortcuts import ALL_ON, Shortcuts
 from mechsafety.models.state import ModelState, tells_columns_apart
 from mechsafety.prompts import TokenPairs, Tokens
@@ -35,6 +37,8 @@ from mechsafety.sites import GLOBAL, Site, SiteKind
 
 # kinds of activation whose head axis comes before their column axis
 _HEAD_FIRST = frozenset({SiteKind.SCORES, SiteKind.PATTERN})
+# kinds that hold all that heads and MLPs write
+_PARTS = (SiteKind.Z, SiteKind.MLP_OUT)
 _PROJECTIONS = frozenset({SiteKind.Q, SiteKind.K, SiteKind.V})
 
 
@@ -58,7 +62,18 @@ class Fixed:
 
     def hook(self, variants: int, after: int = 0) -> Hook:
         """The edit for a run of ``variants`` variants that ends ``after`` columns before the prompts' last column."""
+        return (self.site, self._edit(variants, after))
 
+    def within(self, variants: int, n_pos: int) -> Hook:
+        """The edit for a run of ``variants`` variants of the prompts' last ``n_pos`` columns."""
+        if self.values.shape[1] < n_pos:
+            return self.hook(variants)
+        values = self.values[:, -n_pos:]
+        where = torch.ones(variants, len(values), n_pos, dtype=torch.bool, device=values.device)
+        parts = None if self.parts is None else repeat(self.parts, "part -> variant part", variant=variants)
+        return (self.site, Replacement(self.site.kind, values, where, parts))
+
+    def _edit(self, variants: int, after: int) -> Callable[[Tensor], Tensor]:
         def edit(tensor: Tensor) -> Tensor:
             stop = self.values.shape[1] - after
             n = min(stop, tensor.shape[1])
@@ -71,7 +86,7 @@ class Fixed:
             new = torch.where(where, new, own)
             return new if n == tensor.shape[1] else torch.cat([tensor[:, :-n], new], dim=1)
 
-        return (self.site, edit)
+        return edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +147,7 @@ def base_run(
     model: LensModel,
     tokens: Tokens,
     start: int = 0,
-    keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
+    keep: Sequence[SiteKind] = _PARTS,
     prefix: "BaseRun | Prefix | None" = None,
     *,
     shortcuts: Shortcuts | None = None,
@@ -209,7 +224,7 @@ def paired_runs(
     model: LensModel,
     pairs: TokenPairs,
     start: int,
-    keep: Sequence[SiteKind] = (SiteKind.Z, SiteKind.MLP_OUT),
+    keep: Sequence[SiteKind] = _PARTS,
     *,
     max_batch_tokens: int | None = None,
     fixed: Sequence[Fixed] = (),
@@ -366,7 +381,8 @@ def patched_run(model: LensModel, run: BaseRun, patched: Sequence[Fixed]) -> Bas
     held = (*run.patched, *patched)
     with torch.no_grad(), model.lock:
         with model.backend.block_inputs() as entered:
-            final = run_from(model, run, 0, run.resid[0], [part.hook(1) for part in held], stop=model.n_layers)
+            hooks = [part.within(1, run.n_pos) for part in held]
+            final = run_from(model, run, 0, run.resid[0], hooks, stop=model.n_layers)
         inputs = [entered[layer][:, -run.n_pos :].to(final.device) for layer in range(1, model.n_layers)]
         resid = torch.stack([run.resid[0], *inputs, final])
         made = replace(run, resid=resid, acts={}, patched=held)
@@ -417,10 +433,15 @@ def run_from(
     # each hook costs time whether its block runs or not
     runs = range(first, end)
     fixed = [part for part in base.fixed if part.site.layer is None or part.site.layer in runs]
-    held = [*earlier, *(part.hook(variants) for part in fixed)]
-    edits = [_from_start(hook, dropped, base.shortcuts.last_logits) for hook in hooks]
+    held = [part.hook(variants) if dropped else part.within(variants, resid.shape[1]) for part in fixed]
+    edits = [*earlier, *held, *(_from_start(hook, dropped, base.shortcuts.last_logits) for hook in hooks)]
     with model.lock:
         check_current(model, base)
+        idle: list[Idle] = []
+        # another edit would see fewer rows; under grad mode what is replaced keeps a gradient, which is 0
+        if base.shortcuts.live_parts and not dropped and not model.edited and not torch.is_grad_enabled():
+            read = reads is not None or mlp_reads is not None
+            edits, idle = leave_out(model.backend, edits, range(layer + read, end))
         cache = None
         if base.start and not dropped:
             # a block that runs alone needs the keys and values of its own layer only
@@ -430,7 +451,9 @@ def run_from(
             cache = model.backend.cache(past, variants)
         reading = _reading(model.backend.reads, layer, dropped, reads)
         mlp_reading = _reading(model.backend.mlp_reads, layer, dropped, mlp_reads)
-        with model.hooks([*held, *edits]), reading, mlp_reading:
+        with model.hooks(edits), reading, mlp_reading, contextlib.ExitStack() as fewer:
+            for one in idle:
+                fewer.enter_context(model.backend.for_rows(one.layer, one.part, one.rows, len(resid), one.out))
             hidden = resid if first == layer else expand_rows(base.resid[0], variants)
             if base.before is not None:
                 hidden = torch.cat([expand_rows(base.before[first], variants), hidden], dim=1)
@@ -504,6 +527,8 @@ def split_rows(tensor: Tensor, variants: int) -> Tensor:
 def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None = None) -> float:
     """Largest difference between the engine's logits and those of whole forwards, with and without an edited layer.
 
+    One edit halves the heads' outputs; another replaces these and what the MLP writes.
+
     Args:
         model: The model.
         tokens: Two or more prompts.
@@ -517,6 +542,15 @@ def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None =
         plain = model.backend.logits(tokens, width)[:, -1].float()
         with model.hooks([(site, lambda tensor: torch.cat([tensor[:, :start], tensor[:, start:] / 2], dim=1))]):
             edited = model.backend.logits(tokens, width)[:, -1].float()
+        values = {
+            kind: stored / 2
+            for kind, stored in base_run(model, tokens, 0, _PARTS, shortcuts=Shortcuts.none()).acts.items()
+        }
+        whole = {kind: values[kind][middle] for kind in _PARTS}
+        # if variants run all columns, a part runs for fewer rows only if it is replaced from the first column on
+        begin = start if on.drop_positions else 0
+        with model.hooks([(Site(kind, middle), _later(new, begin)) for kind, new in whole.items()]):
+            replaced = model.backend.logits(tokens, width)[:, -1].float()
         budget = tokens.ids.numel()  # all prompts at once; to measure a limit would cost as much as the run
         base = base_run(model, tokens, start, (), shortcuts=on, max_batch_tokens=budget)
         base = base_run(model, tokens, start, (), base, shortcuts=on, max_batch_tokens=budget)
@@ -532,6 +566,13 @@ def check_engine(model: LensModel, tokens: Tokens, shortcuts: Shortcuts | None =
                 found = run_from(model, base, layer, expand_rows(base.resid[layer], len(chunk)), hooks)
                 for logits, edit in zip(split_rows(found, len(chunk)), chunk, strict=True):
                     gaps.append((logits - (edited if edit and hooks else plain)).abs().max())
+        base = base if begin == start else base_run(model, tokens, begin, (), shortcuts=on, max_batch_tokens=budget)
+        for chunk in chunks:
+            where = repeat(torch.tensor(chunk), "variant -> variant batch pos", batch=len(tokens), pos=width - begin)
+            where = where.to(model.device)
+            edits = [(Site(kind, middle), Replacement(kind, new[:, begin:], where)) for kind, new in whole.items()]
+            for logits, edit in zip(split_rows(resume(model, base, edits, len(chunk)), len(chunk)), chunk, strict=True):
+                gaps.append((logits - (replaced if edit else plain)).abs().max())
     return float(torch.stack(gaps).max())  # NaN if any gap is NaN; Python's max would lose it
 
 
@@ -547,6 +588,10 @@ def _token_bytes(model: LensModel, made: int, ids: Tensor, past: Prefix, acts: M
 
 def _scaled(rows: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda tensor: (tensor * rows).to(tensor.dtype)
+
+
+def _later(new: Tensor, start: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: torch.cat([tensor[:, :start], new[:, start:]], dim=1)
 
 
 def _given_prefix(prefix: "BaseRun | Prefix | None", stop: int) -> Prefix:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -28,7 +28,7 @@ from mechsafety.models.backend import (
     is_lens,
 )
 from mechsafety.prompts import Tokens
-from mechsafety.sites import Generation, hook_name
+from mechsafety.sites import Generation, Site, hook_name
 
 NAME = "HookedTransformer"
 
@@ -128,6 +128,7 @@ class HookedBackend(Backend):
     """See `Backend`."""
 
     def __init__(self, lens: Any, ends: int | Sequence[int] | None, rounding: float = 1.0) -> None:
+        super().__init__()
         self.tl_model = self.module = lens
         self.rounding = rounding
         self.ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
@@ -250,6 +251,22 @@ class HookedBackend(Backend):
     def _block(self, layer: int) -> Any:
         """TransformerLens' block."""
         return self.tl_model.blocks[layer]
+
+    def running_module(self, layer: int, part: Literal["attn", "mlp"]) -> torch.nn.Module | None:
+        """TransformerLens' own module."""
+        module: torch.nn.Module = getattr(self._block(layer), part)
+        return module
+
+    def _rows_of_cache(self, value: Any, layer: int, rows: Int[Tensor, " row"]) -> Any:
+        """A frozen entry that holds some rows of a layer's entry; any other value as it is."""
+        if not hasattr(value, "past_keys"):
+            return value
+        keys, values = (tensor[rows.to(tensor.device)] for tensor in (value.past_keys, value.past_values))
+        return type(value)(keys, values, frozen=True)
+
+    def _point(self, site: Site) -> Any:
+        """TransformerLens' hook point of a site."""
+        return self.tl_model.hook_dict[hook_name(site, Generation.HOOKED)]
 
     def part_weights(self, layer: int) -> dict[str, tuple[torch.nn.Parameter, Tensor]]:
         """Weights and biases of a layer's heads and neurons: its own parameters."""

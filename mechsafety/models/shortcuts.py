@@ -21,10 +21,12 @@ class Shortcuts:
             (and needs no keys and values from before).
         last_logits: The unembedding is applied to the last column only. Off: to every column.
         batch_variants: Variants go through the model together. Off: one at a time.
+        live_parts: An MLP runs only for variants in which its output counts, a layer's attention only for those in
+            which any head's does. Off: both run for all variants, and what is replaced is thrown away.
 
     Example:
         >>> Shortcuts().without("start_layer").on
-        ('shared_prefix', 'drop_positions', 'last_logits', 'batch_variants')
+        ('shared_prefix', 'drop_positions', 'last_logits', 'batch_variants', 'live_parts')
     """
 
     shared_prefix: bool = True
@@ -32,6 +34,7 @@ class Shortcuts:
     drop_positions: bool = True
     last_logits: bool = True
     batch_variants: bool = True
+    live_parts: bool = True
 
     @property
     def on(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from mechsafety.models.engine import (
     split_rows,
 )
 from mechsafety.models.parts import check_patchable
+from mechsafety.models.replaced import Replacement
 from mechsafety.nodes import Node, head_and_mlp_nodes
 from mechsafety.prompts import Align, PromptPairs, TokenPairs
 from mechsafety.scale.work import work
@@ -532,28 +533,17 @@ def replacement(
         where: Columns that are replaced.
         parts: Heads (key-value heads, neurons) that are replaced in each variant; all by default.
     """
-    positions, part = _LAYOUT.get(kind, ("pos 1", ""))
-    rows = rearrange(where, f"variant batch pos -> (variant batch) {positions}")
-    if parts is not None:
-        rows = rows & repeat(parts, f"variant part -> (variant batch) {part}", batch=where.shape[1])
-    new = expand_rows(values, len(where))
+    new = Replacement(kind, values, where, parts)
     if kind is not SiteKind.RESID_MID:
-        return [(Site(kind, layer), lambda tensor: torch.where(rows, new, tensor))]
+        return [(Site(kind, layer), new)]
     # an edit at TransformerLens' resid_mid would miss the skip branch, so attention's output is set to give this stream
     before: list[Tensor] = []
-    return [
-        (Site(SiteKind.RESID_PRE, layer), before.append),
-        (Site(SiteKind.ATTN_OUT, layer), lambda tensor: torch.where(rows, new - before.pop(), tensor)),
-    ]
+    rows = rearrange(where, "variant batch pos -> (variant batch) pos 1")
 
+    def to_new(tensor: Tensor) -> Tensor:
+        return torch.where(rows, expand_rows(values, len(where)) - before.pop(), tensor)
 
-# how columns and parts line up with an activation after its batch axis; others are [pos d_model]
-_PER_HEAD = ("pos 1 1", "1 part 1")
-_LAYOUT = {
-    **dict.fromkeys((SiteKind.Z, SiteKind.Q, SiteKind.K, SiteKind.V), _PER_HEAD),
-    SiteKind.NEURONS: ("pos 1", "1 part"),
-    SiteKind.PATTERN: ("1 pos 1", "part 1 1"),
-}
+    return [(Site(SiteKind.RESID_PRE, layer), before.append), (Site(SiteKind.ATTN_OUT, layer), to_new)]
 
 
 def _patch_hooks(

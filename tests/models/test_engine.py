@@ -196,11 +196,13 @@ def test_the_load_check_measures_a_wrong_engine(llama, monkeypatch):
     tokens = llama.tokenize(["how do i bake bread"])
     assert check_engine(llama, tokens) < 1e-4
     real = run_from
-    monkeypatch.setattr("mechsafety.models.engine.run_from", lambda *args: real(*args) + 0.5)
+    monkeypatch.setattr("mechsafety.models.engine.run_from", lambda *args, **options: real(*args, **options) + 0.5)
     assert check_engine(llama, tokens) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_load_check_does_not_lose_a_nan(llama, monkeypatch):
     tokens, real = llama.tokenize(["how do i bake bread"]), run_from
-    monkeypatch.setattr("mechsafety.models.engine.run_from", lambda *args: real(*args) * float("nan"))
+    monkeypatch.setattr(
+        "mechsafety.models.engine.run_from", lambda *args, **options: real(*args, **options) * float("nan")
+    )
     assert math.isnan(check_engine(llama, tokens))

@@ -32,7 +32,7 @@ def test_rows_that_load(name, script, make_tokenizer):
     assert not row.refused and row.alone < 1e-5 and row.padded < 1e-5
     _, alone, padded, shortcuts, hooks, *analyses = cells(name)
     assert max(map(float, (alone, padded, hooks))) < 1e-5 and row.hooks < 1e-5
-    assert (shortcuts == "all") == (len(row.shortcuts) == 5)
+    assert (shortcuts == "all") == (len(row.shortcuts) == 6)
     assert analyses == ["no" if line else "yes" for _, line in row.analyses]
 
 

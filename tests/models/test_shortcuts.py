@@ -10,11 +10,11 @@ from whole_forwards import patched_whole
 
 import mechsafety as ms
 from mechsafety.models import checks, hooked
-from mechsafety.models.engine import base_run, check_engine, expand_rows, max_variants, run_from
+from mechsafety.models.engine import base_run, check_engine, expand_rows, max_variants, resume, run_from
 from mechsafety.models.shortcuts import Shortcuts
 from mechsafety.nodes import Node
 from mechsafety.patching import pair_runs
-from mechsafety.patching.masks import Patch, patched_logits
+from mechsafety.patching.masks import Patch, patched_logits, replacement
 from mechsafety.sites import Site, SiteKind
 
 NAMES = Shortcuts().on
@@ -24,9 +24,10 @@ VARIANTS = [[Node("head", 1, 2), Node("neuron", 2, 5)], [Node("mlp", 2)], [Node(
 KEEP = [SiteKind.NEURONS, SiteKind.PATTERN]
 
 
-def test_the_five_switches():
-    assert NAMES == ("shared_prefix", "start_layer", "drop_positions", "last_logits", "batch_variants")
-    assert Shortcuts.none().on == () and Shortcuts().without("last_logits", "start_layer").on == NAMES[::2]
+def test_the_six_switches():
+    assert NAMES == ("shared_prefix", "start_layer", "drop_positions", "last_logits", "batch_variants", "live_parts")
+    assert Shortcuts.none().on == ()
+    assert Shortcuts().without("last_logits", "start_layer", "live_parts").on == NAMES[:5:2]
     assert Shortcuts.only("last_logits").on == ("last_logits",)
     assert Shortcuts.only("shared_prefix").on == ("shared_prefix", "drop_positions")
 
@@ -233,7 +234,7 @@ def test_an_inexact_unembedding(make_hf_model, make_tokenizer, pairs, monkeypatc
         real = Unembed.forward
         monkeypatch.setattr(Unembed, "forward", lambda self, x: real(self, x) + add(x))
     model.shortcuts = checks._exact_shortcuts(model, 1e-4)
-    assert model.shortcuts.on == ("start_layer", "batch_variants") and len(warned(caplog)) == 3
+    assert model.shortcuts.on == ("start_layer", "batch_variants", "live_parts") and len(warned(caplog)) == 3
     tokens = model.tokenize(pairs.harmful[:1])
     torch.testing.assert_close(model.logits(tokens), whole_logits(model, tokens), atol=1e-5, rtol=1e-5)
 
@@ -255,9 +256,97 @@ def test_shortcuts_that_are_exact_alone_but_not_together(make_hf_model, make_tok
     pretend = lambda model, tokens, on: 1.0 if len(on.on) > 2 else real(model, tokens, on)  # noqa: E731
     monkeypatch.setattr(checks, "check_engine", pretend)
     model = ms.load_model((make_hf_model("llama"), make_tokenizer()))
-    assert model.shortcuts == Shortcuts.none() and len(warned(caplog)) == 5
+    assert model.shortcuts == Shortcuts.none() and len(warned(caplog)) == 6
 
 
 def test_exact_architectures_keep_all_and_say_nothing(make_hf_model, make_tokenizer, caplog):
     model = ms.load_model((make_hf_model("llama"), make_tokenizer()))
     assert model.shortcuts == Shortcuts() and warned(caplog) == []
+
+
+# --- parts that do not run -------------------------------------------------------------------------------------------
+
+
+def rows_run(model, run):
+    """How many rows each layer's attention and MLP run for."""
+    seen, layers = {}, range(model.n_layers)
+    modules = {(part, k): model.backend.running_module(k, part) for k in layers for part in ("attn", "mlp")}
+
+    def counting(place):
+        # it is registered before the hook that fills the other rows in, so that it sees the rows that ran
+        return lambda module, args, out: seen.__setitem__(place, len(out[0] if isinstance(out, tuple) else out))
+
+    handles = [module.register_forward_hook(counting(place)) for place, module in modules.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def test_what_is_replaced_does_not_run(any_model, pairs, monkeypatch):
+    """An MLP runs for variants that keep it, attention for those that keep a head; one row is left where none does."""
+    model, n = any_model, len(pairs)
+    runs = pair_runs(model, pairs)
+    heads = [Node("head", 1, k) for k in range(model.n_heads)]
+    variants = [[*heads, Node("mlp", 1), Node("mlp", 2)], [Node("mlp", 1), *heads[1:]], [Node("mlp", 1), *heads]]
+    found = []
+
+    def patched():
+        patch = Patch.of(model, variants)
+        found.append(patched_logits(model, runs.harmful, runs.source, patch, max_batch_tokens=10**6))
+
+    assert rows_run(model, patched) == {
+        ("attn", 1): n,
+        ("mlp", 1): 1,
+        ("attn", 2): 3 * n,
+        ("mlp", 2): 2 * n,
+    }
+    whole = [patched_whole(model, runs.tokens.harmful, runs.tokens.harmless, nodes) for nodes in variants]
+    torch.testing.assert_close(found[0], torch.stack(whole), atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(model, "shortcuts", Shortcuts().without("live_parts"))
+    runs = pair_runs(model, pairs)
+    assert set(rows_run(model, patched).values()) == {3 * n}
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["q", "pattern", "attn_out", "neurons", "mlp_in"])
+def test_another_edit_sees_every_row(llama, pairs, kind):
+    """An edit inside a part keeps that part running for all rows, wherever the edit comes from."""
+    runs, seen = pair_runs(llama, pairs), []
+    patch = Patch.of(llama, [[Node("mlp", 1), *(Node("head", 1, k) for k in range(4))]] * 2)
+    edits = [(Site(kind, 1), lambda tensor: seen.append(len(tensor)))]
+
+    def patched():
+        with llama.hooks(edits):
+            again = pair_runs(llama, pairs)
+            seen.clear()
+            patched_logits(llama, again.harmful, again.source, patch)
+
+    rows = rows_run(llama, patched)
+    assert {rows[part, k] for part in ("attn", "mlp") for k in (1, 2)} == {2 * len(pairs)} == set(seen)
+    seen.clear()
+    hooks = [*replacement(SiteKind.MLP_OUT, 1, runs.source[SiteKind.MLP_OUT][1], everywhere(runs)), *edits]
+    hooks += replacement(SiteKind.Z, 1, runs.source[SiteKind.Z][1], everywhere(runs))
+    rows = rows_run(llama, lambda: quiet_resume(llama, runs.harmful, hooks))
+    inside = "mlp" if kind in ("neurons", "mlp_in") else "attn"
+    assert rows[inside, 1] == len(pairs) == seen[0] and rows[{"mlp": "attn", "attn": "mlp"}[inside], 1] == 1
+
+
+def everywhere(runs):
+    return torch.ones_like(runs.harmful.tokens.mask[:, runs.start :])[None]
+
+
+def quiet_resume(model, run, hooks):
+    with torch.no_grad():
+        resume(model, run, hooks)
+
+
+def test_gradients_of_what_is_replaced_are_zero(llama, pairs):
+    runs = pair_runs(llama, pairs)
+    resid = runs.harmful.resid[1].clone().requires_grad_()
+    hooks = replacement(SiteKind.MLP_OUT, 2, runs.source[SiteKind.MLP_OUT][2], everywhere(runs))
+    with torch.enable_grad():
+        rows = rows_run(llama, lambda: run_from(llama, runs.harmful, 1, resid, hooks)[:, 20].sum().backward())
+    assert rows["mlp", 2] == len(pairs) and float(resid.grad.abs().sum()) > 0

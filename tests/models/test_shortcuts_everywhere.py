@@ -1,7 +1,7 @@
 """Every analysis gives the same numbers whatever the engine leaves out: grouped, ungrouped, parallel, post-norm models.
 
-What every analysis gives with all shortcuts on is compared with what it gives under five settings, in which, with all
-on, every two shortcuts have all four settings; what sets of parts are worth under all 32, with plain hooks.
+What every analysis gives with all shortcuts on is compared with what it gives under six settings, in which, with all
+on, every two shortcuts have all four settings; what sets of parts are worth under all 64, with plain hooks.
 """
 
 import itertools
@@ -32,8 +32,8 @@ from mechsafety.sites import Site, SiteKind
 
 NAMES = Shortcuts().on
 # two neighbours of a ring are on in each (Kleitman and Spencer 1973); shared prefixes show with dropped columns alone
-RING = ("shared_prefix", "drop_positions", "start_layer", "last_logits", "batch_variants")
-COVER = [Shortcuts().without(*(set(RING) - {RING[k - 1], RING[k]})) for k in range(5)]
+RING = ("shared_prefix", "drop_positions", "start_layer", "last_logits", "live_parts", "batch_variants")
+COVER = [Shortcuts().without(*(set(RING) - {RING[k - 1], RING[k]})) for k in range(6)]
 KINDS = ("llama", "gpt_neox", "gemma2")
 HEADS = [Node("head", 0, 1), Node("head", 1, 2), Node("head", 2, 0)]
 NODES = [*HEADS, Node("mlp", 1), Node("mlp", 2)]
@@ -222,7 +222,7 @@ def test_what_a_set_is_worth_equals_plain_hooks_under_all_settings(llama, pairs,
     """Sets that differ little from one that is run once: what minimality, completeness and removal are measured by."""
     model, few = llama, ms.PromptPairs(pairs.pairs[:1])
     tokens, expected = model.tokenize_pairs(few), None
-    for bits in itertools.product((True, False), repeat=5):
+    for bits in itertools.product((True, False), repeat=6):
         monkeypatch.setattr(model, "shortcuts", Shortcuts(*bits))
         meter = FaithfulnessMeter(model, pair_runs(model, few), log_odds)
         circuit = [part for part in meter.parts if part not in (HEADS[1], Node("mlp", 0))]
