@@ -22,7 +22,7 @@ KINDS = ("harmful", "harmless")
 # below this share of usable pairs there is no refusal worth mapping
 MIN_SHARE = 0.2
 # these replies are short, and a step of a larger batch hardly takes longer
-BATCH_SIZE = 96
+BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Finding the smallest set of parts that carries the metric gap."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -270,15 +271,14 @@ def _eliminate(
         single part can leave (None where that was not measured to the end).
     """
     some: list[Part] | None = None  # the parts of this pass; all of them where it is None
-    there = held_out.faithfulness([circuit])[0]
     while rounds or some:
         if budget.over(SEARCH_SHARE):
             budget.left_out("removal of parts that do not matter: stopped before no part could leave")
             break
         rounds -= some is None
-        lost = marginals(held_out, circuit, some)
+        there, lost = _whole_and_marginals(held_out, circuit, circuit if some is None else some)
         may = [part for part, value in lost.items() if goal.met(there - value)]
-        costs, whole = marginals(meter, circuit, may), meter.faithfulness([circuit])[0]
+        whole, costs = _whole_and_marginals(meter, circuit, may)
         free = sorted(
             (part for part in may if goal.met(whole - costs[part])),
             key=lambda part: (goal.size(costs[part]), order_of(part)),
@@ -306,7 +306,7 @@ def without_free(
     while True:
         may, costs = [part for part in removable if part in set(left)], dict[Part, float]()
         for meter in meters:
-            whole, costs = meter.faithfulness([left])[0], marginals(meter, left, may)
+            whole, costs = _whole_and_marginals(meter, left, may)
             may = [part for part in may if goal.met(whole - costs[part])]
         free = sorted(may, key=lambda part: (goal.size(costs[part]), order_of(part)))
         dropped = set(_largest(free, left, partial(meets, goal, meters)))
@@ -350,8 +350,15 @@ def marginals(
     meter: FaithfulnessMeter, circuit: Sequence[Part], parts: Sequence[Part] | None = None
 ) -> dict[Part, float]:
     """Faithfulness lost when each part alone (of ``parts``; by default of all) leaves the circuit, exact."""
-    order = in_order(circuit if parts is None else parts)
+    return _whole_and_marginals(meter, circuit, circuit if parts is None else parts)[1]
+
+
+def _whole_and_marginals(
+    meter: FaithfulnessMeter, circuit: Sequence[Part], parts: Sequence[Part]
+) -> tuple[float, dict[Part, float]]:
+    """Faithfulness of the circuit, and what is lost of it when each of some parts leaves; nan if there are no parts."""
+    order = in_order(parts)
     if not order:
-        return {}
+        return math.nan, {}
     scores = meter.faithfulness([circuit, *each_left_out(circuit, order)], near=circuit)
-    return {part: scores[0] - score for part, score in zip(order, scores[1:], strict=True)}
+    return scores[0], {part: scores[0] - score for part, score in zip(order, scores[1:], strict=True)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mechsafety.errors import MechsafetyError, first_line
 from mechsafety.models.placed import check_in_memory, fetched
 from mechsafety.prompts import Tokens
-from mechsafety.sites import Site, SiteKind
+from mechsafety.sites import Site
 
 Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 # keys and values of a layer's first columns, each [batch kv_head pos d_head]; each backend decides how far they are
@@ -108,9 +108,6 @@ class Backend(ABC):
     module: nn.Module
     sizes: Sizes
     rounding: float
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, str, SiteKind], bool] = {}
 
     @property
     def device(self) -> torch.device:
@@ -222,14 +219,6 @@ class Backend(ABC):
         ``edit`` is called once, or never if no norm stands before the heads.
         """
 
-    def holds(self, layer: int, part: Literal["attn", "mlp"], kind: SiteKind) -> bool:
-        """Whether a layer's attention or MLP, as `for_rows` runs it, contains the hook point of one of its sites."""
-        key = (layer, part, kind)
-        if key not in self._held:
-            module, point = self.running_module(layer, part), self._point(Site(kind, layer))
-            self._held[key] = module is not None and any(own is point for own in module.modules())
-        return self._held[key]
-
     @contextmanager
     def for_rows(
         self,
@@ -237,7 +226,7 @@ class Backend(ABC):
         part: Literal["attn", "mlp"],
         rows: Int[Tensor, " row"],
         n: int,
-        others: Float[Tensor, "batch pos d_model"] | None = None,
+        others: Float[Tensor, "batch pos d_model"],
     ) -> Iterator[None]:
         """Context of one run, in which a layer's attention or MLP runs for some rows only.
 
@@ -246,7 +235,7 @@ class Backend(ABC):
             part: What runs for fewer rows; `running_module` must have it.
             rows: The rows for which it runs, at least one.
             n: Number of rows of the run.
-            others: What the other rows get as its output, repeated for each variant; zeros by default.
+            others: What the other rows get as its output, repeated for each variant.
         """
         module = self.running_module(layer, part)
         assert module is not None, (layer, part)
@@ -259,10 +248,7 @@ class Backend(ABC):
 
         def all_rows(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
             found, *rest = out if isinstance(out, tuple) else (out,)
-            if others is None:
-                whole = found.new_zeros(n, *found.shape[1:])
-            else:
-                whole = expand_rows(others.to(found.device, found.dtype), n // len(others))
+            whole = expand_rows(others.to(found.device, found.dtype), n // len(others))
             whole = whole.index_copy(0, rows.to(found.device), found)
             return (whole, *rest) if isinstance(out, tuple) else whole
 
@@ -283,10 +269,6 @@ class Backend(ABC):
     @abstractmethod
     def _rows_of_cache(self, value: Any, layer: int, rows: Int[Tensor, " row"]) -> Any:
         """A key-value cache that holds some rows of a layer; any other value as it is."""
-
-    @abstractmethod
-    def _point(self, site: Site) -> Any:
-        """TransformerLens' hook point of a site."""
 
     def mlp_reads(self, layer: int, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """Context in which a layer's MLP reads what ``edit`` makes of the residual stream; the stream itself stays.

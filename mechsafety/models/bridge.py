@@ -34,7 +34,7 @@ from mechsafety.models.rotary import n_positions, of_lengths, rotation, row_by_r
 from mechsafety.models.template import tokenizer_copy
 from mechsafety.prompts import Tokens
 from mechsafety.prompts.spans import positions
-from mechsafety.sites import Generation, Site, hook_name, hook_points
+from mechsafety.sites import Generation, hook_name, hook_points
 
 NAME = "TransformerBridge"
 # names of the Hugging Face modules that write to the residual stream
@@ -131,7 +131,6 @@ class BridgeBackend(Backend):
     rounding = 1.0
 
     def __init__(self, bridge: Any) -> None:
-        super().__init__()
         self.tl_model = bridge
         self.module: Any = bridge.original_model
         self.module.config.return_dict = True  # outputs are read by name
@@ -202,7 +201,7 @@ class BridgeBackend(Backend):
         added: list[tuple[Any, Any]] = []
         try:
             for site, function in edits:
-                point = self._point(site)
+                point = self._point(hook_name(site, Generation.BRIDGE))
                 added.append((point, point.add_hook(adapt(self._at_home(function)))))
             yield
         finally:
@@ -210,13 +209,12 @@ class BridgeBackend(Backend):
                 handle.hook.remove()
                 point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
-    def _point(self, site: Site) -> Any:
-        """TransformerLens' hook point of a site.
+    def _point(self, name: str) -> Any:
+        """TransformerLens' hook point of a name.
 
         TransformerLens' own context lists all hook points and all their other names whenever it is entered. In a map of
         the demo model that took a sixth of the time. Its checks are made once per name.
         """
-        name = hook_name(site, Generation.BRIDGE)
         if name not in self._points:
             mark = adapt(lambda tensor: None)
             with self.tl_model.hooks(fwd_hooks=[(name, mark)]):

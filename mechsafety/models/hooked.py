@@ -28,7 +28,7 @@ from mechsafety.models.backend import (
     is_lens,
 )
 from mechsafety.prompts import Tokens
-from mechsafety.sites import Generation, Site, hook_name
+from mechsafety.sites import Generation, hook_name
 
 NAME = "HookedTransformer"
 
@@ -128,7 +128,6 @@ class HookedBackend(Backend):
     """See `Backend`."""
 
     def __init__(self, lens: Any, ends: int | Sequence[int] | None, rounding: float = 1.0) -> None:
-        super().__init__()
         self.tl_model = self.module = lens
         self.rounding = rounding
         self.ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
@@ -263,10 +262,6 @@ class HookedBackend(Backend):
             return value
         keys, values = (tensor[rows.to(tensor.device)] for tensor in (value.past_keys, value.past_values))
         return type(value)(keys, values, frozen=True)
-
-    def _point(self, site: Site) -> Any:
-        """TransformerLens' hook point of a site."""
-        return self.tl_model.hook_dict[hook_name(site, Generation.HOOKED)]
 
     def part_weights(self, layer: int) -> dict[str, tuple[torch.nn.Parameter, Tensor]]:
         """Weights and biases of a layer's heads and neurons: its own parameters."""

@@ -32,7 +32,7 @@ _PARTS: tuple[tuple[Literal["attn", "mlp"], frozenset[SiteKind], SiteKind], ...]
         ),
         SiteKind.Z,
     ),
-    ("mlp", frozenset({SiteKind.MLP_IN, SiteKind.NEURONS}), SiteKind.MLP_OUT),
+    ("mlp", frozenset({SiteKind.MLP_IN, SiteKind.NEURONS, SiteKind.MLP_OUT}), SiteKind.MLP_OUT),
 )
 
 
@@ -46,7 +46,8 @@ class Replacement:
             ``pattern``).
         where: Columns that are replaced.
         parts: Heads (key-value heads, neurons) that are replaced in each variant; None means all.
-        rows: Rows ``variant * batch + prompt`` that the edit sees; None means all, in order.
+        rows: Rows ``variant * batch + prompt`` for which the part runs; None means all. The edit sees these rows if its
+            hook point stands inside the part, and otherwise all rows.
     """
 
     kind: SiteKind
@@ -61,8 +62,8 @@ class Replacement:
         where = rearrange(self.where, f"variant batch pos -> variant batch {columns}")
         if self.parts is not None:
             where = where & rearrange(self.parts, f"variant part -> variant 1 {part}")
-        if self.rows is not None:
-            n = len(self.values)
+        n = len(self.values)
+        if self.rows is not None and len(tensor) != n * len(self.where):
             return torch.where(where[self.rows // n, self.rows % n], self.values[self.rows % n], tensor)
         own = rearrange(tensor, "(variant batch) ... -> variant batch ...", variant=len(self.where))
         return rearrange(torch.where(where, self.values, own), "variant batch ... -> (variant batch) ...")
@@ -82,13 +83,13 @@ class Idle:
         layer: The layer.
         part: Attention or MLP.
         rows: Rows for which it runs; at least one, because not every model's code accepts none.
-        out: What the part writes in the other rows, per prompt. None if this is replaced after it.
+        out: What the part writes in the other rows, per prompt.
     """
 
     layer: int
     part: Literal["attn", "mlp"]
     rows: Int[Tensor, " row"]
-    out: Float[Tensor, "batch pos d_model"] | None = None
+    out: Float[Tensor, "batch pos d_model"]
 
 
 def leave_out(backend: Backend, edits: Sequence[Hook], layers: Iterable[int]) -> tuple[list[Hook], list[Idle]]:
@@ -113,22 +114,14 @@ def leave_out(backend: Backend, edits: Sequence[Hook], layers: Iterable[int]) ->
         here = by_layer.get(layer, [])
         for part, inside, kind in _PARTS:
             within = [k for k in here if edits[k][0].kind in inside]
-            own = [k for k in here if edits[k][0].kind is kind]
-            if not own or backend.running_module(layer, part) is None:
+            if len(within) != 1 or edits[within[0]][0].kind is not kind or backend.running_module(layer, part) is None:
                 continue
-            site, edit = edits[own[0]]
+            site, edit = edits[within[0]]
             rows = _live(edit)
-            if rows is None or not isinstance(edit, Replacement):
-                continue
-            held = backend.holds(layer, part, kind)
-            if part == "attn" and held and len(within) == len(own) == 1:
-                idle.append(Idle(layer, part, rows, _written(backend, layer, edit.values)))
-            elif part == "mlp" and not within and (len(own) == 1 or not held):
-                idle.append(Idle(layer, part, rows, edit.values if held else None))
-            else:
-                continue
-            if held:
-                found[own[0]] = (site, replace(edit, rows=rows))
+            if rows is not None and isinstance(edit, Replacement):
+                found[within[0]] = (site, replace(edit, rows=rows))
+                out = edit.values if part == "mlp" else _written(backend, layer, edit.values)
+                idle.append(Idle(layer, part, rows, out))
     return found, idle
 
 
