@@ -626,7 +626,8 @@ def test_a_model_that_answers_harm_and_refuses_the_rest(fails, saved, tmp_path):
     tokens = ["--refusal-token", saved.refusal, "--comply-token", saved.comply]
     assert fails(saved.folder, "--pairs", path, *tokens, code=3) == (
         "the model refuses 0% of 4 harmful and 100% of 4 harmless prompts; "
-        "only 0 of 2 pairs are refused on one side alone; use a model that refuses, or pairs it tells apart"
+        "only 0 of 2 pairs have a refused harmful prompt and an answered harmless one; "
+        "use a model that refuses, or pairs it tells apart"
     )
 
 

@@ -71,7 +71,7 @@ EXPORTS = [
 
 # the rooms from the bottom up: a module imports its own room and those of lower rank only
 ROOMS = (
-    ("errors", "version"),
+    ("errors", "version", "names"),
     ("conversation",),
     ("codec", "output", "intervals", "settled", "progress", "halving"),
     ("sites", "inputs"),
@@ -177,8 +177,13 @@ def test_export_resolves(name):
 
 
 def test_unknown_attribute_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"^No mechsafety attribute load_modle$"):
+    with pytest.raises(AttributeError, match=r"^mechsafety has no attribute 'load_modle'; use mechsafety\.load_model$"):
         _ = ms.load_modle
+    with pytest.raises(AttributeError, match=r"'describe_nodes'; use mechsafety\.attribution\.describe_nodes$"):
+        _ = ms.describe_nodes
+    with pytest.raises(AttributeError, match=r"^mechsafety has no attribute 'xyzzyx'$"):
+        _ = ms.xyzzyx
+    assert not hasattr(ms, "_ipython_canary_method")
 
 
 def test_the_top_of_the_package_fits_in_a_head():
@@ -294,7 +299,7 @@ def test_viz_reads_results_never_a_model():
 
 
 def test_package_init_imports_nothing_of_its_own():
-    assert list(imports(TREES["__init__.py"])) == []
+    assert list(imports(TREES["__init__.py"])) == [("__getattr__", "mechsafety.names")], "for an error alone"
 
 
 HOOK = re.compile(r"(?:^|\.)hook_|^blocks\.|^ln_final|^unembed\.|^embed\.")

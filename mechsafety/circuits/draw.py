@@ -205,7 +205,8 @@ def _usable(part: PromptPairs, keep: Sequence[bool], behaviour: Mapping[str, Beh
         bad, good = behaviour["harmful"], behaviour["harmless"]
         raise NoRefusal(
             f"the model refuses {bad.refusal_rate:.0%} of {bad.n} harmful and {good.refusal_rate:.0%} of {good.n}"
-            f" harmless prompts; only {len(kept)} of {len(part)} pairs are refused on one side alone",
+            f" harmless prompts; only {len(kept)} of {len(part)} pairs have a refused harmful prompt and an answered"
+            " harmless one",
             hint="use a model that refuses, or pairs it tells apart",
         )
     return replace(part, pairs=kept)

@@ -191,13 +191,21 @@ class SafetyGuard:
                 about 3 / n.
 
         Raises:
-            MechsafetyError: No prompts, or a rate outside 0 to 1.
+            MechsafetyError: No prompts, a rate outside 0 to 1, or a rate above 0 of which a single flagged prompt would
+                be more.
         """
         rate = _share("rate", rate)
         if not len(safe):
             raise MechsafetyError("no safe prompts", expected="at least one")
         found = sorted((verdict.probability for verdict in self.predict_all(safe)), reverse=True)
         may = math.floor(rate * len(found) + 1e-9)
+        if rate and not may:
+            raise MechsafetyError(
+                f"{len(found)} safe prompts for a false-positive rate of {rate:g}",
+                expected=f"at least {math.ceil(1 / rate - 1e-9)}",
+                hint="give more prompts, or a larger rate",
+                page="too-few-harmless-prompts",
+            )
         # just above the first probability that must not be flagged
         return self.with_threshold(0.0 if may == len(found) else min(1.0, math.nextafter(found[may], math.inf)))
 

@@ -1,6 +1,7 @@
 """Two results of activation patching against each other: the same nodes under two settings, models or prompt sets."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -131,8 +132,7 @@ def compare_effects(
     """
     rows = [_rows(found) for found in (first, second)]
     if rows[0] != rows[1]:
-        strange = next((name for name in rows[1] if name not in rows[0]), rows[0][-1])
-        raise MechsafetyError(f"results of other nodes or positions ({strange})", expected="the same in both")
+        raise MechsafetyError(f"results of other nodes or positions ({_unlike(*rows)})", expected="the same in both")
     if len(set(names)) < 2 or set(names) & {"node", "difference", "ci_low", "ci_high"}:
         raise MechsafetyError(f"names {names}", expected="two names that are no columns of the table")
     paired = torch.equal(first.harmful, second.harmful) and torch.equal(first.harmless, second.harmless)
@@ -153,6 +153,16 @@ def compare_effects(
         tuple(found),
         paired,
     )
+
+
+def _unlike(first: Sequence[str], second: Sequence[str]) -> str:
+    """Which rows one of the two lacks, up to three of each; or that only their order differs."""
+    said = []
+    for which, own, other in (("first", first, set(second)), ("second", second, set(first))):
+        alone = [name for name in own if name not in other]
+        more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        said += [f"only the {which} has {', '.join(alone[:3])}{more}"] if alone else []
+    return "; ".join(said) or "the same ones in another order"
 
 
 def _rows(found: PatchMap) -> tuple[str, ...]:

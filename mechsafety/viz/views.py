@@ -126,16 +126,23 @@ def left_out(
     hidden.subtract(member.role for member in drawn.nodes)
     parts = []
     if any(hidden.values()):
-        parts.append(f"{len(drawn.nodes)} of {len(whole.nodes)} nodes are drawn (left out: {_counted(hidden, look)}).")
+        n, left_out = len(drawn.nodes), _counted(hidden, look)
+        parts.append(f"{n} of {len(whole.nodes)} nodes {_are(n)} drawn (left out: {left_out}).")
     if folded:
         weak: Counter[str] = Counter(member.role for member in drawn.nodes if member.node in folded)
+        n = len(drawn.nodes) - len(folded)
+        weakest = "The weakest is" if len(folded) == 1 else f"The {len(folded)} weakest are"
         parts.append(
-            f"{len(drawn.nodes) - len(folded)} of {len(whole.nodes)} nodes are drawn one by one. The {len(folded)} "
-            f"weakest are folded into marks with +, their edges summed: {_counted(weak, look)}."
+            f"{n} of {len(whole.nodes)} nodes {_are(n)} drawn one by one. {weakest} folded into marks with +, "
+            f"their edges summed: {_counted(weak, look)}."
         )
     if parts:
         found.append(" ".join([*parts, "All numbers are of the whole circuit."]))
     return tuple(found)
+
+
+def _are(n: int) -> str:
+    return "is" if n == 1 else "are"
 
 
 def _counted(roles: Mapping[str, int], look: Look) -> str:

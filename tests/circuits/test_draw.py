@@ -138,7 +138,10 @@ def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
         draw.draw_pairs(MODEL, many(1000, 1000), limit=40)
     here, there = (round(size * draw.ENOUGH / MIN_SHARE) for size in (10, 30))
     assert rounds[-1] == (here + there, here), "more would not change the verdict"
-    assert "pairs are refused on one side alone; use a model that refuses, or pairs it tells apart" in str(caught.value)
+    assert (
+        "pairs have a refused harmful prompt and an answered harmless one; use a model that refuses, or pairs it tells"
+        in str(caught.value)
+    )
 
 
 def test_pairs_too_few_to_hold_any_out_say_both_numbers():

@@ -176,6 +176,10 @@ def test_a_rate_that_is_none(guard):
         guard.with_false_positive_rate(-0.1, ["tea"])
     with pytest.raises(ms.MechsafetyError, match=r"^no safe prompts; expected at least one$"):
         guard.with_false_positive_rate(0.1, [])
+    with pytest.raises(
+        ms.MechsafetyError, match=r"^5 safe prompts for a false-positive rate of 0\.05; expected at least 20; give more"
+    ):
+        guard.with_false_positive_rate(0.05, ["tea", "a cake", "make tea", "make a cake", "write about tea"])
 
 
 def test_it_hooks_into_transformers(llama, guard):

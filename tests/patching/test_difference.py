@@ -96,10 +96,14 @@ def test_what_cannot_be_compared():
     gap = torch.ones(5)
     one = made(torch.ones(2, 5), gap)
     with pytest.raises(
-        ms.MechsafetyError, match=r"^results of other nodes or positions \(L2\.MLP\); expected the same in"
+        ms.MechsafetyError,
+        match=r"^results of other nodes or positions \(only the second has L2\.MLP\); expected the same in",
     ):
         compare_effects(one, made(torch.ones(3, 5), gap))
-    with pytest.raises(ms.MechsafetyError, match=r"results of other nodes or positions \(L0\.MLP @ -2\)"):
+    with pytest.raises(
+        ms.MechsafetyError,
+        match=r"\(only the first has L0\.MLP, L1\.MLP; only the second has L0\.MLP @ -2, L1\.MLP @ -1\)",
+    ):
         compare_effects(one, made(torch.ones(2, 5), gap, row_positions=(-2, -1)))
     with pytest.raises(ms.MechsafetyError, match=r"^names \('a', 'a'\); expected two names"):
         compare_effects(one, one, ("a", "a"))
