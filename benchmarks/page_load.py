@@ -28,7 +28,7 @@ from mechsafety.viz import render_report
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS: dict[str, Callable[[], RefusalCircuit]] = {
-    "demo, 73 nodes": lambda: RefusalCircuit.load(ROOT / "docs" / "gallery" / "demo.json"),
+    "demo": lambda: RefusalCircuit.load(ROOT / "docs" / "gallery" / "demo.json"),
     "12 nodes, with attention": small_circuit,
     "16 nodes, neurons among them": neuron_circuit,
     "200 nodes, with attention": large_circuit,

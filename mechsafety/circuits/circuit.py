@@ -397,7 +397,7 @@ class RefusalCircuit(Result):
         edges: Its edges, strongest first.
         verification: Faithfulness, controls, curve.
         n_candidates: Parts the search could choose from.
-        details: For the report; None after loading from ``circuit.json`` (a folder holds them).
+        details: For the report; None after loading from ``circuit.json`` (a folder holds them). Not compared by ``==``.
         level: What the search chose: ``node`` (heads and MLPs), ``edge`` or ``neuron`` (heads and neurons).
         search: How the circuit was found; None in files of version 1.
         shape: Size of the model; None in files of version 1.
@@ -417,7 +417,7 @@ class RefusalCircuit(Result):
     edges: tuple[CircuitEdge, ...]
     verification: Verification
     n_candidates: Amount
-    details: MapDetails | None = None
+    details: MapDetails | None = field(default=None, compare=False)
     level: Level = "node"
     search: Search | None = None
     shape: ModelShape | None = None
