@@ -1,10 +1,12 @@
 """The legend and the caption under a circuit's picture."""
 
+import math
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from mechsafety.circuits.circuit import NODE_STATUS, ROLES, CircuitEdge, CircuitNode, RefusalCircuit
+from mechsafety.errors import MechsafetyError
 from mechsafety.nodes import Edge
 from mechsafety.viz.fonts import family
 from mechsafety.viz.look import ROLE_COLOURS, Look
@@ -32,7 +34,7 @@ from mechsafety.viz.marks import (
     text_width,
     turned,
 )
-from mechsafety.viz.style import Style
+from mechsafety.viz.style import PIXELS_PER_MM, Style
 
 # a title, and (kind of swatch, its key, text) per item
 Row = tuple[str, list[tuple[str, str, str]]]
@@ -93,6 +95,7 @@ def _under(
             for kind, key, text in items:
                 glyph = 30 * unit if kind else 0.0
                 room = glyph + text_width(text, size) + 14 * unit
+                _check_width(style, start + room - 14 * unit + margin)
                 if x + room > width - margin and x > start:
                     x, y = start, y + lead
                 shapes += swatch(kind, key, x + 12 * unit, y, unit, style.look)
@@ -102,6 +105,20 @@ def _under(
         y += 2 * unit
     captions, height = _caption(style, font, sentences, width, y)
     return tuple(shapes), (*labels, *captions), height
+
+
+def _check_width(style: Style, needed: float) -> None:
+    """Refuse a legend whose entry is wider than a figure of a given width.
+
+    Raises:
+        MechsafetyError: It is wider.
+    """
+    if style.width is not None and needed > style.width + 0.01:
+        raise MechsafetyError(
+            f"width_mm={style.width_mm:g} with {style.font_px * 0.75:g} pt labels and a legend",
+            expected=f"at least {math.ceil(needed / PIXELS_PER_MM)} mm for this legend",
+            hint="legend=False, or a smaller font_pt",
+        )
 
 
 def keys(

@@ -25,33 +25,21 @@ def model(name: str, row: Record) -> dict[str, Any]:
     """Table and numbers of one model."""
     methods = row["methods"]
     columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]
-    whole = "searches" in row  # a record of an earlier form of the study holds the rankings alone
-    columns += ["Jaccard", "seconds", "peak GiB"] if whole else []
-    maps = row.get("goals", [])
+    columns += ["Jaccard", "seconds", "peak GiB"]
     return {
         "name": name,
         "parts": row["parts"],
         "found_on": row["found_on"],
         "unseen": methods["random"]["n_pairs"],
-        "table": table(
-            [cells(method, found)[: len(columns)] for method, found in methods.items()],
-            columns,
-        ),
-        "whole": whole,
-        **(
-            {
-                "searches": searches(row["searches"]),
-                "fresh": row["searches"][0]["n_pairs"],
-                "acdc": "ACDC, reach" in methods,
-                "edges": row["edges"],
-                "cpu": row["machine"]["cpu"],
-                "cores": row["machine"]["cores"],
-            }
-            if whole
-            else {}
-        ),
-        "goals": goals(maps) if maps else "",
-        "recall": any(one["recall"] is not None for one in maps),
+        "table": table([cells(method, found) for method, found in methods.items()], columns),
+        "searches": searches(row["searches"]),
+        "fresh": row["searches"][0]["n_pairs"],
+        "acdc": "ACDC, reach" in methods,
+        "edges": row["edges"],
+        "cpu": row["machine"]["cpu"],
+        "cores": row["machine"]["cores"],
+        "goals": goals(row["goals"]),
+        "recall": any(one["recall"] is not None for one in row["goals"]),
         "smallest": {kind: smallest(methods, kind) for kind in DASHES},
     }
 
