@@ -91,7 +91,7 @@ class MapOptions:
 
     @classmethod
     def quick(cls, **options: Any) -> Self:
-        """Options of a first look, which takes about a third of the time of a whole map.
+        """Options of a first look, which takes about a quarter of the time of a whole map.
 
         It tries 16 pairs in place of 100, measures roles on four, and draws 39 random circuits. It looks for no
         backups, measures no nodes outside the circuit and repeats nothing on resampled pairs. Most claims are therefore

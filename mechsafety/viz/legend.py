@@ -89,13 +89,17 @@ def _under(
     if style.legend and rows:
         shapes.append(Shape(line((margin, y), (width - margin, y)), None, FAINT, 0.8))
         y += lead
+        start = margin + text_width("status", size) + 10 * unit
+        entries = (
+            (30 * unit if kind else 0.0) + text_width(text, size) for _, items in rows for kind, _, text in items
+        )
+        _check_width(style, start + max(entries, default=0.0) + margin)
         for title, items in rows:
             labels.append(Label(margin, y + 0.35 * size, title, size, "start", MUTED))
-            start = x = margin + text_width("status", size) + 10 * unit
+            x = start
             for kind, key, text in items:
                 glyph = 30 * unit if kind else 0.0
                 room = glyph + text_width(text, size) + 14 * unit
-                _check_width(style, start + room - 14 * unit + margin)
                 if x + room > width - margin and x > start:
                     x, y = start, y + lead
                 shapes += swatch(kind, key, x + 12 * unit, y, unit, style.look)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -397,6 +398,18 @@ def test_paper_widths_are_kept_at_the_asked_font(small: RefusalCircuit, width: f
 def test_a_width_that_is_too_small_is_named(large: RefusalCircuit) -> None:
     with pytest.raises(MechsafetyError, match=r"width_mm=30 with 9 pt labels; expected at least \d+ mm for this circ"):
         layout_circuit(large, Style(width_mm=30, font_pt=9))
+
+
+def test_a_legend_that_is_wider_than_the_figure_is_refused(small: RefusalCircuit) -> None:
+    few = small.subset([small.nodes[0].node])
+    with pytest.raises(
+        MechsafetyError, match=r"^width_mm=30 with 7 pt labels and a legend; expected at least \d+ mm for this legend; "
+    ) as caught:
+        layout_circuit(few, Style(width_mm=30, font_pt=7))
+    enough = float(re.search(r"at least (\d+) mm", str(caught.value)).group(1))
+    for style in (Style(width_mm=30, font_pt=7, legend=False), Style(width_mm=enough, font_pt=7)):
+        layout = layout_circuit(few, style)
+        assert layout.labels and max(label.box[2] for label in layout.labels) <= layout.width + 0.1
 
 
 def test_legend_and_caption_can_go(small: RefusalCircuit) -> None:
