@@ -1,6 +1,6 @@
 """Probes: where in a model harmful and harmless prompts can be told apart, and whether the model depends on it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,8 +241,8 @@ def probe_layers(
     seen, seen_hard = (span_means(model, prompts, chosen, spans) for prompts in (texts, scary))
     folds = _Folds(np.tile(groups, 2), outer, inner)
     values, shuffled, on_hard, directions = _fit_all(folds, seen, seen_hard, labels, swapped, progress)
-    lexical = folds.out_of_fold(_lexical, texts, labels)
-    lexical_hard = torch.from_numpy(folds.fit(_lexical, texts, labels).decision_function(scary)).float()
+    lexical = folds.out_of_fold(_lexical(), texts, labels)
+    lexical_hard = torch.from_numpy(folds.fit(_lexical(), texts, labels).decision_function(scary)).float()
     chosen_prompts = pairs.sample(N_ERASE, seed)
     texts_erased = chosen_prompts.harmful if erase_on is None else list(erase_on)
     texts_harmless = chosen_prompts.harmless if harmless_on is None else list(harmless_on)
@@ -327,9 +327,9 @@ def _fit_all(
 
     def fitted(cell: tuple[int, int]) -> tuple[Tensor, ...]:
         data = seen[cell].numpy()
-        own = folds.out_of_fold(_linear, data, labels)
-        draws = [folds.out_of_fold(_linear, data, drawn) for drawn in shuffled_labels]
-        probe = folds.fit(_linear, data, labels)
+        own = folds.out_of_fold(_linear(), data, labels)
+        draws = [folds.out_of_fold(_linear(), data, drawn) for drawn in shuffled_labels]
+        probe = folds.fit(_linear(), data, labels)
         hard = torch.from_numpy(probe.decision_function(seen_hard[cell].numpy()))
         return own, torch.stack(draws) if draws else shuffled[:, 0, 0], hard, _directions(probe, data)
 
@@ -367,12 +367,6 @@ def span_means(
     return torch.cat(done, dim=2)
 
 
-# rows to fit on and rows to judge on, once per fold
-Splits = Sequence[tuple[np.ndarray, np.ndarray]]
-# a function from the folds that choose the regularisation to an estimator
-Estimator = Callable[[Splits], Any]
-
-
 @dataclass(frozen=True, slots=True)
 class _Folds:
     """Nested cross-validation in which no group is on both sides."""
@@ -381,53 +375,41 @@ class _Folds:
     outer: int
     inner: int
 
-    def out_of_fold(self, make: Estimator, data: Any, labels: np.ndarray) -> Float[Tensor, " prompt"]:
+    def out_of_fold(self, estimator: Any, data: Any, labels: np.ndarray) -> Float[Tensor, " prompt"]:
         """Decision value of every prompt, from an estimator that has not seen the prompt's group."""
         from sklearn.model_selection import GroupKFold
 
         values = np.zeros(len(labels))
         n_folds = min(self.outer, len(set(self.groups)))
         for train, test in GroupKFold(n_folds).split(labels, labels, self.groups):
-            fitted = self.fit(make, _take(data, train), labels[train], self.groups[train])
+            fitted = self.fit(estimator, _take(data, train), labels[train], self.groups[train])
             values[test] = fitted.decision_function(_take(data, test))
         return torch.from_numpy(values).float()
 
-    def fit(self, make: Estimator, data: Any, labels: np.ndarray, groups: np.ndarray | None = None) -> Any:
+    def fit(self, estimator: Any, data: Any, labels: np.ndarray, groups: np.ndarray | None = None) -> Any:
         """The estimator fitted on all the data, with the regularisation that the inner cross-validation chooses."""
-        from sklearn.model_selection import GroupKFold
+        from sklearn.model_selection import GridSearchCV, GroupKFold
 
         kept = self.groups if groups is None else groups
-        splits = GroupKFold(min(self.inner, len(set(kept)))).split(labels, labels, kept)
-        # PCA divides 0 by 0 for a share that nobody reads, if the data do not vary
-        with np.errstate(invalid="ignore"):
-            return make(list(splits)).fit(data, labels)
+        splits = GroupKFold(min(self.inner, len(set(kept))))
+        search = GridSearchCV(estimator, {"logisticregression__C": COSTS}, cv=splits, scoring="accuracy")
+        return search.fit(data, labels, groups=kept).best_estimator_
 
 
-def _linear(splits: Splits) -> Any:
-    """Scaler, rotation to the span of the rows, and logistic regression.
-
-    The penalty does not change under rotations, and the optimum lies in that span. The rotation therefore changes no
-    prediction, and the regression has as many features as there are prompts.
-    """
-    from sklearn.decomposition import PCA
+def _linear() -> Any:
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), PCA(svd_solver="full"), _regression(splits))
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
 
 
-def _lexical(splits: Splits) -> Any:
+def _lexical() -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), _regression(splits))
-
-
-def _regression(splits: Splits) -> Any:
-    from sklearn.linear_model import LogisticRegressionCV
-
-    options = {"scoring": "accuracy", "max_iter": 5000, "l1_ratios": (0,), "use_legacy_attributes": False}
-    return LogisticRegressionCV(Cs=COSTS, cv=splits, **options)
+    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=5000))
 
 
 def _take(data: Any, index: np.ndarray) -> Any:
@@ -441,8 +423,7 @@ def _groups(pairs: PromptPairs) -> np.ndarray:
 
 def _directions(probe: Any, data: np.ndarray) -> Float[Tensor, "2 d_model"]:
     """The probe's weights on unscaled activations, and its pattern; 0 where the data do not vary."""
-    scaler, rotation, regression = probe
-    weights = rotation.components_.T @ regression.coef_[0] / scaler.scale_
+    weights = probe[-1].coef_[0] / probe[0].scale_
     centred = data - data.mean(0)
     rows = torch.from_numpy(np.stack([weights, (centred @ weights) @ centred])).float()
     varies = float(data.std(0).max()) > 1e-6 * float(np.abs(data).max())

@@ -893,10 +893,7 @@ def _(e, toy):
     signal, noise = np.array([1, 1, -1, -1.0]), np.array([1, -1, 1, -1.0])
     data = np.stack([signal + noise, noise], axis=1)
     covariance = np.cov(data.T, bias=True)
-    # a rotation between scale and regression changes nothing
-    rotation = np.array([[0.6, 0.8], [-0.8, 0.6]])
-    turned = SimpleNamespace(coef_=(rotation @ np.array(e["weights"], dtype=float))[None])
-    fitted = [SimpleNamespace(scale_=np.ones(2)), SimpleNamespace(components_=rotation), turned]
+    fitted = [SimpleNamespace(scale_=np.ones(2)), SimpleNamespace(coef_=np.array([e["weights"]]))]
     weights, pattern = _directions(fitted, data)
     return {
         "covariance, first row": covariance[0],

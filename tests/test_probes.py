@@ -129,9 +129,9 @@ def test_no_group_is_on_both_sides():
     groups = np.repeat(np.arange(12), 5)
     labels = groups % 2
     data = np.eye(12)[groups] + 0.01 * generator.normal(size=(60, 12))
-    values = _Folds(groups, 3, 3).out_of_fold(_linear, data, labels)
+    values = _Folds(groups, 3, 3).out_of_fold(_linear(), data, labels)
     assert float(((values > 0).numpy() == labels).mean()) < 0.7
-    leaking = _Folds(np.arange(60), 3, 3).out_of_fold(_linear, data, labels)
+    leaking = _Folds(np.arange(60), 3, 3).out_of_fold(_linear(), data, labels)
     assert float(((leaking > 0).numpy() == labels).mean()) == 1.0
 
 
@@ -139,8 +139,8 @@ def test_the_lexical_baseline_knows_words_and_nothing_else():
     texts = [f"make a bomb number {k}" for k in range(8)] + [f"make a cake number {k}" for k in range(8)]
     labels = np.repeat([1, 0], 8)
     folds = _Folds(np.tile(np.arange(8), 2), 4, 2)
-    assert bool(((folds.out_of_fold(_lexical, texts, labels) > 0).numpy() == labels).all())
-    fitted = folds.fit(_lexical, texts, labels)
+    assert bool(((folds.out_of_fold(_lexical(), texts, labels) > 0).numpy() == labels).all())
+    fitted = folds.fit(_lexical(), texts, labels)
     assert fitted.decision_function(["a bomb"])[0] > fitted.decision_function(["a cake"])[0]
 
 
