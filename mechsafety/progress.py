@@ -29,13 +29,13 @@ def progress_bar(
         show: Whether to show it.
         delay: Seconds before it appears.
     """
-    outer, show = _outer.get(), show and _wanted()
+    outer, show = _outer.get(), show and bars_wanted()
     if show and outer is not None:
         return _Inner(over, outer, desc, total)
     return _Bar(over, total=total, desc=desc, disable=not show, leave=False, delay=delay)
 
 
-def _wanted() -> bool:
+def bars_wanted() -> bool:
     """Whether bars are to be seen: nobody is told of them instead, and tqdm's own switch, TQDM_DISABLE, is not set."""
     return _told.get() is None and os.environ.get("TQDM_DISABLE", "").lower() in ("", "0", "false")
 
@@ -115,7 +115,7 @@ class Stages:
         self.total, self.n, self.clock = total, 0, clock
         self.work = self.rest = 0.0
         self.done, self.took, self.since = 0.0, 0.0, clock()
-        show = show and _wanted()
+        show = show and bars_wanted()
         self.lines = show and not drawn()
         form = "{desc}: {n_fmt} of {total_fmt} stages done, {elapsed}{postfix}"
         self.bar = _Bar(

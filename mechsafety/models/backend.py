@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ Hook = tuple[Site, Callable[[Tensor], "Tensor | None"]]
 # keys and values of a layer's first columns, each [batch kv_head pos d_head]; each backend decides how far they are
 # processed (rotated, normed)
 Prefix = tuple[tuple[Tensor, Tensor], ...]
+# a block's attention or its MLP
+Half = Literal["attn", "mlp"]
 # a module, the name of one of its parameters, and that parameter's axis (0 or -1) along the residual stream
 Writer = tuple[nn.Module, str, int]
 
@@ -223,7 +226,7 @@ class Backend(ABC):
     def for_rows(
         self,
         layer: int,
-        part: Literal["attn", "mlp"],
+        part: Half,
         rows: Int[Tensor, " row"],
         n: int,
         others: Float[Tensor, "batch pos d_model"],
@@ -252,18 +255,12 @@ class Backend(ABC):
             whole = whole.index_copy(0, rows.to(found.device), found)
             return (whole, *rest) if isinstance(out, tuple) else whole
 
-        handles = [
-            module.register_forward_pre_hook(fewer, with_kwargs=True),
-            module.register_forward_hook(all_rows),
-        ]
-        try:
+        before = _hooked([partial(module.register_forward_pre_hook, with_kwargs=True)], fewer)
+        with before, forward_hooks([module], all_rows):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @abstractmethod
-    def running_module(self, layer: int, part: Literal["attn", "mlp"]) -> nn.Module | None:
+    def running_module(self, layer: int, part: Half) -> nn.Module | None:
         """The module that computes a layer's attention or MLP; None if none does, or not row by row."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import (
     Backend,
     BlockCall,
+    Half,
     Hook,
     NormForm,
     Prefix,
@@ -354,7 +355,7 @@ class BridgeBackend(Backend):
         """TransformerLens' block."""
         return self.tl_model.blocks[layer]
 
-    def running_module(self, layer: int, part: Literal["attn", "mlp"]) -> torch.nn.Module | None:
+    def running_module(self, layer: int, part: Half) -> torch.nn.Module | None:
         """TransformerLens' module; None for a mixture of experts, which may lay all tokens along one axis."""
         module: Any = getattr(self._block(layer), part, None)
         # without a name it is no module of its own, and the whole block would be called in its place

@@ -62,18 +62,7 @@ class Fixed:
 
     def hook(self, variants: int, after: int = 0) -> Hook:
         """The edit for a run of ``variants`` variants that ends ``after`` columns before the prompts' last column."""
-        return (self.site, self._edit(variants, after))
 
-    def within(self, variants: int, n_pos: int) -> Hook:
-        """The edit for a run of ``variants`` variants of the prompts' last ``n_pos`` columns."""
-        if self.values.shape[1] < n_pos:
-            return self.hook(variants)
-        values = self.values[:, -n_pos:]
-        where = torch.ones(variants, len(values), n_pos, dtype=torch.bool, device=values.device)
-        parts = None if self.parts is None else repeat(self.parts, "part -> variant part", variant=variants)
-        return (self.site, Replacement(self.site.kind, values, where, parts))
-
-    def _edit(self, variants: int, after: int) -> Callable[[Tensor], Tensor]:
         def edit(tensor: Tensor) -> Tensor:
             stop = self.values.shape[1] - after
             n = min(stop, tensor.shape[1])
@@ -86,7 +75,16 @@ class Fixed:
             new = torch.where(where, new, own)
             return new if n == tensor.shape[1] else torch.cat([tensor[:, :-n], new], dim=1)
 
-        return edit
+        return (self.site, edit)
+
+    def within(self, variants: int, n_pos: int) -> Hook:
+        """The edit for a run of ``variants`` variants of the prompts' last ``n_pos`` columns."""
+        if self.values.shape[1] < n_pos:
+            return self.hook(variants)
+        values = self.values[:, -n_pos:]
+        where = torch.ones(variants, len(values), n_pos, dtype=torch.bool, device=values.device)
+        parts = None if self.parts is None else repeat(self.parts, "part -> variant part", variant=variants)
+        return (self.site, Replacement(self.site.kind, values, where, parts))
 
 
 @dataclass(frozen=True, slots=True)

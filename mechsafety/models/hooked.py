@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,6 +17,7 @@ from mechsafety.errors import MechsafetyError
 from mechsafety.models.backend import (
     Backend,
     BlockCall,
+    Half,
     Hook,
     NormForm,
     Prefix,
@@ -251,7 +252,7 @@ class HookedBackend(Backend):
         """TransformerLens' block."""
         return self.tl_model.blocks[layer]
 
-    def running_module(self, layer: int, part: Literal["attn", "mlp"]) -> torch.nn.Module | None:
+    def running_module(self, layer: int, part: Half) -> torch.nn.Module | None:
         """TransformerLens' own module."""
         module: torch.nn.Module = getattr(self._block(layer), part)
         return module

@@ -6,14 +6,13 @@ layer's attention if all of its heads are replaced.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsafety.models.backend import Backend, Hook
+from mechsafety.models.backend import Backend, Half, Hook
 from mechsafety.sites import SiteKind
 
 # how columns and parts line up with an activation after its batch axis; others are [pos d_model]
@@ -24,7 +23,7 @@ _LAYOUT = {
     SiteKind.PATTERN: ("1 pos 1", "part 1 1"),
 }
 # attention and MLP: kinds whose edits would see fewer rows, and the kind that holds all that the part writes
-_PARTS: tuple[tuple[Literal["attn", "mlp"], frozenset[SiteKind], SiteKind], ...] = (
+_PARTS: tuple[tuple[Half, frozenset[SiteKind], SiteKind], ...] = (
     (
         "attn",
         frozenset(
@@ -62,17 +61,23 @@ class Replacement:
         where = rearrange(self.where, f"variant batch pos -> variant batch {columns}")
         if self.parts is not None:
             where = where & rearrange(self.parts, f"variant part -> variant 1 {part}")
-        n = len(self.values)
+        n, values = len(self.values), self.values.to(tensor.dtype)
         if self.rows is not None and len(tensor) != n * len(self.where):
-            return torch.where(where[self.rows // n, self.rows % n], self.values[self.rows % n], tensor)
+            return torch.where(where[self.rows // n, self.rows % n], values[self.rows % n], tensor)
         own = rearrange(tensor, "(variant batch) ... -> variant batch ...", variant=len(self.where))
-        return rearrange(torch.where(where, self.values, own), "variant batch ... -> (variant batch) ...")
+        return rearrange(torch.where(where, values, own), "variant batch ... -> (variant batch) ...")
 
     @property
-    def whole(self) -> Bool[Tensor, " variant"]:
-        """Variants in which every value of the site is replaced."""
+    def live(self) -> Int[Tensor, " row"] | None:
+        """Rows in which not every value of the site is replaced; the first row if there are none; None if all are."""
         whole = self.where.flatten(1).all(1)
-        return whole if self.parts is None else whole & self.parts.all(1)
+        whole = whole if self.parts is None else whole & self.parts.all(1)
+        if not bool(whole.any()):
+            return None
+        n = self.where.shape[1]
+        rows = (~whole).nonzero() * n + torch.arange(n, device=whole.device)
+        rows = rearrange(rows, "variant batch -> (variant batch)")
+        return rows if len(rows) else rows.new_zeros(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +92,7 @@ class Idle:
     """
 
     layer: int
-    part: Literal["attn", "mlp"]
+    part: Half
     rows: Int[Tensor, " row"]
     out: Float[Tensor, "batch pos d_model"]
 
@@ -117,25 +122,12 @@ def leave_out(backend: Backend, edits: Sequence[Hook], layers: Iterable[int]) ->
             if len(within) != 1 or edits[within[0]][0].kind is not kind or backend.running_module(layer, part) is None:
                 continue
             site, edit = edits[within[0]]
-            rows = _live(edit)
-            if rows is not None and isinstance(edit, Replacement):
+            rows = edit.live if isinstance(edit, Replacement) else None
+            if isinstance(edit, Replacement) and rows is not None:
                 found[within[0]] = (site, replace(edit, rows=rows))
                 out = edit.values if part == "mlp" else _written(backend, layer, edit.values)
                 idle.append(Idle(layer, part, rows, out))
     return found, idle
-
-
-def _live(edit: object) -> Int[Tensor, " row"] | None:
-    """Rows in which not everything is replaced, or the first row if there are none; None if these are all rows."""
-    if not isinstance(edit, Replacement):
-        return None
-    whole = edit.whole
-    if not bool(whole.any()):
-        return None
-    live = (~whole).nonzero()
-    n = edit.where.shape[1]
-    rows = rearrange(live * n + torch.arange(n, device=live.device), "variant batch -> (variant batch)")
-    return rows if len(rows) else rows.new_zeros(1)
 
 
 def _written(backend: Backend, layer: int, z: Float[Tensor, "batch pos head d_head"]) -> Tensor:

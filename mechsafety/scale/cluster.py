@@ -316,7 +316,9 @@ class _Shown:
 def _bar(show: bool) -> Iterator[_Shown]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=0, disable=not show, leave=False, delay=1) as bar:
+    from mechsafety.progress import bars_wanted
+
+    with tqdm(total=0, disable=not (show and bars_wanted()), leave=False, delay=1) as bar:
         yield _Shown(bar)
 
 

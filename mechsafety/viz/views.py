@@ -126,8 +126,8 @@ def left_out(
     hidden.subtract(member.role for member in drawn.nodes)
     parts = []
     if any(hidden.values()):
-        n, left_out = len(drawn.nodes), _counted(hidden, look)
-        parts.append(f"{n} of {len(whole.nodes)} nodes {_are(n)} drawn (left out: {left_out}).")
+        n = len(drawn.nodes)
+        parts.append(f"{n} of {len(whole.nodes)} nodes {_are(n)} drawn (left out: {_counted(hidden, look)}).")
     if folded:
         weak: Counter[str] = Counter(member.role for member in drawn.nodes if member.node in folded)
         n = len(drawn.nodes) - len(folded)
