@@ -1,6 +1,7 @@
 """What every request passes: its number, token, size and time, the log line and the figures of the metrics."""
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -19,6 +20,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 # paths that tell nothing of the model's inputs and outputs
 OPEN = ("/healthz", "/docs", "/openapi.json")
+# how long the rest of a refused body is read, and dropped, after the answer
+LINGER_SECONDS = 2.0
 
 
 class Refused(Exception):
@@ -87,13 +90,13 @@ class Gate:
             body = await self._body(scope, receive, begun + self._limits.seconds)
             await self._app(scope, _replayed(body, receive), answer)
         except Refused as refused:
-            await _say(answer, refused)
+            await _say(answer, refused, receive)
         except Gone:
             status = 499
         except Exception as error:
             log("failed", logging.ERROR, id=number, path=_path(scope), **described(error))
             if not status:
-                await _say(answer, Refused(500, "an error inside the service; its log has the request's id"))
+                await _say(answer, Refused(500, "an error inside the service; its log has the request's id"), receive)
         finally:
             seconds = time.monotonic() - begun
             status = fields.pop("status", status) or 499
@@ -166,9 +169,20 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _say(send: Send, refused: Refused) -> None:
+async def _say(send: Send, refused: Refused, receive: Receive) -> None:
+    """Send the answer. Where it ends the connection, the rest of the body is read first.
+
+    A connection that is closed over unread bytes is reset, and a reset takes the answer from a client that is still
+    sending (RFC 9112, section 9.6).
+    """
     body = json_text({"error": str(refused)}, indent=None).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if refused.headers.get("connection") == "close":
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while (await receive()).get("more_body"):
+                    pass
+    await send({"type": "http.response.body", "body": b""})

@@ -306,6 +306,20 @@ def test_a_slow_body_is_ended(llama):
         assert said.startswith(b"HTTP/1.1 408") and b"the body took longer than 0.3 s" in said
 
 
+def test_a_client_still_sending_a_refused_body_reads_the_answer(llama):
+    """Bytes that arrive after the answer reset no connection: the client reads the answer, and then its end."""
+    body = b"x" * 100_000
+    with running(llama, limits=ServiceLimits(body_bytes=2000)) as made:
+        with socket.create_connection(("127.0.0.1", int(made.url.rpartition(":")[2]))) as sending:
+            sending.sendall(f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+            until(lambda: sending.recv(1, socket.MSG_PEEK))
+            for at in range(0, len(body), 10_000):
+                sending.sendall(body[at : at + 10_000])
+                time.sleep(0.01)
+            said = b"".join(iter(lambda: sending.recv(4000), b""))
+        assert said.startswith(b"HTTP/1.1 413") and b"a body of more than 2000 bytes" in said
+
+
 # --- tokens and names -------------------------------------------------------------------------------------------------
 
 
