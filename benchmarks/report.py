@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from pages.statements import Sentence, say
 
+WHOLE_MAP = "whole_map"
 GPU_COLUMNS = {
     "forward_s": "forward",
     "heads_s": "64 heads patched",
@@ -48,7 +49,15 @@ def markdown(results: dict[str, Any], docs: dict[str, str], targets: dict[str, T
     other = sorted({case["date"] for case in cases.values()} - {results["date"]})
     if other:
         head += f"Some cases were measured on {', '.join(other)} (see results.json).\n"
-    parts = [head, _peers(cases, docs, targets), _floor(cases), _memory(cases), _growth(cases), _gpu(cases)]
+    parts = [
+        head,
+        _peers(cases, docs, targets),
+        _floor(cases),
+        _whole_map(cases),
+        _memory(cases),
+        _growth(cases),
+        _gpu(cases),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -125,6 +134,35 @@ def _floor(cases: dict[str, Any]) -> str:
             )
         )
     return "## Floors\n\n" + "\n".join(parts) if parts else ""
+
+
+def _whole_map(cases: dict[str, Any]) -> str:
+    if WHOLE_MAP not in cases:
+        return ""
+    case = cases[WHOLE_MAP]
+    rows = []
+    for name, what in (("before", f"commit {case['commit']}"), ("now", "this version")):
+        row = case[name]
+        claims = row["claims"]
+        rows.append(
+            [
+                what,
+                f"{row['seconds']:.0f} s",
+                f"{row['peak_gib']:.2f} GiB",
+                f"{row['tried']}: {', '.join(map(str, row['pairs']))}",
+                str(row["parts"]),
+                f"{row['fresh']:.2f} ({row['fresh_ci'][0]:.2f} to {row['fresh_ci'][1]:.2f})",
+                f"{claims['holds']}, {claims['fails']}, {claims['undecided']}",
+            ]
+        )
+    columns = ["code", "time", "peak memory", "pairs tried: searched on, held out, fresh", "parts"]
+    columns += ["faithfulness on fresh pairs (95 % CI)", "claims that hold, fail, are undecided"]
+    return (
+        f"## The whole map\n\n`mechsafety map demo`, by two versions of the code in one run ({case['date']}, "
+        f"{case['machine']['cpu']}, {case['machine']['threads']} threads; `python benchmarks/whole_map.py`). Each uses "
+        "its own defaults. Time and memory are of the whole command, loading included. A check that was not measured "
+        "counts as undecided.\n\n" + _table(columns, rows)
+    )
 
 
 def _memory(cases: dict[str, Any]) -> str:

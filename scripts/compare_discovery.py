@@ -1,7 +1,7 @@
 """Compare ways to rank heads and MLPs by how small their circuits are; write docs/results/discovery.json.
 
     python scripts/compare_discovery.py demo                     # or a GGUF file, a folder, a hub id
-    python scripts/compare_discovery.py qwen.gguf --drawn docs/results/native-model/steps/native/pairs
+    python scripts/compare_discovery.py qwen.gguf --drawn docs/results/native-model/steps/native/pairs --only goals
 
 Every method ranks all heads and MLPs on the same discovery pairs. The circuits of its first k parts are then measured
 exactly on pairs that no method saw. No circuit is polished afterwards, so that the figures say what a ranking is worth.
@@ -330,6 +330,7 @@ def planted_split(**parts: Any) -> tuple[Split, Truth]:
     return split_pairs(model, drawn, progress=False), made.truth
 
 
+ASPECTS = ("methods", "searches", "goals")
 PLANTED: Mapping[str, Mapping[str, Any]] = {
     "planted": {},
     "planted with backups": {"backups": 1},
@@ -342,6 +343,7 @@ def main() -> None:
     parser.add_argument("model", help=f"also: {', '.join(PLANTED)}")
     parser.add_argument("--drawn", type=Path, help="pairs that `draw_pairs` drew of this model, as they were saved")
     parser.add_argument("--limit", type=int, default=64, help="pairs to try, if none are given")
+    parser.add_argument("--only", nargs="+", choices=ASPECTS, default=ASPECTS, help="what to measure; else everything")
     parser.add_argument("--work", type=Path, default=RESULTS / "discovery" / "steps", help="where steps are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -365,10 +367,13 @@ def main() -> None:
         split = split_pairs(model, drawn, progress=False)
     target = PAGE.stored(args.out)
     record = json.loads(target.read_text()) if target.is_file() else {"models": {}}
+    aspects: dict[str, Callable[[], Any]] = {
+        "methods": lambda: measure(split, steps, names),
+        "searches": lambda: measure_searches(split, steps),
+        "goals": lambda: [steps.json(f"map {kind}", lambda own=kind: verdicts(split, own, truth)) for kind in KINDS],
+    }
     record["models"][name] = {
-        "methods": measure(split, steps, names),
-        "searches": measure_searches(split, steps),
-        "goals": [steps.json(f"map {kind}", lambda own=kind: verdicts(split, own, truth)) for kind in KINDS],
+        **{aspect: aspects[aspect]() for aspect in args.only},
         "parts": len(every(split)),
         "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
         "found_on": len(split.drawn.here),

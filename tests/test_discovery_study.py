@@ -55,6 +55,10 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     assert f"| masks, match | {true} | {true} |" in " ".join(text.split()) and list(page.figures(record)) == [
         "discovery.png"
     ]
+    other = {key: row for key, row in record["models"]["planted"].items() if key not in ("methods", "searches")}
+    both = page.text(record | {"models": record["models"] | {"goals alone": other}})
+    alone = both[both.index("## goals alone") :]
+    assert "| match | " in " ".join(alone.split()) and "Parts for 0.8" not in alone and "removes parts" not in alone
 
 
 def test_only_a_circuit_that_matches_holds_what_works_against_refusal():

@@ -22,26 +22,23 @@ def context(record: Record) -> Mapping[str, Any]:
 
 
 def model(name: str, row: Record) -> dict[str, Any]:
-    """Table and numbers of one model."""
-    methods = row["methods"]
-    columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]
-    columns += ["Jaccard", "seconds", "peak GiB"]
-    return {
-        "name": name,
-        "parts": row["parts"],
-        "found_on": row["found_on"],
-        "unseen": methods["random"]["n_pairs"],
-        "table": table([cells(method, found) for method, found in methods.items()], columns),
-        "searches": searches(row["searches"]),
-        "fresh": row["searches"][0]["n_pairs"],
-        "acdc": "ACDC, reach" in methods,
-        "edges": row["edges"],
-        "cpu": row["machine"]["cpu"],
-        "cores": row["machine"]["cores"],
-        "goals": goals(row["goals"]),
-        "recall": any(one["recall"] is not None for one in row["goals"]),
-        "smallest": {kind: smallest(methods, kind) for kind in DASHES},
-    }
+    """Tables and numbers of one model; a study of its goals alone lacks the others."""
+    found = {"name": name, "parts": row["parts"], "found_on": row["found_on"], "edges": row["edges"]}
+    found |= row["machine"]
+    if methods := row.get("methods"):
+        columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]
+        columns += ["Jaccard", "seconds", "peak GiB"]
+        found |= {
+            "rankings": table([cells(method, own) for method, own in methods.items()], columns),
+            "unseen": methods["random"]["n_pairs"],
+            "acdc": "ACDC, reach" in methods,
+            "smallest": {kind: smallest(methods, kind) for kind in DASHES},
+        }
+    if rows := row.get("searches"):
+        found |= {"searches": searches(rows), "fresh": rows[0]["n_pairs"]}
+    if rows := row.get("goals"):
+        found |= {"goals": goals(rows), "recall": any(one["recall"] is not None for one in rows)}
+    return found
 
 
 def cells(method: str, found: Record) -> list[str]:
@@ -126,8 +123,8 @@ def smallest(methods: Record, kind: str) -> dict[str, Any]:
 
 
 def figures(record: Record) -> Mapping[str, Figure]:
-    """Faithfulness against size, one panel per model."""
-    models = record["models"]
+    """Faithfulness against size, one panel per model with rankings."""
+    models = {name: row for name, row in record["models"].items() if "methods" in row}
     figure = Figure(figsize=(5.2 * len(models) + 1.8, 4.0), layout="constrained")
     axes = figure.subplots(1, len(models), squeeze=False)[0]
     for axis, (name, row) in zip(axes, models.items(), strict=True):

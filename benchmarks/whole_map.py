@@ -1,0 +1,76 @@
+"""The whole map of the demo model, by an earlier commit and by this one, one after the other in one run.
+
+    python benchmarks/whole_map.py [COMMIT] [--repeats N]     # on an idle machine
+
+Each map is the command `mechsafety map demo` with the defaults of its commit, in a process of its own; seconds include
+starting it and loading the model. The row is merged into benchmarks/results.json, and RESULTS.md is written from that.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from report import WHOLE_MAP
+from run import HERE, here, write
+
+ROOT = HERE.parent
+# the last commit before maps matched models, trained masks and decided their claims
+BEFORE = "540d7ac"
+
+
+def mapped(code: Path, out: Path) -> dict[str, Any]:
+    """Seconds and peak memory of one map, and what it found."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "mechsafety", "map", "demo", "--out", str(out)]
+    running = subprocess.Popen(
+        command, cwd=out.parent, env=os.environ | {"PYTHONPATH": str(code)}, stdout=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(running.pid, 0)
+    seconds = time.perf_counter() - begun
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"{' '.join(command)} failed with the code of {code}")
+    circuit = json.loads((out / "circuit.json").read_text())
+    options, check = circuit["provenance"]["options"], circuit["verification"]
+    claims = [claim["passed"] for claim in check["claims"]]
+    return {
+        "seconds": seconds,
+        "peak_gib": used.ru_maxrss / 2**20,
+        "tried": options["limit"],
+        "pairs": [options["found_on"], options["held_out"], options["fresh"]],
+        "parts": len(circuit["nodes"]),
+        "fresh": check["fresh"]["faithfulness"],
+        "fresh_ci": check["fresh"]["ci"],
+        "claims": {"holds": claims.count(True), "fails": claims.count(False), "undecided": claims.count(None)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", nargs="?", default=BEFORE, help="commit to compare with")
+    parser.add_argument("--repeats", type=int, default=1, help="maps of each, interleaved")
+    args = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        old = Path(scratch) / "before"
+        subprocess.run(["git", "worktree", "add", "--detach", str(old), args.before], cwd=ROOT, check=True)
+        try:
+            for k in range(args.repeats):
+                for name, code in (("before", old), ("now", ROOT)):
+                    found[name].append(mapped(code, Path(scratch) / f"{name}-{k}"))
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
+    case = {name: rows[0] | {"seconds": median(row["seconds"] for row in rows)} for name, rows in found.items()}
+    results = json.loads((HERE / "results.json").read_text())
+    results["cases"][WHOLE_MAP] = case | {"commit": args.before, "repeats": args.repeats} | here()
+    write(results, HERE)
+
+
+if __name__ == "__main__":
+    main()
