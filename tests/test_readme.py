@@ -23,7 +23,7 @@ def test_the_code_of_the_sections_runs_in_order(tmp_path, monkeypatch):
     folder = Path("path/to/model")
     made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
-    rows = [json.dumps({"harmful": pair.harmful, "harmless": pair.harmless}) for pair in made.pairs.sample(28)]
+    rows = [json.dumps({"harmful": pair.harmful, "harmless": pair.harmless}) for pair in made.pairs.sample(36)]
     Path("pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     names: dict = {}
     exec("import mechsafety as ms", names)
