@@ -198,7 +198,7 @@ def map_command(
     level
         node: heads and MLPs; neuron: heads, MLPs and single neurons; edge: single edges (slow on large models).
     target
-        Share of the difference between refusing and answering that the circuit has to restore.
+        Smallest share of the difference between refusing and answering that is good enough for the circuit.
     goal
         reach: at least the target; match: at most 1 - target away from the whole model, on either side.
     search
@@ -561,6 +561,7 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "target": check.target,
             "goal": check.goal,
             "target_reached": check.reached if check.measured else None,
+            "overshoots": check.overshoots if check.measured else None,
             "cmd": check.cmd,
             "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
             "random_control_p": check.random_p,
@@ -626,6 +627,10 @@ def _summary(circuit: Any, out: Path) -> str:
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     if check.measured and not check.reached:
         lines.append(_missed(circuit))
+    if check.overshoots:
+        lines.append(
+            "The circuit restores more than the whole model: parts against refusal are left out; see --goal match."
+        )
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
 
 

@@ -726,6 +726,18 @@ def test_a_map_cut_short_into_the_shells_own_folder(run, saved, tmp_path, monkey
     assert what in text
 
 
+def test_the_summary_names_the_other_goal_where_a_circuit_restores_more_than_the_model(
+    run, saved, pairs_file, tmp_path
+):
+    assert run(*map_argv(saved, pairs_file, tmp_path / "out")).code == 0
+    whole = RefusalCircuit.load(tmp_path / "out" / "circuit.json")
+    for value, more in ((1.1, False), (1.3, True)):
+        check = replace(whole.verification, held_out_faithfulness=value, fresh=None)
+        made = replace(whole, verification=check)
+        assert cli._summary(made, tmp_path).count("; see --goal match.") == more
+        assert json.loads(cli._summary_json(made, tmp_path))["overshoots"] is more
+
+
 def test_what_was_not_measured_is_null(run, saved, pairs_file, tmp_path):
     """Every field of the summary, for a circuit of which nothing was measured; no field is NaN or infinite."""
     out = tmp_path / "out"

@@ -130,7 +130,7 @@ def discover_edges(
         pairs: Pairs, of which those that align are taken. Half of them (other topics, if there are several) set the
             size.
         metric: The metric to measure.
-        target: Faithfulness to reach.
+        target: Smallest faithfulness that is good enough.
         goal: ``reach``: at least the target. ``match``: at most ``1 - target`` away from 1, on either side.
         steps: Number of points of EAP-IG; by default as many as its completeness needs (see `edge_attribution`).
         max_edges: Largest number of edges in the circuit.

@@ -20,7 +20,7 @@ class Goal:
     either side.
 
     Attributes:
-        target: Faithfulness to reach, in (0, 1].
+        target: Smallest faithfulness that is good enough, in (0, 1].
         kind: ``reach`` or ``match``.
 
     Raises:

@@ -24,10 +24,10 @@ class MapOptions:
             that circuit are taken apart into neurons. ``edge``: edges, everything else cut (as `discover_edges`), and
             the nodes that they connect.
         limit: Pairs to try, three quarters of them held out (see `draw_pairs`). Pairs that the model does not treat as
-            expected (harmful refused, harmless answered) drop out. Where fewer than half of a part are left, more are
-            tried until half as many are there. A model that refuses a third of the prompts is therefore mapped on that
-            third; ``speaks_for`` of the circuit says how many of how many.
-        target: Faithfulness to reach, in (0, 1].
+            expected (harmful refused, harmless answered) drop out. Where fewer than half of those to search on, or of
+            those to hold out, are left, more are tried until half as many are there. A model that refuses a third of
+            the prompts is therefore mapped on that third; ``speaks_for`` of the circuit says how many of how many.
+        target: Smallest faithfulness that is good enough, in (0, 1].
         goal: ``reach``: the circuit restores at least the target. Parts that work against refusal stay out, so that it
             may restore more than the whole model does. ``match``: its faithfulness is at most ``1 - target`` away from
             1, on either side. Such a circuit holds the parts that work against refusal too.
@@ -51,8 +51,9 @@ class MapOptions:
             kept. Edges that a node needs to be connected come on top.
         n_role_pairs: Held-out pairs on which roles, edges, backups and single nodes are measured. With fewer than four,
             hardly any edge can be told from 0.
-        n_control_pairs: Fresh pairs on which random circuits, minimality and single nodes are measured, which takes
-            many runs each. All other checks use all fresh pairs.
+        n_control_pairs: Fresh pairs on which random circuits, minimality and the subsets of completeness are measured,
+            which takes many runs each. Single nodes are measured on these pairs and on those of ``n_role_pairs``. All
+            other checks use all fresh pairs.
         shortlist: Nodes outside the circuit to measure as well, those with the largest estimates first.
         budget_seconds: Time to keep. Later stages are cut short, and ``search.cut`` of the circuit says which. The
             behaviour check, the attribution and the curve are always run. Only without a budget does the same seed

@@ -105,7 +105,7 @@ def search_nodes(
         found_on: Meter on the pairs that were attributed.
         held_out: Meter on other pairs.
         attribution: Estimates to rank by. With the goal ``reach``, nodes that work against refusal come last.
-        target: Faithfulness to reach.
+        target: Smallest faithfulness that is good enough.
         goal: ``reach``: at least the target. ``match``: at most ``1 - target`` away from 1, on either side.
         max_nodes: Largest size. Where the target needs more nodes, the circuit misses the target and says so.
         rounds: Largest number of exact measurements of all parts, for removal.
@@ -145,10 +145,10 @@ def search_parts(
     3. Sort the parts that may leave by their cost on the search's pairs, or by its absolute value if the circuit is to
        match the whole model. Remove them together, cheapest first, until one more would make the circuit miss the goal.
     4. Repeat from step 2 until no single part may leave. This is the criterion of ACDC (Conmy et al. 2023), with the
-       target in place of a threshold.
+       goal in place of a threshold.
 
-    The held-out pairs set the size of the circuit. Their faithfulness therefore lies just above the target by
-    construction. An unbiased figure needs fresh pairs (`verify`).
+    The held-out pairs set the size of the circuit. That it meets the goal on them is therefore no evidence. An unbiased
+    figure needs fresh pairs (`verify`).
 
     Args:
         found_on: Meter on the pairs that the ranking comes from.

@@ -134,8 +134,8 @@ GLOSSARY = (
     ),
     Entry(
         "Concentrated or spread out",
-        "The smallest share of the candidates that reaches the target on held-out pairs decides: below 10 % is "
-        "concentrated, 10 to 33 % moderately spread, above 33 % spread out.",
+        "The smallest share of the candidates that restores at least the target on held-out pairs decides: below 10 % "
+        "is concentrated, 10 to 33 % moderately spread, above 33 % spread out.",
     ),
     Entry(
         "Completeness",
@@ -176,8 +176,8 @@ METHODS = (
     ),
     Entry(
         "Search",
-        "1. Find the smallest prefix of the ranking that reaches the target on discovery and on held-out pairs. "
-        "2. Remove the parts whose exact removal costs least, while the circuit still reaches the target.",
+        "1. Find a small prefix of the ranking that meets the goal on discovery and on held-out pairs. "
+        "2. Remove the parts whose exact removal changes least, while the circuit still meets the goal.",
         "faithfulness(C) = (m(C) - m(empty)) / (m(model) - m(empty))",
     ),
     Entry(

@@ -38,7 +38,7 @@ def search_section(circuit: RefusalCircuit) -> SearchSection:
     ranked = "Masks that were trained together ranked the parts. " if trained else ""
     sentences = [
         f"{ranked}The search kept the first {search.ranked} in the ranking of {circuit.n_candidates} candidate "
-        f"{unit}s: the shortest such set that was found to reach the target or to fit the requested size. Exact "
+        f"{unit}s: the shortest such set that was found to meet the goal or to fit the requested size. Exact "
         "removal then took "
         f"{search.removed} of them away. {SEEN_TO_THE_END[search.minimal].format(unit=unit)}",
         _backups(circuit, search),

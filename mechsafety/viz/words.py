@@ -508,6 +508,9 @@ def finding(circuit: RefusalCircuit) -> str:
     if check.fresh is not None:
         text += f". On {check.fresh.n} fresh pairs, which were used for nothing before, they restore "
         text += percent(check.fresh.faithfulness)
+    if check.overshoots:
+        text += ". This is more than the whole model: parts that work against refusal are left out, and the goal match"
+        text += " would keep them"
     against = sum(member.opposes for member in circuit.nodes)
     if against:
         text += f". {against} of the nodes work" if against > 1 else ". One of the nodes works"

@@ -635,6 +635,23 @@ def test_what_is_iterated_over_is_contained(circuit):
     assert dataclasses.replace(circuit.nodes[0], effect=9.0) not in circuit, "a measurement of another circuit"
 
 
+def test_a_circuit_that_restores_more_than_the_model_says_so(circuit):
+    """1.2 may be restored with the target 0.8, on held-out and fresh pairs; a circuit that matches is judged anyway."""
+    check = circuit.verification
+    assert check.target == 0.8 and not check.overshoots and "more than the whole model" not in finding(circuit)
+    for change, more in (
+        ({"held_out_faithfulness": 1.2}, False),
+        ({"held_out_faithfulness": 1.21}, True),
+        ({"held_out_faithfulness": 1.21, "goal": "match"}, False),
+        ({"fresh": FreshCheck(9, 1.3, (1.1, 1.4))}, True),
+        ({"held_out_faithfulness": math.nan}, False),
+    ):
+        changed = dataclasses.replace(check, **change)
+        assert changed.overshoots is more, change
+        found = finding(dataclasses.replace(circuit, verification=changed))
+        assert ("the goal match would keep them" in found) is more, change
+
+
 def test_what_was_not_measured_is_not_judged(circuit):
     """No word about a target, chance or need where there is no number."""
     for part in (circuit.subset([MLP, HEAD]), circuit.merge(circuit)):

@@ -242,6 +242,17 @@ class Verification:
         return Goal(self.target, self.goal)
 
     @property
+    def overshoots(self) -> bool:
+        """Whether the circuit restores more than the goal ``match`` allows, on held-out or fresh pairs.
+
+        Such a circuit leaves out parts that work against the behaviour. Only one that was searched for with the goal
+        ``reach`` counts.
+        """
+        most = Goal(self.target, "match").most
+        fresh = math.nan if self.fresh is None else self.fresh.faithfulness
+        return self.goal == "reach" and (self.held_out_faithfulness > most or fresh > most)
+
+    @property
     def measured(self) -> bool:
         """Whether anything was checked; a merged circuit, or a part of a circuit, has no checks."""
         return math.isfinite(self.faithfulness)
