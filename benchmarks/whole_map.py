@@ -3,7 +3,8 @@
     python benchmarks/whole_map.py [COMMIT] [--repeats N]     # on an idle machine
 
 Each map is the command `mechsafety map demo` with the defaults of its commit, in a process of its own; seconds include
-starting it and loading the model. The row is merged into benchmarks/results.json, and RESULTS.md is written from that.
+starting it and loading the model. A third map is by this commit, of as many pairs as the earlier one tries. The rows
+are merged into benchmarks/results.json, and RESULTS.md is written from that.
 """
 
 import argparse
@@ -25,10 +26,11 @@ ROOT = HERE.parent
 BEFORE = "540d7ac"
 
 
-def mapped(code: Path, out: Path) -> dict[str, Any]:
+def mapped(code: Path, out: Path, limit: int | None = None) -> dict[str, Any]:
     """Seconds and peak memory of one map, and what it found."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "mechsafety", "map", "demo", "--out", str(out)]
+    command += [] if limit is None else ["--limit", str(limit)]
     running = subprocess.Popen(
         command, cwd=out.parent, env=os.environ | {"PYTHONPATH": str(code)}, stdout=subprocess.DEVNULL
     )
@@ -56,14 +58,16 @@ def main() -> None:
     parser.add_argument("before", nargs="?", default=BEFORE, help="commit to compare with")
     parser.add_argument("--repeats", type=int, default=1, help="maps of each, interleaved")
     args = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+    found: dict[str, list[dict[str, Any]]] = {"before": [], "as many pairs": [], "now": []}
     with tempfile.TemporaryDirectory() as scratch:
         old = Path(scratch) / "before"
         subprocess.run(["git", "worktree", "add", "--detach", str(old), args.before], cwd=ROOT, check=True)
         try:
             for k in range(args.repeats):
-                for name, code in (("before", old), ("now", ROOT)):
-                    found[name].append(mapped(code, Path(scratch) / f"{name}-{k}"))
+                before = mapped(old, Path(scratch) / f"before-{k}")
+                found["before"].append(before)
+                found["as many pairs"].append(mapped(ROOT, Path(scratch) / f"as-many-{k}", before["tried"]))
+                found["now"].append(mapped(ROOT, Path(scratch) / f"now-{k}"))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
     case = {name: rows[0] | {"seconds": median(row["seconds"] for row in rows)} for name, rows in found.items()}

@@ -275,16 +275,20 @@ def needed(sizes: list[int], points: np.ndarray, target: float) -> int | None:
     return next((size for size, point in zip(sizes[:-1], points, strict=False) if point >= target), None)
 
 
-def measure(split: Split, steps: Steps, names: Collection[str] = tuple(SCORES)) -> dict[str, Any]:
-    """Every method on one model."""
+def measure(
+    split: Split, steps: Steps, names: Collection[str] = tuple(SCORES), resample: bool = True
+) -> dict[str, Any]:
+    """Every method on one model; without `resample` no ranking is repeated on resampled pairs."""
     found: dict[str, Any] = {}
     for method in methods(split, steps, names):
         found[method.name] = {
             "seconds": method.seconds,
             "peak_gib": method.peak_gib,
             **steps.json(f"curve {method.name}", lambda own=method: curve(split, own.order)),
-            "stability": steps.json(f"resamples {method.name}", lambda own=method: stability(split, own)),
         }
+        if resample:
+            again = steps.json(f"resamples {method.name}", lambda own=method: stability(split, own))
+            found[method.name] |= {"stability": again}
     rows = [steps.json(f"random {seed}", lambda s=seed: curve(split, at_random(split, s))) for seed in range(N_RANDOM)]
     found["random"] = {
         "sizes": rows[0]["sizes"],
@@ -344,6 +348,9 @@ def main() -> None:
     parser.add_argument("--drawn", type=Path, help="pairs that `draw_pairs` drew of this model, as they were saved")
     parser.add_argument("--limit", type=int, default=64, help="pairs to try, if none are given")
     parser.add_argument("--only", nargs="+", choices=ASPECTS, default=ASPECTS, help="what to measure; else everything")
+    parser.add_argument(
+        "--no-resamples", action="store_true", help="repeat no ranking on resampled pairs, which takes long"
+    )
     parser.add_argument("--work", type=Path, default=RESULTS / "discovery" / "steps", help="where steps are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -368,11 +375,12 @@ def main() -> None:
     target = PAGE.stored(args.out)
     record = json.loads(target.read_text()) if target.is_file() else {"models": {}}
     aspects: dict[str, Callable[[], Any]] = {
-        "methods": lambda: measure(split, steps, names),
+        "methods": lambda: measure(split, steps, names, not args.no_resamples),
         "searches": lambda: measure_searches(split, steps),
         "goals": lambda: [steps.json(f"map {kind}", lambda own=kind: verdicts(split, own, truth)) for kind in KINDS],
     }
     record["models"][name] = {
+        **{aspect: row for aspect, row in record["models"].get(name, {}).items() if aspect in ASPECTS},
         **{aspect: aspects[aspect]() for aspect in args.only},
         "parts": len(every(split)),
         "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),

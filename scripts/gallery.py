@@ -61,6 +61,7 @@ OWN = Style(
     font="serif",
     colours={"detection": "#4B6BB3", "decision": "#A8336B"},
 )
+NO_CAPTION = Style(caption=False)
 NOTE = "Synthetic: drawn to show the figure; its numbers mean nothing."
 
 
@@ -75,18 +76,14 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
         folded = Style(fold=("detection",), caption=False)
         yield f"{name}-folded", f"{model}: detection heads folded", layout_circuit(circuit, folded), None
         yield f"{name}-diagram", f"{model}: role diagram, made from the circuit", role_diagram(circuit), None
-        for key, place, width in (("column", "a column of 85 mm", 85), ("page", "the width of a page, 178 mm", 178)):
-            for grayscale in (False, True):
-                style = Style(width_mm=width, grayscale=grayscale)
-                tone, said = ("-grey", ", in greys") if grayscale else ("", "")
-                yield f"{name}-{key}{tone}", f"{model}: fitted to {place}{said}", layout_circuit(circuit, style), width
-                diagram = role_diagram(circuit, style)
-                yield f"{name}-diagram-{key}{tone}", f"{model}: role diagram for {place}{said}", diagram, width
+        yield from on_paper(circuit, name, model)
         words = role_diagram(circuit, replace(OWN, width_mm=85))
         yield f"{name}-words", f"{model}: role diagram in a paper's own words, font and colours", words, 85
     for level in ("node", "neuron"):
-        text = f"A test-bed model with decoys and a backup, mapped by {level}s: what was planted, and no decoy"
-        yield f"planted-{level}s", text, layout_circuit(planted_circuit(level), Style(caption=False)), None
+        circuit = planted_circuit(level)
+        text = f"A test-bed model with decoys and a backup, mapped by {level}s"
+        yield f"planted-{level}s", f"{text}: what was planted, and no decoy", layout_circuit(circuit, NO_CAPTION), None
+        yield from on_paper(circuit, f"planted-{level}s", text)
     small, large = small_circuit(), large_circuit()
     yield "small", f"Twelve nodes: slots, statuses, signs. {NOTE}", layout_circuit(small), None
     paper = Style(width_mm=85, font_pt=7, grayscale=True, caption=False)
@@ -98,11 +95,22 @@ def pictures(paths: list[Path]) -> Iterator[tuple[str, str, Layout, float | None
     yield (
         "large",
         f"200 nodes, the 60 strongest of 120 edges and the strongest of each node. {NOTE}",
-        layout_circuit(large, Style(caption=False)),
+        layout_circuit(large, NO_CAPTION),
         None,
     )
-    comparison = compare_layouts(small, changed(), ("aligned", "base"), Style(caption=False))
+    comparison = compare_layouts(small, changed(), ("aligned", "base"), NO_CAPTION)
     yield "difference", f"Two circuits: what is new, gone, stronger. {NOTE}", comparison.difference, None
+
+
+def on_paper(circuit: RefusalCircuit, name: str, of: str) -> Iterator[tuple[str, str, Layout, float | None]]:
+    """The circuit and its role diagram for a column and a page, in colours and in greys."""
+    for key, place, width in (("column", "a column of 85 mm", 85), ("page", "the width of a page, 178 mm", 178)):
+        for grayscale in (False, True):
+            style = Style(width_mm=width, grayscale=grayscale)
+            tone, said = ("-grey", ", in greys") if grayscale else ("", "")
+            yield f"{name}-{key}{tone}", f"{of}: fitted to {place}{said}", layout_circuit(circuit, style), width
+            diagram = role_diagram(circuit, style)
+            yield f"{name}-diagram-{key}{tone}", f"{of}: role diagram for {place}{said}", diagram, width
 
 
 def planted_circuit(level: str) -> RefusalCircuit:

@@ -41,6 +41,8 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     assert found["random"]["cmd"] > found["gradient, reach"]["cmd"]
     again = study.measure(split, Steps(tmp_path))
     assert again == found, "what was done is not done again"
+    once = study.measure(split, Steps(tmp_path), resample=False)
+    assert once == {name: {key: one for key, one in row.items() if key != "stability"} for name, row in found.items()}
     page = PAGES["discovery"]
     searches = study.measure_searches(split, Steps(tmp_path / "searches"))
     assert all(row["parts"] == true and row["reached"] for row in searches) and len(searches) == 8
@@ -58,6 +60,9 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     other = {key: row for key, row in record["models"]["planted"].items() if key not in ("methods", "searches")}
     both = page.text(record | {"models": record["models"] | {"goals alone": other}})
     alone = both[both.index("## goals alone") :]
+    record["models"]["planted"]["methods"] = once
+    text = page.text(record)
+    assert "not measured for this model" in text and f"| masks, match | {true} | {true} |" in " ".join(text.split())
     assert "| match | " in " ".join(alone.split()) and "Parts for 0.8" not in alone and "removes parts" not in alone
 
 

@@ -32,6 +32,7 @@ def model(name: str, row: Record) -> dict[str, Any]:
             "rankings": table([cells(method, own) for method, own in methods.items()], columns),
             "unseen": methods["random"]["n_pairs"],
             "acdc": "ACDC, reach" in methods,
+            "resampled": any("stability" in own for own in methods.values()),
             "smallest": {kind: smallest(methods, kind) for kind in DASHES},
         }
     if rows := row.get("searches"):
@@ -51,13 +52,14 @@ def cells(method: str, found: Record) -> list[str]:
         f"{found['cmd']:.2f}",
         f"{found['cpr'][0]:.2f}{low_high}",
         f"{max(found['faithfulness']):.2f}",
-        *(["", "", ""] if "stability" not in found else measured(found)),
+        *(["", "", ""] if "seconds" not in found else measured(found)),
     ]
 
 
 def measured(found: Record) -> list[str]:
     """Overlap of resamples, seconds and memory of one ranking."""
-    return [f"{found['stability']['mean']:.2f}", seconds(found), f"{found['peak_gib']:.1f}"]
+    overlap = f"{found['stability']['mean']:.2f}" if "stability" in found else ""
+    return [overlap, seconds(found), f"{found['peak_gib']:.1f}"]
 
 
 def seconds(row: Record) -> str:
