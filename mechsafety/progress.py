@@ -165,7 +165,8 @@ class Stages:
             return ""
         if seconds < 90:
             return f"about {max(5, 5 * round(seconds / 5))} s left"
-        return f"about {round(seconds / 60)} min left"
+        # whole minutes would be a third off at a minute and a half
+        return f"about {round(seconds / 30) / 2:g} min left"
 
 
 @contextmanager

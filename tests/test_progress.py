@@ -94,7 +94,13 @@ def test_stages_of_known_work_say_the_time_left(terminal):
 
 def test_time_left_in_words(monkeypatch):
     with stages(1, show=False) as stage:
-        for seconds, words in ((None, ""), (0, "about 5 s left"), (62, "about 60 s left"), (170, "about 3 min left")):
+        for seconds, words in (
+            (None, ""),
+            (0, "about 5 s left"),
+            (62, "about 60 s left"),
+            (92, "about 1.5 min left"),
+            (170, "about 3 min left"),
+        ):
             monkeypatch.setattr(stage, "seconds_left", lambda seconds=seconds: seconds)
             assert stage.left() == words
 
