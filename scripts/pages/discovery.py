@@ -1,5 +1,6 @@
 """Ways to rank the parts of a circuit: sentences, tables and the figure of their page."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,8 +128,13 @@ def smallest(methods: Record, kind: str) -> dict[str, Any]:
 def figures(record: Record) -> Mapping[str, Figure]:
     """Faithfulness against size, one panel per model with rankings."""
     models = {name: row for name, row in record["models"].items() if "methods" in row}
-    figure = Figure(figsize=(5.2 * len(models) + 1.8, 4.0), layout="constrained")
-    axes = figure.subplots(1, len(models), squeeze=False)[0]
+    columns = min(len(models), 3)
+    rows = math.ceil(len(models) / columns)
+    figure = Figure(figsize=(4.2 * columns + 1.8, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for spare in axes[len(models) :]:
+        spare.remove()
+    axes = axes[: len(models)]
     for axis, (name, row) in zip(axes, models.items(), strict=True):
         for method, found in row["methods"].items():
             kind, _, goal = method.partition(", ")
@@ -136,7 +142,7 @@ def figures(record: Record) -> Mapping[str, Figure]:
             axis.plot(share, found["faithfulness"], DASHES.get(goal, ":"), color=COLOURS[kind], label=method)
         axis.axhline(1.0, color="#9A9A9A", lw=0.8)
         axis.set(title=name, xlim=(0, 1), xlabel="share of all heads and MLPs")
-    axes[0].set_ylabel("faithfulness on pairs that no method saw")
+    figure.supylabel("faithfulness on pairs that no method saw", fontsize="medium")
     # one model may lack a method
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[:1] != "_"}
     figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False)
