@@ -53,15 +53,23 @@ def mapped(code: Path, out: Path, limit: int | None = None) -> dict[str, Any]:
     }
 
 
+def git(*words: str) -> str:
+    """What a git command says about this checkout."""
+    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", nargs="?", default=BEFORE, help="commit to compare with")
     parser.add_argument("--repeats", type=int, default=1, help="maps of each, interleaved")
     args = parser.parse_args()
+    if git("status", "--porcelain", "--", "mechsafety"):
+        parser.error("mechsafety/ differs from the last commit; commit it, so that the row says what was measured")
+    commits = {"before": git("rev-parse", "--short", args.before), "now": git("rev-parse", "--short", "HEAD")}
     found: dict[str, list[dict[str, Any]]] = {"before": [], "as many pairs": [], "now": []}
     with tempfile.TemporaryDirectory() as scratch:
         old = Path(scratch) / "before"
-        subprocess.run(["git", "worktree", "add", "--detach", str(old), args.before], cwd=ROOT, check=True)
+        git("worktree", "add", "--detach", str(old), args.before)
         try:
             for k in range(args.repeats):
                 before = mapped(old, Path(scratch) / f"before-{k}")
@@ -69,10 +77,10 @@ def main() -> None:
                 found["as many pairs"].append(mapped(ROOT, Path(scratch) / f"as-many-{k}", before["tried"]))
                 found["now"].append(mapped(ROOT, Path(scratch) / f"now-{k}"))
         finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
+            git("worktree", "remove", "--force", str(old))
     case = {name: rows[0] | {"seconds": median(row["seconds"] for row in rows)} for name, rows in found.items()}
     results = json.loads((HERE / "results.json").read_text())
-    results["cases"][WHOLE_MAP] = case | {"commit": args.before, "repeats": args.repeats} | here()
+    results["cases"][WHOLE_MAP] = case | {"commits": commits, "repeats": args.repeats} | here()
     write(results, HERE)
 
 

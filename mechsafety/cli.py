@@ -561,7 +561,7 @@ def _summary_json(circuit: Any, out: Path) -> str:
             "target": check.target,
             "goal": check.goal,
             "target_reached": check.reached if check.measured else None,
-            "overshoots": check.overshoots if check.measured else None,
+            "overshoots": list(check.overshoots) if check.measured else None,
             "cmd": check.cmd,
             "fresh_faithfulness": None if check.fresh is None else check.fresh.faithfulness,
             "random_control_p": check.random_p,
@@ -628,8 +628,9 @@ def _summary(circuit: Any, out: Path) -> str:
     if check.measured and not check.reached:
         lines.append(_missed(circuit))
     if check.overshoots:
+        where = " and ".join(check.overshoots)
         lines.append(
-            "The circuit restores more than the whole model: parts against refusal are left out; see --goal match."
+            f"On {where} the circuit restores more than the whole model; --goal match asks for one that does not."
         )
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
 

@@ -1,7 +1,7 @@
 """Compare ways to rank heads and MLPs by how small their circuits are; write docs/results/discovery.json.
 
     python scripts/compare_discovery.py demo                     # or a GGUF file, a folder, a hub id
-    python scripts/compare_discovery.py qwen.gguf --drawn docs/results/native-model/steps/native/pairs --only goals
+    python scripts/compare_discovery.py qwen.gguf --only methods goals --no-resamples
 
 Every method ranks all heads and MLPs on the same discovery pairs. The circuits of its first k parts are then measured
 exactly on pairs that no method saw. No circuit is polished afterwards, so that the figures say what a ranking is worth.
@@ -286,7 +286,7 @@ def measure(
             "peak_gib": method.peak_gib,
             **steps.json(f"curve {method.name}", lambda own=method: curve(split, own.order)),
         }
-        if resample:
+        if resample or (steps.folder / f"resamples {method.name}.json").is_file():
             again = steps.json(f"resamples {method.name}", lambda own=method: stability(split, own))
             found[method.name] |= {"stability": again}
     rows = [steps.json(f"random {seed}", lambda s=seed: curve(split, at_random(split, s))) for seed in range(N_RANDOM)]
@@ -374,19 +374,26 @@ def main() -> None:
         split = split_pairs(model, drawn, progress=False)
     target = PAGE.stored(args.out)
     record = json.loads(target.read_text()) if target.is_file() else {"models": {}}
+    now = {
+        "parts": len(every(split)),
+        "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
+        "found_on": len(split.drawn.here),
+        "versions": package_versions(),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
+    }
+    before = record["models"].get(name, {})
+    kept = {aspect: row for aspect, row in before.items() if aspect in ASPECTS and aspect not in args.only}
+    if kept and any(before[key] != value for key, value in now.items()):
+        raise SystemExit(f"{target} has {' and '.join(kept)} of {name} from another place; measure all, or use --out")
     aspects: dict[str, Callable[[], Any]] = {
         "methods": lambda: measure(split, steps, names, not args.no_resamples),
         "searches": lambda: measure_searches(split, steps),
         "goals": lambda: [steps.json(f"map {kind}", lambda own=kind: verdicts(split, own, truth)) for kind in KINDS],
     }
     record["models"][name] = {
-        **{aspect: row for aspect, row in record["models"].get(name, {}).items() if aspect in ASPECTS},
+        **kept,
         **{aspect: aspects[aspect]() for aspect in args.only},
-        "parts": len(every(split)),
-        "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
-        "found_on": len(split.drawn.here),
-        "versions": package_versions(),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
+        **now,
     }
     publish(PAGE.name, record, args.out)
 

@@ -731,11 +731,14 @@ def test_the_summary_names_the_other_goal_where_a_circuit_restores_more_than_the
 ):
     assert run(*map_argv(saved, pairs_file, tmp_path / "out")).code == 0
     whole = RefusalCircuit.load(tmp_path / "out" / "circuit.json")
-    for value, more in ((1.1, False), (1.3, True)):
-        check = replace(whole.verification, held_out_faithfulness=value, fresh=None)
+    for low, where in ((1.1, []), (1.3, ["held-out pairs"])):
+        check = replace(whole.verification, held_out_ci=(low, 1.5), fresh=None)
         made = replace(whole, verification=check)
-        assert cli._summary(made, tmp_path).count("; see --goal match.") == more
-        assert json.loads(cli._summary_json(made, tmp_path))["overshoots"] is more
+        line = (
+            "On held-out pairs the circuit restores more than the whole model; --goal match asks for one that does not."
+        )
+        assert (line in cli._summary(made, tmp_path)) == bool(where)
+        assert json.loads(cli._summary_json(made, tmp_path))["overshoots"] == where
 
 
 def test_what_was_not_measured_is_null(run, saved, pairs_file, tmp_path):

@@ -41,6 +41,9 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     assert found["random"]["cmd"] > found["gradient, reach"]["cmd"]
     again = study.measure(split, Steps(tmp_path))
     assert again == found, "what was done is not done again"
+    assert study.measure(split, Steps(tmp_path), resample=False) == found, "what was resampled before is kept"
+    for path in tmp_path.glob("resamples *.json"):
+        path.unlink()
     once = study.measure(split, Steps(tmp_path), resample=False)
     assert once == {name: {key: one for key, one in row.items() if key != "stability"} for name, row in found.items()}
     page = PAGES["discovery"]
@@ -60,6 +63,9 @@ def test_every_ranking_finds_the_planted_circuit(split, tmp_path, monkeypatch):
     other = {key: row for key, row in record["models"]["planted"].items() if key not in ("methods", "searches")}
     both = page.text(record | {"models": record["models"] | {"goals alone": other}})
     alone = both[both.index("## goals alone") :]
+    assert page.figures({"models": {"goals alone": other}}) == {} and ".png" not in page.text(
+        {"models": {"one": other}}
+    )
     record["models"]["planted"]["methods"] = once
     text = page.text(record)
     assert "not measured for this model" in text and f"| masks, match | {true} | {true} |" in " ".join(text.split())

@@ -74,7 +74,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, number, status = time.monotonic(), uuid.uuid4().hex, 0
+        begun, number, status, refusal = time.monotonic(), uuid.uuid4().hex, 0, False
+        body = _Body(receive)
         fields: dict[str, Any] = {}
         scope["mechsafety"] = {"id": number, "deadline": begun + self._limits.seconds, "fields": fields}
 
@@ -87,22 +88,27 @@ class Gate:
 
         try:
             self._check(scope)
-            body = await self._body(scope, receive, begun + self._limits.seconds)
-            await self._app(scope, _replayed(body, receive), answer)
+            whole = await self._whole(scope, body, begun + self._limits.seconds)
+            await self._app(scope, _replayed(whole, receive), answer)
         except Refused as refused:
-            await _say(answer, refused, receive)
+            refusal = True
+            await _say(answer, refused)
         except Gone:
             status = 499
         except Exception as error:
             log("failed", logging.ERROR, id=number, path=_path(scope), **described(error))
             if not status:
-                await _say(answer, Refused(500, "an error inside the service; its log has the request's id"), receive)
+                refusal = True
+                await _say(answer, Refused(500, "an error inside the service; its log has the request's id"))
         finally:
             seconds = time.monotonic() - begun
             status = fields.pop("status", status) or 499
             self._count(scope["path"], status, seconds)
             row = {"id": number, "method": scope["method"], "path": _path(scope), "status": status}
             log("request", **row, seconds=round(seconds, 4), **fields)
+        if refusal:
+            await body.dropped()
+            await send({"type": "http.response.body", "body": b""})
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -116,24 +122,20 @@ class Gate:
         if self._hosts is not None and _name(host) not in self._hosts:
             raise Refused(421, f"the host name {host!r} is not this service's; expected one of {sorted(self._hosts)}")
 
-    async def _body(self, scope: Scope, receive: Receive, deadline: float) -> bytes:
+    async def _whole(self, scope: Scope, body: "_Body", deadline: float) -> bytes:
         most = self._limits.body_bytes
         refused = Refused(413, f"a body of more than {most} bytes", {"connection": "close"})
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
             raise refused
-        body = bytearray()
+        whole = bytearray()
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Gone
-                    body += message.get("body", b"")
-                    if len(body) > most:
+                while body.more:
+                    whole += await body.piece()
+                    if len(whole) > most:
                         raise refused
-                    if not message.get("more_body"):
-                        return bytes(body)
+            return bytes(whole)
         except TimeoutError:
             raise Refused(
                 408, f"the body took longer than {self._limits.seconds:g} s", {"connection": "close"}
@@ -142,6 +144,41 @@ class Gate:
 
 class Gone(Exception):
     """The client went away before its answer was complete."""
+
+
+class _Body:
+    """The body of a request, piece by piece.
+
+    Attributes:
+        more: Whether some of it was not read yet.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.more = True
+
+    async def piece(self) -> bytes:
+        """The next piece.
+
+        Raises:
+            Gone: The client went away.
+        """
+        message = await self._receive()
+        self.more = message["type"] == "http.request" and bool(message.get("more_body"))
+        if message["type"] == "http.disconnect":
+            raise Gone
+        return bytes(message.get("body", b""))
+
+    async def dropped(self) -> None:
+        """Read what is left and drop it, for `LINGER_SECONDS` at most.
+
+        A connection that is closed over unread bytes is reset, and a reset takes the answer from a client that is still
+        sending (RFC 9112, section 9.6).
+        """
+        with contextlib.suppress(TimeoutError, Gone):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self.more:
+                    await self.piece()
 
 
 def _path(scope: Scope) -> str:
@@ -169,20 +206,10 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _say(send: Send, refused: Refused, receive: Receive) -> None:
-    """Send the answer. Where it ends the connection, the rest of the body is read first.
-
-    A connection that is closed over unread bytes is reset, and a reset takes the answer from a client that is still
-    sending (RFC 9112, section 9.6).
-    """
+async def _say(send: Send, refused: Refused) -> None:
+    """Send the answer. The caller ends the response."""
     body = json_text({"error": str(refused)}, indent=None).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
     await send({"type": "http.response.body", "body": body, "more_body": True})
-    if refused.headers.get("connection") == "close":
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while (await receive()).get("more_body"):
-                    pass
-    await send({"type": "http.response.body", "body": b""})

@@ -509,8 +509,8 @@ def finding(circuit: RefusalCircuit) -> str:
         text += f". On {check.fresh.n} fresh pairs, which were used for nothing before, they restore "
         text += percent(check.fresh.faithfulness)
     if check.overshoots:
-        text += ". This is more than the whole model: parts that work against refusal are left out, and the goal match"
-        text += " would keep them"
+        text += f". On {' and on '.join(check.overshoots)} they restore more than the whole model: parts that work"
+        text += " against refusal are missing, and the goal match asks for a circuit that holds them"
     against = sum(member.opposes for member in circuit.nodes)
     if against:
         text += f". {against} of the nodes work" if against > 1 else ". One of the nodes works"

@@ -19,7 +19,8 @@ DASHES = {"reach": "-", "match": "--"}
 
 def context(record: Record) -> Mapping[str, Any]:
     """What the template is given."""
-    return {"models": [model(name, row) for name, row in record["models"].items()], "figure": FIGURE}
+    drawn = any("methods" in row for row in record["models"].values())
+    return {"models": [model(name, row) for name, row in record["models"].items()], "figure": FIGURE if drawn else None}
 
 
 def model(name: str, row: Record) -> dict[str, Any]:
@@ -128,6 +129,8 @@ def smallest(methods: Record, kind: str) -> dict[str, Any]:
 def figures(record: Record) -> Mapping[str, Figure]:
     """Faithfulness against size, one panel per model with rankings."""
     models = {name: row for name, row in record["models"].items() if "methods" in row}
+    if not models:
+        return {}
     columns = min(len(models), 3)
     rows = math.ceil(len(models) / columns)
     figure = Figure(figsize=(4.2 * columns + 1.8, 3.6 * rows), layout="constrained")

@@ -635,21 +635,29 @@ def test_what_is_iterated_over_is_contained(circuit):
     assert dataclasses.replace(circuit.nodes[0], effect=9.0) not in circuit, "a measurement of another circuit"
 
 
-def test_a_circuit_that_restores_more_than_the_model_says_so(circuit):
-    """1.2 may be restored with the target 0.8, on held-out and fresh pairs; a circuit that matches is judged anyway."""
+def test_a_circuit_that_restores_more_than_the_model_says_so_and_where(circuit):
+    """1.2 may be restored with the target 0.8; what counts is the whole interval, and the goal."""
     check = circuit.verification
     assert check.target == 0.8 and not check.overshoots and "more than the whole model" not in finding(circuit)
-    for change, more in (
-        ({"held_out_faithfulness": 1.2}, False),
-        ({"held_out_faithfulness": 1.21}, True),
-        ({"held_out_faithfulness": 1.21, "goal": "match"}, False),
-        ({"fresh": FreshCheck(9, 1.3, (1.1, 1.4))}, True),
-        ({"held_out_faithfulness": math.nan}, False),
+    held, nowhere = "held-out pairs", ()
+    for change, where in (
+        ({"held_out_ci": (1.2, 1.5)}, nowhere),
+        ({"held_out_ci": (1.21, 1.5)}, (held,)),
+        ({"held_out_ci": (1.21, 1.5), "goal": "match"}, nowhere),
+        ({"held_out_ci": (1.21, 1.5), "fresh": FreshCheck(9, 1.0, (0.9, 1.1))}, (held,)),
+        ({"fresh": FreshCheck(9, 1.4, (1.1, 1.5))}, nowhere),
+        ({"fresh": FreshCheck(9, 1.4, (1.3, 1.5))}, ("fresh pairs",)),
+        ({"held_out_ci": (1.3, 1.5), "fresh": FreshCheck(9, 1.4, (1.3, 1.5))}, (held, "fresh pairs")),
+        ({"held_out_ci": (math.nan, math.nan)}, nowhere),
+        ({"held_out_ci": (1.0 + 1e-8, 1.0), "target": 1.0}, nowhere),
     ):
         changed = dataclasses.replace(check, **change)
-        assert changed.overshoots is more, change
-        found = finding(dataclasses.replace(circuit, verification=changed))
-        assert ("the goal match would keep them" in found) is more, change
+        assert changed.overshoots == where, change
+        said = re.findall(
+            "On ([^.]*) they restore more than the whole model",
+            finding(dataclasses.replace(circuit, verification=changed)),
+        )
+        assert said == ([" and on ".join(where)] if where else []), change
 
 
 def test_what_was_not_measured_is_not_judged(circuit):

@@ -306,18 +306,27 @@ def test_a_slow_body_is_ended(llama):
         assert said.startswith(b"HTTP/1.1 408") and b"the body took longer than 0.3 s" in said
 
 
-def test_a_client_still_sending_a_refused_body_reads_the_answer(llama):
-    """Bytes that arrive after the answer reset no connection: the client reads the answer, and then its end."""
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [({"limits": ServiceLimits(body_bytes=2000)}, 413), ({"token": "correct-horse-battery"}, 401)],
+)
+def test_a_client_still_sending_a_refused_body_reads_the_answer(llama, options, status, caplog):
+    """Bytes that arrive after the answer reset no connection. The request ends, and is logged, with its answer."""
+    caplog.set_level(logging.INFO)
     body = b"x" * 100_000
-    with running(llama, limits=ServiceLimits(body_bytes=2000)) as made:
-        with socket.create_connection(("127.0.0.1", int(made.url.rpartition(":")[2]))) as sending:
-            sending.sendall(f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode())
-            until(lambda: sending.recv(1, socket.MSG_PEEK))
-            for at in range(0, len(body), 10_000):
-                sending.sendall(body[at : at + 10_000])
-                time.sleep(0.01)
-            said = b"".join(iter(lambda: sending.recv(4000), b""))
-        assert said.startswith(b"HTTP/1.1 413") and b"a body of more than 2000 bytes" in said
+    head = f"POST /generate HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    with (
+        running(llama, **options) as made,
+        socket.create_connection(("127.0.0.1", int(made.url.rpartition(":")[2]))) as sending,
+    ):
+        sending.sendall(head.encode())
+        until(lambda: sending.recv(1, socket.MSG_PEEK))
+        until(lambda: status in [getattr(record, "fields", {}).get("status") for record in caplog.records])
+        for at in range(0, len(body), 10_000):
+            sending.sendall(body[at : at + 10_000])
+            time.sleep(0.01)
+        said = b"".join(iter(lambda: sending.recv(4000), b""))
+    assert said.startswith(f"HTTP/1.1 {status}".encode()) and said.endswith(b"}")
 
 
 # --- tokens and names -------------------------------------------------------------------------------------------------

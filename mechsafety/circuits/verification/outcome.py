@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from mechsafety.circuits.goal import Goal, GoalKind
+from mechsafety.circuits.goal import ROUNDING, Goal, GoalKind
 from mechsafety.codec import SPARSE, OrNan, PValue
 from mechsafety.intervals import mean_interval
 
@@ -242,15 +242,16 @@ class Verification:
         return Goal(self.target, self.goal)
 
     @property
-    def overshoots(self) -> bool:
-        """Whether the circuit restores more than the goal ``match`` allows, on held-out or fresh pairs.
+    def overshoots(self) -> tuple[str, ...]:
+        """On which pairs the whole interval of the faithfulness lies above what the goal ``match`` allows.
 
         Such a circuit leaves out parts that work against the behaviour. Only one that was searched for with the goal
         ``reach`` counts.
         """
-        most = Goal(self.target, "match").most
-        fresh = math.nan if self.fresh is None else self.fresh.faithfulness
-        return self.goal == "reach" and (self.held_out_faithfulness > most or fresh > most)
+        most = Goal(self.target, "match").most + ROUNDING
+        intervals = {"held-out pairs": self.held_out_ci}
+        intervals |= {} if self.fresh is None else {"fresh pairs": self.fresh.ci}
+        return tuple(name for name, (low, _) in intervals.items() if self.goal == "reach" and low > most)
 
     @property
     def measured(self) -> bool:
