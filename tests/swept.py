@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 import mechsafety as ms
 from mechsafety.circuits import MapOptions, acdc, discover_edges
@@ -173,6 +175,10 @@ def forked(name: str, folder: Path, out: Path) -> int:
     if child:
         return child
     code = 1
+    # tqdm's lock is one semaphore of parent and children: a child that is killed while it holds it would block the next
+    for kind in tqdm.__mro__:
+        if hasattr(kind, "set_lock"):
+            kind.set_lock(threading.RLock())
     try:
         with ms.running(folder):
             found = CALLS[name]()
