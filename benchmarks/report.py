@@ -141,9 +141,9 @@ def _whole_map(cases: dict[str, Any]) -> str:
         return ""
     case = cases[WHOLE_MAP]
     before, now = case["commits"]["before"], case["commits"]["now"]
-    whats = {"before": f"commit {before}", "as many pairs": f"commit {now}, as many pairs", "now": f"commit {now}"}
+    labels = {"before": f"commit {before}", "as many pairs": f"commit {now}, as many pairs", "now": f"commit {now}"}
     rows = []
-    for name, what in whats.items():
+    for name, what in labels.items():
         row = case[name]
         claims = row["claims"]
         rows.append(
