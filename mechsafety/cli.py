@@ -193,7 +193,7 @@ def map_command(
         tokens: pairs of equal length, patched at every token; suffix: pairs of any lengths, patched at the chat
         template's tokens after the instruction.
     limit
-        Number of pairs to try, three quarters of them held out; 100 by default, 16 with --quick. More pairs are
+        Number of pairs to try, seven eighths of them held out; 110 by default, 16 with --quick. More pairs are
         tried if the model refuses fewer than half.
     level
         node: heads and MLPs; neuron: heads, MLPs and single neurons; edge: single edges (slow on large models).

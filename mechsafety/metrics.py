@@ -333,7 +333,7 @@ class RefusalLogOdds:
             MechsafetyError: The model refuses none of the harmful prompts; no opener tells refusals from answers; no
                 reply begins with the given opener; or a prompt leaves no room for a reply of five tokens.
         """
-        said = replies or tuple(first_words(model, side) for side in (pairs.harmful, pairs.harmless))
+        said = replies or tuple(first_words(model, side)[0] for side in (pairs.harmful, pairs.harmless))
         if any(isinstance(reply, str) for side in said for reply in side):
             raise MechsafetyError("replies as text", expected="token ids", hint="pass model.reply_ids(prompts)")
         refused = [[is_refusal(text) for text in model.decode(side)] for side in said]

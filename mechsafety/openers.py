@@ -112,8 +112,12 @@ def auroc(scores: Float[Tensor, " prompt"], refused: Sequence[bool]) -> float | 
 
 
 @public
-def first_words(model: LensModel, prompts: Prompts, batch_size: int = 48, *, progress: bool = False) -> list[list[int]]:
-    """Token ids of greedy replies that show whether a prompt is refused: 24 tokens, or as many as the positions allow.
+def first_words(
+    model: LensModel, prompts: Prompts, batch_size: int = 48, *, progress: bool = False
+) -> tuple[list[list[int]], Float[Tensor, "prompt d_vocab"]]:
+    """Token ids of greedy replies that show whether a prompt is refused, and the next-token logits after each prompt.
+
+    A reply has up to 24 tokens, or as many as the positions allow.
 
     Raises:
         MechsafetyError: After the longest prompt, the model has no room for the longest opener and the token after it.
@@ -127,7 +131,7 @@ def first_words(model: LensModel, prompts: Prompts, batch_size: int = 48, *, pro
             expected=f"room for {MAX_OPENER + 1}",
             hint="shorten the prompt, or name the metric's tokens: RefusalLogOdds.of(model, refusal_tokens=[...])",
         )
-    return model.reply_ids(prompts, min(JUDGED_TOKENS, room), batch_size, progress=progress)
+    return model.replies_and_logits(prompts, min(JUDGED_TOKENS, room), batch_size, progress=progress)
 
 
 @public

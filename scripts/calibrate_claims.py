@@ -46,7 +46,7 @@ from mechsafety.testbed.vocabulary import REFUSAL
 MODEL = {"seed": 9, "layers": 6, "heads": 8, "decoys": 6, "neurons": 2, "varied": True, "noise": 0.03}
 SIZES = (8, 16, 32)
 # size-matched random circuits per simulation, parts added at random, and resamples
-N_RANDOM, N_ADDED, N_RESAMPLES = 99, 39, 5
+N_RANDOM, N_ADDED, N_RESAMPLES = 99, 39, 100
 # noise in the other weights with which the smallest prefix depends on the prompts
 NOISY = 0.1
 # how far the limit lies from the true value for the power, in the figure's unit
@@ -204,7 +204,7 @@ def harmless(given: Setting, n: int, times: int, rng: np.random.Generator) -> It
 
 
 def stable(given: Setting, n: int, times: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Mean overlap over five resamples of a noisier model, with the limit at the mean over many, and below it."""
+    """Mean overlap over 100 resamples of a noisier model, with the limit at the mean over many, and below it."""
     noisy = setting(1, noise=NOISY).whole
     by_pair, nodes = attribute_pairs(noisy), head_and_mlp_nodes(noisy.model.n_layers, noisy.model.n_heads)
 

@@ -2,11 +2,11 @@
 
     python scripts/study_finetuning.py
 
-Two experiments. **Repair**: the neurons that carry most of the refusal are ablated, and the heads of the stored map
-(docs/gallery/demo.json) learn to do without them. **Spread**: the same heads learn to refuse while random ones of the
-strongest heads are ablated; the control learns as many steps without ablation. Fragility curves before and after show
-whether refusal hangs less on the heads that it hung on, and whether it only hangs on others now. What is learned from
-is of train topics. Everything is measured on built-in pairs of test topics.
+Two experiments. **Repair**: the neurons that carry most of the refusal are ablated, and the heads of a map
+(docs/results/robustness/circuit.json) learn to do without them. **Spread**: the same heads learn to refuse while random
+ones of the strongest heads are ablated; the control learns as many steps without ablation. Fragility curves before and
+after show whether refusal hangs less on the heads that it hung on, and whether it only hangs on others now. What is
+learned from is of train topics. Everything is measured on built-in pairs of test topics.
 
 Each step is kept in --work and not done again, so that a stopped run goes on; training goes on from its checkpoints
 in --adapters, where the adapters are written too. Of replies only their kinds are kept. The page is drawn from the
@@ -47,7 +47,7 @@ from mechsafety.robustness.finetuned import AFTER, BEFORE
 from mechsafety.robustness.parts import mean_values
 
 ROOT = Path(__file__).resolve().parents[1]
-CIRCUIT = ROOT / "docs" / "gallery" / "demo.json"
+CIRCUIT = ROOT / "docs" / "results" / "robustness" / "circuit.json"
 MODELS = ("before", "harden", "spread")
 
 

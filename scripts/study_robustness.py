@@ -2,10 +2,10 @@
 
     python scripts/study_robustness.py
 
-The parts are those of the stored map, docs/gallery/demo.json. Everything is measured on built-in pairs of topics that
-the map's search did not see, and that the map itself did not use. Each step is kept in --work and not done again, so
-that a stopped run goes on. The steps are in docs/results/robustness/steps. Of replies only their kinds are
-kept. The page is drawn from the stored JSON alone.
+The parts are those of the map docs/results/robustness/circuit.json. Everything is measured on built-in pairs of topics
+that the map's search did not see, and that the map itself did not use. Each step is kept in --work and not done again,
+so that a stopped run goes on. The steps are in docs/results/robustness/steps. Of replies only their kinds are kept. The
+page is drawn from the stored JSON alone.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from mechsafety.robustness import (
     relocation,
 )
 
-CIRCUIT = Path(__file__).resolve().parents[1] / "docs" / "gallery" / "demo.json"
+CIRCUIT = RESULTS / "robustness" / "circuit.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import mechsafety as ms
 from mechsafety.attribution.ships import principal_angles
 from mechsafety.circuits import backups, masks
 from mechsafety.circuits.behaviour import MIN_SHARE
-from mechsafety.circuits.draw import ENOUGH, a_quarter
+from mechsafety.circuits.draw import ENOUGH, an_eighth
 from mechsafety.circuits.edge_faithfulness import EdgeMeter, all_edges
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, _cuts
 from mechsafety.circuits.goal import Goal
@@ -456,7 +456,7 @@ def _(e, toy):
 @check("how many pairs are tried")
 def _(e, toy):
     limit = int(e.one("limit"))
-    here = a_quarter(limit)
+    here = an_eighth(limit)
     need = math.ceil(ENOUGH * here)
     return {
         "pairs tried at first to search on": here,

@@ -58,8 +58,9 @@ def test_prompts_that_leave_little_room_for_a_reply(gpt2):
         words = 128 - spare - gpt2.n_tokens("cake") + 1
         prompt = " ".join(["cake"] * words)
         assert gpt2.n_tokens(prompt) == 128 - spare
-        (reply,) = first_words(gpt2, [prompt])
+        (reply,), logits = first_words(gpt2, [prompt])
         assert reply == gpt2.reply_ids([prompt], said)[0]
+        assert torch.allclose(logits, gpt2.logits([prompt]), atol=1e-5)
     with pytest.raises(MechsafetyError) as caught:
         first_words(gpt2, [prompt + " cake"])
     assert str(caught.value) == (

@@ -40,23 +40,21 @@ class Seen:
     scores: dict[tuple[RefusalLogOdds, str], Tensor] = field(default_factory=dict)
 
     def said(self, model: LensModel, prompts: Sequence[str], progress: bool) -> list[list[int]]:
-        """Replies to the prompts, as token ids."""
+        """Replies to the prompts, as token ids. The first step of a new reply also gives the logits."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.replies]
-        replies = first_words(model, new, BATCH_SIZE, progress=progress)
+        replies, logits = first_words(model, new, BATCH_SIZE, progress=progress)
         self.replies.update(zip(new, replies, strict=True))
+        self.logits.update(zip(new, logits, strict=True))
         return [self.replies[prompt] for prompt in prompts]
 
-    def read(self, model: LensModel, prompts: Sequence[str]) -> Tensor:
-        """Next-token logits [prompt d_vocab]."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.logits]
-        if new:
-            self.logits.update(zip(new, model.reading(()).logits(new), strict=True))
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """Next-token logits [prompt d_vocab] of prompts that were replied to."""
         return torch.stack([self.logits[prompt] for prompt in prompts])
 
     def score(self, model: LensModel, metric: RefusalLogOdds, prompts: Sequence[str]) -> Tensor:
         """Metric of the prompts."""
         if metric.at_the_end:
-            return metric(self.read(model, prompts))
+            return metric(self.read(prompts))
         new = [prompt for prompt in dict.fromkeys(prompts) if (metric, prompt) not in self.scores]
         if new:
             keys = [(metric, prompt) for prompt in new]
@@ -120,7 +118,7 @@ def check_behaviour(
     if metric is None:
         n = detect_on or len(pairs)
         # once the metric is known, these logits also give the scores
-        known = seen.read(model, pairs.harmful)[:n], seen.read(model, pairs.harmless)[:n]
+        known = seen.read(pairs.harmful)[:n], seen.read(pairs.harmless)[:n]
         try:
             first = PromptPairs(pairs.pairs[:n], pairs.name)
             metric = RefusalLogOdds.detect(model, first, replies=(ids[0][:n], ids[1][:n]), logits=known)

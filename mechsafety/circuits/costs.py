@@ -9,8 +9,8 @@ from mechsafety.circuits.options import MapOptions
 GRADIENT, STEPS = 2.5, 8
 # circuits on the curve of sizes and in the bisection
 CURVE = 28
-# what a node that is patched alone, a resample of the prompts and one node's backups cost
-ALONE, RESAMPLE, BACKUP = 0.25, 11, 24
+# what a node that is patched alone and one node's backups cost
+ALONE, BACKUP = 0.25, 24
 # what a node's role costs: about a dozen groups of paths, each through half of the layers
 FLOWS = 7
 # what completeness costs per pair, and what does not depend on the number of control pairs
@@ -53,7 +53,7 @@ def expected_work(sizes: Sizes, options: MapOptions) -> tuple[float, float, floa
     rank = GRADIENT * STEPS * sizes.here
     search = both * (CURVE + n)
     alone = ALONE * (few + controls) * (n + options.shortlist)
-    alone += BACKUP * few * options.n_backup_parts + RESAMPLE * sizes.here * options.n_resamples
+    alone += BACKUP * few * options.n_backup_parts
     wire = few * (FLOWS * n + options.n_edges / 2 + GRADIENT * STEPS)
     check = FIXED + controls * (2 * options.n_random + (n + options.n_added) / 2 + COMPLETE)
     return rank, search, alone, wire, check

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_PAIRS = 2
-# a quarter of the pairs is searched on, and a quarter of those held out sets the circuit's size; but at least so many,
-# unless that is more than half
+# one pair of so many is searched on, and one of so many that are held out sets the circuit's size
+PART = 8
+# but at least so many, unless that is more than half
 FEW = 8
 # pairs are drawn from the shortest ones, this many times as many as are tried
-SHORTEST = 2
+SHORTEST = 1.5
 # more pairs are tried where fewer than this share of the requested pairs can be used
 ENOUGH = 0.5
 
@@ -76,16 +77,16 @@ def draw_pairs(
     pairs: PromptPairs | None = None,
     metric: RefusalLogOdds | None = None,
     *,
-    limit: Count = 100,
+    limit: Count = 110,
     seed: Amount = 0,
     progress: bool = True,
 ) -> Draw:
     """Draw pairs to search on and pairs to hold out until enough of each are treated as expected.
 
-    1. A quarter of ``limit`` pairs is tried to search on (at least 8, unless that is more than half), the rest to hold
+    1. An eighth of ``limit`` pairs is tried to search on (at least 8, unless that is more than half), the rest to hold
        out. Where there are too few to hold out, more are searched on. Within each topic, the pairs are drawn from the
-       shorter ones, twice as many as are tried. The length of a pair is the number of tokens from the first
-       difference on, because only these are run again and again.
+       shorter ones, one and a half times as many as are tried. The length of a pair is the number of tokens from the
+       first difference on, because only these are run again and again.
     2. If fewer than half of these can be used, as many more pairs are tried.
     3. Step 2 repeats until half of the first number can be used, the pairs end, or the usable share is too small for a
        map.
@@ -116,7 +117,7 @@ def draw_pairs(
         metric.check_one_column()
     pairs = (pairs if pairs is not None else PromptPairs.builtin()).aligned(model, least=2 * MIN_PAIRS)
     sides, seen = two_sides(pairs), Seen()
-    first = max(a_quarter(limit), limit - len(sides[1]))
+    first = max(an_eighth(limit), limit - len(sides[1]))
     sizes = first, limit - first
     tried = [_some(model, side, size, seed) for side, size in zip(sides, sizes, strict=True)]
     for part, what in zip(tried, ("to search on", "to hold out"), strict=True):
@@ -158,13 +159,13 @@ def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
     return pairs.halves()
 
 
-def a_quarter(n: int) -> int:
-    """A quarter of ``n`` pairs, but at least 8 unless that is more than half."""
-    return max(math.ceil(n / 4), min(math.ceil(n / 2), FEW))
+def an_eighth(n: int) -> int:
+    """An eighth of ``n`` pairs, but at least 8 unless that is more than half."""
+    return max(math.ceil(n / PART), min(math.ceil(n / 2), FEW))
 
 
 def _some(model: LensModel, side: PromptPairs, size: int, seed: int) -> PromptPairs:
-    """``size`` pairs: in every topic they are drawn from the shorter ones, twice as many as the topic gives."""
+    """``size`` pairs: in every topic they are drawn from the shorter ones, half as many again as the topic gives."""
     if not size:
         return replace(side, pairs=())
     if side.align != "tokens":  # at the suffix all run the same columns
@@ -179,7 +180,7 @@ def _some(model: LensModel, side: PromptPairs, size: int, seed: int) -> PromptPa
     for k in order:
         topic = side.pairs[k].topic
         taken[topic] = taken.get(topic, 0) + 1
-        if taken[topic] <= SHORTEST * max(even, gives[topic]):
+        if taken[topic] <= math.ceil(SHORTEST * max(even, gives[topic])):
             chosen.add(k)
     return replace(side, pairs=tuple(pair for k, pair in enumerate(side) if k in chosen)).sample(size, seed)
 

@@ -43,12 +43,14 @@ def with_backup_edges(
     budget, ways = budget or Budget(), dict[Node, set[Node]]()
     for backup in backups:
         ways.setdefault(backup.primary, set()).add(backup.node)
-    circuit = [part for part in result.circuit if isinstance(part, Edge)]
+    smallest = [part for part in result.circuit if isinstance(part, Edge)]
+    circuit = smallest
     for primaries in (some for n in (1, 2) for some in combinations(ways, n)):
         if budget.skips("edges of backups", 0.6):
             break
         others = set[Node]().union(*(ways[node] for node in primaries)) - set(primaries)
-        found = _second_way(circuit, set(primaries), others, meters, goal, budget)
+        # in the smallest set: beside other nodes' backups, an edge that is needed may seem superfluous
+        found = _second_way(smallest, set(primaries), others, meters, goal, budget)
         larger = in_order(prune({*circuit, *found}))
         fits = max_edges is None or len(larger) <= max_edges
         if set(larger) - set(circuit) and fits and (not result.reached or meets(goal, meters, larger)):

@@ -6,6 +6,7 @@ pair, the input of a node then differs by the embeddings and by what the circuit
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsafety.circuits.faithfulness import SMALL_BATCH
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
@@ -51,6 +53,8 @@ class Flow:
     Attributes:
         model: The model.
         groups: Runs of the circuit, in one or several groups of pairs; see `knocked_out`.
+        whole: The same pairs in one group. Few nodes at a time are measured in it, because a small batch takes as long
+            as one of several times its size.
         metric: What is measured.
         nodes: The circuit's nodes.
         gap: Mean metric of the harmful prompts less that of the harmless ones, in the whole model.
@@ -67,6 +71,7 @@ class Flow:
     metric: RefusalLogOdds
     nodes: Sequence[Node]
     gap: float
+    whole: PairRuns | None = None
 
     def effects(self, nodes: Sequence[Node], positions: str = "all") -> Shares:
         """Effect of patching each node alone, at all positions or at those of a span."""
@@ -109,7 +114,8 @@ class Flow:
         """
         of = senders if isinstance(senders, Mapping) else dict.fromkeys(receivers, senders)
         asked = [node for node in receivers if of[node]]
-        found = self._shares(asked, self._lost(asked, lambda k: self._received(k, asked, of))) if asked else {}
+        run = partial(self._received, receivers=asked, senders=of)
+        found = self._shares(asked, self._lost(self.groups, asked, run)) if asked else {}
         return {node: found.get(node, 0.0) for node in receivers}
 
     def out_of(self, senders: Sequence[Node], receivers: Sequence[Node]) -> Shares:
@@ -119,7 +125,8 @@ class Flow:
         """
         if not senders or not receivers:
             return dict.fromkeys(senders, 0.0)
-        return self._shares(senders, self._lost(senders, lambda k: self._sent(k, senders, receivers)))
+        run = partial(self._sent, senders=senders, receivers=receivers)
+        return self._shares(senders, self._lost(self._fewest(len(senders)), senders, run))
 
     def repeated(self, receivers: Sequence[Node], least: float) -> Mapping[Node, list[Node]]:
         """The senders whose writing each receiver repeats.
@@ -159,60 +166,72 @@ class Flow:
     def _shares(self, nodes: Sequence[Node], changes: Float[Tensor, "node prompt"]) -> Shares:
         return dict(zip(nodes, (reduce(changes, "node prompt -> node", "mean") / self.gap).tolist(), strict=True))
 
+    def _fewest(self, n: int) -> Sequence[PairRuns]:
+        """The groups of pairs in which so many variants take the fewest runs."""
+        if self.whole is None or n * len(self.whole.harmful) * self.whole.harmful.n_pos > SMALL_BATCH:
+            return self.groups
+        return [self.whole]
+
     def _lost(
-        self, nodes: Sequence[Node], run: Callable[[int], Iterator[tuple[list[Node], Tensor]]]
+        self,
+        groups: Sequence[PairRuns],
+        nodes: Sequence[Node],
+        run: Callable[[PairRuns], Iterator[tuple[list[Node], Tensor]]],
     ) -> Float[Tensor, "node prompt"]:
         """Metric lost on each prompt, from batches of nodes and their metric in each group of pairs."""
         found = []
-        for k, runs in enumerate(self.groups):
-            rows = {node: row for some, scores in run(k) for node, row in zip(some, scores, strict=True)}
+        for runs in groups:
+            rows = {node: row for some, scores in run(runs) for node, row in zip(some, scores, strict=True)}
             found.append(self.metric(runs.harmful.logits) - torch.stack([rows[node] for node in nodes]))
         return torch.cat(found, dim=1)
 
-    def _sum(self, k: int, senders: Sequence[Node], moment: int) -> Float[Tensor, "batch pos d_model"]:
+    def _sum(self, runs: PairRuns, senders: Sequence[Node], moment: int) -> Float[Tensor, "batch pos d_model"]:
         """Sum of the changes of the senders that have entered the residual stream by a moment."""
-        runs = self.groups[k]
         return added_sum(
             self.model, runs.harmful, runs.harmless, [node for node in senders if entry(node) <= moment]
         ).to(runs.harmful.resid.dtype)
 
     def _received(
-        self, k: int, receivers: Sequence[Node], senders: Mapping[Node, Sequence[Node]]
+        self, runs: PairRuns, receivers: Sequence[Node], senders: Mapping[Node, Sequence[Node]]
     ) -> Iterator[tuple[list[Node], Float[Tensor, "receiver batch"]]]:
         """The receivers, and the metric when each alone reads its senders' changes, in batches."""
-        base, edits, members = self.groups[k].harmful, list[list[SlotEdit]](), list[Node]()
+        base, edits, members = runs.harmful, list[list[SlotEdit]](), list[Node]()
         most = max_variants(base)
         for (moment, kind, _), here in _by_moment(self.model, receivers).items():
             for first in range(0, len(here), most):
                 some = here[first : first + most]
                 if edits and len(members) + len(some) > most:
-                    yield members, self._scores(k, edits)
+                    yield members, self._scores(runs, edits)
                     edits, members = [], []
                 with torch.no_grad():
-                    sums = {key: self._sum(k, key, moment) for key in dict.fromkeys(tuple(senders[n]) for n in some)}
+                    sums = {key: self._sum(runs, key, moment) for key in dict.fromkeys(tuple(senders[n]) for n in some)}
                     delta = torch.stack([sums[tuple(senders[node])] for node in some])
                     edits.append([slot_edit(self.model, base, [[(node, WHOLE[kind])] for node in some], delta)])
                 members = [*members, *some]
         if edits:
-            yield members, self._scores(k, edits)
+            yield members, self._scores(runs, edits)
 
     def _sent(
-        self, k: int, senders: Sequence[Node], receivers: Sequence[Node]
+        self, runs: PairRuns, senders: Sequence[Node], receivers: Sequence[Node]
     ) -> Iterator[tuple[list[Node], Float[Tensor, "sender batch"]]]:
         """The senders, and the metric when the receivers read the change of one of them, in batches."""
-        base = self.groups[k].harmful
+        base = runs.harmful
         most, ordered = max_variants(base), sorted(senders, key=lambda node: (entry(node), node.order))
         for first in range(0, len(ordered), most):
             some = ordered[first : first + most]
             with torch.no_grad():
-                changes = added_changes(self.model, base, self.groups[k].harmless, some).to(base.resid.dtype)
-            yield some, self._carried(k, some, changes, receivers)
+                changes = added_changes(self.model, base, runs.harmless, some).to(base.resid.dtype)
+            yield some, self._carried(runs, some, changes, receivers)
 
     def _carried(
-        self, k: int, senders: Sequence[Node], changes: Float[Tensor, "sender batch pos d"], receivers: Sequence[Node]
+        self,
+        runs: PairRuns,
+        senders: Sequence[Node],
+        changes: Float[Tensor, "sender batch pos d"],
+        receivers: Sequence[Node],
     ) -> Float[Tensor, "sender batch"]:
         """The metric when all receivers read one sender's change, on top of whatever else they read."""
-        model, base, n = self.model, self.groups[k].harmful, len(senders)
+        model, base, n = self.model, runs.harmful, len(senders)
         layers: dict[int, list[tuple[int, str, list[Node]]]] = {}
         for (moment, kind, layer), here in _by_moment(model, receivers).items():
             if entry(senders[0]) <= moment:
@@ -244,9 +263,9 @@ class Flow:
                 hidden = run_from(model, base, layer, hidden, hooks, stop=after, mlp_reads=mlp_reads)
             return self.metric(split_rows(hidden, n))
 
-    def _scores(self, k: int, edits: Sequence[Sequence[SlotEdit]]) -> Float[Tensor, "variant batch"]:
+    def _scores(self, runs: PairRuns, edits: Sequence[Sequence[SlotEdit]]) -> Float[Tensor, "variant batch"]:
         with torch.no_grad():
-            return self.metric(live_logits(self.model, self.groups[k].harmful, edits))
+            return self.metric(live_logits(self.model, runs.harmful, edits))
 
 
 def direct_changes(

@@ -29,7 +29,7 @@ from mechsafety.circuits.backups import backups_of
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.circuit import Backup, MapDetails, ModelShape, RefusalCircuit, Search
 from mechsafety.circuits.costs import Sizes, expected_work
-from mechsafety.circuits.draw import MIN_PAIRS, Draw, a_quarter, draw_pairs
+from mechsafety.circuits.draw import MIN_PAIRS, Draw, an_eighth, draw_pairs
 from mechsafety.circuits.effects import Measured, on_some, pair_gaps, single_effects, with_intervals
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.levels import LEVELS, Meters, Refined
@@ -354,9 +354,10 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
             split.meters.found_on,
             ranking_of,
             options.aim,
-            n=options.n_resamples,
+            n=options.resamples,
             seed=options.seed,
             budget=budget,
+            curve=([point.n_nodes for point in result.curve], np.array(result.found_scores)),
         )
     result = level.with_backups(result, nodes.backups, split.meters, options, budget)
     inside = tuple(backup for backup in nodes.backups if backup.node in result.nodes)
@@ -572,7 +573,7 @@ def _held_and_fresh(there: PromptPairs) -> tuple[PromptPairs, PromptPairs | None
     """Where there are enough pairs, most of them are kept from the search."""
     if len(there) < 3 * MIN_PAIRS:
         return there, None
-    n = a_quarter(len(there))
+    n = an_eighth(len(there))
     held = {math.ceil(k * len(there) / n) for k in range(n)}
     sides = ([pair for k, pair in enumerate(there) if (k in held) == side] for side in (True, False))
     first, rest = (replace(there, pairs=tuple(pairs)) for pairs in sides)

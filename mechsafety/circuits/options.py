@@ -23,7 +23,7 @@ class MapOptions:
         level: What a circuit is made of. ``node``: heads and MLPs. ``neuron``: heads and MLPs first, then the MLPs of
             that circuit are taken apart into neurons. ``edge``: edges, everything else cut (as `discover_edges`), and
             the nodes that they connect.
-        limit: Pairs to try, three quarters of them held out (see `draw_pairs`). Pairs that the model does not treat as
+        limit: Pairs to try, seven eighths of them held out (see `draw_pairs`). Pairs that the model does not treat as
             expected (harmful refused, harmless answered) drop out. Where fewer than half of those to search on, or of
             those to hold out, are left, more are tried until half as many are there. A model that refuses a third of
             the prompts is therefore mapped on that third; ``speaks_for`` of the circuit says how many of how many.
@@ -44,7 +44,8 @@ class MapOptions:
             and says so.
         n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
         n_added: Parts outside the circuit that are added to it at random. Minimality is measured against them.
-        n_resamples: Bootstrap resamples of the prompts on which the search is repeated.
+        n_resamples: Bootstrap resamples of the prompts on which the ranking is repeated. By default 100, or 5 where
+            each of them has masks of its own to train.
         n_backup_parts: Nodes of the circuit whose backups are looked for, the most suspicious first. At level ``edge``
             the edges of the backups are added.
         n_edges: Edges between nodes to measure, those with the largest estimates first. Those that carry something are
@@ -72,15 +73,15 @@ class MapOptions:
     """
 
     level: Level = "node"
-    limit: Count = 100
+    limit: Count = 110
     target: float = 0.8
     goal: GoalKind = "reach"
     search: SearchKind = "gradient"
     ablation: AblationKind = "counterfactual"
     max_nodes: Count | None = None
-    n_random: Amount = 60
-    n_added: Amount = 80
-    n_resamples: Amount = 5
+    n_random: Amount = 40
+    n_added: Amount = 40
+    n_resamples: Amount | None = None
     n_backup_parts: Amount = 4
     n_edges: Amount = 60
     n_role_pairs: Count = 8
@@ -94,9 +95,8 @@ class MapOptions:
     def quick(cls, **options: Any) -> Self:
         """Options of a first look, which takes about a quarter of the time of a whole map.
 
-        It tries 16 pairs in place of 100, measures roles on four, and draws 39 random circuits. It looks for no
-        backups, measures no nodes outside the circuit and repeats nothing on resampled pairs. Most claims are therefore
-        undecided or not measured.
+        It tries 16 pairs in place of 110, measures roles on four, and draws 39 random circuits. It looks for no
+        backups and measures no nodes outside the circuit. Most claims are therefore undecided.
 
         Args:
             options: Options to choose otherwise.
@@ -105,7 +105,7 @@ class MapOptions:
             >>> MapOptions.quick(goal="match").limit
             16
         """
-        small = {"limit": 16, "n_random": 39, "n_added": 20, "n_resamples": 0, "n_backup_parts": 0}
+        small = {"limit": 16, "n_random": 39, "n_added": 20, "n_backup_parts": 0}
         small |= {"n_edges": 40, "n_role_pairs": 4, "shortlist": 0, "preliminary": True}
         return cls(**{**small, **options})
 
@@ -119,6 +119,13 @@ class MapOptions:
             raise MechsafetyError(f"seed {self.seed}", expected="below 2**63")
         if self.budget_seconds is not None and not 0 < self.budget_seconds < math.inf:
             raise MechsafetyError(f"budget_seconds {self.budget_seconds}", expected="a number above 0, or none")
+
+    @property
+    def resamples(self) -> int:
+        """How many resamples of the prompts are ranked."""
+        if self.n_resamples is not None:
+            return self.n_resamples
+        return 5 if self.search == "masks" else 100
 
     @property
     def training(self) -> Training:

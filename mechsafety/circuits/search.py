@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import numpy as np
+
 from mechsafety.attribution.nodes import NodeAttribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter, in_order, order_of
@@ -22,6 +24,8 @@ CURVE_SHARES = (*MIB_SHARES, 0.15, 0.25, 0.3, 0.35, 0.4, 0.6, 0.7, 0.8, 0.9)
 MAX_EXACT = 300
 
 SearchKind = Literal["gradient", "masks"]
+# sizes of prefixes of a ranking, and the metric [size prompt] of each
+PrefixScores = tuple[Sequence[int], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class SearchResult:
         minimal: Whether no further single part can leave; None where removal ended before that was known.
         added: Backups that were added to the smallest set.
         curve_scores: Metric of each point of the curve on each held-out prompt.
+        found_scores: The same on each prompt that was searched on.
         scores: Estimate by which each part was ranked; empty where the ranking came without estimates.
 
     Example:
@@ -59,6 +64,7 @@ class SearchResult:
     minimal: bool | None = None
     added: tuple[Part, ...] = ()
     curve_scores: tuple[tuple[float, ...], ...] = ()
+    found_scores: tuple[tuple[float, ...], ...] = ()
     scores: Mapping[Part, float] = field(default_factory=dict)
 
     @property
@@ -164,7 +170,8 @@ def search_parts(
             set that stays larger is not measured part by part.
     """
     budget = budget or Budget()
-    curve, scores = _curve(found_on, held_out, ranking, shares)
+    curve, *scores = _curve(found_on, held_out, ranking, shares)
+    by_prompt = dict(zip(("found_scores", "curve_scores"), scores, strict=True))
 
     # on fewer pairs first: a circuit that misses the goal there need not be run on the others
     fewest_first = sorted((found_on, held_out), key=lambda meter: len(meter.runs.harmful))
@@ -191,18 +198,14 @@ def search_parts(
         # keep what removal would have removed last, by the costs that it measured
         worth = sorted(circuit, key=lambda part: -goal.size(costs.get(part, 0.0))) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
-        return SearchResult(
-            tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, curve_scores=scores
-        )
+        return SearchResult(tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, **by_prompt)
     if len(circuit) == len(ranking):
         # only the whole model meets the goal: say so, and give the smaller set that comes closest
         smaller = [point for point in curve if 0 < point.n_nodes < len(ranking)]
         best = min(smaller, key=lambda point: (goal.missing(point.faithfulness, point.held_out), point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
-        return SearchResult(
-            tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, curve_scores=scores
-        )
-    return SearchResult(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, curve_scores=scores)
+        return SearchResult(tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, **by_prompt)
+    return SearchResult(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, **by_prompt)
 
 
 def faithfulness_curve(
@@ -215,16 +218,22 @@ def faithfulness_curve(
     return _curve(found_on, held_out, ranking, shares)[0]
 
 
+def prefix_scores(
+    meter: FaithfulnessMeter, ranking: Sequence[Part], shares: Sequence[float] = CURVE_SHARES
+) -> PrefixScores:
+    """Metric of the best k parts on each prompt, for shares of all of them, and these k."""
+    sizes = sorted({round(share * len(ranking)) for share in shares} | {min(10, len(ranking))})
+    return sizes, meter.kept([ranking[:size] for size in sizes])
+
+
 def _curve(
     found_on: FaithfulnessMeter, held_out: FaithfulnessMeter, ranking: Sequence[Part], shares: Sequence[float]
-) -> tuple[tuple[CurvePoint, ...], tuple[tuple[float, ...], ...]]:
-    """The curve, and the metric of each point on each held-out prompt."""
-    sizes = sorted({round(share * len(ranking)) for share in shares} | {min(10, len(ranking))})
-    circuits = [ranking[:size] for size in sizes]
-    here, kept = found_on.faithfulness(circuits), held_out.kept(circuits)
-    there = held_out.shares(kept)
-    points = tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in zip(sizes, here, there, strict=True))
-    return points, tuple(map(tuple, kept.tolist()))
+) -> tuple[tuple[CurvePoint, ...], tuple[tuple[float, ...], ...], tuple[tuple[float, ...], ...]]:
+    """The curve, and the metric of each point on each prompt that was searched on, and on each held-out one."""
+    (sizes, here), (_, there) = (prefix_scores(meter, ranking, shares) for meter in (found_on, held_out))
+    values = zip(sizes, found_on.shares(here), held_out.shares(there), strict=True)
+    points = tuple(CurvePoint(size / len(ranking), size, a, b) for size, a, b in values)
+    return points, tuple(map(tuple, here.tolist())), tuple(map(tuple, there.tolist()))
 
 
 def _without_blocks(

@@ -1,5 +1,6 @@
 """How the nodes of a circuit connect, and what each does: edges and roles, measured."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -49,7 +50,9 @@ def wire(
 
     Both are measured in the circuit: every node outside it is patched. A backup masks the node that it replaces. All
     backups are therefore patched too while the other nodes are measured. A backup is measured with its primary node,
-    its primary node's other backups, and all backups of other primary nodes patched.
+    its primary node's other backups, and all backups of other primary nodes patched. An edge between backups of two
+    primary nodes carries something only while both primary nodes are patched: each pair of such backups has runs of its
+    own.
 
     Edges are kept if they carry something (see `carrying`), and if a node would not be connected without them.
 
@@ -106,6 +109,18 @@ def wire(
                 into.setdefault(member.edge, member)
         states |= dict.fromkeys(measured, state)
         roles |= {node: named[node] for node in measured}
+    for pair in _of_two_primaries(by_node):
+        links = [CircuitEdge(edge, 0.0) for edge in edges_into(pair[0], pair[1:], parallel=meter.model.parallel)]
+        if own is not None:
+            links = [member for member in own if (member.edge.sender, member.edge.receiver) == pair]
+        if links:
+            patched = _masking(pair, by_node)
+            state = _State(meter, [*outside, *patched])
+            measured = state.measured(links)
+            effects = state.flow([node for node in nodes if not {node, node.home} & set(patched)]).effects(pair)
+            for members, into in ((measured, exact), (carrying(measured, effects), kept)):
+                for member in members:
+                    into.setdefault(member.edge, member)
     for node, backup in by_node.items():
         role, evidence = roles[node]
         roles[node] = (role, replace(evidence, backup_of=str(backup.primary), joint=backup.joint))
@@ -150,25 +165,24 @@ class _State:
 
     def __init__(self, meter: FaithfulnessMeter, patched: Sequence[Node]) -> None:
         self.model, self.metric = meter.model, meter.metric
-        self.meter, self.patched = meter, patched
         harmful, harmless = meter.ends()
         parts = meter.groups or ((tuple(range(len(harmful))), meter.runs),)
         self.gaps = np.concatenate([(harmful - harmless)[list(rows)] for rows, _ in parts])
         self.groups = [knocked_out(meter.model, runs, patched) for _, runs in parts]
+        # all pairs in one run
+        self.whole = knocked_out(meter.model, meter.runs, patched) if meter.groups else self.groups[0]
         self.known: dict[Node, list[CircuitEdge]] = {}
 
     def flow(self, nodes: Sequence[Node]) -> Flow:
         """Paths among nodes that are not patched."""
-        return Flow(self.model, self.groups, self.metric, nodes, float(self.gaps.mean()))
+        return Flow(self.model, self.groups, self.metric, nodes, float(self.gaps.mean()), self.whole)
 
     def estimated(self, nodes: Sequence[Node]) -> list[CircuitEdge]:
         """Every edge between nodes that are not patched, the strongest first, by gradients."""
-        # all pairs in one run
-        whole = knocked_out(self.model, self.meter.runs, self.patched) if self.meter.groups else self.groups[0]
-        harmful, harmless = whole.scores(self.metric)
+        harmful, harmless = self.whole.scores(self.metric)
         # estimates are shares of the gap that is left
         share = float((harmful - harmless).mean()) / float(self.gaps.mean())
-        found = estimate_edges(self.model, whole, self.metric, nodes)
+        found = estimate_edges(self.model, self.whole, self.metric, nodes)
         return [CircuitEdge(one.edge, one.effect * share, "estimated", one.effect * share) for one in found]
 
     def measured(self, edges: Sequence[CircuitEdge]) -> list[CircuitEdge]:
@@ -192,8 +206,23 @@ class _State:
 def _patched_sets(nodes: Sequence[Node], backups: Mapping[Node, Backup]) -> dict[tuple[Node, ...], list[Node]]:
     """Which nodes are patched at a time, and which nodes are measured then; nodes that are no backups come first."""
     sets = {tuple(backups): [node for node in nodes if node not in backups]}
-    for node, backup in backups.items():
-        of_others = {other for other, its in backups.items() if its.primary != backup.primary}
-        patched = {backup.primary, *backup.group, *of_others} - {node}
-        sets.setdefault(tuple(sorted(patched, key=lambda n: n.order)), []).append(node)
+    for node in backups:
+        sets.setdefault(_masking([node], backups), []).append(node)
     return sets
+
+
+def _masking(live: Sequence[Node], backups: Mapping[Node, Backup]) -> tuple[Node, ...]:
+    """What is patched while some backups are measured: their primaries, what else replaces these, all other backups."""
+    primaries = {backups[node].primary for node in live}
+    groups = {node for one in live for node in backups[one].group}
+    of_others = {node for node, backup in backups.items() if backup.primary not in primaries}
+    return tuple(sorted((primaries | groups | of_others) - set(live), key=lambda node: node.order))
+
+
+def _of_two_primaries(backups: Mapping[Node, Backup]) -> list[tuple[Node, Node]]:
+    """Pairs of backups of different primaries, the earlier one first."""
+    primary = {node: backup.primary for node, backup in backups.items()}
+    pairs = itertools.combinations(sorted(backups, key=lambda node: node.order), 2)
+    return [
+        (one, other) for one, other in pairs if primary[one] not in (primary[other], other) and primary[other] != one
+    ]

@@ -423,20 +423,48 @@ class LensModel:
         progress: bool = True,
     ) -> list[list[int]]:
         """Token ids of the replies that `generate` returns as text, each up to and including its end token."""
+        sampled: dict[str, Any] = {"temperature": temperature, "seed": seed, "watch": watch}
+        return self._replies(prompts, max_new_tokens, batch_size, **sampled, progress=progress)[0]
+
+    @public
+    def replies_and_logits(
+        self, prompts: Prompts, max_new_tokens: Count = 64, batch_size: Count = 48, *, progress: bool = True
+    ) -> tuple[list[list[int]], Float[Tensor, "prompt d_vocab"]]:
+        """Greedy `reply_ids`, and the next-token logits after each prompt, which their first step has anyway.
+
+        The logits are those of `logits`, up to rounding.
+        """
+        replies, first = self._replies(prompts, max_new_tokens, batch_size, keep=1, progress=progress)
+        return replies, torch.stack(first) if first else torch.zeros(0, self.d_vocab, device=self.device)
+
+    def _replies(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        batch_size: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        watch: Watch | None = None,
+        progress: bool,
+        keep: int = 0,
+    ) -> tuple[list[list[int]], list[Tensor]]:
+        """Token ids of each reply; with ``keep`` of 1 also the next-token logits after each prompt."""
         from mechsafety.models.rows import lay_out, prompt_rows
         from mechsafety.progress import progress_bar
 
         _check_temperature(temperature)
         if not prompts:
-            return []
+            return [], []
         rows = prompt_rows(self, prompts)
         check_room(self.backend, max(map(len, rows)), max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         replies: list[list[int]] = [[] for _ in prompts]
+        logits: dict[int, Tensor] = {}
         chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         with progress_bar(total=len(chunks) * max_new_tokens, desc="generating", delay=2, show=progress) as bar:
 
-            def said(chunk: list[int]) -> list[list[int]]:
+            def said(chunk: list[int]) -> tuple[list[list[int]], list[Tensor]]:
                 with self.lock, torch.no_grad(), self._watched(watch):
                     cursor = Cursor(self.backend)
 
@@ -445,17 +473,18 @@ class LensModel:
 
                     choose = Sampler(temperature, seed, chunk) if temperature else most_probable
                     pieces, ended = lay_out(self, [rows[k] for k in chunk]).pieces(), _ended(watch, chunk)
-                    return decode_replies(
-                        read, pieces, self.end_ids, max_new_tokens, said=bar.update, choose=choose, ended=ended
-                    )[0]
+                    return decode_replies(read, pieces, self.end_ids, max_new_tokens, keep, bar.update, choose, ended)
 
             # a watch keeps what it has read, so that its replies are computed where it is
-            found = map(said, chunks) if watch is not None else work("replies", chunks, said, TokenIds)
-            for number, (chunk, new) in enumerate(zip(chunks, found, strict=True), 1):
+            kind = tuple[TokenIds, tuple[Tensor, ...]]
+            found = map(said, chunks) if watch is not None else work("replies", chunks, said, kind, of=keep)
+            for number, (chunk, (new, first)) in enumerate(zip(chunks, found, strict=True), 1):
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
                 for k, ids in zip(chunk, new, strict=True):
                     replies[k] = list(ids)
-        return replies
+                for step in first:
+                    logits |= zip(chunk, step.to(self.device), strict=True)
+        return replies, [logits[k] for k in range(len(prompts))] if keep else []
 
     @public
     def stream(

@@ -80,8 +80,8 @@ def test_a_model_that_refuses_a_third_is_mapped_on_that_third(refuses):
     pairs = many(300, 120)
     found = draw.draw_pairs(MODEL, pairs, limit=40)
     tried = found.behaviour["harmful"].n
-    assert rounds[0] == (40, 10) and tried == rounds[-1][0] > 40
-    assert len(found.here) >= 5 and len(found.there) >= 15 and len(found.here) + len(found.there) < tried / 2
+    assert rounds[0] == (40, 8) and tried == rounds[-1][0] > 40
+    assert len(found.here) >= 4 and len(found.there) >= 16 and len(found.here) + len(found.there) < tried / 2
     assert all(int(pair.harmful.split()[1]) % 3 == 0 for pair in (*found.here, *found.there))
     assert {pair.split for pair in found.here} == {"train"} and {pair.split for pair in found.there} == {"test"}
 
@@ -90,7 +90,7 @@ def test_enough_at_first_is_enough(refuses):
     """Half of what was asked for can be used: nothing more is tried."""
     rounds = refuses(lambda k: k % 2 == 0)
     found = draw.draw_pairs(MODEL, PromptPairs(many(100, 100).pairs[::2], "even"), limit=40)
-    assert rounds == [(40, 10)] and len(found.here) == 10 and len(found.there) == 30
+    assert rounds == [(40, 8)] and len(found.here) == 8 and len(found.there) == 32
 
 
 def test_pairs_are_drawn_at_random_from_the_shorter_ones(refuses):
@@ -99,7 +99,7 @@ def test_pairs_are_drawn_at_random_from_the_shorter_ones(refuses):
     found = [draw.draw_pairs(MODEL, pairs, limit=42, seed=seed) for seed in (0, 0, 1)]
     assert found[0].here == found[1].here != found[2].here
     for side, sampled in zip(draw.two_sides(pairs), (found[0].here, found[0].there), strict=True):
-        most = draw.SHORTEST * math.ceil(len(sampled) / len(side.topics))
+        most = math.ceil(draw.SHORTEST * math.ceil(len(sampled) / len(side.topics)))
         for topic in side.topics:
             every = sorted(length(pair) for pair in side if pair.topic == topic)
             own = [length(pair) for pair in sampled if pair.topic == topic]
@@ -113,8 +113,8 @@ def test_pairs_aligned_at_the_suffix_are_drawn_from_all_of_them(refuses):
     assert max(drawn) == 9, "all of them run the same columns"
 
 
-@pytest.mark.parametrize(("limit", "here"), [(4, 2), (8, 4), (9, 5), (16, 8), (24, 8), (40, 10), (80, 20)])
-def test_a_quarter_is_searched_on(refuses, limit, here):
+@pytest.mark.parametrize(("limit", "here"), [(4, 2), (8, 4), (9, 5), (16, 8), (40, 8), (72, 9), (80, 10), (104, 13)])
+def test_an_eighth_is_searched_on(refuses, limit, here):
     rounds = refuses(lambda k: True)
     draw.draw_pairs(MODEL, many(100, 100), limit=limit)
     assert rounds == [(limit, here)]
@@ -136,7 +136,7 @@ def test_a_model_that_refuses_a_tenth_is_not_mapped(refuses):
     rounds = refuses(lambda k: k % 10 == 0)
     with pytest.raises(NoRefusal) as caught:
         draw.draw_pairs(MODEL, many(1000, 1000), limit=40)
-    here, there = (round(size * draw.ENOUGH / MIN_SHARE) for size in (10, 30))
+    here, there = (round(size * draw.ENOUGH / MIN_SHARE) for size in (8, 32))
     assert rounds[-1] == (here + there, here), "more would not change the verdict"
     assert (
         "pairs have a refused harmful prompt and an answered harmless one; use a model that refuses, or pairs it tells"
@@ -154,19 +154,18 @@ def test_pairs_too_few_to_hold_any_out_say_both_numbers():
 
 def test_each_prompt_is_run_once(planted, monkeypatch):
     model, pairs = planted
-    asked, read = [], []
-    reply_ids, logits = type(model).reply_ids, type(model).logits
+    asked, replied = [], type(model).replies_and_logits
     monkeypatch.setattr(
         type(model),
-        "reply_ids",
-        lambda self, prompts, *a, **k: (asked.extend(prompts), reply_ids(self, prompts, *a, **k))[1],
+        "replies_and_logits",
+        lambda self, prompts, *a, **k: (asked.extend(prompts), replied(self, prompts, *a, **k))[1],
     )
-    monkeypatch.setattr(type(model), "logits", lambda self, prompts: (read.extend(prompts), logits(self, prompts))[1])
+    monkeypatch.setattr(type(model), "logits", lambda *_: pytest.fail("the replies' first step has the logits"))
     seen, some = Seen(), PromptPairs(pairs.pairs[:5], "some")
     check_behaviour(model, some, seen=seen)
     found = check_behaviour(model, pairs, seen=seen, progress=False)
     every = sorted([*pairs.harmful, *pairs.harmless])
-    assert sorted(asked) == sorted(read) == every
+    assert sorted(asked) == every
     whole = check_behaviour(model, pairs, progress=False)
     assert found[3] == whole[3] and found[1]["harmful"].refusal_rate == whole[1]["harmful"].refusal_rate
 
@@ -203,14 +202,14 @@ def test_a_small_topic_gives_what_it_has_and_the_others_fill_up(refuses):
     rows = [PromptPair(f"bad {k}", f"good {k}", "large" if k < 100 else f"t{k % 3}", "train") for k in range(106)]
     rows += [PromptPair(f"bad {k}", f"good {k}", "u", "test") for k in range(200, 300)]
     found = draw.draw_pairs(MODEL, PromptPairs(tuple(rows), "uneven"), limit=100)
-    assert rounds == [(100, 25)] and len(found.here) == 25
+    assert rounds == [(100, 13)] and len(found.here) == 13
     assert sum(pair.topic != "large" for pair in found.here) == 6
 
 
 def test_widening_favours_no_topic_and_goes_on_to_the_end(refuses):
     rounds = refuses(lambda k: k % 4 == 0)
-    found = draw.draw_pairs(MODEL, many(400, 300), limit=40)
+    found = draw.draw_pairs(MODEL, many(400, 300), limit=160)
     tried = rounds[-1][1]
-    assert tried > 10, "more were tried"
+    assert tried > 20, "more were tried"
     counts = [sum(pair.topic == topic for pair in found.here) for topic in found.here.topics]
     assert len(counts) == 5 and max(counts) - min(counts) <= 2

@@ -1,5 +1,7 @@
 """Paths into and out of a circuit's nodes, against a plain model in which every slot reads a stream of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import PlainModel
@@ -162,12 +164,29 @@ def test_groups_of_pairs_and_batches_change_nothing(llama, pairs, log_odds):
         pair_runs(llama, tokens.rows(slice(2, None))),
     ]
     parted = Flow(llama, halves, log_odds, EVERY, whole.gap)
+    both = replace(parted, whole=whole.groups[0])
     for name in ("into", "out_of"):
-        one, other = (getattr(flow, name)(EVERY, SOME) for flow in (whole, parted))
-        assert one == pytest.approx(other, abs=1e-4)
+        one, *others = (getattr(flow, name)(EVERY, SOME) for flow in (whole, parted, both))
+        assert all(one == pytest.approx(other, abs=1e-4) for other in others)
     assert whole.direct(EVERY) == pytest.approx(parted.direct(EVERY), abs=1e-4)
     assert whole.into([], SOME) == whole.out_of([], SOME) == {}
     assert whole.into(SOME, []) == dict.fromkeys(SOME, 0.0)
+
+
+def test_few_nodes_are_measured_on_all_pairs_at_once(llama, pairs, log_odds, monkeypatch):
+    """A small batch takes as long as a larger one; nodes that fill a batch are measured in groups of less to run."""
+    runs = pair_runs(llama, pairs)
+    halves = [pair_runs(llama, llama.tokenize_pairs(pairs).rows(rows)) for rows in (slice(0, 2), slice(2, None))]
+    flow = Flow(llama, halves, log_odds, EVERY, 1.0, whole=runs)
+    asked = []
+    monkeypatch.setattr(Flow, "_sent", lambda self, of, senders, receivers: asked.append(len(of.harmful)) or iter(()))
+    monkeypatch.setattr(Flow, "_lost", lambda self, groups, nodes, run: [list(run(of)) for of in groups] and nodes)
+    monkeypatch.setattr(Flow, "_shares", lambda self, nodes, changes: {})
+    cells = len(pairs) * runs.harmful.n_pos
+    monkeypatch.setattr("mechsafety.circuits.flow.SMALL_BATCH", 2 * cells)
+    flow.out_of(SOME[:2], SOME)
+    flow.out_of(SOME[:3], SOME)
+    assert asked == [len(pairs), 2, len(pairs) - 2]
 
 
 def test_who_repeats_whom(planted, log_odds):

@@ -122,6 +122,24 @@ def test_a_circuit_too_large_to_measure_each_neuron(monkeypatch):
     assert neurons[0].evidence.together in render_report(circuit) and "L0.N" not in circuit_tikz(circuit)
 
 
+TWO_DOUBLED = {
+    "the edge between the backups": {"seed": 3007, "layers": 4, "heads": 8, "kv_heads": 2, "decoys": 0, "neurons": 3},
+    "the edge from a primary to the other's backup": {"seed": 4004, "layers": 5, "heads": 4, "decoys": 4, "neurons": 2},
+}
+
+
+@pytest.mark.parametrize("level", ["node", "edge"])
+@pytest.mark.parametrize("shape", TWO_DOUBLED)
+def test_every_edge_of_two_doubled_stages_is_found(shape, level):
+    """An edge between backups of two primaries carries something only while both primaries are patched."""
+    made = testbed.planted(**TWO_DOUBLED[shape], backups=2)
+    model = ms.load_model((made.model, made.tokenizer))
+    options = replace(OPTIONS, level=level, limit=24, n_random=0, n_added=0)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(24), options=options, **QUIET)
+    assert len(circuit.search.backups) == 2
+    assert {member.edge for member in circuit.edges} == set(made.truth.edges)
+
+
 def test_edges_behind_two_backups():
     """A gradient does not see one edge of this model, ranked last: the rest must not come along."""
     made = testbed.planted(seed=3008, layers=4, heads=4, norm="layernorm", decoys=0, backups=2, neurons=1)

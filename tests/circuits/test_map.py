@@ -79,7 +79,7 @@ def test_every_check_is_there_and_has_its_verdict(circuit):
     assert circuit.verification.random_p == claims["sufficiency"].p_value
     assert claims["fresh pairs"].reason == "too few pairs to set any aside"
     check = circuit.verification
-    assert check.stability.mean > 0.5 and len(check.stability.jaccards) == 5
+    assert check.stability.mean > 0.5 and len(check.stability.jaccards) == 100
     assert check.side_effects.circuit_ablated >= 0 and check.completeness is not None
     assert len(circuit.claims_dataframe()) == 10 and "claims hold" in repr(circuit)
 
@@ -148,8 +148,12 @@ def test_a_time_budget_is_kept(planted, monkeypatch):
 
 def test_behaviour_runs_every_prompt_once(planted, monkeypatch):
     model, pairs = planted
-    seen, real = [], type(model).logits
-    monkeypatch.setattr(type(model), "logits", lambda self, prompts: (seen.extend(prompts), real(self, prompts))[1])
+    seen, real = [], type(model).replies_and_logits
+    monkeypatch.setattr(
+        type(model),
+        "replies_and_logits",
+        lambda self, prompts, *a, **k: (seen.extend(prompts), real(self, prompts, *a, **k))[1],
+    )
     check_behaviour(model, pairs)
     assert sorted(seen) == sorted([*pairs.harmful, *pairs.harmless])
 

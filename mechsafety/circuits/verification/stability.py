@@ -1,6 +1,6 @@
 """Attribution pair by pair, and how much a circuit depends on which prompts were drawn."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from mechsafety.attribution.nodes import BATCH_TOKENS, NodeAttribution, mask_gra
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
+from mechsafety.circuits.search import PrefixScores, prefix_scores
 from mechsafety.circuits.verification.outcome import Stability
 from mechsafety.nodes import Part
 from mechsafety.patching.masks import PairRuns, pair_batches
@@ -86,14 +87,18 @@ def bootstrap_stability(
     ranking_of: Callable[[Sequence[int] | None], Sequence[Part]],
     goal: Goal,
     *,
-    n: int = 5,
+    n: int = 100,
     seed: int = 0,
     budget: Budget | None = None,
+    curve: PrefixScores | None = None,
 ) -> Stability | None:
     """Jaccard overlap of the circuit with those found on bootstrap resamples of the pairs.
 
-    Only the first half of the search is repeated: the smallest prefix of the ranking that meets the goal on the
-    (resampled) pairs. Exact removal is not repeated; for each resample it would take as long as the whole map.
+    Each resample ranks all parts again. Its circuit is the first parts of that ranking, as many as the goal needs. How
+    many these are is read from the curve of the ranking of all pairs, in which each pair counts as often as it was
+    drawn. The curve is taken to be straight between two sizes that were measured. So a resample runs the model only if
+    its ranking does. The circuit of all pairs is found in the same way. Exact removal is not repeated; for each
+    resample it would take as long as the whole map.
 
     Args:
         meter: Meter on the pairs that the search ranked on.
@@ -102,6 +107,7 @@ def bootstrap_stability(
         n: Number of resamples.
         seed: Seed of the resamples.
         budget: Time budget.
+        curve: Metric of prefixes of the ranking of all pairs, on the meter's pairs; measured here by default.
 
     Returns:
         The overlaps; None without a resample, or without time for one.
@@ -109,76 +115,38 @@ def bootstrap_stability(
     budget = budget or Budget()
     if not n:
         return None
+    ranking = ranking_of(None)
+    curve = prefix_scores(meter, ranking) if curve is None else curve
     rng = np.random.default_rng(seed)
     n_pairs = len(meter.runs.harmful)
-    whole, guess = _prefixes(meter, [(ranking_of(None), np.ones(n_pairs))], goal)[0]
+    size_of = partial(_size_needed, curve, *meter.ends(), len(ranking), goal)
+    whole = set(ranking[: size_of(np.ones(n_pairs))])
     jaccards, sizes = [], []
     with meter.bar(n, "resamples") as bar:
         for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
             drawn = [np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs) for _ in batch]
-            ranked = work("rankings", drawn, lambda weights: tuple(ranking_of(weights.tolist())), tuple[Part, ...])
-            asked = list(zip(ranked, drawn, strict=True))
-            for found, _ in _prefixes(meter, asked, goal, guess):
+            again = work("rankings", drawn, lambda weights: tuple(ranking_of(weights.tolist())), tuple[Part, ...])
+            for weights, other in zip(drawn, again, strict=True):
+                found = set(other[: size_of(weights)])
                 jaccards.append(len(whole & found) / len(whole | found))
                 sizes.append(len(found))
-            bar.update(len(batch))
+                bar.update(1)
     if not jaccards:
         return None
     return Stability(tuple(jaccards), float(np.mean(jaccards)), tuple(sizes))
 
 
-def _prefixes(
-    meter: FaithfulnessMeter,
-    asked: Sequence[tuple[Sequence[Part], np.ndarray]],
-    goal: Goal,
-    guess: int | None = None,
-) -> list[tuple[set[Part], int]]:
-    """The smallest prefix of each ranking that meets the goal on pairs weighted so, and its size.
+def _size_needed(
+    curve: PrefixScores, harmful: np.ndarray, harmless: np.ndarray, most: int, goal: Goal, weights: np.ndarray
+) -> int:
+    """The smallest prefix that meets the goal if pairs count so many times, by a curve that is straight between sizes.
 
-    The searches go on side by side, so that their next circuits share a batch.
+    The whole model meets every goal. A resample in which the metric has no gap to restore needs all parts.
     """
-    harmful, harmless = meter.ends()
-    searches = [_smallest(len(ranking), guess) for ranking, _ in asked]
-    answers: dict[int, bool | None] = dict.fromkeys(range(len(asked)))  # None starts a search
-    found: dict[int, int] = {}
-    while True:
-        sizes: dict[int, int] = {}
-        for k, answer in answers.items():
-            try:
-                sizes[k] = next(searches[k]) if answer is None else searches[k].send(answer)
-            except StopIteration as end:
-                found[k] = end.value
-        if not sizes:
-            break
-        scores = meter.kept([asked[k][0][:size] for k, size in sizes.items()])
-        answers = {}
-        for k, row in zip(sizes, scores, strict=True):
-            weights = asked[k][1]
-            answers[k] = goal.met(float(weights @ (row - harmless) / (weights @ (harmful - harmless))))
-    return [(set(asked[k][0][: found[k]]), found[k]) for k in range(len(asked))]
-
-
-def _smallest(most: int, guess: int | None) -> Generator[int, bool, int]:
-    """The smallest size that is good enough, of sizes up to ``most``, which is; each size asked for gets an answer.
-
-    The search starts at a guess with growing steps, then bisects: resampled circuits are about as large as the first.
-    """
-    low, high = 0, most
-    if guess is not None:
-        step = max(1, guess // 8)
-        if guess >= most or (yield guess):
-            high = guess
-            while high - step > 0 and (high - step >= most or (yield high - step)):
-                high -= step
-                step *= 2
-            low = max(0, high - step)
-        else:
-            low = guess
-            while low + step < most and not (yield low + step):
-                low += step
-                step *= 2
-            high = min(most, low + step)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if (yield middle) else (middle, high)
-    return high
+    gap = float(weights @ (harmful - harmless))
+    if gap <= 0:
+        return most
+    sizes, scores = curve
+    measured = (scores - harmless) @ weights / gap
+    every = np.interp(np.arange(most + 1), sizes, measured)
+    return next(size for size, value in enumerate(every.tolist()) if size == most or goal.met(value))

@@ -1,6 +1,7 @@
 """Attribution pair by pair, and circuits from resampled prompts."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from mechsafety.attribution import node_attribution
 from mechsafety.circuits.budget import Budget
 from mechsafety.circuits.faithfulness import FaithfulnessMeter
 from mechsafety.circuits.goal import Goal
-from mechsafety.circuits.search import ranked
-from mechsafety.circuits.verification.stability import _prefixes, attribute_pairs, bootstrap_stability
+from mechsafety.circuits.search import prefix_scores, ranked, search_nodes
+from mechsafety.circuits.verification.stability import _size_needed, attribute_pairs, bootstrap_stability
 from mechsafety.nodes import head_and_mlp_nodes
 from mechsafety.patching import pair_runs
 
@@ -43,26 +44,58 @@ def test_pairs_add_up_to_the_whole(setting):
     torch.testing.assert_close(found.mean([2, 0, 1, 0]).heads, resampled.heads, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["reach", "match"])
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.97])
-def test_the_smallest_prefix_from_any_guess(setting, target):
+def test_the_size_is_the_smallest_prefix_where_every_size_was_measured(setting, target, kind):
     meter, _, found = setting
-    attribution = found.mean()
-    nodes = head_and_mlp_nodes(3, 4)
-    ranking = sorted(nodes, key=lambda node: (-attribution.of(node), node.order))
-    values = meter.faithfulness([ranking[:n] for n in range(16)])
-    reached = [n for n, value in enumerate(values) if value >= target - 1e-6]
-    if all(value >= target - 1e-6 for value in values[reached[0] :]):
-        guesses = (None, 1, 5, 15)
-        sizes = {_prefixes(meter, [(ranking, np.ones(4))], Goal(target), guess)[0][1] for guess in guesses}
-        assert sizes == {reached[0]}
-    weights = np.array([3.0, 0.0, 1.0, 0.0])
-    two = [(ranking, np.ones(4)), (ranking, weights)]
-    alone = [_prefixes(meter, [one], Goal(target), 4)[0] for one in two]
-    assert _prefixes(meter, two, Goal(target), 4) == alone, "side by side as one after the other"
-    kept, size = alone[1]
-    harmful, harmless = meter.ends()
-    value = weights @ (meter.kept([ranking[:size]])[0] - harmless) / (weights @ (harmful - harmless))
-    assert value >= target - 1e-6 and kept == set(ranking[:size])
+    ranking = by_gradient(found)(None)
+    ends, goal = meter.ends(), Goal(target, kind)
+    every = list(range(len(ranking) + 1))
+    scores = meter.kept([ranking[:n] for n in every])
+    for weights in (np.ones(4), np.array([3.0, 0.0, 1.0, 0.0])):
+        values = (scores - ends[1]) @ weights / (weights @ (ends[0] - ends[1]))
+        expected = next(n for n, value in enumerate(values) if goal.met(value))
+        assert _size_needed((every, scores), *ends, len(ranking), goal, weights) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    # 0, 0.2 and 1.4 at sizes 0, 2 and 8: straight between, 0.8 is reached at 5, and 1.2 is left at 7
+    [(Goal(0.8), 5), (Goal(0.8, "match"), 5), (Goal(0.2), 2), (Goal(1.0), 6)],
+)
+def test_between_two_sizes_the_curve_is_straight(kind, size):
+    ones = np.ones(3)
+    curve = [0, 2, 8, 10], np.outer([0.0, 0.2, 1.4, 1.0], ones)
+    assert _size_needed(curve, ones, 0 * ones, 10, kind, ones) == size
+
+
+def test_a_curve_that_jumps_over_the_goal_meets_it_on_the_way():
+    """From 0.2 to 1.8 in one part, and back to 1: to match the model, it takes the part that comes back."""
+    curve = [0, 1, 2, 4], np.array([[0.0], [0.2], [1.8], [1.0]])
+    one = np.ones(1)
+    assert _size_needed(curve, one, 0 * one, 4, Goal(0.8, "match"), one) == 4
+    assert _size_needed(curve, one, 0 * one, 4, Goal(0.5, "match"), one) == 3
+
+
+def test_a_resample_without_a_gap_needs_all_parts():
+    curve = [0, 1, 2], np.array([[0.0, 0.0], [1.0, -1.0], [1.0, -1.0]])
+    ends = np.array([1.0, -1.0]), np.zeros(2)
+    assert _size_needed(curve, *ends, 2, Goal(), np.array([0.0, 2.0])) == 2
+    assert _size_needed(curve, *ends, 2, Goal(), np.array([2.0, 0.0])) == 1
+
+
+def test_the_curve_of_the_search_is_the_curve(setting):
+    """The map gives the search's own scores, so that nothing is run for stability."""
+    meter, _, found = setting
+    result = search_nodes(meter, meter, found.mean(), 0.8)
+    sizes, scores = prefix_scores(meter, result.ranking)
+    assert sizes == [point.n_nodes for point in result.curve]
+    np.testing.assert_allclose(scores, result.found_scores, atol=1e-5)
+    given = bootstrap_stability(meter, by_gradient(found), Goal(), n=4, curve=(sizes, np.array(result.found_scores)))
+    assert given == bootstrap_stability(meter, by_gradient(found), Goal(), n=4)
+    quiet = replace(meter, groups=())
+    object.__setattr__(quiet, "model", None)  # a run would fail
+    assert bootstrap_stability(quiet, by_gradient(found), Goal(), n=4, curve=(sizes, scores)).mean == given.mean
 
 
 def test_stability(setting):
@@ -100,4 +133,4 @@ def test_time_that_is_over(setting):
     meter, _, found = setting
     budget = Budget(1e-9, clock=iter(range(100)).__next__)
     assert bootstrap_stability(meter, by_gradient(found), Goal(0.8), budget=budget) is None
-    assert budget.cut == ("resamples of the prompts: 0 of 5 done",)
+    assert budget.cut == ("resamples of the prompts: 0 of 100 done",)

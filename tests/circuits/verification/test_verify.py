@@ -211,8 +211,8 @@ def test_what_time_leaves_no_room_for_is_none_and_noted(found):
     unmeasured = {claim.name for claim in check.claims if claim.passed is None}
     assert {"sufficiency", "necessity", "minimality", "completeness", "harmless prompts"} <= unmeasured
     assert budget.cut == (
-        "random circuits, kept: 0 of 60 done",
-        "random circuits, removed: 0 of 60 done",
+        "random circuits, kept: 0 of 40 done",
+        "random circuits, removed: 0 of 40 done",
         "minimality: left out",
         "side effects on harmless prompts: left out",
     )
