@@ -670,9 +670,7 @@ def _fresh(fresh: Any) -> str:
 
 
 def _stability(found: Any) -> str:
-    return (
-        f"mean Jaccard overlap {found.mean:.2f} with circuits of {len(found.jaccards)} bootstrap resamples of the pairs"
-    )
+    return f"mean Jaccard overlap {found.mean:.2f} with the first parts on {len(found.jaccards)} resamples of the pairs"
 
 
 def _read(metric: Any) -> list[tuple[str, str]]:

@@ -170,8 +170,8 @@ def search_parts(
             set that stays larger is not measured part by part.
     """
     budget = budget or Budget()
-    curve, *scores = _curve(found_on, held_out, ranking, shares)
-    by_prompt = dict(zip(("found_scores", "curve_scores"), scores, strict=True))
+    curve, here, there = _curve(found_on, held_out, ranking, shares)
+    made = partial(SearchResult, tuple(ranking), curve, found_scores=here, curve_scores=there)
 
     # on fewer pairs first: a circuit that misses the goal there need not be run on the others
     fewest_first = sorted((found_on, held_out), key=lambda meter: len(meter.runs.harmful))
@@ -198,14 +198,14 @@ def search_parts(
         # keep what removal would have removed last, by the costs that it measured
         worth = sorted(circuit, key=lambda part: -goal.size(costs.get(part, 0.0))) if costs else list(ranking)
         kept = in_order(tidy(worth[:max_parts]))
-        return SearchResult(tuple(ranking), curve, kept, marginals(held_out, kept), reaches(kept), high, **by_prompt)
+        return made(kept, marginals(held_out, kept), reaches(kept), high)
     if len(circuit) == len(ranking):
         # only the whole model meets the goal: say so, and give the smaller set that comes closest
         smaller = [point for point in curve if 0 < point.n_nodes < len(ranking)]
         best = min(smaller, key=lambda point: (goal.missing(point.faithfulness, point.held_out), point.n_nodes))
         kept = in_order(ranking[: best.n_nodes])
-        return SearchResult(tuple(ranking), curve, kept, marginals(held_out, kept), False, best.n_nodes, **by_prompt)
-    return SearchResult(tuple(ranking), curve, in_order(circuit), costs, True, high, minimal, **by_prompt)
+        return made(kept, marginals(held_out, kept), False, best.n_nodes)
+    return made(in_order(circuit), costs, True, high, minimal)
 
 
 def faithfulness_curve(

@@ -109,16 +109,17 @@ def wire(
                 into.setdefault(member.edge, member)
         states |= dict.fromkeys(measured, state)
         roles |= {node: named[node] for node in measured}
-    for pair in _of_two_primaries(by_node):
-        links = [CircuitEdge(edge, 0.0) for edge in edges_into(pair[0], pair[1:], parallel=meter.model.parallel)]
+    for patched, pairs in _of_two_primaries(by_node).items():
+        paths = [edge for one, other in pairs for edge in edges_into(one, [other], parallel=meter.model.parallel)]
+        links = [CircuitEdge(edge, 0.0) for edge in paths]
         if own is not None:
-            links = [member for member in own if (member.edge.sender, member.edge.receiver) == pair]
+            links = [member for member in own if member.edge in set(paths)]
         if links:
-            patched = _masking(pair, by_node)
             state = _State(meter, [*outside, *patched])
-            measured = state.measured(links)
-            effects = state.flow([node for node in nodes if not {node, node.home} & set(patched)]).effects(pair)
-            for members, into in ((measured, exact), (carrying(measured, effects), kept)):
+            between = state.measured(links)
+            alive = [node for node in nodes if not {node, node.home} & set(patched)]
+            effects = state.flow(alive).effects(list(dict.fromkeys(node for pair in pairs for node in pair)))
+            for members, into in ((between, exact), (carrying(between, effects), kept)):
                 for member in members:
                     into.setdefault(member.edge, member)
     for node, backup in by_node.items():
@@ -219,10 +220,11 @@ def _masking(live: Sequence[Node], backups: Mapping[Node, Backup]) -> tuple[Node
     return tuple(sorted((primaries | groups | of_others) - set(live), key=lambda node: node.order))
 
 
-def _of_two_primaries(backups: Mapping[Node, Backup]) -> list[tuple[Node, Node]]:
-    """Pairs of backups of different primaries, the earlier one first."""
+def _of_two_primaries(backups: Mapping[Node, Backup]) -> dict[tuple[Node, ...], list[tuple[Node, Node]]]:
+    """Pairs of backups of different primaries, the earlier one first, by what is patched while they are measured."""
     primary = {node: backup.primary for node, backup in backups.items()}
-    pairs = itertools.combinations(sorted(backups, key=lambda node: node.order), 2)
-    return [
-        (one, other) for one, other in pairs if primary[one] not in (primary[other], other) and primary[other] != one
-    ]
+    found: dict[tuple[Node, ...], list[tuple[Node, Node]]] = {}
+    for one, other in itertools.combinations(sorted(backups, key=lambda node: node.order), 2):
+        if primary[one] not in (primary[other], other) and primary[other] != one:
+            found.setdefault(_masking([one, other], backups), []).append((one, other))
+    return found

@@ -77,12 +77,12 @@ class Independence:
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """Circuits searched again on bootstrap resamples of the prompts.
+    """First parts of the ranking on bootstrap resamples of the prompts, as many as the goal needs.
 
     Attributes:
-        jaccards: Overlap of each resample's circuit with the circuit of all prompts, found by the same search.
+        jaccards: Overlap of each resample's parts with those of all prompts.
         mean: Mean of the overlaps.
-        n_nodes: Size of each resample's circuit.
+        n_nodes: How many parts each resample needs.
     """
 
     jaccards: tuple[OrNan, ...]
