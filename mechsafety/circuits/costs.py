@@ -9,10 +9,10 @@ from mechsafety.circuits.options import MapOptions
 GRADIENT, STEPS = 2.5, 8
 # circuits on the curve of sizes and in the bisection
 CURVE = 28
-# what a node that is patched alone and one node's backups cost
-ALONE, BACKUP = 0.25, 24
+# what a node that is patched alone and one node's backups cost; of most nodes no backups are looked for
+ALONE, BACKUP = 0.5, 12
 # what a node's role costs: about a dozen groups of paths, each through half of the layers
-FLOWS = 7
+FLOWS = 6
 # what completeness costs per pair, and what does not depend on the number of control pairs
 COMPLETE, FIXED = 36, 200
 # a circuit holds about this share of the parts, before the search has found it

@@ -5,14 +5,14 @@
 # parts make the model refuse, and they suffice**. Such a claim is easy to make and hard to prove. Here you search the
 # circuit of the demo model, look at a whole map, and test it yourself.
 #
-# **Claim.** The map's 62 parts keep most of the difference between refusing and answering on prompts of topics that its
+# **Claim.** The map's 58 parts keep most of the difference between refusing and answering on prompts of topics that its
 # search did not see. Random sets of as many parts keep almost none of it.
 #
-# A whole map takes about five minutes on two cores, which is too long here. Two things are therefore shown, and kept
+# A whole map takes two to four minutes on two cores, which is too long here. Two things are therefore shown, and kept
 # apart throughout:
 #
 # - a **quick search** that you run now, on a few pairs, without edges and checks;
-# - the **stored map** of the same model, made by `mechsafety map demo` from 100 pairs, with everything.
+# - the **stored map** of the same model, made by `mechsafety map demo` from 110 pairs, with everything.
 #
 # The notebook takes under two minutes.
 #
@@ -88,7 +88,7 @@ plt.show()
 #
 # ## 3. The stored map
 #
-# `RefusalCircuit.builtin()` loads the whole map of this model. It was made from more pairs: 100 of the 1,742 built-in
+# `RefusalCircuit.builtin()` loads the whole map of this model. It was made from more pairs: 110 of the 1,742 built-in
 # ones, drawn with another seed. Both draws take short pairs and those of the first edition first, so that they share
 # pairs. The stored map has edges too (who passes what on to whom), and roles and checks.
 #
@@ -116,7 +116,7 @@ full.to_dataframe().sort_values("effect", ascending=False)[columns].head(10).rou
 #
 # The **control** is ten random sets with as many heads and as many MLPs.
 #
-# **What do you expect?** How much do 62 random parts keep: a fifth, because they are a fifth of the model?
+# **What do you expect?** How much do 58 random parts keep: a fifth, because they are a fifth of the model?
 
 # %%
 import random

@@ -46,7 +46,7 @@ circuit
 # `Style` holds every option, and every function takes it. With `width_mm` a figure fits that width. Labels have 7
 # points, no text is below 6.
 #
-# **What do you expect?** The circuit has 62 parts. How many of them can be drawn one by one in a column of 85 mm with
+# **What do you expect?** The circuit has 58 parts. How many of them can be drawn one by one in a column of 85 mm with
 # readable labels? What happens to the others?
 
 # %%

@@ -115,7 +115,7 @@ metric
 # ## The map, and the diagram
 #
 # For a model of billions of parameters, begin with `ms.MapOptions.quick()`, which gives a first look in about half the
-# time. A map of the default options tries 100 pairs.
+# time. A map of the default options tries 110 pairs.
 #
 # **What do you expect?** The model has 20 parts, heads and MLPs together. How many does its circuit have?
 

@@ -40,15 +40,12 @@ def test_pairs_and_parts_make_stages_longer():
 
 
 def test_the_demo_models_maps_took_about_as_long_as_expected():
-    """Seconds measured on two days (Intel Xeon, two cores): a whole map of 62 nodes and a first look of 56."""
-    whole = replace(SIZES, here=22, held=13, circuit=62)
-    first = replace(SIZES, here=8, held=5, few=4, controls=4, circuit=56)
-    more = ms.MapOptions(n_random=60, n_added=80)
+    """Seconds measured on two cores of an AMD EPYC: a whole map of 58 nodes and a first look of 63."""
+    whole = replace(SIZES, here=14, held=8, circuit=58)
+    first = replace(SIZES, here=8, held=5, few=4, controls=4, circuit=63)
     for sizes, options, took in (
-        (whole, more, (9.1, 67.0, 47.5, 82.8, 74.8)),
-        (first, ms.MapOptions.quick(), (3.4, 22.8, 2.1, 31.0, 17.8)),
-        (whole, more, (9.3, 59.5, 44.2, 68.7, 53.1)),
-        (first, ms.MapOptions.quick(), (3.0, 15.7, 1.7, 24.4, 13.6)),
+        (whole, OPTIONS, (7.1, 41.6, 20.0, 64.5, 52.9)),
+        (first, ms.MapOptions.quick(), (3.0, 25.1, 2.7, 37.8, 18.4)),
     ):
         work = expected_work(sizes, options)
         left = [sum(took[k:]) for k in range(5)]

@@ -20,8 +20,8 @@ def test_every_example_runs(tmp_path, monkeypatch, planted, capsys):
     for block in drawing:
         exec(block, names)
     said = capsys.readouterr().out
-    assert "of 62 nodes are drawn one by one" in said and r"95 \% interval" in said and r"\[0.57, 1.02\]" in said
-    assert "29 of 62 nodes one by one" in "".join(BLOCKS), "the page's comment"
+    assert "of 58 nodes are drawn one by one" in said and r"95 \% interval" in said and r"\[0.44, 1.15\]" in said
+    assert "23 of 58 nodes one by one" in "".join(BLOCKS), "the page's comment"
     assert {path.name for path in tmp_path.iterdir()} == {
         "out", "circuit.html", "circuit.pdf", "circuit.png", "circuit.tex", "column.pdf", "page.pdf",
         "panels.pdf", "german.pdf", "roles.pdf",
