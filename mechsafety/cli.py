@@ -670,7 +670,9 @@ def _fresh(fresh: Any) -> str:
 
 
 def _stability(found: Any) -> str:
-    return f"mean Jaccard overlap {found.mean:.2f} with the first parts on {len(found.jaccards)} resamples of the pairs"
+    return (
+        f"the first parts of the ranking overlap by {found.mean:.2f} (mean Jaccard) on {len(found.jaccards)} resamples"
+    )
 
 
 def _read(metric: Any) -> list[tuple[str, str]]:

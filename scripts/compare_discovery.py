@@ -378,12 +378,14 @@ def main() -> None:
         "parts": len(every(split)),
         "edges": len(all_edges(split.model.n_layers, split.model.n_heads, split.model.parallel)),
         "found_on": len(split.drawn.here),
+        # what earlier records lack: they searched each size with runs, and a quarter of the held-out pairs set the size
+        "sizes": "read from the curve",
         "versions": package_versions(),
         "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
     }
     before = record["models"].get(name, {})
     kept = {aspect: row for aspect, row in before.items() if aspect in ASPECTS and aspect not in args.only}
-    if kept and any(before[key] != value for key, value in now.items()):
+    if kept and any(before.get(key) != value for key, value in now.items()):
         raise SystemExit(f"{target} has {' and '.join(kept)} of {name} from another place; measure all, or use --out")
     aspects: dict[str, Callable[[], Any]] = {
         "methods": lambda: measure(split, steps, names, not args.no_resamples),

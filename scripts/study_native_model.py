@@ -96,7 +96,7 @@ class Size:
     probe: int = 60
     probe_layers: int = 7
     n_random: int = 100
-    n_resamples: int = 5
+    n_resamples: int = 100
 
 
 SMALL = Size(4, (("native", 8), ("demo", 8)), 4, 4, 2, 3, 3, 5, 6, 2, 3, 1)

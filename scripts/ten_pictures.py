@@ -155,10 +155,10 @@ def spread(demo: RefusalCircuit) -> Slide:
     return Slide(
         "spread",
         f"Its refusal is spread out: the best 10 of {demo.n_candidates} heads and MLPs restore "
-        f"{ten.held_out:.1%} of the difference between refusing and answering (held-out pairs), and the {len(demo)} of "
-        f"the circuit {fresh.faithfulness:.0%} (fresh pairs).",
-        f"On these {fresh.n} pairs, used for nothing before, the 95 % interval is {low:.0%} to {high:.0%}: whether the "
-        f"circuit reaches the {check.target:.0%} that were asked for is {verdict(demo, 'fresh pairs')}.",
+        f"{share(ten.held_out)} of the difference between refusing and answering (held-out pairs), and the {len(demo)} "
+        f"of the circuit {fresh.faithfulness:.0%} (fresh pairs).",
+        f"On these {fresh.n} pairs, used for nothing before, the 95 % interval is {low:.0%} to {high:.0%}: the claim "
+        f"of at least {check.target:.0%} on fresh pairs {DO[verdict(demo, 'fresh pairs')][0]}.",
         "What is restored when the best k parts are kept, and all others have their values from the harmless prompt.",
         "gallery/demo.json",
         figure,
@@ -373,6 +373,11 @@ def columns(
     for place, (value, _, high) in enumerate(found):
         axes.text(place, high + 0.02, f"{value:.0%}", ha="center", fontsize=12)
     axes.set_ylim(0, 1.12)
+
+
+def share(value: float) -> str:
+    """A share of the difference in words: what rounds to 0, or is below it, is nothing."""
+    return f"{value:.1%}" if value >= 0.0005 else "nothing"
 
 
 def verdict(found: RefusalCircuit, name: str) -> str:

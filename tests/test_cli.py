@@ -614,8 +614,8 @@ def test_a_first_look_is_marked_as_preliminary(run, saved, pairs_file, tmp_path)
     circuit = RefusalCircuit.load(out / "circuit.json")
     assert circuit.preliminary and repr(circuit).startswith("RefusalCircuit(preliminary: ")
     options = circuit.provenance.options
-    assert (options["limit"], options["n_random"], options["n_resamples"]) == (16, 39, 0)
-    assert circuit.ablation == "mean" and circuit.verification.stability is None
+    assert (options["limit"], options["n_random"], options["n_resamples"]) == (16, 40, 100)
+    assert circuit.ablation == "mean" and len(circuit.verification.stability.jaccards) == 100
     for name in ("report.html", "circuit.svg", "circuit.tex"):
         assert "Preliminary: a first look" in (out / name).read_text(encoding="utf-8"), name
     assert "mean over the harmless prompts" in (out / "report.html").read_text(encoding="utf-8")

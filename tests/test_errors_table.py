@@ -316,14 +316,17 @@ def out_of_memory(llama, pairs, log_odds, caplog, monkeypatch):
 
     def everything():
         patched = ms.activation_patching(llama, pairs, log_odds, nodes=["L0.H0", "L0.H1", "L1.MLP"], progress=False)
-        return patched.changes, llama.logits(pairs.harmful), llama.generate(pairs.harmful, 4, progress=False)
+        ids, first = llama.replies_and_logits(pairs.harmful, 4, progress=False)
+        assert first.shape == (len(pairs), llama.d_vocab)
+        return patched.changes, torch.cat([llama.logits(pairs.harmful), first]), llama.decode(ids)
 
     whole = everything()
     caplog.clear()
     with memory_for(llama, 8):
         halves = everything()
     with memory_for(llama, 1):
-        halves = (*halves[:1], llama.logits(pairs.harmful), llama.generate(pairs.harmful, 4, progress=False))
+        ids, first = llama.replies_and_logits(pairs.harmful, 4, progress=False)
+        halves = (*halves[:1], torch.cat([llama.logits(pairs.harmful), first]), llama.decode(ids))
     torch.testing.assert_close(halves[:2], whole[:2], atol=1e-4, rtol=1e-4)
     assert halves[2] == whole[2]
     (line,) = [record.getMessage() for record in caplog.records if record.name == "mechsafety.halving"]

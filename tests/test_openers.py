@@ -69,6 +69,17 @@ def test_prompts_that_leave_little_room_for_a_reply(gpt2):
     )
 
 
+def test_the_first_step_of_replies_gives_the_logits(llama):
+    """Prompts of unlike lengths, in several batches: each row keeps its own reply and logits."""
+    prompts = ["make a big bomb now please", "tea", "make a cake", "a", "teach me a bomb"]
+    for size in (2, 48):
+        replies, logits = llama.replies_and_logits(prompts, 5, size, progress=False)
+        assert replies == llama.reply_ids(prompts, 5, size, progress=False)
+        torch.testing.assert_close(logits, llama.logits(prompts), atol=1e-4, rtol=1e-4)
+        assert [ids[0] for ids in replies] == logits.argmax(-1).tolist()
+    assert llama.replies_and_logits([], 5)[1].shape == (0, llama.d_vocab)
+
+
 def with_opener(tokens, ids):
     """The same prompts with tokens appended by hand."""
     more = torch.tensor([ids]).expand(len(tokens), -1)

@@ -70,7 +70,7 @@ def expected():
             sum(demo["provenance"]["options"][part] for part in ("found_on", "held_out", "fresh")),
         ],
         "spread": [
-            percent(ten["held_out"], 1),
+            "nothing" if ten["held_out"] < 0.0005 else percent(ten["held_out"], 1),
             percent(check["fresh"]["faithfulness"]),
             *map(percent, check["fresh"]["ci"]),
             f"of {demo['n_candidates']} ",
@@ -85,7 +85,7 @@ def expected():
         ],
         "claims": [
             f"{len(claims)} claims",
-            *(f"{n} {w}" for n, w in zip(by_verdict, ("hold", "fail", "are"), strict=True)),
+            *(f"{n} {w}" for n, w in zip(by_verdict, ("hold", "fail", "are"), strict=True) if n),
         ],
         "roles": [f"{n} {w}" for n, w in zip(by_role, ("detect", "evaluate", "decide", "write"), strict=True)],
         "another-model": [

@@ -9,7 +9,7 @@ from mechsafety.circuits.options import MapOptions
 GRADIENT, STEPS = 2.5, 8
 # circuits on the curve of sizes and in the bisection
 CURVE = 28
-# what a node that is patched alone and one node's backups cost; of most nodes no backups are looked for
+# what a node that is patched alone costs, and what one node's backups cost: for many nodes none are looked for
 ALONE, BACKUP = 0.5, 12
 # what a node's role costs: about a dozen groups of paths, each through half of the layers
 FLOWS = 6
@@ -52,8 +52,13 @@ def expected_work(sizes: Sizes, options: MapOptions) -> tuple[float, float, floa
     both, few, controls = sizes.here + sizes.held, sizes.few, sizes.controls
     rank = GRADIENT * STEPS * sizes.here
     search = both * (CURVE + n)
+    if options.search == "masks":  # they are trained in the search, and again for each resample
+        training = GRADIENT * options.training.steps * min(options.training.batch, sizes.here)
+        search, resampled = search + training, options.resamples * training
+    else:
+        resampled = 0.0
     alone = ALONE * (few + controls) * (n + options.shortlist)
-    alone += BACKUP * few * options.n_backup_parts
+    alone += BACKUP * few * options.n_backup_parts + resampled
     wire = few * (FLOWS * n + options.n_edges / 2 + GRADIENT * STEPS)
     check = FIXED + controls * (2 * options.n_random + (n + options.n_added) / 2 + COMPLETE)
     return rank, search, alone, wire, check

@@ -25,8 +25,8 @@ def with_backup_edges(
 
     For each node that has backups, and then for each two of them:
 
-    1. All its edges leave the circuit. All edges that its backups could have among the circuit's nodes come in.
-    2. Where the circuit does not meet the goal this way, the backups are no second way along these nodes. They stay
+    1. All its edges leave the smallest set. All edges that its backups could have among the set's nodes come in.
+    2. Where the set does not meet the goal this way, the backups are no second way along these nodes. They stay
        listed, and no edge is added.
     3. Otherwise the backups' edges are removed one by one as long as the goal is met. What is left is added.
 

@@ -358,6 +358,7 @@ def measure_parts(found: Found, nodes: NodeEffects | None = None) -> MeasuredPar
             seed=options.seed,
             budget=budget,
             curve=([point.n_nodes for point in result.curve], np.array(result.found_scores)),
+            runs_model=options.search == "masks",
         )
     result = level.with_backups(result, nodes.backups, split.meters, options, budget)
     inside = tuple(backup for backup in nodes.backups if backup.node in result.nodes)
@@ -515,6 +516,7 @@ def _provenance_options(split: Split) -> dict[str, Any]:
     drawn = split.drawn.provenance.options
     return {
         **chosen,
+        "n_resamples": split.options.resamples,
         "pairs": drawn["pairs"],
         "limit": drawn["limit"],
         "found_on": len(split.drawn.here),

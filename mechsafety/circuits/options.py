@@ -42,7 +42,9 @@ class MapOptions:
             Not for level ``edge``.
         max_nodes: Largest circuit, in edges at level ``edge``. Where the goal needs more, the circuit misses the goal
             and says so.
-        n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random).
+        n_random: Random circuits to compare with. The smallest possible p is 1 / (1 + n_random), and twice that after
+            the p of sufficiency and necessity are adjusted together. With fewer than 40, a claim may be undecided
+            though no random circuit equals the circuit.
         n_added: Parts outside the circuit that are added to it at random. Minimality is measured against them.
         n_resamples: Bootstrap resamples of the prompts on which the ranking is repeated. By default 100, or 5 where
             each of them has masks of its own to train.
@@ -95,8 +97,8 @@ class MapOptions:
     def quick(cls, **options: Any) -> Self:
         """Options of a first look, which takes less than half of the time of a whole map.
 
-        It tries 16 pairs in place of 110, measures roles on four, and draws 39 random circuits. It looks for no
-        backups and measures no nodes outside the circuit. Most claims are therefore undecided.
+        It tries 16 pairs in place of 110, and measures roles on four. It looks for no backups, measures no nodes
+        outside the circuit, and trains no masks again on resampled pairs. Most claims are therefore undecided.
 
         Args:
             options: Options to choose otherwise.
@@ -105,8 +107,10 @@ class MapOptions:
             >>> MapOptions.quick(goal="match").limit
             16
         """
-        small = {"limit": 16, "n_random": 39, "n_added": 20, "n_backup_parts": 0}
+        small: dict[str, Any] = {"limit": 16, "n_added": 20, "n_backup_parts": 0}
         small |= {"n_edges": 40, "n_role_pairs": 4, "shortlist": 0, "preliminary": True}
+        if options.get("search") == "masks":
+            small["n_resamples"] = 0
         return cls(**{**small, **options})
 
     def __post_init__(self) -> None:

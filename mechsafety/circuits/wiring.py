@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from mechsafety.circuits.flow import Flow
 from mechsafety.circuits.roles import Named, assign_roles
 from mechsafety.circuits.search import MAX_EXACT
 from mechsafety.nodes import EMBED, Edge, Node
+from mechsafety.patching.masks import PairRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +115,14 @@ def wire(
         paths = [edge for one, other in pairs for edge in edges_into(one, [other], parallel=meter.model.parallel)]
         links = [CircuitEdge(edge, 0.0) for edge in paths]
         if own is not None:
-            links = [member for member in own if member.edge in set(paths)]
-        if links:
+            between = set(paths)
+            links = [member for member in own if member.edge in between]
+        if links and not budget.skips("edges between backups of different nodes", 0.6):
             state = _State(meter, [*outside, *patched])
-            between = state.measured(links)
+            carried = state.measured(links)
             alive = [node for node in nodes if not {node, node.home} & set(patched)]
             effects = state.flow(alive).effects(list(dict.fromkeys(node for pair in pairs for node in pair)))
-            for members, into in ((between, exact), (carrying(between, effects), kept)):
+            for members, into in ((carried, exact), (carrying(carried, effects), kept)):
                 for member in members:
                     into.setdefault(member.edge, member)
     for node, backup in by_node.items():
@@ -170,9 +173,13 @@ class _State:
         parts = meter.groups or ((tuple(range(len(harmful))), meter.runs),)
         self.gaps = np.concatenate([(harmful - harmless)[list(rows)] for rows, _ in parts])
         self.groups = [knocked_out(meter.model, runs, patched) for _, runs in parts]
-        # all pairs in one run
-        self.whole = knocked_out(meter.model, meter.runs, patched) if meter.groups else self.groups[0]
+        self.all_runs, self.patched = meter.runs, patched
         self.known: dict[Node, list[CircuitEdge]] = {}
+
+    @cached_property
+    def whole(self) -> PairRuns:
+        """All pairs in one run."""
+        return knocked_out(self.model, self.all_runs, self.patched) if len(self.groups) > 1 else self.groups[0]
 
     def flow(self, nodes: Sequence[Node]) -> Flow:
         """Paths among nodes that are not patched."""
@@ -217,7 +224,8 @@ def _masking(live: Sequence[Node], backups: Mapping[Node, Backup]) -> tuple[Node
     primaries = {backups[node].primary for node in live}
     groups = {node for one in live for node in backups[one].group}
     of_others = {node for node, backup in backups.items() if backup.primary not in primaries}
-    return tuple(sorted((primaries | groups | of_others) - set(live), key=lambda node: node.order))
+    alive = {home for node in live for home in (node, node.home)}
+    return tuple(sorted((primaries | groups | of_others) - alive, key=lambda node: node.order))
 
 
 def _of_two_primaries(backups: Mapping[Node, Backup]) -> dict[tuple[Node, ...], list[tuple[Node, Node]]]:

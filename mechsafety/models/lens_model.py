@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     import mechsafety.cache
 
 # token ids of several replies
-TokenIds = tuple[tuple[int, ...], ...]
+# of each row: token ids of the reply, and, where they are wanted, the next-token logits after the prompt
+SaidRows = tuple[tuple[tuple[int, ...], Tensor | None], ...]
 
 
 class LensModel:
@@ -464,7 +465,7 @@ class LensModel:
         chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         with progress_bar(total=len(chunks) * max_new_tokens, desc="generating", delay=2, show=progress) as bar:
 
-            def said(chunk: list[int]) -> tuple[list[list[int]], list[Tensor]]:
+            def said(chunk: list[int]) -> list[tuple[list[int], Tensor | None]]:
                 with self.lock, torch.no_grad(), self._watched(watch):
                     cursor = Cursor(self.backend)
 
@@ -473,17 +474,20 @@ class LensModel:
 
                     choose = Sampler(temperature, seed, chunk) if temperature else most_probable
                     pieces, ended = lay_out(self, [rows[k] for k in chunk]).pieces(), _ended(watch, chunk)
-                    return decode_replies(read, pieces, self.end_ids, max_new_tokens, keep, bar.update, choose, ended)
+                    ids, steps = decode_replies(
+                        read, pieces, self.end_ids, max_new_tokens, keep, bar.update, choose, ended
+                    )
+                # one entry per row: where memory is full, halves of a batch are joined
+                return list(zip(ids, steps[0] if keep else [None] * len(ids), strict=True))
 
             # a watch keeps what it has read, so that its replies are computed where it is
-            kind = tuple[TokenIds, tuple[Tensor, ...]]
-            found = map(said, chunks) if watch is not None else work("replies", chunks, said, kind, of=keep)
-            for number, (chunk, (new, first)) in enumerate(zip(chunks, found, strict=True), 1):
+            found = map(said, chunks) if watch is not None else work("replies", chunks, said, SaidRows, of=keep)
+            for number, (chunk, new) in enumerate(zip(chunks, found, strict=True), 1):
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
-                for k, ids in zip(chunk, new, strict=True):
+                for k, (ids, first) in zip(chunk, new, strict=True):
                     replies[k] = list(ids)
-                for step in first:
-                    logits |= zip(chunk, step.to(self.device), strict=True)
+                    if first is not None:
+                        logits[k] = first.to(self.device)
         return replies, [logits[k] for k in range(len(prompts))] if keep else []
 
     @public

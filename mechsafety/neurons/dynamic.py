@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsafety.conversation import Conversation
 from mechsafety.inputs import Count, Prompts, prompt_list, public
 from mechsafety.models import LensModel
-from mechsafety.models.lens_model import TokenIds
+from mechsafety.models.lens_model import SaidRows
 from mechsafety.models.rows import lay_out, prompt_rows
 from mechsafety.neurons.behaviour import Unedited
 from mechsafety.neurons.masks import neuron_mask
@@ -140,16 +140,16 @@ def dynamic_patching(
     donor = aligned if bool(mask.any()) else None
     chunks = batches([len(row) for row in rows], batch_size)
 
-    def spoken(chunk: list[int]) -> tuple[list[list[int]], Tensor]:
+    def spoken(chunk: list[int]) -> list[tuple[list[int], Tensor]]:
         said, steps = greedy(base, donor, mask, lay_out(base, [rows[k] for k in chunk]), max_new_tokens)
-        return said, steps[:, 0].cpu()
+        # one entry per row: where memory is full, halves of a batch are joined
+        return list(zip(said, steps[:, 0].cpu(), strict=True))
 
-    found = zip(chunks, work("patched replies", chunks, spoken, tuple[TokenIds, Tensor]), strict=True)
+    found = zip(chunks, work("patched replies", chunks, spoken, SaidRows), strict=True)
     show = progress and len(chunks) > 1
-    for chunk, (said, first) in progress_bar(found, total=len(chunks), desc="patched replies", show=show):
-        logits[chunk] = first
-        for k, reply in zip(chunk, said, strict=True):
-            tokens[k] = tuple(reply)
+    for chunk, said in progress_bar(found, total=len(chunks), desc="patched replies", show=show):
+        for k, (reply, first) in zip(chunk, said, strict=True):
+            tokens[k], logits[k] = tuple(reply), first
     replies = base.decode(tokens)
     judged = None
     if judge is not None:

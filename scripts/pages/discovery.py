@@ -26,6 +26,7 @@ def context(record: Record) -> Mapping[str, Any]:
 def model(name: str, row: Record) -> dict[str, Any]:
     """Tables and numbers of one model; a study of its goals alone lacks the others."""
     found = {"name": name, "parts": row["parts"], "found_on": row["found_on"], "edges": row["edges"]}
+    found["from_curve"] = "sizes" in row
     found |= {"rankings": None, "searches": None, "goals": None, **row["machine"]}
     if methods := row.get("methods"):
         columns = ["ranking, goal", "parts for 0.8", "parts for 0.9", "CMD", "CPR (95 % CI)", "largest F"]

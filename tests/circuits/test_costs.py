@@ -39,6 +39,15 @@ def test_pairs_and_parts_make_stages_longer():
     assert sum(quick) < sum(base)
 
 
+def test_masks_are_trained_for_the_search_and_for_each_resample():
+    once, each = (expected_work(SIZES, ms.MapOptions(search="masks", n_resamples=n)) for n in (0, 3))
+    plain = expected_work(SIZES, OPTIONS)
+    training = once[SEARCH] - plain[SEARCH]
+    assert training > 0 and each[ALONE] - once[ALONE] == 3 * training and once[ALONE] == plain[ALONE]
+    masks, quick = ms.MapOptions(search="masks"), ms.MapOptions.quick(search="masks")
+    assert (OPTIONS.resamples, masks.resamples, quick.resamples, ms.MapOptions.quick().resamples) == (100, 5, 0, 100)
+
+
 def test_the_demo_models_maps_took_about_as_long_as_expected():
     """Seconds measured on two cores of an AMD EPYC: a whole map of 58 nodes and a first look of 63."""
     whole = replace(SIZES, here=14, held=8, circuit=58)

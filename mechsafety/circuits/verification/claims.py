@@ -197,8 +197,12 @@ def _against_random(
     criterion += f" against {controls.n} random circuits"
     if controls.n_pairs is not None and controls.n_pairs < n_pairs:
         criterion += f", on {controls.n_pairs} of the pairs"
-    if 1 / (1 + controls.n) >= ALPHA:
-        verdict = Verdict(None, f"{controls.n} random circuits cannot give a p below {1 / (1 + controls.n):.2g}")
+    least = 1 / (1 + controls.n)
+    if least >= ALPHA:
+        verdict = Verdict(None, f"{controls.n} random circuits cannot give a p below {least:.2g}")
+    elif p_value >= ALPHA and controls.p_value <= least:
+        # no random circuit equals it, and more of them could have shown that
+        verdict = Verdict(None, f"the smallest p of {controls.n} random circuits is {p_value:.2g} after adjustment")
     else:
         verdict = Verdict(p_value < ALPHA)
         from_empty = Verdict(True) if interval is None else decide(value, interval, n_pairs, low=0.0)

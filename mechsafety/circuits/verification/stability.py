@@ -1,6 +1,6 @@
 """Attribution pair by pair, and how much a circuit depends on which prompts were drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,6 +91,7 @@ def bootstrap_stability(
     seed: int = 0,
     budget: Budget | None = None,
     curve: PrefixScores | None = None,
+    runs_model: bool = False,
 ) -> Stability | None:
     """Jaccard overlap of the circuit with those found on bootstrap resamples of the pairs.
 
@@ -108,6 +109,7 @@ def bootstrap_stability(
         seed: Seed of the resamples.
         budget: Time budget.
         curve: Metric of prefixes of the ranking of all pairs, on the meter's pairs; measured here by default.
+        runs_model: Whether a ranking runs the model. Rankings are then shared work, and each asks for the time.
 
     Returns:
         The overlaps; None without a resample, or without time for one.
@@ -123,9 +125,11 @@ def bootstrap_stability(
     whole = set(ranking[: size_of(np.ones(n_pairs))])
     jaccards, sizes = [], []
     with meter.bar(n, "resamples") as bar:
-        for batch in budget.within(range(n), 1, 0.7, "resamples of the prompts"):
+        for batch in budget.within(range(n), 1 if runs_model else n, 0.7, "resamples of the prompts"):
             drawn = [np.bincount(rng.integers(n_pairs, size=n_pairs), minlength=n_pairs) for _ in batch]
-            again = work("rankings", drawn, lambda weights: tuple(ranking_of(weights.tolist())), tuple[Part, ...])
+            again: Iterable[Sequence[Part]] = (ranking_of(weights.tolist()) for weights in drawn)
+            if runs_model:
+                again = work("rankings", drawn, lambda weights: tuple(ranking_of(weights.tolist())), tuple[Part, ...])
             for weights, other in zip(drawn, again, strict=True):
                 found = set(other[: size_of(weights)])
                 jaccards.append(len(whole & found) / len(whole | found))
@@ -148,5 +152,6 @@ def _size_needed(
         return most
     sizes, scores = curve
     measured = (scores - harmless) @ weights / gap
-    every = np.interp(np.arange(most + 1), sizes, measured)
-    return next(size for size, value in enumerate(every.tolist()) if size == most or goal.met(value))
+    # without parts nothing is restored
+    every = np.interp(np.arange(1, most + 1), [0, *sizes], [0.0, *measured])
+    return next(size for size, value in enumerate(every.tolist(), 1) if size == most or goal.met(value))

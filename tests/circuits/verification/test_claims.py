@@ -86,6 +86,18 @@ def test_the_p_that_is_shown_is_the_adjusted_one(check):
     assert worst.random_p == pytest.approx(0.08), "the first of two"
 
 
+@pytest.mark.parametrize(("n", "passed"), [(39, None), (40, True)])
+def test_too_few_controls_decide_nothing_where_none_equals_the_circuit(check, n, passed):
+    """Adjusted together with a necessity that fails, the smallest p doubles: 0.05 with 39 controls."""
+    alone, removed = RandomControls(n, 0.1, 0.3, 1 / (1 + n)), RandomControls(n, 0.9, 1.0, 0.6)
+    claim = of(check, "sufficiency", random_controls=alone, necessity_controls=removed)
+    assert claim.passed is passed and claim.p_value == pytest.approx(2 / (1 + n))
+    if passed is None:
+        assert claim.reason == "the smallest p of 39 random circuits is 0.05 after adjustment"
+    beaten = dataclasses.replace(alone, p_value=2 / (1 + n))
+    assert of(check, "sufficiency", random_controls=beaten, necessity_controls=removed).passed is False
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "reason", "needed"),
     [

@@ -77,6 +77,13 @@ def test_a_curve_that_jumps_over_the_goal_meets_it_on_the_way():
     assert _size_needed(curve, one, 0 * one, 4, Goal(0.5, "match"), one) == 3
 
 
+def test_a_curve_that_begins_with_one_part_begins_at_nothing():
+    """With 501 parts or more, the smallest size on the curve is no longer 0; a circuit holds at least one part."""
+    one = np.ones(1)
+    curve = [2, 4], np.array([[0.9], [1.0]])
+    assert [_size_needed(curve, one, 0 * one, 4, Goal(target), one) for target in (0.01, 0.4, 0.8, 1.0)] == [1, 1, 2, 4]
+
+
 def test_a_resample_without_a_gap_needs_all_parts():
     curve = [0, 1, 2], np.array([[0.0, 0.0], [1.0, -1.0], [1.0, -1.0]])
     ends = np.array([1.0, -1.0]), np.zeros(2)
