@@ -8,7 +8,7 @@
 # **Claim.** The map's 58 parts keep most of the difference between refusing and answering on prompts of topics that its
 # search did not see. Random sets of as many parts keep almost none of it.
 #
-# A whole map takes two to four minutes on two cores, which is too long here. Two things are therefore shown, and kept
+# A whole map takes about four minutes on two cores, which is too long here. Two things are therefore shown, and kept
 # apart throughout:
 #
 # - a **quick search** that you run now, on a few pairs, without edges and checks;
