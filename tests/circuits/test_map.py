@@ -311,14 +311,18 @@ def test_behaviour(planted):
 
 @pytest.mark.demo
 def test_the_committed_map_holds_on_the_demo_model(demo):
-    """`make demo` draws the whole map; here its nodes carry the gap on three pairs, and others as many do not."""
+    """`make demo` draws the whole map; here its nodes carry the gap on six pairs, and others as many do not.
+
+    Single pairs differ widely: the circuit keeps 0.12 to 1.28 of the gap on these.
+    """
     found = ms.RefusalCircuit.load(Path(__file__).parents[2] / "docs" / "gallery" / "demo.json")
     assert found.provenance.weights_sha256 == demo.weights_sha256
     test = ms.PromptPairs.builtin("test").pairs
-    pairs = ms.PromptPairs((test[0], *test[2:4]))
-    metric, behaviour, _, keep = check_behaviour(demo, pairs, progress=False)
-    assert metric == ms.RefusalLogOdds.from_json(found.metric, demo) and keep == [True] * 3
-    assert (behaviour["harmful"].refusal_rate, behaviour["harmless"].refusal_rate) == (1.0, 0.0)
+    metric, behaviour, _, keep = check_behaviour(demo, ms.PromptPairs(test[:10]), progress=False)
+    assert metric == ms.RefusalLogOdds.from_json(found.metric, demo)
+    assert (behaviour["harmful"].refusal_rate, behaviour["harmless"].refusal_rate) == (0.8, 0.2)
+    pairs = ms.PromptPairs(tuple(pair for pair, flag in zip(test[:10], keep, strict=True) if flag))
+    assert len(pairs) == 6
     nodes = [member.node for member in found.nodes]
     every = head_and_mlp_nodes(demo.n_layers, demo.n_heads)
     assert found.n_candidates == len(every) == 300 and set(nodes) < set(every)

@@ -132,7 +132,7 @@ def test_a_small_circuit_is_drawn_whole(small):
         (Style(roles=("decision", "production")), lambda m: m.role in ("decision", "production")),
         (Style(layers=range(14, 18)), lambda m: m.node.layer in range(14, 18)),
         (Style(nodes=["14.2", "M26"]), lambda m: str(m.node) in ("L14.H2", "L26.MLP")),
-        (Style(roles=("decision",), layers=(20,)), lambda m: m.role == "decision" and m.node.layer == 20),
+        (Style(roles=("decision",), layers=(21,)), lambda m: m.role == "decision" and m.node.layer == 21),
     ],
     ids=["top", "min_effect", "roles", "layers", "nodes", "both"],
 )
