@@ -134,8 +134,8 @@ def test_every_edge_of_two_doubled_stages_is_found(shape, level):
     """An edge between backups of two primaries carries something only while both primaries are patched."""
     made = testbed.planted(**TWO_DOUBLED[shape], backups=2)
     model = ms.load_model((made.model, made.tokenizer))
-    options = replace(OPTIONS, level=level, limit=24, n_random=0, n_added=0)
-    circuit = ms.map_refusal_circuit(model, made.pairs.sample(24), options=options, **QUIET)
+    options = replace(OPTIONS, level=level, n_random=0, n_added=0)
+    circuit = ms.map_refusal_circuit(model, made.pairs.sample(12), options=options, **QUIET)
     assert len(circuit.search.backups) == 2
     assert {member.edge for member in circuit.edges} == set(made.truth.edges)
 
