@@ -51,14 +51,12 @@ def expected_work(sizes: Sizes, options: MapOptions) -> tuple[float, float, floa
     n = GUESS * sizes.parts if sizes.circuit is None else sizes.circuit
     both, few, controls = sizes.here + sizes.held, sizes.few, sizes.controls
     rank = GRADIENT * STEPS * sizes.here
-    search = both * (CURVE + n)
-    if options.search == "masks":  # they are trained in the search, and again for each resample
-        training = GRADIENT * options.training.steps * min(options.training.batch, sizes.here)
-        search, resampled = search + training, options.resamples * training
-    else:
-        resampled = 0.0
+    # masks are trained in the search, and again for each resample
+    masks = GRADIENT * options.training.steps * min(options.training.batch, sizes.here)
+    training = masks if options.search == "masks" else 0.0
+    search = both * (CURVE + n) + training
     alone = ALONE * (few + controls) * (n + options.shortlist)
-    alone += BACKUP * few * options.n_backup_parts + resampled
+    alone += BACKUP * few * options.n_backup_parts + options.resamples * training
     wire = few * (FLOWS * n + options.n_edges / 2 + GRADIENT * STEPS)
     check = FIXED + controls * (2 * options.n_random + (n + options.n_added) / 2 + COMPLETE)
     return rank, search, alone, wire, check

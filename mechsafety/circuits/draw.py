@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_PAIRS = 2
-# one pair of so many is searched on, and one of so many that are held out sets the circuit's size
-PART = 8
-# but at least so many, unless that is more than half
+# an eighth of the pairs is searched on, and an eighth of those held out sets the circuit's size; but at least so many,
+# unless that is more than half
 FEW = 8
 # pairs are drawn from the shortest ones, this many times as many as are tried
 SHORTEST = 1.5
@@ -161,7 +160,7 @@ def two_sides(pairs: PromptPairs) -> tuple[PromptPairs, PromptPairs]:
 
 def an_eighth(n: int) -> int:
     """An eighth of ``n`` pairs, but at least 8 unless that is more than half."""
-    return max(math.ceil(n / PART), min(math.ceil(n / 2), FEW))
+    return max(math.ceil(n / 8), min(math.ceil(n / 2), FEW))
 
 
 def _some(model: LensModel, side: PromptPairs, size: int, seed: int) -> PromptPairs:

@@ -161,9 +161,7 @@ class FaithfulnessMeter:
         """Metric [variant prompt] with each list of parts patched."""
         check_parts(self, patched, lambda part: isinstance(part, Node))
         variants = [[part for part in parts if isinstance(part, Node)] for parts in patched]
-        # a small batch takes as long as one of several times its size, because every run reads all weights
-        cells = len(variants) * len(self.runs.harmful) * self.runs.harmful.n_pos
-        grouped = bool(self.groups) and cells > SMALL_BATCH
+        grouped = bool(self.groups) and not small_batch(self.runs, len(variants))
         with self.bar(len(variants) * (len(self.groups) if grouped else 1)) as bar:
             if not grouped:
                 return self._scores_of(self.runs, variants, near, bar.update)
@@ -188,6 +186,11 @@ class FaithfulnessMeter:
         common = [part for part in near if isinstance(part, Node)]
         scores = scores_near(self.model, base, source, common, variants, self.metric, report=report)
         return scores.cpu().double().numpy()
+
+
+def small_batch(runs: PairRuns, variants: int) -> bool:
+    """Whether so many variants of all pairs take as long as a larger batch, because every run reads all weights."""
+    return variants * len(runs.harmful) * runs.harmful.n_pos <= SMALL_BATCH
 
 
 def check_parts(meter: FaithfulnessMeter, circuits: Sequence[Sequence[Part]], known: Callable[[Part], bool]) -> None:

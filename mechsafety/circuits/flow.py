@@ -14,7 +14,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsafety.circuits.faithfulness import SMALL_BATCH
+from mechsafety.circuits.faithfulness import small_batch
 from mechsafety.metrics import RefusalLogOdds
 from mechsafety.models import LensModel
 from mechsafety.models.engine import (
@@ -168,9 +168,7 @@ class Flow:
 
     def _fewest(self, n: int) -> Sequence[PairRuns]:
         """The groups of pairs in which so many variants take the fewest runs."""
-        if self.whole is None or n * len(self.whole.harmful) * self.whole.harmful.n_pos > SMALL_BATCH:
-            return self.groups
-        return [self.whole]
+        return self.groups if self.whole is None or not small_batch(self.whole, n) else [self.whole]
 
     def _lost(
         self,

@@ -115,8 +115,8 @@ def wire(
         paths = [edge for one, other in pairs for edge in edges_into(one, [other], parallel=meter.model.parallel)]
         links = [CircuitEdge(edge, 0.0) for edge in paths]
         if own is not None:
-            between = set(paths)
-            links = [member for member in own if member.edge in between]
+            asked_for = set(paths)
+            links = [member for member in own if member.edge in asked_for]
         if links and not budget.skips("edges between backups of different nodes", 0.6):
             state = _State(meter, [*outside, *patched])
             carried = state.measured(links)

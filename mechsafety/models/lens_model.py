@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     import mechsafety.attribution
     import mechsafety.cache
 
-# token ids of several replies
 # of each row: token ids of the reply, and, where they are wanted, the next-token logits after the prompt
 SaidRows = tuple[tuple[tuple[int, ...], Tensor | None], ...]
 
@@ -435,7 +434,7 @@ class LensModel:
 
         The logits are those of `logits`, up to rounding.
         """
-        replies, first = self._replies(prompts, max_new_tokens, batch_size, keep=1, progress=progress)
+        replies, first = self._replies(prompts, max_new_tokens, batch_size, with_logits=True, progress=progress)
         return replies, torch.stack(first) if first else torch.zeros(0, self.d_vocab, device=self.device)
 
     def _replies(
@@ -448,9 +447,9 @@ class LensModel:
         seed: int = 0,
         watch: Watch | None = None,
         progress: bool,
-        keep: int = 0,
+        with_logits: bool = False,
     ) -> tuple[list[list[int]], list[Tensor]]:
-        """Token ids of each reply; with ``keep`` of 1 also the next-token logits after each prompt."""
+        """Token ids of each reply, and, if they are wanted, the next-token logits after each prompt."""
         from mechsafety.models.rows import lay_out, prompt_rows
         from mechsafety.progress import progress_bar
 
@@ -475,20 +474,20 @@ class LensModel:
                     choose = Sampler(temperature, seed, chunk) if temperature else most_probable
                     pieces, ended = lay_out(self, [rows[k] for k in chunk]).pieces(), _ended(watch, chunk)
                     ids, steps = decode_replies(
-                        read, pieces, self.end_ids, max_new_tokens, keep, bar.update, choose, ended
+                        read, pieces, self.end_ids, max_new_tokens, int(with_logits), bar.update, choose, ended
                     )
                 # one entry per row: where memory is full, halves of a batch are joined
-                return list(zip(ids, steps[0] if keep else [None] * len(ids), strict=True))
+                return list(zip(ids, steps[0] if with_logits else [None] * len(ids), strict=True))
 
             # a watch keeps what it has read, so that its replies are computed where it is
-            found = map(said, chunks) if watch is not None else work("replies", chunks, said, SaidRows, of=keep)
+            found = map(said, chunks) if watch is not None else work("replies", chunks, said, SaidRows, of=with_logits)
             for number, (chunk, new) in enumerate(zip(chunks, found, strict=True), 1):
                 bar.update(number * max_new_tokens - bar.n)  # replies may end early
                 for k, (ids, first) in zip(chunk, new, strict=True):
                     replies[k] = list(ids)
                     if first is not None:
                         logits[k] = first.to(self.device)
-        return replies, [logits[k] for k in range(len(prompts))] if keep else []
+        return replies, [logits[k] for k in range(len(prompts))] if with_logits else []
 
     @public
     def stream(

@@ -183,7 +183,7 @@ def test_few_nodes_are_measured_on_all_pairs_at_once(llama, pairs, log_odds, mon
     monkeypatch.setattr(Flow, "_lost", lambda self, groups, nodes, run: [list(run(of)) for of in groups] and nodes)
     monkeypatch.setattr(Flow, "_shares", lambda self, nodes, changes: {})
     cells = len(pairs) * runs.harmful.n_pos
-    monkeypatch.setattr("mechsafety.circuits.flow.SMALL_BATCH", 2 * cells)
+    monkeypatch.setattr("mechsafety.circuits.faithfulness.SMALL_BATCH", 2 * cells)
     flow.out_of(SOME[:2], SOME)
     flow.out_of(SOME[:3], SOME)
     assert asked == [len(pairs), 2, len(pairs) - 2]
